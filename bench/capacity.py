@@ -29,7 +29,7 @@ from bench import harness
 from bench.harness import MODELS, ROOT
 from bench.many import OPENED_AT_ONCE, ManySessions
 from stepwell.testing import LocalServer
-from support.valkey import Valkey
+from support.servers.valkey_servers import Valkey
 
 TO = ROOT / "docs" / "operate" / "scaling" / "measured.json"
 FRAME = 256

@@ -16,9 +16,9 @@ from bench.loads import Plan, Times
 from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META
 from stepwell_server.store.valkey.store import ValkeyStore
-from support.shared import fresh_prefix, opened, put
-from support.stored import template
-from support.valkey import Valkey
+from support.servers.valkey_servers import Valkey
+from support.stores.disk_store import template
+from support.stores.valkey_store import fresh_prefix, opened, put
 
 MANY = 256
 RECORD_BYTES = 600

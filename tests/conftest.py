@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     # Here, not above: a worker of pytest-xdist reads this file before it measures coverage.
     from support import samples
-    from support.programs import run_folder
+    from support.models.programs import run_folder
 
     samples.settle()
     # made here, so that the processes among which pytest-xdist divides the tests find it

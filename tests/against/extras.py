@@ -16,8 +16,8 @@ from against.programs import Extra
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
-from support.triton_requests import request as infer_request
-from support.wire import TIMEOUT_S, tensor, tensors
+from support.peers.wire import TIMEOUT_S, tensor, tensors
+from support.triton.triton_requests import request as infer_request
 
 if TYPE_CHECKING:
     from against.player import Player

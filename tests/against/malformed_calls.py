@@ -1,4 +1,4 @@
-"""Malformed messages to both servers: those of `support.malformed`, one after the other, and the whole answer to each.
+"""Malformed messages to both servers: those of `support.peers.malformed_messages`, one after the other, and the whole answer to each.
 
 What cannot be compared is not sent: calls whose answer depends on time (`depends_on_time`), and streams of several
 messages, where a malformed one may or may not overtake the answers to those before it. Good frames that follow one
@@ -30,12 +30,12 @@ from against.pair import Pair
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
-from support import malformed
-from support.http2 import Gone
-from support.malformed import Call
-from support.malformed_http2 import CONTINUATION, DATA, END_STREAM, HEADERS, RST
-from support.pipelined import Pipeline
-from support.wire import TIMEOUT_S, Wire
+from support.peers import malformed_messages
+from support.peers.http2 import Gone
+from support.peers.malformed_http2 import CONTINUATION, DATA, END_STREAM, HEADERS, RST
+from support.peers.malformed_messages import Call
+from support.peers.pipelined import Pipeline
+from support.peers.wire import TIMEOUT_S, Wire
 
 MODEL, INPUT, FEATURES = "seq", "x", 3
 NAMED = [f"fuzz-{number}" for number in range(8)]
@@ -248,10 +248,10 @@ class _Sender:
 
     def run(self, count: int) -> None:
         rng = random.Random(f"{self._seed} malformed")
-        known = malformed.valid(MODEL, NAMED, FEATURES, INPUT)
+        known = malformed_messages.valid(MODEL, NAMED, FEATURES, INPUT)
         self._tidy()
         for number in range(count):
-            call = patient(malformed.odd_call(known, rng, max_messages=1))
+            call = patient(malformed_messages.odd_call(known, rng, max_messages=1))
             if number % max(1, count // 10) == 0:
                 self._say(f"{self._pair.label}: malformed message {number} of {count}")
             if not depends_on_time(call):

@@ -16,7 +16,7 @@ from against.player import Player, Specs
 from against.programs import Program, Step
 from stepwell.testing import LocalServer
 from stepwell.v1 import models_pb2
-from support.wire import TIMEOUT_S, Wire
+from support.peers.wire import TIMEOUT_S, Wire
 
 START_TIMEOUT_S = 400.0
 """A server compiles its models in this time."""

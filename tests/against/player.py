@@ -23,9 +23,9 @@ from against.extras import Extras
 from against.programs import Extra, Program, Step
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support.actions import Change, Fork, ForkMany, Open, ReadMany, Simple
-from support.play import mask_of
-from support.wire import TIMEOUT_S, Array, Conversation, Wire, tensors
+from support.checks.action_player import mask_of
+from support.checks.actions import Change, Fork, ForkMany, Open, ReadMany, Simple
+from support.peers.wire import TIMEOUT_S, Array, Conversation, Wire, tensors
 
 VOCABULARY = 9
 """Indexes of the embeddings of `served`: 0 to 8. Other ones are refused."""

@@ -1,4 +1,4 @@
-"""Programs of calls, drawn from a seed: the actions of `support.actions`, and what there is on the wire alone."""
+"""Programs of calls, drawn from a seed: the actions of `support.checks.actions`, and what there is on the wire alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from support import actions, samples
-from support.actions import Action
+from support import samples
+from support.checks import actions
+from support.checks.actions import Action
 
 KINDS = (
     "open again",

@@ -23,8 +23,8 @@ from against import builds, differences, programs
 from against.builds import Build
 from against.malformed_calls import send_malformed
 from against.pair import BuiltServer, Pair, progress
-from support import fronts, served, server_process
-from support import programs as models
+from support.models import programs as models
+from support.servers import both_fronts, served, server_process
 
 STORES = ("memory", "disk")
 MODELS = ("seq", "tokens", "multi")
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         "--malformed", type=int, default=4000, help="messages for each front and store (default: 4000)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of everything that is drawn (default: 1)")
-    parser.add_argument("--front", choices=fronts.FRONTS, help="only this front")
+    parser.add_argument("--front", choices=both_fronts.FRONTS, help="only this front")
     parser.add_argument("--store", choices=STORES, help="only this store")
     options = parser.parse_args(arguments)
     for name in [name for name in os.environ if name.startswith("STEPWELL_")]:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     tree = builds.of_tree()
     print(f"base: {base.name}, seed {options.seed}")
-    for front in [options.front] if options.front else fronts.FRONTS:
+    for front in [options.front] if options.front else both_fronts.FRONTS:
         if front not in base.fronts or front not in tree.fronts:
             report.notes.append(f"the {front} front was not compared: not both builds have it")
             continue

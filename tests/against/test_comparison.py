@@ -14,9 +14,9 @@ from against.differences import Difference, Exchange, Place, Report, WantedError
 from against.malformed_calls import depends_on_time, patient
 from stepwell.v1 import errors_pb2, models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support import malformed
-from support.actions import Change
-from support.http2 import framed
+from support.checks.actions import Change
+from support.peers import malformed_messages
+from support.peers.http2 import framed
 
 PLACE = Place("native front, memory store", "program 3 of seq", 7)
 WANTED = """
@@ -346,12 +346,15 @@ def test_some_programs_have_a_restart_some_of_them_a_kill() -> None:
     assert [program.is_killed for program in drawn if program.restart_at is not None] == [True, False] * 2
 
 
-def call(path: str, request: Message, *headers: tuple[str, str]) -> malformed.Call:
-    return malformed.Call(path, framed(request.SerializeToString()), headers, 1)
+def call(path: str, request: Message, *headers: tuple[str, str]) -> malformed_messages.Call:
+    return malformed_messages.Call(path, framed(request.SerializeToString()), headers, 1)
 
 
 def test_what_depends_on_time_is_not_sent() -> None:
-    listing, stepping = f"/{malformed.SESSIONS}/ListSessions", f"/{malformed.SESSIONS}/StepStream"
+    listing, stepping = (
+        f"/{malformed_messages.SESSIONS}/ListSessions",
+        f"/{malformed_messages.SESSIONS}/StepStream",
+    )
     soon, late = pb.ListSessionsRequest(), pb.ListSessionsRequest()
     soon.idle_longer.FromSeconds(1)
     late.idle_longer.FromSeconds(100_000)
@@ -363,7 +366,7 @@ def test_what_depends_on_time_is_not_sent() -> None:
     plain = call(stepping, pb.StepStreamRequest(step=pb.StepFrame()))
     assert not depends_on_time(plain)
     assert depends_on_time(plain._replace(body=2 * plain.body))
-    assert not depends_on_time(malformed.Call("/no/Method", b"\0\0", (), 1))
+    assert not depends_on_time(malformed_messages.Call("/no/Method", b"\0\0", (), 1))
 
 
 @pytest.mark.parametrize(
@@ -372,6 +375,6 @@ def test_what_depends_on_time_is_not_sent() -> None:
 def test_only_a_call_that_may_wait_for_the_rest_of_a_message_has_a_short_time(
     body: bytes, limit: str
 ) -> None:
-    assert patient(malformed.Call("/a/B", body, [("grpc-timeout", "3S")], 1)).headers == [
+    assert patient(malformed_messages.Call("/a/B", body, [("grpc-timeout", "3S")], 1)).headers == [
         ("grpc-timeout", limit)
     ]

@@ -10,10 +10,10 @@ from against import programs
 from against.differences import Report
 from against.malformed_calls import send_malformed
 from against.pair import Pair
-from support import faults, served
-from support.driver import MODEL
-from support.faults import FaultyServer
+from support.load.driver import MODEL
 from support.secured import Server
+from support.servers import fault_servers, served
+from support.servers.fault_servers import FaultyServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.plain("both servers are asked without TLS, byte by byte")]
 #: What another process has from the start: its folder is where Python looks for modules first.
@@ -37,7 +37,7 @@ def reported(base: Server, tree: Server) -> Report:
 
 
 def test_two_servers_without_a_defect_answer_alike(tmp_path: Path) -> None:
-    base, tree = (faults.local(tmp_path / name, "--durability", "sync") for name in ("base", "tree"))
+    base, tree = (fault_servers.local(tmp_path / name, "--durability", "sync") for name in ("base", "tree"))
     report = reported(base, tree)
     assert report.is_good, "\n".join(report.lines())
     assert sum(report.calls.values()) > 400
@@ -45,14 +45,14 @@ def test_two_servers_without_a_defect_answer_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("defect", ["forget-requests", "judge-nothing"])
 def test_a_defect_of_exactly_once_is_found(defect: str) -> None:
-    report = reported(faults.local(None), FaultyServer(None, defect=defect))
+    report = reported(fault_servers.local(None), FaultyServer(None, defect=defect))
     assert report.unwanted
     assert any(": Step" in shown for shown in report.shown), report.shown
 
 
 def test_a_store_that_loses_commits_is_found(tmp_path: Path) -> None:
     tree = FaultyServer(tmp_path / "tree", "--durability", "sync", defect="drop-commits")
-    report = reported(faults.local(tmp_path / "base", "--durability", "sync"), tree)
+    report = reported(fault_servers.local(tmp_path / "base", "--durability", "sync"), tree)
     assert report.unwanted, "the restarts show it"
 
 

@@ -9,13 +9,13 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
-    from support.served import Served
+    from support.servers.served import Served
 
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
-    """One server of all models of `support.served`, for all tests."""
-    from support.served import serve
+    """One server of all models of `support.servers.served`, for all tests."""
+    from support.servers.served import serve
 
     with serve() as running:
         yield running

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from support.programs import compile_model
+from support.models.programs import compile_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import random_models
+from support.models import random_models
 
 STEPS, ROWS = 800, 3
 #: Rounding, as a share of the output's scale, and times what one rounding of the inputs does to Keras.
@@ -52,7 +52,7 @@ def check(seed: int) -> str:
 def _compare(seed: int, drawn: random_models.RandomModel, program: Any, rng: np.random.Generator) -> None:
     import tensorflow as tf
 
-    from support.compiled import Compiled
+    from support.models.compiled import Compiled
 
     whole = tf.function(lambda x: drawn.model(x, training=False), autograph=False)
     zoo = Compiled(f"seed {seed}", drawn.model, program)

@@ -18,9 +18,10 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host import compiler
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.program import Architecture, Program
-from support import models, samples
+from support import samples
+from support.models import zoo
+from support.models.programs import compile_model
 from support.processes import descriptors, home_of, is_there, until
-from support.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -82,12 +83,12 @@ def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.program.pipeline import compile_traced
     from stepwell_server.compile.program.recompile import compile_again, may_be_reused
 
-    model = models.build(name)
+    model = zoo.build(name)
     model.save(tmp_path / "first.keras")
     program, traced = compile_traced(tmp_path / "first.keras")
     assert may_be_reused(traced, program)
     for seed in (1, 2):
-        models.randomize(model, seed)
+        zoo.randomize(model, seed)
         model.save(tmp_path / "other.keras")
         again = compile_again(traced, architecture_of(program), tmp_path / "other.keras", silent)
         assert_same(again, compile_model(tmp_path / "other.keras"))
@@ -130,7 +131,7 @@ def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.program.pipeline import compile_traced
     from stepwell_server.compile.program.recompile import may_be_reused
 
-    models.build(name).save(tmp_path / "model.keras")
+    zoo.build(name).save(tmp_path / "model.keras")
     program, traced = compile_traced(tmp_path / "model.keras")
     assert not may_be_reused(traced, program), ANEW[name]
 
@@ -168,9 +169,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCompiler]:
 @pytest.fixture
 def lstm(tmp_path: Path) -> Path:
     """A folder with versions of one model: the same configuration, other weights."""
-    model = models.build("lstm_dense")
+    model = zoo.build("lstm_dense")
     for seed in range(1, 4):
-        models.randomize(model, seed)
+        zoo.randomize(model, seed)
         model.save(tmp_path / f"{seed}.keras")
     return tmp_path
 
@@ -185,7 +186,7 @@ def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: W
     assert stages == ["load", "trace", "probe", "convert", "check"]
     assert kept.pids == [server, worker]
     kept.compile(lstm / "1.keras")  # from the cache
-    models.build("gru_reset_after").save(lstm / "gru.keras")
+    zoo.build("gru_reset_after").save(lstm / "gru.keras")
     kept.compile(lstm / "gru.keras")
     assert kept.pids[0] == server
     assert kept.pids[1] != worker
@@ -198,7 +199,7 @@ def test_where_it_cannot_be_done_so_it_is_compiled_anew_and_that_says_why(
 ) -> None:
     kept.compile(lstm / "1.keras")
     server, _ = kept.pids
-    other = models.build("gru_reset_after")
+    other = zoo.build("gru_reset_after")
     other.save(lstm / "gru.keras")
     mixed = lstm / "mixed.keras"
     _mix(lstm / "2.keras", lstm / "gru.keras", mixed)  # the configuration of one, the weights of another
@@ -249,10 +250,10 @@ def _threads() -> Counter[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "fork server"])
 def test_a_kept_worker_that_is_gone_is_replaced(who: str, lstm: Path, kept: WarmCompiler) -> None:
-    model = models.build("lstm_dense", 7)
+    model = zoo.build("lstm_dense", 7)
     names = [lstm / f"gone-{number}.keras" for number in (0, 1)]
     for number, name in enumerate(names):
-        models.randomize(model, 10 + number + 2 * (who == "worker"))
+        zoo.randomize(model, 10 + number + 2 * (who == "worker"))
         model.save(name)
     kept.compile(names[0])
     server, worker = kept.pids

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support import models
+from support.models import zoo
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def traced() -> Any:
     from stepwell_server.compile.probe.probe import trace_and_probe
 
-    return trace_and_probe(models.build("lstm_dense"))
+    return trace_and_probe(zoo.build("lstm_dense"))
 
 
 def _step(traced: Any) -> Any:

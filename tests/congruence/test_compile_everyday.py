@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.program import ProofOptions
-from support import models_everyday, programs
-from support.compiled import Compiled
+from support.models import everyday, programs
+from support.models.compiled import Compiled
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -15,10 +15,10 @@ TOLERANCE = 2e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", list(models_everyday.groups()))
+@pytest.mark.parametrize("first", list(everyday.groups()))
 def test_everyday_models_are_served_and_equal_keras(first: str) -> None:
-    names = models_everyday.groups()[first]
-    model = models_everyday.build(names, steps=20 if len(first) % 2 else None)
+    names = everyday.groups()[first]
+    model = everyday.build(names, steps=20 if len(first) % 2 else None)
     program = programs.zoo_program(f"everyday-{first}", lambda: model, ProofOptions(steps=48))
     assert not program.proof.unproven
     zoo = Compiled(first, model, program)

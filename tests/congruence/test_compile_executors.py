@@ -11,8 +11,8 @@ import pytest
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import chunks
-from support.compiled import Compiled, compile_anew, zoo_model
-from support.programs import compile_model
+from support.models.compiled import Compiled, compile_anew, zoo_model
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

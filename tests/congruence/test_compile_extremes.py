@@ -12,15 +12,15 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import ProofOptions
-from support import models
-from support.programs import compile_model
+from support.models import zoo
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def _compiled(model: Any, folder: Path, **options: Any) -> Any:
-    models.randomize(model)
+    zoo.randomize(model)
     model.save(folder / "model.keras")
     return compile_model(folder / "model.keras", options=ProofOptions(**options))
 
@@ -59,7 +59,7 @@ def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
     from stepwell_server.compile.probe.probe import trace_and_probe
     from stepwell_server.compile.probe.sequences import step_of_function
 
-    traced = trace_and_probe(models.build("lstm_dense"))
+    traced = trace_and_probe(zoo.build("lstm_dense"))
     step = step_of_function(traced.plan, traced.function)
 
     def overflowing(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from support import models
-from support.compiling import compile_program
+from support.models import zoo
+from support.models.warm_compiler import compile_program
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -45,7 +45,7 @@ def as_keras2_writes(layer: dict[str, Any]) -> dict[str, Any]:
 
 def keras2_file(folder: Path, name: str, version: str = "2.15.0") -> Path:
     """A small ``.keras`` file with what tf_keras writes, made from one of Keras 3."""
-    models.build(name).save(folder / "new.keras")
+    zoo.build(name).save(folder / "new.keras")
     old = folder / "old.keras"
     with zipfile.ZipFile(folder / "new.keras") as source, zipfile.ZipFile(old, "w") as target:
         config = json.loads(source.read("config.json"))
@@ -69,11 +69,11 @@ def test_the_way_on_from_keras_2_works(tmp_path: Path) -> None:
     from stepwell_server.compile.keras_file.archive import load_model
 
     old = keras2_file(tmp_path, "lstm_dense")
-    rebuilt = models.build("lstm_dense", seed=1)
+    rebuilt = zoo.build("lstm_dense", seed=1)
     rebuilt.load_weights(old)
     rebuilt.save(tmp_path / "name.keras")
     loaded = load_model(tmp_path / "name.keras")
-    for one, two in zip(loaded.get_weights(), models.build("lstm_dense").get_weights(), strict=True):
+    for one, two in zip(loaded.get_weights(), zoo.build("lstm_dense").get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
@@ -90,7 +90,7 @@ def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
     from stepwell_server.compile.keras_file.archive import load_model
 
     file = tmp_path / "model.h5"
-    models.build("lstm_dense").save(file)
+    zoo.build("lstm_dense").save(file)
     said = refusal_of(file)
     assert "a legacy HDF5 file: " in said
     assert "keras.models.load_model('model.h5').save('name.keras')" in said
@@ -101,15 +101,15 @@ def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
     said = refusal_of(file)
     assert "a legacy HDF5 file, saved by Keras 2.15.0: " in said
     assert "model.load_weights('model.h5')" in said
-    rebuilt = models.build("lstm_dense", seed=1)
+    rebuilt = zoo.build("lstm_dense", seed=1)
     rebuilt.load_weights(file)  # the way on
-    for one, two in zip(rebuilt.get_weights(), models.build("lstm_dense").get_weights(), strict=True):
+    for one, two in zip(rebuilt.get_weights(), zoo.build("lstm_dense").get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def test_hdf5_under_the_name_of_a_keras_file_is_to_be_renamed(tmp_path: Path) -> None:
     """Keras 2 wrote such files before 2.12."""
-    models.build("lstm_dense").save(tmp_path / "old.h5")
+    zoo.build("lstm_dense").save(tmp_path / "old.h5")
     (tmp_path / "old.h5").rename(tmp_path / "old.keras")
     said = refusal_of(tmp_path / "old.keras")
     assert "rename it to old.h5, save it as one: keras.models.load_model('old.h5')" in said
@@ -117,7 +117,7 @@ def test_hdf5_under_the_name_of_a_keras_file_is_to_be_renamed(tmp_path: Path) ->
 
 def test_a_file_of_weights_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.weights.h5"
-    models.build("lstm_dense").save_weights(file)
+    zoo.build("lstm_dense").save_weights(file)
     said = refusal_of(file)
     assert "an HDF5 file without a model" in said
     assert "model.load_weights('model.weights.h5')" in said
@@ -127,7 +127,7 @@ def test_a_file_of_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_saved_model_folder_is_refused(tmp_path: Path) -> None:
-    models.build("lstm_dense").export(tmp_path / "exported", verbose=False)
+    zoo.build("lstm_dense").export(tmp_path / "exported", verbose=False)
     assert "is a SavedModel folder, which holds a graph" in refusal_of(tmp_path / "exported")
     with pytest.raises(ModelError, match=r"exported: is a SavedModel folder"):
         compile_program(tmp_path / "exported", tmp_path / "cache")
@@ -156,7 +156,7 @@ def test_a_folder_is_refused_with_the_way_on(tmp_path: Path) -> None:
 
 def _edited(folder: Path, config: Any = None, version: str = "") -> Path:
     """A small ``.keras`` file of which the configuration, or what is said of Keras, is another."""
-    models.build("lstm_dense").save(folder / "whole.keras")
+    zoo.build("lstm_dense").save(folder / "whole.keras")
     with (
         zipfile.ZipFile(folder / "whole.keras") as source,
         zipfile.ZipFile(folder / "x.keras", "w") as target,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from support.programs import compile_model
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

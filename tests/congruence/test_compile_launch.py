@@ -21,8 +21,8 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
 from stepwell_server.program import FLATBUFFER, Program
-from support import models, programs
-from support.compiling import compile_program
+from support.models import programs, zoo
+from support.models.warm_compiler import compile_program
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -33,21 +33,21 @@ import sys
 print("a module that prints")
 print('{"stage": "not a stage"}', flush=True)
 sys.path.insert(0, __TESTS__)
-import support.custom_layers
+import support.models.custom_layers
 """
 
 
 @pytest.fixture(scope="module")
 def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
-    models.build("lstm_dense").save(file)
+    zoo.build("lstm_dense").save(file)
     return file
 
 
 @pytest.fixture(scope="module")
 def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("custom") / "custom.keras"
-    models.build("accumulator").save(file)
+    zoo.build("accumulator").save(file)
     return file
 
 

@@ -16,9 +16,9 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host.limits import Limits, default_memory_bytes, memory_of
 from stepwell_server.compile.keras_file.sizes import check_sizes
-from support import models
 from support.clock import ManualClock
-from support.compiling import compile_program
+from support.models import zoo
+from support.models.warm_compiler import compile_program
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -30,7 +30,7 @@ ANY = Limits()
 @pytest.fixture(scope="module")
 def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
-    models.build("lstm_dense").save(file)
+    zoo.build("lstm_dense").save(file)
     return file
 
 

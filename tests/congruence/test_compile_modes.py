@@ -10,15 +10,15 @@ import pytest
 
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
-from support import models
-from support.programs import compile_model
+from support.models import zoo
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def _compiled(model: Any, folder: Path) -> Any:
-    models.randomize(model)
+    zoo.randomize(model)
     model.save(folder / "model.keras")
     return compile_model(folder / "model.keras")
 
@@ -119,7 +119,7 @@ def test_rounding_is_not_tried_on_what_a_mask_looks_for(value: float, tmp_path: 
 def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on() -> None:
     from stepwell_server.compile.graph.tensorflow_setup import keras
     from stepwell_server.compile.probe.whole_call import has_no_modes
-    from support.odd_cells import OwnLoop
+    from support.models.odd_cells import OwnLoop
 
     x = keras.Input((None, 8, 3))
     inner = keras.layers.Dropout(0.5)(keras.layers.Dense(3)(x))

@@ -13,8 +13,8 @@ from stepwell_server import program_file
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
-from support import models, models_trusted
-from support.programs import compile_model
+from support.models import trusted, zoo
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
     """A model's file and its program."""
     folder = tmp_path_factory.mktemp("forecast")
-    models.build("lstm_dense").save(folder / "model.keras")
+    zoo.build("lstm_dense").save(folder / "model.keras")
     return folder / "model.keras", compile_model(folder / "model.keras")
 
 
@@ -65,7 +65,7 @@ def test_a_program_equals_the_model_it_was_made_from(forecast: tuple[Path, Progr
 def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program], tmp_path: Path) -> None:
     from stepwell_server.compile.probe.own_data import compare
 
-    models.build("lstm_dense", seed=1).save(tmp_path / "other.keras")
+    zoo.build("lstm_dense", seed=1).save(tmp_path / "other.keras")
     found = compare(tmp_path / "other.keras", forecast[1], None)
     assert found.worst is not None
     assert not found.worst.is_allowed
@@ -108,7 +108,7 @@ def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp
     ],
 )
 def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, tmp_path: Path) -> None:
-    models.build("lstm_dense").save(tmp_path / "model.keras")
+    zoo.build("lstm_dense").save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", array)
     stages: list[str] = []
     with pytest.raises(DataError, match=says):
@@ -128,7 +128,7 @@ def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, 
 def test_files_that_hold_no_arrays_are_refused_before_a_process_starts(
     content: bytes | None, says: str, tmp_path: Path
 ) -> None:
-    from support.compiling import compile_program
+    from support.models.warm_compiler import compile_program
 
     if content is not None:
         (tmp_path / "x.npy").write_bytes(content)
@@ -191,7 +191,7 @@ def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
-    models_trusted.singular_values().save(tmp_path / "model.keras")
+    trusted.singular_values().save(tmp_path / "model.keras")
     with pytest.raises(
         ModelError,
         match=r"not proven that the model may be stepped: the layer 'svd' \(SingularValues\) uses the operation "

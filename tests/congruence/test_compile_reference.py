@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.compiled import zoo_model
-from support.reference import gru_step, lstm_step
+from support.checks.reference_cells import gru_step, lstm_step
+from support.models.compiled import zoo_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

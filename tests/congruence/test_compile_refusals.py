@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError, NotCausalError
-from support import models
-from support.programs import compile_model
+from support.models import zoo
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates, and warns of weights it does not restore.
 pytestmark = [
@@ -19,10 +19,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", list(models.REFUSED))
+@pytest.mark.parametrize("name", list(zoo.REFUSED))
 def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) -> None:
-    models.build(name).save(tmp_path / "model.keras")
-    with pytest.raises(ModelError, match=models.REFUSED[name][1]) as caught:
+    zoo.build(name).save(tmp_path / "model.keras")
+    with pytest.raises(ModelError, match=zoo.REFUSED[name][1]) as caught:
         compile_model(tmp_path / "model.keras")
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "model.keras") in str(caught.value)
@@ -34,7 +34,7 @@ def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) ->
 def test_the_model_is_as_it_was_after_tracing(name: str) -> None:
     from stepwell_server.compile.probe.probe import trace_and_probe
 
-    model = models.build(name)
+    model = zoo.build(name)
     before = [dict(vars(layer)) for layer in model._flatten_layers()]
     try:
         trace_and_probe(model)
@@ -48,7 +48,7 @@ def test_the_model_is_as_it_was_after_tracing(name: str) -> None:
 
 
 def _saved(tmp_path: Path) -> Path:
-    models.build("lstm_dense").save(tmp_path / "whole.keras")
+    zoo.build("lstm_dense").save(tmp_path / "whole.keras")
     return tmp_path / "whole.keras"
 
 
@@ -104,7 +104,7 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_is_of_architecture_and_weights_not_of_the_file(tmp_path: Path) -> None:
     from stepwell_server.compile.keras_file.archive import fingerprint
 
-    model = models.build("deep_with_normalization")
+    model = zoo.build("deep_with_normalization")
     model.save(tmp_path / "one.keras")
     model.compile("adam", "mse", metrics=["mae"])
     model.save(tmp_path / "two.keras")

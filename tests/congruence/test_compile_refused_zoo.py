@@ -7,12 +7,12 @@ import re
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from support import models_rows, models_time
+from support.models import mixing_rows, mixing_steps
 from support.samples import one_in
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-CASES = {**models_time.CASES, **models_rows.CASES}
+CASES = {**mixing_steps.CASES, **mixing_rows.CASES}
 VARIANTS = {
     f"{name}-{steps or 'any'}": (case, steps) for name, case in CASES.items() for steps in case.lengths
 }

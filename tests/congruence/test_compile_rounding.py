@@ -11,8 +11,8 @@ import pytest
 
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.sequences import run, step_of_function, tolerance
-from support import models
-from support.programs import compile_model
+from support.models import zoo
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -22,7 +22,7 @@ def _frames(seed: int, last: str) -> Any:
     """Frames through a stack whose values grow until they overflow, some of them within twenty time steps."""
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
-    model = models.frames(keras)
+    model = zoo.frames(keras)
     model.layers[-1].layer.activation = keras.activations.get(last)
     rng = np.random.default_rng(seed)
     for weight in model.weights:
@@ -82,9 +82,9 @@ def _drifting(by: float, after: int) -> Callable[[Any], Any]:
 #: A difference that is to be found: some times what rounding makes of the values of each.
 _MODELS: dict[str, tuple[Callable[[], Any], float, int]] = {
     "frames": (lambda: _frames(3, "linear"), 1e-3, 8),
-    "lstm_dense": (lambda: models.build("lstm_dense"), 1e-4, 400),
-    "mixed_float16": (lambda: models.build("mixed_float16"), 0.05, 400),
-    "mixed_bfloat16": (lambda: models.build("mixed_bfloat16"), 0.25, 400),
+    "lstm_dense": (lambda: zoo.build("lstm_dense"), 1e-4, 400),
+    "mixed_float16": (lambda: zoo.build("mixed_float16"), 0.05, 400),
+    "mixed_bfloat16": (lambda: zoo.build("mixed_bfloat16"), 0.25, 400),
 }
 
 

@@ -32,7 +32,7 @@ ROWS, STEPS = [4, 1, 2], [10, 0, 3, 7, 5]
 
 
 def _examples() -> dict[str, list[Any]]:
-    from support import rule_examples
+    from support.proof import rule_examples
 
     return rule_examples.EXAMPLES
 
@@ -99,7 +99,7 @@ def test_what_a_rule_says_of_the_axes_is_true() -> None:
 @pytest.mark.slow
 def test_what_an_operation_does_along_the_batch_or_the_time_axis_is_refused() -> None:
     from stepwell_server.compile.causality.proof import Unadmitted, follow
-    from support import rule_examples
+    from support.proof import rule_examples
 
     for kind, examples in rule_examples.REFUSED.items():
         for i, example in enumerate(examples):

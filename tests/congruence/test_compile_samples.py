@@ -15,9 +15,9 @@ from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.compile.graph.samples import Sampler
 from stepwell_server.compile.probe import evidence
 from stepwell_server.program import ProofOptions
-from support import models_rows, models_time
-from support.cases import Case, before_rnn
-from support.models_time import odd
+from support.models import mixing_rows, mixing_steps
+from support.models.cases import Case, before_rnn
+from support.models.mixing_steps import odd
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -81,37 +81,37 @@ def test_without_the_disturbance_nobody_would_say_that_it_looks_ahead(
 @pytest.mark.slow
 def test_an_end_token_of_a_vocabulary_of_1000_is_found_by_its_value() -> None:
     with pytest.raises(NotCausalError, match="trust-causality"):
-        _prove(models_rows.CASES["end_mask"])
+        _prove(mixing_rows.CASES["end_mask"])
 
 
 def test_it_is_the_token_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "hard", _plain_draw)
     monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
     monkeypatch.setattr(evidence, "reach", lambda *_args: 40)
-    assert _prove(models_rows.CASES["end_mask"]).proof.unproven
+    assert _prove(mixing_rows.CASES["end_mask"]).proof.unproven
 
 
 def test_a_scale_by_the_largest_value_is_found_by_large_values() -> None:
     with pytest.raises(NotCausalError):
-        _prove(models_time.CASES["largest_scale"])
+        _prove(mixing_steps.CASES["largest_scale"])
 
 
 def test_it_is_the_values_that_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "hard", _plain_draw)
     monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
-    assert _prove(models_time.CASES["largest_scale"]).proof.unproven
+    assert _prove(mixing_steps.CASES["largest_scale"]).proof.unproven
 
 
 def test_rows_that_are_mixed_are_found_also_in_trusted_models() -> None:
     with pytest.raises(ModelError, match=r"rows of a batch are not independent|moves by|differs by"):
-        _prove(models_rows.CASES["mean_over_rows"])
+        _prove(mixing_rows.CASES["mean_over_rows"])
 
 
 @pytest.mark.parametrize(
     "name", ["noise", "counter", "noise_of_tensorflow", "rows_last", "state_from_inputs"]
 )
 def test_what_no_trust_can_mend_is_refused_all_the_same(name: str) -> None:
-    case = models_rows.CASES[name]
+    case = mixing_rows.CASES[name]
     with pytest.raises(ModelError, match=case.refused):
         _prove(case)
 

@@ -23,8 +23,8 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host import sandbox
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
-from support import programs
 from support.clock import ManualClock
+from support.models import programs
 from support.processes import HANG_S, children, descriptors, home_of, is_there, until
 
 pytestmark = pytest.mark.skipif(

@@ -12,8 +12,8 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program, ProofOptions
-from support import models
-from support.programs import compile_model
+from support.models import zoo
+from support.models.programs import compile_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -28,7 +28,7 @@ def keras() -> Any:
 
 
 def _compiled(model: Any, folder: Path) -> Program:
-    models.randomize(model)
+    zoo.randomize(model)
     model.save(folder / "model.keras")
     return compile_model(folder / "model.keras")
 
@@ -181,7 +181,7 @@ def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: 
     lagging = keras.layers.Conv1D(4, 2, padding="causal", dilation_rate=16, name="lag")(x)
     whole = keras.ops.cast(keras.ops.clip(lagging, -100, 100), "int8")
     model = keras.Model(x, keras.layers.SimpleRNN(3)(keras.ops.cast(whole, "float32") * 0.1))
-    models.randomize(model)
+    zoo.randomize(model)
     model.save(tmp_path / "model.keras")
     with pytest.raises(ModelError, match=r"the layer 'lag' \(Conv1D\) differs first") as caught:
         compile_model(tmp_path / "model.keras", options=ProofOptions(trust=True))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from support import models
-from support.compiled import Compiled
-from support.programs import compile_model
+from support.models import zoo
+from support.models.compiled import Compiled
+from support.models.programs import compile_model
 
 pytestmark = [
     # Keras calls numpy in a way that numpy 2 deprecates.
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def tied_embeddings(keras: Any) -> Any:
-    from support.sharing_layers import TiedTokens
+    from support.models.sharing_layers import TiedTokens
 
     model = TiedTokens()
     model(np.zeros((2, 5), "int32"))
@@ -61,7 +61,7 @@ def test_shared_weights_are_restored(build: Any, tmp_path: Path) -> None:
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     model = build(keras)
-    models.randomize(model)
+    zoo.randomize(model)
     model.save(tmp_path / "model.keras")
     compiled = Compiled(build.__name__, model, compile_model(tmp_path / "model.keras"))
     inputs = compiled.draw(1, 3, 6)
@@ -81,7 +81,7 @@ def refusal_of(model: Any, folder: Path) -> str:
 
 def test_layers_that_keras_does_not_restore_are_named(tmp_path: Path) -> None:
     """Keras reads nothing for them, and says nothing or only warns."""
-    said = refusal_of(models.build("weights_not_restored"), tmp_path)
+    said = refusal_of(zoo.build("weights_not_restored"), tmp_path)
     assert "5 of 5 weights of the model were not restored" in said
     assert "(layers/dense), layer 'lstm_cell' (layers/lstm/cell): " in said
     assert "build_from_config()" in said
@@ -89,7 +89,7 @@ def test_layers_that_keras_does_not_restore_are_named(tmp_path: Path) -> None:
 
 def test_one_layer_of_several_that_is_not_restored_is_named(tmp_path: Path) -> None:
     from stepwell_server.compile.graph.tensorflow_setup import keras  # noqa: F401  before any other imports Keras
-    from support.sharing_layers import ForgetsItsHead
+    from support.models.sharing_layers import ForgetsItsHead
 
     model = ForgetsItsHead()
     model(np.zeros((2, 5, 3), "float32"))
@@ -99,7 +99,7 @@ def test_one_layer_of_several_that_is_not_restored_is_named(tmp_path: Path) -> N
 
 def test_a_class_that_has_changed_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stepwell_server.compile.graph.tensorflow_setup import keras
-    from support.sharing_layers import Scale
+    from support.models.sharing_layers import Scale
 
     model = keras.Sequential([keras.Input((None, 3)), Scale(name="scaling"), keras.layers.GRU(3)])
     monkeypatch.setattr(Scale, "variables", 2)

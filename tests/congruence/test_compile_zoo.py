@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.executors import load_executor
-from support.compiled import Compiled, zoo_model
-from support.models import SERVED
+from support.models.compiled import Compiled, zoo_model
+from support.models.zoo import SERVED
 from support.samples import one_in
 
 # Keras calls numpy in a way that numpy 2 deprecates.
@@ -70,7 +70,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(zoo: Compiled) -> None
 
 
 def test_the_state_is_named_and_the_executor_is_the_expected_one(zoo: Compiled) -> None:
-    """That a program is loaded as it was made is required of each one, where `support.programs` makes it."""
+    """That a program is loaded as it was made is required of each one, where `support.models.programs` makes it."""
     names = [spec.name for spec in zoo.program.state]
     assert len(set(names)) == len(names)
     assert names == STATES.get(zoo.name, names)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.store.record import Header
-from support.actions import (
+from support.checks.action_player import IDLE_S, Asked, Play, Sent
+from support.checks.actions import (
     NAMES,
     Action,
     Open,
@@ -29,12 +30,11 @@ from support.actions import (
     reads,
     simple,
 )
-from support.durable import Disk
-from support.engine import STORES, Answer, Answers
-from support.fake_executor import WAIT_S
-from support.play import IDLE_S, Asked, Play, Sent
-from support.records import scan_local
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import STORES, Answer, Answers
 from support.samples import examples
+from support.stores.durable import Disk
+from support.stores.records import scan_local
 
 SETTINGS = settings(max_examples=examples(80))
 AWAY = Unavailable("the test says no")

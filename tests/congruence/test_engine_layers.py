@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.executors import load_executor
-from support.compiled import Compiled, zoo_model
-from support.engine import Harness, running
-from support.reference import lstm_step
+from support.checks.reference_cells import lstm_step
+from support.engine.harness import Harness, running
+from support.models.compiled import Compiled, zoo_model
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 
 from stepwell_server.store.memory import MemoryStore
-from support.actions import NAMES, Action, Change, Open, ReadMany, Shape, programs, shapes
-from support.awaited import RemoteStore
-from support.engine import running
-from support.play import IDLE_S, Play
+from support.checks.action_player import IDLE_S, Play
+from support.checks.actions import NAMES, Action, Change, Open, ReadMany, Shape, programs, shapes
+from support.engine.harness import running
 from support.samples import examples
+from support.stores.fake_shared_store import RemoteStore
 
 SETTINGS = settings(max_examples=examples(400))
 

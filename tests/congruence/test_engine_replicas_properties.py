@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from stepwell_server.errors import Overloaded, Unavailable
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
-from support.engine import Answer, Harness, running
-from support.fake_executor import advance
-from support.model_of_sessions import initial
+from support.checks.model_of_sessions import initial
+from support.engine.fake_executor import advance
+from support.engine.harness import Answer, Harness, running
+from support.stores.fake_shared_store import RemoteStore
 
 Array = npt.NDArray[Any]
 NAMES = "abcd"

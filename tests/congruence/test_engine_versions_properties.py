@@ -20,11 +20,7 @@ from stepwell_server.engine.catalog import changes
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import Overloaded, ServerError, Unavailable
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
-from support.durable import Disk, begun, stalled
-from support.engine import STORES, Answer, FixedCost, Harness
-from support.fake_executor import WAIT_S
-from support.model_of_versions import (
+from support.checks.model_of_versions import (
     PROGRAMS,
     ModelOfVersions,
     OneSession,
@@ -35,8 +31,12 @@ from support.model_of_versions import (
     to_plain,
     to_wide,
 )
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import STORES, Answer, FixedCost, Harness
+from support.engine.versions import serving
 from support.samples import examples
-from support.versions import serving
+from support.stores.durable import Disk, begun, stalled
+from support.stores.fake_shared_store import RemoteStore
 
 SETTINGS = settings(max_examples=examples(120))
 NAMES = "abcdef"

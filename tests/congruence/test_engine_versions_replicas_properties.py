@@ -29,9 +29,7 @@ from stepwell_server.errors import (
     VersionExists,
 )
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
-from support.engine import Answer, Answers, Harness
-from support.model_of_versions import (
+from support.checks.model_of_versions import (
     PROGRAMS,
     OneSession,
     Said,
@@ -40,8 +38,10 @@ from support.model_of_versions import (
     to_plain,
     to_wide,
 )
+from support.engine.harness import Answer, Answers, Harness
+from support.engine.versions import serving
 from support.samples import examples
-from support.versions import serving
+from support.stores.fake_shared_store import RemoteStore
 
 SETTINGS = settings(max_examples=examples(160))
 NAMES = "abcd"

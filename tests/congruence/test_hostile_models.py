@@ -20,7 +20,7 @@ from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.keras_file import configuration
 from stepwell_server.compile.keras_file.sizes import check_sizes
 from stepwell_server.program_file import ProgramFileError
-from support import models
+from support.models import zoo
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -32,7 +32,7 @@ Node = dict[str, Any]
 @pytest.fixture(scope="module")
 def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
-    models.build("lstm_dense").save(file)
+    zoo.build("lstm_dense").save(file)
     return file
 
 

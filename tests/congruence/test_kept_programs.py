@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from support import programs, samples
+from support import samples
+from support.models import programs
 
 
 class Built(Exception):
@@ -42,7 +43,7 @@ def test_a_program_is_taken_from_an_earlier_run_if_it_is_whole(tmp_path: Path) -
 def test_nothing_is_kept_for_other_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for pattern in programs._SOURCES:
         assert list(programs._ROOT.glob(pattern)), pattern
-    source = tmp_path / "tests" / "support" / "models.py"
+    source = tmp_path / "tests" / "support" / "models" / "zoo.py"
     source.parent.mkdir(parents=True)
     monkeypatch.setattr(programs, "_ROOT", tmp_path)
     monkeypatch.setattr(samples, "ALL", False)

@@ -17,9 +17,9 @@ import pytest
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.program import Program
-from support.compiled import zoo_model
-from support.engine import Harness, running
-from support.fake_executor import WAIT_S
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import Harness, running
+from support.models.compiled import zoo_model
 
 HALF, KEPT = 100, 10
 MADE: list[weakref.ref[Executor]] = []

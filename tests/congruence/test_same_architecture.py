@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.architecture.differences import compare
 from stepwell_server.program import Architecture, Program, StateSpec, TensorSpec
-from support import custom_layers
+from support.models import custom_layers
 
 
 def keras_() -> Any:

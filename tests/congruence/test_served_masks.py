@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import stepwell
-from support import reference, shells
-from support.served import MODELS, Served, keras_model
-from support.wire import Array
+from support.checks import reference_cells
+from support.peers.wire import Array
+from support.sdk import client_kinds
+from support.servers.served import MODELS, Served, keras_model
 
 ROWS, STEPS = 3, 9
 Named = dict[str, Any]
@@ -103,20 +104,20 @@ def test_the_states_of_a_trace_are_those_of_the_cell(served: Served) -> None:
         states = session.trace(x).states
     h = c = np.zeros((ROWS, weights[1].shape[0]))
     for time in range(STEPS):
-        h, c = reference.lstm_step(x[:, time].astype(np.float64), h, c, *weights)
+        h, c = reference_cells.lstm_step(x[:, time].astype(np.float64), h, c, *weights)
         for name, wanted in zip(states, (h, c), strict=True):
             np.testing.assert_allclose(
                 np.asarray(states[name][:, time], np.float64), wanted, rtol=2e-5, atol=2e-6
             )
 
 
-@pytest.mark.parametrize("shell", shells.SHELLS)
+@pytest.mark.parametrize("shell", client_kinds.SHELLS)
 async def test_rows_that_are_ready_advance_as_if_each_were_alone(served: Served, shell: str) -> None:
     """Environments that answer at different times, in one session: each row is Keras on what it was given."""
     rng = np.random.default_rng(7)
     given: list[list[Array]] = [[] for _ in range(ROWS)]
     seen: list[list[Array]] = [[] for _ in range(ROWS)]
-    async with shells.connect(shell, served.address) as client:
+    async with client_kinds.connect(shell, served.address) as client:
         session = await client.open_session("seq", batch_size=ROWS)
         position = 0
         for _ in range(12):
@@ -140,12 +141,12 @@ async def test_rows_that_are_ready_advance_as_if_each_were_alone(served: Served,
         np.testing.assert_allclose(np.concatenate(seen[row]), wanted, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("shell", shells.SHELLS)
+@pytest.mark.parametrize("shell", client_kinds.SHELLS)
 async def test_what_a_step_may_ask_for(served: Served, shell: str) -> None:
     inputs = served.draw("multi", 2, 4, 6)
     names = [spec.name for spec in served.infos["multi"].outputs]
     temporal = [spec.name for spec in served.infos["multi"].outputs if spec.temporal]
-    async with shells.connect(shell, served.address) as client:
+    async with client_kinds.connect(shell, served.address) as client:
         known: Any = served.client.predict("multi", inputs)[0]
         async with await client.open_session("multi", batch_size=2) as session:
             only = await session.step(inputs, outputs=[names[-1]])

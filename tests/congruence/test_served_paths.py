@@ -11,9 +11,9 @@ import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2
-from support import wire
-from support.served import MODELS, Served, keras_model
-from support.wire import Array
+from support.peers import wire
+from support.peers.wire import Array
+from support.servers.served import MODELS, Served, keras_model
 
 USERS = 9
 STEPS = 7

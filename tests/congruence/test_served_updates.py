@@ -11,8 +11,8 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support import programs
-from support.fronts import needs_native
+from support.models import programs
+from support.servers.both_fronts import needs_native
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 SESSIONS, FEATURES, UNITS = 1000, 8, 64

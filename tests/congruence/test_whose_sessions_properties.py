@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.rpc.fronts.base import CallEnded
-from support.calls import Calls, calls
-from support.fake_executor import PLAIN
-from support.model_of_sessions import Array, ModelOfSessions, ModelSession, Refused, Reply
+from support.checks.model_of_sessions import Array, ModelOfSessions, ModelSession, Refused, Reply
+from support.engine.fake_executor import PLAIN
+from support.peers.wire import Refusal, arrays, of_members, step_frame, tensors
+from support.rpc.calls import Calls, calls
 from support.samples import examples
-from support.wire import Refusal, arrays, of_members, step_frame, tensors
 
 TENANTS = {"": ANYBODY, "acme": Caller("ann", "acme", Role.USER), "acm": Caller("a", "acm", Role.ADMIN)}
 NAMES = "a", "b", "acme"

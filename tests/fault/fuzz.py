@@ -32,12 +32,13 @@ from click.testing import CliRunner
 from stepwell.cli import main as stepwell
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support import malformed, malformed_http2, served
-from support.fronts import FRONTS
-from support.http2 import Gone
-from support.malformed import Valid
-from support.pipelined import Pipeline
-from support.wire import Wire, data, tensor
+from support.peers import malformed_http2, malformed_messages
+from support.peers.http2 import Gone
+from support.peers.malformed_messages import Valid
+from support.peers.pipelined import Pipeline
+from support.peers.wire import Wire, data, tensor
+from support.servers import served
+from support.servers.both_fronts import FRONTS
 
 MODEL = "seq"
 FUZZED = [f"fuzz-{number}" for number in range(8)]
@@ -186,7 +187,7 @@ class Fuzz:
             (model,) = wire.models.ListModels(models_pb2.ListModelsRequest(), timeout=WAIT_S).models
             (spec,) = model.inputs
             features = spec.shape[-1]
-            self._known = malformed.valid(MODEL, FUZZED, features, spec.name)
+            self._known = malformed_messages.valid(MODEL, FUZZED, features, spec.name)
             for name in WATCHED:
                 wire.open(MODEL, session_id=name)
                 x = rng.standard_normal((1, 3, features)).astype(np.float32)
@@ -268,8 +269,10 @@ class Fuzz:
         self.found.messages += sent
         self._look("after the messages")
 
-    def _call(self, rng: random.Random) -> malformed.Call:
-        return malformed.odd_call(self._known, rng, () if self._tokens is None else (self._tokens.fuzzer,))
+    def _call(self, rng: random.Random) -> malformed_messages.Call:
+        return malformed_messages.odd_call(
+            self._known, rng, () if self._tokens is None else (self._tokens.fuzzer,)
+        )
 
     def _finish(self, pipeline: Pipeline | None) -> None:
         if pipeline is not None:

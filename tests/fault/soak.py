@@ -29,12 +29,12 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
 from stepwell.testing import LocalServer, ServerStartError
 from support import secured
-from support.checker import Report
-from support.driver_process import DriverProcess
-from support.faults import SMALL_BYTES, local, verdict
-from support.killer import kill_at_random
-from support.proxy import Fate, Proxy
-from support.server_process import forecast
+from support.checks.checker import Report
+from support.load.driver_process import DriverProcess
+from support.load.random_kills import kill_at_random
+from support.peers.proxy import Fate, Proxy
+from support.servers.fault_servers import SMALL_BYTES, local, verdict
+from support.servers.server_process import forecast
 
 KILLS_A_ROUND = 20
 BAD: tuple[Fate, ...] = ("clean", "clean", "drop", "truncate", "delay", "double")

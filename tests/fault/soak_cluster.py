@@ -1,13 +1,13 @@
 """The long version of the fault tests of replicas: `make soak-cluster ARGS="--kills 500 --seed 7"`.
 
 Three replicas share a Valkey: one alone, a primary that Sentinels watch, or a Cluster. Clients of two kinds keep them busy:
-`rover`, which speaks the protocol to all at once, and the SDK with the addresses of all. In rounds of some troubles each,
+`replica_driver`, which speaks the protocol to all at once, and the SDK with the addresses of all. In rounds of some troubles each,
 replicas are killed, paused, restarted one after the other and cut off from Valkey, and Valkey is killed, paused and failed
 over. After each round the checker judges what the clients were told: lost, twice and wrong must be 0, and no error may
 reach a caller of the SDK. What is found wrong is kept, with the seed to find it again. In the end the replicas are restarted
 one after the other under a crowd: as many sessions of the SDK as `--crowd` says.
 
-In rounds of `losses` Valkey does not wait for its replicas, so that fail-overs lose what was acknowledged: `linear` judges
+In rounds of `losses` Valkey does not wait for its replicas, so that fail-overs lose what was acknowledged: `linearizability` judges
 that it is the last changes of each session, and nothing else. No caller of the SDK is there, who would see it.
 
 It says how long the SDK's callers waited for the first answer after a kill, of sessions whose replica was killed, and how
@@ -33,16 +33,17 @@ sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from stepwell.testing import ServerStartError
-from support import history, trouble
-from support.checker import Report
-from support.crowd import restart_under_crowd
-from support.driver import Mix
-from support.driver_process import DriverProcess, Loading, RoverProcess
-from support.faults import verdict, verdict_of_losses
-from support.proxy import Proxy
-from support.replica_processes import Replicas
-from support.server_process import forecast
-from support.valkey import Cluster, Sentinels, Valkey
+from support.checks import history
+from support.checks.checker import Report
+from support.load import replica_faults
+from support.load.crowd import restart_under_crowd
+from support.load.driver import Mix
+from support.load.driver_process import DriverProcess, Loading, RoverProcess
+from support.peers.proxy import Proxy
+from support.servers.fault_servers import verdict, verdict_of_losses
+from support.servers.replica_processes import Replicas
+from support.servers.server_process import forecast
+from support.servers.valkey_servers import Cluster, Sentinels, Valkey
 
 REPLICAS = 3
 A_ROUND = 10
@@ -158,7 +159,7 @@ class Round:
             try:
                 for _ in range(self._count):
                     load.wait_acknowledged(50)
-                    trouble.lose(watched, load, chance, log)
+                    replica_faults.lose(watched, load, chance, log)
                     self._total.done[self._kind] += 1
                 load.stop()
             finally:
@@ -167,7 +168,7 @@ class Round:
 
     @contextlib.contextmanager
     def _replicas(self) -> Iterator[tuple[Replicas, Callable[[Loading], None]]]:
-        chance, short = self._chance, trouble.SHORT
+        chance, short = self._chance, replica_faults.SHORT
         with contextlib.ExitStack() as stack:
             single: Valkey | None = None
             ways: list[Proxy] = []
@@ -192,20 +193,22 @@ class Round:
             def act(load: Loading) -> None:
                 match self._kind:
                     case "kills":
-                        killed = trouble.kill_replica(replicas, load, chance, self._killed)
+                        killed = replica_faults.kill_replica(replicas, load, chance, self._killed)
                         assert killed.pid is not None
                     case "pauses":
-                        trouble.pause_replica(replicas, load, chance)
+                        replica_faults.pause_replica(replicas, load, chance)
                     case "rolls":
-                        trouble.restart_replicas(replicas, load, chance)
+                        replica_faults.restart_replicas(replicas, load, chance)
                     case "parts":
-                        trouble.part(ways, load, chance)
+                        replica_faults.part(ways, load, chance)
                     case "failovers":
-                        trouble.fail_over(watched, load, chance)
+                        replica_faults.fail_over(watched, load, chance)
                     case "restarts":
-                        trouble.restart_valkey(single or chance.choice(cluster.primaries), load, chance)
+                        replica_faults.restart_valkey(
+                            single or chance.choice(cluster.primaries), load, chance
+                        )
                     case "stalls":
-                        trouble.pause_valkey(single or chance.choice(cluster.primaries), load, chance)
+                        replica_faults.pause_valkey(single or chance.choice(cluster.primaries), load, chance)
 
             yield replicas, act
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
-from support.carries import Carrying
-from support.faults import local
-from support.reloads import reload
+from support.load.moving_defaults import Carrying
+from support.load.reloads import reload
+from support.servers.fault_servers import local
 
 KILLS_A_ROUND = 20
 _MEGABYTE = 1 << 20

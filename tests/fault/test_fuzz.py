@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fault.fuzz import FUZZED, Fuzz, Tokens
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.rpc.triton.inference import service_pb2
-from support import malformed
-from support.fronts import needs_native
+from support.peers import malformed_messages
+from support.servers.both_fronts import needs_native
 
 MESSAGES, CONNECTIONS = 1000, 100
 #: What is planted into a server: its folder is where Python looks for modules first.
@@ -35,7 +35,7 @@ def planted(message_type, raw):
 
 boundary.parse = planted
 """
-KNOWN = malformed.valid("seq", FUZZED, 3, "x")
+KNOWN = malformed_messages.valid("seq", FUZZED, 3, "x")
 
 
 @pytest.mark.slow
@@ -89,12 +89,12 @@ def test_every_method_is_fuzzed() -> None:
 
 @settings(max_examples=50)
 @given(st.randoms(use_true_random=False))
-def test_what_is_sent_is_bounded_and_found_again_by_its_seed(rng: malformed.Random) -> None:
+def test_what_is_sent_is_bounded_and_found_again_by_its_seed(rng: malformed_messages.Random) -> None:
     state = rng.getstate()
-    call = malformed.odd_call(KNOWN, rng)
+    call = malformed_messages.odd_call(KNOWN, rng)
     rng.setstate(state)
-    assert malformed.odd_call(KNOWN, rng) == call
-    assert len(call.body) <= malformed.MOST_BYTES
+    assert malformed_messages.odd_call(KNOWN, rng) == call
+    assert len(call.body) <= malformed_messages.MOST_BYTES
 
 
 def test_the_valid_messages_are_the_same_bytes_in_each_process() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support.carries import Carrying
-from support.faults import local
+from support.load.moving_defaults import Carrying
+from support.servers.fault_servers import local
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.reloads import reload
+from support.load.reloads import reload
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from support.driver_process import RoverProcess
-from support.faults import verdict
-from support.replica_processes import Replicas
-from support.valkey import Valkey
+from support.load.driver_process import RoverProcess
+from support.servers.fault_servers import verdict
+from support.servers.replica_processes import Replicas
+from support.servers.valkey_servers import Valkey
 
 REPLICAS = 3
 

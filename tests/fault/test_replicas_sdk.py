@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from support import history, trouble
-from support.crowd import restart_under_crowd
-from support.driver import Mix
-from support.driver_process import DriverProcess
-from support.faults import verdict
-from support.replica_processes import Replicas
-from support.valkey import Valkey
+from support.checks import history
+from support.load import replica_faults
+from support.load.crowd import restart_under_crowd
+from support.load.driver import Mix
+from support.load.driver_process import DriverProcess
+from support.servers.fault_servers import verdict
+from support.servers.replica_processes import Replicas
+from support.servers.valkey_servers import Valkey
 
 ASYNC = ("--durability", "async")
 MIX = Mix(frames=12, calls=3, threads=3, bands=2, band_size=6)
@@ -35,7 +36,7 @@ def test_no_error_reaches_a_caller_whose_replica_is_killed(replicas: Replicas, t
     path, chance = tmp_path / "history", random.Random(51)
     with DriverProcess(replicas.address, path, seed=51, mix=MIX, pause_s=0.05, hurry=False) as load:
         for _ in range(3):
-            trouble.kill_replica(replicas, load, chance)
+            replica_faults.kill_replica(replicas, load, chance)
         load.wait_acknowledged(100)
         load.stop()
     assert verdict(path).require_clean().acknowledged > 150

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from support import trouble
-from support.driver_process import RoverProcess
-from support.faults import verdict, verdict_of_losses
-from support.history import Log
-from support.proxy import Proxy
-from support.replica_processes import Replicas
-from support.valkey import Cluster, Sentinels, Valkey
+from support.checks.history import Log
+from support.load import replica_faults
+from support.load.driver_process import RoverProcess
+from support.peers.proxy import Proxy
+from support.servers.fault_servers import verdict, verdict_of_losses
+from support.servers.replica_processes import Replicas
+from support.servers.valkey_servers import Cluster, Sentinels, Valkey
 
 SYNC, ASYNC = ("--durability", "sync"), ("--durability", "async")
 
@@ -42,11 +42,11 @@ def test_a_replica_that_was_paused_for_longer_than_any_limit(tmp_path: Path) -> 
     chance = random.Random(41)
     with (
         Valkey() as valkey,
-        Replicas(valkey.url(f"?{trouble.SHORT}"), 2, *ASYNC) as replicas,
+        Replicas(valkey.url(f"?{replica_faults.SHORT}"), 2, *ASYNC) as replicas,
         loaded(tmp_path / "history", replicas, seed=41) as load,
     ):
         for _ in range(2):
-            trouble.pause_replica(replicas, load, chance)
+            replica_faults.pause_replica(replicas, load, chance)
 
 
 @pytest.mark.slow
@@ -55,11 +55,11 @@ def test_a_valkey_that_is_killed_and_comes_back(tmp_path: Path) -> None:
     chance = random.Random(42)
     with (
         Valkey(append="always") as valkey,
-        Replicas(valkey.url(f"?{trouble.SHORT}"), 2, *SYNC) as replicas,
+        Replicas(valkey.url(f"?{replica_faults.SHORT}"), 2, *SYNC) as replicas,
         loaded(tmp_path / "history", replicas, seed=42) as load,
     ):
-        trouble.restart_valkey(valkey, load, chance)
-        trouble.pause_valkey(valkey, load, chance)
+        replica_faults.restart_valkey(valkey, load, chance)
+        replica_faults.pause_valkey(valkey, load, chance)
 
 
 @pytest.mark.slow
@@ -68,10 +68,10 @@ def test_a_way_to_valkey_that_is_cut(tmp_path: Path) -> None:
     chance = random.Random(43)
     with Valkey() as valkey, contextlib.ExitStack() as stack:
         ways = [stack.enter_context(Proxy(valkey.address, i)) for i in range(2)]
-        urls = [f"valkey://{way.address}/0?{trouble.SHORT}" for way in ways]
+        urls = [f"valkey://{way.address}/0?{replica_faults.SHORT}" for way in ways]
         with Replicas(urls, 2, *ASYNC) as replicas, loaded(tmp_path / "history", replicas, seed=43) as load:
             for _ in range(3):
-                trouble.part(ways, load, chance)
+                replica_faults.part(ways, load, chance)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_primary_that_is_replaced(tmp_path: Path) -> None:
         Replicas(watched.url("&replicas=1"), 2, *SYNC) as replicas,
         loaded(tmp_path / "history", replicas, seed=44) as load,
     ):
-        trouble.fail_over(watched, load, chance)
+        replica_faults.fail_over(watched, load, chance)
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_a_fail_over_that_loses_something(tmp_path: Path) -> None:
         contextlib.closing(Log(tmp_path / "history", 46)) as log,
     ):
         load.wait_acknowledged(100)
-        trouble.lose(watched, load, chance, log, "replace")
+        replica_faults.lose(watched, load, chance, log, "replace")
         load.stop()
     report = verdict_of_losses(tmp_path / "history").require_clean()
     assert report.acknowledged > 200
@@ -113,7 +113,7 @@ def test_a_cluster_one_of_whose_primaries_is_killed(tmp_path: Path) -> None:
     chance = random.Random(45)
     with (
         Cluster(append="always") as cluster,
-        Replicas(cluster.url(f"&{trouble.SHORT}"), 2, *SYNC) as replicas,
+        Replicas(cluster.url(f"&{replica_faults.SHORT}"), 2, *SYNC) as replicas,
         loaded(tmp_path / "history", replicas, seed=45) as load,
     ):
-        trouble.restart_valkey(chance.choice(cluster.primaries), load, chance)
+        replica_faults.restart_valkey(chance.choice(cluster.primaries), load, chance)

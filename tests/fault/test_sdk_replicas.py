@@ -20,13 +20,13 @@ import pytest
 
 import stepwell
 from support import secured
-from support.carries import Reference
-from support.driver import FEATURES, MODEL
+from support.checks.replay import LstmDense
+from support.load.driver import FEATURES, MODEL
+from support.load.moving_defaults import Reference
 from support.processes import until
-from support.replay import LstmDense
-from support.replica_servers import replicas
-from support.server_process import forecast
-from support.valkey import Valkey
+from support.servers.replica_servers import replicas
+from support.servers.server_process import forecast
+from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(
     secured.is_on(), reason="the kinds of connections are tried by test_sdk_replicas"

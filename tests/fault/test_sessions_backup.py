@@ -21,13 +21,13 @@ from stepwell_server.store.disk.backup.file import Reader
 from stepwell_server.store.encryption.keyring import add_key, read_keys
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import decode_header
-from support import history
-from support.checker import check
-from support.driver import MODEL
-from support.driver_process import DriverProcess
-from support.faults import SMALL_BYTES, local, replayed
-from support.history import Call, End, Op
+from support.checks import history
+from support.checks.checker import check
+from support.checks.history import Call, End, Op
+from support.load.driver import MODEL
+from support.load.driver_process import DriverProcess
 from support.secured import host_and_port
+from support.servers.fault_servers import SMALL_BYTES, local, replayed
 
 _NEVER = 10**12
 _LIMITED = "import sys; from stepwell.cli import main; main(sys.argv[1:])"

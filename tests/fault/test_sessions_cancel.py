@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import stepwell
-from support.driver import FEATURES, MODEL
-from support.faults import FaultyServer, local, verdict
-from support.history import Call, End, Floats, Log
-from support.proxy import Direction, Proxy
-from support.shells import connect
+from support.checks.history import Call, End, Floats, Log
+from support.load.driver import FEATURES, MODEL
+from support.peers.proxy import Direction, Proxy
+from support.sdk.client_kinds import connect
+from support.servers.fault_servers import FaultyServer, local, verdict
 
 BATCH = 8
 LIMIT_S = 0.1

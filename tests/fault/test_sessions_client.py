@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from support import history
-from support.driver import Mix
-from support.driver_process import DriverProcess
-from support.faults import local, verdict
+from support.checks import history
+from support.load.driver import Mix
+from support.load.driver_process import DriverProcess
+from support.servers.fault_servers import local, verdict
 
 MIX = Mix(frames=6, calls=2, threads=2, bands=3, band_size=8)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import stepwell
-from support.driver import MODEL
-from support.driver_process import DriverProcess
-from support.faults import FaultyServer, verdict
+from support.load.driver import MODEL
+from support.load.driver_process import DriverProcess
+from support.servers.fault_servers import FaultyServer, verdict
 
 DAY_S = 86_400
 IDLE_S = 3_600

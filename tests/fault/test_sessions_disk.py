@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import stepwell
-from support import faults
-from support.driver import FEATURES, MODEL
-from support.driver_process import DriverProcess
-from support.faults import local, verdict
+from support.load.driver import FEATURES, MODEL
+from support.load.driver_process import DriverProcess
 from support.secured import Server
+from support.servers import fault_servers
+from support.servers.fault_servers import local, verdict
 
 MIB = 2**20
 GROUP = 512
@@ -30,7 +30,7 @@ class OnSmallDisk(Server):
     """The real server, which alone sees a small disk under its data directory."""
 
     def __init__(self, data_dir: Path, *extra: str) -> None:
-        super().__init__(**faults.arguments(data_dir, extra))
+        super().__init__(**fault_servers.arguments(data_dir, extra))
         self._disk = data_dir
 
     def _command(self) -> list[str]:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from stepwell.v1 import sessions_pb2
-from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
+from support.servers.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
 
 REFUSED = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 """The second is what gRPC makes of a call that is sent while the connection is closed."""

@@ -14,12 +14,12 @@ import grpc
 import numpy as np
 import pytest
 
-from support.driver import MODEL, Mix, Table, audit
-from support.driver_process import DriverProcess
-from support.faults import SMALL_BYTES, FaultyServer, local, verdict
-from support.history import Call, End, Log, load
-from support.killer import kill_at_random
-from support.wire import Wire, tensor
+from support.checks.history import Call, End, Log, load
+from support.load.driver import MODEL, Mix, Table, audit
+from support.load.driver_process import DriverProcess
+from support.load.random_kills import kill_at_random
+from support.peers.wire import Wire, tensor
+from support.servers.fault_servers import SMALL_BYTES, FaultyServer, local, verdict
 
 
 @pytest.mark.parametrize(

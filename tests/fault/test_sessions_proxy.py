@@ -11,11 +11,11 @@ import pytest
 
 from stepwell.testing import LocalServer
 from support import secured
-from support.checker import Report
-from support.driver import Mix
-from support.driver_process import DriverProcess
-from support.faults import FaultyServer, local, verdict
-from support.proxy import Fate, Proxy
+from support.checks.checker import Report
+from support.load.driver import Mix
+from support.load.driver_process import DriverProcess
+from support.peers.proxy import Fate, Proxy
+from support.servers.fault_servers import FaultyServer, local, verdict
 
 BAD: tuple[Fate, ...] = ("refuse", "drop", "truncate", "delay", "double", "double")
 

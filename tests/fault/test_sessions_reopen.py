@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import stepwell
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support import secured
-from support.driver import FEATURES, MODEL
-from support.faults import FaultyServer
+from support.load.driver import FEATURES, MODEL
+from support.servers.fault_servers import FaultyServer
 
 X = np.ones((1, FEATURES), np.float32)
 SERVING = health_pb2.HealthCheckResponse.SERVING

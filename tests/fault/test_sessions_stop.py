@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import stepwell
-from support.driver import MODEL
-from support.driver_process import DriverProcess
-from support.faults import local, verdict
-from support.shells import SHELLS, connect
+from support.load.driver import MODEL
+from support.load.driver_process import DriverProcess
+from support.sdk.client_kinds import SHELLS, connect
+from support.servers.fault_servers import local, verdict
 
 X = np.ones((1, 3), np.float32)
 AWAY = (stepwell.UnavailableError, stepwell.DeadlineExceededError)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import stepwell
-from support.driver import FEATURES, MODEL
-from support.driver_process import DriverProcess
-from support.faults import FaultyServer, verdict
+from support.load.driver import FEATURES, MODEL
+from support.load.driver_process import DriverProcess
+from support.servers.fault_servers import FaultyServer, verdict
 
 X = np.ones((1, FEATURES), np.float32)
 # The last of many attempts may be cut short by the time limit.

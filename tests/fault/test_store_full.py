@@ -24,7 +24,7 @@ from stepwell_server.store.base import Batch, End, StoreHealth, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import decode_header
-from support.records import Record
+from support.stores.records import Record
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB

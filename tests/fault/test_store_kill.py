@@ -1,6 +1,6 @@
 """A writer is killed at random moments: what it acknowledged is there, and nothing is there by half.
 
-The writer is `support.store_writer`, as a process.
+The writer is `support.stores.writer_process`, as a process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.store.disk.lmdb import Durability
-from support.store_writer import BESIDE, KINDS, held, held_beside, opened
+from support.stores.writer_process import BESIDE, KINDS, held, held_beside, opened
 
 ROUNDS = 6
 
@@ -60,7 +60,7 @@ def _write_until_killed(path: Path, durability: Durability, kind: str, seconds: 
 def _lines_until_killed(path: Path, durability: Durability, kind: str, seconds: float) -> list[bytes]:
     """Let a writer go on for a while, kill it, and return what it acknowledged."""
     with subprocess.Popen(
-        [sys.executable, "-m", "support.store_writer", os.fspath(path), durability, kind],
+        [sys.executable, "-m", "support.stores.writer_process", os.fspath(path), durability, kind],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[1])},  # for `support`
     ) as writer:

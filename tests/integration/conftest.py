@@ -10,14 +10,14 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
-    from support.scripted_server import ScriptedServer
-    from support.served import Served
+    from support.sdk.scripted_server import ScriptedServer
+    from support.servers.served import Served
 
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Served]:
-    """One server of all models of `support.served`, for all tests."""
-    from support.served import serve
+    """One server of all models of `support.servers.served`, for all tests."""
+    from support.servers.served import serve
 
     with serve() as running:
         yield running
@@ -27,7 +27,7 @@ def served() -> Iterator[Served]:
 def served_secured() -> Iterator[Served]:
     """The same with TLS and tokens; what connects to it without its clients must do so inside `secured.switched_on`."""
     from support.secured import switched_on
-    from support.served import serve
+    from support.servers.served import serve
 
     with contextlib.ExitStack() as stack:
         with switched_on():
@@ -38,7 +38,7 @@ def served_secured() -> Iterator[Served]:
 @pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     """One that does as a test says."""
-    from support.scripted_server import ScriptedServer
+    from support.sdk.scripted_server import ScriptedServer
 
     with ScriptedServer() as scripted:
         yield scripted

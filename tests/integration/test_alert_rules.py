@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from support.promtool import promtool
+from support.telemetry.promtool import promtool
 
 _DEPLOY = Path(__file__).parents[2] / "deploy"
 _RULES = _DEPLOY / "prometheus"

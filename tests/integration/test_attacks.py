@@ -1,6 +1,6 @@
 """Peers that want to stop a server: bombs, calls that never end, messages that drip. Others are served, and health answers.
 
-Each attack is a real connection that speaks HTTP/2 frame by frame (`support.http2`), to a server in a process of its own;
+Each attack is a real connection that speaks HTTP/2 frame by frame (`support.peers.http2`), to a server in a process of its own;
 beside it a client of gRPC steps a session. What is asserted are answers, counters and memory, never how long it took.
 """
 
@@ -20,11 +20,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hyperframe.frame import WindowUpdateFrame
 
 from stepwell.v1 import sessions_pb2 as pb
-from support import http2, secured
-from support.fronts import needs_native
-from support.http2 import Gone, Http2, data
-from support.server_process import FEATURES, tensor
-from support.target import TIMEOUT_S, Target, X, target
+from support import secured
+from support.peers import http2
+from support.peers.http2 import Gone, Http2, data
+from support.servers.attacked_server import TIMEOUT_S, Target, X, target
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, tensor
 
 pytestmark = needs_native
 SERVICE = "/stepwell.v1.SessionService/"

@@ -11,9 +11,9 @@ from google.protobuf.message import DecodeError
 
 import stepwell
 from stepwell.v1 import models_pb2, sessions_pb2
-from support import wire
-from support.served import MAX_MESSAGE_BYTES, Served
-from support.wire import SERVICE, tensor
+from support.peers import wire
+from support.peers.wire import SERVICE, tensor
+from support.servers.served import MAX_MESSAGE_BYTES, Served
 
 pb = sessions_pb2
 RPCS = [

@@ -13,9 +13,9 @@ import pytest
 
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support import wire
-from support.served import VOCABULARY, Served
-from support.wire import Refusal, tensor
+from support.peers import wire
+from support.peers.wire import Refusal, tensor
+from support.servers.served import VOCABULARY, Served
 
 X = [tensor(np.ones((2, 3), np.float32))]
 #: What a status must not be broken by, and a message must show as it is.

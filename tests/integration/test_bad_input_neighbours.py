@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2
-from support import wire
-from support.served import VOCABULARY, Served
-from support.wire import Array, Refusal
+from support.peers import wire
+from support.peers.wire import Array, Refusal
+from support.servers.served import VOCABULARY, Served
 
 COUNT = 51
 

@@ -11,7 +11,7 @@ import pytest
 
 import stepwell
 from stepwell import InvalidInputError, ModelNotFoundError, SessionExistsError, SessionNotFoundError
-from support.served import MAX_MESSAGE_BYTES, Served
+from support.servers.served import MAX_MESSAGE_BYTES, Served
 
 ROWS = 2
 ONES = np.ones((ROWS, 3), np.float32)

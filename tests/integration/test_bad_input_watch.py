@@ -1,4 +1,4 @@
-"""The watch of `support.served` itself: it must notice what it is there to notice."""
+"""The watch of `support.servers.served` itself: it must notice what it is there to notice."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from support import wire
-from support.served import Served
-from support.wire import tensor
+from support.peers import wire
+from support.peers.wire import tensor
+from support.servers.served import Served
 
 X = [tensor(np.ones((2, 3), np.float32))]
 CHANGES: dict[str, Callable[[Served, str], object]] = {

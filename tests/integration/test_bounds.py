@@ -1,6 +1,6 @@
 """Peers that flood, stall or say nothing cost a bounded amount of memory, and nobody else's time.
 
-Each is a real connection that speaks HTTP/2 frame by frame (`support.http2`), to a server in a process of its own;
+Each is a real connection that speaks HTTP/2 frame by frame (`support.peers.http2`), to a server in a process of its own;
 beside it a client of gRPC steps a session, and must go on.
 """
 
@@ -22,14 +22,14 @@ import pytest
 from hyperframe.frame import GoAwayFrame, PingFrame
 
 from stepwell.v1 import sessions_pb2 as pb
-from support import http2
-from support.fronts import needs_native
-from support.http2 import Gone, Http2, data, framed
-from support.malformed import Call
-from support.malformed_http2 import HELLO, conversation
-from support.server_process import FEATURES, begin_long_step, connect, tensor
-from support.target import TIMEOUT_S, Target, X, target
-from support.wire import Wire
+from support.peers import http2
+from support.peers.http2 import Gone, Http2, data, framed
+from support.peers.malformed_http2 import HELLO, conversation
+from support.peers.malformed_messages import Call
+from support.peers.wire import Wire
+from support.servers.attacked_server import TIMEOUT_S, Target, X, target
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, begin_long_step, connect, tensor
 
 FRONTS = [pytest.param("native", marks=needs_native), "python"]
 SERVICE = "/stepwell.v1.SessionService/"

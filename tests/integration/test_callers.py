@@ -30,11 +30,11 @@ from stepwell import aio
 from stepwell.cli import main
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 from stepwell_server.rpc.triton.inference import service_pb2
-from support import triton
 from support.certificates import Authority
-from support.fronts import needs_native
-from support.server_process import FEATURES, ServerProcess, serve
-from support.wire import Refusal, refusal
+from support.peers.wire import Refusal, refusal
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, ServerProcess, serve
+from support.triton import triton_clients
 
 X = np.random.default_rng(5).standard_normal((8, 1, FEATURES)).astype(np.float32)
 _PATIENCE_S = 100.0
@@ -298,7 +298,7 @@ def _those_who_are_known_are_served(asking: Asking) -> None:
     assert (listed.exit_code, "forecast" in listed.output) == (0, True), listed.output
     unknown = CliRunner().invoke(main, line, env={"STEPWELL_TOKEN": "stw_nonsense"})
     assert (unknown.exit_code, "must be one that this server knows" in unknown.output) == (1, True)
-    assert triton.run_scenario("with_token", asking.server.address, token, ca, cert, key) == [
+    assert triton_clients.run_scenario("with_token", asking.server.address, token, ca, cert, key) == [
         "UNAUTHENTICATED",
         "UNAUTHENTICATED",
     ]

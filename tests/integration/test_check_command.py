@@ -14,9 +14,9 @@ import pytest
 
 import stepwell
 from stepwell_server.compile import cache
-from support import models, models_trusted, programs
-from support.programs import Saved
-from support.server_process import ServerProcess, forecast
+from support.models import programs, trusted, zoo
+from support.models.programs import Saved
+from support.servers.server_process import ServerProcess, forecast
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -35,7 +35,7 @@ def swapped(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A model in whose place the cache holds the program of another one, as a broken compiler would make it."""
     folder = tmp_path_factory.mktemp("swapped")
     known = forecast()
-    models.build("lstm_dense", seed=5).save(folder / "other.keras")
+    zoo.build("lstm_dense", seed=5).save(folder / "other.keras")
     cache.make(folder / "cache")
     entry = cache.entry(folder / "cache", programs.cache_key(folder / "other.keras", ()))
     with cache.unfinished(entry) as file:
@@ -80,7 +80,7 @@ def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Saved) 
 
 @pytest.mark.slow
 def test_what_cannot_be_stepped_and_what_cannot_be_read_exit_with_2(tmp_path: Path) -> None:
-    models.build("convolution_over_time").save(tmp_path / "conv.keras")
+    zoo.build("convolution_over_time").save(tmp_path / "conv.keras")
     done = _check(str(tmp_path / "conv.keras"), "--cache-dir", str(tmp_path))
     assert done.returncode == 2
     assert "the layer 'conv' (Conv1D) looks ahead" in done.stderr.splitlines()[-1]
@@ -113,7 +113,7 @@ def test_a_wrong_command_line_is_told_in_one_line(arguments: tuple[str, ...], sa
 
 @pytest.mark.slow
 def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: Path) -> None:
-    models.build("lstm_dense", seed=11).save(tmp_path / "model.keras")
+    zoo.build("lstm_dense", seed=11).save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", np.zeros((2, 5, 4)))
     arguments = (str(tmp_path / "model.keras"), "--cache-dir", str(tmp_path / "cache"))
     done = _check(*arguments, "--data", str(tmp_path / "x.npy"))
@@ -138,7 +138,7 @@ def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: P
 
 @pytest.mark.slow
 def test_the_cache_is_that_of_serve_and_an_end_by_signal_leaves_nothing_behind(tmp_path: Path) -> None:
-    models.build("lstm_dense", seed=9).save(tmp_path / "model.keras")
+    zoo.build("lstm_dense", seed=9).save(tmp_path / "model.keras")
     environment = os.environ | {"STEPWELL_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "stepwell", "check", str(tmp_path / "model.keras")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -170,10 +170,17 @@ def test_a_start_checks_with_ones_own_data_and_is_refused_if_they_differ(data: P
 
 @pytest.mark.slow
 def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
-    models_trusted.singular_values().save(tmp_path / "svd.keras")
+    trusted.singular_values().save(tmp_path / "svd.keras")
     arguments = (f"svd={tmp_path}/svd.keras", f"strict={tmp_path}/svd.keras", "--bad-models", "skip")
     where = ("--cache-dir", str(tmp_path / "cache"), "--listen", "127.0.0.1:0")
-    options = ("--import", "support.custom_layers", "--probe-steps", "svd=600", "--trust-causality", "svd")
+    options = (
+        "--import",
+        "support.models.custom_layers",
+        "--probe-steps",
+        "svd=600",
+        "--trust-causality",
+        "svd",
+    )
     environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     with ServerProcess(*arguments, *where, *options, environment=environment) as server:
         with stepwell.connect(server.address) as client:

@@ -14,7 +14,7 @@ import pytest
 
 import stepwell
 from support.processes import until
-from support.served import Served, local_server
+from support.servers.served import Served, local_server
 
 QUICK = ("--duration-s", "0.6", "--warm-up-s", "0.2", "--timeout-s", "100")
 Bench = Callable[..., Any]

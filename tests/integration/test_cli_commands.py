@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import stepwell
 from stepwell.cli import main
 from stepwell.testing import LocalServer
-from support import programs
+from support.models import programs
 
 MODELS = {"forecast": "lstm_dense", "several": "several_inputs_and_outputs"}
 #: Of the server at `address`; it is not the one that most machines take by themselves.

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 import stepwell
 from stepwell.cli import main
 from stepwell.v1 import models_pb2
-from support.scripted_models import ScriptedModels
-from support.scripted_server import FINGERPRINT, MODEL, Fault
+from support.sdk.scripted_admin import ScriptedModels
+from support.sdk.scripted_server import FINGERPRINT, MODEL, Fault
 
 Run = Callable[..., Result]
 

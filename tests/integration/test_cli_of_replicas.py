@@ -14,10 +14,10 @@ import pytest
 
 import stepwell
 from support import secured
-from support.driver import MODEL
-from support.replica_processes import Replicas
-from support.server_process import FEATURES
-from support.valkey import Valkey
+from support.load.driver import MODEL
+from support.servers.replica_processes import Replicas
+from support.servers.server_process import FEATURES
+from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="options of TLS are tried elsewhere")
 _TIMEOUT_S = 100.0
@@ -173,6 +173,6 @@ def _under_way(cluster: _Cluster, client: stepwell.Client, *bench: str) -> subpr
 
 def _changes(cluster: _Cluster) -> list[float]:
     """How many changes each replica has made."""
-    from support.scrape import Scrape
+    from support.telemetry.scrape import Scrape
 
     return [Scrape.of(each).value("stepwell_changes_total", MODEL, "step") for each in cluster.metrics]

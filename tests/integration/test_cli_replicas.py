@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 import stepwell
 from stepwell.cli import main
 from support import secured
-from support.scripted_replicas import ScriptedReplicas
-from support.scripted_server import MODEL
+from support.sdk.scripted_replicas import ScriptedReplicas
+from support.sdk.scripted_server import MODEL
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="options of TLS are tried elsewhere")
 

@@ -16,7 +16,7 @@ from stepwell.cli import main
 from stepwell.testing import LocalServer
 from stepwell_server import program_file
 from stepwell_server.engine.executors import load_executor, trial
-from support import programs
+from support.models import programs
 
 CACHE = {"STEPWELL_CACHE_DIR": str(programs.cache_dir())}
 

@@ -26,10 +26,10 @@ from stepwell import aio
 from stepwell.cli import main
 from stepwell.v1 import sessions_pb2
 from support.certificates import Authority, Pair
-from support.fronts import needs_native
-from support.proxy import Proxy
-from support.server_process import FEATURES, ServerProcess, serve
-from support.wire import Conversation, Wire, step_frame, tensor
+from support.peers.proxy import Proxy
+from support.peers.wire import Conversation, Wire, step_frame, tensor
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, ServerProcess, serve
 
 NATIVE = pytest.param(
     "native",

@@ -11,10 +11,10 @@ import pytest
 
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.errors import Overloaded, ServerError, SessionExpired, Unavailable
-from support.engine import Harness, running, x
-from support.fake_executor import WAIT_S
-from support.shared import fresh_prefix, opened
-from support.valkey import Valkey
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import Harness, running, x
+from support.servers.valkey_servers import Valkey
+from support.stores.valkey_store import fresh_prefix, opened
 
 TEN_YEARS_MS = 3650 * 86_400_000
 

@@ -23,15 +23,16 @@ import pytest
 import stepwell
 from stepwell.v1 import models_pb2, models_pb2_grpc
 from stepwell.v1 import sessions_pb2 as pb
-from support import secured, wire
-from support.envoy import Envoy
-from support.http2 import Http2
+from support import secured
+from support.peers import wire
+from support.peers.http2 import Http2
+from support.peers.proxy import Proxy
+from support.peers.wire import Wire, tensor
 from support.processes import until
-from support.proxy import Proxy
-from support.replica_servers import started
 from support.secured import Server, host_and_port
-from support.served import local_server
-from support.wire import Wire, tensor
+from support.servers.envoy import Envoy
+from support.servers.replica_servers import started
+from support.servers.served import local_server
 
 X = [0.5, -1.0, 2.0]
 AS_VALUES = "tensor_format=TENSOR_FORMAT_VALUES"

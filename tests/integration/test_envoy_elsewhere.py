@@ -19,18 +19,19 @@ import pytest
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc import status
-from support import secured, wire
-from support.envoy import Envoy, config
-from support.fronts import needs_native
-from support.held_start import MODEL as LOADING
-from support.held_start import held_start
+from support import secured
+from support.peers import wire
+from support.peers.proxy import Proxy
+from support.peers.wire import Wire, tensor
 from support.processes import until
-from support.proxy import Proxy
 from support.secured import Server
-from support.served import local_server
-from support.server_process import connect, forecast, serve
-from support.valkey import Valkey
-from support.wire import Wire, tensor
+from support.servers.both_fronts import needs_native
+from support.servers.envoy import Envoy, config
+from support.servers.held_start import MODEL as LOADING
+from support.servers.held_start import held_start
+from support.servers.served import local_server
+from support.servers.server_process import connect, forecast, serve
+from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="with TLS Envoy is tried in test_envoy")
 X = np.array([[0.5, -1.0, 2.0]], np.float32)

@@ -13,14 +13,15 @@ import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2 as pb
-from support import secured, wire
-from support.envoy import Envoy
+from support import secured
+from support.peers import wire
+from support.peers.wire import Wire, tensor
 from support.processes import until
-from support.replica_servers import started
 from support.secured import Server
-from support.served import local_server
-from support.valkey import Valkey
-from support.wire import Wire, tensor
+from support.servers.envoy import Envoy
+from support.servers.replica_servers import started
+from support.servers.served import local_server
+from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="with TLS Envoy is tried in test_envoy")
 X = [0.5, -1.0, 2.0]

@@ -16,7 +16,7 @@ import pytest
 import stepwell
 from stepwell.testing import LocalServer
 from stepwell_server.compile.graph.tensorflow_setup import keras
-from support import programs
+from support.models import programs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"

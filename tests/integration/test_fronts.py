@@ -15,9 +15,10 @@ import pytest
 
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support import fronts, wire
-from support.fronts import FRONTS, Outcome, called, damaged, needs_native
-from support.wire import SERVICE, Wire, tensor
+from support.peers import wire
+from support.peers.wire import SERVICE, Wire, tensor
+from support.servers import both_fronts
+from support.servers.both_fronts import FRONTS, Outcome, called, damaged, needs_native
 
 pytestmark = needs_native
 
@@ -27,7 +28,7 @@ Metadata = Sequence[tuple[str, str]]
 @pytest.fixture(scope="module")
 def both() -> Iterator[Mapping[str, Wire]]:
     """A server on each front, and a client of each."""
-    with fronts.serve("seq", "multi") as wires:
+    with both_fronts.serve("seq", "multi") as wires:
         yield wires
 
 

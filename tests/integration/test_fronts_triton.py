@@ -13,10 +13,12 @@ import pytest
 from stepwell.v1 import sessions_pb2
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
-from support import fronts, secured, wire
-from support.fronts import FRONTS, Outcome, called, damaged, needs_native
-from support.triton_requests import request
-from support.wire import Wire
+from support import secured
+from support.peers import wire
+from support.peers.wire import Wire
+from support.servers import both_fronts
+from support.servers.both_fronts import FRONTS, Outcome, called, damaged, needs_native
+from support.triton.triton_requests import request
 
 pytestmark = needs_native
 SERVICE = "inference.GRPCInferenceService"
@@ -27,7 +29,7 @@ _Both = Mapping[str, Wire]
 
 @pytest.fixture(scope="module")
 def both() -> Iterator[_Both]:
-    with fronts.serve("seq", "multi") as wires:
+    with both_fronts.serve("seq", "multi") as wires:
         yield wires
         assert same(wires, asked(sequence_id="that never began"))[0] != "OK", "one at least has failed"
         statistics = [_statistics(one) for one in wires.values()]

@@ -11,10 +11,10 @@ import pytest
 
 from stepwell import errors
 from stepwell.testing import LocalServer
-from support import served
-from support.fronts import FRONTS, needs_native
-from support.shells import connect
-from support.wire import Array
+from support.peers.wire import Array
+from support.sdk.client_kinds import connect
+from support.servers import served
+from support.servers.both_fronts import FRONTS, needs_native
 
 N = 40
 ROWS = ["--resident-rows", "16", "--max-batch-rows", "16"]

@@ -19,8 +19,8 @@ from stepwell.v1 import sessions_pb2
 from stepwell_server.core.namespaces import prefix_of
 from stepwell_server.store.fields import OWNER, VERSION, pack_fields
 from stepwell_server.store.record import HEADER, with_checksum
-from support.records import decode
-from support.served import local_server
+from support.servers.served import local_server
+from support.stores.records import decode
 
 pytestmark = pytest.mark.plain("it has callers of its own")
 

@@ -15,10 +15,11 @@ from google.api import annotations_pb2
 from google.protobuf.descriptor import MethodDescriptor
 
 from stepwell.v1 import models_pb2, sessions_pb2
-from support import programs, secured
-from support.envoy import Envoy
+from support import secured
+from support.models import programs
 from support.secured import Server
-from support.server_process import forecast
+from support.servers.envoy import Envoy
+from support.servers.server_process import forecast
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "json.md"
 BLOCK = re.compile(r"^```(sh|json)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -19,10 +19,10 @@ from click.testing import CliRunner
 from stepwell.cli import main
 from stepwell.v1 import models_pb2 as pb
 from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
-from support.fronts import needs_native
-from support.programs import Saved
-from support.scrape import Scrape
-from support.server_process import FEATURES, ServerProcess, array, random_tensor, retrained, serve
+from support.models.programs import Saved
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, ServerProcess, array, random_tensor, retrained, serve
+from support.telemetry.scrape import Scrape
 
 pytestmark = pytest.mark.plain("it starts servers with callers of its own")
 LIMIT_S = 100.0

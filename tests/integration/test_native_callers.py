@@ -22,10 +22,12 @@ from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.scheduler import Source
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
-from support import secured, streams, triton_requests
-from support.durable import until
-from support.fronts import needs_native
-from support.http2 import Http2
+from support import secured
+from support.peers.http2 import Http2
+from support.rpc import streams
+from support.servers.both_fronts import needs_native
+from support.stores.durable import until
+from support.triton import triton_requests
 
 pytestmark = needs_native
 SESSIONS, TRITON = "stepwell.v1.SessionService", "inference.GRPCInferenceService"

@@ -20,10 +20,10 @@ from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputCol
 from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support import secured
-from support.durable import until
-from support.fronts import needs_native
-from support.http2 import PREFACE, Http2, data, settings
-from support.triton_requests import request
+from support.peers.http2 import PREFACE, Http2, data, settings
+from support.servers.both_fronts import needs_native
+from support.stores.durable import until
+from support.triton.triton_requests import request
 
 pytestmark = needs_native
 SERVICE = "inference.GRPCInferenceService"

@@ -11,8 +11,8 @@ import pytest
 import tools
 
 import stepwell
-from support.fronts import needs_native
-from support.server_process import FEATURES, serve
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, serve
 
 _ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)  # its packages are installed on first use

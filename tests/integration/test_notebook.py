@@ -13,8 +13,8 @@ import pytest
 
 import stepwell
 from stepwell._admin import model_files
-from support import models, programs
-from support.notebook import Notebook, Watched, notebook
+from support.models import programs, zoo
+from support.sdk.notebook import Notebook, Watched, notebook
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux ties a child's life to its parent's"
@@ -161,7 +161,7 @@ class _Normal:
 
 
 def test_a_keras_model_is_served_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
-    model = models.build("lstm_dense")
+    model = zoo.build("lstm_dense")
     programs.saved("local_object", lambda: _Normal(model))
     with stepwell.local(model, cache_dir=programs.cache_dir()) as client:
         (info,) = client.models()

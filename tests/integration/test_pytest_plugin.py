@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support import programs
+from support.models import programs
 
 pytest_plugins = ["pytester"]
 

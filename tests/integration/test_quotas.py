@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import stepwell
-from support.scrape import Scrape
-from support.server_process import FEATURES, serve
+from support.servers.server_process import FEATURES, serve
+from support.telemetry.scrape import Scrape
 
 _PATIENCE_S = 60.0
 

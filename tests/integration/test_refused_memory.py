@@ -14,9 +14,9 @@ import pytest
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support import secured
-from support.fronts import needs_native
-from support.server_process import ServerProcess, serve
-from support.wire import OPTIONS, SERVICE, TIMEOUT_S
+from support.peers.wire import OPTIONS, SERVICE, TIMEOUT_S
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import ServerProcess, serve
 
 FRONTS = [pytest.param("native", marks=needs_native), "python"]
 LARGE = bytes(8 << 20)

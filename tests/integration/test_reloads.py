@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2
-from support import models
+from support.models import zoo
 from support.processes import children, is_there, until
-from support.server_process import FEATURES, connect, forecast, random_tensor, serve
+from support.servers.server_process import FEATURES, connect, forecast, random_tensor, serve
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -35,7 +35,7 @@ def test_one_worker_compiles_all_of_them_and_ends_with_the_server(tmp_path: Path
             opened = sessions_pb2.OpenSessionRequest(model="forecast", session_id="user")
             stub.OpenSession(opened, timeout=LIMIT_S)
             for seed in range(1, RELOADS + 1):
-                models.randomize(model, seed)
+                zoo.randomize(model, seed)
                 file = tmp_path / f"{seed}.keras"
                 model.save(file)
                 request = models_pb2.LoadModelRequest(

@@ -17,7 +17,7 @@ import stepwell
 from stepwell import errors
 from stepwell.cli import main
 from stepwell.testing import LocalServer
-from support import programs
+from support.models import programs
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 LIMIT_S = 200.0

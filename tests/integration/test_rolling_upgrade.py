@@ -20,16 +20,17 @@ import numpy as np
 import pytest
 
 import stepwell
-from support import programs, secured
-from support.carries import PATIENCE_S, Admin, Reference
-from support.driver import FEATURES, MODEL
+from support import secured
+from support.checks.replay import LstmDense
+from support.load.driver import FEATURES, MODEL
+from support.load.moving_defaults import PATIENCE_S, Admin, Reference
+from support.models import programs
+from support.peers.wire import Wire, arrays, of_call, tensor
 from support.processes import until
-from support.replay import LstmDense
-from support.replica_servers import replicas
 from support.secured import Server
-from support.server_process import ServerProcess, forecast, retrained
-from support.valkey import Valkey
-from support.wire import Wire, arrays, of_call, tensor
+from support.servers.replica_servers import replicas
+from support.servers.server_process import ServerProcess, forecast, retrained
+from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="versions are the same with TLS")
 #: The versions by their numbers; 2 has other weights than 1.

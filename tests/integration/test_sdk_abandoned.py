@@ -14,10 +14,10 @@ import pytest
 import stepwell
 from stepwell import errors
 from stepwell._transport.retry import RetryPolicy
-from support.proxy import Proxy
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.served import Served
-from support.shells import SHELLS, connect
+from support.peers.proxy import Proxy
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
+from support.servers.served import Served
 
 GAVE_UP = (errors.UnavailableError, errors.DeadlineExceededError)
 LOST = Fault(after_work=True)

@@ -12,9 +12,9 @@ import pytest
 
 import stepwell
 from stepwell._admin.session_file import read
-from support.scripted_server import MODEL, ScriptedServer
-from support.served import Served, local_server
-from support.shells import SHELLS, connect
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_server import MODEL, ScriptedServer
+from support.servers.served import Served, local_server
 
 WAIT_S = 100.0
 
@@ -121,7 +121,7 @@ async def test_sessions_move_to_another_server(served: Served, tmp_path: Path) -
         with stepwell.connect(target.address) as new:
             info, before = new.session_info("moves-1"), old.session_info("moves-1")
             assert (info.revision, info.position, info.created_time) == (2, 6, before.created_time)
-            from support.wire import Wire
+            from support.peers.wire import Wire
 
             with Wire(target.address) as wire:
                 again = wire.step("moves-1", _tensors(x), expected_revision=expected, request_id=request_id)
@@ -136,7 +136,7 @@ async def test_sessions_move_to_another_server(served: Served, tmp_path: Path) -
 
 
 def _tensors(x: Any) -> Any:
-    from support import wire
+    from support.peers import wire
 
     return wire.tensors({"": x})
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from support.proxy import Proxy
-from support.served import Served
-from support.shells import SHELLS, connect
+from support.peers.proxy import Proxy
+from support.sdk.client_kinds import SHELLS, connect
+from support.servers.served import Served
 
 X = np.ones((1, 3), np.float32)
 WAIT_S = 200.0

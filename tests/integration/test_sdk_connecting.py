@@ -21,9 +21,9 @@ import pytest
 import stepwell
 from stepwell import errors
 from stepwell.events import RequestEvent, ResponseEvent, RetryEvent
-from support.scripted_server import MODEL, Fault, ScriptedServer
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 from support.secured import SCHEME, host_and_port
-from support.shells import SHELLS, connect
 
 X = np.ones((1, 2), np.float32)
 LONG_S = 1000.0

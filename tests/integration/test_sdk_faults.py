@@ -15,10 +15,10 @@ import pytest
 from stepwell import errors
 from stepwell._core.aio_driver import AsyncDriver
 from stepwell._transport.retry import RetryPolicy
-from support.proxy import Proxy
-from support.scripted_model import in_full
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.shells import SHELLS, connect
+from support.peers.proxy import Proxy
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_model import in_full
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 
 # The last of many attempts may be cut short by the time limit.
 GAVE_UP = (errors.UnavailableError, errors.DeadlineExceededError)

@@ -10,8 +10,8 @@ import grpc
 import numpy as np
 import pytest
 
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.shells import connect
+from support.sdk.client_kinds import connect
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 
 LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""

@@ -14,9 +14,9 @@ import pytest
 from stepwell import errors
 from stepwell._core.core import MAX_IDS
 from stepwell._transport.retry import RetryPolicy
-from support.scripted_model import in_full
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.shells import connect
+from support.sdk.client_kinds import connect
+from support.sdk.scripted_model import in_full
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 
 LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""

@@ -21,7 +21,7 @@ import pytest
 import stepwell
 from stepwell._transport import stream
 from stepwell.testing import LocalServer, ServerStartError
-from support.scripted_server import MODEL, ScriptedServer
+from support.sdk.scripted_server import MODEL, ScriptedServer
 
 X = np.ones((1, 2), np.float32)
 WAIT_S = 100.0

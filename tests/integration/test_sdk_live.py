@@ -16,9 +16,9 @@ import pytest
 import stepwell
 from stepwell import errors
 from stepwell.testing import LocalServer
-from support import programs
-from support.fronts import needs_native
-from support.shells import connect
+from support.models import programs
+from support.sdk.client_kinds import connect
+from support.servers.both_fronts import needs_native
 
 MODEL = "live"
 UNITS = 8

@@ -19,9 +19,9 @@ import stepwell
 from stepwell import errors
 from stepwell._base import addresses
 from stepwell.v1 import models_pb2
-from support.scripted_models import STAGES, ScriptedModels
-from support.scripted_server import FINGERPRINT, MODEL, Fault
-from support.shells import connect
+from support.sdk.client_kinds import connect
+from support.sdk.scripted_admin import STAGES, ScriptedModels
+from support.sdk.scripted_server import FINGERPRINT, MODEL, Fault
 
 SHELLS = ("sync", "async")
 X = np.ones((1, 2), np.float32)

@@ -12,9 +12,9 @@ import pytest
 
 import stepwell
 from stepwell import errors
-from support.scripted_replicas import ScriptedReplicas
-from support.scripted_server import MODEL, Fault
-from support.shells import SHELLS, connect
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_replicas import ScriptedReplicas
+from support.sdk.scripted_server import MODEL, Fault
 
 WAIT_S = 100.0
 STOPPING = Fault(reason="UNAVAILABLE", message="the server is stopping")

@@ -11,13 +11,13 @@ import pytest
 
 import stepwell
 from support import secured
-from support.driver import MODEL
+from support.load.driver import MODEL
 from support.processes import until
-from support.replica_servers import replicas
+from support.sdk.client_kinds import connect
 from support.secured import Server
-from support.server_process import forecast, retrained
-from support.shells import connect
-from support.valkey import Valkey
+from support.servers.replica_servers import replicas
+from support.servers.server_process import forecast, retrained
+from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="versions are the same with TLS")
 SHELLS = ("sync", "async")

@@ -11,8 +11,8 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support.served import local_server
-from support.shells import SHELLS, connect
+from support.sdk.client_kinds import SHELLS, connect
+from support.servers.served import local_server
 
 X = np.ones((1, 3), np.float32)
 

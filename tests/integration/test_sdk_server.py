@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import stepwell
-from support.served import Served
-from support.shells import SHELLS, connect
+from support.sdk.client_kinds import SHELLS, connect
+from support.servers.served import Served
 
 
 @pytest.fixture(params=SHELLS)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import stepwell
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.served import Served, local_server
-from support.waiting_line import WaitingLine
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
+from support.sdk.sender_queue import WaitingLine
+from support.servers.served import Served, local_server
 
 THREADS = 64
 STEPS = 12

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stepwell import errors
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.shells import SHELLS, connect
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 
 ENDED = Fault(grpc.StatusCode.UNAUTHENTICATED, "revoked", "UNAUTHENTICATED", after_work=True)
 """The token is revoked when the work is done and before the answer is."""

@@ -12,8 +12,8 @@ import pytest
 
 from stepwell import errors
 from stepwell.events import ModelVersionEvent
-from support.scripted_server import MODEL, Fault, ScriptedServer
-from support.shells import SHELLS, connect
+from support.sdk.client_kinds import SHELLS, connect
+from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 
 LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""

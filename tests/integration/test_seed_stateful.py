@@ -11,8 +11,8 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support import programs, seed
-from support.seed import BATCH_SIZE, NODES, HardSigmoid
+from support.models import article, programs
+from support.models.article import BATCH_SIZE, NODES, HardSigmoid
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -30,13 +30,15 @@ Outputs = Mapping[str, np.ndarray]
 def client() -> Iterator[stepwell.Client]:
     saved = {
         kind.value: programs.saved(
-            f"stateful-{kind.value}", functools.partial(seed.stateful_model, kind), ["support.seed"]
+            f"stateful-{kind.value}",
+            functools.partial(article.stateful_model, kind),
+            ["support.models.article"],
         )
         for kind in HardSigmoid
     }
     server = LocalServer(
         models={name: one.path for name, one in saved.items()},
-        extra_args=["--import", "support.seed"],
+        extra_args=["--import", "support.models.article"],
         cache_dir=programs.cache_dir(),
         env={"PYTHONPATH": str(TESTS)},
         start_timeout_s=100,
@@ -45,13 +47,13 @@ def client() -> Iterator[stepwell.Client]:
         yield client
 
 
-def step(session: stepwell.Session, x: seed.Floats) -> Outputs:
+def step(session: stepwell.Session, x: article.Floats) -> Outputs:
     outputs = session.step(x)
     assert isinstance(outputs, dict)
     return outputs
 
 
-def mean_of_out(session: stepwell.Session, x: seed.Floats) -> float:
+def mean_of_out(session: stepwell.Session, x: article.Floats) -> float:
     return float(np.mean(step(session, x)[OUT], dtype=np.float64))
 
 
@@ -59,7 +61,7 @@ def mean_of_out(session: stepwell.Session, x: seed.Floats) -> float:
 def test_the_four_numbers(
     client: stepwell.Client, kind: HardSigmoid, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     with client.open_session(kind.value, batch_size=BATCH_SIZE) as session:
         first, second = mean_of_out(session, x), mean_of_out(session, x)
         session.reset_states(ZEROS)
@@ -68,15 +70,15 @@ def test_the_four_numbers(
         after_ones = mean_of_out(session, x)
     with capsys.disabled():
         print(f"\nthe seed over gRPC: {first:.10f} {second:.10f} {after_zeros:.10f} {after_ones:.10f}")
-    assert first == pytest.approx(seed.FIRST, rel=0, abs=1e-7)
-    assert second == pytest.approx(seed.SECOND, rel=0, abs=1e-7)
-    assert after_zeros == pytest.approx(seed.AFTER_ZEROS, rel=0, abs=1e-7)
-    assert after_ones == pytest.approx(seed.AFTER_ONES, rel=0, abs=1e-7)
+    assert first == pytest.approx(article.FIRST, rel=0, abs=1e-7)
+    assert second == pytest.approx(article.SECOND, rel=0, abs=1e-7)
+    assert after_zeros == pytest.approx(article.AFTER_ZEROS, rel=0, abs=1e-7)
+    assert after_ones == pytest.approx(article.AFTER_ONES, rel=0, abs=1e-7)
 
 
 def test_the_outputs_have_the_articles_shapes_and_the_state_is_among_them(client: stepwell.Client) -> None:
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
-        outputs = step(session, seed.article_input())
+        outputs = step(session, article.article_input())
         hidden, cell = session.get_state().values()
     assert {name: output.shape for name, output in outputs.items()} == {
         HIDDEN: (BATCH_SIZE, NODES),
@@ -88,7 +90,7 @@ def test_the_outputs_have_the_articles_shapes_and_the_state_is_among_them(client
 
 
 def test_a_reset_without_values_is_the_articles_reset_to_zeros(client: stepwell.Client) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
         first = step(session, x)
         session.reset_states(ZEROS)
@@ -101,20 +103,22 @@ def test_a_reset_without_values_is_the_articles_reset_to_zeros(client: stepwell.
 
 
 def test_states_may_be_named(client: stepwell.Client) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     names = [tensor.name for tensor in client.model("scaled").state]
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
         session.reset_states(dict(zip(names, ONES, strict=True)))
-        assert mean_of_out(session, x) == pytest.approx(seed.AFTER_ONES, rel=0, abs=1e-7)
+        assert mean_of_out(session, x) == pytest.approx(article.AFTER_ONES, rel=0, abs=1e-7)
 
 
 def test_a_session_may_begin_with_ones(client: stepwell.Client) -> None:
     with client.open_session("scaled", batch_size=BATCH_SIZE, state=ONES) as session:
-        assert mean_of_out(session, seed.article_input()) == pytest.approx(seed.AFTER_ONES, rel=0, abs=1e-7)
+        assert mean_of_out(session, article.article_input()) == pytest.approx(
+            article.AFTER_ONES, rel=0, abs=1e-7
+        )
 
 
 def test_some_rows_are_reset_and_the_others_go_on(client: stepwell.Client) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
         first, second = step(session, x)[OUT], step(session, x)[OUT]
         session.reset_states()
@@ -128,7 +132,7 @@ def test_some_rows_are_reset_and_the_others_go_on(client: stepwell.Client) -> No
 
 
 def test_time_steps_one_by_one_are_the_same_bits_as_together(client: stepwell.Client) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
         together = step(session, x)[OUT]
         session.reset_states()
@@ -137,7 +141,7 @@ def test_time_steps_one_by_one_are_the_same_bits_as_together(client: stepwell.Cl
 
 
 def test_the_batch_size_is_the_sessions_and_not_the_files(client: stepwell.Client) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
         whole = step(session, x)[OUT]
     for row in range(BATCH_SIZE):
@@ -146,11 +150,11 @@ def test_the_batch_size_is_the_sessions_and_not_the_files(client: stepwell.Clien
 
 
 def test_another_batch_size_than_the_sessions_is_refused_and_changes_nothing(client: stepwell.Client) -> None:
-    x = seed.article_input()
+    x = article.article_input()
     with client.open_session("scaled", batch_size=BATCH_SIZE) as session:
         with pytest.raises(stepwell.InvalidInputError, match="10 rows"):
             session.step(x[:9])
         with pytest.raises(stepwell.InvalidInputError, match=r"must have shape \(10, 10\); got \(9, 10\)"):
             session.reset_states([np.ones((9, NODES)), np.ones((9, NODES))])
         assert session.revision == 0
-        assert mean_of_out(session, x) == pytest.approx(seed.FIRST, rel=0, abs=1e-7)
+        assert mean_of_out(session, x) == pytest.approx(article.FIRST, rel=0, abs=1e-7)

@@ -15,8 +15,8 @@ import pytest
 import stepwell
 from stepwell.testing import LocalServer
 from stepwell_server.compile.graph.tensorflow_setup import keras
-from support import programs, seed
-from support.seed import NODES, Floats
+from support.models import article, programs
+from support.models.article import NODES, Floats
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -39,7 +39,7 @@ class Served(NamedTuple):
 def served() -> Iterator[Served]:
     trained = train_in_batches()
     saved = {
-        "stateless": programs.saved("stateless-scaled", seed.stateless_model),
+        "stateless": programs.saved("stateless-scaled", article.stateless_model),
         # of this process: nothing promises that another one's training ends at the same weights
         "trained": programs.saved(f"trained-{os.getpid()}", lambda: trained),
     }
@@ -49,17 +49,17 @@ def served() -> Iterator[Served]:
         start_timeout_s=100,
     )
     with server, stepwell.connect(server.address) as client:
-        yield Served(client, seed.stateless_model(), trained)
+        yield Served(client, article.stateless_model(), trained)
 
 
 def train_in_batches() -> keras.Model:
     """The article's model, fitted in batches of 32 to the running mean of its inputs."""
     keras.utils.set_random_seed(42)
-    x = np.random.default_rng(42).standard_normal((256, 12, seed.INPUT_DIM)).astype(np.float32)
+    x = np.random.default_rng(42).standard_normal((256, 12, article.INPUT_DIM)).astype(np.float32)
     y = np.cumsum(x, axis=1) / np.arange(1, 13, dtype=np.float32)[:, None]
-    inputs = keras.Input((None, seed.INPUT_DIM))
+    inputs = keras.Input((None, article.INPUT_DIM))
     hidden = keras.layers.RNN(keras.layers.LSTMCell(NODES), return_sequences=True)(inputs)
-    model = keras.Model(inputs, keras.layers.Dense(seed.OUTPUT_DIM)(hidden))
+    model = keras.Model(inputs, keras.layers.Dense(article.OUTPUT_DIM)(hidden))
     model.compile(keras.optimizers.Adam(0.01), loss="mse")
     losses = model.fit(x, y, batch_size=32, epochs=5, verbose=0).history["loss"]
     assert losses[-1] < losses[0] / 2, "it must have learnt something"
@@ -68,7 +68,7 @@ def train_in_batches() -> keras.Model:
 
 def random_input(batch_size: int) -> Floats:
     random = np.random.default_rng(batch_size)
-    return random.random((batch_size, seed.TIMESTEPS, seed.INPUT_DIM), np.float32)
+    return random.random((batch_size, article.TIMESTEPS, article.INPUT_DIM), np.float32)
 
 
 def keras_call(model: keras.Model, x: Floats, states: list[Floats]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def test_predict_disturbs_no_session(served: Served) -> None:
 
 
 def test_trained_in_batches_then_served_one_sample_at_a_time(served: Served) -> None:
-    x = np.random.default_rng(1).standard_normal((5, 40, seed.INPUT_DIM)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((5, 40, article.INPUT_DIM)).astype(np.float32)
     whole_sequences = served.trained.predict(x, verbose=0)
     for sample, expected in zip(x, whole_sequences, strict=True):
         with served.client.open_session("trained") as session:
@@ -165,7 +165,7 @@ def test_trained_in_batches_then_served_one_sample_at_a_time(served: Served) -> 
 
 
 def test_stepping_a_sample_and_predicting_its_sequence_give_the_same_bits(served: Served) -> None:
-    x = np.random.default_rng(2).standard_normal((1, 40, seed.INPUT_DIM)).astype(np.float32)
+    x = np.random.default_rng(2).standard_normal((1, 40, article.INPUT_DIM)).astype(np.float32)
     predicted, final = served.client.predict("trained", x)
     with served.client.open_session("trained") as session:
         stepped = [np.asarray(session.step(x[:, time])) for time in range(x.shape[1])]

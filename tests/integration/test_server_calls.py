@@ -19,8 +19,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2_grpc
 from stepwell.v1 import sessions_pb2 as pb
-from support import wire
-from support.server_process import (
+from support.peers import wire
+from support.servers.server_process import (
     FEATURES,
     ServerProcess,
     connect,

@@ -27,11 +27,11 @@ from stepwell_server.metrics.token import MetricsToken
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from support.certificates import Authority
-from support.engine import running
-from support.promql import labels, missing
-from support.promtool import promtool
-from support.scrape import Scrape
-from support.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
+from support.engine.harness import running
+from support.servers.server_process import FEATURES, ServerProcess, connect, random_tensor, serve
+from support.telemetry.promql import labels, missing
+from support.telemetry.promtool import promtool
+from support.telemetry.scrape import Scrape
 
 _TIMEOUT_S = 100.0
 _ROOT = Path(__file__).parents[2]

@@ -19,10 +19,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1 import sessions_pb2_grpc
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
-from support.fronts import needs_native
-from support.held_start import held_start
-from support.scrape import Scrape
-from support.server_process import FEATURES, ServerProcess, begin_long_step, connect, forecast, random_tensor
+from support.servers.both_fronts import needs_native
+from support.servers.held_start import held_start
+from support.servers.server_process import (
+    FEATURES,
+    ServerProcess,
+    begin_long_step,
+    connect,
+    forecast,
+    random_tensor,
+)
+from support.telemetry.scrape import Scrape
 
 _TIMEOUT_S = 100.0
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 import stepwell.testing
 from stepwell.cli import main
-from support.fronts import needs_native
-from support.server_process import ServerProcess, forecast, serve
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import ServerProcess, forecast, serve
 
 #: The default port may be taken: somebody may have a server of their own.
 ANYWHERE = ("--listen", "127.0.0.1:0")

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stepwell.v1 import sessions_pb2 as pb
 from support import secured
-from support.server_process import (
+from support.servers.server_process import (
     FEATURES,
     ServerProcess,
     begin_long_step,

@@ -18,10 +18,11 @@ from google.protobuf.duration_pb2 import Duration
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
-from support import fronts, wire
-from support.fronts import FRONTS, called, damaged, needs_native
-from support.server_process import FEATURES, connect, serve, tensor
-from support.wire import SERVICE, TIMEOUT_S, Wire
+from support.peers import wire
+from support.peers.wire import SERVICE, TIMEOUT_S, Wire
+from support.servers import both_fronts
+from support.servers.both_fronts import FRONTS, called, damaged, needs_native
+from support.servers.server_process import FEATURES, connect, serve, tensor
 
 pytestmark = needs_native
 MODELS, ADMIN = "stepwell.v1.ModelService", "stepwell.v1.ModelAdminService"
@@ -108,7 +109,7 @@ LARGE = _large()
 @pytest.fixture(scope="module")
 def both() -> Iterator[Mapping[str, Wire]]:
     """A server on each front, and a client of each."""
-    with fronts.serve("seq") as wires:
+    with both_fronts.serve("seq") as wires:
         yield wires
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from support.certificates import Authority
 from support.processes import is_there
-from support.resp import Connection, ReplyError
-from support.valkey import HOST, Cluster, NoValkey, Port, Sentinels, Valkey, paused, until
+from support.servers.resp import Connection, ReplyError
+from support.servers.valkey_servers import HOST, Cluster, NoValkey, Port, Sentinels, Valkey, paused, until
 
 
 def test_what_is_kept_is_there_after_a_kill_on_the_same_port() -> None:

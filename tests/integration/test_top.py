@@ -21,7 +21,7 @@ import pytest
 import stepwell
 from stepwell.cli.toolkit.errors import Failure
 from stepwell.cli.top import Source
-from support.server_process import FEATURES, ServerProcess, serve
+from support.servers.server_process import FEATURES, ServerProcess, serve
 
 _TIMEOUT_S = 100.0
 

@@ -15,9 +15,9 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
 import stepwell
 from stepwell.v1 import sessions_pb2 as pb
-from support.collector import Collector, Span, collecting
-from support.fronts import FRONTS, needs_native
-from support.server_process import FEATURES, connect, random_tensor, serve
+from support.servers.both_fronts import FRONTS, needs_native
+from support.servers.server_process import FEATURES, connect, random_tensor, serve
+from support.telemetry.trace_collector import Collector, Span, collecting
 
 _EACH_FRONT = [pytest.param(front, marks=needs_native if front == "native" else ()) for front in FRONTS]
 _SERVER, _SERVICE = 2, "stepwell.v1.SessionService"

@@ -16,17 +16,18 @@ import pytest
 import stepwell
 from stepwell.testing import LocalServer
 from stepwell.v1 import models_pb2, models_pb2_grpc
-from support import programs, triton
-from support.fronts import FRONTS
+from support.models import programs
 from support.secured import Server
-from support.server_process import retrained
+from support.servers.both_fronts import FRONTS
+from support.servers.server_process import retrained
+from support.triton import triton_clients
 
 pytestmark = pytest.mark.timeout(300)  # the clients' environment is made on first use
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[LocalServer]:
-    with triton.serve() as running:
+    with triton_clients.serve() as running:
         yield running
 
 
@@ -35,14 +36,14 @@ def server() -> Iterator[LocalServer]:
     ["server", "unary", "callbacks", "stream", "aio", "outputs", "exactly_once", "unsupported"],
 )
 def test_scenario(server: LocalServer, scenario: str) -> None:
-    triton.run_scenario(scenario, server.address)
+    triton_clients.run_scenario(scenario, server.address)
 
 
 def test_the_numbers_are_those_of_keras(server: LocalServer, tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((4, 6, 1, 3)).astype(np.float32)
     np.savez(tmp_path / "x.npz", x=x)
-    triton.run_scenario("floats", server.address, str(tmp_path / "x"))
-    whole = triton.keras_model("lstm").predict(x[:, :, 0], verbose=0)
+    triton_clients.run_scenario("floats", server.address, str(tmp_path / "x"))
+    whole = triton_clients.keras_model("lstm").predict(x[:, :, 0], verbose=0)
     with np.load(tmp_path / "x-out.npz") as out:
         np.testing.assert_allclose(out["each"][:, :, 0], whole, atol=1e-6)
         np.testing.assert_array_equal(out["several"][:, 0], out["each"][:, :, 0])
@@ -51,11 +52,13 @@ def test_the_numbers_are_those_of_keras(server: LocalServer, tmp_path: Path) -> 
 
 
 def test_models_of_other_types(server: LocalServer) -> None:
-    triton.run_scenario("datatypes", server.address, *(f"acc_{dtype}" for dtype in triton.DTYPES))
+    triton_clients.run_scenario(
+        "datatypes", server.address, *(f"acc_{dtype}" for dtype in triton_clients.DTYPES)
+    )
 
 
 def test_what_models_are_said_to_be(server: LocalServer) -> None:
-    said = triton.run_scenario("descriptions", server.address)
+    said = triton_clients.run_scenario("descriptions", server.address)
     metadata, configs = said["metadata"], said["configs"]
     assert metadata["acc"]["inputs"] == [{"name": "x", "datatype": "INT32", "shape": ["-1", "3"]}]
     assert metadata["acc"]["versions"] == ["1"]
@@ -74,9 +77,9 @@ def test_what_models_are_said_to_be(server: LocalServer) -> None:
 
 @pytest.mark.plain("statistics are of all tenants, and the caller is no admin")
 def test_statistics_count_requests_and_passes(server: LocalServer) -> None:
-    said = triton.run_scenario("statistics", server.address)
+    said = triton_clients.run_scenario("statistics", server.address)
     before, after = said["before"], said["after"]
-    assert said["names"] == sorted(triton.NAMES)
+    assert said["names"] == sorted(triton_clients.NAMES)
 
     def grown(*path: str) -> int:
         def number(value: Any) -> int:
@@ -105,14 +108,16 @@ def test_statistics_count_requests_and_passes(server: LocalServer) -> None:
 @pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.plain("it starts a server, and its caller must be an admin")
 def test_versions_by_the_repository(tmp_path: Path, front: str) -> None:
-    for version, one in enumerate((triton.saved("lstm"), retrained(), triton.saved("lstm")), 1):
+    for version, one in enumerate(
+        (triton_clients.saved("lstm"), retrained(), triton_clients.saved("lstm")), 1
+    ):
         (tmp_path / "lstm").mkdir(exist_ok=True)
         (tmp_path / "lstm" / f"{version}.keras").write_bytes(Path(one.path).read_bytes())
     arguments = ["--models", str(tmp_path), "--version-policy", "lstm=1,2", "--front", front]
     with Server(
         models={}, cache_dir=programs.cache_dir(), extra_args=arguments, start_timeout_s=100
     ) as server:
-        triton.run_scenario("triton_version_scenarios.versions", server.address)
+        triton_clients.run_scenario("triton_version_scenarios.versions", server.address)
         assert "internal error" not in server.logs()
 
 
@@ -121,7 +126,7 @@ def test_versions_by_the_repository(tmp_path: Path, front: str) -> None:
 def test_a_carry_in_the_middle_of_a_sequence(front: str) -> None:
     with (
         Server(
-            models={"lstm@1": triton.saved("lstm").path, "lstm@2": retrained().path},
+            models={"lstm@1": triton_clients.saved("lstm").path, "lstm@2": retrained().path},
             cache_dir=programs.cache_dir(),
             extra_args=["--front", front],
             start_timeout_s=100,
@@ -131,7 +136,8 @@ def test_a_carry_in_the_middle_of_a_sequence(front: str) -> None:
         admin = models_pb2_grpc.ModelAdminServiceStub(channel)
         first, other = (
             ("2", "1")
-            if triton.run_scenario("triton_version_scenarios.across", server.address, "yes") == ["2"] * 3
+            if triton_clients.run_scenario("triton_version_scenarios.across", server.address, "yes")
+            == ["2"] * 3
             else ("1", "2")
         )
         moved = admin.SetDefault(
@@ -141,39 +147,41 @@ def test_a_carry_in_the_middle_of_a_sequence(front: str) -> None:
             timeout=100,
         )
         assert (moved.previous_version, moved.moved_sessions) == (int(first), 1)
-        assert triton.run_scenario("triton_version_scenarios.across", server.address, "") == [other] * 3
+        assert (
+            triton_clients.run_scenario("triton_version_scenarios.across", server.address, "") == [other] * 3
+        )
         assert "internal error" not in server.logs()
 
 
 def test_both_clients_in_one_process(server: LocalServer) -> None:
-    client_folder = Path(triton.__file__).parents[2] / "client"
-    triton.run_scenario("both_clients", server.address, str(client_folder))
+    client_folder = Path(__file__).parents[2] / "client"
+    triton_clients.run_scenario("both_clients", server.address, str(client_folder))
 
 
 @pytest.mark.slow
 def test_a_sequence_outlives_the_server(tmp_path: Path) -> None:
-    with triton.serve(only=("acc",), data_dir=tmp_path / "data") as server:
-        triton.run_scenario("begin", server.address, "kept")
+    with triton_clients.serve(only=("acc",), data_dir=tmp_path / "data") as server:
+        triton_clients.run_scenario("begin", server.address, "kept")
         server.kill()
         server.restart()
-        assert triton.run_scenario("go_on", server.address, "kept") == [[2, 2, 2]]
+        assert triton_clients.run_scenario("go_on", server.address, "kept") == [[2, 2, 2]]
         server.kill()
         server.restart()
         for _ in range(2):
-            assert triton.run_scenario("end", server.address, "kept", "2") == [[3, 3, 3]]
+            assert triton_clients.run_scenario("end", server.address, "kept", "2") == [[3, 3, 3]]
         server.kill()
         server.restart()
-        message = triton.run_scenario("end", server.address, "kept", "2")
+        message = triton_clients.run_scenario("end", server.address, "kept", "2")
         assert "the last one ended with this very request" in message
-        triton.run_scenario("is_gone", server.address, "kept")
+        triton_clients.run_scenario("is_gone", server.address, "kept")
 
 
 @pytest.mark.slow
 def test_every_request_counts_once_though_the_server_is_killed(tmp_path: Path) -> None:
     kills = 0
     with (
-        triton.serve(only=("acc",), data_dir=tmp_path / "data") as server,
-        triton.scenario("survive", server.address, "60") as process,
+        triton_clients.serve(only=("acc",), data_dir=tmp_path / "data") as server,
+        triton_clients.scenario("survive", server.address, "60") as process,
     ):
         while process.poll() is None and kills < 5:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -182,7 +190,7 @@ def test_every_request_counts_once_though_the_server_is_killed(tmp_path: Path) -
             server.kill()
             server.restart()
             kills += 1
-        again = triton.result_of(process)
+        again = triton_clients.result_of(process)
         with stepwell.connect(server.address) as client:
             assert client.sessions() == []
     assert kills > 0
@@ -190,20 +198,20 @@ def test_every_request_counts_once_though_the_server_is_killed(tmp_path: Path) -
 
 
 def test_the_page_for_those_who_come_from_triton(server: LocalServer) -> None:
-    page = (Path(triton.__file__).parents[2] / "docs" / "guides" / "coming-from-triton.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "coming-from-triton.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     for model in ("lstm", "tokens", "acc_int64"):
         client = 'triton.InferenceServerClient("127.0.0.1:50051")'
         assert client in code
-        served = code.replace(client, triton.new_client(server.address)).replace("forecast", model)
-        assert len(triton.run_code(served).splitlines()) == 3
+        served = code.replace(client, triton_clients.new_client(server.address)).replace("forecast", model)
+        assert len(triton_clients.run_code(served).splitlines()) == 3
 
 
 def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: LocalServer) -> None:
     """As the page says: tritonclient sends nothing of it, so it would begin anew each time."""
-    said = triton.run_code(
+    said = triton_clients.run_code(
         "import numpy as np, tritonclient.grpc as triton\n"
-        f"client = {triton.new_client(server.address)}\n"
+        f"client = {triton_clients.new_client(server.address)}\n"
         "x = triton.InferInput('x', [1, 3], 'FP32')\n"
         "x.set_data_from_numpy(np.ones((1, 3), np.float32))\n"
         "def ask(**given):\n"
@@ -223,23 +231,23 @@ def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: Lo
 
 @pytest.mark.slow
 def test_more_sequences_than_resident_rows_take_turns() -> None:
-    with triton.serve("--resident-rows", "2", only=("acc",)) as server:
-        triton.run_scenario("crowd", server.address)
+    with triton_clients.serve("--resident-rows", "2", only=("acc",)) as server:
+        triton_clients.run_scenario("crowd", server.address)
 
 
 def test_a_stopping_server_ends_open_streams() -> None:
-    with triton.serve(only=("acc",)) as server:
-        said = triton.run_scenario("stopped", server.address, str(server.pid))
+    with triton_clients.serve(only=("acc",)) as server:
+        said = triton_clients.run_scenario("stopped", server.address, str(server.pid))
     assert said == ["StatusCode.UNAVAILABLE", "the server is stopping"]
 
 
 def test_an_idle_sequence_ends() -> None:
-    with triton.serve("--max-session-idle-s", "0.2", only=("acc",)) as server:
-        triton.run_scenario("begin", server.address, "idle")
+    with triton_clients.serve("--max-session-idle-s", "0.2", only=("acc",)) as server:
+        triton_clients.run_scenario("begin", server.address, "idle")
         with stepwell.connect(server.address) as client:
             while client.sessions():  # to look at a session is not to use it
                 pass
-        triton.run_scenario("is_gone", server.address, "idle")
+        triton_clients.run_scenario("is_gone", server.address, "idle")
 
 
 @pytest.mark.slow
@@ -249,7 +257,7 @@ def test_an_idle_sequence_ends() -> None:
 )
 def test_perf_analyzer_runs_sequences(server: LocalServer, mode: list[str]) -> None:
     command = [
-        *(str(triton.perf_analyzer()), "-m", "lstm", "-u", server.address, "-i", "grpc", *mode),
+        *(str(triton_clients.perf_analyzer()), "-m", "lstm", "-u", server.address, "-i", "grpc", *mode),
         *("--concurrency-range", "4", "--sequence-length", "8", "--measurement-mode", "count_windows"),
         *("--measurement-request-count", "200", "--stability-percentage", "999"),
     ]

@@ -13,8 +13,8 @@ import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2
-from support.server_process import FEATURES, ServerProcess, connect, serve, tensor
-from support.valkey import Valkey, paused
+from support.servers.server_process import FEATURES, ServerProcess, connect, serve, tensor
+from support.servers.valkey_servers import Valkey, paused
 
 X = np.random.default_rng(3).standard_normal((1, FEATURES)).astype(np.float32)
 

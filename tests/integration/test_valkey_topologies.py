@@ -11,10 +11,10 @@ import pytest
 from stepwell_server.errors import StoreAway
 from stepwell_server.store.base import ALL_KEPT, Batch, End, StoreError, Tombstone
 from stepwell_server.store.valkey.store import ValkeyStore
-from support.records import scan
-from support.shared import end, fresh_prefix, opened, put, shared
-from support.stored import record, template
-from support.valkey import Cluster, Sentinels, Valkey
+from support.servers.valkey_servers import Cluster, Sentinels, Valkey
+from support.stores.disk_store import record, template
+from support.stores.records import scan
+from support.stores.valkey_store import end, fresh_prefix, opened, put, shared
 
 IDS = [f"s{i}" for i in range(300)]
 

@@ -21,13 +21,13 @@ from stepwell_server.store.valkey.bulk import Whole
 from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.connection.url import StoreUrl
 from support.clock import ManualClock
-from support.records import scan
-from support.replica_processes import Replicas
 from support.secured import Server
-from support.server_process import FEATURES, forecast
-from support.shared import end, fresh_prefix, opened, put
-from support.stored import record
-from support.valkey import Cluster, Valkey
+from support.servers.replica_processes import Replicas
+from support.servers.server_process import FEATURES, forecast
+from support.servers.valkey_servers import Cluster, Valkey
+from support.stores.disk_store import record
+from support.stores.records import scan
+from support.stores.valkey_store import end, fresh_prefix, opened, put
 
 X = np.random.default_rng(5).standard_normal((1, FEATURES)).astype(np.float32)
 CLOCK = ManualClock(now=1.8e9)

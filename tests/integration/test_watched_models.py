@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import stepwell
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
-from support.scrape import Scrape
-from support.server_process import FEATURES, ServerProcess, forecast, random_tensor, retrained
+from support.servers.server_process import FEATURES, ServerProcess, forecast, random_tensor, retrained
+from support.telemetry.scrape import Scrape
 
 _TIMEOUT_S = 100.0
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -16,10 +16,10 @@ import stepwell
 from stepwell.cli import main
 from stepwell.v1 import sessions_pb2
 from stepwell_server.rpc.triton.inference import service_pb2
-from support.fronts import needs_native
-from support.server_process import FEATURES, ServerProcess, connect, serve, tensor
-from support.triton_requests import request
-from support.wire import of_members, refusal, step_frame
+from support.peers.wire import of_members, refusal, step_frame
+from support.servers.both_fronts import needs_native
+from support.servers.server_process import FEATURES, ServerProcess, connect, serve, tensor
+from support.triton.triton_requests import request
 
 X = np.random.default_rng(5).standard_normal((3, 1, FEATURES)).astype(np.float32)
 CALLERS = {"ann": ("acme", "user"), "bob": ("zeta", "user"), "eve": ("acme", "viewer"), "ops": ("", "admin")}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.served import Served, keras_model
+from support.servers.served import Served, keras_model
 
 # Ten lines, as in a README.
 CLIENT = """\

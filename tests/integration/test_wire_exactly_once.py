@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2, tensors_pb2
-from support import secured, wire
-from support.served import Served
-from support.wire import Wire, tensor
+from support import secured
+from support.peers import wire
+from support.peers.wire import Wire, tensor
+from support.servers.served import Served
 
 pb = sessions_pb2
 X = np.random.default_rng(3).standard_normal((1, 4, 3)).astype(np.float32)

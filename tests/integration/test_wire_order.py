@@ -11,9 +11,9 @@ import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2
-from support import wire
-from support.served import Served
-from support.wire import Conversation, Wire, tensor
+from support.peers import wire
+from support.peers.wire import Conversation, Wire, tensor
+from support.servers.served import Served
 
 pb = sessions_pb2
 LONG = 60_000

@@ -6,7 +6,7 @@ import numpy as np
 
 import stepwell
 from stepwell.v1 import sessions_pb2
-from support.served import Served
+from support.servers.served import Served
 
 X = np.random.default_rng(5).standard_normal((1, 3, 3)).astype(np.float32)
 

@@ -42,7 +42,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="session")
 def wheel(build: Build, root: Path) -> Path:
     """The wheel, built from the tree."""
-    from support import programs
+    from support.models import programs
 
     folder = programs.once("wheel", lambda target: shutil.copy2(build("wheel", root), target))
     (built,) = folder.iterdir()
@@ -52,7 +52,7 @@ def wheel(build: Build, root: Path) -> Path:
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """The model of the examples: three features in, one forecast out at each time step."""
-    from support import programs
+    from support.models import programs
 
     return programs.saved("forecast", _forecast).path
 
@@ -67,7 +67,7 @@ def _forecast() -> Any:
 @pytest.fixture(scope="session")
 def compiled() -> Path:
     """A cache of compiled models for all servers of these tests."""
-    from support import programs
+    from support.models import programs
 
     return programs.cache_dir()
 

@@ -11,7 +11,7 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from support.fronts import needs_native
+from support.servers.both_fronts import needs_native
 
 FRAMEWORKS = {"tensorflow", "keras", "torch", "jax"}
 SERVER_ONLY = {

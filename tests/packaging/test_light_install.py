@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stepwell.testing import LocalServer
-from support import programs
+from support.models import programs
 
 # each environment is installed from the package registry
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]

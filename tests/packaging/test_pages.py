@@ -28,7 +28,7 @@ def test_the_page_for_notebooks(
 ) -> None:
     """As cells, in order, in one namespace; the model is compiled beforehand, in this process."""
     from stepwell._admin import model_files
-    from support import programs
+    from support.models import programs
 
     class Served:
         """The file that `stepwell.local` makes of the page's model."""

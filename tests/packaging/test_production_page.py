@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from support.fronts import needs_native
+from support.servers.both_fronts import needs_native
 
 PAGE = "docs/operate/run.md"
 SECTION = re.compile(r"^## Set up\n(.*?)^## ", re.MULTILINE | re.DOTALL)

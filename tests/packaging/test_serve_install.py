@@ -16,7 +16,7 @@ from stepwell.cli import main
 from stepwell_server import program_file
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.step_function import initial_rows, step_of_executor
-from support import programs
+from support.models import programs
 
 # the environment is installed from the package registry
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]

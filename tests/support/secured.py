@@ -29,8 +29,8 @@ from stepwell_server.auth import token_file
 from stepwell_server.auth.tokens import Token, digest_of, new_token
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.rpc.fronts.certificates import Certificates
-from support import programs
 from support.certificates import Authority, Pair
+from support.models import programs
 
 VARIABLE = "STEPWELL_TEST_SECURED"
 SCHEME = "grpcs://"

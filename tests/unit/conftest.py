@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
-    from support.durable import Disk, Lasting
+    from support.stores.durable import Disk, Lasting
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
@@ -35,9 +35,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Kind of the stores that `support.engine.running` makes."""
-    from support.engine import STORES
-    from support.gated_valkey import clocked
+    """Kind of the stores that `support.engine.harness.running` makes."""
+    from support.engine.harness import STORES
+    from support.stores.gated_valkey import clocked
 
     STORES.kind = getattr(request, "param", "memory")
     if STORES.kind == "memory":
@@ -55,7 +55,7 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def disk(store_kind: str) -> Iterator[Disk]:
     """A data directory of that kind, and the engines that use it one after the other."""
-    from support.durable import Disk
+    from support.stores.durable import Disk
 
     found = Disk()
     yield found
@@ -65,7 +65,7 @@ def disk(store_kind: str) -> Iterator[Disk]:
 @pytest.fixture
 async def lasting(store_kind: str) -> AsyncIterator[Lasting]:
     """A store of that kind that outlives its servers, and the engines that use it one after the other."""
-    from support.durable import new_lasting
+    from support.stores.durable import new_lasting
 
     found = await new_lasting()
     yield found

@@ -28,10 +28,10 @@ from stepwell_server.rpc.guard import Guard
 from stepwell_server.rpc.services import health
 from stepwell_server.rpc.services.reflection import ReflectionServicer
 from stepwell_server.rpc.triton.servicer import SERVICE, unsupported_methods
-from support.calls import calls
 from support.clock import ManualClock
-from support.fake_call import FakeCall, Requests
-from support.wire import tensors
+from support.peers.wire import tensors
+from support.rpc.calls import calls
+from support.rpc.fake_call import FakeCall, Requests
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.errors import StartError, Unauthenticated
 from stepwell_server.files.watched import WatchedFile
 from support.clock import ManualClock
-from support.fake_call import FakeCall
+from support.rpc.fake_call import FakeCall
 
 HASH = "sha256:" + "0123456789abcdef" * 4
 OTHER = HASH.replace("0", "1")

@@ -19,7 +19,7 @@ from stepwell.cli.envoy import filled
 from stepwell.v1 import models_pb2, sessions_pb2
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
-from support.envoy import validate
+from support.servers.envoy import validate
 
 REPLICAS = ("--replica", "127.0.0.1:50051", "--replica", "[::1]:50051")
 

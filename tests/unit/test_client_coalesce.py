@@ -25,7 +25,7 @@ from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell._transport.stream import MakeRequest, Sink
 from stepwell.v1 import sessions_pb2
 from support.clock import ManualClock
-from support.scripted_model import in_full
+from support.sdk.scripted_model import in_full
 
 
 @dataclasses.dataclass

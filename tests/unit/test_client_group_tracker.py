@@ -14,7 +14,7 @@ from stepwell._state.arguments import pack_inputs
 from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
-from support.scripted_model import in_full
+from support.sdk.scripted_model import in_full
 
 ALL = np.arange(3)
 WAIT_S = 100.0

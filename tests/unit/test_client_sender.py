@@ -22,8 +22,8 @@ from stepwell._state.tensors import pack, to_messages, unpack
 from stepwell._transport.retry import Deadline, RepliesTooLargeError
 from stepwell._transport.stream import Answer, MakeRequest, Sink
 from stepwell.v1 import errors_pb2, sessions_pb2
-from support.scripted_model import in_full
-from support.waiting_line import WaitingLine
+from support.sdk.scripted_model import in_full
+from support.sdk.sender_queue import WaitingLine
 
 WAIT_S = 100.0
 CORRUPT = errors_pb2.Error(code=15, reason="STATE_CORRUPT", message="damaged")

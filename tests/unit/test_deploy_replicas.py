@@ -21,10 +21,10 @@ from stepwell.cli import main
 from stepwell_server.cli.serve import serve
 from stepwell_server.settings import Settings
 from support.certificates import Authority
-from support.envoy import Envoy, validate
 from support.processes import until
-from support.resp import Connection
-from support.valkey import HOST, Port, program
+from support.servers.envoy import Envoy, validate
+from support.servers.resp import Connection
+from support.servers.valkey_servers import HOST, Port, program
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -33,9 +33,9 @@ from stepwell_server.store.encryption.keyring import add_key
 from stepwell_server.store.factory import open_store
 from stepwell_server.store.valkey.connection.url import parse
 from support.clock import ManualClock
-from support.shared import opened, put
-from support.stored import record
-from support.valkey import Valkey
+from support.servers.valkey_servers import Valkey
+from support.stores.disk_store import record
+from support.stores.valkey_store import opened, put
 
 NOW = 4_000_000_000.0
 """Later than any file."""

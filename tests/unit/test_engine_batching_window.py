@@ -17,8 +17,8 @@ from stepwell_server.core.cost import Cost
 from stepwell_server.engine.passes.batching_window import BatchingWindow
 from stepwell_server.engine.threads import Threads
 from support.clock import ManualClock
-from support.engine import FixedCost, Harness, running, x
-from support.fake_executor import PLAIN, WAIT_S
+from support.engine.fake_executor import PLAIN, WAIT_S
+from support.engine.harness import FixedCost, Harness, running, x
 
 pytestmark = pytest.mark.stores("memory")
 

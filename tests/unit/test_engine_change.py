@@ -13,10 +13,10 @@ from stepwell_server.core.scheduler import Scheduler, source_of
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change, joined
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
-from support.engine import BOTH_WAYS, Answer, Answers, Later, running, x
-from support.fake_executor import BAD, RICH
-from support.kinds import IN_PROCESS
-from support.model_of_sessions import initial, ran
+from support.checks.model_of_sessions import initial, ran
+from support.engine.fake_executor import BAD, RICH
+from support.engine.harness import BOTH_WAYS, Answer, Answers, Later, running, x
+from support.stores.kinds import IN_PROCESS
 
 
 @BOTH_WAYS

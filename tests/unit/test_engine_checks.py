@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.engine.intake.validation import check_inputs, check_state, finite_rows, require_finite
 from stepwell_server.errors import InvalidInput
 from stepwell_server.program import TensorSpec
-from support.fake_executor import PLAIN, RICH
+from support.engine.fake_executor import PLAIN, RICH
 
 INT8 = dataclasses.replace(PLAIN, inputs=(TensorSpec("n", (), "int8", temporal=True),))
 FLAG = dataclasses.replace(PLAIN, inputs=(TensorSpec("flag", (), "bool", temporal=True),))

@@ -10,7 +10,7 @@ import pytest
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import InvalidInput, ServerError, SessionGone, SessionNotFound
-from support.engine import Harness, running, x
+from support.engine.harness import Harness, running, x
 
 
 async def lived(at: Harness, *session_ids: str) -> list[int]:

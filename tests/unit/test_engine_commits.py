@@ -21,8 +21,8 @@ from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import RecordBytes
 from support.clock import ManualClock
-from support.durable import until
-from support.fake_executor import WAIT_S
+from support.engine.fake_executor import WAIT_S
+from support.stores.durable import until
 
 pytestmark = pytest.mark.stores("memory")
 

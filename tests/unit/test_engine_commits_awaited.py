@@ -12,9 +12,9 @@ from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
-from support.fake_executor import WAIT_S
-from support.shared import stamps
+from support.engine.fake_executor import WAIT_S
+from support.stores.fake_shared_store import RemoteStore
+from support.stores.valkey_store import stamps
 
 
 async def test_a_document_is_never_in_two_commits_at_a_time() -> None:

@@ -11,10 +11,10 @@ from stepwell_server.errors import (
     SessionLost,
     SessionNotFound,
 )
-from support.durable import begun, until
-from support.engine import running, x
-from support.lives import blocked, gone
-from support.model_of_sessions import initial
+from support.checks.model_of_sessions import initial
+from support.engine.harness import running, x
+from support.engine.session_lifetimes import blocked, gone
+from support.stores.durable import begun, until
 
 
 @pytest.mark.stores("memory", "async", "sync")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from stepwell_server.errors import InvalidInput, ServerError, SessionNotFound
-from support.engine import Answer, Harness, kinds, running, x
-from support.fake_executor import BAD, PLAIN
-from support.model_of_sessions import initial, ran
+from support.checks.model_of_sessions import initial, ran
+from support.engine.fake_executor import BAD, PLAIN
+from support.engine.harness import Answer, Harness, kinds, running, x
 
 SIZES = {"a": 1, "b": 3, "c": 2, "d": 1}
 

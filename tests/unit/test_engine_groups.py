@@ -21,10 +21,10 @@ from stepwell_server.errors import (
     SessionExpired,
     SessionNotFound,
 )
-from support.awaited import RemoteStore
-from support.engine import Harness, kinds, running, x
-from support.fake_executor import RICH
-from support.lives import blocked
+from support.engine.fake_executor import RICH
+from support.engine.harness import Harness, kinds, running, x
+from support.engine.session_lifetimes import blocked
+from support.stores.fake_shared_store import RemoteStore
 
 pytestmark = pytest.mark.stores("memory", "awaited", "sync")
 

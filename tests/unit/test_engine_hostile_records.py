@@ -25,11 +25,11 @@ from stepwell_server.rpc.page_tokens import from_token, to_token
 from stepwell_server.store.base import Batch
 from stepwell_server.store.fields import CRITICAL, OWNER, VERSION, pack_fields
 from stepwell_server.store.record import HEADER, header_or_none, with_checksum
-from support.awaited import RemoteStore
-from support.durable import same_reply
-from support.engine import STORES, Answer, Harness, running, x
-from support.records import decode
+from support.engine.harness import STORES, Answer, Harness, running, x
 from support.samples import examples
+from support.stores.durable import same_reply
+from support.stores.fake_shared_store import RemoteStore
+from support.stores.records import decode
 
 #: A step of several time steps, whose reply is kept as arrays of its own.
 STEP = x(1, 3, seed=7)

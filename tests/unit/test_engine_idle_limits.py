@@ -10,9 +10,9 @@ import pytest
 
 from stepwell_server.errors import InvalidInput, SessionExpired, Unavailable
 from stepwell_server.store.base import End
-from support.durable import Disk
-from support.engine import Harness, running, x
-from support.records import decode
+from support.engine.harness import Harness, running, x
+from support.stores.durable import Disk
+from support.stores.records import decode
 
 HOUR_S = 3600.0
 OWN = pytest.mark.stores("memory", "async", "sync")

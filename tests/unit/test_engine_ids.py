@@ -12,7 +12,7 @@ from stepwell_server.engine.sessions.directory import MAX_ID_LENGTH, IdMaker, re
 from stepwell_server.engine.threads import Pieces
 from stepwell_server.errors import InvalidInput
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
+from support.stores.fake_shared_store import RemoteStore
 
 NAMESPACES = ["", "acme\x1f"]
 FOREIGN = "s-00000000-" + "A" * 22

@@ -17,10 +17,10 @@ from stepwell_server.errors import (
     SessionExists,
     SessionNotFound,
 )
-from support.engine import Answer, running, x
-from support.fake_executor import PLAIN, RICH
-from support.lives import blocked, gone
-from support.model_of_sessions import initial
+from support.checks.model_of_sessions import initial
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import Answer, running, x
+from support.engine.session_lifetimes import blocked, gone
 
 
 async def task_of(call: Any) -> asyncio.Task[Any]:

@@ -14,11 +14,11 @@ from stepwell_server.engine.api import SessionFilter, SessionInfo
 from stepwell_server.engine.sessions import read
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.in_process import InProcessStore
-from support.durable import Disk, begun
-from support.engine import Harness, running, x
-from support.fake_executor import PLAIN, RICH
-from support.kinds import IN_PROCESS
-from support.versions import serving, weights
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import Harness, running, x
+from support.engine.versions import serving, weights
+from support.stores.durable import Disk, begun
+from support.stores.kinds import IN_PROCESS
 
 PROGRAMS = {"plain": PLAIN, "rich": RICH}
 FILTERS: list[dict[str, Any]] = [

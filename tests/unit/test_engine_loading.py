@@ -19,10 +19,10 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.access import remote_reads
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
 from support.clock import ManualClock
-from support.durable import begun
-from support.engine import Answers, Harness, kinds, running, x
+from support.engine.harness import Answers, Harness, kinds, running, x
+from support.stores.durable import begun
+from support.stores.fake_shared_store import RemoteStore
 
 pytestmark = pytest.mark.stores("awaited")
 

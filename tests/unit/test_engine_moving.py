@@ -26,10 +26,10 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.fields import CRITICAL, pack_fields, unpack_fields
 from stepwell_server.store.memory import MemoryStore
-from support.durable import Disk, begun, same_reply
-from support.engine import Harness, running, x
-from support.fake_executor import PLAIN, RICH
-from support.records import decode
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import Harness, running, x
+from support.stores.durable import Disk, begun, same_reply
+from support.stores.records import decode
 
 PROGRAMS = {"plain": PLAIN, "rich": RICH}
 

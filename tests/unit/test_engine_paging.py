@@ -12,11 +12,11 @@ from stepwell_server.errors import Overloaded, SessionLost
 from stepwell_server.program import StateSpec
 from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
-from support.durable import begun
-from support.engine import Harness, kinds, running, x
-from support.fake_executor import RICH
-from support.model_of_sessions import ModelOfSessions, Reply
+from support.checks.model_of_sessions import ModelOfSessions, Reply
+from support.engine.fake_executor import RICH
+from support.engine.harness import Harness, kinds, running, x
+from support.stores.durable import begun
+from support.stores.fake_shared_store import RemoteStore
 
 
 async def resident(at: Harness, names: str) -> str:

@@ -13,10 +13,10 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.state.model import SHORT_PASS_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
-from support.durable import until
-from support.engine import BOTH_WAYS, Answer, FixedCost, Harness, kinds, running, x
-from support.fake_executor import BAD, BROKEN, PLAIN
-from support.model_of_sessions import initial, ran
+from support.checks.model_of_sessions import initial, ran
+from support.engine.fake_executor import BAD, BROKEN, PLAIN
+from support.engine.harness import BOTH_WAYS, Answer, FixedCost, Harness, kinds, running, x
+from support.stores.durable import until
 
 START = PLAIN.initial[0].tobytes()
 

@@ -29,11 +29,11 @@ from stepwell_server.rpc.services import admin
 from stepwell_server.store.base import Batch
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
-from support.calls import calls
-from support.durable import begun
-from support.engine import Answer, Answers, Harness, kinds, running, x
-from support.kinds import IN_PROCESS
+from support.engine.harness import Answer, Answers, Harness, kinds, running, x
+from support.rpc.calls import calls
+from support.stores.durable import begun
+from support.stores.fake_shared_store import RemoteStore
+from support.stores.kinds import IN_PROCESS
 
 pytestmark = IN_PROCESS  # turns of the event loop are counted
 T = TypeVar("T")

@@ -14,9 +14,9 @@ from stepwell_server.errors import (
     Overloaded,
     Unavailable,
 )
-from support.engine import BOTH_WAYS, running, x
-from support.fake_executor import BAD, BROKEN, RICH, WAIT_S
-from support.model_of_sessions import initial, ran
+from support.checks.model_of_sessions import initial, ran
+from support.engine.fake_executor import BAD, BROKEN, RICH, WAIT_S
+from support.engine.harness import BOTH_WAYS, running, x
 
 
 @BOTH_WAYS

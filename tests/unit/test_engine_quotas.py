@@ -22,8 +22,8 @@ from stepwell_server.rpc.status import to_proto
 from stepwell_server.store.counts import usage_of_record
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
-from support.durable import Disk, begun, stalled
-from support.engine import Harness, running, x
+from support.engine.harness import Harness, running, x
+from support.stores.durable import Disk, begun, stalled
 
 ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
 OTHERS = Caller("eve", "acme", Role.USER)

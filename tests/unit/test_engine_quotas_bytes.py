@@ -18,12 +18,12 @@ from stepwell_server.errors import QuotaExceeded, ServerError
 from stepwell_server.rpc.status import to_proto
 from stepwell_server.store import counts
 from stepwell_server.store.fields import pack_fields
-from support.durable import Disk, damage
-from support.engine import Harness, running, x
-from support.fake_executor import PLAIN
-from support.records import decode
-from support.replicas import two_in_time
-from support.versions import WIDE, serving, widen
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness, running, x
+from support.engine.two_engines import two_in_time
+from support.engine.versions import WIDE, serving, widen
+from support.stores.durable import Disk, damage
+from support.stores.records import decode
 
 ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
 ROW = PLAIN.state_row_bytes + sum(spec.row_bytes for spec in PLAIN.outputs)

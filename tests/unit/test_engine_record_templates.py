@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.commit import records as sheets
-from support.engine import Harness, running, x
-from support.records import decode
+from support.engine.harness import Harness, running, x
+from support.stores.records import decode
 
 pytestmark = pytest.mark.stores("async", "sync")
 COUNT = 40

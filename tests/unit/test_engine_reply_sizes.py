@@ -7,8 +7,8 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import MessageTooLarge, ModelNotFound, SessionGone
-from support.engine import running
-from support.fake_executor import PLAIN
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import running
 
 _LIMIT = 4096
 #: A row of all outputs at one time step.

@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.engine.api import OpenResult, Select
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
-from support.engine import BOTH_WAYS, Harness, running, x
+from support.engine.harness import BOTH_WAYS, Harness, running, x
 
 KIND, CONTENT = "it stands for a step, and a reset came", "it stands for a step with other content"
 X = x(4, seed=1)

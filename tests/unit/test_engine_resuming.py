@@ -11,10 +11,10 @@ import pytest
 
 from stepwell_server.engine.api import OpenManyResult
 from stepwell_server.errors import InvalidInput, SessionExists
-from support.durable import begun
-from support.engine import Harness, running, x
-from support.fake_executor import PLAIN, RICH
-from support.replicas import two
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import Harness, running, x
+from support.engine.two_engines import two
+from support.stores.durable import begun
 
 
 async def resume(at: Harness, ids: Sequence[str], **fields: Any) -> OpenManyResult:

@@ -10,9 +10,9 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
-from support.engine import Answer, Answers, Harness, Later, running, x
-from support.fake_executor import PLAIN
-from support.model_of_sessions import initial
+from support.checks.model_of_sessions import initial
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Answer, Answers, Harness, Later, running, x
 
 
 async def crowded(at: Harness, *waiting: str) -> object:

@@ -12,7 +12,7 @@ import pytest
 from stepwell_server.core.scheduler import CREDIT_S, LoopQueue, Share, Shares
 from stepwell_server.engine.threads import ACTIVE_S, MIN_PASS_S, Then, Threads
 from support.clock import ManualClock
-from support.fake_executor import WAIT_S
+from support.engine.fake_executor import WAIT_S
 
 pytestmark = pytest.mark.stores("memory")
 

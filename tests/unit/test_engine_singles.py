@@ -15,9 +15,9 @@ from stepwell_server.errors import (
     SessionExpired,
     SessionNotFound,
 )
-from support.engine import BOTH_WAYS, Harness, running, x
-from support.fake_executor import BROKEN, WAIT_S
-from support.model_of_sessions import initial
+from support.checks.model_of_sessions import initial
+from support.engine.fake_executor import BROKEN, WAIT_S
+from support.engine.harness import BOTH_WAYS, Harness, running, x
 
 
 @BOTH_WAYS

@@ -13,7 +13,7 @@ from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import MAX_TRIES, Change, Reply
 from stepwell_server.engine.intake.split import split
 from stepwell_server.errors import InvalidInput, ServerError
-from support.engine import x
+from support.engine.harness import x
 
 pytestmark = pytest.mark.stores("memory")
 ANN = Caller("ann", "acme", Role.USER)

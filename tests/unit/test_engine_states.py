@@ -9,10 +9,10 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded
-from support.durable import same_reply
-from support.engine import BOTH_WAYS, Answer, Harness, running, x
-from support.fake_executor import BAD, PLAIN, RICH, advance
-from support.model_of_sessions import initial, traced
+from support.checks.model_of_sessions import initial, traced
+from support.engine.fake_executor import BAD, PLAIN, RICH, advance
+from support.engine.harness import BOTH_WAYS, Answer, Harness, running, x
+from support.stores.durable import same_reply
 
 SHAPES = pytest.mark.parametrize("given", [(3,), (3, 1), (3, 6)], ids=["no axis", "T=1", "T=6"])
 

@@ -15,9 +15,9 @@ from stepwell_server.errors import (
     RevisionConflict,
     Unavailable,
 )
-from support.engine import BOTH_WAYS, Answer, Harness, running
-from support.fake_executor import BAD, PLAIN, RICH, advance
-from support.model_of_sessions import initial, ran
+from support.checks.model_of_sessions import initial, ran
+from support.engine.fake_executor import BAD, PLAIN, RICH, advance
+from support.engine.harness import BOTH_WAYS, Answer, Harness, running
 
 
 def x(*shape: int) -> np.ndarray:

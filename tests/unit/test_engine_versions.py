@@ -23,10 +23,10 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from support.durable import begun
-from support.engine import Harness, running, x
-from support.fake_executor import PLAIN, WAIT_S
-from support.versions import WIDE, after, serving, weights, widen
+from support.engine.fake_executor import PLAIN, WAIT_S
+from support.engine.harness import Harness, running, x
+from support.engine.versions import WIDE, after, serving, weights, widen
+from support.stores.durable import begun
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET

@@ -17,12 +17,12 @@ from stepwell_server.errors import (
     VersionElsewhere,
 )
 from stepwell_server.store.base import Batch
-from support.awaited import RemoteStore
-from support.durable import begun
-from support.engine import Harness, x
-from support.replicas import both_know
-from support.version_changes import fails, hold_commits, load_2, told, two_versions
-from support.versions import after, weights
+from support.engine.harness import Harness, x
+from support.engine.two_engines import both_know
+from support.engine.version_changes import fails, hold_commits, load_2, told, two_versions
+from support.engine.versions import after, weights
+from support.stores.durable import begun
+from support.stores.fake_shared_store import RemoteStore
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET

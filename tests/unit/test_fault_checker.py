@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support import checker, history
-from support.checker import Report, check
-from support.history import Call, End, Floats, Op
-from support.replay import LstmDense, LstmState
+from support.checks import checker, history
+from support.checks.checker import Report, check
+from support.checks.history import Call, End, Floats, Op
+from support.checks.replay import LstmDense, LstmState
 from support.samples import examples
 
 UNITS, FEATURES, OUTPUTS = 4, 3, 2

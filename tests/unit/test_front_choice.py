@@ -10,7 +10,7 @@ import pytest
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.errors import StartError
 from stepwell_server.rpc.fronts.choice import HOW, Choice, choose
-from support.fronts import needs_native
+from support.servers.both_fronts import needs_native
 
 NATIVE = "stepwell_server.rpc.fronts.native"
 

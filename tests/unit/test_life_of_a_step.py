@@ -24,10 +24,10 @@ from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.base import Front
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
-from support.engine import running
-from support.fronts import needs_native
-from support.live import Loads, live_models
-from support.wire import tensor
+from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.harness import running
+from support.peers.wire import tensor
+from support.servers.both_fronts import needs_native
 
 _ROOT = Path(stepwell_server.__file__).parent
 #: The tests' executor stands for one of the server's.

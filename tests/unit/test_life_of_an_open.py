@@ -13,7 +13,7 @@ import pytest
 import stepwell_server
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from support.engine import running
+from support.engine.harness import running
 
 _ROOT = str(Path(stepwell_server.__file__).parent)
 #: Calls of functions of the server in an opening: 176 when this was written. One more look at the id, or one more commit,

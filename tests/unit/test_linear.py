@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.checker import Report
-from support.history import ANY, Call, End, Floats, Op
-from support.linear import check
-from support.register import Loss, Rollback, Terms
-from support.sim.model import PlainModel, PlainState
+from support.checks.checker import Report
+from support.checks.history import ANY, Call, End, Floats, Op
+from support.checks.linearizability import check
+from support.checks.register import Loss, Rollback, Terms
+from support.sim.plain_model import PlainModel, PlainState
 
 MODEL = PlainModel()
 

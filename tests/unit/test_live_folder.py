@@ -18,9 +18,9 @@ from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import Overloaded
-from support.engine import Harness, running
-from support.fake_executor import PLAIN, RICH
-from support.live import Loads, live_models
+from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import Harness, running
 
 
 @dataclasses.dataclass

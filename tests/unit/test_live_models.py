@@ -26,7 +26,7 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from support.live_at import At, Most
+from support.engine.catalog_on_fakes import At, Most
 
 
 @pytest.fixture

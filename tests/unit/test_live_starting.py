@@ -17,8 +17,8 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
-from support.engine import running
-from support.fake_executor import PLAIN, RICH
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import running
 
 
 async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:

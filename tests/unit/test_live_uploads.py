@@ -20,7 +20,7 @@ from stepwell_server.errors import (
     VersionExists,
 )
 from support.clock import ManualClock
-from support.live_at import At
+from support.engine.catalog_on_fakes import At
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from stepwell_server.compile.host.job import Progress
 from stepwell_server.compile.host.limits import Limits
 from stepwell_server.compile.host.source import opened
 from stepwell_server.program import Program, ProofOptions
-from support.fake_executor import PLAIN
+from support.engine.fake_executor import PLAIN
 
 
 class Known(WarmCompiler):

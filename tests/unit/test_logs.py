@@ -11,8 +11,8 @@ import pytest
 
 from stepwell_server.errors import Internal
 from stepwell_server.logs import Log, LogFormat, configure
-from support.engine import running, x
-from support.fake_executor import BROKEN
+from support.engine.fake_executor import BROKEN
+from support.engine.harness import running, x
 
 
 @pytest.fixture

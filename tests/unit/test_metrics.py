@@ -27,10 +27,10 @@ from stepwell_server.rpc.status import ANY_CODE
 from stepwell_server.store.base import Store, StoreHealth
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from support.awaited import RemoteStore
 from support.clock import ManualClock
-from support.fake_executor import PLAIN
-from support.scrape import Scrape
+from support.engine.fake_executor import PLAIN
+from support.stores.fake_shared_store import RemoteStore
+from support.telemetry.scrape import Scrape
 
 _STATS = [ModelStats("m", 3, 2, 8, 1, 64, 4, 70, 5), ModelStats("n", 0, 0, 8, 0, 64, 4, 70, 5)]
 

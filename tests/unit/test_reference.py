@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from support.reference import gru_step, lstm_step, sigmoid
+from support.checks.reference_cells import gru_step, lstm_step, sigmoid
 
 #: A bias that opens a gate fully; its negative shuts it.
 OPEN = 60.0

@@ -15,10 +15,10 @@ import pytest
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell.v1.tensors_pb2 import Tensor
-from support import wire
-from support.calls import BAD_ARGUMENT, MAX_MESSAGE_BYTES, calls
-from support.fake_executor import BAD, PLAIN, RICH
-from support.wire import Refusal, Tensors, tensor
+from support.engine.fake_executor import BAD, PLAIN, RICH
+from support.peers import wire
+from support.peers.wire import Refusal, Tensors, tensor
+from support.rpc.calls import BAD_ARGUMENT, MAX_MESSAGE_BYTES, calls
 
 pytestmark = pytest.mark.stores("memory", "awaited")
 

@@ -15,10 +15,10 @@ from google.protobuf.duration_pb2 import Duration
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc.page_tokens import to_token
-from support import wire
-from support.calls import BAD_ARGUMENT, calls
-from support.fake_executor import PLAIN, RICH
-from support.wire import Refusal, tensor
+from support.engine.fake_executor import PLAIN, RICH
+from support.peers import wire
+from support.peers.wire import Refusal, tensor
+from support.rpc.calls import BAD_ARGUMENT, calls
 
 pytestmark = pytest.mark.stores("memory", "awaited")
 

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from stepwell_server.engine.state.resident import ResidentRows
-from support.engine import running
-from support.fake_executor import PLAIN
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import running
 
 LARGE = dataclasses.replace(PLAIN, state=(dataclasses.replace(PLAIN.state[0], shape=(1 << 20,)),))
 """4 MiB of state a row."""

@@ -10,12 +10,12 @@ import pytest
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import SpecsDiffer
 from stepwell_server.program import Architecture, Names, Program
-from support.durable import Disk
-from support.engine import Harness, x
-from support.fake_executor import PLAIN
-from support.kinds import SHARED
-from support.version_changes import two_versions
-from support.versions import after, serving, weights
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness, x
+from support.engine.version_changes import two_versions
+from support.engine.versions import after, serving, weights
+from support.stores.durable import Disk
+from support.stores.kinds import SHARED
 
 CARRY, KEEP = SessionPolicy.CARRY, SessionPolicy.KEEP
 INITIAL = np.array([[0.5, -0.25]], np.float32)

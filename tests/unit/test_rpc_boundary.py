@@ -19,7 +19,7 @@ from stepwell_server.errors import (
 )
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
-from support.fake_call import FakeCall, Requests
+from support.rpc.fake_call import FakeCall, Requests
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from stepwell_server.errors import SessionNotFound
 from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, Rest, StepColumns
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import STEPWELL, ColumnSteps
-from support.awaited import RemoteStore
-from support.engine import Harness, running, x
-from support.fake_call import Requests
-from support.fake_executor import PLAIN
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness, running, x
+from support.rpc.fake_call import Requests
+from support.stores.fake_shared_store import RemoteStore
 
 pytestmark = pytest.mark.stores("memory", "async", "sync", "awaited")
 FLOAT32, UINT8 = 1, 9

@@ -16,7 +16,7 @@ from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
 from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert, tensors
 from stepwell_server.rpc.steps import messages
-from support.fake_engine import program
+from support.rpc.fake_engine import program
 
 _FLOAT32 = tensors_pb2.DATA_TYPE_FLOAT32
 _DTYPES = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.streams import Streams, message, parsed, streams
+from support.rpc.streams import Streams, message, parsed, streams
 
 IDS = ("a", "b", "c")
 ONE = np.ones((3, 2), np.float32)

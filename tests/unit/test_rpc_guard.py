@@ -18,9 +18,9 @@ from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.guard import Guard
 from stepwell_server.rpc.server import RpcServer
-from support.calls import Front, Observer
 from support.clock import ManualClock
-from support.fake_call import FakeCall, Requests
+from support.rpc.calls import Front, Observer
+from support.rpc.fake_call import FakeCall, Requests
 
 ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.VIEWER)
 CHIEF = Caller("chief", "acme", Role.ADMIN)

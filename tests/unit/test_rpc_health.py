@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2 as pb
 from stepwell_server.errors import ServiceNotFound
 from stepwell_server.process.readiness import LOADED, Readiness, Report
 from stepwell_server.rpc.services.health import HealthServicer
-from support.fake_call import FakeCall
+from support.rpc.fake_call import FakeCall
 
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
 UNKNOWN = pb.HealthCheckResponse.SERVICE_UNKNOWN

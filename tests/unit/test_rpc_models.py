@@ -21,11 +21,11 @@ from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.rpc.access import Access, access_of, require
 from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded
-from support.awaited import RemoteStore
-from support.calls import Calls, calls
 from support.clock import ManualClock
-from support.fake_executor import PLAIN, RICH
-from support.wire import tensors
+from support.engine.fake_executor import PLAIN, RICH
+from support.peers.wire import tensors
+from support.rpc.calls import Calls, calls
+from support.stores.fake_shared_store import RemoteStore
 
 pytestmark = pytest.mark.stores("memory", "async", "awaited")
 ADMIN_CALLS = ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel")

@@ -19,9 +19,9 @@ from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
 from stepwell_server.rpc.triton.stream import InferStream
-from support.engine import running
-from support.fake_call import FakeCall, Requests
-from support.streams import Streams, message
+from support.engine.harness import running
+from support.rpc.fake_call import FakeCall, Requests
+from support.rpc.streams import Streams, message
 
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)
 

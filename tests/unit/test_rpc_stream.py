@@ -14,8 +14,8 @@ from stepwell.v1 import tensors_pb2
 from stepwell_server.clock import SystemClock
 from stepwell_server.errors import InvalidInput, Overloaded, Unavailable
 from stepwell_server.rpc.steps.stream import FrameStream, StreamLimits
-from support.fake_call import FakeCall, Requests
-from support.fake_engine import FakeEngine
+from support.rpc.fake_call import FakeCall, Requests
+from support.rpc.fake_engine import FakeEngine
 
 _PATIENCE_S = 100.0
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.engine import BOTH_WAYS
-from support.streams import ALL, LAST, Streams, message, parsed, play, reasons, request, streams
+from support.engine.harness import BOTH_WAYS
+from support.rpc.streams import ALL, LAST, Streams, message, parsed, play, reasons, request, streams
 
 
 @BOTH_WAYS

@@ -16,7 +16,7 @@ from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.boundary import Boundary
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.status import to_proto, to_status
-from support.fake_call import FakeCall, Requests
+from support.rpc.fake_call import FakeCall, Requests
 
 ANN, BOB = (Caller(name, tenant, Role.USER) for name, tenant in (("ann", "acme"), ("bob", "zeta")))
 OF_ALL = Caller("ops", "*", Role.ADMIN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stepwell.v1 import sessions_pb2 as pb
-from support.streams import Streams, play, request, streams
+from support.rpc.streams import Streams, play, request, streams
 
 
 def revision(raw: bytes) -> int:

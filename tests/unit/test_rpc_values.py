@@ -8,9 +8,9 @@ import pytest
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc import tensors
-from support.calls import Calls, calls
-from support.fake_executor import PLAIN, RICH
-from support.wire import tensor
+from support.engine.fake_executor import PLAIN, RICH
+from support.peers.wire import tensor
+from support.rpc.calls import Calls, calls
 
 DATA, VALUES = tensors_pb2.TENSOR_FORMAT_DATA, tensors_pb2.TENSOR_FORMAT_VALUES
 MODELS = {"plain": PLAIN, "rich": RICH}

@@ -18,9 +18,8 @@ from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import JoinedPuts
-from support.records import decode, scan_local
 from support.samples import examples
-from support.stored import (
+from support.stores.disk_store import (
     DURABILITIES,
     SEGMENT_BYTES,
     begin,
@@ -36,6 +35,7 @@ from support.stored import (
     template,
     wal_of,
 )
+from support.stores.records import decode, scan_local
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
-from support.records import decode
-from support.stored import (
+from support.stores.disk_store import (
     DURABILITIES,
     base_of,
     begin,
@@ -33,6 +32,7 @@ from support.stored import (
     template,
     wal_of,
 )
+from support.stores.records import decode
 
 WAIT_S = 60.0
 

@@ -13,9 +13,8 @@ import pytest
 from stepwell_server.store.base import Batch, StoreError
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.record import JoinedPuts
-from support.records import scan_local
 from support.samples import examples
-from support.stored import (
+from support.stores.disk_store import (
     DURABILITIES,
     begin,
     end,
@@ -30,6 +29,7 @@ from support.stored import (
     revisions,
     warnings,
 )
+from support.stores.records import scan_local
 
 #: Where some parts of a record are. What it seems to be with another revision, or of another session, does not count.
 RECORD_PARTS = {"schema": 4, "revision": 8, "opened with": 32, "created": 44, "rows": 90}

@@ -15,7 +15,7 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import RecordBytes
-from support.stored import begin, fill_one, killed, left_behind, opened, put, record, revisions
+from support.stores.disk_store import begin, fill_one, killed, left_behind, opened, put, record, revisions
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from support.stored import (
+from support.stores.disk_store import (
     DURABILITIES,
     SEGMENT_BYTES,
     begin,

@@ -11,7 +11,7 @@ import pytest
 
 from stepwell_server.store.disk import files
 from stepwell_server.store.disk.lmdb import Durability
-from support.stored import DURABILITIES, begin, fill_one, killed, opened, put, revisions
+from support.stores.disk_store import DURABILITIES, begin, fill_one, killed, opened, put, revisions
 
 FULL_FLUSH = 51
 """F_FULLFSYNC."""

@@ -32,7 +32,7 @@ from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.samples import some
-from support.stored import (
+from support.stores.disk_store import (
     DURABILITIES,
     begin,
     committed,
@@ -45,7 +45,7 @@ from support.stored import (
     revisions,
     wal_of,
 )
-from support.stored import (
+from support.stores.disk_store import (
     in_lmdb as sessions_in_lmdb,
 )
 

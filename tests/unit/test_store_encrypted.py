@@ -22,8 +22,8 @@ from stepwell_server.store.fields import VERSION, pack_fields
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import JoinedPuts, RecordBytes, decode_many
 from support.clock import ManualClock
-from support.records import Record, decode
-from support.stored import left_behind, opened, template, wal_of
+from support.stores.disk_store import left_behind, opened, template, wal_of
+from support.stores.records import Record, decode
 
 SECRET = b"the state of somebody: "
 LONG = "é" * 256

@@ -14,7 +14,7 @@ from stepwell_server.store import verification
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import LmdbStore
 from support.clock import ManualClock
-from support.stored import begin, put, record
+from support.stores.disk_store import begin, put, record
 
 READ = """
 import pathlib, sys

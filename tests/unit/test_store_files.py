@@ -22,7 +22,7 @@ from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.processes import opened_below
-from support.stored import begin, fill_one, opened, put, revisions
+from support.stores.disk_store import begin, fill_one, opened, put, revisions
 
 PARTS = ["", "server.lock", "sessions/data.mdb", "wal/0", "wal/1"]
 

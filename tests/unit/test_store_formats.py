@@ -33,8 +33,8 @@ from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import MAX_COUNTER, header_or_none
 from support.clock import ManualClock
-from support.fake_executor import PLAIN
-from support.stored import begin, end, opened, put, record
+from support.engine.fake_executor import PLAIN
+from support.stores.disk_store import begin, end, opened, put, record
 
 DATA = Path(__file__).parents[1] / "data"
 CLOCK = ManualClock()

@@ -26,7 +26,7 @@ from stepwell_server.store.factory import Kind, open_store
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
-from support.stored import committed, record
+from support.stores.disk_store import committed, record
 
 NAMES = ["a", "b", "c"]
 KINDS = pytest.mark.parametrize("kind", ["memory", "sync", "async"])

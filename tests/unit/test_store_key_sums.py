@@ -13,10 +13,10 @@ from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.key_sums import KeyCheck
 from stepwell_server.store.disk.lmdb import LmdbStore
 from support.clock import ManualClock
-from support.durable import Disk, Troubled
-from support.engine import x
+from support.engine.harness import x
 from support.samples import examples
-from support.stored import begin, end, put, record
+from support.stores.disk_store import begin, end, put, record
+from support.stores.durable import Disk, Troubled
 
 IDS = [f"session-{n:04d}" for n in range(300)]
 

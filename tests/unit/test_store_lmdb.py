@@ -22,8 +22,8 @@ from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import decode_header
 from support.clock import ManualClock
-from support.records import decode, scan_local
-from support.stored import put, record
+from support.stores.disk_store import put, record
+from support.stores.records import decode, scan_local
 
 ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
 

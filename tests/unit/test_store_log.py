@@ -14,8 +14,7 @@ from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal import log
 from support.processes import opened_below
-from support.records import decode
-from support.stored import (
+from support.stores.disk_store import (
     DURABILITIES,
     begin,
     in_lmdb,
@@ -27,6 +26,7 @@ from support.stored import (
     record,
     revisions,
 )
+from support.stores.records import decode
 
 
 @pytest.fixture

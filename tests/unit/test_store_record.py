@@ -33,7 +33,7 @@ from stepwell_server.store.record import (
     supersedes,
     with_checksum,
 )
-from support.records import Record, decode
+from support.stores.records import Record, decode
 
 U64 = st.integers(0, 2**64 - 1)
 COUNTERS = st.integers(0, MAX_COUNTER)

@@ -15,9 +15,9 @@ from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
-from support.broken_disk import break_last_writes
 from support.clock import ManualClock
-from support.stored import base_of, begin, end, put, revisions
+from support.stores.broken_disk import break_last_writes
+from support.stores.disk_store import base_of, begin, end, put, revisions
 
 CLOCK = ManualClock()
 

@@ -26,7 +26,7 @@ from stepwell_server.store.encryption.keyring import Keyring, add_key
 from stepwell_server.store.factory import encrypted
 from support.clock import ManualClock
 from support.samples import some
-from support.stored import base_of, begin, end, opened, put, record, revisions
+from support.stores.disk_store import base_of, begin, end, opened, put, record, revisions
 
 LONG = "é" * 256
 IDS = ["a", "b", LONG, *(f"s{n:03d}" for n in range(200))]

@@ -33,12 +33,12 @@ from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.scripts import UNDONE_MS
 from stepwell_server.store.valkey.store import ValkeyStore
-from support.awaited import RemoteStore
 from support.clock import ManualClock
-from support.records import scan
-from support.shared import end, fresh_prefix, opened, put, shared, stamps
-from support.stored import record, template
-from support.valkey import Valkey, paused, until
+from support.servers.valkey_servers import Valkey, paused, until
+from support.stores.disk_store import record, template
+from support.stores.fake_shared_store import RemoteStore
+from support.stores.records import scan
+from support.stores.valkey_store import end, fresh_prefix, opened, put, shared, stamps
 
 TENANT = f"acme{SEPARATOR}"
 

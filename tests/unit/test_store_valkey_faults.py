@@ -34,11 +34,11 @@ from stepwell_server.store.valkey.connection.nodes import MAX_LINKS
 from stepwell_server.store.valkey.inspection import inspect
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.certificates import Authority
-from support.cut import Cut
-from support.records import scan
-from support.shared import end, fresh_prefix, opened, put, shared
-from support.stored import record, template
-from support.valkey import HOST, Valkey, paused
+from support.peers.dropping_proxy import Cut
+from support.servers.valkey_servers import HOST, Valkey, paused
+from support.stores.disk_store import record, template
+from support.stores.records import scan
+from support.stores.valkey_store import end, fresh_prefix, opened, put, shared
 
 SHORT = "timeout_ms=1000"
 

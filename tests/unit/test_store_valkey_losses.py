@@ -23,11 +23,11 @@ from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.inspection import inspect
 from stepwell_server.store.valkey.keys import LOST_STAMP
 from stepwell_server.store.valkey.store import ValkeyStore
-from support.engine import Harness, running, x
-from support.records import scan
-from support.shared import end, opened, put, shared
-from support.stored import record
-from support.valkey import Valkey
+from support.engine.harness import Harness, running, x
+from support.servers.valkey_servers import Valkey
+from support.stores.disk_store import record
+from support.stores.records import scan
+from support.stores.valkey_store import end, opened, put, shared
 
 
 @pytest.fixture(scope="module")

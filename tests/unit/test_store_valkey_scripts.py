@@ -9,7 +9,7 @@ import numpy as np
 from stepwell_server.store.record import HEADER
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.keys import HEAD
-from support.valkey import Valkey
+from support.servers.valkey_servers import Valkey
 
 
 def test_scripts_read_headers_as_records_have_them() -> None:

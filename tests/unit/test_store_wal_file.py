@@ -18,7 +18,7 @@ from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt
 from stepwell_server.store.record import RecordBytes
 from support.samples import examples, some
-from support.stored import is_damaged, put_all, record, template
+from support.stores.disk_store import is_damaged, put_all, record, template
 
 Part = Sequence[tuple[str, RecordBytes]]
 Write = Sequence[Part]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import programs
+from support.models import programs
 
 
 def test_one_makes_it_and_the_others_wait_for_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from stepwell_server.engine.executors import trial
 from stepwell_server.program import Program, StateSpec
-from support.fake_executor import PLAIN
+from support.engine.fake_executor import PLAIN
 
 Arrays = Sequence[Any]
 INPUTS = (np.random.default_rng(3).standard_normal((40, 2)).astype(np.float32),)

@@ -26,12 +26,12 @@ from stepwell_server.rpc.tracing import CallTrace
 from stepwell_server.rpc.triton.columns import ColumnInference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
-from support import calls
-from support.fake_call import Requests
-from support.fake_executor import PLAIN, RICH
-from support.live import Loads, live_models
-from support.triton_requests import Client, inference
-from support.versions import WIDE, serving, weights
+from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.versions import WIDE, serving, weights
+from support.rpc import calls
+from support.rpc.fake_call import Requests
+from support.triton.triton_requests import Client, inference
 
 FLOAT32, INT32 = 1, 7
 DATATYPES = {FLOAT32: "FP32", INT32: "INT32"}

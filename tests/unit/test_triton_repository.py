@@ -19,9 +19,9 @@ from stepwell_server.rpc.access import Access, access_of, require
 from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts.base import CallEnded
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from support.calls import Calls, calls
 from support.clock import ManualClock
-from support.fake_executor import PLAIN
+from support.engine.fake_executor import PLAIN
+from support.rpc.calls import Calls, calls
 
 Index = list[tuple[str, str, str]]
 

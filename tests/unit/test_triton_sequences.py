@@ -21,8 +21,8 @@ from stepwell_server.errors import (
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.request import read_parameters
 from stepwell_server.rpc.triton.sequences import EndedReplies, session_id_of
-from support.fake_executor import BAD, PLAIN
-from support.triton_requests import Array, inference, request
+from support.engine.fake_executor import BAD, PLAIN
+from support.triton.triton_requests import Array, inference, request
 
 INITIAL = PLAIN.initial[0]
 

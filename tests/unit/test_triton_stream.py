@@ -13,7 +13,7 @@ from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import Turn, Turns
 from stepwell_server.rpc.triton.stream import InferStream
-from support.fake_call import FakeCall, Requests
+from support.rpc.fake_call import FakeCall, Requests
 
 _PATIENCE_S = 100.0
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)

@@ -13,8 +13,8 @@ from stepwell_server.program import Program, StateSpec, TensorSpec
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.metadata import model_config, model_metadata
 from stepwell_server.rpc.triton.tensors import ModelTensors, write_outputs
-from support.fake_executor import PLAIN, RICH
-from support.triton_requests import Array, inference, outputs_of, request
+from support.engine.fake_executor import PLAIN, RICH
+from support.triton.triton_requests import Array, inference, outputs_of, request
 
 X = np.array([[1.5, -2.0]], np.float32)
 _ID = "[request id: <id_unknown>] "

@@ -17,12 +17,12 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.repository import Repository
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.versions import InferModels, read_version
-from support.engine import Harness
-from support.fake_call import FakeCall, Requests
-from support.fake_executor import PLAIN
-from support.live import Loads, live_models
-from support.triton_requests import Array, Client, NoPasses, outputs_of, request
-from support.versions import WIDE, after, serving, weights
+from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness
+from support.engine.versions import WIDE, after, serving, weights
+from support.rpc.fake_call import FakeCall, Requests
+from support.triton.triton_requests import Array, Client, NoPasses, outputs_of, request
 
 INITIAL = np.array([[0.5, -0.25]], np.float32)
 X = np.array([[1, 2]], np.float32)

@@ -16,10 +16,10 @@ from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller, Role
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.triton.inference import service_pb2 as triton
-from support.calls import Calls, calls
-from support.fake_executor import PLAIN
-from support.triton_requests import request as infer
-from support.wire import Refusal, of_members, refused_part, tensors
+from support.engine.fake_executor import PLAIN
+from support.peers.wire import Refusal, of_members, refused_part, tensors
+from support.rpc.calls import Calls, calls
+from support.triton.triton_requests import request as infer
 
 pytestmark = pytest.mark.stores("memory", "async", "awaited")
 ANN = Caller("ann", "acme", Role.USER)

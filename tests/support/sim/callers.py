@@ -24,8 +24,8 @@ from stepwell_server.errors import (
     SessionGone,
     Unavailable,
 )
-from support.engine import Answer, Answers
-from support.history import Call, End, Floats, Op
+from support.checks.history import Call, End, Floats, Op
+from support.engine.harness import Answer, Answers
 from support.sim.network import Network, answer_on
 from support.sim.replica import Replica
 from support.sim.world import NodeLoop, World

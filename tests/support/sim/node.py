@@ -20,7 +20,7 @@ from stepwell_server.store.base import End
 from stepwell_server.store.record import decode_header
 from stepwell_server.store.valkey.connection.client import Command, ErrorReply, Reply, slot_of
 from stepwell_server.store.valkey.keys import HEAD, RECORD, TOMBSTONE, unpack_tombstone
-from support.register import Life, Rollback
+from support.checks.register import Life, Rollback
 from support.sim.keyspace import Kept, Keyspace
 from support.sim.lua import Scripts, word_of
 from support.sim.world import World

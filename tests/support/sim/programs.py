@@ -12,8 +12,8 @@ import numpy as np
 from stepwell_server.engine.api import StateResult
 from stepwell_server.engine.engine import Engine
 from stepwell_server.errors import ServerError
-from support.engine import Answer
-from support.history import ANY, Call, End, Floats, Kind
+from support.checks.history import ANY, Call, End, Floats, Kind
+from support.engine.harness import Answer
 from support.sim.callers import (
     Callers,
     Member,

@@ -12,9 +12,9 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.engine import Engine
 from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.errors import Unavailable, VersionExists
-from support.engine import Events, FixedCost
-from support.fake_executor import PLAIN, FakeExecutor, Hooks
-from support.inside import Inside
+from support.engine.fake_executor import PLAIN, FakeExecutor, Hooks
+from support.engine.harness import Events, FixedCost
+from support.engine.internals import Inside
 from support.sim.client import open_store
 from support.sim.network import Network
 from support.sim.node import ModelNode

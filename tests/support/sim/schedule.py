@@ -1,8 +1,8 @@
 """One schedule of a simulation: what is there, what goes wrong and when, all drawn from its seed; and whether it held.
 
-`run(seed)` has some real engines (of `support.fake_executor`) serve callers over modelled shards of one store, while
+`run(seed)` has some real engines (of `support.engine.fake_executor`) serve callers over modelled shards of one store, while
 replicas are paused, killed and started, messages are late, lost or overtake each other, and shards fail over. Then all is
-mended, whoever waits must be answered, and every replica is asked for every session. `linear` judges the history.
+mended, whoever waits must be answered, and every replica is asked for every session. `linearizability` judges the history.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import random
 from collections.abc import Coroutine
 from typing import Any
 
-from support import linear
-from support.checker import Report
-from support.inside import Inside
-from support.register import Loss, Terms
+from support.checks import linearizability
+from support.checks.checker import Report
+from support.checks.register import Loss, Terms
+from support.engine.internals import Inside
 from support.sim.callers import Callers
 from support.sim.client import Bugs, make_nodes
-from support.sim.limits import ENDED_S, Holder, Limits
-from support.sim.model import PlainModel
+from support.sim.idle_limits import ENDED_S, Holder, Limits
+from support.sim.joint_opens import Together
 from support.sim.nemesis import FAULTS, Nemesis
 from support.sim.network import Network, Weather
+from support.sim.plain_model import PlainModel
 from support.sim.programs import Mix, Owner, guest, read_everywhere
 from support.sim.quota import PREFIX, Admission, WatchedQuotas, require_kept
 from support.sim.replica import Replica
-from support.sim.together import Together
 from support.sim.world import Hang, World
 
 _MOST_NODES, _MOST_BLIND = 20_000, 2_000
@@ -231,10 +231,10 @@ class Schedule:
             most_nodes=_MOST_NODES,
             ends_after=self._limits.ends_after if self.plan.limit_s else None,
         )
-        report = linear.check(self.callers.history.ops, PlainModel(), terms)
+        report = linearizability.check(self.callers.history.ops, PlainModel(), terms)
         if lost:
             self._check_blindly(report, terms)
-        judged = [each for each in report.violations if each.what != linear.TOO_MANY]
+        judged = [each for each in report.violations if each.what != linearizability.TOO_MANY]
         report.unjudged, report.violations = len(report.violations) - len(judged), judged
         if self.plan.most:
             births = [birth for shard in self.shards for birth in shard.births]
@@ -245,7 +245,7 @@ class Schedule:
         """As who has a real store must, which does not say what a fail-over lost. What takes too long is left."""
         moments = sorted({each.at for each in terms.rollbacks})
         losses = [Loss(0, at, at) for at in moments]
-        blind = linear.check(
+        blind = linearizability.check(
             self.callers.history.ops,
             PlainModel(),
             dataclasses.replace(terms, rollbacks=(), losses=losses, most_nodes=_MOST_BLIND),

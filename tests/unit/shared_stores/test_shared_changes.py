@@ -19,12 +19,12 @@ from stepwell_server.errors import (
     Unavailable,
 )
 from stepwell_server.store.base import Batch
-from support.durable import begun, same_reply
-from support.engine import Answer, Harness, kinds, running, x
-from support.gates import Gated
-from support.kinds import SHARED
-from support.model_of_sessions import traced
-from support.replicas import both_know, tombstone, two
+from support.checks.model_of_sessions import traced
+from support.engine.harness import Answer, Harness, kinds, running, x
+from support.engine.two_engines import both_know, tombstone, two
+from support.stores.durable import begun, same_reply
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

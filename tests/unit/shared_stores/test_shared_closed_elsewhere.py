@@ -9,11 +9,11 @@ import pytest
 
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import ServerError, SessionNotFound
-from support.durable import begun
-from support.engine import Answers, Harness, x
-from support.gates import Gated
-from support.kinds import SHARED
-from support.replicas import both_know, two
+from support.engine.harness import Answers, Harness, x
+from support.engine.two_engines import both_know, two
+from support.stores.durable import begun
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

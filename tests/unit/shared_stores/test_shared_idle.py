@@ -11,12 +11,12 @@ import pytest
 
 from stepwell_server.errors import ServerError, SessionExpired, Unavailable
 from stepwell_server.store.base import End
-from support.durable import begun
-from support.engine import Harness, kinds, x
-from support.fake_executor import WAIT_S
-from support.gates import Gated
-from support.kinds import SHARED
-from support.replicas import Times, ended, sweeping, tombstone, two_in_time
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import Harness, kinds, x
+from support.engine.two_engines import Times, ended, sweeping, tombstone, two_in_time
+from support.stores.durable import begun
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 IDLE_S = 100.0

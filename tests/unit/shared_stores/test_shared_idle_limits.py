@@ -9,9 +9,9 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import SessionExpired
 from stepwell_server.store.base import End
-from support.engine import Harness, x
-from support.kinds import SHARED
-from support.replicas import ended, tombstone, two_in_time
+from support.engine.harness import Harness, x
+from support.engine.two_engines import ended, tombstone, two_in_time
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

@@ -7,11 +7,11 @@ import pytest
 
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import OutcomeUnknown, ServerError, SessionExists
-from support.durable import begun
-from support.engine import Harness, x
-from support.fake_executor import PLAIN
-from support.kinds import SHARED
-from support.replicas import both_know, two
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness, x
+from support.engine.two_engines import both_know, two
+from support.stores.durable import begun
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

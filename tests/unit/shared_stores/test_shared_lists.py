@@ -10,9 +10,9 @@ import pytest
 
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import SessionNotFound
-from support.engine import Harness, kinds, x
-from support.kinds import SHARED
-from support.replicas import both_know, two_in_time
+from support.engine.harness import Harness, kinds, x
+from support.engine.two_engines import both_know, two_in_time
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

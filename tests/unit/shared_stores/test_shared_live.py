@@ -21,15 +21,15 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
-from support.durable import begun
-from support.engine import Harness, x
-from support.fake_executor import PLAIN
-from support.gates import Gated
-from support.kinds import SHARED
-from support.live_at import Watcher
-from support.replicas import both_know, serving_two
-from support.version_changes import told
-from support.versions import weights
+from support.engine.catalog_on_fakes import Watcher
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness, x
+from support.engine.two_engines import both_know, serving_two
+from support.engine.version_changes import told
+from support.engine.versions import weights
+from support.stores.durable import begun
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

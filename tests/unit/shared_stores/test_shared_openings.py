@@ -9,11 +9,11 @@ import pytest
 
 from stepwell_server.errors import OutcomeUnknown, RevisionConflict, SessionExists, SessionNotFound
 from stepwell_server.store.base import Batch
-from support.durable import begun
-from support.engine import Harness, x
-from support.kinds import SHARED
-from support.replicas import both_know, two
-from support.shared import stamps
+from support.engine.harness import Harness, x
+from support.engine.two_engines import both_know, two
+from support.stores.durable import begun
+from support.stores.kinds import SHARED
+from support.stores.valkey_store import stamps
 
 pytestmark = SHARED
 

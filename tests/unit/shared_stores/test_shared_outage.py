@@ -11,12 +11,12 @@ import pytest
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import DeadlineExceeded, Overloaded, ServerError, Unavailable
-from support.durable import begun
-from support.engine import Answer, Harness, kinds, running, x
-from support.fake_executor import WAIT_S
-from support.gates import Gated
-from support.kinds import SHARED
-from support.replicas import two_in_time
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import Answer, Harness, kinds, running, x
+from support.engine.two_engines import two_in_time
+from support.stores.durable import begun
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 IDLE_S = 1000.0

@@ -11,12 +11,12 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.errors import OutcomeUnknown, QuotaExceeded, Unavailable
-from support.durable import begun
-from support.engine import Harness, running
-from support.fake_executor import WAIT_S
-from support.gates import Gated
-from support.kinds import SHARED
-from support.replicas import shared_by_two, two_in_time
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import Harness, running
+from support.engine.two_engines import shared_by_two, two_in_time
+from support.stores.durable import begun
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 ACME = f"acme{SEPARATOR}"

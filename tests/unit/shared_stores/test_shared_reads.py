@@ -13,11 +13,11 @@ from stepwell_server.engine.sessions import directory, lookup
 from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFound, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
-from support.durable import begun, same_reply
-from support.engine import Harness, kinds, x
-from support.gates import Gated
-from support.kinds import SHARED
-from support.replicas import both_know, two
+from support.engine.harness import Harness, kinds, x
+from support.engine.two_engines import both_know, two
+from support.stores.durable import begun, same_reply
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 pytestmark = SHARED
 

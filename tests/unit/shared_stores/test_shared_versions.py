@@ -19,14 +19,14 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from support.durable import begun, until
-from support.engine import Answer, x
-from support.fake_executor import PLAIN, WAIT_S
-from support.gates import Gated
-from support.kinds import SHARED
-from support.replicas import both_know, serving_two
-from support.version_changes import fails, hold_commits, load_2, record_of, told, two_versions
-from support.versions import WIDE, after, serving, weights, widen
+from support.engine.fake_executor import PLAIN, WAIT_S
+from support.engine.harness import Answer, x
+from support.engine.two_engines import both_know, serving_two
+from support.engine.version_changes import fails, hold_commits, load_2, record_of, told, two_versions
+from support.engine.versions import WIDE, after, serving, weights, widen
+from support.stores.durable import begun, until
+from support.stores.gates import Gated
+from support.stores.kinds import SHARED
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET

@@ -6,9 +6,9 @@ import pytest
 
 from stepwell_server.errors import SessionExpired, SessionGone
 from stepwell_server.store.base import End
-from support.durable import Lasting, new_lasting
-from support.engine import Harness, x
-from support.kinds import LASTING, ON_DISK
+from support.engine.harness import Harness, x
+from support.stores.durable import Lasting, new_lasting
+from support.stores.kinds import LASTING, ON_DISK
 
 pytestmark = LASTING
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import Internal, ServerError, Unavailable
-from support.durable import Lasting, begun, everything, new_lasting, same_reply, stalled
-from support.engine import Answer, Harness, kinds, x
-from support.kinds import LASTING, ON_DISK
+from support.engine.harness import Answer, Harness, kinds, x
+from support.stores.durable import Lasting, begun, everything, new_lasting, same_reply, stalled
+from support.stores.kinds import LASTING, ON_DISK
 
 pytestmark = LASTING
 

@@ -9,10 +9,10 @@ import pytest
 from stepwell_server.engine.state.fields import split
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store.fields import CRITICAL, pack_fields
-from support.durable import Lasting
-from support.engine import x
-from support.kinds import LASTING
-from support.records import decode
+from support.engine.harness import x
+from support.stores.durable import Lasting
+from support.stores.kinds import LASTING
+from support.stores.records import decode
 
 pytestmark = LASTING
 FIELDS = pack_fields({2: b"tenant", 77: bytes(range(100))})

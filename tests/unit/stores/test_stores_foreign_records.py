@@ -15,10 +15,10 @@ from stepwell_server.errors import (
     SessionNotFound,
     StateCorrupt,
 )
-from support.durable import Lasting, damage
-from support.engine import Harness, kinds, x
-from support.fake_executor import PLAIN
-from support.kinds import LASTING
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Harness, kinds, x
+from support.stores.durable import Lasting, damage
+from support.stores.kinds import LASTING
 
 pytestmark = LASTING
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import InvalidInput, RevisionConflict, SessionExists, SessionGone, SessionNotFound
-from support.durable import Lasting, everything
-from support.engine import Harness, x
-from support.kinds import LASTING
+from support.engine.harness import Harness, x
+from support.stores.durable import Lasting, everything
+from support.stores.kinds import LASTING
 
 pytestmark = LASTING
 

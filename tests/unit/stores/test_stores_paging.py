@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from stepwell_server.engine.api import Select
-from support.durable import Lasting, same_reply
-from support.engine import x
-from support.kinds import LASTING
+from support.engine.harness import x
+from support.stores.durable import Lasting, same_reply
+from support.stores.kinds import LASTING
 
 pytestmark = LASTING
 

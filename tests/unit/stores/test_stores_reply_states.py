@@ -11,10 +11,10 @@ from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.state.replies import ReplyArrays
 from stepwell_server.errors import ServerError, Unavailable
-from support.durable import Lasting, same_reply
-from support.engine import Answer, Answers, Later, x
-from support.kinds import LASTING
-from support.model_of_sessions import initial, traced
+from support.checks.model_of_sessions import initial, traced
+from support.engine.harness import Answer, Answers, Later, x
+from support.stores.durable import Lasting, same_reply
+from support.stores.kinds import LASTING
 
 pytestmark = LASTING
 

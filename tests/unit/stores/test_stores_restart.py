@@ -9,11 +9,11 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from stepwell_server.errors import InvalidInput, RevisionConflict
-from support.durable import Lasting, damage, everything, facts, same_reply
-from support.engine import Answer, kinds, x
-from support.fake_executor import PLAIN, RICH
-from support.kinds import LASTING
-from support.model_of_sessions import ModelOfSessions, Reply
+from support.checks.model_of_sessions import ModelOfSessions, Reply
+from support.engine.fake_executor import PLAIN, RICH
+from support.engine.harness import Answer, kinds, x
+from support.stores.durable import Lasting, damage, everything, facts, same_reply
+from support.stores.kinds import LASTING
 
 pytestmark = LASTING
 

@@ -15,10 +15,10 @@ from stepwell_server.engine.sessions import end
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
 from stepwell_server.store.access import local_writes
 from stepwell_server.store.base import SMALL
-from support.durable import Lasting, begun, everything, facts, stalled, until
-from support.engine import STORES, Harness, Later, kinds, x
-from support.fake_executor import WAIT_S
-from support.kinds import LASTING, ON_DISK
+from support.engine.fake_executor import WAIT_S
+from support.engine.harness import STORES, Harness, Later, kinds, x
+from support.stores.durable import Lasting, begun, everything, facts, stalled, until
+from support.stores.kinds import LASTING, ON_DISK
 
 pytestmark = LASTING
 

@@ -9,9 +9,9 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
-from support.durable import Lasting, begun, everything, stalled
-from support.engine import Answer, Harness, Later, kinds, x
-from support.kinds import LASTING
+from support.engine.harness import Answer, Harness, Later, kinds, x
+from support.stores.durable import Lasting, begun, everything, stalled
+from support.stores.kinds import LASTING
 
 pytestmark = LASTING
 

@@ -24,11 +24,11 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
-from support.durable import Lasting, begun, stalled
-from support.engine import Answer, Harness, x
-from support.fake_executor import PLAIN
-from support.kinds import LASTING, ON_DISK
-from support.versions import WIDE, after, serving, weights, widen
+from support.engine.fake_executor import PLAIN
+from support.engine.harness import Answer, Harness, x
+from support.engine.versions import WIDE, after, serving, weights, widen
+from support.stores.durable import Lasting, begun, stalled
+from support.stores.kinds import LASTING, ON_DISK
 
 CARRY, KEEP = SessionPolicy.CARRY, SessionPolicy.KEEP
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET

@@ -1,0 +1,225 @@
+"""Models that mix time steps: convolutions, pooling, shifts, sums, attention, positions, lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from support.models.cases import (
+    Case,
+    Layer,
+    ahead,
+    back,
+    before_rnn,
+    behind_rnn,
+    end,
+    length,
+    mixes,
+    only_length,
+    position,
+    python,
+    rows,
+)
+
+
+def odd(kind: str, n: int = 1) -> Layer:
+    """Return a maker of the custom layer that does ``kind``."""
+
+    def make(_layers: Any) -> Any:
+        from support.models.odd_layers import Apply
+
+        return Apply(kind, n)
+
+    return make
+
+
+def _convolution(padding: str, dilation: int, kernel: int, refused: str) -> Case:
+    return before_rnn(
+        f"conv_{padding}_{kernel}_{dilation}",
+        lambda k: k.Conv1D(2, kernel, padding=padding, dilation_rate=dilation, name="conv"),
+        refused,
+        fixed=padding != "valid" and dilation in (1, 7),
+    )
+
+
+PYTHON_LOOP = (
+    r"^model cannot be run step by step: the layer 'lag\w*' \(\w+\) runs a loop over its time steps in Python, .*as a "
+    r"cell, and let keras\.layers\.RNN run it"
+)
+OVER_TWO_STEPS = (
+    r"^the layer 'rnn' \(SimpleRNN\) runs over 2 time steps for each one that comes in.*; put them beside"
+)
+DILATIONS = (1, 2, 3, 7, 16, 64)
+CONVOLUTIONS = [
+    *(_convolution("causal", d, 2, back("conv")) for d in DILATIONS),
+    *(_convolution("causal", d, 3, back("conv")) for d in (1, 7, 32)),
+    *(_convolution("same", d, 3, ahead("conv")) for d in DILATIONS),
+    _convolution("same", 5, 2, ahead("conv")),
+    *(_convolution("valid", d, 3, mixes("conv")) for d in (1, 8, 64)),
+    before_rnn(
+        "conv_strided", lambda k: k.Conv1D(2, 1, strides=2, name="conv"), mixes("conv", "the time axis")
+    ),
+    before_rnn(
+        "conv_padded_before",
+        lambda k: _chain(k, [k.ZeroPadding1D((6, 0), name="pad"), k.Conv1D(2, 7, name="conv")]),
+        mixes("pad", "pads the time axis"),
+    ),
+    before_rnn(
+        "conv_separable", lambda k: k.SeparableConv1D(2, 3, padding="same", name="conv"), ahead("conv")
+    ),
+    before_rnn("conv_depthwise", lambda k: k.DepthwiseConv1D(5, padding="same", name="conv"), ahead("conv")),
+    before_rnn(
+        "conv_transposed", lambda k: k.Conv1DTranspose(2, 3, padding="same", name="conv"), ahead("conv")
+    ),
+    before_rnn("conv_transposed_strided", lambda k: k.Conv1DTranspose(2, 2, 2, name="conv"), mixes("conv")),
+    before_rnn("upsampled", lambda k: k.UpSampling1D(2, name="up"), OVER_TWO_STEPS),
+]
+_POOLS: dict[str, Callable[[Any, int], Any]] = {
+    "max": lambda k, n: k.MaxPooling1D(n, 1, "same", name="pool"),
+    "mean": lambda k, n: k.AveragePooling1D(n, 1, "same", name="pool"),
+}
+
+
+def _pooling(name: str, size: int) -> Case:
+    return before_rnn(f"pool_{name}_{size}", lambda k: _POOLS[name](k, size), ahead("pool", "pools"))
+
+
+def _global(name: str) -> Case:
+    return behind_rnn(name, lambda k: getattr(k, name)(name="pool"), mixes("pool"), fixed=True)
+
+
+POOLING = [
+    *(_pooling(name, n) for name in _POOLS for n in (2, 9)),
+    before_rnn("pool_strided", lambda k: k.MaxPooling1D(2, name="pool"), mixes("pool", "pools")),
+    *(_global(name) for name in ("GlobalMaxPooling1D", "GlobalAveragePooling1D")),
+]
+SHIFTS = [
+    before_rnn(
+        "pad_and_crop_back",
+        lambda k: _chain(k, [k.ZeroPadding1D((24, 0), name="pad"), k.Cropping1D((0, 24))]),
+        mixes("pad", "pads the time axis"),
+        fixed=True,
+    ),
+    before_rnn(
+        "crop_and_pad_ahead",
+        lambda k: _chain(k, [k.Cropping1D((3, 0), name="crop"), k.ZeroPadding1D((0, 3))]),
+        mixes("crop", "takes a part of the time axis"),
+    ),
+    *(before_rnn(f"lag_by_padding_{n}", odd("lag_by_padding", n), back("lag")) for n in (1, 8, 200)),
+    *(before_rnn(f"lead_by_padding_{n}", odd("lead_by_padding", n), ahead("lead")) for n in (1, 8, 200)),
+    *(before_rnn(f"lag_by_joining_{n}", odd("lag_by_joining", n), back("lag")) for n in (1, 200)),
+    before_rnn("lag_by_roll", odd("lag_by_roll", 9), back("lag", "shifts the time axis")),
+    before_rnn("lead_by_roll", odd("lag_by_roll", -9), ahead("lag", "shifts the time axis")),
+    *(before_rnn(f"lead_by_gather_{n}", odd("lead_by_gather", n), ahead("lead")) for n in (1, 200)),
+    *(before_rnn(f"lag_by_gather_{n}", odd("lag_by_gather", n), back("lag")) for n in (1, 200)),
+    before_rnn("lag_by_reshape", odd("lag_by_reshape", 3), back("lag")),
+    before_rnn("lag_by_python_loop", odd("lag_by_python_loop", 3), PYTHON_LOOP),
+    *(
+        before_rnn(name, odd(name, n), pattern, fixed=name == "by_while_loop")
+        for name, n, pattern in (
+            ("reversed_over_time", 1, ahead("reversed", "reverses the time axis")),
+            ("first_step", 1, back("first", "takes a part of the time axis")),
+            ("last_step", 1, end("last")),
+            ("last_step_twice_reversed", 1, back("last", "reverses")),
+            ("by_scan", 1, back("by_scan", "loops over the time axis")),
+            ("repeated_for_each_step", 1, length("repeated", "as many turns as there are time steps")),
+            ("by_while_loop", 9, back("by_while", "shifts the time axis")),
+            ("by_map_over_rows", 9, rows("by_map", "loops over the rows of the batch")),
+            ("repeated_until_all_are_small", 1, rows("repeated", "takes the max over the rows of the batch")),
+            ("by_numpy", 9, python("by_numpy")),
+            ("by_condition", 9, rows("by_condition", "takes number 0 of the rows")),
+            ("differences", 1, mixes("differences", "takes a part of the time axis")),
+            ("every_second", 1, mixes("every", "takes a part of the time axis")),
+            ("window_of_frames", 9, ahead("window")),
+        )
+    ),
+]
+SUMS = [
+    before_rnn(name, odd(name), pattern)
+    for name, pattern in (
+        ("cumulative_sum", back("cumul", "accumulates along the time axis")),
+        ("cumulative_product", back("cumul", "accumulates along the time axis")),
+        ("running_max", ahead("running_max", "loops over the time axis")),
+        ("largest_scale", ahead("largest", "takes the max over the time axis")),
+        ("mean_so_far", back("mean_so_far", "accumulates along the time axis")),
+        ("exponential_moving_average", back("exponential", "all time steps")),
+        ("standardised_over_time", ahead("standard", "takes the mean over the time axis")),
+        ("softmax_over_time", ahead("softmax", "over the time axis")),
+        ("sorted_over_time", ahead("sorted", "sorts the time axis")),
+        ("place_of_the_largest", ahead("place", "the largest over the time axis")),
+        ("spectrum_over_time", ahead("spectrum", r"works \(FFT\) over the time axis")),
+    )
+] + [
+    dataclasses.replace(
+        before_rnn(
+            "normalised_over_axis_1", lambda k: k.LayerNormalization(axis=1, name="norm"), only_length("norm")
+        ),
+        lengths=(40,),
+    ),
+    before_rnn(
+        "normalised_without_scale",
+        lambda k: k.LayerNormalization(axis=1, center=False, scale=False, name="norm"),
+        ahead("norm", "takes the mean over the time axis"),
+    ),
+    before_rnn("group_norm", lambda k: k.GroupNormalization(2, name="norm"), ahead("norm"), fixed=True),
+    before_rnn("unit_norm", lambda k: k.UnitNormalization(axis=1, name="norm"), ahead("norm")),
+    before_rnn("softmax_axis_1", lambda k: k.Softmax(axis=1, name="soft"), ahead("soft")),
+]
+ATTENTION = [
+    before_rnn("plain_attention", odd("plain_attention"), ahead("plain", "all time steps")),
+    before_rnn("masked_attention", odd("masked_attention"), back("masked", "all time steps")),
+    before_rnn("pooled_by_attention", odd("pooled_by_attention"), ahead("pooled", "over the time axis")),
+    before_rnn("keras_attention", lambda k: _self(k.Attention(name="attend")), ahead("attend"), fixed=True),
+    before_rnn("additive", lambda k: _self(k.AdditiveAttention(name="attend")), ahead("attend")),
+    before_rnn(
+        "multi_head",
+        lambda k: lambda x: k.MultiHeadAttention(2, 2, name="attend")(x, x),
+        ahead("attend"),
+        fixed=True,
+    ),
+    before_rnn(
+        "multi_head_causal",
+        lambda k: lambda x: k.MultiHeadAttention(2, 2, name="attend")(x, x, use_causal_mask=True),
+        back("attend"),
+        fixed=True,
+    ),
+    before_rnn(
+        "group_query",
+        lambda k: lambda x: k.GroupQueryAttention(2, 2, 1, name="attend")(x, x, use_causal_mask=True),
+        back("attend"),
+    ),
+]
+POSITIONS = [
+    before_rnn("position_waves", odd("position_waves"), position("position"), fixed=True),
+    before_rnn("first_steps_left_out", odd("first_steps_left_out", 5), position("first")),
+    before_rnn("divided_by_length", odd("divided_by_length"), length("divided"), fixed=True),
+    before_rnn(
+        "divided_by_length_in_a_function",
+        odd("divided_by_length_in_a_function"),
+        length("divided", "depends on"),
+    ),
+    before_rnn("other_above_800", odd("other_above_a_length", 800), length("other", "something else")),
+    before_rnn(
+        "other_above_800_by_tensors",
+        odd("other_above_a_length_by_tensors", 800),
+        length("other", "depends on the number of time steps"),
+    ),
+    before_rnn("noise_of_a_seed", odd("noise_of_a_seed"), rows("noise", "has another constant for each row")),
+]
+
+
+def _chain(_layers: Any, chain: list[Any]) -> Any:
+    def call(x: Any) -> Any:
+        for layer in chain:
+            x = layer(x)
+        return x
+
+    return call
+
+
+def _self(layer: Any) -> Any:
+    return lambda x: layer([x, x])
+
+
+CASES = {case.name: case for case in (*CONVOLUTIONS, *POOLING, *SHIFTS, *SUMS, *ATTENTION, *POSITIONS)}

@@ -1,0 +1,157 @@
+"""Random models: stacks of building blocks, good ones and bad ones, with random reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from support.models import zoo
+
+Rng = np.random.Generator
+Maker = Callable[[Any, Rng, Any], Any]
+"""Takes Keras, a generator and a series ``(batch, time, 4)``; returns another one."""
+
+
+def _odd(kind: str, largest: int = 1) -> Maker:
+    def make(_keras: Any, rng: Rng, x: Any) -> Any:
+        from support.models.odd_layers import Apply
+
+        return Apply(kind, int(rng.integers(1, largest + 1)), name=f"{kind}_{rng.integers(1 << 30)}")(x)
+
+    return make
+
+
+def _pick(rng: Rng, *values: Any) -> Any:
+    return values[int(rng.integers(len(values)))]
+
+
+def _recurrent(keras: Any, rng: Rng, x: Any) -> Any:
+    kind = _pick(rng, keras.layers.SimpleRNN, keras.layers.GRU, keras.layers.LSTM)
+    return kind(4, return_sequences=True)(x)
+
+
+def _stacked(keras: Any, rng: Rng, x: Any) -> Any:
+    cells = [_pick(rng, keras.layers.SimpleRNNCell, keras.layers.GRUCell)(size) for size in (3, 4)]
+    return keras.layers.RNN(cells, return_sequences=True)(x)
+
+
+def _decoded(keras: Any, rng: Rng, x: Any) -> Any:
+    """A layer over an axis within each time step."""
+    grid = keras.layers.Reshape((-1, 4, 1))(x)
+    both = keras.layers.Bidirectional(keras.layers.SimpleRNN(2, return_sequences=bool(rng.integers(2))))
+    inner = keras.layers.TimeDistributed(both)(grid)
+    flat = keras.layers.TimeDistributed(keras.layers.Flatten())(inner)
+    return keras.layers.Dense(4)(flat)
+
+
+def _residual(keras: Any, rng: Rng, x: Any) -> Any:
+    return x + keras.layers.Dense(4, activation=_pick(rng, "relu", "tanh", "gelu", "softmax"))(x)
+
+
+def _gated(keras: Any, _rng: Rng, x: Any) -> Any:
+    one, two = keras.ops.split(keras.layers.Dense(8)(x), 2, -1)
+    return one * keras.ops.sigmoid(two)
+
+
+def _masked(keras: Any, _rng: Rng, x: Any) -> Any:
+    return keras.layers.GRU(4, return_sequences=True)(x, mask=x[..., 0] > -0.5)
+
+
+def _pairwise(keras: Any, _rng: Rng, x: Any) -> Any:
+    return keras.ops.einsum("btf,btg->btf", x, keras.ops.softmax(x))
+
+
+GOOD: dict[str, Maker] = {
+    "recurrent": _recurrent,
+    "stacked": _stacked,
+    "decoded": _decoded,
+    "residual": _residual,
+    "gated": _gated,
+    "masked": _masked,
+    "pairwise": _pairwise,
+    "layer_norm": lambda k, _r, x: k.layers.LayerNormalization()(x),
+    "batch_norm": lambda k, _r, x: k.layers.BatchNormalization()(x),
+    "dropout": lambda k, _r, x: k.layers.Dropout(0.5)(x),
+    "conv_1": lambda k, _r, x: k.layers.Conv1D(4, 1)(x),
+    "reversed_features": lambda k, _r, x: k.ops.flip(x, -1),
+    "cumulated_features": lambda k, _r, x: k.ops.cumsum(x, -1),
+    "reshaped_by_sizes": _odd("reshaped_by_sizes"),
+    "time_first": _odd("time_first"),
+    "channels_first": _odd("channels_first"),
+    "even_constant": _odd("even_constant"),
+    "in_a_function": _odd("in_a_function"),
+    "scaled": _odd("scaled"),
+}
+BAD: dict[str, Maker] = {
+    "convolution": lambda k, r, x: k.layers.Conv1D(
+        4, int(r.integers(2, 5)), padding=_pick(r, "causal", "same"), dilation_rate=int(r.integers(1, 65))
+    )(x),
+    "pooling": lambda k, r, x: k.layers.MaxPooling1D(int(r.integers(2, 30)), 1, "same")(x),
+    "attention": lambda k, _r, x: k.layers.MultiHeadAttention(1, 3)(x, x, use_causal_mask=True),
+    "lag_by_padding": _odd("lag_by_padding", 200),
+    "lead_by_padding": _odd("lead_by_padding", 200),
+    "lag_by_joining": _odd("lag_by_joining", 3),
+    "lag_by_roll": _odd("lag_by_roll", 200),
+    "lead_by_gather": _odd("lead_by_gather", 200),
+    "lag_by_gather": _odd("lag_by_gather", 200),
+    "cumulative_sum": _odd("cumulative_sum"),
+    "mean_so_far": _odd("mean_so_far"),
+    "largest_scale": _odd("largest_scale"),
+    "last_step": _odd("last_step"),
+    "position_waves": _odd("position_waves"),
+    "first_steps_left_out": _odd("first_steps_left_out", 200),
+    "divided_by_length": _odd("divided_by_length"),
+    "other_above_a_length": _odd("other_above_a_length_by_tensors", 2000),
+    "mean_over_rows": _odd("mean_over_rows"),
+    "noise": _odd("noise"),
+    "counter": _odd("counter"),
+    "backwards": lambda k, _r, x: k.layers.GRU(4, return_sequences=True, go_backwards=True)(x),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomModel:
+    """A model and what it is made of."""
+
+    model: Any
+    blocks: tuple[str, ...]
+    ends: bool
+    """Its output is about the end of the sequence."""
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing in it stands in the way of stepping."""
+        return not set(self.blocks) & set(BAD)
+
+
+def draw(rng: Rng) -> RandomModel:
+    """Stack one to five blocks; half of the models have a bad one among them."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    names = [str(rng.choice(list(GOOD))) for _ in range(int(rng.integers(1, 5)))]
+    if not set(names) & {"recurrent", "stacked", "masked"}:
+        names.insert(int(rng.integers(len(names) + 1)), "recurrent")
+    if rng.random() < 0.5:
+        names.insert(int(rng.integers(len(names) + 1)), str(rng.choice(list(BAD))))
+    x = keras.Input((None, 4), name="x")
+    y = x
+    for name in names:
+        made = (GOOD | BAD)[name](keras, rng, y)
+        y = y + made if rng.random() < 0.2 else made
+    ends = bool(rng.random() < 0.3)
+    y = y[:, -1] if ends else y
+    model = keras.Model(x, keras.layers.Dense(2, name="y")(y))
+    zoo.randomize(model, int(rng.integers(1 << 30)))
+    return RandomModel(model, tuple(names), ends)
+
+
+def series(rng: Rng, rows: int, steps: int) -> Any:
+    """Return a series unlike the probe's: walks, spikes, constant stretches, other scales."""
+    scale = 10.0 ** rng.uniform(-2, 1.5, (rows, 1, 1))
+    walk = np.cumsum(rng.standard_normal((rows, steps, 4)), 1) / np.sqrt(steps)
+    spikes = (rng.random((rows, steps, 1)) < 0.02) * rng.standard_normal((rows, steps, 4)) * 20
+    flat = rng.random((rows, steps, 1)) < 0.2
+    return np.where(flat, 0.0, scale * walk + spikes).astype(np.float32)
