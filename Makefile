@@ -224,6 +224,10 @@ wheels: $(INSTALLED) ## Build the wheels of stepwell and of its native front int
 	$(BIN)/python scripts/front.py --wheel dist
 	$(BIN)/pytest tests/packaging/wheels.py
 
+.PHONY: release
+release: wheels ## Complete dist/ for a release: both wheels, sources, bills of materials, notes, checksums; tried in a bare environment (two to six minutes)
+	$(BIN)/python scripts/release.py
+
 .PHONY: image
 image: $(INSTALLED) ## Build the container image with podman, docker or buildah (ARGS="--base debian --check model.stepwell": without a registry of images; run it)
 	$(BIN)/python scripts/image.py $(ARGS)

@@ -115,7 +115,12 @@ def no_machine_paths() -> Iterator[str]:
 
 def constraints_are_exact() -> Iterator[str]:
     """Every line of the constraints is name==version."""
-    for name in ("constraints.txt", "constraints-gen.txt", "constraints-triton.txt"):
+    for name in (
+        "constraints.txt",
+        "constraints-gen.txt",
+        "constraints-release.txt",
+        "constraints-triton.txt",
+    ):
         for number, line in enumerate(text_of(name).splitlines(), 1):
             if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line):
                 yield f"{name}:{number}: not name==version: {line}"

@@ -96,7 +96,7 @@ def check() -> int:
 def digest() -> str:
     """Stands for everything that the module is built of."""
     found = hashlib.sha256()
-    fixed = (CRATE / name for name in ("Cargo.toml", "pyproject.toml", "stepwell_front.pyi"))
+    fixed = (CRATE / name for name in ("Cargo.toml", "README.md", "pyproject.toml", "stepwell_front.pyi"))
     for path in [*fixed, *sorted((CRATE / "src").rglob("*.rs"))]:
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()

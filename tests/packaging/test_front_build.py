@@ -124,7 +124,16 @@ def test_the_archive_of_the_sources_has_what_builds_them(sources: Path, tmp_path
     unpacked = tmp_path / "unpacked"
     pack(sources, unpacked)
     assert {path.name for path in unpacked.iterdir()} == {
-        *("Cargo.toml", "LICENSE", "PKG-INFO", "backend", "pyproject.toml", "rustfmt.toml", "src"),
+        *(
+            "Cargo.toml",
+            "LICENSE",
+            "PKG-INFO",
+            "README.md",
+            "backend",
+            "pyproject.toml",
+            "rustfmt.toml",
+            "src",
+        ),
         "stepwell_front.pyi",
     }
     assert not (unpacked / "LICENSE").is_symlink()

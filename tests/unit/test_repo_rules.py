@@ -73,6 +73,7 @@ def test_a_path_of_this_machine_is_found(write: Write, tmp_path: Path) -> None:
 def test_a_loose_constraint_is_found(write: Write) -> None:
     write("constraints.txt", "numpy==2.4.6\ngrpcio>=1.78\n")
     write("constraints-gen.txt", "protobuf==6.33.6\n")
+    write("constraints-release.txt", "twine==7.0.0\n")
     write("constraints-triton.txt", "tritonclient==2.73.0\n")
     assert list(check_repo.constraints_are_exact()) == ["constraints.txt:2: not name==version: grpcio>=1.78"]
 

@@ -29,7 +29,7 @@ from front_cargo import CannotBuild, find_crates, maturin, working_cargo
 SOURCES = Path(__file__).resolve().parent.parent
 MATURIN = "maturin>=1.9,<2"
 Settings = Mapping[str, object] | None
-_FILES = ("Cargo.toml", "LICENSE", "pyproject.toml", "rustfmt.toml", "stepwell_front.pyi")
+_FILES = ("Cargo.toml", "LICENSE", "README.md", "pyproject.toml", "rustfmt.toml", "stepwell_front.pyi")
 #: The date of every file in the wheel without the module, so that the same sources give the same bytes.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -178,5 +178,8 @@ def _metadata() -> str:
         *(f"License-File: {name}" for name in project["license-files"]),
         *(f"Classifier: {classifier}" for classifier in project["classifiers"]),
         f"Requires-Python: {project['requires-python']}",
+        "Description-Content-Type: text/markdown",
+        "",
+        (SOURCES / project["readme"]).read_text(),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
