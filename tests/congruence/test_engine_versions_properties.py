@@ -24,7 +24,7 @@ from support.checks.model_of_versions import (
     PROGRAMS,
     ModelOfVersions,
     OneSession,
-    Said,
+    SentChange,
     initial,
     is_wide,
     same,
@@ -94,8 +94,8 @@ class Play:
         self.kind = kind
         self.shape = shape
         self.disk = Disk() if kind in {"async", "sync"} else None
-        self.shared = MemoryStore() if kind == "awaited" else None
-        self.is_shared = kind == "awaited"
+        self.shared = MemoryStore() if kind == "fake_shared" else None
+        self.is_shared = kind == "fake_shared"
         self.model = ModelOfVersions({1}, 1, is_shared=self.is_shared)
         self.rng = np.random.default_rng(3)
         self.requests = 0
@@ -121,7 +121,7 @@ class Play:
         self.fix_costs()
 
     def fix_costs(self) -> None:
-        for model in self.at.inside.models:
+        for model in self.at.internals.models:
             model.cost = FixedCost(1.0 if self.shape.threads else 0.0, 2)
 
     async def again(self, number: int) -> None:
@@ -195,15 +195,17 @@ class Play:
             case "cut" if self.disk is not None and model.loaded:
                 await self.cut(do)
             case "forget":
-                await self.at.inside.forget_unused("plain")
+                await self.at.internals.forget_unused("plain")
 
-    def said(self, kind: str, rows: int, steps: int, select: str = "ALL", *, bare: bool = False) -> Said:
+    def said(
+        self, kind: str, rows: int, steps: int, select: str = "ALL", *, bare: bool = False
+    ) -> SentChange:
         """A change; `bare`: without a request id."""
         self.requests += 1
         x = self.rng.standard_normal((rows, max(steps, 1), 2)).astype(np.float32)
-        return Said(kind, x, select, steps > 0, 0 if bare else self.requests)
+        return SentChange(kind, x, select, steps > 0, 0 if bare else self.requests)
 
-    def submit(self, name: str, said: Said, **fields: Any) -> Any:
+    def submit(self, name: str, said: SentChange, **fields: Any) -> Any:
         session = self.model.sessions[name]
         if said.kind == "reset":
             fields["reset"] = True
@@ -227,12 +229,12 @@ class Play:
         """The error of whoever changes a model of which nothing is loaded."""
         return "VersionElsewhere" if self.is_shared else "ModelNotFound"
 
-    async def change(self, name: str, said: Said) -> None:
+    async def change(self, name: str, said: SentChange) -> None:
         session = self.model.sessions[name]
         (answer,) = await self.submit(name, said, expected=session.revision).all()
         self.settle(session, said, answer)
 
-    def settle(self, session: OneSession, said: Said, answer: Answer | ServerError) -> None:
+    def settle(self, session: OneSession, said: SentChange, answer: Answer | ServerError) -> None:
         """A change was answered that is alone."""
         if isinstance(answer, ServerError):
             assert type(answer).__name__ == self.why_not(session), answer
@@ -351,7 +353,7 @@ class Play:
         if not model.loaded or model.why_not_default(do.version, do.how) or model.previous == do.version:
             return
         names = [n for n in do.names[:2] if n in model.sessions and not self.why_not(model.sessions[n])]
-        sent: dict[str, list[tuple[Said, Any]]] = {name: [] for name in names}
+        sent: dict[str, list[tuple[SentChange, Any]]] = {name: [] for name in names}
         if self.shape.threads and names:
             self.at.hooks.close_gate()
         for _ in range(2):
@@ -409,11 +411,13 @@ class Play:
         session.revision = model.first.pop(name, 0)
         model.sessions[name] = session
 
-    def send(self, name: str, steps: int) -> tuple[Said, Any]:
+    def send(self, name: str, steps: int) -> tuple[SentChange, Any]:
         said = self.said("step", self.model.sessions[name].batch_size, steps)
         return said, self.submit(name, said)
 
-    def follow(self, session: OneSession, sent: Sequence[tuple[Said, Any]], do: Do, *, moves: bool) -> None:
+    def follow(
+        self, session: OneSession, sent: Sequence[tuple[SentChange, Any]], do: Do, *, moves: bool
+    ) -> None:
         """Hold against the model what was answered around a move: each step ran on the version that it says."""
         moves = moves and do.how != "keep"
         has_moved = not moves
@@ -466,7 +470,7 @@ class Play:
         if model.why_not_default(do.version, do.how) or model.previous == do.version:
             return
         names = [n for n in do.names[:3] if n in model.sessions and not self.why_not(model.sessions[n])]
-        sent: dict[str, list[tuple[Said, Any]]] = {name: [] for name in names}
+        sent: dict[str, list[tuple[SentChange, Any]]] = {name: [] for name in names}
         store.stall(kept=do.flag)
         for name in names[:2]:
             sent[name].append(self.send(name, 2))
@@ -506,7 +510,7 @@ class Play:
         await self.check()
 
     @staticmethod
-    def found(before: OneSession, said: Sequence[Said], do: Do, moves: bool) -> OneSession:
+    def found(before: OneSession, said: Sequence[SentChange], do: Do, moves: bool) -> OneSession:
         """What a session may be that made these steps, and moved somewhere between them if it did."""
         ways: list[OneSession] = []
         for at in range(len(said) + 1) if moves else [len(said)]:
@@ -535,7 +539,7 @@ class Play:
         own = at.engine.catalogue()["plain"]
         assert (set(own.loaded), own.default, own.wanted) == (model.loaded, model.default, model.wanted)
         assert own.labels == model.labels
-        assert await at.inside.sessions_by_version("plain") == model.count()
+        assert await at.internals.sessions_by_version("plain") == model.count()
         for name, session in model.sessions.items():
             if why := self.why_not(session):
                 await self.refused(at.engine.get_state(name), why)
@@ -550,7 +554,7 @@ class Play:
             assert any(same({kept: one}, state) for one in session.states), (name, state, session.states)
 
 
-@pytest.fixture(params=["memory", "async", "sync", "awaited"])
+@pytest.fixture(params=["memory", "async", "sync", "fake_shared"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     kind: str = request.param
     monkeypatch.setattr(changes, "MAX_KNOWN_VERSIONS", _MAX_KNOWN)

@@ -32,7 +32,7 @@ from stepwell_server.store.memory import MemoryStore
 from support.checks.model_of_versions import (
     PROGRAMS,
     OneSession,
-    Said,
+    SentChange,
     initial,
     is_wide,
     to_plain,
@@ -98,7 +98,7 @@ class Stopped:
 
     server: int
     name: str
-    said: Said
+    said: SentChange
     answers: Answers
     expected: int
 
@@ -185,7 +185,7 @@ class Play:
             case "look":
                 await self.look(do.server)
             case "forget":
-                await at.inside.forget_unused("plain")
+                await at.internals.forget_unused("plain")
             case "read" if do.name in self.ways:
                 await self.read(do.server, do.name)
             case "stop" if do.name in self.ways and self.stopped is None:
@@ -198,7 +198,7 @@ class Play:
                 self.loaded[do.server] = set(at_versions(self.servers[do.server]))
 
     async def look(self, server: int) -> None:
-        await self.servers[server].inside.look()
+        await self.servers[server].internals.look()
         self.knows[server] = len(self.changes)
 
     # ----------------------------------------------------------------------------------------------------- sessions
@@ -254,7 +254,7 @@ class Play:
             (answer,) = await self.submit(server, name, said, expected).all()
         self.settle(server, name, said, answer)
 
-    def settle(self, server: int, name: str, said: Said, answer: Answer | ServerError) -> None:
+    def settle(self, server: int, name: str, said: SentChange, answer: Answer | ServerError) -> None:
         if isinstance(answer, ServerError):
             assert isinstance(answer, VersionElsewhere), answer
             needed = {way.session.version for way in self.possible(server, name)}
@@ -262,7 +262,7 @@ class Play:
             return
         self.ways[name] = self.those_that_fit(self.possible(server, name), said, answer)
 
-    def those_that_fit(self, ways: Sequence[Way], said: Said, answer: Answer) -> list[Way]:
+    def those_that_fit(self, ways: Sequence[Way], said: SentChange, answer: Answer) -> list[Way]:
         found: dict[Any, Way] = {}
         for way in ways:
             session = way.session.copy()
@@ -280,12 +280,12 @@ class Play:
         assert found, f"answered {answer}, may be {[(w.changes, w.session) for w in ways]}; {self.changes}"
         return list(found.values())
 
-    def said(self) -> Said:
+    def said(self) -> SentChange:
         self.requests += 1
         x = self.rng.standard_normal((1, 1, 2)).astype(np.float32)
-        return Said("step", x, "ALL", False, self.requests)
+        return SentChange("step", x, "ALL", False, self.requests)
 
-    def submit(self, server: int, name: str, said: Said, expected: int) -> Answers:
+    def submit(self, server: int, name: str, said: SentChange, expected: int) -> Answers:
         return self.servers[server].submit(name, said.x[:, 0], expected=expected, request_ids=said.request)
 
     async def read(self, server: int, name: str) -> None:
@@ -393,7 +393,7 @@ class Play:
 
 
 def at_versions(at: Harness) -> list[int]:
-    return [model.version for model in at.inside.models]
+    return [model.version for model in at.internals.models]
 
 
 @pytest.mark.slow

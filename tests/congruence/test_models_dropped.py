@@ -42,10 +42,10 @@ def without_cycles() -> Iterator[None]:
 
 async def serve_and_use(at: Harness, name: str) -> None:
     """Serve a model of bytes of its own, and run it on the event loop and on threads."""
-    first = at.inside.model("first").program
+    first = at.internals.model("first").program
     files = {path: bytes(bytearray(content)) for path, content in first.files.items()}
     await at.engine.load_version(name, 1, dataclasses.replace(first, files=files))
-    model = at.inside.model(name)
+    model = at.internals.model(name)
     for steps in (1, 200):
         inputs = {
             spec.name: np.zeros((64, steps, *spec.shape) if spec.temporal else (64, *spec.shape), spec.dtype)
@@ -64,7 +64,7 @@ async def come_and_go(at: Harness, count: int) -> None:
 async def test_nothing_of_a_model_that_has_gone_waits_for_the_garbage_collector() -> None:
     async with running({"first": zoo_model("lstm_dense").program}, executor=load) as at:
         await serve_and_use(at, "other")
-        model = at.inside.model("other")
+        model = at.internals.model("other")
         parts: list[object] = [model.arena, model.program, *[one() for one in MADE[-2:]]]
         alive, gone, loop = len(parts), asyncio.Event(), asyncio.get_running_loop()
 

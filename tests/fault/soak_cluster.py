@@ -36,9 +36,9 @@ from stepwell.testing import ServerStartError
 from support.checks import history
 from support.checks.checker import Report
 from support.load import replica_faults
-from support.load.crowd import restart_under_crowd
-from support.load.driver import Mix
-from support.load.driver_process import DriverProcess, Loading, RoverProcess
+from support.load.crowd import restart_under_load
+from support.load.driver import PlayerCounts
+from support.load.driver_process import DriverProcess, Loading, ReplicaDriverProcess
 from support.peers.proxy import Proxy
 from support.servers.fault_servers import verdict, verdict_of_losses
 from support.servers.replica_processes import Replicas
@@ -61,7 +61,7 @@ KINDS = {
     "losses": ("sentinel-async",),
 }
 """Which trouble each kind of store can have: of those where it loses nothing, but for the last kind."""
-MIX = Mix(frames=40, calls=4, threads=4, bands=4, band_size=8)
+MIX = PlayerCounts(frames=40, calls=4, threads=4, bands=4, band_size=8)
 
 
 @dataclasses.dataclass
@@ -129,7 +129,7 @@ class Round:
         with self._replicas() as (replicas, act):
             seeds = [self._chance.getrandbits(31) for _ in range(2)]
             with (
-                RoverProcess(replicas.addresses, rovers, seeds[0], pause_s=0.03) as load,
+                ReplicaDriverProcess(replicas.addresses, rovers, seeds[0], pause_s=0.03) as load,
                 DriverProcess(replicas.address, sdk, seeds[1], mix=MIX, pause_s=0.4, hurry=False) as other,
             ):
                 try:
@@ -153,7 +153,7 @@ class Round:
         with (
             Sentinels(replicas=1) as watched,
             Replicas(watched.url(), REPLICAS, *ASYNC) as replicas,
-            RoverProcess(replicas.addresses, rovers, chance.getrandbits(31), pause_s=0.03) as load,
+            ReplicaDriverProcess(replicas.addresses, rovers, chance.getrandbits(31), pause_s=0.03) as load,
             contextlib.closing(history.Log(rovers, 0)) as log,
         ):
             try:
@@ -247,7 +247,7 @@ def crowd(count: int, seed: int) -> bool:
     """Restart replicas under so many sessions; whether all was well."""
     with Valkey() as valkey, Replicas(valkey.url(), REPLICAS, *ASYNC) as replicas:
         try:
-            print(f"{REPLICAS} restarts: {restart_under_crowd(replicas, count, seed)}", flush=True)
+            print(f"{REPLICAS} restarts: {restart_under_load(replicas, count, seed)}", flush=True)
         except (AssertionError, ServerStartError) as error:
             print(
                 f"{count} sessions while replicas were restarted (seed {seed}): {error}\n{replicas.logs()}",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
 
-from support.load.moving_defaults import Carrying
+from support.load.moving_defaults import MovingDefaults
 from support.load.reloads import reload
 from support.servers.fault_servers import local
 
@@ -35,7 +35,7 @@ def kill(wanted: int, seed: int) -> None:
             options = ("--durability", durability, "--resident-rows", rows)
             with (
                 local(Path(folder) / "data", *options) as server,
-                Carrying(server, chance.getrandbits(31), busy=900, idle=100) as carrying,
+                MovingDefaults(server, chance.getrandbits(31), busy=900, idle=100) as carrying,
             ):
                 for _ in range(min(KILLS_A_ROUND, wanted - kills)):
                     carrying.kill()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.load.moving_defaults import Carrying
+from support.load.moving_defaults import MovingDefaults
 from support.servers.fault_servers import local
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
@@ -23,7 +23,7 @@ def test_kills_within_carries(tmp_path: Path, durability: str, extra: tuple[str,
     """A tenth of the sessions is idle: their records are brought forward over all moves at once."""
     with (
         local(tmp_path / "data", "--durability", durability, *extra) as server,
-        Carrying(server, seed=31, busy=900, idle=100) as carrying,
+        MovingDefaults(server, seed=31, busy=900, idle=100) as carrying,
     ):
         for _ in range(5):
             carrying.kill()

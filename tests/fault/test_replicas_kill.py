@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.load.driver_process import RoverProcess
+from support.load.driver_process import ReplicaDriverProcess
 from support.servers.fault_servers import verdict
 from support.servers.replica_processes import Replicas
 from support.servers.valkey_servers import Valkey
@@ -24,7 +24,7 @@ def test_replicas_are_killed(tmp_path: Path) -> None:
     with (
         Valkey() as valkey,
         Replicas(valkey.url(), REPLICAS, "--durability", "async") as replicas,
-        RoverProcess(replicas.addresses, history, seed=31) as rover,
+        ReplicaDriverProcess(replicas.addresses, history, seed=31) as rover,
     ):
         for replica in replicas:
             rover.wait_acknowledged(chance.randrange(60, 150))
@@ -55,7 +55,7 @@ def test_a_replica_that_breaks_a_rule_is_caught(tmp_path: Path, defect: str, sor
     with (
         Valkey() as valkey,
         Replicas(valkey.url(), 2, "--durability", "async", defect=defect) as replicas,
-        RoverProcess(replicas.addresses, history, seed=32) as rover,
+        ReplicaDriverProcess(replicas.addresses, history, seed=32) as rover,
     ):
         rover.wait_acknowledged(400)
         rover.kill()

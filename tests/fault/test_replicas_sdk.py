@@ -13,15 +13,15 @@ import pytest
 
 from support.checks import history
 from support.load import replica_faults
-from support.load.crowd import restart_under_crowd
-from support.load.driver import Mix
+from support.load.crowd import restart_under_load
+from support.load.driver import PlayerCounts
 from support.load.driver_process import DriverProcess
 from support.servers.fault_servers import verdict
 from support.servers.replica_processes import Replicas
 from support.servers.valkey_servers import Valkey
 
 ASYNC = ("--durability", "async")
-MIX = Mix(frames=12, calls=3, threads=3, bands=2, band_size=6)
+MIX = PlayerCounts(frames=12, calls=3, threads=3, bands=2, band_size=6)
 pytestmark = pytest.mark.plain("its crowd is of no tenant")
 
 
@@ -46,4 +46,4 @@ def test_no_error_reaches_a_caller_whose_replica_is_killed(replicas: Replicas, t
 @pytest.mark.slow
 def test_a_rolling_restart_under_load(replicas: Replicas) -> None:
     """Each session moves to other replicas and back: no error, none lost, none twice, all right."""
-    assert restart_under_crowd(replicas, 2000, seed=52).startswith("2000 sessions made ")
+    assert restart_under_load(replicas, 2000, seed=52).startswith("2000 sessions made ")

@@ -14,7 +14,7 @@ import pytest
 
 from support.checks.history import Log
 from support.load import replica_faults
-from support.load.driver_process import RoverProcess
+from support.load.driver_process import ReplicaDriverProcess
 from support.peers.proxy import Proxy
 from support.servers.fault_servers import verdict, verdict_of_losses
 from support.servers.replica_processes import Replicas
@@ -24,9 +24,9 @@ SYNC, ASYNC = ("--durability", "sync"), ("--durability", "async")
 
 
 @contextlib.contextmanager
-def loaded(history: Path, replicas: Replicas, seed: int) -> Iterator[RoverProcess]:
+def loaded(history: Path, replicas: Replicas, seed: int) -> Iterator[ReplicaDriverProcess]:
     """Replicas under load, whose history is checked at the end."""
-    with RoverProcess(replicas.addresses, history, seed) as load:
+    with ReplicaDriverProcess(replicas.addresses, history, seed) as load:
         load.wait_acknowledged(100)
         yield load
         load.wait_acknowledged(100)
@@ -96,7 +96,7 @@ def test_a_fail_over_that_loses_something(tmp_path: Path) -> None:
     with (
         Sentinels(replicas=1) as watched,
         Replicas(watched.url(), 2, *ASYNC) as replicas,
-        RoverProcess(replicas.addresses, tmp_path / "history", 46) as load,
+        ReplicaDriverProcess(replicas.addresses, tmp_path / "history", 46) as load,
         contextlib.closing(Log(tmp_path / "history", 46)) as log,
     ):
         load.wait_acknowledged(100)

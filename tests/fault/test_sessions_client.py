@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from support.checks import history
-from support.load.driver import Mix
+from support.load.driver import PlayerCounts
 from support.load.driver_process import DriverProcess
 from support.servers.fault_servers import local, verdict
 
-MIX = Mix(frames=6, calls=2, threads=2, bands=3, band_size=8)
+MIX = PlayerCounts(frames=6, calls=2, threads=2, bands=3, band_size=8)
 
 
 @pytest.mark.slow

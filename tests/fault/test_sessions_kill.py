@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from support.checks.history import Call, End, Log, load
-from support.load.driver import MODEL, Mix, Table, audit
+from support.load.driver import MODEL, PlayerCounts, Table, audit
 from support.load.driver_process import DriverProcess
 from support.load.random_kills import kill_at_random
 from support.peers.wire import Wire, tensor
@@ -57,7 +57,7 @@ def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect:
     history = tmp_path / "history"
     with (
         FaultyServer(tmp_path / "data", defect=defect) as server,
-        DriverProcess(server.address, history, seed=23, mix=Mix(frames=12)) as driver,
+        DriverProcess(server.address, history, seed=23, mix=PlayerCounts(frames=12)) as driver,
     ):
         driver.wait_acknowledged(300)
         kill_at_random(server, driver, random.Random(23), kills=3)

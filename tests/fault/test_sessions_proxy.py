@@ -12,7 +12,7 @@ import pytest
 from stepwell.testing import LocalServer
 from support import secured
 from support.checks.checker import Report
-from support.load.driver import Mix
+from support.load.driver import PlayerCounts
 from support.load.driver_process import DriverProcess
 from support.peers.proxy import Fate, Proxy
 from support.servers.fault_servers import FaultyServer, local, verdict
@@ -44,7 +44,7 @@ def doubled(server: LocalServer, history: Path) -> Report:
     with (
         server,
         Proxy(server.address, 3, ("double",)) as proxy,
-        DriverProcess(proxy.address, history, 3, mix=Mix(frames=4, bands=1)) as driver,
+        DriverProcess(proxy.address, history, 3, mix=PlayerCounts(frames=4, bands=1)) as driver,
     ):
         driver.wait_acknowledged(150)
         driver.stop()

@@ -23,7 +23,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from support import secured
 from support.peers import http2
 from support.peers.http2 import Gone, Http2, data
-from support.servers.attacked_server import TIMEOUT_S, Target, X, target
+from support.servers.attacked_server import TIMEOUT_S, AttackedServer, X, target
 from support.servers.both_fronts import needs_native
 from support.servers.server_process import FEATURES, tensor
 
@@ -39,14 +39,14 @@ OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAUTHENTICATED = "
 
 
 @pytest.fixture(scope="module")
-def open_to_all() -> Iterator[Target]:
+def open_to_all() -> Iterator[AttackedServer]:
     """A server that asks nobody who calls."""
     with target("native", "--max-held-bytes", str(HELD_BYTES), "--max-message-bytes", str(32 << 20)) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def closed() -> Iterator[Target]:
+def closed() -> Iterator[AttackedServer]:
     """A server that asks for a token."""
     with contextlib.ExitStack() as stack:
         with secured.switched_on():
@@ -67,7 +67,7 @@ def ends(peer: Http2, path: str, body: bytes, extra: http2.Headers = GZIP) -> di
     return peer.outcome(stream)
 
 
-def status_of(server: Target) -> int:
+def status_of(server: AttackedServer) -> int:
     """What a health checker with a connection of its own is answered."""
     with secured.channel(server.address, token=False) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
@@ -101,7 +101,7 @@ def attackers(count: int, attack: Callable[[], None]) -> Iterator[Callable[[], i
 # --- compressed messages ---
 
 
-def test_what_is_not_one_compressed_stream_is_refused(open_to_all: Target) -> None:
+def test_what_is_not_one_compressed_stream_is_refused(open_to_all: AttackedServer) -> None:
     raw = pb.GetSessionRequest(session_id=open_to_all.session_id).SerializeToString()
     whole, empty = gzip.compress(raw, mtime=0), gzip.compress(b"", mtime=0)
     deflate = [("grpc-encoding", "deflate")]
@@ -127,7 +127,7 @@ def test_what_is_not_one_compressed_stream_is_refused(open_to_all: Target) -> No
     assert open_to_all.refused("compressed") == before + sum(code != OK for _, _, code, _ in cases)
 
 
-def test_bombs_of_many_connections_slow_nobody(open_to_all: Target) -> None:
+def test_bombs_of_many_connections_slow_nobody(open_to_all: AttackedServer) -> None:
     """Each inflates to as much as may be, or to nothing for as long as it takes."""
     bomb = packed(gzip.compress(bytes(31 << 20), compresslevel=1)[: 1 << 20])
     large = gzip.compress(bytes(4 << 20))
@@ -143,7 +143,7 @@ def test_bombs_of_many_connections_slow_nobody(open_to_all: Target) -> None:
     with attackers(4, attack) as rounds:
         steps = 0
         while rounds() < 12:
-            open_to_all.goes_on()
+            open_to_all.require_service()
             steps += 1
             assert open_to_all.memory() - before < HELD_BYTES + SLACK_BYTES
         assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
@@ -151,7 +151,7 @@ def test_bombs_of_many_connections_slow_nobody(open_to_all: Target) -> None:
     open_to_all.wait_until(lambda: open_to_all.count("held_bytes") == 0)
 
 
-def test_nothing_is_taken_in_of_callers_that_are_not_known(closed: Target) -> None:
+def test_nothing_is_taken_in_of_callers_that_are_not_known(closed: AttackedServer) -> None:
     """Neither inflated nor kept: the answer comes while the message is still on its way."""
     body = packed(gzip.compress(bytes(4 << 20)))
     held: list[float] = []
@@ -166,7 +166,7 @@ def test_nothing_is_taken_in_of_callers_that_are_not_known(closed: Target) -> No
     assert closed.refused("compressed") == 0
 
 
-def test_large_messages_of_strangers_are_not_kept(closed: Target) -> None:
+def test_large_messages_of_strangers_are_not_kept(closed: AttackedServer) -> None:
     before = closed.memory()
     message = http2.framed(bytes(60 << 20))
 
@@ -177,14 +177,14 @@ def test_large_messages_of_strangers_are_not_kept(closed: Target) -> None:
 
     with attackers(2, attack) as rounds:
         while rounds() < 10:
-            closed.goes_on()
+            closed.require_service()
             assert closed.memory() - before < HELD_BYTES
 
 
 # --- calls that do not end ---
 
 
-def test_half_calls_of_a_few_connections_leave_places_for_others(open_to_all: Target) -> None:
+def test_half_calls_of_a_few_connections_leave_places_for_others(open_to_all: AttackedServer) -> None:
     limit = int(open_to_all.count("max_connection_calls"))
     before = open_to_all.memory()
     with contextlib.ExitStack() as stack:
@@ -194,7 +194,7 @@ def test_half_calls_of_a_few_connections_leave_places_for_others(open_to_all: Ta
                 peer.send(*(peer.begin(path)[1] for _ in range(limit // 2)))
         open_to_all.wait_until(lambda: open_to_all.count("calls") > limit)
         for _ in range(50):
-            open_to_all.goes_on()
+            open_to_all.require_service()
         assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
         open_to_all.open()
         assert open_to_all.memory() - before < HELD_BYTES + SLACK_BYTES
@@ -244,7 +244,7 @@ def test_a_message_that_does_not_come_ends_its_call() -> None:
         del silent
 
 
-def test_watches_are_few_of_a_connection_and_in_all(open_to_all: Target) -> None:
+def test_watches_are_few_of_a_connection_and_in_all(open_to_all: AttackedServer) -> None:
     before = open_to_all.memory()
     raw = health_pb2.HealthCheckRequest().SerializeToString()
     with contextlib.ExitStack() as stack:
@@ -255,7 +255,7 @@ def test_watches_are_few_of_a_connection_and_in_all(open_to_all: Target) -> None
         assert open_to_all.count("watches") == 20 * 8
         assert open_to_all.refused("watches") >= 20 * 92
         assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
-        open_to_all.goes_on()
+        open_to_all.require_service()
         assert open_to_all.memory() - before < SLACK_BYTES
     open_to_all.wait_until(lambda: open_to_all.count("watches") == 0)
 
@@ -269,12 +269,12 @@ def test_strangers_take_no_places_of_known_callers() -> None:
             peer.send(*(peer.begin(CHECK)[1] for _ in range(100)))
         found.wait_until(lambda: found.count("health_calls") > 500)
         for _ in range(20):
-            found.goes_on()
+            found.require_service()
         assert status_of(found) == health_pb2.HealthCheckResponse.SERVING
         assert found.refused("health_calls") > 0
 
 
-def test_headers_of_half_calls_count_as_bytes_in_memory(open_to_all: Target) -> None:
+def test_headers_of_half_calls_count_as_bytes_in_memory(open_to_all: AttackedServer) -> None:
     before = open_to_all.memory()
     large = [("x-large", "v" * 15_000)]
     refused = open_to_all.refused("memory")
@@ -284,14 +284,14 @@ def test_headers_of_half_calls_count_as_bytes_in_memory(open_to_all: Target) -> 
             for peer in peers:
                 with contextlib.suppress(Gone):
                     peer.send(*(peer.begin(STREAM, large)[1] for _ in range(50)))
-            open_to_all.goes_on()
+            open_to_all.require_service()
         assert open_to_all.refused("memory") > refused
         assert open_to_all.memory() - before < HELD_BYTES + SLACK_BYTES
         assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
     open_to_all.wait_until(lambda: open_to_all.count("held_bytes") == 0)
 
 
-def test_half_messages_of_two_clients_leave_room_for_a_third(open_to_all: Target) -> None:
+def test_half_messages_of_two_clients_leave_room_for_a_third(open_to_all: AttackedServer) -> None:
     """A connection holds at most what is left for the others, however much that is."""
     half = http2.framed(bytes(24 << 20))[: 20 << 20]
     with contextlib.ExitStack() as stack:
@@ -309,7 +309,7 @@ def test_half_messages_of_two_clients_leave_room_for_a_third(open_to_all: Target
         open_to_all.stub.Step(pb.StepRequest(session_id="nobody", inputs=[X]), timeout=TIMEOUT_S)
 
 
-def test_tiny_frames_that_nobody_reads_are_a_flood(open_to_all: Target) -> None:
+def test_tiny_frames_that_nobody_reads_are_a_flood(open_to_all: AttackedServer) -> None:
     """Each takes hundreds of bytes of memory while it waits, and flow control counts one."""
     ids = [open_to_all.open() for _ in range(100)]
     before = open_to_all.memory()
@@ -327,14 +327,14 @@ def test_tiny_frames_that_nobody_reads_are_a_flood(open_to_all: Target) -> None:
                 for _ in range(500):
                     peer.send(tiny)
             closed += peer.goodbye()[0] in {ENHANCE_YOUR_CALM, -1}
-        open_to_all.goes_on()
+        open_to_all.require_service()
         assert open_to_all.memory() - before < SLACK_BYTES
     assert closed == 4
     assert open_to_all.refused("control_frames") > 0
 
 
 @pytest.mark.parametrize("frame", ["window", "headers", "data"])
-def test_mistakes_that_the_server_must_answer_with_resets(open_to_all: Target, frame: str) -> None:
+def test_mistakes_that_the_server_must_answer_with_resets(open_to_all: AttackedServer, frame: str) -> None:
     """Made you reset: calls that the server itself has to end, as fast as a client can make it."""
     before = open_to_all.memory()
     raw = http2.framed(pb.GetSessionRequest(session_id=open_to_all.session_id).SerializeToString())
@@ -351,7 +351,7 @@ def test_mistakes_that_the_server_must_answer_with_resets(open_to_all: Target, f
                     }[frame]
                     parts += [begun, data(stream, raw, end=True), mistake]
                 peer.send(*parts)
-        open_to_all.goes_on()
+        open_to_all.require_service()
     open_to_all.wait_until(lambda: open_to_all.count("calls") <= 1)
     assert open_to_all.memory() - before < SLACK_BYTES
     assert status_of(open_to_all) == health_pb2.HealthCheckResponse.SERVING
@@ -360,7 +360,7 @@ def test_mistakes_that_the_server_must_answer_with_resets(open_to_all: Target, f
 # --- frames that cost more than their bytes ---
 
 
-def test_headers_of_a_byte_for_each_field_are_a_flood(open_to_all: Target) -> None:
+def test_headers_of_a_byte_for_each_field_are_a_flood(open_to_all: AttackedServer) -> None:
     """HPACK's table: one byte stands for a field of 4 KiB, and is decoded whether or not the headers are too large."""
     with Http2(open_to_all.address) as peer:
         own = peer.block(GET, [("x-large", "v" * 3900)])  # the newest entry of the table
@@ -372,11 +372,11 @@ def test_headers_of_a_byte_for_each_field_are_a_flood(open_to_all: Target) -> No
             assert end.get("grpc-status") == RESOURCE_EXHAUSTED or end[":status"] == "431"
         peer.send(http2.headers(peer.next_stream(), own + b"\xbe" * 10_000, end=True))
         assert peer.goodbye()[0] == ENHANCE_YOUR_CALM
-    open_to_all.goes_on()
+    open_to_all.require_service()
     assert open_to_all.refused("control_frames") > 0
 
 
-def test_settings_between_calls_are_a_flood(open_to_all: Target) -> None:
+def test_settings_between_calls_are_a_flood(open_to_all: AttackedServer) -> None:
     """Each changes the window of every call of the connection."""
     with Http2(open_to_all.address) as peer:
         peer.send(*(peer.begin(STREAM)[1] for _ in range(500)))
@@ -422,7 +422,7 @@ KEPT = {
 
 
 @contextlib.contextmanager
-def _keepers(server: Target) -> Iterator[list[Http2]]:
+def _keepers(server: AttackedServer) -> Iterator[list[Http2]]:
     """Connections, of which the server has sent its settings: larger frames may come now."""
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(Http2(server.address)) for _ in range(KEEPERS)]
@@ -433,7 +433,7 @@ def _keepers(server: Target) -> Iterator[list[Http2]]:
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[tuple[Target, int]]:
+def small() -> Iterator[tuple[AttackedServer, int]]:
     """A server that may hold little, and what it has of the machine's memory with many idle connections."""
     with target("native", "--max-held-bytes", str(4 * KEPT_BYTES), "--max-message-bytes", "65536") as found:
         with _keepers(found):
@@ -442,7 +442,7 @@ def small() -> Iterator[tuple[Target, int]]:
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_what_is_kept_of_all_connections_is_bounded(small: tuple[Target, int], kind: str) -> None:
+def test_what_is_kept_of_all_connections_is_bounded(small: tuple[AttackedServer, int], kind: str) -> None:
     """Whatever came before: memory that one attack has left takes up the next one."""
     server, idle = small
     evicted = server.refused("evicted")
@@ -453,13 +453,13 @@ def test_what_is_kept_of_all_connections_is_bounded(small: tuple[Target, int], k
                     peer.send(frame)
         for _ in range(5):  # each comes behind all that they have sent
             assert status_of(server) == health_pb2.HealthCheckResponse.SERVING
-        server.goes_on()
+        server.require_service()
         assert server.memory() - idle < KEPT_BYTES + FREE_BYTES
         assert server.refused("evicted") > evicted
 
 
 @pytest.mark.parametrize("path", [CHECK, WATCH, "/inference.GRPCInferenceService/ServerReady"])
-def test_of_strangers_only_small_messages_are_taken_in(closed: Target, path: str) -> None:
+def test_of_strangers_only_small_messages_are_taken_in(closed: AttackedServer, path: str) -> None:
     """Everybody may ask for health: whole or compressed, a large question is refused when its size is known."""
     small = health_pb2.HealthCheckRequest(service="x" * 500).SerializeToString()
     with Http2(closed.address) as peer:

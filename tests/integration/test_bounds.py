@@ -27,7 +27,7 @@ from support.peers.http2 import Gone, Http2, data, framed
 from support.peers.malformed_http2 import HELLO, conversation
 from support.peers.malformed_messages import Call
 from support.peers.wire import Wire
-from support.servers.attacked_server import TIMEOUT_S, Target, X, target
+from support.servers.attacked_server import TIMEOUT_S, AttackedServer, X, target
 from support.servers.both_fronts import needs_native
 from support.servers.server_process import FEATURES, begin_long_step, connect, tensor
 
@@ -38,14 +38,14 @@ ENHANCE_YOUR_CALM, REFUSED_STREAM = 11, 7
 
 
 @pytest.fixture(scope="module", params=FRONTS)
-def both(request: pytest.FixtureRequest) -> Iterator[Target]:
+def both(request: pytest.FixtureRequest) -> Iterator[AttackedServer]:
     """A server of each front."""
     with target(request.param) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def native() -> Iterator[Target]:
+def native() -> Iterator[AttackedServer]:
     """A server of the native front whose limits are small."""
     small = (
         "--max-connections",
@@ -70,7 +70,7 @@ def step_frame(number: int, *session_ids: str) -> bytes:
 
 
 @needs_native
-def test_calls_begun_and_cancelled_at_once(native: Target) -> None:
+def test_calls_begun_and_cancelled_at_once(native: AttackedServer) -> None:
     """Rapid reset. On grpc.aio it may end calls of others."""
     with Http2(native.address) as peer, contextlib.suppress(Gone):
         for _ in range(100):
@@ -82,13 +82,13 @@ def test_calls_begun_and_cancelled_at_once(native: Target) -> None:
             begun = [peer.begin(GET) for _ in range(30)]
             peer.send(*(frame + data(stream, raw, end=True) for stream, frame in begun))
             peer.send(*(http2.reset(stream) for stream, _ in begun))
-    native.goes_on()
+    native.require_service()
     native.wait_until(lambda: native.count("calls") <= 1)
     native.wait_until(lambda: native.count("unwritten_replies") == 0)  # else a stop waits for them
 
 
 @pytest.mark.parametrize("frame", ["ping", "settings", "empty data"])
-def test_frames_without_a_call(both: Target, frame: str) -> None:
+def test_frames_without_a_call(both: AttackedServer, frame: str) -> None:
     with Http2(both.address) as peer:
         flood = {"ping": http2.ping(), "settings": http2.settings()}.get(frame)
         if flood is None:
@@ -101,11 +101,11 @@ def test_frames_without_a_call(both: Target, frame: str) -> None:
         if both.is_native:
             assert peer.goodbye()[0] == ENHANCE_YOUR_CALM
             assert both.refused("control_frames") > 0
-    both.goes_on()
+    both.require_service()
 
 
 @needs_native
-def test_headers_that_do_not_end(native: Target) -> None:
+def test_headers_that_do_not_end(native: AttackedServer) -> None:
     """CONTINUATION flood: they are not collected. grpc.aio collects them, and answers nobody meanwhile."""
     with Http2(native.address) as peer:
         head = peer.begin(STREAM)[1]
@@ -117,11 +117,11 @@ def test_headers_that_do_not_end(native: Target) -> None:
             for _ in range(1000):
                 peer.send(more)
             pytest.fail("16 MiB of headers were taken")
-    native.goes_on()
+    native.require_service()
 
 
 @needs_native
-def test_more_calls_than_a_connection_may_have(native: Target) -> None:
+def test_more_calls_than_a_connection_may_have(native: AttackedServer) -> None:
     """A client that does not keep to the number is refused the rest; one that does waits."""
     with Http2(native.address) as peer:
         streams = [peer.call(STREAM, end=False) for _ in range(60)]
@@ -138,7 +138,7 @@ def test_more_calls_than_a_connection_may_have(native: Target) -> None:
 # --- headers ---
 
 
-def test_a_call_with_large_headers_is_refused_with_a_reason(both: Target) -> None:
+def test_a_call_with_large_headers_is_refused_with_a_reason(both: AttackedServer) -> None:
     with Http2(both.address) as peer:
         for size in (8 << 10, 20 << 10, 40 << 10):
             extra = [("x-large", "v" * size)]
@@ -156,14 +156,14 @@ def test_a_call_with_large_headers_is_refused_with_a_reason(both: Target) -> Non
 
 
 @pytest.mark.parametrize("text", ["5", "S", "-1S", "1x", "soon"])
-def test_a_time_limit_that_is_none_is_no_call_without_one(both: Target, text: str) -> None:
+def test_a_time_limit_that_is_none_is_no_call_without_one(both: AttackedServer, text: str) -> None:
     with Http2(both.address) as peer:
         raw = pb.GetSessionRequest(session_id=both.session_id).SerializeToString()
         end = peer.outcome(peer.call(GET, raw, extra=[("grpc-timeout", text)]))
         assert (end["grpc-status"], end["grpc-message"]) == ("13", "Error parsing 'grpc-timeout' metadata")
 
 
-def test_bytes_that_are_no_frame_end_a_stream_at_once(both: Target) -> None:
+def test_bytes_that_are_no_frame_end_a_stream_at_once(both: AttackedServer) -> None:
     """What is under way of it is dropped, as if the client had gone."""
     session_id = both.open()
     long = begin_long_step(both.stub, session_id, 300_000)
@@ -177,7 +177,7 @@ def test_bytes_that_are_no_frame_end_a_stream_at_once(both: Target) -> None:
     assert state.session.revision == 0
 
 
-def test_what_a_peer_says_at_its_end_is_not_in_the_log(both: Target) -> None:
+def test_what_a_peer_says_at_its_end_is_not_in_the_log(both: AttackedServer) -> None:
     with Http2(both.address) as peer:
         text = b'forged\n{"level": "error", "event": "forged"}'
         said = GoAwayFrame(0, error_code=ENHANCE_YOUR_CALM, additional_data=text).serialize()
@@ -195,7 +195,7 @@ def test_what_a_peer_says_at_its_end_is_not_in_the_log(both: Target) -> None:
 
 
 @pytest.mark.slow
-def test_many_silent_connections(both: Target) -> None:
+def test_many_silent_connections(both: AttackedServer) -> None:
     """Ten thousand of them, in each state of silence, are there at the same time, and calls go on."""
     count = 10_000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -210,7 +210,7 @@ def test_many_silent_connections(both: Target) -> None:
         for number in range(count):
             one = stack.enter_context(socket.create_connection((host, int(port))))
             one.send(states[number % 4])
-        both.goes_on()
+        both.require_service()
         if both.is_native:
             both.wait_until(lambda: both.count("connections") > count)
             assert both.memory() - before < count * 40_000, "more than the buffers of a connection"
@@ -219,7 +219,7 @@ def test_many_silent_connections(both: Target) -> None:
 
 
 @needs_native
-def test_replies_that_nobody_reads(native: Target) -> None:
+def test_replies_that_nobody_reads(native: AttackedServer) -> None:
     """Their streams are read no further, and hold little; nobody else waits; nothing of them is left at their end."""
     ids = [native.open() for _ in range(100)]
     refused = native.refused("memory")
@@ -230,7 +230,7 @@ def test_replies_that_nobody_reads(native: Target) -> None:
         streams = [call(step_frame(number, *ids) for number in range(1, 2000)) for _ in range(4)]
         native.wait_until(lambda: native.count("unwritten_replies") >= 4)
         for _ in range(100):
-            native.goes_on()
+            native.require_service()
         assert native.count("held_bytes") < 1 << 20
         assert native.refused("memory") == refused
         for stream in streams:
@@ -240,7 +240,7 @@ def test_replies_that_nobody_reads(native: Target) -> None:
 
 
 @needs_native
-def test_new_connections_find_room_while_others_do_nothing(native: Target) -> None:
+def test_new_connections_find_room_while_others_do_nothing(native: AttackedServer) -> None:
     """A health checker's too. One with a call stays; where all have some, new ones are closed."""
     raw = pb.GetSessionRequest(session_id=native.session_id).SerializeToString()
     with contextlib.ExitStack() as stack:
@@ -251,7 +251,7 @@ def test_new_connections_find_room_while_others_do_nothing(native: Target) -> No
         assert native.refused("connections") == 0
         line = json.loads(native.server.wait_for_log("connections that do nothing are closed"))
         assert (line["level"], line["connections"] >= 8) == ("warning", True)
-        native.goes_on()
+        native.require_service()
     with contextlib.ExitStack() as stack:
         busy = []
         for _ in range(8):
@@ -283,7 +283,7 @@ def test_connections_of_an_address_may_be_bounded() -> None:
         for peer in peers[2:]:
             peer.goodbye()
         assert found.refused("address_connections") == 3
-        found.goes_on()
+        found.require_service()
         raw = pb.GetSessionRequest(session_id=found.session_id).SerializeToString()
         assert peers[0].outcome(peers[0].call(GET, raw))["grpc-status"] == "0"
 
@@ -301,7 +301,7 @@ def test_no_file_descriptors_are_left() -> None:
         peers = [stack.enter_context(Http2(found.address)) for _ in range(20)]
         found.server.wait_for_log("connections wait: no more files can be opened")
         for _ in range(20):
-            found.goes_on()
+            found.require_service()
         for peer in peers[:10]:
             peer.socket.close()
         raw = pb.GetSessionRequest(session_id=found.session_id).SerializeToString()
@@ -315,7 +315,7 @@ def test_no_file_descriptors_are_left() -> None:
 
 
 @pytest.mark.slow
-def test_the_metrics_endpoint_serves_metrics_alone_and_closes_who_says_nothing(both: Target) -> None:
+def test_the_metrics_endpoint_serves_metrics_alone_and_closes_who_says_nothing(both: AttackedServer) -> None:
     host, _, port = both.metrics_address.rpartition(":")
     for path, status in (("/metrics", 200), ("/", 404), ("/metrics/x", 404), ("/favicon.ico", 404)):
         assert _status(f"http://{both.metrics_address}{path}") == status
@@ -338,7 +338,7 @@ def _status(url: str, data: bytes | None = None) -> int:
         return error.code
 
 
-def test_bytes_that_are_no_text_stop_no_server_and_are_not_in_the_log(both: Target) -> None:
+def test_bytes_that_are_no_text_stop_no_server_and_are_not_in_the_log(both: AttackedServer) -> None:
     """GRPC's own server stops for good at such a path, and logs such headers with all that stands in them."""
     told = conversation(Call(GET, framed(b""), [("authorization", "Bearer s3cr3t\xff")], 1))
     host, port = both.address.rsplit(":", 1)
@@ -353,7 +353,7 @@ def test_bytes_that_are_no_text_stop_no_server_and_are_not_in_the_log(both: Targ
     assert "s3cr3t" not in "".join(both.server.log)
 
 
-def _wait_until_served(both: Target) -> None:
+def _wait_until_served(both: AttackedServer) -> None:
     """A call that comes while the server starts again may be refused; each is told at once."""
     request = pb.StepRequest(session_id=both.session_id, inputs=[X])
     end = time.monotonic() + TIMEOUT_S
@@ -369,7 +369,7 @@ def _wait_until_served(both: Target) -> None:
 
 @pytest.mark.parametrize("key", ["authorization", "stepwell-tenant"])
 @pytest.mark.parametrize("path", [SERVICE + "Step", GET, STREAM, "/grpc.health.v1.Health/Check"])
-def test_what_says_who_calls_comes_once(both: Target, key: str, path: str) -> None:
+def test_what_says_who_calls_comes_once(both: AttackedServer, key: str, path: str) -> None:
     """Of two the last one counted, so that a proxy which judges the first was passed by."""
     step = pb.StepRequest(session_id=both.session_id, inputs=[X]).SerializeToString()
     with Http2(both.address) as peer:

@@ -45,7 +45,7 @@ async def until_expired(at: Harness, session_id: str) -> None:
     """Return when a session has ended; nobody names it before."""
 
     async def wait() -> None:
-        while not await at.inside.expire_idle():
+        while not await at.internals.expire_idle():
             pass  # it has asked the server
 
     await asyncio.wait_for(wait(), WAIT_S)
@@ -180,7 +180,7 @@ async def test_steps_are_refused_while_the_server_is_in_trouble_and_go_on_afterw
                 begun = len(drivers.refused)
                 await drivers.until(lambda: len(drivers.refused) > begun + 30)
                 for at in servers:
-                    assert at.inside.commits.waiting <= 12
+                    assert at.internals.commits.waiting <= 12
                     with pytest.raises((Unavailable, Overloaded)) as refused:
                         await asyncio.wait_for(at.engine.open_session("plain"), WAIT_S)
                     assert (getattr(refused.value, "retry_after_s", 0.0) > 0) or trouble != "full"

@@ -12,11 +12,11 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
-    from support.stores.durable import Disk, Lasting
+    from support.stores.durable import Disk, DurableStore
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
-KINDS = ("memory", "async", "sync", "awaited", "valkey")
+KINDS = ("memory", "async", "sync", "fake_shared", "valkey")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,10 +63,10 @@ def disk(store_kind: str) -> Iterator[Disk]:
 
 
 @pytest.fixture
-async def lasting(store_kind: str) -> AsyncIterator[Lasting]:
+async def durable_store(store_kind: str) -> AsyncIterator[DurableStore]:
     """A store of that kind that outlives its servers, and the engines that use it one after the other."""
-    from support.stores.durable import new_lasting
+    from support.stores.durable import new_durable_store
 
-    found = await new_lasting()
+    found = await new_durable_store()
     yield found
     await found.aclose()

@@ -38,7 +38,7 @@ from support.stores.disk_store import record
 from support.stores.valkey_store import opened, put
 
 NOW = 4_000_000_000.0
-"""Later than any file."""
+"""CallbackAnswers than any file."""
 
 
 class Usage(NamedTuple):

@@ -294,7 +294,7 @@ class Wide(FixedCost):
 
 
 async def open_wide(at: Harness) -> None:
-    for model in at.inside.models:
+    for model in at.internals.models:
         model.cost = Wide()
     await at.open(*"abcd")
 
@@ -309,14 +309,14 @@ async def two_halves(at: Harness, **fields: Any) -> None:
     at.submit(["c", "d"], x(2), connection="me", **fields)
     at.clock.advance(Wide.fixed_s)
     at.hooks.open_gate()
-    await first.none_fails()
+    await first.require_all_applied()
 
 
 async def test_those_who_wait_and_those_who_were_just_answered_have_the_next_pass_together() -> None:
     async with running(threads=True) as at:
         await open_wide(at)
         await two_halves(at)
-        await at.submit(["a", "b"], x(2), connection="me").none_fails()
+        await at.submit(["a", "b"], x(2), connection="me").require_all_applied()
         await at.settled()
         assert rows_of(at) == [2, 4]
 
@@ -347,13 +347,13 @@ async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wa
         await two_halves(at)
         heard = await asyncio.wait_for(alarms.get(), WAIT_S)
         assert await asyncio.to_thread(rang.wait, WAIT_S)
-        await at.submit(["a", "b"], x(2), connection="me").none_fails()
+        await at.submit(["a", "b"], x(2), connection="me").require_all_applied()
         at.submit(["a", "b"], x(2), connection="me")
         await asyncio.wait_for(alarms.get(), WAIT_S)
         heard()
         for _ in range(5):  # turns of the event loop
             await asyncio.sleep(0)
-        await at.submit(["c", "d"], x(2), connection="me").none_fails()
+        await at.submit(["c", "d"], x(2), connection="me").require_all_applied()
         assert alarms.empty()
         assert rows_of(at) == [2, 4, 4]
 
@@ -365,11 +365,11 @@ async def test_nobody_waits_for_others() -> None:
         other = at.submit("c", x(1), connection="another")
         at.clock.advance(Wide.fixed_s)
         at.hooks.open_gate()
-        await first.none_fails()
-        await other.none_fails()  # the clock stands still: it has not waited
+        await first.require_all_applied()
+        await other.require_all_applied()  # the clock stands still: it has not waited
         await at.submit(
             "a", x(1), connection="me"
-        ).none_fails()  # nor does one in a pass after others were about
+        ).require_all_applied()  # nor does one in a pass after others were about
         assert rows_of(at) == [2, 1, 1]
 
 

@@ -15,7 +15,7 @@ from stepwell_server.engine.change import Change, joined
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, RICH
-from support.engine.harness import BOTH_WAYS, Answer, Answers, Later, running, x
+from support.engine.harness import BOTH_WAYS, Answer, Answers, CallbackAnswers, running, x
 from support.stores.kinds import IN_PROCESS
 
 
@@ -110,7 +110,7 @@ async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sen
         await at.begin_pass("busy", x(1))
         order: list[str] = []
         for name in [*greedy, "modest"]:
-            told = Later(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
+            told = CallbackAnswers(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
             caller = "modest" if name == "modest" else "greedy"
             at.engine.submit(Change([name], told, inputs={"": x(1)}, connection=caller))
         at.hooks.open_gate()
@@ -186,5 +186,5 @@ async def test_a_caller_who_cannot_be_told_of_a_reset_costs_nobody_else() -> Non
 
     async with running() as at:
         await at.open("a")
-        at.engine.submit(Change(["a"], Later(raises), reset=True))
+        at.engine.submit(Change(["a"], CallbackAnswers(raises), reset=True))
         assert (await at.submit("a", reset=True).only()).revision == 2

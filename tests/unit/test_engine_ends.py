@@ -23,9 +23,9 @@ async def test_many_idle_sessions_expire_a_few_at_a_time(monkeypatch: pytest.Mon
         await at.open(*[f"s{i}" for i in range(10)])
         at.clock.advance(61)
         monkeypatch.setattr(end, "BATCH_SIZE", 4)
-        expiring = await begun(at.inside.expire_idle())
-        await until(lambda: len(at.inside.loaded()) < 10)
-        assert len(at.inside.loaded()) == 6
+        expiring = await begun(at.internals.expire_idle())
+        await until(lambda: len(at.internals.loaded()) < 10)
+        assert len(at.internals.loaded()) == 6
         assert await gone(at, "s0") == "SessionExpired"
         assert await gone(at, "s9") == "SessionExpired", "whoever names it need not wait for its turn"
         assert await expiring == 9
@@ -43,9 +43,9 @@ async def test_a_session_that_is_idle_too_long_expires() -> None:
         at.clock.advance(40)
         await at.state("b")
         at.clock.advance(20)
-        assert (await at.inside.expire_idle()) == 0, "idle for 60 s is not longer than 60 s"
+        assert (await at.internals.expire_idle()) == 0, "idle for 60 s is not longer than 60 s"
         at.clock.advance(1)
-        assert (await at.inside.expire_idle()) == 2
+        assert (await at.internals.expire_idle()) == 2
         assert at.events.sessions[-2:] == [("expired", "a"), ("expired", "c")]
         assert await gone(at, "a") == "SessionExpired"
         assert await gone(at, "never") == "SessionNotFound"
@@ -131,7 +131,7 @@ async def test_a_session_with_something_under_way_does_not_expire() -> None:
         await at.open("a", "b")
         await blocked(at, "a")
         at.clock.advance(100)
-        assert (await at.inside.expire_idle()) == 1
+        assert (await at.internals.expire_idle()) == 1
         waiting = at.submit("a", x(1))
         at.hooks.open_gate()
         assert (await waiting.only()).revision == 2

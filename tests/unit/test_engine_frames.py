@@ -209,7 +209,7 @@ async def test_rows_are_of_one_session() -> None:
     async with running() as at:
         await at.open("a", "d")
         with pytest.raises(InvalidInput, match=r"^rows may be given for one session only; got 2 sessions"):
-            await at.submit(["a", "d"], reset=True, rows=[0]).none_fails()
+            await at.submit(["a", "d"], reset=True, rows=[0]).require_all_applied()
         assert [(await at.engine.session_info(name)).revision for name in "ad"] == [0, 0]
 
 

@@ -26,7 +26,7 @@ from support.engine.harness import Harness, kinds, running, x
 from support.engine.session_lifetimes import blocked
 from support.stores.fake_shared_store import RemoteStore
 
-pytestmark = pytest.mark.stores("memory", "awaited", "sync")
+pytestmark = pytest.mark.stores("memory", "fake_shared", "sync")
 
 
 async def begun(call: Any) -> asyncio.Task[Any]:
@@ -62,7 +62,7 @@ async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch:
     monkeypatch.setattr(reading, "COPY_BATCH_ROWS", 3)
     async with running(resident_rows=6) as at:
         states = await stepped(at, *"abcdefg", batch_size=2)
-        resident = {i: at.inside.has_row(i) for i in "abcdefg" if at.inside.table.find(i) is not None}
+        resident = {i: at.internals.has_row(i) for i in "abcdefg" if at.internals.table.find(i) is not None}
         assert 1 <= sum(resident.values()) <= 3
         read = await at.engine.get_states(list("gcaebdf"))
         assert read.state["sum"].tobytes() == b"".join(states[i] for i in "gcaebdf")
@@ -70,7 +70,7 @@ async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch:
         assert read.sizes.tolist() == [2] * 7
         assert (read.revisions.tolist(), read.positions.tolist()) == ([1] * 7, [7, 3, 1, 5, 2, 4, 6])
         assert (read.model, read.fingerprint, read.errors) == ("plain", "f-plain", [])
-        assert all(at.inside.has_row(i) == is_here for i, is_here in resident.items())
+        assert all(at.internals.has_row(i) == is_here for i, is_here in resident.items())
         alone = await at.engine.get_states(list("gcaebdf"), with_state=False)
         assert alone.positions.tolist() == read.positions.tolist()
         assert not alone.state
@@ -263,7 +263,7 @@ async def test_a_fork_that_fails_makes_nothing() -> None:
         assert at.slots().resident == 4
 
 
-@pytest.mark.stores("awaited")
+@pytest.mark.stores("fake_shared")
 async def test_what_another_server_has_changed_is_read_from_the_store() -> None:
     """Sessions that are resident here and went on there, and one that was closed there."""
     async with running() as at:

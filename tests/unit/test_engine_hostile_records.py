@@ -207,7 +207,7 @@ async def harmless(at: Harness, answer: Answer) -> None:
     assert (await at.step("fine", step)).revision == 2
 
 
-@pytest.mark.stores("memory", "awaited")
+@pytest.mark.stores("memory", "fake_shared")
 @given(some=mutations)
 @settings(max_examples=examples(240))
 def test_any_record_is_imported_or_refused_alone(some: list[Mutation], store_kind: str) -> None:
@@ -228,7 +228,7 @@ def test_any_record_is_imported_or_refused_alone(some: list[Mutation], store_kin
     asyncio.run(tried())
 
 
-@pytest.mark.stores("memory", "awaited")
+@pytest.mark.stores("memory", "fake_shared")
 @given(some=mutations)
 @settings(max_examples=examples(240))
 def test_any_record_in_the_store_harms_nobody_else(some: list[Mutation], store_kind: str) -> None:
@@ -250,7 +250,7 @@ def _with_rows(record: bytes, rows: int) -> bytes:
     return dataclasses.replace(decode("a", record), extra=reply).encode("a")
 
 
-@pytest.mark.stores("memory", "awaited")
+@pytest.mark.stores("memory", "fake_shared")
 async def test_a_reply_of_other_rows_moves_nobody_elses(store_kind: str) -> None:
     """Replies of one form are put together, one session's rows after the other's."""
     async with running(resident_rows=6) as at:

@@ -86,10 +86,10 @@ async def test_the_limit_of_the_server_is_an_upper_bound() -> None:
         ):
             assert await limit_s(at, await opened(at, asked, name)) == limit
         at.clock.advance(30.5)
-        assert await at.inside.expire_idle() == 1
+        assert await at.internals.expire_idle() == 1
         await refused(at, "c")
         at.clock.advance(30.0)
-        assert await at.inside.expire_idle() == 3
+        assert await at.internals.expire_idle() == 3
         assert await ids(at) == set()
 
 
@@ -114,10 +114,10 @@ async def test_each_session_ends_by_its_own_limit() -> None:
         for name, limit in zip(names, limits_s, strict=True):
             at.clock.advance(limit - passed)
             passed = limit
-            assert await at.inside.expire_idle() == 0, f"idle for {limit} s is not longer than that"
+            assert await at.internals.expire_idle() == 0, f"idle for {limit} s is not longer than that"
             at.clock.advance(0.25)
             passed += 0.25
-            assert await at.inside.expire_idle() == 1
+            assert await at.internals.expire_idle() == 1
             await refused(at, name)
         assert await ids(at) == {stays}
         assert [event for event in at.events.sessions if event[0] == "expired"] == [
@@ -137,7 +137,7 @@ async def test_use_puts_the_end_off_and_a_look_at_the_session_does_not() -> None
             await at.state("read")
             await at.engine.open_session("plain", session_id="resume")
             await at.engine.fork("fork", new_session_id=f"of {turn}")
-            assert await at.inside.expire_idle() == int(turn == 1)
+            assert await at.internals.expire_idle() == int(turn == 1)
         assert await ids(at) == {*names, *(f"of {turn}" for turn in range(4))} - {"describe"}
 
 
@@ -148,14 +148,14 @@ async def test_what_has_something_under_way_is_used() -> None:
         await at.state(name)
         answer = await at.begin_pass(name, x(1))
         at.clock.advance(70.0)
-        assert await at.inside.expire_idle() == 1
+        assert await at.internals.expire_idle() == 1
         at.hooks.open_gate()
         assert (await answer.only()).revision == 1
         await refused(at, other)
         at.clock.advance(60.0)
-        assert await at.inside.expire_idle() == 0
+        assert await at.internals.expire_idle() == 0
         at.clock.advance(0.5)
-        assert await at.inside.expire_idle() == 1
+        assert await at.internals.expire_idle() == 1
 
 
 async def test_whoever_names_it_finds_it_expired_before_the_timer_comes() -> None:
@@ -243,7 +243,7 @@ async def test_the_records_are_looked_through_in_pages_when_a_limit_ends_and_the
         await at.state(long[1])
         at.clock.advance(1.0)
         await at.expire()
-        assert at.inside.loaded() == [long[1]], "to expire sessions loads none"
+        assert at.internals.loaded() == [long[1]], "to expire sessions loads none"
         assert len(await ids(at)) == 302
         at.clock.advance(40.0)
         await at.expire()
@@ -280,7 +280,7 @@ async def test_a_session_that_is_paged_out_or_dropped_ends_by_its_last_use(disk:
         disk.store.fail(Unavailable("away"))
         assert [type(answer) for answer in await at.submit(names[:1], x(1)).all()] == [Unavailable]
         await at.settled()
-        assert names[0] not in at.inside.loaded()
+        assert names[0] not in at.internals.loaded()
         at.clock.advance(20.0)
         await at.expire()
         assert await ids(at) == {names[0]}
@@ -305,9 +305,9 @@ async def test_the_timer_ends_what_is_due(monkeypatch: pytest.MonkeyPatch) -> No
         await opened(at, 1_800_000)
         name, used = await opened(at, 2000), await opened(at, 2000)
         monkeypatch.setattr("stepwell_server.engine.sessions.end.asyncio.sleep", passing)
-        timer = asyncio.create_task(at.inside.sweep.run())
+        timer = asyncio.create_task(at.internals.sweep.run())
         began = at.clock.monotonic()
-        while name in at.inside.loaded():
+        while name in at.internals.loaded():
             await at.state(used)
             await sleep(0)
         assert 2.0 < at.clock.monotonic() - began < 2.5
@@ -326,7 +326,7 @@ async def test_a_session_whose_version_was_unloaded_ends_by_its_last_use(disk: D
         at.clock.advance(40.0)
         await at.state(used)
         await at.engine.unload_version("plain", 1, force=True)
-        assert at.inside.loaded() == []
+        assert at.internals.loaded() == []
         at.clock.advance(11.0)
         await at.expire()
         assert disk.store.get(used) is not None
@@ -343,10 +343,10 @@ async def test_many_sessions_of_an_unloaded_version_end_in_pieces(disk: Disk) ->
         await at.engine.open_sessions("plain", count=300, max_idle_ms=90_000)
         await at.engine.unload_version("plain", 1, force=True)
         at.clock.advance(51.0)
-        assert [await at.inside.sweep.page() for _ in range(3)] == [500, 500, 100]
-        assert await at.inside.expire_idle() == 0
+        assert [await at.internals.sweep.page() for _ in range(3)] == [500, 500, 100]
+        assert await at.internals.expire_idle() == 0
         await at.settled()
         assert disk.store.count() == 300
         assert disk.store.tombstones(made[:1])[0].end is End.EXPIRED
         at.clock.advance(40.0)
-        assert await at.inside.expire_idle() == 300
+        assert await at.internals.expire_idle() == 300

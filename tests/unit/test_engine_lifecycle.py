@@ -322,7 +322,7 @@ async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
         await blocked(at, "a")
         reading = await task_of(at.state("a"))
         following = at.submit("a", x(1))
-        lines = at.inside.turns
+        lines = at.internals.turns
         for _ in range(100):  # an awaited store is asked before the reader is in line
             await asyncio.sleep(0)
         grant = lines._grant  # nothing outside happens between a turn that comes and the task that wakes
@@ -347,7 +347,7 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
         await blocked(at, "a")
         closing = await task_of(at.engine.close_session("a"))
         reading = await task_of(at.state("a"))
-        turns, table = at.inside.turns, at.inside.table
+        turns, table = at.internals.turns, at.internals.table
         handle, remove = table.find("a"), turns.remove
 
         def take_out_and_reuse(*args: Any) -> None:
@@ -421,7 +421,7 @@ async def test_what_is_read_does_not_change_afterwards() -> None:
         before = read.state["sum"].tobytes()
         await at.step("a", x(1, 4))
         assert read.state["sum"].tobytes() == before
-        assert not np.shares_memory(read.state["sum"], at.inside.model("plain").arena.states[0])
+        assert not np.shares_memory(read.state["sum"], at.internals.model("plain").arena.states[0])
 
 
 async def test_others_get_a_turn_while_many_sessions_are_closed() -> None:

@@ -169,7 +169,7 @@ async def test_every_filter_after_a_restart(disk: Disk) -> None:
         disk.kill()
     async with disk.engine(PROGRAMS, resident_rows=20) as at:
         await check_lists(at)
-        assert at.inside.loaded() == [], "a list is no use of a session"
+        assert at.internals.loaded() == [], "a list is no use of a session"
         at.clock.advance(5.0)
         for number in range(20):  # from here on these are in the table too, or gone
             await at.engine.session_info(f"s{number}")

@@ -24,7 +24,7 @@ from support.engine.harness import Answers, Harness, kinds, running, x
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = pytest.mark.stores("fake_shared")
 
 
 @asynccontextmanager
@@ -95,9 +95,11 @@ async def test_a_session_that_leaves_the_table_lets_nobody_overtake() -> None:
         first, second = at.submit("away", x(1)), at.submit("away", x(1, seed=1))
         is_forgotten = False
         while not first.ended:
-            if at.inside.is_in_an_inbox() and not is_forgotten:
+            if at.internals.is_in_an_inbox() and not is_forgotten:
                 is_forgotten = True
-                at.inside.removal.forget_idle(["away"])  # as who makes the table smaller does at any moment
+                at.internals.removal.forget_idle(
+                    ["away"]
+                )  # as who makes the table smaller does at any moment
             await turns(1)
         assert [(await first.only()).revision, (await second.only()).revision] == [2, 3]
 
@@ -398,7 +400,7 @@ async def test_the_sessions_of_another_server_do_not_expire_unless_that_one_lets
             at.clock.advance(8.0)
             await other.step("used", x(1))
             at.clock.advance(4.0)
-            assert await at.inside.expire_idle() == 1
+            assert await at.internals.expire_idle() == 1
             assert (await other.step("used", x(1))).revision == 3
         assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["used"]
 
@@ -411,7 +413,7 @@ async def test_a_session_that_another_server_uses_does_not_expire() -> None:
             at.clock.advance(8.0)
             await other.step("a", x(1))
             at.clock.advance(4.0)
-            assert await at.inside.expire_idle() == 0, "the store knows better"
+            assert await at.internals.expire_idle() == 0, "the store knows better"
             assert (await other.step("a", x(1))).revision == 5, "it was used there"
             assert (await at.step("a", x(1))).revision == 6
 
@@ -432,7 +434,7 @@ async def test_a_session_that_is_due_here_is_looked_for_before_it_is_said_to_hav
 async def test_sessions_of_a_server_that_has_ended_expire() -> None:
     async with after("a", "b", max_session_idle_s=10.0) as (at, store):
         at.clock.advance(11.0)
-        assert await at.inside.expire_idle() == 2
+        assert await at.internals.expire_idle() == 2
         assert store.shared.count() == 0
         with pytest.raises(SessionExpired):
             await at.state("a")

@@ -171,7 +171,7 @@ async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None
         old.clock.advance(50.0)
         assert await brought(new, await exported(old, name)) == [ImportOutcome.IMPORTED]
         new.clock.advance(50.0)
-        await new.inside.expire_idle()
+        await new.internals.expire_idle()
         assert (await new.engine.session_info(name)).max_idle_s == 60.0
         replaced = await old.engine.open_session("plain", session_id="other", max_idle_ms=90_000)
         await new.open("other")
@@ -180,9 +180,9 @@ async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None
         assert (await new.engine.session_info("other")).max_idle_s == 90.0
         await new.step(name, x(1))
         new.clock.advance(60.5)
-        assert await new.inside.expire_idle() == 1
+        assert await new.internals.expire_idle() == 1
         new.clock.advance(30.0)
-        assert await new.inside.expire_idle() == 1
+        assert await new.internals.expire_idle() == 1
 
 
 async def test_bad_records_change_nothing() -> None:

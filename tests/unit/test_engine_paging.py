@@ -146,7 +146,7 @@ async def test_closing_and_expiring_reach_sessions_that_are_away() -> None:
         assert (await away(at)) == 2
         await at.engine.close_session("a")
         at.clock.advance(11)
-        await at.inside.expire_idle()
+        await at.internals.expire_idle()
         assert (await away(at)) == 0
 
 

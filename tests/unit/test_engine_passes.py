@@ -272,7 +272,7 @@ class TenThousandASecond(FixedCost):
 
 async def test_slices_run_on_threads_and_are_short_while_others_come_and_go() -> None:
     async with running() as at:
-        for model in at.inside.models:
+        for model in at.internals.models:
             model.cost = TenThousandASecond(0.0, 0)
         await at.open("a", "b")
         long = await at.begin_pass("a", x(1, 60))
@@ -377,7 +377,7 @@ async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_lo
 ) -> None:
     async with running(threads=False) as at:
         ids = await open_all(at, 40)
-        model = at.inside.models[0]
+        model = at.internals.models[0]
         before = model.rows_of_a_short_pass
         complete = Completion.complete
 

@@ -135,9 +135,9 @@ async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) 
 async def test_of_many_large_calls_one_piece_is_done_in_a_turn(part: str) -> None:
     async with running(resident_rows=4, store=MemoryStore()) as at:
         look = {
-            "reserved": lambda: len(at.inside.removal.pending),
+            "reserved": lambda: len(at.internals.removal.pending),
             "stored": at.store.count,
-            "made": lambda: len(at.inside.table),
+            "made": lambda: len(at.internals.table),
         }[part]
         opening = asyncio.gather(*(at.engine.open_sessions("plain", count=1024) for _ in range(4)))
 
@@ -185,9 +185,9 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
     async with running(resident_rows=4, store=(store := Full())) as at:
         with pytest.raises(Unavailable, match="no room"):
             await at.engine.open_sessions("plain", count=4 * threads.PIECE_SIZE)
-        assert (store.count(), store.count_of("plain"), len(at.inside.table)) == (0, 0, 0)
-        assert at.inside.models[0].slots.resident == 0
-        assert not at.inside.removal.pending
+        assert (store.count(), store.count_of("plain"), len(at.internals.table)) == (0, 0, 0)
+        assert at.internals.models[0].slots.resident == 0
+        assert not at.internals.removal.pending
         await at.engine.open_sessions("plain", count=2 * threads.PIECE_SIZE)
 
 
@@ -196,7 +196,7 @@ async def test_ids_that_are_being_opened_in_pieces_are_taken() -> None:
     async with running() as at:
         names = [f"s{number:03}" for number in range(COUNT)]
         many = await begun(at.engine.open_sessions("plain", session_ids=names))
-        while names[-1] not in at.inside.removal:
+        while names[-1] not in at.internals.removal:
             assert not many.done()
             await asyncio.sleep(0)
         one = await at.engine.open_session("plain", session_id=names[-1])
@@ -432,7 +432,7 @@ async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.stores("async", "sync", "awaited")
+@pytest.mark.stores("async", "sync", "fake_shared")
 async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
     async with running() as at:
         await at.open("a")
@@ -444,7 +444,7 @@ async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.stores("async", "sync", "awaited")
+@pytest.mark.stores("async", "sync", "fake_shared")
 async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "PIECE_SIZE", PIECE)
     async with running() as at:
@@ -461,7 +461,7 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
         await at.engine.close_session("closed")
         looks: list[int] = []
         store: Any = at.store.shared if isinstance(at.store, RemoteStore) else at.store
-        seen: Any = at.inside.remembering_store
+        seen: Any = at.internals.remembering_store
         tombstones = store.tombstones
 
         def counted(session_ids: Sequence[str]) -> Any:

@@ -31,7 +31,7 @@ OTHERS = Caller("eve", "acme", Role.USER)
 
 async def recount(at: Harness) -> dict[str, Usage]:
     """What each tenant has, by the records of its sessions."""
-    table = at.inside.table
+    table = at.internals.table
     handles = np.flatnonzero(table.birth[: table.end] > 0)
     ids = [table.session_id(handle) for handle in handles.tolist()]
     found: dict[str, Usage] = {}
@@ -145,7 +145,7 @@ async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() ->
                         await at.engine.close_sessions(ids)
                     case 5:
                         at.clock.advance(20)
-                        await at.inside.expire_idle()
+                        await at.internals.expire_idle()
                         await at.settled()
                     case 6:
                         (record,) = await at.engine.export_sessions(ids[:1], deadline=float("inf"))

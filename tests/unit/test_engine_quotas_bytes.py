@@ -198,7 +198,7 @@ async def test_a_damaged_session_counts_until_it_is_closed(disk: Disk) -> None:
         assert known(at) == SESSION
 
 
-@pytest.mark.stores("awaited", "valkey")
+@pytest.mark.stores("fake_shared", "valkey")
 async def test_a_store_that_servers_share_counts_it() -> None:
     acme = prefix_of("acme")
     async with running(quotas=QuotaTable()) as at:
@@ -217,7 +217,7 @@ async def test_a_store_that_servers_share_counts_it() -> None:
         await at.engine.open_session("plain", session_id=f"{acme}limited", max_idle_ms=60_000)
         await check()
         for steps in (3, 3, 1, 5):
-            await at.submit(names, np.repeat(x(1, steps), 6, axis=0)).none_fails()
+            await at.submit(names, np.repeat(x(1, steps), 6, axis=0)).require_all_applied()
             await check()
         await at.step(names[0], x(1, 9))
         await at.step(names[1], x(1))
@@ -235,7 +235,7 @@ async def test_a_store_that_servers_share_counts_it() -> None:
             await check()
 
 
-@pytest.mark.stores("awaited")
+@pytest.mark.stores("fake_shared")
 async def test_a_limit_holds_for_what_all_servers_keep() -> None:
     acme = prefix_of("acme")
     quotas = QuotaTable(tenants={"acme": Limits(bytes=2 * SESSION + SERIES)})

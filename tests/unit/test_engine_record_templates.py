@@ -35,12 +35,12 @@ async def test_a_group_that_steps_again_shares_a_sheet_and_each_record_is_its_ow
         for step in range(3):
             await at.submit(ids, x(COUNT, seed=step)).all()
             await check_stored(at, ids)
-        assert len(at.inside.templates._kept) == 1
+        assert len(at.internals.templates._kept) == 1
         some = ids[5:30]
         for seed, kept in ((9, 1), (10, 2)):
             await at.submit(some, x(len(some), seed=seed)).all()
             await check_stored(at, ids)
-            assert len(at.inside.templates._kept) == kept
+            assert len(at.internals.templates._kept) == kept
 
 
 async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ async def test_sessions_that_come_together_once_leave_no_sheet(monkeypatch: pyte
         for start in range(10):
             await at.submit(ids[start:], x(COUNT - start, seed=start)).all()
         await check_stored(at, ids)
-        kept = at.inside.templates
+        kept = at.internals.templates
         assert not kept._kept
         assert len(kept._seen) == 3
 
@@ -62,14 +62,14 @@ async def test_sessions_that_have_the_handles_of_others_get_a_sheet_of_their_own
         await at.engine.open_sessions("plain", session_ids=first)
         for seed in range(2):
             await at.submit(first, x(COUNT, seed=seed)).all()
-        before = at.inside.table.find_all(first).tolist()
+        before = at.internals.table.find_all(first).tolist()
         await at.engine.close_sessions(first)
         at.clock.advance(5)
         # handles are given out again, the last one first
         second = [f"new{i}" for i in reversed(range(COUNT))]
         await at.engine.open_sessions("plain", session_ids=second)
-        in_order = sorted(second, key=lambda name: before.index(at.inside.table.find(name)))
-        assert at.inside.table.find_all(in_order).tolist() == before
+        in_order = sorted(second, key=lambda name: before.index(at.internals.table.find(name)))
+        assert at.internals.table.find_all(in_order).tolist() == before
         await at.submit(in_order, x(COUNT, seed=2)).all()
         await check_stored(at, in_order)
         assert at.store.count() == COUNT
@@ -104,5 +104,5 @@ async def test_sheets_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatc
             for seed in (start, start + 1):
                 await at.submit(ids[start:], x(COUNT - start, seed=seed)).all()
         await check_stored(at, ids)
-        kept = at.inside.templates
+        kept = at.internals.templates
         assert 0 < sum(sheet.byte_count for _, sheet in kept._kept.values()) == kept._bytes <= 20_000

@@ -47,7 +47,7 @@ async def test_rows_of_all_members_count() -> None:
         for member in await at.submit(["a", "b"], _x(2, 3), reply_limit=limit, reply_bytes=100).all():
             assert not isinstance(member, Exception)
         with pytest.raises(MessageTooLarge):
-            await at.submit(["a", "b"], _x(2, 4), reply_limit=limit, reply_bytes=100).none_fails()
+            await at.submit(["a", "b"], _x(2, 4), reply_limit=limit, reply_bytes=100).require_all_applied()
 
 
 async def test_sessions_that_are_gone_are_said_to_be_gone() -> None:

@@ -90,7 +90,7 @@ async def test_a_session_that_ended_begins_anew_with_a_revision_of_its_own() -> 
         assert opened.revisions[0] > 1, "no handle of the closed one can step it"
 
 
-@pytest.mark.stores("awaited")
+@pytest.mark.stores("fake_shared")
 async def test_what_another_server_changed_is_taken_up_as_it_is_there() -> None:
     async with two() as (first, second):
         await first.open("a", "b")
@@ -101,7 +101,7 @@ async def test_what_another_server_changed_is_taken_up_as_it_is_there() -> None:
         assert (await second.step("c", x(1))).revision == 1
 
 
-@pytest.mark.stores("awaited")
+@pytest.mark.stores("fake_shared")
 async def test_one_that_another_server_opens_meanwhile_is_resumed() -> None:
     async with two() as (first, second):
         second.store.commits_held = True

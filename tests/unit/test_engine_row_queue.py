@@ -12,7 +12,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.errors import DeadlineExceeded, Overloaded, SessionNotFound, Unavailable
 from support.checks.model_of_sessions import initial
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Answer, Answers, Harness, Later, running, x
+from support.engine.harness import Answer, Answers, CallbackAnswers, Harness, running, x
 
 
 async def crowded(at: Harness, *waiting: str) -> object:
@@ -133,13 +133,13 @@ async def test_who_was_let_in_and_did_not_fit_keeps_its_place() -> None:
         for name in ("first", "second", "third", "fourth", "a", "b"):
             at.clock.advance(1)
             await at.open(name)
-        turns, table = at.inside.turns, at.inside.table
+        turns, table = at.internals.turns, at.internals.table
         claims = {name: table.find_all([name]) for name in ("a", "b", "first")}
         turns.claim(np.concatenate([claims["a"], claims["b"]]))
         order: list[str] = []
-        first = Later(lambda _answer: turns.claim(claims["b"]))
+        first = CallbackAnswers(lambda _answer: turns.claim(claims["b"]))
         at.engine.submit(Change(["first"], first, reset=True))
-        at.inside.drain_inboxes()
+        at.internals.drain_inboxes()
         holding = asyncio.create_task(turns.hold(int(claims["first"][0]), float("inf")))
         await asyncio.sleep(0)
         waiting = {name: at.submit(name, x(1)) for name in ("second", "third", "fourth")}
@@ -163,12 +163,12 @@ async def test_another_model_may_begin_to_wait_while_one_is_let_in() -> None:
         for name in ("a2", "a1", "b2", "b1"):
             at.clock.advance(1)
             await at.open(name, model=name[0])
-        turns, table = at.inside.turns, at.inside.table
+        turns, table = at.internals.turns, at.internals.table
         busy = {name: np.array([table.find(name)], np.intp) for name in ("a1", "b1")}
         for handles in busy.values():
             turns.claim(handles)
         submitted: asyncio.Future[Answers] = asyncio.get_running_loop().create_future()
-        reset = Later(lambda _answer: submitted.set_result(at.submit("b2", x(1))))
+        reset = CallbackAnswers(lambda _answer: submitted.set_result(at.submit("b2", x(1))))
         at.engine.submit(Change(["a2"], reset, reset=True))
         await asyncio.sleep(0)
         assert not submitted.done(), "it waits for the row"

@@ -123,7 +123,7 @@ async def test_a_step_whose_session_expired_while_it_waited_is_told_so() -> None
         await at.begin_pass("busy", x(1))
         step, frame = at.single("a", x(1)), at.submit(["a"], x(1, 3))
         at.clock.advance(5)
-        assert (await at.inside.expire_idle()) == 1, "nobody else has its handle now"
+        assert (await at.internals.expire_idle()) == 1, "nobody else has its handle now"
         at.hooks.open_gate()
         for answers in (step, frame):
             with pytest.raises(SessionExpired):

@@ -244,7 +244,7 @@ async def test_rows_of_several_sessions_are_refused() -> None:
     async with running() as at:
         await at.open("a", "b")
         with pytest.raises(InvalidInput, match="rows may be given for one session only; got 2 sessions"):
-            await at.submit(["a", "b"], x(2), rows=[0]).none_fails()
+            await at.submit(["a", "b"], x(2), rows=[0]).require_all_applied()
 
 
 async def test_a_failed_step_of_some_rows_changes_none() -> None:

@@ -134,14 +134,14 @@ async def test_kept_sessions_stay_until_they_end(store_kind: str) -> None:
         assert await at_version(at, "new") == (2, False)
         np.testing.assert_array_equal((await at.step("old", x(1))).outputs["y"], after(1, INITIAL, [x(1)])[0])
         assert at.engine.model("plain").versions[0].is_draining
-        assert await at.inside.sessions_by_version("plain") == {1: 1, 2: 1}
+        assert await at.internals.sessions_by_version("plain") == {1: 1, 2: 1}
         with pytest.raises(ModelInUse, match=r"version 1 of model 'plain' must have no sessions .* it has 1"):
             await at.engine.unload_version("plain", 1)
         await at.engine.close_session("old")
         await at.engine.unload_version("plain", 1)
-        with pytest.raises(VersionElsewhere if store_kind in {"awaited", "valkey"} else VersionNotFound):
+        with pytest.raises(VersionElsewhere if store_kind in {"fake_shared", "valkey"} else VersionNotFound):
             at.engine.model("plain@1")
-        assert [model.version for model in at.inside.models] == [2]
+        assert [model.version for model in at.internals.models] == [2]
         # what moved once is not what is kept: those on 1 would go nowhere, those on 2 go to 3
         await at.engine.load_version("plain", 3, weights(3))
         await at.engine.set_default("plain", 3, CARRY)
@@ -303,7 +303,7 @@ async def test_versions_share_rows_where_they_can(store_kind: str) -> None:
     async with serving(resident_rows=4) as at:
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.load_version("plain", 3, WIDE)
-        one, two, three = at.inside.models
+        one, two, three = at.internals.models
         assert one.arena is two.arena
         assert one.slots is two.slots
         assert three.arena is not one.arena
@@ -367,7 +367,7 @@ async def test_a_session_of_a_version_that_is_not_loaded_expires() -> None:
         with pytest.raises(ModelNotFound):
             await at.step("a", x(1))
         at.clock.advance(61)
-        await at.inside.expire_idle()
+        await at.internals.expire_idle()
         await at.engine.load_version("plain", 1, PLAIN)
         with pytest.raises(SessionGone):
             await at.step("a", x(1))
@@ -477,12 +477,12 @@ async def test_a_session_that_is_paged_out_makes_moves_that_others_need_no_more(
     async with serving() as at:
         await at.open("asleep")
         await at.step("asleep", x(1))
-        at.inside.page_out("asleep")
+        at.internals.page_out("asleep")
         for version in range(2, 8):
             await at.engine.load_version("plain", version, weights(version))
             await at.engine.set_default("plain", version, RESET)
             await at.engine.unload_version("plain", version - 1)
-        await at.inside.forget_unused("plain")
+        await at.internals.forget_unused("plain")
         answer = await at.step("asleep", x(1))
         assert answer.version == 7
         np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [x(1)])[0])

@@ -18,8 +18,8 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.base import Batch
 from support.engine.harness import Harness, x
-from support.engine.two_engines import both_know
-from support.engine.version_changes import fails, hold_commits, load_2, told, two_versions
+from support.engine.two_engines import make_resident_on_both
+from support.engine.version_changes import fails, hold_commits, load_2, stored_versions, two_versions
 from support.engine.versions import after, weights
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
@@ -29,7 +29,7 @@ MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
 INITIAL = np.array([[0.5, -0.25]], np.float32)
 FIRST, SECOND, THIRD = x(1, seed=1), x(1, seed=2), x(1, seed=3)
 
-pytestmark = pytest.mark.stores("awaited")
+pytestmark = pytest.mark.stores("fake_shared")
 
 
 # ------------------------------------------------------------------------------------------------------- old moves
@@ -39,9 +39,9 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
     """Its version is forgotten by then; what it keeps and what it opens follows all the same."""
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         await first.engine.set_default("plain", 2, CARRY)
-        await second.inside.look()
+        await second.internals.look()
         store: RemoteStore = second.store
         held = hold_commits(store)
         slow = second.submit("a", FIRST)
@@ -52,9 +52,9 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
             await first.engine.set_default("plain", version, CARRY)
             await first.engine.unload_version("plain", version - 1)
         await first.engine.unload_version("plain", 1)
-        await first.inside.forget_unused("plain")
-        assert [each["version"] for each in (await told(first))["versions"]] == [28, 29]
-        assert len((await told(first))["moves"]) == 1
+        await first.internals.forget_unused("plain")
+        assert [each["version"] for each in (await stored_versions(first))["versions"]] == [28, 29]
+        assert len((await stored_versions(first))["moves"]) == 1
         store.let_go()
         assert (await slow.only()).version == 2
         assert (await opening).session.version == 2
@@ -76,8 +76,8 @@ async def test_a_number_that_was_forgotten_is_another_version() -> None:
             await first.step("b", FIRST)
         for version in (1, 2):
             await first.engine.unload_version("plain", version)
-        await first.inside.forget_unused("plain")
-        assert [each["version"] for each in (await told(first))["versions"]] == [2, 3]
+        await first.internals.forget_unused("plain")
+        assert [each["version"] for each in (await stored_versions(first))["versions"]] == [2, 3]
         await first.engine.load_version("plain", 1, weights(7))
         assert (await first.step("a", FIRST)).version == 3
         await first.open("new", model="plain@1")
@@ -92,9 +92,9 @@ async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten
         await first.engine.load_version("plain", 3, weights(3))
         await first.engine.set_default("plain", 3, CARRY)
         await first.engine.unload_version("plain", 2, force=True)
-        await first.inside.forget_unused("plain")
-        assert [each["version"] for each in (await told(first))["versions"]] == [1, 2, 3]
-        await second.inside.look()
+        await first.internals.forget_unused("plain")
+        assert [each["version"] for each in (await stored_versions(first))["versions"]] == [1, 2, 3]
+        await second.internals.look()
         await load_2(second)
         assert (await second.step("pinned", FIRST)).version == 2
 
@@ -103,8 +103,8 @@ async def test_a_session_of_a_forgotten_version_is_asked_for_where_that_is_still
     async with two_versions() as (first, second):
         await load_2(first, second)
         await second.engine.unload_version("plain", 2)
-        await second.inside.forget_unused("plain")
-        assert [each["version"] for each in (await told(second))["versions"]] == [1]
+        await second.internals.forget_unused("plain")
+        assert [each["version"] for each in (await stored_versions(second))["versions"]] == [1]
         await first.open("a", model="plain@2")
         await fails(second.step("a", FIRST), VersionElsewhere, "version 2")
         assert (await first.step("a", FIRST)).version == 2
@@ -122,22 +122,22 @@ async def lose(at: Harness, content: dict[str, Any] | None) -> None:
 async def test_a_change_that_the_store_has_lost_is_written_again(is_gone: bool) -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await second.inside.look()
-        before, change = await told(first), second.engine.catalogue()["plain"].change
+        await second.internals.look()
+        before, change = await stored_versions(first), second.engine.catalogue()["plain"].change
         await first.engine.set_default("plain", 2, CARRY)
         await lose(first, None if is_gone else before)
         assert change < first.engine.catalogue()["plain"].change
-        await first.inside.look()
-        assert (await told(first))["default"] == 2
-        await second.inside.look()
+        await first.internals.look()
+        assert (await stored_versions(first))["default"] == 2
+        await second.internals.look()
         assert second.engine.version("plain") == 2
 
 
 async def test_sessions_of_a_move_that_nobody_knows_any_more_stay_and_follow_the_next() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await second.inside.look()
-        before = await told(first)
+        await second.internals.look()
+        before = await stored_versions(first)
         await first.open("a", "b")
         await first.engine.set_default("plain", 2, CARRY)
         await first.step("a", FIRST)
@@ -145,7 +145,7 @@ async def test_sessions_of_a_move_that_nobody_knows_any_more_stay_and_follow_the
         answer = await second.step("a", SECOND)
         assert (answer.version, answer.revision) == (2, 2)
         assert (await second.step("b", FIRST)).version == 1
-        assert (await told(second))["epoch"] == 1
+        assert (await stored_versions(second))["epoch"] == 1
         await second.engine.set_default("plain", 2, CARRY)
         assert (await second.step("b", SECOND)).version == 2
         await second.engine.set_default("plain", 1, CARRY)
@@ -162,7 +162,7 @@ async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> Non
 
 async def test_a_document_of_a_later_server_is_not_followed() -> None:
     async with two_versions() as (first, second):
-        await lose(first, (await told(first)) | {"form": 4})
+        await lose(first, (await stored_versions(first)) | {"form": 4})
         await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
         await fails(second.engine.set_label("plain", "", 1), InvalidInput)
         assert (await second.engine.open_session("plain")).session.version == 1

@@ -24,7 +24,7 @@ from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.base import Front
 from stepwell_server.rpc.fronts.python import PythonFront
 from stepwell_server.rpc.server import RpcServer
-from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.harness import running
 from support.peers.wire import tensor
 from support.servers.both_fronts import needs_native
@@ -92,7 +92,9 @@ async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_a_few
         )
         address = await server.start(Address("127.0.0.1", 0))
         server.serve(
-            at.engine, live_models(at.engine, at.clock, Loads()), known_files=KnownFiles(at.engine, {}, None)
+            at.engine,
+            live_models(at.engine, at.clock, FakeLoads()),
+            known_files=KnownFiles(at.engine, {}, None),
         )
         async with grpc.aio.insecure_channel(str(address)) as channel:
             stub: Any = SessionServiceStub(channel)

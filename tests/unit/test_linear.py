@@ -12,7 +12,7 @@ import pytest
 from support.checks.checker import Report
 from support.checks.history import ANY, Call, End, Floats, Op
 from support.checks.linearizability import check
-from support.checks.register import Loss, Rollback, Terms
+from support.checks.register import Loss, PermittedEvents, Rollback
 from support.sim.plain_model import PlainModel, PlainState
 
 MODEL = PlainModel()
@@ -75,7 +75,7 @@ class Told:
         losses: Sequence[Loss] = (),
         ends_after: Callable[[str, float, float], float] | None = None,
     ) -> Report:
-        terms = Terms(idle_s, float, rollbacks, losses, ends_after=ends_after)
+        terms = PermittedEvents(idle_s, float, rollbacks, losses, ends_after=ends_after)
         return check(sorted(self.ops, key=lambda op: op.called_at), MODEL, terms)
 
 

@@ -18,7 +18,7 @@ from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import Overloaded
-from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.harness import Harness, running
 
@@ -29,7 +29,7 @@ class Served:
 
     at: Harness
     root: Path
-    loads: Loads
+    loads: FakeLoads
     live: Catalog
     follower: FolderFollower
     warnings: list[str]
@@ -76,7 +76,7 @@ async def serving(
     root = tmp_path / "models"
     root.mkdir()
     async with running(**options) as at:
-        loads, warnings = Loads(), list[str]()
+        loads, warnings = FakeLoads(), list[str]()
         live = live_models(at.engine, at.clock, loads)
         follower = FolderFollower(
             ModelFolder(root),

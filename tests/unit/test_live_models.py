@@ -26,15 +26,15 @@ from stepwell_server.errors import (
     VersionExists,
     VersionNotFound,
 )
-from support.engine.catalog_on_fakes import At, Most
+from support.engine.catalog_on_fakes import CatalogHarness, ModelQuota
 
 
 @pytest.fixture
-def at(tmp_path: Path) -> At:
-    return At(tmp_path)
+def at(tmp_path: Path) -> CatalogHarness:
+    return CatalogHarness(tmp_path)
 
 
-async def test_the_first_version_is_the_default_and_the_next_one_becomes_it(at: At) -> None:
+async def test_the_first_version_is_the_default_and_the_next_one_becomes_it(at: CatalogHarness) -> None:
     stages: list[str] = []
     first = await at.live.load(LoadRequest(name="m", path=at.file(), keep_default=True), stages.append)
     assert (first, stages) == (LoadedVersion(1, 0, 0), ["load", "warm up", "switch"])
@@ -51,7 +51,7 @@ async def test_the_first_version_is_the_default_and_the_next_one_becomes_it(at: 
     ]
 
 
-async def test_a_version_may_stay_beside_the_default(at: At) -> None:
+async def test_a_version_may_stay_beside_the_default(at: CatalogHarness) -> None:
     await at.load()
     assert await at.load(version=7, keep_default=True, labels=["canary"]) == LoadedVersion(7, 0, 0)
     assert [(one.version, one.is_default) for one in at.live.status("m")] == [(1, True), (7, False)]
@@ -75,7 +75,7 @@ async def test_a_version_may_stay_beside_the_default(at: At) -> None:
         ({"path": "/nowhere/m.keras"}, "path must be that of a file; got '/nowhere/m.keras': No such file"),
     ],
 )
-async def test_what_breaks_a_rule_is_refused(at: At, values: dict[str, Any], words: str) -> None:
+async def test_what_breaks_a_rule_is_refused(at: CatalogHarness, values: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput) as raised:
         await at.load(**values)
     assert words in raised.value.message
@@ -85,7 +85,7 @@ async def test_what_breaks_a_rule_is_refused(at: At, values: dict[str, Any], wor
     assert not at.watcher.told
 
 
-async def test_a_folder_and_what_is_no_regular_file_are_refused(at: At) -> None:
+async def test_a_folder_and_what_is_no_regular_file_are_refused(at: CatalogHarness) -> None:
     (at.folder / "d.keras").mkdir()
     os.mkfifo(at.folder / "f.keras")
     for name, words in (("d.keras", "is a folder; give the file in it"), ("f.keras", "is no regular file")):
@@ -96,7 +96,7 @@ async def test_a_folder_and_what_is_no_regular_file_are_refused(at: At) -> None:
 async def test_with_a_folder_of_models_nothing_else_is_loaded_nor_told_of(tmp_path: Path) -> None:
     root = tmp_path / "models"
     root.mkdir()
-    at = At(tmp_path, root=root)
+    at = CatalogHarness(tmp_path, root=root)
     outside = at.file("out.keras")
     (root / "link.keras").symlink_to(outside)
     (root / "in.keras").write_bytes(b"a model")
@@ -109,7 +109,9 @@ async def test_with_a_folder_of_models_nothing_else_is_loaded_nor_told_of(tmp_pa
     assert (await at.load(path=str(root / "in.keras"))).version == 1
 
 
-async def test_a_numbered_version_that_cannot_be_served_is_remembered_until_it_can(at: At) -> None:
+async def test_a_numbered_version_that_cannot_be_served_is_remembered_until_it_can(
+    at: CatalogHarness,
+) -> None:
     await at.load()
     at.compiler.error = ModelError("m.keras: it sees the future")
     with pytest.raises(ModelLoadFailed) as raised:
@@ -134,7 +136,7 @@ async def test_a_numbered_version_that_cannot_be_served_is_remembered_until_it_c
     assert at.states() == {2: VersionState.READY}
 
 
-async def test_before_the_engine_starts_it_gets_the_version_and_nothing_is_judged(at: At) -> None:
+async def test_before_the_engine_starts_it_gets_the_version_and_nothing_is_judged(at: CatalogHarness) -> None:
     stages: list[str] = []
     request = LoadRequest(
         name="m", version=3, path="relative.keras", is_charged=False, is_before_start=True, keep_default=True
@@ -150,7 +152,7 @@ async def test_before_the_engine_starts_it_gets_the_version_and_nothing_is_judge
 
 @pytest.mark.parametrize("is_fatal", [True, False])
 async def test_a_failure_that_ends_the_start_is_not_logged(
-    at: At, is_fatal: bool, caplog: pytest.LogCaptureFixture
+    at: CatalogHarness, is_fatal: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     at.compiler.error = ModelError("m.keras: it sees the future")
     with pytest.raises(ModelLoadFailed):
@@ -158,7 +160,7 @@ async def test_a_failure_that_ends_the_start_is_not_logged(
     assert ("a model cannot be loaded" in caplog.text) is not is_fatal
 
 
-async def test_a_version_for_whose_rows_there_is_no_room_is_refused_and_says_so(at: At) -> None:
+async def test_a_version_for_whose_rows_there_is_no_room_is_refused_and_says_so(at: CatalogHarness) -> None:
     at.engine.refusal = MemoryError("there is no room for 9 rows of model m")
     with pytest.raises(ModelLoadFailed) as raised:
         await at.load(version=1)
@@ -170,7 +172,7 @@ async def test_a_version_for_whose_rows_there_is_no_room_is_refused_and_says_so(
     assert (await at.load(version=1)).version == 1
 
 
-async def test_a_refused_load_uses_no_number(at: At) -> None:
+async def test_a_refused_load_uses_no_number(at: CatalogHarness) -> None:
     await at.load()
     at.compiler.error = ModelError("m.keras: it sees the future")
     for _ in range(2):
@@ -195,7 +197,7 @@ async def test_a_refused_load_uses_no_number(at: At) -> None:
     assert (await at.load()).version == 2
 
 
-async def test_only_so_many_failures_are_remembered(at: At) -> None:
+async def test_only_so_many_failures_are_remembered(at: CatalogHarness) -> None:
     at.compiler.error = ModelError("no")
     for version in range(1, 70):
         with pytest.raises(ModelLoadFailed):
@@ -209,7 +211,7 @@ async def test_only_so_many_failures_are_remembered(at: At) -> None:
     assert at.live.statuses() == {}
 
 
-async def test_a_refused_unload_forgets_no_failure(at: At) -> None:
+async def test_a_refused_unload_forgets_no_failure(at: CatalogHarness) -> None:
     await at.load()
     at.engine.give("m", 1, sessions=1)
     at.compiler.error = ModelError("no")
@@ -220,7 +222,7 @@ async def test_a_refused_unload_forgets_no_failure(at: At) -> None:
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED}
 
 
-async def test_a_refused_switch_leaves_no_half(at: At) -> None:
+async def test_a_refused_switch_leaves_no_half(at: CatalogHarness) -> None:
     await at.load()
     at.engine.refusal = SpecsDiffer("state 'h' is new")
     with pytest.raises(SpecsDiffer):
@@ -234,7 +236,7 @@ async def test_a_refused_switch_leaves_no_half(at: At) -> None:
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED, 3: VersionState.FAILED}
 
 
-async def test_a_defect_is_told_by_an_id_alone(at: At) -> None:
+async def test_a_defect_is_told_by_an_id_alone(at: CatalogHarness) -> None:
     at.compiler.error = RuntimeError("secret")
     with pytest.raises(ServerError) as raised:
         await at.load()
@@ -244,7 +246,7 @@ async def test_a_defect_is_told_by_an_id_alone(at: At) -> None:
     assert (await at.load()).version == 1
 
 
-async def test_loads_take_turns_and_one_that_is_under_way_is_not_begun_twice(at: At) -> None:
+async def test_loads_take_turns_and_one_that_is_under_way_is_not_begun_twice(at: CatalogHarness) -> None:
     at.compiler.free.clear()
     first = asyncio.create_task(at.load(path=at.file("a.keras")))
     await at.until(lambda: at.compiler.running == ["a.keras"])
@@ -269,7 +271,9 @@ async def test_loads_take_turns_and_one_that_is_under_way_is_not_begun_twice(at:
 
 
 @pytest.mark.parametrize("is_running", [True, False])
-async def test_a_load_whose_caller_goes_stops_and_leaves_nothing(at: At, is_running: bool) -> None:
+async def test_a_load_whose_caller_goes_stops_and_leaves_nothing(
+    at: CatalogHarness, is_running: bool
+) -> None:
     at.compiler.free.clear()
     held = None if is_running else asyncio.create_task(at.load("n", path=at.file("n.keras")))
     if held is not None:
@@ -287,7 +291,7 @@ async def test_a_load_whose_caller_goes_stops_and_leaves_nothing(at: At, is_runn
     assert (await at.load()).version == 1, "the lock is free"
 
 
-async def test_a_switch_that_has_begun_is_finished_although_its_caller_goes(at: At) -> None:
+async def test_a_switch_that_has_begun_is_finished_although_its_caller_goes(at: CatalogHarness) -> None:
     await at.load()
     begun, go_on = asyncio.Event(), asyncio.Event()
     switch = at.engine.load_version
@@ -309,7 +313,7 @@ async def test_a_switch_that_has_begun_is_finished_although_its_caller_goes(at: 
     assert [one.is_default for one in at.live.status("m")] == [False, True]
 
 
-async def test_unloading_stops_a_load(at: At) -> None:
+async def test_unloading_stops_a_load(at: CatalogHarness) -> None:
     at.compiler.free.clear()
     load = asyncio.create_task(at.load())
     await at.until(lambda: bool(at.compiler.running))
@@ -319,7 +323,7 @@ async def test_unloading_stops_a_load(at: At) -> None:
     assert at.live.statuses() == {}
 
 
-async def test_what_is_kept_drains(at: At) -> None:
+async def test_what_is_kept_drains(at: CatalogHarness) -> None:
     await at.load()
     at.engine.give("m", 1, sessions=2)
     await at.load(policy=SessionPolicy.KEEP)
@@ -332,7 +336,7 @@ async def test_what_is_kept_drains(at: At) -> None:
     assert at.states() == {2: VersionState.READY}
 
 
-async def test_a_version_stays_for_sessions_that_only_the_store_has(at: At) -> None:
+async def test_a_version_stays_for_sessions_that_only_the_store_has(at: CatalogHarness) -> None:
     await at.load()
     at.engine.give("m", 1, sessions=1)
     await at.load()
@@ -353,7 +357,7 @@ async def test_a_version_stays_for_sessions_that_only_the_store_has(at: At) -> N
     assert await at.live.look() == 1
 
 
-async def test_the_previous_version_goes_when_it_has_no_sessions(at: At) -> None:
+async def test_the_previous_version_goes_when_it_has_no_sessions(at: CatalogHarness) -> None:
     await at.load()
     at.engine.give("m", 1, sessions=1)  # pinned to it
     await at.load(policy=SessionPolicy.CARRY, unload_previous=True)
@@ -364,7 +368,7 @@ async def test_the_previous_version_goes_when_it_has_no_sessions(at: At) -> None
     assert at.states() == {3: VersionState.READY}, "at once"
 
 
-async def test_one_that_becomes_the_default_again_stays(at: At) -> None:
+async def test_one_that_becomes_the_default_again_stays(at: CatalogHarness) -> None:
     await at.load()
     at.engine.give("m", 1, sessions=1)
     await at.load(policy=SessionPolicy.CARRY, unload_previous=True)
@@ -375,7 +379,7 @@ async def test_one_that_becomes_the_default_again_stays(at: At) -> None:
     assert at.states() == {1: VersionState.READY, 2: VersionState.READY}
 
 
-async def test_unloading(at: At) -> None:
+async def test_unloading(at: CatalogHarness) -> None:
     await at.load()
     await at.load(keep_default=True)
     with pytest.raises(ModelInUse):
@@ -395,7 +399,7 @@ async def test_unloading(at: At) -> None:
         await at.live.unload("m", 0, force=True)
 
 
-async def test_defaults_and_labels_of_what_is_not_there(at: At) -> None:
+async def test_defaults_and_labels_of_what_is_not_there(at: CatalogHarness) -> None:
     await at.load()
     for wrong in (
         at.live.unload("m", 9, force=True),
@@ -422,7 +426,7 @@ async def test_defaults_and_labels_of_what_is_not_there(at: At) -> None:
 
 
 async def test_a_tenant_may_load_so_many(tmp_path: Path) -> None:
-    at = At(tmp_path, quotas=Most(2))
+    at = CatalogHarness(tmp_path, quotas=ModelQuota(2))
     await at.load("own", is_charged=False)
     await at.load(tenant="acme")
     await at.load(tenant="acme", policy=SessionPolicy.CARRY)

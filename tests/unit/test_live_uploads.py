@@ -20,17 +20,17 @@ from stepwell_server.errors import (
     VersionExists,
 )
 from support.clock import ManualClock
-from support.engine.catalog_on_fakes import At
+from support.engine.catalog_on_fakes import CatalogHarness
 
 
 @pytest.fixture
-def at(tmp_path: Path) -> At:
-    return At(tmp_path)
+def at(tmp_path: Path) -> CatalogHarness:
+    return CatalogHarness(tmp_path)
 
 
-def _uploading(tmp_path: Path, max_bytes: int = 100) -> At:
+def _uploading(tmp_path: Path, max_bytes: int = 100) -> CatalogHarness:
     clock = ManualClock()
-    at = At(
+    at = CatalogHarness(
         tmp_path,
         uploads=Uploads(tmp_path / "uploads", max_bytes, clock),
         kept=KeptPrograms(tmp_path / "kept"),
@@ -39,7 +39,7 @@ def _uploading(tmp_path: Path, max_bytes: int = 100) -> At:
     return at
 
 
-async def test_nothing_is_taken_unless_the_server_was_told_to(at: At) -> None:
+async def test_nothing_is_taken_unless_the_server_was_told_to(at: CatalogHarness) -> None:
     for wrong in (at.live.begin_upload("m.keras", ""), at.load(path="", upload="u-1")):
         with pytest.raises(UploadOff, match="--allow-model-upload"):
             await wrong
@@ -75,7 +75,7 @@ async def test_an_upload_is_loaded_deleted_and_its_program_kept_until_it_is_unlo
 
 async def test_who_sends_a_file_that_nothing_keeps_is_told(tmp_path: Path) -> None:
     """As where servers share a store, which has no place for it."""
-    at = At(tmp_path, uploads=Uploads(tmp_path / "uploads", 100, ManualClock()))
+    at = CatalogHarness(tmp_path, uploads=Uploads(tmp_path / "uploads", 100, ManualClock()))
     upload = await at.live.begin_upload("m.keras", "")
     await upload.write(b"x")
     await at.load(path="", upload=(await upload.finish()).token)

@@ -20,7 +20,7 @@ from support.peers import wire
 from support.peers.wire import Refusal, tensor
 from support.rpc.calls import BAD_ARGUMENT, calls
 
-pytestmark = pytest.mark.stores("memory", "awaited")
+pytestmark = pytest.mark.stores("memory", "fake_shared")
 
 MODELS = {"plain": PLAIN, "rich": RICH}
 ROWS = 2

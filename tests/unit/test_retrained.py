@@ -102,10 +102,10 @@ async def test_names_stay_over_restarts(disk: Disk) -> None:
 async def test_replicas_serve_the_same_names() -> None:
     async with two_versions() as (first, second):
         await first.engine.load_version("plain", 3, retrained(3, "one"))
-        await second.inside.look()
+        await second.internals.look()
         await second.engine.load_version("plain", 3, retrained(3, "one"))
         await first.engine.load_version("plain", 4, retrained(4, "one"))
-        await second.inside.look()
+        await second.internals.look()
         await second.engine.load_version("plain", 4, retrained(4, "one", "_8"))
         for at in (first, second):
             assert at.engine.model("plain@4").program.names == retrained(3).names

@@ -24,7 +24,7 @@ from support.engine.harness import Harness, running, x
 from support.rpc.fake_call import Requests
 from support.stores.fake_shared_store import RemoteStore
 
-pytestmark = pytest.mark.stores("memory", "async", "sync", "awaited")
+pytestmark = pytest.mark.stores("memory", "async", "sync", "fake_shared")
 FLOAT32, UINT8 = 1, 9
 #: No message of a stream has ended.
 _NO_TIMES = np.zeros(0)
@@ -272,12 +272,12 @@ async def test_a_turn_that_raises_leaves_the_other_models_theirs() -> None:
         columns = Columns(at)
         await at.open("a")
         await at.open("x", model="other")
-        first, _ = at.inside.models
+        first, _ = at.internals.models
 
         def broken() -> bool:
             raise ZeroDivisionError
 
-        turn = at.inside.turn_of(first)
+        turn = at.internals.turn_of(first)
         first.work.listen(broken)
         batch = columns.take(["a"] if first.name == "plain" else ["x"], np.ones((1, 2)))
         other = columns.take(["x"] if first.name == "plain" else ["a"], np.ones((1, 2)))
@@ -340,10 +340,10 @@ async def test_many_conflicts_of_different_callers_have_an_error_each(columns: C
 async def test_many_sessions_that_end_while_their_steps_wait_have_an_error_each(columns: Columns) -> None:
     ids = [f"s{index}" for index in range(40)]
     await columns.at.open(*ids)
-    inside = columns.at.inside
+    internals = columns.at.internals
     batch = columns.take(ids, np.ones((40, 2)))
     for session_id in ids:  # before the loop's turn
-        inside.turns.forget(int(inside.handle(session_id)[0]), SessionNotFound(session_id, "gone"))
+        internals.turns.forget(int(internals.handle(session_id)[0]), SessionNotFound(session_id, "gone"))
     await columns.at.settled()
     assert not batch.applied_by_member
     for index, session_id in enumerate(ids):

@@ -27,7 +27,7 @@ from support.peers.wire import tensors
 from support.rpc.calls import Calls, calls
 from support.stores.fake_shared_store import RemoteStore
 
-pytestmark = pytest.mark.stores("memory", "async", "awaited")
+pytestmark = pytest.mark.stores("memory", "async", "fake_shared")
 ADMIN_CALLS = ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel")
 OPS = Caller("ops", "acme", Role.ADMIN)
 USER = Caller("ann", "acme", Role.USER)

@@ -61,7 +61,7 @@ async def test_a_handle_that_is_another_sessions_by_now_is_not_stepped() -> None
         at.at.single("busy", [[2, 2]])
         at.at.clock.advance(5)
         await _run_in_place(at)
-        assert (await at.at.inside.expire_idle()) == 1
+        assert (await at.at.internals.expire_idle()) == 1
         await at.at.open("b")
         at.at.hooks.open_gate()
         await at.done()

@@ -23,11 +23,11 @@ from support.stores.disk_store import (
     DURABILITIES,
     SEGMENT_BYTES,
     begin,
+    crash_copy,
     end,
     fill_one,
     in_lmdb,
     killed,
-    left_behind,
     opened,
     put,
     record,
@@ -371,7 +371,7 @@ def test_what_is_large_for_a_segment_is_kept_as_well(path: Path, size: int) -> N
         put(store, name, revision=revision, size=size if revision % 3 else 20)
         wanted[name] = revision
         assert revisions(store) == wanted
-        again = opened(left_behind(store))
+        again = opened(crash_copy(store))
         assert revisions(again) == wanted
         again.close()
     store.close()

@@ -21,10 +21,10 @@ from support.stores.disk_store import (
     DURABILITIES,
     base_of,
     begin,
+    crash_copy,
     end,
     fill_one,
     killed,
-    left_behind,
     opened,
     put,
     record,
@@ -83,7 +83,7 @@ def test_it_is_kept_while_a_transaction_is_under_way(
         assert append(store, "a", revision=1)
         assert append(store, "a", "b", revision=2)
         assert revisions(store) == {"a": 2, "b": 2}
-        crashed = opened(left_behind(store), durability)
+        crashed = opened(crash_copy(store), durability)
         assert revisions(crashed) == {"a": 2, "b": 2}
         crashed.close()
     assert revisions(store) == {"a": 2, "b": 2, "c": 0}

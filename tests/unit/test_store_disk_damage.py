@@ -17,11 +17,11 @@ from support.samples import examples
 from support.stores.disk_store import (
     DURABILITIES,
     begin,
+    crash_copy,
     end,
     fill_one,
     is_damaged,
     killed,
-    left_behind,
     opened,
     place_of,
     put,
@@ -56,7 +56,7 @@ def damaged(path: Path, durability: Durability) -> tuple[Path, str]:
     name, at = place_of(store, "a")
     for revision in range(4, 7):
         put(store, "a", revision=revision)
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     flip(copy / "wal" / name, at - 3)
     return copy, name
@@ -107,7 +107,7 @@ def test_a_file_that_is_no_segment(
 ) -> None:
     store = opened(path, durability)
     begin(store, "a")
-    path = left_behind(store)
+    path = crash_copy(store)
     store.close()
     (path / "wal" / "1").write_bytes(b"no segment" * 500)
     if durability == "sync":
@@ -129,7 +129,7 @@ def test_damage_at_the_end_of_a_segment_is_no_write_that_was_cut_off_if_the_othe
     store = opened(path, "sync")
     changed = fill_one(store)
     name, at = place_of(store, changed[-2])
-    copy = left_behind(store)
+    copy = crash_copy(store)
     assert place_of(store, changed[-1])[0] != name
     store.close()
     flip(copy / "wal" / name, at - 3)
@@ -147,7 +147,7 @@ def test_a_damaged_record_in_a_segment_harms_its_session_alone(
     for name in ("a", "b", "c"):
         put(store, name, revision=4)
     name, at = place_of(store, "b")
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     flip(copy / "wal" / name, at + RECORD_PARTS[what])
     for _ in range(3):
@@ -172,7 +172,7 @@ def test_a_part_of_a_segment_that_is_gone_is_damage(path: Path, what: str) -> No
     begin(store, "a")
     for revision in range(1, 20):
         put(store, "a", revision=revision)
-    segment = left_behind(store) / "wal" / place_of(store, "a")[0]
+    segment = crash_copy(store) / "wal" / place_of(store, "a")[0]
     store.close()
     data = segment.read_bytes()
     segment.write_bytes(data[:1024] if what == "cut off" else bytes(512) + data[512:])
@@ -240,7 +240,7 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
         pictures = [last.torn(chance) for _ in range(5)] if last.count > count else []
         name, after = last.path.name, revisions(store)
         for picture in pictures:
-            copy = left_behind(store)
+            copy = crash_copy(store)
             (copy / "wal" / name).write_bytes(picture)
             found = gone_on(copy, chance.choice(names), revision=200, size=size)
             assert all(found[name] in {before[name], after[name]} for name in names)

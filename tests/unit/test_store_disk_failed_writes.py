@@ -15,7 +15,7 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import RecordBytes
-from support.stores.disk_store import begin, fill_one, killed, left_behind, opened, put, record, revisions
+from support.stores.disk_store import begin, crash_copy, fill_one, killed, opened, put, record, revisions
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_what_is_read_after_a_failed_commit_is_what_the_next_start_reads(
 ) -> None:
     store = doubtful(path, monkeypatch, batch)
     found = store.get("a")
-    again = opened(left_behind(store))
+    again = opened(crash_copy(store))
     store.close()
     assert again.get("a") == found
     again.close()

@@ -20,10 +20,10 @@ from support.stores.disk_store import (
     DURABILITIES,
     SEGMENT_BYTES,
     begin,
+    crash_copy,
     fill_one,
     in_lmdb,
     killed,
-    left_behind,
     opened,
     place_of,
     put,
@@ -112,7 +112,7 @@ def test_without_a_segment_that_was_deleted_sessions_are_as_lmdb_and_the_other_h
     changed = fill_one(store)
     places = {i: place_of(store, i)[0] for i in changed}
     wanted = revisions(store) | {i: 0 for i in changed if places[i] in gone}
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     for name in gone:
         (copy / "wal" / name).unlink()
@@ -149,7 +149,7 @@ def test_a_segment_that_cannot_be_read_stops_the_start(
     store = opened(path, durability)
     begin(store, "a")
     put(store, "a", revision=1)
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(StoreError, match=f"the write-ahead log in {copy / 'wal'} must be readable: "):
@@ -178,7 +178,7 @@ def test_the_log_of_another_store_are_told(path: Path) -> None:
         store = opened(path / name, "sync")
         begin(store, "a")
         put(store, "a", revision=1 if name == "one" else 7)
-        copies.append(left_behind(store))
+        copies.append(crash_copy(store))
         store.close()
     one, other = copies
     shutil.rmtree(one / "wal")
@@ -226,7 +226,7 @@ def test_where_lmdb_fails_too_nothing_changes(path: Path, monkeypatch: pytest.Mo
             with pytest.raises(Unavailable, match=r"must be able to keep the change; got .*No space left"):
                 store.commit(change)
             assert revisions(store) == {"a": 1, "b": 0}
-        again = opened_well(left_behind(store), monkeypatch)
+        again = opened_well(crash_copy(store), monkeypatch)
         assert revisions(again) == {"a": 1, "b": 0}
         again.close()
     put(store, "a", revision=2)
@@ -260,7 +260,7 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_log_has_room(
             put(store, names[0], revision=9)
         assert store.needs_checkpoint
     assert len(warnings(caplog)) == 1, "it is said once"
-    again = opened(left_behind(store))
+    again = opened(crash_copy(store))
     assert revisions(again) == kept
     again.close()
     put(store, names[0], revision=9)

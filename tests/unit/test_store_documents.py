@@ -36,9 +36,9 @@ from support.stores.disk_store import (
     DURABILITIES,
     begin,
     committed,
+    crash_copy,
     end,
     killed,
-    left_behind,
     opened,
     put,
     record,
@@ -202,7 +202,7 @@ def path(tmp_path: Path) -> Path:
     end(store, "gone")
     store.commit(Batch(documents=list(DOCUMENTS.items())))
     put(store, "a", revision=3)
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     return copy
 

@@ -22,7 +22,7 @@ from stepwell_server.store.fields import VERSION, pack_fields
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import JoinedPuts, RecordBytes, decode_many
 from support.clock import ManualClock
-from support.stores.disk_store import left_behind, opened, template, wal_of
+from support.stores.disk_store import crash_copy, opened, template, wal_of
 from support.stores.records import Record, decode
 
 SECRET = b"the state of somebody: "
@@ -88,7 +88,7 @@ def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> Non
     assert set(heads.models) == {"m"}
     with pytest.raises(StateCorrupt, match="is encrypted with key 'new', and this server has no key"):
         decode("a", disk.get("a") or b"")
-    copy = left_behind(disk)
+    copy = crash_copy(disk)
     store.close()
     assert SECRET[:12] not in in_files(copy) + in_files(tmp_path / "data")
     disk = opened(copy)

@@ -17,9 +17,9 @@ from support.processes import opened_below
 from support.stores.disk_store import (
     DURABILITIES,
     begin,
+    crash_copy,
     in_lmdb,
     killed,
-    left_behind,
     opened,
     place_of,
     put,
@@ -55,7 +55,7 @@ def test_sessions_that_are_changed_beside_commits_and_by_them_lose_nothing(
         if chance.random() < 0.2:
             store.checkpoint(briefly=chance.random() < 0.5)
         if chance.random() < 0.05:
-            with snapshot.opened(left_behind(store)) as found:
+            with snapshot.opened(crash_copy(store)) as found:
                 there = {
                     entry.session_id: decode(entry.session_id, entry.record) for entry in found.sessions()
                 }
@@ -76,7 +76,7 @@ def test_a_damaged_record_is_reported_although_an_earlier_one_is_there(path: Pat
     assert append(store, "a", revision=2)
     append(store, "b", revision=2)  # so that it is not the last write, which may be cut off
     name, at = place_of(store, "a")
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     data = bytearray((copy / "wal" / name).read_bytes())
     data[at + len(record("a", 2)) - 1] ^= 1

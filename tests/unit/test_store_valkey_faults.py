@@ -34,7 +34,7 @@ from stepwell_server.store.valkey.connection.nodes import MAX_LINKS
 from stepwell_server.store.valkey.inspection import inspect
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.certificates import Authority
-from support.peers.dropping_proxy import Cut
+from support.peers.dropping_proxy import DroppingProxy
 from support.servers.valkey_servers import HOST, Valkey, paused
 from support.stores.disk_store import record, template
 from support.stores.records import scan
@@ -51,7 +51,7 @@ def valkey() -> Iterator[Valkey]:
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
 async def test_a_commit_whose_answer_was_lost_is_sent_again(valkey: Valkey, durability: str) -> None:
-    async with Cut(valkey.port) as cut:
+    async with DroppingProxy(valkey.port) as cut:
         url = f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}"
         store = await opened(url, durability=durability)  # type: ignore[arg-type]
         ids = [f"s{i}" for i in range(20)]
@@ -87,7 +87,7 @@ async def test_a_commit_of_nothing_asks_nobody(valkey: Valkey) -> None:
 
 @pytest.mark.slow
 async def test_a_commit_that_is_never_answered_is_unknown(valkey: Valkey) -> None:
-    async with Cut(valkey.port) as cut:
+    async with DroppingProxy(valkey.port) as cut:
         store = await opened(f"valkey://{HOST}:{cut.port}/0?prefix={fresh_prefix()}&{SHORT}")
         _, first = await put(store, [("s", record("s"))], [0])
         cut.losses = 10_000

@@ -26,7 +26,7 @@ from stepwell_server.rpc.tracing import CallTrace
 from stepwell_server.rpc.triton.columns import ColumnInference
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.sequences import session_id_of
-from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.versions import WIDE, serving, weights
 from support.rpc import calls
@@ -304,7 +304,7 @@ async def test_a_server_that_stops_answers_requests_that_are_served_alone() -> N
         engine, clock, silent = client.harness.engine, client.harness.clock, calls.Front()
         server = RpcServer(silent, clock=clock, observer=calls.Observer(), max_message_bytes=1 << 20)
         await server.start(Address("", 0))
-        live = live_models(engine, clock, Loads())
+        live = live_models(engine, clock, FakeLoads())
         server.serve(engine, live, known_files=KnownFiles(engine, {}, None))
         at = Front(client)
         at.steps = silent.steps
@@ -411,11 +411,11 @@ async def test_each_failure_is_told_in_tritons_words(who: Caller) -> None:
     async with front() as at:
         at.client.who = who
         await at.begin(1, 2, 3)
-        inside = at.client.harness.inside
+        internals = at.client.harness.internals
         x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
         batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
         name = tenancy.internal_id(who, "triton/plain/3")
-        inside.turns.forget(int(inside.handle(name)[0]), SessionNotFound(name, "gone"))
+        internals.turns.forget(int(internals.handle(name)[0]), SessionNotFound(name, "gone"))
         await at.client.harness.settled()
         assert batch.done[0] == 2
         assert batch.done[1][0] == batch.done[2][0] == "INVALID_ARGUMENT"

@@ -17,7 +17,7 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.repository import Repository
 from stepwell_server.rpc.triton.servicer import TritonServicer
 from stepwell_server.rpc.triton.versions import InferModels, read_version
-from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness
 from support.engine.versions import WIDE, after, serving, weights
@@ -232,7 +232,7 @@ class Served:
             StreamLimits(8, 4096),
             self.observer,
             NoPasses(),
-            Repository(live_models(at.engine, at.clock, Loads()), KnownFiles(at.engine, {}, None)),
+            Repository(live_models(at.engine, at.clock, FakeLoads()), KnownFiles(at.engine, {}, None)),
             lambda: True,
         )
         self.call = FakeCall()

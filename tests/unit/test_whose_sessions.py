@@ -21,7 +21,7 @@ from support.peers.wire import Refusal, of_members, refused_part, tensors
 from support.rpc.calls import Calls, calls
 from support.triton.triton_requests import request as infer
 
-pytestmark = pytest.mark.stores("memory", "async", "awaited")
+pytestmark = pytest.mark.stores("memory", "async", "fake_shared")
 ANN = Caller("ann", "acme", Role.USER)
 BOB = Caller("bob", "zeta", Role.USER)
 OPS = Caller("ops", "ops", Role.ADMIN)
@@ -292,11 +292,11 @@ async def test_the_owner_finds_its_sessions_by_its_own_ids(at: Calls) -> None:
     assert all(made.startswith("s-") for made in forks.session_ids)
     for made in (fork.session.session_id, *forks.session_ids):
         assert (await ann.call(pb.GetSessionRequest(session_id=made))).session.revision == 1
-        assert f"acme\x1f{made}" in at.at.inside.loaded()
+        assert f"acme\x1f{made}" in at.at.internals.loaded()
     closing = pb.CloseMatchingSessionsRequest(session_id_prefix="s-")
     assert (await ann.call(closing)).closed == 3
     assert (await ann.refused(named(made)["GetState"])).metadata == {"session_id": made}
-    assert {namespaces.tenant_of(one) for one in at.at.inside.loaded()} == {"acme"}
+    assert {namespaces.tenant_of(one) for one in at.at.internals.loaded()} == {"acme"}
 
 
 async def test_ids_are_as_long_in_a_tenant_as_without_one(at: Calls) -> None:

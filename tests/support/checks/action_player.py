@@ -484,7 +484,7 @@ class Play:
 
     async def finish(self) -> None:
         await self.settle()
-        await self.at.inside.expire_idle()
+        await self.at.internals.expire_idle()
         await self.at.settled()  # else the store may still have those that have expired
         infos, total = await self.at.engine.list_sessions()
         assert [info.session_id for info in infos] == sorted(self.model.sessions)

@@ -117,7 +117,7 @@ def check(ops: Sequence[Op], model: LstmDense) -> Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sight:
+class _Observation:
     """That somebody was told a revision."""
 
     revision: int
@@ -172,15 +172,15 @@ class _Register:
 
     # ------------------------------------------------------------------------------------------------- what there is
 
-    def _seen(self) -> Iterator[_Sight]:
+    def _seen(self) -> Iterator[_Observation]:
         for op in self._ops:
             is_change = op.call.kind in CHANGES
             for at, end in op.ends:
                 if end.revision is not None:
                     made = is_change and end.outcome == "acknowledged"
-                    yield _Sight(end.revision, op.called_at, at, made, end)
+                    yield _Observation(end.revision, op.called_at, at, made, end)
 
-    def _sights_of_forks(self) -> Iterator[tuple[_Sight, Op]]:
+    def _sights_of_forks(self) -> Iterator[tuple[_Observation, Op]]:
         by_end = {id(sight.end): sight for sight in self._sights}
         for op in self._ops:
             if op.call.parent == self._session and op.acknowledged is not None:

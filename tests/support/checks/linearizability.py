@@ -34,7 +34,7 @@ from typing import Protocol
 
 from support.checks.checker import Report, Sort, Violation
 from support.checks.history import ANY, CHANGES, Floats, Op
-from support.checks.register import Item, Loss, Rollback, State, Terms, Value
+from support.checks.register import Item, Loss, PermittedEvents, Rollback, State, Value
 from support.checks.replay import are_states, bits, is_output
 
 TOO_MANY = "too many orders to look at all of them"
@@ -53,9 +53,9 @@ class Model(Protocol):
         """The state after a reset."""
 
 
-def check(ops: Sequence[Op], model: Model, terms: Terms | None = None) -> Report:
+def check(ops: Sequence[Op], model: Model, terms: PermittedEvents | None = None) -> Report:
     """Check the histories of all sessions, in the order of their calls."""
-    terms, report = terms or Terms(), Report()
+    terms, report = terms or PermittedEvents(), Report()
     of: dict[str, list[Op]] = collections.defaultdict(list)
     for op in ops:
         of[op.call.session].append(op)
@@ -91,7 +91,7 @@ class _Search:
         session: str,
         ops: Sequence[Op],
         model: Model,
-        terms: Terms,
+        terms: PermittedEvents,
         lost: Sequence[Rollback],
         forked: dict[str, list[tuple[int, State]]],
         report: Report,

@@ -64,7 +64,7 @@ def run(version: int, state: Array, x: Array) -> tuple[dict[str, Array], Array]:
 
 
 @dataclasses.dataclass
-class Said:
+class SentChange:
     """A change as it is sent."""
 
     kind: str
@@ -88,7 +88,7 @@ class OneSession:
     since, whichever was looked at."""
     revision: int = 0
     position: int = 0
-    last: Said | None = None
+    last: SentChange | None = None
     """Its last change, if that may be sent again."""
     outputs: list[Mapping[str, Array]] = dataclasses.field(default_factory=list)
     """What may have been answered to it."""
@@ -101,7 +101,7 @@ class OneSession:
             self, states=list(self.states), outputs=list(self.outputs), positions=set(self.positions)
         )
 
-    def apply(self, said: Said) -> None:
+    def apply(self, said: SentChange) -> None:
         """Make a change; the state may be what any of those before lead to."""
         if said.kind == "reset":
             self.states, self.outputs = [initial(self.version, self.batch_size)], [{}]
@@ -146,7 +146,7 @@ def same(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
     )
 
 
-def _shown(outputs: Mapping[str, Array], said: Said) -> Mapping[str, Array]:
+def _shown(outputs: Mapping[str, Array], said: SentChange) -> Mapping[str, Array]:
     if said.select == "NONE":
         return {}
     return {

@@ -41,7 +41,7 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
+class PermittedEvents:
     """What may happen to sessions besides what callers ask for."""
 
     idle_s: float = math.inf

@@ -21,7 +21,7 @@ from stepwell_server.program import Program
 from support.clock import ManualClock
 
 
-class Loads:
+class FakeLoads:
     """Programs by the names of files; remembers what is told of loads."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Loads:
 def live_models(
     engine: Engine,
     clock: ManualClock,
-    loads: Loads,
+    loads: FakeLoads,
     *,
     root: Path | None = None,
     uploads: Uploads | None = None,

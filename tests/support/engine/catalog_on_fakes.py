@@ -72,7 +72,7 @@ class Watcher:
         self.told.append(("moved", model, policy, count))
 
 
-class Most:
+class ModelQuota:
     """Lets a tenant have so many."""
 
     def __init__(self, most: int) -> None:
@@ -94,7 +94,7 @@ class _Readiness(Readiness):
         self._how.append((name, version, how))
 
 
-class At:
+class CatalogHarness:
     """Everything around a `Catalog`."""
 
     def __init__(

@@ -42,7 +42,7 @@ from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
 from support.engine.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
-from support.engine.internals import Inside
+from support.engine.internals import Internals
 from support.servers.valkey_servers import Valkey
 from support.stores.fake_shared_store import RemoteStore
 from support.stores.gated_valkey import gated_valkey
@@ -192,7 +192,7 @@ class Answers:
             raise answer
         return answer
 
-    async def none_fails(self) -> None:
+    async def require_all_applied(self) -> None:
         """Raise the first member's error, if there is one."""
         for answer in await self.all():
             if isinstance(answer, ServerError):
@@ -208,7 +208,7 @@ class Answers:
             self._ended.set_result(None)
 
 
-class Later(Answers):
+class CallbackAnswers(Answers):
     """Replies that call `on_answer` with each answer of a change of one session."""
 
     def __init__(self, on_answer: Callable[[Answer | ServerError], object]) -> None:
@@ -246,11 +246,11 @@ class Stores:
         """A store of the kind that several servers can use; `clock` is its own, None: that of the first server."""
         if self.kind == "valkey":
             return await gated_valkey(self.server(), clock)
-        assert self.kind == "awaited", f"one server alone uses a store of the kind {self.kind}"
+        assert self.kind == "fake_shared", f"one server alone uses a store of the kind {self.kind}"
         return RemoteStore(MemoryStore(), clock)
 
     async def make(self, clock: ManualClock) -> LocalStore | Store:
-        if self.kind in {"awaited", "valkey"}:
+        if self.kind in {"fake_shared", "valkey"}:
             return await self.make_shared()
         if self.kind == "memory":
             return MemoryStore()
@@ -272,9 +272,9 @@ class Harness:
         self.store = store
         self.events = events
         self.readiness = Readiness()
-        self.inside = Inside(engine)
+        self.internals = Internals(engine)
         self.quotas: Quotas | None = None
-        runners = self.inside.runners()
+        runners = self.internals.runners()
         self.passes = [PassCounter(runner) for runner in runners]
         for counter, runner in zip(self.passes, runners, strict=True):
             runner.run_on_threads = counter.run_on_threads  # type: ignore[method-assign]
@@ -345,7 +345,7 @@ class Harness:
 
     async def sessions(self) -> list[int]:
         """How many sessions each model has; a shared store is asked, as a timer does every second."""
-        await self.inside.recount()
+        await self.internals.recount()
         found = [stats.sessions for stats in self.engine.stats()]
         assert found == [model.sessions for model in self.engine.models()]
         return found
@@ -356,12 +356,12 @@ class Harness:
 
     async def expire(self) -> None:
         """End all sessions that are due, as the timer does; return when the store knows."""
-        await self.inside.expire_idle()
+        await self.internals.expire_idle()
         await self.settled()
 
     def run_in_place(self) -> None:
         """From now on a pass is cheap enough to run in place."""
-        for model in self.inside.models:
+        for model in self.internals.models:
             model.cost = FixedCost(0.0, 4)
 
     async def settled(self) -> None:
@@ -369,11 +369,11 @@ class Harness:
         await asyncio.wait_for(self.engine.drain(), WAIT_S)
 
     def slots(self, model: str = "plain") -> Any:
-        return self.inside.model(model).slots
+        return self.internals.model(model).slots
 
     def check_books(self) -> None:
         """Nothing is under way: then everything must add up."""
-        self.inside.check_books(self.store)
+        self.internals.check_books(self.store)
         assert all(counter.most <= 1 for counter in self.passes), "two passes of a model ran at once"
 
 
@@ -430,7 +430,7 @@ async def running(
         await counted.count(store if is_shared else InProcessStore(store, clock))
     harness = Harness(engine, clock, hooks, store, events)
     harness.quotas, harness.readiness = counted, readiness
-    for model in harness.inside.models:
+    for model in harness.internals.models:
         model.cost = FixedCost(1.0 if threads else 0.0, steps)
     try:
         yield harness

@@ -26,7 +26,7 @@ from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import Header, decode_header
 
 
-class Inside:
+class Internals:
     """The parts of one engine that tests look at, or make do what only chance would make them do."""
 
     def __init__(self, engine: Engine) -> None:

@@ -65,7 +65,7 @@ async def two(**options: Any) -> AsyncIterator[tuple[Harness, Harness]]:
         yield first, second
 
 
-async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
+async def make_resident_on_both(first: Harness, second: Harness, *session_ids: str) -> None:
     """Sessions at revision 1 that are resident on both servers."""
     await first.open(*session_ids)
     await first.submit(list(session_ids), x(len(session_ids))).all()
@@ -75,7 +75,7 @@ async def both_know(first: Harness, second: Harness, *session_ids: str) -> None:
 
 async def ended(*servers: Harness) -> int:
     """How many sessions ended by what the timers of servers do."""
-    return sum([await at.inside.expire_idle() for at in servers])
+    return sum([await at.internals.expire_idle() for at in servers])
 
 
 async def tombstone(at: Harness, session_id: str) -> Tombstone:

@@ -33,7 +33,7 @@ def hold_commits(store: Gated) -> Any:
     return store.until("commit", len(store.asked("commit")) + 1)
 
 
-async def told(at: Harness) -> dict[str, Any]:
+async def stored_versions(at: Harness) -> dict[str, Any]:
     """What the store has of the model."""
     content = (await at.store.inner.documents())[document.name_of("plain")]
     found: dict[str, Any] = json.loads(content)

@@ -26,7 +26,7 @@ _AT_ONCE = 4
 _QUANTILES = {"median": 0.5, "p99": 0.99, "at most": 1.0}
 
 
-class Crowd:
+class ManySessions:
     """Steps sessions from its `with` block's beginning to its end, in a thread of its own.
 
     Args:
@@ -76,7 +76,7 @@ class Crowd:
         """Wait until every session has been stepped at least once more, from now on."""
         self.wait_steps(2 * sum(self._sizes))
 
-    def said_of(self, quiet: int) -> str:
+    def summary(self, quiet: int) -> str:
         """What it did, in words, where replicas were left alone for the first `quiet` steps of groups."""
         alone, after = (
             ", ".join(
@@ -150,13 +150,13 @@ class Crowd:
             assert far < TOLERANCE, f"{name} is {far} from the right"
 
 
-def restart_under_crowd(replicas: Replicas, count: int, seed: int) -> str:
+def restart_under_load(replicas: Replicas, count: int, seed: int) -> str:
     """Restart replicas one after the other, while very many sessions are stepped. Returns what the crowd did, in words.
 
     Raises:
         AssertionError: an error reached a caller, a step was lost, made twice or wrong, or a replica did not end well.
     """
-    with Crowd(replicas.address, count, seed) as crowd:
+    with ManySessions(replicas.address, count, seed) as crowd:
         crowd.wait_steps(count)
         quiet = len(crowd.waits_s)
         for one in replicas:
@@ -164,4 +164,4 @@ def restart_under_crowd(replicas: Replicas, count: int, seed: int) -> str:
             crowd.wait_steps(count)
             one.start()
         crowd.wait_round()
-    return crowd.said_of(quiet)
+    return crowd.summary(quiet)

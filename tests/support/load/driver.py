@@ -38,45 +38,45 @@ _MOST_RESUMED = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class Outcome:
     """What becomes of an error of the SDK in a history."""
 
     end: End
     may_try_again: bool
 
 
-def told(error: BaseException) -> Told:
+def outcome_of(error: BaseException) -> Outcome:
     """Judge the error of a call; anything that is not listed is a defect."""
     text = f"{type(error).__name__}: {error}"
     match error:
         case stepwell.UnavailableError() | stepwell.DeadlineExceededError():
-            return Told(End(outcome=error.outcome, error=text), may_try_again=True)
+            return Outcome(End(outcome=error.outcome, error=text), may_try_again=True)
         case stepwell.OverloadedError():
-            return Told(End(outcome="not_applied", error=text), may_try_again=True)
+            return Outcome(End(outcome="not_applied", error=text), may_try_again=True)
         case stepwell.RevisionConflictError():
-            return Told(End(outcome="not_applied", revision=error.actual, error=text), may_try_again=False)
+            return Outcome(End(outcome="not_applied", revision=error.actual, error=text), may_try_again=False)
         case TimeoutError():  # ours: the call was cancelled
-            return Told(End(outcome="unknown", error=text), may_try_again=True)
+            return Outcome(End(outcome="unknown", error=text), may_try_again=True)
         case stepwell.SessionGoneError():
-            return Told(End(outcome="gone", error=text), may_try_again=False)
+            return Outcome(End(outcome="gone", error=text), may_try_again=False)
         case _:
-            return Told(End(outcome="error", error=text), may_try_again=False)
+            return Outcome(End(outcome="error", error=text), may_try_again=False)
 
 
-class Broken(Exception):
+class Defect(Exception):
     """A call failed in a way that nothing can cause: its player stops, and the checker reports it."""
 
 
-class Gone(Broken):
+class SessionLost(Defect):
     """A session is gone, or no server was reached in time for it: its player continues with a new one.
 
     The checker reports those that are gone.
     """
 
 
-def broken(end: End) -> Broken:
+def broken(end: End) -> Defect:
     """The exception that ends the play of a session whose call ended in this way."""
-    return Broken() if end.outcome == "error" else Gone()
+    return Defect() if end.outcome == "error" else SessionLost()
 
 
 @dataclasses.dataclass
@@ -136,14 +136,14 @@ async def play_on(table: Table, name: str, play: Callable[[str], Awaitable[None]
     while not table.stop.is_set():
         try:
             await play(f"{name}.after{played}" if played else name)
-        except Gone:
+        except SessionLost:
             played += 1
             await table.rest()
-        except Broken:
+        except Defect:
             return
 
 
-class Solo:
+class SessionPlayer:
     """Plays one session, and a few forks of it, one call at a time."""
 
     def __init__(self, table: Table, client: Any, *, can_cancel: bool) -> None:
@@ -170,7 +170,7 @@ class Solo:
 
     async def audit(self, name: str, batch_size: int) -> None:
         """Read what is there."""
-        with contextlib.suppress(Broken):
+        with contextlib.suppress(Defect):
             call = Call(kind="open", session=name, batch_size=batch_size)
             await self._read(await self._opened(call, name, batch_size, resume=True))
 
@@ -195,7 +195,7 @@ class Solo:
         try:
             handle = await begin(*arguments, timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
-            end = told(error).end
+            end = outcome_of(error).end
             self._table.log.end(number, end)
             raise broken(end) from error
         if resume and not handle.resumed:
@@ -241,7 +241,7 @@ class Solo:
             try:
                 y = await self._limited(make, limit_s)
             except (stepwell.StepwellError, TimeoutError) as error:
-                verdict = told(error)
+                verdict = outcome_of(error)
             else:
                 table.ended(number, dataclasses.replace(_at(handle), y=y))
                 return
@@ -285,7 +285,7 @@ class Solo:
         try:
             answer = await ask(timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
-            failed = told(error).end
+            failed = outcome_of(error).end
             self._table.log.end(number, failed)
             raise broken(failed) from error
         self._table.ended(number, end(answer), counts=False)
@@ -302,7 +302,7 @@ class Solo:
         await self._asked(handle, close, handle.close, lambda _: End(outcome="acknowledged"))
 
 
-class Band:
+class GroupPlayer:
     """Plays a group: each call of it is a frame, written down as a call of each member."""
 
     def __init__(self, table: Table, client: Any) -> None:
@@ -310,7 +310,7 @@ class Band:
         self._client = client
 
     async def play(self, name: str, size: int) -> None:
-        """As `Solo.play`."""
+        """As `SessionPlayer.play`."""
         await play_on(self._table, name, lambda one: self._play(one, size))
 
     async def _play(self, name: str, size: int) -> None:
@@ -320,7 +320,7 @@ class Band:
         try:
             group = await self._client.open_sessions(MODEL, size, session_ids=names, timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
-            end = told(error).end
+            end = outcome_of(error).end
             for number in numbers:
                 table.log.end(number, end)
             raise broken(end) from error
@@ -371,7 +371,7 @@ class Band:
                     part = None if y is None else np.asarray(y)[place : place + 1]
                     table.ended(numbers[member], dataclasses.replace(_of(group, member), y=part))
                     unknown.discard(member)
-            verdicts = {member: told(error) for member, error in failures.items()}
+            verdicts = {member: outcome_of(error) for member, error in failures.items()}
             unknown |= {member for member, one in verdicts.items() if one.end.outcome == "unknown"}
             again = bool(verdicts) and all(one.may_try_again for one in verdicts.values())
             if not (again and table.chance.random() < 0.6):
@@ -379,7 +379,7 @@ class Band:
         await self._settle(group, numbers, verdicts, unknown)
 
     async def _settle(
-        self, group: Any, numbers: dict[int, str], verdicts: dict[int, Told], unknown: set[int]
+        self, group: Any, numbers: dict[int, str], verdicts: dict[int, Outcome], unknown: set[int]
     ) -> None:
         """Write down who has failed, and look where the members are."""
         for member, verdict in verdicts.items():
@@ -398,7 +398,7 @@ class Band:
         try:
             await group.refresh(timeout_s=PATIENCE_S)
         except stepwell.StepwellError as error:
-            end = told(error).end
+            end = outcome_of(error).end
             for number in numbers:
                 self._table.log.end(number, end)
             raise broken(end) from error
@@ -416,7 +416,7 @@ def _of(group: Any, member: int) -> End:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mix:
+class PlayerCounts:
     """How many of each player there are."""
 
     frames: int = 6
@@ -430,7 +430,7 @@ class Mix:
     band_size: int = 4
 
 
-async def play(table: Table, address: str, mix: Mix, resume: dict[str, int]) -> None:
+async def play(table: Table, address: str, mix: PlayerCounts, resume: dict[str, int]) -> None:
     """Let all players play until it is time to stop."""
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as players:
         shells = ("async", "async without frames", "sync")
@@ -441,15 +441,15 @@ async def play(table: Table, address: str, mix: Mix, resume: dict[str, int]) -> 
             for i in range(counts[shell]):
                 batch_size = chance.choice([1, 1, 2, 3])
                 states = table.draw_states(batch_size) if chance.random() < 0.3 else None
-                solo = Solo(table, client, can_cancel=table.hurry and shell != "sync")
+                solo = SessionPlayer(table, client, can_cancel=table.hurry and shell != "sync")
                 name = f"{prefix}.{shell.replace(' ', '-')}.{i}"
                 players.create_task(solo.play(name, batch_size, states))
         for i in range(mix.bands):
-            band = Band(table, clients[shells[i % 2 * 2]])
+            band = GroupPlayer(table, clients[shells[i % 2 * 2]])
             players.create_task(band.play(f"{prefix}.band.{i}", mix.band_size))
         known = list(resume.items())  # the others lie idle, which a session must survive as well
         for name, batch_size in chance.sample(known, min(len(known), _MOST_RESUMED)):
-            solo = Solo(table, clients["async"], can_cancel=False)
+            solo = SessionPlayer(table, clients["async"], can_cancel=False)
             players.create_task(solo.play(name, batch_size, resume=True))
 
 
@@ -457,7 +457,7 @@ async def audit(table: Table, address: str, sessions: dict[str, int]) -> None:
     """Read every session that must be there."""
     async with connect("async", address) as client, asyncio.TaskGroup() as auditors:
         for name, batch_size in sessions.items():
-            auditors.create_task(Solo(table, client, can_cancel=False).audit(name, batch_size))
+            auditors.create_task(SessionPlayer(table, client, can_cancel=False).audit(name, batch_size))
 
 
 async def run(arguments: argparse.Namespace) -> None:
@@ -472,7 +472,9 @@ async def run(arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(32))
     threading.Thread(target=_stop_at_end_of_input, args=(loop, table.stop), daemon=True).start()
-    mix = Mix(arguments.frames, arguments.calls, arguments.threads, arguments.bands, arguments.band_size)
+    mix = PlayerCounts(
+        arguments.frames, arguments.calls, arguments.threads, arguments.bands, arguments.band_size
+    )
     await play(table, arguments.address, mix, before)
     await table.stop.wait()  # all players may have broken off
     await audit(table, arguments.address, history.live(history.load([path])))
@@ -493,7 +495,7 @@ def main() -> None:
     parser.add_argument("--seed", required=True, type=int)
     parser.add_argument("--pause-s", default=0.02, type=float)
     parser.add_argument("--hurry", action="store_true")
-    for field in dataclasses.fields(Mix):
+    for field in dataclasses.fields(PlayerCounts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=int)
     asyncio.run(run(parser.parse_args()))
 

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from support.checks import history as histories
-from support.load.driver import PATIENCE_S, Mix
-from support.load.replica_driver import Cast
+from support.load.driver import PATIENCE_S, PlayerCounts
+from support.load.replica_driver import ReplicaPlayerCounts
 
 _TESTS = Path(__file__).resolve().parents[2]
 _STOP_S = PATIENCE_S + 80.0
@@ -107,15 +107,15 @@ class DriverProcess(Loading):
         history: Path,
         seed: int,
         *,
-        mix: Mix | None = None,
+        mix: PlayerCounts | None = None,
         pause_s: float = 0.02,
         hurry: bool = True,
     ) -> None:
         arguments = [*_common(address, history, seed, pause_s), *(["--hurry"] if hurry else [])]
-        super().__init__("support.load.driver", history, *arguments, *_options(mix or Mix()))
+        super().__init__("support.load.driver", history, *arguments, *_options(mix or PlayerCounts()))
 
 
-class RoverProcess(Loading):
+class ReplicaDriverProcess(Loading):
     """`replica_driver.py`: the protocol itself, at several replicas at once."""
 
     def __init__(
@@ -124,11 +124,13 @@ class RoverProcess(Loading):
         history: Path,
         seed: int,
         *,
-        cast: Cast | None = None,
+        cast: ReplicaPlayerCounts | None = None,
         pause_s: float = 0.02,
     ) -> None:
         arguments = _common(",".join(addresses), history, seed, pause_s)
-        super().__init__("support.load.replica_driver", history, *arguments, *_options(cast or Cast()))
+        super().__init__(
+            "support.load.replica_driver", history, *arguments, *_options(cast or ReplicaPlayerCounts())
+        )
 
 
 def _common(address: str, history: Path, seed: int, pause_s: float) -> list[str]:
@@ -136,7 +138,7 @@ def _common(address: str, history: Path, seed: int, pause_s: float) -> list[str]
     return [*where, "--seed", str(seed), "--pause-s", str(pause_s)]
 
 
-def _options(counts: Mix | Cast) -> list[str]:
+def _options(counts: PlayerCounts | ReplicaPlayerCounts) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(counts).items()]
 
 

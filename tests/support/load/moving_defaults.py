@@ -147,7 +147,7 @@ class Reference:
         return self.ran
 
 
-class Carrying:
+class MovingDefaults:
     """The sessions and who moves them. Its threads end with the block."""
 
     def __init__(self, server: LocalServer, seed: int, *, busy: int, idle: int) -> None:

@@ -30,7 +30,7 @@ reload left behind would be twenty."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
+class Usage:
     """What a process has at one moment."""
 
     rss_bytes: int
@@ -42,7 +42,7 @@ class Taken:
     """Programs in its cache."""
 
     @classmethod
-    def by(cls, pid: int, folder: Path, cache: Path) -> Taken:
+    def by(cls, pid: int, folder: Path, cache: Path) -> Usage:
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
         )
@@ -59,7 +59,7 @@ class Taken:
 class Reloaded:
     """What was seen over some reloads."""
 
-    taken: Sequence[Taken]
+    taken: Sequence[Usage]
     """Before the first, and at the end of each tenth of them."""
     seconds: float
 
@@ -105,7 +105,7 @@ def reload(folder: Path, reloads: int, seed: int, *extra: str) -> Reloaded:
         shutil.copy2(entry, cache)
     options = {**arguments(folder / "data", extra), "cache_dir": cache, "env": {"TMPDIR": str(temporary)}}
     server = Server(**options)
-    taken: list[Taken] = []
+    taken: list[Usage] = []
     with server, stepwell.connect(server.address, timeout_s=PATIENCE_S) as client:
         assert server.pid is not None
         admin, began_s = Admin(server.address), time.monotonic()
@@ -114,7 +114,7 @@ def reload(folder: Path, reloads: int, seed: int, *extra: str) -> Reloaded:
         others: list[stepwell.Session] = []
         for count in range(reloads + 1):
             if count % max(1, reloads // 10) == 0:
-                taken.append(Taken.by(server.pid, temporary, cache))
+                taken.append(Usage.by(server.pid, temporary, cache))
             if count == reloads:
                 break
             for _ in range(chance.randrange(3)):

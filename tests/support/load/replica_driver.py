@@ -5,7 +5,7 @@ or waits for too long is sent again, with the same request id, to another replic
 cut in the middle of a frame and the frame goes on elsewhere. Rivals change the same session through different replicas,
 hunters read everybody's sessions anywhere, and look for those that are closed. It prints a dot for each acknowledged
 change. When its standard input ends it finishes what is under way, reads every session at every replica, and exits 0.
-`driver_process.RoverProcess` starts it; `checker` judges the history.
+`driver_process.ReplicaDriverProcess` starts it; `checker` judges the history.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 from support import secured
 from support.checks import history
 from support.checks.history import Call, End, Floats, Log
-from support.load.driver import MODEL, PATIENCE_S, Broken, Table, Told, broken, play_on, told
+from support.load.driver import MODEL, PATIENCE_S, Defect, Outcome, Table, broken, outcome_of, play_on
 from support.peers.wire import arrays, step_frame, tensor, tensors
 
 _OPTIONS = (
@@ -86,7 +86,7 @@ def _error(error: grpc.aio.AioRpcError) -> stepwell.StepwellError:
 
 
 @dataclasses.dataclass
-class Known:
+class LastSeen:
     """A session as one player last saw it."""
 
     name: str
@@ -97,13 +97,13 @@ class Known:
 Attempt = Callable[[Replica, float], Awaitable[End]]
 
 
-class Roads:
+class ReplicaRouter:
     """The replicas, and how calls find their way to an answer over them."""
 
     def __init__(self, table: Table, replicas: Sequence[Replica]) -> None:
         self.table = table
         self.replicas = replicas
-        self.living: list[Known] = []
+        self.living: list[LastSeen] = []
         """Sessions that hunters may ask for; some of them may be closed."""
         self.ids = random.Random(table.chance.getrandbits(64))
 
@@ -174,18 +174,18 @@ class Roads:
                 return one.end
             await self._breathe()
 
-    async def _tried(self, attempt: Attempt, at: Replica) -> Told:
+    async def _tried(self, attempt: Attempt, at: Replica) -> Outcome:
         try:
-            return Told(await attempt(at, self.limit_s()), may_try_again=False)
+            return Outcome(await attempt(at, self.limit_s()), may_try_again=False)
         except stepwell.StepwellError as error:
-            return told(error)
+            return outcome_of(error)
 
     async def _breathe(self) -> None:
         await asyncio.sleep(self.table.chance.uniform(0, _LONGEST_PAUSE_S))
 
     # ------------------------------------------------------------------------------------------- what is asked
 
-    async def open(self, name: str, rows: int, states: dict[str, Floats] | None = None) -> Known:
+    async def open(self, name: str, rows: int, states: dict[str, Floats] | None = None) -> LastSeen:
         """Open a session, or resume it."""
         request = sessions_pb2.OpenSessionRequest(
             model=MODEL, session_id=name, batch_size=rows, state=tensors(states or {}), request_id=self.id()
@@ -198,7 +198,7 @@ class Roads:
         end = await self.asked(Call(kind="open", session=name, batch_size=rows, states=states), attempt)
         return self._known(name, rows, end)
 
-    async def fork(self, parent: Known, name: str) -> Known:
+    async def fork(self, parent: LastSeen, name: str) -> LastSeen:
         """A new session that begins where another one is."""
         request = sessions_pb2.ForkSessionRequest(
             session_id=parent.name, new_session_id=name, request_id=self.id()
@@ -210,7 +210,7 @@ class Roads:
         call = Call(kind="fork", session=name, parent=parent.name, batch_size=parent.rows)
         return self._known(name, parent.rows, await self.asked(call, attempt))
 
-    async def close(self, session: Known) -> None:
+    async def close(self, session: LastSeen) -> None:
         """Close it; then it must be gone, whoever is asked."""
         request = sessions_pb2.CloseSessionRequest(session_id=session.name, request_id=self.id())
 
@@ -221,7 +221,7 @@ class Roads:
         await self.asked(Call(kind="close", session=session.name), attempt)
         await self.read(session)
 
-    async def read(self, session: Known, at: Replica | None = None) -> End:
+    async def read(self, session: LastSeen, at: Replica | None = None) -> End:
         """Its state, at a replica or at any."""
         request = sessions_pb2.GetStateRequest(session_id=session.name)
 
@@ -231,7 +231,7 @@ class Roads:
 
         return await self.asked(Call(kind="read", session=session.name), attempt)
 
-    async def look(self, session: Known) -> End:
+    async def look(self, session: LastSeen) -> End:
         """Its revision and position."""
         request = sessions_pb2.GetSessionRequest(session_id=session.name)
 
@@ -240,10 +240,10 @@ class Roads:
 
         return await self.asked(Call(kind="look", session=session.name), attempt)
 
-    def _known(self, name: str, rows: int, end: End) -> Known:
+    def _known(self, name: str, rows: int, end: End) -> LastSeen:
         if end.outcome != "acknowledged" or end.revision is None:
             raise broken(end)
-        found = Known(name, rows, end.revision)
+        found = LastSeen(name, rows, end.revision)
         self.living.append(dataclasses.replace(found))
         del self.living[:-_MOST_KNOWN]
         return found
@@ -256,10 +256,10 @@ def _seen(session: sessions_pb2.Session) -> End:
 class Player:
     """Changes sessions one call at a time. Rivals have the same session."""
 
-    def __init__(self, roads: Roads) -> None:
+    def __init__(self, roads: ReplicaRouter) -> None:
         self._roads = roads
         self._table = roads.table
-        self._sessions: list[Known] = []
+        self._sessions: list[LastSeen] = []
 
     async def play(self, name: str, rows: int, states: dict[str, Floats] | None, *, alone: bool) -> None:
         """Open, or find what a rival has opened, and go on until it is time to stop."""
@@ -272,7 +272,7 @@ class Player:
             await self._turn(table.chance.choice(self._sessions), alone=alone)
             await table.rest()
 
-    async def _turn(self, session: Known, *, alone: bool) -> None:
+    async def _turn(self, session: LastSeen, *, alone: bool) -> None:
         dice = self._table.chance.random()
         if dice < 0.8:
             await self._step(session)
@@ -288,9 +288,9 @@ class Player:
             self._sessions.remove(session)
             await self._roads.close(session)
             if not self._sessions:
-                raise Broken
+                raise Defect
 
-    async def _step(self, session: Known) -> None:
+    async def _step(self, session: LastSeen) -> None:
         x, outputs = self._table.draw_step(session.rows)
         request = sessions_pb2.StepRequest(
             session_id=session.name,
@@ -308,7 +308,7 @@ class Player:
         call = Call(kind="step", session=session.name, expected=session.revision, x=x, outputs=outputs)
         await self._changed(session, await self._roads.change(call, attempt))
 
-    async def _reset(self, session: Known) -> None:
+    async def _reset(self, session: LastSeen) -> None:
         states = self._table.draw_states(session.rows) if self._table.chance.random() < 0.5 else None
         request = sessions_pb2.ResetStatesRequest(
             session_id=session.name,
@@ -324,21 +324,21 @@ class Player:
         call = Call(kind="reset", session=session.name, expected=session.revision, states=states)
         await self._changed(session, await self._roads.change(call, attempt))
 
-    async def _changed(self, session: Known, end: End) -> None:
+    async def _changed(self, session: LastSeen, end: End) -> None:
         if end.revision is None and end.outcome in ("unknown", "not_applied"):
             end = await self._roads.look(session)
         self._note(session, end)
 
-    def _note(self, session: Known, end: End) -> None:
+    def _note(self, session: LastSeen, end: End) -> None:
         if end.revision is None:
             raise broken(end)
         session.revision = end.revision
 
 
-class Band:
+class GroupPlayer:
     """Plays a group by frames on streams, which it cuts now and then."""
 
-    def __init__(self, roads: Roads) -> None:
+    def __init__(self, roads: ReplicaRouter) -> None:
         self._roads = roads
         self._table = roads.table
 
@@ -352,7 +352,7 @@ class Band:
             await self._frame(members)
             await self._table.rest()
 
-    async def _frame(self, members: list[Known]) -> None:
+    async def _frame(self, members: list[LastSeen]) -> None:
         """One step of all, wherever each gets its answer."""
         table = self._table
         x, outputs = table.draw_step(len(members))
@@ -398,13 +398,13 @@ class Band:
                 members[i].revision = end.revision
             waiting = left
 
-    async def _sent(self, frame: sessions_pb2.StepStreamRequest, count: int) -> list[Told]:
+    async def _sent(self, frame: sessions_pb2.StepStreamRequest, count: int) -> list[Outcome]:
         """What a replica says of each member; of those it does not speak of, that it is unknown."""
         chance = self._table.chance
         cut = chance.random() < 0.2
         limit_s = chance.uniform(0.0, 0.02) if cut else _ATTEMPT_S
         silence: stepwell.StepwellError | TimeoutError = TimeoutError("cut off in the middle of a frame")
-        found: dict[int, Told] = {}
+        found: dict[int, Outcome] = {}
         stream = self._roads.pick().stub.StepStream()
         try:
             async with asyncio.timeout(limit_s):
@@ -425,10 +425,10 @@ class Band:
             stream.cancel()
         if len(found) < count:
             await self._roads._breathe()
-        return [found.get(place) or told(silence) for place in range(count)]
+        return [found.get(place) or outcome_of(silence) for place in range(count)]
 
 
-def _take(answer: sessions_pb2.StepStreamResponse, count: int, found: dict[int, Told]) -> None:
+def _take(answer: sessions_pb2.StepStreamResponse, count: int, found: dict[int, Outcome]) -> None:
     members = list(range(count)) if answer.all_members else list(answer.members)
     outputs = next(iter(arrays(answer.outputs).values()), None)
     for place, member in enumerate(members):
@@ -438,16 +438,16 @@ def _take(answer: sessions_pb2.StepStreamResponse, count: int, found: dict[int, 
             position=answer.positions[place],
             y=None if outputs is None else outputs[place : place + 1],
         )
-        found[member] = Told(end, may_try_again=False)
+        found[member] = Outcome(end, may_try_again=False)
     for entry in answer.errors:
         for member in entry.members or range(count):
-            found[member] = told(status.from_message(entry.error))
+            found[member] = outcome_of(status.from_message(entry.error))
 
 
-class Hunter:
+class StaleReader:
     """Reads sessions of everybody, to find a replica that does not know what another one has said."""
 
-    def __init__(self, roads: Roads) -> None:
+    def __init__(self, roads: ReplicaRouter) -> None:
         self._roads = roads
 
     async def play(self) -> None:
@@ -461,7 +461,7 @@ class Hunter:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast:
+class ReplicaPlayerCounts:
     """How many of each player there are."""
 
     alone: int = 6
@@ -472,7 +472,7 @@ class Cast:
     hunters: int = 4
 
 
-async def play(roads: Roads, cast: Cast) -> None:
+async def play(roads: ReplicaRouter, cast: ReplicaPlayerCounts) -> None:
     """Let all players play until it is time to stop."""
     table, prefix = roads.table, roads.table.prefix
     async with asyncio.TaskGroup() as players:
@@ -483,17 +483,17 @@ async def play(roads: Roads, cast: Cast) -> None:
                 player = Player(roads)
                 players.create_task(player.play(f"{prefix}.rover.{i}", rows, states, alone=alone))
         for i in range(cast.bands):
-            players.create_task(Band(roads).play(f"{prefix}.roverband.{i}", cast.band_size))
+            players.create_task(GroupPlayer(roads).play(f"{prefix}.roverband.{i}", cast.band_size))
         for _ in range(cast.hunters):
-            players.create_task(Hunter(roads).play())
+            players.create_task(StaleReader(roads).play())
 
 
-async def audit(roads: Roads, sessions: dict[str, int]) -> None:
+async def audit(roads: ReplicaRouter, sessions: dict[str, int]) -> None:
     """Read every session that must be there, at every replica."""
     async with asyncio.TaskGroup() as auditors:
         for name, rows in sessions.items():
             for replica in roads.replicas:
-                auditors.create_task(roads.read(Known(name, rows), replica))
+                auditors.create_task(roads.read(LastSeen(name, rows), replica))
 
 
 async def run(arguments: argparse.Namespace) -> None:
@@ -506,8 +506,10 @@ async def run(arguments: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     threading.Thread(target=_stop_at_end_of_input, args=(loop, table.stop), daemon=True).start()
     replicas = [Replica(address) for address in arguments.address.split(",")]
-    roads = Roads(table, replicas)
-    cast = Cast(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Cast)})
+    roads = ReplicaRouter(table, replicas)
+    cast = ReplicaPlayerCounts(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ReplicaPlayerCounts)}
+    )
     await play(roads, cast)
     await table.stop.wait()  # all players may have broken off
     await audit(roads, history.live(history.load([path])))
@@ -529,7 +531,7 @@ def main() -> None:
     parser.add_argument("--history", required=True, type=Path)
     parser.add_argument("--seed", required=True, type=int)
     parser.add_argument("--pause-s", default=0.02, type=float)
-    for field in dataclasses.fields(Cast):
+    for field in dataclasses.fields(ReplicaPlayerCounts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=int)
     asyncio.run(run(parser.parse_args()))
 

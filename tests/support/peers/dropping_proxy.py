@@ -10,7 +10,7 @@ from typing import Self
 from support.servers.valkey_servers import HOST
 
 
-class Cut:
+class DroppingProxy:
     """Forwards what comes to `port`. Leaving the block ends it.
 
     An answer is lost when the server has begun to send it: what was asked has been done then.

@@ -28,7 +28,7 @@ from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Step
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.triton.inference import service_pb2
-from support.engine.catalog_on_engine import Loads, live_models
+from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.harness import Harness, running
 from support.peers.wire import Answer, Array, Refusal, of_members, tensors
 from support.rpc.fake_call import FakeCall, Requests
@@ -107,7 +107,7 @@ class Calls:
         methods: Mapping[str, Method],
         slow_steps: SlowestSteps,
         live: Catalog,
-        loads: Loads,
+        loads: FakeLoads,
         who: Caller = ANYBODY,
     ) -> None:
         self.at = at
@@ -200,7 +200,7 @@ async def calls(
         )
         await server.start(Address("", 0))
         server.info.metrics_address = "127.0.0.1:9464"
-        loads = Loads()
+        loads = FakeLoads()
         live = live_models(at.engine, at.clock, loads, **(live_options or {}))
         known = KnownFiles(at.engine, files or {}, (live_options or {}).get("root"))
         server.serve(at.engine, live, admin_refusal, known_files=known)

@@ -25,7 +25,7 @@ class CellFailedError(AssertionError):
 
 
 @dataclasses.dataclass
-class Ran:
+class CellResult:
     """What a cell has printed and shown, and the name of the error it ended with."""
 
     out: str = ""
@@ -55,8 +55,12 @@ class Notebook:
         return pid
 
     def run(
-        self, code: str, cell: str | None = None, fails: bool = False, at: Callable[[Ran], bool] | None = None
-    ) -> Ran:
+        self,
+        code: str,
+        cell: str | None = None,
+        fails: bool = False,
+        at: Callable[[CellResult], bool] | None = None,
+    ) -> CellResult:
         """Runs a cell to its end; presses the stop button when `at` says so of what it has printed.
 
         Args:
@@ -75,7 +79,7 @@ class Notebook:
         }
         message = session.msg("execute_request", content, metadata={} if cell is None else {"cellId": cell})
         self._client.shell_channel.send(message)
-        asked, ran = message["header"]["msg_id"], Ran()
+        asked, ran = message["header"]["msg_id"], CellResult()
         while not self._read(asked, ran):
             if at is not None and at(ran):
                 at = None
@@ -87,7 +91,7 @@ class Notebook:
             raise CellFailedError(f"{code}\n{ran}")
         return ran
 
-    def _read(self, asked: str, ran: Ran) -> bool:
+    def _read(self, asked: str, ran: CellResult) -> bool:
         """Takes one message of a cell; True after the last."""
         try:
             message = self._client.get_iopub_msg(timeout=WAIT_S)

@@ -20,7 +20,7 @@ _LIMITED = Path(__file__).with_name("low_limits.py")
 X = tensor(np.zeros((1, FEATURES), np.float32))
 
 
-class Target:
+class AttackedServer:
     """A server, a client that goes on whatever others do, and what the server counts."""
 
     def __init__(self, front: str, server: ServerProcess, metrics: str) -> None:
@@ -43,7 +43,7 @@ class Target:
         session_id: str = self.stub.OpenSession(request, timeout=TIMEOUT_S).session.session_id
         return session_id
 
-    def goes_on(self) -> None:
+    def require_service(self) -> None:
         """The client that was there before is answered."""
         self.stub.Step(pb.StepRequest(session_id=self.session_id, inputs=[X]), timeout=TIMEOUT_S)
 
@@ -67,7 +67,7 @@ class Target:
     def wait_until(self, holds: Callable[[], bool]) -> None:
         """Ask again and again; only a hang is not told in time. The other client goes on."""
         while not holds():
-            self.goes_on()
+            self.require_service()
 
     def memory(self) -> int:
         """Bytes that the server has of the machine's memory."""
@@ -76,13 +76,15 @@ class Target:
 
 
 @contextlib.contextmanager
-def target(front: str, *arguments: str, limits: Mapping[str, float] | None = None) -> Iterator[Target]:
+def target(
+    front: str, *arguments: str, limits: Mapping[str, float] | None = None
+) -> Iterator[AttackedServer]:
     """A server on a front; `limits`: other `FrontLimits` than a server has, so that a test need not wait for those."""
     options = ("--front", front, "--metrics-listen", "127.0.0.1:0", "--log-format", "json", *arguments)
     program = [str(_LIMITED), json.dumps(limits)] if limits else None
     with serve(*options, program=program) as server:
         metrics = json.loads(server.wait_for_log('"metrics"'))["address"]
-        found = Target(front, server, metrics)
+        found = AttackedServer(front, server, metrics)
         with found.channel:
             yield found
-            found.goes_on()
+            found.require_service()

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from support.checks import history, linearizability
 from support.checks.checker import Report, check
-from support.checks.register import Loss, Terms
+from support.checks.register import Loss, PermittedEvents
 from support.checks.replay import LstmDense
 from support.load.driver import MODEL
 from support.secured import Server
@@ -47,7 +47,7 @@ def verdict_of_losses(path: Path) -> Report:
     marks = [at for at, name in history.marks(path) if name in (SINCE, BEGINS, ENDS)]
     losses = [Loss(*marks[i : i + 3]) for i in range(0, len(marks), 3)]
     report = linearizability.check(
-        history.load([path]), replayed(), Terms(losses=losses, most_nodes=_MOST_NODES)
+        history.load([path]), replayed(), PermittedEvents(losses=losses, most_nodes=_MOST_NODES)
     )
     judged = [each for each in report.violations if each.what != linearizability.TOO_MANY]
     report.unjudged, report.violations = len(report.violations) - len(judged), judged

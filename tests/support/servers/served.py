@@ -95,7 +95,7 @@ class Served:
 
     @contextlib.contextmanager
     def nothing_changes(self, *session_ids: str) -> Iterator[None]:
-        """Inside the block nothing happens to these sessions, nor to a neighbour of each one's model.
+        """Internals the block nothing happens to these sessions, nor to a neighbour of each one's model.
 
         State, revision and position are compared bit for bit; then each session and each neighbour is
         stepped, and must answer what was known before.

@@ -14,7 +14,7 @@ from stepwell_server.engine.state.resident import ResidentRows
 from stepwell_server.errors import Unavailable, VersionExists
 from support.engine.fake_executor import PLAIN, FakeExecutor, Hooks
 from support.engine.harness import Events, FixedCost
-from support.engine.internals import Inside
+from support.engine.internals import Internals
 from support.sim.client import open_store
 from support.sim.network import Network
 from support.sim.node import ModelNode
@@ -123,8 +123,8 @@ class Replica:
             )
             for version, program in enumerate([PLAIN, SECOND] if self.has_second else [PLAIN], 1):
                 engine.begin_with("plain", version, program)
-            inside = Inside(engine)
-            inside.use_pool(LatePool(loop))
+            internals = Internals(engine)
+            internals.use_pool(LatePool(loop))
             try:
                 if quotas is not None:
                     await quotas.count(store)
@@ -132,7 +132,7 @@ class Replica:
                 break
             except Unavailable:
                 await asyncio.sleep(0.5)
-        for model in inside.models:
+        for model in internals.models:
             model.cost = FixedCost(1.0 if self._threads else 0.0, 2)
         self.engine, self.quotas = engine, quotas
         self.world.note("ready", self.name)

@@ -15,8 +15,8 @@ from typing import Any
 
 from support.checks import linearizability
 from support.checks.checker import Report
-from support.checks.register import Loss, Terms
-from support.engine.internals import Inside
+from support.checks.register import Loss, PermittedEvents
+from support.engine.internals import Internals
 from support.sim.callers import Callers
 from support.sim.client import Bugs, make_nodes
 from support.sim.idle_limits import ENDED_S, Holder, Limits
@@ -224,7 +224,7 @@ class Schedule:
         assert lost or not (reused := self.callers.reused), (
             f"applied under the id of another change: {reused}"
         )
-        terms = Terms(
+        terms = PermittedEvents(
             self.plan.idle_s or float("inf"),
             self.world.time_of,
             lost,
@@ -241,7 +241,7 @@ class Schedule:
             require_kept(births, self._book, self.plan.most)
         return Result(self.seed, self.world.trace, report, self.world.turns, self.world.now)
 
-    def _check_blindly(self, report: Report, terms: Terms) -> None:
+    def _check_blindly(self, report: Report, terms: PermittedEvents) -> None:
         """As who has a real store must, which does not say what a fail-over lost. What takes too long is left."""
         moments = sorted({each.at for each in terms.rollbacks})
         losses = [Loss(0, at, at) for at in moments]
@@ -368,7 +368,7 @@ class Schedule:
             assert loop is not None
             drained = self._drain(replica)
             assert drained is None, drained
-            Inside(engine).check_books(None)
+            Internals(engine).check_books(None)
             assert not (defects := replica.defects + loop.defects), defects
         assert not self.callers.loop.defects, self.callers.loop.defects
 

@@ -93,7 +93,7 @@ def opened(path: Path, durability: Durability = "async", **options: Any) -> Disk
     return DiskStore(path, durability=durability, clock=ManualClock(), **options)
 
 
-def left_behind(store: DiskStore) -> Path:
+def crash_copy(store: DiskStore) -> Path:
     """What the next process finds if this one is killed now: a copy of it."""
     numbers = itertools.count()
     copy = next(at for n in numbers if not (at := store.path.with_name(f"{store.path.name}-{n}")).exists())
@@ -114,7 +114,7 @@ def copy_files(store: DiskStore, to: Path) -> None:
 
 def killed(store: DiskStore, durability: Durability = "async", **options: Any) -> DiskStore:
     """The next process's store."""
-    copy = left_behind(store)
+    copy = crash_copy(store)
     store.close()
     return opened(copy, durability, **options)
 

@@ -263,11 +263,11 @@ class Database:
             await view.close()
 
 
-Lasting = Disk | Database
+DurableStore = Disk | Database
 """A store that outlives its servers."""
 
 
-async def new_lasting() -> Lasting:
+async def new_durable_store() -> DurableStore:
     """An empty one, of the kind that the test is about."""
     if STORES.kind in {"sync", "async"}:
         return Disk()
@@ -299,7 +299,7 @@ async def begun(call: Awaitable[Any]) -> asyncio.Task[Any]:
     return task
 
 
-async def damage(lasting: Lasting, session_id: str) -> None:
+async def damage(lasting: DurableStore, session_id: str) -> None:
     """Flip a bit of a record."""
     record = await lasting.record(session_id)
     assert record is not None

@@ -93,7 +93,7 @@ class Client:
 
     def sessions(self) -> list[str]:
         """Ids of the live sessions."""
-        return self.harness.inside.loaded()
+        return self.harness.internals.loaded()
 
 
 @asynccontextmanager

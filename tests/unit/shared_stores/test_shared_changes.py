@@ -21,7 +21,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import Batch
 from support.checks.model_of_sessions import traced
 from support.engine.harness import Answer, Harness, kinds, running, x
-from support.engine.two_engines import both_know, tombstone, two
+from support.engine.two_engines import make_resident_on_both, tombstone, two
 from support.stores.durable import begun, same_reply
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
@@ -43,7 +43,7 @@ def change(at: Harness, shape: str, **fields: Any) -> Any:
 @SHAPES
 async def test_who_retries_on_another_server_gets_the_first_answer(shape: str) -> None:
     async with two(threads=shape == "frame") as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         applied = await change(first, shape, expected=1, request_ids=9).only()
         again = await change(second, shape, expected=1, request_ids=9).only()
         same_reply(again, applied)
@@ -54,7 +54,7 @@ async def test_who_retries_on_another_server_gets_the_first_answer(shape: str) -
 @SHAPES
 async def test_another_change_meets_the_revision_that_the_store_has(shape: str) -> None:
     async with two(threads=shape == "frame") as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1), expected=1, request_ids=9)
         with pytest.raises(RevisionConflict) as refused:
             await change(second, shape, expected=1, request_ids=10).only()
@@ -67,7 +67,7 @@ async def test_another_change_meets_the_revision_that_the_store_has(shape: str) 
 async def test_a_request_id_of_another_change_elsewhere_is_refused(shape: str, expected: int | None) -> None:
     """By the server that made the change, and by one whose copy is older; nothing changes."""
     async with two(threads=shape == "frame") as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1, seed=8), expected=1, request_ids=9)
         state = (await first.state("a"))["sum"].tobytes()
         for at in (second, first):
@@ -82,7 +82,7 @@ async def test_a_request_id_of_another_change_elsewhere_is_refused(shape: str, e
 async def test_an_older_copy_refuses_no_request_id_by_itself(shape: str) -> None:
     """What the store has decides: there the id is no longer that of the last change."""
     async with two(threads=shape == "frame") as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1, seed=8), expected=1, request_ids=9)
         await second.state("a")
         await first.step("a", x(1, seed=8), expected=2, request_ids=10)
@@ -93,7 +93,7 @@ async def test_an_older_copy_refuses_no_request_id_by_itself(shape: str) -> None
 
 async def test_what_expects_no_revision_is_applied_to_what_the_store_has() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         for _ in range(3):
             await first.step("a", x(1))
         answer = await second.step("a", x(1, seed=3))
@@ -114,7 +114,7 @@ async def alone(*steps: Any) -> list[Any]:
 
 async def test_each_member_of_a_frame_has_a_fate_of_its_own() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a", "b", "c", "d")
+        await make_resident_on_both(first, second, "a", "b", "c", "d")
         kept = await first.step("b", x(1, seed=2), expected=1, request_ids=5)
         await first.step("c", x(1), expected=1, request_ids=99)
         second.store.unknown["d"] = False
@@ -132,7 +132,7 @@ async def test_each_member_of_a_frame_has_a_fate_of_its_own() -> None:
 async def test_states_are_those_of_the_members_that_were_kept(states: Select) -> None:
     names = ["a", "b", "c", "d"]
     async with two() as (first, second):
-        await both_know(first, second, *names)
+        await make_resident_on_both(first, second, *names)
         await first.step("a", x(1))
         await first.step("c", x(1))
         before = {name: (await first.state(name))["sum"] for name in names}
@@ -150,7 +150,7 @@ async def test_states_are_those_of_the_members_that_were_kept(states: Select) ->
 
 async def test_what_waits_behind_a_conflict_keeps_its_order() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1), expected=1, request_ids=9)
         store: Gated = second.store
         store.commits_held = True
@@ -170,7 +170,7 @@ async def test_what_waits_behind_a_conflict_keeps_its_order() -> None:
 @SHAPES
 async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         second.store.unknown["a"] = kept
         with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await change(second, shape, expected=1, request_ids=9).only()
@@ -185,7 +185,7 @@ async def test_a_commit_that_is_not_answered_is_not_known(shape: str, kept: bool
 
 async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = second.store
         store.commits_held = True
         step = second.submit("a", x(1))
@@ -207,20 +207,20 @@ async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on()
 @pytest.mark.parametrize("shape", ["lone", "reset", "read"])
 async def test_a_session_that_ended_elsewhere_has_ended(shape: str) -> None:
     async with two(resident_rows=1) as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         if shape == "read":  # paged out: so the store is asked
             await second.open("other")
         await first.engine.close_session("a")
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await (second.state("a") if shape == "read" else change(second, shape, expected=1).only())
-        assert "a" not in second.inside.loaded()
+        assert "a" not in second.internals.loaded()
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await second.state("a")
 
 
 async def test_a_session_that_was_opened_anew_with_other_rows_is_another() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.engine.close_session("a")
         await first.open("a", batch_size=2)
         with pytest.raises(SessionGone):
@@ -309,7 +309,7 @@ async def test_an_opening_that_was_slow_does_not_bring_a_session_back() -> None:
             await second.state("a")
 
 
-@pytest.mark.stores("awaited")
+@pytest.mark.stores("fake_shared")
 async def test_an_opening_that_is_tried_again_begins_as_the_store_says_then() -> None:
     async with two() as (first, second):
         await first.open("a")
@@ -360,7 +360,7 @@ async def test_a_session_that_has_been_made_here_may_have_been_changed_already(c
 
 async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "source")
+        await make_resident_on_both(first, second, "source")
         second.store.commits_held = True
         slow = await begun(second.engine.fork("source", new_session_id="a"))
         await second.store.until("commit")
@@ -384,7 +384,7 @@ async def closing_slowly(second: Harness, **fields: Any) -> asyncio.Task[Any]:
 async def test_a_closing_does_not_end_a_session_that_was_opened_after_it(request_id: int) -> None:
     """It may be this very closing, sent to another server, that ended the one before: with request id 5 it is."""
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         slow = await closing_slowly(second, request_id=request_id)
         await first.engine.close_session("a", request_id=5)
         first.clock.advance(1.0)
@@ -402,7 +402,7 @@ async def test_a_closing_does_not_end_a_session_that_was_opened_after_it(request
 async def test_a_closing_that_waited_for_a_session_which_was_replaced_is_to_come_again() -> None:
     """The one that has the id now may have been there before the closing came, and may be meant by it."""
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.engine.close_session("a")
         await first.open("a", batch_size=2)
         second.store.commits_held = True
@@ -422,7 +422,7 @@ async def test_a_closing_of_one_session_finds_it_though_another_server_ended_the
     opens: bool,
 ) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         old = (await second.engine.session_info("a")).uid
         await first.engine.close_session("a", request_id=5)
         first.clock.advance(1.0)
@@ -439,7 +439,7 @@ async def test_a_closing_of_one_session_finds_it_though_another_server_ended_the
 @pytest.mark.parametrize("call", ["step", "state", "states"])
 async def test_what_waited_behind_a_closing_meets_the_session_that_was_opened_after_it(call: str) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         slow = await closing_slowly(second, request_id=5)
         await first.engine.close_session("a", request_id=5)
         first.clock.advance(1.0)
@@ -462,7 +462,7 @@ async def test_what_waited_behind_a_closing_meets_the_session_that_was_opened_af
 @pytest.mark.parametrize("many", [False, True])
 async def test_a_session_is_closed_although_another_server_has_changed_it(many: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         await first.step("a", x(1))
         if many:
             assert await second.engine.close_sessions(["a", "b"]) == 2
@@ -476,7 +476,7 @@ async def test_a_session_is_closed_although_another_server_has_changed_it(many: 
 @pytest.mark.parametrize("request_id", [5, 6])
 async def test_a_session_is_closed_once(request_id: int) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         assert await first.engine.close_session("a", request_id=5) is False
         if request_id == 5:
             assert await second.engine.close_session("a", request_id=5) is True, "it was this very request"
@@ -487,7 +487,7 @@ async def test_a_session_is_closed_once(request_id: int) -> None:
 
 async def test_those_that_another_server_has_closed_are_not_counted() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a", "b", "c")
+        await make_resident_on_both(first, second, "a", "b", "c")
         await first.engine.close_session("b")
         assert await second.engine.close_sessions(["a", "b", "c"]) == 2
         assert len(await first.store.ids()) == await first.store.count_of("plain") == 0
@@ -496,7 +496,7 @@ async def test_those_that_another_server_has_closed_are_not_counted() -> None:
 @pytest.mark.parametrize("kept", [True, False])
 async def test_a_closing_that_is_not_answered_is_not_known(kept: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         second.store.unknown["a"] = kept
         with pytest.raises(OutcomeUnknown, match="may have kept it"):
             await second.engine.close_session("a", request_id=5)
@@ -505,7 +505,7 @@ async def test_a_closing_that_is_not_answered_is_not_known(kept: bool) -> None:
 
 async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1))
         second.store.commits_held = True
         closing = await begun(second.engine.close_session("a"))
@@ -520,7 +520,7 @@ async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free
 
 async def test_a_caller_who_comes_back_goes_on_from_where_the_other_server_left_it() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         await first.step("a", x(1), expected=1, request_ids=9)
         answers = await second.submit(["a", "b"], x(2), expected=[2, 1], request_ids=[10, 11]).all()
         assert [answer.revision for answer in answers] == [3, 2]  # type: ignore[union-attr]
@@ -532,7 +532,7 @@ async def test_a_caller_who_comes_back_goes_on_from_where_the_other_server_left_
 @pytest.mark.parametrize("call", ["state", "info", "resume", "fork"])
 async def test_who_asks_is_told_what_other_servers_made_of_a_session(call: str) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1))
         if call == "state":
             read = await second.engine.get_state("a")
@@ -549,7 +549,7 @@ async def test_who_asks_is_told_what_other_servers_made_of_a_session(call: str) 
 
 async def test_who_asks_keeps_its_place_behind_what_came_before() -> None:
     async with two(threads=True) as (first, second):
-        await both_know(first, second, "a", "busy")
+        await make_resident_on_both(first, second, "a", "busy")
         await first.step("a", x(1))
         busy = await second.begin_pass("busy", x(1))
         step = second.submit("a", x(1))  # waits in the inbox as long as a pass runs
@@ -576,7 +576,7 @@ async def test_a_step_beside_one_that_is_not_finite_keeps_its_place() -> None:
 @pytest.mark.parametrize("ids", [["a"], ["a", "b"]], ids=["lone", "frame"])
 async def test_a_step_that_must_continue_is_not_applied_after_a_reset_elsewhere(ids: list[str]) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         await first.submit("a", reset=True).only()
         sizes = np.ones(len(ids), np.intp)
         step = second.submit(ids, x(len(ids)), continued_model="plain", batch_sizes=sizes)

@@ -10,7 +10,7 @@ import pytest
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import ServerError, SessionNotFound
 from support.engine.harness import Answers, Harness, x
-from support.engine.two_engines import both_know, two
+from support.engine.two_engines import make_resident_on_both, two
 from support.stores.durable import begun
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
@@ -20,8 +20,8 @@ pytestmark = SHARED
 
 async def closed_behind(first: Harness, second: Harness) -> Answers:
     """The first closes a session for which a step of the second waits for the store: its answers."""
-    if "a" not in second.inside.loaded():
-        await both_know(first, second, "a")
+    if "a" not in second.internals.loaded():
+        await make_resident_on_both(first, second, "a")
     store: Gated = second.store
     before = len(store.asked("commit"))
     store.commits_held = True
@@ -94,7 +94,7 @@ async def test_the_session_is_forked_that_has_the_id_now() -> None:
 @pytest.mark.parametrize("existing", list(ExistingPolicy))
 async def test_it_is_imported(existing: ExistingPolicy) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         (record,) = await first.engine.export_sessions(["a"], deadline=float("inf"))
         assert not isinstance(record, ServerError)
         step = await closed_behind(first, second)
@@ -112,7 +112,7 @@ async def test_it_is_not_exported_and_it_is_said_why(is_busy: bool) -> None:
             step = await closed_behind(first, second)
             (why,) = await told(second, second.engine.export_sessions(["a"], deadline=float("inf")), step)
         else:
-            await both_know(first, second, "a")
+            await make_resident_on_both(first, second, "a")
             await first.engine.close_session("a")
             (why,) = await second.engine.export_sessions(["a"], deadline=float("inf"))
         assert isinstance(why, SessionNotFound)

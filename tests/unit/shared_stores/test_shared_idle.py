@@ -170,10 +170,10 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end(limited:
         await second.step("b", x(1))
         times.advance(2.0)
         store: Gated = first.store
-        sweep = await sweeping(store, first.inside.expire_idle())
+        sweep = await sweeping(store, first.internals.expire_idle())
         assert store.asked("commit")[-1] == ("a",)
         # the second server takes the session for one that is used: its clock says so as well
-        second.inside.table.used[second.inside.handle("a")] = times.second.monotonic()
+        second.internals.table.used[second.internals.handle("a")] = times.second.monotonic()
         assert (await second.step("a", x(1))).revision == 2
         store.let_go()
         assert await asyncio.wait_for(sweep, WAIT_S) == 0
@@ -187,10 +187,10 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(
     async with limited("a", "used") as (first, second, times):
         times.advance(101.0)
         store: Gated = first.store
-        sweep = await sweeping(store, first.inside.expire_idle())
+        sweep = await sweeping(store, first.internals.expire_idle())
         times.advance(pause_s)
         # the second server takes the session for one that is used: its clock says so as well
-        second.inside.table.used[second.inside.handle("used")] = times.second.monotonic()
+        second.internals.table.used[second.internals.handle("used")] = times.second.monotonic()
         assert (await second.step("used", x(1))).revision == 2
         store.let_go()
         assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
@@ -217,7 +217,7 @@ async def test_the_store_is_looked_through_by_pages_while_others_go_on() -> None
         await second.engine.open_sessions("plain", count=1700)
         await second.open("a")
         times.advance(101.0)
-        sweep = asyncio.create_task(first.inside.expire_idle())
+        sweep = asyncio.create_task(first.internals.expire_idle())
         await first.store.until("unused")
         await first.open("b")
         assert await asyncio.wait_for(sweep, WAIT_S) == 1701
@@ -230,7 +230,7 @@ async def test_what_has_something_under_way_for_long_counts_as_used(limited: Lim
         answers = await second.begin_pass("a", x(1), sizes=[1])
         for _ in range(4):
             times.advance(40.0)
-            second.inside.uses.look()
+            second.internals.uses.look()
             await turns()
             assert await ended(first) == 0
         second.hooks.open_gate()
@@ -267,7 +267,7 @@ async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(limited:
         else:
             store.commit_error = error
         with pytest.raises(ServerError, match="away"):
-            await first.inside.expire_idle()
+            await first.internals.expire_idle()
         if where == "deletion":  # who names it is not told that it has expired: nobody knows
             answers = await first.submit("a", x(1)).all()
             assert kinds(answers) == ["Unavailable"]

@@ -9,7 +9,7 @@ from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutco
 from stepwell_server.errors import OutcomeUnknown, ServerError, SessionExists
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, x
-from support.engine.two_engines import both_know, two
+from support.engine.two_engines import make_resident_on_both, two
 from support.stores.durable import begun
 from support.stores.kinds import SHARED
 
@@ -24,7 +24,7 @@ async def exported(at: Harness, session_id: str, *, to: str = "") -> SessionReco
 
 async def test_a_session_is_replaced_in_one_commit_also_after_another_server_changed_it() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         record, state = await exported(first, "a"), (await first.state("a"))["sum"]
         await first.step("a", x(1, seed=2))
         await second.state("a")
@@ -47,7 +47,7 @@ async def test_a_session_of_another_model_is_replaced_and_counted_where_it_belon
     async with two(programs={"plain": PLAIN, "other": PLAIN}) as (first, second):
         await first.open("other", model="other")
         record = await exported(first, "other", to="a")
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         assert await second.engine.import_sessions([record], ExistingPolicy.REPLACE) == [
             ImportOutcome.REPLACED
         ]
@@ -58,7 +58,7 @@ async def test_a_session_of_another_model_is_replaced_and_counted_where_it_belon
 @pytest.mark.parametrize("kept", [False, True])
 async def test_if_the_store_does_not_say_whether_it_replaced_one_its_word_counts(kept: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         record = await exported(first, "a")
         await second.step("a", x(1))
         second.store.unknown["a"] = kept
@@ -70,12 +70,12 @@ async def test_if_the_store_does_not_say_whether_it_replaced_one_its_word_counts
 
 async def test_a_session_that_leaves_the_table_before_its_turn_is_replaced_without_being_away() -> None:
     async with two(threads=True) as (first, second):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         records = [await exported(first, name) for name in "ab"]
         await first.submit(["a", "b"], x(2)).all()
         blocked = await second.begin_pass("a", x(1))
         replacing = await begun(second.engine.import_sessions(records, ExistingPolicy.REPLACE))
-        assert second.inside.removal.forget_idle(["b"]) == 1
+        assert second.internals.removal.forget_idle(["b"]) == 1
         second.hooks.open_gate()
         assert await replacing == [ImportOutcome.REPLACED] * 2
         assert not any(batch.deletes for batch in second.store.tried)

@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import SessionNotFound
 from support.engine.harness import Harness, kinds, x
-from support.engine.two_engines import both_know, two_in_time
+from support.engine.two_engines import make_resident_on_both, two_in_time
 from support.stores.kinds import SHARED
 
 pytestmark = SHARED
@@ -28,12 +28,12 @@ async def test_a_table_that_is_too_large_forgets_what_is_paged_out_and_long_unus
             times.advance(1.0)
             await first.open(*names[at : at + 4])
             await first.submit(names[at : at + 4], x(4)).all()
-        first.inside.sweep.max_paged_out = 40
-        assert await first.inside.sweep.trim() > 52
-        left = first.inside.loaded()
+        first.internals.sweep.max_paged_out = 40
+        assert await first.internals.sweep.trim() > 52
+        left = first.internals.loaded()
         assert left == names[-len(left) :], "the last used ones stay"
         assert len(left) <= 40 + 8
-        assert await first.inside.sweep.trim() == 0
+        assert await first.internals.sweep.trim() == 0
         assert [name for name, _ in await listed(first)] == names
         answers = await first.submit(names[::-4], x(25), expected=[1] * 25).all()
         assert kinds(answers) == ["Answer"] * 25
@@ -45,9 +45,9 @@ async def test_what_has_something_under_way_stays_in_the_table() -> None:
         await first.open("a", "b", "c", "d")
         answers = await first.begin_pass("a", x(1), sizes=[1])
         waiting = first.submit("a", x(1), sizes=[1])
-        first.inside.sweep.max_paged_out = 0
-        await first.inside.sweep.trim()
-        assert "a" in first.inside.loaded()
+        first.internals.sweep.max_paged_out = 0
+        await first.internals.sweep.trim()
+        assert "a" in first.internals.loaded()
         first.hooks.open_gate()
         assert (await answers.only()).revision == 1
         assert (await waiting.only()).revision == 2
@@ -56,7 +56,7 @@ async def test_what_has_something_under_way_stays_in_the_table() -> None:
 @pytest.mark.parametrize("wanted", [{}, {"idle_longer_s": -1.0}])
 async def test_lists_say_what_the_store_has(wanted: dict[str, Any]) -> None:
     async with two_in_time() as (first, second, times):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         assert await listed(second, **wanted) == [("a", 1), ("b", 1)]
         times.advance(5.0)
         await first.step("a", x(1))
@@ -72,7 +72,7 @@ async def test_lists_say_what_the_store_has(wanted: dict[str, Any]) -> None:
 
 async def test_a_session_that_is_over_is_not_listed() -> None:
     async with two_in_time(max_session_idle_s=100.0) as (first, second, times):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         times.advance(101.0)
         await first.open("b")
         for at in (first, second):
@@ -98,7 +98,7 @@ async def test_models_say_how_many_sessions_there_are_on_all_servers() -> None:
 
 async def test_what_is_closed_for_being_idle_was_used_on_no_server() -> None:
     async with two_in_time() as (first, second, times):
-        await both_know(first, second, "a", "b", "c")
+        await make_resident_on_both(first, second, "a", "b", "c")
         times.advance(60.0)
         await second.step("a", x(1))
         await second.state("b")
@@ -114,7 +114,7 @@ async def test_what_is_closed_for_being_idle_was_used_on_no_server() -> None:
 
 async def test_a_session_that_is_used_while_it_is_closed_for_being_idle_stays() -> None:
     async with two_in_time() as (first, second, times):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         times.advance(60.0)
         first.store.commits_held = True
         closing = asyncio.create_task(

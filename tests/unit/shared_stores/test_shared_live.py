@@ -24,8 +24,8 @@ from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewher
 from support.engine.catalog_on_fakes import Watcher
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, x
-from support.engine.two_engines import both_know, serving_two
-from support.engine.version_changes import told
+from support.engine.two_engines import make_resident_on_both, serving_two
+from support.engine.version_changes import stored_versions
 from support.engine.versions import weights
 from support.stores.durable import begun
 from support.stores.gates import Gated
@@ -82,7 +82,7 @@ class Replica:
 
     async def look(self) -> None:
         """Hear of the others, look at the folder (twice, as a file must be the same), and after what drains."""
-        await self.at.inside.look()
+        await self.at.internals.look()
         await self.follower.look()
         await self.follower.look()
         await self.live.look()
@@ -134,7 +134,7 @@ async def test_folders_that_are_seen_at_different_times_lead_to_one_default(tmp_
 async def test_a_close_behind_a_step_that_must_go_elsewhere_ends_what_the_store_has(tmp_path: Path) -> None:
     """The session leaves the table while the close waits: what this server knew of it is not what is closed."""
     async with two(tmp_path) as (first, second):
-        await both_know(first.at, second.at, "a")
+        await make_resident_on_both(first.at, second.at, "a")
         store: Gated = second.at.store
         commits = len(store.asked("commit"))
         store.commits_held = True
@@ -197,7 +197,7 @@ async def test_what_was_left_drains_on_each(tmp_path: Path) -> None:
                 LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), keep_default=True)
             )
         await first.live.set_default("plain", 2, SessionPolicy.KEEP)
-        await second.at.inside.look()
+        await second.at.internals.look()
         await second.live.look()
         assert second.live.status("plain")[0].state is VersionState.DRAINING
         await first.at.engine.close_session("old")
@@ -212,7 +212,7 @@ async def test_health_says_that_the_default_is_not_here(tmp_path: Path) -> None:
         await first.live.load(
             LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), policy=SessionPolicy.CARRY)
         )
-        await second.at.inside.look()
+        await second.at.internals.look()
         await second.live.look()
         report = second.readiness.report
         assert not report.is_loaded("plain")
@@ -240,14 +240,16 @@ async def test_two_that_load_the_same_at_once(tmp_path: Path) -> None:
         request = LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), policy=SessionPolicy.CARRY)
         loaded = await asyncio.gather(first.live.load(request), second.live.load(request))
         assert [each.version for each in loaded] == [2, 2]
-        await first.at.inside.look()
-        await second.at.inside.look()
+        await first.at.internals.look()
+        await second.at.internals.look()
         assert (first.default, second.default) == (2, 2)
 
 
 async def is_wanted(replica: Replica, version: int) -> bool:
     """Whether the store says that a version is to be loaded again after a restart."""
-    (found,) = [each for each in (await told(replica.at))["versions"] if each["version"] == version]
+    (found,) = [
+        each for each in (await stored_versions(replica.at))["versions"] if each["version"] == version
+    ]
     return bool(found["wanted"])
 
 
@@ -275,10 +277,10 @@ async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path
         )
         with pytest.raises(MigrationFailed):
             await second.live.load(request)
-        assert [each["version"] for each in (await told(first.at))["versions"]] == [1, 2]
+        assert [each["version"] for each in (await stored_versions(first.at))["versions"]] == [1, 2]
         # it can be loaded there still, and is the default on both then
         await second.live.load(LoadRequest(name="plain", version=2, path=path, policy=SessionPolicy.CARRY))
-        await first.at.inside.look()
+        await first.at.internals.look()
         assert (first.default, second.default) == (2, 2)
 
 
@@ -290,7 +292,7 @@ async def test_a_default_that_others_have_is_loaded_where_its_file_is(tmp_path: 
             LoadRequest(name="plain", version=2, path=str(file), policy=SessionPolicy.CARRY)
         )
         file.unlink()  # on the other machine it is not there yet
-        await second.at.inside.look()
+        await second.at.internals.look()
         for _ in range(2):
             assert await second.replica_follower.look() == 0
             with pytest.raises(VersionElsewhere, match=r"stepwell models load plain@2 PATH --no-default"):
@@ -309,7 +311,7 @@ async def test_a_default_that_others_have_is_loaded_where_its_file_is(tmp_path: 
                 name="plain", version=version, path=str(other), keep_default=True, labels=labels
             )
             await first.live.load(request)
-        await second.at.inside.look()
+        await second.at.internals.look()
         assert await second.replica_follower.look() == 1
         assert sorted(second.at.engine.catalogue()["plain"].loaded) == [1, 2, 3]
 
@@ -321,7 +323,7 @@ async def test_a_file_that_is_another_one_here_is_refused_once_and_others_are_as
             LoadRequest(name="plain", version=2, path=str(file), policy=SessionPolicy.CARRY)
         )
         second.live.compile = _broken
-        await second.at.inside.look()
+        await second.at.internals.look()
         assert await second.replica_follower.look() == 0
         (status,) = [each for each in second.live.status("plain") if each.version == 2]
         assert status.state is VersionState.FAILED
@@ -340,7 +342,7 @@ async def test_what_others_have_is_loaded_only_from_where_files_may_be(tmp_path:
         await first.live.load(
             LoadRequest(name="plain", version=2, path=str(_file(tmp_path)), policy=SessionPolicy.CARRY)
         )
-        await second.at.inside.look()
+        await second.at.internals.look()
         engine, live, clock = second.at.engine, second.live, second.at.clock
         inside = ReplicaFollower(engine, live, root=second.folder, clock=clock)
         assert await inside.look() == 0

@@ -10,7 +10,7 @@ import pytest
 from stepwell_server.errors import OutcomeUnknown, RevisionConflict, SessionExists, SessionNotFound
 from stepwell_server.store.base import Batch
 from support.engine.harness import Harness, x
-from support.engine.two_engines import both_know, two
+from support.engine.two_engines import make_resident_on_both, two
 from support.stores.durable import begun
 from support.stores.kinds import SHARED
 from support.stores.valkey_store import stamps
@@ -33,7 +33,7 @@ async def test_what_may_have_been_kept_stays_and_the_rest_is_made_when_the_call_
     how: str, kept: bool
 ) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "source")
+        await make_resident_on_both(first, second, "source")
         await first.open("new")
         second.store.unknown = {"x": kept, "z": kept}
         with pytest.raises(OutcomeUnknown, match="may have kept it"):
@@ -63,7 +63,7 @@ async def test_a_call_that_cannot_come_again_is_undone() -> None:
 
 async def beaten(first: Harness, second: Harness, how: str) -> asyncio.Task[Any]:
     """A call of the second for three sessions, one of which the first has meanwhile; its answer is held back."""
-    await both_know(first, second, "source")
+    await make_resident_on_both(first, second, "source")
     before = len(second.store.asked("commit"))
     second.store.commits_held = True
     slow = await begun(make_many(second, how, ["x", "taken", "y"], 7))
@@ -109,7 +109,7 @@ async def test_what_another_server_has_taken_over_is_not_taken_back(how: str) ->
 @HOW
 async def test_two_servers_that_do_the_same_call_make_its_sessions_once(how: str) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "source")
+        await make_resident_on_both(first, second, "source")
         before = len(second.store.asked("commit"))
         second.store.commits_held = True
         slow = await begun(make_many(second, how, ["x", "y"], 7))
@@ -151,7 +151,7 @@ async def test_a_session_that_was_closed_is_not_made_again_with_the_others() -> 
 @HOW
 async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(how: str) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "source")
+        await make_resident_on_both(first, second, "source")
         second.store.unknown["y"] = False
         with pytest.raises(OutcomeUnknown):
             await make_many(second, how, ["x", "y"], 4)
@@ -171,7 +171,7 @@ async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(how: str)
 
 async def test_what_was_taken_over_is_deleted_when_there_is_nothing_to_fork() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "source")
+        await make_resident_on_both(first, second, "source")
         second.store.unknown["y"] = False
         with pytest.raises(OutcomeUnknown):
             await make_many(second, "fork", ["x", "y"], 4)

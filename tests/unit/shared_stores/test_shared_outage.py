@@ -70,7 +70,7 @@ CALLS: dict[str, Callable[[Harness], Awaitable[Any]]] = {
     "close many": lambda at: at.engine.close_sessions(["leaves", "here"]),
     "close by a filter": close_matching,
     "export": export,
-    "end what is idle": lambda at: at.inside.expire_idle(),
+    "end what is idle": lambda at: at.internals.expire_idle(),
 }
 ERRORS = {
     "away": Unavailable("the store is away"),
@@ -82,7 +82,7 @@ async def prepared(first: Harness, second: Harness) -> Gated:
     """Sessions that the second server knows, two of them paged out."""
     await second.open(*NAMES)
     await second.submit(NAMES, x(len(NAMES))).all()
-    second.inside.page_out("away", "moves")
+    second.internals.page_out("away", "moves")
     await first.step("moves", x(1))
     store: Gated = second.store
     return store
@@ -209,6 +209,6 @@ async def test_steps_keep_their_order_when_their_session_leaves_the_table_betwee
         second = at.submit("a", x(1))
         await store.until("read")
         at.hooks.open_gate()
-        await other.none_fails()
+        await other.require_all_applied()
         store.let_go()
         assert [(await answers.only()).revision for answers in (first, second)] == [1, 2]

@@ -79,7 +79,7 @@ async def test_sessions_that_expire_are_given_back_whoever_ends_them() -> None:
     async with two_in_time(quotas=FIVE, max_session_idle_s=100.0) as (first, second, times):
         await make(first, 5)
         times.advance(101.0)
-        assert await second.inside.expire_idle() == 5
+        assert await second.internals.expire_idle() == 5
         await make(first, 5)
 
 

@@ -14,7 +14,7 @@ from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFoun
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.engine.harness import Harness, kinds, x
-from support.engine.two_engines import both_know, two
+from support.engine.two_engines import make_resident_on_both, two
 from support.stores.durable import begun, same_reply
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
@@ -24,7 +24,7 @@ pytestmark = SHARED
 
 async def test_a_revision_that_comes_twice_is_not_taken_for_the_first() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = first.store
         (before,) = await store.found("a")
         await first.step("a", x(1, seed=1))
@@ -42,7 +42,7 @@ async def test_a_revision_that_comes_twice_is_not_taken_for_the_first() -> None:
 
 async def test_a_change_of_a_write_that_was_lost_is_not_kept() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = first.store
         (before,) = await store.found("a")
         await first.step("a", x(1, seed=1))
@@ -76,7 +76,7 @@ async def test_a_commit_that_is_sent_again_is_kept_once() -> None:
 
 async def test_a_retry_is_answered_by_what_the_store_has_now() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         applied = await first.step("a", x(1), expected=1, request_ids=9)
         store: Gated = first.store
         reads = len(store.asked("read"))
@@ -103,7 +103,7 @@ async def step_while_read(first: Harness, second: Harness, **options: Any) -> tu
 @pytest.mark.parametrize("with_state", [True, False])
 async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(with_state: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         _, behind = await step_while_read(first, second, with_state=with_state)
         read = await behind
         assert read.revisions.tolist() == [2]
@@ -113,7 +113,7 @@ async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(with
 
 async def test_a_fork_is_of_what_was_answered_before_it_began() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.step("a", x(1, seed=4))
         forked = await second.engine.fork("a", new_session_id="b")
         assert forked.session.revision == 2
@@ -123,7 +123,7 @@ async def test_a_fork_is_of_what_was_answered_before_it_began() -> None:
 @pytest.mark.parametrize("call", ["describe", "resume"])
 async def test_a_session_with_something_under_way_is_described_as_the_store_has_it(call: str) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = second.store
         store.commits_held = True
         loses = second.submit("a", x(1), expected=1, request_ids=10)
@@ -144,7 +144,7 @@ async def test_a_session_with_something_under_way_is_described_as_the_store_has_
 @pytest.mark.parametrize("again", [True, False])
 async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(again: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = second.store
         store.commits_held = True
         loses = second.submit("a", x(1))
@@ -168,7 +168,7 @@ async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(
 @pytest.mark.parametrize("said", [True, False])
 async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(said: bool) -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.engine.close_session("a")
         await first.engine.open_session("plain", session_id="a", batch_size=3)
         sizes = {"batch_sizes": [3]} if said else {}
@@ -199,7 +199,7 @@ async def test_what_is_undone_is_only_what_this_call_made() -> None:
 
 async def test_nothing_is_read_that_the_store_cannot_confirm() -> None:
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = second.store
         store.read_error = Unavailable("the store is away")
         with pytest.raises(Unavailable):
@@ -214,7 +214,7 @@ async def test_a_change_that_does_not_fit_reads_its_session_once_and_leaves_no_e
     left: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
     async with two() as (first, second):
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = first.store
         before = len(store.asked("read"))
         store.read_error = Unavailable("away")
@@ -229,13 +229,13 @@ async def test_a_change_that_does_not_fit_reads_its_session_once_and_leaves_no_e
 async def test_records_of_sessions_that_others_opened_anew_say_so() -> None:
     names = [f"s{number}" for number in range(64)]
     async with two() as (first, second):
-        await both_know(first, second, *names)
+        await make_resident_on_both(first, second, *names)
         for _ in range(3):  # these sessions come together again and again: their records are laid out once
-            await second.submit(names, x(64)).none_fails()
+            await second.submit(names, x(64)).require_all_applied()
         first.clock.advance(100.0)
         await first.engine.close_sessions(names)
         opened = await first.engine.open_sessions("plain", session_ids=names)
-        await second.submit(names, x(64)).none_fails()
+        await second.submit(names, x(64)).require_all_applied()
         for name, revision in zip(names, opened.revisions.tolist(), strict=True):
             info = await first.engine.session_info(name)
             assert (info.revision, info.position) == (revision + 1, 1)
@@ -250,7 +250,7 @@ async def test_a_session_that_leaves_the_table_between_the_parts_of_a_long_looku
     for module in (directory, lookup):
         monkeypatch.setattr(module, "READ_BATCH_SIZE", 1)
     async with two() as (first, second):
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         store: Gated = second.store
         store.reads_held, so_far = True, len(store.asked("read"))
         read = await begun(second.engine.get_states(["a", "b"]))
@@ -259,7 +259,7 @@ async def test_a_session_that_leaves_the_table_between_the_parts_of_a_long_looku
         await store.until("read", so_far + 2)
         store.commit_error = Unavailable("the store is away")
         assert kinds(await second.submit("a", x(1)).all()) == ["Unavailable"]
-        assert second.inside.loaded() == ["b"]
+        assert second.internals.loaded() == ["b"]
         store.let_go()
         ((members, error),) = (await read).errors
         assert (members.tolist(), type(error)) == ([0], Unavailable), "nobody has closed it"

@@ -21,8 +21,15 @@ from stepwell_server.errors import (
 )
 from support.engine.fake_executor import PLAIN, WAIT_S
 from support.engine.harness import Answer, x
-from support.engine.two_engines import both_know, serving_two
-from support.engine.version_changes import fails, hold_commits, load_2, record_of, told, two_versions
+from support.engine.two_engines import make_resident_on_both, serving_two
+from support.engine.version_changes import (
+    fails,
+    hold_commits,
+    load_2,
+    record_of,
+    stored_versions,
+    two_versions,
+)
 from support.engine.versions import WIDE, after, serving, weights, widen
 from support.stores.durable import begun, until
 from support.stores.gates import Gated
@@ -44,9 +51,9 @@ pytestmark = SHARED
 async def test_a_change_of_the_default_is_one_for_all(policy: SessionPolicy) -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         assert await first.engine.set_default("plain", 2, policy) == DefaultMove(1, 1)
-        await second.inside.look()
+        await second.internals.look()
         assert second.engine.version("plain") == 2
         info = await second.engine.session_info("a")
         assert (info.version, info.position) == (2, 0 if policy is RESET else 1)
@@ -57,7 +64,7 @@ async def test_a_change_of_the_default_is_one_for_all(policy: SessionPolicy) -> 
         assert (await first.step("a", FIRST)).version == 2
 
 
-@pytest.mark.stores("awaited")  # the one on Valkey does not tell of changes yet
+@pytest.mark.stores("fake_shared")  # the one on Valkey does not tell of changes yet
 async def test_the_store_tells_of_changes_at_once() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
@@ -74,7 +81,7 @@ async def test_labels_follow_and_a_label_of_what_is_not_here_is_asked_for_elsewh
     async with two_versions() as (first, second):
         await load_2(first)
         await first.engine.set_label("plain", "canary", 2)
-        await second.inside.look()
+        await second.internals.look()
         await fails(
             second.open("a", model="plain:canary"), VersionElsewhere, r"needs version 2 of model 'plain'"
         )
@@ -82,7 +89,7 @@ async def test_labels_follow_and_a_label_of_what_is_not_here_is_asked_for_elsewh
         await second.open("a", model="plain:canary")
         assert (await second.engine.session_info("a")).version == 2
         await second.engine.set_label("plain", "canary", 0)
-        await first.inside.look()
+        await first.internals.look()
         with pytest.raises(VersionNotFound):
             first.engine.version("plain:canary")
 
@@ -99,7 +106,7 @@ async def test_several_changes_at_once_are_made_in_their_order() -> None:
         await second.engine.session_info("c")  # it learns of the first move
         await first.engine.set_default("plain", 3, RESET)
         await first.engine.set_default("plain", 1, CARRY)
-        await second.inside.look()
+        await second.internals.look()
         versions = {name: (await second.engine.session_info(name)).version for name in "abc"}
         assert versions == {"a": 1, "b": 2, "c": 1}
         answer = await second.step("a", FIRST)
@@ -111,10 +118,10 @@ async def test_what_a_session_waits_for_in_a_migration_follows() -> None:
     async with serving_two({"plain": PLAIN}, migrations={"widen": widen}, threads=True) as (first, second):
         for at in (first, second):
             await at.engine.load_version("plain", 2, WIDE)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         slow = await second.begin_pass("a", FIRST)
         await first.engine.set_default("plain", 2, MIGRATE, "widen")
-        looking = await begun(second.inside.look())
+        looking = await begun(second.internals.look())
         second.hooks.open_gate()
         assert (await slow.only()).version == 1
         await asyncio.wait_for(looking, WAIT_S)
@@ -159,7 +166,7 @@ async def test_a_copy_of_before_is_never_used_for_what_comes_after() -> None:
     """It loses its commit, and what the store has then is not made on the version that it knows."""
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.engine.set_default("plain", 2, CARRY)
         await first.step("a", FIRST)
         await fails(second.step("a", SECOND), VersionElsewhere, "has not heard yet.*send it again")
@@ -173,7 +180,7 @@ async def test_there_and_back_is_not_where_it_was() -> None:
     """The version is the same, the moves are not: they would be made twice."""
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         await first.engine.set_default("plain", 2, RESET)
         await first.engine.set_default("plain", 1, CARRY)
         await first.step("a", FIRST)
@@ -222,7 +229,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
     """It is kept as of before if nobody was faster, and else not at all."""
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = second.store
         held = hold_commits(store)
         slow = second.submit("a", FIRST, expected=1, request_ids=7)
@@ -230,7 +237,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
         await first.engine.set_default("plain", 2, policy)
         if is_faster:
             await first.step("a", SECOND, expected=1, request_ids=8)
-        looking = await begun(second.inside.look())
+        looking = await begun(second.internals.look())
         await until(lambda: second.engine.version("plain") == 2)
         store.let_go()
         (answer,) = await slow.all()
@@ -288,11 +295,11 @@ async def test_where_the_store_cannot_be_asked_for_a_change_nothing_is_judged_by
 async def test_sessions_of_a_version_that_is_not_here_wait_for_it(is_used: bool) -> None:
     async with two_versions() as (first, second):
         await load_2(first)
-        await both_know(first, second, "a", "b")
+        await make_resident_on_both(first, second, "a", "b")
         await first.engine.set_default("plain", 2, CARRY)
         if is_used:
             await first.step("a", FIRST)
-        await second.inside.look()
+        await second.internals.look()
         for _ in range(2):
             await fails(
                 second.step("a", FIRST), VersionElsewhere, "another server on the same store may have it"
@@ -312,19 +319,19 @@ async def test_sessions_of_a_version_that_is_not_here_wait_for_it(is_used: bool)
 async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here() -> None:
     async with two_versions() as (first, second):
         await load_2(first)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         store: Gated = second.store
         held = hold_commits(store)
         slow = second.submit("a", FIRST)
         await held
         behind = second.submit("a", SECOND)
         await first.engine.set_default("plain", 2, CARRY)
-        await second.inside.look()
+        await second.internals.look()
         store.let_go()
         assert (await slow.only()).version == 1
         await fails(behind.only(), VersionElsewhere)
         await second.settled()
-        assert second.inside.loaded() == []
+        assert second.internals.loaded() == []
         assert (await first.step("a", SECOND)).revision == 3
 
 
@@ -334,21 +341,21 @@ async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here() 
 async def test_the_same_file_is_loaded_by_each() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        assert [each["version"] for each in (await told(first))["versions"]] == [1, 2]
+        assert [each["version"] for each in (await stored_versions(first))["versions"]] == [1, 2]
         await fails(first.engine.load_version("plain", 2, weights(2)), VersionExists, "2 is loaded")
 
 
 async def test_a_number_is_one_file() -> None:
     async with two_versions() as (first, second):
         await load_2(first)
-        before = await told(first)
+        before = await stored_versions(first)
         await fails(
             second.engine.load_version("plain", 2, weights(3)),
             VersionExists,
             "2 is another file on the servers that share the store: load it as 3",
         )
-        assert (await told(first)) == before
-        assert [model.version for model in second.inside.models] == [1]
+        assert (await stored_versions(first)) == before
+        assert [model.version for model in second.internals.models] == [1]
         assert second.engine.next_version("plain") == 3
         await second.engine.load_version("plain", 3, weights(3))
 
@@ -367,14 +374,14 @@ async def test_of_two_that_load_other_files_under_one_number_one_is_refused() ->
 async def test_two_make_the_same_version_the_default() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
-        await both_know(first, second, "a")
+        await make_resident_on_both(first, second, "a")
         held = hold_commits(second.store)
         slow = await begun(second.engine.set_default("plain", 2, CARRY))
         await held
         assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 1)
         second.store.let_go()
         assert (await slow).sessions <= 1
-        assert (await told(first))["epoch"] == 1, "it is one move"
+        assert (await stored_versions(first))["epoch"] == 1, "it is one move"
         assert await second.engine.set_default("plain", 2, CARRY) == DefaultMove(2, 0)
 
 
@@ -399,7 +406,7 @@ async def test_who_asks_for_a_default_that_it_only_thinks_is_there_makes_it() ->
         await load_2(first, second)
         await first.engine.set_default("plain", 2, CARRY)
         assert await second.engine.set_default("plain", 1, CARRY) == DefaultMove(2, 0)
-        await first.inside.look()
+        await first.internals.look()
         assert first.engine.version("plain") == 1
 
 
@@ -419,7 +426,7 @@ async def test_changes_that_are_always_too_late_are_given_up() -> None:
             store.let_go_once()
         await fails(labelling, Unavailable, "being changed by other servers again and again")
         assert 1 < tries < 50
-        assert "canary" not in (await told(first))["labels"]
+        assert "canary" not in (await stored_versions(first))["labels"]
 
 
 async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
@@ -427,10 +434,10 @@ async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
         await load_2(first, second)
         first.store.fail(Unavailable("the connection broke"), kept=True)
         assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 0)
-        assert first.engine.version("plain") == (await told(first))["default"] == 2
+        assert first.engine.version("plain") == (await stored_versions(first))["default"] == 2
         first.store.commit_error = Unavailable("the store is away")
         await fails(first.engine.set_default("plain", 1, CARRY), Unavailable, "away")
-        assert first.engine.version("plain") == (await told(first))["default"] == 2
+        assert first.engine.version("plain") == (await stored_versions(first))["default"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------- begin and end
@@ -439,7 +446,10 @@ async def test_a_write_whose_answer_is_lost_is_looked_for() -> None:
 async def test_the_first_to_come_says_the_default() -> None:
     async with serving_two({"plain": PLAIN}, BOTH) as (first, second):
         assert second.engine.version("plain") == 1
-        assert ((await told(first))["default"], (await told(first))["highest"]) == (1, 2)
+        assert ((await stored_versions(first))["default"], (await stored_versions(first))["highest"]) == (
+            1,
+            2,
+        )
         await second.open("a", model="plain@2")
         await fails(first.step("a", x(1)), VersionElsewhere)
 
@@ -459,9 +469,9 @@ async def test_a_server_that_ends_a_version_ends_it_for_itself() -> None:
     async with two_versions() as (first, second):
         await load_2(first, second)
         await first.engine.set_label("plain", "canary", 2)
-        await second.inside.look()
+        await second.internals.look()
         await first.engine.unload_version("plain", 1, force=True)
-        await second.inside.look()
+        await second.internals.look()
         assert second.engine.version("plain") == 1
         assert second.engine.version("plain:canary") == 2
         await second.open("a")
@@ -476,6 +486,6 @@ async def test_a_version_with_sessions_elsewhere_is_in_use() -> None:
         await load_2(first, second)
         await second.open("a", model="plain@2")
         await fails(first.engine.unload_version("plain", 2), ModelInUse, "it has 1")
-        await both_know(first, second, "b")
+        await make_resident_on_both(first, second, "b")
         await second.engine.close_session("a")
         await first.engine.unload_version("plain", 2)

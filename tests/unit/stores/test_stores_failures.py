@@ -9,10 +9,10 @@ import pytest
 
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from support.engine.harness import Answer, Harness, kinds, x
-from support.stores.durable import Lasting, begun, everything, new_lasting, same_reply, stalled
-from support.stores.kinds import LASTING, ON_DISK
+from support.stores.durable import DurableStore, begun, everything, new_durable_store, same_reply, stalled
+from support.stores.kinds import DURABLE, ON_DISK
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 Change = Callable[[Harness], Awaitable[Any]]
@@ -60,13 +60,13 @@ async def fails(call: Awaitable[Any], kind: type[ServerError] = Unavailable) -> 
 @pytest.mark.parametrize("name", [*CHANGES, *ENDS_AND_BEGINNINGS])
 @pytest.mark.parametrize("unexpected", [False, True])
 async def test_what_is_not_kept_has_not_happened(
-    lasting: Lasting, options: dict[str, Any], name: str, unexpected: bool
+    durable_store: DurableStore, options: dict[str, Any], name: str, unexpected: bool
 ) -> None:
     call = (CHANGES | ENDS_AND_BEGINNINGS)[name]
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         before = await begin(at)
         resident = at.slots().resident
-        lasting.store.fail(RuntimeError("a secret detail") if unexpected else AWAY)
+        durable_store.store.fail(RuntimeError("a secret detail") if unexpected else AWAY)
         await fails(call(at), Internal if unexpected else Unavailable)
         await at.settled()
         at.check_books()
@@ -78,39 +78,39 @@ async def test_what_is_not_kept_has_not_happened(
         assert again is True or again.replayed
         await at.settled()
         after = await everything(at)
-        lasting.kill(away_s=0)
-    async with lasting.engine(**options) as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine(**options) as at:
         assert (await everything(at)) == after
 
 
 @pytest.mark.parametrize("name", CHANGES)
 async def test_a_change_that_was_kept_though_the_store_failed_is_answered_when_it_is_sent_again(
-    lasting: Lasting, options: dict[str, Any], name: str
+    durable_store: DurableStore, options: dict[str, Any], name: str
 ) -> None:
     wanted = await undisturbed(CHANGES[name])
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         await begin(at)
-        lasting.store.fail(AWAY, kept=True)
+        durable_store.store.fail(AWAY, kept=True)
         await fails(CHANGES[name](at))
         found = await CHANGES[name](at)
         same_reply(found, wanted)
-        assert len(lasting.store.tried) == 3 + 3 + 1, "it was kept once"
+        assert len(durable_store.store.tried) == 3 + 3 + 1, "it was kept once"
 
 
 @pytest.mark.parametrize("kept", [False, True])
 async def test_the_server_does_not_try_again_by_itself_what_may_have_been_kept(
-    lasting: Lasting, options: dict[str, Any], kept: bool
+    durable_store: DurableStore, options: dict[str, Any], kept: bool
 ) -> None:
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         await begin(at)
-        lasting.store.fail(AWAY, kept=kept)
+        durable_store.store.fail(AWAY, kept=kept)
         await fails(at.single("a", x(1, seed=1)).only())
         assert (await at.engine.session_info("b")).revision == 1
         assert (await at.engine.get_state("a")).session.revision == (2 if kept else 1)
 
 
 async def undisturbed(call: Change) -> Answer:
-    other = await new_lasting()
+    other = await new_durable_store()
     async with other.engine() as at:
         await begin(at)
         found = await call(at)
@@ -121,20 +121,20 @@ async def undisturbed(call: Change) -> Answer:
 
 @pytest.mark.parametrize("name", ENDS_AND_BEGINNINGS)
 async def test_what_was_made_or_ended_though_the_store_failed_is_so_when_it_is_sent_again(
-    lasting: Lasting, name: str
+    durable_store: DurableStore, name: str
 ) -> None:
     call = ENDS_AND_BEGINNINGS[name]
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         before = await begin(at)
-        lasting.store.fail(AWAY, kept=True)
+        durable_store.store.fail(AWAY, kept=True)
         await fails(call(at))
         answer = await call(at)
         assert answer is True or answer.replayed
         after = await everything(at)
         assert after != before
         assert (await at.sessions())[0] == len(after)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         assert (await everything(at)) == after
         answer = await call(at)
         assert answer is True or answer.replayed
@@ -142,17 +142,17 @@ async def test_what_was_made_or_ended_though_the_store_failed_is_so_when_it_is_s
 
 
 async def test_a_frame_that_is_not_kept_fails_whole_and_alone(
-    lasting: Lasting, options: dict[str, Any]
+    durable_store: DurableStore, options: dict[str, Any]
 ) -> None:
     ids = [f"s{i}" for i in range(20)]
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         await at.open("apart")
         await at.engine.open_sessions("plain", session_ids=ids)
         frame: dict[str, Any] = {"x": x(20, 3), "expected": [0] * 20, "request_ids": range(1, 21)}
-        lasting.store.fail(AWAY)
+        durable_store.store.fail(AWAY)
         assert kinds(await at.submit(ids, **frame).all()) == ["Unavailable"] * 20
         await at.settled()
-        assert at.inside.loaded() == ["apart"], "they are loaded when they are next named"
+        assert at.internals.loaded() == ["apart"], "they are loaded when they are next named"
         assert at.slots().resident == 1
         assert (await at.step("apart", x(1))).revision == 1
         first = await at.submit(ids, **frame).all()
@@ -166,14 +166,14 @@ async def test_a_frame_that_is_not_kept_fails_whole_and_alone(
 
 @ON_DISK  # what is behind a failed commit of a shared store looks its session up again
 async def test_what_waits_in_line_is_answered_when_its_session_is_dropped(
-    lasting: Lasting, options: dict[str, Any]
+    durable_store: DurableStore, options: dict[str, Any]
 ) -> None:
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         await at.open("a", "b")
-        lasting.store.fail(AWAY)
-        lasting.store.stall()
+        durable_store.store.fail(AWAY)
+        durable_store.store.stall()
         first = at.submit("a", x(1), expected=0, request_ids=1)
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         waiting = [
             at.submit("a", x(1), expected=1, request_ids=2),
             at.submit(["b", "a"], x(2), expected=[0, 1], request_ids=[3, 4]),
@@ -181,7 +181,7 @@ async def test_what_waits_in_line_is_answered_when_its_session_is_dropped(
         ]
         calls = [at.state("a"), at.engine.fork("a"), at.engine.close_session("a")]
         tasks = [await begun(call) for call in calls]
-        lasting.store.go_on()
+        durable_store.store.go_on()
         for answers in (first, *waiting):
             assert "Unavailable" in kinds(await answers.all())
         assert kinds(await waiting[1].all()) == ["Answer", "Unavailable"]

@@ -17,10 +17,10 @@ from stepwell_server.errors import (
 )
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, kinds, x
-from support.stores.durable import Lasting, damage
-from support.stores.kinds import LASTING
+from support.stores.durable import DurableStore, damage
+from support.stores.kinds import DURABLE
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 NEWER = dataclasses.replace(PLAIN, fingerprint="f-newer")
 
@@ -62,12 +62,14 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
 
 
 @pytest.mark.parametrize("close", ["one", "many"])
-async def test_a_session_of_another_model_can_be_listed_and_closed(lasting: Lasting, close: str) -> None:
-    async with lasting.engine() as at:
+async def test_a_session_of_another_model_can_be_listed_and_closed(
+    durable_store: DurableStore, close: str
+) -> None:
+    async with durable_store.engine() as at:
         await at.open("a")
         await at.step("a", x(1, 3))
-        lasting.kill()
-    async with lasting.engine({"plain": NEWER}) as at:
+        durable_store.kill()
+    async with durable_store.engine({"plain": NEWER}) as at:
         await at.open("fine")
         await refused(
             at, "a", ModelMismatch, "session 'a' belongs to model 'plain' with fingerprint f-plain;"
@@ -76,11 +78,11 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(lasting: Last
         assert (info.model, info.fingerprint, info.batch_size) == ("plain", "f-plain", 1)
         assert (info.revision, info.position, info.resident) == (1, 3, False)
         assert (await at.sessions())[0] == 2
-        lasting.kill()
-    async with lasting.engine() as at:  # the old model again
+        durable_store.kill()
+    async with durable_store.engine() as at:  # the old model again
         assert (await at.step("a", x(1), expected=1)).revision == 2
-        lasting.kill()
-    async with lasting.engine({"plain": NEWER}) as at:
+        durable_store.kill()
+    async with durable_store.engine({"plain": NEWER}) as at:
         if close == "one":
             assert await at.engine.close_session("a", request_id=7) is False
             assert await at.engine.close_session("a", request_id=7) is True
@@ -94,29 +96,31 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(lasting: Last
         assert (opened.revision, opened.position) == (3, 0), "one more than the session before had"
 
 
-async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(lasting: Lasting) -> None:
-    async with lasting.engine({"plain": PLAIN, "old": PLAIN}) as at:
+async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(
+    durable_store: DurableStore,
+) -> None:
+    async with durable_store.engine({"plain": PLAIN, "old": PLAIN}) as at:
         await at.open("a", model="old")
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         await at.open("fine")
         message = r"session 'a' belongs to model 'old', which is not served; model must be one of \['plain'\]"
         await refused(at, "a", ModelNotFound, message)
         assert [info.session_id for info in (await at.engine.list_sessions(model="plain"))[0]] == ["fine"]
         assert [info.model for info in (await at.engine.list_sessions(prefix="a"))[0]] == ["old"]
         assert await at.engine.close_session("a") is False
-        assert (await at.engine.list_sessions())[1] == await lasting.count() == 1
-        lasting.kill()
-    async with lasting.engine({"plain": PLAIN, "old": PLAIN}) as at:
+        assert (await at.engine.list_sessions())[1] == await durable_store.count() == 1
+        durable_store.kill()
+    async with durable_store.engine({"plain": PLAIN, "old": PLAIN}) as at:
         assert await at.sessions() == [0, 1]
 
 
-async def test_a_damaged_record_harms_its_session_alone(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_a_damaged_record_harms_its_session_alone(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "fine")
-        await damage(lasting, "a")
-        lasting.kill()
-    async with lasting.engine() as at:
+        await damage(durable_store, "a")
+        durable_store.kill()
+    async with durable_store.engine() as at:
         await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be as it was written")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("a", request_id=7) is True
@@ -127,12 +131,12 @@ async def test_a_damaged_record_harms_its_session_alone(lasting: Lasting) -> Non
         assert not opened.resumed
 
 
-async def test_a_record_that_is_damaged_while_its_session_is_away(lasting: Lasting) -> None:
-    async with lasting.engine(resident_rows=2, threads=True) as at:
+async def test_a_record_that_is_damaged_while_its_session_is_away(durable_store: DurableStore) -> None:
+    async with durable_store.engine(resident_rows=2, threads=True) as at:
         await at.open("a", "b")
         await at.open("c", batch_size=2)
         assert not (await at.engine.session_info("a")).resident
-        await damage(lasting, "a")
+        await damage(durable_store, "a")
         for call in (at.step("a", x(1)), at.state("a"), at.engine.fork("a"), at.step("a", x(1, 2))):
             with pytest.raises(StateCorrupt, match="session 'a'"):
                 await call
@@ -143,24 +147,24 @@ async def test_a_record_that_is_damaged_while_its_session_is_away(lasting: Lasti
         assert (await at.step("b", x(1), expected=1)).revision == 2
 
 
-async def test_a_damaged_session_is_closed_among_others(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_a_damaged_session_is_closed_among_others(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b", "c")
-        await damage(lasting, "b")
-        lasting.kill()
-    async with lasting.engine() as at:
+        await damage(durable_store, "b")
+        durable_store.kill()
+    async with durable_store.engine() as at:
         assert await at.engine.close_sessions(["c", "b", "a", "never"]) == 3
         assert await at.engine.list_sessions() == ([], 0)
 
 
 async def test_one_of_two_closes_at_once_deletes_what_cannot_be_stepped(
-    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await at.open("a", "b")
-        lasting.kill()
-    async with lasting.engine({"plain": NEWER}) as at:
-        at.inside.commit_on_a_thread(monkeypatch)
+        durable_store.kill()
+    async with durable_store.engine({"plain": NEWER}) as at:
+        at.internals.commit_on_a_thread(monkeypatch)
         closes = [at.engine.close_session("a", request_id=7), at.engine.close_session("a", request_id=7)]
         assert sorted(await asyncio.gather(*closes)) == [False, True]
         assert (await at.sessions())[0] == 1

@@ -8,10 +8,10 @@ import pytest
 
 from stepwell_server.errors import InvalidInput, RevisionConflict, SessionExists, SessionGone, SessionNotFound
 from support.engine.harness import Harness, x
-from support.stores.durable import Lasting, everything
-from support.stores.kinds import LASTING
+from support.stores.durable import DurableStore, everything
+from support.stores.kinds import DURABLE
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 
 async def count(at: Harness) -> int:
@@ -31,13 +31,15 @@ async def count(at: Harness) -> int:
         {"session_id": "a", "batch_size": 2, "state": {"": x(2, seed=3)}},
     ],
 )
-async def test_an_open_sent_again_means_the_session_it_made(lasting: Lasting, fields: dict[str, Any]) -> None:
-    async with lasting.engine() as at:
+async def test_an_open_sent_again_means_the_session_it_made(
+    durable_store: DurableStore, fields: dict[str, Any]
+) -> None:
+    async with durable_store.engine() as at:
         first = await at.engine.open_session("plain", request_id=7, **fields)
         assert not first.replayed
-        lasting.kill(away_s=0)
+        durable_store.kill(away_s=0)
     for step in range(2):
-        async with lasting.engine() as at:
+        async with durable_store.engine() as at:
             again = await at.engine.open_session("plain", request_id=7, **fields)
             assert again.replayed
             assert not again.resumed
@@ -46,14 +48,14 @@ async def test_an_open_sent_again_means_the_session_it_made(lasting: Lasting, fi
             assert (session.revision, session.created) == (step, first.session.created)
             assert await count(at) == 1
             await at.step(session.session_id, x(session.batch_size), expected=step)
-            lasting.kill(away_s=0)
+            durable_store.kill(away_s=0)
 
 
-async def test_another_open_of_the_id_is_not_the_same(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_another_open_of_the_id_is_not_the_same(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.engine.open_session("plain", session_id="a", request_id=7, must_be_new=True)
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         for request_id in (0, 8):
             with pytest.raises(SessionExists, match="session 'a' is open"):
                 await at.engine.open_session("plain", session_id="a", request_id=request_id, must_be_new=True)
@@ -68,13 +70,13 @@ async def test_another_open_of_the_id_is_not_the_same(lasting: Lasting) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_many_opened_again_are_the_same(lasting: Lasting, named: bool) -> None:
+async def test_many_opened_again_are_the_same(durable_store: DurableStore, named: bool) -> None:
     fields: dict[str, Any] = {"session_ids": ["c", "a", "b"]} if named else {"count": 3}
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         first = await at.engine.open_sessions("plain", request_id=7, batch_size=2, **fields)
         before = await everything(at)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         again = await at.engine.open_sessions("plain", request_id=7, batch_size=2, **fields)
         assert again.replayed
         assert list(again.session_ids) == list(first.session_ids)
@@ -93,16 +95,16 @@ async def test_many_opened_again_are_the_same(lasting: Lasting, named: bool) -> 
 
 
 @pytest.mark.parametrize("named", [False, True])
-async def test_a_fork_sent_again_means_the_session_it_made(lasting: Lasting, named: bool) -> None:
+async def test_a_fork_sent_again_means_the_session_it_made(durable_store: DurableStore, named: bool) -> None:
     fields: dict[str, Any] = {"new_session_id": "b" if named else "", "request_id": 7, "expected": 1}
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await at.open("a")
         await at.step("a", x(1, 3))
         first = await at.engine.fork("a", **fields)
         await at.step("a", x(1))
         before = await everything(at)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         again = await at.engine.fork("a", **fields)
         assert again.replayed
         assert again.session.session_id == first.session.session_id
@@ -117,13 +119,13 @@ async def test_a_fork_sent_again_means_the_session_it_made(lasting: Lasting, nam
         assert await count(at) == 1
 
 
-async def test_a_close_sent_again_succeeds(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_a_close_sent_again_succeeds(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b", "c")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("b") is False
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         assert await at.engine.close_session("a", request_id=7) is True
         for name, request_id in (("a", 8), ("a", 0), ("b", 7), ("b", 0), ("never", 7)):
             with pytest.raises(SessionNotFound):
@@ -133,32 +135,36 @@ async def test_a_close_sent_again_succeeds(lasting: Lasting) -> None:
         assert await count(at) == 0
 
 
-async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(
+    durable_store: DurableStore,
+) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b", "group 1", "group 2")
         uid = (await at.engine.session_info("b")).uid
         await at.engine.close_session("a", request_id=7)
         await at.engine.close_session("b")
         await at.engine.close_sessions(["group 1", "group 2"], request_id=8)
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         await at.open("a", "b", "group 2")
         await at.step("a", x(1))
-        lasting.kill()
+        durable_store.kill()
     for _ in range(2):
-        async with lasting.engine() as at:
+        async with durable_store.engine() as at:
             assert await at.engine.close_session("a", request_id=7) is True
             with pytest.raises(SessionNotFound, match="another one has its id now"):
                 await at.engine.close_session("b", request_id=9, uid=uid)
             assert await at.engine.close_sessions(["group 1", "group 2"], request_id=8) == 2
             assert await count(at) == 3
             await at.step("a", x(1))
-            lasting.kill()
+            durable_store.kill()
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_a_late_duplicate_does_not_bring_a_session_back(lasting: Lasting, killed: bool) -> None:
-    async with lasting.engine() as at:
+async def test_a_late_duplicate_does_not_bring_a_session_back(
+    durable_store: DurableStore, killed: bool
+) -> None:
+    async with durable_store.engine() as at:
         await at.open("source")
         one = (await at.engine.open_session("plain", request_id=7)).session.session_id
         many = (await at.engine.open_sessions("plain", request_id=8, count=3)).session_ids
@@ -166,11 +172,11 @@ async def test_a_late_duplicate_does_not_bring_a_session_back(lasting: Lasting, 
         for session_id in (one, *many, twin):
             await at.engine.close_session(session_id)
         if killed:
-            lasting.kill()
+            durable_store.kill()
         else:
             await refuse_duplicates(at)
     if killed:
-        async with lasting.engine() as at:
+        async with durable_store.engine() as at:
             await refuse_duplicates(at)
 
 
@@ -185,18 +191,18 @@ async def refuse_duplicates(at: Harness) -> None:
     assert await count(at) == 1
 
 
-async def test_an_id_that_was_closed_may_be_opened_anew(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_an_id_that_was_closed_may_be_opened_anew(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.engine.open_session("plain", session_id="a", request_id=7)
         await at.step("a", x(1))
         await at.engine.close_session("a", request_id=8)
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         opened = await at.engine.open_session("plain", session_id="a", request_id=9)
         assert not opened.resumed
         assert (opened.session.revision, opened.session.position) == (2, 0)
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         assert (await at.engine.session_info("a")).revision == 2
         assert await count(at) == 1
-        assert (await lasting.tombstone("a")) is None
+        assert (await durable_store.tombstone("a")) is None

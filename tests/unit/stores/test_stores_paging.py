@@ -8,27 +8,27 @@ import pytest
 
 from stepwell_server.engine.api import Select
 from support.engine.harness import x
-from support.stores.durable import Lasting, same_reply
-from support.stores.kinds import LASTING
+from support.stores.durable import DurableStore, same_reply
+from support.stores.kinds import DURABLE
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 
-async def test_to_leave_and_to_come_back_writes_nothing(lasting: Lasting) -> None:
+async def test_to_leave_and_to_come_back_writes_nothing(durable_store: DurableStore) -> None:
     ids = [f"s{i}" for i in range(12)]
-    async with lasting.engine(resident_rows=4) as at:
+    async with durable_store.engine(resident_rows=4) as at:
         await at.engine.open_sessions("plain", session_ids=ids)
-        assert len(lasting.store.tried) == 1
+        assert len(durable_store.store.tried) == 1
         for i, session_id in enumerate(ids):
             at.clock.advance(1)
             await at.step(session_id, x(1, seed=i))
-        assert len(lasting.store.tried) == 13, "one for each step"
+        assert len(durable_store.store.tried) == 13, "one for each step"
         for session_id in ids:
             at.clock.advance(1)
             await at.state(session_id)
-        assert len(lasting.store.tried) == 13
+        assert len(durable_store.store.tried) == 13
         assert at.slots().resident <= 4
-        assert await lasting.count() == 12
+        assert await durable_store.count() == 12
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -37,19 +37,19 @@ async def test_to_leave_and_to_come_back_writes_nothing(lasting: Lasting) -> Non
     [(1, 5, Select.ALL), (3, 2, Select.ALL), (1, 1, Select.ALL), (3, 0, Select.ALL), (2, 5, Select.LAST)],
 )
 async def test_a_reply_comes_back_with_its_session(
-    lasting: Lasting, size: int, steps: int, select: Select, killed: bool
+    durable_store: DurableStore, size: int, steps: int, select: Select, killed: bool
 ) -> None:
     value = x(size, *([steps] if steps else []))
     again: dict[str, Any] = {"expected": 0, "request_ids": 7, "select": select}
-    async with lasting.engine(resident_rows=4) as at:
+    async with durable_store.engine(resident_rows=4) as at:
         await at.open("a", batch_size=size)
         first = await at.step("a", value, **again)
         at.clock.advance(1)
         await at.open("b", batch_size=4)
         assert not (await at.engine.session_info("a")).resident
-        assert not at.inside.model("plain").replies.series
+        assert not at.internals.model("plain").replies.series
         if killed:
-            lasting.kill()
+            durable_store.kill()
         else:
             for _ in range(2):
                 same_reply(await at.step("a", value, **again), first)
@@ -57,12 +57,12 @@ async def test_a_reply_comes_back_with_its_session(
                 await at.state("b")
                 assert not (await at.engine.session_info("a")).resident
     if killed:
-        async with lasting.engine(resident_rows=4) as at:
+        async with durable_store.engine(resident_rows=4) as at:
             same_reply(await at.step("a", value, **again), first)
 
 
-async def test_a_fork_of_a_session_that_is_away_is_kept(lasting: Lasting) -> None:
-    async with lasting.engine(resident_rows=2) as at:
+async def test_a_fork_of_a_session_that_is_away_is_kept(durable_store: DurableStore) -> None:
+    async with durable_store.engine(resident_rows=2) as at:
         await at.open("a")
         await at.step("a", x(1, 3))
         at.clock.advance(1)
@@ -70,8 +70,8 @@ async def test_a_fork_of_a_session_that_is_away_is_kept(lasting: Lasting) -> Non
         assert not (await at.engine.session_info("a")).resident
         await at.engine.fork("a", new_session_id="d")
         state = await at.state("a")
-        lasting.kill()
-    async with lasting.engine(resident_rows=2) as at:
+        durable_store.kill()
+    async with durable_store.engine(resident_rows=2) as at:
         for name in "da":
             assert (await at.state(name))["sum"].tobytes() == state["sum"].tobytes()
             assert (await at.engine.session_info(name)).position == 3

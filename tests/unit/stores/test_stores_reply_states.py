@@ -12,11 +12,11 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.state.replies import ReplyArrays
 from stepwell_server.errors import ServerError, Unavailable
 from support.checks.model_of_sessions import initial, traced
-from support.engine.harness import Answer, Answers, Later, x
-from support.stores.durable import Lasting, same_reply
-from support.stores.kinds import LASTING
+from support.engine.harness import Answer, Answers, CallbackAnswers, x
+from support.stores.durable import DurableStore, same_reply
+from support.stores.kinds import DURABLE
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -34,21 +34,21 @@ pytestmark = LASTING
     ids=str,
 )
 async def test_a_retry_gets_the_first_states(
-    lasting: Lasting, said: dict[str, Any], steps: int, select: Select, killed: bool
+    durable_store: DurableStore, said: dict[str, Any], steps: int, select: Select, killed: bool
 ) -> None:
     value = x(len(said.get("rows", "all")), *([steps] if steps else []))
     again: dict[str, Any] = {"expected": 0, "request_id": 7, "select": select, **said}
-    async with lasting.engine(resident_rows=4, steps=2) as at:
+    async with durable_store.engine(resident_rows=4, steps=2) as at:
         await at.open("a", batch_size=3)
         first = await at.single("a", value, **again).only()
         at.clock.advance(1)
         await at.open("b", batch_size=4)
-        assert not at.inside.model("plain").replies.series
+        assert not at.internals.model("plain").replies.series
         if killed:
-            lasting.kill()
+            durable_store.kill()
         else:
             await at.single("a", value, **again).only()
-    async with lasting.engine(resident_rows=4) as at:
+    async with durable_store.engine(resident_rows=4) as at:
         second = await at.single("a", value, **again).only()
     same_reply(second, first)
     assert bool(first.states) == ("states" in said)
@@ -57,19 +57,19 @@ async def test_a_retry_gets_the_first_states(
 
 
 async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_rows(
-    lasting: Lasting,
+    durable_store: DurableStore,
 ) -> None:
     """Sent from within the answer to a change that the store could not keep: then the session leaves the table."""
     sent: list[Answers] = []
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await at.open("a", batch_size=3)
-        lasting.store.fail(Unavailable("the test says no"))
+        durable_store.store.fail(Unavailable("the test says no"))
 
         def send(answer: Answer | ServerError) -> None:
             assert isinstance(answer, Unavailable)
             sent.append(at.single("a", x(1, 4, seed=1), rows=[2], states=Select.ALL))
 
-        at.engine.submit(Change(["a"], Later(send), inputs={"": x(3)}))
+        at.engine.submit(Change(["a"], CallbackAnswers(send), inputs={"": x(3)}))
         await at.settled()
         outputs, after = traced(initial(1), x(1, 4, seed=1))
         answer = await sent[0].only()
@@ -79,18 +79,18 @@ async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_
 
 
 async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
-    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = x(1, 5)
     own = ReplyArrays({"y": value}, {"sum": value}).byte_count
     monkeypatch.setattr("stepwell_server.engine.state.replies.MAX_ARRAY_BYTES", 3 * own)
     said: dict[str, Any] = {"states": Select.ALL, "request_ids": 7, "expected": 0}
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         names = [f"s{i}" for i in range(8)]
         await at.open(*names)
         firsts = {name: await at.step(name, value, **said) for name in names}
         await at.settled()
-        replies = at.inside.model("plain").replies
+        replies = at.internals.model("plain").replies
         assert len(replies.series) <= 4, "the last one may be one too many"
         resident = [name for name in names if (await at.engine.session_info(name)).resident]
         assert resident == names[-len(resident) :], "those that were kept first have gone"
@@ -104,10 +104,10 @@ async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
         assert not replies.is_over_limit
 
 
-async def test_who_knows_no_states_in_a_record_reads_its_outputs(lasting: Lasting) -> None:
+async def test_who_knows_no_states_in_a_record_reads_its_outputs(durable_store: DurableStore) -> None:
     """Servers before there were any, on the same data."""
-    async with lasting.engine() as at:
-        replies = at.inside.model("plain").replies
+    async with durable_store.engine() as at:
+        replies = at.internals.model("plain").replies
         outputs, states = {"y": x(2, 3)}, {"sum": x(2, 3, seed=1)}
         before = replies.pack(ReplyArrays(outputs, {}))
         assert replies.pack(ReplyArrays(outputs, states)).startswith(before)

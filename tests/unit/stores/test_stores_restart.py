@@ -12,38 +12,38 @@ from stepwell_server.errors import InvalidInput, RevisionConflict
 from support.checks.model_of_sessions import ModelOfSessions, Reply
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.harness import Answer, kinds, x
-from support.stores.durable import Lasting, damage, everything, facts, same_reply
-from support.stores.kinds import LASTING
+from support.stores.durable import DurableStore, damage, everything, facts, same_reply
+from support.stores.kinds import DURABLE
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 
-async def test_sessions_are_there_when_they_are_named_and_not_before(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_sessions_are_there_when_they_are_named_and_not_before(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b")
-        lasting.clock.advance(5)
+        durable_store.clock.advance(5)
         await at.open("c", batch_size=3)
         for seed, name in enumerate("aab"):
-            lasting.clock.advance(1)
+            durable_store.clock.advance(1)
             await at.step(name, x(1, seed=seed))
         await at.step("c", x(3, 4, seed=9))
         before = await everything(at)
         listed, _ = await at.engine.list_sessions()
         wanted = [facts(info) for info in listed]
-        lasting.kill(away_s=1000)
-    async with lasting.engine() as at:
-        assert not at.inside.loaded()
+        durable_store.kill(away_s=1000)
+    async with durable_store.engine() as at:
+        assert not at.internals.loaded()
         assert (await at.sessions())[0] == 3
         found, total = await at.engine.list_sessions()
         assert total == 3
         assert not any(info.resident for info in found)
-        assert not at.inside.loaded(), "to list sessions loads none"
+        assert not at.internals.loaded(), "to list sessions loads none"
         for info, want in zip(found, wanted, strict=True):
             assert facts(info)[:-1] == want[:-1]
             one = await at.engine.session_info(info.session_id)
             assert facts(one)[:-1] == want[:-1]
             assert not one.resident
-        assert len(at.inside.loaded()) == 3
+        assert len(at.internals.loaded()) == 3
         assert at.slots().resident == 0
         for session_id, facts_and_state in (await everything(at)).items():
             assert facts_and_state[:-2] == before[session_id][:-2]
@@ -67,17 +67,17 @@ async def test_sessions_are_there_when_they_are_named_and_not_before(lasting: La
     ],
 )
 async def test_the_last_step_sent_again_gets_its_first_answer(
-    lasting: Lasting, threads: bool, batch_size: int, steps: int, fields: dict[str, Any]
+    durable_store: DurableStore, threads: bool, batch_size: int, steps: int, fields: dict[str, Any]
 ) -> None:
     value = x(batch_size, *([steps] if steps else []), seed=7)
     again = {"expected": 1, "request_ids": 22, **fields}
-    async with lasting.engine(threads=threads) as at:
+    async with durable_store.engine(threads=threads) as at:
         await at.open("a", batch_size=batch_size)
         await at.step("a", x(batch_size, 2), expected=0, request_ids=11)
         first = await at.step("a", value, **again)
         state = await at.state("a")
-        lasting.kill()
-    async with lasting.engine(threads=threads) as at:
+        durable_store.kill()
+    async with durable_store.engine(threads=threads) as at:
         same_reply(await at.step("a", value, **again), first)
         same_reply(await at.step("a", value, request_ids=22, **fields), first)
         for wrong in ({"expected": 1, "request_ids": 23}, {"expected": 0, "request_ids": 22}):
@@ -91,25 +91,25 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
                 await at.submit("a", reset=True, sizes=[batch_size], request_ids=22, **expected).only()
         assert (await at.state("a"))["sum"].tobytes() == state["sum"].tobytes()
         assert (await at.step("a", value, expected=2, request_ids=22, **fields)).revision == 3
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         with pytest.raises(RevisionConflict):
             await at.step("a", value, **again)
 
 
-async def test_outputs_of_several_kinds_come_back_as_they_were(lasting: Lasting) -> None:
+async def test_outputs_of_several_kinds_come_back_as_they_were(durable_store: DurableStore) -> None:
     def inputs(rows: int, steps: int) -> dict[str, Any]:
         token = np.arange(rows * steps, dtype=np.int32).reshape(rows, steps)
         return {"x": x(rows, steps), "token": token, "gain": np.linspace(1, 2, rows, dtype=np.float32)}
 
-    async with lasting.engine(programs={"rich": RICH}) as at:
+    async with durable_store.engine(programs={"rich": RICH}) as at:
         sizes = [1, 3, 2]
         for name, size in zip("abc", sizes, strict=True):
             await at.open(name, batch_size=size, model="rich")
         fields: dict[str, Any] = {"inputs": inputs(6, 4), "expected": [0] * 3, "request_ids": [1, 2, 3]}
         first = await at.submit(list("abc"), sizes=sizes, **fields).all()
-        lasting.kill()
-    async with lasting.engine(programs={"rich": RICH}) as at:
+        durable_store.kill()
+    async with durable_store.engine(programs={"rich": RICH}) as at:
         again = await at.submit(list("abc"), sizes=sizes, **fields).all()
         for found, wanted in zip(again, first, strict=True):
             assert isinstance(found, Answer)
@@ -123,33 +123,33 @@ async def test_outputs_of_several_kinds_come_back_as_they_were(lasting: Lasting)
     [{}, {"state": {"": x(3, seed=5)}}, {"rows": (2, 0)}, {"rows": (1,), "state": {"": x(1, seed=6)}}],
 )
 async def test_a_reset_is_kept_and_sent_again_is_answered_again(
-    lasting: Lasting, fields: dict[str, Any]
+    durable_store: DurableStore, fields: dict[str, Any]
 ) -> None:
     again = {"reset": True, "expected": 1, "request_ids": 22, "sizes": [3], **fields}
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await at.open("a", batch_size=3)
         await at.step("a", x(3, 5), expected=0, request_ids=11)
         first = await at.submit("a", **again).only()
         assert first.position == (5 if "rows" in fields else 0)
         before = await everything(at)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         same_reply(await at.submit("a", **again).only(), first)
         assert (await everything(at)) == before
         with pytest.raises(RevisionConflict):
             await at.submit("a", **{**again, "request_ids": 23}).only()
 
 
-async def test_a_fork_goes_on_apart_from_its_source(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_a_fork_goes_on_apart_from_its_source(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", batch_size=2)
         await at.step("a", x(2, 3), expected=0, request_ids=11)
-        lasting.clock.advance(10)
+        durable_store.clock.advance(10)
         await at.engine.fork("a", new_session_id="b")
         await at.step("a", x(2, seed=1))
         before = await everything(at)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         assert (await everything(at)) == before
         twin = await at.engine.session_info("b")
         assert (twin.revision, twin.position, twin.batch_size) == (1, 3, 2)
@@ -159,17 +159,17 @@ async def test_a_fork_goes_on_apart_from_its_source(lasting: Lasting) -> None:
         assert (await at.step("b", x(2), expected=1)).revision == 2
 
 
-async def test_each_member_of_a_frame_gets_its_own_answer(lasting: Lasting) -> None:
+async def test_each_member_of_a_frame_gets_its_own_answer(durable_store: DurableStore) -> None:
     names = ["loaded", "stored", "closed", "never", "other", "damaged", "away", "unserved"]
-    async with lasting.engine(programs={"plain": PLAIN, "other": PLAIN, "gone": PLAIN}) as at:
+    async with durable_store.engine(programs={"plain": PLAIN, "other": PLAIN, "gone": PLAIN}) as at:
         await at.open("loaded", "stored", "closed", "damaged", "away")
         await at.open("other", model="other")
         await at.open("unserved", model="gone")
         await at.engine.close_session("closed")
-        await damage(lasting, "damaged")
-        lasting.kill()
+        await damage(durable_store, "damaged")
+        durable_store.kill()
     new = {"plain": PLAIN, "other": RICH}
-    async with lasting.engine(programs=new, resident_rows=6) as at:
+    async with durable_store.engine(programs=new, resident_rows=6) as at:
         await at.step("loaded", x(1))
         wanted = ["Answer", "Answer", "SessionNotFound", "SessionNotFound", "ModelMismatch", "StateCorrupt"]
         wanted += ["Answer", "ModelNotFound"]
@@ -182,17 +182,17 @@ async def test_each_member_of_a_frame_gets_its_own_answer(lasting: Lasting) -> N
         assert kinds(again)[0] == "RevisionConflict"
 
 
-async def test_a_thousand_sessions_come_back_by_one_frame(lasting: Lasting) -> None:
+async def test_a_thousand_sessions_come_back_by_one_frame(durable_store: DurableStore) -> None:
     model = ModelOfSessions(0)
-    async with lasting.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
+    async with durable_store.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
         ids = list((await at.engine.open_sessions("plain", count=1000)).session_ids)
         value = x(1000, 2)
         await at.submit(ids, value).all()
         for i, session_id in enumerate(ids):
             model.open(session_id, 1, None, 0)
             model.step(session_id, value[i : i + 1], "ALL", None, 0, 0)
-        lasting.kill()
-    async with lasting.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
+        durable_store.kill()
+    async with durable_store.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
         value = x(1000, seed=1)
         answers = await at.submit(ids, value, expected=[1] * 1000, request_ids=range(1, 1001)).all()
         for i, (session_id, answer) in enumerate(zip(ids, answers, strict=True)):

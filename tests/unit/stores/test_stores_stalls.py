@@ -16,11 +16,11 @@ from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, 
 from stepwell_server.store.access import local_writes
 from stepwell_server.store.base import SMALL
 from support.engine.fake_executor import WAIT_S
-from support.engine.harness import STORES, Harness, Later, kinds, x
-from support.stores.durable import Lasting, begun, everything, facts, stalled, until
-from support.stores.kinds import LASTING, ON_DISK
+from support.engine.harness import STORES, CallbackAnswers, Harness, kinds, x
+from support.stores.durable import DurableStore, begun, everything, facts, stalled, until
+from support.stores.kinds import DURABLE, ON_DISK
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 EXACTLY: dict[str, Any] = {"expected": 1, "request_ids": 22}
@@ -69,14 +69,14 @@ async def shown(at: Harness) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", CHANGES)
 async def test_nobody_hears_or_sees_what_is_not_kept(
-    lasting: Lasting, options: dict[str, Any], name: str
+    durable_store: DurableStore, options: dict[str, Any], name: str
 ) -> None:
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         await begin(at)
         before = await shown(at)
-        lasting.store.stall()
+        durable_store.store.stall()
         call = await begun(CHANGES[name](at))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         ran = len(at.hooks.rows)
         at.hooks.inside.clear()
         others: list[Any] = [at.submit(["b", "c"], x(2)), at.single("c", x(1))]
@@ -94,7 +94,7 @@ async def test_nobody_hears_or_sees_what_is_not_kept(
         assert await shown(at) == before
         new = await begun(at.engine.session_info("new"))
         assert await has_ended(new, is_due=not begins) is not begins, "it is seen when it has been made"
-        lasting.store.go_on()
+        durable_store.store.go_on()
         await call
         for answers in others:
             assert set(kinds(await answers.all())) == {"Answer"}
@@ -112,15 +112,15 @@ async def test_nobody_hears_or_sees_what_is_not_kept(
 
 
 @ON_DISK  # changes are appended to a log beside the commit
-async def test_what_comes_during_a_stall_is_kept_together(lasting: Lasting) -> None:
+async def test_what_comes_during_a_stall_is_kept_together(durable_store: DurableStore) -> None:
     ids = [f"s{i:02}" for i in range(40)]
-    async with lasting.engine(resident_rows=200) as at:
+    async with durable_store.engine(resident_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
-        lasting.store.stall()
+        durable_store.store.stall()
         first = at.submit("a", x(1))
-        await stalled(lasting.store)
-        so_far = len(lasting.store.tried)
+        await stalled(durable_store.store)
+        so_far = len(durable_store.store.tried)
         asked: list[Any] = []
         for session_id in ids:
             asked.append(at.single(session_id, x(1)) if len(asked) % 2 else at.submit(session_id, reset=True))
@@ -128,24 +128,24 @@ async def test_what_comes_during_a_stall_is_kept_together(lasting: Lasting) -> N
         calls = [await begun(at.engine.open_session("plain", session_id=f"n{i}")) for i in range(10)]
         calls += [await begun(at.engine.fork("b")), await begun(at.engine.close_session("c"))]
         await turns()
-        lasting.store.go_on()
+        durable_store.store.go_on()
         for answers in (first, *asked):
             assert kinds(await answers.all()) == ["Answer"]
         await asyncio.gather(*calls)
-        batches = lasting.store.tried[so_far:]
+        batches = durable_store.store.tried[so_far:]
         assert sum(len(batch.puts) for batch in batches) == 51
         assert len(batches) <= 3
 
 
 async def test_passes_wait_while_too_much_waits_for_the_store(
-    lasting: Lasting, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "MAX_WAITING", 3)
-    async with lasting.engine(**options) as at:
+    async with durable_store.engine(**options) as at:
         await at.open(*"abcdef")
-        lasting.store.stall()
+        durable_store.store.stall()
         first = at.submit(["a", "b", "c"], x(3))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         assert at.engine.stats()[0].uncommitted == 3
         ran = len(at.hooks.rows)
         later: list[Any] = [
@@ -160,7 +160,7 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
         drain = await begun(at.engine.drain())
         await turns()
         assert not drain.done()
-        lasting.store.go_on()
+        durable_store.store.go_on()
         for answers in (first, *later):
             assert set(kinds(await answers.all())) == {"Answer"}
         await predict
@@ -168,16 +168,16 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
         assert (await at.engine.session_info("f")).revision == 2
 
 
-async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(lasting: Lasting) -> None:
-    async with lasting.engine(max_session_idle_s=50) as at:
+async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(durable_store: DurableStore) -> None:
+    async with durable_store.engine(max_session_idle_s=50) as at:
         await at.open("a", "b")
         await at.step("a", x(1))
         at.clock.advance(51)
-        lasting.store.stall()
+        durable_store.store.stall()
         waiting = await begun(at.engine.open_session("plain", session_id="c"))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         expiring, asked = (
-            await begun(at.inside.expire_idle()),
+            await begun(at.internals.expire_idle()),
             await begun(at.engine.session_info("a")),
         )
         await turns()
@@ -186,7 +186,7 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(lasting: La
         again = await begun(at.engine.open_session("plain", session_id="a", must_be_new=True))
         many = await begun(at.engine.open_sessions("plain", session_ids=["d", "b"]))
         await turns()
-        lasting.store.go_on()
+        durable_store.store.go_on()
         await waiting
         await expiring
         with pytest.raises(SessionExpired):
@@ -199,8 +199,8 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(lasting: La
         assert (await at.step("a", x(1), expected=2)).revision == 3
         before = await everything(at)
         assert list(before) == ["a", "b", "c", "d"]
-        lasting.kill(away_s=0)
-    async with lasting.engine(max_session_idle_s=50) as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine(max_session_idle_s=50) as at:
         assert (await everything(at)) == before
         assert (await at.sessions())[0] == 4
 
@@ -208,27 +208,27 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(lasting: La
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
 async def test_a_caller_that_goes_away_leaves_nothing_half_done(
-    lasting: Lasting, name: str, kept: bool
+    durable_store: DurableStore, name: str, kept: bool
 ) -> None:
     cancellable: dict[str, Callable[[Harness], Awaitable[Any]]] = {
         **CHANGES,
         "close many": lambda at: at.engine.close_sessions(["b", "a"]),
         "single": single,
     }
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await begin(at)
         before = await everything(at)
         if not kept:
-            lasting.store.fail(AWAY)
-        lasting.store.stall()
+            durable_store.store.fail(AWAY)
+        durable_store.store.stall()
         call = await begun(cancellable[name](at))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         await turns()
         later = await begun(at.state("b"))
-        lasting.store.go_on()
+        durable_store.store.go_on()
         await at.settled()
         await later
         at.check_books()
@@ -237,8 +237,8 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_done(
         assert again is kept if name == "close" else again.replayed is kept
         after = await everything(at)
         assert (await at.sessions())[0] == len(after)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         assert (await everything(at)) == after
 
 
@@ -250,13 +250,13 @@ def single(at: Harness) -> Awaitable[Any]:
     return answer.get()
 
 
-async def test_who_waits_for_a_session_that_is_being_made_gets_it(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_who_waits_for_a_session_that_is_being_made_gets_it(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await begin(at)
-        lasting.store.stall(kept=True)
+        durable_store.store.stall(kept=True)
         ask = at.engine.open_session
         first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         again = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
         other = await begun(ask("plain", session_id="new", request_id=2))
         taken = await begun(at.engine.fork("a", new_session_id="new", request_id=3))
@@ -266,7 +266,7 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(lasting: Lasti
         info = await begun(at.engine.session_info("new"))
         await turns()
         assert not info.done(), "the store has it, but nobody was told"
-        lasting.store.go_on()
+        durable_store.store.go_on()
         assert (await info).session_id == "new"
         assert not (await first).replayed
         assert (await again).replayed
@@ -277,15 +277,15 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(lasting: Lasti
         assert len(await shown(at)) == 4
 
 
-async def test_when_it_could_not_be_made_the_next_one_tries(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_when_it_could_not_be_made_the_next_one_tries(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await begin(at)
-        lasting.store.fail(AWAY)
-        lasting.store.stall()
+        durable_store.store.fail(AWAY)
+        durable_store.store.stall()
         first = await begun(at.engine.open_session("plain", session_id="new", request_id=1))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
-        lasting.store.go_on()
+        durable_store.store.go_on()
         with pytest.raises(Unavailable, match="the test says no"):
             await first
         opened = await other
@@ -293,19 +293,19 @@ async def test_when_it_could_not_be_made_the_next_one_tries(lasting: Lasting) ->
         assert not opened.replayed
 
 
-async def test_sessions_keep_their_order_through_a_stall(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_sessions_keep_their_order_through_a_stall(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a")
-        lasting.store.stall()
+        durable_store.store.stall()
         first = at.submit("a", x(1), expected=0, request_ids=1)
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         again = at.submit("a", x(1), expected=0, request_ids=1)
         second = at.submit("a", x(1), expected=1, request_ids=2)
         twin = await begun(at.engine.fork("a", new_session_id="twin"))
         third = at.submit("a", x(1), expected=2, request_ids=3)
         close = await begun(at.engine.close_session("a"))
         fourth = at.submit("a", x(1), expected=3, request_ids=4)
-        lasting.store.go_on()
+        durable_store.store.go_on()
         assert [(await answers.only()).revision for answers in (first, again, second, third)] == [1, 1, 2, 3]
         assert (await again.only()).replayed
         assert (await twin).session.revision == 2
@@ -313,41 +313,45 @@ async def test_sessions_keep_their_order_through_a_stall(lasting: Lasting) -> No
         assert kinds(await fourth.all()) == ["SessionNotFound"]
 
 
-async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(
+    durable_store: DurableStore,
+) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b")
-        lasting.store.stall()
+        durable_store.store.stall()
         answers = at.submit("a", x(1), expected=0, request_ids=np.array([1]))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         drain = await begun(at.engine.drain())
         await turns()
         assert not drain.done()
         assert not answers.ended
         assert await at.engine.close(timeout_s=0.01) is False
-        lasting.store.go_on()
+        durable_store.store.go_on()
         await drain
         assert at.engine.stats()[0].uncommitted == 0
         assert kinds(await answers.all()) == ["Answer"]
         assert await at.engine.close() is True
 
 
-async def too_much_waits(lasting: Lasting, at: Harness, monkeypatch: pytest.MonkeyPatch) -> asyncio.Task[Any]:
+async def too_much_waits(
+    durable_store: DurableStore, at: Harness, monkeypatch: pytest.MonkeyPatch
+) -> asyncio.Task[Any]:
     """The store stalls, and has as much before it as it may; the reset of `a` that it waits for."""
     monkeypatch.setattr(commits, "MAX_WAITING", 1)
-    at.inside.commit_on_a_thread(monkeypatch)
-    lasting.store.stall()
+    at.internals.commit_on_a_thread(monkeypatch)
+    durable_store.store.stall()
     first = await begun(at.submit("a", reset=True).only())
-    await stalled(lasting.store)
+    await stalled(durable_store.store)
     return first
 
 
 async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
-    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await begin(at)
         before = await shown(at)
-        first = await too_much_waits(lasting, at, monkeypatch)
+        first = await too_much_waits(durable_store, at, monkeypatch)
         for call in (
             at.engine.open_session("plain", session_id="new"),
             at.engine.open_sessions("plain", count=3),
@@ -359,18 +363,18 @@ async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
             at.submit("b", reset=True)
         assert refused.value.retry_after_s > 0
         assert await shown(at) == before
-        lasting.store.go_on()
+        durable_store.store.go_on()
         await first
         assert (await at.submit("b", reset=True).only()).revision == 2
 
 
 async def test_no_session_is_closed_behind_a_store_that_has_too_much(
-    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await begin(at)
         before = await shown(at)
-        first = await too_much_waits(lasting, at, monkeypatch)
+        first = await too_much_waits(durable_store, at, monkeypatch)
         for call in (
             at.engine.close_session("b", request_id=5),
             at.engine.close_session("a", request_id=5),
@@ -382,8 +386,8 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
                 await closing
             assert refused.value.retry_after_s > 0
         assert await shown(at) == before
-        assert not at.inside.are_claimed("b", "c")
-        lasting.store.go_on()
+        assert not at.internals.are_claimed("b", "c")
+        durable_store.store.go_on()
         await first
         assert await at.engine.close_session("b", request_id=5) is False
         assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
@@ -392,22 +396,22 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
 
 @pytest.mark.parametrize("kept", [True, False])
 async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when_that_has_ended(
-    lasting: Lasting, kept: bool
+    durable_store: DurableStore, kept: bool
 ) -> None:
-    async with lasting.engine(resident_rows=2) as at:
+    async with durable_store.engine(resident_rows=2) as at:
         await at.open("a")
         if not kept:
             # what makes sessions, and not the step: they may share a commit, or not
-            lasting.store.refuses = lambda batch: bool(batch.counts)
-        lasting.store.stall()
+            durable_store.store.refuses = lambda batch: bool(batch.counts)
+        durable_store.store.stall()
         making = [await begun(at.engine.open_session("plain", session_id="b"))]
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
         making.append(await begun(at.engine.open_session("plain", session_id="c")))
-        await until(lambda: not at.inside.has_row("a"))
+        await until(lambda: not at.internals.has_row("a"))
         step = at.submit("a", x(1))
-        await until(at.inside.someone_waits_for_rows)
+        await until(at.internals.someone_waits_for_rows)
         assert not step.ended
-        lasting.store.go_on()
+        durable_store.store.go_on()
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
         assert (await step.only()).revision == 1
@@ -415,30 +419,30 @@ async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when
 
 @ON_DISK  # batches of a shared store do not wait in the server
 async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
-    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commits, "MAX_WAITING", 4)
     monkeypatch.setattr(end, "BATCH_SIZE", 2)
-    async with lasting.engine(max_session_idle_s=5.0) as at:
+    async with durable_store.engine(max_session_idle_s=5.0) as at:
         names = [f"s{number}" for number in range(40)]
         await at.open(*names)
-        lasting.clock.advance(6.0)
-        lasting.store.stall()
+        durable_store.clock.advance(6.0)
+        durable_store.store.stall()
         monkeypatch.setattr(end, "_MIN_REST_S", 0)
-        expiring = await begun(at.inside.expire_idle())
+        expiring = await begun(at.internals.expire_idle())
         for _ in range(5):
             await turns()
         assert at.engine.stats()[0].uncommitted == 2
-        lasting.store.go_on()
+        durable_store.store.go_on()
         assert await expiring == 40
         await at.settled()
         assert at.store.count() == 0
 
 
-async def test_a_lone_step_is_under_way_until_the_store_has_it(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_a_lone_step_is_under_way_until_the_store_has_it(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await begin(at)
-        lasting.store.stall()
+        durable_store.store.stall()
         ran = len(at.hooks.rows)
         lone = at.single("a", x(1))
         await turns()
@@ -447,57 +451,59 @@ async def test_a_lone_step_is_under_way_until_the_store_has_it(lasting: Lasting)
         await turns()
         assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
         assert not any(answer.ended for answer in (lone, second, other))
-        lasting.store.go_on()
+        durable_store.store.go_on()
         assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
 
 
 async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
-    lasting: Lasting, caplog: pytest.LogCaptureFixture
+    durable_store: DurableStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raises(_answer: object) -> None:
         raise RuntimeError("nobody is there")
 
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await begin(at)
-        lasting.store.stall()
-        at.engine.submit(Change(["a"], Later(raises), inputs={"": x(1)}))
+        durable_store.store.stall()
+        at.engine.submit(Change(["a"], CallbackAnswers(raises), inputs={"": x(1)}))
         after = at.single("a", x(1))
-        lasting.store.go_on()
+        durable_store.store.go_on()
         assert (await after.only()).revision == 3
         assert "could not be delivered" in caplog.text
 
 
-async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(lasting: Lasting) -> None:
+async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(
+    durable_store: DurableStore,
+) -> None:
     ids = [f"s{number:03}" for number in range(SMALL + 1)]
-    async with lasting.engine(resident_rows=200, max_batch_rows=200) as at:
+    async with durable_store.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
-        so_far, ran = len(lasting.store.tried), len(at.hooks.rows)
+        so_far, ran = len(durable_store.store.tried), len(at.hooks.rows)
         many, one = at.submit(ids, x(len(ids))), at.submit("a", x(1))
         for answers in (many, one):
             assert set(kinds(await answers.all())) == {"Answer"}
         assert at.hooks.rows[ran:] == [len(ids) + 1], "it is one pass"
-        sizes = [len(batch.puts) for batch in lasting.store.tried[so_far:]]
+        sizes = [len(batch.puts) for batch in durable_store.store.tried[so_far:]]
         # the store's thread may find both
         assert sizes == [1, len(ids)] or (STORES.kind in {"sync", "async"} and sizes == [1 + len(ids)])
 
 
 async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
-    lasting: Lasting, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_writes, "MANY", SMALL)
     ids = [f"s{number:03}" for number in range(SMALL + 1)]
-    async with lasting.engine(resident_rows=200, max_batch_rows=200) as at:
+    async with durable_store.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
-        lasting.store.stall()
+        durable_store.store.stall()
         many = at.submit(ids, x(len(ids)))
-        await stalled(lasting.store)
-        so_far = len(lasting.store.tried)
+        await stalled(durable_store.store)
+        so_far = len(durable_store.store.tried)
         lone = at.single("a", x(1))
-        await until(lambda: len(lasting.store.tried) > so_far)
-        assert [len(batch.puts) for batch in lasting.store.tried[so_far:]] == [1]
+        await until(lambda: len(durable_store.store.tried) > so_far)
+        assert [len(batch.puts) for batch in durable_store.store.tried[so_far:]] == [1]
         assert not many.ended
-        lasting.store.go_on()
+        durable_store.store.go_on()
         assert (await lone.only()).revision == 2
         assert set(kinds(await many.all())) == {"Answer"}

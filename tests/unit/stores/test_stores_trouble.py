@@ -9,11 +9,11 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
-from support.engine.harness import Answer, Harness, Later, kinds, x
-from support.stores.durable import Lasting, begun, everything, stalled
-from support.stores.kinds import LASTING
+from support.engine.harness import Answer, CallbackAnswers, Harness, kinds, x
+from support.stores.durable import DurableStore, begun, everything, stalled
+from support.stores.kinds import DURABLE
 
-pytestmark = LASTING
+pytestmark = DURABLE
 
 AWAY = Unavailable("the store must be able to keep the change; the test says no")
 IDLE_S = 50.0
@@ -32,17 +32,19 @@ async def dropped(at: Harness, *session_ids: str) -> None:
     answers = at.submit(list(session_ids), x(len(session_ids)))
     assert kinds(await answers.all()) == ["Unavailable"] * len(session_ids)
     await at.settled()
-    assert not any(session_id in at.inside.loaded() for session_id in session_ids)
+    assert not any(session_id in at.internals.loaded() for session_id in session_ids)
 
 
 @pytest.mark.parametrize("jump_s", [-1e7, 0.0, 1e7])
-async def test_trouble_counts_neither_as_use_nor_as_idleness(lasting: Lasting, jump_s: float) -> None:
-    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+async def test_trouble_counts_neither_as_use_nor_as_idleness(
+    durable_store: DurableStore, jump_s: float
+) -> None:
+    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a", "b", "c")
         at.clock.advance(IDLE_S)
         await at.step("a", x(1))
         await at.state("b")  # a use that a store on disk is not told of
-        await lasting.knows_use_of("b")
+        await durable_store.knows_use_of("b")
         at.clock.jump(jump_s)
         at.clock.advance(0.5)
         await dropped(at, "a", "b")
@@ -56,22 +58,22 @@ async def test_trouble_counts_neither_as_use_nor_as_idleness(lasting: Lasting, j
                 await at.state(name)
 
 
-async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b")
-        lasting.kill(away_s=0)
-    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S)
         await at.state("a")
-        await lasting.knows_use_of("a")
+        await durable_store.knows_use_of("a")
         await dropped(at, "a")
         at.clock.advance(1)
         assert await expired(at) == ["b"]
         assert (await at.step("a", x(1))).revision == 1
 
 
-async def test_what_was_dropped_and_never_named_again_expires(lasting: Lasting) -> None:
-    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+async def test_what_was_dropped_and_never_named_again_expires(durable_store: DurableStore) -> None:
+    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S + 1)
         assert await expired(at) == [], "the sweep of the start is over"
         await at.open("a", "b")
@@ -79,28 +81,30 @@ async def test_what_was_dropped_and_never_named_again_expires(lasting: Lasting) 
         at.clock.advance(IDLE_S)
         assert await expired(at) == []
         at.clock.advance(1)
-        lasting.store.read_error = AWAY
+        durable_store.store.read_error = AWAY
         with pytest.raises(Unavailable):
             await at.expire()
-        lasting.store.read_error = None
+        durable_store.store.read_error = None
         at.clock.advance(2)
         assert await expired(at) == ["a", "b"]
-        assert await lasting.count() == (await at.sessions())[0] == 0
+        assert await durable_store.count() == (await at.sessions())[0] == 0
         assert await expired(at) == []
 
 
 @pytest.mark.parametrize("by", ["timer", "name"])
-async def test_what_expired_and_could_not_be_deleted_is_deleted_later(lasting: Lasting, by: str) -> None:
-    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+async def test_what_expired_and_could_not_be_deleted_is_deleted_later(
+    durable_store: DurableStore, by: str
+) -> None:
+    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S + 1)
         assert await expired(at) == []
         await at.open("a")
         at.clock.advance(IDLE_S + 1)
-        lasting.store.fail(AWAY)
+        durable_store.store.fail(AWAY)
         with pytest.raises(Unavailable):
             await at.expire()
         await at.settled()
-        assert await lasting.count() == (await at.sessions())[0] == 1
+        assert await durable_store.count() == (await at.sessions())[0] == 1
         at.clock.jump(-1000)  # it must not come back to life
         if by == "timer":
             assert await expired(at) == ["a"]
@@ -108,19 +112,21 @@ async def test_what_expired_and_could_not_be_deleted_is_deleted_later(lasting: L
             with pytest.raises(SessionExpired):
                 await at.state("a")
             await at.settled()
-        assert await lasting.count() == (await at.sessions())[0] == 0
-        lasting.kill()
-    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+        assert await durable_store.count() == (await at.sessions())[0] == 0
+        durable_store.kill()
+    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         with pytest.raises(SessionExpired):
             await at.state("a")
 
 
-async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(lasting: Lasting) -> None:
-    async with lasting.engine(max_session_idle_s=IDLE_S) as at:
+async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(
+    durable_store: DurableStore,
+) -> None:
+    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         await at.open("a")
         await at.step("a", x(1))
         at.clock.advance(IDLE_S + 1)
-        lasting.store.fail(AWAY)
+        durable_store.store.fail(AWAY)
         with pytest.raises(Unavailable):
             await at.expire()
         await at.settled()
@@ -128,49 +134,49 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(lasti
         await at.settled()
         assert await expired(at) == []
         assert (await at.engine.session_info("a")).revision == 2
-        assert await lasting.count() == (await at.sessions())[0] == 1
+        assert await durable_store.count() == (await at.sessions())[0] == 1
 
 
-async def test_who_sends_again_from_within_an_answer_is_answered_too(lasting: Lasting) -> None:
+async def test_who_sends_again_from_within_an_answer_is_answered_too(durable_store: DurableStore) -> None:
     told: list[Answer | ServerError] = []
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await at.open("a")
-        lasting.store.fail(AWAY)
-        lasting.store.stall()
+        durable_store.store.fail(AWAY)
+        durable_store.store.stall()
         first = at.submit("a", x(1))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
 
         def again(answer: Answer | ServerError) -> None:
             told.append(answer)
             if isinstance(answer, ServerError) and len(told) < 5:
-                at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
+                at.engine.submit(Change(["a"], CallbackAnswers(again), inputs={"": x(1)}))
 
-        at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
-        at.inside.drain_inboxes()
-        lasting.store.go_on()
+        at.engine.submit(Change(["a"], CallbackAnswers(again), inputs={"": x(1)}))
+        at.internals.drain_inboxes()
+        durable_store.store.go_on()
         assert kinds(await first.all()) == ["Unavailable"]
         await at.settled()
         assert kinds(told) == ["Unavailable", "Answer"]
         assert (await at.engine.session_info("a")).revision == 1
 
 
-async def test_who_sends_again_when_a_session_is_closed_is_answered_too(lasting: Lasting) -> None:
+async def test_who_sends_again_when_a_session_is_closed_is_answered_too(durable_store: DurableStore) -> None:
     refused: list[str] = []
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         await at.open("a")
-        lasting.store.stall()
+        durable_store.store.stall()
         close = await begun(at.engine.close_session("a"))
-        await stalled(lasting.store)
+        await stalled(durable_store.store)
 
         def again(answer: Answer | ServerError) -> None:
             assert len(refused) < 5
             refused.append(type(answer).__name__)
             if len(refused) == 1:
-                at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
+                at.engine.submit(Change(["a"], CallbackAnswers(again), inputs={"": x(1)}))
 
-        at.engine.submit(Change(["a"], Later(again), inputs={"": x(1)}))
-        at.inside.drain_inboxes()
-        lasting.store.go_on()
+        at.engine.submit(Change(["a"], CallbackAnswers(again), inputs={"": x(1)}))
+        at.internals.drain_inboxes()
+        durable_store.store.go_on()
         assert await close is False
         await at.settled()
         assert refused == ["SessionNotFound"] * 2
@@ -178,34 +184,34 @@ async def test_who_sends_again_when_a_session_is_closed_is_answered_too(lasting:
 
 @pytest.mark.parametrize("unexpected", [False, True])
 async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(
-    lasting: Lasting, unexpected: bool
+    durable_store: DurableStore, unexpected: bool
 ) -> None:
     kind = Internal if unexpected else Unavailable
-    async with lasting.engine(resident_rows=2, threads=True) as at:
+    async with durable_store.engine(resident_rows=2, threads=True) as at:
         await at.open("a", "b", "c")
         before = await everything(at)
         await at.state("b")
         await at.state("c")
         assert not (await at.engine.session_info("a")).resident
-        lasting.store.read_error = RuntimeError("a secret detail") if unexpected else AWAY
+        durable_store.store.read_error = RuntimeError("a secret detail") if unexpected else AWAY
         calls: list[Any] = [at.step("a", x(1)), at.state("a"), at.step("a", x(1, 2))]
         for call in calls:
             with pytest.raises(kind, match=r"the test says no|internal error [0-9a-f]{12}"):
                 await call
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == [kind.__name__, "Answer"]
         at.check_books()
-        lasting.store.read_error = None
+        durable_store.store.read_error = None
         assert (await everything(at))["a"] == before["a"]
         assert (await at.step("a", x(1), expected=0)).revision == 1
 
 
-async def test_who_is_not_in_the_table_is_not_said_to_be_gone(lasting: Lasting) -> None:
-    async with lasting.engine() as at:
+async def test_who_is_not_in_the_table_is_not_said_to_be_gone(durable_store: DurableStore) -> None:
+    async with durable_store.engine() as at:
         await at.open("a", "b")
-        lasting.kill()
-    async with lasting.engine() as at:
+        durable_store.kill()
+    async with durable_store.engine() as at:
         await at.state("b")
-        lasting.store.read_error = AWAY
+        durable_store.store.read_error = AWAY
         for call in (
             at.step("a", x(1)),
             at.state("a"),
@@ -218,17 +224,17 @@ async def test_who_is_not_in_the_table_is_not_said_to_be_gone(lasting: Lasting) 
             with pytest.raises(Unavailable, match="the test says no"):
                 await call
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Unavailable", "Answer"]
-        lasting.store.read_error = None
+        durable_store.store.read_error = None
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Answer", "Answer"]
         with pytest.raises(SessionGone):
             await at.state("c")
 
 
 async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_places_before(
-    lasting: Lasting,
+    durable_store: DurableStore,
 ) -> None:
     ids = [[f"{turn}-{i}" for i in range(20)] for turn in range(3)]
-    async with lasting.engine() as at:
+    async with durable_store.engine() as at:
         for turn, group in enumerate(ids):
             at.clock.advance(1)
             await at.engine.open_sessions("plain", session_ids=group, request_id=turn)
@@ -240,10 +246,10 @@ async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_pla
             if turn < 2:
                 assert await at.engine.close_sessions(group) == 20
         before = await everything(at)
-        lasting.kill(away_s=0)
-    async with lasting.engine() as at:
+        durable_store.kill(away_s=0)
+    async with durable_store.engine() as at:
         assert (await everything(at)) == before
         answers = at.submit(ids[2], x(20, seed=2), expected=[2] * 20, request_ids=np.arange(1, 21) + 200)
         found = await answers.all()
         assert all(getattr(answer, "replayed", False) for answer in found)
-        lasting.kill()
+        durable_store.kill()
