@@ -1,4 +1,4 @@
-"""Who calls: a name, the tenant that it belongs to, and what it may do."""
+"""Callers: their names, tenants, roles and credentials."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ class Role(enum.Enum):
     """What a caller may do."""
 
     VIEWER = "viewer"
-    """Read: sessions, states, lists, models. Nothing that it does changes anything."""
+    """Reads sessions, states, lists and models. Cannot change anything."""
     USER = "user"
-    """Everything with the sessions of its tenant."""
+    """Does everything with the sessions of its tenant."""
     ADMIN = "admin"
-    """That with the sessions of all tenants, and with the models."""
+    """Does everything with the sessions of all tenants, and with the models."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls, as far as the server asks."""
+    """The caller of a request, as far as the server checks callers."""
 
     name: str
-    """Of the caller; "" where nobody is asked. Printable and without spaces; `is_name` unless others give the names."""
+    """Empty where the server does not check callers. Printable, without spaces; passes `is_name` unless an identity
+    provider chose it."""
     tenant: str
-    """Whose sessions it sees; "" where there are no tenants."""
+    """The tenant whose sessions it sees; empty where there are no tenants."""
     role: Role
     own_tenant: str | None = None
-    """To which it belongs, where it acts in another one: with its name that says who it is. None: `tenant`."""
+    """The tenant it belongs to, if it acts in another one; together with `name` it identifies the caller. None:
+    `tenant`."""
 
     @property
     def may_step(self) -> bool:
-        """Its role allows it to change sessions."""
+        """Whether its role allows it to change sessions."""
         return self.role is not Role.VIEWER
 
     def __str__(self) -> str:
@@ -45,39 +47,39 @@ class Caller:
 
 
 class Credential(NamedTuple):
-    """What a call shows of who makes it. It is no secret: a token is known by its digest."""
+    """What identifies the caller of a request. It holds no secret: a token is stored as its digest."""
 
     kind: Literal["token", "names"]
-    """By which a caller is found: the bearer token that it sends, which counts first, or its certificate."""
+    """How the caller is found: by the bearer token, which takes precedence, or by the names in its certificate."""
     digest: bytes = b""
-    """SHA-256 of the bytes of the token."""
+    """SHA-256 of the token's bytes."""
     names: tuple[str, ...] = ()
-    """Of the certificate, in its order."""
+    """The names in the certificate, in its order."""
 
 
 class KnownCaller(NamedTuple):
-    """A caller that was found by what a call shows."""
+    """A caller found by its credential."""
 
     caller: Caller
     credential: Credential
     until: float = math.inf
-    """On the clock's monotonic time: then it does not hold any more."""
+    """On the clock's monotonic time: when the credential stops being valid."""
     signer: str = ""
-    """The key that has signed it, if one has: it holds as long as that is trusted."""
+    """The key that signed the credential, if any: the credential is valid while that key is trusted."""
 
 
 ANYBODY = Caller("", "", Role.ADMIN)
-"""Who calls a server that does not ask."""
+"""Every caller of a server that does not check callers."""
 
 
 MAX_SUBJECT_LENGTH = 256
 
 
 def is_subject(text: str) -> bool:
-    """Whether it may be the name that others give a caller, an identity provider say: printable ASCII without spaces."""
+    """Whether a text can be a name given by others, such as an identity provider: printable ASCII without spaces."""
     return 0 < len(text) <= MAX_SUBJECT_LENGTH and text.isascii() and all("!" <= each <= "~" for each in text)
 
 
 def is_name(text: str) -> bool:
-    """Whether it may be the name of a caller or of a tenant: letters, digits and `._@-`, at most 64."""
+    """Whether a text can name a caller or a tenant: letters, digits and `._@-`, at most 64."""
     return _NAME.fullmatch(text) is not None

@@ -1,8 +1,8 @@
-"""One thing at a time for each session, in the order received.
+"""One operation at a time for each session, in the order received.
 
-A session is claimed by whatever is under way for it: a change, a read, its closing. What comes
-meanwhile waits in line. The claim itself is a column of the session table, so that a thousand sessions
-are claimed in one array operation; only sessions with something waiting have a queue.
+A session is claimed by the operation that runs on it: a change, a read, a close. Operations that arrive meanwhile
+wait in the session's queue. The claim itself is a column of the session table, so a thousand sessions are claimed
+in one array operation. Only sessions with waiting operations have a queue.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ T = TypeVar("T")
 
 
 class Claims(Generic[T]):
-    """Claims on sessions, and what waits for them. `T` is whatever waits."""
+    """Claims on sessions, and the queues of waiting operations. `T` is the type of a waiting operation."""
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
         self._waiting: dict[int, deque[T]] = {}
 
     def claim(self, handles: Handles) -> None:
-        """Claim sessions that are free, each named once."""
+        """Claim sessions that are free. Each handle appears once."""
         self._table.claimed[handles] = True
 
     def wait(self, handle: int, item: T) -> None:
-        """Put `item` at the end of the session's line."""
+        """Append `item` to the session's queue."""
         self._waiting.setdefault(handle, deque()).append(item)
 
     def waiting(self, handle: int) -> int:
-        """How many items wait for the session."""
+        """The number of items in the session's queue."""
         line = self._waiting.get(handle)
         return 0 if line is None else len(line)
 
     def release(self, handles: Handles) -> list[tuple[int, T]]:
-        """End the claims; return the session and the item whose turn it is now, for each with a line.
+        """End the claims; return each session with a queue, and the first item of that queue.
 
-        Those items hold no claim yet: the caller claims for them, before anything else can.
+        The returned items hold no claim yet: the caller must claim for them before anything else can.
         """
         self._table.claimed[handles] = False
         if not self._waiting:
@@ -49,7 +49,7 @@ class Claims(Generic[T]):
         return [(handle, self._next(handle)) for handle in self._with_queue(handles)]
 
     def drop_queue(self, handle: int) -> Iterable[T]:
-        """Empty the line of a session that goes away."""
+        """Remove a session's queue, and return its items."""
         return self._waiting.pop(handle, ())
 
     def _with_queue(self, handles: Handles) -> list[int]:

@@ -1,8 +1,8 @@
-"""What something costs, learnt from what it cost before: a fixed part and one per item."""
+"""Estimates a duration from earlier measurements: a fixed part and a part per item."""
 
 from __future__ import annotations
 
-#: So many items tell what one costs, fewer what the fixed part is.
+#: Measurements of at least this many items refine the cost per item; smaller ones refine the fixed part.
 _MANY_ITEMS = 16
 #: Weight of the latest measurement.
 _WEIGHT = 0.2
@@ -10,21 +10,21 @@ _MIN_S = 1e-6
 
 
 class Cost:
-    """Seconds of a pass by its rows, of a commit by its records."""
+    """The seconds that a pass takes by its rows, or a commit by its records."""
 
     def __init__(self, fixed_s: float = 20e-6, each_s: float = 1e-6) -> None:
         self._fixed_s = fixed_s
         self._each_s = each_s
         self.one_s = fixed_s + each_s
-        """Seconds that a single item is expected to take."""
+        """Expected seconds for a single item."""
 
     @property
     def fixed_s(self) -> float:
-        """Seconds that are spent whatever the number of items."""
+        """Expected seconds regardless of the number of items."""
         return self._fixed_s
 
     def learn(self, items: int, seconds: float, times: int = 1) -> None:
-        """Take into account that `items` items took `seconds`, done `times` times in a row."""
+        """Update the estimate: `items` items took `seconds`, done `times` times in a row."""
         once = seconds / times
         if items >= _MANY_ITEMS:
             self._each_s += _WEIGHT * (max(0.0, once - self._fixed_s) / items - self._each_s)
@@ -33,14 +33,14 @@ class Cost:
         self.one_s = self._fixed_s + self._each_s
 
     def of(self, items: int, times: int = 1) -> float:
-        """Seconds that so many items are expected to take, `times` times in a row."""
+        """Expected seconds for this many items, `times` times in a row."""
         return (self._fixed_s + items * self._each_s) * times
 
     def items_within(self, seconds: float, max_fixed_share: float) -> int:
-        """How many items fit into a time, or as many as make the fixed part at most that share of the whole."""
+        """How many items fit into `seconds`, or how many keep the fixed part within `max_fixed_share` of the total."""
         worth = self._fixed_s * (1 / max_fixed_share - 1)
         return max(1, int(max(seconds - self._fixed_s, worth) / max(self._each_s, 1e-9)))
 
     def times_within(self, items: int, seconds: float) -> int:
-        """How many times so many items fit into a time, at least 1."""
+        """How many times this many items fit into `seconds`; at least 1."""
         return max(1, int(seconds / self.of(items)))

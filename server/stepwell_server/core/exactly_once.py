@@ -1,11 +1,12 @@
-"""The rule that applies a change once, however often it is sent.
+"""The rule that applies a change exactly once, even if it is sent again.
 
-With a session at revision r: expected r applies the change; expected r - 1 with the request id of the
-last change replays its answer; anything else is a conflict. Without an expected revision the change is
-applied, unless its request id is that of the last change: then it is that change, sent again.
+For a session at revision r: a change that expects r is applied. One that expects r - 1 with the request id of the
+last change is answered with the remembered reply. Anything else is a conflict. A change without an expected
+revision is applied, unless its request id is that of the last change: then it is that change, sent again.
 
-A request id stands for one change: beside it a digest is kept of what the change says. So a change with the request id
-of the last one and another kind or other content is refused, where it would be applied or answered again.
+A request id stands for one change, so a digest of the change's content is kept with it. A change with the last
+request id but another kind or other content is refused; otherwise it would be applied, or answered with another
+change's reply.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32
 
-#: Stands for "no revision expected" among those that are.
+#: Means "no revision expected" in an array of expected revisions.
 ANY_REVISION = 2**64 - 1
 
 Mask = npt.NDArray[np.bool_]
@@ -36,21 +37,24 @@ class Verdict:
     replay: Mask
     conflict: Mask
     same_id: Mask
-    """Which of those that are no conflict have the request id of the last change; what is `mismatches` it is refused."""
+    """Which of the changes without a conflict have the request id of the last change. Those that `mismatches`
+    reports are refused."""
 
 
 def applies(revision: int, last_request: int, expected: int | None, request: int) -> bool:
-    """Whether one change is applied, whatever it says; the rule of `judge` for a single one."""
+    """Whether one change is applied, ignoring its content: the rule of `judge` for a single change."""
     return (expected is None or expected == revision) and (not request or request != last_request)
 
 
 def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 | None) -> Verdict | None:
-    """Judge one change for each of n sessions; None: all of them are applied, whatever they say.
+    """Judge one change for each of n sessions. None: all of them are applied.
+
+    The content of the changes is not compared here: see `mismatches`.
 
     Args:
         revision: `(n,)`, the sessions' revisions.
-        last_request: `(n,)`, request ids of the sessions' last changes, 0 for none.
-        expected: `(n,)`, `ANY_REVISION` for none, or None if no change expects any.
+        last_request: `(n,)`, request ids of the sessions' last changes; 0: none.
+        expected: `(n,)`, `ANY_REVISION` where none is expected, or None if no change expects any.
         request: `(n,)`, 0 for none, or None if no change has one.
     """
     is_same = request is not None and np.count_nonzero(request == last_request)
@@ -65,14 +69,14 @@ def judge(revision: U64, last_request: U64, expected: U64 | None, request: U64 |
     apply = (expected == revision) | (anything & ~same_id)
     if np.count_nonzero(apply & ~same_id) == len(apply):
         return None
-    # revision >= 1 wherever a request id is remembered, so the subtraction cannot wrap for `same_id`
+    # a session with a remembered request id has revision >= 1, so the subtraction cannot wrap for `same_id`
     replay = ~apply & same_id & (anything | (expected == revision - np.uint64(1)))
     conflict = ~(apply | replay)
     return Verdict(apply, replay, conflict, same_id & ~conflict)
 
 
 class Kind(enum.IntEnum):
-    """What a request id stands for."""
+    """The kind of change that a request id stands for."""
 
     STEP = 1
     RESET = 2
@@ -81,12 +85,14 @@ class Kind(enum.IntEnum):
 
 
 _KINDS = frozenset(Kind)
-#: A digest has the kind in its first bits, then 16 bits of the dtypes of the model that read the content, then the content.
+#: A digest is the kind in its first bits, then 16 bits for the dtypes of the model that read the content, then the
+#: content.
 _KIND_BITS, _DTYPE_BITS, _CONTENT_BITS = 4, 16, 44
 _KIND_AT = _DTYPE_BITS + _CONTENT_BITS
 _TO_KIND, _TO_CONTENT = np.uint64(_KIND_AT), np.uint64(64 - _CONTENT_BITS)
 _CONTENT = np.uint64(2**_CONTENT_BITS - 1)
-#: Words of a row that are multiplied; a longer row has a CRC-32, which costs less a byte and more a row.
+#: Rows of up to this many words are hashed by multiplication. A longer row gets a CRC-32: cheaper per byte, dearer
+#: per row.
 _MAX_WORDS = 256
 _WEIGHTS: U64 = np.random.Generator(np.random.PCG64(0)).integers(
     2**64, size=_MAX_WORDS, dtype=np.uint64
@@ -96,17 +102,17 @@ _ROW_WEIGHTS, _U64 = _WEIGHTS[::-1], 2**64 - 1
 
 
 def prefix_of(kind: Kind, dtypes: Sequence[object]) -> np.uint64:
-    """What digests of one kind, of content that a model of these dtypes has read, begin with."""
+    """The first bits of a digest: the kind, and the dtypes of the model that read the content."""
     return np.uint64(int(kind) << _KIND_AT | _number(dtypes) >> (64 - _DTYPE_BITS) << _CONTENT_BITS)
 
 
 def seed_of(*content: object) -> np.uint64:
-    """The part of the content that the sessions of a change share; anything whose `repr` says all."""
+    """Hash the content that all sessions of a change share. Each item's `repr` must describe it completely."""
     return np.uint64(_number(content))
 
 
 def digest_of_one(prefix: np.uint64, seed: np.uint64, arrays: Iterable[npt.NDArray[Any]]) -> int:
-    """The digest of one session of one row: as `digests` of it, in a third of the time."""
+    """The digest of one session of one row: the same as `digests`, in a third of the time."""
     row = 0
     for array in arrays:
         number = int(_numbers(np.ascontiguousarray(array).reshape(1, -1))[0])
@@ -115,7 +121,7 @@ def digest_of_one(prefix: np.uint64, seed: np.uint64, arrays: Iterable[npt.NDArr
 
 
 def row_numbers(arrays: Iterable[npt.NDArray[Any]], count: int) -> U64:
-    """A number for the bytes of each row, `(count,)`; every array has one entry for each row, of any shape."""
+    """A hash of the bytes of each row, `(count,)`. Every array has one entry for each row, of any shape."""
     rows: U64 | None = None
     for array in arrays:
         numbers = _numbers(np.ascontiguousarray(array).reshape(count, -1))
@@ -128,13 +134,13 @@ def row_numbers(arrays: Iterable[npt.NDArray[Any]], count: int) -> U64:
 def digests(
     prefix: np.uint64, seeds: U64 | np.uint64, rows: U64, sizes: npt.NDArray[np.intp] | None = None
 ) -> U64:
-    """Digests of what changes say of n sessions: no other content has the same, but one in four billion.
+    """Digests of the content of changes to n sessions. Different content gets the same digest once in four billion.
 
     Args:
         prefix: See `prefix_of`.
         seeds: See `seed_of`; `(n,)`, or one for all.
-        rows: See `row_numbers`; the rows of all sessions, one after the other. They are changed.
-        sizes: `(n,)`, how many rows each session has, at least 1. None: 1.
+        rows: See `row_numbers`; the rows of all sessions, one after the other. Overwritten.
+        sizes: `(n,)`, the number of rows of each session, at least 1. None: 1.
     """
     if sizes is not None and len(sizes) != len(rows):
         starts = np.cumsum(sizes) - sizes
@@ -150,9 +156,9 @@ def digests(
 
 
 def mask_numbers(mask: Mask) -> U64:
-    """A number for each row of a mask, `(n, T)`, to be added to its `row_numbers`: 0 where nothing is masked.
+    """A hash of each row of a mask, `(n, T)`, to be added to its `row_numbers`; 0 where nothing is masked.
 
-    Columns without a mark at the end make no difference.
+    Trailing columns without a mark make no difference.
     """
     columns = np.arange(mask.shape[1])
     weights = _WEIGHTS[columns % _MAX_WORDS] * np.asarray(2 * (columns // _MAX_WORDS) + 1, np.uint64)
@@ -161,15 +167,15 @@ def mask_numbers(mask: Mask) -> U64:
 
 
 def kind_of(digest: int) -> Kind | None:
-    """The kind of a digest; None: one that is not known here. A record that somebody imported may have any."""
+    """The kind of a digest; None: an unknown one, which an imported record may have."""
     kind = digest >> _KIND_AT
     return Kind(kind) if kind in _KINDS else None
 
 
 def mismatches(stored: U64, own: U64) -> tuple[Mask, Mask]:
-    """Which changes are of another kind, and which of the same one have other content, than those that are stored.
+    """Which changes differ from the stored ones in kind, and which of the others differ in content.
 
-    `(n,)` each. 0 is no digest, and like any; so is other content where another model has read it, of other dtypes.
+    `(n,)` each. A digest of 0 means none, and matches any. Content read by models of different dtypes also matches.
     """
     differs = stored ^ own
     known = (stored != 0) & (own != 0)
@@ -192,7 +198,7 @@ def _mixed(numbers: U64) -> U64:
 
 
 def _numbers(rows: npt.NDArray[Any]) -> U64:
-    """A number for the bytes of each row: its words, each times a weight of its place, or its CRC-32."""
+    """A hash of the bytes of each row: its words, each times the weight of its position, or its CRC-32."""
     byte_count = rows.shape[1] * rows.itemsize
     if not byte_count:
         return np.zeros(len(rows), np.uint64)
@@ -201,7 +207,7 @@ def _numbers(rows: npt.NDArray[Any]) -> U64:
         data = rows.tobytes()
         parts = [data[at : at + byte_count] for at in range(0, len(data), byte_count)]
         return np.fromiter(map(crc32, parts), np.uint64, len(parts))
-    if words.itemsize == 8:  # else the first bits of a word would reach no other ones
+    if words.itemsize == 8:  # otherwise the high bits of a word would affect no other bits
         words = words ^ (words >> _HALF)
     found: U64 = words @ _WEIGHTS[: words.shape[1]]
     return found

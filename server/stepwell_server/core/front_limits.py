@@ -1,4 +1,4 @@
-"""What clients may take of a front, in one place. docs/reference/limits.md describes each limit."""
+"""The limits that a front sets for its clients. docs/reference/limits.md describes each."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 _MIN_BUDGET_BYTES = 256 << 20
 _MAX_BYTES = 1 << 62  # the native front takes it twice, in 64 bits
-#: 30 years: the longest time that timers are asked for.
+#: 30 years: the longest timeout that timers accept.
 _MAX_S = 1e9
-#: Messages of the largest size for which there is room at the same time: in all, and of one connection.
+#: The budgets leave room for this many of the largest messages: in all, and per connection.
 _MESSAGES, _MESSAGES_OF_CONNECTION = 4, 2
 
 
@@ -18,58 +18,62 @@ class FrontLimits:
     """Limits of a front. Sizes in bytes, times in seconds."""
 
     message_bytes: int
-    """A request or reply."""
+    """A single request or reply."""
     streams: int = 1000
-    """Calls of one connection at the same time; more of them wait at the client."""
+    """Concurrent calls of one connection; further calls wait at the client."""
     header_bytes: int = 16 << 10
-    """Headers of a call."""
+    """The headers of a call."""
     keepalive_s: float = 40.0
-    """A client that is silent for so long is asked whether it is there."""
+    """A client that is silent for this long is pinged."""
     keepalive_timeout_s: float = 20.0
-    """And has so long to answer."""
+    """A pinged client must answer within this time."""
     age_s: float = 0.0
-    """A connection takes calls for so long, give or take a tenth; then its client is asked to make a new one. 0: for ever."""
+    """A connection accepts calls for this long, plus or minus a tenth. Then its client is asked to reconnect. 0: no
+    limit."""
     age_grace_s: float = 0.0
-    """After that, how long calls that run may go on."""
+    """How long running calls may continue after that."""
     handshake_s: float = 10.0
-    """A connection has so long to begin to speak HTTP/2, and so long before that for TLS."""
+    """A new connection must complete TLS within this time, and begin HTTP/2 within as much again."""
 
-    # The native front's alone: gRPC has no such limits.
+    # Only the native front has the limits below: gRPC offers no such settings.
     connections: int = 16_384
-    """At the same time: for more of them, others are closed that do nothing or whose callers are not known, else they are."""
+    """Concurrent connections. Beyond this, the front closes connections that are idle or whose callers are unknown;
+    if there are none, it closes the new one."""
     address_connections: int = 0
-    """The same, from one address, which may be that of a proxy. 0: no limit."""
+    """Concurrent connections from one address, which may be a proxy's. 0: no limit."""
     calls: int = 65_536
-    """Of all connections at the same time; more are refused. Nobody holds more than what is left for the others."""
+    """Concurrent calls of all connections; more are refused. No connection may hold more than it leaves for the
+    others."""
     unknown_calls: int = 16_384
-    """The same, of callers that are not known, where callers are asked."""
+    """Concurrent calls of unknown callers, where callers are checked."""
     health_calls: int = 1024
-    """The same, of calls that ask how the server is: nobody else's."""
+    """Concurrent health checks. No other call counts against this limit."""
     watches: int = 4096
-    """The same, of those that ask for as long as they like."""
+    """Concurrent health watches, which have no end."""
     open_message_bytes: int = 4 << 10
-    """A message of a method that everybody may call: it names a service or a model, or says nothing."""
+    """A message of a method that needs no authentication: it names a service or a model, or is empty."""
     receive_s: float = 10.0
-    """A message that has begun to come may pause for so long."""
+    """A message that has begun to arrive may pause for this long."""
     receive_bytes_per_s: int = 64 << 10
-    """And must come at this rate or faster, after this time."""
+    """After that time it must arrive at least at this rate."""
     budget_bytes: int = 0
-    """Messages and replies of all calls in memory. Beyond, calls that hold over 64 KiB are refused; beyond twice as
-    much, all. 0: as much as a few of the largest messages need."""
+    """Memory for the messages and replies of all calls. Beyond it, calls that hold over 64 KiB are refused; beyond
+    twice as much, all calls. 0: enough for a few of the largest messages."""
     connection_bytes: int = 0
-    """The same, of one connection."""
+    """Memory for the messages and replies of one connection. 0: enough for a few of the largest messages."""
     connection_steps: int = 2048
-    """Steps of one connection that are not answered, before it is read no further; what is no plain step counts 8."""
+    """Unanswered steps of one connection before the front stops reading it; a message that is not a plain step
+    counts as 8."""
     frames: int = 1024
-    """Frames of one stream that are not answered, before it is read no further."""
+    """Unanswered frames of one stream before the front stops reading it."""
     unread_s: float = 60.0
-    """A call ends whose client makes no room for a reply for so long. Meanwhile it is not read."""
+    """A call ends if its client makes no room for a reply for this long. Meanwhile its stream is not read."""
     queued_bytes: int = 2 << 20
-    """Plain messages that wait for the event loop, before streams are read no further."""
+    """Plain messages waiting for the event loop before the front stops reading streams."""
 
     @property
     def values(self) -> Mapping[str, float]:
-        """All of them by name, with none left open."""
+        """All limits by name, with the computed ones filled in."""
         given = dataclasses.asdict(self)
         budget = min(_MAX_BYTES, self.budget_bytes or max(_MIN_BUDGET_BYTES, _MESSAGES * self.message_bytes))
         own = self.connection_bytes or _MESSAGES_OF_CONNECTION * self.message_bytes

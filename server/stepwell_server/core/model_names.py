@@ -1,4 +1,4 @@
-"""Names, versions and labels of models, and their rules."""
+"""Names, versions and labels of models, and the rules for them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _VERSION = re.compile(r"[1-9][0-9]{0,18}")
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_SHOWN = 160
-"""Characters of what came that a message shows."""
+"""A message shows at most this many characters of an invalid value."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelRef:
-    """A reference to a model: a version, the version with a label, or (with neither) the default version."""
+    """A reference to a model: a version, a label, or neither, which means the default version."""
 
     name: str
     version: int | None = None
@@ -69,7 +69,7 @@ def is_version(number: int) -> bool:
 
 
 def version_of(text: str) -> int | None:
-    """The number of a version as it is written; None if it is not one."""
+    """Parse a version number; None if the text is not one."""
     if not _VERSION.fullmatch(text):
         return None
     number = int(text)

@@ -1,8 +1,8 @@
-"""Session ids of tenants: what callers say, and what table, store and lists have.
+"""Session ids of tenants: the caller's form, and the internal form in the table, the store and lists.
 
-Below `rpc` a session's id is `TENANT<US>ID` (US is 0x1F, which stands in no id that can be opened), and just `ID` where
-there is no tenant. So another tenant's session is one that nobody can name, and the ids of a tenant are neighbours in
-the store.
+Below `rpc` a session's id is `TENANT<US>ID`, or just `ID` where there is no tenant. US is 0x1F, which no id of a
+new session may contain. So no caller can name another tenant's session, and the ids of a tenant are adjacent in the
+store.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import re
 from collections.abc import Sequence
 
 SEPARATOR = "\x1f"
-"""Between the tenant and what it calls a session."""
-#: In place of a tenant before what is no id but has the separator in it: no tenant has this name.
+"""Separates the tenant from the caller's id."""
+#: Replaces the tenant of an id that contains the separator but has no tenant. No tenant has this name.
 _NO_TENANT = "-"
-#: What stands before the first separator of an id. In messages ids stand as they are or as `repr` has them.
+#: The tenant and separator before an id. Messages contain ids as they are, or as their `repr`.
 _PREFIX = re.compile(r"(?<![A-Za-z0-9._@\x1f\\-])(?<!\\x1f)[A-Za-z0-9._@-]+(?:\x1f|\\x1f)")
 
 
 def prefix_of(tenant: str) -> str:
-    """What the ids of a tenant begin with; empty if there is none."""
+    """The prefix of all ids of a tenant; empty without a tenant."""
     return f"{tenant}{SEPARATOR}" if tenant else ""
 
 
 def inner(tenant: str, session_id: str) -> str:
-    """What a session is called below `rpc`; empty where nothing is said. `own` is the other way round.
+    """The internal form of a caller's id; an empty id stays empty. `own` is the reverse.
 
-    Whatever a caller says, it is in its own namespace: without a tenant, a text with the separator is in one that
-    nobody has.
+    The result is always in the caller's own namespace. Without a tenant, an id that contains the separator is put
+    into a namespace that no tenant has.
     """
     if not session_id or not (tenant or SEPARATOR in session_id):
         return session_id
@@ -35,7 +35,7 @@ def inner(tenant: str, session_id: str) -> str:
 
 
 def inner_all(tenant: str, session_ids: Sequence[str]) -> list[str]:
-    """As `inner`, of many."""
+    """`inner` for many ids."""
     if not tenant and SEPARATOR not in "".join(session_ids):
         return list(session_ids)
     if not tenant:
@@ -45,17 +45,17 @@ def inner_all(tenant: str, session_ids: Sequence[str]) -> list[str]:
 
 
 def tenant_of(session_id: str) -> str:
-    """Whose session it is; empty if it is no tenant's."""
+    """The tenant that owns a session; empty if there is none."""
     tenant, separator, _ = session_id.partition(SEPARATOR)
     return tenant if separator else ""
 
 
 def own(session_id: str) -> str:
-    """What its tenant calls a session."""
+    """The caller's form of an internal id."""
     _, separator, name = session_id.partition(SEPARATOR)
     return name if separator else session_id
 
 
 def without_tenants(message: str) -> str:
-    """A message for callers: with the ids that they know."""
+    """A message for callers, with ids in the callers' form."""
     return _PREFIX.sub("", message) if "\x1f" in message or "\\x1f" in message else message

@@ -1,4 +1,4 @@
-"""How much tenants and callers may have and do: limits, and who is at them."""
+"""Quotas of tenants and callers: limits, usage and token buckets."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import dataclasses
 from collections.abc import Mapping
 
 SESSION_BYTES = 256
-"""What counts of each session beside its rows, its arrays and its fields: header, names and keys, about."""
-#: Buckets that are kept of those who have done nothing lately.
+"""Estimated bytes of each session besides its rows, arrays and fields: header, names and keys."""
+#: Buckets kept for tenants and callers that have been idle.
 _MAX_BUCKETS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
-    """What sessions take: of one, of a tenant, or a difference."""
+    """The resources that sessions use: of one session, of a tenant, or a difference."""
 
     sessions: int = 0
     rows: int = 0
-    """Their batch sizes together."""
+    """The sum of their batch sizes."""
     bytes: int = 0
-    """What the store keeps of them: see `store.counts`."""
+    """Their size in the store: see `store.counts`."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(self.sessions + other.sessions, self.rows + other.rows, self.bytes + other.bytes)
@@ -31,7 +31,7 @@ class Usage:
         return Usage(self.sessions * count, self.rows * count, self.bytes * count)
 
     def positive(self) -> Usage:
-        """The same without what is negative."""
+        """The same, with negative values replaced by 0."""
         return Usage(max(0, self.sessions), max(0, self.rows), max(0, self.bytes))
 
 
@@ -40,31 +40,31 @@ NOTHING = Usage()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """The quotas of a tenant or of a caller; None: none."""
+    """The quotas of a tenant or of a caller; None: no limit."""
 
     sessions: int | None = None
-    """Sessions at a time."""
+    """Concurrent sessions."""
     rows: int | None = None
-    """Their batch sizes together."""
+    """The sum of their batch sizes."""
     bytes: int | None = None
-    """What the store keeps of them."""
+    """Their size in the store."""
     steps_per_second: float | None = None
     """Rows times time steps, on average."""
     burst: int | None = None
-    """So many of them at once; None: those of one second."""
+    """How many of these steps may come at once; None: those of one second."""
     bytes_in_flight: int | None = None
-    """Bytes of inputs of the requests that are being served."""
+    """Input bytes of the requests being served."""
     models: int | None = None
-    """Versions of models that its admins have loaded while the server ran."""
+    """Versions of models that the tenant's admins have loaded since the server started."""
 
     @property
     def counts_sessions(self) -> bool:
-        """Sessions, rows or bytes are limited."""
+        """Whether sessions, rows or bytes are limited."""
         return (self.sessions, self.rows, self.bytes) != (None, None, None)
 
     @property
     def max_steps(self) -> int:
-        """Steps at once."""
+        """The largest number of steps that can be taken at once."""
         if self.burst is not None:
             return self.burst
         return max(1, int(self.steps_per_second or 0))
@@ -75,13 +75,13 @@ NO_LIMITS = Limits()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QuotaTable:
-    """Whose quotas are which."""
+    """The quotas of all tenants and callers."""
 
     default: Limits = NO_LIMITS
-    """Of each tenant that is not named; where nobody is asked, of all callers together."""
+    """For each tenant without an entry. Where callers are not checked: for all callers together."""
     tenants: Mapping[str, Limits] = dataclasses.field(default_factory=dict)
     callers: Mapping[str, Limits] = dataclasses.field(default_factory=dict)
-    """By tenant and name, `acme/ann`. Beside those of their tenants."""
+    """By tenant and name, such as `acme/ann`. They apply in addition to the tenant's quotas."""
 
     def of_tenant(self, tenant: str) -> Limits:
         """The quotas of a tenant."""
@@ -89,21 +89,21 @@ class QuotaTable:
 
 
 class TokenBucket:
-    """So many a second on average, and so many at once: a token bucket.
+    """Limits a rate: tokens per second on average, and a number of tokens at once.
 
-    As of J. Turner, "New directions in communications", IEEE Communications Magazine 24 (1986), and RFC 2215, 4.1: tokens
-    come at a rate up to a depth, and what is done takes its number of them, or none and has to wait.
+    See J. Turner, "New directions in communications", IEEE Communications Magazine 24 (1986), and RFC 2215, 4.1.
+    Tokens arrive at a rate, up to a depth. Work takes a number of them, or takes none and waits.
     """
 
     __slots__ = ("_at", "_depth", "_rate", "_tokens")
 
     def __init__(self, rate: float, depth: int, now: float) -> None:
-        """A full one. `rate` is tokens a second, `now` the time on the clock that all calls are told."""
+        """Make a full bucket. `rate` is in tokens per second; `now` is on the clock that every later call uses."""
         self._rate, self._depth, self._at = rate, depth, now
         self._tokens = float(depth)
 
     def take(self, count: int, now: float) -> float:
-        """Take tokens; seconds after which there will be enough of them if there are not, and else 0."""
+        """Take tokens and return 0, or take none and return the seconds after which there will be enough."""
         self._fill(now)
         if count > self._tokens:
             return (count - self._tokens) / self._rate
@@ -111,17 +111,17 @@ class TokenBucket:
         return 0.0
 
     def give_back(self, count: int) -> None:
-        """What was taken was not used."""
+        """Return tokens that were taken but not used."""
         self._tokens = min(float(self._depth), self._tokens + count)
 
     def change(self, rate: float, depth: int, now: float) -> None:
-        """From now on another rate and depth."""
+        """Change rate and depth from now on."""
         self._fill(now)
         self._rate, self._depth = rate, depth
         self._tokens = min(self._tokens, float(depth))
 
     def is_full(self, now: float) -> bool:
-        """Nothing is known of its owner that a new one would not say."""
+        """Whether the bucket is full, so a new one would behave the same."""
         self._fill(now)
         return self._tokens >= self._depth
 
@@ -131,13 +131,13 @@ class TokenBucket:
 
 
 class Buckets:
-    """The buckets of those whose rate is limited, by name."""
+    """The buckets of tenants and callers with a limited rate, by name."""
 
     def __init__(self) -> None:
         self._buckets: dict[str, tuple[Limits, TokenBucket]] = {}
 
     def of(self, name: str, limits: Limits, now: float) -> TokenBucket:
-        """The bucket of somebody whose steps are limited."""
+        """The bucket of a tenant or caller whose rate is limited."""
         assert limits.steps_per_second is not None, "only of those who have one"
         known, bucket = self._buckets.get(name, (None, None))
         if bucket is None:

@@ -1,7 +1,7 @@
-"""What is remembered of sessions that are gone, so that the answers stay true.
+"""Recent facts about sessions that have ended, so that answers stay true.
 
-A tombstone tells an expired session from one that never was. A closed session's request id lets a
-retry of the closing succeed. Both are bounded: the oldest are forgotten first.
+A tombstone distinguishes an expired session from one that never existed. The request id of a close lets a retry of
+it succeed. Both are bounded: the oldest are forgotten first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class RecentValues(Generic[K, V]):
-    """The last `limit` values by key; a key set again counts as new."""
+    """The last `limit` values by key. Setting a key again makes it the newest."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -24,7 +24,7 @@ class RecentValues(Generic[K, V]):
         return len(self._items)
 
     def get(self, key: K) -> V | None:
-        """The value, or None if it was never there or is forgotten."""
+        """The value, or None if it was never set or has been forgotten."""
         return self._items.get(key)
 
     def put(self, key: K, value: V) -> None:
@@ -35,5 +35,5 @@ class RecentValues(Generic[K, V]):
             self._items.popitem(last=False)
 
     def forget(self, key: K) -> None:
-        """Forget a key, if it is there."""
+        """Forget a key, if it exists."""
         self._items.pop(key, None)

@@ -1,9 +1,10 @@
-"""What runs next: work of the source that has used least.
+"""Chooses what runs next: work of the source that has used least.
 
-Callers share passes, the event loop and the compute threads. Each is given out by a `FairQueue`, to the source that has
-used least of it (start-time fair queueing: Goyal, Vin, Cheng, "Start-time fair queuing", SIGCOMM 1996). A source is a
-path: tenant, caller, connection; or a model. Tenants have equal shares, then the callers of a tenant, then the
-connections of a caller: a thousand jobs or connections have one share. A source that is alone has everything.
+Callers share passes, the event loop and the compute threads. A `FairQueue` gives each of these to the source that
+has used least of it (start-time fair queueing: Goyal, Vin, Cheng, "Start-time fair queuing", SIGCOMM 1996). A
+source is a path, (tenant, caller, connection), or a model. Tenants have equal shares, then the callers of a tenant,
+then the connections of a caller: a thousand jobs or connections have one share. A single active source gets
+everything.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from stepwell_server.core.callers import Caller
 
 #: A source counts as active for this many seconds after it had a job in a pass.
 ACTIVE_S = 0.05
-#: Rows that one source has in a row, of a pass that several share.
+#: Consecutive rows of one source in a pass that several sources share.
 _QUANTUM = 16
-#: A source with at most this part of a short pass has every other pass without those that have more.
+#: A source is light if it has at most a quarter of a short pass (1 / this). Light sources have every other pass to
+#: themselves.
 _LIGHT_SHARE = 4
 
-#: A model that comes anew on the event loop is taken to have used this many seconds less than the others: one turn.
+#: A model that becomes active starts this many seconds behind the others: one iteration.
 CREDIT_S = 400e-6
 
 Source = tuple[Hashable, ...]
-"""Who sent something: tenant, caller, connection; or what it is for. Never empty."""
+"""The sender of work: tenant, caller, connection; or the model it is for. Never empty."""
 T = TypeVar("T")
 
 
 def source_of(caller: Caller, connection: Hashable) -> Source:
-    """The source of what a caller asks for over a connection."""
+    """The source of a request: its caller and connection."""
     return (caller.tenant, caller.name, connection)
 
 
@@ -43,26 +45,26 @@ class _Node(Generic[T]):
 
     def __init__(self, start: float) -> None:
         self.start = start
-        """What it has used, or as if it had: a new one begins where the others are."""
+        """The amount it has used. A new node starts level with the others."""
         self.is_new = True
         """It has not been charged yet."""
         self.count = 0
-        """Items of it, and of the nodes below."""
+        """Its items, and those of the nodes below."""
         self.items: deque[T] = deque()
         self.children: dict[Hashable, _Node[T]] = {}
         self.heap: list[tuple[float, int, Hashable]] = []
-        """The children by `start`, which may have grown since, then in the order in which they came there."""
+        """The children by `start`, then in the order of arrival. A child's `start` may have grown since."""
         self.active = 0
         """Children that have items."""
         self.served = 0.0
-        """Where a new child begins: the largest `start` of a child when it was served, or later."""
+        """Where a new child starts: the largest `start` of a child when it was served, or later."""
 
 
 class FairQueue(Generic[T]):
-    """Items of several sources, those of one in their order. Not thread-safe."""
+    """Items of several sources; those of one source stay in order. Not thread-safe."""
 
     def __init__(self, credit: float = 0.0) -> None:
-        """A source that comes anew is taken to have used `credit` less than the source served last."""
+        """A source that becomes active starts at `credit` less than the source served last."""
         self._credit = credit
         self._root: _Node[T] = _Node(0.0)
         self._order = itertools.count()
@@ -71,7 +73,7 @@ class FairQueue(Generic[T]):
         return self._root.count > 0
 
     def add(self, source: Source, item: T) -> None:
-        """Put an item behind those of its source."""
+        """Append an item to those of its source."""
         node = self._root
         node.count += 1
         for key in source:
@@ -82,7 +84,7 @@ class FairQueue(Generic[T]):
         node.items.append(item)
 
     def next(self) -> Source:
-        """The source that is served next; there must be an item."""
+        """The source that is served next. The queue must not be empty."""
         path: list[Hashable] = []
         node = self._root
         while node.heap:
@@ -110,7 +112,7 @@ class FairQueue(Generic[T]):
         return node
 
     def pop(self, source: Source) -> T:
-        """Take the first item of a source that has one."""
+        """Remove and return the first item of a source that has one."""
         node = self._root
         node.count -= 1
         for key in source:
@@ -121,15 +123,15 @@ class FairQueue(Generic[T]):
         return node.items.popleft()
 
     def pop_all(self, source: Source) -> list[T]:
-        """Take all items of a source that has some."""
+        """Remove and return all items of a source that has some."""
         return [self.pop(source) for _ in range(self._at(source).count)]
 
     def charge(self, source: Source, cost: float) -> None:
-        """Count what a source has used: now, or at a time that has passed since."""
+        """Count what a source has used, now or earlier."""
         node = self._root
         for key in source:
             child = self._child(node, key)
-            if child.is_new:  # or a source that has been served would wait for all that are new
+            if child.is_new:  # otherwise a source that has been served would wait for all new ones
                 child.is_new = False
                 node.served = max(node.served, child.start + cost / max(1, node.active))
             child.start += cost
@@ -146,20 +148,20 @@ class FairQueue(Generic[T]):
 
 
 class LoopQueue:
-    """Large work for the event loop: one part of it between two looks at the network.
+    """Splits large work on the event loop: one part runs between two polls of the network.
 
-    A small step runs as soon as it is seen, so it waits for one part of large work at most, whatever else is under way:
-    passes, the intake of large batches, pieces of calls on many sessions. Lives on the event loop.
+    A small step runs as soon as it arrives. So it waits for at most one part of large work, whatever else is
+    active: passes, the intake of large batches, pieces of calls on many sessions. Lives on the event loop.
     """
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
-        """`call_soon` calls something in the next iteration of the event loop."""
+        """`call_soon` schedules a function for the next iteration of the event loop."""
         self._call_soon = call_soon
         self._parts: FairQueue[Callable[[], None]] = FairQueue()
         self._is_scheduled = False
 
     def add(self, source: Source, split_off: Callable[[], None]) -> None:
-        """Call `split_off` in an iteration of the event loop in which no other part runs; sources have equal numbers of them."""
+        """Run `part` in an iteration of the event loop with no other part. Sources get equal numbers of parts."""
         self._parts.add(source, split_off)
         if not self._is_scheduled:
             self._is_scheduled = True
@@ -171,14 +173,14 @@ class LoopQueue:
         self._parts.charge(source, 1)
         try:
             split_off()
-        finally:  # the loop logs what was raised
+        finally:  # the event loop logs the error
             self._is_scheduled = bool(self._parts)
             if self._is_scheduled:
                 self._call_soon(self._run_next)
 
 
 class Share:
-    """What one model has of the event loop and of the threads. Lives on the event loop."""
+    """One model's share of the event loop and of the threads. Lives on the event loop."""
 
     __slots__ = ("_listener", "_shares", "is_due", "label", "last_on_threads", "pieces", "wanted_s")
 
@@ -188,30 +190,32 @@ class Share:
         self.label = label
         """The model's name, for the log."""
         self.is_due = False
-        """The listener will be called, or is called now."""
+        """The listener is about to be called, or is running."""
         self.last_on_threads = 0.0
-        """When it began or ended a pass on threads."""
+        """When it last began or ended a pass on threads."""
         self.pieces = 0
-        """Of its pass that wait or run."""
+        """Pieces of its pass that wait or run."""
         self.wanted_s = 0.0
-        """Seconds of its last pass there, if it had been as long as the model likes."""
+        """Seconds that its last pass on threads would have taken at its preferred length."""
 
     def listen(self, listener: Callable[[], bool]) -> None:
-        """Call `listener` when the model is next on the event loop; it returns whether it is to be called again."""
+        """Register the function to call when the model is next on the event loop. It returns whether to call it
+        again.
+        """
         self._listener = listener
 
     def ring(self) -> None:
-        """Call the listener soon: once, even if this is called again before it has returned."""
+        """Schedule a call of the listener. Calling this again before the listener returns has no further effect."""
         if not self.is_due and self._listener is not None:
             self.is_due = True
             self._shares.add(self)
 
     def used(self, seconds: float) -> None:
-        """Charge time on the event loop beside that of the listener."""
+        """Charge time on the event loop in addition to the listener's."""
         self._shares.due.charge((self,), seconds)
 
     def leave(self) -> None:
-        """The model is gone: its listener is not called any more."""
+        """The model is unloaded: its listener is not called any more."""
         self._listener = None
 
     def run(self) -> None:
@@ -219,33 +223,34 @@ class Share:
         is_due = False
         try:
             is_due = self._listener is not None and self._listener()
-        except Exception as error:  # the other models must run
+        except Exception as error:  # the other models must continue
             self._shares.on_defect(self.label, error)
         self.is_due = is_due
 
 
 class Shares:
-    """Which model runs next on the event loop. Lives there."""
+    """Chooses which model runs next on the event loop. Lives there."""
 
     def __init__(
         self, now: Callable[[], float], loop_queue: LoopQueue, on_defect: Callable[[str, Exception], None]
     ) -> None:
-        """`on_defect` is called with the model whose listener has raised something."""
+        """`on_defect` is called with the model's label and the error when a listener raises."""
         self._now = now
         self._loop_queue = loop_queue
         self.on_defect = on_defect
         self.due: FairQueue[Share] = FairQueue(CREDIT_S)
         """Models whose listeners are to be called."""
         self._is_scheduled = False
-        """The loop queue has a part for it: one, or several would follow each other without a look at the network."""
+        """The loop queue already holds a part for this. A second one would run without a poll of the network in
+        between."""
 
     def add(self, share: Share) -> None:
-        """Run a model soon; for `Share`."""
+        """Schedule a model; for `Share`."""
         self.due.add((share,), share)
         self._schedule()
 
     def run_next(self) -> None:
-        """Run the model that is next now, if one is due, rather than in another iteration of the event loop."""
+        """Run the next due model now, if there is one, instead of in another iteration of the event loop."""
         if self.due:
             self._run()
 
@@ -271,28 +276,28 @@ class Shares:
 
 
 class Schedulable(Protocol):
-    """What the scheduler must know of a job."""
+    """What the scheduler needs of a job."""
 
     @property
     def row_count(self) -> int:
-        """Rows it brings into a pass."""
+        """The rows that it adds to a pass."""
 
     @property
     def steps_left(self) -> int:
-        """Time steps it still has to run."""
+        """The time steps that it still has to run."""
 
     @property
     def source(self) -> Source:
-        """Who sent it."""
+        """The sender of the job."""
 
     @property
     def is_splittable(self) -> bool:
-        """`split_off` can be called."""
+        """Whether `split_off` may be called."""
 
     def split_off(self, rows: int, /) -> Self:
-        """Split off its first sessions, of that many rows together but at least one session, as a job of their own.
+        """Split off its first sessions as a job of its own: up to `rows` rows, but at least one session.
 
-        Itself if they are all.
+        Returns the job itself if that is all of it.
         """
 
 
@@ -302,28 +307,28 @@ J = TypeVar("J", bound=Schedulable)
 class Scheduler(Generic[J]):
     """The ready jobs of one model. Each session is in at most one of them.
 
-    While several sources are active, passes are short, and jobs of many sessions are split. A job of several time steps
-    goes back to the end of its source's jobs after each pass.
+    While several sources are active, passes are short, and jobs of many sessions are split. A job of several time
+    steps moves to the end of its source's jobs after each pass.
     """
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._queue: FairQueue[J] = FairQueue()
         self._waiting: Counter[Source] = Counter()
-        """Rows that wait, by source."""
+        """Waiting rows, by source."""
         self._active: dict[Source, tuple[float, int]] = {}
-        """When each source had jobs in a pass last, and of how many rows; the latest last."""
+        """When each source last had jobs in a pass, and their rows; the latest last."""
         self._light: list[Source] = []
         """Sources that have the next pass to themselves."""
         self._was_light = False
-        """The latest pass was of light sources alone."""
+        """The latest pass had only light sources."""
         self.rows_waiting = 0
 
     def __bool__(self) -> bool:
         return bool(self._queue)
 
     def add(self, job: J) -> None:
-        """Put a job behind those of its source."""
+        """Append a job to those of its source."""
         self._wait(job.source, job.row_count)
         self._queue.add(job.source, job)
 
@@ -334,13 +339,13 @@ class Scheduler(Generic[J]):
             del self._waiting[source]
 
     def is_contended(self, now: float) -> bool:
-        """Several sources are active."""
+        """Whether several sources are active."""
         self._forget_inactive(now)
         active, waiting = self._active, self._waiting
         return len(active) > 1 or len(waiting) > 1 or (bool(active) and not waiting.keys() <= active.keys())
 
     def only_source(self, now: float) -> Source | None:
-        """The source that had jobs in passes lately, if there was just one."""
+        """The only source with jobs in recent passes; None: there were several, or none."""
         self._forget_inactive(now)
         return next(iter(self._active)) if len(self._active) == 1 else None
 
@@ -350,10 +355,10 @@ class Scheduler(Generic[J]):
             del active[next(iter(active))]
 
     def max_rows_of_pass(self, now: float, short: int) -> int | None:
-        """The limit of the next pass's rows, for the sake of sources that send while it runs; None: `max_rows`.
+        """The row limit of the next pass, so that sources that send meanwhile do not wait long; None: `max_rows`.
 
-        A source that is alone has full passes, and so have several with about the same to do. Others have `short` rows.
-        Sources that have little then have every other pass to themselves.
+        A single active source gets full passes, and so do several with similar amounts of work. Otherwise a pass
+        has `short` rows, and light sources have every other pass to themselves.
         """
         if self.rows_waiting <= short or not self.is_contended(now):
             return None
@@ -365,7 +370,7 @@ class Scheduler(Generic[J]):
     def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:
         """Take the jobs of the next pass, up to `max_rows` rows.
 
-        With a `limit` of rows jobs are split where they can be. A job that has more by itself makes a pass of its own.
+        With a `limit` of rows, jobs are split where possible. A job that exceeds it makes a pass of its own.
         """
         light, self._light = self._light, []
         self._was_light = bool(light)
@@ -381,7 +386,7 @@ class Scheduler(Generic[J]):
         return taken
 
     def _of_light(self, light: Sequence[Source], room: int) -> list[J]:
-        """All that some sources have, as far as there is room."""
+        """Take all jobs of light sources that fit."""
         taken: list[J] = []
         for source in light:
             rows = self._waiting[source]
@@ -392,7 +397,7 @@ class Scheduler(Generic[J]):
         return taken
 
     def _round_robin(self, room: int, *, can_split: bool) -> list[J]:
-        """What sources have, a little of each in turn; a job that does not fit ends it."""
+        """Take jobs of all sources, a few rows of each at a time. The first job that does not fit ends it."""
         queue = self._queue
         chosen: dict[J, int] = {}
         """Rows of each."""
@@ -420,7 +425,7 @@ class Scheduler(Generic[J]):
         return taken
 
     def steps_together(self, chosen: Sequence[J], budget: int) -> int:
-        """For how many time steps the chosen jobs may run in one pass: 1 if anything else waits."""
+        """How many time steps the chosen jobs may run in one pass: 1 if anything else waits."""
         if self or budget <= 1:
             return 1
         return max(1, min(budget, *(job.steps_left for job in chosen)))

@@ -1,10 +1,11 @@
-"""The sessions, as columns: one array per fact, one index (handle) per session.
+"""The session table: one array per column, one index (handle) per session.
 
-Columns make work on a thousand sessions one array operation instead of a thousand Python steps, and a
-session cost some 100 bytes beside its id. A handle is valid from `add` to `remove` and is then reused.
+With columns, work on a thousand sessions is one array operation instead of a thousand Python steps, and a session
+takes some 100 bytes besides its id. A handle is valid from `add` to `remove` and is then reused.
 
-Nothing here takes longer because there are many sessions: memory for columns is reserved for more than most servers
-have, and used from the first touch on, so they are rarely copied; the garbage collector does not look at the ids.
+No operation gets slower as sessions are added. Address space for columns is reserved for more sessions than most
+servers have, and memory is used from the first write on, so columns are rarely copied. The garbage collector does
+not visit the ids.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from stepwell_server.core.quotas import Usage
 from stepwell_server.core.slots import Rows
 
 Handles = npt.NDArray[np.intp]
-#: The largest position that a reset may say, and the largest position and revision with which a session may come from
-#: elsewhere. Nobody gets from the one to the other by stepping, nor from there to where a number of 64 bits, or one with
-#: a sign as Triton's protocol has it, ends.
+#: The largest position that a reset may set, and the largest position and revision of an imported session. No
+#: session gets from the first to the second by stepping, nor from there to the end of the 64-bit range (signed in
+#: Triton's protocol).
 MAX_RESET_POSITION, MAX_IMPORT_POSITION = 2**61, 2**62
 
 _COLUMNS: dict[str, type[np.generic]] = {
@@ -49,18 +50,20 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "bytes": np.int64,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
-#: Sessions for which columns have room, in address space. With more of them each column is copied, twice as long.
+#: Address space is reserved for this many sessions. Beyond it, each column is copied to one twice as long.
 _CAPACITY = 1 << 22
 _IDS_PER_CHUNK = 1024
 
 
 def are_missing(handles: Handles) -> bool:
-    """Whether some of what `SessionTable.find_all` returned are not there."""
+    """Whether `SessionTable.find_all` returned any session that does not exist."""
     return bool(handles[0] < 0 if len(handles) == 1 else np.count_nonzero(handles < 0))
 
 
 class _Ids:
-    """The id of each handle, in arrays: of a list that long the garbage collector would visit each entry, each time."""
+    """The id of each handle, in arrays: the garbage collector would visit every entry of a list that long, each
+    time.
+    """
 
     def __init__(self) -> None:
         self._chunks: list[npt.NDArray[np.object_]] = []
@@ -94,56 +97,56 @@ class SessionTable:
     """All live sessions of a server."""
 
     model: npt.NDArray[np.int32]
-    """Index of the version of a model that the session is on; -1 where the handle is free."""
+    """Index of the session's model version; -1: the handle is free."""
     batch_size: npt.NDArray[np.int32]
     revision: npt.NDArray[np.uint64]
     position: npt.NDArray[np.uint64]
     request_id: npt.NDArray[np.uint64]
-    """Request id of the last change, 0 for none."""
+    """Request id of the last change; 0: none."""
     opened_with: npt.NDArray[np.uint64]
-    """Request id of the call that made the session, or a number that was drawn: no two sessions of an id share it."""
+    """Request id of the call that created the session, or a random number. No two sessions of an id share it."""
     digest: npt.NDArray[np.uint64]
-    """Of what the last change said: see `exactly_once`. 0 for none."""
+    """Digest of the last change's content: see `exactly_once`. 0: none."""
     opened_digest: npt.NDArray[np.uint64]
-    """The same of the call that made the session."""
+    """Digest of the content of the call that created the session."""
     row: npt.NDArray[np.intp]
     """First row in the model's arena; -1: paged out, the state is only in the store."""
     used: npt.NDArray[np.float64]
-    """Seconds on the monotonic clock."""
+    """Last use, in seconds on the monotonic clock."""
     created: npt.NDArray[np.float64]
-    """Seconds since the epoch."""
+    """Creation time, in seconds since the epoch."""
     due: npt.NDArray[np.int64]
-    """When the session is next looked at for being idle; `idle` knows the units. -1: never."""
+    """When the session is next checked for being idle, in the units of `idle`. -1: never."""
     birth: npt.NDArray[np.uint64]
-    """Tells sessions that had the same handle one after the other apart."""
+    """Distinguishes sessions that had the same handle one after the other."""
     claimed: npt.NDArray[np.bool_]
-    """Something is under way for the session; what comes next waits."""
+    """An operation is active on the session; later ones wait."""
     reply: npt.NDArray[np.uint8]
-    """How the reply to the last change is kept; the engine knows the codes. 0: it has no outputs."""
+    """How the reply to the last change is kept: the engine's `ReplyForm`. 0: it has no outputs."""
     max_idle_ms: npt.NDArray[np.int64]
-    """For how long it may be unused, in milliseconds; 0: it has no limit of its own. See `idle.IdleLimits`."""
+    """Its own idle limit, in milliseconds; 0: none. See `idle.IdleLimits`."""
     pinned: npt.NDArray[np.bool_]
-    """It stays on the version of its model that it was opened with."""
+    """It stays on the version of its model with which it was opened."""
     stamp: npt.NDArray[np.uint64]
-    """Of the record that the columns are of, where other servers use the store; else 0."""
+    """The stamp of the record that the columns reflect, where other servers use the store; else 0."""
     bytes: npt.NDArray[np.int64]
-    """What counts of each for quotas of bytes: see `store.counts`. As the store has it."""
+    """Its size for quotas of bytes, as the store has it: see `store.counts`."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}
         self._ids = _Ids()
         self._more_rows: dict[int, Rows] = {}
         self.fields: dict[int, bytes] = {}
-        """What the store's records of sessions have beside what is known here, by handle; few have any."""
+        """Record fields without a column here, by handle; few sessions have any."""
         self._free: list[int] = []
         self._births = 0
         self.removals = 0
-        """Sessions that have been removed so far."""
+        """Sessions removed so far."""
         self.next_end = math.inf
-        """Before this moment, on the monotonic clock, no session has been idle for too long; `idle` sets it."""
+        """Before this moment, on the monotonic clock, no session can have been idle for too long; `idle` sets it."""
         for name, dtype in _COLUMNS.items():
             setattr(self, name, _zeros(capacity, np.dtype(dtype)))
-        # Rows of the arena that are of no session yet are said to be of handle 0 (`Slots.owner`), which may be nobody's.
+        # Unused rows of the arena have handle 0 in `Slots.owner`, so no session may have it.
         self.model[0] = self.row[0] = -1
 
     def __len__(self) -> int:
@@ -153,9 +156,9 @@ class SessionTable:
         return session_id in self._handles
 
     def id_chunks(self) -> list[tuple[int, npt.NDArray[np.object_]]]:
-        """The ids of all live sessions in chunks of 1,024 handles, each with a number that is another one after a change.
+        """Ids of all live sessions in chunks of 1,024 handles, each with a number that changes with it.
 
-        What is empty or None in a chunk is no id. Chunks stay as they are when the table grows.
+        Empty or None entries are not ids. Existing chunks stay unchanged when the table grows.
         """
         return self._ids.chunks()
 
@@ -168,14 +171,14 @@ class SessionTable:
         return self._handles.get(session_id)
 
     def has_any(self, session_ids: Sequence[str]) -> bool:
-        """Whether any of these sessions is there."""
+        """Whether any of these sessions exists."""
         return not self._handles.keys().isdisjoint(session_ids)
 
     def find_all(self, session_ids: Sequence[str]) -> Handles:
-        """Handles of many sessions, -1 for those that are not there."""
+        """Handles of many sessions; -1 for those that do not exist."""
         if len(session_ids) == 1:
             return np.array([self._handles.get(session_ids[0], -1)], np.intp)
-        # no generator: this loop is over every session of every frame
+        # not a generator: this loop runs over every session of every frame
         found = map(self._handles.get, session_ids, itertools.repeat(-1))
         return np.fromiter(found, np.intp, len(session_ids))
 
@@ -187,14 +190,16 @@ class SessionTable:
         """Add sessions, and return their handles.
 
         Args:
-            session_ids: None of them is there.
-            rows: The arena's rows that they have, one session after the other; None: they are paged out.
-            **columns: What is known of them, a value for all or one for each; `model`, `batch_size`, `used` and
-                `created` must be there, what else is missing is 0.
+            session_ids: None of them may exist.
+            rows: Their rows in the arena, one session after the other; None: they are paged out.
+            **columns: A value for all, or one for each. `model`, `batch_size`, `used` and `created` are required;
+                other columns default to 0.
         """
         wrong = columns.keys() - _COLUMNS.keys() or _REQUIRED - columns.keys()
         if wrong:
-            raise TypeError(f"what is known of a session must be as described; look at {sorted(wrong)}")
+            raise TypeError(
+                f"columns of a session must be {sorted(_REQUIRED)} and any of {sorted(_COLUMNS)}; got {sorted(wrong)}"
+            )
         handles = np.array([self._new_handle(session_id) for session_id in session_ids], np.intp)
         for name in _COLUMNS:
             getattr(self, name)[handles] = columns.get(name, 0)
@@ -234,18 +239,18 @@ class SessionTable:
         return bool(self.fields) and not self.fields.keys().isdisjoint(handles.tolist())
 
     def usage(self, handle: int) -> Usage:
-        """What a session takes of its tenant's quotas, as it is counted."""
+        """What a session uses of its tenant's quotas."""
         return Usage(1, int(self.batch_size[handle]), int(self.bytes[handle]))
 
     def page_out(self, handles: Handles) -> None:
-        """Say that sessions have no rows in the arena any more."""
+        """Record that sessions have no rows in the arena any more."""
         self.row[handles] = -1
         if self._more_rows:
             for handle in handles.tolist():
                 self._more_rows.pop(handle, None)
 
     def set_rows_of(self, handles: Handles, rows: Rows) -> None:
-        """Say which rows hold the states of sessions from now on: their rows one after the other."""
+        """Record which rows now hold the sessions' states: their rows, one session after the other."""
         sizes = self.batch_size[handles]
         ends = sizes.cumsum()
         self.row[handles] = rows[ends - sizes]
@@ -263,7 +268,7 @@ class SessionTable:
 
     def _new_handle(self, session_id: str) -> int:
         if session_id in self._handles:
-            raise KeyError(f"session {session_id!r} is there already")
+            raise KeyError(f"session_id must be new; session {session_id!r} exists")
         if self._free:
             handle = self._free.pop()
             self._ids[handle] = session_id
@@ -284,10 +289,8 @@ class SessionTable:
 
 
 def _zeros(count: int, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
-    """A column that takes no memory before it is written to, and then only as much as is written to."""
+    """A column whose memory is allocated page by page, as it is written."""
     memory = mmap.mmap(-1, count * dtype.itemsize)
-    if hasattr(
-        mmap, "MADV_NOHUGEPAGE"
-    ):  # numpy asks for large pages, each of which would be of a column's own
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # numpy asks for large pages; each would belong to a single column
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype)

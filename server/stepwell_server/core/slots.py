@@ -9,11 +9,11 @@ Rows = npt.NDArray[np.intp]
 
 
 class Slots:
-    """A stack of free rows with two budgets: rows that sessions keep and rows that requests work in.
+    """A stack of free rows with two budgets: rows of sessions, and working rows of requests.
 
-    A request of several time steps works on a copy of its sessions' rows, so half of the capacity is
-    kept for copies: sessions alone can never starve them. The last row freed is the first one taken, so
-    that the memory touched stays small.
+    A request of several time steps works on a copy of its sessions' rows, so half of the capacity is reserved for
+    copies: sessions can never take it. The last row freed is the first one taken, which keeps the touched memory
+    small.
     """
 
     def __init__(self, resident: int) -> None:
@@ -22,38 +22,39 @@ class Slots:
         self.resident = 0
         self.working = 0
         self.owner: npt.NDArray[np.intp] = np.zeros(self.capacity, np.intp)
-        """The session (handle) whose first row a row was last, or any. The session table says whether it still is."""
+        """The handle of the session that last had this as its first row, or any handle. The session table says
+        whether it still does."""
         self.touched = 0
-        """Rows from here on were never taken, and no memory that is kept of them was written: many models have many."""
+        """Rows from here on were never taken, so their memory was never written: with many models that is much."""
         self._freed: Rows = np.empty(self.capacity, np.intp)
         self._top = 0
 
     @property
     def capacity(self) -> int:
-        """Rows in all."""
+        """All rows."""
         return self.resident_limit + self.working_limit
 
     def take_resident(self, count: int) -> Rows | None:
-        """Take `count` rows for sessions, or None if the budget does not have them."""
+        """Take `count` rows for sessions; None if the budget is exhausted."""
         if self.resident + count > self.resident_limit:
             return None
         self.resident += count
         return self._pop(count)
 
     def take_working(self, count: int) -> Rows | None:
-        """Take `count` rows for a request to work in, or None if the budget does not have them."""
+        """Take `count` working rows for a request; None if the budget is exhausted."""
         if self.working + count > self.working_limit:
             return None
         self.working += count
         return self._pop(count)
 
     def free_resident(self, rows: Rows) -> None:
-        """Give rows of sessions back."""
+        """Return rows of sessions."""
         self.resident -= len(rows)
         self._push(rows)
 
     def free_working(self, rows: Rows) -> None:
-        """Give rows of a request back: its own, or those it was exchanged for at the commit."""
+        """Return the working rows of a request: its own, or those exchanged for them at the commit."""
         self.working -= len(rows)
         self._push(rows)
 

@@ -1,4 +1,4 @@
-"""Which versions of a model are served, of those that there are."""
+"""Which versions of a model are served."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_SHOWN = 80
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionPolicy:
-    """The `latest` N versions, those of a list, or (with neither) all."""
+    """Serves the `latest` N versions, the versions of a list, or (with neither) all."""
 
     latest: int | None = None
     versions: frozenset[int] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `latest`, `latest N`, `all` or `3,5`.
+        """Parse `latest`, `latest N`, `all` or `3,5`.
 
         Raises:
             ValueError: it is not a policy. The message continues the name of an argument: "must be ...; got ...".
@@ -43,7 +43,7 @@ class VersionPolicy:
         return cls(versions=versions)
 
     def choose(self, there_are: Collection[int]) -> set[int]:
-        """The versions to serve."""
+        """The versions to serve, out of the available ones."""
         if self.versions is not None:
             return set(self.versions.intersection(there_are))
         return set(sorted(there_are, reverse=True)[: self.latest])
