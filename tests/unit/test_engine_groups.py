@@ -165,7 +165,7 @@ async def test_what_cannot_be_read_at_all_is_refused() -> None:
             (
                 {"session_ids": ["a", "b"], "reply_limit": 100, "reply_bytes": 53},
                 MessageTooLarge,
-                "a reply of at most 100 bytes; got 2, for which it would have 101: name fewer at once",
+                "a reply of 100 bytes; got 2 sessions, which need 101 bytes: name fewer at once",
             ),
             ({"session_ids": ["a", "b"], "deadline": at.clock.monotonic()}, DeadlineExceeded, "deadline"),
         ]

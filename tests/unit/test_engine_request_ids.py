@@ -85,7 +85,7 @@ async def test_another_change_with_a_request_id_is_refused(other: str, expected:
         with pytest.raises(InvalidInput) as caught:
             await sent(at, second, expected=expected)
         assert caught.value.message.startswith(
-            f"request_id must be another one for another change of session 'a': {message}"
+            f"request_id must be new for a different change of session 'a': {message}"
         )
         assert np.array_equal((await at.state("a"))["sum"], state)
         again = await sent(at, first, expected=expected)

@@ -199,8 +199,9 @@ class Share:
         """Seconds that its last pass on threads would have taken at its preferred length."""
 
     def listen(self, listener: Callable[[], bool]) -> None:
-        """Register the function to call when the model is next on the event loop. It returns whether to call it
-        again.
+        """Register the function to call when the model is next on the event loop.
+
+        It returns whether to call it again.
         """
         self._listener = listener
 

@@ -61,9 +61,7 @@ def are_missing(handles: Handles) -> bool:
 
 
 class _Ids:
-    """The id of each handle, in arrays: the garbage collector would visit every entry of a list that long, each
-    time.
-    """
+    """The id of each handle, in arrays, since the garbage collector would visit every entry of a list each time."""
 
     def __init__(self) -> None:
         self._chunks: list[npt.NDArray[np.object_]] = []

@@ -1,5 +1,5 @@
-"""Runs programs over the rows of many sessions at once: all that becomes of a session, whoever asks for it.
+"""Runs programs over the rows of many sessions at once, and manages the sessions.
 
-`engine` is its face. It may touch the rules in `core` and the store's protocol; it knows neither the wire nor how
-models get here. What is in its folders each of them says.
+`engine` is its interface. It may use the rules in `core` and the store's protocol. It knows neither the wire format
+nor how models are found and compiled. Each folder's docstring describes it.
 """

@@ -1,4 +1,4 @@
-"""What the engine answers and tells: plain values, no wire format. What is asked of it is in `change`."""
+"""Values that the engine returns and reports, independent of the wire format. Requests are in `change`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell_server.program import Program
 
 
 class Select(enum.Enum):
-    """For which time steps outputs, or states, come back."""
+    """Which time steps' outputs or states are returned."""
 
     ALL = "all"
     LAST = "last"
@@ -25,31 +25,31 @@ class Select(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SessionFilter:
-    """Which sessions are meant: those for which all of it holds."""
+    """Selects the sessions that meet all of its conditions."""
 
     model: str = ""
-    """Empty: of any model."""
+    """Empty: any model."""
     tenant: str | None = None
-    """Whose; empty: those of no tenant; None: everybody's."""
+    """The owner; empty: sessions without a tenant; None: sessions of all tenants."""
     prefix: str = ""
-    """Of their ids, as the tenant calls them."""
+    """The beginning of their ids, in the tenant's form."""
     idle_longer_s: float | None = None
-    """Nobody has changed, read or resumed them for longer than this. None: that does not matter."""
+    """Not changed, read or resumed for longer than this. None: any."""
 
     @property
     def ids_begin_with(self) -> str:
-        """What the ids begin with, as the table has them."""
+        """The beginning of the ids in the table's form."""
         if not self.tenant:
             return self.prefix if self.tenant is None else inner("", self.prefix)
         return prefix_of(self.tenant) + self.prefix
 
     @property
     def is_by_prefix_alone(self) -> bool:
-        """Whether every session fits whose id begins with `ids_begin_with`."""
+        """Whether every session matches whose id begins with `ids_begin_with`."""
         return self.tenant != "" and not self.model and self.idle_longer_s is None
 
     def is_of_tenant(self, session_id: str) -> bool:
-        """Whether a session whose id begins so is whose it has to be."""
+        """Whether a session whose id begins with `ids_begin_with` also has the right owner."""
         return self.tenant != "" or SEPARATOR not in session_id
 
 
@@ -69,95 +69,95 @@ class SessionInfo:
     """Seconds since the epoch."""
     resident: bool
     max_idle_s: float = math.inf
-    """It expires when nobody has used it for so many seconds; infinity: never."""
+    """It expires after this many seconds without use; infinity: never."""
     version: int = 0
-    """Of the model, on which its next change runs; 0: it is not known."""
+    """The model version of its next change; 0: unknown."""
     is_pinned: bool = False
-    """It stays on that version, whatever becomes the default."""
+    """It stays on that version even if the default changes."""
     uid: int = 0
-    """Tells sessions apart that had the same id one after the other."""
+    """Distinguishes sessions that had the same id one after the other."""
     request_id: int = 0
-    """Of its last change; 0: that had none."""
+    """The request id of its last change; 0: that change had none."""
 
 
 class SessionPage(list[SessionInfo]):
-    """Some sessions of a list, in the order of their ids."""
+    """One page of a list of sessions, sorted by id."""
 
     next: str | None = None
-    """The id behind which the next page begins; None: this is the last."""
+    """The id after which the next page begins; None: this is the last page."""
 
 
 class SessionPolicy(enum.Enum):
-    """What becomes of the sessions that follow the default when it moves to another version."""
+    """What happens to the sessions that follow the default when it moves to another version."""
 
     KEEP = "keep"
     """They stay on their version."""
     CARRY = "carry"
-    """They go on with their states under the new weights."""
+    """They keep their states under the new weights."""
     MIGRATE = "migrate"
-    """A function makes their new states of the old ones."""
+    """A function converts their states."""
     RESET = "reset"
-    """They begin anew."""
+    """They restart from the initial state."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionInfo:
-    """A version of a model that is loaded."""
+    """A loaded version of a model."""
 
     version: int
     fingerprint: str
     is_default: bool
     labels: Sequence[str]
     sessions: int
-    """Those in memory."""
+    """Sessions in memory."""
     source: str
-    """The file that it came from; empty: it is not known."""
+    """The file it came from; empty: unknown."""
     loaded: float
-    """When, in seconds since the epoch."""
+    """Load time, in seconds since the epoch."""
     is_draining: bool
-    """It was the default, and is to be unloaded when its last session has ended."""
+    """It was the default, and will be unloaded when its last session ends."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DefaultChange:
-    """A version becomes the default of its model."""
+    """A request to make a version the default of its model."""
 
     version: int
     policy: SessionPolicy
-    """What becomes of the sessions that follow the default."""
+    """What happens to the sessions that follow the default."""
     migration: str = ""
-    """The function for `MIGRATE`; empty: the only one there is."""
+    """The function for `MIGRATE`; empty: the only one registered."""
     leaves: bool | None = None
-    """The default before drains; None: if its sessions stay on it."""
+    """Whether the previous default drains; None: if its sessions stay on it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DefaultMove:
-    """What a change of the default did."""
+    """The result of a change of the default."""
 
     previous: int
-    """The version that was the default."""
+    """The previous default version."""
     sessions: int
-    """Those in memory that go to the new one."""
+    """Sessions in memory that move to the new default."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model as it is served."""
+    """A model that is served."""
 
     name: str
     program: Program
     sessions: int
     """Of all versions."""
     version: int = 0
-    """That of `program`."""
+    """The version of `program`."""
     versions: Sequence[VersionInfo] = ()
-    """Those that are loaded, in their order."""
+    """The loaded versions, ascending."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelStats:
-    """What a model has and does now."""
+    """Current figures of a model."""
 
     name: str
     sessions: int
@@ -166,17 +166,17 @@ class ModelStats:
     queued_rows: int
     """Rows and changes that wait for a pass or for their session."""
     max_queued_rows: int
-    """With more of them changes are refused."""
+    """Changes beyond this are refused."""
     max_pass_rows: int
     queued_bytes: int
-    """Bytes of inputs that wait, over all models."""
+    """Waiting input bytes, over all models."""
     uncommitted: int = 0
     """Sessions whose changes wait for the store, over all models."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpenResult:
-    """Answer to opening or forking."""
+    """The result of opening or forking a session."""
 
     session: SessionInfo
     resumed: bool = False
@@ -185,7 +185,7 @@ class OpenResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpenManyResult:
-    """Answer to opening or forking many sessions."""
+    """The result of opening or forking many sessions."""
 
     session_ids: Sequence[str]
     model: str
@@ -203,51 +203,51 @@ class OpenManyResult:
     version: int = 0
     """Of the model."""
     resumed: Mask | None = None
-    """`(n,)`: which existed before; None: none of them did."""
+    """`(n,)`: which sessions existed before; None: none did."""
     versions: U64 | None = None
     """`(n,)`: the version of each; None: all are on `version`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StateResult:
-    """Answer to reading a state: `(batch_size, ...)` each, in the model's order."""
+    """A state that was read: `(batch_size, ...)` for each tensor, in the model's order."""
 
     state: Mapping[str, Array]
     session: SessionInfo
     structure: str = ""
-    """Of its model: `Program.structure`."""
+    """The model's `Program.structure`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StatesResult:
-    """Answer to reading the states of many sessions of one model; members are named by their index."""
+    """The states of many sessions of one model; members are identified by their index."""
 
     model: str
-    """Empty if none was read."""
+    """Empty if no session was read."""
     fingerprint: str
     state: Mapping[str, Array]
-    """`(R, ...)` each, in the model's order: the rows of those that were read, one session after the other."""
+    """`(R, ...)` each, in the model's order: the rows of the sessions that were read, one after the other."""
     members: Members
-    """Those that were read, ascending."""
+    """The sessions that were read, ascending."""
     sizes: Rows
-    """Rows of each that was read."""
+    """Rows of each session that was read."""
     revisions: U64
-    """Of each that was read, when it was read."""
+    """Their revisions at that time."""
     positions: U64
-    """Of each that was read, when it was read."""
+    """Their positions at that time."""
     errors: Sequence[tuple[Members, ServerError]]
-    """The others, and why."""
+    """The sessions that were not read, and why."""
     version: int = 0
-    """Of the model; 0: they are on several, or none was read."""
+    """Of the model; 0: several versions, or no session was read."""
     are_pinned: bool = False
-    """All of them stay on that version."""
+    """Whether all of them stay on that version."""
     structure: str = ""
-    """Of their model: `Program.structure`; empty: they have different ones."""
+    """The model's `Program.structure`; empty: theirs differ."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PredictResult:
-    """Answer to a run without a session."""
+    """The result of a run without a session."""
 
     outputs: Mapping[str, Array]
     state: Mapping[str, Array]
@@ -257,51 +257,51 @@ class PredictResult:
 
 @dataclasses.dataclass(slots=True)
 class ChangeResult:
-    """Answer to a change of one session."""
+    """The result of a change of one session."""
 
     revision: int
     """After the change."""
     position: int
     """After the change."""
     outputs: Tensors
-    """`(batch_size, T, ...)` or `(batch_size, ...)`; views of arrays that only this answer and its neighbours share."""
+    """`(batch_size, T, ...)` or `(batch_size, ...)`; views of arrays shared with the other sessions of the pass."""
     replayed: bool = False
-    """It is the remembered answer to a change that was sent again."""
+    """Whether this is the remembered reply to a change that was sent again."""
     states: Tensors = dataclasses.field(default_factory=dict)
-    """Those that were asked for: `(rows, T, ...)` or `(rows, ...)`."""
+    """The requested states: `(rows, T, ...)` or `(rows, ...)`."""
     version: int = 0
     """Of the model, as in `change.Replies`."""
 
 
 class Trace(Protocol):
-    """A call that is traced, on its way through the engine. Times are the clock's monotonic ones. On the event loop."""
+    """Receives the stages of a traced call. Times are on the clock's monotonic time. Called on the event loop."""
 
     def stage(self, name: str, began: float, ended: float, /) -> None:
-        """It was in a stage: `queue` (until its pass) or `commit` (until the store had it)."""
+        """The call spent this time in a stage: `queue` (until its pass) or `commit` (until the store had it)."""
 
     def ran(
         self, others: Sequence[Trace], model: str, rows: int, time_steps: int, began: float, ended: float, /
     ) -> None:
-        """A pass of so many rows and time steps ran for `others`, of which it is one: told to one of them."""
+        """A pass ran for the traced calls `others`; reported to one of them only."""
 
 
 class Observer:
-    """What the engine tells of its doings. This one listens to nothing; `metrics` has one that does.
+    """Receives the engine's events and ignores them; `metrics` has one that counts.
 
-    Called on the event loop; must be quick and must not raise.
+    Called on the event loop. Methods must be quick and must not raise.
     """
 
     def model_served(self, model: str, program: Program) -> None:
-        """Sessions of a model may come from now on."""
+        """A model is now served."""
 
     def session_event(self, event: str, model: str, session_id: str) -> None:
         """`event`: opened, resumed, forked, closed, expired."""
 
     def sessions_opened(self, model: str, count: int, event: str = "opened") -> None:
-        """Many at once, opened or forked; also told one by one for a single one: never both."""
+        """Several sessions were opened or forked together; a single one is a `session_event` instead."""
 
     def session_events(self, event: str, model: str, count: int) -> None:
-        """Many at once: closed, expired, imported. Never told one by one as well."""
+        """Several sessions were closed, expired or imported together; not reported as single events."""
 
     def stage(self, model: str, stage: str, seconds: float, count: int) -> None:
         """`count` changes spent `seconds` each in `stage`: wait (for a pass), commit (by a store on disk), total."""
@@ -310,19 +310,19 @@ class Observer:
         """A pass ran `rows` rows for `time_steps` time steps."""
 
     def stepped_alone(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        """A single step ran at once, alone: `pass_done`, `stage`, `applied` and `slow` in one."""
+        """A single step ran on its own: combines `pass_done`, `stage`, `applied` and `slow`."""
 
     def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        """A step took `seconds` until its answer at `now`: the slowest of a pass."""
+        """The slowest step of a pass took `seconds` until its answer at `now`."""
 
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         """`count` changes (`change`: step, reset, predict) were applied: `row_steps` rows x time steps."""
 
     def replayed(self, model: str, change: str, count: int) -> None:
-        """`count` retries of what had been applied (`change`: step, reset, open, fork) got the first answer."""
+        """`count` retries of applied changes (`change`: step, reset, open, fork) got the first answer."""
 
     def judged_again(self, model: str, count: int) -> None:
-        """`count` changes are judged again, because another server has changed their sessions."""
+        """`count` changes are judged again, because another server changed their sessions."""
 
     def paged(self, model: str, direction: str, sessions: int, seconds: float) -> None:
         """Sessions were moved together from the store into the arena (`in`) or out of it (`out`)."""

@@ -1,8 +1,8 @@
-"""A change: what is to be done to n sessions of one model, as columns, and who is answered.
+"""A change: a request to step or reset n sessions of one model, as columns, and the receiver of the answers.
 
-Whatever the caller and the protocol, a step or a reset is a `Change`; a step of one session is one of one member.
-Members are named by their index. Its first fields are what its caller says; the others are set when it has been
-checked against the sessions and the model.
+A step or reset is a `Change` whatever the caller and the protocol. A step of one session is a change with one
+member. Members are identified by their index. The caller sets the first fields; the others are set when the change
+is checked against the sessions and the model.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from stepwell_server.engine.state.model import Model
 
 _log = Log("engine.replies")
-#: A session that others change meanwhile is looked up again for a change, or a call, this often at most.
+#: A session that is changed concurrently is looked up again at most this often for one change or call.
 MAX_TRIES = 8
-#: Members of a change that have an error each where they fail in one way; more of them share one.
+#: Up to this many members with the same error get one each; more of them share one.
 MAX_ERRORS = 32
 _seed_of = functools.lru_cache(4096)(seed_of)
 _NO_MEMBERS: Members = np.zeros(0, np.intp)
@@ -51,165 +51,171 @@ _FIRST: Members = np.zeros(1, np.intp)
 _FIRST.flags.writeable = False
 _ANY: U64 = np.array([ANY_REVISION], np.uint64)
 _NONE: U64 = np.zeros(1, np.uint64)
-#: In a reply to whoever asked for none.
+#: The states of a reply if none were requested.
 NO_STATES: Tensors = MappingProxyType({})
 
 
 @dataclasses.dataclass(slots=True)
 class Reply:
-    """What members of a change are told that were applied, one after the other."""
+    """The answer to members that were applied, one after the other."""
 
     revisions: U64
     """After the change, `(m,)`."""
     positions: U64
     """After the change, `(m,)`."""
     outputs: Tensors
-    """The members' rows one after the other, `(rows, T, ...)` or `(rows, ...)`."""
+    """The members' rows, one member after the other: `(rows, T, ...)` or `(rows, ...)`."""
     states: Tensors
-    """The same of those rows whose states were asked for; empty if none were."""
+    """States of the rows that were requested, in the same form; empty if none were."""
     replayed: bool = False
-    """They were applied before, and this is what is remembered."""
+    """Whether the members were applied before, and this is the remembered reply."""
     version: int = 0
-    """Of the model, which ran them; of remembered replies, on which their sessions are now. `Change.succeed` sets it."""
+    """The model version that ran them; for remembered replies, the sessions' version now. Set by `Change.succeed`."""
 
 
 class Replies(Protocol):
-    """Who gets the answers to a change. Every member is in exactly one of them. Called on the event loop."""
+    """Receives the answers to a change. Each member gets exactly one. Called on the event loop."""
 
     def applied(self, members: Members, reply: Reply) -> None:
-        """Members, ascending indexes, `(m,)`, were applied, now or before."""
+        """Members, ascending indexes `(m,)`, were applied, now or earlier."""
 
     def failed(self, members: Members, error: ServerError) -> None:
         """Members failed; nothing changed for them."""
 
     def cancelled(self, members: Members) -> Members:
-        """Those of the members whose callers do not wait any more: what still waits of them is dropped."""
+        """Those of the members whose callers no longer wait. If they are still queued, they are dropped."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Change:
-    """The same change for each of some sessions of one model. `eq=False`: a change is itself.
+    """The same change to each of some sessions of one model.
 
-    Give either `inputs` (a step) or `reset=True` (with `state` None for the model's initial state).
+    Give either `inputs` (a step) or `reset=True` (with `state` None for the model's initial state). Changes are
+    compared by identity (`eq=False`).
     """
 
     session_ids: Sequence[str]
     replies: Replies
     inputs: Tensors | None = None
-    """`(R, T, features...)` or `(R, features...)`, R the sum of the sessions' batch sizes."""
+    """`(R, T, features...)` or `(R, features...)`, where R is the sum of the sessions' batch sizes."""
     reset: bool = False
     state: Tensors | None = None
     """For a reset: `(R, ...)` each; with `rows`, `(len(rows), ...)`."""
     rows: Sequence[int] | None = None
-    """Reset or step of these rows only; the change then has one session. R of a step is their number."""
+    """Reset or step only these rows; the change must have one session. R of a step is then their number."""
     position: int = 0
-    """Of a reset of all rows: the sessions' afterwards."""
+    """For a reset of all rows: the sessions' position afterwards."""
     reset_rows: Mask | None = None
-    """For a step: rows that are reset to the initial state before its first time step, `(R,)`, or before each of them,
-    `(R * T,)`, a row's time steps one after the other; when checked, `(R, 1)` or `(R, T)`. Reset and step are one
-    change."""
+    """For a step: rows that are reset to the initial state as part of the same change.
+
+    Before its first time step, `(R,)`; or before each time step, `(R * T,)`, a row's time steps one after the
+    other. Once checked: `(R, 1)` or `(R, T)`.
+    """
     expected: U64 | None = None
-    """One per session; None: applied at any revision."""
+    """Expected revisions, one per session; None: applied at any revision."""
     request_ids: U64 | None = None
-    """One per session; 0 or None: none."""
+    """One per session; 0 or None: no request id."""
     batch_sizes: Rows | None = None
-    """Rows of each session as the caller knows them; None: the sessions' own."""
+    """Rows of each session as the caller knows them; None: not checked."""
     select: Select = Select.ALL
     output_names: Sequence[str] = ()
-    """Outputs that come back; none named: all of them."""
+    """Outputs to return; empty: all of them."""
     states: Select = Select.NONE
-    """For a step: the states that come back, after every time step or the last."""
+    """For a step: the states to return, after every time step or after the last."""
     state_rows: Sequence[int] | None = None
-    """Of a change of one session: its rows whose states come back, in this order; None: all."""
+    """For a change of one session: its rows whose states are returned, in this order; None: all."""
     state_members: Sequence[int] | None = None
-    """Members whose states come back, ascending; None: all."""
+    """Members whose states are returned, ascending; None: all."""
     deadline: float = float("inf")
-    """On the clock's monotonic time. Members that still wait then are dropped unapplied."""
+    """On the clock's monotonic time. Members still waiting then are dropped unapplied."""
     continued_model: str = ""
-    """For a step: its sessions must be of this model, have made a step since they began or were last reset, and have as
-    many rows as `batch_sizes` says; `Engine.submit` returns the members of others. "": any sessions."""
+    """For a step: its sessions must be of this model, must have been stepped since they began or were last reset,
+    and must have as many rows as `batch_sizes`. `Engine.submit` returns the members that do not meet this. Empty:
+    any sessions."""
     continued_versions: Collection[int] | None = None
     """The versions of `continued_model` that they must be on; None: any."""
     traces: Mapping[int, Trace] | None = None
-    """Of members whose calls are traced; that of a call of many is with its first. None: of none."""
+    """The traces of members whose calls are traced; a call of many members is traced at its first. None: none is."""
     connection: Hashable = None
-    """Who sent it: the scheduler takes turns between callers. None: nobody else sends for the same caller."""
+    """The connection that sent it: the scheduler alternates between connections. None: this change only."""
     caller: Caller = ANYBODY
-    """Who asks for it, as far as the server knows callers."""
+    """The caller that sent it, as far as the server checks callers."""
 
     reply_limit: int = sys.maxsize
-    """Bytes that its caller can be sent at once: a step whose reply would have more is refused as a whole."""
+    """The most bytes its caller accepts at once: a step with a larger reply is refused as a whole."""
     reply_bytes: int = 0
-    """What the reply takes beside the outputs; theirs are added when the change has been checked."""
+    """Bytes of the reply besides the outputs; those are added when the change is checked."""
 
     # set when it has been checked
 
     model: Model = dataclasses.field(init=False)
     handles: Handles = dataclasses.field(init=False)
-    """Of each member; -1 for those that are not there."""
+    """The handle of each member's session; -1: it does not exist."""
     births: U64 = dataclasses.field(init=False)
-    """Of each member's session: a handle is used again, a birth is not."""
+    """The birth of each member's session: unlike a handle, it is never reused."""
     sizes: Rows = dataclasses.field(init=False)
     """Rows of each member."""
     row_count: int = 0
-    """Rows in all."""
+    """The sum of `sizes`."""
     arrays: tuple[Array, ...] = ()
-    """Inputs of a step, or the state that a reset sets, in the program's order and dtypes; empty: the initial one."""
+    """Inputs of a step, or the state to reset to, in the program's order and dtypes; empty: the initial state."""
     steps: int = 1
-    """T."""
+    """The number of time steps, T."""
     with_time: bool = False
-    """The inputs have a time axis, so the reply has one too."""
+    """Whether the inputs have a time axis; the reply then has one too."""
     advancing: Rows | None = dataclasses.field(init=False, default=None)
-    """Of a step of some rows only, those rows; `sizes` counts them alone."""
+    """For a step of some rows: those rows; `sizes` counts only them."""
     batch_size: int = dataclasses.field(init=False, default=0)
-    """Then: rows of the session."""
+    """For a step of some rows: all rows of the session."""
     state_index: Rows | None = dataclasses.field(init=False, default=None)
-    """Rows of the tensors whose states come back; None: all."""
+    """Rows of the tensors whose states are returned; None: all."""
     state_bytes: int = dataclasses.field(init=False, default=0)
-    """Bytes of the states that come back."""
+    """Bytes of the states that are returned."""
     members: Members = dataclasses.field(init=False)
-    """Those that may start: the others have their answer."""
+    """Members that may start; the others already have their answer."""
     find_again: Callable[[Change, Members, Callable[[Change, Members], None]], None] | None = None
-    """Looks for members whose sessions have left the table since: calls with those that are there, and answers the others."""
+    """Looks up members whose sessions have left the table: continues with those found, and answers the others."""
     on_end: Callable[[], None] | None = None
     """Called when every member has its answer."""
     left: int = dataclasses.field(init=False)
     """Members without an answer."""
     digests: U64 | None = None
-    """Of what it says of each member, where any has a request id: see `content`. None: not computed yet."""
+    """Digests of each member's content, if any has a request id: see `content`. None: not computed yet."""
     tries: npt.NDArray[np.uint8] | None = None
-    """How often the session of each member was looked up again; None: never."""
+    """How often each member's session was looked up again; None: never."""
 
     # set where it is made of several
 
     messages: Members | None = None
-    """The number of each member's message, where several were put together. One that cannot be taken with the others is
-    left out as a whole: `Engine.submit` returns its members. None: there is one message."""
+    """The number of each member's message, if several messages were combined. None: there is one message.
+
+    A message that cannot be taken with the others is left out as a whole: `Engine.submit` returns its members.
+    """
     connections: Sequence[Hashable] | None = None
-    """One per member, in place of `connection`: the same session may then be among the members more than once, to be
-    applied in their order."""
+    """One per member, instead of `connection`. A session may then appear more than once; its members are applied in
+    order."""
     callers: Sequence[Caller] | None = None
-    """One per member, in place of `caller`; None: it is the same for all."""
+    """One per member, instead of `caller`; None: all have the same."""
     deadlines: npt.NDArray[np.float64] | None = None
-    """One per member; `deadline` is the earliest of them."""
+    """One per member; `deadline` is the earliest."""
 
     def __post_init__(self) -> None:
         self.left = len(self.session_ids)
 
     @property
     def size(self) -> int:
-        """Members in all."""
+        """The number of members."""
         return len(self.session_ids)
 
     @property
     def model_name(self) -> str:
-        """The model's name; empty before it has been checked."""
+        """The model's name; empty before the change is checked."""
         model: Model | None = getattr(self, "model", None)
         return "" if model is None else model.name
 
     @property
     def byte_count(self) -> int:
-        """Bytes of its inputs or states, and of the states that it makes for its reply."""
+        """Bytes of its inputs or states, and of the states made for its reply."""
         total = self.state_bytes
         for array in self.arrays:
             total += array.nbytes
@@ -217,22 +223,22 @@ class Change:
 
     @property
     def may_skip_members(self) -> bool:
-        """`Engine.submit` may return members that must be submitted in another way."""
+        """Whether `Engine.submit` may return members that must be submitted in another way."""
         return self.messages is not None or bool(self.continued_model)
 
     def whole_messages(self, members: Members) -> Members:
-        """Some members and those of the same messages, ascending."""
+        """These members and all others of the same messages, ascending."""
         if self.messages is None:
             return np.arange(self.size)
         return np.flatnonzero(np.isin(self.messages, self.messages[members]))
 
     def with_followers(self, members: Members) -> Members:
-        """As `whole_messages`; all members where a session is named twice: none may overtake another."""
+        """`whole_messages`, or all members if a session appears twice: none may overtake another."""
         is_distinct = len(set(self.session_ids)) == self.size
         return self.whole_messages(members) if is_distinct else np.arange(self.size)
 
     def count_try(self, members: Members) -> Mask:
-        """The sessions of members are looked up again: count it. True for those that have had `MAX_TRIES`."""
+        """Count another lookup of members' sessions. True for those that have reached `MAX_TRIES`."""
         if self.tries is None:
             self.tries = np.zeros(self.size, np.uint8)
         is_over = self.tries[members] >= MAX_TRIES
@@ -256,14 +262,14 @@ class Change:
         return np.concatenate(spans) if spans else np.zeros(0, np.intp)
 
     def requests_of(self, members: Members) -> U64:
-        """Request ids of members, 0 for none."""
+        """Request ids of members; 0: none."""
         return np.zeros(len(members), np.uint64) if self.request_ids is None else self.request_ids[members]
 
     def digests_of(self, members: Members) -> U64:
-        """Digests of what it says of members, 0 where it has no request ids: see `core.exactly_once`.
+        """Digests of members' content; 0 where there is no request id. See `core.exactly_once`.
 
-        They are of what a check has made of it. So they are the same when it is sent again, whichever way it comes: members
-        put together or split, tensors of bytes or of values.
+        They cover the checked content. So they are the same if the change is sent again in another form: members
+        combined or split, tensors as bytes or as values.
         """
         if self.request_ids is None:
             return np.zeros(len(members), np.uint64)
@@ -272,18 +278,18 @@ class Change:
         return self.digests[members]
 
     def expected_of(self, members: Members) -> U64 | None:
-        """Revisions that members expect; None if none of them expects any."""
+        """Revisions that members expect; None if none expects any."""
         return None if self.expected is None else self.expected[members]
 
     @property
     def keeps_states(self) -> bool:
-        """States come back that nobody has any more once the step is applied."""
+        """Whether states are returned that exist nowhere else once the step is applied."""
         return self.states is Select.ALL and self.steps > 1
 
     def count_from_reset(self, positions: U64, members: Members) -> None:
-        """Turn positions of members before a step that resets rows into those after it.
+        """Advance the members' positions for a step that resets rows; `positions` is updated in place.
 
-        A position begins at 0 again before each time step at which all rows of the session are reset.
+        A position restarts at 0 at each time step before which all rows of the session are reset.
         """
         assert self.reset_rows is not None, "else there is nothing to look for"
         steps = np.uint64(self.steps)
@@ -295,7 +301,7 @@ class Change:
         positions[:] = np.where(restarts.any(axis=1), steps - last.astype(np.uint64), positions + steps)
 
     def state_rows_among(self, members: Members) -> Rows | None:
-        """Which of the members' rows have their states sent back, as indexes into them; None: all."""
+        """Indexes, among the members' rows, of those whose states are returned; None: all."""
         if self.state_index is None or len(members) == self.size:
             return self.state_index
         wanted = np.zeros(self.row_count, np.bool_)
@@ -303,16 +309,19 @@ class Change:
         return np.flatnonzero(wanted[self.rows_of(members)])
 
     def own_sizes(self, members: Members) -> Rows:
-        """Rows that the members' sessions have."""
+        """All rows of the members' sessions."""
         return self.sizes[members] if self.advancing is None else np.array([self.batch_size], np.intp)
 
     def alike(self, members: Members) -> Sequence[Members]:
-        """The members in groups that may share an error: it names a session, which is no other caller's business."""
+        """The members in groups that may share an error, which names a session.
+
+        Members of different callers share none.
+        """
         return [members] if self.connections is None else [members[at : at + 1] for at in range(len(members))]
 
     @property
     def only_source(self) -> Source | None:
-        """That of all members; None: they have several, as far as is known without a look at each."""
+        """The source of all members; None: there are several, or it would take a look at each to know."""
         if self.connections is None:
             return source_of(self.caller, self.connection if self.connection is not None else self)
         first = self.connections[0]
@@ -320,7 +329,7 @@ class Change:
         return source_of(self.caller, first) if is_one else None
 
     def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
-        """The members of each source, of a change that has no `only_source`."""
+        """The members of each source, for a change without an `only_source`."""
         assert self.connections is not None, "it has several"
         sources: dict[tuple[Caller, Hashable], list[int]] = {}
         callers = [self.caller] * self.size if self.callers is None else self.callers
@@ -330,7 +339,7 @@ class Change:
             yield source_of(caller, connection), np.array(own, np.intp)
 
     def drop(self, members: Members, now: float) -> Sequence[tuple[Members, ServerError]]:
-        """Those of the members that should not go on, and why. See `job.Owner`."""
+        """The members that should not continue, and why. See `job.Owner`."""
         found: list[tuple[Members, ServerError]] = []
         if now >= self.deadline:
             if self.deadlines is None:
@@ -345,7 +354,7 @@ class Change:
         return found
 
     def fail(self, members: Members, error: ServerError) -> None:
-        """Members failed; nothing changed for them. See `job.Owner`."""
+        """Report that members failed and nothing changed for them. See `job.Owner`."""
         self._count(len(members))
         error.model = self.model_name
         try:
@@ -354,7 +363,7 @@ class Change:
             self._undelivered(raised)
 
     def succeed(self, members: Members, reply: Reply) -> None:
-        """Members were applied, now or before."""
+        """Report that members were applied, now or earlier."""
         self._count(len(members))
         reply.version = self.model.version
         if self.output_names:
@@ -366,7 +375,7 @@ class Change:
             self._undelivered(raised)
 
     def _undelivered(self, raised: Exception) -> None:
-        # its caller's loss, and no one else's: the others' answers and the claims are due
+        # only this caller is affected: the others' answers and the claims must still be handled
         _log.defect("an answer could not be delivered", raised, sessions=len(self.session_ids))
 
     def _count(self, answered: int) -> None:
@@ -376,7 +385,7 @@ class Change:
 
 
 class Awaited(Replies):
-    """The answer to a change of one session, for a task that waits for it. `Replies`."""
+    """Receives the answer to a change of one session for a waiting task. `Replies`."""
 
     def __init__(self) -> None:
         self._answer: asyncio.Future[ChangeResult | ServerError] = asyncio.get_running_loop().create_future()
@@ -417,7 +426,7 @@ class Awaited(Replies):
 
 
 class _JoinedReplies:
-    """The callers of the changes of one session each that were put together. `Replies`."""
+    """Passes the answers on to the single-session changes that were combined. `Replies`."""
 
     def __init__(self, parts: Sequence[Change]) -> None:
         self._parts = parts
@@ -442,7 +451,7 @@ class _JoinedReplies:
 
 
 def may_join(change: Change) -> bool:
-    """Whether a checked change may be put together with others that are alike: a step of one row, one time step."""
+    """Whether a checked change may be combined with similar ones: a step of one row and one time step."""
     return (
         not change.reset
         and len(change.session_ids) == 1
@@ -453,16 +462,13 @@ def may_join(change: Change) -> bool:
 
 
 def kind_of(change: Change) -> Hashable:
-    """Changes of one kind can be one change."""
+    """Changes with equal kinds can be combined into one."""
     names = tuple(change.output_names)
     return change.select, change.with_time, change.reset_rows is None, names, change.states
 
 
 def joined(parts: Sequence[Change]) -> Change:
-    """One change of many members, in their order, of changes of one kind for which `may_join` holds.
-
-    Each member keeps its caller and its deadline.
-    """
+    """Combine changes of one kind, each of which `may_join`, into one change of many members, in their order."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
@@ -540,24 +546,24 @@ def _step_seed(change: Change, states: Select) -> np.uint64:
 
 
 def shared_error(error: ServerError, count: int) -> ServerError:
-    """An error that so many members share, and that names the first of them."""
+    """An error shared by `count` members; it names the first of them."""
     if count > 1:
         error.message = f"{error.message} (and so for {count - 1} others of the session_ids)"
     return error
 
 
 def changed_elsewhere(session_id: str) -> Unavailable:
-    """The answer where other calls, or other servers, change a session so often that this call does not get to it."""
+    """The error for a call that found its session changed concurrently too often."""
     return Unavailable(
-        f"session {session_id!r} was changed by other calls again and again; this one was not applied"
+        f"session {session_id!r} was changed by other calls {MAX_TRIES} times while this one waited; it was not applied"
     )
 
 
 def cancelled() -> ServerError:
-    """The answer to what its caller cancelled in time."""
+    """The error for a request that its caller cancelled in time."""
     return Unavailable("the request was cancelled by its caller; it was not applied")
 
 
 def too_late() -> ServerError:
-    """The answer to what waited past its deadline."""
+    """The error for a request whose deadline passed while it waited."""
     return DeadlineExceeded("the request's deadline passed while it waited; it was not applied")

@@ -1,4 +1,4 @@
-"""What a call says of each of the sessions that it opens, as a digest: see `core.exactly_once`."""
+"""Digests of the content of calls that open sessions: see `core.exactly_once`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _NO_PREFIX = np.uint64(0)
 def content_of_open(
     model: str, batch_size: int, max_idle_ms: int | None, values: Sequence[Array] = (), count: int = 1
 ) -> U64:
-    """What a call says of each of the sessions that it opens, `(count,)`: a digest without its prefix.
+    """A digest of an open call's content for each of its sessions, `(count,)`, without the prefix.
 
     Args:
-        model: As the call names it.
-        batch_size: Of each.
-        max_idle_ms: Of each, as the call asks for it.
+        model: The model as the call names it.
+        batch_size: Of each session.
+        max_idle_ms: Of each session, as requested.
         values: Initial states of one session, `(batch_size, ...)` each.
-        count: How many there are.
+        count: The number of sessions.
     """
     seed = seed_of(model, batch_size, max_idle_ms)
     if not values:
@@ -50,7 +50,7 @@ def content_of_open(
 
 
 def content_of_fork(session_ids: Sequence[str], max_idle_ms: int | None) -> U64:
-    """What a call says of each of the sessions that it makes of others: as `content_of_open`."""
+    """A digest of a fork call's content for each of its sessions: see `content_of_open`."""
     rows = np.fromiter(
         (crc32(session_id.encode()) for session_id in session_ids), np.uint64, len(session_ids)
     )
@@ -60,17 +60,17 @@ def content_of_fork(session_ids: Sequence[str], max_idle_ms: int | None) -> U64:
 def require_same_opening(
     model: Model, session_ids: Sequence[str], stored: U64, kind: Kind, content: U64
 ) -> None:
-    """Refuse a call that comes again with the request id that opened sessions, and is another call.
+    """Refuse a call whose request id opened sessions with other content.
 
     Args:
         model: Of the first session now.
-        session_ids: Of the sessions.
+        session_ids: The sessions.
         stored: The digests of the calls that opened them, `(n,)`.
-        kind: Of the call.
-        content: What it says of each, `(n,)`.
+        kind: The kind of this call.
+        content: The digests of this call's content, `(n,)`.
 
     Raises:
-        InvalidInput: it is another one.
+        InvalidInput: the request id was used by another call.
     """
     other_kind, other_content = mismatches(stored, content | model.digest_prefixes[kind])
     for place in np.flatnonzero(other_kind | other_content)[:1].tolist():
@@ -78,7 +78,7 @@ def require_same_opening(
 
 
 def reused_request(session_id: str, known: Kind | None, own: Kind) -> InvalidInput:
-    """The answer to a change whose request id stands for another one, of kind `known`, of the session."""
+    """The error for a change whose request id belongs to another change of the session, of kind `known`."""
     noun = "another kind of change" if known is None else _NOUNS[known]
     differs = f"it stands for {noun}, and {_NOUNS[own]} came"
     if known is own:
@@ -86,5 +86,5 @@ def reused_request(session_id: str, known: Kind | None, own: Kind) -> InvalidInp
             f"it stands for {_NOUNS[own]} with other content (values, rows, masks or what is to be returned)"
         )
     return InvalidInput(
-        f"request_id must be another one for another change of session {session_id!r}: {differs}; nothing changed"
+        f"request_id must be new for a different change of session {session_id!r}: {differs}; nothing changed"
     )

@@ -1,7 +1,7 @@
-"""Coroutines that begin at once, without a task, and need one only if they have to wait for something.
+"""Starts coroutines at once, without a task; a task is needed only if they have to wait.
 
-The engine is written once, for stores that answer now or later. Where the answer is there, `start` returns what came of it,
-and nothing else has run meanwhile; so do the eager tasks of Python 3.12 (asyncio.eager_task_factory).
+The engine is written once, for stores that answer now or later. If the answer is available, `start` returns the
+result, and nothing else has run meanwhile. Python 3.12's eager tasks do the same (asyncio.eager_task_factory).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Rest(Generic[T]):
-    """What is left of a coroutine that waits for something. To be awaited once, on the same event loop."""
+    """The remainder of a coroutine that waits. Await it once, on the same event loop."""
 
     __slots__ = ("_waits_for", "_work")
 
@@ -23,7 +23,7 @@ class Rest(Generic[T]):
         self._waits_for = waits_for
 
     def close(self) -> None:
-        """Give it up: it ends where it waits. What it waits for is cancelled; an error of that is nobody's."""
+        """Abandon the coroutine where it waits. The future it waits for is cancelled, and its error is ignored."""
         self._work.close()
         if isinstance(self._waits_for, asyncio.Future):
             self._waits_for.add_done_callback(_ignore)
@@ -50,9 +50,9 @@ def _ignore(given_up: asyncio.Future[Any]) -> None:
 
 
 def start(work: Coroutine[Any, Any, T]) -> T | Rest[T]:
-    """Run a coroutine until it ends or waits: its result, or what has to be awaited for it. What it raises is raised.
+    """Run a coroutine until it ends or waits. Returns its result, or a `Rest` to await. Raises what it raises.
 
-    Before it waits for the first time the coroutine must not ask for its task, as `asyncio.timeout` does: it has none.
+    Before its first wait the coroutine must not use its task, as `asyncio.timeout` does: it has none.
     """
     try:
         waits_for = work.send(None)
@@ -63,5 +63,5 @@ def start(work: Coroutine[Any, Any, T]) -> T | Rest[T]:
 
 
 async def finish(rest: Rest[T]) -> T:
-    """Await the rest of a coroutine: for a task, which has to be one of a coroutine."""
+    """Await the rest of a coroutine. A task can be made of this, but not of a `Rest`."""
     return await rest

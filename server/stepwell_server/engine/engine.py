@@ -1,4 +1,4 @@
-"""The engine's face: sessions are opened, stepped, read and closed here, whatever the transport."""
+"""The engine's interface: opens, steps, reads and closes sessions, independent of the transport."""
 
 from __future__ import annotations
 
@@ -104,18 +104,19 @@ class Engine:
         """Make an engine that serves no model yet.
 
         Args:
-            store: Where sessions are kept.
-            clock: Where time comes from.
-            observer: Who is told of what happens.
-            max_batch_rows: Rows of a pass at most, unless a single change has more.
-            resident_rows: Rows that the sessions of each model keep in memory.
-            idle_limits: For how long sessions may be unused.
+            store: Keeps the sessions.
+            clock: The source of time.
+            observer: Receives the engine's events.
+            max_batch_rows: The most rows of a pass, unless a single change has more.
+            resident_rows: How many rows the sessions of each model keep in memory.
+            idle_limits: How long sessions may be idle.
             compute_threads: Threads that run passes.
-            executor: Makes what runs a program.
-            quotas: What tenants may take.
-            migrations: Functions that make states of one version those of another, by name.
-            policy: What the store has of sessions.
-            absent: Why a model, or a version of one, is not loaded: what it returns is raised. None: nobody knows.
+            executor: Makes the executor of a program.
+            quotas: The quotas of tenants and callers; None: none.
+            migrations: Functions by name; each converts states of one version to those of another.
+            policy: Which sessions the store has records of.
+            absent: Returns the error to raise for a model or version that is not loaded; None: the reason is
+                unknown.
         """
         self._loop_queue = LoopQueue(asyncio.get_running_loop().call_soon)
         self._shares = Shares(
@@ -125,9 +126,9 @@ class Engine:
         )
         self._threads = Threads(compute_threads)
         self.take_turns: Callable[[], None] = self._shares.run_next
-        """Do now what has come, rather than in the next turn of the event loop."""
+        """Process what has arrived now, instead of in the next iteration of the event loop."""
         self.add_part: Callable[[Source, Callable[[], None]], None] = self._loop_queue.add
-        """Do a part of large work in an iteration of the event loop that has no other: see `LoopQueue.add`."""
+        """Run a part of large work in an iteration of the event loop with no other part: see `LoopQueue.add`."""
         self._table = table = SessionTable()
         self._store, self._clock = store, clock
         self._models = Models(table, store.elsewhere, absent)
@@ -230,11 +231,13 @@ class Engine:
             clock=clock,
         )
         self.submit: Callable[[Change], Members] = self._submission.submit
-        """Take a change. Its replies get every member's answer, some maybe before this returns.
+        """Take a change. Its replies get each member's answer, some possibly before this returns.
 
         Returns:
-            Members that were not taken, and get no answer: of several messages, those of messages that cannot be taken with
-            the others, to be submitted alone, in their order; of a step that must continue, those that do not. Else none.
+            Members that were not taken, and get no answer. If the change has several messages: members of messages
+            that must be
+            submitted alone, in their order. If its step must continue: members that do not continue. Otherwise
+            none.
 
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
@@ -292,10 +295,10 @@ class Engine:
         self._changes.begin_with(name, version, program)
 
     async def start(self) -> None:
-        """Know what the store has of versions, and run each program once, so that the first callers do not pay for it.
+        """Read what the store knows of versions, and run each program once so that the first callers need not wait.
 
         Raises:
-            DocumentError, Unavailable: what the store has cannot be read.
+            DocumentError, Unavailable: the store's versions cannot be read.
         """
         await self._changes.restore()
         for model in self._models:
@@ -306,33 +309,33 @@ class Engine:
         self._tasks = [asyncio.create_task(run()) for run in timers]
 
     def models(self) -> list[ModelInfo]:
-        """The models, by their default versions, in the order of their names."""
+        """The models, with their default versions, sorted by name."""
         return [self._info(own, own.loaded[own.default]) for own in self._models.served()]
 
     def model(self, ref: str) -> ModelInfo:
-        """One model: NAME, NAME@VERSION or NAME:LABEL.
+        """Describe one model: NAME, NAME@VERSION or NAME:LABEL.
 
         Raises:
-            ModelNotFound: there is none of that name, or no such version.
+            ModelNotFound: no model has that name, or it has no such version.
         """
         model = self._models.by_name(ref)
         return self._info(self._models.named(model.name), model)
 
     def version(self, ref: str) -> int:
-        """The number of the version that a reference means. Reference and errors as of `model`."""
+        """The number of the version that a reference means. Reference and errors as for `model`."""
         return self._models.by_name(ref).version
 
     def programs(self, name: str) -> dict[int, Program]:
-        """The programs of the versions of a model that are loaded, by their numbers, ascending.
+        """The programs of a model's loaded versions, by number, ascending.
 
         Raises:
-            ModelNotFound: there are none of that name.
+            ModelNotFound: no version of that name is loaded.
         """
         loaded = self._models.named(name).loaded
         return {number: loaded[number].program for number in sorted(loaded)}
 
     def model_names(self) -> list[str]:
-        """Names of the models, in order."""
+        """The models' names, sorted."""
         return self._models.names()
 
     async def predict(
@@ -376,7 +379,7 @@ class Engine:
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
     ) -> DefaultMove:
-        """Serve a version of a model from now on: see `Changes.load`."""
+        """Load a version of a model and serve it: see `Changes.load`."""
         return await self._changes.load(
             name,
             version,
@@ -392,7 +395,7 @@ class Engine:
     async def require_possible(
         self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
     ) -> None:
-        """Judge a move of the default before the version is loaded: see `Changes.require_possible`."""
+        """Check a change of the default before the version is loaded: see `Changes.require_possible`."""
         await self._changes.require_possible(name, version, program, policy, migration)
 
     async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
@@ -408,15 +411,15 @@ class Engine:
         *,
         leaves: bool | None = None,
     ) -> DefaultMove:
-        """Let a name stand for another version: see `Changes.set_default`."""
+        """Make another version the default: see `Changes.set_default`."""
         return await self._changes.set_default(name, version, policy, migration, leaves=leaves)
 
     async def set_label(self, name: str, label: str, version: int) -> None:
-        """Let a label stand for a version, or with version 0 for none: see `Changes.set_label`."""
+        """Put a label on a version, or remove it with version 0: see `Changes.set_label`."""
         await self._changes.set_label(name, label, version)
 
     def next_version(self, name: str) -> int:
-        """The number after the highest that a version of a name ever had."""
+        """One more than the highest version number that a name ever had."""
         return self._changes.next_version(name)
 
     def catalogue(self) -> Mapping[str, Versions]:
@@ -424,7 +427,7 @@ class Engine:
         return self._changes.catalogue()
 
     def defaults_elsewhere(self) -> dict[str, int]:
-        """Default versions that are not loaded here, but maybe on other servers of the store, by name."""
+        """Default versions that are not loaded here but may be loaded on other servers of the store, by name."""
         return self._changes.defaults_elsewhere()
 
     # ------------------------------------------------------------------------------------------------ sessions
@@ -443,7 +446,7 @@ class Engine:
         namespace: str = "",
         caller: Caller = ANYBODY,
     ) -> OpenResult:
-        """Open a session, or resume the live one of that id: see `Opener.one`."""
+        """Open a session, or resume the live session of that id: see `Opener.one`."""
         return await self._open.one(
             model,
             session_id=session_id,
@@ -530,7 +533,7 @@ class Engine:
     async def import_sessions(
         self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, caller: Caller = ANYBODY
     ) -> list[ImportResult]:
-        """Begin sessions with records, each for itself: see `Importer.run`."""
+        """Import sessions from records, each independently: see `Importer.run`."""
         return await self._import.run(sessions, existing, caller)
 
     async def session_info(self, session_id: str, *, usable: bool = False) -> SessionInfo:
@@ -540,21 +543,21 @@ class Engine:
     async def list_sessions(
         self, *, after: str = "", limit: int = 1000, count: bool = True, **wanted: Any
     ) -> tuple[SessionPage, int]:
-        """Up to `limit` sessions, and the number of all that fit: see `SessionList.ask`."""
+        """Up to `limit` sessions, and the number of all that match: see `SessionList.ask`."""
         return await self._list.ask(after=after, limit=limit, count=count, **wanted)
 
     async def refresh_counts(self) -> None:
-        """Make the counts of `models` current, unless the store was just asked."""
+        """Update the session counts of `models`, unless the store was asked just before."""
         await self._counts.refresh()
 
     async def export_sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[ExportResult]:
-        """The records of sessions, or why there is none: see `Exporter.sessions`."""
+        """The records of sessions, or the errors for those without one: see `Exporter.sessions`."""
         return await self._export.sessions(session_ids, deadline=deadline)
 
     async def export_page(
         self, wanted: SessionFilter, *, after: str, page_bytes: int, max_bytes: int, deadline: float
     ) -> tuple[list[tuple[str, ExportResult]], str | None]:
-        """The records of sessions that fit a filter, page by page: see `Exporter.page`."""
+        """The records of sessions that match a filter, page by page: see `Exporter.page`."""
         return await self._export.page(
             wanted, after=after, page_bytes=page_bytes, max_bytes=max_bytes, deadline=deadline
         )
@@ -562,10 +565,10 @@ class Engine:
     async def close_session(
         self, session_id: str, *, request_id: int = 0, uid: int = 0, deadline: float = float("inf")
     ) -> bool:
-        """Delete a session after what was received before; True if this request did so before.
+        """Delete a session after all changes received before; True if this request had already done so.
 
-        With a `uid` (see `SessionInfo.uid`) another session that has the id now stays. So does one that was opened after
-        this very request had closed an earlier one.
+        With a `uid` (see `SessionInfo.uid`), another session that has the id now is kept. So is a session opened
+        after this same request closed an earlier one.
 
         Raises:
             SessionGone, Overloaded, DeadlineExceeded, Unavailable
@@ -578,9 +581,9 @@ class Engine:
     async def close_sessions(
         self, session_ids: Sequence[str], *, request_id: int = 0, uids: U64 | None = None
     ) -> int:
-        """Delete those of many sessions that are there; return how many this request deleted, now or before.
+        """Delete those of many sessions that exist; return how many this request deleted, now or earlier.
 
-        Arguments and errors are those of `Closer.close_many`, of at most `MAX_IDS_PER_CALL` ids.
+        Arguments and errors are those of `Closer.close_many`; at most `MAX_IDS_PER_CALL` ids.
         """
         if len(session_ids) > MAX_IDS_PER_CALL:
             raise InvalidInput(f"session_ids must be at most {MAX_IDS_PER_CALL}; got {len(session_ids)}")
@@ -591,15 +594,15 @@ class Engine:
     async def close_matching(
         self, wanted: SessionFilter, *, limit: int, place: Place | None = None, request_id: int = 0
     ) -> tuple[int, Place | None]:
-        """Close sessions that fit a filter, some at a time: see `Closer.close_matching`."""
+        """Close sessions that match a filter, in batches: see `Closer.close_matching`."""
         return await self._closing.close_matching(wanted, limit=limit, place=place, request_id=request_id)
 
     async def was_closed_by(self, session_id: str, request_id: int) -> bool:
-        """Whether a request has closed a session of an id: see `Closer.was_closed_by`."""
+        """Whether a request closed a session of this id: see `Closer.was_closed_by`."""
         return await self._closing.was_closed_by(session_id, request_id)
 
     async def get_state(self, session_id: str, *, deadline: float = float("inf")) -> StateResult:
-        """Read a session's state after what was received before.
+        """Read a session's state after all changes received before.
 
         Raises:
             SessionGone, DeadlineExceeded, Overloaded
@@ -617,15 +620,15 @@ class Engine:
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
     ) -> StatesResult:
-        """Read the states of many sessions of one model, of each after what was received before for it.
+        """Read the states of many sessions of one model, each after all changes received before for it.
 
-        Each is read when its turn comes, for itself: those that are paged out stay so. Without `with_state` revisions
-        and positions alone are read.
+        Each session is read on its own, as soon as it is free; paged-out sessions stay paged out. Without
+        `with_state`, only revisions and positions are read.
 
         Raises:
             InvalidInput: the list breaks a rule, or names sessions of several models.
-            MessageTooLarge: the states, and `reply_bytes` for the rest, have more than `reply_limit` bytes.
-            DeadlineExceeded: it has passed.
+            MessageTooLarge: the states, with `reply_bytes` for the rest, exceed `reply_limit` bytes.
+            DeadlineExceeded: the deadline has passed.
         """
         require_sessions(session_ids, limit=MAX_IDS_PER_CALL)
         seen = await self._directory.look(session_ids, reread=True)
@@ -635,14 +638,14 @@ class Engine:
             size = byte_count + reply_bytes
             if size > reply_limit:
                 raise MessageTooLarge(
-                    f"session_ids must be sessions whose states fit into a reply of at most {reply_limit} bytes;"
-                    f" got {len(session_ids)}, for which it would have {size}: name fewer at once"
+                    f"session_ids must name sessions whose states fit into a reply of {reply_limit} bytes;"
+                    f" got {len(session_ids)} sessions, which need {size} bytes: name fewer at once"
                 )
 
         return await self._reader.read_many(session_ids, seen, deadline, admit=admit, with_state=with_state)
 
     def stats(self) -> list[ModelStats]:
-        """What each model has and does now."""
+        """Current figures of each model."""
         return [self._stats_of(own) for own in self._models.served()]
 
     def _stats_of(self, own: Versions) -> ModelStats:
@@ -662,28 +665,28 @@ class Engine:
         )
 
     def stop_accepting(self) -> None:
-        """From now on refuse new sessions and new changes with `Stopping`."""
+        """Refuse new sessions and new changes with `Stopping` from now on."""
         self._submission.is_accepting = False
 
     def require_accepting(self) -> None:
-        """See `Submission`. For what asks several things of the engine, of which none is done after this was refused."""
+        """See `Submission`. For callers that make several calls and want none of them done after a refusal."""
         self._submission.require_accepting()
 
     async def drain(self) -> None:
-        """Return when everything that was taken in is finished."""
+        """Return when all accepted work is finished."""
         while self._is_busy:
             for loop in list(self._loops.values()):
                 await loop.idle()
             await self._group.idle()
             await self._lookup.idle()
             await self._pager.idle()
-            await asyncio.sleep(0)  # what waits for rows is let in by the event loop
+            await asyncio.sleep(0)  # changes that wait for rows are admitted by the event loop
 
     async def close(self, timeout_s: float = 10.0) -> bool:
-        """Stop the threads. Nothing may be under way.
+        """Stop the threads. Nothing may be active.
 
         Returns:
-            False if the store did not come back from a commit in time: it must not be used any more then.
+            False if the store did not finish a commit in time: it must not be used any more then.
         """
         self._watch.close()
         for task in self._tasks:

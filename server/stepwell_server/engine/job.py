@@ -17,16 +17,16 @@ from stepwell_server.errors import ServerError
 
 
 class Owner(Protocol):
-    """Who gets to know what becomes of a job."""
+    """The change or call that a job belongs to."""
 
     traces: Mapping[int, Trace] | None
-    """Of those of its sessions whose calls are traced; None: of none."""
+    """Traces of its sessions whose calls are traced; None: none."""
 
     def drop(self, members: Members, now: float, /) -> Sequence[tuple[Members, ServerError]]:
-        """Those of the members that should not go on, and why: cancelled, past their deadline."""
+        """Members that should not continue, and why: cancelled, or past their deadline."""
 
     def fail(self, members: Members, error: ServerError, /) -> None:
-        """Members (indexes into the owner's sessions) failed; nothing changed for them."""
+        """Report that members (indexes into the owner's sessions) failed; nothing changed for them."""
 
 
 @dataclasses.dataclass(slots=True, eq=False, kw_only=True)
@@ -42,7 +42,7 @@ class Job:
     members: Members
     """Indexes of its sessions among the owner's."""
     handles: Handles | None
-    """Its sessions; None: it has none."""
+    """Its sessions; None: no sessions."""
     rows: Rows
     """The sessions' rows in the arena, one session after the other. Empty if it has no sessions."""
     sizes: Rows
@@ -55,27 +55,27 @@ class Job:
     source: Source
     queued_at: float
     prepare: Callable[[Rows], None] | None = None
-    """Writes the initial state to its rows, for a job without sessions."""
+    """Writes the initial state to the rows of a job without sessions."""
     reset_rows: Mask | None = None
-    """Rows that begin at the initial state before the first time step, `(rows, 1)`, or before each of them,
-    `(rows, steps)`; None: none of them."""
+    """Rows reset to the initial state before the first time step, `(rows, 1)`, or before each of them, `(rows,
+    steps)`; None: none."""
     advancing: Rows | None = None
-    """Of a job of some rows of its one session: which of them; None: all."""
+    """For a job of some rows of its one session: those rows; None: all."""
     states: Select = Select.NONE
-    """States that come back."""
+    """States to return."""
     state_rows: Rows | None = None
-    """Indexes of the rows whose states come back; None: all."""
+    """Indexes of the rows whose states are returned; None: all."""
     row_count: int = dataclasses.field(init=False)
     is_plain: bool = dataclasses.field(init=False)
-    """Nothing is reset, and the states after every time step are not asked for."""
+    """Whether nothing is reset, and states after every time step are not requested."""
     done: int = 0
     """Time steps that have run."""
     working: Rows | None = None
-    """Rows it works on instead of the sessions'."""
+    """Working rows, used instead of the sessions' rows."""
     collected: list[Array | None] = dataclasses.field(default_factory=list)
-    """For `steps > 1`: each output so far, temporal ones `(rows, steps, ...)`."""
+    """For `steps > 1`: each output so far; temporal ones `(rows, steps, ...)`."""
     state_series: list[Array] = dataclasses.field(default_factory=list)
-    """If it keeps the states after every time step: those so far, `(rows whose states come back, steps, ...)`."""
+    """The states after every time step so far, if requested: `(rows whose states are returned, steps, ...)`."""
 
     def __post_init__(self) -> None:
         self.row_count = int(np.add.reduce(self.sizes))
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def traces(self) -> Sequence[Trace]:
-        """Of those of its sessions whose calls are traced."""
+        """Traces of its sessions whose calls are traced."""
         known = self.owner.traces
         return [known[member] for member in self.members.tolist() if member in known] if known else ()
 
@@ -94,36 +94,36 @@ class Job:
 
     @property
     def needs_working_rows(self) -> bool:
-        """It has no rows to write to yet that nobody else sees."""
+        """Whether it still needs working rows."""
         return self.working is None and (self.steps > 1 or self.handles is None)
 
     @property
     def has_time(self) -> bool:
-        """Its reply has a time axis."""
+        """Whether its reply has a time axis."""
         return self.with_time and self.select is Select.ALL
 
     @property
     def keeps_states(self) -> bool:
-        """The states after every time step are kept; those after the last one are in its rows."""
+        """Whether the states after every time step are kept; those after the last one are in its rows."""
         return self.states is Select.ALL and self.steps > 1
 
     def resets_at(self, step: int) -> Mask | None:
-        """Rows that begin anew before time step `step` of the next pass, `(rows,)`; None: it says nothing of them."""
+        """Rows reset before time step `step` of the next pass, `(rows,)`; None: none."""
         resets, at = self.reset_rows, self.done + step
         return None if resets is None or at >= resets.shape[1] else resets[:, at]
 
     @property
     def source_rows(self) -> Rows:
-        """Where the state before the next pass is."""
+        """The rows with the state before the next pass."""
         return self.rows if self.working is None or self.done == 0 else self.working
 
     @property
     def target_rows(self) -> Rows:
-        """Where the state after the next pass goes."""
+        """The rows for the state after the next pass."""
         return self.rows if self.working is None else self.working
 
     def work_on(self, rows: Rows) -> None:
-        """Take rows of its own, before the first pass."""
+        """Set its working rows, before the first pass."""
         self.working = rows
         if self.prepare is not None:
             self.prepare(rows)
@@ -140,13 +140,13 @@ class Job:
 
     @property
     def is_splittable(self) -> bool:
-        """It has several sessions, and has not begun."""
+        """Whether it has several sessions and has not begun."""
         return self.handles is not None and len(self.handles) > 1 and self.done == 0 and self.working is None
 
     def split_off(self, rows: int) -> Job:
-        """Take its first sessions away, of so many rows together but at least one session, as a job of their own.
+        """Split off its first sessions as a job of their own: up to `rows` rows, but at least one session.
 
-        Itself if they are all. Only if it `is_splittable`.
+        Returns the job itself if that is all of it. Only if it `is_splittable`.
         """
         assert self.handles is not None, "a job without sessions has no parts"
         count = max(1, int(np.searchsorted(np.cumsum(self.sizes), rows, side="right")))
@@ -177,17 +177,17 @@ class Job:
         return split_off
 
     def row_mask(self, kept: Mask) -> Mask:
-        """The mask over rows of a mask over sessions."""
+        """Expand a mask over sessions to one over rows."""
         return np.repeat(kept, self.sizes)
 
     def keep(self, kept: Mask) -> Rows | None:
-        """Go on with some sessions only; return the working rows of the others, if there are any."""
+        """Continue with some sessions only; return the working rows of the others, if any."""
         rows = self.row_mask(kept)
         freed = None if self.working is None else self.working[~rows]
         self.members = self.members[kept]
         self.handles = None if self.handles is None else self.handles[kept]
         self.sizes = self.sizes[kept]
-        if len(self.rows):  # a job without sessions has none before its first pass
+        if len(self.rows):  # a job without sessions has no rows before its first pass
             self.rows = self.rows[rows]
         self.row_count = int(np.add.reduce(self.sizes))
         self.working = None if self.working is None else self.working[rows]

@@ -1,4 +1,4 @@
-"""Runs without a session: checked, charged and handed to the passes."""
+"""Runs models without a session: checks, charges and hands the run to the passes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Prediction:
         reply_limit: int = sys.maxsize,
         reply_bytes: int = 0,
     ) -> PredictResult:
-        """Run a model without a session. The limit of the reply, and the rows that are reset, are as of `Change`.
+        """Run a model without a session. Reply limit and row resets are as for `Change`.
 
         Raises:
             ModelNotFound, InvalidInput, MessageTooLarge, DeadlineExceeded, Overloaded (QuotaExceeded too)

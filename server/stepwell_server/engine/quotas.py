@@ -1,15 +1,15 @@
-"""Who has how much, and whether there may be more of it: charged where sessions begin and steps come in.
+"""Enforces quotas: charges sessions when they begin, and steps when they arrive.
 
-Sessions, their rows and bytes are the tenant's that the session's id says. They are also those of the caller that made the session, if
-it has such a quota when it makes it: the session's record says so then. Steps and bytes are those of the tenant, and of the caller,
-that asks. A step that is sent again is charged again: it was refused or it was served.
+Sessions, their rows and bytes count for the tenant in the session's id. They also count for the caller that created
+the session, if it had such a quota at that time; the session's record then names it. Steps and bytes in flight
+count for the tenant and the caller that send them. A step that is sent again is charged again.
 
-Where others use the store, sessions, rows and bytes are those of all servers together (`UsageCounts`); steps and bytes in
-flight are counted by each for itself.
+Where other servers use the store, sessions, rows and bytes are counted over all servers (`UsageCounts`). Steps and
+bytes in flight are counted by each server on its own.
 
-Bytes are what the store keeps of sessions (`store.counts`). They grow with sessions that begin, and where the reply of a
-step is kept as arrays: such a step is charged for what it may leave when it comes in, and the session for what it has left
-when that is kept.
+Bytes are the sessions' size in the store (`store.counts`). They grow when sessions begin, and when the reply of a
+step is kept as arrays. Such a step is charged for the most it may add when it arrives, and the session for what it
+did add once that is stored.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from stepwell_server.errors import InvalidInput, QuotaExceeded, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.store.base import Store
 
-#: Nobody knows when a session ends.
+#: A session's end cannot be predicted, so the retry delay is fixed.
 _SESSIONS_RETRY_S, _BYTES_RETRY_S = 1.0, 0.05
-#: So often it is asked what tenants have in a store that others use, for people who look at it, in seconds.
+#: How often the tenants' usage is read from a shared store for display, in seconds.
 _LOOK_S = 15.0
-#: Records that are counted before others get a turn.
+#: Records counted in one batch; other work runs between batches.
 _COUNT_BATCH_SIZE = 2000
 _log = Log("engine.quotas")
 QUOTAS = ("sessions", "rows", "bytes", "steps_per_second", "bytes_in_flight", "models")
 OTHER = "other"
-"""The label of tenants that have none of their own."""
+"""The metrics label of tenants without a label of their own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TenantCounts:
-    """What metrics say, by the labels of tenants."""
+    """The figures for metrics, by tenant label."""
 
     sessions: Mapping[str, int]
     rows: Mapping[str, int]
@@ -60,39 +60,42 @@ class TenantCounts:
 
 
 _Scope = tuple[str, str, Limits]
-"""What a message calls it, its name, its quotas."""
+"""A tenant or caller that is charged: its name for messages, its key and its quotas."""
 
 
 class Quotas:
-    """Counts and limits of tenants and callers. Lives on the event loop."""
+    """Usage and quotas of tenants and callers. Lives on the event loop."""
 
     def __init__(self, table: QuotaTable, clock: Clock, max_labels: int = 100) -> None:
-        """`max_labels` tenants have a label in the metrics: those of the table first, then as they come."""
+        """The first `max_labels` tenants get a metrics label of their own.
+
+        Tenants in the table come first, then the others in order of appearance.
+        """
         self._clock = clock
         self._most_labels = max_labels
         self._labels: dict[str, str] = {}
         self._buckets = Buckets()
         self._bytes: Counter[str] = Counter()
         self._counts = UsageCounts(clock)
-        """What tenants have."""
+        """What tenants use."""
         self._growing: Counter[str] = Counter()
-        """Bytes that steps which are under way may add to sessions, by tenant."""
+        """Bytes that active steps may add to sessions, by tenant."""
         self._owners: dict[str, str] = {}
-        """Callers by the sessions that they made and that count for them."""
+        """Callers by the sessions that they created and that count for them."""
         self._of_callers: dict[str, Usage] = {}
-        """What those callers have made."""
+        """The usage of those callers."""
         self._steps: Counter[str] = Counter()
         self._refused: Counter[tuple[str, str]] = Counter()
         self.use(table)
 
     def use(self, table: QuotaTable) -> None:
-        """From now on these are the quotas."""
+        """Replace the quotas."""
         self._table = table
         for tenant in table.tenants:
             self._label(tenant)
 
     async def count(self, store: Store) -> None:
-        """Count the sessions that a store has and does not count by itself, at the start."""
+        """At start, count the sessions of a store that does not count them itself."""
         self._counts.store, after = store, ""
         while len(heads := await store.uncounted(after=after, limit=_COUNT_BATCH_SIZE)):
             ids = [str(key, "utf-8", "replace") for key in heads.keys]
@@ -108,9 +111,9 @@ class Quotas:
     # ------------------------------------------------------------------------------------------------------- sessions
 
     def owner(self, caller: Caller, session_id: str = "") -> str:
-        """As whose sessions those count, beside its tenant's, that a caller makes now; empty: as nobody's.
+        """The caller for whom new sessions count besides their tenant; empty: none.
 
-        One of an id that is there, and is replaced, stays whose it was.
+        A session that replaces another one of its id keeps the owner.
         """
         if session_id in self._owners:
             return self._owners[session_id]
@@ -118,12 +121,12 @@ class Quotas:
         return str(caller) if limits is not None and limits.counts_sessions else ""
 
     def begin(self, session_ids: Sequence[str], each: Usage, owner: str = "") -> None:
-        """Count sessions that are about to be made, of one tenant: then they are `made`, or `cancel`.
+        """Count sessions of one tenant before they are created; `made` or `cancel` must follow.
 
-        `each` is what each of them takes; `owner`: see `owner`.
+        `each` is the usage of each session; for `owner` see `owner`.
 
         Raises:
-            QuotaExceeded: they would be too many, and none is counted.
+            QuotaExceeded: there would be too many; none is counted.
         """
         tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
         self._require_usage(tenant, owner, more)
@@ -132,21 +135,22 @@ class Quotas:
         self._counts.add_pending(tenant, more)
 
     def made(self, session_ids: Sequence[str], each: Usage) -> None:
-        """The store has sessions that were counted, of one tenant."""
+        """Confirm that the store has counted sessions of one tenant."""
         tenant, more = tenant_of(session_ids[0]), each * len(session_ids)
         self._counts.begin(tenant, more)
         self._counts.add_pending(tenant, more * -1)
 
     def cancel(self, session_ids: Sequence[str], each: Usage) -> None:
-        """Sessions that were counted, of one tenant, are not there, as far as that is known.
+        """Undo the count of sessions of one tenant that were probably not created.
 
-        A store that others use may have them all the same, if its answer was lost: they count until it is asked again.
+        If only the answer of a shared store was lost, it may have them. They then count until the store is asked
+        again.
         """
         self.made(session_ids, each)
         self.end((session_id, each) for session_id in session_ids)
 
     def end(self, sessions: Iterable[tuple[str, Usage]]) -> None:
-        """Sessions have ended for good: their ids, and what each took."""
+        """Report that sessions have ended: their ids, and the usage of each."""
         for session_id, usage in sessions:
             self._change(tenant_of(session_id), usage * -1)
             if self._owners and (owner := self._owners.pop(session_id, "")):
@@ -155,7 +159,7 @@ class Quotas:
                     del self._of_callers[owner]
 
     def change(self, session_id: str, more: Usage) -> None:
-        """A session is to take so much more, or takes less.
+        """Change a session's usage by `more`, which may be negative.
 
         Raises:
             QuotaExceeded: it would be too much, and is not counted.
@@ -167,7 +171,7 @@ class Quotas:
             self._of_callers[owner] += more
 
     def resized(self, sessions: Iterable[tuple[str, int]]) -> None:
-        """The store keeps so many bytes more, or less, of sessions."""
+        """Report that sessions take this many bytes more or less in the store."""
         by_tenant: Counter[str] = Counter()
         for session_id, more in sessions:
             by_tenant[tenant_of(session_id)] += more
@@ -177,7 +181,7 @@ class Quotas:
             self._change(tenant, Usage(bytes=more))
 
     def callers(self) -> Mapping[str, Usage]:
-        """What each caller has made for whom that is counted."""
+        """The usage of each caller whose sessions are counted."""
         return dict(self._of_callers)
 
     def _own(self, owner: str, session_ids: Sequence[str], each: Usage) -> None:
@@ -185,7 +189,7 @@ class Quotas:
         self._of_callers[owner] = self._of_callers.get(owner, NOTHING) + each * len(session_ids)
 
     def _require_usage(self, tenant: str, owner: str, more: Usage) -> None:
-        """Refuse what would be more than a tenant may have, and than a caller of it may have made."""
+        """Refuse usage beyond the quota of a tenant, or of a caller of it."""
         there = self._counts.upper_bound(tenant) + Usage(bytes=self._growing[tenant])
         scopes = [(_named(tenant), self._table.of_tenant(tenant), there)]
         if owner:
@@ -204,10 +208,10 @@ class Quotas:
                     )
 
     async def refresh(self, session_ids: Iterable[str]) -> None:
-        """Know what tenants have who are about to begin sessions.
+        """Update the usage of tenants whose sessions are about to begin.
 
         Raises:
-            Unavailable: it cannot be asked now.
+            Unavailable: the store cannot be asked now.
         """
         for tenant in {tenant_of(session_id) for session_id in session_ids}:
             limits = self._table.of_tenant(tenant)
@@ -215,23 +219,23 @@ class Quotas:
                 await self._counts.refresh(tenant)
 
     async def run(self) -> None:
-        """Know what tenants have for people who look at it, until cancelled."""
+        """Update tenants' usage for display from time to time, until cancelled."""
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
                 await self._counts.refresh_all([*{*self._labels.values(), *self._table.tenants}])
             except ServerError as error:
-                _log.warning("the store could not be asked what tenants have", error=error)
+                _log.warning("could not read the tenants' usage from the store", error=error)
 
     def _change(self, tenant: str, more: Usage) -> None:
         self._counts.begin(tenant, more.positive())
         self._counts.end(tenant, (more * -1).positive())
 
     def require_model(self, tenant: str, has: int) -> None:
-        """Refuse one more version of a model to a tenant whose admins have loaded so many.
+        """Refuse another version of a model to a tenant whose admins have loaded `has` already.
 
         Raises:
-            QuotaExceeded: they would be too many.
+            QuotaExceeded: the tenant's quota is used up.
         """
         most = self._table.of_tenant(tenant).models
         if most is not None and has >= most:
@@ -241,11 +245,11 @@ class Quotas:
     # ---------------------------------------------------------------------------------------------------------- steps
 
     def charge(self, caller: Caller, steps: int, byte_count: int) -> Callable[[], None]:
-        """Charge somebody for steps, and for bytes until what is returned is called.
+        """Charge a caller for steps, and for bytes until the returned function is called.
 
         Raises:
-            QuotaExceeded: it is too much now, and nothing is charged.
-            InvalidInput: it will always be.
+            QuotaExceeded: it is too much at present; nothing is charged.
+            InvalidInput: it exceeds the quota by itself.
         """
         now, scopes = self._clock.monotonic(), self._scopes(caller)
         for what, name, limits in scopes:
@@ -302,17 +306,17 @@ class Quotas:
     def charge_change(
         self, change: Change, growth: npt.NDArray[np.int64] | None = None
     ) -> tuple[list[tuple[Members, ServerError]], Callable[[], None]]:
-        """Charge those who ask for a checked step; the members that are refused leave it.
+        """Charge the callers of a checked step; refused members leave it.
 
         Args:
             change: The step.
-            growth: By how many bytes each member may grow, `(size,)`; None: by nothing.
+            growth: The most bytes each member may grow by, `(size,)`; None: none.
 
         Returns:
-            What is refused, and what is to be called when the change has ended.
+            The refused members and their errors, and a function to call when the change has ended.
 
         Raises:
-            QuotaExceeded, InvalidInput: all is refused, for one reason.
+            QuotaExceeded, InvalidInput: all members are refused for one reason.
         """
         refused: list[tuple[Members, ServerError]] = []
         releases: list[Callable[[], None]] = []
@@ -344,10 +348,10 @@ class Quotas:
         return refused, release
 
     def _growth(self, change: Change, members: Members, growth: npt.NDArray[np.int64]) -> Mapping[str, int]:
-        """By how many bytes the sessions of some members may grow, by tenant.
+        """How many bytes the sessions of some members may grow by, by tenant.
 
         Raises:
-            QuotaExceeded: a tenant, or a caller who has made sessions, may not have so many.
+            QuotaExceeded: a tenant, or the caller that created sessions, has no room for it.
         """
         tenants: Counter[str] = Counter()
         owners: Counter[tuple[str, str]] = Counter()
@@ -365,7 +369,7 @@ class Quotas:
         return tenants
 
     def _grown(self, grown: Mapping[str, int]) -> None:
-        """What may have grown has, or has not."""
+        """Release the bytes reserved for growth."""
         self._growing.subtract(grown)
         for tenant in grown:
             if not self._growing[tenant]:
@@ -382,7 +386,7 @@ class Quotas:
     # -------------------------------------------------------------------------------------------------------- metrics
 
     def counts(self) -> TenantCounts:
-        """What there is and was, by label."""
+        """Current and past figures, by label."""
         has: dict[str, Usage] = {}
         for tenant, usage in self.tenants().items():
             label = self._label(tenant)
@@ -400,7 +404,7 @@ class Quotas:
         )
 
     def tenants(self) -> Mapping[str, Usage]:
-        """What each tenant has, of the tenants that this server knows to have sessions."""
+        """The usage of each tenant known to have sessions."""
         known = {tenant: self._counts.estimate(tenant) for tenant in self._counts.tenants()}
         return {tenant: has for tenant, has in known.items() if has.sessions}
 

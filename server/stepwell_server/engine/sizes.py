@@ -1,4 +1,4 @@
-"""How many bytes the store keeps of sessions, as `store.counts` counts them, while they change."""
+"""Tracks the sessions' sizes in the store, as `store.counts` counts them, while they change."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _I64 = npt.NDArray[np.int64]
 
 
 class Sizes:
-    """The table's column `bytes`, and the quotas that follow it. Lives on the event loop."""
+    """Maintains the table's column `bytes`, and the quotas that depend on it. Lives on the event loop."""
 
     def __init__(self, table: SessionTable, quotas: Quotas | None) -> None:
         self.table = table
         self.quotas = quotas
 
     def growth(self, change: Change) -> _I64 | None:
-        """By how many bytes a checked change may let each of its members grow, at most, `(size,)`; None: by nothing.
+        """The most bytes that a checked change may add to each of its members, `(size,)`; None: none.
 
-        What a session grows by is the reply that is kept of several time steps, or of some rows; and what the rows of
-        another version of its model have more, once it has moved there.
+        A session grows by the remembered reply of several time steps or of some rows, and by larger rows once it
+        has moved to another version of its model.
         """
         model = change.model
         of_arrays = _of_arrays(change)
@@ -44,7 +44,7 @@ class Sizes:
         return found
 
     def settle(self, outcome: Outcome) -> None:
-        """The store has kept an outcome: count its sessions by what it has now. To be called before the table says it."""
+        """Count the sessions of an outcome that the store has kept. Call it before the table is updated."""
         after = self._of(outcome)
         more = after - self.table.bytes[outcome.handles]
         places = np.flatnonzero(more)
@@ -57,7 +57,7 @@ class Sizes:
             self.quotas.resized(zip(ids, more[places].tolist(), strict=True))
 
     def resized(self, outcome: Outcome) -> frozenset[str]:
-        """The sessions that take more or less bytes once an outcome is kept."""
+        """The sessions whose size changes once an outcome is stored."""
         other = outcome.handles[self._of(outcome) != self.table.bytes[outcome.handles]]
         return frozenset(self.table.session_id(handle) for handle in other.tolist())
 
@@ -76,7 +76,7 @@ class Sizes:
 
 
 def _of_arrays(change: Change) -> tuple[int, int] | None:
-    """The bytes of a session, and of each of its rows, that a change may leave as arrays; None: it leaves none."""
+    """Bytes per session, and per row, that a change may leave as arrays; None: none."""
     if change.reset:
         return None
     program, several = change.model.program, change.steps > 1

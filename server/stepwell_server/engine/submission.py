@@ -1,8 +1,8 @@
-"""How a change comes in: `submit` finds its sessions, `_take` checks it, `_queue` puts it into the inbox of its model.
+"""Accepts changes: `submit` finds the sessions, `_take` checks the change, `_queue` puts it into its model's inbox.
 
-A change whose sessions are not all in the table waits for the `Lookup`. One that is refused by what the table has of its
-sessions is looked up once more, compared with the store, unless that says at once that the table is right. A change is
-split where its members are on several versions.
+A change whose sessions are not all in the table waits for the `Lookup`. If the table's data leads to a refusal, the
+session is looked up again and compared with the store, unless the store says at once that the table is right. A
+change is split if its members are on several versions.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from stepwell_server.errors import Overloaded, ServerError, Stopping
 from stepwell_server.logs import Log
 
 _log = Log("engine.submission")
-#: Rows of changes that may wait for their sessions to be loaded, over all models.
+#: Rows that may wait for their sessions to be loaded, over all models.
 MAX_LOADING_ROWS = 65_536
 _RETRY_AFTER_S = 0.1
 _NO_MEMBERS: Members = np.zeros(0, np.intp)
 
-#: Members without a session that are refused in one go: of more others have turns meanwhile.
+#: Members without a session that are refused in one batch; other work runs between batches.
 REFUSAL_BATCH_SIZE = 1024
 
 
 class Submission:
-    """Takes changes. Lives on the event loop."""
+    """Accepts changes. Lives on the event loop."""
 
     def __init__(
         self,
@@ -62,31 +62,31 @@ class Submission:
         self._sizes, self._quotas = sizes, sizes.quotas
         self._clock = clock
         self.is_accepting = True
-        """Changes are taken; else they are refused, since the server is stopping."""
+        """False: the server is stopping, and changes are refused."""
         self._loading: set[asyncio.Task[None]] = set()
-        """Changes that wait for their sessions to be loaded."""
+        """Tasks of changes that wait for their sessions to be loaded."""
         self.loading_rows = 0
-        """Theirs."""
+        """The rows of those changes."""
 
     @property
     def is_loading(self) -> bool:
-        """A change waits for its sessions to be loaded."""
+        """Whether a change waits for its sessions to be loaded."""
         return bool(self._loading)
 
     def require_accepting(self) -> None:
-        """Refuse what comes while the server is stopping.
+        """Refuse a request while the server is stopping.
 
         Raises:
-            Stopping: it is.
+            Stopping: the server is stopping.
         """
         if not self.is_accepting:
-            raise Stopping("the server is stopping; it was not applied")
+            raise Stopping("the server is stopping; the request was not applied")
 
     def require_open(self) -> None:
-        """Refuse what begins a session while the server is stopping or too much waits for the store.
+        """Refuse a call that begins sessions while the server is stopping or too much waits for the store.
 
         Raises:
-            Stopping, Overloaded: so it is.
+            Stopping, Overloaded: one of these is the case.
         """
         self.require_accepting()
         self._commits.require_room()
@@ -117,7 +117,7 @@ class Submission:
         return left
 
     def _take_found(self, change: Change, seen: LookupResult) -> Members:
-        """As `_take`, of a change whose sessions were looked up: those that are there are in the table now."""
+        """`_take` for a change whose sessions were looked up: those that exist are in the table now."""
         handles = self._directory.find_all(change.session_ids, seen)
         missing = np.flatnonzero(handles < 0)
         if len(missing) == change.size:
@@ -126,14 +126,15 @@ class Submission:
         return self._take(change, handles, missing, seen)
 
     def _take(self, change: Change, handles: Handles, missing: Members, seen: LookupResult) -> Members:
-        """Check a change some of whose sessions are there, and queue it.
+        """Check a change some of whose sessions exist, and queue it.
 
         Returns:
-            The members that are not taken. Of a change that must not leave out any, their sessions are in doubt: the
-            store may have others.
+            The members that were not taken. If the change must not skip members: those whose sessions are in doubt,
+            because
+            the store may have newer data.
 
         Raises:
-            ServerError: it is refused as a whole; nobody is answered.
+            ServerError: the change is refused as a whole; no member is answered.
         """
         if change.messages is not None or change.continued_model:
             mismatched = self._validation.mismatched(change, handles)
@@ -142,7 +143,7 @@ class Submission:
         reply_bytes = change.reply_bytes
         refused: Refusals = []
         problem: ServerError | None = None
-        is_doubted = True  # what refuses it may be what the table has of its sessions
+        is_doubted = True  # the refusal may be due to outdated data in the table
         try:
             others = self._validation.look(change, handles)
             if len(others):
@@ -151,7 +152,7 @@ class Submission:
         except ServerError as error:
             problem = error
         if is_doubted and not (seen.is_compared or self._directory.are_as_stored(handles[handles >= 0])):
-            # other servers may have made other sessions of these ids, which it fits
+            # other servers may have created other sessions with these ids, which the change fits
             change.reply_bytes = reply_bytes
             return np.arange(change.size)
         if problem is not None:
@@ -160,10 +161,10 @@ class Submission:
         return _NO_MEMBERS
 
     def _queue(self, change: Change, refused: Refusals, missing: Members, seen: LookupResult) -> None:
-        """Count and charge what was checked, and let it wait for the next turn of its model; answer the other members.
+        """Count and charge a checked change, put it into its model's inbox, and answer the other members.
 
         Raises:
-            ServerError: too much waits, or its caller may not do as much; nobody is answered.
+            ServerError: too much waits, or a quota is exceeded; no member is answered.
         """
         inbox = self._inboxes.of[change.model.index]
         if len(change.members):
@@ -180,21 +181,24 @@ class Submission:
             inbox.put(change)
 
     def _take_without(self, change: Change, members: Members, seen: LookupResult) -> Members:
-        """Take a change but for some members, their messages and what must not overtake these; return all of those."""
+        """Take a change without some members; return all that were left out.
+
+        The rest of their messages, and members that must not overtake them, are left out too.
+        """
         out = change.with_followers(members)
         rest = np.setdiff1d(np.arange(change.size), out)
         return np.union1d(out, self._take_parts(change, [rest], seen)) if len(rest) else out
 
     def _take_apart(self, change: Change, others: Members, seen: LookupResult) -> Members:
-        """Take a change of sessions of several versions, or models, as two: what fails in one does not in the other."""
+        """Take a change to sessions of several versions or models as two independent changes."""
         if change.messages is not None:
             others = change.whole_messages(others)
         rest = np.setdiff1d(np.arange(change.size), others)
-        # else one message names sessions of several
+        # otherwise a single message names sessions of several
         return self._take_parts(change, [rest, others], seen) if len(rest) else others
 
     def _take_parts(self, change: Change, parts: Sequence[Members], seen: LookupResult) -> Members:
-        """Take parts of a change, each by itself; return the members that were not taken. See `part_of` for what is raised."""
+        """Take parts of a change independently; return the members that were not taken. For errors see `part_of`."""
         left, reply_bytes = _NO_MEMBERS, 0
         for members in parts:
             part, own = part_of(change, members), _NO_MEMBERS
@@ -214,7 +218,7 @@ class Submission:
         return left
 
     def _charge(self, quotas: Quotas, change: Change) -> Sequence[tuple[Members, ServerError]]:
-        """Charge who asks for a change that is held; the members that are refused leave it."""
+        """Charge the caller of a held change; refused members leave the change."""
         give = change.on_end
         assert give is not None, "it is held"
         try:
@@ -231,9 +235,9 @@ class Submission:
         return refused
 
     def _look_up(self, change: Change, *, compare: bool = False) -> None:
-        """Let a change wait until its sessions are in the table, behind what came before for each of them.
+        """Queue a change until its sessions are in the table, behind earlier changes of each of them.
 
-        `compare`: as other servers left them.
+        With `compare`, the sessions are read as other servers left them.
 
         Raises:
             Overloaded: too much waits already.
@@ -247,7 +251,7 @@ class Submission:
         count, held = sum(array.nbytes for array in tensors), self._inboxes
         if self.loading_rows and self.loading_rows + rows > MAX_LOADING_ROWS:
             raise Overloaded(
-                f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
+                f"rows waiting for their sessions to be loaded must be at most {MAX_LOADING_ROWS};"
                 f" {self.loading_rows} wait and {rows} came",
                 retry_after_s=_RETRY_AFTER_S,
             )
@@ -292,7 +296,7 @@ class Submission:
         self._inboxes.bytes += byte_count
 
     def _are_dropped(self, change: Change, members: Members) -> bool:
-        """Whether nobody waits for any of the members: they have their answers then."""
+        """Whether no caller waits for any of the members; if so, they have been answered."""
         dropped = change.drop(members, self._clock.monotonic())
         if sum(len(some) for some, _ in dropped) < len(members):
             return False
@@ -308,7 +312,7 @@ class Submission:
         *,
         compare: bool = False,
     ) -> None:
-        """Look for sessions when it is their turn; then call `found` as `Lookup.wait` does, or `failed`."""
+        """Look sessions up in order; then call `found` as `Lookup.wait` does, or `failed`."""
 
         async def wait() -> None:
             try:
@@ -337,7 +341,10 @@ class Submission:
             change.fail(some, error)
 
     def _find_again(self, change: Change, members: Members, admit: Callable[[Change, Members], None]) -> None:
-        """Look up members whose sessions have left the table since they were checked; admit them, or answer those that ended."""
+        """Look up members whose sessions left the table after the check.
+
+        Members whose sessions exist are admitted; the others are answered.
+        """
 
         def found(seen: LookupResult) -> Sequence[str]:
             if not self._are_dropped(change, members):
@@ -360,5 +367,5 @@ class Submission:
 
 
 def _only(change: Change, members: Members) -> Change:
-    """A change of some of the members alone; itself, if they are all of its members."""
+    """A change of these members only; the change itself if they are all of its members."""
     return change if len(members) == change.size else part_of(change, members)

@@ -1,6 +1,6 @@
-"""The threads that run passes, and calls on many sessions in pieces.
+"""The threads that run passes, and the division of calls on many sessions into pieces.
 
-A pass that runs is never interrupted, so passes on threads are short while other models run theirs there.
+A running pass is never interrupted, so passes on threads are kept short while other models run theirs there.
 """
 
 from __future__ import annotations
@@ -17,31 +17,32 @@ from typing_extensions import override
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.scheduler import FairQueue, LoopQueue, Share
 
-#: A pass on threads may take this many seconds, whatever else runs: shorter ones cost too much.
+#: The shortest limit for a pass on threads, in seconds: shorter passes have too much overhead.
 MIN_PASS_S = 1e-3
 #: A model counts as active on the threads for this many seconds after its last pass there.
 ACTIVE_S = 0.05
 
 Then: TypeAlias = "Callable[[], None] | None"
 Piece: TypeAlias = Callable[[], Then]
-"""A part of a pass; what it returns is called, on the same thread, when its time is charged."""
+"""Part of a pass. It returns a function to call on the same thread once its time has been charged."""
 
 
 class Threads:
-    """The threads that run passes, a piece each at a time, and which model has them next."""
+    """The threads that run passes, one piece at a time, and the choice of the next model."""
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="stepwell-compute")
         self._lock = threading.Lock()
         self._waiting: FairQueue[Piece] = FairQueue(MIN_PASS_S)
-        """By model."""
+        """Pieces, by model."""
         self._active: set[Share] = set()
-        """Models that had passes on threads lately, and maybe others."""
+        """Models that recently had passes on threads; some may no longer be active."""
 
     def run(self, share: Share, pieces: Sequence[Piece], wanted_s: float, now: float) -> None:
-        """Run the pieces of a pass, which would have taken `wanted_s` without others. On the event loop.
+        """Run the pieces of a pass that would take `wanted_s` seconds without contention. On the event loop.
 
-        Its `Then`s run on the threads. Call `ended` on the event loop when all of it has run.
+        The functions that the pieces return run on the threads. Call `ended` on the event loop when all pieces have
+        run.
         """
         self._active.add(share)
         share.pieces, share.wanted_s, share.last_on_threads = len(pieces), wanted_s, now
@@ -52,11 +53,10 @@ class Threads:
             self._pool.submit(self._run_next)
 
     def wake(self, seconds: float, then: Callable[[], None]) -> threading.Event:
-        """Call `then` on a thread after so many seconds, unless the event that is returned is set before.
+        """Call `then` on a thread after this many seconds, unless the returned event is set before.
 
-        The event is set before `then` is called, so it tells whether the call is still to come.
-
-        For moments: the event loop's own timers know milliseconds.
+        The event is set just before `then` is called, so it shows whether the call is still to come. For delays
+        shorter than the event loop's timers can measure, which is a millisecond.
         """
         over = threading.Event()
 
@@ -69,13 +69,14 @@ class Threads:
         return over
 
     def ended(self, share: Share, now: float) -> None:
-        """A pass has run. On the event loop."""
+        """Report that a pass has run. On the event loop."""
         share.pieces, share.last_on_threads = 0, now
 
     def max_s(self, share: Share, now: float) -> float | None:
-        """The limit of a model's next pass in seconds, for the sake of others that have theirs on threads; None: none.
+        """The limit of a model's next pass in seconds, because of other models on the threads; None: no limit.
 
-        As long as the shortest of theirs would like to be, so that models that all have long ones need not cut them.
+        It is the shortest length that any of the other models prefers. So models that all have long passes need not
+        cut them.
         """
         active = self._active
         if not active or (len(active) == 1 and share in active):
@@ -86,7 +87,7 @@ class Threads:
         return max(MIN_PASS_S, min(wanted)) if wanted else None
 
     def forget(self, share: Share) -> None:
-        """The model is gone, and has no pass under way."""
+        """Forget a model that is unloaded and has no active pass."""
         self._active.discard(share)
 
     def _run_next(self) -> None:
@@ -101,7 +102,7 @@ class Threads:
             then()
 
     def close(self) -> None:
-        """End the threads, when what waits has run."""
+        """Stop the threads once the waiting pieces have run."""
         self._pool.shutdown(wait=True)
 
 
@@ -110,29 +111,29 @@ PIECE_SIZE = 64
 
 
 class Pieces:
-    """Calls on many sessions are done in pieces, each a part of the loop queue: tenants have equal numbers of them."""
+    """Divides calls on many sessions into pieces, which share the loop queue: tenants get equal numbers of them."""
 
     def __init__(self, loop_queue: LoopQueue) -> None:
         self._loop_queue = loop_queue
 
     async def turn(self, tenant: str) -> None:
-        """Return in an iteration of the event loop in which nothing else is done that is large."""
+        """Return in an iteration of the event loop that runs no other large work."""
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop_queue.add(("calls", tenant), lambda: None if mine.done() else mine.set_result(None))
         await mine
 
     def of(self, session_ids: Sequence[str]) -> AsyncIterator[slice]:
-        """Slices of many ids of one tenant, each in its turn; what is one piece needs none."""
+        """Slices of many ids of one tenant, each in an iteration of its own; a single piece does not wait."""
         count = len(session_ids)
         return _Parts(self, count, tenant_of(session_ids[0]) if count > PIECE_SIZE else "")
 
     def parts(self, count: int, tenant: str) -> AsyncIterator[slice]:
-        """As `of`, of as many things of a tenant."""
+        """`of` for `count` items of a tenant."""
         return _Parts(self, count, tenant)
 
 
 class _Parts(AsyncIterator[slice]):
-    """Slices of many things. Not a generator: the event loop keeps a list of those, which costs more than one piece."""
+    """Yields the slices. Not a generator: the event loop keeps a list of those, which costs more than one piece."""
 
     __slots__ = ("_count", "_pieces", "_start", "_tenant")
 

@@ -1,4 +1,4 @@
-"""Arrays that many modules speak of, by what they hold."""
+"""Array types, named by content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.generic]
-#: Tensors by name. The name "" stands for the model's only input or state tensor.
+#: Tensors by name. The name "" means the model's only input or state tensor.
 Tensors = Mapping[str, Array]
 #: Indexes of sessions in a change.
 Members = npt.NDArray[np.intp]

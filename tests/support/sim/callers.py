@@ -275,7 +275,7 @@ async def submitted(engine: Engine, members: Sequence[Member]) -> list[Answer | 
     return [answers.by_member[place] for place in range(len(members))]
 
 
-_RULES = "request_id must be another one", "session_ids must be sessions of one version"
+_RULES = "request_id must be new", "session_ids must be sessions of one version"
 """Callers break them: some with intent, some because versions move."""
 _AGAIN = ("Overloaded", "DeadlineExceeded", "Unavailable", "StoreAway", "VersionElsewhere")
 
