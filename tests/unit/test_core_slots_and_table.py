@@ -97,7 +97,7 @@ def test_a_handle_is_reused_after_its_session_is_gone_and_remembers_nothing() ->
 def test_an_id_is_added_once() -> None:
     table = SessionTable()
     add(table, "a", 1)
-    with pytest.raises(KeyError, match="session .a. exists"):
+    with pytest.raises(KeyError, match="session 'a' exists"):
         add(table, "a", 2)
     assert len(table) == 1
 

@@ -231,7 +231,7 @@ async def test_what_is_busy_when_sessions_are_reset(store_kind: str) -> None:
         await at.engine.set_default("plain", 2, RESET)
         at.hooks.open_gate()
         assert (await first.only()).version == 1
-        with pytest.raises(Exception, match="went to version 2 of model 'plain' while this waited"):
+        with pytest.raises(Exception, match="moved to version 2 of model 'plain' while the request waited"):
             await waits.only()
         info = await at.engine.session_info("a")
         assert (info.version, info.revision, info.position) == (2, 1, 0)
@@ -284,7 +284,7 @@ async def test_what_cannot_be(store_kind: str) -> None:
             await at.engine.set_default("plain", 2, CARRY)
         with pytest.raises(VersionNotFound, match=r"\[1\]; got 2"):
             await at.engine.set_label("plain", "canary", 2)
-        with pytest.raises(VersionNotFound, match=r"label to take away .* \[\]; got 'canary'"):
+        with pytest.raises(VersionNotFound, match=r"label to remove .* \[\]; got 'canary'"):
             await at.engine.set_label("plain", "canary", 0)
         with pytest.raises(InvalidInput, match="label must be"):
             await at.engine.set_label("plain", "12", 1)

@@ -1,4 +1,4 @@
-"""Changes of versions: one is loaded, becomes the default, takes sessions along, and is unloaded.
+"""Changes of versions: loads, unloads, moves of the default, and the sessions that move with it.
 
-It may touch everything else in the engine. Which files versions come from is not its affair.
+It may use everything else in the engine. It does not know which files versions come from.
 """

@@ -1,8 +1,8 @@
-"""Versions come and go while the server runs, and the default moves, with the sessions that follow it.
+"""Loads and unloads versions while the server runs, and moves the default with the sessions that follow it.
 
-A change is one document in the store, kept before anybody hears of it. What is in memory then follows between two turns
-of the event loop, so that every session is wholly before the change or wholly after it, whenever the process ends. A
-change is judged again, by what the document says now, if another server was faster.
+A change is one document, committed to the store before anyone else can see it. Memory is then updated between two
+iterations of the event loop. So every session is entirely before or entirely after the change, even if the process
+is killed. If another server was faster, the change is judged again by the new document.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.base import Store
 from stepwell_server.store.record import header_or_none
 
-#: Sessions on whose states a migration is tried before anything changes.
+#: Sessions on whose states a migration is tested before anything changes.
 _TRIAL_SESSIONS = 1024
-#: Sessions that are put away, or counted, before other work runs.
+#: Sessions that are evicted or counted in one batch; other work runs between batches.
 _BATCH_SIZE = 250
-#: With more versions than this, an unload forgets those that are not needed any more.
+#: An unload forgets unneeded versions if there are more than this.
 MAX_KNOWN_VERSIONS = 64
 
 
 class Changes:
-    """Loads, unloads and chooses versions. Lives on the event loop; one change of a name at a time."""
+    """Loads, unloads and selects versions. Lives on the event loop; one change of a name at a time."""
 
     def __init__(
         self,
@@ -75,10 +75,10 @@ class Changes:
         self._documents = documents
 
     def begin_with(self, name: str, version: int, program: Program) -> None:
-        """Serve a version from `restore` on, which reads what the store has of it; the highest of a name is its default.
+        """Add a version to serve once `restore` has read the store. The highest version of a name is its default.
 
         Raises:
-            MemoryError: there is no room for its rows.
+            MemoryError: its rows do not fit into memory.
         """
         own = self._models.versions(name)
         program = as_served(own, version, program)
@@ -89,10 +89,10 @@ class Changes:
         self._serving.observer.model_served(name, program)
 
     async def restore(self) -> None:
-        """Read what the store has of versions, and publish those that are loaded, before anything is served.
+        """Read the store's versions, and publish the loaded ones, before anything is served.
 
         Raises:
-            DocumentError: it cannot be read, or other servers know a version by another file.
+            DocumentError: a document cannot be read, or other servers know a version by another file.
             Unavailable: the store cannot be asked.
         """
         for name, stored in (await self._documents.read()).items():
@@ -109,7 +109,7 @@ class Changes:
                 await self._publish(own)
 
     async def _restore_names(self, own: Versions, stored: Versions) -> None:
-        """Serve versions with the names that their tensors had before: the records of their sessions have those."""
+        """Keep the tensor names that versions had before, since their sessions' records use them."""
         for version, model in list(own.loaded.items()):
             program = as_served(stored, version, model.program)
             if program.names == model.program.names:
@@ -122,7 +122,7 @@ class Changes:
         own.default = max(own.loaded, default=0)
 
     async def _publish(self, own: Versions) -> None:
-        """Publish the versions that this server begins with; the first server to do so sets the default."""
+        """Publish the versions that this server starts with; the first server to do so sets the default."""
 
         async def attempt() -> Proposal:
             stored = self._documents.last_read(own.name)
@@ -155,30 +155,30 @@ class Changes:
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
     ) -> DefaultMove:
-        """Serve a version from now on, with its labels, and as the default if that is asked for: all of it, or nothing.
+        """Load a version with its labels, and make it the default if requested: everything or nothing.
 
-        The first version of a name is its default.
+        The first version of a name becomes its default.
 
         Args:
-            name: Of the model.
-            version: Its number.
-            program: What it runs.
-            source: The file that it came from.
-            tenant: Whose admin loads it.
-            rows: Rows that its sessions keep in memory; 0 for as many as the engine was given.
-            labels: That it has from now on.
-            becomes: How it becomes the default. None: it stays beside it.
-            begin: Called when the version is ready, before anything changes. What it raises ends the load.
+            name: The model's name.
+            version: The version's number.
+            program: The program to run.
+            source: The file it came from.
+            tenant: The tenant whose admin loads it.
+            rows: Rows that its sessions keep in memory; 0: the engine's setting.
+            labels: Labels to put on it.
+            becomes: How it becomes the default; None: it does not.
+            begin: Called when the version is ready, before anything changes. If it raises, the load fails.
 
         Returns:
-            The default before, if it moved, and how many sessions in memory moved with it; else zeros.
+            The previous default, if it moved, and how many sessions in memory moved with it; otherwise zeros.
 
         Raises:
             InvalidInput: name or number break a rule.
-            VersionExists: there is one of that number.
-            SpecsDiffer, MigrationFailed: sessions cannot be moved to it.
-            MemoryError: there is no room for its rows.
-            Unavailable: the store did not keep it.
+            VersionExists: a version of that number exists.
+            SpecsDiffer, MigrationFailed: sessions cannot move to it.
+            MemoryError: its rows do not fit into memory.
+            Unavailable: the store did not keep the change.
         """
         _require_name(name)
         if not is_version(version):
@@ -234,19 +234,19 @@ class Changes:
         *,
         force: bool = False,
     ) -> None:
-        """Serve a version no longer, once what is under way on it has ended.
+        """Unload a version once its active work has ended.
 
-        Its sessions stay in the store, where there is one that keeps them, and fail until it is loaded again.
+        Its sessions stay in the store, if it keeps them, and fail until the version is loaded again.
 
         Args:
-            name: Of the model.
-            version: To be unloaded.
-            force: Although it has sessions, or is the default beside others.
+            name: The model's name.
+            version: The version to unload.
+            force: Unload it even if it has sessions, or is the default while others are loaded.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
-            ModelInUse: it has sessions, or it is the default and others are loaded, and `force` is not said.
-            Unavailable: the store did not keep it; it is served as before.
+            ModelInUse: it has sessions, or is the default while others are loaded, and `force` is False.
+            Unavailable: the store did not keep the change; it is served as before.
         """
         async with self._documents.lock(name):
             own = self._models.named(name)
@@ -258,13 +258,13 @@ class Changes:
                 after, is_default = own.changed(known={**own.known, version: left}), own.default == version
                 moves = (
                     is_default and not own.wanted
-                )  # else it stands in for the default, which stays what it is
-                if not own.elsewhere:  # no server has it any more
+                )  # otherwise it substitutes for the default, which stays what it is
+                if not own.elsewhere:  # no server has it loaded any more
                     after.labels = {label: at for label, at in own.labels.items() if at != version}
                     if moves:
                         after.wanted = max(own.loaded.keys() - {version}, default=0)
                 if is_default:
-                    # what is late for another version must not be early for the name
+                    # sessions still moving to another version must not act as early for the name
                     await self._switching.wait_until_moved()
 
                 if used is not None and len(after.known) > MAX_KNOWN_VERSIONS:
@@ -286,7 +286,7 @@ class Changes:
             await self._serving.end(model)
 
     async def _require_unused(self, own: Versions, version: int) -> Collection[int]:
-        """Refuse to unload a version that is in use; return the versions that have sessions, or records of sessions."""
+        """Refuse to unload a version in use; return the versions with sessions or records of sessions."""
         found = await self._count(own)
         if own.default == version and len(own.loaded) > 1:
             raise ModelInUse(
@@ -311,15 +311,15 @@ class Changes:
         *,
         leaves: bool | None = None,
     ) -> DefaultMove:
-        """Make another version the default, and move the sessions that follow the default as the policy says.
+        """Make another version the default, and move the sessions that follow it as the policy says.
 
-        With `leaves` the previous one is marked as draining; None: as `KEEP` does.
+        With `leaves`, the previous default is marked as draining; None: as `KEEP` does.
 
         Raises:
             ModelNotFound, VersionNotFound: it is not loaded.
-            SpecsDiffer: its states or outputs are others, and sessions are to be carried.
-            MigrationFailed: there is no such function, or it failed on states that there are.
-            Unavailable: the store did not keep it; nothing changed.
+            SpecsDiffer: sessions are to be carried, but states or outputs differ.
+            MigrationFailed: the function does not exist, or failed on existing states.
+            Unavailable: the store did not keep the change; nothing changed.
         """
         async with self._documents.lock(name):
             own = self._models.named(name)
@@ -347,7 +347,7 @@ class Changes:
         """Set another default in `after`, which has this program.
 
         Returns:
-            The default before, 0 if that is the same, and what becomes of the sessions that follow it; None: they stay.
+            The previous default (0: unchanged), and what happens to the sessions that follow it; None: they stay.
         """
         previous, version = own.chosen, change.version
         if previous == version:
@@ -357,7 +357,7 @@ class Changes:
         leaves = how is None if change.leaves is None else change.leaves
         after.default, after.wanted = version, 0
         after.known = after.known_after(previous, version, leaves=leaves)
-        # what is late for the last change must not be early for this one
+        # sessions still moving for the last change must not act as early for this one
         await self._switching.wait_until_moved()
         self._switching.mark(own, own.loaded.values())
         if how is not None:
@@ -365,12 +365,12 @@ class Changes:
         return previous, how
 
     async def set_label(self, name: str, label: str, version: int) -> None:
-        """Give a label to a loaded version, or, with version 0, take it away.
+        """Put a label on a loaded version, or remove it with version 0.
 
         Raises:
             InvalidInput: the label breaks the rule.
-            ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
-            Unavailable: the store did not keep it; nothing changed.
+            ModelNotFound, VersionNotFound: the version, or the label to remove, does not exist.
+            Unavailable: the store did not keep the change; nothing changed.
         """
         if not is_label(label):
             raise InvalidInput(f"label must be {LABEL_RULE}; got {label!r}")
@@ -384,7 +384,7 @@ class Changes:
                     labels[label] = version
                 elif labels.pop(label, None) is None:
                     raise VersionNotFound(
-                        f"label to take away must be one of model {name!r}, {sorted(own.labels)}; got {label!r}",
+                        f"label to remove must be one of model {name!r}, {sorted(own.labels)}; got {label!r}",
                         model=name,
                     )
 
@@ -396,20 +396,20 @@ class Changes:
             await self._documents.propose(own, attempt)
 
     def next_version(self, name: str) -> int:
-        """One more than the highest number that a version of a name ever had."""
+        """One more than the highest version number that a name ever had."""
         _require_name(name)
         return self._models.versions(name).highest + 1
 
     def defaults_elsewhere(self) -> dict[str, int]:
-        """Names whose default is not loaded here, but may be on others of the servers that share the store; and which it is."""
+        """Default versions that are not loaded here but may be on other servers of the store, by name."""
         return {own.name: own.meant for own in self._models.all() if own.meant not in {0, *own.loaded}}
 
     def catalogue(self) -> Mapping[str, Versions]:
-        """What is known of all names, loaded or not."""
+        """All known names with their versions, loaded or not."""
         return {own.name: own for own in self._models.all() if own.known}
 
     def describe(self, own: Versions) -> list[VersionInfo]:
-        """The versions of a model that are loaded."""
+        """The loaded versions of a model."""
         found: list[VersionInfo] = []
         for version, model in sorted(own.loaded.items()):
             known, sessions = own.known[version], self._table.count(model.index)
@@ -430,14 +430,16 @@ class Changes:
         return found
 
     async def sessions(self, name: str) -> dict[int, int]:
-        """How many sessions are on each version of a name now, in memory or in the store alone."""
+        """The number of sessions on each version of a name, in memory or only in the store."""
         found = await self._count(self._models.versions(name))
         return {version: count for version, count in found.items() if version > 0}
 
     async def _count(self, own: Versions) -> Counter[int]:
-        """The sessions of each version; and the records of files that were replaced, by their numbers below 0."""
+        """The sessions of each version; negative numbers stand for replaced files with records."""
         for model in list(own.loaded.values()):
-            await self._context.directory.look(self._ids(model), reread=True)  # others may have changed them
+            await self._context.directory.look(
+                self._ids(model), reread=True
+            )  # other servers may have changed them
         found = Counter(
             {v: count for v, model in own.loaded.items() if (count := self._table.count(model.index))}
         )
@@ -496,7 +498,7 @@ class Changes:
     async def require_possible(
         self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
     ) -> None:
-        """Judge whether a version that is not loaded yet could become the default, as `set_default` would then.
+        """Check whether a version that is not loaded yet could become the default: see `set_default`.
 
         Raises:
             SpecsDiffer, MigrationFailed: sessions cannot continue with it.
@@ -516,7 +518,7 @@ class Changes:
         how: MoveKind | None,
         migration: str,
     ) -> str:
-        """Find out before anything changes whether sessions can go to a version; returns what migrates them."""
+        """Check whether sessions can move to a version; return the name of the migration function."""
         if how is None or previous not in own.known:
             return ""
         if how is MoveKind.CARRY and (problem := refusal(own, previous, version, program)):
@@ -550,14 +552,14 @@ class Changes:
     # ---------------------------------------------------------------------------------------------------- making it so
 
     def _sibling(self, own: Versions, program: Program) -> Model | None:
-        """A version that is loaded whose rows are rows of a program too."""
+        """A loaded version whose rows have the layout of a program's rows."""
         layout = Layout.of(program)
         return next(
             (model for version, model in own.loaded.items() if own.known[version].layout == layout), None
         )
 
     async def _evict_all(self, model: Model) -> None:
-        """Take the sessions of a version that is served no longer out of the table."""
+        """Remove the sessions of an unloaded version from the table."""
         await self._serving.idle(model)
         while ids := self._ids(model)[:_BATCH_SIZE]:
             for session_id in ids:
@@ -565,7 +567,7 @@ class Changes:
             await asyncio.sleep(0)
 
     async def _evict(self, session_id: str, model: Model) -> None:
-        """Page a session out, and take it out of the table."""
+        """Page a session out, and remove it from the table."""
         handle = self._table.find(session_id)
         if handle is None or self._table.model[handle] != model.index:
             return
@@ -578,7 +580,7 @@ class Changes:
         self._context.queues.forget(handle, self._switching.not_loaded(handle, model.name, model.version))
 
     def _ids(self, model: Model) -> list[str]:
-        """The sessions of the table on a version."""
+        """Ids of a version's sessions in the table."""
         table = self._table
         return [
             table.session_id(handle)
@@ -587,7 +589,10 @@ class Changes:
 
 
 def _loaded_again(own: Versions, here: KnownVersion) -> KnownVersion:
-    """A version that is loaded here, with what was known of its number: before a restart or an unload, or on another server."""
+    """The facts about a version loaded here, merged with those known before.
+
+    Those are from before a restart or an unload, or from another server.
+    """
     before = own.known.get(here.version)
     if before is None:
         return here
@@ -601,7 +606,7 @@ def _require_same(own: Versions, stored: Versions) -> None:
     """Refuse to serve a version that other servers know by another file.
 
     Raises:
-        DocumentError: so it is.
+        DocumentError: its fingerprint differs.
     """
     for version, model in own.loaded.items():
         known = stored.known.get(version)

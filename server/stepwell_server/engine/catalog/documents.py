@@ -1,8 +1,8 @@
-"""The documents of models' versions in the store: read, followed where another server changed one, and changed.
+"""The documents of models' versions in the store: reads them, follows other servers' changes, and changes them.
 
-A change is a proposal. The store keeps it only if the document is what this server last read or wrote: a
-compare-and-set. After a conflict the document is read, and the change is judged again by what it says now. A store of
-one server never conflicts.
+A change is a proposal, committed with compare-and-set: the store keeps it only if the document is what this server
+last read or wrote. After a conflict the document is read, and the change is judged again. A store of one server
+never conflicts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from stepwell_server.store.base import Answer, Batch, DocumentsCorrupt, Store
 
 _log = Log("engine.versions")
 MAX_TRIES = 16
-"""How often a change is judged, if other servers are faster each time."""
+"""How often a change is judged if other servers are faster each time."""
 
 Proposal = tuple[Versions, Callable[[], None]] | None
-"""What a document is to say, and what makes that true in memory; None: nothing is to change."""
+"""The new document, and a function that applies it in memory; None: nothing changes."""
 
 
 class Documents:
-    """Reads and writes them by the names of the models. Lives on the event loop; one change of a name at a time."""
+    """Reads and writes documents by model name. Lives on the event loop; one change of a name at a time."""
 
     def __init__(self, store: Store, commits: GroupCommit, models: Models, switching: SessionMoves) -> None:
         self._store = store
@@ -36,17 +36,17 @@ class Documents:
         self._switching = switching
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, bytes] = {}
-        """What was last read or written, by model."""
+        """The content last read or written, by model."""
 
     def lock(self, name: str) -> asyncio.Lock:
-        """Held while the versions of a name change."""
+        """Hold it while a name's versions change."""
         return self._locks.setdefault(name, asyncio.Lock())
 
     async def read(self) -> dict[str, Versions]:
         """Read all documents, by model, before anything is served.
 
         Raises:
-            DocumentError, DocumentsCorrupt: one of them cannot be read.
+            DocumentError, DocumentsDamaged: one of them cannot be read.
             Unavailable: the store cannot be asked.
         """
         found = _by_model(await self._store.documents(document.PREFIX))
@@ -54,12 +54,12 @@ class Documents:
         return {name: document.decode(name, content) for name, content in found.items()}
 
     def last_read(self, name: str) -> Versions | None:
-        """What the document of a model said when it was last read or written; None: there was none."""
+        """A model's document as last read or written; None: there was none."""
         content = self._seen.get(name)
         return None if content is None else document.decode(name, content)
 
     async def changed(self) -> list[str]:
-        """Models whose documents are not as they were last read or written, in order.
+        """Models whose documents differ from what was last read or written, sorted.
 
         Raises:
             Unavailable: the store cannot be asked.
@@ -69,10 +69,10 @@ class Documents:
         return sorted(name for name in names if found.get(name) != self._seen.get(name))
 
     async def learn(self, own: Versions) -> None:
-        """Read the document of a model, whose lock is held, and let it be so.
+        """Read a model's document and apply it. The caller holds the model's lock.
 
         Raises:
-            Unavailable: the store cannot be asked, or a later server wrote what this one cannot read.
+            Unavailable: the store cannot be asked, or a newer server wrote a document that this one cannot read.
         """
         content = await self._read(own.name)
         if content == self._seen.get(own.name):
@@ -80,7 +80,9 @@ class Documents:
         try:
             stored = Versions(own.name) if content is None else document.decode(own.name, content)
         except document.DocumentError as error:
-            _log.error("versions of a model cannot be followed", model=own.name, reason=str(error))
+            _log.error(
+                "could not read the versions of a model from the store", model=own.name, reason=str(error)
+            )
             raise Unavailable(str(error)) from error
         if stored.change < own.change:
             _log.warning(
@@ -91,7 +93,7 @@ class Documents:
             return
         await (
             self._switching.wait_until_moved()
-        )  # what is late for the last change must not be early for this one
+        )  # sessions still moving for the last change must not act as early for this one
         self._remember(own.name, content)
         before = own.chosen
         self._switching.take_over(own, stored)
@@ -107,13 +109,13 @@ class Documents:
     async def propose(
         self, own: Versions, attempt: Callable[[], Awaitable[Proposal]], *, even_if_unchanged: bool = False
     ) -> None:
-        """Commit what `attempt` makes of what is known now, and apply it, even if the caller is cancelled.
+        """Commit what `attempt` makes of the current state, and apply it, even if the caller is cancelled.
 
-        The lock of the model is held. `attempt` is called again after each conflict. With `even_if_unchanged` the document is
-        written although it says nothing new of this server.
+        The caller holds the model's lock. `attempt` is called again after each conflict. With `even_if_unchanged`,
+        the document is written although it says nothing new.
 
         Raises:
-            Unavailable: the store does not keep it, or others change it all the time; nothing changed here.
+            Unavailable: the store does not keep it, or other servers keep changing it; nothing changed here.
         """
         await self.learn(own)
         for _ in range(MAX_TRIES):
@@ -133,14 +135,14 @@ class Documents:
         )
 
     async def write(self, own: Versions, after: Versions, then: Callable[[], None]) -> bool:
-        """Commit a document; `then` is called when the store keeps it, even if the caller is cancelled meanwhile.
+        """Commit a document; `then` is called once the store keeps it, even if the caller is cancelled meanwhile.
 
         Returns:
-            False if another server has changed it, and it is as that one made it.
+            False if another server changed the document; its change stands.
 
         Raises:
-            Unavailable: the store did not say that it keeps it. It may be there all the same, and is read then
-                like a change of another server.
+            Unavailable: the store did not confirm that it keeps the document. If it does, the document is read
+                later like a change of another server.
         """
         name, content = document.name_of(own.name), document.encode(after)
         batch = Batch(documents=[(name, content)], documents_follow={name: self._seen.get(own.name)})
@@ -163,7 +165,7 @@ class Documents:
         return True
 
     async def _is_there(self, model: str, content: bytes) -> bool:
-        """Whether the store keeps this, after its answer was lost."""
+        """Whether the store keeps this content, after its answer was lost."""
         try:
             return await self._read(model) == content
         except ServerError:

@@ -1,4 +1,4 @@
-"""What serves a version of a model: its rows, its executors and its loop are made here, and ended."""
+"""Creates and ends the rows, executors and loop that serve a version of a model."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from stepwell_server.engine.versions.registry import Models
 from stepwell_server.program import Program
 from stepwell_server.store.record import Texts
 
-#: How often it is looked whether what waits in lines has ended, in seconds.
+#: How often to check whether queued work has ended, in seconds.
 _LOOK_S = 0.005
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Capacity:
-    """What all versions run on, and how much of it each gets."""
+    """The resources that all versions share, and each version's part of them."""
 
     shares: Shares
     threads: Threads
     compute_threads: int
-    """Passes of a version at the same time."""
+    """Concurrent passes of a version."""
     executor: Callable[[Program], Executor]
-    """Makes what runs a program."""
+    """Makes the executor of a program."""
     max_batch_rows: int
-    """Rows of a pass at most, unless a single change has more."""
+    """The most rows of a pass, unless a single change has more."""
     resident_rows: ResidentRows
 
 
@@ -69,19 +69,19 @@ class Runtimes:
         self._clock = context.clock
         self.observer = context.observer
         self.loops: dict[int, PassLoop] = {}
-        """By the number of the version, as the inboxes."""
+        """By the version's number in the table, like the inboxes."""
         self._inboxes = inboxes
 
     def make(
         self, name: str, version: int, program: Program, sibling: Model | None = None, rows: int = 0
     ) -> Model:
-        """Make what serves a version, which is not in the registry yet.
+        """Create what serves a version that is not in the registry yet.
 
-        `sibling` is a version of the name whose rows are shared; `rows`, if it has none, are those that sessions keep,
-        0 for the default of the settings.
+        The version shares the rows of `sibling`, another version of the name. Without one, `rows` is the number of
+        rows that its sessions keep; 0: the default of the settings.
 
         Raises:
-            MemoryError: there is no room for them.
+            MemoryError: the rows do not fit into memory.
         """
         index = self._models.new_index()
         if sibling is None:
@@ -144,16 +144,16 @@ class Runtimes:
         try:
             slots = Slots(rows)
             return Arena(program, slots.capacity), slots
-        except (MemoryError, ValueError) as error:  # ValueError: larger than any address
+        except (MemoryError, ValueError) as error:  # ValueError: larger than the address space
             raise MemoryError(f"there is no room for {rows} rows of model {name}: {error}") from error
 
     async def warm_up(self, model: Model) -> None:
-        """Run its program once at several sizes, so that the first callers do not pay for it."""
+        """Run its program once at several sizes, so that the first callers need not wait."""
         runner = self.loops[model.index].runner
         await asyncio.to_thread(warm_up, runner, model.program, model.max_batch_rows)
 
     async def idle(self, model: Model) -> None:
-        """Return when a version has no running work."""
+        """Return when a version has no active work."""
         loop = self.loops[model.index]
         while loop.busy or model.waiting:
             await loop.idle()

@@ -1,6 +1,6 @@
-"""What is in memory when versions change: sessions go to other versions between two turns of the event loop.
+"""Moves sessions in memory to other versions, between two iterations of the event loop.
 
-It makes no difference whether this server made the change or another one on the same store.
+It works the same whether this server or another one on the same store made the change.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from stepwell_server.errors import ServerError, Unavailable, VersionNotFound
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Goal:
-    """Where sessions go, and how."""
+    """A version that sessions move to, and how."""
 
     name: str
     version: int
     model: Model | None
-    """None: it is not loaded here; they leave the table, and the store has them."""
+    """None: it is not loaded here; the sessions leave the table, and the store has them."""
     how: MoveKind
 
 
@@ -49,27 +49,28 @@ class SessionMoves:
         self._models = models
         self._drain = drain
         self._pending: dict[int, tuple[int, _Goal]] = {}
-        """Sessions that leave for another version when their claims end: births, where they go and how."""
+        """Sessions that move when their claims end: their births and goals."""
         self._none_late = asyncio.Event()
 
     @staticmethod
     def mark(own: Versions, models: Collection[Model]) -> None:
-        """Mark the records of some versions from now on as those of sessions that have made all moves."""
+        """Mark records of these versions from now on as those of sessions that have made all moves."""
         for model in models:
             model.epoch = own.history.epoch
 
     async def wait_until_moved(self) -> None:
-        """Return when no session is late for a move."""
+        """Return when no session has a move pending."""
         while self._pending:
             self._none_late.clear()
             await self._none_late.wait()
 
     def move_default(self, own: Versions, after: Versions, how: MoveKind | None) -> int:
-        """Change the default to another loaded version, and move the sessions in memory that follow it, unless `how` is None.
+        """Change the default to another loaded version; return how many sessions move.
 
-        `after` is the state after the change. Returns how many move.
+        Sessions in memory that follow the default move, unless `how` is None. `after` is the state after the
+        change.
         """
-        self._drain()  # earlier changes run on the version on which they were checked
+        self._drain()  # earlier changes run on the version they were checked against
         previous = own.chosen
         own.default, own.wanted, own.history = after.default, 0, after.history
         own.known = after.known
@@ -80,9 +81,10 @@ class SessionMoves:
         return moved
 
     def take_over(self, own: Versions, stored: Versions) -> None:
-        """Apply what another server changed. No session is late for a move.
+        """Apply a change that another server made. No session may have a move pending.
 
-        Running work continues where it began, and is kept only if no other server has changed its session.
+        Active work finishes on the version it began on, and is kept only if no other server has changed its
+        session.
         """
         self._drain()
         since = own.history.epoch
@@ -97,7 +99,7 @@ class SessionMoves:
             source,
             handles,
             goal,
-        ) in going:  # all were found before the first went: it may go where others leave
+        ) in going:  # all were found before the first one moves: it may move to where others move from
             before = len(self._pending)
             self._move(source, handles, goal)
             if len(self._pending) > before:
@@ -105,18 +107,21 @@ class SessionMoves:
         self.mark(own, [each for v, each in own.loaded.items() if v not in late])
 
     def follow(self, handles: Handles, source: Model, epoch: int) -> None:
-        """Move sessions by the moves since an epoch, which began on a version then and are in the table only now."""
+        """Apply all moves since an epoch to sessions that enter the table only now.
+
+        They began on the version `source` in that epoch.
+        """
         own = self._models.versions(source.name)
         move = own.history.of(source.version, epoch)
         if move is None:
             return
-        now, source.epoch = source.epoch, epoch  # records that are written here are of that time
+        now, source.epoch = source.epoch, epoch  # records written in this block belong to that epoch
         left = source.left_epoch
         self._move(source, handles, self._goal(own, move.target, move.how))
         source.epoch, source.left_epoch = now, left
 
     def _followers(self, source: Model) -> Handles:
-        """The sessions in memory on a version that follow the default."""
+        """Sessions in memory on a version that follow the default."""
         table = self._table
         handles = np.flatnonzero(table.model[: table.end] == source.index)
         followers: Handles = handles[~table.pinned[handles]]
@@ -127,11 +132,11 @@ class SessionMoves:
         return _Goal(own.name, version, own.loaded.get(version), how)
 
     def _move(self, source: Model, handles: Handles, goal: _Goal) -> int:
-        """Move sessions of a version to another, now or when their running work has ended; return how many."""
+        """Move sessions of a version to another, now or once their active work has ended; return how many."""
         source.left_epoch = source.epoch
         table, target = self._table, goal.model
         if target is not None and goal.how is MoveKind.CARRY and source.arena is target.arena:
-            # running work continues as it began: its results are states of the new version, too
+            # active work continues as it began: its results are states of the new version, too
             table.model[handles] = target.index
             return len(handles)
         busy = table.claimed[handles]
@@ -143,7 +148,7 @@ class SessionMoves:
         return len(handles)
 
     def _leave(self, handles: Handles, goal: _Goal) -> None:
-        """Move sessions to a version: their states are brought to it when they are needed."""
+        """Assign sessions to a version; their states are converted when they are needed."""
         if goal.model is None:
             for handle in handles.tolist():
                 self._queues.forget(handle, self.not_loaded(handle, goal.name, goal.version))
@@ -156,7 +161,7 @@ class SessionMoves:
             self._table.position[handles] = 0
 
     def _leave_late(self, handles: Handles) -> None:
-        """Move those of some sessions whose claims end now; changes that waited for them must be sent again."""
+        """Move those of these sessions with a pending move, as their claims end. Queued changes must be sent again."""
         for handle in handles.tolist():
             if (late := self._pending.pop(handle, None)) is None:
                 continue
@@ -168,7 +173,7 @@ class SessionMoves:
             if goal.model is None:
                 continue
             moved = Unavailable(
-                f"session {session_id!r} went to version {goal.version} of model {goal.name!r} while this waited;"
+                f"session {session_id!r} moved to version {goal.version} of model {goal.name!r} while the request waited;"
                 " it was not applied: send it again"
             )
             self._queues.close_queue(handle, moved)
@@ -177,7 +182,7 @@ class SessionMoves:
             self._none_late.set()
 
     def not_loaded(self, handle: int, name: str, version: int) -> ServerError:
-        """Why a session of the table has to leave it, whose version is not loaded."""
+        """The error for a session that must leave the table because its version is not loaded."""
         session_id = self._table.session_id(handle)
         return self._models.elsewhere(name, version, session_id) or VersionNotFound(
             f"session {session_id!r} is on version {version} of model {name!r}, which was unloaded",

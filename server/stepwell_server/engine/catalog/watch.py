@@ -1,8 +1,8 @@
-"""Versions as other servers on the same store change them: a change of one is a change of all, each a moment later.
+"""Follows changes of versions that other servers on the same store make.
 
-A server serves sessions on the version that it knows until it has heard of a change. What it keeps then is of the
-earlier epoch, and whoever reads it brings it forward. A record of a later epoch than it knows is never used: the
-document of the change was kept before the record, so it is read first.
+A server uses the versions it knows until it learns of a change. Records it writes until then belong to the earlier
+epoch, and their readers upgrade them. A record of a later epoch than the server knows is never used: the document
+of the change was committed before the record, so the server reads the document first.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from stepwell_server.store.record import Header
 
 _log = Log("engine.versions")
 _MAX_WAIT_S = 5.0
-"""For this many seconds sessions wait for a change that must be known first; then they are refused, to be sent again."""
+"""Seconds that sessions wait for a change that must be known first; then the request is refused."""
 
 
 class Watch:
-    """Follows what other servers made of versions. Lives on the event loop; `run` runs in a task of its own."""
+    """Follows other servers' changes of versions. Lives on the event loop; `run` runs in a task of its own."""
 
     def __init__(self, store: Store, models: Models, documents: Documents, switching: SessionMoves) -> None:
         self._store = store
@@ -35,18 +35,18 @@ class Watch:
         self._switching = switching
         self._reading = asyncio.Lock()
         self._next: asyncio.Task[None] | None = None
-        """A look that has not begun to read."""
+        """A poll that has not begun to read."""
         self._looks: set[asyncio.Task[None]] = set()
         self._trouble = ""
-        """Why the last look failed."""
+        """Why the last poll failed."""
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         for task in self._looks:
             task.cancel()
 
     async def run(self) -> None:
-        """Look whenever the store says that another server may have changed something, until cancelled."""
+        """Poll whenever the store reports a possible change, until cancelled."""
         while True:
             await self._store.documents_changed()
             try:
@@ -55,12 +55,12 @@ class Watch:
             except ServerError as error:
                 if self._trouble != error.message:
                     self._trouble = error.message
-                    _log.warning("the store could not be asked for changes of versions", reason=error.message)
+                    _log.warning("could not read changes of versions from the store", reason=error.message)
             except Exception as error:
-                _log.defect("versions could not be followed; the timer continues", error)
+                _log.defect("polling for changes of versions failed; the timer continues", error)
 
     async def poll(self) -> None:
-        """Know what the store says of versions at a moment after this was called.
+        """Learn what the store says of versions, at a moment after this call began.
 
         Raises:
             Unavailable: the store cannot be asked.
@@ -69,7 +69,7 @@ class Watch:
             await asyncio.shield(poll)
 
     def _poll(self) -> asyncio.Task[None] | None:
-        """A look that begins to read now or later; None: it is over already."""
+        """A poll that begins to read now or later; None: it is already done."""
         if self._next is not None:
             return self._next
         if self._reading.locked():
@@ -96,7 +96,7 @@ class Watch:
                     await self._documents.learn(self._models.versions(name))
 
     async def catch_up(self, headers: Iterable[Header]) -> None:
-        """Know the versions and the moves that records name, if the store knows them.
+        """Learn the versions and moves that records mention, if the store knows them.
 
         Raises:
             Unavailable: the store cannot be asked.
@@ -117,15 +117,15 @@ class Watch:
             await self._continue_at(self._models.versions(name), epoch)
 
     async def _continue_at(self, own: Versions, epoch: int) -> None:
-        """Records name an epoch of which the store has lost the document: later moves get later epochs.
+        """Continue with a lost epoch: records mention an epoch whose document the store has lost.
 
-        The sessions of that epoch stay on the versions that their records name, and follow from there.
+        Later moves get later epochs. The sessions of that epoch stay on the versions that their records name.
         """
         async with self._documents.lock(own.name):
             if own.history.epoch >= epoch:
                 return
             _log.warning(
-                "the store has lost a move of a model's sessions; those that made it stay where they are",
+                "the store lost a move of a model's sessions; sessions that moved stay on their version",
                 model=own.name,
                 epoch=epoch,
             )

@@ -1,5 +1,5 @@
-"""A change is kept by the store before it is answered.
+"""Commits changes: the store keeps a change before it is answered.
 
-One commit for every change; it decides by itself whether it is made in place or by a thread, and ends the claims. It
-knows the store's protocol and the stored form; it runs nothing, and answers only by the callback that it was given.
+All changes take one path, which decides whether to commit in place or on a thread, and ends the claims. It knows
+the store's protocol and the stored form. It runs nothing, and answers only through callbacks.
 """

@@ -1,8 +1,8 @@
-"""The one way in which changes become true: kept by the store first, then written to the table, then answered.
+"""The one path by which changes take effect: stored first, then written to the table, then answered.
 
-If the store could not keep one, its sessions leave the arena and the table: what the store holds is the truth, and
-is loaded when they are next named. One that another server has changed meanwhile (a conflict) is judged again by what
-the store holds now: a retry gets the first answer.
+If the store could not keep a change, its sessions leave the arena and the table. They are loaded from the store
+when they are next used. If another server changed a session meanwhile (a conflict), its change is judged again by
+the new record: a retry gets the first answer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult, OnAnswer, 
 from stepwell_server.store.record import JoinedPuts
 
 Answer = Callable[[ServerError | None, Members | None], None]
-"""Called with the error, or None, and with the places of the outcome that it is for; None: all of them."""
+"""Called with the error, or None, and the places in the outcome that it is for; None: all of them."""
 Rejudge = Callable[[Members], None]
-"""Called with places of the outcome whose sessions another server has changed: they are claimed, and paged out."""
+"""Called with places in the outcome whose sessions another server changed; they are claimed and paged out."""
 
 
 class Recorder:
-    """Writes a record of every change to the store. Lives on the event loop; the store's thread makes records too."""
+    """Writes a record of every change to the store. Lives on the event loop; the store's thread also builds records."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Recorder:
         clock: Clock,
         observer: Observer,
     ) -> None:
-        """See the class; for `new_stamp` see `Store.new_stamp`."""
+        """For `new_stamp` see `Store.new_stamp`."""
         self._commits = commits
         self._table = table
         self._records = records
@@ -52,7 +52,7 @@ class Recorder:
         self._observer = observer
 
     def keep(self, outcome: Outcome, sizes: Sizes, done: OnAnswer) -> None:
-        """Keep an outcome of claimed sessions; `done` is called then, maybe before this returns."""
+        """Store an outcome of claimed sessions; `done` is called afterwards, possibly before this returns."""
         clock, count = self._clock, len(outcome.handles)
         last_used, began = clock.now(), clock.monotonic()
         outcome.stamp = self._new_stamp()
@@ -64,7 +64,7 @@ class Recorder:
         def build() -> Batch:
             puts, follows = self._records.of(outcome, last_used), self._table.stamp[outcome.handles]
             if isinstance(puts, JoinedPuts) and np.count_nonzero(follows != follows[0]):
-                # records of several lengths are not in the order of the outcome
+                # records of different lengths are not in the outcome's order
                 follows = self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
             return Batch(
                 puts=puts,
@@ -79,7 +79,7 @@ class Recorder:
 
 
 class Committer:
-    """Makes outcomes true. Lives on the event loop."""
+    """Commits outcomes. Lives on the event loop."""
 
     def __init__(
         self,
@@ -93,17 +93,17 @@ class Committer:
     ) -> None:
         self._sizes, self._table = sizes, sizes.table
         self._recorder = recorder
-        """None: the arena is the truth, and a change has no record."""
+        """None: the arena is the source of truth, and changes are not recorded."""
         self._clock = clock
         self._release = release
-        """Ends claims and starts what waited."""
+        """Ends claims and starts queued operations."""
         self._drop = drop
-        """Takes claimed sessions whose rows are not what the store holds out of arena and table."""
+        """Removes claimed sessions from arena and table because their rows differ from the store."""
         self._discard = discard
-        """Takes such sessions out of the arena alone."""
+        """Removes such sessions from the arena only."""
 
     def commit(self, outcome: Outcome, answer: Answer, rejudge: Rejudge) -> None:
-        """Make an outcome of claimed sessions true and have its callers answered, now or later; then their claims end.
+        """Commit an outcome of claimed sessions and answer its callers, now or later; then end the claims.
 
         Neither `answer` nor `rejudge` may raise.
         """
@@ -123,7 +123,7 @@ class Committer:
         self._recorder.keep(outcome, self._sizes, done)
 
     def _settle(self, outcome: Outcome, committed: CommitResult, answer: Answer, rejudge: Rejudge) -> None:
-        """Each session has a fate of its own."""
+        """Handle each session by its own result."""
         ids = [self._table.session_id(handle) for handle in outcome.handles.tolist()]
         fates = np.array([committed.of(session_id).value for session_id in ids])
         kept = np.flatnonzero(fates == base.Outcome.KEPT.value)
@@ -141,7 +141,7 @@ class Committer:
             rejudge(conflicts)
 
     def _set(self, outcome: Outcome, answer: Answer, places: Members | None) -> None:
-        """What was kept is true from here on; `places`: of a larger outcome, None: all."""
+        """Apply what was stored to the table; `places`: part of a larger outcome, None: all."""
         table, handles = self._table, outcome.handles
         if _may_resize(outcome):
             self._sizes.settle(outcome)
@@ -151,7 +151,7 @@ class Committer:
         table.digest[handles] = outcome.digests
         table.used[handles] = self._clock.monotonic()
         table.reply[handles] = outcome.replies
-        if outcome.stamp:  # else there is no record
+        if outcome.stamp:  # otherwise there is no record
             table.stamp[handles] = outcome.stamp
         if outcome.arrays or outcome.model.replies.series:
             outcome.model.replies.remember(handles, outcome.arrays)
@@ -160,12 +160,10 @@ class Committer:
 
 
 def _may_resize(outcome: Outcome) -> bool:
-    """Whether the sessions' records may have other sizes than before: few do, and the others must cost nothing."""
+    """Whether the records may have changed size. Few do, and the check must be free for the others."""
     return bool(outcome.arrays or outcome.model.replies.series or outcome.model.epoch)
 
 
 def outcome_unknown() -> OutcomeUnknown:
-    """The answer to a change if it is not known whether the store kept it."""
-    return OutcomeUnknown(
-        "the store must say that it kept the change; it did not answer, and may have kept it"
-    )
+    """The error for a change that the store may or may not have kept."""
+    return OutcomeUnknown("the store must confirm the change; it did not answer, and may have kept it")

@@ -1,6 +1,6 @@
-"""Commits to the store, and a limit on what waits for it: a change is answered only when the store has it.
+"""Commits to the store, and limits how many sessions wait for it.
 
-How batches get into the store, in which order and which of them together, is the store's: see `store.access`.
+The store decides how batches are written, in which order and which of them together: see `store.access`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ class GroupCommit:
     """Commits to a store, and counts what waits for it. Lives on the event loop."""
 
     def __init__(self, store: Store, on_room: Callable[[], None] = lambda: None) -> None:
-        """`on_room` is called when `is_full` has ended."""
+        """`on_room` is called when `is_full` becomes False."""
         self._store = store
         self._on_room = on_room
         self.waiting = 0
         """Sessions whose changes wait for the store."""
         self.is_full = False
-        """`MAX_WAITING` is reached: nothing more should run until the store has kept some of it."""
+        """`MAX_WAITING` is reached: nothing more should run until the store has kept some changes."""
         self._changed = asyncio.Event()
         """Set when less waits for the store."""
 
     @property
     def is_idle(self) -> bool:
-        """Nothing waits for the store."""
+        """Whether nothing waits for the store."""
         return not self.waiting
 
     def require_room(self) -> None:
         """Refuse another change while too much waits for the store.
 
         Raises:
-            Overloaded: with the time after which to try again.
+            Overloaded: with the retry delay.
         """
         if self.is_full:
             raise Overloaded(
@@ -58,14 +58,14 @@ class GroupCommit:
         is_change: bool = False,
         is_latency_sensitive: bool = False,
     ) -> None:
-        """Commit what `build` makes; `done` is called on the event loop, maybe before this returns.
+        """Commit the batch that `build` makes; `done` is called on the event loop, possibly before this returns.
 
         Args:
             build: May be called on another thread.
-            size: Records in it, about.
-            done: Gets what became of each session, or why nothing of it was kept. It must not raise.
-            is_change: It may be kept before what waits: see `Write`.
-            is_latency_sensitive: Such a change, if it is small, does not wait for larger ones either: see `Write`.
+            size: The approximate number of records.
+            done: Gets the result of each session, or the error if nothing was kept. It must not raise.
+            is_change: The batch may overtake others that wait: see `Write`.
+            is_latency_sensitive: A small change of this kind may overtake larger ones too: see `Write`.
         """
         weight = max(1, size)
 
@@ -105,7 +105,7 @@ class GroupCommit:
             await self._changed.wait()
 
     async def room(self) -> None:
-        """Return when not too much waits for the store."""
+        """Return when the number of waiting sessions is below the limit."""
         while self.is_full:
             self._changed.clear()
             await self._changed.wait()

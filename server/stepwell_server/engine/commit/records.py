@@ -1,4 +1,4 @@
-"""The records of sessions that changed, as the store keeps them."""
+"""Builds the stored records of changed sessions."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from stepwell_server.engine.state.replies import ReplyArrays
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.store.record import Header, JoinedPuts, RecordBytes, RecordTemplate, Texts, encode
 
-#: Records of fewer sessions are laid out each time.
+#: Groups of fewer sessions than this get no template.
 _WORTH_KEEPING = 16
-#: Bytes of all templates that are kept.
+#: The most bytes of all cached templates.
 _MAX_BYTES = 32 << 20
-#: Sets of sessions that are known by sight: a template is kept when its sessions come the second time.
+#: Remembered groups of sessions: a template is cached when a group appears for the second time.
 _MAX_SEEN = 4096
 
 _Facts = tuple[int, int, bytes, bytes, Sequence[bytes]]
-"""What may have changed since a template was laid out: the version and its epoch, births, when sessions were
-created, as another server may have opened others of the same ids, and their other fields."""
+"""Data that may have changed since a template was built: the version and its epoch, births, creation times (another
+server may have opened other sessions with the same ids), and other fields."""
 
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What became of some sessions of a model: the new columns of the table, `(n,)` each.
+    """The result of changes to some sessions of a model: the new columns of the table, `(n,)` each.
 
-    Their new state is in the rows of claimed sessions already, where nothing else reads it.
+    The new states are already in the rows of the claimed sessions, where nothing else reads them.
     """
 
     model: Model
@@ -42,18 +42,18 @@ class Outcome:
     positions: U64
     request_ids: U64
     digests: U64
-    """See `core.exactly_once`; 0 for none."""
+    """See `core.exactly_once`; 0: none."""
     replies: npt.NDArray[np.uint8]
-    """How each reply is kept: `Kept`."""
+    """How each reply is kept: a `ReplyForm`."""
     arrays: Mapping[int, ReplyArrays] = dataclasses.field(default_factory=dict)
-    """The replies that are kept as arrays of their own, by their place."""
+    """Replies that are kept as separate arrays, by place."""
     stamp: int = 0
-    """Of its records, if others use the store."""
+    """The stamp of its records, if other servers use the store."""
     is_latency_sensitive: bool = False
-    """Others have passes, too: a small outcome does not wait for large ones."""
+    """Other models have passes too: a small outcome does not wait for large ones."""
 
     def part(self, places: Members) -> Outcome:
-        """The same of some of its sessions."""
+        """The outcome of some of its sessions."""
         own = {place: at for at, place in enumerate(places.tolist())}
         return Outcome(
             self.model,
@@ -70,7 +70,7 @@ class Outcome:
 
 
 def current_outcome(table: SessionTable, model: Model, handles: Handles) -> Outcome:
-    """The outcome that equals the table and the arena now, for claimed sessions of a model."""
+    """The outcome that matches the current table and arena, for claimed sessions of a model."""
     return Outcome(
         model,
         handles,
@@ -84,7 +84,7 @@ def current_outcome(table: SessionTable, model: Model, handles: Handles) -> Outc
 
 
 class Records:
-    """Makes records of claimed sessions, on whatever thread stores them."""
+    """Builds records of claimed sessions, on the thread that stores them."""
 
     def __init__(self, table: SessionTable, fields: Fields) -> None:
         self._table = table
@@ -92,7 +92,7 @@ class Records:
         self._templates = Templates(table, fields)
 
     def of(self, outcome: Outcome, last_used: float) -> Sequence[tuple[str, RecordBytes]]:
-        """What the store keeps of an outcome, by session id."""
+        """The records of an outcome, by session id."""
         handles = outcome.handles
         rows, sizes = self._table.rows_of(handles), self._table.batch_size[handles]
         if len(handles) == 1 and sizes[0] == 1:  # a third of the time of a template
@@ -104,7 +104,7 @@ class Records:
             ]
             return [self._one(outcome, place, part.tobytes(), last_used) for place, part in enumerate(parts)]
         lengths = self._fields.lengths(handles, outcome.model)
-        if (lengths != lengths[0]).any():  # the records of a template are of one length
+        if (lengths != lengths[0]).any():  # all records of a template have the same length
             same = lengths == lengths[0]
             parts_of = [outcome.part(np.flatnonzero(same)), outcome.part(np.flatnonzero(~same))]
             return JoinedPuts([self.of(part, last_used) for part in parts_of])
@@ -143,7 +143,7 @@ class Records:
 
 
 def encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes:
-    """The record of a session by its header, its rows and its last reply, if that is kept as arrays."""
+    """The record of a session: its header, its rows, and its last reply if that is kept as arrays."""
     facts = dataclasses.asdict(header)
     del facts["state_bytes"]
     texts = Texts(facts.pop("fingerprint"), facts.pop("model"))
@@ -151,7 +151,7 @@ def encoded(session_id: str, header: Header, rows: bytes, extra: bytes) -> bytes
 
 
 class Templates:
-    """Templates of the records of sessions that change together again and again: the members of a group.
+    """Templates for records of sessions that change together repeatedly, such as the members of a group.
 
     For the holder of the sessions' claims, on the thread that stores them.
     """
@@ -164,13 +164,15 @@ class Templates:
         self._seen: RecentValues[int, bool] = RecentValues(_MAX_SEEN)
 
     def of(self, model: Model, handles: Handles) -> RecordTemplate:
-        """A template for sessions of one batch size whose fields have one length; to be filled.
+        """A template to fill, for sessions with equal batch sizes and equal field lengths.
 
-        The sessions' claims keep all others from filling it before their change is stored.
+        The sessions' claims keep others from filling it before the change is stored.
         """
         if len(handles) < _WORTH_KEEPING:
             return self._lay_out(model, handles)
-        key = handles.tobytes()  # of all versions: a template of one that they left is of no use
+        key = (
+            handles.tobytes()
+        )  # the key covers all versions: a template of a version that they left is useless
         found = self._kept.get(key)
         table = self._table
         births, created = table.birth[handles].tobytes(), table.created[handles].tobytes()
@@ -191,10 +193,10 @@ class Templates:
         return template
 
     def _is_first(self, key: int) -> bool:
-        """Whether sessions come together for the first time, as far as that is known.
+        """Whether these sessions appear together for the first time, as far as is remembered.
 
-        Those that do so by chance would push out those that will again, and the garbage collector looks at
-        every record of every template that is kept.
+        Random groups would evict recurring ones, and the garbage collector visits every record of every cached
+        template.
         """
         is_first = self._seen.get(key) is None
         self._seen.put(key, True)

@@ -1,7 +1,7 @@
-"""Which sessions have records in the store: all of them, or only those that have left the arena.
+"""Which sessions have records in the store: all, or only those that left the arena.
 
-The application chooses with the store: one whose records end with the process needs only the records that the arena
-has no room for.
+The application chooses the policy with the store. A store whose records end with the process needs only the records
+that do not fit into the arena.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Puts: TypeAlias = Sequence[tuple[str, RecordBytes]]
 
 
 class IdOrder:
-    """Finds the ids of a table in their order. Lives on the event loop.
+    """Iterates over a table's ids in sorted order. Lives on the event loop.
 
-    Each chunk of the table is sorted when that is first needed after a change; a page is merged from all of them. So a
-    page costs little while few sessions come and go, and the engine does nothing for it when they do.
+    Each chunk of the table is sorted when it is first needed after a change. A page is merged from all chunks. So a
+    page is cheap while few sessions come and go, and opening or closing a session does no extra work.
     """
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
         self._places: list[tuple[int, npt.NDArray[np.uint16]]] = []
-        """Of each chunk: how often it had changed, and the places of its ids in their order."""
+        """For each chunk: its change count, and the places of its ids in sorted order."""
 
     async def after(self, after: str, *, prefix: str, limit: int) -> list[str]:
-        """Ids behind `after` that begin with `prefix`, at most `limit`; one chunk is sorted per iteration of the event loop."""
+        """Up to `limit` ids after `after` with the prefix; one chunk is sorted per iteration of the event loop."""
         await self._sort()
         parts: list[Iterator[str]] = []
         for (_, chunk), (_, places) in zip(self._table.id_chunks(), self._places, strict=True):
@@ -57,7 +57,7 @@ class IdOrder:
         return list(itertools.takewhile(lambda session_id: session_id.startswith(prefix), merged))
 
     async def _sort(self) -> None:
-        """Sort the chunks that have changed; what changes meanwhile is sorted at once in the end."""
+        """Sort the chunks that have changed; changes made meanwhile are sorted together at the end."""
         for is_last in (False, True):
             for at, (changes, chunk) in enumerate(self._table.id_chunks()):
                 if at < len(self._places) and self._places[at][0] == changes:
@@ -70,47 +70,48 @@ class IdOrder:
 
 
 class StorePolicy(Protocol):
-    """Which sessions have a record while nothing changes. Lives on the event loop."""
+    """Decides which sessions have a record between changes. Lives on the event loop."""
 
     others: Store | None
-    """The store, if it may have any session that is not in the table; None: only those of versions that were unloaded."""
+    """The store, if it may have sessions that are not in the table; None: only those of unloaded versions."""
 
     async def heads(self, *, after: str, prefix: str, limit: int) -> Heads:
-        """The sessions that there are, in the order of their ids: see `LocalStore.heads`.
+        """The existing sessions, sorted by id: see `LocalStore.heads`.
 
-        Of those in the table only the ids need be right. Sessions that begin or end meanwhile may be in it or not.
+        For sessions in the table only the ids need be current. Sessions that begin or end meanwhile may or may not
+        be included.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
 
     async def count(self, tenant: str | None, model: str) -> int:
-        """How many sessions there are: see `counts.count`.
+        """The number of sessions: see `counts.count`.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
 
     def begin(self, ids: Sequence[str], ready: int, records: Callable[[slice], Puts], /) -> Puts:
-        """Some sessions of a call are about to begin: the records that the call must commit, of all of them or of none.
+        """The records that a call must commit to begin sessions: for all of them or for none.
 
-        Until the call is done nothing else sees them. If it fails, `after_page_in` takes back what was done here.
+        Until the call is done nothing else sees the sessions. If it fails, `after_page_in` undoes this.
 
         Args:
-            ids: Of the sessions.
-            ready: As many of them, the first ones, have rows in the arena.
+            ids: The sessions.
+            ready: The first `ready` of them have rows in the arena.
             records: Makes the records of some of them.
         """
 
     def leave(self, model: Model, handles: Handles, /) -> None:
-        """Sessions are about to leave the arena."""
+        """Prepare for sessions to leave the arena."""
 
     def after_page_in(self, session_ids: Sequence[str], /) -> None:
-        """Sessions are in the arena again."""
+        """Note that sessions are in the arena again."""
 
 
 class EveryChange(StorePolicy):
-    """Each change has its record: what leaves the arena is in the store already, and is there after a restart."""
+    """Every change is recorded. A session that leaves the arena is already in the store, also after a restart."""
 
     def __init__(self, store: Store, _table: SessionTable, _records: Records, _clock: Clock) -> None:
         self.others = self._store = store
@@ -129,18 +130,15 @@ class EveryChange(StorePolicy):
 
     @override
     def leave(self, model: Model, handles: Handles) -> None:
-        """Its records are there."""
+        """Nothing to do: the records exist."""
 
     @override
     def after_page_in(self, session_ids: Sequence[str]) -> None:
-        """Its records stay there."""
+        """Nothing to do: the records stay."""
 
 
 class PagedOutOnly(StorePolicy):
-    """The arena is the truth, and the store has what is not in it: for a store that ends with the process.
-
-    The store answers at once.
-    """
+    """Only paged-out sessions have records: for a store that ends with the process, and answers at once."""
 
     others = None
 
@@ -163,7 +161,7 @@ class PagedOutOnly(StorePolicy):
         return heads_of(keys, records)
 
     async def _unserved(self) -> int:
-        """How many sessions the store alone has: of versions that were unloaded."""
+        """The number of sessions that only the store has: those of unloaded versions."""
         table, stored = self._table, await self._store.count()
         if not stored:
             return 0

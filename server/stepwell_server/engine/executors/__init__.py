@@ -1,4 +1,4 @@
-"""What runs a program: LiteRT by default, TensorFlow where LiteRT cannot."""
+"""Executors run programs: LiteRT by default, TensorFlow where LiteRT cannot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from stepwell_server.program import Program
 def load_executor(program: Program) -> Executor:
     """Return a new executor of ``program``, with buffers of its own.
 
-    The module of the executor's kind is imported on first use: a server whose programs all run on LiteRT
-    never loads TensorFlow.
+    Each kind of executor is imported on first use: a server whose programs all run on LiteRT never loads
+    TensorFlow.
 
     Raises:
-        ValueError: what the executor loads is damaged.
+        ValueError: the program's data is corrupt.
     """
     if program.executor == "litert":
         from stepwell_server.engine.executors import litert

@@ -1,4 +1,4 @@
-"""The face that the engine sees of whatever runs a program."""
+"""The interface between the engine and whatever runs a program."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stepwell_server.engine.types import Array
 
 
 class ExecutionError(Exception):
-    """The program raised for this batch, e.g. an Embedding index is out of range.
+    """The program raised for this batch, for example because an Embedding index is out of range.
 
-    It speaks of the batch as a whole: the caller narrows it down to the rows at fault. Nothing outside
-    the executor's own buffers has changed.
+    The error concerns the batch as a whole: the caller narrows it down to the failing rows. Nothing outside the
+    executor's own buffers has changed.
     """
 
 

@@ -1,4 +1,4 @@
-"""How TensorFlow and Keras are loaded, which is most of what a short compilation takes."""
+"""Speeds up the import of TensorFlow and Keras, which takes most of the time of a short compilation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from stepwell_server.process.garbage_collection import collection_paused
 
 _UNUSED = ("IPython", "matplotlib", "pandas")
-"""What Keras and TensorFlow import where it is there: to show and to draw, and for data frames. No server does that."""
+"""Packages that Keras and TensorFlow import if they are installed, for display, plots and data frames. A server
+needs none."""
 
 
 @contextlib.contextmanager
 def light_imports() -> Iterator[None]:
-    """What is imported in this block is imported in half the time; for the main thread, and frameworks that stay.
+    """Halve the time of imports in this block. For the main thread, and frameworks that stay loaded.
 
-    No garbage is looked for in them, and packages that they use where they are there, and that no server needs, are not
-    there meanwhile.
+    Garbage collection is off, and optional packages that no server needs cannot be imported.
     """
     absent = [name for name in _UNUSED if name not in sys.modules]
     # the documented way to make an import fail

@@ -1,4 +1,4 @@
-"""Runs a program on LiteRT. The only module that imports it, besides the converter's own check."""
+"""Runs programs on LiteRT. The only module that imports it, besides the converter's own check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepwell_server.engine.executors.step_function import fill
 from stepwell_server.engine.types import Array
 from stepwell_server.program import FLATBUFFER, Program, StateSpec, TensorSpec
 
-#: Runs of one size after which it is worth while to hold its arrays.
+#: After this many runs of one size the arrays are cached.
 _RUNS_UNTIL_HELD = 8
 
 
@@ -44,7 +44,7 @@ _has_announced_itself = threading.Event()
 
 
 def _swallow_announcement(interpreter: Interpreter) -> None:
-    """Have LiteRT say which delegate it made, as it does once in a process, where nobody sees it."""
+    """Make LiteRT log its delegate, which it does once per process, where the line is discarded."""
     if not _has_announced_itself.is_set():
         with without_announcements():
             interpreter.allocate_tensors()
@@ -61,7 +61,7 @@ class LiteRTExecutor(Executor):
         """Take the flatbuffer and find its tensors by their signature keys."""
         self._interpreter = Interpreter(model_content=program.files[FLATBUFFER], num_threads=1)
         _swallow_announcement(self._interpreter)
-        # The runner holds the interpreter's memory: it must be gone before the first resize.
+        # The runner references the interpreter's memory, so it must be deleted before the first resize.
         runner = self._interpreter.get_signature_runner()
         details = runner.get_input_details()
         _require_shapes("in", program.inputs, details)
@@ -71,11 +71,11 @@ class LiteRTExecutor(Executor):
         del runner
         self._rows = 0
         self._runs = 0
-        """Since the last resize."""
+        """Runs since the last resize."""
         shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
         shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.state)}
         self._given = [(index, shapes[key]) for key, index in given.items()]
-        """What is given to it: the tensor, and the shape of a row."""
+        """The interpreter's input tensors, with the shape of a row."""
         taken = set(given.values())
         self._in = _Tensors(self._interpreter, "in", program.inputs, given)
         self._state = _Tensors(self._interpreter, "state", program.state, given)
@@ -86,7 +86,7 @@ class LiteRTExecutor(Executor):
         """Make the buffers exactly ``rows`` long."""
         if rows == self._rows:
             return
-        self._rows = 0  # Until it has succeeded: a half-resized interpreter must be resized again.
+        self._rows = 0  # Until it succeeds: a half-resized interpreter must be resized again.
         for index, shape in self._given:
             self._interpreter.resize_tensor_input(index, (rows, *shape))
         self._interpreter.allocate_tensors()
@@ -113,7 +113,7 @@ class LiteRTExecutor(Executor):
             self._interpreter.invoke()
         except RuntimeError as error:
             if "reference to internal data" in str(error):
-                raise  # The caller kept a view: a mistake in the program, not in the batch.
+                raise  # The caller kept a view: a bug in the program, not a problem of the batch.
             # Kernels that failed half-way leave tensors in no defined shape.
             self._rows = 0
             raise ExecutionError(str(error).strip()) from error
@@ -140,9 +140,9 @@ class LiteRTExecutor(Executor):
 def _require_shapes(
     kind: str, specs: Sequence[TensorSpec | StateSpec], details: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Find out that a program takes what its specs say, before as much memory is taken."""
+    """Check that a program accepts what its specs say, before memory of that size is allocated."""
     for i, spec in enumerate(specs):
-        item = details.get(f"{kind}_{i}")  # the converter drops what nothing reads
+        item = details.get(f"{kind}_{i}")  # the converter drops tensors that nothing reads
         if item is not None and tuple(map(int, item["shape"][1:])) != spec.shape:
             raise ValueError(
                 f"it takes {spec.name!r} with the shape {tuple(map(int, item['shape'][1:]))} of a row; got {spec.shape}"
@@ -152,9 +152,9 @@ def _require_shapes(
 class _Tensors:
     """The tensors of one kind, in the order of the program's specs.
 
-    A tensor that the converter dropped (an input that nothing reads) has a buffer of its own. So has a
-    result that is the same tensor as an input (it passes through): it is copied once the step has run,
-    because the caller may fill the inputs again before it carries the state.
+    A tensor that the converter dropped (an input that nothing reads) gets a buffer of its own. So does a result
+    that is the same tensor as an input: it is copied once the step has run, because the caller may fill the inputs
+    again before it carries the state.
     """
 
     def __init__(
@@ -188,11 +188,11 @@ class _Tensors:
                 np.copyto(buffer, read())
 
     def hold(self) -> None:
-        """From now on until the next resize give out the same arrays, instead of making them each time.
+        """Return the same arrays until the next resize, instead of creating them each time.
 
-        LiteRT places the tensors of a graph when they are allocated, and moves them at the next allocation
-        only. It moves those whose size it learns while it runs ("dynamic" ones) at any run; they, and what
-        comes after them in the graph, have no memory before the first run, and are not held.
+        LiteRT places a graph's tensors when they are allocated, and usually moves them only at the next allocation.
+        "Dynamic" tensors, whose size is only known at run time, may move in any run. They, and tensors after them
+        in the graph, have no memory before the first run, and are not cached.
         """
         if self._is_static:
             self._held = [_unbound(view) for view in self.views()]
@@ -207,7 +207,7 @@ class _Tensors:
 
 
 def _has_memory(read: Callable[[], Array]) -> bool:
-    """Whether a tensor has its place before the first run."""
+    """Whether a tensor has memory before the first run."""
     try:
         read()
     except ValueError:  # "Tensor data is null"
@@ -216,7 +216,7 @@ def _has_memory(read: Callable[[], Array]) -> bool:
 
 
 def _unbound(view: Array) -> Array:
-    """The same memory as an array that does not keep the interpreter from running."""
+    """The same memory as an array that does not block the interpreter from running."""
     if not view.size:
         return view.copy()
     memory = (ctypes.c_char * view.nbytes).from_address(view.__array_interface__["data"][0])

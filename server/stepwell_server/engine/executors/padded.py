@@ -1,7 +1,7 @@
-"""An executor that runs only certain batch sizes, whatever number of rows it is given.
+"""An executor that runs only certain batch sizes, whatever the number of rows.
 
-Some kernels compute a row with other bits when the batch has another size. A program then lists the
-sizes that agree (`Program.batch_sizes`); rows are cut and padded so that only those sizes ever run.
+Some kernels compute different bits for a row if the batch has another size. A program then lists the sizes that
+agree (`Program.batch_sizes`). Rows are cut and padded so that only those sizes ever run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Run = Callable[[Sequence[Array], Sequence[Array]], tuple[Sequence[Array], Sequen
 def chunks(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Cut ``rows`` into ``(start, stop, size)`` with ``stop - start <= size`` and ``size`` in ``sizes``.
 
-    An empty ``sizes`` allows every size. The largest size is used as often as it fills; what is left
-    runs in the smallest size that holds it.
+    If ``sizes`` is empty, every size is allowed. The largest size is used while it is full; the rest runs in the
+    smallest size that holds it.
     """
     if not sizes:
         yield 0, rows, rows
@@ -36,7 +36,7 @@ def chunks(rows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 class PaddedExecutor(Executor):
-    """An `Executor` over a plain function that wants exact batch sizes. For one thread at a time."""
+    """An `Executor` over a function that requires exact batch sizes. For one thread at a time."""
 
     def __init__(self, program: Program, run: Run) -> None:
         """``run`` may return views that its next call overwrites."""
@@ -89,5 +89,5 @@ def _padded(array: Array, start: int, stop: int, size: int) -> Array:
     rows = array[start:stop]
     if len(rows) == size:
         return rows
-    # A row that is there anyway: it cannot fail or be slow where the real ones are not.
+    # A repeated real row: it cannot fail or be slow unless the real one is.
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])

@@ -1,4 +1,4 @@
-"""Keeps what a native library announces off the server's stderr, where each line is one of its log."""
+"""Keeps announcements of native libraries off the server's stderr, which is its log."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _STDERR = 2
 
 @contextlib.contextmanager
 def without_announcements() -> Iterator[None]:
-    """Leave out the lines that begin with ``INFO: ``; all others come when the block ends.
+    """Drop lines that begin with ``INFO: ``; print all others when the block ends.
 
-    TensorFlow Lite writes such lines to the file descriptor itself and has no setting against it. The
-    descriptor belongs to the whole process, so this is for moments at the start.
+    TensorFlow Lite writes such lines directly to the file descriptor and has no setting to stop it. The descriptor
+    belongs to the whole process, so use this only while the server starts.
     """
     with tempfile.TemporaryFile() as caught, os.fdopen(os.dup(_STDERR), "wb") as stderr:
         os.dup2(caught.fileno(), _STDERR)

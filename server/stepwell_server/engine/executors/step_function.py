@@ -1,4 +1,4 @@
-"""An executor as a plain function of one time step, for whoever tries a program rather than serves it."""
+"""Wraps an executor as a plain function of one time step, for trials of programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step_of_executor(executor: Executor) -> Step:
 
 
 def fill(executor: Executor, inputs: Sequence[Array], states: Sequence[Array]) -> None:
-    """Fill an executor's buffers. A function of its own: no view may live while it runs."""
+    """Fill an executor's buffers. A separate function, so that no view outlives it."""
     for view, value in zip([*executor.inputs(), *executor.states()], [*inputs, *states], strict=True):
         np.copyto(view, value)
 

@@ -1,4 +1,4 @@
-"""Runs a program on TensorFlow: what LiteRT cannot convert. Importing this module loads TensorFlow."""
+"""Runs programs on TensorFlow that LiteRT cannot convert. Importing this module loads TensorFlow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# TensorFlow reads it while it loads.
+# TensorFlow reads this variable while it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
@@ -26,8 +26,8 @@ _log = Log("engine.executors")
 def configure() -> None:
     """Make TensorFlow compute on one CPU thread.
 
-    The number of threads decides how Eigen splits a sum, hence its last bits: the batch sizes of a program
-    were checked with one thread, on the CPU. More rows run faster on more executors, not on more threads.
+    The number of threads decides how Eigen splits a sum, and so the result's last bits. A program's batch sizes
+    were checked with one thread, on the CPU. Use more executors for more speed, not more threads.
     """
     threading = tf.config.threading
     if threading.get_intra_op_parallelism_threads() == 1:
@@ -47,9 +47,9 @@ def load(program: Program) -> Executor:
     """Return an executor of ``program``.
 
     Raises:
-        ValueError: the SavedModel is damaged.
+        ValueError: the SavedModel is corrupt.
     """
-    # TensorFlow reads folders only, and all of them at once.
+    # TensorFlow can only read complete folders.
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
         for name, content in program.files.items():
             file = Path(folder, name)
@@ -66,7 +66,7 @@ def load(program: Program) -> Executor:
         named |= {f"state_{i}": tf.constant(value) for i, value in enumerate(states)}
         known = {key: value for key, value in named.items() if key in accepted}
         try:
-            # Looked up each time: a loaded function dies with the object it came from.
+            # Looked up each time: a loaded function dies with its object.
             results = loaded.signatures["step"](**known)
         except tf.errors.OpError as error:
             raise ExecutionError(error.message) from error

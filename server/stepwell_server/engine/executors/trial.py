@@ -1,8 +1,8 @@
-"""What a program must show on the processor that is to run it.
+"""Tests a program on the processor that will run it.
 
-Which batch sizes give a row the same bits depends on the processor, because kernels are chosen by what it can
-do. And the proof that a program computes what Keras does was made where it was compiled: known answers
-carry it over, but for rounding.
+Which batch sizes give a row the same bits depends on the processor, because kernels are chosen by its features. The
+proof that a program computes what Keras does was made where it was compiled. Known answers confirm it here, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from stepwell_server.program import Program, Trial
 #: Every small size, odd and even around the widths of vector units, and large ones.
 LITERT_SIZES = (*range(1, 18), 32, 33, 64, 100, 128, 256)
 TENSORFLOW_SIZES = (1, 2, 4, 8, 16, 32, 64)
-#: Time steps before the bits are compared, so that states are ones the model reaches.
+#: Time steps before the bits are compared, so that states are realistic.
 _WARM_STEPS = 3
-#: The largest size compared where all would take too long, or more bytes than that for the rows.
+#: The largest size compared if all would take too long, and the most bytes of rows.
 _SMALL, _MAX_BYTES = 33, 1 << 28
-#: How long the bits may be compared, about: when a program is compiled, and when one that was is loaded.
+#: Approximate time limits for the comparison: at compile time, and when a compiled program is loaded.
 COMPILE_BUDGET_S, LOAD_BUDGET_S = 30.0, 5.0
-#: Rows of known inputs, of which there are fewer where a row is large.
+#: Rows of known inputs; fewer if a row is large.
 _ROWS, _ROWS_BYTES = 64, 1 << 20
-#: Rows and time steps for which the answers are known, and how many of their values may be others by more than
-#: rounding: where a model rounds or compares, another last bit of a processor can be another number.
+#: Rows and time steps with known answers, and the share of values that may differ by more than rounding. Where a
+#: model rounds or compares, another last bit can become another number.
 _ANSWERED_ROWS, _ANSWERED_STEPS, _MAX_DIFFERING = 16, 4, 0.1
 
 ANY_SIZE = "LiteRT converts every operation of the model"
 SOME_SIZES = f"{ANY_SIZE}, but a row's bits depend on the batch size"
-"""Why LiteRT runs a program, as a sentence for people."""
+"""Why LiteRT runs a program, as a sentence for users."""
 
 
 class TrialError(Exception):
-    """The program cannot be run here as it has to be. The message is one clause for people."""
+    """The program cannot run correctly here. The message is one clause for users."""
 
 
 def rows_for(row_bytes: int) -> int:
-    """Return how many rows of known inputs to keep, for rows of so many bytes."""
+    """The number of rows of known inputs to keep, for rows of this many bytes."""
     return max(4, min(_ROWS, _ROWS_BYTES // max(1, row_bytes)))
 
 
 def tried(
     program: Program, inputs: tuple[Array, ...], step: Step, tolerance: float, sizes: Sequence[int]
 ) -> Trial:
-    """Return the trial of ``program``, whose answers are those of ``step``."""
+    """The trial of ``program``, with the answers of ``step``."""
     return Trial(inputs, _answers(program, inputs, step), tolerance, tuple(sizes))
 
 
 def sizes_here(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Try a program that was compiled elsewhere on this processor: `with_sizes` makes of what is returned one for it.
+    """Test a program on this processor that was compiled elsewhere; pass the result to `with_sizes`.
 
     Returns:
         The batch sizes that were compared, and those that give a row the same bits.
 
     Raises:
-        TrialError: it cannot run here, or computes something else here.
+        TrialError: the program cannot run here, or computes something else here.
     """
     trial = program.trial
     if trial is None:
-        raise TrialError("nothing is known by which it could be tried here")
+        raise TrialError("there are no known answers to test it with here")
     try:
         step = step_of_executor(load_executor(dataclasses.replace(program, batch_sizes=())))
         _compare(program, trial, _answers(program, trial.inputs, step))
@@ -84,10 +84,10 @@ def sizes_here(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def with_sizes(program: Program, sizes: Sequence[int], agreeing: Sequence[int]) -> Program:
-    """Return a program for LiteRT with what was found out about the batch sizes.
+    """A LiteRT program that lists the batch sizes to use.
 
     Raises:
-        TrialError: there is no batch size to run it with.
+        TrialError: no batch size can be used.
     """
     if not agreeing:
         raise TrialError("no batch size gives a row the same bits in every place")
@@ -99,10 +99,10 @@ def with_sizes(program: Program, sizes: Sequence[int], agreeing: Sequence[int]) 
 def agreeing_sizes(
     program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int]
 ) -> tuple[int, ...]:
-    """Return the most numerous batch sizes out of ``sizes`` that give every row the same bits.
+    """The largest group of batch sizes out of ``sizes`` that give every row the same bits.
 
-    Each size runs over the same rows twice, shuffled differently, so that a row meets other places and
-    other neighbours; there are twice as many rows as fit the largest size for that.
+    Each size runs over the same rows twice, shuffled differently, so each row gets other positions and neighbours.
+    There are twice as many rows as the largest size for that.
     """
     rows = 2 * max(sizes)
     reached, states = _reachable(program, inputs, step, rows)
@@ -118,10 +118,7 @@ def agreeing_sizes(
 def affordable(
     program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int], budget_s: float
 ) -> tuple[int, ...]:
-    """Return ``sizes``, without the large ones if checking those would take too long, or too much memory.
-
-    Too long is more than about ``budget_s``.
-    """
+    """``sizes`` without the large ones if checking those would exceed ``budget_s`` or the memory limit."""
     row_bytes = sum(spec.row_bytes for spec in (*program.inputs, *program.outputs))
     if 2 * max(sizes) * (row_bytes + 2 * program.state_row_bytes) > _MAX_BYTES:
         return tuple(size for size in sizes if size <= _SMALL)
@@ -136,7 +133,7 @@ def affordable(
 
 
 def _answers(program: Program, inputs: Sequence[Array], step: Step) -> tuple[Array, ...]:
-    """Return the last outputs of a few rows after a few time steps."""
+    """The last outputs of a few rows after a few time steps."""
     count = len(inputs[0])
     rows = np.arange(min(_ANSWERED_ROWS, count))
     states: Sequence[Array] = initial_rows(program.initial, len(rows))
@@ -173,7 +170,7 @@ def _best(groups: Mapping[bytes, list[int]]) -> tuple[int, ...]:
 def _reachable(
     program: Program, inputs: Sequence[Array], step: Step, rows: int
 ) -> tuple[list[Array], Sequence[Array]]:
-    """Return inputs and states of ``rows`` rows, each with a history of its own."""
+    """Inputs and states of ``rows`` rows, each with a history of its own."""
     rng = np.random.default_rng(13)
     states: Sequence[Array] = initial_rows(program.initial, rows)
     for _ in range(_WARM_STEPS):
@@ -187,10 +184,10 @@ def _shuffled(rng: np.random.Generator, inputs: Sequence[Array], rows: int) -> l
 
 
 def _bits(step: Step, inputs: Sequence[Array], states: Sequence[Array], size: int, order: Array) -> bytes:
-    """Return a digest of all results by row, computed ``size`` rows at a time in the given order."""
+    """A digest of all results by row, computed ``size`` rows at a time in the given order."""
     rows = len(order)
     kept: list[Array] = []
-    twice = np.concatenate([order, order])  # the last one begins again with the first rows
+    twice = np.concatenate([order, order])  # the last batch wraps around to the first rows
     for start in range(0, rows, size):
         chosen = twice[start : start + size]
         outputs, after = step([x[chosen] for x in inputs], [x[chosen] for x in states])
