@@ -1,6 +1,6 @@
-"""What `stepwell doctor` finds out: facts about this machine as a server would meet it, and what is wrong with them.
+"""The examination of `stepwell doctor`: facts about this machine that matter to a server, and problems.
 
-Nothing is changed: what is written to try a disk is a file without a name. A server that runs is not disturbed.
+It changes nothing: it tests a disk with a file that has no name. It does not disturb a running server.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PACKAGES = {
     "protobuf": "protobuf",
     "numpy": "numpy",
 }
-"""Distributions by the name that people know."""
+"""Distributions by their common names."""
 _REMOTE = {"9p", "afs", "ceph", "cifs", "fuse.sshfs", "glusterfs", "nfs", "nfs4", "smb3", "smbfs"}
 _MIN_FREE_BYTES = 64 << 20
 _MIN_FREE_SHARE = 0.05
@@ -69,25 +69,25 @@ _AHEAD_S = 60.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is not as it should be."""
+    """A problem or a possible improvement."""
 
     what: str
     fix: str
     is_wrong: bool = True
-    """False: a server would start and keep its promises all the same."""
+    """False: a server would start and keep its guarantees anyway."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.fix}"
 
 
 class Examination:
-    """Facts in sections, and findings, of one machine and one server's settings.
+    """Facts in sections, and findings, about one machine and the settings of one server.
 
     Args:
-        settings: Of the server that is meant.
+        settings: The server's settings.
         clock: The time.
-        serves: Whether the packages of a server are there; where not, only what concerns clients is looked at.
-        listening: The process that listens on a TCP port, as far as it may be known.
+        serves: Whether the packages of a server are installed. If not, only facts about clients are examined.
+        listening: Returns the process that listens on a TCP port, if it can be determined.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Examination:
         self._serves = serves
 
     def examine(self) -> None:
-        """Find out all of it. Root looks as the user whose the data folder is."""
+        """Collect all facts and findings. Root examines as the owner of the data folder."""
         owner = os.geteuid()
         if owner == 0 and self._settings.data_dir is not None:
             with contextlib.suppress(OSError):
@@ -139,11 +139,11 @@ class Examination:
         self.facts["clock"] = self._time()
 
     def wrong(self, what: str, fix: str) -> None:
-        """A server would not start, or not keep its promises."""
+        """Report a problem: a server would not start, or would break its guarantees."""
         self.findings.append(Finding(what, fix))
 
     def advise(self, what: str, fix: str) -> None:
-        """A server would do, but not well."""
+        """Report a possible improvement: a server would work, but not well."""
         self.findings.append(Finding(what, fix, is_wrong=False))
 
     def _versions(self) -> Facts:
@@ -152,15 +152,15 @@ class Examination:
         return facts
 
     def _front_choice(self) -> Choice:
-        """The front that a server would have; what is wrong if that is not the native one."""
+        """The front that a server would use. Advise the native one if it cannot be used."""
         try:
             choice = choose(self._settings.front)
         except StartError as error:
-            self.wrong(str(error), "or leave --front away")
+            self.wrong(str(error), "or omit --front")
             return Choice(None)
         if choice.problem:
             self.advise(
-                f"{choice.problem}: the front in Python, which serves then, is slower and for this machine only",
+                f"{choice.problem}: the Python front, which a server would use, is slower and serves only this machine",
                 HOW,
             )
         return choice
@@ -172,19 +172,19 @@ class Examination:
         memory = psutil.virtual_memory()
         if hard != resource.RLIM_INFINITY and hard < _MIN_OPEN_FILES:
             self.advise(
-                f"{hard} files may be open, which leaves room for {max(1, hard - RESERVE)} connections",
+                f"the limit of {hard} open files allows only {max(1, hard - RESERVE)} connections",
                 "raise the hard limit (ulimit -Hn, LimitNOFILE of systemd)",
             )
         if file_bytes != resource.RLIM_INFINITY:
             self.wrong(
-                f"files may have {file_bytes} bytes at most, the store's will be larger",
-                "take the limit away (ulimit -f, LimitFSIZE of systemd)",
+                f"files are limited to {file_bytes} bytes, but those of the store grow larger",
+                "remove the limit (ulimit -f, LimitFSIZE of systemd)",
             )
         if quota is not None and self._settings.compute_threads > max(1.0, quota):
             self.advise(
-                f"{self._settings.compute_threads} compute threads share {quota:g} processors, and the cgroup stops all "
-                "of them when those are used up",
-                f"give --compute-threads {max(1, int(quota))}",
+                f"{self._settings.compute_threads} compute threads share {quota:g} processors, and the cgroup pauses all "
+                "of them when that quota is used up",
+                f"use --compute-threads {max(1, int(quota))}",
             )
         return {
             "open_files": None if soft == resource.RLIM_INFINITY else soft,
@@ -205,29 +205,29 @@ class Examination:
             problem = error.strerror or str(error)
         holds = cache.HOLDS if option == "--cache-dir" else private_files.OF_DATA
         if there.is_dir() and (shared := private_files.folder_problem(path, holds)):
-            self.wrong(f"{option}: {shared}", "give a folder that only the server's user can write")
+            self.wrong(f"{option}: {shared}", "use a folder that only the server's user can write to")
         if problem:
             self.wrong(
-                f"{option}: {there} cannot be written: {problem}",
-                f"give another folder, or its user the right to write ({psutil.Process().username()})",
+                f"{option}: {there} is not writable: {problem}",
+                f"use another folder, or give the user {psutil.Process().username()} the right to write",
             )
         usage = shutil.disk_usage(there)
         if usage.free < _MIN_FREE_BYTES:
             self.wrong(
-                f"{option}: the disk of {path} is full, {usage.free} bytes are free",
-                "make room, or give another folder",
+                f"{option}: the disk of {path} is full; {usage.free} bytes are free",
+                "free some space, or use another folder",
             )
         elif usage.free < usage.total * _MIN_FREE_SHARE:
             self.advise(
-                f"{option}: {usage.free / usage.total:.1%} of the disk of {path} are free",
-                "make room in time",
+                f"{option}: only {usage.free / usage.total:.1%} of the disk of {path} is free",
+                "free some space in time",
             )
         kind = _file_system(there)
         return {
             "path": str(path),
             "exists": path.exists(),
             "writable": not problem,
-            "used_bytes": sum(file.st_blocks * 512 for file in _files(path)),  # the store's have holes
+            "used_bytes": sum(file.st_blocks * 512 for file in _files(path)),  # the store's files are sparse
             "free_bytes": usage.free,
             "total_bytes": usage.total,
             "file_system": kind,
@@ -238,28 +238,28 @@ class Examination:
         kind = _file_system(there)
         if kind in _REMOTE:
             self.wrong(
-                f"--data-dir: {data_dir} is on {kind}, a file system of the network",
-                "give a folder on a local disk: the store maps its file into memory, and the lock is the kernel's",
+                f"--data-dir: {data_dir} is on {kind}, a network file system",
+                "use a folder on a local disk: the store maps its file into memory and relies on the kernel's locks",
             )
         elif kind in {"tmpfs", "ramfs"}:
             self.advise(
                 f"--data-dir: {data_dir} is in memory ({kind})",
-                "give a folder on a disk, to survive a reboot",
+                "use a folder on a disk, to survive a reboot",
             )
         try:
             times = sorted(_flush_times_ms(there))
         except OSError:
-            return {"flush_ms": None, "slowest_flush_ms": None}  # said of the folder already
+            return {"flush_ms": None, "slowest_flush_ms": None}  # already reported for the folder
         median = statistics.median(times)
         if median > _SLOW_MS and self._settings.durability == "sync":
             self.advise(
-                f"--data-dir: a flush to the disk takes {median:.1f} ms, and so does every acknowledged change",
-                "take a faster disk, or --durability async, which survives kill -9 but no loss of power",
+                f"--data-dir: a flush to the disk takes {median:.1f} ms, and every acknowledged change waits for one",
+                "use a faster disk, or --durability async, which survives kill -9 but not a power failure",
             )
         return {"flush_ms": round(median, 3), "slowest_flush_ms": round(times[-1], 3)}
 
     def _store_and_keys(self, data_dir: Path | None) -> None:
-        """Whether a server could open the store on disk: its version, its log, and the keys of its records."""
+        """Check that a server could open the store on disk: its version, its log, and the keys of its records."""
         from stepwell_server.store.base import KeyFileError, StoreError, require_no_keys
         from stepwell_server.store.disk.backup import snapshot
         from stepwell_server.store.factory import read_keyring
@@ -276,10 +276,10 @@ class Examination:
             else:
                 keyring.require(known)
         except KeyFileError as error:
-            self.wrong(f"--encryption-key-file: {error}", "correct the file, or name another")
+            self.wrong(f"--encryption-key-file: {error}", "correct the file, or use another one")
         except StoreError as error:
             self.wrong(
-                f"--data-dir: {error}", "give another folder; 'stepwell store' checks and repairs stores"
+                f"--data-dir: {error}", "use another folder; 'stepwell store' checks and repairs stores"
             )
 
     def _shared_store(self, url: StoreUrl) -> Facts:
@@ -322,11 +322,11 @@ class Examination:
         if problem is None:
             return f"{address} is free"
         if self._server is not None and (pid == self._server.pid or self._server.listen == str(address)):
-            return f"{address} is that of the server that runs"
+            return f"{address} is used by the running server"
         who = f" (process {pid}, {_name(pid)})" if pid else ""
         self.wrong(
-            f"{option}: nothing can listen on {address}: {problem}{who}",
-            "give another address, or stop what has it",
+            f"{option}: a server cannot listen on {address}: {problem}{who}",
+            "use another address, or stop the process that uses it",
         )
         return f"{address} is not free: {problem}{who}"
 
@@ -337,11 +337,11 @@ class Examination:
             self.wrong(str(error), "docs/operate/secure.md has a set-up that is closed")
 
     def _compiling(self) -> Facts:
-        """What the kernel takes away from the process that looks at somebody's model."""
+        """The protection of the machine from the process that compiles a model."""
         protection = sandbox.tried()
         if protection.missing:
             self.advise(
-                f"a process that compiles a model cannot be kept from {protection.missing}",
+                f"the process that compiles models cannot be denied {protection.missing}",
                 "on a kernel with seccomp and Landlock it is (docs/operate/secure.md); compile models elsewhere, or only your own",
             )
         return {name: by or None for name, by in dataclasses.asdict(protection).items()}
@@ -356,31 +356,31 @@ class Examination:
             if settings.models_dir is not None:
                 self._models_folder(ModelFolder(settings.models_dir))
         except StartError as error:
-            self.wrong(str(error), "name another file")
+            self.wrong(str(error), "use another file")
         from stepwell_server import start_files  # needs packages of the server
 
         for read in start_files.readers(settings, self._clock).values():
             try:
                 read()
             except StartError as error:
-                self.wrong(str(error), "correct the file, or name another")
+                self.wrong(str(error), "correct the file, or use another one")
         for name in settings.imports:
             if PathFinder.find_spec(name.partition(".")[0], [os.getcwd(), *sys.path]) is None:
-                self.wrong(f"--import: there is no module {name}", "install it, or name another")
+                self.wrong(f"--import: there is no module {name}", "install it, or use another one")
         audit = settings.audit_log
         if audit is not None and str(audit) != "-" and not audit.parent.is_dir():
             self.wrong(
-                f"--audit-log: {audit.parent} must be a folder that is there", "make it, or name another"
+                f"--audit-log: the folder {audit.parent} does not exist", "create it, or use another folder"
             )
 
     def _models_folder(self, folder: ModelFolder) -> None:
-        """The folder of models, as a server finds it."""
+        """Examine the folder of models."""
         folder.look()
         look = folder.look()
         for path, why in sorted(look.problems.items()):
-            self.advise(f"--models: {path} {why}", "put it right, or take it away: it is not served")
+            self.advise(f"--models: {path} {why}", "correct or remove it: it is not served")
         if not look.versions:
-            self.wrong(f"--models: {folder.root} holds no model", f"put one there: {LAYOUT}")
+            self.wrong(f"--models: {folder.root} contains no model", f"put one there as {LAYOUT}")
         for name, versions in sorted(look.versions.items()):
             for version in sorted(self._settings.policy_of(name).choose(versions)):
                 self._model(f"{name}@{version}", Path(versions[version].path))
@@ -390,14 +390,14 @@ class Examination:
             if program_file.is_program(path):
                 program_file.load(path, self._settings.max_model_bytes)
                 return
-            with source.opened(path):  # no pipe or device, which reading would wait for
+            with source.opened(path):  # not a pipe or device, on which reading would block
                 problem = origin.archive_problem(path)
             if problem:
-                self.wrong(f"model {name}: {path}: {problem}", "name another file")
+                self.wrong(f"model {name}: {path}: {problem}", "use another file")
         except ModelError as error:
-            self.wrong(f"model {name}: {error}", "name another file")
+            self.wrong(f"model {name}: {error}", "use another file")
         except (program_file.ProgramFileError, OSError) as error:
-            self.wrong(f"model {name}: {path}: {error}", "name another file, or compile the model anew")
+            self.wrong(f"model {name}: {path}: {error}", "use another file, or compile the model again")
 
     def _time(self) -> Facts:
         now = self._clock.now()
@@ -405,12 +405,13 @@ class Examination:
         newest = max((file.st_mtime for file in _files(data_dir)), default=0.0) if data_dir else 0.0
         if now < _EARLIEST:
             self.wrong(
-                f"the clock says {_time_text(now)}", "set it: idle sessions expire by it, and TLS needs it"
+                f"the clock shows {_time_text(now)}",
+                "set the clock: the expiry of idle sessions and TLS depend on it",
             )
         elif newest > now + _AHEAD_S:
             self.wrong(
-                f"the clock says {_time_text(now)}, and files of the store were written at {_time_text(newest)}",
-                "set the clock: idle sessions expire by it",
+                f"the clock shows {_time_text(now)}, but files of the store were written at {_time_text(newest)}",
+                "set the clock: the expiry of idle sessions depends on it",
             )
         return {"now": _time_text(now), "newest_file_of_the_store": _time_text(newest) if newest else None}
 
@@ -423,7 +424,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _cgroup(name: str) -> str:
-    """A file of this process's cgroup (version 2); of a container's own it is at the top."""
+    """Return a file of this process's cgroup (version 2). In a container, it is at the top of the tree."""
     try:
         own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
     except OSError:
@@ -437,7 +438,7 @@ def _cgroup(name: str) -> str:
 
 
 def _cgroup_cpus() -> float | None:
-    """Processors that the cgroup may use; None: all."""
+    """Return the number of processors that the cgroup may use; None: no limit."""
     quota, _, period = _cgroup("cpu.max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
 
@@ -448,7 +449,7 @@ def _cgroup_memory_bytes() -> int | None:
 
 
 def _existing(path: Path) -> Path:
-    """The folder, or the one in which it would be made."""
+    """Return the folder, or its nearest ancestor that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
@@ -459,7 +460,7 @@ def _file_system(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> Iterator[os.stat_result]:
-    """What is in a folder, in whose files a server may be at work."""
+    """Return the files under a folder, which a running server may change meanwhile."""
     for root, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):

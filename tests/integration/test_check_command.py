@@ -58,7 +58,7 @@ def test_a_good_model_passes_on_ones_own_data(data: Path) -> None:
     assert lines[0] == "proof: proven from its graph, compared with Keras over 512 time steps"
     assert f"compared with Keras on {data}: 2 rows of 40 time steps" in lines
     assert any(line.startswith("output 'y': the largest difference is ") for line in lines)
-    assert lines[-1] == "verdict: equal: stepping it is what Keras computes on these sequences"
+    assert lines[-1] == "verdict: equal: stepping the model gives what Keras computes on these sequences"
     assert sum(line.split()[0] in {"step", "steps"} for line in lines if line.startswith("   ")) == 14
 
 
@@ -67,8 +67,10 @@ def test_a_model_that_is_not_what_runs_is_found_out(data: Path, swapped: Saved) 
     arguments = (str(swapped.path), "--cache-dir", str(swapped.cache_dir), "--data", str(data))
     done = _check(*arguments)
     assert done.returncode == 1, done.stderr
-    assert "STEPPING IT IS NOT WHAT KERAS COMPUTES" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("verdict: differs: stepping it is NOT what Keras computes")
+    assert "STEPPING DOES NOT GIVE WHAT KERAS COMPUTES" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(
+        "verdict: differs: stepping the model does NOT give what Keras computes"
+    )
     done = _check(*arguments, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)

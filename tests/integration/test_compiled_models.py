@@ -43,7 +43,7 @@ def test_it_is_told_where_it_went_and_what_was_done(
         "executor: litert (LiteRT converts every operation of the model)",
         "bits: the same for a row at every batch size (23 sizes up to 256 compared)",
         f"fingerprint: {program_file.load(file).fingerprint}",
-        f"written: lstm_dense.stepwell, {file.stat().st_size} bytes, of a program that was in the cache",
+        f"written: lstm_dense.stepwell, {file.stat().st_size} bytes, from the cache",
         "serve it: stepwell serve lstm_dense=lstm_dense.stepwell",
     ]
     assert Path("lstm_dense.stepwell").read_bytes() == file.read_bytes()
@@ -58,7 +58,7 @@ def test_refusals_leave_nothing_behind(file: Path, tmp_path: Path, monkeypatch: 
 
     model, target = str(programs.zoo("lstm_dense").path), tmp_path / "out.stepwell"
     for arguments, says in (
-        ((str(file),), "is compiled already; serve it, or look at it with: stepwell models show"),
+        ((str(file),), "is already compiled; serve it, or show it with: stepwell models show"),
         ((model, "-o", "x.keras"), "'-o' must be a file that ends in .stepwell; got 'x.keras'"),
         (
             (model, "-o", str(tmp_path / "gone" / "x.stepwell")),
@@ -122,7 +122,7 @@ def test_check_tries_it_here_and_keeps_to_what_it_can_say(file: Path, tmp_path: 
         done.stdout.splitlines()[0] == "proof: proven from its graph, compared with Keras over 512 time steps"
     )
     assert done.stdout.splitlines()[-1].startswith(
-        "verdict: same: it computes here what it did where it was compiled"
+        "verdict: same: the model computes the same here as where it was compiled"
     )
     np.save(tmp_path / "x.npy", np.ones((1, 5, 3)))
     done = run("check", str(file), "--data", str(tmp_path / "x.npy"))

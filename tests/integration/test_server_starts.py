@@ -219,7 +219,7 @@ def test_without_the_native_front_it_says_how_to_get_it(without_module: Path) ->
         logs = server.logs()
         models = CliRunner().invoke(main, ["models", "--server", server.address])
     assert (
-        f"warning the front in Python serves, which is slower: {reason}; for the native front install cargo"
+        f"warning the front in Python serves, which is slower: {reason}; for the native front, install cargo"
         in logs
     )
     assert re.search(
@@ -243,7 +243,7 @@ def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(w
     assert line.startswith(
         "stepwell: error: --listen: without the native front it must be a loopback address"
     )
-    assert "cargo is not installed; for the native front install cargo" in line
+    assert "cargo is not installed; for the native front, install cargo" in line
     assert (
         "run: pip install ./server/front (in a clone of Stepwell); or accept that with --front python" in line
     )

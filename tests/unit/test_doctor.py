@@ -200,7 +200,7 @@ def test_a_server_that_runs_is_said_and_not_wrong(settings: Settings, tmp_path: 
     found = examined(dataclasses.replace(settings, listen=taken, metrics_listen=taken), pid=os.getpid())
     assert found.findings == []
     assert str(found.facts["data-dir"]["used_by"]).startswith(f"process {os.getpid()} on ")
-    assert found.facts["ports"]["metrics-listen"] == f"{taken} is that of the server that runs"
+    assert found.facts["ports"]["metrics-listen"] == f"{taken} is used by the running server"
     lock.release()
     assert examined(settings).facts["data-dir"]["used_by"] is None
 
@@ -208,9 +208,11 @@ def test_a_server_that_runs_is_said_and_not_wrong(settings: Settings, tmp_path: 
 def test_ports_and_sockets_that_are_taken(settings: Settings, tmp_path: Path, taken: Address) -> None:
     by = f"(process {os.getpid()}, "
     (line,) = wrong(dataclasses.replace(settings, listen=taken), pid=os.getpid())
-    assert line.startswith(f"--listen: nothing can listen on {taken}: Address already in use {by}")
+    assert line.startswith(f"--listen: a server cannot listen on {taken}: Address already in use {by}")
     (line,) = wrong(dataclasses.replace(settings, metrics_listen=taken))
-    assert line.startswith(f"--metrics-listen: nothing can listen on {taken}: Address already in use; give")
+    assert line.startswith(
+        f"--metrics-listen: a server cannot listen on {taken}: Address already in use; use"
+    )
     left = tmp_path / "left"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(left))
@@ -226,21 +228,17 @@ def test_folders_that_cannot_be_used(
 ) -> None:
     (tmp_path / "file").touch()
     lines = wrong(dataclasses.replace(settings, data_dir=tmp_path / "file/x", cache_dir=tmp_path / "file"))
-    assert lines[0].startswith(
-        f"--data-dir: {tmp_path}/file cannot be written: Not a directory; give another"
-    )
-    assert lines[1].startswith(
-        f"--cache-dir: {tmp_path}/file cannot be written: Not a directory; give another"
-    )
+    assert lines[0].startswith(f"--data-dir: {tmp_path}/file is not writable: Not a directory; use another")
+    assert lines[1].startswith(f"--cache-dir: {tmp_path}/file is not writable: Not a directory; use another")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**40 - 2**20, 2**20))
-    assert "is full, 1048576 bytes are free; make room" in wrong(settings)[0]
+    assert "is full; 1048576 bytes are free; free some space" in wrong(settings)[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 0, 2**34))
     assert "--data-dir: 1.6% of the disk of" in advice(settings)[0]
 
 
 def test_disks_that_are_none_or_slow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_file_system", lambda folder: "nfs4")
-    assert "is on nfs4, a file system of the network; give a folder on a local disk" in wrong(settings)[0]
+    assert "is on nfs4, a network file system; use a folder on a local disk" in wrong(settings)[0]
     monkeypatch.setattr(doctor, "_file_system", lambda folder: "tmpfs")
     assert "is in memory (tmpfs)" in advice(settings)[0]
     monkeypatch.setattr(doctor, "_file_system", lambda folder: "ext4")
@@ -288,12 +286,12 @@ def test_a_store_that_is_shared(settings: Settings) -> None:
 
 def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
-    assert "files may have 1024 bytes at most" in wrong(settings)[0]
-    assert "1024 files may be open, which leaves room for 768 connections" in advice(settings)[0]
+    assert "files are limited to 1024 bytes" in wrong(settings)[0]
+    assert "the limit of 1024 open files allows only 768 connections" in advice(settings)[0]
     monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     monkeypatch.setattr(doctor, "_cgroup", lambda name: "250000 100000")
     assert "4 compute threads share 2.5 processors" in advice(settings)[0]
-    assert "give --compute-threads 2" in advice(settings)[0]
+    assert "use --compute-threads 2" in advice(settings)[0]
 
 
 @pytest.mark.parametrize("option", ["auto", "native", "python"])
@@ -304,13 +302,13 @@ def test_which_front_serves_and_how_to_get_the_native_one(
     monkeypatch.setitem(sys.modules, "stepwell_front", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "stepwell_server.rpc.fronts.native", raising=False)
     found = examined(dataclasses.replace(settings, front=option))
-    how = "for the native front install cargo (https://rustup.rs) and run: pip install ./server/front (in a clone of Stepwell)"
+    how = "for the native front, install cargo (https://rustup.rs) and run: pip install ./server/front (in a clone of Stepwell)"
     expected = {
         "auto": (
-            "stepwell-front is not installed: the front in Python, which serves then, is slower and for this machine only;"
+            "stepwell-front is not installed: the Python front, which a server would use, is slower and serves only this machine;"
             f" {how}"
         ),
-        "native": f"--front native: stepwell-front is not installed; {how}; or leave --front away",
+        "native": f"--front native: stepwell-front is not installed; {how}; or omit --front",
     }
     assert [str(finding) for finding in found.findings] == [
         text for key, text in expected.items() if key == option
@@ -330,11 +328,11 @@ def test_the_front_in_python_is_not_for_other_machines(
     files: dict[str, Any] = {name: Path(name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
     (said,) = wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0), **files))
     assert said.startswith("--listen: without the native front it must be a loopback address")
-    assert "; there is none; for the native front install cargo" in said
+    assert "; there is none; for the native front, install cargo" in said
 
 
 def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
-    assert "the clock says 2001-09-09T01:46:40Z; set it" in wrong(settings, now=1e9)[0]
+    assert "the clock shows 2001-09-09T01:46:40Z; set the clock" in wrong(settings, now=1e9)[0]
     (tmp_path / "data").mkdir(0o700)
     (tmp_path / "data" / "file").touch()
     os.utime(tmp_path / "data" / "file", (NOW + 3600,) * 2)
@@ -365,8 +363,8 @@ def test_files_that_are_no_models_of_keras(settings: Settings, tmp_path: Path) -
 
     def problem() -> str:
         (found,) = wrong(served)
-        assert found.endswith("; name another file")
-        return found.removeprefix(f"model m: {model}: ").removesuffix("; name another file")
+        assert found.endswith("; use another file")
+        return found.removeprefix(f"model m: {model}: ").removesuffix("; use another file")
 
     model.write_bytes(b"junk")
     assert problem() == f"not a .keras file, or a truncated one; {save}"
@@ -391,7 +389,7 @@ def test_a_folder_of_models_is_looked_at(settings: Settings, tmp_path: Path) -> 
     with_folder = dataclasses.replace(settings, models_dir=root)
     assert "--models: must be a folder" in wrong(with_folder)[0]
     root.mkdir()
-    assert f"--models: {root} holds no model; put one there: NAME/VERSION.keras" in wrong(with_folder)[0]
+    assert f"--models: {root} contains no model; put one there as NAME/VERSION.keras" in wrong(with_folder)[0]
     (root / "m").mkdir()
     (root / "m/1.stepwell").write_bytes(b"PK")
     (root / "m/last.keras").touch()
@@ -431,7 +429,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text("lisen = 5")
     result = run(main, ["doctor"])
     assert result.exit_code == 1
-    assert f"wrong: {config}: there is no setting 'lisen'; did you mean 'listen'?; mend" in result.stdout
+    assert f"wrong: {config}: there is no setting 'lisen'; did you mean 'listen'?; correct" in result.stdout
 
     homeless = {"HOME": "", "XDG_DATA_HOME": None, "XDG_CACHE_HOME": None, "STEPWELL_CONFIG": None}
     result = CliRunner(env=homeless).invoke(main, ["doctor"])
@@ -443,7 +441,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_text("")
     result = run(main, ["doctor"])
     assert (
-        "no .keras file can be compiled here, no-such-framework are not installed; serve compiled"
+        "no .keras file can be compiled here because no-such-framework are not installed; serve compiled"
         in result.stdout
     )
     assert "data-dir:" in result.stdout
@@ -453,7 +451,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         config.write_text(f'models.m = "{model}"\nlisten = "127.0.0.1:0"\n')
         result = run(main, ["doctor"])
         assert result.exit_code == code, result.stdout
-        assert ("wrong: no .keras file can be compiled here, no-such-framework" in result.stdout) == (
+        assert ("wrong: no .keras file can be compiled here because no-such-framework" in result.stdout) == (
             code == 1
         )
     config.write_text("")
@@ -462,7 +460,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(main, ["doctor"])
     assert result.exit_code == 0, result.stdout
     assert "data-dir:" not in result.stdout
-    assert "no server can run here, no-such-package are not installed; to serve: pip install" in result.stdout
+    assert (
+        "no server can run here because no-such-package are not installed; to serve: pip install"
+        in result.stdout
+    )
     assert result.stdout.endswith("nothing is wrong\n")
 
 
@@ -482,7 +483,7 @@ def test_it_says_which_protection_compiling_has(settings: Settings, monkeypatch:
     monkeypatch.setattr(sandbox, "tried", lambda: Protection(programs="seccomp"))
     (said,) = advice(settings)
     assert said.startswith(
-        "a process that compiles a model cannot be kept from the network and files of this user"
+        "the process that compiles models cannot be denied the network and files of this user"
     )
     monkeypatch.undo()
     assert isinstance(sandbox.tried(), Protection)

@@ -36,7 +36,7 @@ def test_a_front_of_another_version_is_not_used(front: str, monkeypatch: pytest.
     own = native.VERSION
     assert choose(front) == Choice(None if front == "python" else native.NativeFront)
     monkeypatch.setattr(native, "VERSION", "0.0.1")
-    expect(front, f"stepwell-front must be of stepwell's version, {own}; 0.0.1 is installed")
+    expect(front, f"stepwell-front must have the version of stepwell, {own}; 0.0.1 is installed")
 
 
 @needs_native

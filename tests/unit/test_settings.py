@@ -530,7 +530,7 @@ def test_unknown_and_incomplete_options_are_one_line(model: str, arguments: list
 def test_help_explains_every_option_and_names_its_variable() -> None:
     text = re.sub(r"\s+", " ", CliRunner().invoke(main, ["serve", "--help"]).output)
     assert text.startswith("Usage: main serve [OPTIONS] NAME=PATH...")
-    assert "STEPWELL_MODELS is that of the models" in text
+    assert "that of the models is STEPWELL_MODELS" in text
     for setting in SETTINGS:
         if not setting.names.is_argument:
             about = rf"{setting.option}[, ].*[.)] \[env var: {setting.variable}\]"

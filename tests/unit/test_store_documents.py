@@ -420,8 +420,8 @@ def test_the_commands_say_so(path: Path, tmp_path: Path) -> None:
     said = run("verify", tmp_path / "damaged", code=1)
     assert "damaged documents: 'model/a'\n" in said
     assert "wrong: 1 documents are not as they were written\n" in said
-    rule = "1 documents of the server are damaged; stepwell store verify names them"
+    rule = "1 documents of the server are corrupt; stepwell store verify lists them"
     assert rule in run("backup", tmp_path / "damaged", tmp_path / "backup2")
     assert rule in run("restore", tmp_path / "backup2", tmp_path / "to2")
-    assert "documents of the server that are lost: 'model/a'\n" in run("repair", tmp_path / "damaged")
+    assert "lost documents of the server: 'model/a'\n" in run("repair", tmp_path / "damaged")
     assert json.loads(run("repair", tmp_path / "damaged", "--json"))["documents"] == 3

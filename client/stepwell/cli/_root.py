@@ -72,10 +72,10 @@ def main() -> None:
 
 for command in (
     OfServer("serve", "Serve Keras models.", "serving"),
-    OfServer("check", "Prove that a Keras model may be stepped.", "checking"),
+    OfServer("check", "Prove that a Keras model can be stepped.", "checking"),
     OfServer("compile", "Compile a Keras model into one file.", "compiling", "server"),
-    OfServer("doctor", "Look for what is wrong with this machine and a server's settings."),
-    OfServer("store", "Check, back up, restore, encrypt and mend stores.", "looking at a store"),
+    OfServer("doctor", "Find problems of this machine and of a server's settings."),
+    OfServer("store", "Check, back up, restore, encrypt and repair stores.", "looking at a store"),
     OfServer("tokens", "Add, list and revoke the tokens of callers."),
     Lazy("models", "Show the models of a server; load, unload and choose versions.", "stepwell.cli.models"),
     Lazy("sessions", "List, show, close, export and import sessions.", "stepwell.cli.sessions"),

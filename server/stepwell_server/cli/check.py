@@ -1,4 +1,4 @@
-"""``stepwell check MODEL``: may it be stepped, and how close is stepping to Keras?"""
+"""`stepwell check MODEL`: whether a model can be stepped, and how close stepping is to Keras."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from stepwell_server.errors import StartError
 from stepwell_server.program import Program
 from stepwell_server.settings.formats import FILE
 
-#: Lines at most for the time steps of one output.
+#: Maximum number of lines for the time steps of one output.
 _RANGES = 16
 
 
 class Verdict(enum.Enum):
-    """What came of a comparison; the value is for people."""
+    """Result of a comparison. The value is the explanation for people."""
 
-    EQUAL = "stepping it is what Keras computes on these sequences"
-    DIFFERS = "stepping it is NOT what Keras computes on these sequences; serve --check-with refuses it"
+    EQUAL = "stepping the model gives what Keras computes on these sequences"
+    DIFFERS = "stepping the model does NOT give what Keras computes on these sequences; serve --check-with refuses it"
     SAME = (
-        "it computes here what it did where it was compiled, where it was compared with Keras, and a row's bits do not "
+        "the model computes the same here as where it was compiled and compared with Keras, and the bits of a row do not "
         "depend on its batch; to compare it with Keras again, give the .keras file"
     )
     INCONCLUSIVE = (
-        "nothing can be said of an output, because rounding alone moves Keras's own values too far; give other "
+        "no verdict on an output is possible, because rounding alone changes Keras's own values too much; give other "
         "sequences with --data"
     )
 
@@ -59,7 +59,7 @@ class Verdict(enum.Enum):
 
 @click.command(
     cls=Command,
-    short_help="Prove that a Keras model may be stepped.",
+    short_help="Prove that a Keras model can be stepped.",
     examples=(
         "stepwell check model.keras",
         "stepwell check model.keras --data sequences.npy",
@@ -72,25 +72,28 @@ class Verdict(enum.Enum):
         ),
         (
             "fingerprint",
-            "hash of architecture and weights; absent, like all below, if it was refused or not checked",
+            "hash of architecture and weights; absent, like all keys below, if it was refused or not checked",
         ),
-        ("proof", "compared_steps, compared_share and unproven, as stepwell models has them"),
-        ("executor, executor_reason", "what runs it, and why"),
+        ("proof", "compared_steps, compared_share and unproven, as in stepwell models"),
+        ("executor, executor_reason", "the executor that runs it, and why"),
         (
             "rows, steps",
-            "of the sequences on which it was compared; absent, like outputs, of a compiled model",
+            "size of the compared sequences; absent, like outputs, for a compiled model",
         ),
-        ("outputs", "list, by output: the largest difference, what rounding may make, and by_step"),
+        (
+            "outputs",
+            "list, by output: the largest difference, the largest that rounding explains, and by_step",
+        ),
     ),
     exit_codes=(
         (
             "0",
-            "equal: it may be stepped, and stepping it equals Keras on the sequences; or same, of a compiled model",
+            "equal: it can be stepped, and stepping equals Keras on the sequences; or same, for a compiled model",
         ),
         ("1", "differs: by more than rounding on the sequences; or inconclusive"),
         (
             "2",
-            "refused: it may not be stepped; or not checked: the command line, the file, the data, missing packages",
+            "refused: it cannot be stepped; or not checked: a wrong option, file or data, or missing packages",
         ),
     ),
 )
@@ -99,8 +102,8 @@ class Verdict(enum.Enum):
     "--data",
     metavar="FILE.npy",
     type=Written(FILE),
-    help="Your own sequences, (batch, T, features) or (T, features); an .npz with one array for each input of a model "
-    "that has several. Default: the hard sequences of the proof.",
+    help="Your own sequences, (batch, T, features) or (T, features). For a model with several inputs, an .npz with one "
+    "array per input. Default: the difficult sequences of the proof.",
 )
 @compile_options
 @json_option
@@ -112,12 +115,12 @@ def check(
     options: CompileOptions,
     as_json: bool,
 ) -> None:
-    """Prove that a Keras model may be stepped, and compare stepping it with Keras's own call of it over whole sequences.
+    """Prove that a Keras model can be stepped, and compare stepping with Keras's own call over whole sequences.
 
-    It is what a server does with a model before it serves it, and what it finds is kept in the same cache.
+    A server does the same before it serves a model, and uses the same cache for the result.
 
-    Of a compiled model (.stepwell), which needs no Keras, it tells how it was proven, and tries whether it does the same
-    on this processor.
+    For a compiled model (.stepwell), which needs no Keras, the command shows its proof and checks that it computes the
+    same on this processor.
     """
     try:
         with ended_by_signals(), options.compiler() as compiler:
@@ -144,14 +147,14 @@ def check(
 
 
 def _not_done(verdict: str, reason: str, as_json: bool) -> Failure:
-    """Why there is nothing to show: as an error, and in the document if one was asked for."""
+    """Return the error that ends the command. With --json, print it as a document too."""
     if as_json:
         render.print_json({"verdict": verdict, "reason": reason})
     return Failure(f"{verdict}: {reason}")
 
 
 def _show_compiled(program: Program, as_json: bool) -> None:
-    """Say of a compiled model what can be said without Keras; it has been tried by now."""
+    """Show the proof of a compiled model. Loading it has already checked that it computes the same here."""
     if as_json:
         render.print_json(_head(program, Verdict.SAME))
     else:
@@ -182,13 +185,13 @@ def _lines(program: Program, found: Comparison, data: Path | None) -> list[str]:
         lines += [
             "",
             f"output {output.output!r}: the largest difference is {largest:.2g}, at time step {step}",
-            f"  {output.share:.2g} times what rounding may make, at most (time step {output.time} of row {output.row})"
-            + ("" if output.is_allowed else ": STEPPING IT IS NOT WHAT KERAS COMPUTES"),
+            f"  at most {output.share:.2g} times what rounding explains (time step {output.time} of row {output.row})"
+            + ("" if output.is_allowed else ": STEPPING DOES NOT GIVE WHAT KERAS COMPUTES"),
         ]
         if output.skipped:
             lines.append(
-                f"  nothing can be said of {output.skipped:.1%} of its rows and time steps: there one rounding of the inputs "
-                "moves Keras's own values by a tenth or more"
+                f"  {output.skipped:.1%} of its rows and time steps cannot be compared: there, rounding an input once changes "
+                "Keras's own values by a tenth or more"
             )
         lines += [f"  {name:>16}  {value:.3g}" for name, value in _ranges(output)]
     return lines

@@ -1,4 +1,4 @@
-"""`stepwell compile`: a Keras model into one file that a server without TensorFlow serves."""
+"""`stepwell compile`: compiles a Keras model into one file that a server without TensorFlow can serve."""
 
 from __future__ import annotations
 
@@ -40,19 +40,22 @@ from stepwell_server.settings.formats import FILE
         ("bytes", "its size"),
         (
             "fingerprint",
-            "hash of architecture and weights, the same as of the .keras file when that is served",
+            "hash of architecture and weights, the same as when the .keras file is served",
         ),
-        ("proof", "compared_steps, compared_share and unproven, as stepwell models has them"),
-        ("executor, executor_reason", "what runs it, and why"),
-        ("batch_sizes", "batch sizes that it is padded to on a processor like this one; empty: any"),
+        ("proof", "compared_steps, compared_share and unproven, as in stepwell models"),
+        ("executor, executor_reason", "the executor that runs it, and why"),
+        (
+            "batch_sizes",
+            "batch sizes to which batches are padded on a processor like this one; empty: no padding",
+        ),
         ("compared_sizes", "batch sizes at which its bits were compared"),
-        ("cached", "true: it had been compiled before, and came from the cache"),
+        ("cached", "true: the program came from the cache"),
     ),
     exit_codes=(
         ("0", "written"),
         (
             "2",
-            "refused, and nothing is written: the model, the command line, a file, or packages that are missing",
+            "refused, and nothing is written: a wrong model, option or file, or missing packages",
         ),
     ),
 )
@@ -62,24 +65,24 @@ from stepwell_server.settings.formats import FILE
     "--output",
     metavar="FILE.stepwell",
     type=Written(FILE),
-    help="File to write, or to replace. Default: the model's name with .stepwell, in this folder.",
+    help="File to write or replace. Default: the model's name with .stepwell, in the current folder.",
 )
 @compile_options
 @json_option
 def compile(model: Path, output: Path | None, options: CompileOptions, as_json: bool) -> None:  # noqa: A001 - its name
-    """Compile a Keras model into one file, which 'stepwell serve' serves without TensorFlow and Keras.
+    """Compile a Keras model into one file, which 'stepwell serve' can serve without TensorFlow and Keras.
 
-    The model is proven and compared with Keras as by a server that serves it. The file holds the program for LiteRT
-    (program.tflite), what it takes and gives, its initial state, how it was proven and what it was made from; no code
-    and no pickle. Its sessions go on where the .keras file is served now, and the other way round. A server tries it
-    on its own processor before it serves it.
+    The model is proven and compared with Keras, as a server does before it serves a model. The file contains the program
+    for LiteRT (program.tflite), its inputs, outputs and initial state, its proof and its origin; no code and no pickle.
+    Sessions of the .keras file continue with the compiled file, and vice versa. A server checks the program on its own
+    processor before it serves it.
 
-    The file is a zip archive that is not compressed: other tools can take program.tflite out of it. With
-    SOURCE_DATE_EPOCH set, the same model gives the same bytes.
+    The file is an uncompressed zip archive, so other tools can extract program.tflite. With SOURCE_DATE_EPOCH set, the
+    same model gives the same bytes.
     """
     if program_file.is_program(model):
         raise Failure(
-            f"{model}: is compiled already; serve it, or look at it with: stepwell models show {model}"
+            f"{model}: is already compiled; serve it, or show it with: stepwell models show {model}"
         )
     target = output or Path(f"{model.stem}{program_file.SUFFIX}")
     if target.suffix != program_file.SUFFIX:
@@ -113,8 +116,8 @@ def _require_litert(model: Path, program: Program) -> None:
     if program.executor != "litert":
         why = program.executor_reason.split("; ", maxsplit=1)[0]
         raise Failure(
-            f"refused: {model}: {why}, only TensorFlow can; a {program_file.SUFFIX} file is for servers without it. Serve "
-            "the .keras file itself, where the extra server is installed"
+            f"refused: {model}: {why}, only TensorFlow can; a {program_file.SUFFIX} file is for servers without TensorFlow. "
+            "Serve the .keras file itself, on a machine with the extra server"
         )
 
 
@@ -136,12 +139,11 @@ def _lines(program: Program, file: Path, *, cached: bool) -> list[str]:
     sizes = program.trial.sizes if program.trial is not None else ()
     bits = "the same for a row at every batch size"
     if program.batch_sizes:
-        bits = f"the same for a row at batch sizes {', '.join(map(str, program.batch_sizes))}, to which rows are padded"
+        bits = f"the same for a row at batch sizes {', '.join(map(str, program.batch_sizes))}, to which batches are padded"
     return [
         *proof_lines(program),
         f"bits: {bits} ({len(sizes)} sizes up to {max(sizes, default=0)} compared)",
         f"fingerprint: {program.fingerprint}",
-        f"written: {file}, {file.stat().st_size} bytes"
-        + (", of a program that was in the cache" if cached else ""),
+        f"written: {file}, {file.stat().st_size} bytes" + (", from the cache" if cached else ""),
         f"serve it: stepwell serve {file.stem}={file}",
     ]

@@ -1,4 +1,4 @@
-"""`stepwell doctor`: what a server would meet on this machine, and what is wrong."""
+"""`stepwell doctor`: shows the facts about this machine that matter to a server, and what is wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stepwell_server.settings import Settings
 
 @click.command(
     cls=Command,
-    short_help="Look for what is wrong with this machine and a server's settings.",
+    short_help="Find problems of this machine and of a server's settings.",
     examples=(
         "stepwell doctor",
         "stepwell doctor --config stepwell.toml",
@@ -33,45 +33,44 @@ from stepwell_server.settings import Settings
         "stepwell doctor --json | jq -r '.wrong[].what'",
     ),
     json_keys=(
-        ("wrong", "list of what would stop a server or make it break its promises: what, way_on"),
-        ("advice", "the same of what it could do better with"),
-        ("versions", "of packages, null where not installed; native_front is stepwell-front"),
-        ("limits", "open files, processors and memory, also of the cgroup; null: no limit"),
+        ("wrong", "list of problems that would stop a server or break its guarantees: what, fix"),
+        ("advice", "list of possible improvements: what, fix"),
+        ("versions", "versions of packages; null: not installed; native_front is stepwell-front"),
+        ("limits", "open files, processors and memory, also those of the cgroup; null: no limit"),
         (
             "data_dir, cache_dir",
             "path, exists, writable, used_bytes, free_bytes, total_bytes, file_system, used_by",
         ),
         (
             "disk",
-            "flush_ms, slowest_flush_ms: writes of 4 KiB in the data folder, the median and the slowest",
+            "flush_ms, slowest_flush_ms: median and slowest flush of 4 KiB in the data folder",
         ),
-        ("store", "kind; of one that servers share url, servers, exists, partitions, sessions"),
-        ("ports", "what is said of each address"),
+        ("store", "kind; for a shared store also url, servers, exists, partitions, sessions"),
+        ("ports", "a sentence about each address"),
         (
             "front",
-            "serves: native or python; reason: why it is python though --front does not ask for it, or null",
+            "serves: native or python; reason: why it is python although --front does not say so, or null",
         ),
         (
             "compiling",
-            "network, programs, files: by what the kernel keeps the compiling process from them; null: not",
+            "network, programs, files: the kernel feature that denies them to the compile process; null: none",
         ),
         ("clock", "now, newest_file_of_the_store"),
     ),
-    exit_codes=(("0", "nothing is wrong"), ("1", "something is"), ("2", "the command line is wrong")),
+    exit_codes=(("0", "nothing is wrong"), ("1", "something is wrong"), ("2", "the command line is wrong")),
 )
 @setting_options(SETTINGS, hidden=True)
 @config_option
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, /, as_json: bool, **_values: Any) -> None:
-    """Look at this machine as a server would meet it: versions, limits, folders, disk, ports, clock; and its settings.
+    """Examine this machine for a server: versions, limits, folders, disk, ports, clock, and the server's settings.
 
-    It takes the arguments of 'stepwell serve' and all its options, which 'stepwell serve --help' lists, its variables and
-    its config file.
+    It takes the arguments, options, variables and config file of 'stepwell serve'; see 'stepwell serve --help'.
 
-    Says what is wrong and the way on, then what would be better. Nothing is changed, and a server that runs is not
-    disturbed: its folder and ports are said to be in use, which is not wrong. Without the packages of a server only
-    what concerns clients is looked at.
+    It reports facts, then possible improvements, then problems with their fixes. It changes nothing and does not disturb a
+    running server, whose folder and ports it reports as in use. Without the packages of a server it examines only what
+    concerns clients.
     """
     settings, problem = read_settings(ctx)
     missing = _of_server.missing_packages("serve")
@@ -79,23 +78,23 @@ def doctor(ctx: click.Context, /, as_json: bool, **_values: Any) -> None:
     found = Examination(settings, SystemClock(), serves=not missing, listening=listening_pid)
     found.examine()
     if problem:
-        found.wrong(problem, "mend the setting; stepwell serve --show-config shows all")
+        found.wrong(problem, "correct the setting; 'stepwell serve --show-config' shows all settings")
     if missing:
         found.advise(
-            f"no server can run here, {', '.join(missing)} are not installed",
+            f"no server can run here because {', '.join(missing)} are not installed",
             f"to serve: {_of_server.INSTALL['serve']}",
         )
     untraced = _of_server.missing_packages("otel") if settings.trace_endpoint else []
     if untraced and not missing:
         found.wrong(
-            f"--trace-endpoint: traces need packages that are not installed ({', '.join(untraced)})",
+            f"--trace-endpoint: needs packages that are not installed ({', '.join(untraced)})",
             _install.advice(_install.OTEL),
         )
     if uncompiled:
         is_needed = not all(map(program_file.is_program, settings.models.values()))
-        say = found.wrong if is_needed else found.advise
-        say(
-            f"no .keras file can be compiled here, {', '.join(uncompiled)} are not installed",
+        report = found.wrong if is_needed else found.advise
+        report(
+            f"no .keras file can be compiled here because {', '.join(uncompiled)} are not installed",
             f"serve compiled models (.stepwell), or: {_of_server.INSTALL['server']}",
         )
     wrong = [finding for finding in found.findings if finding.is_wrong]
@@ -108,7 +107,7 @@ def doctor(ctx: click.Context, /, as_json: bool, **_values: Any) -> None:
 
 
 def read_settings(ctx: click.Context) -> tuple[Settings, str]:
-    """Return the settings that are given, or the default ones and why those that are given cannot be used."""
+    """Return the given settings, or the defaults and the reason why the given settings cannot be used."""
     try:
         return settings_from(given(ctx, SETTINGS)), ""
     except (click.UsageError, StartError) as error:
@@ -116,7 +115,7 @@ def read_settings(ctx: click.Context) -> tuple[Settings, str]:
 
 
 def default_settings() -> Settings:
-    """The settings of a server that was given none."""
+    """Return the settings of a server that was given none."""
     try:
         return Settings()
     except StartError as error:
@@ -126,14 +125,14 @@ def default_settings() -> Settings:
 def show_json(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
     """Print everything for programs."""
     findings = {
-        key: [{"what": finding.what, "way_on": finding.fix} for finding in some]
+        key: [{"what": finding.what, "fix": finding.fix} for finding in some]
         for key, some in (("wrong", wrong), ("advice", advice))
     }
     render.print_json(findings | {key.replace("-", "_"): facts for key, facts in found.facts.items()})
 
 
 def show_text(found: Examination, wrong: list[Finding], advice: list[Finding]) -> None:
-    """Print everything for people, what matters at the end."""
+    """Print everything for people, with the problems at the end."""
     for section, facts in found.facts.items():
         click.echo(f"{section}:")
         render.print_facts(
@@ -149,12 +148,12 @@ def show_text(found: Examination, wrong: list[Finding], advice: list[Finding]) -
 
 
 def fact_name(key: str) -> str:
-    """A fact's name for people: the unit stands with the value."""
+    """Return a fact's name for people, without the unit, which follows the value."""
     return key.removesuffix("_bytes").removesuffix("_ms").replace("_", " ")
 
 
 def fact_text(key: str, value: object) -> str:
-    """A fact's value for people."""
+    """Return a fact's value for people."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Settings as options of a command, and the formats of their values as types of click."""
+"""Turns settings into options of a command, and formats of values into click's types."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Written(ParamType):
-    """A value in a format, for options that are no settings."""
+    """A value in a format, for options that are not settings."""
 
     def __init__(self, form: Format) -> None:
         self.name = form.form
         self.form = form
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read a text; what has been read already stays."""
+        """Return the value of a text. Other values are returned unchanged."""
         try:
             return self.form.read(value) if isinstance(value, str) else value
         except ValueError as error:
@@ -38,14 +38,14 @@ class Written(ParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Complete what the format says."""
+        """Return the completions of the format."""
         return _completed(self.form, ctx, param, incomplete)
 
 
 def _completed(
     form: Format | Several, _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Leave paths to the shell, but not those after NAME=, which it may take for a part of the word."""
+    """Leave paths to the shell, except after NAME=, where the shell may see NAME= as part of the path."""
     completes = form.of.completes if isinstance(form, Several) else form.completes
     if not isinstance(completes, str):
         return [CompletionItem(word) for word in completes if word.startswith(incomplete)]
@@ -62,16 +62,16 @@ config_option = click.option(
     type=Written(FILE),
     envvar="STEPWELL_CONFIG",
     show_envvar=True,
-    help="TOML file with settings: the names of the options without the dashes before them, and a table models.",
+    help="TOML file with settings: names of options without the leading dashes, and a table models.",
 )
 
 
 def setting_options(settings: Sequence[Setting], *, hidden: bool = False) -> Callable[[Function], Function]:
-    """Add settings to a command as its options; one of them may be its argument.
+    """Add settings to a command as its options. One of them may be its argument.
 
     Args:
         settings: The settings.
-        hidden: The command's help does not list them: it names another command that does.
+        hidden: Whether to leave them out of the command's help.
     """
 
     def add(function: Function) -> Function:
@@ -92,15 +92,15 @@ def _parameter(setting: Setting, hidden: bool) -> Callable[[Function], Function]
     if form is FLAG:
         kind = {"is_flag": True}
         names[0] += f"/--no-{setting.name}" if setting.default else ""
-    # `given` reads the variable, and not click: values that lose are read too.
+    # `given` reads the variable, not click, because it checks overridden values too.
     return click.option(*names, default=None, hidden=hidden, help=setting.full_help, **kind)
 
 
 def given(ctx: click.Context, settings: Sequence[Setting]) -> dict[str, Given]:
-    """Read the settings that are given to a command, in variables, and in the config file that `config_option` names.
+    """Return the settings from the command line, from variables, and from the config file of `config_option`.
 
     Raises:
-        click.UsageError: one cannot be read, there is no such setting, or two of them exclude each other.
+        click.UsageError: a value cannot be read, a setting is unknown, or two settings exclude each other.
     """
     command_line = {each.field: texts for each in settings if (texts := _texts(ctx.params[each.field]))}
     try:

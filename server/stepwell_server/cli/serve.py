@@ -1,4 +1,4 @@
-"""`stepwell serve`: serve models until a signal says stop."""
+"""`stepwell serve`: serves models until a signal stops it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SETTINGS = settings_of(Settings)
         "stepwell serve forecast=model.keras --import my_layers --metrics-listen 127.0.0.1:9100",
     ),
     exit_codes=(
-        ("0", "stopped by SIGTERM or Ctrl-C, after finishing what was queued"),
-        ("1", "stopped before it was ready, by a defect, or because the store is gone"),
-        ("2", "it cannot start: the command line, a model, an address, or packages that are missing"),
+        ("0", "stopped by SIGTERM or Ctrl-C, after finishing queued work"),
+        ("1", "stopped before it was ready, by a bug, or because the store was lost"),
+        ("2", "cannot start: a wrong option, model or address, or missing packages"),
     ),
 )
 @setting_options(SETTINGS)
@@ -41,18 +41,18 @@ SETTINGS = settings_of(Settings)
 @click.option(
     "--show-config",
     is_flag=True,
-    help="Print the settings as such a file, with where each came from, and start nothing.",
+    help="Print the effective settings as a config file, with the source of each, and exit.",
 )
 @click.pass_context
 def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
-    """Serve recurrent Keras models, one state per session, over gRPC.
+    """Serve recurrent Keras models over gRPC, with one state per session.
 
-    NAME is what clients call a model. PATH is the file that Keras saved (.keras), or one that 'stepwell compile' made of
-    it (.stepwell), which needs no TensorFlow. Give as many as you like. Each option has an environment variable, named
-    in its help; STEPWELL_MODELS is that of the models. Several values
-    in one variable have commas between them. The command line wins over a variable, a variable over the config file.
+    NAME is the name of a model for clients. PATH is a file that Keras saved (.keras), or a file from 'stepwell compile'
+    (.stepwell), which needs no TensorFlow. You can give several models. Each option has an environment variable, shown in
+    its help; that of the models is STEPWELL_MODELS. Separate several values in a variable by commas. The command line
+    overrides variables, and variables override the config file.
 
-    A TIME is a number of seconds or has units, as in 500ms, 90s or 1h30m; a SIZE is a number of bytes or has one, as
+    A TIME is a number of seconds, or has units as in 500ms, 90s or 1h30m. A SIZE is a number of bytes, or has a unit as
     in 512MiB or 2GB.
     """
     try:
@@ -62,9 +62,9 @@ def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
             click.echo(sources.show(settings, found))
             return
         settings.require_models()
-        # gRPC would write lines of its own into the log, one for each handshake of TLS that fails
+        # Otherwise gRPC writes its own lines into the log, one for each failed TLS handshake.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-        # numpy would start a thread for each core but one, and the server multiplies no matrices by it
+        # Otherwise numpy starts threads for matrix products, which the server does not compute with numpy.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         with collection_paused():
             from stepwell_server import app
@@ -76,7 +76,7 @@ def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
 
 
 def settings_from(found: Mapping[str, Given]) -> Settings:
-    """Return the settings of which some are given.
+    """Return the settings, with defaults for those that are not given.
 
     Raises:
         StartError: they contradict each other.

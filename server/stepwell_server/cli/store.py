@@ -1,4 +1,4 @@
-"""`stepwell store`: check, back up, restore, encrypt and mend stores on disk; check, back up and restore shared ones."""
+"""`stepwell store`: checks, backs up, restores, encrypts and repairs stores on disk, and backs up shared ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from stepwell_server.store.encryption.keyring import Keyring
     from stepwell_server.store.verification import Verification
 
-#: Sessions that are named where there may be many.
+#: Maximum number of sessions to name.
 _NAMED = 5
 _DONE = (
     ("0", "done"),
-    ("2", "it cannot be done, and nothing is changed: what is given, a file, or a server that runs"),
+    ("2", "not possible, and nothing is changed: a wrong argument or file, or a running server"),
 )
 
 
@@ -44,8 +44,8 @@ def _parse_folder(text: str) -> Path:
     """Read the folder of one server's store. The message does not repeat a URL, which may have a password."""
     if is_store_url(text):
         raise UrlError(
-            "must be the data directory of one server; got the URL of a store that servers share: docs/operate/scale-out.md says "
-            "what is done with those"
+            "must be the data directory of one server; got the URL of a shared store, for which docs/operate/scale-out.md "
+            "explains what to do"
         )
     return parse_path(text)
 
@@ -58,7 +58,7 @@ key_file_option = click.option(
     type=Written(FILE),
     envvar="STEPWELL_ENCRYPTION_KEY_FILE",
     show_envvar=True,
-    help="Keys of an encrypted store, as stepwell serve has them.",
+    help="Keys of an encrypted store, as for stepwell serve.",
 )
 data_dir_argument = click.argument(
     "data_dir", metavar="DATA_DIR", type=Written(dataclasses.replace(FOLDER, parse=_parse_folder))
@@ -68,7 +68,7 @@ place_argument = click.argument("place", metavar="DATA_DIR|URL", type=_PLACE)
 
 @click.group(
     cls=Group,
-    short_help="Check, back up, restore, encrypt and mend stores.",
+    short_help="Check, back up, restore, encrypt and repair stores.",
     examples=(
         "stepwell store backup data /backup/monday",
         "stepwell store verify data",
@@ -78,10 +78,10 @@ place_argument = click.argument("place", metavar="DATA_DIR|URL", type=_PLACE)
     ),
 )
 def store() -> None:
-    """Check, back up, restore, encrypt and mend stores on disk; check, back up and restore those that servers share.
+    """Check, back up, restore, encrypt and repair stores on disk; check, back up and restore shared stores.
 
-    DATA_DIR is the --data-dir of a server, URL the --store of servers that share one. These commands read and write files on the machine they run on, and ask no
-    server; they need the rights of the server's account.
+    DATA_DIR is the --data-dir of a server; URL is the --store of servers that share one. These commands access the files
+    or the Valkey directly, not through a server, and need the rights of the server's user.
     """
 
 
@@ -95,25 +95,25 @@ def store() -> None:
         "stepwell store verify valkey://db.example/0",
     ),
     json_keys=(
-        ("problems", "list of what is wrong; empty: nothing"),
-        ("sessions, tombstones", "how many sessions there are, and ended ones that are remembered"),
+        ("problems", "list of problems; empty: none"),
+        ("sessions, tombstones", "number of sessions, and of ended sessions that are remembered"),
         ("logged", "sessions whose last change is in the write-ahead log"),
         ("encrypted", "records by the id of the key that encrypts them"),
         ("opened", "records that were decrypted to check them"),
         (
             "damaged",
-            "ids of sessions whose record is not as it was written; 1000 at most of this and of the next two",
+            "ids of sessions with a corrupt record; at most 1000, as in the next two",
         ),
-        ("sealed", "ids of sessions whose record no given key opens"),
-        ("unreachable", "ids of sessions that are there and are not found by their id"),
+        ("sealed", "ids of sessions whose record no given key decrypts"),
+        ("unreachable", "ids of sessions that exist but are not found by their id"),
         ("models", "sessions by model"),
-        ("documents", "how many documents of the server itself there are"),
-        ("damaged_documents", "names of documents that are not as they were written"),
+        ("documents", "number of documents of the server itself"),
+        ("damaged_documents", "names of corrupt documents"),
     ),
     exit_codes=(
-        ("0", "all is well"),
+        ("0", "nothing is wrong"),
         ("1", "something is wrong"),
-        ("2", "it cannot be read at all, or a key is missing"),
+        ("2", "the store cannot be read at all, or a key is missing"),
     ),
 )
 @click.argument("path", metavar="PATH|URL", type=_PLACE)
@@ -121,10 +121,11 @@ def store() -> None:
 @json_option
 @click.pass_context
 def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_json: bool) -> None:
-    """Check a store: every record's checksum, that every session is found, and all counts.
+    """Check a store: the checksum of every record, that every session can be found, and all counts.
 
-    PATH is a data directory or a backup, URL the --store of servers that share one. Servers may use the store meanwhile. With its keys, records are decrypted too; all else is checked without. Of a shared
-    store neither tombstones nor a log are looked at.
+    PATH is a data directory or a backup; URL is the --store of servers that share one. Servers may use the store meanwhile.
+    With the keys, records are decrypted too; everything else is checked without them. In a shared store, tombstones and
+    logs are not checked.
     """
     with _failures():
         keyring = _keyring(key_file)
@@ -149,7 +150,7 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
 @store.command(
     "backup",
     cls=Command,
-    short_help="Write all sessions into one file.",
+    short_help="Write all sessions to one file.",
     examples=(
         "stepwell store backup data /backup/monday",
         "stepwell store backup data monday --max-rate 50MB",
@@ -158,13 +159,16 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
     json_keys=(
         ("file", "the backup"),
         ("bytes", "its size"),
-        ("sessions, tombstones", "how many sessions it has, and ended ones that are remembered"),
-        ("damaged", "sessions whose records are damaged in the store; they are in the backup as they are"),
-        ("keys", "ids of the keys that are needed to restore it"),
-        ("documents", "how many documents of the server itself it has"),
+        ("sessions, tombstones", "number of its sessions, and of ended sessions that are remembered"),
+        (
+            "damaged",
+            "number of sessions with corrupt records in the store; the backup contains them unchanged",
+        ),
+        ("keys", "ids of the keys needed to restore it"),
+        ("documents", "number of its documents of the server itself"),
         (
             "damaged_documents",
-            "how many of them are damaged in the store; they are in the backup as they are",
+            "number of corrupt documents in the store; the backup contains them unchanged",
         ),
     ),
     exit_codes=_DONE,
@@ -175,15 +179,15 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
     "--max-rate",
     metavar="SIZE",
     type=Written(size()),
-    help="Bytes to write in a second at most. Default: no limit.",
+    help="Maximum bytes to write per second. Default: no limit.",
 )
 @json_option
 def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bool) -> None:
-    """Back up the store in DATA_DIR, or the shared one at URL, into FILE, which must not be there yet.
+    """Back up the store in DATA_DIR, or the shared store at URL, to FILE, which must not exist.
 
-    Servers may use it meanwhile. Each session is in the backup with all that was acknowledged before it began, or later. What is encrypted stays so, and
-    no key is needed. FILE appears when it is whole and on the disk. What is remembered of ended sessions is not in the
-    backup of a shared store.
+    Servers may use the store meanwhile. The backup contains at least all changes that were acknowledged before it began.
+    Encrypted records stay encrypted, and no key is needed. FILE appears when it is complete and on the disk. The backup of
+    a shared store has no tombstones of ended sessions.
     """
     rate = math.inf if max_rate is None else max_rate
     with _failures():
@@ -198,14 +202,14 @@ def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bo
         return
     click.echo(f"{done.file}: {done.sessions} sessions, {render.rounded_size(done.bytes)}{_needs(done.keys)}")
     if done.damaged:
-        click.echo(f"{done.damaged} of them have damaged records; stepwell store verify names them", err=True)
+        click.echo(f"{done.damaged} of them have corrupt records; stepwell store verify lists them", err=True)
     _say_damaged_documents(done.damaged_documents)
 
 
 @store.command(
     "restore",
     cls=Command,
-    short_help="Make a store of a backup.",
+    short_help="Create a store from a backup.",
     examples=(
         "stepwell store restore /backup/monday data-2",
         "stepwell store restore handover data-2 --moved",
@@ -213,12 +217,12 @@ def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bo
     ),
     json_keys=(
         ("data_dir", "the new data directory, or the URL"),
-        ("sessions, tombstones", "how many sessions it has, and ended ones that are remembered"),
-        ("damaged", "sessions whose records are damaged; they answer STATE_CORRUPT"),
-        ("backed_up_time", "when the backup was begun (RFC 3339, UTC)"),
-        ("first_revision", "revisions of the store are at least this"),
-        ("documents", "how many documents of the server itself it has"),
-        ("damaged_documents", "how many of them are damaged, as they were in the store that was backed up"),
+        ("sessions, tombstones", "number of its sessions, and of ended sessions that are remembered"),
+        ("damaged", "number of sessions with corrupt records; their calls fail with STATE_CORRUPT"),
+        ("backed_up_time", "start of the backup (RFC 3339, UTC)"),
+        ("first_revision", "lowest possible revision in the store"),
+        ("documents", "number of its documents of the server itself"),
+        ("damaged_documents", "number of corrupt documents, as in the store that was backed up"),
     ),
     exit_codes=_DONE,
 )
@@ -228,17 +232,18 @@ def backup(place: Path | StoreUrl, file: Path, max_rate: int | None, as_json: bo
 @click.option(
     "--moved",
     is_flag=True,
-    help="Nothing was acknowledged since the backup: sessions keep their revisions, and clients go on as if nothing had been.",
+    help="Keep the revisions, so that clients continue without a conflict. Only if no change was acknowledged since the "
+    "backup.",
 )
 @json_option
 def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bool, as_json: bool) -> None:
-    """Make a store of the backup FILE, of whatever kind of store that is.
+    """Create a store from the backup FILE. The kind of the store may differ from the one that was backed up.
 
-    DATA_DIR must not be there yet, or be empty; at URL, the --store of servers that share one, there must be no store.
-    All of FILE is checked before. Sessions go on with the states that they had, at revisions that are higher by the
-    microseconds since 1970: above any that a client was told since, so that what it sends is refused
-    (REVISION_CONFLICT), not taken for a change of what it knows. With --moved they keep their revisions: for the backup
-    of a server that was stopped, and stays so.
+    DATA_DIR must not exist or must be empty. At URL, the --store of servers that share one, there must be no store yet. The
+    whole FILE is checked first. Sessions continue with their states from the backup. Their revisions are increased by the
+    microseconds since 1970, above every revision that a client may have seen since. So a client's next change fails with
+    REVISION_CONFLICT instead of being applied to a state that the client does not know. With --moved, revisions stay the
+    same: use it for the backup of a server that was stopped and stays stopped.
     """
     with _failures():
         if isinstance(place, Path):
@@ -255,7 +260,7 @@ def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bo
         return
     click.echo(f"{place}: {done.sessions} sessions, as of {created}")
     if done.damaged:
-        click.echo(f"{done.damaged} of them have damaged records, and answer STATE_CORRUPT", err=True)
+        click.echo(f"{done.damaged} of them have corrupt records, and fail with STATE_CORRUPT", err=True)
     _say_damaged_documents(done.damaged_documents)
 
 
@@ -271,20 +276,20 @@ def restore(file: Path, place: Path | StoreUrl, key_file: Path | None, moved: bo
     metavar="FILE",
     type=Written(FILE),
     required=True,
-    help="The key file; it is made if it is not there.",
+    help="The key file; it is created if it does not exist.",
 )
-@click.option("--id", "key_id", metavar="ID", help="What the key is called, for ever. Default: the date.")
+@click.option("--id", "key_id", metavar="ID", help="Permanent name of the key. Default: the date.")
 @click.option(
     "--last",
     "is_last",
     is_flag=True,
-    help="Put it behind the others: it decrypts, and encrypts nothing before its line is moved to the top. For servers that "
-    "share a store: docs/operate/scale-out.md says why.",
+    help="Put it after the others: it only decrypts until you move its line to the top. For servers that share a store; see "
+    "docs/operate/scale-out.md.",
 )
 def new_key(file: Path, key_id: str | None, is_last: bool) -> None:
-    """Put a new key before those of a key file: a server that is started with it encrypts with that one from then on.
+    """Put a new key at the top of a key file. A server that starts with the file encrypts with that key.
 
-    The others stay, as what they encrypted needs them. Keep a copy elsewhere: without its keys a store is lost.
+    The other keys stay, because existing records need them. Keep a copy elsewhere: without its keys, a store is lost.
     """
     with _failures():
         from stepwell_server.store.encryption import keyring
@@ -300,24 +305,24 @@ def new_key(file: Path, key_id: str | None, is_last: bool) -> None:
     short_help="Encrypt all sessions with the first key.",
     examples=("stepwell store rekey data --encryption-key-file keys",),
     json_keys=(
-        ("sessions", "how many there are"),
-        ("damaged", "sessions whose record could not be opened, and is as it was"),
-        ("left", "ids of keys that those need"),
+        ("sessions", "number of sessions"),
+        ("damaged", "number of sessions whose record could not be decrypted and is unchanged"),
+        ("left", "ids of the keys that those records need"),
     ),
     exit_codes=_DONE,
 )
 @data_dir_argument
 @key_file_option
-@click.option("--decrypt", is_flag=True, help="Decrypt all of them instead.")
+@click.option("--decrypt", is_flag=True, help="Decrypt all sessions instead.")
 @json_option
 def rekey(data_dir: Path, key_file: Path | None, decrypt: bool, as_json: bool) -> None:
-    """Encrypt all sessions of the store in DATA_DIR with the first key of a file; no server may use it meanwhile.
+    """Encrypt all sessions of the store in DATA_DIR with the first key of a file. No server may use the store meanwhile.
 
-    Afterwards the other keys can go, and no file of the store has anything that was not encrypted. A server encrypts what
-    it writes, so without this command sessions that nobody uses stay as they were.
+    Afterwards you can remove the other keys, and no file of the store contains unencrypted records. A server encrypts only
+    what it writes, so without this command, sessions that nobody uses stay unchanged.
     """
     if key_file is None:
-        raise Failure("--encryption-key-file: give the keys")
+        raise Failure("--encryption-key-file: must be given")
     with _failures():
         from stepwell_server.store import repair
 
@@ -332,32 +337,32 @@ def rekey(data_dir: Path, key_file: Path | None, decrypt: bool, as_json: bool) -
     )
     if done.damaged:
         left = f", and need {', '.join(sorted(done.left))}" if done.left else ""
-        click.echo(f"{done.damaged} of them could not be opened{left}", err=True)
+        click.echo(f"{done.damaged} of them could not be decrypted{left}", err=True)
 
 
 @store.command(
     "repair",
     cls=Command,
-    short_help="Make a damaged store whole again, without what is lost.",
+    short_help="Repair a damaged store, without the lost sessions.",
     examples=("stepwell store repair data",),
     json_keys=(
-        ("sessions", "how many there are now"),
-        ("recovered", "ids of sessions whose key was damaged and could be told from their record"),
-        ("damaged", "ids of sessions whose record is damaged: they answer STATE_CORRUPT"),
-        ("lost", "how many sessions are not there any more; nobody can tell which"),
-        ("documents", "how many documents of the server itself there are now"),
-        ("lost_documents", "names of documents that were damaged and are not there any more"),
-        ("missing_documents", "how many others are not there any more; nobody can tell which"),
+        ("sessions", "number of sessions after the repair"),
+        ("recovered", "ids of sessions whose key was corrupt and was recovered from the record"),
+        ("damaged", "ids of sessions with corrupt records: their calls fail with STATE_CORRUPT"),
+        ("lost", "number of lost sessions, whose ids are unknown"),
+        ("documents", "number of documents of the server itself after the repair"),
+        ("lost_documents", "names of documents that were corrupt and are lost"),
+        ("missing_documents", "number of other lost documents, whose names are unknown"),
     ),
     exit_codes=_DONE,
 )
 @data_dir_argument
 @json_option
 def repair(data_dir: Path, as_json: bool) -> None:
-    """Make the store in DATA_DIR of what is left of it, when keys or pages of it were damaged; no server may use it.
+    """Repair the store in DATA_DIR after damage to its keys or pages. No server may use the store meanwhile.
 
-    Keep a copy of the folder: this takes what is lost for lost. A server begins no session anew while some are missing;
-    after this, what is not found is not there.
+    Keep a copy of the folder first: the repair gives up what it cannot recover. While sessions are missing, a server does
+    not reopen an ID that it cannot find. After the repair, such an ID counts as unused.
     """
     with _failures():
         from stepwell_server.store import repair
@@ -367,25 +372,25 @@ def repair(data_dir: Path, as_json: bool) -> None:
         render.print_json(dataclasses.asdict(done))
         return
     click.echo(
-        f"{data_dir}: {done.sessions} sessions; {len(done.recovered)} found again, {len(done.damaged)} with damaged records,"
+        f"{data_dir}: {done.sessions} sessions; {len(done.recovered)} recovered, {len(done.damaged)} with corrupt records,"
         f" {done.lost} lost"
     )
     if done.lost_documents or done.missing_documents:
         lost = [*map(repr, done.lost_documents)]
         lost += [f"{done.missing_documents} others"] if done.missing_documents else []
-        click.echo(f"documents of the server that are lost: {', '.join(lost)}", err=True)
+        click.echo(f"lost documents of the server: {', '.join(lost)}", err=True)
 
 
 def _say_damaged_documents(count: int) -> None:
     if count:
-        click.echo(f"{count} documents of the server are damaged; stepwell store verify names them", err=True)
+        click.echo(f"{count} documents of the server are corrupt; stepwell store verify lists them", err=True)
 
 
 def _shared() -> ModuleType:
-    """What looks after stores that servers share.
+    """Return the module for shared stores.
 
     Raises:
-        StoreError: the client of Valkey is not installed.
+        StoreError: the Valkey client is not installed.
     """
     from stepwell_server.store.factory import shared_stores
 
@@ -400,7 +405,7 @@ def _keyring(file: Path | None) -> Keyring | None:
 
 @contextlib.contextmanager
 def _failures() -> Iterator[None]:
-    """Report what a store cannot do as one line."""
+    """Report errors of a store as one line."""
     from stepwell_server.errors import ServerError
     from stepwell_server.store.base import StoreError
 
@@ -413,7 +418,7 @@ def _failures() -> Iterator[None]:
 
 
 def _show(found: Verification) -> None:
-    """Print what was found for people."""
+    """Print the findings for people."""
     facts: list[tuple[str, Any]] = [
         ("sessions", found.sessions),
         ("of models", ", ".join(f"{count} {model}" for model, count in sorted(found.models.items()))),

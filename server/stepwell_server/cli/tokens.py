@@ -1,4 +1,4 @@
-"""`stepwell tokens`: add, list and revoke the tokens of a file that `stepwell serve --auth-tokens` reads."""
+"""`stepwell tokens`: adds, lists and revokes the tokens in a file for `stepwell serve --auth-tokens`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stepwell_server.core.callers import Role
 from stepwell_server.settings.formats import FILE, seconds
 
 TOKEN_KEYS = (
-    ("id", "the beginning of the token's hash, by which one of several is revoked"),
-    ("name, tenant, role", 'of the caller; tenant is "" for none'),
-    ("created, expires", "when (RFC 3339, UTC); null: not known, or never"),
+    ("id", "first characters of the token's hash, to revoke a single token"),
+    ("name, tenant, role", 'of the caller; tenant is "" for no tenant'),
+    ("created, expires", "times (RFC 3339, UTC); null: not known, or never"),
 )
 LONGEST_S = 100 * 365 * 86_400.0
 
@@ -36,10 +36,10 @@ LONGEST_S = 100 * 365 * 86_400.0
     ),
 )
 def tokens() -> None:
-    """Add, list and revoke the tokens of a file that 'stepwell serve --auth-tokens' reads.
+    """Add, list and revoke the tokens in a file for 'stepwell serve --auth-tokens'.
 
-    The file knows tokens by their hashes; a server that runs sees a change within a second. A caller may have several
-    tokens: to change one, add another, hand it out, then revoke the old one by its id.
+    The file contains only hashes of tokens. A running server applies a change within a second. A caller may have several
+    tokens: to replace one, add a new token, hand it out, then revoke the old one by its id.
     """
 
 
@@ -50,47 +50,47 @@ file_option = click.option(
     envvar="STEPWELL_AUTH_TOKENS",
     show_envvar=True,
     required=True,
-    help="The file of tokens.",
+    help="File of tokens.",
 )
 name_argument = click.argument("name", metavar="NAME")
 
 
 @tokens.command(
     "add",
-    short_help="Make a token, and print it.",
+    short_help="Create a token and print it.",
     examples=(
         "stepwell tokens add trainer --tenant acme --file callers.tokens",
         "stepwell tokens add ops --tenant - --role admin --file callers.tokens --expires-in 90d",
         "stepwell tokens add ci --tenant acme --file callers.tokens --json | jq -r .token",
     ),
-    json_keys=(("token", "the token, which nobody can find out again"), *TOKEN_KEYS),
+    json_keys=(("token", "the token, which cannot be shown again"), *TOKEN_KEYS),
 )
 @name_argument
 @click.option(
     "--tenant",
     metavar="NAME",
     required=True,
-    help=f"Whose sessions it sees; {NO_TENANT} for those that are of no tenant.",
+    help=f"Tenant of the caller, whose sessions it sees; {NO_TENANT} for no tenant.",
 )
 @click.option(
     "--role",
     type=click.Choice([role.value for role in (Role.VIEWER, Role.USER, Role.ADMIN)]),
     default=Role.USER.value,
     show_default=True,
-    help="viewer: reads; user: everything with the sessions of its tenant; admin: of all tenants, and models.",
+    help="viewer: reads sessions of its tenant; user: also uses them; admin: all tenants, and the models.",
 )
 @click.option(
     "--expires-in",
     metavar="TIME",
     type=Written(seconds(1.0, LONGEST_S)),
-    help="Time after which it is refused, as in 90d or 12h. Default: never.",
+    help="Lifetime of the token, such as 90d or 12h. Default: no limit.",
 )
 @file_option
 @json_option
 def add(name: str, tenant: str, role: str, expires_in: float | None, file: Path, as_json: bool) -> None:
-    """Make a new token for the caller NAME, and print it, last on its line. It is shown this once.
+    """Create a token for the caller NAME, and print it, last on its line. It cannot be shown again.
 
-    The file is made if it is not there. NAME and the tenant are 1 to 64 letters, digits or any of '._@-'.
+    The file is created if it does not exist. NAME and the tenant are 1 to 64 letters, digits or any of '._@-'.
     """
     now = dt.datetime.now(dt.UTC).replace(microsecond=0)
     expires = None if expires_in is None else now + dt.timedelta(seconds=expires_in)
@@ -116,15 +116,15 @@ def add(name: str, tenant: str, role: str, expires_in: float | None, file: Path,
     short_help="List the tokens of a file.",
     examples=("stepwell tokens list --file callers.tokens",),
     json_keys=(
-        ("tokens", "list, in the order of the file; of each:"),
+        ("tokens", "list, in the order of the file; each has:"),
         *TOKEN_KEYS,
-        ("expired", "true: it is refused"),
+        ("expired", "true: the server refuses it"),
     ),
 )
 @file_option
 @json_option
 def list_tokens(file: Path, as_json: bool) -> None:
-    """List the tokens of a file: by whom they are sent, and until when. The tokens themselves are in no file."""
+    """List the tokens of a file, with their callers and expiry. The file does not contain the tokens themselves."""
     try:
         known = token_file.read(file)
     except ValueError as error:
@@ -146,22 +146,24 @@ def list_tokens(file: Path, as_json: bool) -> None:
 
 @tokens.command(
     "revoke",
-    short_help="Take tokens out of a file.",
+    short_help="Remove tokens from a file.",
     examples=(
         "stepwell tokens revoke trainer --file callers.tokens",
         "stepwell tokens revoke trainer --id 60303ae22b99 --file callers.tokens",
     ),
-    json_keys=(("revoked", "list of the tokens that were taken out; of each:"), *TOKEN_KEYS),
+    json_keys=(("revoked", "list of the removed tokens; each has:"), *TOKEN_KEYS),
 )
 @name_argument
-@click.option("--tenant", metavar="NAME", help="Of the caller, where several tenants have one of that name.")
 @click.option(
-    "--id", "token_id", metavar="ID", help="Only this one of its tokens, as 'stepwell tokens list' has it."
+    "--tenant", metavar="NAME", help="Tenant of the caller, if several tenants have a caller of that name."
+)
+@click.option(
+    "--id", "token_id", metavar="ID", help="Remove only the token with this id, from 'stepwell tokens list'."
 )
 @file_option
 @json_option
 def revoke(name: str, tenant: str | None, token_id: str | None, file: Path, as_json: bool) -> None:
-    """Take all tokens of the caller NAME out of the file. A server that runs ends its streams within a second."""
+    """Remove all tokens of the caller NAME from the file. A running server ends the caller's streams within a second."""
 
     def is_meant(token: Token) -> bool:
         caller = token.caller

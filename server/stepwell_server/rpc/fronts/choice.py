@@ -1,4 +1,4 @@
-"""Which front a server has: the native one if it is installed and fits, else the one in Python, and the reason."""
+"""Chooses the front of a server: the native one if it is installed and compatible, else the Python one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stepwell_server.rpc.fronts.base import OtherFront
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.native import NativeFront
 
-HOW = f"for the native front install cargo (https://rustup.rs) and run: {_install.advice(_install.NATIVE_FRONT)}"
+HOW = f"for the native front, install cargo (https://rustup.rs) and run: {_install.advice(_install.NATIVE_FRONT)}"
 """How to get the native front, for the end of a sentence."""
 HINT = f"slower, this machine only; for the native one: {_install.NATIVE_FRONT}, {_install.IN_A_CLONE}"
-"""The same, short, for the line that says that a server is ready."""
+"""A short version, for the ready line of a server."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Choice:
     """The front of a server."""
 
     native: type[NativeFront] | None
-    """None: the front in Python serves."""
+    """None: use the Python front."""
     problem: str = ""
-    """Why the front in Python serves although `--front` does not ask for it; else empty."""
+    """Why the Python front is used although `--front` does not ask for it; else empty."""
 
     @property
     def name(self) -> str:
@@ -40,10 +40,10 @@ class Choice:
 
 
 def choose(option: str) -> Choice:
-    """The front for a value of `--front`.
+    """Return the front for a value of `--front`.
 
     Raises:
-        StartError: the option is `native`, and that cannot be.
+        StartError: the option is `native`, but the native front cannot be used.
     """
     if option == "python":
         return Choice(None)
@@ -54,7 +54,7 @@ def choose(option: str) -> Choice:
 
 
 def _installed() -> tuple[type[NativeFront] | None, str]:
-    """The native front, or the reason that it cannot be used."""
+    """Return the native front, or the reason why it cannot be used."""
     try:
         from stepwell_server.rpc.fronts.native import VERSION, NativeFront
     except OtherFront as error:
@@ -62,11 +62,11 @@ def _installed() -> tuple[type[NativeFront] | None, str]:
     except ModuleNotFoundError as error:
         return None, "stepwell-front is not installed" if error.name == "stepwell_front" else _broken(error)
     except ImportError as error:
-        # of a wheel without the module, which gives the reason itself
+        # from a wheel without the compiled module, which explains the reason itself
         return None, str(error) if error.name == "stepwell_front" else _broken(error)
     own = metadata.version("stepwell")
     if own != VERSION:
-        return None, f"stepwell-front must be of stepwell's version, {own}; {VERSION} is installed"
+        return None, f"stepwell-front must have the version of stepwell, {own}; {VERSION} is installed"
     return NativeFront, ""
 
 
