@@ -20,7 +20,10 @@ version = release
 
 extensions = [
     "myst_parser",
+    "sphinx.ext.autodoc",
     "sphinx_copybutton",
+    "docstrings",
+    "reference_pages",
     "repository_files",
 ]
 root_doc = "docs/index"
@@ -33,9 +36,24 @@ exclude_patterns = [f"{path.name}/**" for path in ROOT.iterdir() if path.is_dir(
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
+# ------------------------------------------------------------------------------------------------------------------ SDK
+
+autodoc_default_options = {
+    "members": True,
+    "inherited-members": "Mapping,Sequence,Coroutine,Exception,StepwellError,object",
+    "member-order": "bysource",
+}
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 88
+default_role = "stepwell-name"
+
 # --------------------------------------------------------------------------------------------------------------- links
 
 nitpicky = True
+nitpick_ignore = [
+    ("py:obj", "DataFrame"),  # of pandas
+    ("py:obj", "Dataset"),  # of xarray
+]
 
 # ---------------------------------------------------------------------------------------------------------------- look
 

@@ -154,7 +154,7 @@ class Signatures:
         self._lines: set[str] = set()
         self._public: dict[Name, str] = {}
         """Under which name each public object is described; its other names refer to that one."""
-        self._reached: set[Name] = set()
+        self.reached: set[Name] = set()
         """Names of private modules that public signatures use."""
 
     def lines(self) -> list[str]:
@@ -173,7 +173,7 @@ class Signatures:
             else:
                 self._describe(full, home, value)
         done: set[Name] = set()
-        while left := self._reached - done - self._public.keys():
+        while left := self.reached - done - self._public.keys():
             for home in left:
                 self._describe(f"type {home[1]}", home, value_of(home))
             done |= left
@@ -200,12 +200,12 @@ class Signatures:
         assert node.value is not None
         text = ast.unparse(node.value)
         self._lines.add(f"{full} = {text}")
-        self._reached.update(names_in(text, module))
+        self.reached.update(names_in(text, module))
 
     def _annotation(self, annotation: object, module: str) -> str:
         text = text_of_annotation(annotation)
         if text != "?":
-            self._reached.update(names_in(text, module))
+            self.reached.update(names_in(text, module))
         return text
 
     def _function(self, full: str, value: Callable[..., object], *, kind: str = "", skip: int = 0) -> None:

@@ -63,6 +63,7 @@ _LONGEST_S = 1e9
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}|\*")
 
 Pem: TypeAlias = str | os.PathLike[str] | bytes
+"""The path of a PEM file, or its bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Outcome = Literal["not_applied", "unknown"]
+"""Whether a change that failed may have been applied: it was not, or the client cannot know."""
 
 
 class StepwellError(Exception):
@@ -103,7 +104,7 @@ class ReplyTooLargeError(InvalidInputError):
     """The reply exceeds a size limit, so the client did not receive it. The server may have applied the change.
 
     A client with a larger `max_message_bytes` can repeat the same call to get the reply; the change is not applied
-    twice. To make another change instead, call `refresh()` on the session first.
+    twice. To make another change instead, call `Session.refresh()` first.
     """
 
     outcome: Outcome

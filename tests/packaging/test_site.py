@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+import stepwell
+import stepwell.testing
+
 pytestmark = pytest.mark.slow
 
 PAGES = ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+MODULES = (stepwell.aio, stepwell.config, stepwell.errors, stepwell.events, stepwell.testing)
 #: What loads a file with the page, by tag.
 LOADS = {"link": "href", "script": "src", "img": "src", "iframe": "src"}
 
@@ -22,7 +28,10 @@ def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """Build the site as `make docs-site` does."""
     options = ["--quiet", "--fail-on-warning", "--keep-going", "--nitpicky", "--conf-dir", "docs"]
     command = [sys.executable, "-m", "sphinx", *options, ".", str(out)]
-    return subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=280, check=False)
+    own = os.environ | {"PYTHONPATH": str(source / "client")}
+    return subprocess.run(
+        command, cwd=source, env=own, capture_output=True, text=True, timeout=280, check=False
+    )
 
 
 class Loaded(HTMLParser):
@@ -50,20 +59,35 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(root: Path, tmp_path: 
         for file in Loaded(page.read_text()).files:
             assert not re.match(r"\w+:|//", file), f"{page.name} loads {file}"
             assert (page.parent / re.split("[?#]", file)[0]).exists(), f"{page.name} loads {file}"
+    inventory = zlib.decompress((out / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    described = {line.split()[0] for line in inventory.splitlines()}
+    public = {f"stepwell.{name}" for name in stepwell.__all__}
+    public |= {f"{module.__name__}.{name}" for module in MODULES for name in module.__all__}
+    elsewhere = {name for name in public if f"stepwell.{name.rsplit('.', 1)[-1]}" in described}
+    assert public - elsewhere <= described
     assert "setIndex" in (out / "searchindex.js").read_text()
 
 
 def test_what_is_broken_fails_the_build(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    shutil.copytree(root / "docs", source / "docs")
+    for name in ("docs", "client", "scripts"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", *PAGES):
         shutil.copy(root / name, source / name)
     planted = source / "docs" / "guides" / "planted.md"
     planted.write_text("# Planted\n\n[page](gone.md) [anchor](steps.md#gone) [file](../../gone.py)\n")
+    module = source / "client" / "stepwell" / "session.py"
+    text = '"""One user\'s'
+    assert text in module.read_text()
+    module.write_text(module.read_text().replace(text, f"{text} `Session.gone`"))
 
     built = build(source, tmp_path / "site")
 
     assert built.returncode != 0
-    found = [line for line in built.stderr.splitlines() if "planted.md" in line]
-    for wrong in ("gone.md", "local id not found in doc 'docs/guides/steps': 'gone'", "../../gone.py"):
-        assert any(wrong in line for line in found), f"{wrong}: {built.stderr}"
+    for place, wrong in (
+        ("planted.md:3", "'myst' cross-reference target not found: 'gone.md'"),
+        ("planted.md:3", "local id not found in doc 'docs/guides/steps': 'gone'"),
+        ("planted.md:3", "'myst' cross-reference target not found: '../../gone.py'"),
+        ("session.py:docstring of stepwell.session.Session", "not found: Session.gone"),
+    ):
+        assert any(place in line and wrong in line for line in built.stderr.splitlines()), built.stderr

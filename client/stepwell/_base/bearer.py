@@ -10,7 +10,9 @@ from typing import Any, TypeAlias
 from stepwell.errors import InvalidInputError
 
 Token: TypeAlias = str | Callable[[], str]
+"""A bearer token, or a function that returns it."""
 AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
+"""The same for asyncio: the function may also be a coroutine function."""
 
 PLAIN = re.compile(r"[!-~]+")
 RULE = "must be a string of printable ASCII characters without spaces"

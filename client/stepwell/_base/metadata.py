@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from stepwell.errors import InvalidInputError
 
 Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | bytes]]
+"""Headers of calls: values by their keys, or pairs of key and value."""
 Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
 #: Where it stands in W3C's `traceparent`: version, trace, span and flags in hexadecimal, with dashes between.

@@ -22,6 +22,7 @@ from stepwell.v1 import sessions_pb2
 
 Indexes = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.uint64]
+"""A number for each session of a group, (sessions,)."""
 Kind: TypeAlias = tuple[tuple[str, str, np.dtype[Any], tuple[int, ...]], ...]
 """Of each array "output" or "state", its name, its dtype, and its shape without the rows."""
 
