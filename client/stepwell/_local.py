@@ -49,13 +49,11 @@ def local(
     - The same call again, for example by running a notebook cell again, returns the same server and client, with its
       sessions. A model object is the same if its architecture and weights are; a file is the same if its bytes are.
     - A call for the same names with any other difference (weights, options, a variable `STEPWELL_...`) ends the
-    server, its
-      client and, without `data_dir`, its sessions, and starts another server. To give the server new weights and keep
-      its sessions, use `client.update_model`. In Jupyter, running a cell again also ends what it started under other
-      names before.
+      server, its client and, without `data_dir`, its sessions, and starts another server. To give the server new
+      weights and keep its sessions, use `client.update_model`. In Jupyter, running a cell again also ends what it
+      started under other names before.
     - The server ends with `client.close()` or the client's `with` block, and with this process. On Linux that
-    includes
-      `kill -9` and a kernel restart. The stop button and Ctrl-C leave it alone.
+      includes `kill -9` and a kernel restart. The stop button and Ctrl-C leave it alone.
 
     A model that is new to this machine is compiled first. This can take half a minute, and a line on stderr announces
     it.

@@ -3,8 +3,7 @@
 pytest loads it wherever this package is installed; `-p no:stepwell` disables it. It has two fixtures:
 
 - `stepwell_server`, one for the whole run: a `stepwell.testing.LocalServer`. It starts when the first test requests
-it,
-  and keeps sessions in memory.
+  it, and keeps sessions in memory.
 - `stepwell_client`, one for each test: a `stepwell.Client` of that server. After the test it closes the sessions that
   the test has opened, with any client. If the test has killed the server, the next test gets a new one.
 
@@ -12,8 +11,7 @@ The server serves the models that you name in one of three ways:
 
 - the ini option `stepwell_models`, with a line NAME=PATH for each model;
 - a fixture `stepwell_models` of your own (scope "session"), which returns paths or Keras models by name and replaces
-the
-  option;
+  the option;
 - marks `@pytest.mark.stepwell_models(NAME=PATH, ...)` of the tests in the run.
 
 Paths are relative to the ini file. `stepwell_args`, an ini option or a fixture, has additional options of `stepwell
