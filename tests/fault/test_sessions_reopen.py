@@ -62,7 +62,7 @@ def test_a_moment_ends_nothing(tmp_path: Path) -> None:
         session.step(X)
         session.close()
         assert server.stop() == 0
-        assert "the store was opened anew" in server.logs()
+        assert "the store was reopened" in server.logs()
 
 
 @pytest.mark.slow

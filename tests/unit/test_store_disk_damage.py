@@ -64,7 +64,7 @@ def damaged(path: Path, durability: Durability) -> tuple[Path, str]:
 
 def test_a_damaged_segment_stops_a_start_that_must_lose_nothing(path: Path) -> None:
     copy, name = damaged(path, "sync")
-    rule = rf"^{copy / 'wal' / name} cannot be read from byte \d+ on\. .* are missing: restore the folder; or start once with --durability async"
+    rule = rf"^{copy / 'wal' / name} cannot be read from byte \d+ on\. .* are missing: restore the folder, or start once with --durability async"
     before = {file: (copy / "wal" / file).read_bytes() for file in "01"}
     for _ in range(2):
         with pytest.raises(StoreError, match=rule):

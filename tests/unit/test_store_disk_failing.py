@@ -118,7 +118,7 @@ def test_without_a_segment_that_was_deleted_sessions_are_as_lmdb_and_the_other_h
         (copy / "wal" / name).unlink()
     if durability == "sync":
         for _ in range(2):
-            with pytest.raises(StoreError, match=f"/{gone[0]} cannot be read: it must have a beginning"):
+            with pytest.raises(StoreError, match=f"/{gone[0]} cannot be read: its first entry is missing"):
                 opened(copy, "sync")
     opened(copy, "async").close()
     store = opened(copy, durability)

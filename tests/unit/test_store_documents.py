@@ -230,7 +230,7 @@ def value_of(name: str) -> bytes:
 def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) -> None:
     flip(path, b"content of a", 3)
     store = opened(path)
-    rule = "^document 'model/a' must be as it was written; it is damaged: stepwell store verify says more"
+    rule = "^document 'model/a' must be as it was written; it is damaged: stepwell store verify gives details"
     for prefix in ("", "model/", "model/a"):
         with pytest.raises(DocumentsCorrupt, match=rule) as error:
             store.documents(prefix)

@@ -25,7 +25,7 @@ for path in sys.argv[1:]:
     try:
         store = LmdbStore(pathlib.Path(path), durability="async", clock=SystemClock())
     except StoreError as error:
-        print("cut off" if "it was cut off at" in str(error) else error, flush=True)
+        print("cut off" if "it was truncated to" in str(error) else error, flush=True)
         continue
     keys, records = store.values(after="", limit=10_000)
     print(sum(len(bytes(record)) for record in records), store.damage, flush=True)

@@ -158,7 +158,7 @@ def test_another_server_cannot_begin_under_the_name_before_the_first_has_noticed
     store = opened(path)
     how(path)
     with pytest.raises(
-        StoreBusy, match=rf"{path} must be used by one server.*process {os.getpid()} began with a"
+        StoreBusy, match=rf"{path} must be used by one server.*process {os.getpid()} still runs with a"
     ):
         opened(path)
     store.close()

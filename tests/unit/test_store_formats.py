@@ -86,7 +86,7 @@ def test_a_store_of_another_version_is_refused_and_stays(
     folder = tmp_path / "data"
     make(folder)
     before = content(folder)
-    message = rf"the store in .* must be of schema version {SCHEMA_VERSION}; it is of {version}, which the release that wrote it reads"
+    message = rf"the store in .* must have schema version {SCHEMA_VERSION}; it has {version}, which the release that wrote it can read"
     uses: list[Callable[[], object]] = [
         lambda: opened(folder, "async"),
         lambda: opened(folder, "sync"),

@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.errors import Unavailable
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.store.base import Batch, StoreHealth
-from stepwell_server.store.disk.free_space import Room
+from stepwell_server.store.disk.free_space import FreeSpace
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store_monitor import StoreMonitor
@@ -37,7 +37,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_a_change_that_failed_is_a_problem_until_one_is_kept_and_there_is_room(
     disk: types.SimpleNamespace,
 ) -> None:
-    room = Room(Path("data"))
+    room = FreeSpace(Path("data"))
     refusals = [Unavailable("still no room")]
 
     def keep_nothing() -> None:
@@ -59,7 +59,7 @@ def test_a_change_that_failed_is_a_problem_until_one_is_kept_and_there_is_room(
 def test_a_disk_that_is_nearly_full_is_warned_of_until_there_is_clearly_more(
     disk: types.SimpleNamespace,
 ) -> None:
-    room = Room(Path("data"))
+    room = FreeSpace(Path("data"))
     assert room.warning() == ""
     disk.free = GIB - 4096
     assert room.warning() == f"{GIB - 4096} of {100 * GIB} bytes are free on the disk of data"

@@ -331,7 +331,7 @@ def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> N
     data = tmp_path / "sessions" / "data.mdb"
     store.close()
     os.truncate(data, data.stat().st_size // 2)
-    with pytest.raises(StoreError, match="it was cut off at"):
+    with pytest.raises(StoreError, match="it was truncated to"):
         opened(tmp_path)
     data.write_bytes(b"not LMDB" * 2000)
     with pytest.raises(StoreError, match="must hold a store that can be opened"):
@@ -345,6 +345,6 @@ def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "sessions").touch()
     for path, file in (("file", "file"), ("file/under", "file"), ("data", "data/sessions")):
-        rule = f"the data directory {tmp_path / path} must be a folder; {tmp_path / file} is none"
+        rule = f"the data directory {tmp_path / path} must be a folder; {tmp_path / file} is not"
         with pytest.raises(StoreError, match=f"^{re.escape(rule)}$"):
             opened(tmp_path / path)

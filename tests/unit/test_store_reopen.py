@@ -1,4 +1,4 @@
-"""LMDB gives its environment up when the last write of a transaction fails: it is opened anew, by whoever comes next."""
+"""LMDB abandons its environment when the last write of a transaction fails: the next call reopens it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_while_it_cannot_be_opened_all_are_refused_and_told_why(
         with pytest.raises(Unavailable, match="must be able to keep the change; got the disk is away"):
             begin(store, "c")
         for _ in range(50):  # many readers do not make many attempts
-            with pytest.raises(Unavailable, match="it could not be opened anew a moment ago"):
+            with pytest.raises(Unavailable, match="it could not be reopened a moment ago"):
                 store.get("b")
         assert tries == 2
         CLOCK.advance(RETRY_S)
@@ -116,10 +116,10 @@ def test_while_it_cannot_be_opened_all_are_refused_and_told_why(
     assert store.check().reopened == 1
     assert revisions(store)["a"] == 3
     begin(store, "c")
-    said = [entry.getMessage() for entry in caplog.records if "anew" in entry.getMessage()]
+    said = [entry.getMessage() for entry in caplog.records if "reopened" in entry.getMessage()]
     assert [line.partition(":")[0] for line in said] == [
-        "the store must be opened anew, and cannot be yet",
-        "the store was opened anew",
+        "the store must be reopened, and cannot be reopened yet",
+        "the store was reopened",
     ]
 
 
@@ -169,7 +169,7 @@ def test_no_other_file_is_made_in_place_of_one_that_is_gone(store: DiskStore, pa
 def test_a_reader_does_not_wait_for_whoever_writes(store: DiskStore) -> None:
     """A commit may take as long as a disk that stalls, and opens the environment anew itself."""
     writing = base_of(store)._writing  # as a commit holds it for as long as the disk stalls
-    with writing, pytest.raises(Unavailable, match="a change that is under way opens it anew"):
+    with writing, pytest.raises(Unavailable, match="a running change reopens it"):
         store.get("b")
     assert store.get("b") is not None
 
@@ -186,7 +186,7 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
                 assert None not in store.get_many(names)
                 store._base.check()  # the store's own tries a write after a failure, and would meet the next one
             except Unavailable as error:
-                if not any(reason in error.message for reason in ("opens it anew", "MDB_PANIC")):
+                if not any(reason in error.message for reason in ("reopens it", "MDB_PANIC")):
                     raise
 
     with ThreadPoolExecutor(4) as readers:

@@ -156,7 +156,7 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(path: Path, tmp_path
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
     for taken in (path / "server.lock", tmp_path / "folder"):
-        with pytest.raises(BackupError, match="must not be there yet"):
+        with pytest.raises(BackupError, match="must not exist yet"):
             backup.back_up(path, taken, CLOCK)
     with pytest.raises(StoreError, match="must hold a store"):
         backup.back_up(tmp_path / "folder", file, CLOCK)
@@ -168,7 +168,7 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(path: Path, tmp_path
         backup.back_up(path, file, CLOCK)
     writer.close()
     backup.back_up(path, file, CLOCK)
-    with pytest.raises(StoreError, match="must not be there yet, or be empty"):
+    with pytest.raises(StoreError, match="must not exist yet, or must be empty"):
         backup.restore(file, tmp_path / "folder", CLOCK, None, moved=True)
     (tmp_path / "empty").mkdir()
     backup.restore(file, tmp_path / "empty", CLOCK, None, moved=True)
@@ -291,7 +291,7 @@ def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
         at = data.find((0x53574532).to_bytes(4, "big"), 2000)
         data[at + 6] ^= 1
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(StoreError, match="acknowledged are missing"):
+    with pytest.raises(StoreError, match="acknowledged changes are missing"):
         reader.read_log(tmp_path, 7)
 
 
@@ -301,7 +301,7 @@ def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:
     store.close()
     before = (tmp_path / "sessions" / "data.mdb").stat()
     with read_lock(tmp_path):
-        with pytest.raises(StoreError, match="nobody may read the store"):
+        with pytest.raises(StoreError, match="no other process may read the store"):
             repair.repair(tmp_path, CLOCK)
         assert (tmp_path / "sessions" / "data.mdb").stat().st_ino == before.st_ino
     repair.repair(tmp_path, CLOCK)

@@ -232,7 +232,7 @@ def test_the_very_last_byte_can_be_used(path: Path) -> None:
 def test_a_file_that_was_laid_out_and_no_more_has_nothing(path: Path) -> None:
     opened(path).close()
     segment = opened(path)
-    with pytest.raises(SegmentCorrupt, match="must have"):
+    with pytest.raises(SegmentCorrupt, match="first entry is missing"):
         segment.load()
     assert not append(segment, [records_of(0, "a")]), "it must be filled first"
     segment.close()

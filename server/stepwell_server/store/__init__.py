@@ -1,5 +1,5 @@
-"""Where sessions are kept that are not in the arena.
+"""Stores keep the sessions that are not in the arena.
 
-`base` is what the engine asks of a store and `record` the stored form of a session: nothing else in here is known to
-the engine. `memory` and `disk` are the stores. They know neither the engine nor what speaks to the network.
+`base` is the interface that the engine uses, and `record` is the stored form of a session. The engine knows nothing
+else in here. `memory`, `disk` and `valkey` are the stores. They know neither the engine nor the network front.
 """

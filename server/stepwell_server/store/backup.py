@@ -1,9 +1,10 @@
-"""Backups of a store on disk, beside its server, and stores that are made of them.
+"""Backup of a store on disk while its server runs, and restore.
 
-A store that goes back to a backup has forgotten what clients were told since. So that nothing they hold can be taken for
-something that it means now, it is another store: sessions go on at revisions above any that clients can have been told, and
-new ones begin above them; ids that the server makes begin otherwise. A client of before gets REVISION_CONFLICT with the
-revision that the session has now, and SESSION_LOST for a session that a server named after the backup.
+A restored store no longer knows changes that clients saw acknowledged after the backup. Nothing that those clients hold
+may match something in the new store. So its sessions continue at revisions above any that clients can have seen, new
+sessions begin above them, and ids that the server generates begin with another prefix. A client from before the restore
+gets REVISION_CONFLICT with the session's current revision, or SESSION_LOST for a session whose id a server generated
+after the backup.
 """
 
 from __future__ import annotations
@@ -29,29 +30,31 @@ from stepwell_server.store.record import MAX_COUNTER, header_or_none, is_sound, 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BackupSummary:
-    """What a backup has."""
+    """The content of a new backup."""
 
     file: Path
     bytes: int
     sessions: int
     tombstones: int
     damaged: int
-    """Sessions whose records were damaged in the store already; they are in the backup as they are."""
+    """Sessions whose records were already damaged in the store; the backup has them unchanged."""
     keys: list[str]
-    """With which it is encrypted, as far as it is."""
+    """Ids of the keys that encrypt its records, if any."""
     documents: int = 0
     damaged_documents: int = 0
-    """So many of them were damaged in the store already; they are in the backup as they are."""
+    """Number of documents that were already damaged in the store; the backup has them unchanged."""
 
 
 def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackupSummary:
-    """Write the store in a data directory into a new file, whether or not a server uses it.
+    """Write the store in a data directory to a new file, whether or not a server uses it.
 
-    Each session is in it as it was at some moment between the begin and the end of this call: with all that was
-    acknowledged before, and with nothing that was not committed.
+    Each session is in the backup as of some moment during this call: with everything acknowledged before the call,
+    and with committed changes only.
 
     Raises:
-        StoreError: the store lost sessions or documents, or cannot be read whole, or the file not be written; then there is no file.
+        StoreError: the store lost sessions or documents, or it cannot be read completely, or the file cannot be
+        written.
+            Then there is no file.
     """
     writer = Writer(file, bytes_per_s=bytes_per_s)
     damaged, sums = 0, Sums()
@@ -96,34 +99,34 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RestoreSummary:
-    """What a store has that was made of a backup."""
+    """The content of a restored store."""
 
     created: float
-    """When the backup was begun, in seconds since the epoch."""
+    """When the backup began, in seconds since the epoch."""
     sessions: int
     tombstones: int
     damaged: int
-    """Sessions whose records were damaged, or could not be opened with the keys: they answer STATE_CORRUPT."""
+    """Sessions whose records were damaged, or could not be decrypted: they answer STATE_CORRUPT."""
     first_revision: int
     documents: int = 0
     damaged_documents: int = 0
-    """So many of them are damaged, as they were in the store that was backed up."""
+    """Number of documents that are damaged, as they were in the original store."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """A backup that a store is to be made of."""
+    """A checked backup, ready to be restored."""
 
     reader: Reader
     about: About
     first_revision: int
-    """Of the new store."""
+    """First revision of the new store."""
     change: Change
-    """Makes its records."""
+    """Converts its records for the new store."""
 
 
 def checked(file: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> Source:
-    """Read and check a whole backup. Arguments and errors are those of `restore`."""
+    """Read and check a whole backup. Takes the arguments of `restore`, and raises the same errors."""
     reader = Reader(file)
     about = reader.about()
     for _ in reader.entries():
@@ -143,17 +146,17 @@ def checked(file: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -
 
 
 def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -> RestoreSummary:
-    """Make a store of a backup in a new data directory. The whole backup is read and checked before.
+    """Create a store from a backup in a new data directory. The whole backup is read and checked first.
 
     Args:
         file: The backup.
-        path: The data directory, which is not there or empty.
-        clock: For its lock, and for revisions that nobody was told.
-        keyring: Keys of the backup: all is encrypted with the first one then.
-        moved: No change was acknowledged since the backup was made: sessions go on as they were.
+        path: The data directory, which must not exist or must be empty.
+        clock: For its lock, and for revisions that no client has seen.
+        keyring: Keys of the backup. The new store is encrypted with the first one.
+        moved: No change was acknowledged after the backup, so that sessions keep their revisions.
 
     Raises:
-        StoreError: the backup cannot be used, or the folder.
+        StoreError: the backup or the folder cannot be used.
         KeyFileError: it is encrypted, and a key is missing.
     """
     source = checked(file, clock, keyring, moved=moved)
@@ -190,21 +193,21 @@ def restore(file: Path, path: Path, clock: Clock, keyring: Keyring | None, *, mo
 
 
 class Change:
-    """Records as the new store has them."""
+    """Converts records for the new store."""
 
     def __init__(self, sealer: Sealer | None, ahead: int) -> None:
-        """`ahead`: by so much revisions are higher. Without a sealer records stay as they are otherwise."""
+        """`ahead` is added to each revision. Without a sealer nothing else changes."""
         self._sealer = sealer
         self.ahead = ahead
         self.damaged = 0
 
     def __call__(self, session_id: str, record: bytes) -> Pair:
-        """A record as it is to be stored."""
+        """Convert one record."""
         header = header_or_none(session_id, record)
         if header is None:
             self.damaged += 1
             return session_id, record
-        # no step leads there: somebody made the record, which no server uses then
+        # no number of steps leads there: somebody forged the record, and no server will use it
         self.damaged += header.revision + self.ahead > MAX_COUNTER
         if self._sealer is None:
             return session_id, with_revision(session_id, record, header.revision + self.ahead)

@@ -1,8 +1,8 @@
-"""What the engine asks of a store. What is kept of a session is in `record`.
+"""The interface of a store, as the engine uses it. The stored form of a session is in `record`.
 
-A store is asked with `await`, for it may be on another machine: `Store`. One that answers from memory or from a mapped
-file is a `LocalStore` beside, and is called in place: an `await` costs more than its answer, and changes that are
-judged by what it says need no second look.
+All calls of a `Store` are awaited, because it may be on another machine. A store that answers from memory or from a
+mapped file also offers a `LocalStore`, which is called without `await`: an `await` costs more than the answer, and a
+change that was checked against the answer needs no second check.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from stepwell_server.store.record import F64, U64, RecordBytes
 _log = Log("store")
 
 NO_STAMPS: U64 = np.zeros(0, np.uint64)
-"""Of no records, or of those of a store that nobody else uses."""
+"""Stamps of no records, or of the records of a store that no other server uses."""
 NO_LIMITS: F64 = np.zeros(0, np.float64)
-"""Of nothing."""
+"""No idle limits."""
 TOMBSTONES = 100_000
-"""Of the latest sessions that are gone, a local store remembers so many."""
+"""Number of tombstones that a local store keeps, of the sessions that ended last."""
 MAX_NAME_BYTES, MAX_DOCUMENT_BYTES = 400, 2**20
-"""Of a document: the limits of its name, as UTF-8, and of its content."""
+"""Limits of a document: its name as UTF-8, and its content."""
 
 
 class StoreError(Exception):
@@ -42,22 +42,22 @@ class StoreError(Exception):
 
 
 class DocumentsCorrupt(StoreError):
-    """Documents are not as they were written, or missing. Sessions and other documents are not concerned."""
+    """Documents are corrupt or missing. Sessions and other documents are not affected."""
 
     def __init__(self, message: str, names: Sequence[str], sound: dict[str, bytes]) -> None:
         super().__init__(message)
         self.names = names
-        """Of the documents that are damaged, as far as they are known."""
+        """Names of the corrupt documents, if known."""
         self.sound = sound
-        """Those that were asked for and are as they were written."""
+        """The requested documents that are intact."""
 
 
 class KeyFileError(StoreError):
-    """Keys of encryption are missing, or cannot be used. The message names the file or the keys."""
+    """Encryption keys are missing or unusable. The message names the file or the keys."""
 
 
 def require_no_keys(where: str, known: Collection[str]) -> None:
-    """See that a store that is used without keys has none; `known` are the ids of those it has, `where` is its place.
+    """Refuse to use an encrypted store without keys. `known` has the ids of its keys, `where` is its location.
 
     Raises:
         KeyFileError: it was encrypted.
@@ -71,14 +71,14 @@ def require_no_keys(where: str, known: Collection[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Holder:
-    """Who uses a data directory."""
+    """The process that uses a data directory."""
 
     pid: int
     host: str
     since: float
-    """Seconds since the epoch; 0 if it is not known."""
+    """Seconds since the epoch; 0 if unknown."""
     listen: str = ""
-    """The address it serves at, if it is known."""
+    """The address it listens on, if known."""
 
     def __str__(self) -> str:
         moment = datetime.fromtimestamp(self.since, UTC).isoformat(timespec="seconds")
@@ -93,44 +93,44 @@ class StoreBusy(StoreError):
     def __init__(self, message: str, holder: Holder | None) -> None:
         super().__init__(message)
         self.holder = holder
-        """None if it has not said who it is."""
+        """None if it has not written its description."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoreHealth:
-    """How a store is."""
+    """The state of a store."""
 
     problem: str = ""
-    """Why it cannot be used for now; empty if it can."""
+    """Why the store cannot be used now; empty if it can."""
     reopened: int = 0
-    """How often it was opened anew since the start, because its disk had failed."""
+    """How often it was reopened since the start, after its disk had failed."""
     warning: str = ""
-    """What will become a problem if nobody does anything; empty if nothing."""
+    """What will become a problem unless somebody acts; empty if nothing."""
     warns_of: Literal["disk", "store"] = "disk"
-    """What the warning is about: a disk that fills up, or how others run the store."""
+    """What the warning is about: a disk that fills up, or the configuration of a shared store."""
     lost_sessions: int = 0
-    """So many sessions were found to be lost, since the start: each alone, beside those of parts that were emptied."""
+    """Number of lost sessions found since the start, without the sessions of emptied partitions."""
 
 
 MAX_CLOSES = 4
-"""Request ids of closes that an id remembers."""
+"""Number of close requests that are remembered per session id."""
 _CLOSES = struct.Struct(f"<{MAX_CLOSES}Q")
 CLOSES_BYTES = _CLOSES.size
-"""Of `pack_closes`."""
+"""Size of the result of `pack_closes`."""
 
 
 def pack_closes(closes: Sequence[int]) -> bytes:
-    """The request ids of closes as they are stored, in `CLOSES_BYTES`."""
+    """Encode the request ids of closes in `CLOSES_BYTES`."""
     return _CLOSES.pack(*closes, *[0] * (MAX_CLOSES - len(closes)))
 
 
 def unpack_closes(stored: bytes) -> tuple[int, ...]:
-    """What `pack_closes` was given."""
+    """Decode the result of `pack_closes`."""
     return tuple(filter(None, _CLOSES.unpack(stored)))
 
 
 def with_close(request_id: int, closes: tuple[int, ...]) -> tuple[int, ...]:
-    """The request ids of closes once another one has closed a session; 0: it had none."""
+    """Return the request ids of closes after another close; a `request_id` of 0 means that the close had none."""
     return (request_id, *closes)[:MAX_CLOSES] if request_id else closes
 
 
@@ -142,125 +142,127 @@ class End(enum.IntEnum):
     CLOSED = 2
     """A caller closed it."""
     LOST = 4
-    """Nobody ended it: the store, which others use too, has lost it."""
+    """Nobody ended it: the shared store lost it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tombstone:
-    """What is remembered of a session that is gone."""
+    """What a store keeps of a session that ended."""
 
     session_id: str
     end: End
     at: float
     """Seconds since the epoch."""
     closes: tuple[int, ...] = ()
-    """Request ids of the latest calls that closed a session of this id, the last one first, at most `MAX_CLOSES`.
+    """Request ids of the latest calls that closed a session of this id, newest first, at most `MAX_CLOSES`.
 
-    A retry of one of them succeeds, and closes nothing that was opened since."""
+    A retry of one of them succeeds, and does not close a session that was opened since."""
     revision: int = 0
-    """The last one known."""
+    """The last known revision."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredSession:
-    """What a store has of a session."""
+    """A session as a store returns it."""
 
     record: RecordBytes | None = None
     tombstone: Tombstone | None = None
-    """Only looked for where there is no record."""
+    """Only set if there is no record."""
     stamp: int = 0
-    """Of the record, or the tombstone: that of the commit that wrote it, 1 to 2**64-1. 0: there is neither."""
+    """Stamp of the record or tombstone, 1 to 2**64-1: that of the commit that wrote it. 0: there is neither."""
     is_known: bool = False
-    """The record has the stamp that the caller knew: it was not sent, and `record` is None."""
+    """The record has the stamp that the caller passed as known: it was not sent, and `record` is None."""
     idle_s: float = math.nan
-    """Seconds since the session was last used, by the store's clock. NaN: what the server knows counts, or the record says."""
+    """Seconds since the session was last used, by the store's clock. NaN: use the server's own value, or the record's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnusedSessions:
-    """Some sessions that nobody has used lately, as far as the store knows, in an order of the store's own."""
+    """A page of sessions that were not used recently, in an order chosen by the store."""
 
     heads: Heads
-    """What their records say; not checked."""
+    """Headers of their records, unchecked."""
     stamps: U64
-    """`(len(heads),)`: of their records."""
+    """`(len(heads),)`: stamps of their records."""
     idle_s: F64
     """`(len(heads),)`: seconds since each was last used, by the store's clock."""
     cursor: str
-    """Where the next ones begin; empty: there are no more. There may be more where this page has none."""
+    """Where the next page begins; empty: this is the last page. An empty page is not necessarily the last."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Changes that are kept together or not at all. They are applied in the order of these fields."""
+    """Changes that a store keeps together or not at all. They are applied in the order of these fields."""
 
     puts: Sequence[tuple[str, RecordBytes]] = ()
-    """Records by session id, as `store.record` encodes them; the last one of an id counts.
+    """Records by session id, as `store.record` encodes them; of several with the same id the last one counts.
 
-    A batch that has nothing else is of sessions that are there: one that begins is in `counts`.
+    A batch with puts only changes existing sessions. New sessions also appear in `counts`.
     """
     deletes: Sequence[str] = ()
-    """Sessions to forget, where there are any."""
+    """Sessions to delete, if they exist."""
     forgets: Sequence[str] = ()
-    """Sessions whose tombstones go, where there are any: the id is opened anew."""
+    """Session ids whose tombstones are deleted, if they exist, because the id is opened again."""
     tombstones: Sequence[Tombstone] = ()
-    """At most so many are kept as the store was told; the oldest are forgotten first."""
+    """New tombstones. The store has a maximum, and drops the oldest first."""
     counts: Sequence[tuple[str, int]] = ()
-    """By how much the number of a model's sessions changes, if all of the batch is kept.
+    """Changes of the number of sessions per model, if the whole batch is kept.
 
     A store that keeps members one by one counts those that it kept.
     """
     tenant_counts: Sequence[tuple[str, int]] = ()
-    """The same of what is counted of tenants: `store.counts`."""
+    """The same for the counts of tenants: see `store.counts`."""
     documents: Sequence[tuple[str, bytes | None]] = ()
-    """Small byte strings of the server itself by name, each as a whole; None removes one, where it is. The last of a name
-    counts.
+    """The server's own small byte strings, by name. None deletes a document if it exists. Of several with the same name the
+    last one counts.
 
     A name has 1 to `MAX_NAME_BYTES` bytes of UTF-8, a content at most `MAX_DOCUMENT_BYTES`.
     """
 
     goes_back: bool = False
-    """Its records may be of earlier changes than what the store had of the same sessions: they count all the same."""
+    """Its records may be older than the stored records of the same sessions, and replace them nevertheless."""
 
-    # What follows is for stores that others use too; those that answer in place do not look at it.
+    # The following fields are for shared stores; local stores ignore them.
 
     follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(len(puts),)`: the stamp of what each put follows, a record or, where a session begins, a tombstone; 0: there must be
-    neither. So what was sent long ago does not bring a session back that ended meanwhile."""
+    """`(len(puts),)`: for each put, the required stamp of the current record or, for a new session, of the tombstone; 0: there
+    must be neither. So a put that arrives late does not revive a session that ended meanwhile."""
     stamps: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(len(puts),)`: what the records are stamped with. A session that has it already was kept by this very batch."""
+    """`(len(puts),)`: the stamps of the new records. A session that already has its new stamp was kept by an earlier attempt
+    of this batch."""
     resized: Collection[str] = ()
-    """Those of `puts` that are there, and of which the bytes that count (`store.counts`) are others than before."""
+    """Existing sessions of `puts` whose counted bytes (`store.counts`) change."""
     delete_follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(len(deletes),)`: the stamp of the record that is deleted; 0: whatever is there."""
+    """`(len(deletes),)`: the required stamp of the deleted record; 0: any."""
     undoes: Sequence[str] = ()
-    """Those of `deletes` that a commit with the stamp may have begun, or may yet: what of that comes later begins nothing."""
+    """Sessions of `deletes` that an uncertain commit with this stamp may have created, or may still create. After this batch,
+    a late request of that commit creates nothing."""
     min_idle_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)
-    """`(len(deletes),)`, or empty for no limit: each is only deleted if it was unused for at least this many seconds, by the
-    store's clock, and else conflicts."""
+    """`(len(deletes),)`, or empty for no limit: a session is deleted only if it was unused for at least this many seconds, by
+    the store's clock. Otherwise it conflicts."""
     max_idle_s: F64 = dataclasses.field(default_factory=lambda: NO_LIMITS)
-    """`(len(deletes),)`, or empty for no limit: each is only deleted if it was unused for at most this many seconds, by the
-    store's clock, and else conflicts. So a late deletion, whose sender was held up, is judged again."""
+    """`(len(deletes),)`, or empty for no limit: a session is deleted only if it was unused for at most this many seconds, by
+    the store's clock. Otherwise it conflicts, so that a delayed deletion is checked again."""
     documents_follow: Mapping[str, bytes | None] = dataclasses.field(default_factory=dict)
-    """What documents must be now to be written; None: absent. Of a name that is not in it the last write counts.
+    """The required current content of documents; None: absent. A document that is not listed here is overwritten.
 
-    One that is already as it is to be was written, maybe by this very batch, whose answer was lost.
+    A document that already has its new content counts as written: an earlier attempt of this batch may have done it.
     """
 
     def __post_init__(self) -> None:
-        """Refuse documents that no store keeps.
+        """Check the limits of documents.
 
         Raises:
-            ValueError: a name or a content is too long, or a name is empty or no text.
+            ValueError: a name or content is too long, or a name is empty or not text.
         """
         for name, content in self.documents:
             _require_document(name, content)
 
     @property
     def session_ids(self) -> list[str]:
-        """The sessions that it puts, deletes or remembers the end of; one may come more than once."""
+        """All sessions of the batch, possibly with duplicates."""
         ids = [session_id for session_id, _ in self.puts]
-        if not (self.deletes or self.forgets or self.tombstones):  # as mostly
+        if not (self.deletes or self.forgets or self.tombstones):  # the common case
             return ids
         return [*ids, *self.deletes, *self.forgets, *(stone.session_id for stone in self.tombstones)]
 
@@ -281,26 +283,26 @@ def _require_document(name: str, content: bytes | None) -> None:
 
 
 class Outcome(enum.Enum):
-    """What became of one member of a commit."""
+    """The result of a commit for one session."""
 
     KEPT = "kept"
     CONFLICT = "conflict"
-    """Another server has changed the session since its record was read: nothing of it was kept."""
+    """Another server changed the session after its record was read: its change was not kept."""
     UNKNOWN = "unknown"
-    """The store did not answer: it may have been kept, and what is read next is the truth."""
+    """The store did not answer: the change may have been kept. The next read decides."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CommitResult:
-    """What became of a batch, by the sessions that it puts or deletes, and its documents."""
+    """The result of a commit: the sessions and documents that were not certainly kept."""
 
     conflicts: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
     stale: frozenset[str] = frozenset()
-    """Documents that were not as `Batch.documents_follow` said, and were not written."""
+    """Documents that were not written, because they did not match `Batch.documents_follow`."""
 
     def of(self, session_id: str) -> Outcome:
-        """What became of a session's change."""
+        """Return the outcome for one session."""
         if session_id in self.conflicts:
             return Outcome.CONFLICT
         return Outcome.UNKNOWN if session_id in self.unknown else Outcome.KEPT
@@ -310,18 +312,18 @@ ALL_KEPT = CommitResult()
 
 
 Answer: TypeAlias = "CommitResult | ServerError"
-"""What became of each session of a batch, or why nothing of it was kept."""
+"""The result for each session of a batch, or why nothing was kept."""
 OnAnswer: TypeAlias = "Callable[[Answer], None]"
 
 
 def as_server_error(error: Exception) -> ServerError:
-    """Why a store did not do something, as callers may hear it; the log has what they may not."""
+    """Convert an error of a store for callers. Details that callers must not see go to the log."""
     if isinstance(error, ServerError):
         return error
     return _log.internal("the store raised", error)
 
 
-#: A write of at most so many sessions is small.
+#: Maximum of sessions in a small write.
 SMALL = 64
 
 _NOTHING = Batch()
@@ -329,21 +331,20 @@ _NOTHING = Batch()
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Write:
-    """A batch that a store is to keep."""
+    """A batch to be committed, and its answer."""
 
     build: Callable[[], Batch]
-    """Makes the batch; maybe on another thread."""
+    """Builds the batch, possibly on another thread."""
     size: int
-    """Records in it, about."""
+    """Approximate number of records in the batch."""
     done: OnAnswer
-    """Gets the answer on the event loop, if `Store.commit` did not return it. It must not raise."""
+    """Receives the answer on the event loop, unless `Store.commit` returned it. It must not raise."""
     is_change: bool = False
-    """It may be kept before what waits: it changes sessions that have been kept, and that are claimed, so nothing that
-    waits names them."""
+    """It only changes existing sessions, which are claimed. So no waiting write concerns them, and it may overtake those."""
     is_latency_sensitive: bool = False
-    """Such a change, if it is small, does not wait for larger ones either: they are of others."""
+    """If it is also a small change, it overtakes larger changes of other sessions too."""
     passes: bool = False
-    """It went to the thread for small changes."""
+    """It is on the thread for small changes."""
     is_made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None
@@ -355,11 +356,11 @@ class Write:
 
     @property
     def answer(self) -> Answer:
-        """The answer of a store that keeps all of a batch, or nothing."""
+        """The answer of a store that keeps a batch as a whole or not at all."""
         return self.error or ALL_KEPT
 
     def make(self) -> None:
-        """Build the batch, unless that was done, or note why it could not be built."""
+        """Build the batch once, or note the error."""
         if self.is_made:
             return
         self.is_made = True
@@ -369,39 +370,40 @@ class Write:
             self.error = as_server_error(error)
 
 
-#: The stamp of all that a store of one server has: nobody else can write it.
+#: The stamp of all records in a store of one server: no other server writes there.
 SOLE = 1
 
 
 def new_stamp() -> int:
-    """A number from 2 to 2**64-1 that nobody has drawn before, as far as anybody will notice.
+    """Draw a random stamp from 2 to 2**64-1.
 
-    64 random bits: that one commit is taken for another, which followed the same record, happens once in 2**64 conflicts.
+    Two commits that follow the same record have the same stamp in one of 2**64 conflicts.
     """
     return max(SOLE + 1, int.from_bytes(os.urandom(8), "little"))
 
 
 def stamped(stamp: int, count: int) -> U64:
-    """`Batch.stamps` of records that are written together."""
+    """Return `Batch.stamps` for records that are written together."""
     return np.array([stamp], np.uint64).repeat(count)
 
 
 KNOWN = StoredSession(is_known=True)
-"""Of a session whose stamp was known, in a store that says no more of it."""
+"""The result for a session whose stamp the caller already knew."""
 
 
 class Store(Protocol):
-    """Keeps encoded records and tombstones by session id, wherever that is. Lives on one event loop.
+    """Keeps encoded records and tombstones by session id, locally or remotely. Lives on one event loop.
 
-    Methods of the same name do the same and raise the same as those of `LocalStore`.
+    Methods with the same name as in `LocalStore` do the same and raise the same errors.
 
-    Each record has a stamp, a number that is drawn for the commit that writes it: see `new_stamp`. A change is kept only if the session has the stamp that it had when it was read (`Batch.follows`): revisions can
-    come twice, after a session was closed and opened again, or after the store lost its last writes. A session of the
-    batch that has its new stamp already was kept: so a batch may be sent again when its answer was lost.
+    Each record has a stamp, a number drawn for the commit that wrote it: see `new_stamp`. A change is kept only if
+    the session still has the stamp that was read (`Batch.follows`). A revision would not do: it can repeat, after a
+    session was closed and reopened, or after the store lost its last writes. A session that already has its new stamp
+    counts as kept, so a batch may be sent again if its answer was lost.
     """
 
     local: LocalStore | None
-    """The same store, if it answers in place; None if it must be waited for."""
+    """The same store for calls without `await`; None if calls must be awaited."""
 
     secret: bytes
     """See `LocalStore`."""
@@ -410,92 +412,94 @@ class Store(Protocol):
     """See `LocalStore`."""
 
     labels: Mapping[str, str]
-    """Of metrics. `store_id`: the same for all servers of the store, and for no others; `shared`: "true" or "false"."""
+    """Labels for metrics. `store_id` is the same for all servers of this store and for no others; `shared` is "true" or "false"."""
 
     first_revision: int
     """See `LocalStore`."""
 
     elsewhere: str = ""
-    """Where a version of a model may be that this server has not loaded: a few words for its callers. Empty: nowhere."""
+    """Where else a model version may be served, as a phrase for error messages; empty: nowhere."""
 
     @property
     def damage(self) -> str:
         """See `LocalStore`."""
 
     def damage_of(self, session_id: str) -> str:  # noqa: ARG002 - of stores that know more
-        """The same of a session that is not found; empty: it is none of those that are missing."""
+        """The same for one session that was not found; empty: it is not one of the missing sessions."""
         return self.damage
 
     def commit(self, write: Write) -> Answer | None:
-        """Keep a batch: of a store of one server all of it or nothing; of others each session's change or nothing of it.
+        """Commit a batch. A local store keeps it as a whole or not at all; a shared store does so for each session.
 
         Returns:
-            The answer, if it is known at once. None: `write.done` gets it later. The store has done with the buffers of
-            the batch when this returns, or owns them.
+            The answer, if it is already known. None: `write.done` receives it later. When this returns, the store no
+            longer needs the buffers of the batch, or it owns them.
         """
 
     async def end_commits(self, timeout_s: float) -> bool:
-        """Return when all commits are answered, of which none may come any more; False if that takes longer."""
+        """Wait until all commits are answered, when no new ones are made; return False if that takes longer."""
 
     def new_stamp(self) -> int:
-        """The stamp of records that are written together: `SOLE` in a store of one server, else one that is drawn."""
+        """Return the stamp for records that are written together: `SOLE` in a store of one server, else a new one."""
 
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
-        """What it has of many sessions: their records, and how those ended that have none.
+        """Fetch many sessions: their records, or their tombstones.
 
-        A store that has them at hand does not wait for anything. So it is with a record that nobody else can have changed.
+        A local store does not wait, and no store waits for a record that no other server can have changed.
 
-        A record that cannot be read is empty: decoding it says `StateCorrupt`.
+        A record that cannot be read is returned as empty bytes: decoding it raises `StateCorrupt`.
 
         Args:
-            session_ids: Of the sessions.
-            known: Stamps that the caller knows, one for each, 0 for none: a record that has it is not sent again.
+            session_ids: The ids of the sessions.
+            known: For each session the stamp that the caller knows, or 0. A record that still has this stamp is not
+            sent.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
 
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
-        """Sessions are being used, if they have these stamps: they are not idle.
+        """Mark sessions as used now, if they have these stamps.
 
         Raises:
             Unavailable: the store cannot be notified now.
         """
 
     def note_use(self, session_id: str, *, idle_s: float, limit_s: float) -> None:  # noqa: ARG002 - of stores that need it
-        """Note the last use of a session that leaves the server's table, `idle_s` seconds ago; it ends after `limit_s`.
+        """Record that a session which leaves the server's table was last used `idle_s` seconds ago, and expires after `limit_s`.
 
-        A store that learns of each use by `touch` does nothing.
+        A store that is notified of each use with `touch` ignores this.
         """
         return
 
     async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
-        """Sessions that may have been unused for longer than their limits, by the store's clock.
+        """Return a page of sessions that may have exceeded their idle limits, by the store's clock.
 
-        The caller judges each of them: a store may return sessions that are not due. A session that is due is in some page
-        of a complete pass, or soon of a later one.
+        The caller checks each session: a page may contain sessions that are not due. A session that is due appears in
+        one complete run through all pages, or soon in a later run.
 
         Args:
-            cursor: Of the page before; empty: from the beginning.
-            limits: After which time sessions end.
-            limit: How many sessions are looked at, about: the page has those of them that are unused.
+            cursor: The cursor of the previous page; empty: start at the beginning.
+            limits: The idle limits.
+            limit: Approximate number of sessions to examine; the page has the unused ones among them.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
 
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
-        """Have a task to oneself for so many seconds, by the store's clock, or for so many more.
+        """Claim a task for this many seconds, by the store's clock, or extend the claim.
 
-        It keeps several servers from doing the same work; one that was held up may do it beside another.
+        This avoids duplicate work of several servers. It is no lock: a delayed server may run a task at the same time
+        as another.
 
         Args:
-            name: Of the task.
-            whose: Who wants it: what no other says.
-            for_s: For how long.
+            name: The task.
+            whose: The claimant, unique among all servers.
+            for_s: Duration of the claim.
 
         Returns:
-            For how many seconds it has it without a break, by the store's clock; None: another has it.
+            For how many seconds the caller has held the claim without a break; None: another server holds it.
 
         Raises:
             Unavailable: the store cannot be asked now.
@@ -511,17 +515,17 @@ class Store(Protocol):
         """See `LocalStore`."""
 
     async def usage(self, tenant: str) -> Usage | None:
-        """What all sessions of a tenant take, as the store counts it. None: what its server has counted is exact.
+        """Return what all sessions of a tenant use, as the store counts it. None: the server's own count is exact.
 
         Raises:
             Unavailable: the store cannot be asked now.
         """
 
     async def uncounted(self, *, after: str = "", limit: int) -> Heads:
-        """As `heads`, of records that the server has to count at its start; a store that counts `usage` has none."""
+        """As `heads`, for records that the server must count when it starts; a store that counts `usage` has none."""
 
     def count_now(self, model: str) -> int | None:  # noqa: ARG002 - of stores that answer at once
-        """As `count_of`, if the store can answer at once; None: it cannot.
+        """As `count_of`, if the store can answer without waiting; None: it cannot.
 
         Raises:
             Unavailable: the store cannot be read now.
@@ -529,10 +533,10 @@ class Store(Protocol):
         return None
 
     async def documents(self, prefix: str = "") -> dict[str, bytes]:
-        """See `LocalStore`. Nothing is missing that was kept before this was called."""
+        """See `LocalStore`. Includes everything that was committed before this call."""
 
     async def documents_changed(self) -> None:
-        """Return when another server may have written a document since the last call, at most a few seconds after it did.
+        """Wait until another server may have written a document since the last call; this takes at most a few seconds.
 
         It may return without a change. In a store of one server it never returns.
         """
@@ -555,46 +559,46 @@ class LocalStore(Protocol):
     """
 
     for_one_thread: bool
-    """It is fast, and every method is called from the event loop."""
+    """It is fast, and all its methods are called on the event loop."""
 
     waits_for_disk: bool
-    """A commit returns when the disk has it."""
+    """`commit` returns after the data is on disk."""
 
     secret: bytes
-    """Drawn when the store was made: session ids that are made with it cannot be guessed."""
+    """Random bytes, drawn when the store was created, which make generated session ids unguessable."""
 
     incarnation: str
-    """Eight hex digits that were drawn when the store was made, the same as long as it lives."""
+    """Eight random hex digits, drawn when the store was created. They never change."""
 
     first_revision: int
-    """With which revision sessions begin. Above 0 in a store that was restored: higher than any that clients were told."""
+    """Initial revision of sessions. In a restored store it is higher than any revision that clients have seen; otherwise 0."""
 
     @property
     def damage(self) -> str:
-        """What is known of sessions that are missing although nobody ended them; empty: nothing.
+        """What is known about sessions that are missing although nobody ended them; empty: none are known.
 
-        Where there is something, a session that is not found may be one of them.
+        Otherwise a session that is not found may be one of them.
         """
 
     def commit(self, batch: Batch) -> None:
-        """Keep all of a batch, as durably as the store was told to, or nothing of it.
+        """Keep a whole batch, with the configured durability, or nothing of it.
 
         Raises:
-            Unavailable: it could not be kept. Nothing of it is there, except when the disk broke in the
-                very last write: what `get` finds afterwards is the truth.
+            Unavailable: it could not be kept. Nothing of it was written, unless the disk failed in the very last write.
+                Then `get` shows which.
         """
 
     has_log: bool = False
     """`append` is worth trying."""
 
     def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:  # noqa: ARG002
-        """Keep changes of sessions that are there, as durably as `commit`, beside a commit that is under way.
+        """Keep changes of existing sessions, as durably as `commit`, while a commit may be running.
 
         Args:
-            puts: A few. What is being committed names none of their sessions.
+            puts: A few changes. The running commit concerns none of their sessions.
 
         Returns:
-            Whether they were kept, all of them. If not, none was, and `commit` can, or says why not.
+            Whether all were kept. If not, none was: `commit` keeps them, or raises the reason.
         """
         return False
 
@@ -603,79 +607,79 @@ class LocalStore(Protocol):
         """`checkpoint` has something to do."""
 
     behind: int = 0
-    """Records that should be checkpointed now, to keep up with what is committed."""
+    """Number of records to checkpoint now, to keep up with commits."""
 
     def checkpoint(self, *, briefly: bool = False) -> None:
-        """Do a part of the work that can wait until callers were told of a commit. It does not raise.
+        """Do a part of the work that can wait until after a commit was answered. It does not raise.
 
         Args:
-            briefly: A small part: somebody may be waiting.
+            briefly: Only a small part, because callers may be waiting.
         """
 
     def get(self, session_id: str) -> RecordBytes | None:
         """The record of a session, or None.
 
         Raises:
-            StateCorrupt: it is there and cannot be read.
+            StateCorrupt: it exists and cannot be read.
             Unavailable: the store cannot be read now.
         """
 
     def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
-        """The records of many sessions, None where there is none.
+        """Return the records of many sessions; None: there is none.
 
-        Where a record is there and cannot be read it is empty: decoding it says `StateCorrupt`.
+        A record that cannot be read is returned as empty bytes: decoding it raises `StateCorrupt`.
 
         Raises:
             Unavailable: the store cannot be read now.
         """
 
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
-        """What records say of sessions, in the order of their ids, as columns. No record is checked.
+        """Return the headers of records as columns, in the order of session ids. Records are not checked.
 
-        Ids of more than 511 bytes that begin with the same 478 bytes come in an order of their own.
+        Ids of more than 511 bytes that share their first 478 bytes have no defined order among themselves.
 
         Args:
-            after: begin behind this id, whether it is there or not.
-            prefix: of the ids that are wanted; of one of more than 478 bytes only so many need be compared.
-            limit: how many at most.
+            after: Start after this id, whether or not it exists.
+            prefix: Only ids with this prefix; a store may ignore what follows its first 478 bytes.
+            limit: Maximum number of records.
         """
 
     def count(self) -> int:
-        """How many sessions there are."""
+        """Return the number of sessions."""
 
     def count_of(self, model: str) -> int:
-        """How many sessions a model has, or whatever else has this name, by the counts of all batches."""
+        """Return the count of this name, usually the sessions of a model, as the sum of the counts of all batches."""
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """What is remembered of many sessions that are gone."""
+        """Return the tombstones of many sessions; None: there is none."""
 
     def documents(self, prefix: str = "") -> dict[str, bytes]:
-        """All documents whose name begins with `prefix`, in the order of their names.
+        """Return all documents whose name begins with `prefix`, in the order of their names.
 
         Raises:
-            DocumentsCorrupt: one of them is not as it was written, or some document is missing.
+            DocumentsCorrupt: one of them is corrupt, or some document is missing.
             Unavailable: the store cannot be read now.
         """
 
     def announce(self, listen: str) -> None:
-        """Let people who find the store know at which address its server listens."""
+        """Publish the address on which the store's server listens, for people who inspect the store."""
 
     def check(self) -> StoreHealth:
-        """Look after it, every few seconds, from any thread: mend what can be mended.
+        """Check the store and repair what can be repaired. Called every few seconds, from any thread.
 
         Raises:
-            StoreGone: it cannot be mended. All changes are refused from now on.
+            StoreGone: it cannot be repaired. All changes are refused from now on.
         """
 
     def close(self) -> None:
-        """See to it that all that was committed survives a loss of power, and end. May be called again."""
+        """Make everything committed survive a loss of power, and close. May be called again."""
 
 
 class WriteObserver(Protocol):
-    """Receives the durations of successful writes of a store on disk, in seconds. One call of each method at a time."""
+    """Receives the durations of successful writes to disk, in seconds. Calls of one method never overlap."""
 
     def log_written(self, seconds: float, records: int) -> None:
-        """Records were written to the log, in one write: until the disk has it, if it is waited for."""
+        """One write to the log took this long, including the wait for the disk, if any."""
 
     def data_written(self, seconds: float) -> None:
-        """The same of a transaction of LMDB."""
+        """An LMDB transaction took this long."""

@@ -27,7 +27,7 @@ from stepwell_server.store.record import Header, RecordBytes, header_or_none
 
 
 def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, int]]:
-    """`Batch.tenant_counts` where, for each id and model, `by` sessions of its tenant begin, or end if it is negative."""
+    """Return `Batch.tenant_counts` after `by` sessions of each id and model begin, or end if `by` is negative."""
     counts: dict[str, int] = {}
     for session_id, model in sessions:
         for whose in ("", tenant_of(session_id)) if SEPARATOR in session_id else ():
@@ -37,13 +37,13 @@ def of_tenants(sessions: Iterable[tuple[str, str]], by: int) -> list[tuple[str, 
 
 
 def usage_of(header: Header) -> Usage:
-    """What a session takes, by the header of its record."""
+    """Return what a session uses, by the header of its record."""
     extra_bytes = header.state_bytes + counted_bytes(header.fields)
     return Usage(1, header.batch_size, SESSION_BYTES + extra_bytes)
 
 
 def usage_of_record(session_id: str, stored: RecordBytes) -> tuple[int, Usage]:
-    """The revision that a record says, and what the session takes; 0 and what was counted of it if it is damaged."""
+    """Return a record's revision and what the session uses; of a corrupt record 0, and what was counted for it."""
     header = header_or_none(session_id, stored)
     if header is None:
         return 0, heads_of([session_id.encode()], [stored]).usage(0)
@@ -51,7 +51,7 @@ def usage_of_record(session_id: str, stored: RecordBytes) -> tuple[int, Usage]:
 
 
 def of_usage(sessions: Iterable[tuple[str, Usage]]) -> list[tuple[str, int]]:
-    """By how much counts of rows and bytes change with what sessions take more, or less, each with its id."""
+    """Return the changes of the row and byte counts, given each session's change in usage."""
     counts: Counter[str] = Counter()
     for session_id, usage in sessions:
         tenant = tenant_of(session_id)
@@ -61,21 +61,21 @@ def of_usage(sessions: Iterable[tuple[str, Usage]]) -> list[tuple[str, int]]:
 
 
 def rows_of(tenant: str) -> str:
-    """The name by which a store that others use counts the rows of a tenant's sessions; empty: of those of none."""
+    """Return the name under which a shared store counts the rows of a tenant's sessions; empty: of sessions without one."""
     return f"{SEPARATOR}{SEPARATOR}{tenant}"
 
 
 def bytes_of(tenant: str) -> str:
-    """As `rows_of`, of their bytes."""
+    """As `rows_of`, for bytes."""
     return f"{SEPARATOR}{rows_of(tenant)}"
 
 
 async def count(
     store: Store, tenant: str | None, model: str, everybody: Callable[[], Awaitable[int]] | None = None
 ) -> int:
-    """How many sessions a tenant has (empty: those of none; None: everybody's), of a model (empty: of all).
+    """Count the sessions of a tenant (empty: without a tenant; None: all) and a model (empty: all).
 
-    `everybody` counts all sessions; by default those that have a record.
+    `everybody` counts all sessions; the default counts those with a record.
     """
     if tenant:
         return await store.count_of(f"{tenant}{SEPARATOR}{model}")
@@ -86,7 +86,7 @@ async def count(
 
 
 async def usage_of_tenant(store: Store, tenant: str) -> Usage:
-    """What all sessions of a tenant take in a store that counts rows and bytes."""
+    """Return what all sessions of a tenant use, in a store that counts rows and bytes."""
     sessions, rows, byte_count = await asyncio.gather(
         count(store, tenant, ""), store.count_of(rows_of(tenant)), store.count_of(bytes_of(tenant))
     )

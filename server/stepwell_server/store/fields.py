@@ -1,12 +1,10 @@
-"""The extension fields of a record: what later servers say of a session beside the columns of the header.
+"""The extension fields of a record: facts that the columns of its header do not have.
 
-Each has a tag of two bytes, a length of two bytes and its value; one stands after the other. A field that is not known
-here goes along when the session is written again. One whose tag has the bit `CRITICAL` must be known: a record that has
-others is refused.
+Each field has a tag of two bytes, a length of two bytes, and a value. Unknown fields are preserved when the session is
+written again. A tag with the bit `CRITICAL` must be known: a record with an unknown critical field is refused.
 
-Tags are never used twice. 4 is the version of the model and the epoch in which that was so, 6 who has made the session,
-7 the closes that ended earlier sessions of its id; 0x8005 says that rows and extra are encrypted, and how (`encryption.sealer`). 1 to
-3 are not used any more.
+Tags are never reused: 4 is the model's version and its epoch, 6 the caller that created the session, 7 the closes that
+ended earlier sessions of the id, and 0x8005 the encryption of rows and extra (`encryption.sealer`). 1 to 3 are retired.
 """
 
 from __future__ import annotations
@@ -17,30 +15,31 @@ from collections.abc import Mapping
 import numpy as np
 
 CRITICAL = 0x8000
-"""A bit of a field's tag: who does not know the field must not use the record."""
+"""A bit of a tag: a server that does not know the field must not use the record."""
 VERSION = 4
 """Tag of the version of its model that the session was on: `engine.state.fields.Mark`."""
 SEAL = 0x8005
-"""Tag of what says how rows and extra are encrypted. It is the first field; the value ends with the key's id."""
+"""Tag of the encryption of rows and extra. It is always the first field; its value ends with the id of the key."""
 KEY_ID_AT = 40
-"""Where in that value the id begins."""
+"""Offset of the id in that value."""
 OWNER = 6
-"""Tag of who has made the session, where that caller has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
+"""Tag of the caller that created the session, if it has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
 CLOSES = 7
-"""Tag of the request ids of the calls that closed earlier sessions of the id: `store.base.pack_closes`."""
+"""Tag of the request ids of calls that closed earlier sessions of this id: `store.base.pack_closes`."""
 KNOWN_TAGS: frozenset[int] = frozenset({VERSION, OWNER, CLOSES, SEAL})
-"""Tags of the fields that this server knows."""
+"""Tags that this server knows."""
 NOT_COUNTED = frozenset({VERSION, CLOSES, SEAL})
-"""Tags of the fields that do not count for quotas: see `counted_bytes`."""
+"""Tags that do not count for quotas: see `counted_bytes`."""
 FIELD = np.dtype([("tag", "<u2"), ("length", "<u2")])
 FIELD_HEAD = struct.Struct("<HH")
-"""The same, for one."""
+"""The same, for a single field."""
 
 
 def counted_bytes(fields: bytes) -> int:
-    """How many bytes of extension fields count for quotas: all but those of version, closes and encryption.
+    """Return how many bytes of extension fields count for quotas: all except version, closes and encryption.
 
-    Those change with moves, keys and earlier sessions of the id, and nobody can make them large. Fields that make no sense count whole.
+    Those change with moves, keys and earlier sessions of the id, and callers cannot make them large. Unreadable
+    fields count in full.
     """
     try:
         found = unpack_fields(fields)
@@ -50,10 +49,10 @@ def counted_bytes(fields: bytes) -> int:
 
 
 def pack_fields(fields: Mapping[int, bytes]) -> bytes:
-    """Extension fields by tag as a record has them, in the order of their tags.
+    """Encode extension fields in the order of their tags.
 
     Raises:
-        ValueError: a tag or a value does not fit into two bytes, or two bytes of length.
+        ValueError: a tag or a length does not fit into two bytes.
     """
     try:
         return b"".join([FIELD_HEAD.pack(tag, len(value)) + value for tag, value in sorted(fields.items())])
@@ -62,10 +61,10 @@ def pack_fields(fields: Mapping[int, bytes]) -> bytes:
 
 
 def unpack_fields(fields: bytes | bytearray | memoryview) -> dict[int, bytes]:
-    """What `pack_fields` was given.
+    """Decode the result of `pack_fields`.
 
     Raises:
-        ValueError: it was not made so.
+        ValueError: the bytes are malformed.
     """
     view, found, at = memoryview(fields), dict[int, bytes](), 0
     while at < len(view):

@@ -1,4 +1,4 @@
-"""What many records say beside the state, as columns: for whoever looks through all sessions of a store."""
+"""Headers of many records as columns, for scans of all sessions of a store."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ _HEAD_BYTES = np.arange(HEADER.itemsize)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Heads:
-    """Some records, in the order of their ids. Nothing of them is checked: of one that is damaged it may be nonsense."""
+    """Headers of records, in the order of their ids. Nothing is checked: values of a corrupt record may be nonsense."""
 
     keys: list[bytes]
     """The ids, as UTF-8."""
     heads: npt.NDArray[np.void]
-    """`(n,)` of dtype `record.HEADER`. Times that cannot be, as `record` has it, are 0: lists are sorted by them."""
+    """`(n,)` of dtype `record.HEADER`. Impossible times, by the rules of `record`, are 0, because lists are sorted by them."""
     models: list[str]
-    """Names of models, each once."""
+    """The distinct names of models."""
     model: npt.NDArray[np.intp]
-    """Of each record, the index of its model's name, `(n,)`."""
+    """`(n,)`: for each record the index of its model's name."""
     byte_counts: npt.NDArray[np.int64]
-    """What counts for quotas of bytes of each record, `(n,)`: see `counts`. Not more than the record has, if it is here."""
+    """`(n,)`: the bytes of each record that count for quotas, see `counts`; at most its size, if it is complete."""
     fields: dict[int, bytes]
-    """Extension fields beside the one of encryption, as they are stored, by place; few have any."""
+    """Encoded extension fields without that of encryption, by index; few records have any."""
 
     def usage(self, place: int) -> Usage:
-        """What a session takes."""
+        """Return what a session uses."""
         return Usage(1, int(self.heads["batch_size"][place]), int(self.byte_counts[place]))
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """The number of records."""
         return len(self.keys)
 
 
 def heads_of(keys: list[bytes], records: Sequence[RecordBytes], *, is_whole: bool = True) -> Heads:
-    """The columns of records: a few array operations, as there may be a million of them.
+    """Return the headers of records as columns, with few array operations: there may be a million of them.
 
-    `is_whole`: they come with their rows and arrays.
+    `is_whole`: the records include their rows and arrays.
     """
     records = [record if len(record) >= HEADER.itemsize else _EMPTY for record in records]
     sizes = np.fromiter(map(len, records), np.int64, len(records))
     together = np.frombuffer(b"".join(records), np.uint8)
     starts = np.cumsum(sizes) - sizes
-    if len(sizes) and (sizes == sizes[0]).all():  # as mostly: several times as fast
+    if len(sizes) and (sizes == sizes[0]).all():  # the common case, several times as fast
         heads = together.reshape(len(sizes), -1)[:, : HEADER.itemsize].copy().view(HEADER)[:, 0]
     else:
         heads = together[starts[:, None] + _HEAD_BYTES].view(HEADER)[:, 0]
@@ -77,7 +77,7 @@ def heads_of(keys: list[bytes], records: Sequence[RecordBytes], *, is_whole: boo
 
 
 def _seal_bytes(together: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How long the fields at some places are if they are those of encryption, else 0."""
+    """Return the length of the field at each place if it is that of encryption, else 0."""
     at = np.clip(places, 0, len(together) - FIELD.itemsize)
     found = together[at[:, None] + np.arange(FIELD.itemsize)].view(FIELD)[:, 0]
     return np.where(found["tag"] == SEAL, FIELD.itemsize + found["length"].astype(np.int64), 0)
@@ -86,7 +86,7 @@ def _seal_bytes(together: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) 
 def _names(
     together: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
 ) -> tuple[list[str], npt.NDArray[np.intp]]:
-    """The texts between places, each once, and which of them each is. Mostly they are few."""
+    """Return the distinct texts between these offsets, usually few, and the index of each."""
     names: list[str] = []
     model = np.full(len(starts), -1, np.intp)
     while len(left := np.flatnonzero(model < 0)):

@@ -1,4 +1,4 @@
-"""The store that lives and dies with the process."""
+"""A store in memory: it ends with the process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MemoryStore(LocalStore):
 
     @override
     def checkpoint(self, *, briefly: bool = False) -> None:
-        """There is nothing to do."""
+        """Nothing to do."""
 
     @override
     def get(self, session_id: str) -> bytes | None:
@@ -86,11 +86,11 @@ class MemoryStore(LocalStore):
 
     @override
     def announce(self, listen: str) -> None:
-        """Nobody finds it."""
+        """Nobody can inspect this store."""
 
     @override
     def check(self) -> StoreHealth:
-        """Nothing can happen to it."""
+        """Memory does not fail."""
         return StoreHealth()
 
     @override

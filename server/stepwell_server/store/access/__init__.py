@@ -1,1 +1,1 @@
-"""The ways into a store and out of it: in place, by threads that write to a disk, several at once over a network."""
+"""Reads and writes of stores: in place, on threads that write to a disk, or concurrently over a network."""

@@ -1,4 +1,4 @@
-"""What is done with several batches that get into a store together."""
+"""Merging batches, so that a store commits several of them together."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from stepwell_server.store.base import NO_LIMITS, Batch, Write, as_server_error
 from stepwell_server.store.record import F64, JoinedPuts, RecordBytes
 
-#: Records in one transaction at most, unless a single batch has more.
+#: The maximum of records in one transaction, unless a single batch has more.
 MAX_RECORDS = 8192
 
 
 def fail(writes: Sequence[Write], error: Exception) -> None:
-    """Give writes an error that they share."""
+    """Set the same error on all these writes."""
     why = as_server_error(error)
     for write in writes:
         write.error = why
 
 
 def keep(writes: Sequence[Write], commit: Callable[[Batch], None]) -> None:
-    """Build and commit, in as few transactions as the order allows; each write gets its error."""
+    """Build the batches and commit them in as few transactions as their order allows; each write gets its own error."""
     for write in writes:
         write.make()
     groups = deque(groups_of([write for write in writes if write.error is None]))
@@ -33,12 +33,12 @@ def keep(writes: Sequence[Write], commit: Callable[[Batch], None]) -> None:
         except Exception as error:
             if len(group) == 1:
                 group[0].error = as_server_error(error)
-            else:  # one by one: on a full disk the end of a session may be kept, its beginning not
+            else:  # one by one: a full disk may have room for the end of a session, but not for a new one
                 groups.extendleft([write] for write in reversed(group))
 
 
 def groups_of(writes: Iterable[Write]) -> list[list[Write]]:
-    """Neighbours that may share a transaction: one that names what another deletes comes after it."""
+    """Group neighbours that may share a transaction. A batch that names a session deleted by another comes later."""
     groups: list[list[Write]] = []
     gone: set[str] = set()
     for write in writes:
@@ -54,7 +54,7 @@ def groups_of(writes: Iterable[Write]) -> list[list[Write]]:
 
 
 def merged(batches: Sequence[Batch]) -> Batch:
-    """One batch that does what these do one after the other; `groups_of` says which may be merged."""
+    """Return one batch with the effect of these batches in order. `groups_of` decides which may be merged."""
     if len(batches) == 1:
         return batches[0]
     return Batch(
@@ -78,7 +78,7 @@ def merged(batches: Sequence[Batch]) -> Batch:
 
 
 def _limits(limits: Sequence[F64], batches: Sequence[Batch], none: float) -> F64:
-    """Limits of the deletions of all batches; those of a batch without limits are `none`."""
+    """Return the limits of all deletions; a batch without limits contributes `none` for each of its deletions."""
     if not any(map(len, limits)):
         return NO_LIMITS
     return np.concatenate(

@@ -1,7 +1,7 @@
-"""Writes to a store of one server: in place, or on threads of its own.
+"""Writes to a store of one server: on the event loop, or on two threads.
 
-What begins or ends sessions, and what is large, is done by one thread in the order in which it came. Small changes pass it
-where the store has a log for them: here, or on a second thread if the log waits for the disk.
+The first thread handles writes that begin or end sessions, and large writes, in order of arrival. Small changes
+overtake them if the store has a log: on the event loop, or on the second thread if the log waits for the disk.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from stepwell_server.store.access.batches import fail, keep, merged
 from stepwell_server.store.access.thread import StoreThread
 from stepwell_server.store.base import SMALL, Answer, LocalStore, Write
 
-#: A write expected to take less is made on the event loop: a thread costs more, in waiting for Python's lock.
+#: A write that is expected to take less time runs on the event loop. A thread costs more, because it waits for the GIL.
 COMMIT_IN_PLACE_S = 1e-3
-#: Small writes pass the changes of others, where those are of more sessions than this together. Up to so many records are
-#: made on the event loop, although the store's thread writes them: while that thread makes them it takes Python's lock from
-#: the loop, again and again. More of them would hold up the loop for too long; while small writes pass, more than small ones.
+#: Small writes overtake other changes if those concern more sessions than this in total. For a write of up to this many
+#: records the event loop builds the batch, even if a thread writes it: on the thread, building competes with the event
+#: loop for the GIL. A larger batch would block the loop for too long. While small writes overtake, the limit is
+#: `SMALL`.
 MANY = 256
-#: So many records may be due to be checkpointed; then it is a thread that commits more, and checkpoints them.
+#: The event loop commits large writes only while at most this many records wait for a checkpoint. Beyond that, a thread
+#: commits and checkpoints.
 MAX_BEHIND = 4096
 
 
 class LocalWrites:
-    """Writes to a store that answers in place. Lives on the event loop."""
+    """Sends writes to a local store. Lives on the event loop."""
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store
         self._cost = Cost()
-        """Of a write by its records."""
+        """Estimates the time of a write from its number of records."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handed_over = 0
-        """Writes that the threads have."""
+        """Number of writes that are on the threads."""
         self._others = 0
-        """Of those that the first thread has: what is no mere change of sessions."""
+        """Number of writes on the first thread that do more than change sessions."""
         self._changes = 0
-        """And how many sessions the changes are of."""
+        """Number of sessions in the other writes on the first thread."""
         self._will_checkpoint = False
         self._main = StoreThread("stepwell-store", self._commit)
         self._small = StoreThread("stepwell-store-log", self._append)
@@ -54,14 +56,14 @@ class LocalWrites:
         return None
 
     def close(self, timeout_s: float) -> bool:
-        """End; False if the store did not come back from a commit in time. For any thread."""
+        """Stop the threads; return False if a commit did not finish in time. For any thread."""
         until = time.monotonic() + timeout_s
-        # the first one may have left something to the second
+        # the second thread ends first: it may hand writes back to the first
         have_ended = [t.close(max(0.0, until - time.monotonic())) for t in (self._small, self._main)]
         return all(have_ended)
 
     def _is_short(self, size: int) -> bool:
-        """Whether to commit so many records at once costs less than to hand them over."""
+        """Whether committing this many records on the event loop costs less than handing them to a thread."""
         store = self._store
         if store.for_one_thread:
             return True
@@ -78,7 +80,7 @@ class LocalWrites:
             self._checkpoint_soon()
 
     def _append_here(self, write: Write) -> bool:
-        """Whether something small was done at once, although others wait."""
+        """Append a small write to the log now, although others wait; return whether it was done."""
         if not (write.is_change and self._store.has_log and self._is_short(write.size)):
             return False
         write.make()
@@ -103,12 +105,12 @@ class LocalWrites:
         self._main.put(write)
 
     def _passes(self, write: Write) -> bool:
-        """Whether something small is better off with the second thread: else what waits is best written together."""
+        """Whether a small write goes to the second thread. Otherwise it is cheaper to write it together with the others."""
         store = self._store
         is_small = write.is_change and write.is_small and write.error is None
         if not (is_small and store.has_log and store.waits_for_disk):
             return False
-        # the first thread may be busy with a checkpoint as long as one is due
+        # while a checkpoint is due, the first thread may be busy with it
         return (
             self._others > 0
             or (write.is_latency_sensitive and self._changes > MANY)
@@ -122,15 +124,15 @@ class LocalWrites:
             self._others += by
 
     def _append(self, writes: Sequence[Write]) -> bool:
-        """Small changes, on their thread; False if nobody is left to be told."""
+        """Append small changes, on the second thread; return False if the event loop is closed."""
         if not self._try_append(writes):
             for write in writes:
                 self._main.put(write)
             return True
-        goes_on = self._report(writes)
+        is_open = self._report(writes)
         if self._store.needs_checkpoint:
             self._main.wake()
-        return goes_on
+        return is_open
 
     def _try_append(self, writes: Sequence[Write]) -> bool:
         try:
@@ -140,7 +142,7 @@ class LocalWrites:
             return True
 
     def _commit(self, writes: Sequence[Write]) -> bool:
-        """All else. Nothing at all is a wake-up: there is something to checkpoint."""
+        """Commit writes, on the first thread. An empty list means that a checkpoint is due."""
         size = sum(write.size for write in writes)
         started = time.perf_counter()
         keep(writes, self._store.commit)
@@ -148,23 +150,23 @@ class LocalWrites:
         if not waits_for_disk:
             if size:
                 self._cost.learn(size, time.perf_counter() - started)
-            # before anything is told: then the event loop may use the store
+            # before the writes are reported: after that, the event loop may use the store
             self._store.checkpoint()
-        goes_on = self._report(writes)
-        if waits_for_disk and goes_on:  # small changes pass it
+        is_open = self._report(writes)
+        if waits_for_disk and is_open:  # small changes overtake it
             self._store.checkpoint()
-        return goes_on
+        return is_open
 
     def _report(self, writes: Sequence[Write]) -> bool:
-        assert self._loop is not None, "something was handed over"
+        assert self._loop is not None, "a write was handed over"
         try:
             if writes:
-                self._loop.call_soon_threadsafe(self._tell, writes)
+                self._loop.call_soon_threadsafe(self._finish, writes)
         except RuntimeError:  # the event loop was closed
             return False
         return True
 
-    def _tell(self, writes: Sequence[Write]) -> None:
+    def _finish(self, writes: Sequence[Write]) -> None:
         for write in writes:
             if not write.passes:
                 self._count(write, -1)

@@ -1,4 +1,4 @@
-"""Reads of a store over a network: many sessions at once, few reads at the same time."""
+"""Reads from a store over a network: many sessions per read, few reads at the same time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from collections.abc import Awaitable, Callable, Sequence
 from stepwell_server.alarm import Alarm
 from stepwell_server.store.base import StoredSession, as_server_error
 
-#: Sessions in one read.
+#: Maximum of sessions in one read.
 MAX_READ_SIZE = 1024
-#: Reads at the same time.
+#: Maximum of reads at the same time.
 MAX_CONCURRENT_READS = 4
 
 _Asked = tuple[Sequence[str], Sequence[int], "asyncio.Future[list[StoredSession]]"]
 
 
 class RemoteReads:
-    """Reads records, and the tombstones of sessions that have none. Lives on the event loop.
+    """Reads records and, for sessions that have none, tombstones. Lives on the event loop.
 
-    What is asked for in one turn of the event loop, or while as many reads are under way as may be, is read together.
+    Requests are combined into one read if they arrive in the same iteration of the event loop, or while the maximum
+    of reads is running.
     """
 
     def __init__(
         self, read: Callable[[Sequence[str], Sequence[int]], Awaitable[list[StoredSession]]]
     ) -> None:
-        """`read` asks the store; arguments and result are those of `Store.fetch`."""
+        """`read` queries the store, with the arguments and result of `Store.fetch`."""
         self._ask_store = read
         self._loop = asyncio.get_running_loop()
         self._wanted: deque[_Asked] = deque()
@@ -34,7 +35,7 @@ class RemoteReads:
         self._work = Alarm(self._start)
 
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
-        """What the store has of sessions, as of a moment after this was called: see `Store.fetch`.
+        """Fetch sessions, in the state of some moment after this call: see `Store.fetch`.
 
         Raises:
             Unavailable: the store cannot be read now.
@@ -69,7 +70,7 @@ class RemoteReads:
         return taken
 
     async def _read(self, asked: Sequence[_Asked]) -> None:
-        asked = [each for each in asked if not each[2].done()]  # who asked for the others was cancelled
+        asked = [each for each in asked if not each[2].done()]  # the callers of the others were cancelled
         if not asked:
             return
         try:
@@ -85,6 +86,6 @@ class RemoteReads:
             return
         at = 0
         for ids, _, answer in asked:
-            if not answer.done():  # else whoever asked was cancelled
+            if not answer.done():  # otherwise its caller was cancelled
                 answer.set_result(found[at : at + len(ids)])
             at += len(ids)

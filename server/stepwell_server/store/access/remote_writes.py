@@ -1,4 +1,4 @@
-"""Writes to a store over a network: a few at the same time, never two that name the same session or document."""
+"""Writes to a store over a network: a few at the same time, never two for the same session or document."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from stepwell_server.alarm import Alarm
 from stepwell_server.store.access.batches import MAX_RECORDS, fail, merged
 from stepwell_server.store.base import Answer, Batch, CommitResult, Write
 
-#: Commits at the same time.
+#: Maximum of commits at the same time.
 MAX_CONCURRENT_COMMITS = 8
 
-_Named = set[str | tuple[str]]
-"""Sessions and, each as a tuple, documents."""
+_Names = set[str | tuple[str]]
+"""Ids of sessions, and names of documents, each as a tuple."""
 
 
 class RemoteWrites:
-    """Commits at once if none is under way, else with what comes in the same turn of the event loop. Lives there."""
+    """Commits now if no commit is running, else together with other writes of the same event loop iteration. Lives there."""
 
     def __init__(self, apply: Callable[[Batch], Awaitable[CommitResult]]) -> None:
-        """`apply` has a batch kept; what it returns must be awaited, and it may be at work before that."""
+        """`apply` commits a batch and returns an awaitable; it may start before that is awaited."""
         self._apply = apply
         self._queue: list[Write] = []
-        self._busy: _Named = set()
-        """What a commit which is under way names."""
+        self._busy: _Names = set()
+        """Sessions and documents of running commits."""
         self._under_way: set[asyncio.Future[CommitResult]] = set()
         self._work = Alarm(self._start)
 
@@ -53,15 +53,15 @@ class RemoteWrites:
                 return
             self._commit(writes, names)
 
-    def _take(self) -> tuple[list[Write], _Named]:
-        """What may be committed together now, in the order of all that it names; and all it names."""
+    def _take(self) -> tuple[list[Write], _Names]:
+        """Take the writes that may be committed together now, in the order of each name; return them and their names."""
         taken: list[Write] = []
-        named: _Named = set()
+        named: _Names = set()
         left: list[Write] = []
         blocked = set(self._busy)
         size = 0
         for write in self._queue:
-            names = _named(write.batch)
+            names = _names_of(write.batch)
             if size >= MAX_RECORDS or not blocked.isdisjoint(names):
                 left.append(write)
             else:
@@ -72,12 +72,12 @@ class RemoteWrites:
         self._queue = left
         return taken, named
 
-    def _commit(self, writes: Sequence[Write], names: _Named) -> None:
+    def _commit(self, writes: Sequence[Write], names: _Names) -> None:
         try:
             committing = self._apply(merged([write.batch for write in writes]))
         except Exception as error:
             fail(writes, error)
-            _tell_soon(writes)
+            _finish_soon(writes)
             return
         under_way = (
             committing if isinstance(committing, asyncio.Future) else asyncio.ensure_future(committing)
@@ -103,12 +103,12 @@ class RemoteWrites:
         under_way.add_done_callback(ended)
 
 
-def _tell_soon(writes: Sequence[Write]) -> None:
-    """Not at once: what failed may be the write that is being handed over."""
+def _finish_soon(writes: Sequence[Write]) -> None:
+    """Report writes later: the one that failed may be the one that is just being handed over."""
     loop = asyncio.get_running_loop()
     for write in writes:
         loop.call_soon(write.done, write.answer)
 
 
-def _named(batch: Batch) -> _Named:
+def _names_of(batch: Batch) -> _Names:
     return {*batch.session_ids, *((name,) for name, _ in batch.documents)}

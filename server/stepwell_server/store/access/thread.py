@@ -1,4 +1,4 @@
-"""A thread that has a store to itself, and what waits for it."""
+"""A thread with a queue of writes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from stepwell_server.store.base import Write
 
 
 class _Signal(enum.Enum):
-    """What a thread finds in its queue beside writes."""
+    """Entries of the queue that are not writes."""
 
     WAKE = enum.auto()
     END = enum.auto()
 
 
 class StoreThread:
-    """A thread, once there is something for it, and what waits for it."""
+    """A thread and its queue. It starts with the first entry."""
 
     def __init__(self, name: str, work: Callable[[Sequence[Write]], bool]) -> None:
-        """`work` is called on the thread with the writes that are done together; it returns False to end the thread."""
+        """`work` runs on the thread, with the writes to process together; it returns False to end the thread."""
         self._name = name
         self._work = work
         self._queue: queue.SimpleQueue[Write | _Signal] = queue.SimpleQueue()
@@ -35,14 +35,14 @@ class StoreThread:
         self._start()
 
     def wake(self) -> None:
-        """Call `work` soon, maybe with nothing."""
+        """Call `work` soon, possibly without writes."""
         if not self._is_woken:
             self._is_woken = True
             self._queue.put(_Signal.WAKE)
             self._start()
 
     def close(self, timeout_s: float) -> bool:
-        """End when all is done that was put before; False if that takes longer."""
+        """End after all writes put so far; return False if that takes longer than `timeout_s`."""
         self._queue.put(_Signal.END)
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -50,7 +50,7 @@ class StoreThread:
 
     def _start(self) -> None:
         if self._thread is None:
-            # a daemon: a store that never comes back must not keep the process from ending
+            # a daemon: a store that hangs must not keep the process from ending
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 
@@ -62,7 +62,7 @@ class StoreThread:
                 return
 
     def _take(self) -> tuple[list[Write], bool]:
-        """The writes that are done next, together, and whether this is the end."""
+        """Return the next writes to process together, and whether the thread ends after them."""
         writes: list[Write] = []
         size = 0
         while True:

@@ -1,6 +1,6 @@
-"""Sessions on a local disk: all of them in LMDB, and in front of it a write-ahead log of what happened to them last.
+"""Sessions on a local disk: all of them in LMDB, with a write-ahead log of their latest changes in front of it.
 
-`store` is what the server uses; it puts the write-ahead log (`wal`) before `lmdb` (with `keys`).
-`lock` is the use of the folder by one server, `files` says whether the files are still in their places, and `reserve` is
-room for ending sessions on a full disk. Only `lmdb` imports LMDB; nothing in here knows the engine.
+The server uses `store`, which puts the write-ahead log (`wal`) in front of `lmdb` (with `keys`). `lock` allows one
+server per folder, `files` checks that the files are still in their places, and `reserve` keeps room for ending sessions
+on a full disk. Only `lmdb` imports LMDB; nothing in here knows the engine.
 """

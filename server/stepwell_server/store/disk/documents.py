@@ -1,8 +1,8 @@
-"""Documents in LMDB, each with a checksum; and how many there are, so that one which damage hides is missed.
+"""Documents in LMDB, each with a checksum. Their number is stored too, to detect documents hidden by corruption.
 
 documents    name -> checksum, bytes of the name, name, content
 
-A document is written by a transaction, together with the sessions of its batch; it is never in the write-ahead log.
+A document is written by a transaction, together with the sessions of its batch, and never to the write-ahead log.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stepwell_server.store.disk import key_sums
 from stepwell_server.store.disk.key_sums import Sums
 
 SUMS = b"document sums"
-"""In LMDB's `meta`: how many documents there are, and the sum over their names."""
+"""Key in LMDB's `meta`: the number of documents and the sum over their names."""
 _HEAD = struct.Struct("<IH")  # checksum of what follows it, bytes of the name
 _CHECKSUM_BYTES = 4
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.BadValsizeError)
@@ -33,11 +33,11 @@ class Item:
 
     key: bytes
     value: bytes | None
-    """None removes it."""
+    """None deletes the document."""
 
     @property
     def named(self) -> tuple[str, bytes] | None:
-        """Name and content by its value; None if that is not as it was written."""
+        """Name and content from the value; None if it is corrupt."""
         value = self.value
         if value is None or len(value) < _HEAD.size:
             return None
@@ -51,19 +51,19 @@ class Item:
 
     @property
     def name(self) -> str:
-        """By its value or, where that is damaged, by its key."""
+        """The name from the value or, if that is corrupt, from the key."""
         named = self.named
         return str(self.key, "utf-8", "replace") if named is None else named[0]
 
     @property
     def counted(self) -> bytes:
-        """What stands for it in the sum: so a damaged key or a damaged value changes nothing of that."""
+        """The bytes that enter the sum, chosen so that a corrupt key or a corrupt value does not change the sum."""
         named = self.named
         return self.key if named is None else named[0].encode()
 
 
 def item(name: str, content: bytes | None) -> Item:
-    """A document as it is to be stored."""
+    """Encode a document."""
     key = name.encode()
     if content is None:
         return Item(key, None)
@@ -79,16 +79,16 @@ class DocumentSet:
 
     items: list[Item] = dataclasses.field(default_factory=list)
     sound: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    """Those that are as they were written, by name."""
+    """The intact documents, by name."""
     damaged: list[str] = dataclasses.field(default_factory=list)
-    """Names of the others, as far as they are known."""
+    """Names of the corrupt documents, if known."""
     missing: int = 0
-    """How many are missing, at least."""
+    """The minimum number of missing documents."""
     problem: str = ""
-    """Why some are missing; empty: none is."""
+    """Why some are missing; empty: none are."""
 
     def add(self, found: Item, *, is_found: bool = True) -> None:
-        """Take one in; `is_found`: by searching for it."""
+        """Add a document; `is_found`: a search for its key finds it."""
         self.items.append(found)
         named = found.named
         if named is None or named[0].encode() != found.key or not is_found:
@@ -97,7 +97,7 @@ class DocumentSet:
             self.sound[named[0]] = named[1]
 
     def required(self, prefix: str) -> dict[str, bytes]:
-        """Those whose name begins with `prefix`.
+        """Return the documents whose name begins with `prefix`.
 
         Raises:
             DocumentsCorrupt: one of them is damaged, or some document is missing.
@@ -109,12 +109,12 @@ class DocumentSet:
         problems = [f"document {name!r} must be as it was written; it is damaged" for name in damaged]
         if self.problem:
             problems.append(f"the store must have all its documents; {self.problem}")
-        rule = "stepwell store verify says more, stepwell store repair goes on without them"
+        rule = "stepwell store verify gives details, stepwell store repair removes them"
         raise DocumentsCorrupt(f"{'; '.join(problems)}: {rule}", damaged, sound)
 
 
 def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) -> None:
-    """Put and remove documents, one after the other."""
+    """Put and delete documents, one after the other."""
     sums = key_sums.unpack(transaction.get(SUMS, db=meta))
     for new in items:
         before = transaction.get(new.key, db=documents)
@@ -129,14 +129,14 @@ def write(transaction: Any, documents: Any, meta: Any, items: Iterable[Item]) ->
 
 
 def read(transaction: Any, documents: Any, meta: Any) -> DocumentSet:
-    """All documents, in the order of their keys; none where there is no database of them."""
+    """Read all documents, in the order of their keys; none if they have no database."""
     found, sums = DocumentSet(), Sums()
-    # first: a transaction that met a damaged page is of no use any more
+    # read this first: a transaction that met a corrupt page is unusable
     expected = key_sums.unpack(transaction.get(SUMS, db=meta))
     try:
         for key, value in () if documents is None else transaction.cursor(documents).iternext():
             one = Item(bytes(key), bytes(value))
-            # from the root on: a cursor would look on the page where it stands first
+            # search from the root: a cursor would first look on its current page
             found.add(one, is_found=transaction.get(one.key, db=documents) == value)
             sums.add([one.counted])
     except _DAMAGE as error:

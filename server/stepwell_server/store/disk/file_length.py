@@ -1,8 +1,8 @@
-"""LMDB's data file is as long as its map: to read a page behind the file's end through the map would end the process.
+"""Keeps LMDB's data file as long as its map: reading a page beyond the end of the file would kill the process.
 
-LMDB never writes a page that was taken at the end and given back in the same transaction, so its own file may lack pages
-and be whole. Here the file is made as long as the map before a transaction can take a page there. What was not written is a
-hole, which takes no room on the disk. So a file that is shorter than its pages need was cut off.
+LMDB does not write a page that was allocated at the end and freed in the same transaction, so a complete file of its
+own may lack pages. Here the file is extended to the size of the map before a transaction can allocate a page there;
+unwritten parts are holes, which take no disk space. So a file that is too short for its pages was truncated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PAGE_BYTES = 4096
 
 
 def require_whole_file(environment: Any, data: Path) -> None:
-    """Refuse a data file that was cut off. Others may write it meanwhile.
+    """Refuse a truncated data file. Another process may be writing it.
 
     Raises:
         StoreError: it lacks pages.
@@ -27,17 +27,17 @@ def require_whole_file(environment: Any, data: Path) -> None:
     wanted = (environment.info()["last_pgno"] + 1) * int(environment.stat()["psize"])
     found = data.stat().st_size
     if found < wanted:
-        raise StoreError(f"{data} must have {wanted} bytes; it was cut off at {found}")
+        raise StoreError(f"{data} must have {wanted} bytes; it was truncated to {found}")
 
 
 def within_limit(size: int) -> int:
-    """The largest map up to `size` whose file this process may write."""
+    """Return the largest map size up to `size` that this process may write to a file."""
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     return size if limit == resource.RLIM_INFINITY else min(size, limit // _PAGE_BYTES * _PAGE_BYTES)
 
 
 def lengthen(data: Path, size: int, *, durably: bool) -> None:
-    """Make a data file at least this long; `durably`: a loss of power must not make it shorter again.
+    """Extend a data file to at least this size; `durably`: it stays extended after a loss of power.
 
     Raises:
         OSError: the system refused.

@@ -1,4 +1,4 @@
-"""Whether the files of a store are still where they were opened, and what an error of their disk means."""
+"""Checks that the files of a store are still where they were opened, and explains errors of their disk."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from stepwell_server.errors import StoreGone
 from stepwell_server.files import private_files
 from stepwell_server.store.base import StoreError
 
-#: A file that is there and cannot be looked at (EACCES, EIO) says nothing: only these say that it is gone.
+#: Errors that mean that a file was removed. Others (EACCES, EIO) can also come from an existing file.
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
-#: macOS: there fsync hands data to the drive, which may keep them in a cache of its own.
+#: On macOS fsync only hands data to the drive, which may keep it in its own cache.
 _FULL_FLUSH: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 _ZEROS = bytes(1 << 20)
-#: LMDB reports a write of which only a part fitted in as EIO; with less room than this it was the disk that is full.
+#: LMDB reports a partial write as EIO. If less than this is free, the reason is a full disk.
 _FULL_BYTES = 2**20
 
 
 class OpenFiles:
     """Files and folders that must stay where they are while the server uses them.
 
-    A deleted file can still be written without an error, and its content is lost. So the
-    paths are compared with the open descriptors; the descriptors stay open, else a new file could have the same number.
+    A deleted file can still be written without an error, and its content is lost. So paths are compared with open
+    descriptors. The descriptors stay open, or a new file could get the same inode number.
     Safe for threads.
     """
 
@@ -43,17 +43,17 @@ class OpenFiles:
             self._files[path] = descriptor
 
     def forget(self) -> None:
-        """Watch nothing any more: the descriptors are about to be closed."""
+        """Stop watching, because the descriptors are about to be closed."""
         with self._lock:
             self._files.clear()
 
     @property
     def is_gone(self) -> bool:
-        """Nothing must be written any more."""
+        """A file was removed or replaced: nothing may be written any more."""
         return bool(self._reason)
 
     def require(self) -> None:
-        """Refuse to continue without a file that `check` found to be gone. This looks at no file.
+        """Raise if `check` found a file removed or replaced. Does not access the disk.
 
         Raises:
             StoreGone: the server must end.
@@ -62,10 +62,10 @@ class OpenFiles:
             raise StoreGone(self._reason)
 
     def check(self) -> None:
-        """Look at each path; some microseconds for each.
+        """Check each path, in a few microseconds.
 
         Raises:
-            StoreGone: one is not what was opened. It stays so, whatever comes back.
+            StoreGone: a path no longer leads to the opened file. This is final, even if the file comes back.
         """
         if not self._reason:
             with self._lock:
@@ -74,12 +74,12 @@ class OpenFiles:
         self.require()
 
     def give_up(self, reason: str) -> None:
-        """Make `require` refuse from now on."""
+        """Make `require` raise from now on."""
         self._reason = self._reason or reason
 
 
 def is_same(path: Path, descriptor: int) -> bool:
-    """Whether a path still leads to an open file; True if that is not known."""
+    """Whether a path still leads to an open file; True if unknown."""
     return not _problem(path, descriptor)
 
 
@@ -92,11 +92,11 @@ def _problem(path: Path, descriptor: int) -> str:
     opened = os.fstat(descriptor)
     if (found.st_dev, found.st_ino) == (opened.st_dev, opened.st_ino):
         return ""
-    return f"{rule}; something else is in its place"
+    return f"{rule}; it was replaced by something else"
 
 
 def free_bytes(folder: Path) -> int:
-    """How many bytes of a folder's disk are free for this process; 0 if that is not known."""
+    """Return how many bytes this process can still use on a folder's disk; 0 if unknown."""
     try:
         disk = os.statvfs(folder)
     except OSError:
@@ -105,7 +105,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def explain(error: Exception, folder: Path) -> str:
-    """What an error of LMDB or of the system means; a full disk of `folder` is named as such."""
+    """Explain an error of LMDB or the system, in particular a full disk of `folder`."""
     text, free = str(error), free_bytes(folder)
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit != resource.RLIM_INFINITY and any(
@@ -127,13 +127,13 @@ def flush(path: Path) -> None:
 
 
 def flush_open(descriptor: int) -> None:
-    """As `flush`, of an open file.
+    """As `flush`, for an open file.
 
     Raises:
         OSError: the disk refused.
     """
     if _FULL_FLUSH is not None:
-        with contextlib.suppress(OSError):  # a file system that does not know it
+        with contextlib.suppress(OSError):  # the file system may not support it
             fcntl.fcntl(descriptor, _FULL_FLUSH)
             return
     os.fsync(descriptor)
@@ -148,7 +148,7 @@ def flush_content(descriptor: int) -> None:
 
 
 def allocate(descriptor: int, start: int, end: int) -> None:
-    """Allocate the blocks of a part of a file; its content afterwards does not matter.
+    """Allocate the blocks of a range of a file. The content afterwards is undefined.
 
     Raises:
         OSError: there is no room.
@@ -160,7 +160,7 @@ def allocate(descriptor: int, start: int, end: int) -> None:
 
 
 def write_zeros(descriptor: int, start: int, end: int) -> None:
-    """Overwrite a part of a file.
+    """Overwrite a range of a file with zeros.
 
     Raises:
         OSError: there is no room.
@@ -170,14 +170,14 @@ def write_zeros(descriptor: int, start: int, end: int) -> None:
 
 
 def flush_folders(*folders: Path) -> None:
-    """A file survives the loss of power only if the folders that name it do."""
+    """Flush folders: a new file survives a loss of power only if its folder was flushed too."""
     for folder in folders:
         flush(folder)
 
 
 @contextlib.contextmanager
 def start_errors(path: Path, folder: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of some kinds, when the store in `folder` of a data directory is opened, into a `StoreError`."""
+    """Convert errors while opening the store in `folder` of a data directory into a `StoreError`."""
     try:
         yield
     except private_files.NotPrivateError as error:
@@ -185,7 +185,7 @@ def start_errors(path: Path, folder: Path, *kinds: type[Exception]) -> Iterator[
     except (FileExistsError, NotADirectoryError) as error:
         on_the_way = (*reversed(path.parents), path, folder)
         file = next((at for at in on_the_way if os.path.lexists(at) and not at.is_dir()), path)
-        raise StoreError(f"the data directory {path} must be a folder; {file} is none") from error
+        raise StoreError(f"the data directory {path} must be a folder; {file} is not") from error
     except (OSError, *kinds) as error:  # type: ignore[misc]  # mypy does not unpack types
         raise StoreError(
             f"the data directory {path} must hold a store that can be opened: {explain(error, path)}"

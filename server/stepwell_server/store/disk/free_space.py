@@ -1,4 +1,4 @@
-"""Whether the store's disk has room: a problem while changes cannot be kept, a warning while little is left."""
+"""Monitors the store's disk: reports a problem while changes cannot be kept, and a warning while little space is left."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.files import free_bytes
 
 _MIN_BYTES, _MAX_BYTES = 1 << 20, 8 << 20
-"""What must be free before a disk that was full counts as one that is not: as much as a change needs, within these."""
+"""Bounds of the space that must be free before a full disk counts as recovered: as much as the failed change needs."""
 _LOW_BYTES, _LOW_SHARE = 1 << 30, 0.1
-"""Less than both is little."""
+"""The warning starts when less than both is free."""
 _RECOVERY_FACTOR = 1.25
 """The warning ends when this many times as much is free."""
 
 
-class Room:
-    """What `check` finds out. `failed` is for the thread that commits, the others for the one that checks the store."""
+class FreeSpace:
+    """The state of the disk. `failed` is for the thread that commits, the other methods for the one that checks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._failed: tuple[str, int] | None = None
-        """Why the last change that could not be kept could not, and its bytes; until one was kept by way of trial."""
+        """Reason and size of the last change that failed, until a test succeeds."""
         self._is_low = False
 
     def failed(self, error: Unavailable, batch: Batch) -> None:
-        """A change could not be kept."""
+        """Note that a change could not be kept."""
         self._failed = error.message, _size(batch)
 
     def problem(self, keep_nothing: Callable[[], None]) -> str:
-        """Why changes cannot be kept now; empty if they can. Only where one failed is there a trial.
+        """Return why changes cannot be kept now; empty if they can. Tests it only after a failure.
 
         Args:
-            keep_nothing: writes a change of nothing, or raises.
+            keep_nothing: Commits an empty change, or raises.
         """
         failed = self._failed
         if failed is None:
@@ -55,7 +55,7 @@ class Room:
         return ""
 
     def warning(self) -> str:
-        """That there is little room left; empty if there is enough, or that is not known."""
+        """Return a warning if little space is left; empty if there is enough, or if it is unknown."""
         try:
             disk = os.statvfs(self._folder)
         except OSError:
@@ -67,7 +67,7 @@ class Room:
 
 
 def _size(batch: Batch) -> int:
-    """Bytes of its records and documents."""
+    """Return the bytes of its records and documents."""
     return sum(len(record) for _, record in batch.puts) + sum(
         len(content or b"") for _, content in batch.documents
     )

@@ -1,9 +1,9 @@
-"""Whether all sessions can still be found: their number and a sum over their keys, kept with every transaction.
+"""Detects missing sessions, by their number and a sum over their keys, which every transaction updates.
 
-LMDB has no checksums of its pages. A damaged record is found by its own; but with a damaged key, or a damaged page
-above the records, the search merely leads elsewhere, and the session seems never to have been. So each transaction that
-begins or ends sessions writes how many there are and the sum of the checksums of all keys. A scan of
-all keys must come to the same, and must find each by searching for it.
+LMDB has no checksums for its pages. A corrupt record is detected by its own checksum. With a corrupt key, or a corrupt
+page above the records, a search fails, and the session seems never to have existed. So each transaction that begins or
+ends sessions stores the number of sessions and the sum of the checksums of all keys. A scan of all keys must give the
+same values, and a search must find each key.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from isal.isal_zlib import crc32
 from stepwell_server.store.record import RecordBytes
 
 NAME = b"key sums"
-"""In LMDB's `meta`."""
+"""Key in LMDB's `meta`."""
 _VALUE = struct.Struct("<QQ")  # count, sum
 _WRAP = 2**64
 BATCH_SIZE = 256
-"""Keys that are looked at while nobody can write: a third of a millisecond."""
-#: Keys that are looked at when the store is opened.
+"""Keys that are checked per step, a third of a millisecond, while writes wait."""
+#: Keys that are checked while the store is opened.
 _START_LIMIT = 65_536
 _PAUSE_S = 3e-3
 
@@ -34,50 +34,50 @@ _log = logging.getLogger(__name__)
 
 
 class UnexpectedKeys(Exception):
-    """Another number of sessions begins with the records that were put than was given."""
+    """A put created another number of sessions than announced."""
 
 
 @dataclasses.dataclass(slots=True)
 class Sums:
-    """How many keys, and the sum of their checksums (CRC-32, which any change of up to 32 neighbouring bits changes)."""
+    """The number of keys and the sum of their checksums (CRC-32, which detects any change of up to 32 adjacent bits)."""
 
     count: int = 0
     total: int = 0
 
     def add(self, keys: Iterable[bytes], sign: int = 1) -> None:
-        """Take keys in, or out (-1)."""
+        """Add keys, or remove them (-1)."""
         sums = list(map(crc32, keys))
         self.count += sign * len(sums)
         self.total = (self.total + sign * sum(sums)) % _WRAP
 
     def pack(self) -> bytes:
-        """As they are stored."""
+        """Encode the sums."""
         return _VALUE.pack(self.count % _WRAP, self.total)
 
 
 def unpack(stored: bytes | None) -> Sums:
-    """What `pack` returned; None: nothing was stored yet."""
+    """Decode the result of `pack`; None: nothing was stored yet."""
     return Sums() if stored is None else Sums(*_VALUE.unpack(stored))
 
 
 @dataclasses.dataclass(slots=True)
 class Change:
-    """The keys that a transaction adds and takes away."""
+    """The keys that a transaction adds and removes."""
 
     added: list[bytes] = dataclasses.field(default_factory=list)
     removed: list[bytes] = dataclasses.field(default_factory=list)
     after: Sums | None = None
-    """The sums afterwards, if they are others."""
+    """The sums after the transaction, if they change."""
 
     def put(
         self, transaction: Any, sessions: Any, items: Sequence[tuple[bytes, RecordBytes]], begin: int | None
     ) -> None:
-        """Put records, of which `begin` are of sessions that begin; None: it is not known.
+        """Put records, of which `begin` are of new sessions; None: unknown.
 
-        If none begins, or all, they are put at once.
+        If all are new, or none, they are put with one call.
 
         Raises:
-            UnexpectedKeys: it is not so. The transaction is to be done again, with None.
+            UnexpectedKeys: the number is wrong. Repeat the transaction with None.
         """
         cursor = transaction.cursor(sessions)
         if begin in (0, len(items)):
@@ -94,7 +94,7 @@ class Change:
                 cursor.put(key, record)
 
     def applied(self, before: Sums) -> Sums:
-        """The sums afterwards."""
+        """Return the sums after the transaction."""
         after = Sums(before.count, before.total)
         after.add(self.added)
         after.add(self.removed, -1)
@@ -102,38 +102,38 @@ class Change:
 
 
 class Scan:
-    """Goes through all keys, a few at a time, while the store changes. Call it with the store's writing lock held."""
+    """Scans all keys, a few at a time, while the store changes. The caller holds the store's write lock."""
 
     def __init__(self) -> None:
         self.found = Sums()
         self.unreachable = 0
-        """Keys that are there, and are not found by searching for them."""
+        """Number of existing keys that a search does not find."""
         self.is_done = False
         self._after = b""
 
     def advance(self, transaction: Any, sessions: Any, limit: int) -> bool:
-        """Look at the next keys; True when those were the last."""
+        """Check the next keys; return True after the last one."""
         walker, get = transaction.cursor(sessions), transaction.get
         there = walker.set_range(self._after) if self._after else walker.first()
         some = itertools.islice(walker.iternext(keys=True, values=False), limit + 1) if there else ()
         keys = list(map(bytes, some))
         keys = keys[1:] if keys and keys[0] == self._after else keys[:limit]
         self.found.add(keys)
-        # from the root on: a cursor would look on the page where it stands first
+        # search from the root: a cursor would first look on its current page
         self.unreachable += sum(get(key, db=sessions) is None for key in keys)
-        # keys that do not ascend are damaged, and must not lead round in circles
+        # keys that do not ascend are corrupt, and must not cause an endless loop
         self.is_done = len(keys) < limit or keys[-1] <= self._after
         self._after = keys[-1] if keys else self._after
         return self.is_done
 
     def changed(self, change: Change) -> None:
-        """A transaction has changed keys: those that were passed count at once."""
+        """Account for keys that a transaction changed, if the scan has already passed them."""
         if not self.is_done and self._after:
             self.found.add(key for key in change.added if key <= self._after)
             self.found.add((key for key in change.removed if key <= self._after), -1)
 
     def damage(self, expected: Sums) -> str:
-        """What is wrong, when it is done; empty: nothing."""
+        """Return the problem that the finished scan found; empty: none."""
         if self.found == expected and not self.unreachable:
             return ""
         lost = expected.count - self.found.count + self.unreachable
@@ -143,35 +143,35 @@ class Scan:
 
 
 class KeyCheck:
-    """The sums of a store's keys. Call `begin`, `committed` and `check_next` with its writing lock held."""
+    """The sums of a store's keys. Callers of `begin`, `committed` and `check_next` hold its write lock."""
 
     def __init__(self) -> None:
         self.damage = ""
-        """What is known to be wrong; empty: nothing."""
+        """The known problem; empty: none."""
         self._sums = Sums()
         self._scan = Scan()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, transaction: Any, meta: Any) -> None:
-        """Read the sums of a store that was opened, and scan it from the start."""
+        """Read the sums of an opened store, and start the scan."""
         self._sums = unpack(transaction.get(NAME, db=meta))
         self._scan = Scan()
 
     def write(self, transaction: Any, meta: Any, change: Change) -> None:
-        """Write the sums after a transaction in it."""
+        """Write the new sums, as part of a transaction."""
         if change.added or change.removed:
             change.after = change.applied(self._sums)
             transaction.put(NAME, change.after.pack(), db=meta)
 
     def committed(self, change: Change) -> None:
-        """The transaction was kept."""
+        """Use the new sums, after the transaction was committed."""
         if change.after is not None:
             self._sums = change.after
             self._scan.changed(change)
 
     def check_next(self, transaction: Any, sessions: Any, limit: int) -> bool:
-        """Look at the next keys; True when all were looked at."""
+        """Check the next keys; return True when all were checked."""
         if self._scan.is_done:
             return True
         is_done = self._scan.advance(transaction, sessions, limit)
@@ -180,17 +180,17 @@ class KeyCheck:
         return is_done
 
     def give_up(self, damage: str) -> None:
-        """Note what is wrong."""
+        """Report a problem and end the scan."""
         self._scan.is_done = True
         self.damage = damage
         _log.error(
-            "the store is damaged: %s. Sessions that are not found are answered with STATE_CORRUPT until it is mended, by"
-            " stepwell store repair or from a backup",
+            "the store is corrupt: %s. Sessions that are not found are answered with STATE_CORRUPT until you repair the store"
+            " with stepwell store repair or restore a backup",
             damage,
         )
 
     def start(self, check_next: Callable[[], bool]) -> None:
-        """Call `check_next` until it returns True: a little at once, all else from a thread, with pauses for others."""
+        """Call `check_next` until it returns True: some keys now, the rest on a thread, with pauses."""
         for _ in range(_START_LIMIT // BATCH_SIZE):
             if check_next():
                 return
@@ -203,7 +203,7 @@ class KeyCheck:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""Keys and values: under which key a session's record is, for ids of any length."""
+"""Keys and values of session records, for ids of any length."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _first = operator.itemgetter(0)
 
 
 def key_of(session_id: str) -> bytes:
-    """The id itself; of a long one its beginning and a digest.
+    """Return the key of an id: the id itself or, if it is long, its beginning and a digest.
 
-    0xFF stands in no UTF-8, so no id is the key of another. The value of a long id begins with the id.
+    UTF-8 never contains 0xFF, so no id equals the key of another. The value of a long id begins with the id.
     """
     key = session_id.encode()
     if len(key) <= _MAX_KEY_BYTES:
@@ -35,7 +35,7 @@ def is_digest(key: RecordBytes) -> bool:
 
 
 def items(puts: Sequence[tuple[str, RecordBytes]]) -> list[tuple[bytes, RecordBytes]]:
-    """Keys and values in the order of the keys, so that a cursor mostly stays on its page. The sort is stable."""
+    """Return keys and values in key order, so that a cursor usually stays on its page. The sort is stable."""
     found = [(session_id.encode(), record) for session_id, record in puts]
     if max(map(len, map(_first, found))) > _MAX_KEY_BYTES:
         found = [_item(put) for put in puts]
@@ -44,7 +44,7 @@ def items(puts: Sequence[tuple[str, RecordBytes]]) -> list[tuple[bytes, RecordBy
 
 
 def _item(put: tuple[str, RecordBytes]) -> tuple[bytes, RecordBytes]:
-    """Key and value of a record."""
+    """Return the key and value of a record."""
     session_id, record = put
     key = key_of(session_id)
     if not is_digest(key):
@@ -54,7 +54,7 @@ def _item(put: tuple[str, RecordBytes]) -> tuple[bytes, RecordBytes]:
 
 
 def own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
-    """The record in a value. That of another session, or of none, is no record of this one."""
+    """Return the record in a value; empty bytes if it belongs to another session."""
     if value is None or len(key) < _MAX_KEY_BYTES or not is_digest(key):
         return value
     name, record = _split(value)
@@ -62,7 +62,7 @@ def own(session_id: str, key: bytes, value: bytes | None) -> bytes | None:
 
 
 def _split(value: RecordBytes) -> tuple[memoryview, memoryview]:
-    """Id and record of a long id's value; both empty if it is too short for an id."""
+    """Split the value of a long id into id and record; both are empty if the value is too short."""
     view = memoryview(value)
     if len(view) < _ID_LENGTH.size:
         return view[:0], view[:0]
@@ -71,7 +71,7 @@ def _split(value: RecordBytes) -> tuple[memoryview, memoryview]:
 
 
 def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes], list[RecordBytes]]:
-    """Ids, as UTF-8, and records behind `after`, of a cursor that gives bytes, which is faster than views."""
+    """Return ids, as UTF-8, and records after `after`. The cursor returns bytes, which is faster than views."""
     start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]
     if limit <= 0 or not cursor.set_range(max(start, shared) or b"\0"):
         return [], []
@@ -88,12 +88,12 @@ def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes
 
 
 def all_entries(cursor: Any) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values as they follow each other, whatever their order: of a damaged store too."""
+    """Iterate over all keys and values as stored, which works for a corrupt store too."""
     return iter(cursor.iternext()) if cursor.first() else iter(())
 
 
 def named(key: bytes, value: bytes) -> tuple[str, bytes]:
-    """Id and record of an entry."""
+    """Return the id and record of an entry."""
     if not is_digest(key):
         return str(key, "utf-8", "replace"), value
     name, record = _split(value)

@@ -1,19 +1,19 @@
 """Sessions in one LMDB environment under the data directory.
 
-    server.lock          the server that uses the directory
-    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`; see `whole_file`
-    sessions/lock.mdb    LMDB's own; means nothing between two runs
+    server.lock          names the server that uses the directory
+    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`; see `file_length`
+    sessions/lock.mdb    LMDB's own lock file; only used while the store is open
     sessions/reserve     room for ending sessions on a full disk; see `reserve`
 
 What a commit survives, and why:
 
-- `sync`: LMDB's default flags. Pages that were changed are written beside the old ones and flushed
-  (fdatasync), then the page that points to them is written through (O_DSYNC). `metasync=False` would leave out
-  the second wait, and a loss of power could then undo the last commit, which had been acknowledged.
-- `async`: `sync=False`. Everything is written in the same order with pwrite, to the kernel's page cache, which
-  outlives the process: nothing is lost by `kill -9`. It may reach the disk in any order, so a loss of power or a
-  crash of the kernel can harm the whole file; `sync` narrows the window. `writemap=True` stays off for both: it writes
-  through the map, so that a stray pointer harms the file and a full disk ends the process by SIGBUS.
+- `sync`: LMDB's default flags. LMDB writes changed pages to free places and flushes them (fdatasync), then writes the
+  page that points to them through to the disk (O_DSYNC). `metasync=False` would skip the second wait, and a loss of power
+  could undo the last acknowledged commit.
+- `async`: `sync=False`. LMDB writes in the same order with pwrite, to the kernel's page cache, which outlives the process:
+  `kill -9` loses nothing. Pages may reach the disk in any order, so a loss of power or a kernel crash can corrupt the
+  whole file; `sync` narrows the window. `writemap=True` stays off for both: it writes through the map, where a stray
+  pointer corrupts the file and a full disk kills the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _Environment = Any
 _Transaction = Any
 
 FIRST_MAP_BYTES = 2**20
-"""The map, and so the data file, is doubled whenever it is full."""
+"""Initial size of the map, and so of the data file. It doubles whenever it is full."""
 GIVE_UP_S = 30.0
-"""Once a disk has failed the store must be opened anew; it gives up after this many seconds."""
+"""After a disk failure the store must be reopened; it gives up after this many seconds."""
 RETRY_S = 0.5
-"""Readers try that no more often than this; a commit always does."""
+"""Readers try to reopen at most once in this time; commits always try."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ _READABLE = "the store must be readable"
 _KEEPS = "the store must be able to keep the change"
 _FOLDER, _DATA = "sessions", "data.mdb"
 COPY = "sessions.new"
-"""A folder for what is to take the place of the sessions; one that is left over is removed by a start."""
+"""A folder for data that will replace the sessions. A start removes one that was left behind."""
 
 
 class LmdbStore(LocalStore):
-    """It holds the data directory's lock from its making to `close`. Not to be carried through a fork."""
+    """Sessions in LMDB. Holds the lock of the data directory from creation to `close`. Must not be used after a fork."""
 
     for_one_thread = False
     needs_checkpoint = False
@@ -87,7 +87,7 @@ class LmdbStore(LocalStore):
         tombstones: int = TOMBSTONES,
         first_map_bytes: int = FIRST_MAP_BYTES,
     ) -> None:
-        """Open the store in a data directory, which is made if it is not there.
+        """Open the store in a data directory, which is created if missing.
 
         Raises:
             StoreBusy: another server uses the directory.
@@ -98,8 +98,9 @@ class LmdbStore(LocalStore):
         self.waits_for_disk = durability == "sync"
         self._max_tombstones = tombstones
         self._first_map_bytes = first_map_bytes
-        # A transaction must not be open while the map is replaced, in any thread. A writer holds the first,
-        # a reader the second, and both are held, in this order, to reopen the environment.
+        # No thread may have an open transaction while the map is replaced. Writers hold the first lock and readers
+        # the second.
+        # To reopen the environment, a thread holds both, in this order.
         self._writing, self._remap = threading.Lock(), threading.Lock()
         self._must_reopen = False
         self._reopened = 0
@@ -110,7 +111,7 @@ class LmdbStore(LocalStore):
         self._data_file = -1
         self._check = KeyCheck()
         self.files = OpenFiles()
-        """What must stay where it is."""
+        """The files that must stay in their places."""
         with start_errors(path, self._folder, lmdb.Error):
             private_files.make_folder(path, private_files.OF_DATA)
             self.lock = DirectoryLock(path, clock=clock)
@@ -130,26 +131,26 @@ class LmdbStore(LocalStore):
 
     @property
     def wal_mark(self) -> bytes:
-        """What `set_wal_mark` has set last."""
+        """The mark that `set_wal_mark` stored last."""
         return self._mark
 
     def set_wal_mark(self, mark: bytes) -> None:
-        """Remember which write-ahead log belongs to the store.
+        """Store which write-ahead log belongs to the store.
 
         Raises:
-            Unavailable: it could not be kept.
+            Unavailable: it could not be stored.
         """
         self.set_meta({meta.MARK: mark})
         self._mark: bytes = mark
 
     @property
     def key_checks(self) -> dict[str, bytes]:
-        """The keys that records may be encrypted with, see `Keyring.checks`."""
+        """Checks of the keys that may encrypt records, see `Keyring.checks`."""
         found = self._read("", lambda transaction: transaction.get(meta.KEYS, b"{}", db=self._meta))
         return meta.unpack_keys(found)
 
     def set_key_checks(self, checks: Mapping[str, bytes]) -> None:
-        """Remember them, durably: before anything is encrypted with one.
+        """Store the checks of keys durably, before a record is encrypted with one.
 
         Raises:
             Unavailable: it could not be kept.
@@ -158,7 +159,7 @@ class LmdbStore(LocalStore):
         self.sync()
 
     def set_meta(self, values: Mapping[bytes, bytes]) -> None:
-        """Keep facts about the store as a whole; some are read only when the store is opened.
+        """Store facts about the store as a whole; some are only read when the store is opened.
 
         Raises:
             Unavailable: it could not be kept.
@@ -177,7 +178,7 @@ class LmdbStore(LocalStore):
 
     @override
     def checkpoint(self, *, briefly: bool = False) -> None:
-        """There is nothing to do."""
+        """Nothing to do."""
 
     @override
     def get(self, session_id: str) -> bytes | None:
@@ -209,7 +210,7 @@ class LmdbStore(LocalStore):
         return heads_of(*self.values(after=after, prefix=prefix, limit=limit))
 
     def values(self, *, after: str, prefix: str = "", limit: int) -> tuple[list[bytes], list[RecordBytes]]:
-        """Ids, as UTF-8, and records, in the order of the ids."""
+        """Return ids, as UTF-8, and records, in the order of the ids."""
         return self._read(
             "", lambda transaction: values(transaction.cursor(self._sessions), after, prefix, limit)
         )
@@ -243,7 +244,7 @@ class LmdbStore(LocalStore):
         return found.required(prefix)
 
     def put_documents(self, items: Iterable[in_lmdb.Item]) -> None:
-        """Put documents one by one, as another store had them, damaged ones too.
+        """Put documents one by one, exactly as another store had them, including corrupt ones.
 
         Raises:
             Unavailable: one could not be kept.
@@ -261,7 +262,7 @@ class LmdbStore(LocalStore):
         problem = ""
         try:
             self._forget_dead_readers()
-            self.count()  # reopens it if necessary
+            self.count()  # reopens the environment if necessary
         except StoreGone:
             raise
         except Unavailable as error:
@@ -275,22 +276,22 @@ class LmdbStore(LocalStore):
         return StoreHealth(problem, self._reopened)
 
     def keep_nothing(self) -> None:
-        """Commit a change of nothing: a trial.
+        """Commit an empty change, to test whether commits work.
 
         Raises:
-            Unavailable: not even that can be kept.
+            Unavailable: they do not.
         """
         self._write_with(_KEEPS, lambda: self._commit(Batch(counts=[("", 0)])))
 
     def _forget_dead_readers(self) -> None:
-        """A process that was killed while it read (a backup, say) keeps pages from being used again until this."""
+        """Release the pages that a killed reader, such as a backup, still holds."""
         with self._remap:
             if not self._closed and not self._must_reopen:
-                with contextlib.suppress(lmdb.Error):  # the next use reports what is wrong
+                with contextlib.suppress(lmdb.Error):  # the next use reports the problem
                     self._environment.reader_check()
 
     def sync(self) -> None:
-        """See to it that all that was committed survives a loss of power.
+        """Flush, so that everything committed survives a loss of power.
 
         Raises:
             Unavailable: the disk refused.
@@ -323,11 +324,11 @@ class LmdbStore(LocalStore):
         for place, descriptor in (*self.lock.descriptors(), (self._folder / _DATA, self._data_file)):
             self.files.add(place, descriptor)
         if is_new:
-            # a file survives the loss of power only if the folders that name it do
+            # a new file survives a loss of power only if its folder was flushed too
             flush_folders(self._folder, path, path.parent)
 
     def _release(self) -> None:
-        """Release the lock and the files other than the environment."""
+        """Release the lock, and the files outside the environment."""
         self.files.forget()
         if self._data_file >= 0:
             os.close(self._data_file)
@@ -338,11 +339,11 @@ class LmdbStore(LocalStore):
         """Open the environment and its databases."""
         self._environment: _Environment = lmdb.open(
             os.fspath(self._folder),
-            map_size=within_limit(self._first_map_bytes),  # more if more is in use
+            map_size=within_limit(self._first_map_bytes),  # LMDB takes more if the data needs more
             mode=private_files.FILE_MODE,
             sync=self._durability == "sync",
             metasync=True,
-            readahead=False,  # sessions come back one here, one there
+            readahead=False,  # sessions are read in random order
             max_dbs=5,
             max_spare_txns=2,
         )
@@ -367,7 +368,7 @@ class LmdbStore(LocalStore):
             self._check.begin(transaction, self._meta)
 
     def _require_schema(self) -> None:
-        """Refuse a store of another version before anything is written."""
+        """Refuse a store with another schema version before writing anything."""
         with self._environment.begin() as transaction, contextlib.suppress(lmdb.NotFoundError):
             found = self._environment.open_db(b"meta", txn=transaction, create=False)
             meta.require_schema(transaction.get(meta.SCHEMA, b"", db=found), self._folder)
@@ -389,11 +390,11 @@ class LmdbStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ writing
 
     def _write_with(self, rule: str, action: Callable[[], object]) -> None:
-        """Use the environment alone; if it had given up, reopen it and try once more.
+        """Run an action as the only writer. If the environment is unusable, reopen it and retry once.
 
         Raises:
-            StoreGone: there is none any more.
-            Unavailable: there is none now, or the action failed.
+            StoreGone: the store cannot be used any more.
+            Unavailable: the store cannot be used now, or the action failed.
         """
         self._require_open()
         self.files.require()
@@ -432,7 +433,7 @@ class LmdbStore(LocalStore):
                 self._next_age = age
                 self._grow()
             except lmdb.PanicError:
-                # the disk broke in the middle of a commit's last write; only reopening helps
+                # the disk failed in the last write of a commit; only reopening helps
                 if reopened:
                     raise
                 reopened = True
@@ -467,7 +468,7 @@ class LmdbStore(LocalStore):
                 self._environment.set_mapsize(wanted)
                 self._map_bytes = wanted
             except lmdb.Error:
-                # py-lmdb gives the environment up when the map cannot be replaced
+                # py-lmdb makes the environment unusable if the map cannot be replaced
                 self._reopen_locked()
                 raise
 
@@ -477,7 +478,7 @@ class LmdbStore(LocalStore):
             self._reopen_locked()
 
     def _reopen_locked(self) -> None:
-        """Reopen the environment: the same files, never others in their place."""
+        """Reopen the environment, with the same files only."""
         now = self._clock.monotonic()
         self._must_reopen, self._retry_at = True, now + RETRY_S
         self.files.check()
@@ -490,17 +491,17 @@ class LmdbStore(LocalStore):
         except (lmdb.Error, OSError) as error:
             if self._failing_since is None:
                 self._failing_since = now
-                _log.warning("the store must be opened anew, and cannot be yet: %s", error)
+                _log.warning("the store must be reopened, and cannot be reopened yet: %s", error)
             raise
         self.files.check()
         self._must_reopen, self._failing_since = False, None
         self._reopened += 1
-        _log.warning("the store was opened anew: its disk had failed, or had no room for it to grow")
+        _log.warning("the store was reopened: its disk had failed, or was too full for the store to grow")
 
     # ------------------------------------------------------------------------------------------------------ reading
 
     def _check_keys(self) -> bool:
-        """Look at the next keys; True when there is nothing to look at any more."""
+        """Check the next keys; return True if none are left."""
         with self._writing, self._remap:
             if self._closed:
                 return True
@@ -509,10 +510,10 @@ class LmdbStore(LocalStore):
             try:
                 with self._environment.begin(buffers=True) as transaction:
                     return self._check.check_next(transaction, self._sessions, BATCH_SIZE)
-            except (*_DAMAGE, lmdb.BadValsizeError) as error:  # the latter: there can be no such key
+            except (*_DAMAGE, lmdb.BadValsizeError) as error:  # the latter: no key can have this size
                 self._check.give_up(f"a page of {self._folder / _DATA} cannot be read ({error})")
             except lmdb.Error as error:
-                _log.warning("the keys of the store could not be looked at: %s", error)
+                _log.warning("the keys of the store could not be checked: %s", error)
             return True
 
     def _require_open(self) -> None:
@@ -522,7 +523,7 @@ class LmdbStore(LocalStore):
     def _read(self, session_id: str, read: Callable[[_Transaction], T], *, buffers: bool = False) -> T:
         for is_last in (False, True):
             if self._must_reopen:
-                self._mend()
+                self._reopen_for_reader()
             with self._remap:
                 self._require_open()
                 try:
@@ -534,28 +535,28 @@ class LmdbStore(LocalStore):
                         session_id=session_id,
                     ) from error
                 except (lmdb.Error, OSError) as error:
-                    # an environment that gave up must be reopened
-                    gave_up = isinstance(error, lmdb.PanicError)
-                    self._must_reopen = self._must_reopen or gave_up
-                    if is_last or not gave_up:
+                    # after this error the environment must be reopened
+                    is_unusable = isinstance(error, lmdb.PanicError)
+                    self._must_reopen = self._must_reopen or is_unusable
+                    if is_last or not is_unusable:
                         raise self._unavailable(_READABLE, error) from error
         raise AssertionError("one of the two attempts returns or raises")
 
-    def _mend(self) -> None:
-        """Reopen the environment for a reader, who does not wait for a writer.
+    def _reopen_for_reader(self) -> None:
+        """Reopen the environment for a reader, without waiting for a writer.
 
         Raises:
-            StoreGone: it will not be opened any more.
-            Unavailable: not yet.
+            StoreGone: the store cannot be reopened any more.
+            Unavailable: it cannot be reopened yet.
         """
         self._require_open()
         self.files.require()
         if not self._writing.acquire(blocking=False):
-            raise Unavailable(f"{_READABLE}; a change that is under way opens it anew")
+            raise Unavailable(f"{_READABLE}; a running change reopens it")
         try:
             if self._must_reopen:
                 if self._failing_since is not None and self._clock.monotonic() < self._retry_at:
-                    raise Unavailable(f"{_READABLE}; it could not be opened anew a moment ago")
+                    raise Unavailable(f"{_READABLE}; it could not be reopened a moment ago")
                 self._reopen()
         except (lmdb.Error, OSError) as error:
             raise self._unavailable(_READABLE, error) from error

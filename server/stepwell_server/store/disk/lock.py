@@ -1,4 +1,4 @@
-"""One server per data directory."""
+"""Locks that allow one server per data directory."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ _CONNECT_S = 1.0
 _log = logging.getLogger(__name__)
 
 _BYTES = 1024
-"""Of the file: what is written last covers what was there before."""
+"""Size of the file. Each description fills it, so that it covers the previous one."""
 
 
 class DirectoryLock:
-    """The exclusive use of a data directory, until `release` or until the process ends, however it ends.
+    """Exclusive use of a data directory, until `release` or the end of the process, however it ends.
 
-    The kernel holds the lock (flock), so there is no stale one: what the file contains is only for people. The
-    file stays when the lock is released; deleting it would let two servers hold two files of that name. Where others
-    replace the folder while it is locked that would be so all the same: on Linux a second lock is therefore on the
-    name, as an abstract socket, which nobody can delete.
-    Not for use by several threads. A forked child shares the lock; a new process does not.
+    The kernel holds the lock (flock), so there are no stale locks; the content of the file is only for people. The
+    file stays after the release: deleting it would allow two servers to lock two files of that name. The same could
+    happen if somebody
+    replaced the folder while it is locked. So on Linux a second lock is on the name, as an abstract socket, which
+    nobody can delete.
+    For one thread. A forked child shares the lock; a new process does not.
     """
 
     def __init__(self, directory: Path, *, clock: Clock) -> None:
-        """Lock a directory that exists.
+        """Lock an existing directory.
 
         Raises:
             StoreBusy: another server has it.
@@ -62,16 +63,16 @@ class DirectoryLock:
         self._describe()
 
     def descriptors(self) -> list[tuple[Path, int]]:
-        """The folder and the file, as long as they are locked."""
+        """The paths of folder and file with their open descriptors."""
         return [(self._directory, self._folder), (self._directory / LOCK_FILE, self._file)]
 
     def set_listen(self, listen: str) -> None:
-        """Say at which address this server listens, once that is known."""
+        """Add this server's address to the file."""
         self._holder = dataclasses.replace(self._holder, listen=listen)
         self._describe()
 
     def release(self) -> None:
-        """Let others have the directory. May be called again."""
+        """Release the directory. May be called again."""
         for descriptor in (self._folder, self._file):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -86,7 +87,7 @@ class DirectoryLock:
             file = self._lock(path)
             if is_same(path, file):
                 return file
-            os.close(file)  # it was replaced before it was locked
+            os.close(file)  # somebody replaced it before it was locked
 
     def _lock(self, path: Path) -> int:
         try:
@@ -107,12 +108,12 @@ class DirectoryLock:
         holder = _read(file)
         return StoreBusy(
             f"data directory {self._directory} must be used by one server at a time;"
-            f" {holder or 'another process'} has it",
+            f" {holder or 'another process'} uses it",
             holder,
         )
 
     def _describe(self) -> None:
-        # a full disk must not keep a server from starting: the text is a courtesy
+        # the text is informative only: a full disk must not keep a server from starting
         try:
             text = json.dumps(dataclasses.asdict(self._holder)).encode()
             os.pwrite(self._file, text.ljust(_BYTES), 0)
@@ -122,7 +123,7 @@ class DirectoryLock:
 
 @contextlib.contextmanager
 def read_lock(directory: Path) -> Iterator[None]:
-    """Hold the files of a store in their places while they are read beside its server."""
+    """Keep the files of a store in their places while another process than its server reads them."""
     with _readers(directory) as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
@@ -130,7 +131,7 @@ def read_lock(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def try_write_lock(directory: Path) -> Iterator[bool]:
-    """Permission to replace the store's files; False while a process reads them."""
+    """Try to get permission to replace the store's files; yields False while a process reads them."""
     with _readers(directory) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,9 +152,9 @@ def _readers(directory: Path) -> Iterator[int]:
 
 
 def holder_of(directory: Path) -> Holder | None:
-    """The process that uses a directory, found without touching the lock, so that no start is disturbed.
+    """Return the process that uses a directory. Does not touch the lock, so that no start is disturbed.
 
-    None: there is none, or the system does not list locks, as Linux does.
+    None: there is none, or the system does not list locks as Linux does.
     """
     try:
         inode = (directory / LOCK_FILE).stat().st_ino
@@ -165,7 +166,7 @@ def holder_of(directory: Path) -> Holder | None:
         holder = _read(file)
     finally:
         os.close(file)
-    # The device is not compared: some file systems have another one there than files have.
+    # The device is not compared: some file systems show another one there.
     pids = [int(fields[4]) for fields in locks if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}")]
     if not pids:
         return None
@@ -173,25 +174,26 @@ def holder_of(directory: Path) -> Holder | None:
 
 
 def _claim(directory: Path) -> socket.socket | None:
-    """Hold the name of a folder, whatever is there under that name; None where the system cannot.
+    """Lock the name of a folder, whatever folder has this name; None if the system cannot.
 
     Raises:
-        StoreBusy: a server has it that began with another folder of that name.
+        StoreBusy: a server that started with another folder of this name holds it.
     """
     if sys.platform != "linux":
         return None
     path = directory.resolve()
     if _is_mount_point(path):
-        # Nobody can remove it; and where services have mounts of their own its name may mean another folder to each.
+        # Nobody can remove a mount point, and with private mounts its name may mean a different folder for each
+        # service.
         return None
     parent = path.parent.stat()
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]
-    # The parent by its number: a path may mean different folders in different containers.
+    # The parent by its inode number: a path may mean different folders in different containers.
     address = f"\0stepwell/{parent.st_dev:x}/{parent.st_ino:x}/{name}"
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         claim.bind(address)
-        claim.listen()  # so that others can ask for its owner
+        claim.listen()  # so that others can query its owner
     except OSError as error:
         claim.close()
         if error.errno != errno.EADDRINUSE:
@@ -200,13 +202,11 @@ def _claim(directory: Path) -> socket.socket | None:
         return claim
     pid, user = _owner(address)
     if user not in (-1, 0, os.geteuid()):
-        _log.warning(
-            "process %d of user %d holds the name of %s; it cannot be a server's", pid, user, directory
-        )
+        _log.warning("process %d of user %d holds the name of %s, but is no server", pid, user, directory)
         return None
     raise StoreBusy(
-        f"data directory {directory} must be used by one server at a time; process {pid if pid > 0 else '?'} began"
-        " with a folder of this name, which was removed or replaced meanwhile, and still runs",
+        f"data directory {directory} must be used by one server at a time; process {pid if pid > 0 else '?'}"
+        " still runs with a folder of this name that was removed or replaced",
         None,
     )
 
@@ -215,7 +215,7 @@ def _is_mount_point(path: Path) -> bool:
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
-        return path.is_mount()  # which does not know mounts of a folder of the same disk
+        return path.is_mount()  # which does not recognize bind mounts on the same disk
     escaped = (
         os.fspath(path)
         .replace("\\", "\\134")
@@ -227,7 +227,7 @@ def _is_mount_point(path: Path) -> bool:
 
 
 def _owner(address: str) -> tuple[int, int]:
-    """Process and user that hold a socket's address; -1 where the system does not say."""
+    """Return the process and user that hold a socket's address; -1 if unknown."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_S)
         probe.connect(address)
@@ -238,7 +238,7 @@ def _owner(address: str) -> tuple[int, int]:
 
 
 def _read(file: int) -> Holder | None:
-    """What the holder wrote; None if it has not yet, or if it makes no sense."""
+    """Read the holder's description; None if it is missing or unreadable."""
     try:
         found = json.loads(os.pread(file, _BYTES, 0))
         return Holder(int(found["pid"]), str(found["host"]), float(found["since"]), str(found["listen"]))

@@ -12,9 +12,9 @@ from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
 
 SCHEMA_VERSION = 11
-"""Of everything in the folder: database, write-ahead logs, records. Raise it whenever one of them changes.
+"""Version of everything in the folder: database, write-ahead logs, records. Raise it whenever one of them changes.
 
-A folder of another version is refused, and stays as it is.
+A folder with another version is refused and not changed.
 """
 
 SCHEMA, INCARNATION, SECRET = b"schema", b"incarnation", b"secret"
@@ -23,9 +23,9 @@ MARK = b"log"
 KEYS = b"keys"
 """Keys of encryption: their checks in hex by id, as JSON."""
 FIRST_REVISION = b"first revision"
-"""With which revision sessions begin; missing: with 0."""
+"""Initial revision of sessions; 0 if missing."""
 COUNT, COUNT_OF_TENANTS = b"sessions of ", b"sessions in "
-"""Before the name of a model, and what is counted of tenants: how many sessions it has."""
+"""Prefixes of the counts of sessions: per model, and per tenant."""
 _AHEAD, _REVISIONS_PER_S = 10**12, 10**6
 
 
@@ -33,7 +33,7 @@ def begin(transaction: Any, meta: Any, folder: Path) -> None:
     """Write the facts about a new store.
 
     Raises:
-        StoreError: it is there, and of another version.
+        StoreError: the store exists and has another version.
     """
     schema = transaction.get(SCHEMA, b"", db=meta)
     require_schema(schema, folder)
@@ -44,41 +44,41 @@ def begin(transaction: Any, meta: Any, folder: Path) -> None:
 
 
 def require_schema(schema: bytes, folder: Path) -> None:
-    """Refuse a store of another version; one without a version is new.
+    """Refuse a store with another schema version. A store without a version is new.
 
     Raises:
-        StoreError: it is of another one.
+        StoreError: the version differs.
     """
     if schema and schema != str(SCHEMA_VERSION).encode():
         raise StoreError(
-            f"the store in {folder} must be of schema version {SCHEMA_VERSION};"
-            f" it is of {str(schema, 'utf-8', 'replace'):.20}, which the release that wrote it reads, and stays as it is"
+            f"the store in {folder} must have schema version {SCHEMA_VERSION}; it has"
+            f" {str(schema, 'utf-8', 'replace'):.20}, which the release that wrote it can read. It was not changed"
         )
 
 
 def later_first_revision(first_revision: int, now: float) -> int:
-    """The first revision of sessions in a store that went back to a backup: no client has seen one as high.
+    """Return the initial revision for a restored store, higher than any that a client has seen.
 
-    It goes by the time, so that a store that goes back to the same backup twice is ahead of itself, too: no session changes
-    a million times a second. However the clock was set, it is far ahead of what was the first one.
+    It is derived from the time, so that a second restore of the same backup gets a higher one: no session changes a
+    million times per second. Whatever the clock says, it is far above the previous initial revision.
     """
     return max(first_revision + _AHEAD, int(now * _REVISIONS_PER_S))
 
 
 def count(transaction: Any, meta: Any, changes: Iterable[tuple[str, int]]) -> None:
-    """Change the numbers of sessions that have a name."""
+    """Change the counts with these names."""
     for name, change in changes:
         key = count_key(name)
         transaction.put(key, str(int(transaction.get(key, b"0", db=meta)) + change).encode(), db=meta)
 
 
 def count_key(name: str) -> bytes:
-    """Where a number of sessions is: of a model's, or of tenants', which are among those (`store.counts`)."""
+    """Return the key of a count, of a model or of tenants: see `store.counts`."""
     return (COUNT_OF_TENANTS if SEPARATOR in name else COUNT) + name.encode()
 
 
 def counts(stored: Mapping[bytes, bytes]) -> dict[str, int]:
-    """All such numbers but 0, by name."""
+    """Return all counts except zeros, by name."""
     found = {
         str(key[len(start) :], "utf-8", "replace"): int(value)
         for start in (COUNT, COUNT_OF_TENANTS)
@@ -89,10 +89,10 @@ def counts(stored: Mapping[bytes, bytes]) -> dict[str, int]:
 
 
 def pack_keys(checks: Mapping[str, bytes]) -> bytes:
-    """As `KEYS` has them."""
+    """Encode the checks of keys as in `KEYS`."""
     return json.dumps({key_id: check.hex() for key_id, check in checks.items()}).encode()
 
 
 def unpack_keys(stored: bytes) -> dict[str, bytes]:
-    """What `pack_keys` was given."""
+    """Decode the result of `pack_keys`."""
     return {key_id: bytes.fromhex(check) for key_id, check in json.loads(stored).items()}

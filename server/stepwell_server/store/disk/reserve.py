@@ -1,10 +1,11 @@
-"""Room on the disk that is kept for ending sessions.
+"""Disk space reserved for ending sessions.
 
-LMDB writes changed pages beside the old ones, so it takes free pages to delete, and on a full disk closing sessions
-could make no room. A file of a few MiB lies beside the data for that: it is given up when such a commit finds no
-room, and taken again when there is some. What it was used for becomes free pages of the data file, which never
-shrinks; so as long as the reserve is short, or the system limits the size of files, sessions are opened only
-where as much stays free, or in place of others that ended.
+LMDB writes changed pages to free places. So a delete needs free pages, and on a full disk closing sessions could not
+free any. Therefore a file of a few MiB lies next to the data. It is deleted when a commit that ends sessions finds no
+room,
+and created again when there is room. The space used meanwhile becomes free pages of the data file, which never shrinks.
+While the reserve is too small, or the system limits file sizes, sessions can only be opened if enough room stays
+free, or in place of others that ended.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.files import allocate, free_bytes
 
 RESERVE_BYTES = 8 * 2**20
-"""Each session that ends changes two or three pages at most, of 4 KiB: it is good for five hundred at once and more."""
+"""Ending a session changes at most two or three pages of 4 KiB, so this suffices for 500 sessions at once and more."""
 
 _SHARE = 8
-"""Of a small disk no more than this part is kept."""
+"""The reserve takes at most one part in this many of a small disk."""
 _MIN_BYTES = 64 * 1024
 _LOOK_S = 1.0
 _PER_PUT_BYTES = 128
-"""What a record takes beside itself, about."""
+"""Approximate overhead of a record."""
 _PAGE_FILL = 2 / 3
 _NAME = "reserve"
 
@@ -37,50 +38,50 @@ _log = logging.getLogger(__name__)
 
 
 class NoSpace(OSError):
-    """New sessions would take the room that is kept for ending others."""
+    """New sessions would use the space reserved for ending others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Extent:
-    """How the data file is used."""
+    """How much of the data file is used."""
 
     file_bytes: int
-    """Up to the last page that was ever used."""
+    """Up to the last page ever used."""
     live_bytes: int
-    """In pages that hold something."""
+    """In pages with data."""
 
 
 class Reserve:
-    """The file. Used by one thread at a time, like the store's `commit`."""
+    """The reserve file. For one thread at a time, like the store's `commit`."""
 
     def __init__(self, folder: Path, clock: Clock) -> None:
-        """Take it if there is room; without it everything works as long as the disk is not full."""
+        """Create the file if there is room. Without it everything works while the disk is not full."""
         self._folder = folder
         self._path = folder / _NAME
         self._clock = clock
         self._look_at = 0.0
         self.held_bytes = self._wanted = 0
-        """How much it is now, and how much it should be."""
+        """The current and the wanted size."""
         self._places = 0
-        """So many sessions ended while there was little room: others may have theirs, in pages that are half empty."""
+        """Number of sessions that ended while space was tight: as many new ones fit into their half-empty pages."""
         try:
             disk = os.statvfs(folder)
             self._wanted = _whole(min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _SHARE))
             self.held_bytes = self._path.stat().st_size if self._path.exists() else 0
         except OSError as error:
-            _log.warning("room for closing sessions on a full disk cannot be kept: %s", error)
+            _log.warning("space for closing sessions on a full disk cannot be reserved: %s", error)
         self.top_up()
 
     @property
     def is_short(self) -> bool:
-        """Some of it is missing."""
+        """It is smaller than wanted."""
         return self.held_bytes < self._wanted
 
     def commit(self, batch: Batch, attempt: Callable[[Batch], None], extent: Callable[[], Extent]) -> None:
-        """Commit with the room that is meant for such a batch; `attempt` keeps all of it, or raises and keeps nothing.
+        """Commit a batch, using the reserve if it ends sessions. `attempt` keeps the whole batch, or raises and keeps nothing.
 
         Raises:
-            Exception: what the last attempt raised, or that there is no room to open sessions.
+            Exception: that of the last attempt, or `NoSpace` for new sessions.
         """
         change = sum(change for _, change in batch.counts)
         ends = batch.deletes or batch.tombstones
@@ -90,8 +91,8 @@ class Reserve:
         try:
             attempt(batch)
         except Exception:
-            # Whatever it was: to try again with more room does no harm. What was merged into it may add a little
-            # to the file, but on the whole it makes room.
+            # Whatever the error, a retry with more room does no harm. Other changes in the same batch may need a little
+            # space, but in total the batch frees some.
             if not ends:
                 raise
             self._commit_in_reserve(batch, attempt)
@@ -116,10 +117,10 @@ class Reserve:
                 attempt(batch)
                 return
             except Exception as error:
-                _log.warning("sessions could not be ended in the room kept for that: %s", error)
+                _log.warning("sessions could not be ended in the reserved space: %s", error)
             finally:
                 self.take_back()
-        # Pages that a commit left free can be used by the one after the next: make one that needs next to none.
+        # Pages freed by a commit can be used two commits later, so insert a commit that needs almost none.
         attempt(Batch(counts=[("", 0)]))
         attempt(batch)
 
@@ -130,20 +131,20 @@ class Reserve:
         try:
             self._path.unlink()
         except OSError as error:
-            _log.warning("the room kept for closing sessions cannot be given up: %s", error)
+            _log.warning("the reserved space for closing sessions cannot be freed: %s", error)
             return False
-        _log.warning("the disk is full: sessions are ended in the %d bytes kept for that", self.held_bytes)
+        _log.warning("the disk is full: sessions are ended in %d reserved bytes", self.held_bytes)
         self.held_bytes = 0
         return True
 
     def take_back(self) -> None:
-        """After it was given up and used: take what is left of it before others do."""
+        """Reserve the remaining space again, after `give_up`, before others use it."""
         left = _whole(free_bytes(self._folder) * 3 // 4)
         if self.held_bytes < left >= _MIN_BYTES:
             self._take(min(self._wanted, left))
 
     def top_up(self) -> None:
-        """Take what is missing if there is plenty of room; checks at most once a second."""
+        """Reserve the missing space if there is plenty; checks at most once per second."""
         now = self._clock.monotonic()
         if not self.is_short or now < self._look_at:
             return
@@ -162,23 +163,24 @@ class Reserve:
             finally:
                 os.close(handle)
         except OSError as error:
-            _log.debug("no room is kept for closing sessions: %s", error)
+            _log.debug("no space is reserved for closing sessions: %s", error)
 
     def _is_tight(self) -> bool:
-        """Whether there may be too little room to open sessions; it costs little to ask."""
+        """Whether there may be too little room for new sessions; a cheap test."""
         return self.is_short or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
 
     def _require_room(self, batch: Batch, extent: Extent, *, in_place: bool) -> None:
-        """Refuse to open sessions, or to keep documents, in the room that ending sessions takes.
+        """Refuse new sessions or documents that would use the reserved space.
 
-        `in_place`: as many have ended. Mostly there is room on their pages, and less has to be left.
+        `in_place`: as many sessions have ended before. Usually there is room on their pages, so that less must stay
+        free.
 
         Raises:
-            NoSpace: there is no other.
+            NoSpace: there is too little room.
         """
         contents = (*batch.puts, *batch.documents)
         size = int(sum(len(content or b"") + _PER_PUT_BYTES for _, content in contents) / _PAGE_FILL)
-        # to end all there are takes no more than the pages they are in
+        # ending all sessions takes at most the pages they are in
         kept = min(self._wanted, extent.live_bytes + size)
         if in_place:
             kept = kept * 3 // 4

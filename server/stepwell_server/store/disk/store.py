@@ -1,14 +1,15 @@
-"""The store on disk: sessions in LMDB, and in front of it a write-ahead log of their last changes.
+"""The store on disk: sessions in LMDB, with a write-ahead log of their latest changes in front of it.
 
     sessions/           see `lmdb`
     wal/0, 1            the segments of the log, see `wal.log`
 
-What begins or ends sessions, or has documents, is a transaction of LMDB. A change of existing sessions, and nearly all are such, is one
-write to the log. A checkpoint takes it over into LMDB later, unless the session has changed again by then. A record
-in the log counts if it `supersedes` the one in LMDB; so one that was checkpointed already, or whose session has ended
-since, does no harm.
+A batch that begins or ends sessions, or has documents, is a transaction of LMDB. Nearly all batches only change
+existing sessions, and are one write to the log. A checkpoint copies the change to LMDB later, unless the session has
+changed again
+by then. A record in the log is valid if it `supersedes` the one in LMDB. So records that were already checkpointed, or
+whose session has ended since, do no harm.
 
-What cannot be written to the log goes to LMDB: the log is never needed.
+If the log cannot be written, changes go to LMDB: the log is optional.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone, WriteObserver
 from stepwell_server.store.disk.files import flush_folders
-from stepwell_server.store.disk.free_space import Room
+from stepwell_server.store.disk.free_space import FreeSpace
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Parts, Records, WriteAheadLog, room_for
 from stepwell_server.store.disk.wal.segment import SegmentCorrupt
@@ -36,16 +37,16 @@ from stepwell_server.store.record import JoinedPuts, RecordBytes, is_sound, supe
 
 _FOLDER = "wal"
 
-#: An `append` that need not wait for the disk does not wait longer for a large write to the log.
+#: An `append` that need not wait for the disk waits at most this long for a large write to the log.
 _PATIENCE_S = 2e-3
-#: Records in a checkpoint's transaction where that is flushed: small changes wait at the disk for it.
+#: Records in one transaction of a checkpoint, if transactions are flushed: small changes wait for the disk meanwhile.
 _CHECKPOINT_BATCH_SIZE = 256
 
 _log = logging.getLogger(__name__)
 
 
 class DiskStore(LocalStore):
-    """It holds the data directory's lock from its making to `close`. Not to be carried through a fork."""
+    """Sessions on disk. Holds the lock of the data directory from creation to `close`. Must not be used after a fork."""
 
     for_one_thread = False
 
@@ -59,14 +60,14 @@ class DiskStore(LocalStore):
         segment_bytes: int = SEGMENT_BYTES,
         observer: WriteObserver | None = None,
     ) -> None:
-        """Open the store in a data directory, which is made if it is not there. `observer` gets how long writes take.
+        """Open the store in a data directory, which is created if missing. `observer` receives the durations of writes.
 
         Raises:
             StoreBusy: another server uses the directory.
             StoreError: it cannot be used.
         """
         self.path = path
-        self._room = Room(path)
+        self._free_space = FreeSpace(path)
         self._observer = observer
         self._counting = threading.Lock()
         self._base = LmdbStore(
@@ -79,10 +80,10 @@ class DiskStore(LocalStore):
         self.first_revision = self._base.first_revision
         self.waits_for_disk = self._base.waits_for_disk
         self._checkpoint_limit = _CHECKPOINT_BATCH_SIZE if self.waits_for_disk else None
-        """Of records in a checkpoint's transaction; None: there is none."""
-        self._closed = self._in_trouble = False
+        """Maximum of records in one transaction of a checkpoint; None: no limit."""
+        self._closed = self._has_warned = False
         self._in_doubt: set[str] = set()
-        """Sessions whose transaction failed, and may have been kept all the same."""
+        """Sessions whose transaction failed, but may have been kept nevertheless."""
         self._wal: WriteAheadLog | None = None
         try:
             self._open_wal(path / _FOLDER, segment_bytes)
@@ -119,8 +120,8 @@ class DiskStore(LocalStore):
             self._base.files.require()
             return self._log(wal, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
         except (Unavailable, OSError) as error:
-            # `commit` does it, or says what is wrong
-            self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
+            # `commit` keeps it, or raises the reason
+            self._warn("a change could not be written to the write-ahead log, and goes to LMDB", error)
             return False
 
     @property
@@ -133,7 +134,7 @@ class DiskStore(LocalStore):
         try:
             self._commit(batch)
         except Unavailable as error:
-            self._room.failed(error, batch)
+            self._free_space.failed(error, batch)
             raise
 
     def _commit(self, batch: Batch) -> None:
@@ -158,7 +159,7 @@ class DiskStore(LocalStore):
     @property
     def behind(self) -> int:  # type: ignore[override]
         """See `LocalStore`."""
-        # what is due of a log that needs no checkpoint is for the next one: whoever waited for it would wait for ever
+        # what is due in a log that needs no checkpoint is for the next one: waiting for it would never end
         return 0 if self._wal is None or not self.needs_checkpoint or self._closed else self._wal.due
 
     @override
@@ -174,7 +175,7 @@ class DiskStore(LocalStore):
             wal.due = 0  # `check` reports it, and the server ends
         except (Unavailable, OSError) as error:
             wal.due = 0  # not again before the next write
-            self._complain("changes stay in the write-ahead log until they can be checkpointed", error)
+            self._warn("changes stay in the write-ahead log until they can be checkpointed", error)
 
     @override
     def get(self, session_id: str) -> RecordBytes | None:
@@ -225,8 +226,8 @@ class DiskStore(LocalStore):
     @override
     def check(self) -> StoreHealth:
         health = self._base.check()
-        problem = health.problem or self._room.problem(self._base.keep_nothing)
-        return dataclasses.replace(health, problem=problem, warning=self._room.warning())
+        problem = health.problem or self._free_space.problem(self._base.keep_nothing)
+        return dataclasses.replace(health, problem=problem, warning=self._free_space.warning())
 
     @override
     def close(self) -> None:
@@ -242,7 +243,7 @@ class DiskStore(LocalStore):
     # ------------------------------------------------------------------------------------------------------ opening
 
     def _open_wal(self, folder: Path, size: int) -> None:
-        """Load the log that belongs to LMDB's data, else make a new one."""
+        """Load the log that belongs to LMDB's data, or create a new one."""
         mark = Mark.unpacked(self._base.wal_mark) if self._base.wal_mark else None
         if mark is not None:
             self._wal = self._loaded(folder, mark)
@@ -258,7 +259,7 @@ class DiskStore(LocalStore):
                 self._base.files.add(place, descriptor)
 
     def _loaded(self, folder: Path, mark: Mark) -> WriteAheadLog | None:
-        """Load the log; None if a new one is to be made, because acknowledged changes are missing and may be.
+        """Load the log; None if acknowledged changes are missing, which is tolerated, so that a new log is needed.
 
         Raises:
             StoreError: acknowledged changes are missing, or the log cannot be read.
@@ -287,18 +288,18 @@ class DiskStore(LocalStore):
         for problem in damage:
             if self.waits_for_disk:
                 raise StoreError(
-                    f"{problem}. Changes that were acknowledged are missing: restore the folder; or start once with"
-                    " --durability async, and sessions go on from what there is of them"
+                    f"{problem}. Acknowledged changes are missing: restore the folder, or start once with --durability async"
+                    " to continue sessions from the changes that are left"
                 )
-            _log.warning("%s: sessions go on from what there is of them", problem)
+            _log.warning("%s: sessions continue from the changes that are left", problem)
 
     def _salvage(self, wal: WriteAheadLog) -> None:
-        """Checkpoint what could be read, and do without the log."""
+        """Checkpoint what could be read."""
         try:
             self._checkpoint_all(wal)
         except (Unavailable, OSError) as error:
             raise StoreError(
-                f"what is left of the write-ahead log must find its way into the store: {error}"
+                f"the rest of the write-ahead log must be copied into the store: {error}"
             ) from error
 
     def _made(self, folder: Path, size: int) -> WriteAheadLog:
@@ -319,7 +320,7 @@ class DiskStore(LocalStore):
         return WriteAheadLog(folder, mark, flush=self.waits_for_disk, make=make, before_rotate=check)
 
     def _later(self, records: Records) -> list[bool]:
-        """Whether each record counts. One that is damaged does, so that its session does not go back silently."""
+        """Whether each record is valid. Corrupt ones are, so that their sessions do not silently go back."""
         stored = self._base.get_many([session_id for session_id, _ in records])
         return [
             found is not None and (supersedes(record, found) or not is_sound(session_id, record))
@@ -341,7 +342,7 @@ class DiskStore(LocalStore):
         except StoreGone:
             raise
         except (Unavailable, OSError) as error:
-            self._complain("a change could not be written to the write-ahead log, and goes to LMDB", error)
+            self._warn("a change could not be written to the write-ahead log, and goes to LMDB", error)
             return False
 
     def _log(self, wal: WriteAheadLog, parts: Parts, patience_s: float = -1.0) -> bool:
@@ -368,14 +369,14 @@ class DiskStore(LocalStore):
         if records:
             self._write(Batch(puts=records))
         wal.checkpointed(ids)
-        self._in_trouble = False
+        self._has_warned = False
         return bool(ids)
 
     def _empty(self, wal: WriteAheadLog) -> None:
-        """Leave nothing in the log, not even what does not count any more: it could be taken for a later change.
+        """Empty the log completely, including invalid records: they could be taken for later changes.
 
         Raises:
-            Unavailable: that could not be done.
+            Unavailable: it could not be emptied.
         """
         try:
             for _ in range(2):  # the sealed segment, then the active one
@@ -393,10 +394,10 @@ class DiskStore(LocalStore):
         self._base.sync()
         self._base.set_wal_mark(b"")
 
-    def _complain(self, message: str, error: Exception) -> None:
-        if not self._in_trouble:
+    def _warn(self, message: str, error: Exception) -> None:
+        if not self._has_warned:
             _log.warning("%s: %s", message, error)
-        self._in_trouble = True
+        self._has_warned = True
 
     def _close_files(self) -> None:
         self._closed = True
@@ -416,7 +417,7 @@ class DiskStore(LocalStore):
             raise Unavailable(f"the write-ahead log must be readable; got {error}") from error
         if record is None or session_id not in self._in_doubt:
             return record
-        # nothing is forgotten here: another thread may be about to commit
+        # keep the doubt: another thread may be about to commit
         (is_later,) = self._later([(session_id, record)])
         return record if is_later else None
 

@@ -1,4 +1,4 @@
-"""Tombstones in LMDB: what is remembered of sessions that ended; the oldest are forgotten first.
+"""Tombstones of ended sessions, in LMDB; the oldest are dropped first.
 
 tombstones        key of the id -> age, end, at, revision, request ids of closes
 tombstone_ages    age -> key of the id
@@ -14,11 +14,11 @@ from stepwell_server.store.base import CLOSES_BYTES, End, Tombstone, pack_closes
 from stepwell_server.store.disk.keys import key_of
 
 _VALUE = struct.Struct(f"<QBdQ{CLOSES_BYTES}s")  # age, end, at, revision, request ids of closes
-_AGE = struct.Struct(">Q")  # big-endian: in the order of the keys
+_AGE = struct.Struct(">Q")  # big-endian, so that keys are in order of age
 
 
 def next_age(transaction: Any, ages: Any) -> int:
-    """The age of the next one to be buried."""
+    """Return the age of the next tombstone."""
     cursor = transaction.cursor(ages)
     return int(_AGE.unpack(cursor.key())[0]) + 1 if cursor.last() else 0
 
@@ -26,7 +26,7 @@ def next_age(transaction: Any, ages: Any) -> int:
 def bury(
     transaction: Any, tombstones: Any, ages: Any, stones: Sequence[Tombstone], age: int, *, limit: int
 ) -> int:
-    """Put tombstones, the first of the given age, and forget the oldest beyond `limit`; returns the next age."""
+    """Put tombstones, starting at this age, and drop the oldest beyond `limit`; return the next age."""
     for stone in stones:
         key = key_of(stone.session_id)
         closes = pack_closes(stone.closes)
@@ -39,7 +39,7 @@ def bury(
         cursor.first()
         oldest, key = cursor.item()
         stored = transaction.get(key, db=tombstones)
-        # of a session that was buried again the newer one stays
+        # if the session has a newer tombstone, that one stays
         if stored is not None and age_of(stored) == _AGE.unpack(oldest)[0]:
             transaction.delete(key, db=tombstones)
         cursor.delete()
@@ -47,11 +47,11 @@ def bury(
 
 
 def tombstone(session_id: str, stored: bytes) -> Tombstone:
-    """The tombstone that was stored."""
+    """Decode a stored tombstone."""
     _, end, at, revision, closes = _VALUE.unpack(stored)
     return Tombstone(session_id, End(end), at, unpack_closes(closes), revision)
 
 
 def age_of(stored: bytes) -> int:
-    """The age of a stored tombstone."""
+    """Return the age of a stored tombstone."""
     return int(_VALUE.unpack(stored)[0])

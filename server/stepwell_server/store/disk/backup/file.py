@@ -1,8 +1,8 @@
-"""A backup: the sessions, documents and tombstones of a store in one file, whatever the store was made of.
+"""A backup file: the sessions, documents and tombstones of any store.
 
-The file is one of `stepwell._admin.record_file`: START has the facts about the store as a whole. Then come documents, sessions and
-tombstones; of a shared store documents come last, so that they cover all sessions. Records and documents are as
-in the store: encrypted ones stay so, and each has its own checksum.
+The file has the format of `stepwell._admin.record_file`. START has the facts about the store as a whole. Then come
+documents, sessions and tombstones; in a backup of a shared store documents come last, so that they cover all sessions.
+Records and documents are as in the store: encrypted ones stay encrypted, and each has its own checksum.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from stepwell_server.store.disk.files import flush_folders, flush_open
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
 FORMAT = Format("backup", 5, "a backup that 'stepwell store backup' wrote")
-"""Raise its number whenever something in the file changes, be it the records."""
+"""Raise its number whenever anything in the file changes, including the records."""
 _STONE = struct.Struct(f"<BdQ{CLOSES_BYTES}s")  # end, at, revision, request ids of closes
 _BUFFER_BYTES = 2**20
 
 
 class BackupError(StoreError):
-    """A backup that cannot be written or read. The message is one line and names the file."""
+    """A backup cannot be written or read. The message is one line and names the file."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class About:
     """Facts about the store as a whole in a backup."""
 
     created: float
-    """When it was begun, in seconds since the epoch."""
+    """When the backup began, in seconds since the epoch."""
     incarnation: str
     secret: bytes
     first_revision: int
@@ -56,25 +56,25 @@ class About:
 
 
 class Writer:
-    """Writes a backup beside its place, and moves it there when it is whole and on the disk.
+    """Writes a backup to a temporary file, and moves it to its path when it is complete and on disk.
 
-    What a writer that was killed left behind is taken over by the next one of the same name.
+    The next writer of the same name reuses a file that a killed writer left behind.
     """
 
     def __init__(
         self, path: Path, *, bytes_per_s: float, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        """`bytes_per_s` is how fast it may write, on average; infinity: as fast as it can.
+        """`bytes_per_s` limits the average write rate; infinity: no limit.
 
         Raises:
-            BackupError: something is there already, another process writes it, or it cannot be made.
+            BackupError: the path exists, another process is writing it, or it cannot be created.
         """
         self._path = path
         self._aside = path.with_name(f".{path.name}.unfinished")
         self._rate, self._sleep = bytes_per_s, sleep
         self._began = time.monotonic()
         if os.path.lexists(path):
-            raise BackupError(f"{path} must not be there yet: a backup overwrites nothing")
+            raise BackupError(f"{path} must not exist yet: a backup overwrites nothing")
         with self._writing():
             self._file = self._make()
 
@@ -90,12 +90,12 @@ class Writer:
 
     @property
     def byte_count(self) -> int:
-        """How many were written."""
+        """Number of bytes written."""
         return self._entries.bytes
 
     @property
     def counts(self) -> Counter[Kind]:
-        """How many entries of each kind were written."""
+        """Number of entries written, by kind."""
         return self._entries.counts
 
     def document(self, item: Item) -> None:
@@ -112,7 +112,7 @@ class Writer:
         self._put(Kind.TOMBSTONE, stone.session_id.encode(), content)
 
     def finish(self) -> None:
-        """Write the end, and put the backup in its place.
+        """Write the end, and move the backup to its path.
 
         Raises:
             BackupError: it could not be written.
@@ -126,7 +126,7 @@ class Writer:
             flush_folders(self._path.parent)
 
     def close(self) -> None:
-        """End; what is not finished is removed."""
+        """Close the file. An unfinished backup is removed."""
         self._aside.unlink(missing_ok=True)
         self._file.close()
 
@@ -169,28 +169,28 @@ class Writer:
 
 
 class Reader:
-    """Reads a backup, from the beginning to the end."""
+    """Reads a backup sequentially."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.tombstones = 0
-        """How many were read so far."""
+        """Number of tombstones read so far."""
 
     def about(self) -> About:
-        """The facts about the store as a whole.
+        """Return the facts about the store as a whole.
 
         Raises:
-            BackupError: it is no backup, or its head is damaged.
+            BackupError: the file is not a backup, or its start is corrupt.
         """
         for entry in self._read():
             return self._about(entry)
         raise AssertionError("reading raises where there is no first entry")
 
     def entries(self) -> Iterator[Item | tuple[str, bytes] | Tombstone]:
-        """All documents, sessions and tombstones, as they come. Whether it is whole is known when this has come to its end.
+        """Iterate over all documents, sessions and tombstones. The backup is known to be complete only at the end.
 
         Raises:
-            BackupError: it is no backup, damaged, or not whole.
+            BackupError: the file is not a backup, or is corrupt or incomplete.
         """
         self.tombstones = 0
         for entry in self._read():

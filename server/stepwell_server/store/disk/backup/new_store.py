@@ -1,4 +1,4 @@
-"""New stores made of the sessions of others: restored, encrypted with another key, or repaired."""
+"""Creates stores from the sessions of others, to restore, re-encrypt or repair them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepwell_server.store.disk.lmdb import COPY, LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock, try_write_lock
 from stepwell_server.store.record import RecordBytes, header_or_none
 
-#: Sessions in one transaction, and bytes of them.
+#: Maximum of sessions and bytes in one transaction.
 _BATCH_SIZE, _BATCH_BYTES = 4096, 16 * 2**20
 
 Pair = tuple[str, RecordBytes]
@@ -34,9 +34,9 @@ def make(
     documents: Callable[[], Iterable[Item]],
     about: Callable[[], dict[bytes, bytes]],
 ) -> int:
-    """Make a store in a new folder, durably; how many sessions it has.
+    """Create a store in a new folder, durably; return its number of sessions.
 
-    `documents`, and what is `about` the store as a whole, are asked for when the sessions are there.
+    `documents` and `about` (the facts about the store as a whole) are called after the sessions were written.
     """
     store = LmdbStore(folder, durability="async", clock=clock)
     try:
@@ -82,14 +82,14 @@ def _parts(sessions: Iterable[Pair]) -> Iterator[list[Pair]]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside a path, to be made into a data directory: it takes the path's place when the body has ended.
+    """Yield a temporary folder for a new data directory, and move it to `path` when the block ends.
 
-    The path must not be there, or be an empty folder. Whenever this is interrupted, that is as it was.
+    The path must not exist, or must be an empty folder. An interruption leaves it unchanged.
 
     Raises:
-        StoreError: it has something, or cannot be made.
+        StoreError: the path has content, or cannot be created.
     """
-    problem = f"the data directory {path} must not be there yet, or be empty"
+    problem = f"the data directory {path} must not exist yet, or must be empty"
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -117,18 +117,18 @@ def rebuild(
     stones: Callable[[Snapshot], Iterable[Tombstone]] = Snapshot.tombstones,
     documents: Callable[[Snapshot], Iterable[Item]] = Snapshot.all_documents,
 ) -> int:
-    """Replace the store in a data directory by one of the given sessions; returns how many they are.
+    """Replace the store in a data directory by a new one with the given sessions; return their number.
 
-    No server may use it. The new data file takes the place of the old one in one step, when it is whole and on the disk:
-    whenever this is interrupted, all is as it was. The write-ahead log is emptied and removed.
+    No server may use it. The new data file replaces the old one in one step, when it is complete and on disk: an
+    interruption leaves everything unchanged. The write-ahead log is removed.
 
     Args:
         path: The data directory.
         clock: For the lock.
-        sessions: Ids and records that the new store shall have.
-        about: The facts about the new store as a whole, from those about the old one.
-        stones: Its tombstones, the oldest first.
-        documents: Its documents.
+        sessions: Returns ids and records of the new store.
+        about: Converts the facts about the old store into those about the new one.
+        stones: Returns its tombstones, oldest first.
+        documents: Returns its documents.
 
     Raises:
         StoreBusy: a server uses it.
@@ -149,7 +149,7 @@ def rebuild(
             )
         with try_write_lock(path) as may_replace:
             if not may_replace:
-                raise StoreError(f"nobody may read the store in {path} now; another process does")
+                raise StoreError(f"no other process may read the store in {path} now; one does")
             flush(aside / DATA)
             os.replace(aside / DATA, path / DATA)
             flush(path / DATA.parent)

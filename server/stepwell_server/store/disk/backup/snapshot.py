@@ -1,10 +1,11 @@
-"""All that a store has at one moment, read beside its server or at rest: for checks and backups.
+"""A consistent view of a whole store, whether or not its server is running, for checks and backups.
 
-The log is read first, then LMDB in one transaction. A change that was acknowledged before is in one of the two: a
-checkpoint leaves the log only when LMDB has it. Of each session the later record counts, as when a server starts. So each
-session is at a revision that it had between the moments when this began and when it was opened.
+The log is read first, then LMDB in one transaction. A change acknowledged before is in one of the two, because a
+checkpoint removes it from the log only when LMDB has it. Of each session the later record is valid, as at a server
+start.
+So each session has a revision that it had at some moment while the snapshot was opened.
 
-While it is open LMDB uses no page again that was in use, so the data file grows by what changes meanwhile.
+While a snapshot is open LMDB does not reuse pages, so the data file grows with each change.
 """
 
 from __future__ import annotations
@@ -37,41 +38,41 @@ _MAX_TRIES = 5
 
 
 class Entry(NamedTuple):
-    """A session as it is stored."""
+    """A session as stored."""
 
     key: bytes
     session_id: str
     record: bytes
     is_found: bool
-    """Whether it is found by searching for its key."""
+    """Whether a search for its key finds it."""
 
 
 class Snapshot:
-    """See the module. `opened` makes one. For one thread, in a process that has not opened the store otherwise."""
+    """See the module. Created by `opened`. For one thread, in a process that has not opened the store in another way."""
 
     def __init__(self, path: Path, environment: Any, transaction: Any, log: dict[str, bytes]) -> None:
         self.path = path
         self._environment = environment
         self.log = log
-        """The last record of each session that the write-ahead log has."""
+        """The last record of each session in the write-ahead log."""
         self._transaction = transaction
         names = (b"sessions", b"tombstones", b"meta")
         self._sessions, self._tombstones, self._meta = (
             environment.open_db(name, txn=transaction, create=False) for name in names
         )
         self._documents = None
-        with contextlib.suppress(lmdb.NotFoundError):  # damage can have taken it
+        with contextlib.suppress(lmdb.NotFoundError):  # it may be missing in a corrupt store
             self._documents = environment.open_db(b"documents", txn=transaction, create=False)
         self.meta: dict[bytes, bytes] = dict(transaction.cursor(self._meta).iternext())
         """The facts about the store as a whole, see `meta`."""
 
     def again(self) -> Snapshot:
-        """The store as it is now, for a store that no server uses: one that met a damaged page is of no use any more."""
+        """Open a new snapshot of a store that no server uses: after a corrupt page, this one is unusable."""
         return Snapshot(self.path, self._environment, self._environment.begin(), self.log)
 
     @property
     def key_checks(self) -> dict[str, bytes]:
-        """The keys that records may be encrypted with."""
+        """Checks of the keys that may encrypt records."""
         return meta.unpack_keys(self.meta.get(meta.KEYS, b"{}"))
 
     @property
@@ -81,14 +82,14 @@ class Snapshot:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many sessions each name should have, see `store.counts`; none has 0."""
+        """The stored counts without zeros, see `store.counts`."""
         return meta.counts(self.meta)
 
     def sessions(self) -> Iterator[Entry]:
-        """All sessions that are there, in the order of their keys.
+        """Iterate over all sessions, in the order of their keys.
 
         Raises:
-            StoreError: a page cannot be read; what follows it is not known.
+            StoreError: a page cannot be read; its successors are unknown.
         """
         try:
             for key, value in all_entries(self._transaction.cursor(self._sessions)):
@@ -98,19 +99,19 @@ class Snapshot:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
 
     def require_all(self, found: Sums) -> None:
-        """Refuse to continue without sessions that are missing; `found` is of all keys that were there.
+        """Raise if sessions are missing; `found` has the sums of all existing keys.
 
         Raises:
-            StoreError: some are.
+            StoreError: some are missing.
         """
         if self.expected != found:
             raise StoreError(
-                f"the store in {self.path} must have all its sessions; keys or pages were damaged, and some are missing:"
-                " stepwell store verify says more, stepwell store repair mends it"
+                f"the store in {self.path} must have all its sessions; keys or pages are corrupt, and some are missing:"
+                " stepwell store verify gives details, stepwell store repair repairs it"
             )
 
     def tombstones(self) -> list[Tombstone]:
-        """All tombstones, the oldest first; those that cannot be read are left out.
+        """Return all readable tombstones, oldest first.
 
         Raises:
             StoreError: a page cannot be read.
@@ -118,7 +119,7 @@ class Snapshot:
         found: list[tuple[int, Tombstone]] = []
         try:
             for key, value in self._transaction.cursor(self._tombstones).iternext():
-                if not is_digest(key):  # of a long id only a digest is kept
+                if not is_digest(key):  # for a long id only a digest is stored
                     with contextlib.suppress(struct.error, ValueError):
                         found.append((age_of(value), tombstone(str(key, "utf-8"), value)))
         except lmdb.Error as error:
@@ -126,10 +127,10 @@ class Snapshot:
         return [stone for _, stone in sorted(found, key=lambda each: each[0])]
 
     def documents(self) -> in_lmdb.DocumentSet:
-        """All documents, and what is known of those that are damaged or missing.
+        """Return all documents, and what is known about corrupt or missing ones.
 
         Raises:
-            StoreError: they cannot be looked at.
+            StoreError: they cannot be read.
         """
         try:
             return in_lmdb.read(self._transaction, self._documents, self._meta)
@@ -137,28 +138,28 @@ class Snapshot:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
 
     def all_documents(self) -> list[in_lmdb.Item]:
-        """As they are stored, damaged ones too.
+        """Return all documents as stored, including corrupt ones.
 
         Raises:
-            StoreError: some are missing, or they cannot be looked at.
+            StoreError: some are missing, or they cannot be read.
         """
         found = self.documents()
         if found.problem:
             raise StoreError(
                 f"the store in {self.path} must have all its documents; {found.problem}:"
-                " stepwell store verify says more, stepwell store repair mends it"
+                " stepwell store verify gives details, stepwell store repair repairs it"
             )
         return found.items
 
     def _finds(self, key: bytes) -> bool:
         try:
-            # from the root on: a cursor would look on the page where it stands first
+            # search from the root: a cursor would first look on its current page
             return self._transaction.get(key, db=self._sessions) is not None
         except lmdb.Error:
             return False
 
     def later(self, session_id: str, record: bytes) -> bytes:
-        """The record of a session that counts, of the one that LMDB has and the log's."""
+        """Return the valid record of a session, given that from LMDB: this one or that in the log."""
         logged = self.log.get(session_id)
         if logged is None or not (supersedes(logged, record) or not is_sound(session_id, logged)):
             return record
@@ -167,10 +168,10 @@ class Snapshot:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Snapshot]:
-    """Read the store in a data directory as it is now, whether or not a server uses it.
+    """Open a snapshot of the store in a data directory, whether or not a server uses it.
 
     Raises:
-        StoreError: there is none, it cannot be read, or acknowledged changes are missing from its log.
+        StoreError: there is no store, it cannot be read, or acknowledged changes are missing from its log.
     """
     if not (path / DATA).is_file():
         raise StoreError(f"the data directory {path} must hold a store; there is no {DATA} in it")

@@ -1,12 +1,13 @@
-"""The layout of a log entry: records of sessions that were written together.
+"""The layout of a log entry: the records that were written together.
 
     checksum, magic, generation, sequence, remaining, counts | ids | records | padding
 
-Backups and exported sessions consist of such entries, too: `stepwell._admin.record_file` has what is common. The tag of the first
-entry of a segment is the store that it belongs to; others have 0. One write may be several entries: they have one sequence number, and each says how many follow (`remaining`).
+Backups and exported sessions consist of such entries too: `stepwell._admin.record_file` has the common part. The tag of
+the first entry of a segment identifies its store; other tags are 0. One write may consist of several entries with the
+same sequence number, each with the number of entries that follow (`remaining`).
 
-The checksum is over everything before the records, and over their own checksums, which they begin with. So an
-incomplete entry, a whole one, and one with a record that was damaged later can be told apart.
+The checksum covers everything before the records, and the records' own checksums, which are their first bytes. This
+distinguishes an incomplete entry, a complete one, and one with a record that was corrupted later.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ _MARK = struct.Struct("<IQ")  # magic, generation
 
 
 class Layout(NamedTuple):
-    """What an entry has beside its records: the same while the same sessions change."""
+    """The part of an entry without its records. It stays the same while the same sessions change."""
 
     ids: Sequence[str]
     sizes: Sequence[int]
     text: bytes
-    """The ids as they are written."""
+    """The encoded ids."""
 
 
 class Entry(NamedTuple):
-    """An entry to be written."""
+    """An entry to write."""
 
     layout: Layout
     buffers: Sequence[RecordBytes]
     size: int
 
     def offsets(self, at: int) -> Iterator[tuple[str, int]]:
-        """Where the records are if the entry is at an offset."""
+        """Return the offsets of the records if the entry is written at `at`."""
         first = at + HEAD.size + len(self.layout.text)
         return zip(self.layout.ids, itertools.accumulate(self.layout.sizes[:-1], initial=first), strict=True)
 
 
 class StoredEntry(NamedTuple):
-    """An entry that was read."""
+    """An entry as read."""
 
     sequence: int
     remaining: int
@@ -57,7 +58,7 @@ class StoredEntry(NamedTuple):
     offsets: Sequence[tuple[str, int]]
 
     def follows(self, other: StoredEntry) -> bool:
-        """Whether it was written next, or is the next part of the same write."""
+        """Whether it is the next write, or the next part of the same write."""
         if other.remaining:
             return (self.sequence, self.remaining) == (other.sequence, other.remaining - 1)
         return self.sequence == other.sequence + 1
@@ -65,21 +66,21 @@ class StoredEntry(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Content:
-    """What a segment has."""
+    """The content of a segment."""
 
     generation: int = 0
     owner: int | None = None
-    """None: it has no beginning."""
+    """None: the segment has no first entry."""
     base_sequence: int = 0
-    """Of the first entry."""
+    """Sequence number of the first entry."""
     sequence: int = 0
-    """Of the last write that is there whole."""
+    """Sequence number of the last complete write."""
     end: int = 0
-    """Where that ends."""
+    """Where that write ends."""
     offsets: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Where each session's last record is."""
+    """Offset of each session's last record."""
     has_rest: bool = False
-    """There are parts of later writes behind the end."""
+    """Parts of later writes follow the end."""
     problem: str = ""
     """Why it cannot be read to its end; empty if it can."""
 
@@ -92,7 +93,7 @@ def lay_out(
     remaining: int = 0,
     owner: int = 0,
 ) -> Entry:
-    """Make an entry of records."""
+    """Lay out an entry for records."""
     layout, records = _layout(puts), _records(puts)
     if isinstance(puts, Puts):
         checksums = puts.checksums
@@ -109,7 +110,7 @@ def lay_out(
 
 
 def lay_out_one(session_id: str, record: RecordBytes, generation: int, sequence: int) -> tuple[bytes, int]:
-    """What `lay_out` would have written for one record, and the offset of the record in it. A fast path for a lone step."""
+    """Return the entry of `lay_out` for one record, and the record's offset in it. A fast path for a single step."""
     key = session_id.encode()
     start = b"".join((
         HEAD.pack(0, MAGIC, generation, sequence, 0, 1, LENGTH.size + len(key), 0, len(record))[CHECKSUM_BYTES:],
@@ -123,7 +124,7 @@ def lay_out_one(session_id: str, record: RecordBytes, generation: int, sequence:
 
 
 def read(data: bytes, at: int, generation: int | None) -> StoredEntry | None:
-    """The entry at an offset; None if there is no whole one of the generation (None: of any)."""
+    """Return the entry at an offset; None if there is no complete entry of this generation (None: of any)."""
     if len(data) - at < HEAD.size:
         return None
     checksum, magic, its_generation, sequence, remaining, count, text_bytes, owner, byte_count = (
@@ -144,11 +145,11 @@ def read(data: bytes, at: int, generation: int | None) -> StoredEntry | None:
 
 
 def writes(data: bytes, start: StoredEntry) -> Iterator[list[StoredEntry]]:
-    """The writes of a segment that are there whole; `start` is its first entry."""
+    """Return the complete writes of a segment; `start` is its first entry."""
     generation, write, last = generation_of(data), [start], start
     while (found := read(data, last.end, generation)) is not None and found.follows(last):
         if not last.remaining:
-            # later ones are there, so this one is: a record that was damaged since is found when it is read
+            # a later write exists, so this one was complete: a record corrupted since is detected when it is read
             yield write
             write = []
         write.append(found)
@@ -158,10 +159,10 @@ def writes(data: bytes, start: StoredEntry) -> Iterator[list[StoredEntry]]:
 
 
 def content_of(data: bytes) -> Content:
-    """Read a segment up to the last write that is there whole."""
+    """Read a segment up to the last complete write."""
     start = read(data, 0, None)
     if start is None:
-        return Content(problem="cannot be read: it must have a beginning")
+        return Content(problem="cannot be read: its first entry is missing")
     found = Content(generation_of(data), start.owner, start.sequence, start.sequence, start.end)
     for write in writes(data, start):
         for entry in write:
@@ -175,12 +176,12 @@ def content_of(data: bytes) -> Content:
 
 
 def generation_of(data: bytes) -> int:
-    """The generation of the first entry."""
+    """Return the generation of the first entry."""
     return int(HEAD.unpack_from(data)[2])
 
 
 def search(data: bytes, at: int, generation: int) -> Iterator[StoredEntry]:
-    """All entries of a generation from an offset on, whatever is between them."""
+    """Find all entries of a generation after an offset, whatever is between them."""
     mark = _MARK.pack(MAGIC, generation)
     place = data.find(mark, at)
     while place >= 0:
@@ -191,7 +192,7 @@ def search(data: bytes, at: int, generation: int) -> Iterator[StoredEntry]:
 
 
 def is_whole(data: bytes, found: StoredEntry) -> bool:
-    """Whether all records of an entry are as they were written."""
+    """Whether all records of an entry are intact."""
     return all(
         is_sound(name, data[at : at + size_of(data[at : at + HEADER.itemsize])]) for name, at in found.offsets
     )
@@ -213,7 +214,7 @@ def _layout(puts: Sequence[tuple[str, RecordBytes]]) -> Layout:
 
 
 def _offsets(data: bytes, text: bytes, at: int, count: int) -> list[tuple[str, int]] | None:
-    """Ids and where their records are; None if the entry is damaged."""
+    """Return ids and the offsets of their records; None if the entry is corrupt."""
     place, offsets = 0, []
     try:
         for _ in range(count):

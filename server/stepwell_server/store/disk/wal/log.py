@@ -16,46 +16,46 @@ from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt
 from stepwell_server.store.record import RecordBytes
 
 SEGMENTS = ("0", "1")
-"""Their names."""
+"""The file names of the segments."""
 SEGMENT_BYTES = 8 * 2**20
 """Size of each segment."""
 _MARK = struct.Struct("<IQ")
 
-#: A segment takes at most this part of the free disk.
+#: A segment takes at most one part in this many of the free disk space.
 _SHARE = 64
 _MIN_BYTES = 64 * 1024
-#: Checkpointing begins when this part of the active segment is used.
+#: Checkpoints start when this fraction of the active segment is used.
 _CHECKPOINT_AT = 1 / 2
-#: To keep up with writes, twice as many records are checkpointed as were written, and at least this many at once. A brief
-#: checkpoint takes no more.
+#: To keep up with writes, checkpoints copy twice as many records as were written, and at least this many at a time. A
+#: brief checkpoint copies exactly this many.
 _MIN_RECORDS = 64
 
-#: A write of more records leaves this part of a segment free: smaller ones have room while it waits for a checkpoint.
+#: A write of more records than this leaves a fraction of the segment free, for smaller writes during its checkpoint.
 _SMALL_WRITE, _KEPT_FREE = 512, 1 / 8
 
 Records = list[tuple[str, RecordBytes]]
 Parts = Sequence[Sequence[tuple[str, RecordBytes]]]
-"""Changes that are written together, each with its sessions' records."""
+"""Changes that are written together, each with the records of its sessions."""
 
 
 class Mark(NamedTuple):
-    """The entry about the log that LMDB has while there may be something in the log."""
+    """The entry about the log that LMDB holds while the log may contain records."""
 
     owner: int
-    """Of the segments, see `Segment`."""
+    """Owner of the segments, see `Segment`."""
     size: int
-    """Of each segment."""
+    """Size of each segment."""
 
     def packed(self) -> bytes:
-        """As it is stored."""
+        """Encode the mark."""
         return _MARK.pack(*self)
 
     @classmethod
     def unpacked(cls, stored: bytes) -> Self:
-        """Read what `packed` gave.
+        """Decode the result of `packed`.
 
         Raises:
-            StoreError: it was not made so.
+            StoreError: it is malformed.
         """
         if len(stored) != _MARK.size:
             raise StoreError(
@@ -65,15 +65,15 @@ class Mark(NamedTuple):
 
 
 def room_for(folder: Path, size: int) -> int:
-    """The size of each segment, at most `size`.
+    """Return the size of each segment, at most `size`.
 
     Raises:
-        OSError: there is too little room.
+        OSError: there is too little free space.
     """
     sizes = {(folder / name).stat().st_size if (folder / name).is_file() else 0 for name in SEGMENTS}
     minimum = min(size, _MIN_BYTES)
     if len(sizes) == 1 and (there := sizes.pop()) >= minimum:
-        return there  # the files are there already, and take no more room
+        return there  # the files exist already and take no more space
     room = shutil.disk_usage(folder).free // _SHARE
     if room < minimum:
         raise OSError(errno.ENOSPC, f"{_SHARE * minimum} bytes of the disk must be free")
@@ -81,9 +81,9 @@ def room_for(folder: Path, size: int) -> int:
 
 
 class WriteAheadLog:
-    """The last change of each session that the store does not have yet.
+    """The latest change of each session that is not yet in the store.
 
-    For one thread that checkpoints, and one more that appends meanwhile; `find` and `places_of` are for any.
+    For one thread that checkpoints and one that appends at the same time; `find` and `places_of` are for any thread.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class WriteAheadLog:
         make: bool,
         before_rotate: Callable[[], None],
     ) -> None:
-        """Open the two segments, to be loaded, or make them. See `Segment`.
+        """Open the two segments, to load them, or create them. See `Segment`.
 
-        `before_rotate` raises if what is appended would be lost.
+        `before_rotate` raises if appended records would be lost.
 
         Raises:
-            OSError: one cannot be opened, or there is no room.
+            OSError: a segment cannot be opened, or there is no space.
         """
         self._before_rotate = before_rotate
         self.due = 0
-        """Records that are to be checkpointed to keep up with what was appended."""
-        # Held to append or to rotate.
+        """Number of records to checkpoint now, to keep up with appends."""
+        # Held while appending or rotating.
         self._appending = threading.Lock()
-        # Held to read both segments, so that neither is truncated meanwhile.
+        # Held while reading both segments, so that neither is truncated meanwhile.
         self._looking = threading.Lock()
         first, second = (folder / name for name in SEGMENTS)
         self._active = Segment(first, mark.size, mark.owner, flush=flush, make=make)
@@ -123,7 +123,7 @@ class WriteAheadLog:
         return [(segment.path, segment.descriptor) for segment in (self._active, self._sealed)]
 
     def truncate(self) -> None:
-        """Drop whatever the files have.
+        """Drop the content of both files.
 
         Raises:
             OSError: they cannot be written.
@@ -132,13 +132,13 @@ class WriteAheadLog:
         self._active.truncate(0)
 
     def load(self, counts: Callable[[Records], Iterable[bool]]) -> list[SegmentCorrupt]:
-        """Read what the files have.
+        """Read the files.
 
         Args:
-            counts: Which of some records are later than what the store has of their sessions.
+            counts: Returns which records are newer than those in the store.
 
         Returns:
-            What is missing.
+            The damage found.
 
         Raises:
             OSError: a file cannot be read.
@@ -162,28 +162,28 @@ class WriteAheadLog:
 
     @property
     def is_empty(self) -> bool:
-        """The store has all that is in here."""
+        """Everything in the log is in the store."""
         return not self._active.offsets and not self._sealed.offsets
 
     @property
     def needs_checkpoint(self) -> bool:
-        """It is time to checkpoint."""
+        """A checkpoint is due."""
         return self._is_due and self._active.end > self._active.size * _CHECKPOINT_AT
 
     @property
     def _is_due(self) -> bool:
-        """There is something to checkpoint before the segments can be rotated."""
+        """The sealed segment has records to checkpoint before the segments can rotate."""
         return bool(self._sealed.offsets)
 
     def append(self, parts: Parts, patience_s: float = -1.0) -> bool:
-        """Append changes; False if there is no room until more is checkpointed, or ever.
+        """Append changes; return False if they do not fit before a checkpoint, or never fit.
 
         Args:
-            parts: The changes, each with its sessions' records.
-            patience_s: Give up (False) if another thread appends for this many seconds; -1: wait for it.
+            parts: The changes, each with the records of its sessions.
+            patience_s: Return False if another thread appends for this many seconds; -1: wait for it.
 
         Raises:
-            OSError: they could not be written. None is there.
+            OSError: they could not be written. None was kept.
         """
         if not self._appending.acquire(timeout=patience_s):
             return False
@@ -208,11 +208,11 @@ class WriteAheadLog:
         return self._active.append(parts)
 
     def fits(self, parts: Parts) -> bool:
-        """Whether changes are small enough for a segment that holds little else."""
+        """Whether changes fit into a nearly empty segment."""
         return sum(len(record) for part in parts for _, record in part) < self._sealed.size // 2
 
     def find(self, session_id: str) -> bytes | None:
-        """The record of a session, None if the store has it. From any thread.
+        """Return the record of a session; None: the store has it. For any thread.
 
         Raises:
             OSError: it cannot be read.
@@ -221,43 +221,45 @@ class WriteAheadLog:
             return self._active.record(session_id) or self._sealed.record(session_id)
 
     def places_of(self, session_ids: Sequence[str]) -> list[int]:
-        """Which of some sessions it has records of, by their places. From any thread."""
+        """Return the indices of the sessions that have records in the log. For any thread."""
         active, sealed = self._active.offsets, self._sealed.offsets
         return [place for place, i in enumerate(session_ids) if i in active or i in sealed]
 
     def discard(self, session_ids: Iterable[str]) -> None:
-        """Discard the log's records of sessions: the store has later ones."""
-        for segment in self._segments:  # the store has all of one that is truncated meanwhile
+        """Discard the records of sessions, because the store has newer ones."""
+        for (
+            segment
+        ) in self._segments:  # if a segment is truncated meanwhile, the store has everything from it
             offsets = segment.offsets
             for session_id in offsets.keys() & session_ids if offsets else ():
                 offsets.pop(session_id, None)
 
     def to_checkpoint(self, *, briefly: bool = False, limit: int | None = None) -> tuple[list[str], Records]:
-        """Sessions to checkpoint next, at most `limit`, and their records; call `checkpointed` when the store has them."""
+        """Return the next sessions to checkpoint, at most `limit`, and their records. Call `checkpointed` afterwards."""
         with self._looking:
             active, sealed = self._active, self._sealed
-        # nobody rotates while the sealed one has something
+        # no thread rotates while the sealed segment has records
         wanted = _MIN_RECORDS if briefly else max(_MIN_RECORDS, self.due)
         count = wanted if limit is None else min(limit, wanted)
         ids = list(itertools.islice(sealed.offsets, count))
         self.due = max(0, self.due - len(ids)) if ids else 0
-        # the active segment has a later record of the others
+        # the active segment has newer records of the others
         last_here = [session_id for session_id in ids if session_id not in active.offsets]
         records: Records = [(i, record) for i in last_here if (record := sealed.record(i)) is not None]
         return ids, records
 
     def checkpointed(self, session_ids: Iterable[str]) -> None:
-        """The store has what `to_checkpoint` gave."""
+        """Remove sessions from the sealed segment, after the store has their records."""
         offsets = self._sealed.offsets
         for session_id in session_ids:
             offsets.pop(session_id, None)
 
     def rotate(self) -> bool:
-        """Seal the active segment, and append to the other; False if that one is not empty.
+        """Seal the active segment and append to the other; return False if the other is not empty.
 
         Raises:
-            OSError: the other cannot be written.
-            StoreGone: by `before_rotate`.
+            OSError: the other segment cannot be written.
+            StoreGone: raised by `before_rotate`.
         """
         with self._appending:
             if self._is_due:
@@ -272,7 +274,7 @@ class WriteAheadLog:
             self._swap()
 
     def close(self) -> None:
-        """End; not to be used any more."""
+        """Close the files."""
         self._active.close()
         self._sealed.close()
 

@@ -1,8 +1,9 @@
-"""The write-ahead log as another process reads it while its server writes it.
+"""Reads the write-ahead log in another process, while its server writes it.
 
-What was acknowledged before a segment is read is in it, or the store has it already: a segment is truncated only when all
-of it was checkpointed. So a reader of the log first and the store afterwards misses nothing. A read may meet a write or a
-truncation that is under way, and look damaged. What looks the same a second time is damaged.
+A change acknowledged before a segment is read is in the segment or already in the store, because a segment is truncated
+only after everything in it was checkpointed. So a process that reads the log first and the store afterwards misses
+nothing.
+A segment may look corrupt if it is read during a write or a truncation. It is corrupt if it looks the same twice.
 """
 
 from __future__ import annotations
@@ -15,32 +16,30 @@ from stepwell_server.store.disk.wal.layout import Content, content_of
 from stepwell_server.store.disk.wal.log import SEGMENTS
 from stepwell_server.store.record import HEADER, is_sound, size_of
 
-#: A busy log differs at each read; it is read at most this often.
+#: A busy log differs each time; this is the maximum of reads.
 _MAX_LOOKS = 100
 
 
 class LogReplaced(Exception):
-    """The segments are another store's: a server that was started meanwhile made new ones."""
+    """The segments belong to another store, because a server that started meanwhile created new ones."""
 
 
 def read_log(folder: Path, owner: int) -> dict[str, bytes]:
-    """The last record of each session that the segments of a store have; those that were damaged as they are.
+    """Return the last record of each session in the segments of a store, including corrupt ones.
 
     Raises:
-        LogReplaced: see there.
-        StoreError: changes are missing that were acknowledged, or a segment cannot be read.
+        LogReplaced: the segments belong to another store.
+        StoreError: acknowledged changes are missing, or a segment cannot be read.
     """
     try:
         segments = [_read(folder / name) for name in SEGMENTS]
         first, last = sorted(segments, key=_order)
         if not first.content.problem and first.content.sequence < last.content.base_sequence:
-            # The earlier segment may have been read before its last writes, after which the later one was begun.
+            # The earlier segment may have been read before its last writes, and the later one started after them.
             again = _read(first.path)
             is_same = again.content.generation == first.content.generation
             if is_same and again.content.sequence < last.content.base_sequence:
-                raise StoreError(
-                    f"{first.path} cannot be read to its end: changes that were acknowledged are missing"
-                )
+                raise StoreError(f"{first.path} cannot be read to its end: acknowledged changes are missing")
             first = again
     except OSError as error:
         raise StoreError(f"the write-ahead log in {folder} must be readable: {error}") from error
@@ -48,13 +47,13 @@ def read_log(folder: Path, owner: int) -> dict[str, bytes]:
         if content.owner not in (owner, None):
             raise LogReplaced
         if content.problem:
-            raise StoreError(f"{path} {content.problem}: changes that were acknowledged are missing")
+            raise StoreError(f"{path} {content.problem}: acknowledged changes are missing")
     first, last = sorted((first, last), key=_order)
     return {**first.records, **last.records}
 
 
 class _Segment(NamedTuple):
-    """A segment that was read."""
+    """A segment as read."""
 
     path: Path
     content: Content
@@ -79,4 +78,4 @@ def _read(path: Path) -> _Segment:
         if seen == before or not (found.problem or unsound):
             return _Segment(path, found, records)
         before = seen
-    raise StoreError(f"{path} must be readable; it was never twice the same")
+    raise StoreError(f"{path} must be readable; it changed between all reads")

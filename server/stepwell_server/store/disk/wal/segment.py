@@ -1,9 +1,9 @@
-"""A segment of the write-ahead log: one file of entries, as `layout` lays them out.
+"""A segment of the write-ahead log: one file of entries in the form of `layout`.
 
-The file is preallocated, and overwritten from the beginning after it was truncated. So an append is one write into
-blocks that the disk has already, and waits for the disk once. A file that grows, or an LMDB transaction, waits twice:
-for the bytes, and for what points to them. Each truncation draws a random number, the generation: entries of earlier
-generations behind the last entry do not count.
+The file is preallocated and, after a truncation, overwritten from the beginning. So an append is one write into
+allocated blocks, and waits for the disk once. A growing file, or an LMDB transaction, waits twice: for the data and for
+the metadata.
+Each truncation draws a random number, the generation. Entries of earlier generations after the last entry are ignored.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from stepwell_server.store.disk.files import flush_content, flush_open, write_ze
 from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.record import RecordBytes, size_of
 
-#: A write returns when the disk has it; 0 where the system has no such writes, and a flush follows instead (macOS).
+#: Flag for a write that returns when the data is on disk; 0: not supported (macOS), so that a flush follows instead.
 WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
-#: A record of up to this size is read at once, a longer one in two steps.
+#: A record of up to this size is read in one step, a longer one in two.
 _GUESS_BYTES = 2048
-#: Buffers in one write.
+#: Maximum of buffers in one write.
 _MAX_BUFFERS = 512
 _NO_HEAD = bytes(HEAD.size)
 
 
 class SegmentCorrupt(Exception):
-    """Changes are missing that later ones followed; their sessions are not known."""
+    """Changes are missing, though later ones exist; their sessions are unknown."""
 
 
 class Segment:
-    """One file. For one thread; others may call `record`, and forget offsets, while it is not truncated."""
+    """One file. For one thread; other threads may call `record` and remove offsets, except during a truncation."""
 
     def __init__(self, path: Path, size: int, owner: int, *, flush: bool, make: bool) -> None:
-        """Open the file, to `load` it, or make it, to `truncate` it.
+        """Open the file, to `load` it, or create it, to `truncate` it.
 
         Args:
             path: The file.
-            size: Its bytes.
-            owner: The store that it belongs to: a random number, not 0.
-            flush: Whether an entry is on the disk when it was appended.
-            make: Preallocate it if it has another size; what is in it does not matter.
+            size: Its size in bytes.
+            owner: The store that it belongs to: a random number other than 0.
+            flush: Whether an append returns only when the entry is on disk.
+            make: Preallocate the file if it has another size. The content does not matter.
 
         Raises:
-            OSError: it cannot be opened, or there is no room.
+            OSError: it cannot be opened, or there is no space.
         """
         self.path = path
         self.size = size
         self.offsets: dict[str, int] = {}
-        """Where each session's last record is."""
+        """Offset of each session's last record."""
         self.end = 0
         self.sequence = 0
         """Sequence number of the last write."""
@@ -74,17 +74,17 @@ class Segment:
 
     @property
     def descriptor(self) -> int:
-        """Of the open file."""
+        """The descriptor of the open file."""
         return self._file
 
     def truncate(self, sequence: int) -> None:
-        """Drop all entries; `sequence` is that of the last write to any segment.
+        """Drop all entries; `sequence` is the number of the last write to any segment.
 
         Raises:
-            OSError: it could not be written; then this is to be done again before anything is appended.
+            OSError: it could not be written. Repeat the truncation before appending.
         """
         self.offsets = {}
-        self._generation, self.end = 0, self.size  # there is no room until this is done
+        self._generation, self.end = 0, self.size  # until this is done, no append fits
         generation = secrets.randbits(63) + 1
         start = layout.lay_out((), generation, sequence, owner=self._owner)
         self._write(start.buffers, 0, start.size)
@@ -96,10 +96,10 @@ class Segment:
         )
 
     def append(self, parts: Sequence[Sequence[tuple[str, RecordBytes]]], leave: int = 0) -> bool:
-        """Write entries, all of them or none; False if there is no room for them and `leave` more bytes.
+        """Write all entries or none; return False if they do not fit with `leave` more bytes.
 
         Raises:
-            OSError: they could not be written. None is there.
+            OSError: they could not be written. None was kept.
         """
         sequence = self.sequence + 1
         added = [
@@ -121,7 +121,7 @@ class Segment:
         return True
 
     def append_one(self, session_id: str, record: RecordBytes) -> bool:
-        """As `append`, of one record."""
+        """As `append`, for one record."""
         sequence, start = self.sequence + 1, self.end
         data, record_at = layout.lay_out_one(session_id, record, self._generation, sequence)
         size = len(data)
@@ -137,7 +137,7 @@ class Segment:
         return True
 
     def record(self, session_id: str) -> bytes | None:
-        """The last record of a session, or None.
+        """Return the last record of a session, or None.
 
         Raises:
             OSError: it cannot be read.
@@ -150,13 +150,14 @@ class Segment:
         return start[:size] if size <= len(start) else os.pread(self._file, size, at)
 
     def load(self) -> None:
-        """Read what the file has. A write that was under way when the process or the machine ended is left out.
+        """Read the file. A write that the end of the process or machine interrupted is ignored.
 
         Raises:
-            SegmentCorrupt: with `flush` nothing is done about it; else what could be read is loaded, and the rest is dropped.
+            SegmentCorrupt: with `flush` the file stays unchanged. Otherwise its readable part is loaded and the rest
+            is dropped.
             OSError: the file cannot be read.
         """
-        self.end = self.size  # nothing can be appended before it is loaded or truncated
+        self.end = self.size  # no append fits before a load or truncation
         data = os.pread(self._file, self.size, 0)
         found = layout.content_of(data)
         if found.owner is None:
@@ -171,18 +172,19 @@ class Segment:
                 f"{self.path} cannot be read to its end: it must have {self.size} bytes; it has {there}"
             )
         if found.has_rest and not (found.problem and self._flush):
-            # It is of a write that was cut off, or the file is damaged. Left in place, it could seem to follow a later write.
+            # This is an interrupted write, or the file is corrupt. Left in place, it could seem to follow a later
+            # write.
             write_zeros(self._file, self.end, self.size)
             flush_open(self._file)
         if found.problem:
             raise SegmentCorrupt(f"{self.path} {found.problem}")
 
     def close(self) -> None:
-        """End; not to be used any more."""
+        """Close the file."""
         os.close(self._file)
 
     def _preallocate(self) -> None:
-        """Write the whole file once, so that the disk has all its blocks."""
+        """Write the whole file once, to allocate all its blocks."""
         os.ftruncate(self._file, 0)
         try:
             write_zeros(self._file, 0, self.size)
@@ -196,13 +198,13 @@ class Segment:
         written = os.pwritev(self._file, buffers, at, self._flags)
         if written < size:
             data = memoryview(b"".join(buffers))
-            while written < size:  # there was a limit: what is left meets it, or goes in
+            while written < size:  # the write was partial: the rest succeeds, or raises the reason
                 written += os.pwritev(self._file, [data[written:]], at + written, self._flags)
         if self._flush and not self._flags:
             flush_content(self._file)
 
     def _erase(self, heads: Iterable[int]) -> None:
         for at in heads:
-            # should this fail as well, a change that was reported as failed may be found later
+            # if this fails too, a change that was reported as failed may be found later
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, _NO_HEAD, at)
