@@ -293,14 +293,14 @@ def test_a_client_that_takes_for_done_what_is_sent_elsewhere_is_found(
     code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a slot moves from node to node."""
-    goes_on = Requests._goes_on
+    goes_on = Requests._is_retried
 
     async def believe(self: Requests, node: Node, request: Request, reply: ErrorReply) -> bool:
         if reply.code == code and request.command[1] in (CHANGE.sha, COMMIT.sha):
             request.reply, request.is_answered = [], True
         return await goes_on(self, node, request, reply)
 
-    monkeypatch.setattr(Requests, "_goes_on", believe)
+    monkeypatch.setattr(Requests, "_is_retried", believe)
     assert is_found(range(100), shards=3, faults=("move",), fault_every_s=0.1)
 
 

@@ -67,7 +67,7 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
             done = backup.back_up(data, tmp_path / f"backup{number}", clock)
             backups.append((done.file, before))
             assert done.keys == ["k"]
-            assert not verification.examine(data, ring).problems, "beside the server, too"
+            assert not verification.verify(data, ring).problems, "beside the server, too"
             if number == 1:
                 # one that is killed leaves no backup, and the server does not wait for it
                 driver.wait_acknowledged(10)
@@ -91,7 +91,7 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
     closed = {op.call.session for op in ops if op.call.kind == "close"}
     for made, before in backups:
         assert made.stat().st_mode & 0o777 == 0o600
-        assert not verification.examine_backup(made, ring).problems
+        assert not verification.verify_backup(made, ring).problems
         found = in_backup(made, Sealer(ring))
         missing = {
             i: (r, found.get(i)) for i, r in before.items() if i not in closed and found.get(i, -1) < r

@@ -133,7 +133,7 @@ async def test_a_primary_of_a_cluster_that_was_emptied_is_noticed(cluster: Clust
         for store in (a, b):
             health = await store.check()
             assert health.problem == ""
-            assert f"{emptied} of 12 parts of the store were emptied" in health.warning
+            assert f"{emptied} of 12 partitions of the store were emptied" in health.warning
             assert [bool(store.damage_of(i)) for i in ids] == [i in gone for i in ids]
         (found,) = await b.fetch([lone])
         assert found.tombstone is not None

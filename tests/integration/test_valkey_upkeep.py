@@ -17,7 +17,7 @@ import stepwell
 from stepwell_server.store import shared_backup as upkeep
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreError, Tombstone
 from stepwell_server.store.encryption.keyring import Keyring, add_key
-from stepwell_server.store.valkey.bulk import Whole
+from stepwell_server.store.valkey.bulk import BulkStore
 from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.connection.url import StoreUrl
 from support.clock import ManualClock
@@ -108,7 +108,7 @@ async def test_a_backup_becomes_the_same_store_or_one_ahead(
     for store in stores:
         await store.close()
     for each in (was, new):
-        found = run(upkeep.examine, each, None, CLOCK)
+        found = run(upkeep.verify, each, None, CLOCK)
         assert (found.problems, found.sessions, found.models["m"]) == ([], len(IDS), len(IDS))
     with pytest.raises(StoreError, match=r"there must be no store at .* yet; there is one"):
         run(upkeep.restore, tmp_path / "backup", was, CLOCK, None, moved=True)
@@ -126,12 +126,12 @@ async def test_what_is_encrypted_stays_so(valkey: Valkey, tmp_path: Path) -> Non
     with pytest.raises(KeyFileError, match="is encrypted, with old, and revisions in it are to change"):
         run(upkeep.restore, tmp_path / "backup", new, CLOCK, None, moved=False)
     run(upkeep.restore, tmp_path / "backup", new, CLOCK, RING, moved=True)
-    found = run(upkeep.examine, new, RING, CLOCK)
+    found = run(upkeep.verify, new, RING, CLOCK)
     assert (found.problems, dict(found.encrypted), found.opened) == ([], {"new": len(IDS)}, len(IDS))
     assert await content(new, RING) == dict.fromkeys(IDS, 2)
     with pytest.raises(KeyFileError, match="it lacks new"):
-        run(upkeep.examine, new, old, CLOCK)
-    assert not run(upkeep.examine, new, None, CLOCK).opened
+        run(upkeep.verify, new, old, CLOCK)
+    assert not run(upkeep.verify, new, None, CLOCK).opened
 
 
 async def test_a_store_that_lost_something_is_not_backed_up_as_if_it_had_not(
@@ -144,12 +144,12 @@ async def test_a_store_that_lost_something_is_not_backed_up_as_if_it_had_not(
         connection.ask("DEL", keys[b"s1"])
         connection.ask("SETRANGE", keys[b"s2"], 60, b"damage")
         connection.ask("HINCRBY", keys[b"s3"].rpartition(b"s:s3")[0] + b"counts", "m", 5)
-    found = run(upkeep.examine, url, None, CLOCK)
+    found = run(upkeep.verify, url, None, CLOCK)
     assert (found.unreachable, found.damaged) == (["s1"], ["s2"])
     assert len(found.problems) == 3
-    assert "1 sessions have records that are not as they were written" in found.problems
+    assert "1 sessions have corrupt records" in found.problems
     assert "1 sessions have no record: their keys were deleted or evicted" in found.problems
-    assert any("the numbers of sessions in partition" in problem for problem in found.problems)
+    assert any("the counts of sessions in partition" in problem for problem in found.problems)
     with pytest.raises(StoreError, match="1 are missing, 's1' among them"):
         run(upkeep.back_up, url, tmp_path / "backup", CLOCK)
     assert not (tmp_path / "backup").exists()
@@ -162,22 +162,22 @@ async def test_a_restore_that_is_broken_off_leaves_nothing_and_no_server_takes_a
     await filled(was)
     run(upkeep.back_up, was, tmp_path / "backup", CLOCK)
     monkeypatch.setattr(upkeep, "_MAX_BATCH_SIZE", 10)
-    put_in, seen = Whole.put, list[str]()
+    put_in, seen = BulkStore.put, list[str]()
 
-    async def put(self: Whole, part: Any) -> None:
+    async def put(self: BulkStore, part: Any) -> None:
         await put_in(self, part)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        with pytest.raises(StoreError, match="must be restored as a whole") as refused:
+        with pytest.raises(StoreError, match="must be completely restored") as refused:
             await opened(str(new))
         seen.append(str(refused.value))
 
-    monkeypatch.setattr(Whole, "put", put)
+    monkeypatch.setattr(BulkStore, "put", put)
     with pytest.raises(KeyboardInterrupt):
         run(upkeep.restore, tmp_path / "backup", new, CLOCK, None, moved=True)
     with valkey.connect() as connection:
         assert connection.ask("KEYS", f"{new.prefix}*") == []
-    monkeypatch.setattr(Whole, "put", put_in)
+    monkeypatch.setattr(BulkStore, "put", put_in)
     run(upkeep.restore, tmp_path / "backup", new, CLOCK, None, moved=True)
     assert await content(new) == dict.fromkeys(IDS, 2)
 
@@ -190,7 +190,7 @@ async def test_a_cluster_is_backed_up_and_made(tmp_path: Path) -> None:
         run(upkeep.back_up, was, tmp_path / "backup", CLOCK)
         run(upkeep.restore, tmp_path / "backup", new, CLOCK, None, moved=True)
         assert await content(new) == dict.fromkeys(IDS, 2)
-        assert not run(upkeep.examine, new, None, CLOCK).problems
+        assert not run(upkeep.verify, new, None, CLOCK).problems
 
 
 def stepwell_store(*arguments: object) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_a_store_that_a_server_would_refuse(settings: Settings, tmp_path: Path) 
     other = tmp_path / "other keys"
     add_key(other, "two")
     (line,) = wrong(dataclasses.replace(settings, encryption_key_file=other))
-    assert "the key file must have all keys that the store was encrypted with" in line
+    assert "the key file must have all keys that encrypt the store" in line
 
     shutil.rmtree(settings.data_dir)
     settings.data_dir.mkdir(mode=0o700)
@@ -273,7 +273,7 @@ def test_a_store_that_is_shared(settings: Settings) -> None:
         facts = examined(shared(valkey.url())).facts["store"]
         assert (facts["exists"], facts["partitions"], facts["sessions"]) == (True, 64, 3)
         (problem,) = wrong(shared(valkey.url("?partitions=9")))
-        assert problem.startswith("--store: partitions must be 64, as the store")
+        assert problem.startswith("--store: partitions must be 64, as in the store")
         valkey.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         (said,) = advice(shared(valkey.url()))
         assert f"--store: {valkey.address}: maxmemory-policy must be noeviction" in said

@@ -438,7 +438,7 @@ def test_a_store_that_is_shared(model: str) -> None:
     assert (settings.store_kind, settings.data_dir) == ("valkey", None)
     assert read_settings([model], {}).shared_store is None
     refusal = refused([model, "--store", "valkey://h?color=red"], {})
-    assert "'--store': color is not known; there are prefix, partitions" in refusal
+    assert "'--store': color is not a known option; the options are prefix, partitions" in refusal
     refusal = refused([model, "--store", "valkey://u:hidden@h", "--data-dir", "/x"], {})
     assert (
         "'--data-dir': cannot be used with '--store' valkey://u@h:6379/0, which keeps nothing on disk"

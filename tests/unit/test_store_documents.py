@@ -246,7 +246,7 @@ def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) 
     store.commit(Batch(documents=[("model/a", b"anew")]))
     assert store.documents() == DOCUMENTS | {"model/a": b"anew"}, "who writes it anew has it"
     store.close()
-    assert verification.examine(path, None).problems == []
+    assert verification.verify(path, None).problems == []
 
 
 @pytest.mark.parametrize("at", some(range(len(value_of("model/a")) + len(b"model/a"))))
@@ -261,8 +261,8 @@ def test_no_bit_of_it_can_change_unnoticed(path: Path, at: int) -> None:
     assert error.value.names == ["model/a"]
     assert revisions(store) == SESSIONS
     store.close()
-    found = verification.examine(path, None)
-    assert found.problems == ["1 documents are not as they were written"]
+    found = verification.verify(path, None)
+    assert found.problems == ["1 documents are corrupt"]
     assert (found.documents, found.damaged_documents) == (4, ["model/a"])
     done = repair.repair(path, CLOCK)
     kept = at < len(key)
@@ -304,7 +304,7 @@ def test_one_that_is_missing_is_missed(path: Path, tmp_path: Path) -> None:
     assert (error.value.names, error.value.sound) == ([], {"model/a": b"content of a"})
     assert revisions(store) == SESSIONS
     store.close()
-    assert verification.examine(path, None).problems == ["documents: 1 of 4 are missing"]
+    assert verification.verify(path, None).problems == ["documents: 1 of 4 are missing"]
     for refused in (
         lambda: backup.back_up(path, tmp_path / "backup", CLOCK),
         lambda: repair.rekey(path, CLOCK, RING),
@@ -313,7 +313,7 @@ def test_one_that_is_missing_is_missed(path: Path, tmp_path: Path) -> None:
             refused()
     assert not (tmp_path / "backup").exists()
     assert repair.repair(path, CLOCK).missing_documents == 1
-    assert verification.examine(path, None).problems == []
+    assert verification.verify(path, None).problems == []
 
 
 @pytest.mark.parametrize("what", ["database", "pages"])
@@ -334,7 +334,7 @@ def test_all_of_them_missing_leaves_the_sessions(path: Path, what: str) -> None:
                 data[page + 10 : page + 12] = b"\0\0"  # it is no kind of page any more
         (path / "sessions" / "data.mdb").write_bytes(data)
         problem = "a page cannot be read"
-    assert verification.examine(path, None).problems[0].startswith(f"documents: {problem}")
+    assert verification.verify(path, None).problems[0].startswith(f"documents: {problem}")
     store = opened(path)
     assert revisions(store) == SESSIONS
     begin(store, "new")
@@ -355,11 +355,11 @@ def test_all_of_them_missing_leaves_the_sessions(path: Path, what: str) -> None:
 def test_they_are_in_a_backup_and_in_the_store_made_of_it(path: Path, tmp_path: Path) -> None:
     done = backup.back_up(path, tmp_path / "backup", CLOCK)
     assert (done.documents, done.damaged_documents, done.sessions) == (4, 0, 2)
-    assert verification.examine_backup(tmp_path / "backup", None).documents == 4
+    assert verification.verify_backup(tmp_path / "backup", None).documents == 4
     for name, ring, moved in (("moved", None, True), ("back", None, False), ("sealed", RING, False)):
         made = backup.restore(tmp_path / "backup", tmp_path / name, CLOCK, ring, moved=moved)
         assert (made.documents, made.damaged_documents, made.sessions) == (4, 0, 2)
-        assert verification.examine(tmp_path / name, ring).problems == []
+        assert verification.verify(tmp_path / name, ring).problems == []
         store = opened(tmp_path / name)
         assert store.documents() == DOCUMENTS
         store.close()
@@ -368,8 +368,8 @@ def test_they_are_in_a_backup_and_in_the_store_made_of_it(path: Path, tmp_path: 
 def test_a_damaged_one_is_in_a_backup_as_it_is(path: Path, tmp_path: Path) -> None:
     flip(path, b"content of a", 3)
     assert backup.back_up(path, tmp_path / "backup", CLOCK).damaged_documents == 1
-    found = verification.examine_backup(tmp_path / "backup", None)
-    assert found.problems == ["1 documents are not as they were written"]
+    found = verification.verify_backup(tmp_path / "backup", None)
+    assert found.problems == ["1 documents are corrupt"]
     assert found.damaged_documents == ["model/a"]
     made = backup.restore(tmp_path / "backup", tmp_path / "to", CLOCK, None, moved=True)
     assert (made.documents, made.damaged_documents) == (4, 1)
@@ -396,7 +396,7 @@ def test_a_backup_without_some_of_them_is_refused(path: Path, tmp_path: Path) ->
 def test_a_store_that_is_encrypted_anew_or_decrypted_has_them(path: Path) -> None:
     for decrypt in (False, True):
         repair.rekey(path, CLOCK, RING, decrypt=decrypt)
-        assert verification.examine(path, RING).problems == []
+        assert verification.verify(path, RING).problems == []
         disk = opened(path)
         store = encrypted(disk, None if decrypt else RING)
         assert store.documents() == DOCUMENTS
@@ -419,7 +419,7 @@ def test_the_commands_say_so(path: Path, tmp_path: Path) -> None:
     flip(tmp_path / "damaged", b"content of a", 3)
     said = run("verify", tmp_path / "damaged", code=1)
     assert "damaged documents: 'model/a'\n" in said
-    assert "wrong: 1 documents are not as they were written\n" in said
+    assert "wrong: 1 documents are corrupt\n" in said
     rule = "1 documents of the server are corrupt; stepwell store verify lists them"
     assert rule in run("backup", tmp_path / "damaged", tmp_path / "backup2")
     assert rule in run("restore", tmp_path / "backup2", tmp_path / "to2")

@@ -70,7 +70,7 @@ def with_holes(path: Path, kind: str) -> tuple[set[str], int]:
 @pytest.mark.parametrize("kind", ["few", "many", "deep"])
 def test_pages_that_were_never_written_are_holes(tmp_path: Path, kind: str) -> None:
     names, _ = with_holes(tmp_path, kind)
-    assert verification.examine(tmp_path, None).problems == []
+    assert verification.verify(tmp_path, None).problems == []
     for _ in range(2):
         store = opened(tmp_path)
         assert {key.decode() for key in store.heads(limit=10_000).keys} == names
@@ -78,7 +78,7 @@ def test_pages_that_were_never_written_are_holes(tmp_path: Path, kind: str) -> N
     store = opened(tmp_path)
     begin(store, *(f"t{n}" for n in range(2000)), size=5000)
     store.close()
-    assert verification.examine(tmp_path, None).problems == []
+    assert verification.verify(tmp_path, None).problems == []
 
 
 @pytest.mark.parametrize("kind", ["few", "deep"])

@@ -90,7 +90,7 @@ def test_a_store_of_another_version_is_refused_and_stays(
     uses: list[Callable[[], object]] = [
         lambda: opened(folder, "async"),
         lambda: opened(folder, "sync"),
-        lambda: verification.examine(folder, None),
+        lambda: verification.verify(folder, None),
         lambda: backup.back_up(folder, tmp_path / "backup", CLOCK),
         lambda: repair.repair(folder, CLOCK),
         lambda: repair.rekey(folder, CLOCK, Keyring({"k": bytes(32)})),
@@ -126,7 +126,7 @@ def test_a_backup_of_another_format_is_refused_and_stays(start: bytes, message: 
     file = tmp_path / "backup"
     file.write_bytes(start + bytes(100))
     uses: list[Callable[[], object]] = [
-        lambda: verification.examine_backup(file, None),
+        lambda: verification.verify_backup(file, None),
         lambda: backup.restore(file, tmp_path / "new", CLOCK, None, moved=False),
     ]
     for use in uses:
@@ -157,9 +157,9 @@ def test_forged_sessions_of_a_backup_are_reported_and_answer_for_themselves(tmp_
         writer.session(session_id, stored)
     writer.finish()
     writer.close()
-    found = verification.examine_backup(tmp_path / "forged", None)
+    found = verification.verify_backup(tmp_path / "forged", None)
     assert found.damaged == ["far", "nan", "none", "position"]
-    assert found.problems == ["4 sessions have records that are not as they were written"]
+    assert found.problems == ["4 sessions have corrupt records"]
     restored = backup.restore(tmp_path / "forged", tmp_path / "new", CLOCK, None, moved=False)
     assert (restored.sessions, restored.damaged) == (6, 5), "nobody can count higher than the last number"
     store = opened(tmp_path / "new")
@@ -167,7 +167,7 @@ def test_forged_sessions_of_a_backup_are_reported_and_answer_for_themselves(tmp_
         header = header_or_none(session_id, store.get(session_id) or b"")
         assert (header is not None) is (session_id == "sound")
     store.close()
-    assert verification.examine(tmp_path / "new", None).damaged == ["far", "last", "nan", "none", "position"]
+    assert verification.verify(tmp_path / "new", None).damaged == ["far", "last", "nan", "none", "position"]
 
 
 @pytest.mark.parametrize(

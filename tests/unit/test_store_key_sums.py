@@ -45,11 +45,11 @@ def test_what_a_damaged_key_hides_is_missed(tmp_path: Path) -> None:
     change_key(tmp_path, IDS[151])
     store = opened(tmp_path)
     assert store.get(IDS[151]) is None, "as if it had never been"
-    assert store.damage == "keys or pages were damaged, and 1 of 299 sessions are missing"
+    assert store.damage == "keys or pages are corrupt, and 1 of 299 sessions are missing"
     put(store, IDS[151])  # a checkpoint of it makes it no better
     store.close()
     store = opened(tmp_path)
-    assert "damaged" in store.damage
+    assert "corrupt" in store.damage
     store.close()
 
 
@@ -69,7 +69,7 @@ def test_a_page_above_the_records_that_leads_elsewhere_is_noticed(tmp_path: Path
     assert store.count() == len(store.heads(limit=1000)) == len(IDS)
     lost = [i for i in IDS if store.get(i) is None]
     assert lost
-    assert store.damage == f"keys or pages were damaged, and {len(lost)} of {len(IDS)} sessions are missing"
+    assert store.damage == f"keys or pages are corrupt, and {len(lost)} of {len(IDS)} sessions are missing"
     store.close()
 
 
@@ -131,7 +131,7 @@ async def test_while_sessions_are_missing_none_is_begun_in_their_place(disk: Dis
             at.step("hidden", x(1)),
         ):
             with pytest.raises(
-                StateCorrupt, match=r"is not in the store, which lost sessions: keys were damaged"
+                StateCorrupt, match=r"is not in the store, which lost sessions: keys are corrupt"
             ):
                 await call
         with pytest.raises(StateCorrupt):

@@ -110,7 +110,7 @@ def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path
     assert not (tmp_path / "back2").exists()
     again = backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, RING, moved=False)
     assert again.first_revision >= first + 10**12
-    assert not verification.examine(tmp_path / "back2", RING).problems
+    assert not verification.verify(tmp_path / "back2", RING).problems
 
 
 def test_a_store_that_goes_back_to_the_same_backup_twice_is_ahead_of_itself(
@@ -142,13 +142,13 @@ def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
     backup.restore(tmp_path / "backup", tmp_path / "to", CLOCK, RING, moved=False)
     repair.rekey(tmp_path / "data", CLOCK, RING)
     for path in (tmp_path / "data", tmp_path / "to"):
-        assert not verification.examine(path, RING).problems
+        assert not verification.verify(path, RING).problems
         store = opened(path)
         assert [store.count_of(name) for name in ("m", "acme\x1fm", "\x1f", "other\x1f")] == [4, 2, 3, 1]
         store.commit(Batch(tenant_counts=[("acme\x1fm", 1)]))
         store.close()
-        (problem,) = verification.examine(path, RING).problems
-        assert "the numbers of sessions must be" in problem
+        (problem,) = verification.verify(path, RING).problems
+        assert "the counts of sessions must be" in problem
 
 
 def test_nothing_is_overwritten_and_nothing_half_done_stays(path: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_backup_that_was_damaged_or_cut_off_is_refused(path: Path, tmp_path: P
                 backup.restore(changed, tmp_path / "restored", CLOCK, None, moved=True)
     changed.write_bytes(whole + whole[18:])
     with pytest.raises(BackupError, match=r"as it was written; at byte \d+: something follows its end"):
-        verification.examine_backup(changed, None)
+        verification.verify_backup(changed, None)
     assert not (tmp_path / "restored").exists()
 
 
@@ -224,18 +224,18 @@ def change(path: Path, what: bytes, at: int, *, places: int | None = None) -> No
 
 
 def test_a_check_says_all_that_is_wrong(path: Path, tmp_path: Path) -> None:
-    found = verification.examine(path, None)
+    found = verification.verify(path, None)
     assert (found.problems, found.sessions, found.logged, found.tombstones) == ([], len(IDS), 3, 1)
     assert found.models == {"m": len(IDS)}
     change(path, record("s050"), 80)  # of a record
     change(path, b"s100", 3)  # of a key
-    found = verification.examine(path, None)
+    found = verification.verify(path, None)
     assert "s050" in found.damaged
-    assert any("not as they were written" in problem for problem in found.problems)
+    assert any("corrupt" in problem for problem in found.problems)
     assert any("are missing" in problem for problem in found.problems)
     assert len(found.damaged) == 2, "one has another id"
     with pytest.raises(StoreError, match="must hold a store"):
-        verification.examine(tmp_path, None)
+        verification.verify(tmp_path, None)
 
 
 def test_a_check_with_keys_opens_all(path: Path) -> None:
@@ -243,10 +243,10 @@ def test_a_check_with_keys_opens_all(path: Path) -> None:
     put(store, "a", revision=4)
     store.close()
     for ring, opened_count in ((None, 0), (RING, 1)):
-        found = verification.examine(path, ring)
+        found = verification.verify(path, ring)
         assert (found.problems, found.encrypted, found.opened) == ([], {"old": 1}, opened_count)
-    with pytest.raises(KeyFileError, match=r"it lacks old\. Without a key file all is checked but"):
-        verification.examine(path, Keyring({"new": b"\1" * 32}))
+    with pytest.raises(KeyFileError, match=r"it lacks old\. Without a key file, everything except"):
+        verification.verify(path, Keyring({"new": b"\1" * 32}))
 
 
 def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
     assert repair.rekey(path, CLOCK, RING).sessions == len(IDS)
     assert not any(plain in file.read_bytes() for file in path.rglob("*") if file.is_file())
     alone = Keyring({"new": b"\1" * 32})
-    found = verification.examine(path, alone)
+    found = verification.verify(path, alone)
     assert (found.problems, found.encrypted, found.opened) == ([], {"new": len(IDS)}, len(IDS))
     store = encrypted(opened(path), alone)
     assert revisions(store) == EXPECTED | {"a": 4}
@@ -361,12 +361,12 @@ def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
 def test_what_is_left_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) -> None:
     change(path, b"s100", 3)
     change(path, record("s050"), 80)
-    assert verification.examine(path, None).problems
+    assert verification.verify(path, None).problems
     found = repair.repair(path, CLOCK)
     assert found.recovered == ["s100"]
     assert found.damaged == ["s050"]
     assert (found.lost, found.sessions) == (0, len(IDS))
-    assert [p for p in verification.examine(path, None).problems if "not as they were written" not in p] == []
+    assert [p for p in verification.verify(path, None).problems if "corrupt records" not in p] == []
     store = opened(path)
     assert store.damage == ""
     assert store.get("s100") == record("s100")
@@ -385,10 +385,10 @@ def test_a_damaged_page_of_tombstones_costs_no_session(path: Path) -> None:
             data[page + 10 : page + 12] = b"\0\0"  # it is no kind of page any more
     file.write_bytes(data)
     with pytest.raises(StoreError, match=r"a page of .* cannot be read"):
-        verification.examine(path, None)
+        verification.verify(path, None)
     assert repair.repair(path, CLOCK).sessions == len(IDS)
     assert set(content(path)) == set(IDS)
-    assert verification.examine(path, None).tombstones == 0
+    assert verification.verify(path, None).tombstones == 0
 
 
 @pytest.mark.parametrize("bit", some(range(8)))

@@ -521,7 +521,7 @@ async def test_the_number_of_partitions_stays(valkey: Valkey) -> None:
     _, _ = await put(store, [(f"s{i}", record(f"s{i}")) for i in range(50)], [0] * 50)
     assert len(await scan(store, limit=99)) == 50
     await store.close()
-    with pytest.raises(StoreError, match=r"partitions must be 8, as the store .* was made with; got 9"):
+    with pytest.raises(StoreError, match=r"partitions must be 8, as in the store .*; got 9"):
         await opened(f"{url}&partitions=9")
 
 

@@ -67,7 +67,7 @@ async def test_a_session_that_is_listed_and_has_no_key_is_lost(valkey: Valkey, k
         assert (await b.fetch(["s"]))[0] == lost("s"), "it has not begun"
         health = await b.check()
         assert (health.lost_sessions, health.problem, b.damage) == (1, "", "")
-        assert health.warning == "1 sessions were lost: their keys were deleted, or evicted"
+        assert health.warning == "1 sessions were lost: their keys were deleted or evicted"
         assert (await a.check()).lost_sessions == 0, "it has not looked"
         assert [i for i, _ in await scan(a, limit=10)] == ["t"]
 
@@ -150,15 +150,13 @@ async def test_a_part_that_was_emptied_is_noticed_by_all(valkey: Valkey) -> None
         valkey.ask("DEL", *part(a, "s0"), *(key(a, i) for i in gone))
         for store in (a, b):
             health = await store.check()
-            told = "1 of 4 parts of the store were emptied: sessions that they had are lost"
+            told = "1 of 4 partitions of the store were emptied: the sessions that they had are lost"
             assert (store.damage, health.warning, health.problem) == (told, told, "")
             assert [bool(store.damage_of(i)) for i in ids] == [i in gone for i in ids]
         late = await opened(valkey.url(f"?prefix={a._url.prefix}"))
         assert late.damage == "", "it was before"
         found = await inspect(urls.parse(valkey.url(f"?prefix={a._url.prefix}"), {}), "async")
-        assert any(
-            "1 of the 4 parts of the store were found to be emptied" in w for w in found.findings.warnings
-        )
+        assert any("1 of the 4 partitions of the store were emptied" in w for w in found.findings.warnings)
         valkey.ask("DEL", *part(a, "s0"))
         again = await opened(valkey.url(f"?prefix={a._url.prefix}"))
         assert again.damage_of("s0"), "it was found just now"
@@ -220,7 +218,7 @@ async def test_a_key_of_another_type_is_a_damaged_session_and_nothing_more(
         found = await store.fetch(ids)
         assert [each.record == b"" for each in found] == [i == "s3" for i in ids]
         (line,) = caplog.records
-        assert "of another type" in line.message
+        assert "has another type" in line.message
         assert line.__dict__["fields"] == {"key": key(store, "s3")}
         assert [i for i, header in await scan(store, limit=20) if header is None] == ["s3"]
         assert len((await store.heads(limit=20)).keys) == 10
@@ -346,7 +344,7 @@ async def test_no_named_session_begins_anew_where_a_part_was_emptied(valkey: Val
         await first.step("a", x(1))
         store: ValkeyStore = first.store
         valkey.ask("DEL", *part(store, "a"), key(store, "a"))
-        with pytest.raises(StateCorrupt, match="the store, which lost sessions: 1 of 64 parts"):
+        with pytest.raises(StateCorrupt, match="the store, which lost sessions: 1 of 64 partitions"):
             await second.engine.open_session("plain", session_id="a")
         with pytest.raises(StateCorrupt, match="so it is not begun anew"):
             await second.step("a", x(1))

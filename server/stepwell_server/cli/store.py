@@ -133,12 +133,12 @@ def verify(ctx: click.Context, path: Path | StoreUrl, key_file: Path | None, as_
             from stepwell_server.store import verification
 
             found = (
-                verification.examine(path, keyring)
+                verification.verify(path, keyring)
                 if path.is_dir()
-                else verification.examine_backup(path, keyring)
+                else verification.verify_backup(path, keyring)
             )
         else:
-            found = _shared().examine(path, keyring, SystemClock())
+            found = _shared().verify(path, keyring, SystemClock())
     if as_json:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         render.print_json(fields)

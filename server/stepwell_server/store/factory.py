@@ -1,4 +1,4 @@
-"""Makes the store that the settings ask for: the one module that knows which stores there are."""
+"""Creates the store that the settings describe: the only module that knows all kinds of stores."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def open_store(
     observer: WriteObserver | None = None,
     key_file: Path | None = None,
 ) -> Store:
-    """Open a store, or make it if it is not there. `observer` gets how long writes to the disk take.
+    """Open the store of one server, or create it. `observer` receives the durations of writes to disk.
 
-    A change that was acknowledged survives, on disk, the loss of power (`sync`) or the end of the process (`async`).
-    With a `key_file` states are encrypted on disk.
+    On disk an acknowledged change survives a loss of power (`sync`) or the end of the process (`async`). With a
+    `key_file` states are encrypted on disk.
 
     Raises:
         StoreBusy: another server uses it.
@@ -57,12 +57,12 @@ async def open_shared_store(
     clock: Clock,
     key_file: Path | None = None,
 ) -> Store:
-    """Open a store that other servers use too, or make it if it is not there.
+    """Open a shared store, or create it.
 
-    A change that was acknowledged is on the disk of the store's server (`sync`), or has come there (`async`).
+    An acknowledged change is on the disk of the store's server (`sync`), or was received there (`async`).
 
     Raises:
-        StoreError: it cannot be used as it is.
+        StoreError: it cannot be used.
         ServerError: it does not answer.
     """
     try:
@@ -74,10 +74,10 @@ async def open_shared_store(
 
 
 async def inspect_shared_store(url: StoreUrl, durability: Literal["sync", "async"]) -> Inspection:
-    """Look at such a store without using it.
+    """Inspect a shared store without using it.
 
     Raises:
-        StoreError: it cannot be looked at, or the client is not installed.
+        StoreError: it cannot be inspected, or the client is not installed.
     """
     try:
         from stepwell_server.store.valkey.inspection import inspect
@@ -87,7 +87,7 @@ async def inspect_shared_store(url: StoreUrl, durability: Literal["sync", "async
 
 
 def shared_stores() -> ModuleType:
-    """`store.shared`: backups of such stores, and whether they are whole.
+    """Import `store.shared_backup`, for backups and verification of shared stores.
 
     Raises:
         StoreError: the client is not installed.
@@ -106,10 +106,10 @@ def _without_client(error: ImportError) -> StoreError:
 
 
 def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:
-    """The store as its keys allow to use it, which it remembers.
+    """Wrap a store for encryption if there is a keyring, and store the check of a new key.
 
     Raises:
-        KeyFileError: a key is missing that it was encrypted with.
+        KeyFileError: a key that encrypts the store is missing.
         Unavailable: the store cannot be written.
     """
     known = disk.key_checks
@@ -126,7 +126,7 @@ def encrypted(disk: DiskStore, keyring: Keyring | None) -> LocalStore:
 
 
 def read_keyring(path: Path) -> Keyring:
-    """Read a key file; what encrypts is imported by who has keys only.
+    """Read a key file. Imports the modules for encryption only when called.
 
     Raises:
         KeyFileError: it cannot be used.

@@ -1,4 +1,4 @@
-"""The store of one server, in memory or on a disk, as the engine asks it."""
+"""The `Store` interface for the store of one server, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import F64, header_or_none
 
 _NOTHING = StoredSession()
-#: The records are first searched for unused sessions this long after the start at the latest. Then the search rests: at
-#: least this many times as long as it took.
+#: The first search of the records for unused sessions starts at most this long after the start of the server. After a
+#: search of some duration there is a pause of at least this many times that duration.
 _FIRST_SEARCH_S, _REST = 5.0, 10.0
-#: Cursors: there may be more that were noted; and records are searched, after the one whose id follows.
+#: Cursors: more noted sessions may be due; or the search of the records continues after the id that follows.
 _NOTED, _RECORDS = "noted", ">"
 
 
 class InProcessStore(Store):
-    """Commits go through `LocalWrites`; a look after the store is a thread's; all else is done in place.
+    """Commits go through `LocalWrites`, `check` and `close` run on a thread, and everything else on the event loop.
 
-    Its server alone uses sessions, so the store knows what the server notes when a session leaves its table. Of other
-    records it knows that they were not used since the start. Time before the start does not count: nobody could use them.
+    Only this server uses the sessions. So it notes the last use of each session that leaves its table, and other
+    records were not used since the start. Time before the start does not count as idle, because nobody could use them
+    then.
     """
 
     def __init__(self, local: LocalStore, clock: Clock) -> None:
@@ -50,14 +51,14 @@ class InProcessStore(Store):
         self._clock = clock
         self._opened = clock.monotonic()
         self._used: dict[str, float] = {}
-        """When sessions were last used that left the server's table, on the monotonic clock."""
+        """Monotonic time of the last use of sessions that left the server's table."""
         self._ends: list[tuple[float, str, float]] = []
-        """A heap of when their limits end, with the last uses; entries of sessions that were noted anew are still in it."""
+        """A heap of the times when their idle limits end, with the last uses; outdated entries stay in it."""
         self._next_search = self._opened + _FIRST_SEARCH_S if local.count() else math.inf
-        """When the records are searched next for sessions that nobody has named since the start."""
+        """When the next search of the records starts, for sessions that were not used since the start."""
         self._search_began = self._opened
         self._next_end = math.inf
-        """When the first of the limits ends that a search saw and that had not ended."""
+        """The earliest end of a limit that the last search saw, among those in the future."""
         self.secret = local.secret
         self.incarnation = local.incarnation
         # several servers may have been set up from one backup
@@ -100,7 +101,7 @@ class InProcessStore(Store):
 
     @override
     async def touch(self, session_ids: Sequence[str], stamps: Sequence[int]) -> None:
-        """The server's table knows it, until it notes it."""
+        """Nothing to do: the server's table knows the last use, and `note_use` reports it later."""
 
     @override
     def note_use(self, session_id: str, *, idle_s: float, limit_s: float) -> None:
@@ -110,7 +111,7 @@ class InProcessStore(Store):
 
     @override
     async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
-        """First those that were noted, then the records; these only when a limit can have ended."""
+        """Return noted sessions first, then search the records, but only if a limit can have ended."""
         now, due = self._clock.monotonic(), dict[str, float]()
         if cursor.startswith(_RECORDS):
             return self._search(cursor.removeprefix(_RECORDS), limits, limit)
@@ -140,12 +141,12 @@ class InProcessStore(Store):
         self._next_end = min(self._next_end, float(ends[ends >= now].min(initial=math.inf)))
         if ids:
             return dataclasses.replace(page, cursor=_RECORDS + ids[-1])
-        # all sessions that began since the start are in the table, or were noted
+        # sessions that began since the start are in the table, or were noted
         self._next_search = max(self._next_end, now + _REST * (now - self._search_began))
         return page
 
     def _page(self, session_ids: Sequence[str], idle_s: F64) -> UnusedSessions:
-        """Those that are there and whose records are sound: others cannot say what their limits are."""
+        """Return a page of those sessions whose records exist and are intact: others have no readable limit."""
         records = self.local.get_many(session_ids) if session_ids else []
         sound = [
             place
@@ -157,7 +158,7 @@ class InProcessStore(Store):
 
     @override
     async def claim(self, name: str, whose: str, for_s: float) -> float | None:
-        """Nobody else is there: all of it is this server's since the start."""
+        """No other server exists: this one has held every claim since its start."""
         return self._clock.monotonic() - self._opened
 
     @override
@@ -174,7 +175,7 @@ class InProcessStore(Store):
 
     @override
     async def usage(self, tenant: str) -> None:
-        """Its server alone begins and ends sessions."""
+        """Only this server begins and ends sessions."""
 
     @override
     async def uncounted(self, *, after: str = "", limit: int) -> Heads:
@@ -190,7 +191,7 @@ class InProcessStore(Store):
 
     @override
     async def documents_changed(self) -> None:
-        """Nobody else writes one."""
+        """No other server writes documents."""
         await asyncio.get_running_loop().create_future()
 
     @override
@@ -199,7 +200,7 @@ class InProcessStore(Store):
 
     @override
     async def check(self) -> StoreHealth:
-        """A disk that does not answer must not keep everybody else waiting."""
+        """Runs on a thread: a hanging disk must not block the event loop."""
         return await asyncio.to_thread(self.local.check)
 
     @override
@@ -208,7 +209,7 @@ class InProcessStore(Store):
 
 
 def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[StoredSession]:
-    """What a store that answers in place has of sessions.
+    """Fetch sessions from a local store.
 
     Raises:
         Unavailable: the store cannot be read now.

@@ -1,4 +1,4 @@
-"""Stores on disk that nobody uses, made anew in place: encrypted with another key, or without what is damaged."""
+"""Rebuilds a store on disk in place, while no server uses it: with another key, or without corrupt data."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ _KEPT = (meta.INCARNATION, meta.SECRET, meta.FIRST_REVISION, meta.KEYS)
 
 @dataclasses.dataclass(slots=True)
 class RekeySummary:
-    """What became of a store's sessions."""
+    """The result of `rekey`."""
 
     sessions: int = 0
     damaged: int = 0
-    """Records that could not be opened: they are as they were, and their sessions answer STATE_CORRUPT."""
+    """Number of records that could not be decrypted: they stay unchanged, and their sessions answer STATE_CORRUPT."""
     left: set[str] = dataclasses.field(default_factory=set)
-    """Ids of keys that those were encrypted with."""
+    """Ids of the keys of those records."""
 
 
 def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) -> RekeySummary:
-    """Encrypt all sessions of a store with the first key, or none; no server may use it.
+    """Encrypt all sessions of a store with the first key, or decrypt them; no server may use the store.
 
-    Afterwards no other key is needed, and no file of the store has what was not encrypted; the disk may, where those were.
+    Afterwards no other key is needed, and no file of the store has unencrypted states. Freed blocks of the disk may
+    have some.
 
     Raises:
         StoreBusy: a server uses it.
-        StoreError: it cannot be read or written, or lost sessions.
+        StoreError: it cannot be read or written, or has lost sessions.
         KeyFileError: a key is missing.
     """
     if not (decrypt or keyring.first):
         raise KeyFileError(
-            "the key file must begin with the key that is to encrypt; it begins with none, which --decrypt is for"
+            "the key file must begin with the new key; it begins with none: to decrypt the store, give --decrypt"
         )
     sealer, found = Sealer(keyring), RekeySummary()
 
@@ -85,27 +86,27 @@ def _rekeyed(sealer: Sealer, session_id: str, record: bytes, found: RekeySummary
 
 @dataclasses.dataclass(slots=True)
 class RepairSummary:
-    """What was found in a damaged store."""
+    """The result of `repair`."""
 
     sessions: int = 0
     recovered: list[str] = dataclasses.field(default_factory=list)
-    """Sessions whose key was damaged, and could be told from their record."""
+    """Sessions with a corrupt key, which their record identified."""
     damaged: list[str] = dataclasses.field(default_factory=list)
-    """Keys of records that are not as they were written: their sessions answer STATE_CORRUPT."""
+    """Keys of corrupt records: their sessions answer STATE_CORRUPT."""
     lost: int = 0
-    """Sessions that are not there any more; nobody can tell which."""
+    """Number of sessions that are missing; their ids are unknown."""
     documents: int = 0
     lost_documents: list[str] = dataclasses.field(default_factory=list)
-    """Names of documents that were damaged, as far as they are known, and are not there any more."""
+    """Names of corrupt documents, if known. They were removed."""
     missing_documents: int = 0
-    """Others that are not there any more; nobody can tell which."""
+    """Number of other missing documents; their names are unknown."""
 
 
 def repair(path: Path, clock: Clock) -> RepairSummary:
-    """Make a store of what is left of one that lost sessions; no server may use it.
+    """Rebuild a store from the readable data of one that lost sessions; no server may use it.
 
-    Afterwards sessions that are not found are not there, as everywhere: what is lost is taken for lost. One that begins under
-    the id of a lost one begins at a revision that no client holds.
+    Afterwards a session that is not found counts as nonexistent, as in any store. A new session under the id of a
+    lost one begins at a revision that no client holds.
 
     Raises:
         StoreBusy: a server uses it.
@@ -148,7 +149,7 @@ def repair(path: Path, clock: Clock) -> RepairSummary:
 
 
 def _recovered(item: Item) -> Item | None:
-    """A document under the name that its value says, whatever its key; None if the value is damaged."""
+    """Return a document under the name in its value, whatever its key; None if the value is corrupt."""
     return None if item.named is None else document(*item.named)
 
 
@@ -156,19 +157,19 @@ def _readable(old: Snapshot) -> Iterator[Entry]:
     try:
         yield from old.sessions()
     except StoreError as error:
-        _log.warning("what follows cannot be read: %s", error)
+        _log.warning("the remaining sessions cannot be read: %s", error)
 
 
 def _readable_stones(old: Snapshot) -> list[Tombstone]:
     try:
         return old.again().tombstones()
     except StoreError as error:
-        _log.warning("how sessions ended is not known any more: %s", error)
+        _log.warning("the tombstones of ended sessions cannot be read: %s", error)
         return []
 
 
 def _similar(key: bytes) -> Iterator[str]:
-    """What an id may have been before one bit of it changed."""
+    """Return all ids that differ from this key in one bit."""
     changed = bytearray(key)
     for place, bit in itertools.product(range(len(key)), range(8)):
         changed[place] ^= 1 << bit
@@ -178,5 +179,5 @@ def _similar(key: bytes) -> Iterator[str]:
 
 
 def _kept(old: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """What stays true of a store that is made anew."""
+    """Return the facts that a rebuilt store keeps."""
     return {name: old[name] for name in _KEPT if name in old}

@@ -1,9 +1,10 @@
-"""Backups of stores that several servers share, stores that are made of backups, and whether such a store is whole.
+"""Backup, restore and verification of shared stores.
 
-A backup is the same file whatever the store, and either kind of store can be made of it. Servers may use a shared store
-meanwhile. It has no moment at which all of it can be read: each session is in the backup as it was at some moment between
-begin and end, and so are the documents, which come last: they know each move that a session tells of. What is remembered of
-sessions that have ended is not in it.
+The format of a backup does not depend on the kind of store, and any kind of store can be restored from it. Servers
+may use a shared store during its backup. It offers no consistent snapshot: each session, and then each document, is in
+the backup
+as of some moment during the backup. Documents come last, so that they include every move that a session refers to. The
+backup contains no tombstones.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ from stepwell_server.store.disk.backup.new_store import Pair
 from stepwell_server.store.disk.documents import DocumentSet, Item, item
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import header_or_none, is_sound
-from stepwell_server.store.valkey.bulk import Whole, made, opened
+from stepwell_server.store.valkey.bulk import BulkStore, create, open_existing
 from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, StoreUrl
 from stepwell_server.store.valkey.meta import Meta
-from stepwell_server.store.verification import MAX_NAMED, Records, Verification, require_keys
+from stepwell_server.store.verification import MAX_NAMED, Verification, Verifier, require_keys
 
 _MAX_BATCH_SIZE, _MAX_BATCH_BYTES = 500, 4 * 2**20
-"""Sessions that are put together, and bytes of them."""
-_LOOKS = 3
-"""So often counts are compared: sessions may begin and end between looking at them and at their counts."""
+"""Maximum of sessions and bytes that are put together."""
+_MAX_TRIES = 3
+"""Number of comparisons of counts: sessions may begin and end between reading them and their counts."""
 _Result = TypeVar("_Result")
 
 
 def back_up(url: StoreUrl, file: Path, clock: Clock, *, bytes_per_s: float = math.inf) -> BackupSummary:
-    """Write a shared store into a new file, whether or not servers use it.
+    """Write a shared store to a new file, whether or not servers use it.
 
-    Each session that is there all the time is in it with all that was acknowledged before, or later.
+    Each session that exists throughout is in the backup with everything acknowledged before, or with later changes.
 
     Raises:
-        StoreError: the store lost sessions or cannot be read, or the file not be written; then there is no file.
+        StoreError: the store lost sessions or cannot be read, or the file cannot be written. Then there is no file.
     """
     return _run(url, _back_up(url, file, clock, bytes_per_s))
 
@@ -54,12 +55,12 @@ async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) 
     writer = Writer(file, bytes_per_s=bytes_per_s)
     damaged, lost = 0, list[str]()
     try:
-        async with opened(url, clock) as whole:
-            about = whole.about
+        async with open_existing(url, clock) as store:
+            about = store.about
             checks = dict(about.key_checks)
             writer.begin(About(clock.now(), about.incarnation, about.secret, about.first_revision, checks))
             for partition in range(about.partitions):
-                async for members in whole.sessions(partition):
+                async for members in store.sessions(partition):
                     for member in members:
                         if member.record is None:
                             lost.append(member.session_id)
@@ -69,9 +70,9 @@ async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) 
             if lost:
                 raise StoreError(
                     f"the store at {url} must have all its sessions; {len(lost)} are missing, {lost[0]!r} among them: their"
-                    " keys were deleted or evicted. stepwell store verify names them"
+                    " keys were deleted or evicted. Run stepwell store verify to list them"
                 )
-            documents, damaged_documents = await _documents(whole)
+            documents, damaged_documents = await _documents(store)
             for each in documents:
                 writer.document(each)
         writer.finish()
@@ -89,10 +90,10 @@ async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) 
     )
 
 
-async def _documents(whole: Whole) -> tuple[list[Item], list[str]]:
-    """Those that are as they were written, and the names of the others."""
+async def _documents(store: BulkStore) -> tuple[list[Item], list[str]]:
+    """Return the intact documents, and the names of the corrupt ones."""
     try:
-        found, damaged = await whole.store.documents(), list[str]()
+        found, damaged = await store.store.documents(), list[str]()
     except DocumentsCorrupt as error:
         found, damaged = error.sound, list(error.names)
     return [item(name, content) for name, content in found.items()], damaged
@@ -101,57 +102,57 @@ async def _documents(whole: Whole) -> tuple[list[Item], list[str]]:
 def restore(
     file: Path, url: StoreUrl, clock: Clock, keyring: Keyring | None, *, moved: bool
 ) -> RestoreSummary:
-    """Make a shared store of a backup, where there is none yet. The whole backup is read and checked before.
+    """Create a shared store from a backup. The whole backup is read and checked first.
 
-    No server can use the store before it is whole. Documents that are damaged in the backup are left out.
+    No server can use the store before it is complete. Corrupt documents of the backup are left out.
 
     Args:
-        file: The backup, of whatever store.
-        url: Where the new store is to be.
-        clock: For revisions that nobody was told.
-        keyring: Keys of the backup: all is encrypted with the first one then.
-        moved: No change was acknowledged since the backup was made: sessions go on as they were.
+        file: The backup, of any kind of store.
+        url: The location of the new store.
+        clock: For revisions that no client has seen.
+        keyring: Keys of the backup. The new store is encrypted with the first one.
+        moved: No change was acknowledged after the backup, so that sessions keep their revisions.
 
     Raises:
-        StoreError: the backup cannot be used, or there is a store already, or none can be made.
+        StoreError: the backup cannot be used, or a store exists already, or none can be created.
         KeyFileError: it is encrypted, and a key is missing.
     """
     source = checked(file, clock, keyring, moved=moved)
     about = source.about
-    said = Meta(
+    about_new = Meta(
         url.partitions or DEFAULT_PARTITIONS,
         about.secret if moved else secrets.token_bytes(len(about.secret)),
         about.incarnation if moved else secrets.token_hex(4),
         source.first_revision,
         about.key_checks if keyring is None else keyring.first_check,
     )
-    return _run(url, _restore(source, url, clock, said))
+    return _run(url, _restore(source, url, clock, about_new))
 
 
-async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> RestoreSummary:
+async def _restore(source: Source, url: StoreUrl, clock: Clock, about: Meta) -> RestoreSummary:
     documents, stones, part = DocumentSet(), list[Tombstone](), list[Pair]()
     size = sessions = ended = 0
-    async with made(url, clock, said) as whole:
+    async with create(url, clock, about) as store:
         for entry in source.reader.entries():
             if isinstance(entry, Item):
                 documents.add(entry)
             elif isinstance(entry, Tombstone):
                 stones.append(entry)
                 if len(stones) == _MAX_BATCH_SIZE:
-                    await whole.store.apply(Batch(tombstones=stones))
+                    await store.store.apply(Batch(tombstones=stones))
                     stones, ended = [], ended + len(stones)
             else:
                 part.append(source.change(*entry))
                 size += len(part[-1][1])
                 if len(part) == _MAX_BATCH_SIZE or size >= _MAX_BATCH_BYTES:
-                    await whole.put(part)
+                    await store.put(part)
                     part, size, sessions = [], 0, sessions + len(part)
         if part:
-            await whole.put(part)
+            await store.put(part)
         if stones:
-            await whole.store.apply(Batch(tombstones=stones))
+            await store.store.apply(Batch(tombstones=stones))
         if documents.sound:
-            await whole.store.apply(Batch(documents=list(documents.sound.items())))
+            await store.store.apply(Batch(documents=list(documents.sound.items())))
     return RestoreSummary(
         source.about.created,
         sessions + len(part),
@@ -163,24 +164,24 @@ async def _restore(source: Source, url: StoreUrl, clock: Clock, said: Meta) -> R
     )
 
 
-def examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Verification:
-    """Look at all of a shared store, whether or not servers use it. With keys, records are decrypted too.
+def verify(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Verification:
+    """Check a whole shared store, whether or not servers use it. With keys, records are decrypted too.
 
     Raises:
         StoreError: it cannot be read at all, or a key is missing.
     """
-    return _run(url, _examine(url, keyring, clock))
+    return _run(url, _verify(url, keyring, clock))
 
 
-async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Verification:
+async def _verify(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Verification:
     wrong: list[str] = []
     lost = 0
-    async with opened(url, clock) as whole:
-        require_keys(keyring, whole.about.key_checks)
-        records = Records(keyring)
-        for partition in range(whole.about.partitions):
+    async with open_existing(url, clock) as store:
+        require_keys(keyring, store.about.key_checks)
+        records = Verifier(keyring)
+        for partition in range(store.about.partitions):
             expected: Counter[str] | None = Counter()
-            async for members in whole.sessions(partition):
+            async for members in store.sessions(partition):
                 for member in members:
                     if member.record is None:
                         lost += 1
@@ -188,15 +189,15 @@ async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Veri
                             records.found.unreachable.append(member.session_id)
                         expected = None
                         continue
-                    records.look(member.session_id, bytes(member.record))
+                    records.check(member.session_id, bytes(member.record))
                     expected = _counted(expected, member.session_id, bytes(member.record))
-            if expected is not None and not await _counts_are(whole, partition, expected):
+            if expected is not None and not await _counts_are(store, partition, expected):
                 wrong.append(
-                    f"the numbers of sessions in partition {partition} must be {dict(expected)}; the store says"
-                    f" {dict(await whole.counts(partition))}"
+                    f"the counts of sessions in partition {partition} must be {dict(expected)}; the store has"
+                    f" {dict(await store.counts(partition))}"
                 )
         found = DocumentSet()
-        items, damaged = await _documents(whole)
+        items, damaged = await _documents(store)
         for each in items:
             found.add(each)
         found.damaged += damaged
@@ -209,7 +210,7 @@ async def _examine(url: StoreUrl, keyring: Keyring | None, clock: Clock) -> Veri
 
 
 def _counted(expected: Counter[str] | None, session_id: str, record: bytes) -> Counter[str] | None:
-    """The counts with one session more; None: they cannot be known, as a record is damaged."""
+    """Return the counts with one more session; None: unknown, because a record is corrupt."""
     header = header_or_none(session_id, record)
     if expected is None or header is None:
         return None
@@ -221,27 +222,27 @@ def _counted(expected: Counter[str] | None, session_id: str, record: bytes) -> C
     return expected
 
 
-async def _counts_are(whole: Whole, partition: int, expected: Counter[str]) -> bool:
-    """Whether a partition's counts are those of its sessions, at some moment."""
-    for _ in range(_LOOKS):
-        if await whole.counts(partition) == expected:
+async def _counts_are(store: BulkStore, partition: int, expected: Counter[str]) -> bool:
+    """Whether a partition's counts match its sessions at some moment."""
+    for _ in range(_MAX_TRIES):
+        if await store.counts(partition) == expected:
             return True
         expected.clear()
-        async for members in whole.sessions(partition):
+        async for members in store.sessions(partition):
             for member in members:
                 if (
                     member.record is None
                     or _counted(expected, member.session_id, bytes(member.record)) is None
                 ):
-                    return True  # which is said elsewhere
-    return await whole.counts(partition) == expected
+                    return True  # reported elsewhere
+    return await store.counts(partition) == expected
 
 
 def _run(url: StoreUrl, work: Awaitable[_Result]) -> _Result:
-    """Do it.
+    """Run a coroutine.
 
     Raises:
-        StoreError: also in place of what servers say.
+        StoreError: raised by it, or in place of a `ServerError`.
     """
 
     async def run() -> _Result:

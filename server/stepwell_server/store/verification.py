@@ -1,4 +1,4 @@
-"""Whether a store on disk, or a backup of one, is whole: every record, every document, every key, every count."""
+"""Verifies a store on disk or a backup: every record, document, key and count."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.record import header_or_none, is_sound, key_id_of
 
 MAX_NAMED = 1000
-"""So many sessions are named at most of each kind of trouble."""
+"""Maximum of sessions named per kind of problem."""
 
 
 @dataclasses.dataclass(slots=True)
 class Verification:
-    """What was found."""
+    """The result of a verification."""
 
     sessions: int = 0
     tombstones: int = 0
     logged: int = 0
     """Sessions whose last change is in the write-ahead log."""
     encrypted: Counter[str] = dataclasses.field(default_factory=Counter)
-    """How many records are encrypted with which key."""
+    """Number of encrypted records, by key."""
     opened: int = 0
-    """How many of them were decrypted."""
+    """How many of them could be decrypted."""
     damaged: list[str] = dataclasses.field(default_factory=list)
-    """Sessions whose record is not as it was written, or cannot be read by this release; `MAX_NAMED` of them."""
+    """Sessions whose record is corrupt, or unreadable for this release; at most `MAX_NAMED`."""
     sealed: list[str] = dataclasses.field(default_factory=list)
-    """Sessions whose record no given key opens."""
+    """Sessions whose record none of the given keys decrypts."""
     unreachable: list[str] = dataclasses.field(default_factory=list)
-    """Sessions that are there and are not found by their id."""
+    """Existing sessions that a search for their id does not find."""
     problems: list[str] = dataclasses.field(default_factory=list)
-    """All that is wrong, for people; empty: nothing."""
+    """All problems, as text; empty: none."""
     models: Counter[str] = dataclasses.field(default_factory=Counter)
     documents: int = 0
     damaged_documents: list[str] = dataclasses.field(default_factory=list)
-    """Names of documents that are not as they were written, or not found by their name; `MAX_NAMED` of them."""
+    """Names of documents that are corrupt, or that a search does not find; at most `MAX_NAMED`."""
 
 
-class Records:
-    """Looks at records, one by one."""
+class Verifier:
+    """Checks records one by one."""
 
     def __init__(self, keyring: Keyring | None) -> None:
         self.found = Verification()
@@ -57,8 +57,8 @@ class Records:
         self._counts: Counter[str] = Counter()
         self._of_tenants: Counter[str] = Counter()
 
-    def look(self, session_id: str, record: bytes) -> None:
-        """Look at a record as it is stored."""
+    def check(self, session_id: str, record: bytes) -> None:
+        """Check a record as stored."""
         found = self.found
         found.sessions += 1
         header = header_or_none(session_id, record) if is_sound(session_id, record) else None
@@ -79,20 +79,20 @@ class Records:
                 self._name("sealed", found.sealed, session_id)
 
     def documents(self, found: DocumentSet) -> None:
-        """Say what was found of documents, when all else was said."""
+        """Add the result for documents, after `conclude`."""
         self.found.documents = len(found.items)
         self.found.damaged_documents = found.damaged[:MAX_NAMED]
         if found.damaged:
-            self.found.problems.append(f"{len(found.damaged)} documents are not as they were written")
+            self.found.problems.append(f"{len(found.damaged)} documents are corrupt")
         if found.problem:
             self.found.problems.append(f"documents: {found.problem}")
 
     def counts(self) -> dict[str, int]:
-        """The numbers of sessions by name, see `store.counts`."""
+        """Return the counts of sessions, see `store.counts`."""
         return dict(self.found.models + self._of_tenants)
 
     def unreachable(self, session_id: str) -> None:
-        """A session is not found by its id."""
+        """Note a session that a search for its id does not find."""
         self._name("unreachable", self.found.unreachable, session_id)
 
     def _name(self, kind: str, names: list[str], session_id: str) -> None:
@@ -101,28 +101,28 @@ class Records:
             names.append(session_id)
 
     def conclude(self) -> Verification:
-        """All records were looked at."""
+        """Add the problems, after all records were checked."""
         for kind, what in (
-            ("damaged", "sessions have records that are not as they were written"),
-            ("sealed", "sessions have records that no key of the file opens"),
-            ("unreachable", "sessions are there and are not found by their id: keys or pages were damaged"),
+            ("damaged", "sessions have corrupt records"),
+            ("sealed", "sessions have records that no key of the file decrypts"),
+            ("unreachable", "sessions exist but are not found by their id: keys or pages are corrupt"),
         ):
             if count := self._counts[kind]:
                 self.found.problems.append(f"{count} {what}")
         return self.found
 
 
-def examine(path: Path, keyring: Keyring | None) -> Verification:
-    """Look at all of a store, whether or not a server uses it. With keys, records are decrypted too.
+def verify(path: Path, keyring: Keyring | None) -> Verification:
+    """Check a whole store, whether or not a server uses it. With keys, records are decrypted too.
 
     Raises:
         StoreError: it cannot be read at all, or a key is missing.
     """
     with snapshot.opened(path) as found:
         require_keys(keyring, found.key_checks)
-        records, sums, before = Records(keyring), Sums(), b""
+        records, sums, before = Verifier(keyring), Sums(), b""
         for entry in found.sessions():
-            records.look(entry.session_id, entry.record)
+            records.check(entry.session_id, entry.record)
             sums.add([entry.key])
             if not entry.is_found or entry.key <= before:
                 records.unreachable(entry.session_id)
@@ -134,32 +134,32 @@ def examine(path: Path, keyring: Keyring | None) -> Verification:
         if sums != expected:
             missing = expected.count - sums.count
             result.problems.append(
-                f"{missing} of {expected.count} sessions are missing: keys or pages were damaged"
+                f"{missing} of {expected.count} sessions are missing: keys or pages are corrupt"
                 if missing > 0
-                else "the keys are not those that were written: some of the sessions are missing"
+                else "keys are corrupt: some of the sessions are missing"
             )
         if not result.problems and (counts := found.counts) != records.counts():
             result.problems.append(
-                f"the numbers of sessions must be {records.counts()}; the store says {counts}"
+                f"the counts of sessions must be {records.counts()}; the store has {counts}"
             )
         records.documents(found.documents())
     return result
 
 
-def examine_backup(file: Path, keyring: Keyring | None) -> Verification:
-    """As `examine`, of a backup.
+def verify_backup(file: Path, keyring: Keyring | None) -> Verification:
+    """As `verify`, for a backup.
 
     Raises:
-        StoreError: it is none, is damaged or was cut off, or a key is missing.
+        StoreError: the file is not a backup, is corrupt or truncated, or a key is missing.
     """
     reader = Reader(file)
     require_keys(keyring, reader.about().key_checks)
-    records, documents = Records(keyring), DocumentSet()
+    records, documents = Verifier(keyring), DocumentSet()
     for entry in reader.entries():
         if isinstance(entry, Item):
             documents.add(entry)
         elif not isinstance(entry, Tombstone):
-            records.look(*entry)
+            records.check(*entry)
     result = records.conclude()
     records.documents(documents)
     result.tombstones = reader.tombstones
@@ -167,13 +167,15 @@ def examine_backup(file: Path, keyring: Keyring | None) -> Verification:
 
 
 def require_keys(keyring: Keyring | None, checks: Mapping[str, bytes]) -> None:
-    """Refuse keys that are not those of a store; without any, what is encrypted is not opened.
+    """Require the keys of a store, if a keyring is given. Without one, encrypted records are not decrypted.
 
     Raises:
-        KeyFileError: one is missing, or is another.
+        KeyFileError: a key is missing or different.
     """
     if keyring is not None:
         try:
             keyring.require(checks)
         except KeyFileError as error:
-            raise KeyFileError(f"{error}. Without a key file all is checked but what is encrypted") from None
+            raise KeyFileError(
+                f"{error}. Without a key file, everything except encrypted data is checked"
+            ) from None

@@ -138,8 +138,8 @@ class Scan:
             return ""
         lost = expected.count - self.found.count + self.unreachable
         if lost > 0:
-            return f"keys or pages were damaged, and {lost} of {expected.count} sessions are missing"
-        return f"keys were damaged, and some of {expected.count} sessions are missing"
+            return f"keys or pages are corrupt, and {lost} of {expected.count} sessions are missing"
+        return f"keys are corrupt, and some of {expected.count} sessions are missing"
 
 
 class KeyCheck:

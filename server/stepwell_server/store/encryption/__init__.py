@@ -1,1 +1,1 @@
-"""Encryption at rest: `store` wraps another store, `sealer` encrypts records, `keyring` has the keys, `xaes` the cipher."""
+"""Encryption of the states in a store."""

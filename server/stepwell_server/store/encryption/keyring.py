@@ -1,13 +1,13 @@
-"""The keys of a store: a file of one key a line, of which the first encrypts and all decrypt.
+"""The keys of a store: a file with one key per line. The first key encrypts, and all keys decrypt.
 
     # the key of the year
     2027 = 9o6ZpyQm...   32 bytes, as base64 or as 64 hex digits
     2026 = 0a1b2c...
 
-An id names a key for ever: what was encrypted says by which key. So no id is used for two keys.
+Encrypted records name their key by its id. So an id must never be used for another key.
 
-`none` in a line of its own before all keys: they decrypt, and nothing is encrypted. So servers that share a store can all
-know a key before the first of them uses it.
+With a line `none` before all keys, the keys only decrypt. So all servers that share a store can learn a key before the
+first of them uses it.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ _NONE = "none"
 
 
 class Keyring:
-    """Keys by id; `first` is the id of the one that encrypts, or empty if none does."""
+    """Keys by id; `first` is the id of the key that encrypts, or empty if none does."""
 
     def __init__(self, keys: Mapping[str, bytes], *, encrypts: bool = True) -> None:
-        """With `encrypts` false all of them decrypt, and what is written stays plain."""
+        """If `encrypts` is false the keys only decrypt, and new records are not encrypted."""
         self.first = next(iter(keys)) if encrypts else ""
         self.keys = {key_id: Key(key) for key_id, key in keys.items()}
         self.checks = {
             key_id: hmac.digest(key, b"stepwell: which key this is", "sha256")[:_CHECK_BYTES]
             for key_id, key in keys.items()
         }
-        """What a store remembers of each key, to tell it from another of the same id. It says nothing of the key."""
+        """A digest of each key, which a store keeps to recognize the key. It does not reveal the key."""
 
     @property
     def first_check(self) -> dict[str, bytes]:
-        """Of `checks` that of the key that encrypts, if one does."""
+        """The check of the key that encrypts, if any."""
         return {self.first: self.checks[self.first]} if self.first else {}
 
     def require(self, used: Mapping[str, bytes]) -> None:
-        """See that all keys are there that a store has used; `used` are their `checks`.
+        """Require all keys that a store has used; `used` has their checks.
 
         Raises:
-            KeyFileError: one is missing, or is another.
+            KeyFileError: a key is missing or different.
         """
         missing = sorted(used.keys() - self.checks.keys())
         if missing:
             raise KeyFileError(
-                f"the key file must have all keys that the store was encrypted with; it lacks {', '.join(missing)}"
+                f"the key file must have all keys that encrypt the store; it lacks {', '.join(missing)}"
             )
         for key_id, check in used.items():
             if not hmac.compare_digest(check, self.checks[key_id]):
                 raise KeyFileError(
-                    f"key {key_id} must be the one that the store was encrypted with; the key file has another of that id"
+                    f"key {key_id} must be the key that encrypts the store; the key file has a different key with this id"
                 )
 
 
@@ -72,29 +72,28 @@ def read_keys(path: Path) -> Keyring:
     """Read a key file.
 
     Raises:
-        KeyFileError: it cannot be read, is not private, or says something else than keys.
+        KeyFileError: it cannot be read, is not private, or is malformed.
     """
     text = _text(path)
     return Keyring(_parse(path, text), encrypts=not _begins_with_none(text))
 
 
 def add_key(path: Path, key_id: str, *, is_last: bool = False) -> None:
-    """Put a new key before those of a key file, which is made if it is not there.
+    """Add a new key at the beginning of a key file, which is created if missing.
 
-    With `is_last` it is put behind them: it decrypts, and encrypts nothing until it is moved. A file that is made so begins
-    with `none`.
+    With `is_last` the key is added at the end: it only decrypts until it is moved. A new file then begins with `none`.
 
     Raises:
-        KeyFileError: the file cannot be used, or has a key of that id.
+        KeyFileError: the file cannot be used, or already has this id.
     """
     if not _ID.fullmatch(key_id):
         raise KeyFileError(f"{path}: {_id_rule()}; got {key_id!r}")
     there = _text(path) if path.exists() else ""
     if there and key_id in _parse(path, there):
-        raise KeyFileError(f"{path} has a key {key_id} already: what is encrypted names its key by that")
+        raise KeyFileError(f"{path} already has a key {key_id}: encrypted records name their key by this id")
     if not is_last and _begins_with_none(there):
         raise KeyFileError(
-            f"{path} must not begin with none for a key to be put first: take that line away, or put the key last"
+            f"{path} must not begin with none if a key is added first: delete that line, or add the key last"
         )
     line = f"{key_id} = {base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}\n"
     before = there if not there or there.endswith("\n") else f"{there}\n"
@@ -106,7 +105,7 @@ def add_key(path: Path, key_id: str, *, is_last: bool = False) -> None:
 
 
 def unused_id(path: Path, wanted: str) -> str:
-    """An id that no key of a file has, which need not be there: the one that is wanted, or one that begins so.
+    """Return an id that is unused in a key file, which may be missing: `wanted`, or `wanted` with a number.
 
     Raises:
         KeyFileError: the file cannot be used.
@@ -123,28 +122,28 @@ def _text(path: Path) -> str:
     except private_files.NotPrivateError as error:
         raise KeyFileError(f"the key file {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise KeyFileError(f"the key file {path} must be readable: {reason}") from error
 
 
 def _begins_with_none(text: str) -> bool:
-    return next((said for _, said in _said(text)), "") == _NONE
+    return next((line for _, line in _lines(text)), "") == _NONE
 
 
-def _said(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that say something, with their numbers."""
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Return the lines that are neither empty nor comments, with their numbers."""
     for number, line in enumerate(text.splitlines(), 1):
-        said = line.strip()
-        if said and not said.startswith("#"):
-            yield number, said
+        stripped = line.strip()
+        if stripped and not stripped.startswith("#"):
+            yield number, stripped
 
 
 def _parse(path: Path, text: str) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
-    lines = list(_said(text))
-    for number, said in lines[1:] if _begins_with_none(text) else lines:
+    lines = list(_lines(text))
+    for number, line in lines[1:] if _begins_with_none(text) else lines:
         where = f"{path}, line {number}"
-        key_id, separator, value = (part.strip() for part in said.partition("="))
+        key_id, separator, value = (part.strip() for part in line.partition("="))
         if not separator or not _ID.fullmatch(key_id):
             raise KeyFileError(
                 f"{where}: a line must be ID = KEY (or none, before all keys), and {_id_rule()}"
@@ -155,7 +154,7 @@ def _parse(path: Path, text: str) -> dict[str, bytes]:
                 f"{where}: key {key_id} must be {KEY_BYTES} bytes, as base64 or as {2 * KEY_BYTES} hex digits"
             )
         if key_id in keys:
-            raise KeyFileError(f"{where}: there must be one key of an id; {key_id} comes again")
+            raise KeyFileError(f"{where}: ids of keys must be unique; {key_id} is repeated")
         keys[key_id] = key
     if not keys:
         raise KeyFileError(f"the key file {path} must have at least one key; stepwell store new-key adds one")
@@ -165,7 +164,7 @@ def _parse(path: Path, text: str) -> dict[str, bytes]:
 
 
 def _bytes_of(value: str) -> bytes | None:
-    """The key that a line says; None if it says none. The text never goes into a message."""
+    """Decode a key; None if it is malformed. The text never appears in a message."""
     try:
         key = bytes.fromhex(value) if len(value) == 2 * KEY_BYTES else base64.b64decode(value, validate=True)
     except (ValueError, binascii.Error):

@@ -1,13 +1,13 @@
-"""Records whose states nobody can read who lacks the key: rows and extra are encrypted, in place.
+"""Encrypts the states in records: rows and extra, in place.
 
     header | fingerprint | model | rows, extra: encrypted | seal | other fields
 
-The seal is the extension field `record.SEAL`: nonce, tag, id of the key. All else stays legible, for lists and for what
-finds damage without a key: the id of the session and of its model, revision, position, times, lengths. It is
-authenticated: header (but for its checksum), texts, other fields and session id are the associated data. So neither is a
-state taken for another session's, nor for another revision.
+The seal is the extension field `record.SEAL`: nonce, tag, id of the key. Everything else stays readable, for lists
+and for checks without a key: the ids of session and model, revision, position, times, lengths. It is authenticated: the
+associated data are the header without its checksum, texts, other fields and the session id. So a state cannot be moved
+to another session or revision.
 
-The checksum is over the encrypted record, as over any other. A record that is not encrypted stays readable.
+The checksum covers the encrypted record. Records that are not encrypted stay readable.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ assert KEY_ID_AT == NONCE_BYTES + TAG_BYTES
 
 
 class Sealer:
-    """Encrypts records with the first key of a ring, if that encrypts, and decrypts those of all. Safe for threads."""
+    """Encrypts records with the first key of a keyring, if it encrypts, and decrypts with all keys. Thread-safe."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keys = keyring.keys
@@ -64,7 +64,7 @@ class Sealer:
         self._seal_bytes = len(self._seal_head) + value_bytes
 
     def seal(self, puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[tuple[str, RecordBytes]]:
-        """The same records, encrypted; those that are are not to be given. Where no key encrypts, the same."""
+        """Encrypt records, none of which may be encrypted already. Without an encrypting key, return them unchanged."""
         if self._key is None:
             return puts
         nonces = random_nonces(len(puts))
@@ -79,14 +79,14 @@ class Sealer:
         return JoinedPuts(sealed)
 
     def knows(self, key_id: str) -> bool:
-        """Whether there is a key of that id."""
+        """Whether the keyring has this key."""
         return key_id in self._keys
 
     def open(self, session_id: str, record: RecordBytes) -> RecordBytes:
-        """A record as it was before it was encrypted; one that is not is returned as it is.
+        """Decrypt a record; one that is not encrypted is returned unchanged.
 
         Raises:
-            StateCorrupt: it is damaged, there is no such key, or this is not what was encrypted.
+            StateCorrupt: the record is corrupt or was modified, or its key is missing.
         """
         found = self.opened_or_as_is(session_id, record)
         if found is record and key_id_of(record) is not None:
@@ -94,7 +94,7 @@ class Sealer:
         return found
 
     def opened_or_as_is(self, session_id: str, record: RecordBytes) -> RecordBytes:
-        """As `open`; what cannot be opened is returned as it is, and decoding it says `StateCorrupt`."""
+        """As `open`, but return a record that cannot be decrypted unchanged: decoding it raises `StateCorrupt`."""
         key_id = key_id_of(record)
         if key_id is None or not is_sound(session_id, record) or key_id not in self._keys:
             return record
@@ -119,11 +119,11 @@ class Sealer:
         rule = f"the stored record of session {session_id!r} must be as it was written"
         key_id = key_id_of(record)
         if not is_sound(session_id, record):
-            problem = "its checksum is another"
+            problem = "its checksum does not match"
         elif key_id not in self._keys:
             problem = f"it is encrypted with key {key_id!r}, which the key file lacks"
         else:
-            problem = f"key {key_id!r} does not open it: it was changed, or encrypted with another key"
+            problem = f"key {key_id!r} does not decrypt it: it was changed, or encrypted with another key"
         return StateCorrupt(f"{rule}: {problem}", session_id=session_id)
 
     def _part(
@@ -147,7 +147,7 @@ class Sealer:
         )
 
     def _laid_out(self, puts: Puts, cipher: AESGCM, nonces: U8) -> Puts:
-        """All records have the same layout, and what is not encryption itself is done for all at once."""
+        """Encrypt records with the same layout. All work except the encryption itself is done for all together."""
         count, size = len(puts), puts.sizes[0]
         start, end = state_at(puts[0][1]), fields_at(puts[0][1])
         seal, rest = end + _HEAD.size, end + self._seal_bytes
@@ -177,6 +177,6 @@ class Sealer:
 
 
 def _rows(array: U8) -> list[bytes]:
-    """Each row as bytes."""
+    """Return each row as bytes."""
     data, size = array.tobytes(), array.shape[1]
     return [data[at : at + size] for at in range(0, len(data), size)] if size else [b""] * len(array)

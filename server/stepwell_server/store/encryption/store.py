@@ -1,4 +1,4 @@
-"""A local store whose records are encrypted on their way in, and decrypted on their way out."""
+"""A wrapper around a local store that encrypts records when writing and decrypts them when reading."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stepwell_server.store.record import RecordBytes
 
 
 class EncryptedStore(LocalStore):
-    """What is behind it never sees a state. Lists need no key: they say what is not encrypted (`sealer`).
+    """The inner store never sees a plain state. Lists need no key: they use the unencrypted parts of records (`sealer`).
 
-    Documents have no states, and are as they were given.
+    Documents contain no states and are not encrypted.
     """
 
     def __init__(self, local: LocalStore, sealer: Sealer) -> None:

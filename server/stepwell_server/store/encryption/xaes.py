@@ -1,9 +1,10 @@
-"""XAES-256-GCM: AES-256-GCM under a key of its own for each nonce of 192 bits.
+"""XAES-256-GCM: AES-256-GCM with a derived key for each 192-bit nonce.
 
-GCM alone has nonces of 96 bits. Drawn at random they are good for 2**32 messages of one key (NIST SP 800-38D, section
-8.3), which is two and a half days of 20,000 steps per second; counted, they repeat when a store is copied or goes back.
-XAES-256-GCM (https://c2sp.org/XAES-256-GCM) takes random nonces for 2**80 messages of one key: the first half of the
-nonce and the key give the key that AES-GCM uses, with the second half (a KDF of NIST SP 800-108r1 with AES-CMAC).
+Plain GCM has 96-bit nonces. Random ones suffice for 2**32 messages per key (NIST SP 800-38D, section 8.3), which is
+two and a half days at 20,000 steps per second. Counted ones repeat after a store is copied or restored. XAES-256-GCM
+(https://c2sp.org/XAES-256-GCM) allows random nonces for 2**80 messages per key: it derives the key for AES-GCM from
+the key and the first half of the nonce (a KDF of NIST SP 800-108r1 with AES-CMAC), and uses the second half as the
+nonce of AES-GCM.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _MESSAGES = (b"\x00\x01X\x00", b"\x00\x02X\x00")
 
 
 class Key:
-    """A key of 32 bytes. Safe for threads."""
+    """A key of 32 bytes. Thread-safe."""
 
     def __init__(self, key: bytes) -> None:
-        cipher = Cipher(algorithms.AES(key), modes.ECB())  # noqa: S305  # the block cipher itself, of which CMAC is made
+        cipher = Cipher(algorithms.AES(key), modes.ECB())  # noqa: S305  # the raw block cipher, to build CMAC
         self._encryptor = cipher.encryptor()
         self._lock = threading.Lock()
         doubled = int.from_bytes(self._encryptor.update(bytes(16)), "big") << 1
@@ -40,7 +41,7 @@ class Key:
         self._masks = [doubled ^ (int.from_bytes(message, "big") << 96) for message in _MESSAGES]
 
     def derive(self, nonce: bytes) -> AESGCM:
-        """What encrypts and decrypts under nonces that begin as this one does; it takes their last 12 bytes."""
+        """Return the cipher for all nonces with the same first half. It takes their last 12 bytes."""
         part = int.from_bytes(nonce[:_DERIVING_BYTES], "big")
         blocks = b"".join([(mask ^ part).to_bytes(16, "big") for mask in self._masks])
         with self._lock:
@@ -49,15 +50,15 @@ class Key:
 
 
 def rest_of(nonce: bytes) -> bytes:
-    """The part of a nonce that AES-GCM takes."""
+    """Return the part of a nonce that AES-GCM takes."""
     return nonce[_DERIVING_BYTES:]
 
 
 def random_nonces(count: int) -> npt.NDArray[np.uint8]:
-    """Nonces for what is encrypted together, `(count, NONCE_BYTES)`: random, but for the last four bytes, which count.
+    """Return nonces `(count, NONCE_BYTES)` for records that are encrypted together: random bytes and a four-byte counter.
 
-    Two of them are the same only if 160 random bits are, so each is as good as one drawn by itself. They begin as the first
-    does, and so share what `derive` makes of it.
+    Nonces of two calls collide only if 160 random bits do, so each is as good as a fully random one. All have the
+    same first half, and so share the result of `derive`.
     """
     nonces = np.empty((count, NONCE_BYTES), np.uint8)
     nonces[:, :-_COUNT_BYTES] = np.frombuffer(os.urandom(NONCE_BYTES - _COUNT_BYTES), np.uint8)

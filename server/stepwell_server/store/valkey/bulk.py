@@ -1,4 +1,4 @@
-"""All that a shared store has, read partition by partition beside its servers; and a new store that is filled at once."""
+"""Reads a whole shared store while servers use it, and fills a new one."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ from stepwell_server.store.valkey.meta import Meta
 from stepwell_server.store.valkey.store import ValkeyStore
 
 _PAGE_SIZE = 1000
-"""Sessions that are asked for together."""
+"""Sessions that are read together."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
-    """A session by its id in the index of a partition."""
+    """A session in the index of a partition."""
 
     session_id: str
     record: RecordBytes | None
-    """As it is stored; empty: it is no record. None: there is none, though the index has the id."""
+    """The record as stored; empty: the value is not a record. None: the key is missing, though the index has the id."""
 
 
-class Whole:
-    """A shared store with its records as they are stored. Lives on one event loop."""
+class BulkStore:
+    """A shared store, with access to records as stored. Lives on one event loop."""
 
     def __init__(self, url: StoreUrl, requests: Requests, about: Meta, store: ValkeyStore) -> None:
         self.url = url
         self.about = about
-        """What it says of itself."""
+        """The description of the store."""
         self.store = store
-        """It neither encrypts nor decrypts."""
+        """Neither encrypts nor decrypts."""
         self._requests = requests
         self._keys = Keys(url.prefix, about.partitions)
 
     async def sessions(self, partition: int) -> AsyncIterator[list[Member]]:
-        """Those of a partition in the order of their ids, some at a time.
+        """Iterate over the sessions of a partition in batches, in the order of their ids.
 
-        One that is there all the time comes once, with what was acknowledged before it was asked for, or later.
+        A session that exists throughout appears once, with everything acknowledged before it was read, or with later
+        changes.
 
         Raises:
             ServerError: the store cannot be read.
@@ -65,7 +66,7 @@ class Whole:
             names = [str(key, "utf-8", "replace") for key in ids]
             found = await self.store.stored(names)
             lost = [name for name, each in zip(names, found, strict=True) if each.record is None]
-            # one that ended meanwhile has left the index; one that began anew is in it again
+            # a session that ended meanwhile has left the index; one that was opened again is in it
             lost = [
                 name
                 for name, is_there in zip(lost, await self._indexed(partition, lost), strict=True)
@@ -97,17 +98,17 @@ class Whole:
         return [score is not None for score in scores]
 
     async def counts(self, partition: int) -> Counter[str]:
-        """What the store counts in a partition: see `store.counts`."""
+        """Return the counts of a partition: see `store.counts`."""
         command = (b"HGETALL", self._keys.counts(partition))
         (reply,) = await self._requests.ask(Request(partition, command, otherwise=()))
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return Counter({str(name, "utf-8", "replace"): int(count) for name, count in pairs if int(count)})
 
     async def put(self, sessions: Sequence[tuple[str, RecordBytes]]) -> None:
-        """Put sessions into a new store, as they are to be stored.
+        """Put encoded sessions into a new store.
 
         Raises:
-            StoreError: one is there already.
+            StoreError: one exists already.
             ServerError: the store does not keep them.
         """
         stamps = np.random.default_rng().integers(1, 2**64, len(sessions), np.uint64)
@@ -117,14 +118,14 @@ class Whole:
         if kept.conflicts or kept.unknown:
             raise StoreError(
                 f"session {min(kept.conflicts | kept.unknown)!r} could not be put into the new store at {self.url}:"
-                " somebody else writes there, or it did not answer in time"
+                " another program writes there, or the store did not answer in time"
             )
 
     async def remove(self) -> None:
-        """Take all of it away, what it says of itself last.
+        """Delete the whole store, its description last.
 
         Raises:
-            ServerError: it could not be.
+            ServerError: it could not be deleted.
         """
         keys = self._keys
         for partition in range(keys.partitions):
@@ -141,8 +142,8 @@ class Whole:
 
 
 @asynccontextmanager
-async def opened(url: StoreUrl, clock: Clock) -> AsyncIterator[Whole]:
-    """A store that is there, to be read.
+async def open_existing(url: StoreUrl, clock: Clock) -> AsyncIterator[BulkStore]:
+    """Open an existing store for reading.
 
     Raises:
         StoreError: there is none, or it cannot be read.
@@ -157,17 +158,19 @@ async def opened(url: StoreUrl, clock: Clock) -> AsyncIterator[Whole]:
         losses = Losses(
             requests, Keys(url.prefix, about.partitions), about.incarnation, str(url), may_write=False
         )
-        yield Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None, losses))
+        yield BulkStore(
+            url, requests, about, ValkeyStore(url, about, topology, requests, clock, None, losses)
+        )
     finally:
         topology.close()
 
 
 @asynccontextmanager
-async def made(url: StoreUrl, clock: Clock, about: Meta) -> AsyncIterator[Whole]:
-    """A new store, to be filled: no server can use it before the block has ended, nor if it ends by an error.
+async def create(url: StoreUrl, clock: Clock, about: Meta) -> AsyncIterator[BulkStore]:
+    """Create a store and yield it for filling. No server can use it before the block ends without an error.
 
     Raises:
-        StoreError: there is one already, or none can be made.
+        StoreError: there is one already, or it cannot be created.
     """
     topology = topology_of(url, Keys(url.prefix, 1).tag)
     requests = Requests(topology, timeout_s=url.timeout_s, wait=None)
@@ -182,28 +185,30 @@ async def made(url: StoreUrl, clock: Clock, about: Meta) -> AsyncIterator[Whole]
             ) from None
         if not was_made:
             raise StoreError(
-                f"there must be no store at {url} yet; there is one: give another prefix or another database"
+                f"there must be no store at {url} yet; there is one: use another prefix or database"
             )
-        whole = Whole(url, requests, about, ValkeyStore(url, about, topology, requests, clock, None, losses))
+        store = BulkStore(
+            url, requests, about, ValkeyStore(url, about, topology, requests, clock, None, losses)
+        )
         try:
             await losses.begin(must_be_there=False)
-            yield whole
+            yield store
         except BaseException as error:
-            await _remove(whole, error)
+            await _remove(store, error)
             raise
         await _asked(requests, url, meta.finishing(url.prefix))
     finally:
         topology.close()
 
 
-async def _remove(whole: Whole, error: BaseException) -> None:
-    """Take away what was put into a store that will not be finished."""
+async def _remove(store: BulkStore, error: BaseException) -> None:
+    """Delete an unfinished store."""
     try:
-        await whole.remove()
+        await store.remove()
     except ServerError as failure:
         error.add_note(
-            f"what was restored so far could not be removed from {whole.url} ({failure.message}): delete all keys that begin"
-            f" with {whole.url.prefix!r}"
+            f"the unfinished store at {store.url} could not be deleted ({failure.message}): delete all keys that begin"
+            f" with {store.url.prefix!r}"
         )
 
 

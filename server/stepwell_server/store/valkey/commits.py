@@ -1,7 +1,7 @@
-"""Batches as requests to the store, and what became of them.
+"""Converts batches into requests, and their replies into results.
 
-What is asked on the way of every step is a script with few and large arguments: stamps and records are each one blob, as
-they mostly lie one after the other already (`record.Puts`).
+The request for a step is a script with few, large arguments: stamps and records are one blob each, as they usually
+lie in one buffer already (`record.Puts`).
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
 
 MAX_KEYS = 512
-"""Sessions in one script: nobody else is served while it runs, and Lua's stack has room for 8000 values."""
+"""Maximum of sessions in one script: it blocks the server while it runs, and Lua's stack has room for 8000 values."""
 MAX_BYTES = 4 * 2**20
-"""Of records in one script, unless a single one is larger."""
+"""Maximum of bytes of records in one script, unless a single record is larger."""
 _NO_STAMP = bytes(STAMP_BYTES)
 _ANY_IDLE_MS = 2**53
-"""A Lua number that is more than any time."""
+"""A number that Lua represents exactly, longer than any idle time."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Part:
-    """A request and the sessions that it is about, in the order of its keys."""
+    """A request and its sessions, in the order of its keys."""
 
     request: Request
     session_ids: Sequence[str]
 
     @property
     def is_unmarked(self) -> bool:
-        """Its partition may have been emptied: no session has begun."""
+        """The mark of its partition is missing, so that it may have been emptied: no session was created."""
         return bool(self.request.is_answered and self.request.reply and not self.request.reply[0])
 
     @property
     def refused(self) -> list[str]:
-        """Sessions that were not as they had to be."""
+        """Sessions that did not match."""
         return [self.session_ids[number - 1] for number in self.request.reply if number]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Change:
-    """What a script does with one session: see `scripts.COMMIT`."""
+    """The change of one session in a script: see `scripts.COMMIT`."""
 
     letter: str
     session_id: str
@@ -57,11 +57,11 @@ class _Change:
     content: RecordBytes = b""
     min_idle_ms: int = 0
     max_idle_ms: int = _ANY_IDLE_MS
-    """It only ends if it was unused for a time between these two."""
+    """It only ends if its idle time is between these two."""
 
 
 class Commits:
-    """Makes requests of batches."""
+    """Converts batches into requests."""
 
     def __init__(self, keys: Keys, *, is_cluster: bool, tombstone_s: float) -> None:
         self._keys = keys
@@ -69,10 +69,10 @@ class Commits:
         self._live_ms = int(tombstone_s * 1000)
 
     def of(self, batch: Batch) -> list[Part]:
-        """The requests of a batch, beside those of its documents. Nothing of it is used any more afterwards.
+        """Return the requests of a batch, except those for its documents. The batch's buffers are not used afterwards.
 
         Raises:
-            ValueError: it does not say which stamps its records have and follow.
+            ValueError: the batch lacks the stamps of its records.
         """
         puts = batch.puts
         for name, column in (("follows", batch.follows), ("stamps", batch.stamps)):
@@ -82,7 +82,7 @@ class Commits:
                 )
         nothing_ends = not (batch.deletes or batch.tombstones or batch.forgets)
         nothing_ends = nothing_ends and not batch.resized
-        if nothing_ends and len(puts) == 1 and batch.follows[0]:  # as mostly
+        if nothing_ends and len(puts) == 1 and batch.follows[0]:  # the common case
             return [self._one(*puts[0], batch.follows, batch.stamps)]
         if nothing_ends and batch.follows.all():
             if isinstance(puts, Puts) and not self._is_cluster and _fits(puts):
@@ -91,7 +91,7 @@ class Commits:
         return self._mixed(batch)
 
     def _mixed(self, batch: Batch) -> list[Part]:
-        """Sessions that begin, end or count otherwise go into scripts of their partitions; the others as ever."""
+        """Put sessions that begin, end or change their counts into scripts per partition, and the others as usual."""
         apart = {
             *batch.resized,
             *batch.deletes,
@@ -109,13 +109,13 @@ class Commits:
                 others.append(place)
         nonce = secrets.token_bytes(STAMP_BYTES)
         stones = {stone.session_id: pack_tombstone(stone) for stone in batch.tombstones}
-        # none at all: whatever is there
+        # no stamps: delete any record
         delete_follows = _bytes(batch.delete_follows) or [_NO_STAMP] * len(batch.deletes)
         undoes = set(batch.undoes)
-        least, most = _milliseconds(batch.min_idle_s), _milliseconds(batch.max_idle_s)
+        lowest, highest = _milliseconds(batch.min_idle_s), _milliseconds(batch.max_idle_s)
         for place, (session_id, follow) in enumerate(zip(batch.deletes, delete_follows, strict=True)):
             letter, content = "U" if session_id in undoes else "D", stones.pop(session_id, b"")
-            min_ms, max_ms = least[place] if least else 0, most[place] if most else _ANY_IDLE_MS
+            min_ms, max_ms = lowest[place] if lowest else 0, highest[place] if highest else _ANY_IDLE_MS
             changes[session_id] = _Change(letter, session_id, follow, nonce, content, min_ms, max_ms)
         for session_id, content in stones.items():
             changes.setdefault(session_id, _Change("T", session_id, stamp=nonce, content=content))
@@ -127,7 +127,7 @@ class Commits:
         return parts
 
     def burying(self, stones: Sequence[Tombstone]) -> list[Part]:
-        """Requests that leave tombstones of sessions that were lost, where they still are."""
+        """Return requests that put tombstones for lost sessions, unless they have come back."""
         nonce = secrets.token_bytes(STAMP_BYTES)
         changes = [
             _Change("L", each.session_id, stamp=nonce, content=pack_tombstone(each)) for each in stones
@@ -135,7 +135,7 @@ class Commits:
         return self._scripts(changes)
 
     def _together(self, puts: Puts, follows: U64, stamps: U64) -> Part:
-        """Records of the same size, which lie one after the other."""
+        """Put records of the same size that lie in one buffer."""
         session_ids = puts.session_ids
         request = Request.of(
             self._keys.partition(session_ids[0]),
@@ -179,7 +179,7 @@ class Commits:
         return parts
 
     def _groups(self, session_ids: Sequence[str]) -> Iterable[tuple[int, list[int]]]:
-        """Places of sessions that may be in one script. Without a Cluster all may."""
+        """Group sessions that may be in one script, by index. Without a Cluster all may."""
         if not self._is_cluster:
             return [(META, list(range(len(session_ids))))] if session_ids else []
         groups: dict[int, list[int]] = {}
@@ -220,10 +220,10 @@ class Commits:
 
 
 def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: bool) -> CommitResult:
-    """What became of a batch whose requests were sent.
+    """Return the result of a batch after its requests were sent.
 
     Raises:
-        Unavailable, Overloaded: nothing of it was kept.
+        Unavailable, Overloaded: nothing was kept.
     """
     conflicts: list[str] = []
     unknown: list[str] = []
@@ -237,7 +237,7 @@ def outcome_of(parts: Sequence[Part], stale: frozenset[str], *, documents_kept: 
             unknown += part.session_ids
             continue
         failed = part.refused
-        # what was sent before, and not answered, may have been kept, and be followed by another change by now
+        # an earlier, unanswered attempt may have been kept, and another change may have followed it
         (unknown if request.is_sent else conflicts).extend(failed)
         is_refused &= len(failed) == len(part.session_ids) and not request.is_sent
         if not request.is_durable:
@@ -255,7 +255,7 @@ def _milliseconds(seconds: F64) -> list[int]:
 
 
 def _limits(limits_ms: Sequence[int], none: int) -> bytes:
-    """Limits of sessions, in milliseconds; empty if all are `none`."""
+    """Pack limits in milliseconds; empty if all are `none`."""
     return b"" if all(each == none for each in limits_ms) else np.array(limits_ms, ">u8").tobytes()
 
 
@@ -273,7 +273,7 @@ def _packed(sizes: Sequence[int]) -> bytes:
 
 
 def _pieces(places: Sequence[int], sizes: Sequence[int]) -> Iterable[list[int]]:
-    """Places, in pieces that one script may have."""
+    """Split indices into pieces that fit into one script each."""
     piece: list[int] = []
     size = 0
     for place, own in zip(places, sizes, strict=True):

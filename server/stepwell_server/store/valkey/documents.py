@@ -1,4 +1,4 @@
-"""Documents of a shared store: one hash, in which each has a checksum."""
+"""Documents of a shared store: one hash, with a checksum per document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ANYTHING, _ABSENT, _IS = b"", b"0", b"1"
 
 
 def writing(keys: Keys, batch: Batch) -> Request:
-    """The request that writes the documents of a batch; its reply is for `stale_of`."""
+    """Return the request that writes the documents of a batch; pass its reply to `stale_of`."""
     last = dict(batch.documents)
     arguments: list[bytes] = []
     for name, content in last.items():
@@ -27,24 +27,24 @@ def writing(keys: Keys, batch: Batch) -> Request:
 
 
 def stale_of(reply: Reply) -> frozenset[str]:
-    """Names of documents that were not written, as they were not as they had to be."""
+    """Return the names of documents that were not written, because their content did not match."""
     return frozenset(name.decode() for name in reply)
 
 
 def reading(keys: Keys, *, fence: bool) -> list[Request]:
-    """The requests that read all documents; the last one's reply is for `found_in`.
+    """Return the requests that read all documents; pass the reply of the last one to `found_in`.
 
-    With a `fence`, what was read is on the disk when the first one is.
+    With a `fence`, everything read is on disk as soon as the first request is.
     """
     read = Request(META, (b"HGETALL", keys.documents))
     return [Request(META, (b"SET", keys.fence, b"")), read] if fence else [read]
 
 
 def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
-    """Documents whose name begins with `prefix`, in the order of their names.
+    """Return the documents whose name begins with `prefix`, in the order of their names.
 
     Raises:
-        DocumentsCorrupt: one of them is not as it was written.
+        DocumentsCorrupt: one of them is corrupt.
     """
     stored = pairs_of(reply)
     sound: dict[str, bytes] = {}
@@ -66,7 +66,7 @@ def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
 
 
 def pairs_of(reply: Reply) -> Mapping[bytes, bytes]:
-    """The fields of a hash."""
+    """Return the fields of a hash."""
     return dict(zip(reply[::2], reply[1::2], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""A store on Valkey is opened, or made: whether it can be used as it is, and what it says of itself."""
+"""Opens or creates a store on Valkey, after checking that its servers and keys are usable."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _RETRY_AFTER_S = 1.0
 async def open_valkey(
     url: StoreUrl, *, durability: Literal["sync", "async"], clock: Clock, keyring: Keyring | None = None
 ) -> ValkeyStore:
-    """Open a shared store, or make it if it is not there.
+    """Open a shared store, or create it.
 
     Raises:
-        StoreError: it cannot be used as it is: login, certificates, settings of the server, layout, keys.
+        StoreError: it cannot be used: login, certificates, settings of the server, layout, keys.
         StoreAway: it does not answer now.
     """
     wait = (1, url.replicas) if durability == "sync" else None
@@ -73,17 +73,17 @@ async def _require_fit(topology: Topology, url: StoreUrl, durability: Literal["s
     except ConnectionLost as error:
         raise StoreAway(str(error), _RETRY_AFTER_S) from None
     except TimeoutError:
-        raise StoreAway("the servers of the store do not say how they are", _RETRY_AFTER_S) from None
+        raise StoreAway("the servers of the store do not report their state", _RETRY_AFTER_S) from None
     if found.unfit:
         raise StoreError("; ".join(found.unfit))
-    for what in (*found.problems, *found.warnings):
-        _log.warning("the store is not as it should be", reason=what)
+    for finding in (*found.problems, *found.warnings):
+        _log.warning("the store has a problem", reason=finding)
 
 
 async def _with_keys(
     requests: Requests, url: StoreUrl, found: meta.Meta, keyring: Keyring | None
 ) -> meta.Meta:
-    """What the store says with the keys that are used, which it remembers."""
+    """Check the keys of the store; store the check of a new one, and return the updated description."""
     known = found.key_checks
     if keyring is None:
         require_no_keys(f"at {url}", known)

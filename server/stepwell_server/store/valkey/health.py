@@ -1,4 +1,4 @@
-"""How the servers are that keep a store: whether they do what was promised, and what will go wrong some day."""
+"""Checks the servers of a store: whether they can keep our promises, and what will become a problem."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _ASK: Sequence[Command] = [
 ]
 _FULL = 0.9
 _OLDEST_WITH_WAITAOF = (7, 2)
-_REPLICA_TELLS_S = 1.2
-"""After so long at the latest a replica has said what it has on its disk: it does each second, beside when it is asked."""
+_REPLICA_REPORT_S = 1.2
+"""A replica reports what it has on disk at least once in this time: every second, and when asked."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Findings:
-    """What was found, each in words for people."""
+    """The results of a check, as text."""
 
     unfit: Sequence[str] = ()
-    """Why the store cannot keep what is promised, until somebody changes its settings."""
+    """Settings with which the store cannot keep our promises."""
     problems: Sequence[str] = ()
-    """Why it cannot be used for now."""
+    """Why it cannot be used now."""
     warnings: Sequence[str] = ()
-    """What it does not keep, or will not one day."""
+    """What it does not keep, or will not keep in future."""
 
     def joined(self, other: Findings) -> Findings:
-        """Those of both."""
+        """Return the findings of both."""
         return Findings(
             [*self.unfit, *other.unfit],
             [*self.problems, *other.problems],
@@ -51,10 +51,10 @@ class Findings:
 async def examine(
     topology: Topology, url: StoreUrl, durability: Literal["sync", "async"], limit_s: float
 ) -> Findings:
-    """Look at every server that has a part of the store.
+    """Check every server that has a part of the store.
 
     Raises:
-        AccessDenied, ConnectionLost: it is not known which these are.
+        AccessDenied, ConnectionLost: the servers cannot be found.
     """
     found = Findings()
     for node in await topology.primaries():
@@ -72,7 +72,7 @@ async def _examine(
     except ConnectionLost as error:
         return Findings(problems=[str(error)])
     if isinstance(info, ErrorReply):
-        return Findings(warnings=[f"how {shown(node.address)} is cannot be seen: {info}"])
+        return Findings(warnings=[f"the state of {shown(node.address)} cannot be read: {info}"])
     facts, settings = _facts(info), _settings(config)
     if durability == "sync":
         found = _sync(facts, settings, url.replicas, url.timeout_s)
@@ -97,16 +97,16 @@ def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int, 
     if facts.get("aof_enabled") == "0":
         unfit.append("durability sync needs appendonly yes; it is no")
     if flush and flush != "always":
-        # Also everysec. Valkey 8.1.1, and servers of 7.4 until redis/redis#13793, answer WAITAOF up to two seconds before
-        # they have flushed; and with others each change would wait for up to a second.
+        # This includes everysec. Valkey 8.1.1, and 7.4 servers before redis/redis#13793, answer WAITAOF up to two
+        # seconds before they have flushed. With other servers each change would wait for up to a second.
         unfit.append(f"durability sync needs appendfsync always; it is {flush}")
     elif not flush:
-        warnings.append("appendfsync cannot be seen (CONFIG GET); durability sync needs always")
-    if replicas and timeout_s * WAIT_SHARE < _REPLICA_TELLS_S:
-        least_ms = math.ceil(_REPLICA_TELLS_S / WAIT_SHARE * 1000)
+        warnings.append("appendfsync cannot be read (CONFIG GET); durability sync needs always")
+    if replicas and timeout_s * WAIT_SHARE < _REPLICA_REPORT_S:
+        min_ms = math.ceil(_REPLICA_REPORT_S / WAIT_SHARE * 1000)
         warnings.append(
-            f"a replica may say only a second later what it has on its disk: with replicas={replicas} timeout_ms must be at"
-            f" least {least_ms}; got {timeout_s * 1000:.0f}: changes that are kept will be OUTCOME_UNKNOWN"
+            f"a replica may report a change on its disk a second late: with replicas={replicas} timeout_ms must be at"
+            f" least {min_ms}; got {timeout_s * 1000:.0f}: changes that were kept will be answered with OUTCOME_UNKNOWN"
         )
     connected = int(facts.get("connected_slaves", "0"))
     if connected < replicas:
@@ -118,9 +118,11 @@ def _async(facts: Mapping[str, str], settings: Mapping[str, str]) -> Findings:
     if facts.get("aof_enabled") != "0":
         return Findings()
     if settings.get("save"):
-        return Findings(warnings=["appendonly is no: when it ends, changes since its last snapshot are lost"])
+        return Findings(
+            warnings=["appendonly is no: when the server ends, changes since its last snapshot are lost"]
+        )
     return Findings(
-        warnings=["it keeps nothing on disk (appendonly no): when it ends, all sessions are lost"]
+        warnings=["the server keeps nothing on disk (appendonly no): when it ends, all sessions are lost"]
     )
 
 
@@ -134,7 +136,7 @@ def _in_general(facts: Mapping[str, str], settings: Mapping[str, str]) -> Findin
     policy = facts.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         warnings.append(
-            f"maxmemory-policy must be noeviction; with {policy} it deletes what it has no memory for"
+            f"maxmemory-policy must be noeviction; with {policy} sessions are deleted when memory is full"
         )
     used, most = int(facts.get("used_memory", "0")), int(facts.get("maxmemory", "0"))
     if most and used > most * _FULL:
@@ -143,13 +145,13 @@ def _in_general(facts: Mapping[str, str], settings: Mapping[str, str]) -> Findin
 
 
 def _facts(info: Reply) -> Mapping[str, str]:
-    """What INFO says, by name."""
+    """Parse the reply of INFO."""
     text = str(info, "utf-8", "replace")
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
 def _settings(config: Reply) -> Mapping[str, str]:
-    """What CONFIG GET says; nothing where we may not ask."""
+    """Parse the reply of CONFIG GET; empty if it is not allowed."""
     if isinstance(config, ErrorReply):
         return {}
     words = [str(word, "utf-8", "replace") for word in config]

@@ -1,4 +1,4 @@
-"""What a shared store is and how its servers are, for who looks at it without using it. Nothing is changed."""
+"""Describes a shared store and its servers without using or changing it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from stepwell_server.store.valkey.losses import Mark, emptied_parts
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found."""
+    """The description of a shared store."""
 
     servers: list[str]
-    """Addresses of those that have something of the store."""
+    """Addresses of the servers that have a part of the store."""
     partitions: int | None
-    """None: there is no store with that prefix yet."""
+    """None: no store has this prefix yet."""
     sessions: int
     findings: Findings
 
 
 async def inspect(url: StoreUrl, durability: Literal["sync", "async"]) -> Inspection:
-    """Look at a shared store.
+    """Inspect a shared store.
 
     Raises:
-        StoreError: it cannot be looked at: it does not answer, does not let us in, or is not ours.
+        StoreError: it does not answer, denies access, or is not a store of ours.
     """
     topology = topology_of(url, Keys(url.prefix, 1).tag)
     try:
@@ -61,8 +61,8 @@ def _losses(emptied: Sequence[Mark], partitions: int) -> list[str]:
         return []
     last = max(emptied, key=lambda mark: mark.lost_ms).lost_at
     warning = (
-        f"{len(emptied)} of the {partitions} parts of the store were found to be emptied, last at {last}: sessions that"
-        " they had then are lost"
+        f"{len(emptied)} of the {partitions} partitions of the store were emptied, the last one at {last}: the sessions"
+        " that they had are lost"
     )
     return [warning]
 

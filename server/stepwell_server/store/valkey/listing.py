@@ -1,4 +1,4 @@
-"""All sessions of a shared store in the order of their ids, though each partition has an order of its own."""
+"""Lists the sessions of a shared store in the order of their ids, by merging the partitions."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from stepwell_server.store.valkey.connection.requests import Request, Requests
 from stepwell_server.store.valkey.keys import Keys
 
 _MIN_PAGE_SIZE = 8
-"""Ids of one partition that are read at once, at least."""
+"""Minimum of ids read at once from one partition."""
 _BEYOND = b"\xff"
-"""No byte of UTF-8 is as high."""
+"""Higher than any byte of UTF-8."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Page:
-    """What was read of one partition."""
+    """The ids read from one partition."""
 
     found: list[bytes] = dataclasses.field(default_factory=list)
     is_last: bool = False
 
 
 async def ids_after(requests: Requests, keys: Keys, after: str, prefix: str, limit: int) -> list[bytes]:
-    """Ids in their order: at most `limit` of those behind `after` that begin with `prefix`; fewer only if there are no more.
+    """Return at most `limit` sorted ids after `after` that begin with `prefix`; fewer only if there are no more.
 
     Raises:
         Unavailable: the store cannot be read now.
     """
     low, high = _range(after.encode(), prefix.encode())
     pages = {partition: _Page() for partition in range(keys.partitions)}
-    # mostly enough at once, as ids are spread evenly
+    # usually enough in one round, as ids are spread evenly
     size = max(_MIN_PAGE_SIZE, limit // keys.partitions + limit // (4 * keys.partitions) + 1)
     while True:
         bound = min(
@@ -57,7 +57,7 @@ async def ids_after(requests: Requests, keys: Keys, after: str, prefix: str, lim
 
 
 def _range(after: bytes, prefix: bytes) -> tuple[bytes, bytes]:
-    """The ends of ids in the words of `ZRANGEBYLEX`."""
+    """Return the bounds for `ZRANGEBYLEX`."""
     low = b"(" + after if after >= prefix and after else b"[" + prefix if prefix else b"-"
     return low, b"(" + prefix + _BEYOND if prefix else b"+"
 

@@ -1,8 +1,9 @@
-"""What a shared store has lost in silence: keys of sessions that were deleted or evicted, and parts that were emptied.
+"""Detects what a shared store lost silently: sessions whose keys were deleted or evicted, and emptied partitions.
 
-A session whose id is listed and whose key is not there was lost alone. A partition whose mark is not there any more, and
-which lists nothing, was emptied: then nobody knows which sessions it had. The mark is made anew with another token, by
-which all servers see that it happened.
+A session that is listed, but whose key is missing, was lost alone. A partition without its mark and without listed
+sessions was emptied, and nobody knows which sessions it had. Its mark is created again with another token, which shows
+all servers
+what happened.
 """
 
 from __future__ import annotations
@@ -19,85 +20,85 @@ from stepwell_server.store.valkey.keys import Keys
 
 _log = Log("store.valkey")
 _BATCH_SIZE = 256
-"""Marks, in one look."""
+"""Marks that are checked in one request."""
 _MAX_KNOWN = 10_000
-"""Sessions that are known to be lost: more of them are counted, maybe twice."""
+"""Maximum of lost sessions that are remembered. Beyond it, sessions may be counted twice."""
 _TOKEN_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mark:
-    """Of a partition."""
+    """The mark of a partition."""
 
     token: bytes
     lost_ms: int
-    """When it was found to be emptied, by the store's clock; 0: never."""
+    """When it was found empty, by the store's clock; 0: never."""
 
     @classmethod
     def of(cls, value: bytes) -> Mark:
-        """What a key says. One that is damaged says that nothing was lost."""
+        """Parse a value. A corrupt one counts as "nothing was lost"."""
         _, token, lost_ms = (*value.split(b" "), b"", b"0")[:3]
         return cls(token, int(lost_ms) if lost_ms.isdigit() else 0)
 
     @property
     def lost_at(self) -> str:
-        """When it was found to be emptied, for people."""
+        """When it was found empty, as text."""
         return datetime.fromtimestamp(self.lost_ms / 1000, UTC).isoformat(timespec="seconds")
 
 
 class Losses:
-    """Finds out what was lost. Lives on the event loop."""
+    """Detects losses. Lives on the event loop."""
 
     def __init__(
         self, requests: Requests, keys: Keys, incarnation: str, store: str, *, may_write: bool = True
     ) -> None:
-        """`store` is its URL, for people. Without `may_write` no marks are made."""
+        """`store` is the URL for messages. Without `may_write` no marks are created."""
         self._may_write = may_write
         self._requests = requests
         self._keys = keys
         self._incarnation = incarnation
         self._store = store
         self._marks: dict[int, Mark] = {}
-        """As they were seen last, by partition."""
+        """Last known marks, by partition."""
         self._emptied: set[int] = set()
-        """Partitions that were, since this server began."""
+        """Partitions that were emptied since this server started."""
         self._next = 0
-        """The first partition of the next look."""
+        """The first partition of the next check."""
         self._lost: dict[str, None] = {}
-        """Sessions of which it is known."""
+        """Known lost sessions."""
         self.count = 0
-        """Of sessions that were lost alone."""
-        self._unsaid: list[str] = []
+        """Number of sessions that were lost alone."""
+        self._unreported: list[str] = []
 
     @property
     def damage(self) -> str:
-        """What is known of parts that were emptied; empty: nothing."""
+        """What is known about emptied partitions; empty: nothing."""
         if not self._emptied:
             return ""
         if len(self._emptied) == self._keys.partitions:
-            return "the store was emptied: sessions that it had are lost"
+            return "the store was emptied: the sessions that it had are lost"
         return (
-            f"{len(self._emptied)} of {self._keys.partitions} parts of the store were emptied: sessions that they"
+            f"{len(self._emptied)} of {self._keys.partitions} partitions of the store were emptied: the sessions that they"
             " had are lost"
         )
 
     def damage_of(self, session_id: str) -> str:
-        """The same, if the part is concerned in which a session would be."""
+        """The same, if it concerns the partition of this session."""
         return self.damage if self._keys.partition(session_id) in self._emptied else ""
 
     @property
     def warning(self) -> str:
-        """What people who run the server should know; empty: nothing."""
-        alone = f"{self.count} sessions were lost: their keys were deleted, or evicted" if self.count else ""
+        """A warning for operators; empty: none."""
+        alone = f"{self.count} sessions were lost: their keys were deleted or evicted" if self.count else ""
         return "; ".join(each for each in (self.damage, alone) if each)
 
     async def begin(self, *, must_be_there: bool) -> None:
-        """See all marks, and make those that are missing; what was lost while nobody looked is known then.
+        """Check all marks and create missing ones. This detects losses from before this server started.
 
-        `must_be_there`: they have all been made before.
+        `must_be_there`: all marks existed before.
 
         Raises:
-            ServerError: they cannot be asked for.
+            ServerError: the marks cannot be read.
         """
         every = range(self._keys.partitions)
         for at in range(0, len(every), _BATCH_SIZE):
@@ -106,29 +107,29 @@ class Losses:
         if before:
             last = max((self._marks[p] for p in before), key=lambda mark: mark.lost_ms)
             _log.warning(
-                "parts of the store were emptied before this server began",
-                parts=len(before),
+                "partitions of the store were emptied before this server started",
+                partitions=len(before),
                 of=self._keys.partitions,
                 last=last.lost_at,
             )
 
     async def look_again(self) -> None:
-        """See whether some more partitions have their marks, and say what was found to be lost.
+        """Check the marks of the next partitions, and report losses.
 
         Raises:
-            ServerError: they cannot be asked for.
+            ServerError: the marks cannot be read.
         """
         count = self._keys.partitions
         some = [(self._next + i) % count for i in range(min(count, _BATCH_SIZE))]
         self._next = (self._next + len(some)) % count
         await self.look(some)
-        self._say()
+        self._report()
 
     async def look(self, partitions: Sequence[int], *, must_be_there: bool = True) -> None:
-        """See whether partitions have their marks, and make those that are missing.
+        """Check the marks of partitions, and create missing ones.
 
         Raises:
-            ServerError: they cannot be asked for.
+            ServerError: the marks cannot be read.
         """
         values = await self._requests.ask(
             *(Request(p, (b"GET", self._keys.mark(p)), otherwise=None) for p in partitions)
@@ -138,7 +139,7 @@ class Losses:
         if missing and not self._may_write:
             found = {p: value for p, value in found.items() if value is not None}
         elif missing:
-            requests = [self._making(p, must_be_there=must_be_there) for p in missing]
+            requests = [self._creation(p, must_be_there=must_be_there) for p in missing]
             await self._requests.send(requests, waits=True)
             for partition, request in zip(missing, requests, strict=True):
                 if request.problem is not None:
@@ -146,7 +147,7 @@ class Losses:
                 found[partition] = request.reply
         self._know({p: Mark.of(value) for p, value in found.items()}, made=missing)
 
-    def _making(self, partition: int, *, must_be_there: bool) -> Request:
+    def _creation(self, partition: int, *, must_be_there: bool) -> Request:
         known = self._marks.get(partition)
         return Request.of(
             partition,
@@ -171,37 +172,37 @@ class Losses:
         self._emptied.update(emptied)
         if new:
             _log.error(
-                "the store, or a part of it, was emptied: sessions that it had are lost",
+                "the store, or a part of it, was emptied: the sessions that it had are lost",
                 store=self._store,
-                parts=len(emptied),
+                partitions=len(emptied),
                 of=self._keys.partitions,
             )
 
     def note(self, session_ids: Iterable[str]) -> None:
-        """Sessions were found to be lost."""
+        """Note lost sessions."""
         for session_id in session_ids:
             if session_id not in self._lost:
                 if len(self._lost) >= _MAX_KNOWN:
                     del self._lost[next(iter(self._lost))]
                 self._lost[session_id] = None
                 self.count += 1
-                self._unsaid.append(session_id)
+                self._unreported.append(session_id)
 
-    def _say(self) -> None:
-        unsaid, self._unsaid = self._unsaid, []
-        if unsaid:
+    def _report(self) -> None:
+        unreported, self._unreported = self._unreported, []
+        if unreported:
             _log.error(
-                "sessions are lost: their keys were deleted from the store, or evicted",
-                sessions=len(unsaid),
-                key=str(self._keys.session(unsaid[0]), "utf-8", "replace"),
+                "sessions are lost: their keys were deleted from the store or evicted",
+                sessions=len(unreported),
+                key=str(self._keys.session(unreported[0]), "utf-8", "replace"),
             )
 
 
 async def emptied_parts(requests: Requests, keys: Keys) -> list[Mark]:
-    """Marks of partitions that have ever been found to be emptied. Nothing is changed.
+    """Return the marks of partitions that were ever found empty. Changes nothing.
 
     Raises:
-        ServerError: they cannot be asked for.
+        ServerError: the marks cannot be read.
     """
     asked = (Request(p, (b"GET", keys.mark(p)), otherwise=None) for p in range(keys.partitions))
     marks = [Mark.of(value) for value in await requests.ask(*asked) if value is not None]

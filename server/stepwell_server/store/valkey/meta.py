@@ -1,4 +1,4 @@
-"""What a shared store says of itself: its layout, what was drawn when it was made, and which keys encrypt it."""
+"""The description of a shared store: its layout, the random values from its creation, and its encryption keys."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from stepwell_server.store.valkey.documents import pairs_of
 from stepwell_server.store.valkey.keys import META, store_key
 
 LAYOUT = 5
-"""Of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes."""
+"""Version of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes."""
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
 _FIRST_REVISION, _KEY, _MARKED = b"first_revision", b"key:", b"marked"
 _RESTORING = b"restoring"
-"""It is being filled, and nobody may use it before that has ended."""
+"""A restore is in progress, and no server may use the store."""
 _SECRET_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Meta:
-    """What a store says of itself."""
+    """The description of a store."""
 
     partitions: int
     secret: bytes
     incarnation: str
     first_revision: int
     key_checks: Mapping[str, bytes]
-    """`Keyring.checks` of the keys that it was encrypted with."""
+    """`Keyring.checks` of the keys that encrypt it."""
     is_marked: bool = False
-    """Each of its partitions has had its mark."""
+    """All its partitions have had their marks."""
 
 
 async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
-    """What the store with a prefix says of itself; it is made if it is not there.
+    """Read the description of the store with this prefix; create the store if it does not exist.
 
     Raises:
-        StoreError: it is of another release, damaged, or has another number of partitions than is asked for.
-        ServerError: it cannot be asked.
+        StoreError: it belongs to another release, is corrupt, or has another number of partitions than requested.
+        ServerError: it does not answer.
     """
     new = Meta(
         partitions or DEFAULT_PARTITIONS, secrets.token_bytes(_SECRET_BYTES), secrets.token_hex(4), 0, {}
@@ -50,37 +50,37 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
     return _meta_of(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
 
 
-async def again(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str, list[str]]:
-    """Make the store with a prefix as it was known, if it is not there.
+async def ensure(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str, list[str]]:
+    """Create the store with this prefix again, with its known description, if it has disappeared.
 
     Returns:
-        Whether it was made, the incarnation of the one that is there, and the ids of the keys that encrypt it.
+        Whether it was created, the incarnation of the current store, and the ids of the keys that encrypt it.
 
     Raises:
-        ServerError: it cannot be asked.
+        ServerError: it does not answer.
     """
     was_made, fields = await _made(requests, prefix, known, once=False)
     return was_made, fields.get(_INCARNATION, b"").decode("ascii", "replace"), list(_key_checks(fields))
 
 
 async def make_unfinished(requests: Requests, prefix: str, new: Meta) -> bool:
-    """Make a store that servers refuse to use until `finishing` was sent; whether there was none.
+    """Create a store that servers refuse to use until `finishing` was sent; return False if a store exists.
 
     Raises:
-        ServerError: it cannot be asked.
+        ServerError: it does not answer.
     """
     return (await _made(requests, prefix, new, once=True, is_finished=False))[0]
 
 
 def finishing(prefix: str) -> Request:
-    """The request after which servers can use what `make_unfinished` has made."""
+    """Return the request that lets servers use the store from `make_unfinished`."""
     return Request(META, (b"HDEL", store_key(prefix), _RESTORING))
 
 
 async def _made(
     requests: Requests, prefix: str, new: Meta, *, once: bool, is_finished: bool = True
 ) -> tuple[bool, Mapping[bytes, bytes]]:
-    """What the store says, which is made as said if there is none; and whether it was."""
+    """Create the store unless it exists; return whether it was created, and its description."""
     words: list[bytes | str | int] = [_LAYOUT, LAYOUT, _PARTITIONS, new.partitions, _SECRET, new.secret]
     words += [_INCARNATION, new.incarnation, _FIRST_REVISION, new.first_revision]
     if new.is_marked:
@@ -98,19 +98,19 @@ async def _made(
 
 
 async def add_key_check(requests: Requests, prefix: str, key_id: str, check: bytes) -> None:
-    """Have the store remember a key with which it is encrypted.
+    """Store the check of a key that encrypts the store.
 
     Raises:
-        ServerError: it cannot be asked.
+        ServerError: it does not answer.
     """
     await _set(requests, prefix, _KEY + key_id.encode(), check)
 
 
 async def set_marked(requests: Requests, prefix: str) -> None:
-    """Have the store remember that each of its partitions has its mark.
+    """Store that all partitions have their marks.
 
     Raises:
-        ServerError: it cannot be asked.
+        ServerError: it does not answer.
     """
     await _set(requests, prefix, _MARKED, b"1")
 
@@ -123,7 +123,7 @@ async def _set(requests: Requests, prefix: str, name: bytes, value: bytes) -> No
 
 
 def meta_of(prefix: str, reply: Reply, asked: int | None) -> Meta:
-    """What the fields of a store say, as they were read; `asked` is the number of partitions that it must have, if any.
+    """Decode the description of a store; `asked` is the required number of partitions, if any.
 
     Raises:
         StoreError: as `read`.
@@ -134,21 +134,21 @@ def meta_of(prefix: str, reply: Reply, asked: int | None) -> Meta:
 def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> Meta:
     if _RESTORING in fields:
         raise StoreError(
-            f"the store with prefix {prefix!r} must be restored as a whole; that is under way, or was broken off: wait for it,"
-            f" or delete all keys that begin with {prefix!r} and restore again"
+            f"the store with prefix {prefix!r} must be completely restored; the restore is running, or was interrupted: wait for"
+            f" it, or delete all keys that begin with {prefix!r} and restore again"
         )
     layout = _number(prefix, fields, _LAYOUT)
     if layout != LAYOUT:
         raise StoreError(
-            f"the layout of the store with prefix {prefix!r} must be {LAYOUT}; it is {layout}: another release made it, and it"
-            " stays as it is"
+            f"the layout of the store with prefix {prefix!r} must be {LAYOUT}; it is {layout}: another release created it."
+            " It was not changed"
         )
     partitions = _number(prefix, fields, _PARTITIONS)
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise _damaged(prefix, _PARTITIONS)
     if asked not in {None, partitions}:
         raise StoreError(
-            f"partitions must be {partitions}, as the store with prefix {prefix!r} was made with; got {asked}"
+            f"partitions must be {partitions}, as in the store with prefix {prefix!r}; got {asked}"
         )
     secret, incarnation = fields.get(_SECRET, b""), fields.get(_INCARNATION, b"")
     if len(secret) != _SECRET_BYTES:
@@ -166,7 +166,7 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
 
 
 def _key_checks(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:
-    """`Keyring.checks` of the keys that the store was encrypted with."""
+    """Return `Keyring.checks` of the keys that encrypt the store."""
     return {
         name.removeprefix(_KEY).decode("utf-8", "replace"): check
         for name, check in fields.items()

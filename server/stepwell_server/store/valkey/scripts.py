@@ -1,10 +1,10 @@
-"""What Valkey does in one step, in Lua. Each script has keys of one partition only where there is a Cluster.
+"""The Lua scripts that Valkey runs atomically. In a Cluster the keys of a script belong to one partition.
 
-A script never ends half way for want of memory: what may be refused for that (SET, MSET, ZADD) is refused at the first
-write of a script or not at all, and what gives memory free comes first.
+A script never stops halfway for lack of memory: the server refuses commands that need memory (SET, MSET, ZADD) at the
+first write of a script or not at all, and commands that free memory come first.
 
-Nor does one fail because of one key of another type: keys are first read by `pcall`, whose answer is a table then, and
-such a session is like one whose record is damaged.
+A key with a wrong type does not make a script fail either: keys are first read by `pcall`, which then returns a table,
+and the session is treated like one with a corrupt record.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stepwell_server.store.valkey.keys import HEAD
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Script:
-    """Source, and the name under which a server knows it once it was loaded."""
+    """The source, and the digest under which a server knows it after loading."""
 
     source: str
     sha: bytes
@@ -32,14 +32,14 @@ def _script(*parts: str) -> Script:
 
 
 def _record_functions() -> str:
-    """Lua that reads the header of the record in a session's value, by the names and places of `HEADER`.
+    """Return Lua functions that read the header of the record in a session's value, derived from `HEADER`.
 
-    For each field that is an unsigned integer of at most 4 bytes there is a function `NAME_of(value)`. `HEAD_BYTES` is
-    the length of what stands before the texts; a value may be cut off behind that.
+    For each unsigned integer field of at most 4 bytes there is a function `NAME_of(value)`. `HEAD_BYTES` is the
+    length of everything before the texts; a value may be truncated after that.
     """
     functions = [f"local HEAD_BYTES = {HEAD.size + HEADER.itemsize}"]
     for name, (dtype, offset, *_) in (HEADER.fields or {}).items():
-        if dtype.kind == "u" and dtype.itemsize <= 4:  # larger ones are no exact numbers in Lua
+        if dtype.kind == "u" and dtype.itemsize <= 4:  # Lua cannot represent larger ones exactly
             at = HEAD.size + offset + 1
             functions.append(
                 f"local function {name}_of(value) return (struct.unpack('<I{dtype.itemsize}', value, {at})) end"
@@ -54,11 +54,12 @@ local MAX_TEXT_BYTES = 255 + 65535
 local function model_at(value) return HEAD_BYTES + fingerprint_bytes_of(value) end
 """
 )
-"""The part of a script that reads headers of records."""
+"""Lua code that reads headers of records."""
 
 _BYTES = f"""
 local NOT_COUNTED = {{{", ".join(f"[{tag}] = true" for tag in sorted(NOT_COUNTED))}}}
--- The bytes that count of a record (`store.counts`), by its value, which may be cut off behind the texts, and its fields.
+-- The counted bytes of a record (`store.counts`), given its value, which may be truncated after the texts, and its
+-- fields.
 local function bytes_of(value, fields)
   if #value < HEAD_BYTES then return 0 end
   local sum, at = {SESSION_BYTES} + rows_bytes_of(value) + extra_bytes_of(value), 1
@@ -83,8 +84,9 @@ local function packed(ms) return struct.pack('>I8', ms) end
 CHANGE = _script(
     _COMMON,
     """
--- Records of sessions that are there follow others. KEYS: the sessions. ARGV: stamps that they must have, new stamps (8
--- bytes each), sizes of records: '=' and one for all, or '~' and 4 bytes each; the records. Returns the numbers of those that have other stamps.
+-- Replaces records of existing sessions. KEYS: the sessions. ARGV: required stamps, new stamps (8 bytes each), sizes of
+-- records ('=' and one for all, or '~' and 4 bytes each), the records. Returns the numbers of sessions with other
+-- stamps.
 local follows, stamps, sizes, blob = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local used, conflicts, kept, at, begin = packed(now_ms()), {}, {'MSET'}, 1, 0
 local size = byte(sizes) == 61 and tonumber(sub(sizes, 2))
@@ -95,7 +97,7 @@ for i, key in ipairs(KEYS) do
     kept[at + 1], kept[at + 2] = key, '\\1' .. stamp .. used .. sub(blob, begin + 1, begin + length)
     at = at + 2
   elseif has == stamp then
-    call('SETRANGE', key, 9, used) -- sent again: a write, for who waits until all before it is on the disk
+    call('SETRANGE', key, 9, used) -- a retry: write, so that waiting for the disk includes it
   else
     conflicts[#conflicts + 1] = i
   end
@@ -107,28 +109,34 @@ return conflicts
 )
 
 MAX_RECOUNTED = 10_000
-"""Sessions of a partition: nobody else is served while they are counted."""
+"""Maximum of sessions in a partition that are recounted: counting blocks the server."""
 
 UNDONE_MS = 3_600_000
-"""For how long what comes late of an attempt that was undone begins nothing: no connection keeps a request for so long."""
+"""For this time a late request of an undone attempt creates nothing: no connection delays a request longer."""
 
 COMMIT = _script(
     _COMMON,
     RECORD,
     _BYTES,
     """
--- Sessions of one partition begin, change and end. KEYS: ids, counts, its mark, the sessions. ARGV: a letter for each session, stamps
--- that they must have, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), where ids begin in
--- keys, for how long tombstones live (ms), for how long each that ends must be unused at least and at most (ms, 8 bytes
--- each; empty: no limit). Returns the numbers of those that are otherwise; before them a 0 if
--- the mark is missing: the partition may have been emptied, and none begins.
---   P  put: follows the record with the stamp, or begins where there is the tombstone with the stamp; with none where there
---      is neither and the id is not listed; with the highest stamp where it is listed: the session was lost
---   D  delete the record with the stamp, with none any record; leave a tombstone if there is one
---   U  as D, of a session that an attempt with the stamp may have begun: what of it comes late begins nothing
---   T  leave a tombstone where there is no record
---   F  forget a tombstone
---   L  leave a tombstone where there is neither and the id is listed
+-- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions. ARGV: a letter for each
+-- session, required stamps, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), the offset
+-- of
+-- ids in keys, the lifetime of tombstones (ms), the minimum and maximum idle time of each session that ends (ms, 8
+-- bytes
+-- each; empty: no limit). Returns the numbers of sessions that do not match. If the mark is missing, the partition
+-- may have
+-- been emptied: then no session is created, and the first number is 0.
+--   P  put: replace the record with the stamp, or create the session if the tombstone has the stamp; without a stamp,
+-- create
+--      it if there is neither and the id is not listed; with the highest stamp, create it if the id is listed (it was
+-- lost)
+--   D  delete the record with the stamp, or without a stamp any record; put the tombstone if one is given
+--   U  as D, for a session that an attempt with the stamp may have created: late requests of that attempt create
+-- nothing
+--   T  put a tombstone if there is no record
+--   F  delete a tombstone
+--   L  put a tombstone if there is neither and the id is listed
 local index, counts = KEYS[1], KEYS[2]
 local letters, follows, stamps, blob, sizes = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local id_at, live_ms, least, most = tonumber(ARGV[6]) + 1, tonumber(ARGV[7]), ARGV[8], ARGV[9]
@@ -138,7 +146,7 @@ local was_lost = false
 local is_marked = not string.find(letters, 'P', 1, true) or call('EXISTS', KEYS[3]) == 1
 if not is_marked then conflicts[1] = 0 end
 
-local function model_of(value) -- by the header of the record
+local function model_of(value) -- from the header of the record
   if #value < HEAD_BYTES then return '' end
   local at = model_at(value)
   return sub(value, at + 1, at + model_bytes_of(value))
@@ -178,7 +186,7 @@ local function bytes_at(key, value)
   local size = fields_bytes_of(value)
   return bytes_of(value, size > 0 and call('GETRANGE', key, -size, -1) or '')
 end
--- Of a session that was lost nobody knows what it counted for: all of the partition are counted, unless they are too many.
+-- What a lost session counted for is unknown, so recount all sessions of the partition, unless there are too many.
 local function recount()
   if call('ZCARD', index) > MAX_RECOUNTED then return end
   local before, sums = sub(KEYS[4], 1, id_at - 1), {}
@@ -199,7 +207,7 @@ local function recount()
     if name ~= '' and sum > 0 then call('HSET', counts, name, sum) end
   end
 end
--- An attempt that was undone has a mark by its stamp.
+-- An undone attempt has a mark with its stamp.
 local function mark_of(stamp) return string.match(index, '^.-{%d+}') .. 'u:' .. stamp end
 local asked, is_undone, marked
 local function was_undone(stamp)
@@ -219,7 +227,7 @@ for i = 1, #KEYS - 3 do
   begin = begin + length
   local head = pcall('GETRANGE', key, 0, 16)
   if type(head) ~= 'string' then head = '?' end
-  -- what is neither is a record that was damaged
+  -- any other kind is a corrupt record
   local kind = #head == 0 and 0 or byte(head) == 2 and 2 or 1
   local has, id = sub(head, 2, 9), sub(key, id_at)
   if letter == 'P' then
@@ -235,7 +243,7 @@ for i = 1, #KEYS - 3 do
         count(id, model_of(value), 1)
         count_size(id, rows_of(value), bytes_of_new(value))
       elseif follow == lost and call('ZSCORE', index, id) then
-        call('SET', key, value) -- it is counted still
+        call('SET', key, value) -- it is still counted
       else
         conflicts[#conflicts + 1] = i
       end
@@ -256,7 +264,7 @@ for i = 1, #KEYS - 3 do
   elseif letter == 'D' or letter == 'U' then
     if letter == 'U' and marked ~= follow then
       marked = follow
-      call('DEL', mark_of(follow)) -- after it nothing is refused for want of memory
+      call('DEL', mark_of(follow)) -- from here on nothing is refused for lack of memory
       call('SET', mark_of(follow), '', 'PX', UNDONE_MS)
     end
     if kind == 1 then
@@ -279,7 +287,7 @@ for i = 1, #KEYS - 3 do
     elseif length > 0 or follow ~= none then
       conflicts[#conflicts + 1] = i
     else
-      pcall('HSET', counts, '', 0) -- a write, for who waits until all before it is on the disk
+      pcall('HSET', counts, '', 0) -- a write, so that waiting for the disk includes everything before it
     end
   elseif letter == 'T' then
     if kind ~= 1 then
@@ -306,15 +314,17 @@ return conflicts
 FETCH = _script(
     _COMMON,
     """
--- What sessions have. KEYS: the sessions. ARGV: stamps that are known (8 bytes each; empty: none is); '1': write something
--- if anything is not known, '2': in any case; after how many bytes to end. Returns the time (ms), then the value of each, or its head alone
--- where the stamp is known; fewer values than keys where these are larger: at least one. In place of a value, one byte:
---   3  there is none, and the id is listed: it was lost
---   4  the key is of another type
---   5  there is none, and the partition has no mark: it may have been emptied
+-- Reads sessions. KEYS: the sessions. ARGV: known stamps (8 bytes each; empty: none); '1': write something if a value
+-- is
+-- not known, '2': always write; the maximum of bytes. Returns the time (ms), then each value, or only its head if its
+-- stamp
+-- is known. There are fewer values than keys, but at least one, if they exceed the maximum. One byte replaces a value:
+--   3  there is none, and the id is listed: the session was lost
+--   4  the key has another type
+--   5  there is none, and the mark of the partition is missing: it may have been emptied
 local known, fence, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local found = {now_ms()}
--- Keys of the same partition, and so of the same slot, begin with the same words.
+-- Keys of the same partition, and so of the same slot, have the same beginning.
 local function of_nothing(key)
   local tag, id = string.match(key, '^(.-{%d+})s:(.*)$')
   if type(pcall('ZSCORE', tag .. 'ids', id)) == 'string' then return '\\3' end
@@ -338,8 +348,8 @@ for i, key in ipairs(KEYS) do
     value = '\\4'
   end
   if value and fence ~= '0' and #value >= (fence == '1' and 18 or 17) then
-    call('DEL', string.match(key, '^.-{%d+}') .. 'none') -- after it nothing is refused for want of memory
-    call('SETRANGE', key, 9, sub(value, 10, 17)) -- as it is; all that was written before is on the disk before it
+    call('DEL', string.match(key, '^.-{%d+}') .. 'none') -- from here on nothing is refused for lack of memory
+    call('SETRANGE', key, 9, sub(value, 10, 17)) -- unchanged: once this is on disk, so is everything written before
     fence = '0'
   end
   found[i + 1] = value
@@ -359,9 +369,9 @@ HEADS = _script(
     _COMMON,
     RECORD,
     """
--- What records say beside the state. KEYS: the sessions. ARGV: for how long they must be unused (ms). Returns the time
--- (ms), then of each its value without rows and extra; empty where there is no record, or one that was used; one byte, 3,
--- where there is nothing.
+-- Reads headers of records. KEYS: the sessions. ARGV: minimum idle time (ms). Returns the time (ms), then each value
+-- without
+-- rows and extra; empty if there is no record or it was used recently; one byte, 3, if there is no key.
 local now, idle_ms = now_ms(), tonumber(ARGV[1])
 local found = {now}
 for i, key in ipairs(KEYS) do
@@ -387,7 +397,7 @@ return found
 TOUCH = _script(
     _COMMON,
     """
--- Sessions are used now, if they have these stamps. KEYS: the sessions. ARGV: stamps (8 bytes each).
+-- Marks sessions as used now, if they have these stamps. KEYS: the sessions. ARGV: stamps (8 bytes each).
 local used = packed(now_ms())
 for i, key in ipairs(KEYS) do
   local head = pcall('GETRANGE', key, 0, 8)
@@ -400,8 +410,9 @@ return 0
 CLAIM = _script(
     _COMMON,
     """
--- A task for one at a time. KEYS: the claim. ARGV: whose it is to be, for how long (ms). Returns for how long it has been (ms);
--- -1: it is another's.
+-- Claims a task for one server at a time. KEYS: the claim. ARGV: the claimant, the duration (ms). Returns for how
+-- long it has
+-- held the claim (ms); -1: another holds it.
 local has, now = pcall('GET', KEYS[1]), now_ms()
 local since = now
 if type(has) == 'string' then
@@ -416,9 +427,11 @@ return math.max(0, now - since)
 
 DOCUMENTS = _script(
     """
--- Documents are written. KEYS: documents, and one for a write in any case. ARGV: of each its name, what it must be now ('': anything, '0':
--- absent, '1' and its value) and what it is to be ('0': absent, '1' and its value). Returns the names of those that are
--- otherwise. One that is already as it is to be was written by the same commit before, and is written again.
+-- Writes documents. KEYS: documents, the fence. ARGV: for each its name, its required value ('': any, '0': absent,
+-- '1' and
+-- the value) and its new value ('0': absent, '1' and the value). Returns the names of documents that do not match.
+-- One that
+-- already has its new value was written by an earlier attempt, and is written again.
 local call, sub = redis.call, string.sub
 local stale = {}
 for i = 1, #ARGV, 3 do
@@ -438,8 +451,9 @@ return stale
 
 MAKE = _script(
     """
--- What the store says of itself; it is made where there is none. KEYS: the store. ARGV: names and values of a new one.
--- Returns 1 if it was made, else 0, then names and values.
+-- Returns the description of the store, which is created if missing. KEYS: the store. ARGV: names and values of a new
+-- one.
+-- Returns 1 if it was created, else 0, then names and values.
 local made = redis.call('EXISTS', KEYS[1]) == 0 and 1 or 0
 if made == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
 return {made, redis.call('HGETALL', KEYS[1])}
@@ -449,9 +463,10 @@ return {made, redis.call('HGETALL', KEYS[1])}
 MARK = _script(
     _COMMON,
     """
--- A partition has a mark, which goes when all that it has is lost. KEYS: its mark, its ids. ARGV: incarnation of the store,
--- the token of the mark that was known (empty: none), a token for a new one, '1' if there must have been one. Returns the
--- mark: incarnation, token, and when the partition was found to be emptied (ms), 0: never.
+-- Returns the mark of a partition, which is created if missing. KEYS: its mark, its ids. ARGV: the store's
+-- incarnation, the
+-- token of the known mark (empty: none), a token for a new one, '1' if there must have been one. The mark is the
+-- incarnation, a token, and when the partition was found empty (ms), 0: never.
 local has = pcall('GET', KEYS[1])
 if type(has) == 'string' then return has end
 local token, lost_ms = ARGV[3], 0
@@ -459,7 +474,7 @@ if ARGV[4] == '1' then
   if call('EXISTS', KEYS[2]) == 0 then
     lost_ms = now_ms()
   elseif ARGV[2] ~= '' then
-    token = ARGV[2] -- the mark alone is gone
+    token = ARGV[2] -- only the mark was lost
   end
 end
 local mark = ARGV[1] .. ' ' .. token .. ' ' .. string.format('%.0f', lost_ms)

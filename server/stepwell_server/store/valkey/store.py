@@ -61,20 +61,20 @@ from stepwell_server.store.valkey.losses import Losses
 _log = Log("store.valkey")
 _NOTHING = StoredSession()
 _MAX_READ_BYTES = 8 * 2**20
-"""Of records in the answers to one read, beside the last one of each answer."""
+"""Maximum of bytes of records in the answers to one read, not counting the last record of each answer."""
 _BATCH_SIZE = 2 * MAX_KEYS
 _RETRY_AFTER_S = 1.0
-#: Pages of unused sessions leave out what was used within this time: sessions with a shorter limit end a little later.
+#: Pages of unused sessions omit sessions used within this time. So sessions with a shorter limit end a little later.
 _MIN_IDLE_S = 5.0
 _DOCUMENTS_POLL_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Head:
-    """Of a session."""
+    """The header of a session's record."""
 
     record: bytes
-    """Without rows and extra; empty where there is none."""
+    """The record without rows and extra; empty if there is none."""
     stamp: int
     idle_s: float
 
@@ -84,7 +84,7 @@ _LOST, _OTHER_TYPE, _UNMARKED = bytes([LOST]), bytes([OTHER_TYPE]), bytes([UNMAR
 
 
 class ValkeyStore(Store):
-    """Others use it too. Lives on one event loop, which never waits for the network."""
+    """A store that several servers share. Lives on one event loop, and never blocks it."""
 
     local = None
     elsewhere = "another server on the same store may have it"
@@ -115,8 +115,8 @@ class ValkeyStore(Store):
         self._durability: Literal["sync", "async"] = "sync" if requests.waits else "async"
         self._limit_s = LIMIT * url.timeout_s
         self._losses = losses
-        self._looking: set[asyncio.Task[None]] = set()
-        self._together = RemoteWrites(self.apply)
+        self._mark_checks: set[asyncio.Task[None]] = set()
+        self._writes = RemoteWrites(self.apply)
         self._reads = RemoteReads(self.read)
 
     @property
@@ -130,24 +130,24 @@ class ValkeyStore(Store):
 
     @override
     def commit(self, write: Write) -> Answer | None:
-        return self._together.commit(write)
+        return self._writes.commit(write)
 
     @override
     async def end_commits(self, timeout_s: float) -> bool:
-        return await self._together.end(timeout_s)
+        return await self._writes.end(timeout_s)
 
     def apply(self, batch: Batch) -> Awaitable[CommitResult]:
-        """Keep each session's change of a batch or nothing of it, beside other commits of this store.
+        """Commit a batch, keeping or refusing the change of each session, concurrently with other commits.
 
-        It is at work before what it returns is awaited, and has done with the batch's buffers when it returns.
+        The commit starts before the result is awaited, and no longer needs the batch's buffers when this returns.
 
         Raises:
-            Unavailable: nothing of it was kept.
+            Unavailable: nothing was kept.
         """
         puts = batch.puts
         if self._sealer is not None and puts:
             batch = dataclasses.replace(batch, puts=self._sealer.seal(puts))
-        # before anything is waited for: whoever made the batch may fill its buffers with the next one then
+        # before the first wait: the caller may reuse the batch's buffers after that
         parts = self._commits.of(batch)
         if batch.documents:
             return self._commit_with_documents(batch, parts)
@@ -164,9 +164,9 @@ class ValkeyStore(Store):
             if not unmarked:
                 settle()
                 return
-            task = asyncio.create_task(self._look_at(unmarked))
-            self._looking.add(task)
-            task.add_done_callback(self._looking.discard)
+            task = asyncio.create_task(self._check_marks(unmarked))
+            self._mark_checks.add(task)
+            task.add_done_callback(self._mark_checks.discard)
             task.add_done_callback(settle)
 
         self._requests.begin([part.request for part in parts], done, waits=True)
@@ -178,15 +178,15 @@ class ValkeyStore(Store):
             await self._requests.send([part.request for part in parts], waits=True)
             unmarked = _unmarked(parts)
             if unmarked:
-                await self._look_at(unmarked)
+                await self._check_marks(unmarked)
         return outcome_of(parts, stale, documents_kept=True)
 
-    async def _look_at(self, partitions: Sequence[int]) -> None:
-        """See whether partitions were emptied, in which sessions did not begin as their marks are missing."""
+    async def _check_marks(self, partitions: Sequence[int]) -> None:
+        """Check whether partitions were emptied, after their missing marks kept sessions from being created."""
         try:
             await self._losses.look(partitions)
         except ServerError as error:
-            _log.warning("it is not known whether a part of the store was emptied", error=error)
+            _log.warning("the store could not be checked for emptied partitions", error=error)
 
     async def _write_documents(self, batch: Batch) -> frozenset[str]:
         request = documents.writing(self._keys, batch)
@@ -202,7 +202,7 @@ class ValkeyStore(Store):
         return await self._reads.fetch(session_ids, known)
 
     async def read(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
-        """As `fetch`, beside other reads."""
+        """As `fetch`, without combining reads."""
         found = await self.stored(session_ids, known)
         for session_id, each in zip(session_ids, found, strict=True):
             if not each.record or (key_id := key_id_of(each.record)) is None or self._knows(key_id):
@@ -218,14 +218,14 @@ class ValkeyStore(Store):
         ]
 
     def _knows(self, key_id: str) -> bool:
-        """Whether this server can decrypt what a key has encrypted."""
+        """Whether this server has a key."""
         return self._sealer is not None and self._sealer.knows(key_id)
 
     @staticmethod
     def _lacks(key_ids: Sequence[str]) -> str:
         return (
-            f"the store is encrypted by other servers, with {'key' if len(key_ids) == 1 else 'keys'}"
-            f" {', '.join(sorted(key_ids))}, which this server lacks: it must be started again with their file"
+            f"other servers encrypt the store with {'key' if len(key_ids) == 1 else 'keys'}"
+            f" {', '.join(sorted(key_ids))}, which this server lacks: restart it with the file that has them"
         )
 
     @override
@@ -233,7 +233,7 @@ class ValkeyStore(Store):
         return new_stamp()
 
     async def stored(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:
-        """As `fetch`, with records as they are stored."""
+        """As `fetch`, without decrypting records."""
         found = [_NOTHING] * len(session_ids)
         known = known if len(known) else [0] * len(session_ids)
         for at in range(0, len(session_ids), _BATCH_SIZE):
@@ -255,11 +255,12 @@ class ValkeyStore(Store):
         found: list[StoredSession],
         changed: list[tuple[int, list[int]]] | None,
     ) -> list[tuple[int, list[int]]]:
-        """Put what sessions have into `found`, and return those for which there was no room in the answers.
+        """Read sessions into `found`; return those that did not fit into the answers.
 
-        Where replicas are waited for, nothing is believed that a server says which may not be their primary any more. That
-        takes them a moment; until they have something on their disks it may be a second. So what is as it was known, or is not
-        there, is only confirmed; what is otherwise comes into `changed`, and is read once more, without it.
+        If commits wait for replicas, a server's answer counts only if it is still their primary. Confirming that
+        takes a moment, but waiting until the replicas have something on disk may take a second. So unchanged and
+        missing sessions are
+        only confirmed. Changed ones are added to `changed`, and read once more with a wait for the disks.
         """
         confirms, is_fenced = changed is not None, self._requests.waits
         stamps = np.array(known, np.uint64).tobytes() if any(known) else b""
@@ -308,7 +309,7 @@ class ValkeyStore(Store):
         if len(value) < HEAD.size:
             if value == _OTHER_TYPE:
                 key = str(self._keys.session(session_id), "utf-8", "replace")
-                _log.error("a key of the store is of another type: its session cannot be used", key=key)
+                _log.error("a key of the store has another type: its session cannot be used", key=key)
             return StoredSession(b"")
         kind, packed, used_ms = HEAD.unpack_from(value)
         stamp = int.from_bytes(packed, "little")
@@ -340,7 +341,7 @@ class ValkeyStore(Store):
 
     @override
     async def unused(self, cursor: str = "", *, limits: IdleLimits, limit: int) -> UnusedSessions:
-        """Of one partition after the other."""
+        """Return pages of one partition after the other."""
         number, _, after = cursor.partition(":")
         partition, size = int(number or 0), min(limit, MAX_KEYS)
         low = b"(" + after.encode() if after else b"-"
@@ -365,7 +366,7 @@ class ValkeyStore(Store):
         )
 
     async def _bury(self, session_ids: Sequence[str]) -> None:
-        """Have tombstones of sessions that are listed and not there, if they still are so: their ids are not listed any more."""
+        """Replace sessions that are listed, but whose keys are missing, by tombstones."""
         now = self._clock.now()
         parts = self._commits.burying([Tombstone(session_id, End.LOST, now) for session_id in session_ids])
         if parts:
@@ -393,11 +394,11 @@ class ValkeyStore(Store):
                 used = self._clock.now() - np.array([found[place].idle_s for place in there])
                 heads.heads["last_used"] = np.maximum(0.0, used)
                 return heads
-            after = session_ids[-1]  # all of these are lost
+            after = session_ids[-1]  # all of these were lost
         return heads_of([], [])
 
     async def _read_heads(self, session_ids: Sequence[str], *, idle_ms: int = 0) -> list[_Head]:
-        """What records say beside the state, of those that were unused for so long."""
+        """Read the headers of sessions that were unused for at least `idle_ms`."""
         found = [_NO_HEAD] * len(session_ids)
         size = 8 * MAX_KEYS
         for begin in range(0, len(session_ids), size):
@@ -470,7 +471,7 @@ class ValkeyStore(Store):
     @override
     async def check(self) -> StoreHealth:
         try:
-            lacking = await self._require_same()
+            lacking = await self._require_same_store()
             if lacking:
                 return StoreHealth(problem=self._lacks(lacking), warns_of="store")
             async with asyncio.timeout(self._limit_s):
@@ -488,7 +489,7 @@ class ValkeyStore(Store):
         except ConnectionLost as error:
             return StoreHealth(problem=str(error), warns_of="store")
         except TimeoutError:
-            return StoreHealth(problem="its servers do not say how they are", warns_of="store")
+            return StoreHealth(problem="its servers do not report their state", warns_of="store")
         warnings = [*found.warnings, self._losses.warning]
         return StoreHealth(
             problem=problem,
@@ -498,37 +499,35 @@ class ValkeyStore(Store):
         )
 
     async def _why_no_changes(self) -> str:
-        """Why changes are not kept, found by one that changes nothing: not every server that keeps none says so of itself.
+        """Test with an empty change why changes are not kept: a server's own report does not always show it.
 
-        It may lack a right, want more replicas, or wait for one that hangs.
+        The user may lack a right, or the server may need more replicas or wait for one that hangs.
 
         Raises:
-            ServerError: it refuses, or does not answer.
+            ServerError: the server refuses, or does not answer.
         """
         request = documents.writing(self._keys, Batch())
         try:
             await self._ask([request], waits=self._requests.waits)
-        except Overloaded:  # sessions are read and closed without memory
+        except Overloaded:  # sessions can be read and closed without free memory
             return ""
         return "" if request.is_durable else _not_durable(self._url.replicas).message
 
-    async def _require_same(self) -> list[str]:
-        """See whether this is still the store that was opened; one that lost everything is made again as it was.
+    async def _require_same_store(self) -> list[str]:
+        """Check that this is still the store that was opened. If its description was lost, create it again.
 
         Returns:
-            Ids of keys that other servers encrypt it with since, and that this one lacks.
+            Ids of keys that other servers encrypt the store with and that this server lacks.
 
         Raises:
-            StoreGone: it is another one.
-            Unavailable: it cannot be asked now.
+            StoreGone: it is another store.
+            Unavailable: it does not answer now.
         """
-        was_made, incarnation, key_ids = await meta.again(self._requests, self._url.prefix, self._found)
+        was_made, incarnation, key_ids = await meta.ensure(self._requests, self._url.prefix, self._found)
         if incarnation != self._found.incarnation:
-            raise StoreGone("the store must be the one that was opened; another one is in its place")
+            raise StoreGone("the store must be the one that was opened; another one has replaced it")
         if was_made:
-            _log.error(
-                "what the store says of itself was lost; it was made again as it was", store=str(self._url)
-            )
+            _log.error("the description of the store was lost; it was written again", store=str(self._url))
         await self._losses.look_again()
         return [key_id for key_id in key_ids if not self._knows(key_id)]
 
@@ -544,7 +543,7 @@ class ValkeyStore(Store):
         return [request.reply for request in requests]
 
     def _groups(self, session_ids: Sequence[str], first: int = 0) -> list[tuple[int, list[int]]]:
-        """Places of sessions that may be asked for by one script, counted from `first`."""
+        """Group sessions that one script may read, by index counted from `first`."""
         if not self._is_cluster:
             return [(META, list(range(first, first + len(session_ids))))] if session_ids else []
         groups: dict[int, list[int]] = {}
@@ -554,11 +553,11 @@ class ValkeyStore(Store):
 
 
 def _tombstone(session_id: str, stored: bytes) -> Tombstone | None:
-    """What is remembered; nothing if it is damaged."""
+    """Decode a tombstone; None if it is corrupt."""
     try:
         return unpack_tombstone(session_id, stored)
     except StateCorrupt as error:
-        _log.warning("a tombstone is damaged", reason=error.message)
+        _log.warning("a tombstone is corrupt", reason=error.message)
         return None
 
 
@@ -569,5 +568,5 @@ def _unmarked(parts: Sequence[Part]) -> list[int]:
 def _not_durable(replicas: int) -> StoreAway:
     where = f"its disk and that of {replicas} replicas (replicas={replicas})" if replicas else "its disk"
     return StoreAway(
-        f"the store must have on {where} what it is asked for; it has not yet", retry_after_s=_RETRY_AFTER_S
+        f"the store must have the data on {where}; it does not yet", retry_after_s=_RETRY_AFTER_S
     )

@@ -1,7 +1,7 @@
-"""Connections to Valkey servers: the one module that imports the client, valkey-py with libvalkey as its parser.
+"""Connections to Valkey servers: the only module that imports the client, valkey-py with libvalkey as its parser.
 
-Of the client its connections are used, not its pools and commands: what is asked for goes through scripts, in few and
-large pieces, and a wait for the disk (WAITAOF) belongs to one connection.
+It uses the client's connections, but not its pools and commands: requests are scripts with few, large arguments, and a
+wait for the disk (WAITAOF) belongs to one connection.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from stepwell_server.store.valkey.connection.url import Address, Login, Tls, Url
 
 _log = Log("store.valkey")
 Command = Sequence[bytes | str | int]
-"""Words; the largest one last, where there is a choice."""
+"""The words of a command, with the largest one last if possible."""
 Reply = Any
 """Bytes, an int, None, a list of such, or `ErrorReply`."""
 _LARGE = 32_768
-"""Bytes of a word that is worth sending by itself."""
+"""Minimum size of a word that is sent without copying."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """An answer that is an error: nothing was done."""
+    """An error reply: nothing was done."""
 
     code: str
     """Its first word, such as OOM."""
     text: str
     address: Address | None = None
-    """Of the node to ask, with MOVED and ASK; an empty host: the one that was asked."""
+    """For MOVED and ASK, the node to ask; an empty host means the same node."""
 
     @classmethod
     def of(cls, line: str) -> ErrorReply:
-        """What a line of the protocol says."""
+        """Parse a line of the protocol."""
         code, _, text = line.partition(" ")
         if code not in {"MOVED", "ASK"}:
             return cls(code, text)
@@ -54,21 +54,21 @@ class ErrorReply:
         return cls(code, text, (host, int(port)))
 
     def __str__(self) -> str:
-        """As the server says it."""
+        """The text as sent by the server."""
         return f"{self.code} {self.text}".strip()
 
 
 class ConnectionLost(Exception):
-    """A connection could not be made, or did not answer. The message is for people."""
+    """A connection failed or did not answer. The message is for people."""
 
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)
         self.sent = sent
-        """What was asked may have been done."""
+        """The request may have been executed."""
 
 
 class AccessDenied(ConnectionLost):
-    """The server does not let us in: user, password, certificate or database are not right."""
+    """The server denied access: user, password, certificate or database are wrong."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, sent=False)
@@ -76,20 +76,20 @@ class AccessDenied(ConnectionLost):
 
 @dataclasses.dataclass(slots=True)
 class Access:
-    """What a connection needs beside an address."""
+    """The settings of a connection, without its address."""
 
     login: Login = dataclasses.field(default_factory=Login)
     database: int = 0
     context: ssl.SSLContext | None = None
     server_name: str = ""
     name: str = "stepwell"
-    """Of the connections, as `CLIENT LIST` shows it."""
+    """The name of connections in `CLIENT LIST`."""
     password_file: Path | None = None
-    """Where the password is: it may be another one by now."""
+    """The file of the password, which may change."""
     _is_unreadable: bool = False
 
     async def read_password(self) -> None:
-        """Have the password that the file has now. One that cannot be read is as it was."""
+        """Read the password file again. If that fails, keep the last password."""
         if self.password_file is None:
             return
         try:
@@ -97,18 +97,19 @@ class Access:
         except UrlError as error:
             if not self._is_unreadable:
                 _log.warning(
-                    "the password of the store cannot be read again; the last one stays", reason=str(error)
+                    "the password file of the store cannot be read; the last password is used",
+                    reason=str(error),
                 )
             self._is_unreadable = True
             return
         self._is_unreadable = False
         if password != self.login.password:
-            _log.info("the store has another password now", file=str(self.password_file))
+            _log.info("the password of the store has changed", file=str(self.password_file))
             self.login = Login(self.login.user, password)
 
 
 def context_of(tls: Tls) -> ssl.SSLContext:
-    """How connections are secured: certificates are checked, and the names in them.
+    """Create the TLS context. It checks certificates and their host names.
 
     Raises:
         StoreError: a file cannot be used.
@@ -116,7 +117,7 @@ def context_of(tls: Tls) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=None if tls.ca is None else str(tls.ca))
     except (OSError, ssl.SSLError) as error:
-        raise StoreError(f"ca: {tls.ca} must have certificates of authorities: {_reason(error)}") from None
+        raise StoreError(f"ca: {tls.ca} must contain CA certificates: {_reason(error)}") from None
     if tls.cert is not None and tls.key is not None:
         try:
             context.load_cert_chain(tls.cert, tls.key, password=_no_password)
@@ -132,12 +133,12 @@ def _no_password() -> str:
 
 
 def slot_of(tag: bytes) -> int:
-    """The slot of a Cluster in which the keys with a tag are."""
+    """Return the Cluster slot of the keys with this tag."""
     return crc.key_slot(tag)
 
 
 class _Connection(base.Connection):
-    """A connection of the client whose certificate is checked for the name that we say."""
+    """A client connection with a configurable host name for the certificate check."""
 
     def __init__(self, access: Access, address: Address) -> None:
         self._access = access
@@ -149,18 +150,18 @@ class _Connection(base.Connection):
             username=access.login.user or None,
             password=access.login.password or None,
             client_name=access.name,
-            socket_timeout=None,  # every exchange has a limit of its own
+            socket_timeout=None,  # every exchange has its own limit
             socket_connect_timeout=None,
             socket_keepalive=True,
         )
 
     def close(self) -> None:
-        """End it at once; `disconnect` waits for the other side."""
+        """Close immediately; `disconnect` would wait for the server."""
         self._close()  # type: ignore[no-untyped-call]
 
     @property
     def transport(self) -> asyncio.WriteTransport:
-        """What it is connected by."""
+        """The transport of the open connection."""
         assert self._writer is not None, "it is connected"
         return self._writer.transport
 
@@ -175,7 +176,7 @@ class _Connection(base.Connection):
 
 
 class _Answers(asyncio.Protocol):
-    """Reads what comes on a connection as answers to what was asked last."""
+    """Parses received data as the answers to the last request."""
 
     def __init__(self) -> None:
         self._reader = libvalkey.Reader(
@@ -188,11 +189,11 @@ class _Answers(asyncio.Protocol):
 
     @property
     def is_awaited(self) -> bool:
-        """Some of what is expected has not come."""
+        """Expected answers are outstanding."""
         return self._done is not None
 
     def expect(self, count: int, done: Callable[[list[Reply] | str], None]) -> None:
-        """Have `done` called with so many answers, or with why they will not come."""
+        """Call `done` with this many answers, or with the reason for their absence."""
         self._found, self._wanted, self._done = [], count, done
         if self.why_ended:
             self.fail(self.why_ended)
@@ -207,18 +208,18 @@ class _Answers(asyncio.Protocol):
             self.fail(f"it does not speak the protocol: {error}")
             return
         if len(self._found) == self._wanted:
-            self._tell(self._found)
+            self._finish(self._found)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self.fail("the connection was closed" if exc is None else _reason(exc))
 
     def fail(self, why: str) -> None:
-        """Expect nothing any more."""
+        """Stop expecting answers."""
         self.why_ended = self.why_ended or why
-        self._tell(self.why_ended)
+        self._finish(self.why_ended)
 
-    def _tell(self, result: list[Reply] | str) -> None:
+    def _finish(self, result: list[Reply] | str) -> None:
         done, self._done = self._done, None
         if done is not None:
             done(result)
@@ -235,29 +236,29 @@ class Link:
         is_plain = self._transport.get_extra_info("ssl_object") is None
         self._socket: socket.socket | None = self._transport.get_extra_info("socket") if is_plain else None
         self._answers = _Answers()
-        # The client has connected and logged in. From here on answers need not go through its streams: with them a round
-        # trip takes about twice as long.
+        # The client has connected and logged in. From here on, bypass its streams, which make a round trip twice as
+        # long.
         self._transport.set_protocol(self._answers)
         self._due = 0.0
-        """When answers are late."""
+        """Deadline of the current answers."""
         self._limit_s = 0.0
         self._alarm: asyncio.TimerHandle | None = None
-        """Rings when answers may be late: once in a while, and not for each exchange."""
+        """Checks for late answers: occasionally, not for each exchange."""
         self._rings_at = 0.0
 
     @classmethod
     async def open(cls, address: Address, access: Access) -> Link:
-        """Connect and log in. Its time is limited by the caller.
+        """Connect and log in. The caller limits the time.
 
         Raises:
-            AccessDenied: we may not, for a reason that stays.
-            ConnectionLost: nobody is there, or it is not ready.
+            AccessDenied: the server refuses, for a reason that stays.
+            ConnectionLost: the server cannot be reached, or is not ready.
         """
         await access.read_password()
         connection = _Connection(access, address)
         try:
-            # uvloop looks a name up in a future of its own while it connects. Should the limit end that, nobody asks for
-            # the future's exception, and the log gets it as an error of nobody's. What it finds here it needs not wait for.
+            # While connecting, uvloop resolves the name in its own future. If the time limit cancels that, the future's
+            # exception is never retrieved and logged as an error. So resolve the name here first.
             await asyncio.get_running_loop().getaddrinfo(*address, type=socket.SOCK_STREAM)
             await connection.connect()  # type: ignore[no-untyped-call]
             return cls(address, connection)
@@ -266,7 +267,7 @@ class Link:
             raise _why_not_open(address, error) from None
 
     async def ask(self, commands: Sequence[Command], limit_s: float) -> list[Reply]:
-        """Send commands together and read their answers. After an exception, a cancellation too, it must be closed.
+        """Send commands together and read their answers. After an exception or cancellation, close the connection.
 
         Raises:
             ConnectionLost: it did not answer within `limit_s`.
@@ -291,7 +292,7 @@ class Link:
     ) -> None:
         """Send commands together; `done` is called with their answers, at the latest after `limit_s`.
 
-        If it gets `ConnectionLost` instead, the connection must be closed.
+        If it receives `ConnectionLost` instead, close the connection.
         """
 
         def came(result: list[Reply] | str) -> None:
@@ -304,13 +305,13 @@ class Link:
             self._ring_at(self._due)
 
     def _send(self, pieces: list[bytes]) -> None:
-        """Send now: a transport of uvloop would wait until this turn of the event loop ends, and the server with it."""
+        """Send immediately: a uvloop transport would wait for the end of this event loop iteration."""
         if self._socket is not None and not (
             self._transport.get_write_buffer_size() or self._transport.is_closing()
         ):
             try:
                 sent = os.writev(self._socket.fileno(), pieces)
-            except OSError:  # it is full, or broken: the transport deals with it
+            except OSError:  # the buffer is full or the socket broken: the transport handles it
                 sent = 0
             while pieces and sent >= len(pieces[0]):
                 sent -= len(pieces.pop(0))
@@ -326,7 +327,7 @@ class Link:
         if isinstance(first, ErrorReply) and first.code in _NOT_READY:
             return ConnectionLost(f"{shown(self._address)} is not ready: {first}", sent=False)
         if isinstance(first, ErrorReply) and first.code == "NOAUTH":
-            return AccessDenied(f"{shown(self._address)} does not let us in any more: {first}")
+            return AccessDenied(f"{shown(self._address)} denies access now: {first}")
         return result
 
     def _ring_at(self, moment: float) -> None:
@@ -342,15 +343,15 @@ class Link:
         if self._loop.time() < self._due:
             self._ring_at(self._due)
         else:
-            self._answers.fail(f"it must within {self._limit_s:.2g} s")
+            self._answers.fail(f"the limit is {self._limit_s:.2g} s")
 
     @property
     def has_ended(self) -> bool:
-        """The server has closed it, as far as is known."""
+        """The connection is known to be closed."""
         return bool(self._answers.why_ended) or self._transport.is_closing()
 
     def close(self) -> None:
-        """End it, whatever is under way."""
+        """Close the connection, even during an exchange."""
         if self._alarm is not None:
             self._alarm.cancel()
         self._connection.close()
@@ -361,13 +362,13 @@ _NOT_READY = frozenset({"LOADING"})
 
 
 class _Nonsense(Exception):
-    """What came is not of the protocol."""
+    """Received data violate the protocol."""
 
 
 def _why_not_open(address: Address, error: BaseException) -> BaseException:
     where = shown(address)
     if isinstance(error, theirs.AuthenticationError | theirs.AuthorizationError | theirs.NoPermissionError):
-        return AccessDenied(f"{where} does not let us in: {error}")
+        return AccessDenied(f"{where} denies access: {error}")
     if isinstance(error, theirs.BusyLoadingError):
         return ConnectionLost(f"{where} is loading its data", sent=False)
     if isinstance(error, theirs.ResponseError):
@@ -381,7 +382,7 @@ def _why_not_open(address: Address, error: BaseException) -> BaseException:
 
 
 def _packed(command: Command) -> Sequence[bytes]:
-    """A command as it is sent. A large last word is not copied."""
+    """Encode a command without copying a large last word."""
     *words, last = command
     if not isinstance(last, bytes) or len(last) < _LARGE:
         return [libvalkey.pack_command(tuple(command))]
@@ -402,7 +403,7 @@ def _is_about_tls(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     if isinstance(error, asyncio.IncompleteReadError | EOFError):
         return "the connection was closed"
-    # Their numbers are not the system's.
+    # Their error numbers are not those of the system.
     has_own_numbers = isinstance(error, socket.gaierror | ssl.SSLError)
     if isinstance(error, OSError) and error.errno is not None and not has_own_numbers:
         return os.strerror(error.errno)

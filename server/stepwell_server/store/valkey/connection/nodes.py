@@ -1,4 +1,4 @@
-"""Which server is asked: pools of connections to nodes, and who is the primary of what."""
+"""Connection pools to nodes, and the topology: which node is the primary of which partition."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from stepwell_server.store.valkey.connection.url import Address, StoreUrl, shown
 from stepwell_server.store.valkey.keys import META
 
 MAX_LINKS = 24
-"""Exchanges with one node that may wait for a connection: 8 commits, 4 reads, and what else is asked at the same time."""
+"""Maximum of connections to one node: 8 commits, 4 reads, and other requests at the same time."""
 _DOWN_S = 0.1
-"""For so long nobody tries again to connect to a node that could not be connected to."""
+"""Pause after a failed connection to a node, before the next attempt."""
 _REFRESH_S = 0.05
-"""Between two looks at who has which slots."""
+"""Minimum time between two queries of the slot map."""
 
 _FIRST: Sequence[Command] = [
     ("ROLE",),
@@ -41,14 +41,14 @@ Open = Callable[[Address], Awaitable[Link]]
 
 
 async def open_link(address: Address, access: Access, *, to_primary: bool) -> Link:
-    """A connection to a server that knows our scripts.
+    """Connect to a server and load the scripts.
 
     Raises:
-        AccessDenied, ConnectionLost: as `Link.open`; also if it is a replica, and must be a primary.
+        AccessDenied, ConnectionLost: as `Link.open`; also if the server is a replica, but must be a primary.
     """
     link = await Link.open(address, access)
     try:
-        # the caller has a limit for all of it
+        # the caller limits the total time
         role, *loaded = await link.ask(_FIRST, _FIRST_S)
         if to_primary and isinstance(role, list) and role[0] != b"master":
             raise ConnectionLost(f"{shown(address)} is a replica, the primary is another", sent=False)
@@ -72,29 +72,29 @@ def _require_ready(address: Address, reply: ErrorReply) -> None:
 
 
 class Node:
-    """One server and the connections to it, each for one exchange at a time. Lives on the event loop."""
+    """One server and its connections, each for one exchange at a time. Lives on the event loop."""
 
     def __init__(self, address: Address, opens: Open) -> None:
         self.address = address
         self._opens = opens
         self._idle: list[Link] = []
-        self._turns = asyncio.Semaphore(MAX_LINKS)
+        self._free_links = asyncio.Semaphore(MAX_LINKS)
         self._age = 0
-        """Goes up when connections that were made before are of no use any more."""
+        """Incremented to invalidate all existing connections."""
         self._down_until = 0.0
         self._why_down = ""
         self._is_closed = False
 
     async def ask(self, commands: Sequence[Command], limit_s: float) -> list[Reply]:
-        """Send commands together, on a connection of their own, and read their answers.
+        """Send commands together, on one connection, and read their answers.
 
         Raises:
-            AccessDenied: the node does not let us in.
+            AccessDenied: the node denies access.
             ConnectionLost: it cannot be connected to, or did not answer within `limit_s`.
         """
         now = asyncio.get_running_loop().time
         end = now() + limit_s
-        await self._turn(limit_s)
+        await self._acquire(limit_s)
         try:
             link = self._ready() or await self._connected(end - now())
             age, is_whole = self._age, False
@@ -111,7 +111,7 @@ class Node:
             self.hang_up()
             raise
         finally:
-            self._turns.release()
+            self._free_links.release()
 
     def begin(
         self,
@@ -119,7 +119,7 @@ class Node:
         limit_s: float,
         done: Callable[[list[Reply] | ConnectionLost], None],
     ) -> bool:
-        """Send commands on a connection that is there and idle, and call `done` with their answers; False: there is none."""
+        """Send commands on an idle connection and call `done` with their answers; return False if no connection is idle."""
         link = self._ready()
         if link is None:
             return False
@@ -139,25 +139,25 @@ class Node:
         return True
 
     def hang_up(self) -> None:
-        """Make new connections from now on."""
+        """Use new connections from now on."""
         self._age += 1
         idle, self._idle = self._idle, []
         for link in idle:
             link.close()
 
-    async def _turn(self, limit_s: float) -> None:
-        if not self._turns.locked():
-            await self._turns.acquire()  # at once
+    async def _acquire(self, limit_s: float) -> None:
+        if not self._free_links.locked():
+            await self._free_links.acquire()  # without waiting
             return
         await asyncio.sleep(0)  # a timeout needs a task, and `eager.start` begins without one
         try:
             async with asyncio.timeout(limit_s):
-                await self._turns.acquire()
+                await self._free_links.acquire()
         except TimeoutError:
             raise self._late(limit_s) from None
 
     def _ready(self) -> Link | None:
-        """A connection that was made before."""
+        """Return an existing connection."""
         while self._idle:
             link = self._idle.pop()
             if not link.has_ended:
@@ -169,7 +169,7 @@ class Node:
         now = asyncio.get_running_loop().time
         if now() < self._down_until:
             raise ConnectionLost(self._why_down, sent=False)
-        await asyncio.sleep(0)  # as in `_turn`
+        await asyncio.sleep(0)  # as in `_acquire`
         try:
             async with asyncio.timeout(limit_s):
                 return await self._opens(self.address)
@@ -194,27 +194,27 @@ class Topology(abc.ABC):
 
     @abc.abstractmethod
     async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
-        """The node of each partition, or of `META`. The time that it takes is limited by the caller.
+        """Return the node of each partition, or of `META`. The caller limits the time.
 
         Raises:
-            AccessDenied, ConnectionLost: it cannot be found out.
+            AccessDenied, ConnectionLost: the topology cannot be queried.
         """
 
     @abc.abstractmethod
     def known(self, partitions: Collection[int]) -> Node | None:
-        """The one node that has all of these, if that is known and not in doubt."""
+        """Return the node that has all these partitions, if it is known and not in doubt."""
 
     @abc.abstractmethod
     def doubt(self) -> None:
-        """Something was not as expected: look again who has what."""
+        """Query the topology again before the next use, because something was not as expected."""
 
     @abc.abstractmethod
     def moved(self, partition: int, address: Address) -> None:
-        """A server said that another one has a partition."""
+        """Note a server's answer that another node has a partition."""
 
     @abc.abstractmethod
     async def primaries(self) -> list[Node]:
-        """All nodes that have something.
+        """Return all nodes with a part of the store.
 
         Raises:
             AccessDenied, ConnectionLost: they cannot be found.
@@ -222,26 +222,26 @@ class Topology(abc.ABC):
 
     @abc.abstractmethod
     async def look(self) -> None:
-        """Look whether who has what is still so, every now and then: a server that lost its part may not know it.
+        """Check the topology periodically: a server that is no longer the primary may not know it.
 
         Raises:
-            AccessDenied, ConnectionLost: nobody says it.
+            AccessDenied, ConnectionLost: no server answers.
         """
 
     def node_at(self, address: Address) -> Node:
-        """The node at an address that a server said."""
+        """Return the node at an address."""
         if address not in self._nodes:
             self._nodes[address] = Node(address, self._open)
         return self._nodes[address]
 
     def call_itself(self, name: str) -> None:
-        """Have connections another name, for people who look at the server."""
+        """Rename the connections, for people who inspect the server."""
         self._access.name = name
         for node in self._nodes.values():
             node.hang_up()
 
     def close(self) -> None:
-        """End all connections, but for those that are being asked."""
+        """Close all idle connections; the others close after their exchange."""
         self._keep_only(())
 
     def _keep_only(self, addresses: Collection[Address]) -> None:
@@ -253,21 +253,21 @@ class Topology(abc.ABC):
 
 
 class Primary(Topology):
-    """One node has everything; which one is asked again when it is in doubt."""
+    """One node has everything; in doubt, its address is queried again."""
 
     def __init__(self, access: Access, find: Callable[[], Awaitable[Address]]) -> None:
         super().__init__(access, to_primary=True)
         self._find = find
         self._finding = asyncio.Lock()
         self._node: Node | None = None
-        """None: it is not known."""
+        """None: unknown."""
 
     @override
     async def nodes_of(self, partitions: Collection[int]) -> dict[int, Node]:
         node = self._node
         if node is None:
             async with self._finding:
-                node = self._node  # somebody else may have found it meanwhile
+                node = self._node  # another task may have found it meanwhile
                 if node is None:
                     node = self._node = self.node_at(await self._find())
                     self._keep_only([node.address])
@@ -297,12 +297,12 @@ class Primary(Topology):
 
 
 class Cluster(Topology):
-    """Slots are divided between nodes. Only the slots of our partitions are looked at."""
+    """Slots are divided among nodes. Only the slots of our partitions matter."""
 
     def __init__(
         self, access: Access, seeds: Sequence[Address], tag: Callable[[int], bytes], timeout_s: float
     ) -> None:
-        # a replica may be asked for the primaries, and sends us there itself
+        # replicas can answer queries for the primaries, and redirect other commands
         super().__init__(access, to_primary=False)
         self._timeout_s = timeout_s
         self._seeds = seeds
@@ -325,7 +325,7 @@ class Cluster(Topology):
                 address = self._slots.owner(slot_of(self._tag(partition)))
                 if address is None:
                     self._is_doubted = True
-                    raise ConnectionLost("the Cluster must have all slots; some are nobody's", sent=False)
+                    raise ConnectionLost("the Cluster must cover all slots; some have no owner", sent=False)
                 node = self._known[partition] = self.node_at(address)
             found[partition] = node
         return found
@@ -390,14 +390,12 @@ class Cluster(Topology):
             host = (primary[0] or b"").decode()
             ranges.append((first, last, (host if host not in {"", "?"} else address[0], int(primary[1]))))
         if not ranges:
-            raise ConnectionLost(
-                f"{shown(address)} must belong to a Cluster; it knows of no slots", sent=False
-            )
+            raise ConnectionLost(f"{shown(address)} must belong to a Cluster; it knows no slots", sent=False)
         return _Slots(ranges)
 
 
 class _Slots:
-    """Who has which slots, in ranges: first, last, owner."""
+    """The owners of slots, as ranges: first, last, owner."""
 
     def __init__(self, ranges: Sequence[tuple[int, int, Address]]) -> None:
         self._ranges = sorted(ranges)
@@ -405,7 +403,7 @@ class _Slots:
         self.owners = frozenset(owner for _, _, owner in ranges)
 
     def owner(self, slot: int) -> Address | None:
-        """None: nobody has it."""
+        """Return the owner of a slot; None: there is none."""
         place = bisect.bisect_right(self._firsts, slot) - 1
         if place < 0 or slot > self._ranges[place][1]:
             return None
@@ -413,18 +411,18 @@ class _Slots:
 
 
 _ASK_S = 1.0
-"""So long one server may take to say who is the primary, where others can be asked."""
+"""Limit for one server to name the primary, if others can be asked."""
 
 
 def topology_of(url: StoreUrl, tag: Callable[[int], bytes]) -> Topology:
-    """Who knows which node has what. Nothing is connected to yet.
+    """Create the topology for a URL. Does not connect.
 
     Args:
-        url: Where the store is.
-        tag: What stands in braces in the keys of a partition.
+        url: The URL of the store.
+        tag: Returns the hash tag in the keys of a partition.
 
     Raises:
-        StoreError: files of certificates cannot be used.
+        StoreError: certificate files cannot be used.
     """
     context = None if url.tls is None else context_of(url.tls)
     server_name = "" if url.tls is None else url.tls.server_name
@@ -434,14 +432,14 @@ def topology_of(url: StoreUrl, tag: Callable[[int], bytes]) -> Topology:
         return Cluster(access, url.addresses, tag, ask_s)
     if url.kind == "sentinel":
         sentinel = Access(url.sentinel_login, 0, context, server_name)
-        return Primary(access, _First(url.addresses, ask_s, _AskSentinel(url.sentinel, sentinel)))
+        return Primary(access, _FirstAnswer(url.addresses, ask_s, _AskSentinel(url.sentinel, sentinel)))
     if len(url.addresses) == 1:
-        return Primary(access, _Only(url.addresses[0]))
-    return Primary(access, _First(url.addresses, ask_s, _AskServer(access)))
+        return Primary(access, _SingleServer(url.addresses[0]))
+    return Primary(access, _FirstAnswer(url.addresses, ask_s, _AskServer(access)))
 
 
-class _Only:
-    """There is but one server: connections to it say whether it is the primary."""
+class _SingleServer:
+    """The only server. A connection to it verifies that it is the primary."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
@@ -450,8 +448,8 @@ class _Only:
         return self._address
 
 
-class _First:
-    """Asks servers one after the other who is the primary, until one knows; that one is asked first the next time."""
+class _FirstAnswer:
+    """Asks servers for the primary, one after the other, until one knows it. That one is asked first the next time."""
 
     def __init__(
         self, addresses: Sequence[Address], limit_s: float, ask: Callable[[Address], Awaitable[Address]]
@@ -480,7 +478,7 @@ class _First:
 
 
 class _AskServer:
-    """Asks a server whether it is the primary itself."""
+    """Asks a server whether it is the primary."""
 
     def __init__(self, access: Access) -> None:
         self._access = access

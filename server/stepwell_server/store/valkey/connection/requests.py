@@ -1,4 +1,4 @@
-"""Requests to the store: sent to the nodes that have their keys, and sent again until they are answered or time is up."""
+"""Sends requests to the nodes that have their keys, with retries until they are answered or time is up."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from stepwell_server.store.valkey.connection.url import Address
 from stepwell_server.store.valkey.scripts import ALL, Script
 
 LIMIT = 2.5
-"""Of the time for an answer: for so long a request is sent again before it is given up."""
+"""Total time for a request and its retries, as a multiple of the time for one answer."""
 WAIT_SHARE = 0.8
-"""Of the time for an answer: so long a server waits for its disk, beside the time for the answer itself."""
+"""Additional time in which a server may wait for its disk, as a share of the time for one answer."""
 REPEAT_LOG_S = 10.0
-"""The log is told again of a refusal after so long, if it comes again."""
+"""A repeated error reply is logged again after this time."""
 _RETRY_AFTER_S = 1.0
 _MIN_REMAINING_S = 0.01
-"""With less time left nothing is tried any more."""
+"""No retry starts with less time left."""
 _LATE = ConnectionLost("time was up", sent=False)
 _log = Log("store.valkey")
 _PAUSES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
 _WRONG_TYPE, _OTHER_TYPE = "WRONGTYPE", "a key of the store is of another type than it must be"
 _KEYS_SHOWN = 4
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
-#: Nothing was done, and it may be otherwise soon.
+#: Error replies for which nothing was done, and a retry may succeed soon.
 _PASSING = frozenset(
     {"TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "LOADING", "BUSY", "READONLY", "NOSCRIPT", "UNBLOCKED"}
 )
@@ -45,22 +45,22 @@ _LOAD: Sequence[Command] = [(b"SCRIPT", b"LOAD", script.source.encode()) for scr
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Request:
-    """A command whose keys are all of one partition, or in one node anyway, and what became of it."""
+    """A command, whose keys belong to one partition or at least one node, and its result."""
 
     partition: int
     command: Command
     reply: Reply = None
     is_answered: bool = False
     is_durable: bool = True
-    """Of what was asked to wait for the disk: so many have it as was asked."""
+    """After a wait for the disk: enough servers have it on disk."""
     is_sent: bool = False
-    """It may have been done."""
+    """It may have been executed."""
     problem: ServerError | None = None
-    """Why it was not answered, or refused."""
+    """Why it was not answered, or why it was refused."""
     otherwise: Reply = NO_OTHER
-    """What stands for the answer where its key is of another type; `NO_OTHER`: it is refused then."""
+    """The answer to use if its key has another type; `NO_OTHER`: that is an error."""
     _ask: Address | None = None
-    """The node that is to be asked this one time."""
+    """The node for the next attempt only."""
 
     @property
     def keys(self) -> str:
@@ -74,51 +74,51 @@ class Request:
     def of(
         cls, partition: int, script: Script, keys: Sequence[bytes], *arguments: bytes | str | int
     ) -> Request:
-        """A script with keys and arguments."""
+        """Create a request for a script with keys and arguments."""
         return cls(partition, (b"EVALSHA", script.sha, len(keys), *keys, *arguments))
 
 
 class Requests:
     """Sends requests. Lives on the event loop.
 
-    No request takes longer than `LIMIT` times the time for an answer, whatever the servers do.
+    No request takes longer than `LIMIT` times the time for one answer, whatever the servers do.
     """
 
     def __init__(self, topology: Topology, *, timeout_s: float, wait: tuple[int, int] | None) -> None:
-        """`wait`: what is sent with `waits` is waited for, until so many servers and replicas have it on their disk."""
+        """`wait`: requests with `waits` wait until this many servers and replicas have them on disk."""
         self._topology = topology
         self._timeout_s = timeout_s
         self._wait: Command | None = (
             None if wait is None else ("WAITAOF", *wait, max(1, int(timeout_s * 1000 * WAIT_SHARE)))
         )
-        self._least = wait or (0, 0)
+        self._min_durable = wait or (0, 0)
         self._confirm: Command | None = (
             ("WAIT", wait[1], max(1, int(timeout_s * 1000 * WAIT_SHARE))) if wait and wait[1] else None
         )
         self._loop = asyncio.get_running_loop()
         self._down_since: float | None = None
         self.trouble: ConnectionLost | ErrorReply | None = None
-        """Why the last request was not answered, for people who run the server; None: it was."""
+        """Why the last request was not answered, for operators; None: it was."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._told: dict[str, tuple[float, int]] = {}
-        """By the first word of a refusal: when the log was told of it, and how often it came since."""
+        self._logged: dict[str, tuple[float, int]] = {}
+        """By code of an error reply: when it was last logged, and how often it came since."""
 
     @property
     def waits(self) -> bool:
-        """There is something to wait for, with `waits`."""
+        """Requests with `waits` wait for a disk."""
         return self._wait is not None
 
     @property
     def confirms(self) -> bool:
-        """It can be seen whether a server is still the primary of its replicas, with `confirms`."""
+        """Requests with `confirms` verify that a server is still the primary of its replicas."""
         return self._confirm is not None
 
     async def ask(self, *requests: Request) -> list[Reply]:
-        """What the servers answer; for what changes nothing, or may be done twice.
+        """Return the answers to requests that change nothing, or that may be executed twice.
 
         Raises:
-            StoreAway: they do not answer in time.
-            Overloaded: there is no memory for it.
+            StoreAway: the servers do not answer in time.
+            Overloaded: they have no memory left.
             Unavailable: they refuse.
         """
         await self.send(requests)
@@ -130,11 +130,12 @@ class Requests:
     async def send(
         self, requests: Sequence[Request], *, waits: bool = False, once: bool = False, confirms: bool = False
     ) -> None:
-        """Have requests answered, or say why they are not. It does not raise.
+        """Send requests and store their answers or problems in them. Does not raise.
 
-        Each must be one that may be done twice: it is sent again when its answer is lost, but for those that are sent
-        `once`. With `waits` what is answered is on the disk where `is_durable` says so. With `confirms`, of requests that write
-        something, it says that the server was the primary: so many replicas have heard of what was written.
+        A request must be safe to execute twice: it is sent again if its answer is lost, unless `once` is set. With
+        `waits`,
+        `is_durable` means that it is on disk. With `confirms`, which is for requests that write, it means that the
+        server was the primary, because enough replicas have received the write.
         """
         wait = self._confirm if confirms else self._wait if waits else None
         deadline = self._loop.time() + self._limit_s()
@@ -142,10 +143,10 @@ class Requests:
         await self._send_left(requests, wait, deadline, why, once=once)
 
     def begin(self, requests: Sequence[Request], done: Callable[[], None], *, waits: bool = False) -> None:
-        """As `send`; `done` is called when it has ended, maybe before this returns.
+        """As `send`; `done` is called at the end, possibly before this returns.
 
-        They are on their way when this returns if the node and a connection to it are known, as mostly: no task waits
-        then unless something goes wrong.
+        Usually the node is known and has an idle connection. Then the requests are sent before this returns, and no
+        task is needed unless something fails.
         """
         if not requests:
             done()
@@ -155,22 +156,22 @@ class Requests:
         node = self._topology.known({request.partition for request in requests})
 
         def came(replies: list[Reply] | ConnectionLost) -> None:
-            assert node is not None, "it has answered"
+            assert node is not None, "it answered"
             refused = (
                 () if isinstance(replies, ConnectionLost) else self._note_replies(requests, wait, replies)
             )
             if isinstance(replies, ConnectionLost) or refused:
-                self._spawn(go_on(self._after(node, requests, replies, refused)), done)
+                self._spawn(finish(self._after(node, requests, replies, refused)), done)
             else:
                 self._note(None)
                 done()
 
-        async def go_on(first: Coroutine[None, None, ConnectionLost | ErrorReply | None]) -> None:
+        async def finish(first: Coroutine[None, None, ConnectionLost | ErrorReply | None]) -> None:
             await self._send_left(requests, wait, deadline, await first)
 
         limit_s = min(self._answer_s(wait), deadline - self._loop.time())
         if node is None or not node.begin(self._commands(requests, wait), limit_s, came):
-            self._spawn(go_on(self._attempt(requests, wait, deadline)), done)
+            self._spawn(finish(self._attempt(requests, wait, deadline)), done)
 
     def _spawn(self, work: Coroutine[None, None, None], done: Callable[[], None]) -> None:
         task = self._loop.create_task(work)
@@ -191,7 +192,7 @@ class Requests:
         *,
         once: bool = False,
     ) -> None:
-        """Send again what one attempt left, for the reason that it gave."""
+        """Retry the requests that an attempt left unanswered, given its reason."""
         attempt = 0
         while left := [one for one in requests if not one.is_answered and one.problem is None]:
             pause_s = _PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]
@@ -209,7 +210,7 @@ class Requests:
         self._note((why or _LATE) if left else None)
 
     def _limit_s(self) -> float:
-        """When nobody has answered for longer than a request may take, the next one is tried once."""
+        """Return the total time for a request. After a long outage it is shorter, so that there is only one attempt."""
         whole = self._timeout_s * LIMIT
         if self._down_since is None or self._loop.time() < self._down_since + whole:
             return whole
@@ -229,7 +230,7 @@ class Requests:
     async def _attempt(
         self, requests: Sequence[Request], wait: Command | None, deadline: float
     ) -> ConnectionLost | ErrorReply | None:
-        """Send each once, and say why some are left."""
+        """Send each request once; return why some were not answered."""
         left_s = deadline - self._loop.time()
         if not any(request._ask for request in requests):
             node = self._topology.known({request.partition for request in requests})
@@ -243,7 +244,7 @@ class Requests:
                 nodes = await self._topology.nodes_of({request.partition for request in requests})
         except TimeoutError:
             self._topology.doubt()
-            return ConnectionLost("nobody said in time who has its keys", sent=False)
+            return ConnectionLost("the owner of its keys could not be found in time", sent=False)
         except ConnectionLost as error:
             self._topology.doubt()
             return error
@@ -252,7 +253,7 @@ class Requests:
             asked = request._ask
             node = nodes[request.partition] if asked is None else self._topology.node_at(asked)
             groups.setdefault((node, asked is not None), []).append(request)
-        # at least a moment, so that time that is up is said by who was asked last
+        # at least a moment, so that the node asked last reports the timeout
         limit_s = max(_MIN_REMAINING_S, min(self._answer_s(wait), deadline - self._loop.time()))
         sent = [
             self._send_to(node, group, wait, limit_s, asking=asking)
@@ -285,14 +286,14 @@ class Requests:
     def _note_replies(
         self, requests: Sequence[Request], wait: Command | None, replies: list[Reply], *, asking: bool = False
     ) -> Sequence[tuple[Request, ErrorReply]]:
-        """Note what was answered; what was refused is returned."""
+        """Store the answers; return the error replies."""
         waited: Reply = replies.pop() if wait is not None else None
         if asking:
             replies = replies[1::2]
-        if isinstance(waited, ErrorReply):  # such as UNBLOCKED: the server is no primary any more
+        if isinstance(waited, ErrorReply):  # such as UNBLOCKED: the server is no longer the primary
             self._topology.doubt()
             if wait is self._confirm and waited.code == "NOPERM":
-                _log.warning("the user of the store should have the right +wait: reads are slower without")
+                _log.warning("grant the user of the store the right +wait: reads are slower without it")
                 self._confirm = self._wait
         is_durable = wait is None or self._is_enough(waited)
         refused = []
@@ -318,7 +319,7 @@ class Requests:
         replies: list[Reply] | ConnectionLost,
         refused: Sequence[tuple[Request, ErrorReply]],
     ) -> ConnectionLost | ErrorReply | None:
-        """Do what must be done before anything is sent again; why some requests are left."""
+        """Prepare retries; return why some requests were not answered."""
         if isinstance(replies, ConnectionLost):
             for request in requests:
                 request.is_sent |= replies.sent
@@ -327,14 +328,14 @@ class Requests:
             return replies
         problem: ErrorReply | None = None
         for request, reply in refused:
-            if await self._goes_on(node, request, reply):
+            if await self._is_retried(node, request, reply):
                 problem = reply
             else:
                 request.problem = self._error(reply, request)
         return problem
 
-    async def _goes_on(self, node: Node, request: Request, reply: ErrorReply) -> bool:
-        """Whether to send again what was refused."""
+    async def _is_retried(self, node: Node, request: Request, reply: ErrorReply) -> bool:
+        """Whether to send a request again after this error reply."""
         if reply.code in _REDIRECTIONS:
             host, port = reply.address or ("", 0)
             address = (host or node.address[0], port)
@@ -360,28 +361,28 @@ class Requests:
             self._topology.doubt()
 
     def _is_enough(self, waited: Reply) -> bool:
-        here, replicas = self._least
-        if isinstance(waited, int):  # of WAIT
+        here, replicas = self._min_durable
+        if isinstance(waited, int):  # the reply of WAIT
             return waited >= replicas
         return isinstance(waited, list) and waited[0] >= here and waited[1] >= replicas
 
     def _error(self, reply: ErrorReply, request: Request) -> ServerError:
-        """What callers are told; the log and `StoreRefuses.why` have what the server said."""
+        """Return the error for callers. The server's own text goes to the log and to `StoreRefuses.why`."""
         if reply.code == _WRONG_TYPE:
             _log.error(_OTHER_TYPE, key=request.keys)
         else:
-            self._tell(reply)
+            self._log_refusal(reply)
         if reply.code == "OOM":
-            return Overloaded("the store must have memory left; it has none", retry_after_s=_RETRY_AFTER_S)
+            return Overloaded("the store must have free memory; it has none", retry_after_s=_RETRY_AFTER_S)
         refuses = "the store must do what it is asked; it refuses"
         return StoreRefuses(f"{refuses}: {reply.code}", why=f"{refuses}: {reply}")
 
-    def _tell(self, reply: ErrorReply) -> None:
-        """Write to the log that the store refuses, not for every request of a flood."""
+    def _log_refusal(self, reply: ErrorReply) -> None:
+        """Log an error reply, but not for every request of a flood."""
         now = self._loop.time()
-        told, more = self._told.get(reply.code, (-math.inf, 0))
-        if now < told + REPEAT_LOG_S:
-            self._told[reply.code] = told, more + 1
+        logged, more = self._logged.get(reply.code, (-math.inf, 0))
+        if now < logged + REPEAT_LOG_S:
+            self._logged[reply.code] = logged, more + 1
             return
-        self._told[reply.code] = now, 0
+        self._logged[reply.code] = now, 0
         _log.warning("the store refuses", reason=str(reply), **({"more_before": more} if more else {}))

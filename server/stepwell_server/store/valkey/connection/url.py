@@ -1,9 +1,9 @@
-"""The URL of a shared store, and what it says.
+"""Parses the URL of a shared store.
 
     valkey://[USER[:PASSWORD]@]HOST[:PORT][,HOST[:PORT]...][/DB][?NAME=VALUE&...]
 
-`valkeys` and `rediss` are the same over TLS; `redis` and `rediss` are other names of the same. Several addresses are
-those of Sentinels (`sentinel=NAME`), of nodes of a Cluster (`cluster=true`), or of servers one of which is the primary.
+`valkeys` uses TLS; `redis` and `rediss` are aliases of `valkey` and `valkeys`. Several addresses belong to Sentinels
+(`sentinel=NAME`), to nodes of a Cluster (`cluster=true`), or to servers of which one is the primary.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Address = tuple[str, int]
 
 
 class UrlError(ValueError):
-    """The URL of a store is none, or says what cannot be. The message says what is wrong, and no password."""
+    """The URL of a store is invalid. The message explains the problem and never contains a password."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Login:
-    """As whom to log in; both empty: nobody is asked."""
+    """Credentials; both empty: no login."""
 
     user: str = ""
     password: str = dataclasses.field(default="", repr=False)
@@ -51,20 +51,20 @@ class Login:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tls:
-    """How connections are secured."""
+    """TLS settings."""
 
     ca: Path | None = None
-    """Certificates of authorities, in place of the system's."""
+    """CA certificates, instead of the system's."""
     cert: Path | None = None
-    """Our certificate, for servers that ask for one; with `key`."""
+    """Client certificate, for servers that require one; needs `key`."""
     key: Path | None = None
     server_name: str = ""
-    """The name that certificates must be for; empty: the host that was connected to."""
+    """Expected host name in the certificate; empty: the host of the address."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoreUrl:
-    """Where a shared store is, and how it is used."""
+    """The location of a shared store, and its options."""
 
     addresses: tuple[Address, ...]
     kind: Literal["server", "sentinel", "cluster"] = "server"
@@ -75,24 +75,24 @@ class StoreUrl:
     sentinel_login: Login = Login()
     tls: Tls | None = None
     prefix: str = DEFAULT_PREFIX
-    """Of all keys."""
+    """Prefix of all keys."""
     partitions: int | None = None
-    """Into how many parts sessions are divided; None: as the store is, `DEFAULT_PARTITIONS` in a new one."""
+    """Number of partitions; None: as in the existing store, `DEFAULT_PARTITIONS` for a new one."""
     replicas: int = 0
-    """How many replicas must have a change, on their disk too, before it is acknowledged with durability `sync`."""
+    """Number of replicas that must have a change on disk before it is acknowledged with durability `sync`."""
     timeout_s: float = _TIMEOUT_MS / 1000
-    """For how long an answer is waited for."""
+    """Time limit for one answer."""
     password_file: Path | None = None
-    """Where the password was read, and is read again for each connection."""
+    """File of the password, which is read again for each connection."""
     tombstone_s: float = _WEEK_S
-    """For how long it is remembered that a session is gone."""
+    """Lifetime of tombstones."""
 
     def __str__(self) -> str:
-        """Without a password; what is as it is by default is left out."""
+        """The URL without passwords and default values."""
         user = f"{quote(self.login.user, safe='')}@" if self.login.user else ""
         hosts = ",".join(shown(address) for address in self.addresses)
         tls = self.tls or Tls()
-        said = {
+        options = {
             "sentinel": self.sentinel or None,
             "cluster": "true" if self.kind == "cluster" else None,
             "prefix": self.prefix if self.prefix != DEFAULT_PREFIX else None,
@@ -103,24 +103,24 @@ class StoreUrl:
             "password_file": self.password_file,
             **{name: getattr(tls, name) or None for name in ("ca", "cert", "key", "server_name")},
         }
-        query = urlencode({name: value for name, value in said.items() if value is not None}, safe="/:")
+        query = urlencode({name: value for name, value in options.items() if value is not None}, safe="/:")
         scheme = "valkey" if self.tls is None else "valkeys"
         return f"{scheme}://{user}{hosts}/{self.database}{'?' if query else ''}{query}"
 
 
 def shown(address: Address) -> str:
-    """An address as people write it."""
+    """Format an address."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_store_url(text: str) -> bool:
-    """Whether a text is meant to be the URL of a shared store."""
+    """Whether a text is a URL, as for a shared store."""
     return "://" in text
 
 
 def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
-    """Read a URL. User and password may also be in the environment, a password in a file.
+    """Parse a URL. User and password may also come from the environment, and the password from a file.
 
     Raises:
         UrlError: it breaks a rule, or a file that it names cannot be used.
@@ -135,7 +135,7 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
             f"it must begin with valkey://, valkeys://, redis:// or rediss://; got {parts.scheme or text[:20]!r}"
         )
     if parts.fragment:
-        raise UrlError("it must have no '#': write %23 where one is part of a name or password")
+        raise UrlError("it must not contain '#': in a name or password write %23")
     options = _Options(parts.query)
     sentinel = options.text("sentinel")
     is_cluster = options.flag("cluster")
@@ -171,7 +171,7 @@ def parse(text: str, environ: Mapping[str, str] | None = None) -> StoreUrl:
 
 
 class _Options:
-    """What stands behind the question mark. Each is taken once; what is left at the end is not known."""
+    """The options after the question mark. Each is taken once; those left at the end are unknown."""
 
     _OF_TLS = ("ca", "cert", "key", "server_name")
     _KNOWN = (
@@ -184,7 +184,7 @@ class _Options:
         try:
             pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
         except (ValueError, UnicodeDecodeError):
-            raise UrlError("behind '?' there must be NAME=VALUE, with '&' between them") from None
+            raise UrlError("after '?' there must be NAME=VALUE, separated by '&'") from None
         for name, value in pairs:
             if name in self._left:
                 raise UrlError(f"{name} must be given once")
@@ -217,15 +217,15 @@ class _Options:
     def require_empty(self, *, is_secure: bool) -> None:
         for name in self._left:
             if name in self._OF_TLS and not is_secure:
-                raise UrlError(f"{name} must be given with valkeys:// or rediss://, which are for TLS")
-            raise UrlError(f"{name} is not known; there are {', '.join(self._KNOWN)}")
+                raise UrlError(f"{name} must be given with valkeys:// or rediss://, which use TLS")
+            raise UrlError(f"{name} is not a known option; the options are {', '.join(self._KNOWN)}")
 
 
 def _require_whole_password(parts: SplitResult) -> None:
-    """Find a password with which the URL was taken apart in the wrong place: no message may have a piece of it.
+    """Detect a password that made the URL split in the wrong place, so that no message shows a part of it.
 
     Raises:
-        UrlError: there is one.
+        UrlError: there is such a password.
     """
     host, _, port = parts.netloc.partition(":")
     is_address = "@" in parts.netloc or host.startswith("[") or "," in port or not port or port.isdecimal()
@@ -265,7 +265,7 @@ def _database(parts: SplitResult) -> int:
     if not text:
         return 0
     if not (text.isascii() and text.isdecimal()) or len(text) > 5:
-        raise UrlError(f"behind the addresses there must be the number of a database, as in /0; got {text!r}")
+        raise UrlError(f"after the addresses there must be a database number, as in /0; got {text!r}")
     return int(text)
 
 
@@ -289,20 +289,20 @@ def _login(text: str, password_file: Path | None, environ: Mapping[str, str]) ->
 
 
 def password_in(path: Path) -> str:
-    """The password that a file has.
+    """Read a password file.
 
     Raises:
-        UrlError: it cannot be read, is not private, or has not one line.
+        UrlError: it cannot be read, is not private, or does not have exactly one line.
     """
     try:
         private_files.require_secret(
             path, group_may_read=True
-        )  # secrets of containers are their group's, too
+        )  # container secrets are readable by their group
         lines = path.read_text().splitlines()
     except private_files.NotPrivateError as error:
         raise UrlError(f"password_file: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UrlError(f"password_file: {path} must be readable: {reason}") from None
     if len(lines) != 1 or not lines[0]:
         raise UrlError(f"password_file: {path} must have one line, the password; it has {len(lines)}")
