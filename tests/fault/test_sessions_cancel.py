@@ -28,7 +28,7 @@ LIMIT_S = 0.1
 SHELLS = ("async", "async without frames")
 
 Held = Callable[[], contextlib.AbstractAsyncContextManager[Callable[[], Any]]]
-"""Internals the block steps get no further than to some place; calling what it gives waits until there are some."""
+"""Inside the block steps get no further than to some place; calling what it gives waits until there are some."""
 
 
 class Scribe:

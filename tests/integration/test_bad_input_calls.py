@@ -1,11 +1,11 @@
-"""One refusal of each call, over the wire: its status, its reason, its words, and that nothing has changed.
+"""One refusal of each call, over the wire and by each front: its status, reason, message and details; nothing changes.
 
 Which rules there are, and what each says, is in the one table of refusals, `tests/unit/test_refusals*`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support.peers import wire
 from support.peers.wire import Refusal, tensor
-from support.servers.served import VOCABULARY, Served
+from support.servers.served import VOCABULARY, Served, serve
 
 X = [tensor(np.ones((2, 3), np.float32))]
 #: What a status must not be broken by, and a message must show as it is.
@@ -126,6 +126,16 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.fixture(scope="module", params=["served", "python"])
+def server(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """The server of the run, which has the native front where that was built, and one with the front in Python."""
+    if request.param == "served":
+        yield request.getfixturevalue("served")
+    else:
+        with serve("--front", "python") as python:
+            yield python
+
+
 def sessions(served: Served) -> int:
     return served.wire.sessions.ListSessions(pb.ListSessionsRequest(page_size=1), timeout=200).total
 
@@ -142,12 +152,12 @@ def test_every_call_that_takes_an_argument_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call(served: Served, name: str) -> None:
+def test_a_call(server: Served, name: str) -> None:
     make, expected = CALLS[name]
-    in_use = served.wire.open("seq", "in use")
-    with served.session("seq", 2) as session_id, served.nothing_changes(session_id, in_use):
-        before = sessions(served)
-        refused = served.wire.refused(name, make(session_id))
+    in_use = server.wire.open("seq", "in use")
+    with server.session("seq", 2) as session_id, server.nothing_changes(session_id, in_use):
+        before = sessions(server)
+        refused = server.wire.refused(name, make(session_id))
         refused.expect(*expected)
         if refused.reason == "REVISION_CONFLICT":
             assert refused.metadata == {
@@ -155,16 +165,16 @@ def test_a_call(served: Served, name: str) -> None:
                 "expected_revision": str(2**64 - 1),
                 "actual_revision": "1",
             }
-        assert sessions(served) == before
-    served.wire.close(in_use)
+        assert sessions(server) == before
+    server.wire.close(in_use)
 
 
-def test_frames(served: Served) -> None:
+def test_frames(server: Served) -> None:
     """One of steps and one of resets that are refused, and one that is none, harm no other of their stream."""
-    with served.session("seq", 2) as one, served.session("seq", 2) as other, served.nothing_changes(one):
-        inputs = served.draw("seq", 2, 1)
-        known = wire.data(served.predicted(other, inputs))
-        answers = served.wire.exchange(
+    with server.session("seq", 2) as one, server.session("seq", 2) as other, server.nothing_changes(one):
+        inputs = server.draw("seq", 2, 1)
+        known = wire.data(server.predicted(other, inputs))
+        answers = server.wire.exchange(
             wire.step_frame(1, [one, one], X),
             wire.reset_frame(2, [one], batch_sizes=[0]),
             pb.StepStreamRequest(frame_id=2**64 - 1),
@@ -181,12 +191,12 @@ def test_frames(served: Served) -> None:
         assert [wire.data(answer.outputs) for answer in answers if answer.frame_id == 4] == [known]
 
 
-def test_members_of_a_frame(served: Served) -> None:
+def test_members_of_a_frame(server: Served) -> None:
     """Each at fault in another way, and one that is not: it is stepped."""
-    with served.session("seq") as stale, served.session("seq", 2) as wrong, served.session("seq", 2) as good:
-        inputs = served.draw("seq", 6, 2)
-        known = wire.data(served.predicted(good, {name: array[4:] for name, array in inputs.items()}))
-        with served.nothing_changes(stale, wrong):
+    with server.session("seq") as stale, server.session("seq", 2) as wrong, server.session("seq", 2) as good:
+        inputs = server.draw("seq", 6, 2)
+        known = wire.data(server.predicted(good, {name: array[4:] for name, array in inputs.items()}))
+        with server.nothing_changes(stale, wrong):
             frame = wire.step_frame(
                 1,
                 [stale, ODD, wrong, good],
@@ -195,7 +205,7 @@ def test_members_of_a_frame(served: Served) -> None:
                 expected_revisions=[0, 0, 1, 1],
                 request_ids=[5, 6, 7, 8],
             )
-            answers = served.wire.exchange(frame)
+            answers = server.wire.exchange(frame)
         refusals = wire.of_members(answers, 4)
         refusals.pop(0).expect("ABORTED", "REVISION_CONFLICT", "must be its revision 1; got 0")
         refusals.pop(1).expect("NOT_FOUND", "SESSION_NOT_FOUND", f"got {ODD!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -169,34 +168,6 @@ async def test_of_async_sessions(served: Served) -> None:
                 assert session.revision == 1, name
 
 
-async def test_of_an_async_session_beside_fifty(served: Served) -> None:
-    """Steps awaited together share frames; the bad ones fail alone, whatever is bad about them."""
-    bad = [
-        np.full((1, 3), NAN),
-        np.ones((1, 4)),
-        np.ones((1, 3)) > 0,
-        {"y": np.ones((1, 3))},
-        with_one(INF, shape=(1, 9, 3)),
-    ]
-    async with stepwell.aio.connect(served.address) as client:
-        sessions = [await client.open_session("seq") for _ in range(50 + len(bad))]
-        x = served.draw("seq", 50)["x"]
-        alone, _ = await client.predict("seq", x)
-        answers = await asyncio.gather(
-            *[session.step(x[i : i + 1] if i < 50 else bad[i - 50]) for i, session in enumerate(sessions)],
-            return_exceptions=True,
-        )
-        assert all(isinstance(answer, InvalidInputError) for answer in answers[50:])
-        assert (
-            np.concatenate([np.asarray(answer) for answer in answers[:50]]).tobytes()
-            == np.asarray(alone).tobytes()
-        )
-        assert [session.revision for session in sessions] == [1] * 50 + [0] * len(bad)
-        for session in sessions:
-            assert (await client.session_info(session.id)).revision == session.revision
-            await session.close()
-
-
 CLIENT_CALLS: dict[str, Case] = {
     "unknown model": (
         lambda c: c.open_session("none"),
@@ -308,21 +279,3 @@ def test_a_message_over_the_limit_harms_no_other_call(served: Served) -> None:
         assert client._driver.connections.to(None).link._stream is stream
         assert stream is not None
         assert stream.error is None
-
-
-async def test_a_session_that_is_another_by_now(served: Served) -> None:
-    """Somebody else has closed it and opened one of the same id with more rows: its neighbours are stepped."""
-    x = served.draw("seq", 3)["x"]
-    known, _ = served.client.predict("seq", x)
-    async with stepwell.aio.connect(served.address) as client:
-        sessions = [await client.open_session("seq", session_id=f"again-{i}") for i in range(3)]
-        served.wire.close("again-1")
-        served.wire.open("seq", "again-1", batch_size=2)
-        answers = await asyncio.gather(
-            *[session.step(x[i : i + 1]) for i, session in enumerate(sessions)], return_exceptions=True
-        )
-        assert isinstance(answers[1], InvalidInputError)
-        assert "session 'again-1' has 2, got 1" in str(answers[1])
-        good = [np.asarray(answers[i]).tobytes() for i in (0, 2)]
-        assert good == [np.asarray(known)[i].tobytes() for i in (0, 2)]
-        served.wire.close(*[session.id for session in sessions])

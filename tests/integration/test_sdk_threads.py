@@ -13,7 +13,7 @@ import pytest
 
 import stepwell
 from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
-from support.sdk.sender_queue import WaitingLine
+from support.sdk.sender_queue import SenderQueue
 from support.servers.served import Served, local_server
 
 THREADS = 64
@@ -43,7 +43,7 @@ class Held:
     def __init__(self, server: ScriptedServer, **kwargs: Any) -> None:
         self.others = set(threading.enumerate())  # of other tests' clients, some of which they never close
         self.client = stepwell.connect(server.address, **kwargs)
-        self.line = WaitingLine.of_client(self.client)
+        self.line = SenderQueue.of_client(self.client)
         self.threads = futures.ThreadPoolExecutor(40)
         gates = [server.hold(method) for method in ("Step", "StepStream")]
         self._gates = [gate for gate, _ in gates]

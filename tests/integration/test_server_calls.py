@@ -11,32 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2_grpc
-from stepwell.v1 import sessions_pb2 as pb
-from support.peers import wire
+from stepwell.v1 import models_pb2, models_pb2_grpc
 from support.servers.server_process import (
     FEATURES,
     ServerProcess,
     connect,
     serve,
-    tensor,
 )
 
 _TIMEOUT_S = 100.0
-_LIMIT = 4 << 20
-
-Stub = sessions_pb2_grpc.SessionServiceStub
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with serve("--max-message-bytes", str(_LIMIT)) as server:
+    with serve() as server:
         yield server
 
 
@@ -44,15 +37,6 @@ def server() -> Iterator[ServerProcess]:
 def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
     with connect(server)[0] as channel:
         yield channel
-
-
-@pytest.fixture
-def stub(channel: grpc.Channel) -> Any:
-    return sessions_pb2_grpc.SessionServiceStub(channel)
-
-
-def _revision(stub: Stub, session_id: str) -> int:
-    return stub.GetSession(pb.GetSessionRequest(session_id=session_id), timeout=_TIMEOUT_S).session.revision
 
 
 def test_health_is_said_overall_and_per_service(channel: grpc.Channel) -> None:
@@ -156,19 +140,3 @@ def test_health_is_watched(channel: grpc.Channel) -> None:
     )
     assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
     unknown.cancel()
-
-
-def test_a_reply_over_the_limit_changes_nothing(stub: Stub) -> None:
-    stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="wide"), timeout=_TIMEOUT_S)
-    x = tensor(np.zeros((1, _LIMIT // 8, FEATURES), np.float16))
-    request = pb.StepRequest(session_id="wide", inputs=[x])
-    refused = wire.refusal(lambda: stub.Step(request, timeout=_TIMEOUT_S))
-    refused.expect("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", "the reply to the step must be at most")
-    assert _revision(stub, "wide") == 0
-
-
-def test_unknown_calls_are_unimplemented(channel: grpc.Channel) -> None:
-    call: Any = channel.unary_unary("/stepwell.v1.SessionService/Fly")
-    with pytest.raises(grpc.RpcError) as caught:
-        call(b"", timeout=_TIMEOUT_S)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from stepwell.v1 import sessions_pb2, tensors_pb2
+from stepwell.v1 import sessions_pb2
 from support import secured
 from support.peers import wire
 from support.peers.wire import Wire, tensor
@@ -53,70 +53,6 @@ def test_a_step_that_is_sent_again(either: Served, model: str, states: Any, outp
         assert either.wire.session(session_id).revision == 2
 
 
-def test_a_request_id_with_another_change_is_refused(either: Served) -> None:
-    with either.session("seq") as session_id:
-        request: dict[str, Any] = {"expected_revision": 1, "request_id": 5}
-        first = either.wire.step(session_id, [tensor(X)], **request)
-        others: list[dict[str, Any]] = [
-            {"inputs": [tensor(X * 2)]},
-            {"inputs": [tensor(X[:, :2])]},
-            {"inputs": [tensor(X)], "outputs": pb.OUTPUT_SELECTION_LAST},
-            {"inputs": [tensor(X)], "reset_mask": [True]},
-        ]
-        state = wire.data(either.wire.state(session_id).state)
-        # also where it would be applied: with the current revision, or without one
-        revisions: list[dict[str, Any]] = [{"expected_revision": 1}, {"expected_revision": 2}, {}]
-        for revision in revisions:
-            for other in others:
-                with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
-                    either.wire.step(session_id, request_id=5, **revision, **other)
-            with pytest.raises(grpc.RpcError, match="it stands for a step, and a reset came") as caught:
-                either.wire.reset(session_id, request_id=5, **revision)
-            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert either.wire.session(session_id).revision == 2
-        assert wire.data(either.wire.state(session_id).state) == state
-        as_values = tensor(X, data=b"", values=X.reshape(-1).tolist())
-        for same in (tensor(X), tensor(X.astype(np.float64)), as_values):
-            again = either.wire.step(
-                session_id, [same], **request, tensor_format=tensors_pb2.TENSOR_FORMAT_DATA
-            )
-            assert again.replayed
-            assert again.outputs == first.outputs
-        fields: dict[str, Any] = {"expected_revisions": [1], "request_ids": [5]}
-        (answer,) = either.wire.exchange(wire.step_frame(1, [session_id], [tensor(X)], **fields))
-        assert list(answer.replayed_members) == [0]
-        for expected in (1, 2):
-            fields["expected_revisions"] = [expected]
-            for frame in (
-                wire.step_frame(1, [session_id], [tensor(X * 2)], **fields),
-                wire.reset_frame(1, [session_id], **fields),
-            ):
-                (answer,) = either.wire.exchange(frame)
-                assert answer.errors[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-        assert wire.data(either.wire.state(session_id).state) == state
-        again = either.wire.step(session_id, [tensor(X)], expected_revision=2, request_id=5)
-        assert (again.replayed, again.revision) == (False, 3)
-
-
-def test_a_request_id_with_a_long_step_of_other_content_is_refused(either: Served) -> None:
-    """One that would run in slices, and one that waits behind it."""
-    with either.session("seq") as session_id:
-        long = [wire.tensors(either.draw("seq", 1, 2_000, seed=seed)) for seed in (1, 2)]
-        steps = either.wire.sessions.Step
-
-        def asked(inputs: Any, **fields: Any) -> Any:
-            return pb.StepRequest(session_id=session_id, inputs=inputs, **fields)
-
-        calls = [
-            steps.future(asked(inputs, expected_revision=1 + place, request_id=5), timeout=200)
-            for place, inputs in enumerate(long)
-        ]
-        assert calls[0].result().revision == 2
-        with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
-            calls[1].result()
-        assert either.wire.session(session_id).revision == 2
-
-
 def test_members_of_a_frame_that_is_sent_again(either: Served) -> None:
     """Some of them have had it, some have not: each is applied once."""
     ids = either.wire.open_many("seq", 5)
@@ -150,25 +86,6 @@ def test_the_same_request_many_times_at_once(either: Served, steps: int) -> None
         assert {(answer.revision, answer.outputs[0].data) for answer in answers} == {
             (2, answers[0].outputs[0].data)
         }
-
-
-def test_openings_forks_and_closings_that_are_sent_again(either: Served) -> None:
-    raw = either.wire.sessions
-    opening = pb.OpenSessionRequest(model="seq", must_be_new=True, session_id="once", request_id=5)
-    first, again = (raw.OpenSession(opening, timeout=200) for _ in range(2))
-    assert (first.replayed, again.replayed, again.session.session_id) == (False, True, "once")
-    unnamed = pb.OpenSessionRequest(model="seq", request_id=6)
-    ids = {raw.OpenSession(unnamed, timeout=200).session.session_id for _ in range(3)}
-    assert len(ids) == 1
-    many = pb.OpenSessionsRequest(model="seq", count=3, request_id=7)
-    groups = [tuple(raw.OpenSessions(many, timeout=200).session_ids) for _ in range(2)]
-    assert groups[0] == groups[1]
-    fork = pb.ForkSessionRequest(session_id="once", request_id=8)
-    forks = {raw.ForkSession(fork, timeout=200).session.session_id for _ in range(3)}
-    assert len(forks) == 1
-    closing = pb.CloseSessionRequest(session_id="once", request_id=9)
-    assert [raw.CloseSession(closing, timeout=200).replayed for _ in range(2)] == [False, True]
-    either.wire.close(*ids, *groups[0], *forks)
 
 
 def test_a_closing_that_is_sent_again_leaves_what_was_opened_since(either: Served) -> None:

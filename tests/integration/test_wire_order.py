@@ -7,7 +7,6 @@ import itertools
 
 import grpc
 import numpy as np
-import pytest
 
 import stepwell
 from stepwell.v1 import sessions_pb2
@@ -40,80 +39,17 @@ def begun(served: Served, session_id: str, steps: int = LONG) -> Conversation:
     return stream
 
 
-def test_frames_of_one_session_are_applied_in_their_order(served: Served) -> None:
-    x = served.draw("seq", 40)["x"]
-    known = np.frombuffer(served.wire.predict("seq", [tensor(x[None])]).outputs[0].data, np.float32).reshape(
-        40, 2
-    )
-    with served.session("seq", steps=0) as session_id:
-        answers = served.wire.exchange(
-            *[wire.step_frame(i, [session_id], [tensor(x[i : i + 1])]) for i in range(40)]
-        )
-        assert [(answer.frame_id, list(answer.revisions)) for answer in answers] == [
-            (i, [i + 1]) for i in range(40)
-        ]
-        assert b"".join(answer.outputs[0].data for answer in answers) == known.tobytes()
-
-
-def test_steps_and_resets_of_a_session_on_one_stream_keep_their_order(served: Served) -> None:
-    x = served.draw("seq", 1)["x"]
-    with served.session("seq", steps=0) as session_id, served.session("seq") as other:
-        step, reset = wire.step_frame(1, [session_id], [tensor(x)]), wire.reset_frame(2, [session_id])
-        both = wire.step_frame(3, [other, session_id], [tensor(np.concatenate([x, x]))])
-        frames = [step, reset, both, step, reset, step]
-        for i, frame in enumerate(frames):
-            frames[i] = pb.StepStreamRequest()
-            frames[i].CopyFrom(frame)
-            frames[i].frame_id = i
-        own: dict[int, tuple[int, int, bytes]] = {}
-        for part in served.wire.exchange(*frames):  # how a frame's answer is cut into parts is no promise
-            members = range(len(part.revisions)) if part.all_members else part.members
-            for place, member in enumerate(members):
-                if member == (1 if part.frame_id == 2 else 0):
-                    outputs = wire.arrays(part.outputs)
-                    y = outputs["y"][place].tobytes() if outputs else b""
-                    own[part.frame_id] = (part.revisions[place], part.positions[place], y)
-        assert [own[i][:2] for i in range(6)] == [(1, 1), (2, 0), (3, 1), (4, 2), (5, 0), (6, 1)]
-        assert own[0][2] == own[2][2] == own[5][2] != b""
-
-
-def test_short_steps_do_not_wait_for_a_long_one(served: Served) -> None:
-    is_under_way = False
-    for steps in LONGER:
-        with (
-            served.session("seq", steps=0) as slow,
-            served.session("seq", steps=0) as quick,
-            begun(served, slow, steps) as stream,
-        ):
-            for revision in range(1, 6):
-                assert served.wire.step(quick, [tensor(np.ones((1, 3), np.float32))]).revision == revision
-            is_under_way = served.wire.session(slow).revision == 0
-            (answer,) = stream.end()
-            assert list(answer.positions) == [steps]
-        if is_under_way:
-            break
-    assert is_under_way
-
-
-def test_what_comes_after_a_long_step_of_the_same_session_waits(served: Served) -> None:
-    with served.session("seq", steps=0) as session_id, begun(served, session_id) as stream:
-        read = served.wire.state(session_id)
-        assert (read.session.revision, read.session.position) == (1, LONG)
-        stream.end()
-
-
-@pytest.mark.parametrize("position", [0, 2, 4])
-def test_a_call_that_is_cancelled_while_it_waits(served: Served, position: int) -> None:
-    """Whichever of those in line it is: it is not applied, and the others are."""
+def test_a_call_that_is_cancelled_while_it_waits(served: Served) -> None:
+    """It is not applied, and those before and behind it in line are."""
     x = [tensor(np.ones((1, 3), np.float32))]
     is_in_line, revisions, last = False, list[list[int]](), 0
     for steps in LONGER:
         with served.session("seq", steps=0) as session_id, begun(served, session_id, steps) as stream:
-            stream.send(*[wire.step_frame(10 + i, [session_id], x) for i in range(position)])
+            stream.send(*[wire.step_frame(10 + i, [session_id], x) for i in range(2)])
             with Conversation(served.wire) as leaving:
                 leaving.send(wire.step_frame(1, [session_id], x), pb.StepStreamRequest(frame_id=2))
                 is_in_line = leaving.receive().frame_id == 2
-                stream.send(*[wire.step_frame(20 + i, [session_id], x) for i in range(4 - position)])
+                stream.send(*[wire.step_frame(20 + i, [session_id], x) for i in range(2)])
                 leaving.call.cancel()
             is_in_line = is_in_line and served.wire.session(session_id).revision == 0
             revisions = [list(answer.revisions) for answer in stream.end()]
@@ -130,32 +66,6 @@ def test_a_long_step_that_is_cancelled_is_not_applied(served: Served) -> None:
         stream = begun(served, session_id, LONGER[-1])
         stream.call.cancel()
         assert served.wire.state(session_id).session.revision == 1
-
-
-def test_a_member_of_a_frame_whose_client_leaves_harms_no_other_in_its_pass(served: Served) -> None:
-    x = served.draw("seq", 6, 3)["x"]
-    known = [served.wire.predict("seq", [tensor(x[i : i + 1])]).outputs[0].data for i in range(6)]
-    is_in_line, revision = False, 0
-    for steps in LONGER:
-        ids = served.wire.open_many("seq", 6)
-        with begun(served, ids[0], steps) as stream:
-            with Wire(served.address) as other, Conversation(other) as leaving:
-                leaving.send(wire.step_frame(1, ids[:2], [tensor(x[:2])]), pb.StepStreamRequest(frame_id=2))
-                part = leaving.receive()
-                while part.frame_id != 2:
-                    part = leaving.receive()
-            is_in_line = served.wire.session(ids[0]).revision == 0
-            answers = served.wire.exchange(wire.step_frame(1, ids[2:], [tensor(x[2:])]))
-            assert not wire.of_members(answers, 4)
-            found = wire.rows_of(answers, [1] * 4)
-            assert [found[i]["y"].tobytes() for i in range(4)] == known[2:]
-            stream.end()
-        revision = served.wire.session(ids[0]).revision
-        served.wire.close(*ids)
-        if is_in_line:
-            break
-    assert is_in_line
-    assert revision == 1, "of the client that left, what waited is dropped"
 
 
 def test_a_client_that_disconnects_in_the_middle_and_comes_back(served: Served) -> None:
@@ -222,29 +132,6 @@ def test_a_time_limit_of_the_sdk(served: Served) -> None:
     assert is_in_line
     assert late is not None
     assert late.outcome in ("not_applied", "unknown")
-
-
-def test_a_session_that_is_closed_while_others_wait_for_it(served: Served) -> None:
-    x = [tensor(np.ones((1, 3), np.float32))]
-    is_in_line = False
-    for steps in LONGER:
-        session_id = served.wire.open("seq")
-        with begun(served, session_id, steps) as stream, Conversation(served.wire) as other:
-            closing = served.wire.sessions.CloseSession.future(
-                pb.CloseSessionRequest(session_id=session_id), timeout=200
-            )
-            with contextlib.suppress(grpc.RpcError):  # the long step, and so the closing, may be over
-                served.wire.session(session_id)  # by now the closing is in line
-                is_in_line = True
-            other.send(wire.step_frame(1, [session_id], x))
-            (answer,) = other.end()
-            wire.of_members([answer], 1)[0].expect("NOT_FOUND", "SESSION_NOT_FOUND", session_id)
-            closing.result()
-            (answer,) = stream.end()
-            assert list(answer.positions) == [steps], "what came before the closing is applied"
-        if is_in_line:
-            break
-    assert is_in_line
 
 
 def test_many_streams_at_once(served: Served) -> None:

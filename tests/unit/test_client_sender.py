@@ -23,7 +23,7 @@ from stepwell._transport.retry import Deadline, RepliesTooLargeError
 from stepwell._transport.stream import Answer, MakeRequest, Sink
 from stepwell.v1 import errors_pb2, sessions_pb2
 from support.sdk.scripted_model import in_full
-from support.sdk.sender_queue import WaitingLine
+from support.sdk.sender_queue import SenderQueue
 
 WAIT_S = 100.0
 CORRUPT = errors_pb2.Error(code=15, reason="STATE_CORRUPT", message="damaged")
@@ -87,7 +87,7 @@ class Bench:
         self.lone = threading.Event()
         self.threads = futures.ThreadPoolExecutor(40)
         self.sender = Sender(self.link, self.unary, FRAME_SHARE * max_frame_bytes, self.clock)
-        self.line = WaitingLine.of(self.sender)
+        self.line = SenderQueue.of(self.sender)
 
     def clock(self) -> float:
         return self.now_s

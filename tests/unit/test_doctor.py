@@ -38,7 +38,7 @@ from support.stores.disk_store import record
 from support.stores.valkey_store import opened, put
 
 NOW = 4_000_000_000.0
-"""CallbackAnswers than any file."""
+"""Later than any file."""
 
 
 class Usage(NamedTuple):

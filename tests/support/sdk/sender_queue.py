@@ -7,7 +7,7 @@ import threading
 from typing import Any, Self
 
 
-class WaitingLine(collections.deque[Any]):
+class SenderQueue(collections.deque[Any]):
     """Takes the place of a sender's own; `arrived` is released by each step that joins.
 
     It is the sender's private affair, and only here is it reached for: nothing outside says that a step waits, nor

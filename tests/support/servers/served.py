@@ -95,7 +95,7 @@ class Served:
 
     @contextlib.contextmanager
     def nothing_changes(self, *session_ids: str) -> Iterator[None]:
-        """Internals the block nothing happens to these sessions, nor to a neighbour of each one's model.
+        """Inside the block nothing happens to these sessions, nor to a neighbour of each one's model.
 
         State, revision and position are compared bit for bit; then each session and each neighbour is
         stepped, and must answer what was known before.
@@ -147,9 +147,9 @@ def facts(session: sessions_pb2.Session) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[Served]:
+def serve(*options: str) -> Iterator[Served]:
     """Serve all models."""
-    local = local_server(extra_args=["--max-message-bytes", str(MAX_MESSAGE_BYTES)])
+    local = local_server(extra_args=["--max-message-bytes", str(MAX_MESSAGE_BYTES), *options])
     with local, Wire(local.address) as raw, stepwell.connect(local.address) as client:
         yield Served(local, raw, client)
         assert "internal error" not in local.logs(), "a defect was reported to some caller; see the log"
