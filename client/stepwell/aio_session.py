@@ -50,15 +50,13 @@ class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
 
     async def _wait(self, holder: TaskHolder, deadline: Deadline) -> None:
         if self._changer is asyncio.current_task():
-            raise InvalidInputError(
-                "a change must not be made by an event hook of a change of the same session"
-            )
+            raise InvalidInputError("an event hook must not change the session whose change called it")
         try:
             async with asyncio.timeout(deadline.grpc_timeout_s()):
                 await holder.wait()
         except TimeoutError:
             raise DeadlineExceededError(
-                "the time limit passed while another change of this session was under way",
+                "the time limit passed while another change of this session was active",
                 outcome="not_applied",
             ) from None
 

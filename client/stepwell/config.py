@@ -243,7 +243,9 @@ class ClientConfig:
         targets, says_tls = addresses.parse_all("address", self.address)
         tls = self.tls
         if says_tls is False and tls is not None:
-            raise InvalidInputError(f"tls must be None where the address says grpc://; got {self.address!r}")
+            raise InvalidInputError(
+                f"tls must be None if the address starts with grpc://; got {self.address!r}"
+            )
         if says_tls and tls is None:
             tls = TlsConfig()
         if tls is not None:
@@ -279,11 +281,11 @@ class ClientConfig:
         if bearer.checked(self.token) is None:
             return
         if any(key == "authorization" for key, _ in metadata.checked(self.metadata)):
-            raise InvalidInputError("token must be None where metadata has the key 'authorization'; got both")
+            raise InvalidInputError("token must be None if metadata has the key 'authorization'; got both")
         if self.tls is None and not self.allow_insecure_token and not addresses.is_on_this_machine(target):
             raise InvalidInputError(
-                f"token must not be sent over a plain connection, where anybody on the way can read it: connect with tls, "
-                f"or allow it with allow_insecure_token=True; the address is {target!r}"
+                f"token must not be sent to another machine without TLS, because anybody on the network path can read it: use tls, "
+                f"or pass allow_insecure_token=True; got the address {target!r}"
             )
 
 

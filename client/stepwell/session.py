@@ -36,15 +36,13 @@ class Handle(BaseHandle[Driver], abc.ABC):
         """
         me = threading.get_ident()
         if self._changer == me:
-            raise InvalidInputError(
-                "a change must not be made by an event hook of a change of the same session"
-            )
+            raise InvalidInputError("an event hook must not change the session whose change called it")
         self._check_open()
         holder = ThreadHolder(self._members if members is None else members)
         try:
             if not self._locks.acquire(holder) and not holder.wait(deadline.remaining_s()):
                 raise DeadlineExceededError(
-                    "the time limit passed while another change of this session was under way",
+                    "the time limit passed while another change of this session was active",
                     outcome="not_applied",
                 )
             self._changer = me

@@ -103,7 +103,7 @@ SESSION_CALLS: dict[str, Case] = {
         r"rows must be booleans of shape \(2,\), or a list of indexes; got 1 booleans",
     ),
     "rows: a float": (lambda s: s.reset_states(rows=[0.5]), "rows must be integers or booleans; got 0.5"),
-    "step rows: none": (lambda s: s.step(ONES, rows=[]), "rows must choose at least one row; got none"),
+    "step rows: none": (lambda s: s.step(ONES, rows=[]), "rows must select at least one row; got none"),
     "step rows: too large": (lambda s: s.step(ONES, rows=[2]), r"rows must be from 0 to 1.*got \[2\]"),
     "step rows: inputs of all": (
         lambda s: s.step(np.ones((2, 3)), rows=[1]),
@@ -211,7 +211,7 @@ CLIENT_CALLS: dict[str, Case] = {
     "ids": (lambda c: c.open_sessions("seq", 2, session_ids=["a"]), "session_ids must have n = 2 ids; got 1"),
     "resume without ids": (
         lambda c: c.open_sessions("seq", 2, resume=True),
-        "resume=True must come with session_ids; got None",
+        "session_ids must be given with resume=True; got None",
     ),
     "resume that is no bool": (
         lambda c: c.open_sessions("seq", 1, session_ids=["a"], resume="no"),

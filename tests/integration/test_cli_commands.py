@@ -526,7 +526,7 @@ def test_a_server_that_is_away_is_named(unused_address: str, monkeypatch: pytest
     refused(
         result,
         f"no server was reached at {unused_address} (--server) within 1 s (STEPWELL_CONNECT_TIMEOUT_S): Connection "
-        "refused; does `stepwell serve` run there?",
+        "refused; is `stepwell serve` running there?",
     )
 
 

@@ -56,4 +56,4 @@ def test_all_that_are_gone_are_named(replicas: ScriptedReplicas) -> None:
 def test_what_is_no_list_of_addresses() -> None:
     ended = run("models", "--server", "a:1,", server="")
     assert ended.exit_code == 2
-    assert "address must have an address between commas; got 'a:1,'" in ended.stderr
+    assert "address must have an address before and after each comma; got 'a:1,'" in ended.stderr

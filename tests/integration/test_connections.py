@@ -136,13 +136,15 @@ def test_what_is_wrong_with_a_connection_is_said(front: str, authority: Authorit
         _serve(front) as plain,
     ):
         unknown = _why_not(server.address, stepwell.TlsConfig(ca=other.cert))
-        assert "TlsConfig.ca must hold the CA that has signed it" in unknown
+        assert "TlsConfig.ca must contain the CA that signed it" in unknown
         misnamed = _why_not(server.address, stepwell.TlsConfig(ca=authority.cert, server_name="else.where"))
         assert "certificate is for another name" in misnamed
         assert "TlsConfig.server_name" in misnamed
-        assert "does not speak TLS" in _why_not(plain.address, stepwell.TlsConfig(ca=authority.cert))
+        assert "client uses TLS, but the server does not" in _why_not(
+            plain.address, stepwell.TlsConfig(ca=authority.cert)
+        )
         mixed = stepwell.TlsConfig(authority.cert, own.cert, stranger.key)
-        assert "the key that of the certificate" in _why_not(server.address, mixed)
+        assert "the key must belong to the certificate" in _why_not(server.address, mixed)
         closed = (
             None,
             stepwell.TlsConfig(authority.cert),
@@ -150,13 +152,11 @@ def test_what_is_wrong_with_a_connection_is_said(front: str, authority: Authorit
         )
         for tls in closed:
             why = _why_not_yet(server.address, tls)
-            assert "if the server serves TLS, it must be connected to with a TlsConfig" in why
-            assert "TlsConfig.cert and TlsConfig.key that its own CA has signed" in why
+            assert "if the server uses TLS, pass a TlsConfig" in why
+            assert "TlsConfig.key to one that its CA has signed" in why
         code, out = _cli(server, "models", "--tls-ca", other.cert)
         assert code == 1
-        assert (
-            "(--server) cannot be reached: the server's certificate is not one to trust: --tls-ca must" in out
-        )
+        assert "(--server) cannot be reached: the server's certificate is not trusted: --tls-ca must" in out
         # nobody was harmed
         trusted = stepwell.TlsConfig(authority.cert, *authority.issue("me", ()))
         with stepwell.connect(server.address, tls=trusted) as client:

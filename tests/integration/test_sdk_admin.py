@@ -86,7 +86,7 @@ async def test_filters_and_closing(client: Any) -> None:
         {"prefix": "order-", "everything": True},
     ):
         with pytest.raises(
-            stepwell.InvalidInputError, match="close_sessions must have session_ids, a filter"
+            stepwell.InvalidInputError, match="close_sessions must have exactly one of session_ids, a filter"
         ):
             await client.close_sessions(**arguments)
     with pytest.raises(stepwell.InvalidInputError, match="session_ids must be a list of ids; got 'order-1'"):

@@ -81,7 +81,7 @@ def no_file() -> Iterator[str]:
     yield "unix:nowhere/stepwell.sock"
 
 
-RUNS = "does `stepwell serve` run there"
+RUNS = "is `stepwell serve` running there"
 UNREACHABLE = {
     "nobody": (
         nobody,
@@ -102,7 +102,7 @@ UNREACHABLE = {
     "no TLS": (
         without_tls,
         60.0,
-        r"the server at ADDRESS cannot be reached: .*does not speak TLS.*attempts: 1\b",
+        r"the server at ADDRESS cannot be reached: .*client uses TLS.*attempts: 1\b",
     ),
 }
 
@@ -157,9 +157,9 @@ async def test_what_is_logged(shell: str, server: ScriptedServer, caplog: pytest
         await group.step(np.ones((2, 2)))
         retried, anew = _told(caplog)
         assert retried.startswith(
-            f"StepStream at {host_and_port(server.address)}: attempt 1 failed, the next is in 0."
+            f"StepStream at {host_and_port(server.address)}: attempt 1 failed, retrying in 0."
         )
-        assert anew == f"opening the stream to {host_and_port(server.address)} anew, which broke: scripted"
+        assert anew == f"reopening the stream to {host_and_port(server.address)}, which broke: scripted"
         caplog.clear()
         for _ in range(20):
             await group.step(np.ones((2, 2)))
@@ -186,7 +186,7 @@ async def test_what_is_closed_in_the_background_is_logged(
             await client.open_sessions(MODEL, 2)
         await closed.wait()
     caplog.handler.removeFilter(note)
-    assert "OpenSessions ended without an answer; what it may have made is closed" in caplog.text
+    assert "OpenSessions ended without an answer; closing any sessions" in caplog.text
     assert server.sessions == {}
 
 

@@ -469,7 +469,7 @@ async def test_a_reply_over_the_limit_may_have_been_applied(server: ScriptedServ
         async with connect(shell, server.address, max_message_bytes=4096) as client:
             session = await client.open_session(MODEL, session_id=shell)
             with pytest.raises(
-                errors.ReplyTooLargeError, match=r"max_message_bytes.*may have been applied"
+                errors.ReplyTooLargeError, match=r"max_message_bytes.*may have applied"
             ) as caught:
                 await session.step(x)
             assert caught.value.outcome == "unknown"

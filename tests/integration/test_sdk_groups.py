@@ -280,7 +280,7 @@ async def test_what_cannot_be_members_is_refused(client: Any, server: ScriptedSe
             {"members": [0]},
             r"must have 1 row on its first axis \(members x batch_size\), .*; got \(4, 2\)$",
         ),
-        ({"members": []}, r"the input must have 0 rows: members chooses none; got shape \(4, 2\)"),
+        ({"members": []}, r"the input must have 0 rows because members selects none; got shape \(4, 2\)"),
         ({"members": [], "x": {}}, "inputs must name at least one array; got an empty mapping"),
         ({"members": [], "x": [[1.0], [2.0, 3.0]]}, "the input must be an array of numbers"),
         ({"reset": np.ones(3, bool)}, r"reset must be booleans of shape \(4,\)"),
@@ -299,7 +299,7 @@ async def test_what_cannot_be_members_is_refused(client: Any, server: ScriptedSe
             await pairs.fork(ids)
     with pytest.raises(errors.InvalidInputError, match="members must not be given together with rows"):
         await group.reset_states(rows=[0], members=[0])
-    with pytest.raises(IndexError, match="index must be from -4 to 3, a group of 4 sessions; got 4"):
+    with pytest.raises(IndexError, match="index must be from -4 to 3 in a group of 4 sessions; got 4"):
         group[4]
     with pytest.raises(errors.InvalidInputError, match="members must be from 0 to 3"):
         group[[7]]

@@ -199,12 +199,12 @@ async def test_a_load_whose_answer_is_lost_is_made_once(
     with pytest.raises(errors.UnavailableError, match="scripted") as raised:
         await client.load_model(MODEL, file)
     assert raised.value.outcome == "unknown"
-    note = "whether the model was loaded is not known: client.model('sum').versions says it"
+    note = "it is not known whether the model was loaded: see client.model('sum').versions"
     assert raised.value.__notes__ == [note]
     assert sorted(server.widths) == [1, 2]
     with pytest.raises(errors.UnavailableError) as raised:
         await client.load_model(MODEL, file, version=9)
-    assert raised.value.__notes__ == [f"{note}, and the same call again is refused if version 9 is there"]
+    assert raised.value.__notes__ == [f"{note}; you may repeat the call, which fails if version 9 exists"]
     server.fail_no_more()
     with pytest.raises(errors.ModelVersionExistsError):
         await client.load_model(MODEL, file, version=9)
@@ -318,7 +318,7 @@ MIGRATION = "migration must be"
         ({"sessions": "migrate", "migration": ""}, f"{MIGRATION} the name of a function; got ''"),
         (
             {"sessions": "carry", "migration": "f"},
-            f"{MIGRATION} given with sessions='migrate' only; got 'f' with sessions='carry'",
+            f"{MIGRATION} None unless sessions is 'migrate'; got 'f' with sessions='carry'",
         ),
         ({"progress": 3}, "progress must be a function that takes a text, or None; got 3"),
         ({"labels": "canary"}, "labels must be a list of labels; got 'canary'"),
@@ -327,7 +327,7 @@ MIGRATION = "migration must be"
         ({"upload": "yes"}, "upload must be True, False or None; got 'yes'"),
         (
             {"default": False, "sessions": "carry"},
-            "sessions must be 'keep' and unload_previous False with default=False, for the default does not move; got",
+            "sessions must be 'keep' and unload_previous False with default=False, because the default does not move; got",
         ),
         ({"timeout_s": 0}, "timeout_s must be"),
     ],

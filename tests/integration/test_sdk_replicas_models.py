@@ -117,9 +117,7 @@ async def test_a_file_that_fails_moves_nothing(shell: str, servers: list[Server]
         with pytest.raises(stepwell.ModelLoadError) as caught:
             await client.load_model(MODEL, str(tmp_path / "bad.keras"))
         notes: Any = caught.value.__notes__
-        assert notes == [
-            f"this is the answer of the replica {servers[0].address}. The default has not moved."
-        ]
+        assert notes == [f"this is the error of the replica {servers[0].address}. The default has not moved."]
         assert [versions(server) for server in servers] == before
 
 

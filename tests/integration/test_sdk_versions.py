@@ -140,7 +140,7 @@ async def test_outputs_of_several_kinds_are_no_array(client: Any, server: Script
     with pytest.raises(errors.ModelMismatchError) as raised:
         await group.step(X)
     assert str(raised.value) == (
-        "the outputs of the members of a group must be alike to be one array: of model 'sum' "
+        "the members' outputs must have the same names, dtypes and shapes to form one array: of model 'sum' "
         "version 1 has output 'y' float32 (rows, 2) (members 0, 1, 3); "
         "version 3 has output 'y' float32 (rows, 4) (members 2). The step was applied to all of them, and its outputs "
         "are not returned; step the members of each version by themselves: see model_versions"

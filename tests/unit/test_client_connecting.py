@@ -48,16 +48,16 @@ ADDRESSES = {
 REFUSALS = {
     "": "the host is missing",
     ":1": "the host is missing",
-    "h": "the port is missing; h:50051, say",
-    "grpcs://h": "the port is missing; h:50051, say",
+    "h": "the port is missing, as in h:50051",
+    "grpcs://h": "the port is missing, as in h:50051",
     "dns:///h:": "the port is missing",
-    "[::1]": r"the port is missing; \[::1\]:50051, say",
+    "[::1]": r"the port is missing, as in \[::1\]:50051",
     "h:0": "'0' is not a port from 1 to 65535",
     "h:65536": "'65536' is not a port",
     "h:x": "'x' is not a port",
     "[::1]x:1": "'x:1' is not a port",
     "grpc://h:1/path": "'1/path' is not a port",
-    "::1:50051": r"an IPv6 address stands in brackets, as \[::1\]:50051",
+    "::1:50051": r"write an IPv6 address in brackets, such as \[::1\]:50051",
     "[h]:1": r"\[h\] is not an IPv6 address",
     "a b:1": "'a b' is not the name of a host",
     "h\1:1": r"'h\\x01' is not the name of a host",
@@ -67,7 +67,7 @@ REFUSALS = {
     "unix://run": "unix:PATH or unix:///PATH",
     "http://h:1": "gRPC, which has no http:// addresses: write 'h:1'",
     "https://h:1/v1": "gRPC, which has no https:// addresses: write 'grpcs://h:1', or 'h:1' with tls=True",
-    "ftp://h:1": "ftp:// is not known",
+    "ftp://h:1": "ftp:// is not a known scheme",
 }
 
 
@@ -103,14 +103,14 @@ SEVERAL: dict[Any, tuple[tuple[str, ...], bool | None]] = {
     "dns:///h:1,dns:///g:2,a:1": (("dns:///h:1", "dns:///g:2", "a:1"), None),
 }
 NOT_SEVERAL: dict[Any, str] = {
-    "a:1,": "address must have an address between commas; got 'a:1,'",
-    "a:1,,b:2": "must have an address between commas",
-    "a:1,b": "got 'b': the port is missing; b:50051, say",
+    "a:1,": "address must have an address before and after each comma; got 'a:1,'",
+    "a:1,,b:2": "must have an address before and after each comma",
+    "a:1,b": "got 'b': the port is missing, as in b:50051",
     "a:1,a:1": "address must name each replica once; got 'a:1' twice",
     "replica:1,Replica:1": "address must name each replica once; got 'Replica:1' twice",
     "grpc://a:1,grpcs://b:1": "must be all grpc:// or all grpcs://",
     ("a:1", "b"): "got 'b': the port is missing",
-    ("unix:/a,b", "c:1"): "the path of one of several must have no comma",
+    ("unix:/a,b", "c:1"): "a path in a list must not contain a comma",
     (): r"or a list of one or more of them; got \(\)",
     ("a:1", 7): r"or a list of one or more of them; got \('a:1', 7\)",
     7: "or a list of one or more of them; got 7",
@@ -141,7 +141,7 @@ def test_no_addresses_of_replicas(given: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_token_is_for_all_replicas_or_none() -> None:
-    with pytest.raises(errors.InvalidInputError, match=r"the address is 'far.example:1'"):
+    with pytest.raises(errors.InvalidInputError, match=r"got the address 'far.example:1'"):
         stepwell.connect("127.0.0.1:1,far.example:1", token="stw_secret")
 
 
@@ -158,7 +158,7 @@ def test_the_time_limit_of_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_scheme_that_says_the_contrary_of_tls() -> None:
-    with pytest.raises(errors.InvalidInputError, match="tls must be None where the address says grpc://"):
+    with pytest.raises(errors.InvalidInputError, match="tls must be None if the address starts with grpc://"):
         stepwell.connect("grpc://h:1", tls=True)
 
 
@@ -183,18 +183,21 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
     "metadata: no pairs": ({"metadata": [("a", "b", "c")]}, "metadata must be .*got list"),
     "metadata: a space": ({"metadata": {"a b": "c"}}, "keys of metadata must be letters.*got 'a b'"),
     "metadata: an empty key": ({"metadata": {"": "c"}}, "keys of metadata must be letters.*got ''"),
-    "metadata: gRPC's": ({"metadata": {"grpc-timeout": "1S"}}, "must not be those of gRPC or of this SDK"),
-    "metadata: HTTP/2's": ({"metadata": {"Content-Type": "x"}}, "must not be those of gRPC or of this SDK"),
+    "metadata: gRPC's": ({"metadata": {"grpc-timeout": "1S"}}, "must not be reserved by gRPC or this SDK"),
+    "metadata: HTTP/2's": ({"metadata": {"Content-Type": "x"}}, "must not be reserved by gRPC or this SDK"),
     "metadata: HTTP/1's": (
         {"metadata": {"Transfer-Encoding": "x"}},
-        "must not be those of gRPC or of this SDK",
+        "must not be reserved by gRPC or this SDK",
     ),
-    "metadata: ours": ({"metadata": {"stepwell-x": "y"}}, "must not be those of gRPC or of this SDK"),
+    "metadata: ours": ({"metadata": {"stepwell-x": "y"}}, "must not be reserved by gRPC or this SDK"),
     "metadata: bytes": ({"metadata": {"a": b"c"}}, r"metadata\['a'\] must be a string.*got bytes"),
     "metadata: a line": ({"metadata": {"a": "c\nd"}}, r"metadata\['a'\] must be a string of printable ASCII"),
     "metadata: a text": ({"metadata": {"a-bin": "c"}}, r"metadata\['a-bin'\] must be bytes"),
     "hooks: a list": ({"event_hooks": [hook]}, "event_hooks must be a mapping"),
-    "hooks: no event": ({"event_hooks": {"reply": [hook]}}, "must name events of .*got 'reply'"),
+    "hooks: no event": (
+        {"event_hooks": {"reply": [hook]}},
+        "keys of event_hooks must be among .*got 'reply'",
+    ),
     "hooks: no list": (
         {"event_hooks": {"retry": hook}},
         r"event_hooks\['retry'\] must be a list of functions",
@@ -273,8 +276,8 @@ def test_a_server_that_was_never_reached_is_given_up_soon() -> None:
         server.call()
     assert server.now_s == pytest.approx(101.0)
     assert str(caught.value) == (
-        f"no server was reached at {ADDRESS} within 1 s (connect_timeout_s): Connection refused; does "
-        f"`stepwell serve` run there? (attempts: {server.attempts})"
+        f"no server was reached at {ADDRESS} within 1 s (connect_timeout_s): Connection refused; is "
+        f"`stepwell serve` running there? (attempts: {server.attempts})"
     )
     assert server.attempts > 3
     assert caught.value.outcome == "not_applied"
@@ -363,7 +366,7 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     server.call()
     server.call()
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("INFO", f"ListModels at {ADDRESS}: attempt 1 failed, the next is in 0.050 s: Connection refused"),
+        ("INFO", f"ListModels at {ADDRESS}: attempt 1 failed, retrying in 0.050 s: Connection refused"),
         ("INFO", f"connected to {ADDRESS}"),
     ]
     caplog.clear()

@@ -261,7 +261,7 @@ def test_an_object_has_the_name_that_people_gave_it(
     [
         ({"models": 5}, InvalidInputError, "models must be the path of a model's file, .*; got 5"),
         ({"models": {"m": None}}, InvalidInputError, "got None"),
-        ({"models": {}}, InvalidInputError, "models must have one model at least"),
+        ({"models": {}}, InvalidInputError, "models must have at least one model"),
         (
             {"models": {"a b": "x"}},
             InvalidInputError,
@@ -273,7 +273,7 @@ def test_an_object_has_the_name_that_people_gave_it(
         (
             {"models": {"m": "x"}, "name": "m"},
             InvalidInputError,
-            "name must be given with a single model only",
+            "name must be None if models is a mapping",
         ),
         (
             {"models": "x", "extra_args": "--import x"},

@@ -114,7 +114,7 @@ def test_states_are_put_one_after_the_other() -> None:
 @pytest.mark.parametrize(
     ("states", "error", "message"),
     [
-        ([], errors.InvalidInputError, "states must have one State at least; got none"),
+        ([], errors.InvalidInputError, "states must have at least one State; got none"),
         ([state(), {}], errors.InvalidInputError, r"must be of type State; number 1 is \{\}"),
         (
             [state(), state(fingerprint="beef")],

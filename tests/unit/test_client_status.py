@@ -139,7 +139,7 @@ def test_a_reply_over_the_limit_does_not_say_that_nothing_changed(text: str) -> 
     assert isinstance(error, errors.ReplyTooLargeError)
     assert error.outcome == "unknown"
     assert "max_message_bytes" in error.message
-    assert "may have been applied" in error.message
+    assert "may have applied the change" in error.message
     assert text in error.message
 
 

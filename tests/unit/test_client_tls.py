@@ -61,17 +61,17 @@ def test_files_are_read_once_and_keys_are_not_shown(tmp_path: Path) -> None:
 #: What gRPC 1.85 says of a connection, what is made of it, and whether it is tried again.
 FAILURES = {
     "Tls handshake failed: error:1000007d:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: expired": (
-        "--tls-ca must hold the CA that has signed it",
+        "--tls-ca must contain the CA that signed it",
         False,
     ),
     "Custom verification check failed with error: UNAUTHENTICATED: Hostname Verification Check failed.": (
-        "--tls-server-name says which one",
+        "set --tls-server-name to a name in the certificate",
         False,
     ),
-    "error:100000f7:SSL routines:OPENSSL_internal:WRONG_VERSION_NUMBER": ("does not speak TLS", False),
+    "error:100000f7:SSL routines:OPENSSL_internal:WRONG_VERSION_NUMBER": ("client uses TLS", False),
     "Failed to create security handshaker.": ("--tls-ca, --tls-cert or --tls-key cannot be used", False),
-    "Socket closed": ("must be connected to with --tls or another option of TLS", True),
-    "Unwrap failed (TSI_DATA_CORRUPTED)": ("one in --tls-cert and --tls-key", True),
+    "Socket closed": ("pass --tls or another TLS option", True),
+    "Unwrap failed (TSI_DATA_CORRUPTED)": ("set --tls-cert and --tls-key to one", True),
     "Connection refused": ("Connection refused", True),
 }
 

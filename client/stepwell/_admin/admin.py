@@ -31,10 +31,10 @@ _EXISTING: Mapping[str, sessions_pb2.ExistingSession.ValueType] = {
     "replace": sessions_pb2.EXISTING_SESSION_REPLACE,
 }
 _FIRST_PAGE, _LATER_PAGE = 1000, 5000
-_CLOSED_AT_ONCE = 2000
-_IDS_AT_ONCE = 1000
+_CLOSE_BATCH = 2000
+_ID_BATCH = 1000
 #: Bytes of sessions in one message, and sessions in it.
-_IMPORTED_BYTES, _IMPORTED_AT_ONCE = 1 << 20, 1000
+_IMPORT_BYTES, _IMPORT_BATCH = 1 << 20, 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,8 +165,8 @@ class Admin:
     def close_parts(self, ids: Iterable[str]) -> Iterator[list[str]]:
         """Yields the ids of sessions to close with one call."""
         checked = arguments.check_some_ids(ids)
-        for start in range(0, len(checked), _CLOSED_AT_ONCE):
-            yield checked[start : start + _CLOSED_AT_ONCE]
+        for start in range(0, len(checked), _CLOSE_BATCH):
+            yield checked[start : start + _CLOSE_BATCH]
 
     def close_request(
         self, wanted: SessionFilter, *, everything: bool
@@ -176,10 +176,10 @@ class Admin:
         Raises:
             InvalidInputError: An argument breaks a rule.
         """
-        request = sessions_pb2.CloseMatchingSessionsRequest(page_size=_CLOSED_AT_ONCE, all=everything)
+        request = sessions_pb2.CloseMatchingSessionsRequest(page_size=_CLOSE_BATCH, all=everything)
         if wanted.put(request) is everything:
             raise InvalidInputError(
-                "close_sessions must have session_ids, a filter (model, prefix, idle_longer_s), or everything=True,"
+                "close_sessions must have exactly one of session_ids, a filter (model, prefix, idle_longer_s) and everything=True;"
                 f" and only one of them; got {wanted} and everything={everything}"
             )
         return request
@@ -210,8 +210,8 @@ class Admin:
             raise InvalidInputError("export_sessions must have session_ids or filters; got both")
         checked = list(dict.fromkeys(arguments.check_some_ids(ids)))
         return [
-            sessions_pb2.ExportSessionsRequest(session_ids=checked[start : start + _IDS_AT_ONCE])
-            for start in range(0, len(checked), _IDS_AT_ONCE)
+            sessions_pb2.ExportSessionsRequest(session_ids=checked[start : start + _ID_BATCH])
+            for start in range(0, len(checked), _ID_BATCH)
         ]
 
     def export_page(
@@ -244,7 +244,7 @@ class Admin:
         size, ids = 0, set[tuple[str, str]]()
         for session in sessions:
             own = len(session.record) + len(session.session_id)
-            is_full = size + own > _IMPORTED_BYTES or len(ids) == _IMPORTED_AT_ONCE
+            is_full = size + own > _IMPORT_BYTES or len(ids) == _IMPORT_BATCH
             is_there = (session.tenant, session.session_id) in ids
             if ids and (is_full or is_there):
                 yield request

@@ -42,19 +42,17 @@ def named(models: object, name: str | None) -> dict[str, Any]:
     """
     if isinstance(models, Mapping):
         if name is not None:
-            raise InvalidInputError(
-                f"name must be given with a single model only, not with a mapping; got {name!r}"
-            )
+            raise InvalidInputError(f"name must be None if models is a mapping; got {name!r}")
         if not models:
-            raise InvalidInputError("models must have one model at least; got an empty mapping")
+            raise InvalidInputError("models must have at least one model; got an empty mapping")
         named = dict(models)
     else:
         named = {_default_name(models) if name is None else name: models}
     for one, source in named.items():
         if not _is_served_as(one):
-            told = "a name in models" if isinstance(models, Mapping) else "name"
+            what = "a name in models" if isinstance(models, Mapping) else "name"
             raise InvalidInputError(
-                f"{told} must be 1 to 128 letters, digits, _, - or ., or NAME@VERSION; got {one!r:.150}"
+                f"{what} must be 1 to 128 letters, digits, _, - or ., or NAME@VERSION; got {one!r:.150}"
             )
         if not _is_source(source):
             raise InvalidInputError(

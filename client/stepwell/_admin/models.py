@@ -92,7 +92,7 @@ class ModelAdmin:
         request.sessions, request.migration = _policy(sessions, migration)
         if not default and (sessions != "keep" or unload_previous):
             raise InvalidInputError(
-                "sessions must be 'keep' and unload_previous False with default=False, for the default does not move; "
+                "sessions must be 'keep' and unload_previous False with default=False, because the default does not move; "
                 f"got sessions={sessions!r} and unload_previous={unload_previous}"
             )
         return request
@@ -170,7 +170,7 @@ class ModelAdmin:
         )
         if reply.sha256 != digest.hexdigest():
             raise InternalError(
-                f"the file {path} did not arrive as it was sent: SHA-256 {digest.hexdigest()} became {reply.sha256}"
+                f"the file {path} was changed on its way: SHA-256 {digest.hexdigest()} became {reply.sha256}"
             )
         return reply.upload
 
@@ -282,9 +282,11 @@ class Everywhere:
         loaded: LoadedModel | None = None
         there: ModelVersionExistsError | None = None
         for to in self._router.replicas:
-            told = self._told(progress, to)
+            report = self._reporter(progress, to)
             try:
-                found = yield from self._on(to, self._admin.load_one(request, file, self._deadline, told, to))
+                found = yield from self._on(
+                    to, self._admin.load_one(request, file, self._deadline, report, to)
+                )
             except ModelVersionExistsError as error:
                 # of an earlier call that did not get to its end: replicas see to it that a number is one file
                 there = error
@@ -359,14 +361,14 @@ class Everywhere:
         what = (
             "" if isinstance(self._request, models_pb2.UnloadModelRequest) else " The default has not moved."
         )
-        error.add_note(f"this is the answer of the replica {to.address}{done}.{what}")
+        error.add_note(f"this is the error of the replica {to.address}{done}.{what}")
         return error
 
     def _nobody(self) -> UnavailableError:
         reasons = self._router.reasons() or ", ".join(self._missed)
         return UnavailableError(f"no replica can be reached: {reasons}", outcome="not_applied")
 
-    def _told(self, progress: LoadProgress | None, to: Replica) -> Callable[[str], object] | None:
+    def _reporter(self, progress: LoadProgress | None, to: Replica) -> Callable[[str], object] | None:
         if progress is None:
             return None
         return lambda stage: progress(f"{to.address}: {stage}")
@@ -376,9 +378,9 @@ def _explained(error: StepwellError, request: models_pb2.LoadModelRequest) -> St
     """Adds to the error of a load with unknown outcome how to find out what happened."""
     if not is_unknown(error):
         return error
-    note = f"whether the model was loaded is not known: client.model({request.name!r}).versions says it"
+    note = f"it is not known whether the model was loaded: see client.model({request.name!r}).versions"
     if request.version:
-        note += f", and the same call again is refused if version {request.version} is there"
+        note += f"; you may repeat the call, which fails if version {request.version} exists"
     error.add_note(note)
     return error
 
@@ -416,6 +418,6 @@ def _policy(sessions: object, migration: object) -> tuple[models_pb2.SessionPoli
         raise InvalidInputError(f"migration must be the name of a function; got {migration!r:.150}")
     if migration is not None and sessions != "migrate":
         raise InvalidInputError(
-            f"migration must be given with sessions='migrate' only; got {migration!r} with sessions={sessions!r}"
+            f"migration must be None unless sessions is 'migrate'; got {migration!r} with sessions={sessions!r}"
         )
     return _POLICIES[sessions], migration or ""

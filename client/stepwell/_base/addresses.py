@@ -53,10 +53,10 @@ def parse(name: str, given: str) -> Address:
     kind, rest = scheme[1].lower(), scheme[2].removesuffix("/")
     if kind in {"http", "https"}:
         host = rest.partition("/")[0]
-        way_on = repr(host) if kind == "http" else f"{'grpcs://' + host!r}, or {host!r} with tls=True"
-        _refuse(name, given, f"Stepwell speaks gRPC, which has no {kind}:// addresses: write {way_on}")
+        instead = repr(host) if kind == "http" else f"{'grpcs://' + host!r}, or {host!r} with tls=True"
+        _refuse(name, given, f"Stepwell speaks gRPC, which has no {kind}:// addresses: write {instead}")
     if kind not in {"grpc", "grpcs"}:
-        _refuse(name, given, f"{kind}:// is not known")
+        _refuse(name, given, f"{kind}:// is not a known scheme")
     _check_host_and_port(name, given, rest)
     return Address(rest, kind == "grpcs")
 
@@ -83,7 +83,7 @@ def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
     if "," in str(given):
         pieces = [each.strip() for each in split(given)]
     if len(pieces) > 1 and not all(pieces):
-        raise InvalidInputError(f"{name} must have an address between commas; got {given!r}")
+        raise InvalidInputError(f"{name} must have an address before and after each comma; got {given!r}")
     found = [parse(name, each) for each in pieces]
     targets = [each.target for each in found]
     names = [target if target.startswith("unix:") else target.lower() for target in targets]  # as hosts are
@@ -92,9 +92,7 @@ def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
         raise InvalidInputError(f"{name} must name each replica once; got {again[0]!r} twice")
     said = {each.tls for each in found} - {None}
     if len(said) > 1:
-        raise InvalidInputError(
-            f"{name} must be all grpc:// or all grpcs://, as all replicas are spoken to alike; got {given!r}"
-        )
+        raise InvalidInputError(f"{name} must be all grpc:// or all grpcs://; got {given!r}")
     return tuple(targets), next(iter(said), None)
 
 
@@ -110,7 +108,7 @@ def join(name: str, given: object) -> str:
         for each in given:
             parse(name, each)
             if "," in each:
-                _refuse(name, each, "the path of one of several must have no comma")
+                _refuse(name, each, "a path in a list must not contain a comma")
         text = ",".join(sorted(given, key=lambda each: each.startswith("unix:")))
     else:
         raise InvalidInputError(
@@ -181,13 +179,13 @@ def host_and_port_problem(text: str) -> str:
         host, rest = in_brackets[0], text[in_brackets.end() :]
     else:
         if text.count(":") > 1:
-            return "an IPv6 address stands in brackets, as [::1]:50051"
+            return "write an IPv6 address in brackets, such as [::1]:50051"
         host, colon, port = text.partition(":")
         rest = colon + port
         if not _HOST.fullmatch(host):
             return f"{host!r} is not the name of a host" if host else "the host is missing"
     if rest in {"", ":"}:
-        return f"the port is missing; {host}:50051, say"
+        return f"the port is missing, as in {host}:50051"
     port = rest[1:]
     if rest[0] != ":" or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         return f"{rest.removeprefix(':')!r} is not a port from 1 to 65535"

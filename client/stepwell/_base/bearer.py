@@ -19,7 +19,7 @@ RULE = "must be a string of printable ASCII characters without spaces"
 
 
 def checked(token: object) -> Any:
-    """A token, or a function that has it, as a caller gave it. No message shows it.
+    """Checks a token, or a function that returns it. No message shows the token.
 
     Raises:
         InvalidInputError: It is neither.
@@ -29,13 +29,13 @@ def checked(token: object) -> Any:
     if not isinstance(token, str):
         raise InvalidInputError(f"token {RULE}, or a function without arguments; got {type(token).__name__}")
     if not PLAIN.fullmatch(token):
-        raise InvalidInputError(f"token {RULE}; got {len(token)} characters, {which(token)}")
+        raise InvalidInputError(f"token {RULE}; got {described(token)}")
     return token
 
 
-def which(token: str) -> str:
-    """Which characters a token has that it must not have."""
-    return "some of them others" if token else "none"
+def described(token: str) -> str:
+    """An invalid token, without its text."""
+    return f"{len(token)} characters, some of which are not allowed" if token else "an empty string"
 
 
 def require_sync(token: object) -> None:

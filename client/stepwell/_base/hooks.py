@@ -25,7 +25,7 @@ def checked(hooks: object) -> EventHooks | None:
     made: dict[str, tuple[Any, ...]] = {}
     for event, functions in hooks.items():
         if event not in _EVENTS:
-            raise InvalidInputError(f"event_hooks must name events of {list(_EVENTS)}; got {event!r}")
+            raise InvalidInputError(f"keys of event_hooks must be among {list(_EVENTS)}; got {event!r}")
         if not isinstance(functions, list | tuple) or not all(callable(one) for one in functions):
             raise InvalidInputError(
                 f"event_hooks[{event!r}] must be a list of functions of one argument; got {functions!r}"

@@ -57,11 +57,11 @@ def _checked(given: object, value: object) -> tuple[str, str | bytes]:
             f"keys of metadata must be letters, digits and any of '_.-', one or more; got {given!r}"
         )
     if key in _RESERVED or key.startswith(_RESERVED_BEGINNINGS):
-        raise InvalidInputError(f"keys of metadata must not be those of gRPC or of this SDK; got {given!r}")
+        raise InvalidInputError(f"keys of metadata must not be reserved by gRPC or this SDK; got {given!r}")
     if key.endswith("-bin"):
         if not isinstance(value, bytes):
             raise InvalidInputError(
-                f"metadata[{given!r}] must be bytes, as its key ends in -bin; got {type(value).__name__}"
+                f"metadata[{given!r}] must be bytes because its key ends in -bin; got {type(value).__name__}"
             )
     elif not isinstance(value, str) or not _VALUE.fullmatch(value):
         raise InvalidInputError(

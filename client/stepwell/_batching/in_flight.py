@@ -83,7 +83,7 @@ class InFlightFrame(Generic[M]):
 
 def unanswered() -> DeadlineExceededError:
     """The error of a frame whose time limit passed before all of its members were answered."""
-    return DeadlineExceededError("the time limit passed while a frame was unanswered")
+    return DeadlineExceededError("the time limit passed before the step was answered")
 
 
 def _nothing(_: object = None) -> None:

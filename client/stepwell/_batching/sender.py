@@ -170,7 +170,7 @@ class Sender:
                 "the time limit passed while the step waited to be sent", outcome="not_applied"
             )
         if not member.wait(0.0):  # it may have been answered at the last moment
-            raise DeadlineExceededError("the time limit passed while the step was unanswered")
+            raise DeadlineExceededError("the time limit passed before the step was answered")
 
     def run_once(self) -> float | None:
         """Sends the queued steps if there is room for a frame. Called by the thread.

@@ -291,7 +291,7 @@ class Core:
         ids = arguments.check_session_ids(session_ids, count, f"n = {count} ids")
         check_switch("resume", resume)
         if resume and session_ids is None:
-            raise InvalidInputError("resume=True must come with session_ids; got None")
+            raise InvalidInputError("session_ids must be given with resume=True; got None")
         request = sessions_pb2.OpenSessionsRequest(
             model=arguments.check_model(model),
             count=count,
@@ -328,7 +328,7 @@ class Core:
     ) -> Flow[GroupTracker]:
         """Opens sessions with the states of others: all of them or none."""
         if not sources:
-            raise InvalidInputError("a group must have at least one session to be forked; it has none")
+            raise InvalidInputError("a group must have at least one session to fork; it has none")
         count = len(sources)
         ids = arguments.check_session_ids(session_ids, count, f"one id for each of {count} sessions")
         request = sessions_pb2.ForkSessionsRequest(
@@ -370,7 +370,7 @@ class Core:
 
     def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
         """Closes what a call has made: the same request again is answered with the sessions' ids."""
-        LOG.info("%s ended without an answer; what it may have made is closed in the background", rpc)
+        LOG.info("%s ended without an answer; closing any sessions that it opened in the background", rpc)
         try:
             reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
             is_group = rpc.endswith("Sessions")
@@ -378,9 +378,13 @@ class Core:
             uids = reply.uids if is_group else [reply.session.uid]
             yield from self.close_sessions(made, deadline, np.array(uids, np.uint64))
         except StepwellError as error:
-            LOG.warning("%s ended without an answer, and what it may have made is not closed: %s", rpc, error)
+            LOG.warning(
+                "%s ended without an answer, and any sessions that it opened could not be closed: %s",
+                rpc,
+                error,
+            )
             raise
-        LOG.info("closed %d sessions that %s had made", len(made), rpc)
+        LOG.info("closed %d sessions that %s had opened", len(made), rpc)
 
     def close_sessions(self, ids: Sequence[str], deadline: Deadline, uids: Counts | None = None) -> Flow[int]:
         """Closes sessions in requests of at most `MAX_IDS` ids, each with a request id of its own.
@@ -444,7 +448,7 @@ class Core:
         """Checks the arguments of a step."""
         chosen = arguments.check_rows(rows, tracker.batch_size)
         if chosen == ():
-            raise InvalidInputError("rows must choose at least one row; got none")
+            raise InvalidInputError("rows must select at least one row; got none")
         everyone = chosen is None or chosen == tuple(range(tracker.batch_size))
         return step_change(
             inputs,
@@ -490,7 +494,7 @@ class Core:
         position = arguments.check_position(position)
         if position and (states is None or rows is not None):
             raise InvalidInputError(
-                f"position must be 0 without states, and with rows: it is that of a whole state; got {position}"
+                f"position must be 0 unless states are given for all rows; got {position}"
             )
         chosen = arguments.check_rows(rows, tracker.batch_size)
         if chosen == ():

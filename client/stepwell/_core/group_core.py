@@ -101,7 +101,7 @@ class GroupCore:
         except IndexError:
             count = len(self.members)
             raise IndexError(
-                f"index must be from {-count} to {count - 1}, a group of {count} sessions; got {index!r}"
+                f"index must be from {-count} to {count - 1} in a group of {count} sessions; got {index!r}"
             ) from None
 
     def some(self, members: Rows | slice | None, name: str = "members") -> Members:
@@ -116,7 +116,7 @@ class GroupCore:
     def some_or_rows(self, members: Rows | None, rows: Rows | None) -> Members:
         """As `some`, where `rows` is another name of the same argument."""
         if members is not None and rows is not None:
-            raise InvalidInputError("members must not be given together with rows, which means the same")
+            raise InvalidInputError("members and rows must not both be given: they mean the same")
         return self.some(rows, "rows") if members is None else self.some(members)
 
     def view(self, members: Rows | slice) -> GroupCore:
@@ -210,7 +210,7 @@ class GroupCore:
 
     def _unlike(self, some: Members, gathered: Gathered) -> ModelMismatchError:
         """The error of a step whose outputs cannot be one array."""
-        told = []
+        kinds = []
         for kind, parts in gathered.kinds.items():
             places = np.sort(np.concatenate(parts))
             members = [self._index_of(member) for member in some.indexes[places].tolist()]
@@ -220,11 +220,11 @@ class GroupCore:
                 for what, name, dtype, shape in kind
             ]
             of = f"version {version}" if version else "another version"
-            told.append(f"{of} has {', '.join(arrays) or 'none'} (members {_listed(members)})")
+            kinds.append(f"{of} has {', '.join(arrays) or 'none'} (members {_listed(members)})")
         count = int(gathered.applied.sum())
         error = ModelMismatchError(
-            "the outputs of the members of a group must be alike to be one array: of model "
-            f"{self.tracker.model!r} {'; '.join(told)}. The step was applied to "
+            "the members' outputs must have the same names, dtypes and shapes to form one array: of model "
+            f"{self.tracker.model!r} {'; '.join(kinds)}. The step was applied to "
             f"{'all of them' if count == len(some) else f'{count} of the {len(some)} members'}, and its outputs are "
             "not returned; step the members of each version by themselves: see model_versions"
         )
@@ -376,12 +376,12 @@ class _States:
         members = np.fromiter(reply.members, np.intp, len(reply.members))
         read = places if reply.all_members else places[members]
         if not len(read) == len(reply.batch_sizes) == len(reply.revisions) == len(reply.positions):
-            raise InternalError("the server sent states that are not those of the sessions asked for")
+            raise InternalError("the server sent states of other sessions than requested")
         sizes = np.fromiter(reply.batch_sizes, np.intp, len(read))
         fits = sizes == self._rows
         for place, size in zip(read[~fits].tolist(), sizes[~fits].tolist(), strict=True):
             self.failures[place] = InvalidInputError(
-                f"a session of the group must have its batch_size, {self._rows}; another one that has {size} was "
+                f"a session of the group must have its batch_size, {self._rows}; another one with {size} was "
                 "opened with this id"
             )
         self.fingerprint = self.fingerprint or reply.model_fingerprint
@@ -444,7 +444,9 @@ def _empty(inputs: Inputs) -> tuple[Packed, ...]:
         what = f"input {name!r}" if name else "the input"
         shape = as_array(what, value).shape
         if shape[:1] != (0,):
-            raise InvalidInputError(f"{what} must have 0 rows: members chooses none; got shape {shape}")
+            raise InvalidInputError(
+                f"{what} must have 0 rows because members selects none; got shape {shape}"
+            )
         packed.append(Packed(name, 0, shape, b""))
     return tuple(packed)
 

@@ -39,7 +39,7 @@ class Tracing:
             from opentelemetry import trace
         except ImportError as error:
             raise InvalidInputError(
-                f"tracing must be False where opentelemetry-api is not installed: {_install.advice(_install.OTEL)}; got True"
+                f"tracing must be False unless opentelemetry-api is installed: {_install.advice(_install.OTEL)}; got True"
             ) from error
         self._tracer = trace.get_tracer("stepwell", metadata.version("stepwell"))
         self._address = address

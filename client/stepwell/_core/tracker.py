@@ -127,7 +127,7 @@ def explained(error: StepwellError, *, ahead: bool) -> StepwellError:
         return error
     return RevisionConflictError(
         f"{error.message}; an earlier change of this handle ended without an answer and may have been "
-        f"applied: refresh() takes over the server's revision, and the handle continues from there",
+        f"applied: call refresh() to adopt the server's revision",
         expected=error.expected,
         actual=error.actual,
         reason=error.reason,

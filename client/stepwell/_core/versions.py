@@ -37,8 +37,8 @@ class VersionWatch:
     def moved(self, model: str, session_ids: Sequence[str], previous: int, version: int) -> Flow[None]:
         """Some sessions have gone on from one version to another."""
         LOG.info(
-            "%d sessions of the model %r at %s are on its version %d now, and were on %d",
-            len(session_ids), model, self._address, version, previous,
+            "%d sessions of the model %r at %s moved from version %d to version %d",
+            len(session_ids), model, self._address, previous, version,
         )  # fmt: skip
         if self._hooks:
             event = ModelVersionEvent(self._address, model, tuple(session_ids), previous, version)

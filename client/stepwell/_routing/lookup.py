@@ -65,7 +65,7 @@ def _addresses(ask: Lookup, found: Sequence[tuple[Any, ...]]) -> list[str]:
 
 def _silent(ask: Lookup, limit_s: float) -> ConnectError:
     return ConnectError(
-        f"its name cannot be resolved: nobody has said within {limit_s:g} s where {ask.host} is"
+        f"its name cannot be resolved: no name server answered for {ask.host} within {limit_s:g} s"
     )
 
 

@@ -248,7 +248,7 @@ class Router:
                     name.due_s = min(name.due_s, name.looked_up_s + LOOKUP_RETRY_S)
             self._set_lookup()
             self._tell(replica)
-        LOG.info("replica %s is not asked any more: %s", replica.address, error.message)
+        LOG.info("replica %s is down: %s", replica.address, error.message)
         self._wake()
 
     def up(self, replica: Replica) -> None:
@@ -262,7 +262,7 @@ class Router:
             replica.due_s = math.inf
             self._begin(replica)
             self._tell(replica)
-        LOG.info("replica %s is there again, and gets its sessions back", replica.address)
+        LOG.info("replica %s is up again and takes back its sessions", replica.address)
 
     def _begin(self, replica: Replica) -> None:
         # each client begins at a moment of its own, as its check has found it

@@ -158,7 +158,7 @@ class State(Mapping[str, Array]):
                     f"{states[0].fingerprint:.12} ({states[0].model}), number {number} has {state.fingerprint:.12} ({state.model})"
                 )
         if not states:
-            raise InvalidInputError("states must have one State at least; got none")
+            raise InvalidInputError("states must have at least one State; got none")
         return cls(
             rows.joined(states),
             model=states[0].model,

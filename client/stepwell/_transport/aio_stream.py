@@ -37,7 +37,7 @@ class AsyncLink:
             raise self._ended()
         if self._stream is None or self._stream.error is not None:
             if self._stream is not None:
-                LOG.info("opening the stream to %s anew, which broke: %s", self._address, self._stream.error)
+                LOG.info("reopening the stream to %s, which broke: %s", self._address, self._stream.error)
             self._stream = _Stream(self._open)
         return self._stream
 

@@ -188,7 +188,7 @@ class OpenedStream:
 def _unwell(answer: bytes) -> StepwellError | None:
     if answer == _SERVING:
         return None
-    return UnavailableError("its health check says that it takes no calls", outcome="not_applied")
+    return UnavailableError("its health check reports that it accepts no calls", outcome="not_applied")
 
 
 def _unwell_by(error: grpc.RpcError) -> StepwellError | None:

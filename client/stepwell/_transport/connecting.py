@@ -9,7 +9,7 @@ from collections.abc import Callable
 from stepwell import errors
 from stepwell._base.log import LOG
 
-_RUNS = "does `stepwell serve` run there?"
+_RUNS = "is `stepwell serve` running there?"
 # How gRPC says that no connection was made, so that nothing was sent, and why.
 _FAILED = re.compile(
     r"failed to connect to all addresses(?:; last error: (?:[A-Z_]+: )?(?P<why>.*))?", re.DOTALL
@@ -34,25 +34,25 @@ _PATIENCE = 10
 
 # What gRPC's text of a failed handshake holds, and what that means. None of it passes by itself.
 _LASTING = {
-    "WRONG_VERSION_NUMBER": "the server does not speak TLS, and this client does",
+    "WRONG_VERSION_NUMBER": "the client uses TLS, but the server does not",
     "CERTIFICATE_VERIFY_FAILED": (
-        "the server's certificate is not one to trust: TlsConfig.ca must hold the CA that has signed it"
+        "the server's certificate is not trusted: TlsConfig.ca must contain the CA that signed it"
     ),
     "Hostname Verification Check failed": (
-        "the server's certificate is for another name than that of the address: TlsConfig.server_name says which "
-        "one it must have"
+        "the server's certificate is for another name than the address: set TlsConfig.server_name to a name "
+        "in the certificate"
     ),
     "Failed to create security handshaker": (
-        "TlsConfig.ca, TlsConfig.cert or TlsConfig.key cannot be used: all must be PEM, and the key that of the "
+        "TlsConfig.ca, TlsConfig.cert or TlsConfig.key cannot be used: all must be PEM, and the key must belong to the "
         "certificate"
     ),
 }
 # A server that goes away does the same.
 _PERHAPS = (
-    "if the server serves TLS, it must be connected to with a TlsConfig; if it demands a certificate, with one in "
-    "TlsConfig.cert and TlsConfig.key that its own CA has signed"
+    "if the server uses TLS, pass a TlsConfig; if it requires a client certificate, set TlsConfig.cert and "
+    "TlsConfig.key to one that its CA has signed"
 )
-_CLOSED_AT_ONCE = ("Socket closed", "Unwrap failed", "Connection reset", "ALERT_")
+_CLOSED_EARLY = ("Socket closed", "Unwrap failed", "Connection reset", "ALERT_")
 
 
 class ConnectError(errors.UnavailableError):
@@ -91,13 +91,13 @@ def connect_error(message: str) -> ConnectError | None:
             return HandshakeError(f"{meaning}; {message}")
     why = _WHERE.sub("", failed["why"] or message, count=1)
     if any(sign in message for sign in _NOT_HTTP2):
-        what = f"what answers there does not speak HTTP/2, so it is not a Stepwell server: {why}"
+        what = f"the service there does not speak HTTP/2, so it is not a Stepwell server: {why}"
         return ConnectError(
             what, patience=0, hint="is it the port of a web server, or of the server's metrics?"
         )
     if _SILENT in message:
-        return ConnectError(f"something listens there, but says nothing: {why}", patience=_PATIENCE)
-    if any(sign in message for sign in _CLOSED_AT_ONCE):
+        return ConnectError(f"something listens there but does not answer: {why}", patience=_PATIENCE)
+    if any(sign in message for sign in _CLOSED_EARLY):
         return ConnectError(why, hint=f"{_RUNS} ({_PERHAPS})")
     return ConnectError(why)
 
@@ -154,7 +154,7 @@ class Contact:
         if isinstance(error, ConnectError):
             return self._unreached(error, limit_s)
         if not self.made and isinstance(error, errors.DeadlineExceededError):
-            return f"nothing has answered at {self.address} within {limit_s:g} s (timeout_s): {error.message}; {_RUNS}"
+            return f"no answer at {self.address} within {limit_s:g} s (timeout_s): {error.message}; {_RUNS}"
         return error.message
 
     def _unreached(self, error: ConnectError, limit_s: float) -> str:

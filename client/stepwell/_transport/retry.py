@@ -62,7 +62,7 @@ class RepliesTooLargeError(errors.UnavailableError):
     @classmethod
     def of(cls, members: int, error: errors.StepwellError) -> Self:
         """The error of a frame of so many members."""
-        made = cls(f"the replies to {members} steps at once: {error}")
+        made = cls(f"the replies to {members} steps together: {error}")
         made.members = members
         return made
 
@@ -160,7 +160,7 @@ class Attempts:
         self._last = error
         delay_s = min(delay_s, remaining_s)
         LOG.info(
-            "%s at %s: attempt %d failed, the next is in %.3f s: %s",
+            "%s at %s: attempt %d failed, retrying in %.3f s: %s",
             self._rpc, self._contact.address, self.made, delay_s, error.message,
         )  # fmt: skip
         return delay_s

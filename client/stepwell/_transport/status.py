@@ -80,7 +80,7 @@ def _exhausted(status: Status) -> errors.StepwellError:
     if not status.reason and _REPLY_OVER_LIMIT.search(status.message):
         return errors.ReplyTooLargeError(
             "the reply must fit the client's max_message_bytes (an argument of connect) and the server's "
-            f"limit: {status.message}; what the call changes may have been applied"
+            f"limit: {status.message}; the server may have applied the change"
         )
     if not status.reason and "larger than max" in status.message:
         return errors.InvalidInputError(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from stepwell._base.bearer import PLAIN, RULE, which
+from stepwell._base.bearer import PLAIN, RULE, described
 from stepwell._base.metadata import Pairs
 from stepwell.errors import UnauthenticatedError
 
@@ -86,14 +86,8 @@ class Tokens:
         if inspect.iscoroutine(given):
             given.close()
         if not isinstance(given, str) or not PLAIN.fullmatch(given):
-            got = (
-                type(given).__name__
-                if not isinstance(given, str)
-                else f"{len(given)} characters, {which(given)}"
-            )
-            raise UnauthenticatedError(
-                f"the function that was given as token {RULE.replace('be', 'return', 1)}; got {got}"
-            )
+            got = described(given) if isinstance(given, str) else type(given).__name__
+            raise UnauthenticatedError(f"the token function {RULE.replace('be', 'return', 1)}; got {got}")
         now, expires = self._now(), _expires(given)
         # One that is asked for again and is still the same is used to its end.
         early = 0.0 if given == self._token else min(RENEWED_S, max(0.0, expires - now) / 5)
@@ -121,9 +115,7 @@ async def _awaited(given: Awaitable[Any]) -> Any:
 
 def _failed(error: Exception) -> UnauthenticatedError:
     # Its own text may hold what it should not; it is the cause, for those who look.
-    return UnauthenticatedError(
-        f"the function that was given as token has failed, with {type(error).__name__}"
-    )
+    return UnauthenticatedError(f"the token function raised {type(error).__name__}")
 
 
 def _expires(token: str) -> float:

@@ -169,8 +169,8 @@ def as_options(message: str) -> str:
 
 _OPTIONS = {
     "allow_insecure_token=True": "--allow-insecure-token",
-    "connect with tls": "connect with --tls",
-    "a TlsConfig": "--tls or another option of TLS",
+    "use tls": "use --tls",
+    "a TlsConfig": "--tls or another TLS option",
     "connect_timeout_s": "STEPWELL_CONNECT_TIMEOUT_S",
     "(timeout_s)": "(--timeout-s)",
 }
