@@ -1,6 +1,6 @@
-"""The commands that install Stepwell and its extras, for messages. Each of them is run by a test.
+"""The commands that install Stepwell and its extras, for messages. A test runs each of them.
 
-Stepwell is on no package registry yet: they work in a clone, so a message says that beside them.
+Stepwell is not on a package registry yet: the commands work in a clone, so messages mention that.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ IN_A_CLONE = "in a clone of Stepwell"
 LIGHT = "pip install ."
 """The client alone."""
 SERVER = "pip install '.[server]' ./server/front"
-"""The server with what compiles Keras models, and the native front."""
+"""The server with the compiler of Keras models, and the native front."""
 SERVE = "pip install '.[serve]' ./server/front"
 """The server for compiled models (.stepwell), and the native front."""
 NATIVE_FRONT = "pip install ./server/front"

@@ -110,7 +110,7 @@ def test_a_wrong_command_line_is_told_in_one_line(arguments: tuple[str, ...], sa
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("stepwell: error: ")
-    assert line.endswith(f"{says} ('stepwell check --help' shows how)")
+    assert line.endswith(f"{says} (see 'stepwell check --help')")
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_what_the_server_refuses_is_one_line_and_nothing_is_left(bench: Bench) -
     finished = bench("seq", "--sessions", "2", "--steps-per-call", "500000")
 
     assert finished.returncode == 1
-    assert "not one step was answered: " in finished.stderr
+    assert "no step was answered: " in finished.stderr
     assert finished.stderr.count("\n") == 1
 
 

@@ -115,7 +115,7 @@ def test_models_are_shown(run: Run) -> None:
     assert "lstm/h float32 (B, 8); lstm/c float32 (B, 8)" in lines[1]
     assert "profile float32 (B, 5)" in lines[2]
     assert all("proven from its graph; compared with Keras over 512 time steps" in line for line in records)
-    hint = " (slower; for the native one, where the server runs: pip install ./server/front (in a clone of Stepwell))"
+    hint = " (slower; for the native front, run on the server: pip install ./server/front (in a clone of Stepwell))"
     assert front == f"front: {FRONT}" + (hint if FRONT == "python" else "")
 
 
@@ -149,7 +149,7 @@ def test_a_model_is_shown_with_all_that_is_known_of_it(run: Run, client: stepwel
     assert {*shown, *within} == names
     assert shown["provenance"]["layers"][1]["kind"] == "LSTM"
     refused(run("models", "show", "nothing"), "nothing")
-    refused(run("models", "--json", "show", "forecast"), "--json must stand after 'show'", 2)
+    refused(run("models", "--json", "show", "forecast"), "--json must follow 'show'", 2)
 
 
 def test_steps_of_the_command_line_are_those_of_the_sdk(
@@ -367,7 +367,7 @@ def test_a_terminal_shows_a_hundred_sessions_and_how_many_more_there_are(
     monkeypatch.setattr("stepwell.cli.sessions.shows_on_terminal", lambda: True)
     cut = run("sessions", "list")
     assert len(cut.stdout.splitlines()) == 101
-    assert cut.stderr == "3 more: --all lists them, --limit N another number of them\n"
+    assert cut.stderr == "3 more; use --all to list them, or --limit N\n"
     for options, count in (
         (("--all",), 103),
         (("--limit", "102"), 102),
@@ -444,7 +444,7 @@ def test_sessions_are_closed_by_a_filter_after_a_look(
     assert found == {"would_close": 4, "sample": ["guest", "user-1", "user-2", "user-3"]}
     assert run("sessions", "close", "guest", "--dry-run").stdout == "1 session: guest\n"
     refused(run("sessions", "close", "nobody", "--dry-run"), "'nobody'")
-    refused(run("sessions", "close", "--prefix", "user-"), "--yes is needed", exit_code=2)
+    refused(run("sessions", "close", "--prefix", "user-"), "pass --yes", exit_code=2)
     refused(run("sessions", "close", "--prefix", "", "--dry-run"), "--prefix must not be empty", exit_code=2)
     refused(run("sessions", "close", "guest", "--all", "--yes"), "either sessions, a filter", exit_code=2)
     refused(run("sessions", "close", "--yes"), "either sessions, a filter", exit_code=2)

@@ -122,7 +122,7 @@ def test_what_is_to_be_known_of_a_loaded_version_is_said(run: Run, server: Scrip
 def test_the_default_and_labels_are_chosen(run: Run, server: ScriptedModels, file: str) -> None:
     said(run("load", MODEL, file, "--no-default"))
     assert said(run("default", f"{MODEL}@2", "--sessions", "migrate", "--migration", "f")) == (
-        "sum@2 is the default now (0 sessions moved)\n"
+        "sum@2 is now the default (0 sessions moved)\n"
     )
     (request,) = server.requests("SetDefault")
     assert (request.sessions, request.migration) == (models_pb2.SESSION_POLICY_MIGRATE, "f")
@@ -147,12 +147,12 @@ def test_a_version_is_unloaded(run: Run, server: ScriptedModels, file: str) -> N
 
 def test_what_is_wrong_is_one_line(run: Run, server: ScriptedModels, file: str) -> None:
     refused(run("load", f"{MODEL}@2", file, "--version", "3"), "give the version once", 2)
-    refused(run("load", f"{MODEL}@x", file), "must be a whole number from 1 on; got 'sum@x'", 2)
+    refused(run("load", f"{MODEL}@x", file), "must be a whole number of at least 1; got 'sum@x'", 2)
     refused(run("load", MODEL, file, "--version", "0"), "--version", 2)
     refused(run("load", MODEL, file, "--sessions", "drop"), "--sessions", 2)
     refused(run("default", MODEL), "the version must be named, as in sum@2; got 'sum'", 2)
     refused(run("label", MODEL, "canary"), "the version must be named", 2)
-    refused(run("--versions", "show", MODEL), "--versions must stand after 'show'", 2)
+    refused(run("--versions", "show", MODEL), "--versions must follow 'show'", 2)
     refused(run("load", MODEL, f"{file}.not"), f"{file}.not: No such file or directory")
     refused(run("load", MODEL, file, "--label", "1"), "a label must be 1 to 64 letters")
     assert not server.calls
@@ -165,7 +165,7 @@ def test_an_answer_that_is_lost_says_where_to_look(run: Run, server: ScriptedMod
     server.fail("LoadModel", Fault(after_work=True))
     refused(
         run("load", MODEL, file),
-        "whether it was loaded is not known: 'stepwell models --versions' shows it",
+        "the version may have been loaded; check with 'stepwell models --versions'",
     )
     server.fail("LoadModel", Fault(grpc.StatusCode.FAILED_PRECONDITION, "no layers", "MODEL_LOAD_FAILED"))
     refused(run("load", MODEL, file), "no layers\n")

@@ -116,7 +116,7 @@ def test_top_goes_on_without_one_that_is_gone(cluster: _Cluster) -> None:
     assert f"NO ANSWER: {metrics[0]}" not in shown.stdout
     refused = cluster.run("top", "--once", server=f"dns:///{cluster.replicas.addresses[0]}")
     assert refused.returncode == 2
-    assert "--metrics must name the metrics of each server" in refused.stderr
+    assert "--metrics must list the metrics of every server" in refused.stderr
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_changed_certificates_are_for_new_connections(
         server.wait_for_log("new connections get the changed certificates")
         with stepwell.connect(server.address, tls=new) as late:
             assert late.models()
-        assert "TlsConfig.ca must hold the CA" in _why_not(server.address, old)
+        assert "TlsConfig.ca must contain the CA" in _why_not(server.address, old)
         group.step(X[:, 0])  # on its old connection
         used.key.write_text("junk")
         warned = server.wait_for_log("the changed certificates cannot be used")

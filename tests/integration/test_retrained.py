@@ -291,7 +291,7 @@ def test_the_command_line_says_what_stays(
     assert run("load", name, str(tmp_path / "3.keras"), "--sessions", "carry") == (
         f"loaded {name}@3 (the default, 0 sessions moved, 1 stay on {name}@1)\n"
     )
-    assert run("default", f"{name}@1") == f"{name}@1 is the default now\n"
+    assert run("default", f"{name}@1") == f"{name}@1 is now the default\n"
     assert json.loads(run("default", f"{name}@1", "--json"))["is_default"]
     client.close_session(f"{name}-a")
 

@@ -159,7 +159,7 @@ async def test_another_session_with_the_id_of_a_member_is_none_of_the_group(
     await client.close_session("b")
     await client.open_session(MODEL, batch_size=4, session_id="b")
     with pytest.raises(
-        errors.InvalidInputError, match="must have its batch_size, 1; another one that has 4"
+        errors.InvalidInputError, match="must have its batch_size, 1; another one with 4"
     ) as caught:
         await group.get_states()
     assert list(caught.value.failures) == [1]
@@ -297,7 +297,7 @@ async def test_what_cannot_be_members_is_refused(client: Any, server: ScriptedSe
     for ids, message in (("ab", "a list of ids; got 'ab'"), (["a", "a"], "different .* got 'a' twice")):
         with pytest.raises(errors.InvalidInputError, match=f"session_ids must be {message}"):
             await pairs.fork(ids)
-    with pytest.raises(errors.InvalidInputError, match="members must not be given together with rows"):
+    with pytest.raises(errors.InvalidInputError, match="members and rows must not both be given"):
         await group.reset_states(rows=[0], members=[0])
     with pytest.raises(IndexError, match="index must be from -4 to 3 in a group of 4 sessions; got 4"):
         group[4]

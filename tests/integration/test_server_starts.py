@@ -229,7 +229,7 @@ def test_without_the_native_front_it_says_how_to_get_it(without_module: Path) ->
         re.MULTILINE,
     )
     assert models.stdout.splitlines()[-1] == (
-        "front: python (slower; for the native one, where the server runs: pip install ./server/front (in a clone of"
+        "front: python (slower; for the native front, run on the server: pip install ./server/front (in a clone of"
         " Stepwell))"
     )
 

@@ -185,7 +185,7 @@ def test_what_cannot_be_read_is_said(busy: tuple[ServerProcess, str]) -> None:
     server, metrics = busy
     for address, said in (
         ("127.0.0.1:1", "cannot be read: "),
-        (f"{metrics}/elsewhere", "are refused: 404"),
+        (f"{metrics}/elsewhere", "(--metrics): 404"),
     ):
         failed = _run(server, address, "--once")
         assert failed.returncode == 1

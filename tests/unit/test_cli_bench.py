@@ -102,7 +102,7 @@ def test_the_client_is_the_limit_when_its_event_loop_works_all_the_time() -> Non
     }  # fmt: skip
     for busy, says in ((0.95, True), (0.5, False)):
         shown = dict(facts(found | {"client_busy": busy, "client_is_limit": says}))
-        assert ("the client is the limit: use more --processes" in shown["client CPU"]) is says
+        assert ("the client is the bottleneck: use more --processes" in shown["client CPU"]) is says
 
 
 # --- plan ---
@@ -216,7 +216,7 @@ def test_a_server_that_is_not_found_is_explained(address: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--group-size", "4"], "--group-size goes with --mode group"),
+        (["--group-size", "4"], "--group-size must be given with --mode group"),
         (["--mode", "bidi"], "'--mode': 'bidi' is not one of"),
         (["--sessions", "0"], "'--sessions': 0 is not in the range"),
         (["--sessions", "1000001"], "'--sessions'"),

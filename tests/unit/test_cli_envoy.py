@@ -197,7 +197,7 @@ def test_it_is_written_to_a_file(tmp_path: Path) -> None:
     file.write_text("another one")
     done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", str(file)])
     assert (done.exit_code, done.stdout, file.read_text()) == (2, "", "another one")
-    assert f"-o must name a file that is not there, unless --force replaces it; got {file}" in done.stderr
+    assert f"-o must name a new file, or be given with --force; got {file}" in done.stderr
     done = CliRunner().invoke(main, ["envoy-config", *REPLICAS, "--output", str(file), "--force"])
     assert (done.exit_code, done.stdout) == (0, said)
     assert yaml.safe_load(file.read_text()) == written(*REPLICAS)
@@ -210,9 +210,9 @@ def test_it_is_written_to_a_file(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no replica": (
         (),
-        "replicas must be given by --replica, once for each, or by --dns; got both or neither",
+        "replicas must be given either by --replica, once for each, or by --dns; got both or neither",
     ),
-    "two ways": ((*REPLICAS, "--dns", "a:1"), "replicas must be given by --replica"),
+    "two ways": ((*REPLICAS, "--dns", "a:1"), "replicas must be given either by --replica"),
     "one twice": (("--replica", "a:1", "--replica", "a:1"), "--replica must name each replica once"),
     "callers and orders": (
         (*REPLICAS, "--listen", "127.0.0.1:9901"),
@@ -250,7 +250,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a host with a port": (
         (*REPLICAS, "--host", "example.org:443"),
-        "--host must be a name or an address, without a port; got 'example.org:443'",
+        "--host must be a name or an address without a port; got 'example.org:443'",
     ),
     "an origin without a scheme": (
         (*REPLICAS, "--cors-origin", "app.example.org"),

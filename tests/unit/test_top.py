@@ -63,7 +63,7 @@ def test_metrics_of_another_machine_alone_are_explained(monkeypatch: pytest.Monk
     client = mock.create_autospec(stepwell.Client, instance=True)
     client.server_info.return_value = ServerInfo("native", (), "5e1f", "127.0.0.1:9464")
     monkeypatch.setattr(top, "scrape", scrape)
-    with pytest.raises(Failure, match=r"127\.0\.0\.1:9464 of its own machine: run 'stepwell top' there"):
+    with pytest.raises(Failure, match=r"127\.0\.0\.1:9464 on its own machine: run 'stepwell top' there"):
         Source("a.example:50051", client, None, 1.0).read()
 
 
@@ -101,7 +101,7 @@ def test_it_goes_on_over_a_restart_of_the_server(
     top._live(show, 0.1, 10)
     assert seen == ["seen", "back"]
     out = capsys.readouterr().out
-    assert "no answer, it is asked again: refused" in out
+    assert "no answer, retrying: refused" in out
     assert "is starting" in out
     assert "9.8.7" in out
 

@@ -37,10 +37,10 @@ _MAX_LINE_BYTES = 64
 
 
 class Kind(enum.IntEnum):
-    """What the record of an entry is."""
+    """The kind of an entry's record."""
 
     SESSION = 0
-    """As all entries of the write-ahead log, but for the first of each of its files."""
+    """Also all entries of the write-ahead log except the first of each of its files."""
     START = 1
     DOCUMENT = 2
     TOMBSTONE = 3
@@ -51,28 +51,28 @@ _KINDS = frozenset(Kind)
 
 
 class Entry(NamedTuple):
-    """An entry that was read."""
+    """An entry of a file."""
 
     kind: Kind
     name: bytes
     record: bytes
     at: int
-    """Where it begins in the file."""
+    """Its offset in the file, in bytes."""
 
 
 class RecordFileError(Exception):
-    """A file is of another kind or format, or is not as it was written. The message follows the file's name."""
+    """A file is of another kind or format, or is corrupt. The message follows the file's name."""
 
 
 class Format(NamedTuple):
-    """What a file is."""
+    """The format of a file."""
 
     name: str
-    """In its first line."""
+    """Name in its first line."""
     number: int
-    """Of the format of everything in it."""
+    """Number of the format of all its content."""
     noun: str
-    """For messages: what it is, and what writes it."""
+    """What it is and what writes it, for messages."""
 
     @property
     def line(self) -> bytes:
@@ -80,7 +80,7 @@ class Format(NamedTuple):
         return f"stepwell {self.name} {self.number}\n".encode()
 
     def damaged(self, problem: str, at: int) -> RecordFileError:
-        """That a file is not as it was written, from a byte on."""
+        """The error of a file that is corrupt from a byte on."""
         return RecordFileError(f"must be {self.noun}, as it was written; at byte {at}: {problem}")
 
 
@@ -88,7 +88,7 @@ class Writer:
     """Writes the line and the entries of a file. Errors are those of the file."""
 
     def __init__(self, file: IO[bytes], form: Format, start: Mapping[str, Any]) -> None:
-        """Begin a file; `start` is what it says first."""
+        """Begins a file; `start` is the content of its first entry."""
         self._file = file
         self._digest = hashlib.sha256()
         self.counts: Counter[Kind] = Counter()
@@ -97,7 +97,7 @@ class Writer:
         self.put(Kind.START, b"", json.dumps(start).encode())
 
     def put(self, kind: Kind, name: bytes, record: bytes) -> None:
-        """Write an entry."""
+        """Writes an entry."""
         names = LENGTH.pack(len(name)) + name
         head = HEAD.pack(0, MAGIC, 0, self.counts.total(), 0, 1, len(names), kind, len(record))
         start = head[CHECKSUM_BYTES:] + names
@@ -107,7 +107,7 @@ class Writer:
         self.counts[kind] += 1
 
     def end(self) -> None:
-        """Write the last entry."""
+        """Writes the last entry."""
         self.put(Kind.END, b"", json.dumps(_end(self.counts, self._digest.hexdigest())).encode())
 
     def _write(self, data: bytes) -> None:
@@ -117,10 +117,10 @@ class Writer:
 
 
 def read(file: IO[bytes], form: Format) -> Iterator[Entry]:
-    """The entries of a file, but for END. What came is what was written only when this has come to its end.
+    """The entries of a file, without END. They are valid only once the iteration has come to its end without an error.
 
     Raises:
-        RecordFileError: the file is none of this format, or not as it was written.
+        RecordFileError: the file is not of this format, or is corrupt.
     """
     line = file.readline(_MAX_LINE_BYTES)
     _require_format(line, form)
@@ -162,7 +162,7 @@ def _entry(file: IO[bytes], head: bytes, at: int, sequence: int, form: Format) -
     """The entry with this head, and its bytes.
 
     Raises:
-        RecordFileError: it is not as it was written, or not the next one.
+        RecordFileError: it is corrupt, or not the next one.
     """
     if len(head) < HEAD.size:
         raise form.damaged("an entry was cut off", at)
@@ -187,10 +187,10 @@ def _entry(file: IO[bytes], head: bytes, at: int, sequence: int, form: Format) -
 
 
 def content_of(entry: Entry, form: Format) -> dict[str, Any]:
-    """What START or END says.
+    """The content of START or END.
 
     Raises:
-        RecordFileError: it is no object of JSON.
+        RecordFileError: it is not a JSON object.
     """
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(entry.record)

@@ -1,7 +1,7 @@
-"""Files of exported sessions: files of records (`_admin.record_file`) that have sessions alone.
+"""Files of exported sessions: files of records (`_admin.record_file`) that contain only sessions.
 
-START says when it was written, and by which release of the SDK. The name of a session is its id, of a tenant's one
-the tenant, 0x1F and the id. The record is opaque here.
+START has the time and the release of the SDK that wrote the file. The name of a session is its id; with a tenant it
+is the tenant, 0x1F and the id. The record is opaque here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SEPARATOR = "\x1f"
 
 
 class Writer:
-    """Writes a file beside the one that it is to be, which it replaces when all of it is there. A context manager."""
+    """Writes a temporary file that replaces the target once it is complete. A context manager."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Begin a file.
+        """Begins a file.
 
         Raises:
-            OSError: It cannot be written; names the path.
+            OSError: It cannot be written; the error names the path.
         """
         self._path = Path(path)
         with _names(self._path):
@@ -64,10 +64,10 @@ class Writer:
             Path(self._temporary).unlink(missing_ok=True)
 
     def add(self, sessions: Iterable[sessions_pb2.ExportedSession]) -> None:
-        """Write sessions.
+        """Writes sessions.
 
         Raises:
-            OSError: They cannot be written; names the path.
+            OSError: They cannot be written; the error names the path.
         """
         with _names(self._path):
             for session in sessions:
@@ -76,11 +76,11 @@ class Writer:
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[sessions_pb2.ExportedSession]:
-    """The sessions of a file, which is looked through to its end before the first one comes.
+    """The sessions of a file, which is checked completely before the first one is returned.
 
     Raises:
-        InvalidInputError: It is no file of sessions alone, or it is not as it was written.
-        OSError: It cannot be read; names the path.
+        InvalidInputError: It is not a file of sessions only, or is corrupt.
+        OSError: It cannot be read; the error names the path.
     """
     with Path(path).open("rb") as file:
         try:
@@ -102,7 +102,7 @@ def _sessions(file: IO[bytes]) -> Iterator[sessions_pb2.ExportedSession]:
 
 
 class _names:  # noqa: N801
-    """Lets an `OSError` name the file that the caller knows, not the temporary one. A context manager."""
+    """Makes an `OSError` name the file that the caller knows, not the temporary one. A context manager."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""Addresses of servers: what a caller may write, and what gRPC is given."""
+"""Addresses of servers: what a caller may write, and what gRPC takes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _BRACKETS = re.compile(r"\[([^\]]*)\]")
 #: Bytes of a Unix socket's path, without the 0 at its end.
 _MAX_PATH_BYTES = 107
 _RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
-"""What gRPC takes before HOST:PORT."""
+"""Prefixes that gRPC accepts before HOST:PORT."""
 
 
 class Address(NamedTuple):
-    """Where a server is."""
+    """The address of a server."""
 
     target: str
-    """As gRPC takes it, without a scheme of ours."""
+    """The address as gRPC takes it, without a scheme of Stepwell's."""
     tls: bool | None
-    """What its scheme says of TLS; None: it has none."""
+    """Whether its scheme asks for TLS; None if it has no scheme."""
 
 
 def parse(name: str, given: str) -> Address:
@@ -36,7 +36,7 @@ def parse(name: str, given: str) -> Address:
         given: The address.
 
     Raises:
-        InvalidInputError: It is none.
+        InvalidInputError: It is not an address.
     """
     if not isinstance(given, str):
         raise InvalidInputError(f"{name} must be a string, {_RULE}; got {given!r}")
@@ -62,7 +62,7 @@ def parse(name: str, given: str) -> Address:
 
 
 def split(text: str) -> list[str]:
-    """The addresses in a text that names several, with commas between. A Unix socket's path may hold some itself."""
+    """Splits a text with addresses separated by commas. The path of a Unix socket may contain commas itself."""
     start = 0 if text.startswith("unix:") else text.find(",unix:") + 1
     if not start and not text.startswith("unix:"):
         return text.split(",")
@@ -71,13 +71,13 @@ def split(text: str) -> list[str]:
 
 
 def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
-    """Reads the address of a server, or those of its replicas, with commas between.
+    """Reads the address of a server, or those of its replicas, separated by commas.
 
     Returns:
-        What gRPC is given, each, and what their schemes say of TLS; None: nothing.
+        The addresses for gRPC, and whether their schemes ask for TLS; None if they have no schemes.
 
     Raises:
-        InvalidInputError: One is none, or is there twice, or they differ in TLS.
+        InvalidInputError: One is not an address, or is repeated, or their schemes differ in TLS.
     """
     pieces = [given]
     if "," in str(given):
@@ -97,10 +97,10 @@ def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
 
 
 def join(name: str, given: object) -> str:
-    """Addresses of replicas as one text, which `parse_all` reads.
+    """Joins addresses of replicas to one text, which `parse_all` reads.
 
     Raises:
-        InvalidInputError: They are none.
+        InvalidInputError: They are not addresses.
     """
     if isinstance(given, str):
         text = given
@@ -119,12 +119,12 @@ def join(name: str, given: object) -> str:
 
 
 def is_name(target: str) -> bool:
-    """Whether each address that it stands for is a replica."""
+    """Whether it is a name of which every address is a replica."""
     return target.startswith("dns:///")
 
 
 def host_and_port(target: str) -> tuple[str, int]:
-    """Of what was read."""
+    """The host and port of an address that was read."""
     host, _, port = target.removeprefix("dns:///").rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -135,12 +135,12 @@ def of_host(host: str, port: int) -> str:
 
 
 def are_on_this_machine(text: str) -> bool:
-    """Whether what is sent to each of these addresses stays on this machine."""
+    """Whether messages to all of these addresses stay on this machine."""
     return all(is_on_this_machine(each) for each in split(text))
 
 
 def is_on_this_machine(target: str) -> bool:
-    """Whether what is sent there stays on this machine: a Unix socket, `localhost` or a loopback address."""
+    """Whether messages to this address stay on this machine: a Unix socket, `localhost` or a loopback address."""
     if target.startswith("unix:"):
         return True
     for resolver in _RESOLVERS:

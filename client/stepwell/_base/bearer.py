@@ -1,4 +1,4 @@
-"""Checks of the bearer token that a caller gives."""
+"""Checks of the bearer token of a caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULE = "must be a string of printable ASCII characters without spaces"
 
 
 def checked(token: object) -> Any:
-    """Checks a token, or a function that returns it. No message shows the token.
+    """Checks a token, or a function that returns one. No message shows the token.
 
     Raises:
         InvalidInputError: It is neither.
@@ -39,7 +39,7 @@ def described(token: str) -> str:
 
 
 def require_sync(token: object) -> None:
-    """Refuses a coroutine function, which a sync client cannot await.
+    """Rejects a coroutine function, which a sync client cannot await.
 
     Raises:
         InvalidInputError: It is one.

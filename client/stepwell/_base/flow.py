@@ -1,8 +1,8 @@
 """Flows: operations as generators that do no I/O, and the loops that drive them.
 
 A flow yields an *ask* (make a call, attempt a step, pause) and receives the answer, or has the error thrown into it.
-The sync and the async client drive the same flows, each with its own way of waiting. Each layer defines the asks of its
-own kind; `_core.lanes.Ask` lists them all.
+The sync and the async client drive the same flows, each with its own way of waiting. Each layer defines its own kinds
+of asks; `_core.lanes.Ask` lists them all.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class Pause:
 
     seconds: float
     attempt: int
-    """The one that failed, from 1."""
+    """Number of the failed attempt, from 1."""
     error: StepwellError
-    """How."""
+    """Why it failed."""
     is_waited: bool = True
     """False: only event hooks run, and other attempts continue."""
     is_reported: bool = True
-    """False: event hooks have seen it."""
+    """False: event hooks have already seen it."""
     to: Hashable = None
-    """Where the attempt went, if several endpoints are asked concurrently."""
+    """Target of the attempt, if several endpoints are asked concurrently."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Notify:
-    """Call event hooks, one after the other; the answer is None. What a hook raises goes to the caller."""
+    """Call event hooks, one after the other; the answer is None. Exceptions of a hook reach the caller."""
 
     hooks: Sequence[Callable[[Any], object]]
     event: object

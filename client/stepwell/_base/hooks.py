@@ -1,4 +1,4 @@
-"""Checks of event hooks, as a caller gave them."""
+"""Checks of the event hooks of a caller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EVENTS = ("request", "response", "retry", "model_version", "replica")
 
 
 def checked(hooks: object) -> EventHooks | None:
-    """Hooks as a caller gave them; None if there are none.
+    """Checks event hooks; returns None if there are none.
 
     Raises:
         InvalidInputError: They are not lists of functions by the names of events.
@@ -36,7 +36,7 @@ def checked(hooks: object) -> EventHooks | None:
 
 
 def require_sync(hooks: EventHooks | None) -> None:
-    """Refuses coroutine functions, which a sync client cannot await.
+    """Rejects coroutine functions, which a sync client cannot await.
 
     Raises:
         InvalidInputError: There is one.

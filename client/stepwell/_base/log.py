@@ -1,7 +1,7 @@
-"""The SDK's logger, `stepwell`: connections, retries, streams that are opened anew, what happens in the background.
+"""The SDK's logger, `stepwell`: connections, retries, reopened streams, background work.
 
-Nothing is logged per step. Level INFO is for what a caller learns anyway, sooner or later, by a result or an error;
-WARNING for what nobody else learns.
+Nothing is logged per step. INFO is for events that the caller also learns from a result or an error; WARNING for
+events that nobody else reports.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Metadata that a caller wants sent with every call: pairs of key and value, as headers are in HTTP."""
+"""Metadata that a caller adds to every call: pairs of key and value, like HTTP headers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RESERVED_BEGINNINGS = ("grpc-", "stepwell-")
 
 
 def sampled(trace: Pairs) -> str:
-    """The `traceparent` among pairs, if its trace is one that is kept; else empty."""
+    """The `traceparent` among pairs, if its trace is recorded; otherwise empty."""
     for key, value in trace:
         if key == "traceparent" and isinstance(value, str):
             return value if int(value[_FLAGS] or "0", 16) & 1 else ""
@@ -35,10 +35,10 @@ def sampled(trace: Pairs) -> str:
 
 
 def checked(metadata: object) -> Pairs:
-    """Metadata as gRPC takes it. Values are not repeated in messages: they may be secret.
+    """Checks metadata and returns it as gRPC takes it. Messages do not show values, which may be secret.
 
     Raises:
-        InvalidInputError: It is none, or a pair cannot be sent.
+        InvalidInputError: It is not metadata, or a pair cannot be sent.
     """
     try:
         pairs: Any = metadata.items() if isinstance(metadata, Mapping) else metadata

@@ -1,4 +1,4 @@
-"""Ports of this machine that are kept for a server while it does not run."""
+"""Ports of this machine that are reserved for a server while it is not running."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 
 
 def reserved(host: str, port: int = 0) -> socket.socket | None:
-    """A socket that keeps a port, or a free one, until it is closed. None: this system has no such thing.
+    """Returns a socket that reserves a port, or a free one, until it is closed; None if this system cannot do that.
 
-    It does not listen. Linux lets a server listen on that port all the same, if it sets SO_REUSEADDR as servers do, and
-    gives the port to nobody who asks for any free one, or for none, as those do who connect.
+    The socket does not listen. Linux still lets a server listen on that port, if it sets SO_REUSEADDR as servers do.
+    It gives the port to no program that asks for any free port, or that connects without choosing one.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The port is in use.
     """
     if sys.platform != "linux":
         return None

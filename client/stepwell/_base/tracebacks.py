@@ -1,6 +1,6 @@
-"""Tracebacks that end at the caller's line: the SDK's own frames say nothing to who called it.
+"""Tracebacks that end at the caller's line, without the frames of the SDK.
 
-With the environment variable STEPWELL_FULL_TRACEBACKS set to anything but an empty text all frames stay.
+Set the environment variable STEPWELL_FULL_TRACEBACKS to a non-empty value to keep all frames.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ VARIABLE = "STEPWELL_FULL_TRACEBACKS"
 
 
 def shorten(error: StepwellError) -> None:
-    """Drops the frames that an error has collected so far, unless it comes from code that is not the SDK's.
+    """Drops the frames that an error has collected so far, unless the error comes from code outside the SDK.
 
-    A `raise` without an argument adds none for its own function, so that the next is that of the caller.
+    A `raise` without an argument adds no frame for its own function, so the next one is the caller's.
     """
     if os.environ.get(VARIABLE) or not _is_own(error.__traceback__):
         return
@@ -35,7 +35,7 @@ def shorten(error: StepwellError) -> None:
 
 
 def _is_own(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by the SDK: not by an event hook, say."""
+    """Whether the SDK raised an error, and not an event hook, for example."""
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     name = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
@@ -43,7 +43,7 @@ def _is_own(trace: TracebackType | None) -> bool:
 
 
 def ends_here(function: F) -> F:
-    """A function of the SDK's face: errors that leave it show none of the SDK's frames."""
+    """Decorates a public function: errors that leave it show no frames of the SDK."""
     made: Any
     if inspect.iscoroutinefunction(function):
 
@@ -69,7 +69,7 @@ def ends_here(function: F) -> F:
 
 
 def end_here(kind: C) -> C:
-    """A class of the SDK's face: `ends_here` for each of its public methods, and for what `with` calls."""
+    """Decorates a public class: applies `ends_here` to each public method, and to the methods that `with` calls."""
     for name, member in list(vars(kind).items()):
         if inspect.isfunction(member) and (not name.startswith("_") or name in _BLOCK):
             setattr(kind, name, ends_here(member))

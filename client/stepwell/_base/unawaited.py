@@ -1,4 +1,4 @@
-"""The result of a call of the async client that was not awaited yet."""
+"""The result of an async call that has not been awaited yet."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 
 class Unawaited:
-    """The result of a call that must be awaited. Any other use of it raises an error that says so."""
+    """The result of a call that must be awaited. Any other use of it raises an error that explains this."""
 
     _call = "the call"
-    """The public call that made it, as "AsyncClient.open_session"."""
+    """Name of the public method, such as "AsyncClient.open_session"."""
     _instead = "use `async with`"
 
     if not TYPE_CHECKING:  # type checkers know already what it lacks

@@ -19,7 +19,7 @@ _FACTORS = {"": 1} | {
 
 
 def parse_seconds(text: str, smallest: float = 0.0, largest: float = math.inf) -> float:
-    """Read a time: a number of seconds, or numbers with units, as in 500ms, 90s, 1h30m.
+    """Reads a time: a number of seconds, or numbers with units, such as 500ms, 90s or 1h30m.
 
     Args:
         text: The time.
@@ -27,7 +27,7 @@ def parse_seconds(text: str, smallest: float = 0.0, largest: float = math.inf) -
         largest: In seconds.
 
     Raises:
-        ValueError: The text is no time, or the time is out of range. The message is the rule, without "must be".
+        ValueError: The text is not a time, or the time is out of range. The message is the rule, without "must be".
     """
     try:
         seconds = float(text)
@@ -44,7 +44,7 @@ def parse_seconds(text: str, smallest: float = 0.0, largest: float = math.inf) -
 
 
 def parse_bytes(text: str, smallest: int = 0, largest: int = MAX_BYTES) -> int:
-    """Read a size: a number of bytes, or one with a unit. 512MiB is 512 * 1024 ** 2, 2GB is 2 * 1000 ** 3.
+    """Reads a size: a number of bytes, or one with a unit. 512MiB is 512 * 1024 ** 2, 2GB is 2 * 1000 ** 3.
 
     Args:
         text: The size.
@@ -52,7 +52,7 @@ def parse_bytes(text: str, smallest: int = 0, largest: int = MAX_BYTES) -> int:
         largest: In bytes.
 
     Raises:
-        ValueError: The text is no size, or the size is out of range. The message is the rule, without "must be".
+        ValueError: The text is not a size, or the size is out of range. The message is the rule, without "must be".
     """
     found = _SIZE.fullmatch(text)
     if found is None:
@@ -65,7 +65,7 @@ def parse_bytes(text: str, smallest: int = 0, largest: int = MAX_BYTES) -> int:
 
 
 def size_text(size: int) -> str:
-    """Write a size in the largest unit of which it is a whole number, if that number is short."""
+    """Writes a size in the largest unit that gives a short whole number."""
     for unit in ("Ti", "Gi", "Mi", "Ki"):
         count, rest = divmod(size, _FACTORS[unit])
         if not rest and 0 < count < 10_000:

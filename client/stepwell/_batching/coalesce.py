@@ -50,13 +50,13 @@ class Coalescer:
         self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
         """Frames in flight, each with the timer of its members' next time limit."""
         self._max_members: dict[Hashable, int] = {}
-        """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
+        """Largest number of steps per frame, by kind, for kinds whose replies were too large for one message."""
 
     def step(self, step: Step) -> Awaitable[Stepped]:
         """Makes one attempt of a step.
 
-        A large step is a unary call: sharing a frame would gain nothing, and a unary call is cancelled on the
-        server too when its task is cancelled here, which a member of a frame is not. See also `Step.may_share`.
+        A large step is a unary call: sharing a frame would gain nothing. Also, cancelling its task cancels a unary
+        call on the server, but not a member of a frame. See also `Step.may_share`.
 
         Raises:
             StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
@@ -98,14 +98,14 @@ class Coalescer:
         self._watch(frame)
 
     def over(self, frame: Frame) -> None:
-        """A frame is over: every step has its answer, or nobody waits for it any more."""
+        """A frame is over: every step has its answer, or nobody waits for it."""
         frame.forget()
         timer = self._in_flight.pop(frame, None)
         if timer is not None:
             timer.cancel()
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
-        """The replies to these steps exceed the message limit together: smaller frames from now on."""
+        """The replies to these steps together exceed the message limit: later frames are smaller."""
         self._max_members[members[0].step.kind()] = max(1, len(members) // 2)
 
     def close(self, ended: Callable[[], StepwellError] = closed) -> None:

@@ -1,4 +1,4 @@
-"""Frames: changes of many sessions as messages, and what their replies say of each member. No I/O."""
+"""Frames: changes of many sessions as one message, and what their replies contain for each member. No I/O."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Indexes = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.uint64]
 """A number for each session of a group, (sessions,)."""
 Kind: TypeAlias = tuple[tuple[str, str, np.dtype[Any], tuple[int, ...]], ...]
-"""Of each array "output" or "state", its name, its dtype, and its shape without the rows."""
+"""Of each array: "output" or "state", its name, its dtype, and its shape without the rows."""
 
 _pb = sessions_pb2
 SELECTIONS: Mapping[str, sessions_pb2.OutputSelection.ValueType] = {
@@ -41,27 +41,28 @@ RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
 
 
 class Change(NamedTuple):
-    """A step or a reset as a value: two are equal if they are the same on the wire."""
+    """A step or a reset as a value. Two are equal if they are the same on the wire."""
 
     kind: Literal["step", "reset"]
     tensors: tuple[Packed, ...]
     outputs: str = "all"
-    """Which time steps of the outputs come back: a key of `SELECTIONS`."""
+    """Time steps of the outputs to return: a key of `SELECTIONS`."""
     rows: tuple[int, ...] = ()
-    """Rows of a session that it concerns; empty for all. The tensors have their rows."""
+    """Rows of a session to change; empty for all. The tensors have only these rows."""
     reset: bytes = b""
-    """Of a step: rows that begin anew, one byte (0 or 1) for each row of the tensors, or for each row and time step,
-    row-major; empty for none."""
+    """Of a step, the rows that restart: a byte (0 or 1) for each row of the tensors, or for each row and time step,
+    row-major; empty for none.
+    """
     output_names: tuple[str, ...] = ()
-    """Outputs that come back; empty for all."""
+    """Outputs to return; empty for all."""
     states: str = "none"
-    """For which time steps states come back: a key of `STATES`."""
+    """Time steps whose states to return: a key of `STATES`."""
 
     position: int = 0
-    """Of a reset: the session's afterwards."""
+    """Of a reset, the session's position afterwards."""
 
     def fill(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
-        """Puts what a step asks for, beside its inputs, into its message."""
+        """Writes the options of a step, all but its inputs, to its message."""
         message.outputs = SELECTIONS[self.outputs]
         if self.reset:
             message.reset_mask.extend(np.frombuffer(self.reset, np.bool_).tolist())
@@ -71,7 +72,7 @@ class Change(NamedTuple):
             message.states = STATES[self.states]
 
     def some(self, rows: Indexes, count: int) -> Change:
-        """The same for some of its `count` rows."""
+        """The same change for some of its `count` rows."""
         reset = self.reset
         if reset:
             reset = np.frombuffer(reset, np.uint8).reshape(count, -1)[rows].tobytes()
@@ -80,22 +81,22 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """Members of a frame that were settled together."""
+    """Members of a frame that were answered together."""
 
     applied: Indexes
     revisions: Counts
     positions: Counts
     outputs: dict[str, Array]
-    """Rows of the applied members one after the other; to be copied before they are given away."""
+    """Rows of the applied members, one after the other; copy them before you return them."""
     failures: Mapping[int, errors.StepwellError]
     states: dict[str, Array] = dataclasses.field(default_factory=dict)
-    """As `outputs`, of the states that were asked for."""
+    """Like `outputs`, for the requested states."""
     model_version: int = 0
-    """Of the model that has made them; 0: the server does not say."""
+    """Version of the model that produced them; 0 if the server does not report it."""
 
 
 class Frame:
-    """A change of many sessions as one message. It may be sent again as long as no member is settled."""
+    """A change of many sessions as one message. It may be sent again for members without an answer."""
 
     def __init__(
         self,
@@ -106,15 +107,15 @@ class Frame:
         request_ids: Counts,
         named: SessionSet | None = None,
     ) -> None:
-        """A frame that was not sent yet.
+        """A frame that has not been sent yet.
 
         Args:
             change: Its tensors hold the members' rows one after the other.
             ids: The sessions.
             rows: Rows of each member.
-            expected: Revision each must have.
+            expected: Revision that each must have.
             request_ids: Random and non-zero, one each, the same in every round.
-            named: The sessions, if they are changed together again and again.
+            named: The sessions, if they are often changed together.
         """
         self._change = change
         self.ids = ids
@@ -126,9 +127,9 @@ class Frame:
         self._all: Indexes = np.arange(len(ids))
         self._waiting: dict[int, errors.StepwellError] = {}
         self.traceparent = ""
-        """The span that it belongs to, if it is one of a trace that is kept."""
+        """The span of the frame, if its trace is recorded."""
         self.round_over = False
-        """The last part of this round's reply was received."""
+        """Whether the last part of this round's reply has arrived."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -149,7 +150,7 @@ class Frame:
         return own
 
     def maker(self, deadline: Deadline, max_message_bytes: int) -> MakeRequest:
-        """Makes the message of the next round.
+        """Returns a function that builds the message of the next round.
 
         It raises an `InvalidInputError` if the message exceeds the limit.
         """
@@ -162,11 +163,11 @@ class Frame:
         return make
 
     def request(self, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
-        """Begins a round: the message with all members.
+        """Begins a round: builds the message with all members.
 
         Args:
             frame_id: Its number on the stream.
-            deadline: Members that still wait then are dropped.
+            deadline: The server drops members that still wait at that time.
         """
         self._waiting = {}
         self.round_over = False
@@ -273,9 +274,10 @@ class Frame:
                 self._open[i] = False
 
     def unsettled(self) -> list[tuple[errors.StepwellError, Indexes]]:
-        """After a round: the members that may be tried again, those that another replica may do and those that must wait.
+        """After a round, groups the members that may be retried.
 
-        Each with the error that asks for the longest wait.
+        One group are those that another replica may take, the other those that must wait. Each group has the error
+        that asks for the longest wait.
         """
         found = []
         for is_elsewhere in (True, False):
@@ -290,11 +292,11 @@ class Frame:
         return found
 
     def open_members(self) -> Indexes:
-        """Those that are not settled."""
+        """Members without a final answer."""
         return np.flatnonzero(self._open)
 
     def fail_retryable(self) -> Part:
-        """After a round: settles the members that could be retried as failed, each with its own error."""
+        """After a round: fails the members that could be retried, each with its own error."""
         open_ = np.flatnonzero(self._open)
         self._open[:] = False
         none = np.zeros(0, np.uint64)
@@ -317,8 +319,9 @@ class Gathered:
         self.model_versions = np.zeros(members, np.uint64)
         self.failures: dict[int, errors.StepwellError] = {}
         self.kinds: dict[Kind, list[Indexes]] = {}
-        """Members by what their outputs and states are like. Those of several kinds cannot be one array: the arrays are
-        then those of the first kind."""
+        """Members by the names, dtypes and shapes of their outputs and states. Members of several kinds cannot form one
+        array; the arrays are then those of the first kind.
+        """
         self._rows = rows
 
     def add(self, part: Part) -> None:
@@ -334,7 +337,7 @@ class Gathered:
             self._put(self.states, part.states, members, len(part.applied))
 
     def _is_alike(self, part: Part) -> bool:
-        """Whether its arrays are of the kind of those that came before."""
+        """Whether its arrays have the same names, dtypes and shapes as the earlier ones."""
         kind = tuple(
             [
                 (what, name, array.dtype, array.shape[1:])
@@ -362,7 +365,7 @@ def _take(tensor: Packed, rows: Indexes) -> Packed:
 
 
 def _slice(members: Indexes) -> Indexes | slice:
-    """Ascending members as an index that is cheaper where they follow one another."""
+    """Ascending members as a slice, which is cheaper, if they are consecutive."""
     if len(members) and members[-1] - members[0] == len(members) - 1:
         return slice(int(members[0]), int(members[-1]) + 1)
     return members

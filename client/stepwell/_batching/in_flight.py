@@ -1,7 +1,7 @@
-"""A frame that is in flight and carries the steps of many callers. Used by both clients.
+"""A frame in flight that carries the steps of many callers. Used by both clients.
 
-A frame is one attempt of each of its steps. Retrying is up to each step's own flow (`_core.retrier.Retrier.step`), so
-that a broken stream is no special case.
+A frame is one attempt of each of its steps. Each step's own flow retries it (`_core.retrier.Retrier.step`), so that a
+broken stream is no special case.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Owner(Protocol[M]):
     """The sender of frames; learns how they end."""
 
     def over(self, frame: InFlightFrame[M], /) -> None:
-        """Every step of the frame has its answer, or nobody waits for it any more."""
+        """Every step of the frame has its answer, or nobody waits for it."""
 
     def too_large(self, members: Sequence[M], /) -> None:
-        """The replies to these steps exceed the message limit together."""
+        """The replies to these steps together exceed the message limit."""
 
 
 class InFlightFrame(Generic[M]):
-    """A frame that was sent and is not answered completely."""
+    """A frame that was sent and is not completely answered."""
 
     __slots__ = ("_frame", "_owner", "deadline", "forget", "members", "sent_s")
 
@@ -47,7 +47,7 @@ class InFlightFrame(Generic[M]):
         self.forget: Callable[[], None] = _nothing
 
     def send(self, link: Link, max_message_bytes: int) -> None:
-        """Sends it. On any error every caller gets that error."""
+        """Sends it. If that fails, every caller gets the error."""
         try:
             self.forget = link.post(self._frame.maker(self.deadline, max_message_bytes), self._receive)
         except Exception as error:

@@ -1,12 +1,12 @@
 """Sends the steps that many threads of a sync client make at the same time as few frames.
 
-A step is sent at once, as a unary call, if no other step is in flight. Otherwise it waits in a queue. One
-thread, started when it is first needed, sends all queued steps as frames whenever no recent frame is in
-flight; while one is, further steps queue up. That thread only sends: the thread that reads the stream hands
-out the replies. A frame is one attempt of each of its steps; each step's own flow decides about the next one.
+If no other step is in flight, a step is sent immediately, as a unary call. Otherwise it waits in a queue. One thread,
+started when it is first needed, sends all queued steps as frames whenever no recent frame is in flight; meanwhile,
+further steps queue up. That thread only sends: the thread that reads the stream distributes the replies. A frame is
+one attempt of each of its steps; each step's own flow decides about the next one.
 
-A queued step belongs to whoever removes it from the queue: the thread that sends it, the caller whose time
-limit passed, or `close`. So one caller's failure never touches another's step.
+A queued step belongs to whichever code removes it from the queue: the thread that sends it, the caller whose time
+limit passed, or `close`. So one caller's failure never affects another's step.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class Sender:
         self._max_frame_bytes = max_message_bytes // FRAME_SHARE
         self._clock = clock
         self._alone = threading.Lock()
-        """Held by a step that is in flight as a unary call because no other step was in flight."""
+        """Held by a step that is a unary call because no other step was in flight."""
         self._waiting: collections.deque[WaitingStep] = collections.deque()
         self._in_flight: list[Frame] = []
         self._max_members: dict[Hashable, int] = {}
-        """Most steps per frame, by kind, for kinds whose replies were too large for one message."""
+        """Largest number of steps per frame, by kind, for kinds whose replies were too large for one message."""
         self._wake = Wake()
         self._idle = False
-        """The thread sleeps because the queue was empty: the next step must wake it."""
+        """Whether the thread sleeps because the queue was empty, so that the next step must wake it."""
         self._ended: Callable[[], StepwellError] | None = None
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
@@ -173,10 +173,10 @@ class Sender:
             raise DeadlineExceededError("the time limit passed before the step was answered")
 
     def run_once(self) -> float | None:
-        """Sends the queued steps if there is room for a frame. Called by the thread.
+        """Sends the queued steps if a frame may be sent now. Called by the thread.
 
         Returns:
-            Seconds until it must be called again; None if that is when the thread is woken.
+            Seconds until it must be called again; None to wait until the thread is woken.
         """
         while self._ended is None:
             wait_s = self._wait_s()
@@ -193,7 +193,7 @@ class Sender:
         return None
 
     def _wait_s(self) -> float:
-        """Seconds until there is room for a frame, that is, until no recent one is in flight."""
+        """Seconds until a frame may be sent, that is, until no recent one is in flight."""
         now_s = self._clock()
         for frame in list(self._in_flight):
             if frame.deadline.remaining_s() <= 0:
@@ -220,7 +220,7 @@ class Sender:
                 return members
 
     def over(self, frame: Frame) -> None:
-        """A frame is over. Its callers have their answers by now, so that their next steps can share a frame."""
+        """A frame is over. Its callers have their answers by now, so their next steps can share a frame."""
         frame.forget()
         try:
             self._in_flight.remove(frame)
@@ -230,7 +230,7 @@ class Sender:
             self._wake_up()
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
-        """The replies to these steps exceed the message limit together: smaller frames from now on."""
+        """The replies to these steps together exceed the message limit: later frames are smaller."""
         self._max_members[members[0].step.kind()] = max(1, len(members) // 2)
 
     def _fail_queued(self, error: StepwellError) -> None:
@@ -247,7 +247,7 @@ class Sender:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether it is closed."""
         return self._ended is not None
 
 

@@ -1,4 +1,4 @@
-"""What the arguments of a step mean, for sessions and groups alike: checked, and made into a `Change`."""
+"""The arguments of a step, for sessions and groups alike: checked, and made into a `Change`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def step_change(
     rows: tuple[int, ...] = (),
     count: str = "",
 ) -> Change:
-    """A step as a value.
+    """Checks the arguments of a step and returns it as a value.
 
     Args:
         inputs: One array, or arrays by name.
-        row_count: How many rows each must have.
+        row_count: Number of rows that each must have.
         outputs: See `check_outputs`.
         time: See `check_outputs`.
-        reset: Rows that begin anew: see `pack_reset`.
-        states: After which time steps states come back: "all", "last" or "none".
-        rows: Rows of a session that the inputs are of, as `check_rows` returns them; () for all.
-        count: What the caller calls `row_count`.
+        reset: Rows that restart: see `pack_reset`.
+        states: Time steps whose states to return: "all", "last" or "none".
+        rows: Rows of a session that the inputs are for, as `check_rows` returns them; () for all.
+        count: The caller's name of `row_count`, for messages.
     """
     selection, names = check_outputs(outputs, time)
     selected_states = check_states(states)
@@ -45,14 +45,14 @@ def step_change(
 
 
 def check_states(states: object) -> str:
-    """After which time steps states come back: "all", "last" or "none"."""
+    """Time steps whose states to return: "all", "last" or "none"."""
     if not isinstance(states, str) or states not in STATES:
         raise InvalidInputError(f"states must be one of {list(STATES)}; got {states!r}")
     return states
 
 
 def check_outputs(outputs: object, time: object = "all") -> tuple[str, tuple[str, ...]]:
-    """Which time steps come back ("all", "last" or "none"), and of which outputs (empty: of all).
+    """Time steps to return ("all", "last" or "none"), and the outputs to return (empty: all).
 
     Args:
         outputs: One of these words, or a list of names.
@@ -75,7 +75,7 @@ def check_outputs(outputs: object, time: object = "all") -> tuple[str, tuple[str
 
 
 def pack_reset(reset: Mask | None, inputs: Sequence[Packed]) -> bytes:
-    """Rows that begin anew, as `Change.reset`: booleans of shape (rows,), or (rows, T) for every time step."""
+    """Rows that restart, as `Change.reset`: booleans of shape (rows,), or (rows, T) for every time step."""
     if reset is None:
         return b""
     rows = inputs[0].shape[0]
@@ -106,5 +106,5 @@ def selected(outputs: dict[str, Array], change: Change) -> Outputs:
 
 
 def as_one(outputs: dict[str, Array]) -> Outputs:
-    """The array of a model with one output; else all of them by name."""
+    """The array of a model with one output; otherwise all of them by name."""
     return next(iter(outputs.values())) if len(outputs) == 1 else outputs

@@ -1,7 +1,7 @@
-"""Steps of single sessions as values, and how many of them become one frame. No I/O.
+"""Steps of single sessions as values, and how several of them form a frame. No I/O.
 
-Used by both clients: the async one collects the steps of many tasks (`_batching.coalesce`), the sync one those of many
-threads (`_batching.sender`).
+Used by both clients: the async one collects the steps of many tasks (`_batching.coalesce`), the sync one those of
+many threads (`_batching.sender`).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Stepped(NamedTuple):
     """The answer to a step."""
 
     revision: int
-    """After it."""
+    """Revision after the step."""
     position: int
-    """After it."""
+    """Position after the step."""
     outputs: dict[str, Array]
-    """By name."""
+    """Outputs by name."""
     states: Mapping[str, Array] = types.MappingProxyType({})
-    """By name, if they were asked for."""
+    """States by name, if requested."""
     model_version: int = 0
-    """Of the model that has made it; 0: the server does not say."""
+    """Version of the model that ran the step; 0 if the server does not report it."""
 
 
 #: Steps with inputs up to this size share frames. Measured on two cores: 64 concurrent steps of 30 KiB each take half
@@ -48,20 +48,20 @@ _MEMBER_BYTES = 64
 
 
 class Step(NamedTuple):
-    """One step of one session: the same in every attempt."""
+    """One step of one session, the same in every attempt."""
 
     model: str
     session_id: str
     change: Change
     rows: int
     expected: int
-    """Revision the session must have."""
+    """Revision that the session must have."""
     request_id: int
     deadline: Deadline
     trace: Pairs = ()
-    """What it says of the span that it belongs to."""
+    """Metadata of its span."""
     to: Endpoint | None = None
-    """None: the client has one server."""
+    """The replica to ask; None: the client has one server."""
 
     def call(self, max_message_bytes: int) -> Call:
         """One attempt as a unary call.
@@ -81,15 +81,15 @@ class Step(NamedTuple):
         return Call("Step", request, self.deadline.grpc_timeout_s(), self.trace, to=self.to)
 
     def may_share(self) -> bool:
-        """Whether it goes into a frame with others: a step of some of its session's rows, or a large one, does not."""
+        """Whether it may share a frame with others. A large step, or a step of some rows, may not."""
         return not self.change.rows and self.input_bytes() <= SHARED_BYTES
 
     def input_bytes(self) -> int:
-        """Size of its inputs."""
+        """Size of its inputs, in bytes."""
         return sum([len(tensor.data) for tensor in self.change.tensors])
 
     def kind(self) -> Hashable:
-        """What steps must have in common to share a frame."""
+        """Properties that steps must have in common to share a frame."""
         change = self.change
         signature = tuple([(tensor.name, tensor.dtype, tensor.shape[1:]) for tensor in change.tensors])
         reset = len(change.reset) // self.rows  # entries of the mask for each row
@@ -97,7 +97,7 @@ class Step(NamedTuple):
 
 
 def read(response: sessions_pb2.StepResponse) -> Stepped:
-    """The answer to a step that was a unary call."""
+    """The result of a step that was a unary call."""
     return Stepped(
         response.revision,
         response.position,
@@ -108,17 +108,17 @@ def read(response: sessions_pb2.StepResponse) -> Stepped:
 
 
 class Member(Protocol):
-    """A step that was handed over, and its caller."""
+    """A step and its caller."""
 
     @property
     def step(self) -> Step:
         """The step."""
 
     def settle(self, stepped: Stepped) -> None:
-        """The step was applied. Does nothing if it has an answer already, or its caller has gone."""
+        """The step was applied. Does nothing if it already has an answer, or its caller no longer waits."""
 
     def fail(self, error: BaseException) -> None:
-        """The step failed. Does nothing if it has an answer already, or its caller has gone."""
+        """The step failed. Does nothing if it already has an answer, or its caller no longer waits."""
 
 
 M = TypeVar("M", bound=Member)
@@ -145,11 +145,11 @@ class Gathering(Generic[M]):
         group[session_id] = member
 
     def frames(self, max_bytes: int, max_members: Mapping[Hashable, int] | None = None) -> Iterator[list[M]]:
-        """The members frame by frame.
+        """Yields the members frame by frame.
 
         Args:
-            max_bytes: Inputs of a frame have at most this size, unless it has a single member.
-            max_members: Members of a frame at most, by the kind of their step; others have no such limit.
+            max_bytes: Largest size of the inputs of a frame, unless it has a single member.
+            max_members: Largest number of members of a frame, by the kind of their step; no limit for other kinds.
         """
         for (kind, _, _), group in self._groups.items():
             members = list(group.values())
@@ -165,7 +165,7 @@ class Gathering(Generic[M]):
 
 
 def _roughly(remaining_s: float) -> float:
-    """Equal for time limits that may share a frame (each less than twice the other). Callers keep their own."""
+    """Equal for time limits that may share a frame, each less than twice the other. Callers keep their own limits."""
     return math.frexp(remaining_s)[1] if math.isfinite(remaining_s) else remaining_s
 
 

@@ -1,4 +1,4 @@
-"""Runs the operations of an async client on its connections. As `driver`, awaited."""
+"""Runs the operations of an async client on its connections; the same as `driver`, awaited."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class AsyncConnection:
-    """A channel, its stream, and the coalescer of its steps. Belongs to the event loop that runs when it is made."""
+    """A channel, its stream, and the coalescer of its steps. Belongs to the event loop in which it is created."""
 
     def __init__(
         self, config: ClientConfig, known: Tokens, endpoint: Endpoint | None, *, coalesce: bool
@@ -43,7 +43,7 @@ class AsyncConnection:
         return read(await self.transport.invoke(step.call(self._max_message_bytes)))
 
     async def close(self, ended: Callable[[], StepwellError] = closed) -> None:
-        """Ends the calls in flight, with these errors, then the channel."""
+        """Ends the active calls with these errors, then the channel."""
         self.transport.end(ended)
         self._coalescer.close(ended)
         await self.link.close(ended)
@@ -51,7 +51,7 @@ class AsyncConnection:
 
 
 class AsyncConnections:
-    """The connections of a client, each made when it is first needed. Belongs to one event loop."""
+    """The connections of a client, each opened when it is first needed. Belongs to one event loop."""
 
     def __init__(self, config: ClientConfig, *, coalesce: bool) -> None:
         self._config = config
@@ -72,24 +72,24 @@ class AsyncConnections:
         return made
 
     async def check(self, endpoint: Endpoint, timeout_s: float) -> StepwellError | None:
-        """Asks whether an endpoint takes calls; why not, or None if it does."""
+        """Checks whether an endpoint accepts calls. Returns why not, or None if it does."""
         return await self.to(endpoint).transport.check(timeout_s)
 
     async def drop(self, endpoint: Endpoint) -> None:
-        """An endpoint is not asked any more: its connection is closed, and calls in flight are tried elsewhere."""
+        """Closes the connection to an endpoint that is no longer used. Active calls are retried elsewhere."""
         connection = self._made.pop(endpoint, None)
         if connection is not None:
             await connection.close(dropped)
 
     async def close(self) -> None:
-        """Ends all of them."""
+        """Closes all connections."""
         self._is_closed = True
         for connection in list(self._made.values()):
             await connection.close()
 
 
 class AsyncDriver:
-    """What runs the flows of a client. Belongs to the event loop that it is first used in."""
+    """Runs the flows of a client. Belongs to the event loop in which it is first used."""
 
     def __init__(self, config: ClientConfig, *, coalesce: bool) -> None:
         self.connections = connections = AsyncConnections(config, coalesce=coalesce)
@@ -107,7 +107,7 @@ class AsyncDriver:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the client is closed."""
         return self._closing.is_set()
 
     async def run(self, flow: Flow[T]) -> T:
@@ -115,7 +115,7 @@ class AsyncDriver:
         return await drive_async(self.core.watched(flow), self.answer)
 
     def answer(self, ask: Ask) -> Awaitable[Any]:
-        """Does what a flow asks for."""
+        """Answers an ask of a flow."""
         if isinstance(ask, Step):
             return self.connections.to(ask.to).step(ask)
         if isinstance(ask, Call):
@@ -143,7 +143,7 @@ class AsyncDriver:
         raise closed()
 
     async def close(self) -> None:
-        """Ends the connections; calls in flight end with `ClosedError`."""
+        """Ends the connections; active calls raise `ClosedError`."""
         await self._finisher.close()
         self._closing.set()
         for prober in self._probers:

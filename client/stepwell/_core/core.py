@@ -1,7 +1,7 @@
-"""The client without I/O: builds requests, keeps track of sessions, reads replies. Used by both clients.
+"""The client without I/O: builds requests, tracks sessions, reads replies. Used by both clients.
 
-Each operation is a flow (`_base.flow`). Arguments are checked before the flow yields for the first time, so that a
-wrong one costs no call.
+Each operation is a flow (`_base.flow`). Arguments are checked before the flow yields for the first time, so that
+invalid ones cost no call.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MAX_IDS = 4096
 
 
 def _drop(flow: Flow[None]) -> None:
-    """Does not run a flow."""
+    """Discards a flow without running it."""
 
 
 T = TypeVar("T")
@@ -76,18 +76,18 @@ class Core:
         """The operations for one server.
 
         Args:
-            config: Of the client.
-            policy: When to try again.
+            config: The configuration of the client.
+            policy: The retry policy.
             clock: Monotonic, in seconds.
-            finish: Runs a flow in the background; returns at once.
-            watch: Makes what looks after replicas.
+            finish: Runs a flow in the background; returns immediately.
+            watch: Creates the watcher of the replicas.
         """
         self._finish = finish
         hooks = config.event_hooks
         self.router = router = (
             Router(config.targets, clock, watch=watch, hooks=hooks) if are_several(config.targets) else None
         )
-        """Chooses replicas; None: there is one server."""
+        """Chooses replicas; None if there is one server."""
         reasons = None if router is None else router.reasons
         contact = Contact(config.address, config.connect_timeout_s, reasons=reasons)
         self.retrier = Retrier(
@@ -100,9 +100,9 @@ class Core:
         self._config = config
         self._clock = clock
         self.observer = None if hooks is None else Observer(hooks, config.address, clock)
-        """Makes the events of calls; None if there are no hooks."""
+        """Creates the events of calls; None if there are no hooks."""
         self.versions = VersionWatch(hooks, config.address)
-        """Told of sessions that go on with another version of their model."""
+        """Reports sessions that move to another version of their model."""
         self._tracing: Tracing | None = None
         if config.tracing:
             from stepwell._core.tracing import Tracing
@@ -111,7 +111,7 @@ class Core:
         self._models: dict[str, ModelInfo] = {}
 
     def watched(self, flow: Flow[T]) -> Flow[T]:
-        """The same flow with event hooks and spans around it."""
+        """Adds event hooks and spans to a flow."""
         if self.observer is not None:
             flow = self.observer.observed(flow)
         return flow if self._tracing is None else self._tracing.traced(flow)
@@ -123,21 +123,21 @@ class Core:
 
     @property
     def max_message_bytes(self) -> int:
-        """Largest message to send or receive."""
+        """Size of the largest message to send or receive."""
         return self._config.max_message_bytes
 
     def deadline(self, timeout_s: float | None) -> Deadline:
-        """A call's time limit, from now on."""
+        """A call's time limit, starting now."""
         limit_s = self._config.timeout_s if timeout_s is None else check_timeout("timeout_s", timeout_s)
         return Deadline(limit_s, self._clock)
 
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
-        """Sends a frame, or one to each replica that has some of its members, until each member is settled."""
+        """Sends a frame, or one to each replica of its members, until every member has a final answer."""
         return FrameExchange(self.retrier, frame, deadline, on_part, self.max_message_bytes).run()
 
     @property
     def replicas(self) -> tuple[ReplicaInfo, ...]:
-        """The replicas as they are seen now; of a client of one server that one."""
+        """The replicas as they are known now; a client of one server has one."""
         if self.router is None:
             return (ReplicaInfo(self._config.address, True),)
         return tuple(
@@ -145,7 +145,7 @@ class Core:
         )
 
     def by_replica(self, ids: Sequence[str]) -> list[Indexes]:
-        """Some sessions by the replica that has them: the places of each one's in `ids`."""
+        """Groups sessions by replica: for each one the indexes of its sessions in `ids`."""
         if self.router is None or not ids:
             return [np.arange(len(ids))]
         return [own for _, own in self.router.split(keys_of(ids))]
@@ -171,7 +171,7 @@ class Core:
         ]
 
     def models(self, deadline: Deadline) -> Flow[list[ModelInfo]]:
-        """All models, in the order of their names."""
+        """All models, sorted by name."""
         return Listing((yield from self.server_info(deadline)).models)
 
     def model(self, name: str, deadline: Deadline) -> Flow[ModelInfo]:
@@ -183,13 +183,13 @@ class Core:
         return info
 
     def learn(self, info: ModelInfo) -> None:
-        """The server has described a model."""
+        """Remembers a model that the server has described."""
         self._models[reference(info.name, info.version)] = info
         if any(each.is_default for each in info.versions if each.version == info.version):
             self._models[info.name] = info
 
     def known_model(self, name: str, deadline: Deadline, *, fingerprint: str = "") -> Flow[ModelInfo]:
-        """One model, as the server has described it before; asked anew if that was another fingerprint's."""
+        """One model as the server has described it before; asks again if that had another fingerprint."""
         known = self._models.get(name)
         if known is not None and fingerprint in ("", known.fingerprint):
             return known
@@ -202,10 +202,10 @@ class Core:
 
         Args:
             model: Name of the model.
-            fingerprint: Of the model the session was opened with; empty for any.
+            fingerprint: Fingerprint of the model of the session; empty for any.
             states: As the caller gave them.
-            rows: How many rows each must have.
-            deadline: Of the call they are for.
+            rows: Number of rows that each must have.
+            deadline: Of their call.
         """
         if states is None:
             return ()
@@ -352,10 +352,10 @@ class Core:
         )
 
     def _open(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[Any]:
-        """A call that makes sessions; the result is its response.
+        """Makes a call that opens sessions; the result is its response.
 
-        If it ends without an answer, or its caller gives up, it may have made sessions whose ids nobody
-        knows. Those are closed in the background. Sessions that the caller named are left to the caller.
+        If it ends without an answer, or its caller gives up, it may have opened sessions whose ids nobody knows.
+        Those are closed in the background. Sessions that the caller named are left to the caller.
         """
         try:
             return (yield from self.retrier.call(rpc, request, deadline, changes=True))
@@ -369,7 +369,7 @@ class Core:
             raise
 
     def _close_made(self, rpc: str, request: _Opening, deadline: Deadline) -> Flow[None]:
-        """Closes what a call has made: the same request again is answered with the sessions' ids."""
+        """Closes the sessions that a call has opened: repeating the same request returns their ids."""
         LOG.info("%s ended without an answer; closing any sessions that it opened in the background", rpc)
         try:
             reply = yield from self.retrier.call(rpc, request, deadline, changes=True)
@@ -390,12 +390,12 @@ class Core:
         """Closes sessions in requests of at most `MAX_IDS` ids, each with a request id of its own.
 
         Args:
-            ids: Those that are not there are passed over.
+            ids: Sessions to close; those that do not exist are skipped.
             deadline: Of all requests together.
-            uids: `(n,)`, or one for all of them; None or empty for whichever sessions have the ids.
+            uids: `(n,)`, or one for all; None or empty to close whichever sessions have the ids.
 
         Returns:
-            How many there were.
+            The number of closed sessions.
         """
         closed = 0
         for own in self.by_replica(ids):
@@ -425,7 +425,7 @@ class Core:
         return reply.session
 
     def close_session(self, session_id: str, deadline: Deadline, *, uid: int = 0) -> Flow[None]:
-        """Deletes a session; with a `uid` no other one that has the id now."""
+        """Deletes a session; with a `uid` no other session that has the id now."""
         request = sessions_pb2.CloseSessionRequest(
             session_id=arguments.check_session_id("session_id", session_id),
             request_id=new_request_id(),
@@ -490,7 +490,7 @@ class Core:
         deadline: Deadline,
         position: int = 0,
     ) -> Flow[None]:
-        """Sets the state of a session, or some rows of it; with `position`, which the whole of it then has."""
+        """Sets the state of a session, or some rows of it; `position` is the position of the whole state."""
         position = arguments.check_position(position)
         if position and (states is None or rows is not None):
             raise InvalidInputError(
@@ -558,7 +558,7 @@ class Core:
             yield from self._moved(tracker, previous)
 
     def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
-        """Deletes a session. Succeeds if it is gone already, also if another one has its id now: that one stays."""
+        """Deletes a session. Succeeds if it no longer exists, also if another session has its id now, which then stays."""
         try:
             yield from self.close_session(tracker.session_id, deadline, uid=tracker.uid)
         except SessionGoneError:
@@ -566,7 +566,7 @@ class Core:
 
 
 def _names_sessions(request: _Opening) -> bool:
-    """Whether the caller chose the ids of the sessions that a request makes."""
+    """Whether the caller chose the ids of the sessions that a request opens."""
     if isinstance(request, sessions_pb2.OpenSessionRequest):
         return bool(request.session_id)
     if isinstance(request, sessions_pb2.OpenSessionsRequest):

@@ -1,4 +1,4 @@
-"""Runs the operations of a sync client on its connections: what its sessions and groups need of it."""
+"""Runs the operations of a sync client, its sessions and its groups on the client's connections."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Connection:
         """Makes one attempt of a step."""
 
     def close(self, ended: Callable[[], StepwellError] = closed) -> None:
-        """Ends the calls in flight, with these errors, then the channel."""
+        """Ends the active calls with these errors, then the channel."""
         self.transport.end(ended)
         self.sender.close(ended)
         self.link.close(ended)
@@ -51,7 +51,7 @@ class Connection:
 
 
 class Connections:
-    """The connections of a client, each made when it is first needed. Thread-safe."""
+    """The connections of a client, each opened when it is first needed. Thread-safe."""
 
     def __init__(self, config: ClientConfig, *, coalesce: bool) -> None:
         self._config = config
@@ -76,20 +76,20 @@ class Connections:
             return self._made[endpoint]
 
     def check(self, endpoint: Endpoint, timeout_s: float) -> StepwellError | None:
-        """Asks whether an endpoint takes calls; why not, or None if it does."""
+        """Checks whether an endpoint accepts calls. Returns why not, or None if it does."""
         return self.to(endpoint).transport.check(timeout_s)
 
     def drop(self, endpoint: Endpoint) -> None:
-        """An endpoint is not asked any more: its connection is closed, and calls in flight are tried elsewhere."""
+        """Closes the connection to an endpoint that is no longer used. Active calls are retried elsewhere."""
         with self._lock:
             connection = self._made.pop(endpoint, None)
         if connection is not None:
             connection.close(dropped)
 
     def renew(self) -> None:
-        """Leaves all connections, so that the next calls connect again; calls in flight are tried again there.
+        """Abandons all connections, so that the next calls connect again; active calls are retried there.
 
-        The old ones are closed by threads of their own, which wait for good if a lock of gRPC's was left locked.
+        Threads close the old connections. They may wait forever if a lock of gRPC's was left locked.
         """
         with self._lock:
             made, self._made = self._made, {}
@@ -99,7 +99,7 @@ class Connections:
             ).start()
 
     def close(self) -> None:
-        """Ends all of them."""
+        """Closes all connections."""
         with self._lock:
             self._is_closed = True
             made = list(self._made.values())
@@ -108,7 +108,7 @@ class Connections:
 
 
 class Driver:
-    """What runs the flows of a client. Thread-safe."""
+    """Runs the flows of a client. Thread-safe."""
 
     def __init__(self, config: ClientConfig, *, coalesce: bool) -> None:
         self.connections = connections = Connections(config, coalesce=coalesce)
@@ -128,7 +128,7 @@ class Driver:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the client is closed."""
         return self._closing.is_set()
 
     def run(self, flow: Flow[T]) -> T:
@@ -136,11 +136,11 @@ class Driver:
         return drive(self.core.watched(flow), self.answer)
 
     def answer(self, ask: Ask) -> Any:
-        """Does what a flow asks for.
+        """Answers an ask of a flow.
 
-        An interrupt (Ctrl-C, or any exception that is not of the SDK) costs the connections, never a session: it may
-        have come anywhere in gRPC and in what sends frames, so nothing of either is used again. The session's change
-        has an unknown outcome then, and the same call finishes it.
+        An interrupt (Ctrl-C, or any exception that is not the SDK's) costs the connections, never a session: it may
+        have occurred anywhere in gRPC or in the sending of frames, so neither is used again. The outcome of the
+        session's change is then unknown, and the same call completes it.
         """
         try:
             if isinstance(ask, Step):
@@ -166,7 +166,7 @@ class Driver:
         return self.connections.to(endpoint).link
 
     def close(self) -> None:
-        """Ends the connections; calls in flight end with `ClosedError`."""
+        """Ends the connections; active calls raise `ClosedError`."""
         self._finisher.close()
 
     def _end(self) -> None:

@@ -1,7 +1,7 @@
-"""Runs flows in the background, such as closing a session whose opening was given up.
+"""Runs flows in the background, such as closing a session that was abandoned while it was opened.
 
-The sync client runs them in a thread, the async client in a task: one after the other, so that they add little load
-to a server in trouble. This is best effort: a flow that fails is dropped, and closing the client gives the rest
+The sync client runs them in a thread, the async client in a task, one after the other, so that they add little load
+to a server in trouble. This is best effort: a flow that fails is dropped. Closing the client gives the rest
 `GRACE_S`, then ends them.
 """
 
@@ -34,11 +34,11 @@ class Finisher:
     """Runs flows one after the other, in a thread that ends when there are none. Thread-safe."""
 
     def __init__(self, answer: Callable[[Any], Any], end: Callable[[], None]) -> None:
-        """A client's.
+        """The finisher of a client.
 
         Args:
-            answer: Does what a flow asks for.
-            end: Ends the client's connections, so that the flow that runs ends too.
+            answer: Answers the asks of a flow.
+            end: Ends the client's connections, so that the running flow ends too.
         """
         self._answer = answer
         self._end = end

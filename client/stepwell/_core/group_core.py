@@ -1,4 +1,4 @@
-"""The operations of a group of sessions, without their I/O."""
+"""The operations of a group of sessions, without I/O."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ _MEMBER_BYTES, _REPLY_BYTES = 48, 4096
 
 
 class Members:
-    """Some members of a group: all of a view, or those that a call is for."""
+    """Some members of a group: all of a view, or those of a call."""
 
     def __init__(self, tracker: GroupTracker, indexes: Indexes) -> None:
         self._tracker = tracker
         self.indexes = indexes
-        """In the whole group, in their order."""
+        """Their indexes in the whole group, in their order."""
 
     def __len__(self) -> int:
         return len(self.indexes)
 
     @functools.cached_property
     def where(self) -> Some:
-        """They as an index of columns."""
+        """Their indexes, as a slice if possible."""
         return as_index(self.indexes)
 
     @functools.cached_property
@@ -73,12 +73,12 @@ class Members:
 
     @property
     def rows(self) -> int:
-        """Rows of all of them."""
+        """Number of rows of all of them."""
         return len(self) * self._tracker.batch_size
 
 
 class GroupCore:
-    """The operations of one group, or of some members of it; a change of them is one frame."""
+    """The operations of one group, or of some members of it. Each change is one frame."""
 
     def __init__(self, core: Core, tracker: GroupTracker, indexes: Indexes | None = None) -> None:
         """A view of the members at `indexes`; None: of all."""
@@ -89,10 +89,10 @@ class GroupCore:
     # Which members.
 
     def place(self, index: int | np.integer[Any]) -> int:
-        """The index in the whole group of the member at an index of this view.
+        """Converts an index of this view to one of the whole group.
 
         Raises:
-            IndexError: There is none.
+            IndexError: The view has no such member.
         """
         if isinstance(index, bool):
             raise _no_members(index)
@@ -105,7 +105,7 @@ class GroupCore:
             ) from None
 
     def some(self, members: Rows | slice | None, name: str = "members") -> Members:
-        """Those of this view's members that an argument chooses; None: all."""
+        """The members of this view that an argument selects; None: all."""
         if members is None:
             return self.members
         if isinstance(members, slice):
@@ -135,7 +135,7 @@ class GroupCore:
         return f"session {self.tracker.ids[member]!r}, index {self._index_of(member)}"
 
     def _index_of(self, member: int) -> int:
-        """Its index in this view."""
+        """Converts an index of the whole group to one of this view."""
         return self._indexes[member]
 
     @functools.cached_property
@@ -168,7 +168,7 @@ class GroupCore:
         )
 
     def step(self, some: Members, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
-        """Advances some members. The result is what its caller receives."""
+        """Advances some members. The result is what the caller receives."""
         info: ModelInfo | None = None
         if (
             not len(some) or change.states == "all"
@@ -209,7 +209,7 @@ class GroupCore:
             yield from self._core.versions.moved(self.tracker.model, ids, move.previous, move.version)
 
     def _unlike(self, some: Members, gathered: Gathered) -> ModelMismatchError:
-        """The error of a step whose outputs cannot be one array."""
+        """The error of a step whose outputs cannot form one array."""
         kinds = []
         for kind, parts in gathered.kinds.items():
             places = np.sort(np.concatenate(parts))
@@ -235,7 +235,7 @@ class GroupCore:
         return error
 
     def _failed(self, some: Members, failed: dict[int, StepwellError], outputs: Outputs) -> StepwellError:
-        """The error to raise where some members failed, by their place among `some`."""
+        """The error to raise if some members failed; `failed` has their indexes among `some`."""
         members = [int(some.indexes[place]) for place in sorted(failed)]
         errors = [failed[place] for place in sorted(failed)]
         # A copy: what is said of all members must not be read as the first member's own error.
@@ -275,7 +275,7 @@ class GroupCore:
         )
 
     def refresh(self, deadline: Deadline) -> Flow[None]:
-        """Takes over the server's revisions and positions."""
+        """Adopts the server's revisions and positions."""
         some = self.members
         read = _States(some, self.tracker.batch_size, None)
         yield from self._read(some, read, MAX_IDS, deadline)
@@ -289,7 +289,7 @@ class GroupCore:
             raise self._failed(some, read.failures, None)
 
     def _read(self, some: Members, read: _States, at_once: int, deadline: Deadline) -> Flow[None]:
-        """Reads members, at most `at_once` in a request; those that the server has no room for now are asked for again."""
+        """Reads members, at most `at_once` per request. Retries those for which the server has no capacity."""
         attempts = self._core.retrier.attempts("GetStates", deadline)
         left: Indexes = np.arange(len(some))
         while True:
@@ -310,7 +310,7 @@ class GroupCore:
     def _read_once(
         self, some: Members, places: Indexes, read: _States, at_once: int, deadline: Deadline
     ) -> Flow[int]:
-        """Reads the members at these places once each; the result is how many at once the server takes."""
+        """Reads the members at these places once each. Returns how many at once the server accepts."""
         start = 0
         while start < len(places):
             part = places[start : start + at_once]
@@ -333,7 +333,7 @@ class GroupCore:
     def fork(
         self, session_ids: Sequence[str] | None, max_idle_s: float | None, deadline: Deadline
     ) -> Flow[GroupTracker]:
-        """Opens sessions with the states of these."""
+        """Opens sessions with the states of the members."""
         return (
             yield from self._core.fork_sessions(
                 self.members.ids,
@@ -345,7 +345,7 @@ class GroupCore:
         )
 
     def close(self, deadline: Deadline) -> Flow[None]:
-        """Deletes all members; those that are gone already are passed over, and others that have their ids now stay."""
+        """Deletes all members. Skips those that no longer exist, and sessions that have their ids now."""
         ids, uids = self.members.ids, self.tracker.uids[self.members.indexes]
         yield from self._core.close_sessions(ids, deadline, uids)
 
@@ -354,7 +354,7 @@ class _States:
     """States of members, assembled from the replies."""
 
     def __init__(self, some: Members, rows: int, info: ModelInfo | None) -> None:
-        """`rows`: of each member; `info`: None where revisions and positions alone are read."""
+        """`rows`: rows per member; `info`: None to read only revisions and positions."""
         count = len(some)
         self._rows = rows
         self.has_state = info is not None
@@ -369,10 +369,10 @@ class _States:
         self.was_read = np.zeros(count, np.bool_)
         self.failures: dict[int, StepwellError] = {}
         self.waiting: dict[int, StepwellError] = {}
-        """Those that may be read by another attempt."""
+        """Members that another attempt may read."""
 
     def add(self, places: Indexes, reply: sessions_pb2.GetStatesResponse) -> None:
-        """Adds what was answered for the members at these places."""
+        """Adds the answer for the members at these places."""
         members = np.fromiter(reply.members, np.intp, len(reply.members))
         read = places if reply.all_members else places[members]
         if not len(read) == len(reply.batch_sizes) == len(reply.revisions) == len(reply.positions):
@@ -408,7 +408,7 @@ class _States:
 
 
 def check_members(members: Rows, count: int, name: str) -> Indexes:
-    """Some of `count` members: indexes from 0, each at most once, or booleans, one each."""
+    """Returns the indexes of some of `count` members, given as indexes without repetition or as booleans, one each."""
     if isinstance(members, np.ndarray) and members.ndim == 1:
         array: npt.NDArray[np.generic] = members
         if array.dtype == np.bool_ and len(array) == count:
@@ -435,7 +435,7 @@ def _no_members(index: object) -> InvalidInputError:
 
 
 def _empty(inputs: Inputs) -> tuple[Packed, ...]:
-    """The inputs of a step of no members: nothing but their shapes is of interest."""
+    """The inputs of a step of no members, of which only the shapes matter."""
     by_name = inputs if isinstance(inputs, Mapping) else {"": inputs}
     if not by_name:
         return pack_inputs(inputs)  # this says what is wrong
@@ -452,7 +452,7 @@ def _empty(inputs: Inputs) -> tuple[Packed, ...]:
 
 
 def _by_row(reset: Mask | None, members: int, rows: int) -> Mask | None:
-    """A mask of members as one of their rows; one of rows as it is."""
+    """Expands a mask of members to a mask of rows; a mask of rows stays unchanged."""
     if reset is None or rows == 1:
         return reset
     try:
@@ -463,7 +463,7 @@ def _by_row(reset: Mask | None, members: int, rows: int) -> Mask | None:
 
 
 def _nothing(info: ModelInfo, change: Change) -> Outputs | Trace:
-    """What a step of no members returns: arrays without rows."""
+    """The result of a step of no members: arrays without rows."""
     temporal = {spec.name: len(spec.shape) for spec in info.inputs if spec.temporal}
     first = next((t for t in change.tensors if t.name in temporal), change.tensors[0])
     rank = temporal.get(first.name, next(iter(temporal.values()), 0))

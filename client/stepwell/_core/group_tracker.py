@@ -1,7 +1,7 @@
-"""Tracks the sessions of a group on this side, as `_core.tracker` does a single one.
+"""Tracks the sessions of a group on the client, as `_core.tracker` does a single one.
 
-A group, its sub-groups and the handles of its members share one tracker. So each knows what another has changed, and
-a change that failed may be finished by the same call of any handle that stands for the same members.
+A group, its sub-groups and the handles of its members share one tracker. So each sees what another has changed, and
+the same call of any handle of the same members can complete a failed change.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from stepwell._routing.router import Router
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Pending:
-    """A change that has begun and has no answer for all of its members yet."""
+    """A change without an answer for some of its members."""
 
     change: Change
     members: Indexes
     expected: Counts
-    """Revision that each must have."""
+    """Revision that each member must have."""
     request_ids: Counts
 
 
 class Move(NamedTuple):
-    """Members that have gone on to another version of the model."""
+    """Members that have moved to another version of the model."""
 
     members: Indexes
     previous: int
@@ -67,22 +67,22 @@ class GroupTracker:
         self.revisions = np.array(revisions or [0] * count, np.uint64)
         self.positions = np.array(positions or [0] * count, np.uint64)
         self.model_versions = np.full(count, version, np.uint64)
-        """0: the server does not say."""
+        """0 if the server does not report it."""
         self.uids = np.zeros(count, np.uint64)
         self.uids[:] = uids or 0  # a single one is that of all
         """As in `SessionTracker`, of each member."""
         self.is_pinned = is_pinned
         self.resumed = np.zeros(count, np.bool_)
-        """Which were live before this client opened them."""
+        """Which sessions were live before this client opened them."""
         self.locks = Locks(count)
         self.everyone: Indexes = np.arange(count)
         self.everyone.flags.writeable = False
         self._ids = np.array(self.ids, object)
         self._lock = threading.Lock()
-        """Held while what is pending is looked at or changed."""
+        """Guards the pending changes."""
         self._pending: dict[int, Pending] = {}
         self._pending_of = np.zeros(count, np.intp)
-        """The number of what is pending for each member; 0: nothing."""
+        """Number of the pending change of each member; 0: none."""
         self._number = 0
         self._set = SessionSet(self.ids, np.full(count, batch_size, np.intp))
         # As in `SessionTracker`, for each member.
@@ -90,7 +90,7 @@ class GroupTracker:
         self.ahead = np.zeros(count, np.bool_)
 
     def resume(self, resumed: Sequence[bool], versions: Sequence[int]) -> None:
-        """Records which sessions were there before, and the version of each; empty: none was, all have the same."""
+        """Records which sessions were resumed, and the version of each; empty: none was, and all have the same."""
         if resumed:
             self.resumed[:] = resumed
         if versions:
@@ -112,7 +112,7 @@ class GroupTracker:
         return Frame(change, ids, rows, pending.expected, pending.request_ids, named)
 
     def _request_ids(self, named: SessionSet | None, members: Indexes) -> Counts:
-        """Request ids that count up by 1: for a set of several replicas' sessions, those of each replica."""
+        """Request ids that count up by 1, for a group on several replicas within each replica."""
         request_ids = new_request_ids(len(members))
         if self._router is None or named is None or not self._router.replicas:
             return request_ids
@@ -123,7 +123,7 @@ class GroupTracker:
         return ordered
 
     def _same(self, change: Change, members: Indexes) -> Pending | None:
-        """What is pending for these members, if it is this change."""
+        """The pending change of these members, if it is this one."""
         number = int(self._pending_of[members[0]])
         pending = self._pending.get(number)
         if pending is None or not (self._pending_of[members] == number).all():
@@ -131,7 +131,7 @@ class GroupTracker:
         return pending if np.array_equal(pending.members, members) and pending.change == change else None
 
     def _put(self, pending: Pending) -> None:
-        """Remembers it in place of what was pending for any of its members, which is dropped for all of its own."""
+        """Remembers a pending change. Drops other pending changes of any of its members completely."""
         self._drop(pending.members)
         self._number += 1
         self._pending[self._number] = pending
@@ -144,18 +144,18 @@ class GroupTracker:
             del self._pending[number]
 
     def _named(self, members: Indexes) -> SessionSet | None:
-        """The set of these members, if they are all of the group."""
+        """The set of these members, if they are the whole group."""
         is_everyone = len(members) == len(self.ids) and (members == self.everyone).all()
         return self._set if is_everyone else None
 
     def reference_of(self, members: Indexes) -> str:
-        """The version of the model that some members are on (the first of them, if they differ), as requests name it."""
+        """The model version that some members use, as requests name it; that of the first member if they differ."""
         return reference(self.model, int(self.model_versions[members[0]]) if len(members) else 0)
 
     def settle(self, members: Indexes, gathered: Gathered) -> list[Move]:
-        """Records what was applied. Failed members stay pending; their errors are made ready to raise.
+        """Records which members applied a change. Failed members stay pending; their errors are made ready to raise.
 
-        Returns which members have gone on to another version of the model.
+        Returns the members that have moved to another version of the model.
         """
         applied = members[gathered.applied]
         self.revisions[applied] = gathered.revisions[gathered.applied]
@@ -169,7 +169,7 @@ class GroupTracker:
         return self._move(applied, gathered.model_versions[gathered.applied])
 
     def _move(self, members: Indexes, versions: Counts) -> list[Move]:
-        """Records which version each is on; 0: the server does not say."""
+        """Records the version of each member; 0: the server does not report it."""
         before = self.model_versions[members]
         others = (versions != before) & (versions != 0)
         if not others.any():
@@ -183,7 +183,7 @@ class GroupTracker:
         ]
 
     def refresh(self, members: Indexes, revisions: Counts, positions: Counts, versions: Counts) -> list[Move]:
-        """Updates members to what the server says, and drops changes without an answer. Returns what `settle` does."""
+        """Updates members to the server's values, and drops changes without an answer. Returns what `settle` returns."""
         self.drop(members)
         self.unknown[members] = self.ahead[members] = False
         self.revisions[members] = revisions
@@ -191,7 +191,7 @@ class GroupTracker:
         return self._move(members, versions)
 
     def pending_of(self, member: int) -> tuple[Change, int] | None:
-        """What is pending for one member alone, and its request id."""
+        """The change that is pending for one member alone, and its request id."""
         with self._lock:
             pending = self._pending.get(int(self._pending_of[member]))
         if pending is None or len(pending.members) > 1:
@@ -199,20 +199,20 @@ class GroupTracker:
         return pending.change, int(pending.request_ids[0])
 
     def put_pending_of(self, member: int, change: Change, request_id: int) -> None:
-        """Remembers what is pending for one member alone."""
+        """Remembers a change that is pending for one member alone."""
         members = np.array([member])
         request_ids = np.array([request_id], np.uint64)
         with self._lock:
             self._put(Pending(change, members, self.revisions[members], request_ids))
 
     def drop(self, members: Indexes) -> None:
-        """Forgets what is pending for members."""
+        """Forgets the pending changes of members."""
         with self._lock:
             self._drop(members)
 
 
 class MemberTracker(SessionTracker):
-    """Tracks one member of a group: what changes is in the group's columns."""
+    """Tracks one member of a group, in the group's columns."""
 
     __slots__ = ("_group", "_member")
 
@@ -302,7 +302,7 @@ class MemberTracker(SessionTracker):
 
 
 def as_index(members: Indexes) -> Some:
-    """Members as an index that is cheaper where they follow one another."""
+    """Members as a slice, which is cheaper, if they are consecutive."""
     if len(members) and members[-1] - members[0] == len(members) - 1 and (np.diff(members) == 1).all():
         return slice(int(members[0]), int(members[-1]) + 1)
     return members

@@ -1,6 +1,6 @@
 """A change of many sessions: one frame, or one for each replica that has some of them, all at the same time.
 
-The members of a replica that fails go to the next replica in the order of each; the others take no notice.
+The members of a failed replica go to the next replica in each member's order. The other members are not affected.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class Lane:
         """Its members, as indexes of the whole frame."""
         self.on_part = on_part
         self.attempts = attempts
-        """Those before this one."""
+        """The earlier attempts."""
         self.tried = tried
-        """Replicas that were asked before."""
+        """The replicas that were asked before."""
         self.forget: Callable[[], None] | None = None
         """Unregisters it at its link; None: it is not sent yet."""
         self.is_over = False
         self.error: StepwellError | None = None
-        """How it failed, if it is over and did."""
+        """Why it failed, if it did."""
 
     def take(self, answer: Answer) -> None:
         """Handles a part of the reply, or the error that ended it."""
@@ -90,17 +90,17 @@ class Lane:
             self.is_over = True
 
     def fail(self, error: StepwellError) -> None:
-        """It is over."""
+        """Ends it with an error."""
         if not self.is_over:
             self.error, self.is_over = error, True
 
     def answered(self, router: Router) -> None:
-        """The replica has answered."""
+        """Records that the replica has answered."""
         if self._was_down and self.to is not None:
             router.up(self.to)
 
     def tried_after(self, error: StepwellError, router: Router) -> tuple[Replica, ...]:
-        """The replicas that its members are not sent to next: this one too if it failed because of the replica."""
+        """The replicas to skip next: includes this one if the attempt failed because of it."""
         if self.to is None or not router.failed(self.to, self._generation, error):
             return self.tried
         return (*self.tried, self.to)
@@ -115,17 +115,17 @@ class Exchange:
     lanes: list[Lane] = dataclasses.field(default_factory=list)
     wait_s: float = 0.0
     inbox: Any = None
-    """What has come and is not handled yet: pairs of a lane and an answer. Made by whoever sends."""
+    """Pairs of a lane and an answer that are not handled yet. The sender creates it."""
 
     @property
     def has_news(self) -> bool:
-        """Whether one is over."""
+        """Whether a lane is over."""
         return True in [lane.is_over for lane in self.lanes]
 
     def post(
         self, link_to: Callable[[Endpoint | None], Link], put: Callable[[tuple[Lane, Answer]], None]
     ) -> None:
-        """Sends the lanes that are not sent yet; `put` gets each lane's answers."""
+        """Sends the lanes that are not sent yet; `put` receives each lane's answers."""
         for lane in self.lanes:
             if lane.forget is None and not lane.is_over:
                 make = lane.frame.maker(self.deadline, self.max_message_bytes)
@@ -140,11 +140,11 @@ def _put(put: Callable[[tuple[Lane, Answer]], None], lane: Lane, answer: Answer)
 
 
 Ask: TypeAlias = Call | Step | Pause | Exchange | Notify | Lookup
-"""What the flows of a client ask for."""
+"""The asks of a client's flows."""
 
 
 class _Rest:
-    """Members that are not settled, and what was tried for them."""
+    """Members without a final answer, and their attempts so far."""
 
     __slots__ = ("attempts", "due_s", "members", "tried")
 
@@ -155,7 +155,7 @@ class _Rest:
         self.attempts = attempts
         self.tried = tried
         self.due_s = due_s
-        """When they are to be sent, in seconds since the change began."""
+        """When to send them, in seconds since the change began."""
 
 
 class FrameExchange:
@@ -178,7 +178,7 @@ class FrameExchange:
         self._ask = Exchange(deadline, max_message_bytes)
 
     def run(self) -> Flow[None]:
-        """The flow; `on_part` gets each part at once."""
+        """The flow; `on_part` receives each part as it arrives."""
         router, ask = self._router, self._ask
         if router is not None and not router.replicas:
             yield from self._ready(router)
@@ -219,7 +219,7 @@ class FrameExchange:
                 attempts.require_time()
 
     def _send(self, rest: _Rest) -> None:
-        """Makes the lanes of some members, one for each replica that has some of them, if there is time for it."""
+        """Creates the lanes of some members, one for each of their replicas, if there is time."""
         try:
             rest.attempts.require_time()
         except StepwellError as final:
@@ -234,7 +234,7 @@ class FrameExchange:
             self._ask.lanes.append(Lane(to, part, members, on_part, attempts, rest.tried))
 
     def _divided(self, rest: _Rest) -> list[tuple[Replica | None, Indexes, SessionSet | None]]:
-        """Some members by replica, with the set of these."""
+        """Some members by replica, with their set."""
         frame, router, members = self._frame, self._router, rest.members
         if router is None:
             return [(None, members, None)]
@@ -269,7 +269,7 @@ class FrameExchange:
                 yield from self._again(lane, lane.members[places], error)
 
     def _again(self, lane: Lane, members: Indexes, error: StepwellError) -> Flow[None]:
-        """Some members have failed: they are tried again, elsewhere or later, or have failed for good."""
+        """Retries failed members, elsewhere or later, or fails them for good."""
         if not len(members):
             return
         router, tried, elsewhere = self._router, lane.tried, False
@@ -333,7 +333,7 @@ def keys_in(sessions: SessionSet) -> Keys:
 def divide(
     router: Router, named: SessionSet | None, keys: Keys
 ) -> list[tuple[Replica, Indexes, SessionSet | None]]:
-    """All members by replica; those of a set are sets of their own, the same ones each time."""
+    """All members by replica; members of a set form the same sets each time."""
     if named is None:
         return [(to, own, None) for to, own in router.split(keys)]
     router.look()

@@ -1,7 +1,7 @@
 """Locks of sessions: at most one change of each member of a group at a time, whichever handle makes it. No I/O.
 
-A group, its sub-groups and the handles of its members share the locks of the members; a session alone is a group of one.
-A change that concerns several members waits until it holds the locks of all of them; changes of different members do not
+A group, its sub-groups and the handles of its members share the locks of the members; a single session is a group of
+one. A change of several members waits until it holds the locks of all of them. Changes of different members do not
 wait for each other.
 """
 
@@ -37,19 +37,22 @@ class Holder(abc.ABC):
 class Locks:
     """The locks of `count` members, first come, first served. Thread-safe.
 
-    An interrupt (Ctrl-C) may arrive at any call. So the state of a holder changes without a call in between, and `release`
-    may be called for any holder, once more too.
+    An interrupt (Ctrl-C) may arrive at any call. So the state of a holder changes without a call in between, and
+    `release` may be called for any holder, also repeatedly.
     """
 
     def __init__(self, count: int) -> None:
         self._held = np.zeros(count, np.bool_)
         self._holders = 0
-        """How many hold locks."""
+        """Number of holders."""
         self._queue: list[Holder] = []
         self._lock = threading.Lock()
 
     def acquire(self, holder: Holder) -> bool:
-        """Acquires the locks of the holder's members. False if it must wait: `wake` is called when it holds them."""
+        """Acquires the locks of the holder's members.
+
+        Returns False if it must wait: `wake` is called when it holds them.
+        """
         with self._lock:
             if not self._queue and (not self._holders or not self._held[holder.members].any()):
                 self._held[holder.members] = holder.is_holding = True
@@ -60,7 +63,7 @@ class Locks:
             return holder.is_holding
 
     def release(self, holder: Holder) -> None:
-        """Releases the locks, or ends the wait for them; does nothing if neither is so."""
+        """Releases the locks, or ends the wait for them. Does nothing if the holder does neither."""
         with self._lock:
             if holder.is_holding:
                 self._held[holder.members] = holder.is_holding = False
@@ -71,7 +74,7 @@ class Locks:
                 self._admit()
 
     def _admit(self) -> None:
-        """Gives locks to those that need not wait any more, and wakes them."""
+        """Gives locks to waiting holders whose members are free, and wakes them."""
         left = []
         blocked = self._held.copy()
         for holder in self._queue:
@@ -124,6 +127,6 @@ class TaskHolder(Holder):
             self._woken.set_result(None)
 
     async def wait(self) -> None:
-        """Waits for the locks. Called in the same moment in which `acquire` did not give them."""
+        """Waits for the locks. Call it immediately after `acquire` returned False, without awaiting in between."""
         self._woken = asyncio.get_running_loop().create_future()
         await self._woken

@@ -1,4 +1,4 @@
-"""Event hooks without I/O: a flow that asks for the calls of hooks between the asks of another flow."""
+"""Event hooks without I/O: a flow that inserts the calls of hooks between the asks of another flow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def notify(ask: Notify) -> None:
 
 
 async def notify_async(ask: Notify) -> None:
-    """Calls the hooks of an event, and awaits those that want it."""
+    """Calls the hooks of an event, and awaits coroutines."""
     for hook in ask.hooks:
         result = hook(ask.event)
         if inspect.isawaitable(result):
@@ -32,7 +32,7 @@ async def notify_async(ask: Notify) -> None:
 
 
 class Observer:
-    """Makes the events of a client's calls."""
+    """Creates the events of a client's calls."""
 
     def __init__(self, hooks: EventHooks, address: str, clock: Clock) -> None:
         self.requests = hooks.get("request", ())
@@ -44,8 +44,8 @@ class Observer:
     def observed(self, flow: Flow[T]) -> Flow[T]:
         """The same flow, with `Notify` between its asks.
 
-        What a hook raises, if it is an error of ours, is thrown in here, at a `Notify`, and not into the flow, which
-        would take it for the answer to an attempt.
+        If a hook raises an error of the SDK, it is thrown in here, at a `Notify`, and not into the flow, which would
+        take it for the answer to an attempt.
         """
         attempt, request = 1, None
         lanes = _Lanes(self)
@@ -82,7 +82,7 @@ class Observer:
             flow.close()
 
     def address_of(self, endpoint: Endpoint | None) -> str:
-        """Where an attempt goes."""
+        """Address of the target of an attempt."""
         return self.address if endpoint is None else endpoint.address
 
 
@@ -93,10 +93,10 @@ class _Lanes:
         self._observer = observer
         self._began: dict[Lane, tuple[RequestEvent, float]] = {}
         self.requests: dict[Hashable, RequestEvent] = {}
-        """The last one to each."""
+        """The last request to each."""
 
     def begin(self, ask: Exchange) -> Flow[None]:
-        """Some are about to be sent."""
+        """Reports lanes that are about to be sent."""
         for lane in ask.lanes:
             if lane not in self._began:
                 address, attempt = self._observer.address_of(lane.to), lane.attempts.made + 1
@@ -106,7 +106,7 @@ class _Lanes:
                 yield from _notify(self._observer.requests, event)
 
     def ended(self) -> Flow[None]:
-        """Some may be over."""
+        """Reports lanes that are over."""
         for lane in [each for each in self._began if each.is_over]:
             event, began_s = self._began.pop(lane)
             elapsed_s = self._observer.clock() - began_s
@@ -114,7 +114,7 @@ class _Lanes:
 
 
 def _answer(ask: Ask) -> Generator[Ask, Any, tuple[Any, StepwellError | None]]:
-    """Passes an ask on; its answer, or how it failed."""
+    """Passes on an ask; returns its answer, or its error."""
     try:
         return (yield ask), None
     except StepwellError as error:

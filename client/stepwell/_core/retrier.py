@@ -1,4 +1,4 @@
-"""Single attempts turned into flows that retry, on the replica that routing chooses for each attempt."""
+"""Turns single attempts into flows that retry, on the replica that routing chooses for each attempt."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from stepwell.errors import StepwellError
 
 
 class Retrier:
-    """Makes the flows of a client's calls.
+    """Creates the flows of a client's calls.
 
-    A `Step` as an ask means one attempt of it, in a frame with others or as a unary call; the answer is a
-    `Stepped`.
+    A `Step` as an ask means one attempt of it, in a frame with others or as a unary call; the answer is a `Stepped`.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class Retrier:
         router: Router | None = None,
     ) -> None:
         self.router = router
-        """Chooses the replica of each attempt; None: there is one server."""
+        """Chooses the replica of each attempt; None if there is one server."""
         self._renews_tokens = renews_tokens
         self._policy = policy
         self._max_message_bytes = max_message_bytes
@@ -55,8 +54,8 @@ class Retrier:
             rpc: Name of the method.
             request: The same in every attempt.
             deadline: Covers all attempts.
-            changes: The call changes something, so an error must say whether it was applied.
-            to: The replica to ask, and no other; None: the one that the request's session has.
+            changes: The call changes something, so an error must tell whether it was applied.
+            to: The only replica to ask; None: the replica of the request's session.
         """
         check_size(rpc, request, self._max_message_bytes)
 
@@ -79,7 +78,7 @@ class Retrier:
     ) -> Flow[None]:
         """Makes a call whose responses stream; `on_reply` is called with each.
 
-        It changes something, and is not tried again once the server may have received it.
+        The call changes something, so it is not retried once the server may have received it.
         """
         check_size(rpc, request, self._max_message_bytes)
 
@@ -144,7 +143,7 @@ class Retrier:
         *,
         once: bool = False,
     ) -> Flow[Any]:
-        """The answer of an attempt. `once`: one of unknown outcome is the last."""
+        """The answer to an attempt. `once`: do not retry an attempt of unknown outcome."""
         while True:
             try:
                 to = None if route is None else (yield from route.next())
@@ -163,10 +162,10 @@ class Retrier:
 
 
 def _pause(attempts: Attempts, route: Route | None, error: StepwellError) -> Flow[Pause]:
-    """What comes between a failed attempt and the next.
+    """The pause between a failed attempt and the next.
 
     Raises:
-        StepwellError: There is no other; with the outcome of all attempts taken together.
+        StepwellError: There is no next attempt; the error has the combined outcome of all attempts.
     """
     elsewhere = False if route is None else (yield from route.failed(error))
     return Pause(attempts.failed(error, elsewhere=elsewhere), attempts.made, error)

@@ -1,7 +1,7 @@
-"""Spans of a client's operations by OpenTelemetry, without I/O: a flow around another, as event hooks are.
+"""OpenTelemetry spans of a client's operations, without I/O: a flow around another one, like event hooks.
 
-An operation has one span of kind client, whose parent is the caller's current span; its attempts are events of the span.
-What a call says of it travels in its metadata; what a frame of steps says, in the frame.
+An operation has one span of kind client, whose parent is the caller's current span; its attempts are events of the
+span. The span's context travels in a call's metadata, or in a frame of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Tracing:
-    """Makes the spans of a client.
+    """Creates the spans of a client.
 
     Raises:
         InvalidInputError: opentelemetry-api is not installed.
@@ -45,7 +45,7 @@ class Tracing:
         self._address = address
 
     def traced(self, flow: Flow[T]) -> Flow[T]:
-        """The same flow, whose asks say of which span they are."""
+        """The same flow, whose asks carry the context of its span."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         span: Span | None = None
@@ -105,7 +105,7 @@ class Tracing:
 
 
 def _name(ask: Ask) -> str:
-    """The method that an ask is for, or would be if steps never shared a message."""
+    """The method of an ask, as if steps never shared a message."""
     if isinstance(ask, Call):
         return f"stepwell.v1.{service_of(ask.rpc)}/{ask.rpc}"
     return "stepwell.v1.SessionService/" + ("StepStream" if isinstance(ask, Exchange) else "Step")
@@ -118,7 +118,7 @@ def _note(span: Span | None, error: StepwellError | None) -> None:
 
 
 def _said(span: Span) -> Pairs:
-    """What a message says of a span: `traceparent` and what else the propagators of this process send."""
+    """The context of a span: `traceparent`, and the other headers of this process's propagators."""
     from opentelemetry import propagate, trace
 
     carrier: dict[str, str] = {}

@@ -1,9 +1,9 @@
-"""Tracks sessions on this side: the revision, and the change that has no answer yet.
+"""Tracks sessions on the client: the revision, and the change that has no answer yet.
 
-The rule after a change that failed: the same call with the same arguments is the same change (same request id,
-same expected revision). The server applies it once, whether or not the first attempt was applied. A call with
-other arguments is a new change at the same expected revision. If the first change was applied after all, the
-server refuses the new one with a revision conflict.
+The rule after a failed change: the same call with the same arguments is the same change, with the same request id and
+expected revision. The server applies it once, whether or not it applied the first attempt. A call with other
+arguments is a new change at the same expected revision. If the server did apply the first change, it rejects the new
+one with a revision conflict.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SessionTracker:
     def __init__(self, session: sessions_pb2.Session, *, resumed: bool = False) -> None:
         self.session_id = session.session_id
         self.uid = session.uid
-        """Tells the session from others that get its id later; 0: the server does not say."""
+        """Distinguishes the session from others that get its id later; 0 if the server does not report it."""
         self.model = session.model
         self.fingerprint = session.model_fingerprint
         self.batch_size = session.batch_size
@@ -64,9 +64,9 @@ class SessionTracker:
         self.resumed = resumed
         self._pending: tuple[Change, int] | None = None
         self._unknown = False
-        """The outcome of the last change is unknown."""
+        """Whether the outcome of the last change is unknown."""
         self._ahead = False
-        """So was that of an earlier one: the server may be one revision ahead because of it."""
+        """Whether the outcome of an earlier change is unknown, so that the server may be one revision ahead."""
 
     def begin(self, change: Change) -> int:
         """Begins a change; returns the request id to send it with."""
@@ -77,24 +77,24 @@ class SessionTracker:
         return self._pending[1]
 
     def step(self, change: Change, deadline: Deadline) -> Step:
-        """Begins a step; returns it as it is to be sent."""
+        """Begins a step; returns it ready to be sent."""
         rows = len(change.rows) or self.batch_size
         return Step(self.model, self.session_id, change, rows, self.revision, self.begin(change), deadline)
 
     def failed(self, error: StepwellError) -> StepwellError:
-        """The change has failed. Returns the error to raise. Not called for a cancelled change."""
+        """Records that the change has failed. Returns the error to raise. Not called for a cancelled change."""
         self._unknown = is_unknown(error)
         return explained(error, ahead=self._ahead)
 
     @property
     def reference(self) -> str:
-        """The version of the model that the session is on, as requests name it."""
+        """The model version that the session uses, as requests name it."""
         return reference(self.model, self.model_version)
 
     def applied(self, revision: int, position: int, version: int = 0) -> int:
-        """The change was applied, on this version of the model; 0: the server does not say on which.
+        """Records that the change was applied by this version of the model; 0: the server does not report it.
 
-        Returns the version that the session was on before if that was another one, else 0.
+        Returns the previous version of the session if it was another one, otherwise 0.
         """
         self._pending = None
         self._unknown = self._ahead = False
@@ -108,7 +108,7 @@ class SessionTracker:
         return previous
 
     def refresh(self, session: sessions_pb2.Session) -> int:
-        """Updates to what the server says, and drops a change without an answer. Returns what `applied` does."""
+        """Updates to the server's values, and drops a change without an answer. Returns what `applied` returns."""
         previous = self.applied(session.revision, session.position, session.model_version)
         self.uid = session.uid
         self.fingerprint = session.model_fingerprint
@@ -117,7 +117,7 @@ class SessionTracker:
 
 
 def is_unknown(error: StepwellError) -> bool:
-    """Whether a change that ended with this error may have been applied all the same."""
+    """Whether a change that ended with this error may have been applied."""
     return getattr(error, "outcome", "not_applied") == "unknown"
 
 

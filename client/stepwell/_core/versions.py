@@ -1,4 +1,4 @@
-"""Versions of models on this side: how they are named, and who has gone on to another one."""
+"""Versions of models on the client: their names, and sessions that move to another version."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def name_of(reference: str) -> str:
 
 
 def is_pinned(reference: str) -> bool:
-    """Whether a session that is opened so stays on its version, wherever the default goes."""
+    """Whether a session that is opened by this reference stays on its version when the default moves."""
     return _MARK.search(reference) is not None
 
 
 def reference(name: str, version: int) -> str:
-    """One version of a model; the default one where the server is too old to say which it is."""
+    """Refers to one version of a model, or to the default one if the server is too old to report versions."""
     return f"{name}@{version}" if version else name
 
 
 class VersionWatch:
-    """Tells of sessions that go on with another version of their model."""
+    """Reports sessions that move to another version of their model."""
 
     def __init__(self, hooks: EventHooks | None, address: str) -> None:
         self._hooks = (hooks or {}).get("model_version", ())
         self._address = address
 
     def moved(self, model: str, session_ids: Sequence[str], previous: int, version: int) -> Flow[None]:
-        """Some sessions have gone on from one version to another."""
+        """Reports that sessions have moved from one version to another."""
         LOG.info(
             "%d sessions of the model %r at %s moved from version %d to version %d",
             len(session_ids), model, self._address, previous, version,

@@ -1,4 +1,4 @@
-"""Looks names up, for clients that take each address of a name for a replica."""
+"""Looks up names, for clients that treat each address of a name as a replica."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell._transport.connecting import ConnectError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lookup:
-    """Look a name up; the answer is the list of its addresses, HOST:PORT each."""
+    """Look up a name; the answer is the list of its addresses, HOST:PORT each."""
 
     host: str
     port: int
@@ -26,7 +26,7 @@ def look_up(ask: Lookup, limit_s: float) -> list[str]:
     """The addresses of a name, each once.
 
     Raises:
-        ConnectError: There is none, or nobody said so in time.
+        ConnectError: There is none, or no answer came in time.
     """
     answers: queue.SimpleQueue[list[str] | OSError] = queue.SimpleQueue()
 

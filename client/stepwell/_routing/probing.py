@@ -1,6 +1,6 @@
-"""Looks at replicas that are down, and looks names up again, concurrently with the calls of a client: see `Router.due`.
+"""Checks replicas that are down, and looks up names again, while the client's calls continue: see `Router.due`.
 
-A sync client has a thread for it, an async one a task; either is there only while there is something to look at.
+A sync client has a thread for it, an async one a task; both exist only while there is something to do.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _probers: weakref.WeakSet[Prober] = weakref.WeakSet()
 
 
 class Prober:
-    """Of a sync client. Thread-safe.
+    """Checks the replicas of a sync client. Thread-safe.
 
-    Each check has a thread of its own for as long as it takes: what hangs must not hold up the others.
+    Each check has a thread of its own, so that one that hangs does not delay the others.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Prober:
         self._router = router
         self._check = check
         self.drop = drop
-        """An endpoint is not a replica any more."""
+        """Closes the connections to an endpoint that is no longer a replica."""
         self._timeout_s = max(PROBE_TIMEOUT_S, min(connect_timeout_s, 20.0))
         self._woken = threading.Event()
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ class Prober:
         _probers.add(self)
 
     def wake(self) -> None:
-        """There is something to look at."""
+        """There is something to do."""
         self._woken.set()
         with self._lock:
             if self._thread is None and not self._is_closed:
@@ -61,7 +61,11 @@ class Prober:
                 self._thread.start()
 
     def look(self) -> float | None:
-        """Begins what is due; seconds until more is, None if nothing will be. Called by the thread."""
+        """Starts what is due. Called by the thread.
+
+        Returns:
+            Seconds until the next is due; None if nothing is scheduled.
+        """
         self._woken.clear()
         replicas, names = self._router.due()
         for replica in replicas:
@@ -97,7 +101,7 @@ class Prober:
             self._router.found(name, addresses)
 
     def close(self) -> None:
-        """Ends the thread; what is under way ends with the connections."""
+        """Ends the thread; running checks end with the connections."""
         with self._lock:
             self._is_closed = True
             thread = self._thread
@@ -131,7 +135,7 @@ def _look(prober: weakref.ref[Prober]) -> float | None:
 
 
 class AsyncProber:
-    """Of an async client. Belongs to one event loop."""
+    """Checks the replicas of an async client. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -149,7 +153,7 @@ class AsyncProber:
         self._is_closed = False
 
     def wake(self) -> None:
-        """There is something to look at."""
+        """There is something to do."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -187,11 +191,11 @@ class AsyncProber:
             self._router.found(name, addresses)
 
     def drop(self, replica: Replica) -> None:
-        """A replica is gone for good: its connection is closed."""
+        """Closes the connection to an address that is no longer a replica."""
         self._begin(self._drop_one(replica))
 
     async def close(self) -> None:
-        """Ends what is under way."""
+        """Ends running checks."""
         self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()

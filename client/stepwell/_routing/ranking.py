@@ -1,17 +1,17 @@
-"""Which replica a session belongs to: rendezvous hashing (highest random weight), the same in every client. No I/O.
+"""Assigns sessions to replicas by rendezvous hashing (highest random weight), the same in every client. No I/O.
 
-Source: D. G. Thaler and C. V. Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", IEEE/ACM Transactions on
-Networking 6(1), 1998.
+Source: D. G. Thaler and C. V. Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", IEEE/ACM Transactions
+on Networking 6(1), 1998.
 
-The form, which does not change between releases, so that all clients send a session to the same replica:
+The algorithm does not change between releases, so that all clients send a session to the same replica:
 
 - the key of a session is BLAKE2b of its id in UTF-8, with a digest of 8 bytes, read as a little-endian number;
-- the seed of a replica is the same of its address, HOST:PORT in lower case or unix:PATH;
+- the seed of a replica is the same hash of its address, HOST:PORT in lower case or unix:PATH;
 - the weight of a replica for a session is `mix(key ^ seed)`, where `mix` is the finalizer of SplitMix64;
-- the replicas are asked in the order of their weights, the greatest first.
+- a session prefers the replicas in the order of their weights, greatest first.
 
-So a replica that leaves moves only its own sessions, each to the next replica in that session's order, and one that
-comes back gets these and no others.
+So a replica that leaves moves only its own sessions, each to the next replica in that session's order. A replica that
+comes back gets these sessions and no others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def key_of(text: str) -> int:
-    """The 64 bits that stand for a session's id, or for a replica's address."""
+    """The 64-bit hash of a session's id, or of a replica's address."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -59,9 +59,9 @@ def weights(keys: Keys, seed: int) -> Keys:
 
 
 def key_of_request(request: object, home: int) -> int:
-    """The key of what a request is about: its session, the first of its sessions, or none.
+    """The key of a request's session, of the first of its sessions, or `home` if it has none.
 
-    One that opens sessions without naming them has a key of its own each time.
+    A request that opens sessions without naming them has a new random key each time.
     """
     session_id: str = getattr(request, "session_id", "")
     if session_id:

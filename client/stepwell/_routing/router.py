@@ -1,13 +1,12 @@
-"""Where the calls of a client of several replicas go, which replicas are there, and when to look again. No I/O.
+"""Chooses the replicas of calls, knows which replicas there are, and schedules checks. No I/O.
 
-A replica is *down* when a connection to it failed or its health check said so; its sessions then go to the next replica
-in their order (`_routing.ranking`). Whoever finds that an attempt failed because of a replica asks the next one at once; what
-is not so clear (a broken stream, "unavailable") makes the replica *suspect*, which has its health checked. Checks of
-what is down are made again and again, with a growing delay and jitter. What is there again gets its sessions back in
-parts: see `RETURN_S`.
+A replica is *down* if a connection to it failed or its health check reported so. Its sessions then go to the next
+replica in their order (`_routing.ranking`). If an attempt clearly failed because of a replica, the call goes to the
+next one immediately. An unclear failure (a broken stream, "unavailable") makes the replica *suspect*, and its health
+is checked. Replicas that are down are checked repeatedly, with a growing delay and jitter. A replica that is up again
+gets its sessions back in parts: see `RETURN_S`.
 
-The replicas share their store, so what is said here is about speed alone: whichever replica gets a change, it is
-applied once.
+The replicas share their store, so routing is only about speed: whichever replica gets a change, it is applied once.
 """
 
 from __future__ import annotations
@@ -55,18 +54,18 @@ Indexes = npt.NDArray[np.intp]
 
 
 def are_several(targets: Sequence[str]) -> bool:
-    """Whether a client of these addresses has a choice: there are several, or a name that may have several."""
+    """Whether a client of these addresses has a choice: several addresses, or a name that may have several."""
     return len(targets) > 1 or addresses.is_name(targets[0])
 
 
 class Watcher(Protocol):
-    """What looks after the replicas of a router."""
+    """Looks after the replicas of a router."""
 
     def wake(self) -> None:
         """Something may be due: see `Router.due`."""
 
     def drop(self, replica: Replica, /) -> None:
-        """A replica is not one any more."""
+        """Closes the connections to an address that is no longer a replica."""
 
 
 class Name:
@@ -95,13 +94,13 @@ class Router:
         hooks: EventHooks | None = None,
         draw: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        """Of a client.
+        """The router of a client.
 
         Args:
             targets: Addresses as gRPC takes them, and names with dns:///.
             clock: Monotonic, in seconds.
-            watch: Makes what looks after the replicas; None: nothing does.
-            hooks: Those of the client.
+            watch: Creates the watcher of the replicas; None: there is none.
+            hooks: The client's event hooks.
             draw: Draws from an interval.
         """
         self._clock = clock
@@ -116,23 +115,23 @@ class Router:
         self._lookup_s = -math.inf if self._names else math.inf
         self._gone: list[Replica] = []
         self.home = random.getrandbits(64)
-        """The key of calls that are about no session: another one for each client, so that they share the replicas."""
+        """The key of calls without a session, different in each client, so that clients spread over the replicas."""
         self.epoch = 0
         """Changes whenever sessions may have another replica than before."""
         self._watcher = None if watch is None else watch(self)
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
-        """Those that are known now."""
+        """The known replicas."""
         return self._replicas
 
     # Choosing.
 
     def ready(self) -> Flow[None]:
-        """Looks names up if no replica is known yet.
+        """Looks up names if no replica is known yet.
 
         Raises:
-            ConnectError: None is known, as no name could be looked up.
+            ConnectError: No name could be looked up.
         """
         if self._replicas:
             return
@@ -149,7 +148,7 @@ class Router:
             raise last
 
     def choose(self, key: int, tried: Collection[Replica] = ()) -> Replica:
-        """The replica for a call: the first in the order of its key, but for those that were tried."""
+        """The replica for a call: the first in the order of its key that was not tried."""
         self.look()
         best, most = None, -1
         for replica in self._replicas:
@@ -162,7 +161,7 @@ class Router:
         return best or self.choose(key)
 
     def choose_all(self, keys: Keys, tried: Collection[Replica] = ()) -> tuple[tuple[Replica, ...], Indexes]:
-        """The same for many: the replicas, and which of them is each one's, (n,)."""
+        """The same for many keys: the replicas, and the index of each key's replica, (n,)."""
         self.look()
         replicas = tuple([each for each in self._replicas if each not in tried]) or self._replicas
         table = np.empty((len(replicas), len(keys)), np.uint64)
@@ -173,7 +172,7 @@ class Router:
         return replicas, np.argmax(table, axis=0)
 
     def split(self, keys: Keys, tried: Collection[Replica] = ()) -> list[tuple[Replica, Indexes]]:
-        """The same by replica: each that has some of them, and their places among the keys."""
+        """The same by replica: each replica of some keys, and the indexes of its keys."""
         replicas, of = self.choose_all(keys, tried)
         return [(to, own) for i, to in enumerate(replicas) if len(own := np.flatnonzero(of == i))]
 
@@ -183,7 +182,7 @@ class Router:
         return _UP if part < replica.parts else _RETURNING
 
     def look(self) -> None:
-        """Looks whether the time has brought something to do."""
+        """Does what has become due."""
         if not self._returning and self._lookup_s == math.inf:
             return
         now_s = self._clock()
@@ -197,7 +196,7 @@ class Router:
             self._watcher.wake()
 
     def _give_back(self, now_s: float) -> None:
-        """Replicas that are there again get more of their sessions."""
+        """Gives returning replicas more of their sessions."""
         with self._lock:
             self._returning = False
             for replica in self._replicas:
@@ -209,13 +208,13 @@ class Router:
                     self._returning |= parts < _PARTS
 
     def is_another_up(self, tried: Collection[Replica]) -> bool:
-        """Whether there is a replica that may be asked at once."""
+        """Whether another replica is up."""
         return any(not each.is_down and each not in tried for each in self._replicas)
 
     # What attempts and checks have found.
 
     def failed(self, replica: Replica, generation: int, error: StepwellError) -> bool:
-        """An attempt has failed; whether because of the replica, so that another one is to be asked."""
+        """An attempt has failed. Returns whether because of the replica, so that the call should go to another one."""
         if isinstance(error, RepliesTooLargeError):
             return False
         if isinstance(error, ConnectError) or (_HUNG in error.message and not error.reason):
@@ -252,7 +251,7 @@ class Router:
         self._wake()
 
     def up(self, replica: Replica) -> None:
-        """It is there."""
+        """Records that a replica is up."""
         with self._lock:
             if not replica.is_down:
                 return
@@ -276,7 +275,7 @@ class Router:
             self._events.append(ReplicaEvent(replica.address, not replica.is_down, replica.error))
 
     def notifications(self) -> Flow[None]:
-        """Calls the hooks of events since the last time."""
+        """Calls the hooks of new events."""
         while self._events:
             try:
                 event = self._events.popleft()
@@ -285,7 +284,7 @@ class Router:
             yield Notify(self._hooks, event)
 
     def reasons(self) -> str:
-        """Why replicas are down, each with its address; empty unless there are several."""
+        """Why replicas are down, each with its address; empty unless several are."""
         down = [(each.address, each.error.message) for each in self._replicas if each.error is not None]
         if len(down) < 2:
             return ""
@@ -294,7 +293,7 @@ class Router:
     # What is to be looked at.
 
     def due(self) -> tuple[list[Replica], list[Name]]:
-        """Replicas to check and names to look up now; `checked` and `found` or `not_found` say what came of it."""
+        """Replicas to check and names to look up now; report the results to `checked`, `found` or `not_found`."""
         now_s = self._clock()
         with self._lock:
             replicas = [each for each in self._replicas if each.due_s <= now_s and not each.is_checked]
@@ -307,7 +306,7 @@ class Router:
             return replicas, names
 
     def wait_s(self) -> float:
-        """Seconds until something is due; infinity if nothing will be before something happens."""
+        """Seconds until something is due; infinity if nothing is scheduled."""
         now_s = self._clock()
         with self._lock:
             dues = [each.due_s for each in self._replicas if not each.is_checked]
@@ -316,7 +315,7 @@ class Router:
         return max(0.0, min(dues, default=math.inf) - now_s)
 
     def checked(self, replica: Replica, error: StepwellError | None) -> None:
-        """A replica was checked; the error says why it cannot be asked."""
+        """Records the result of a check; the error tells why the replica is down."""
         with self._lock:
             replica.is_checked = False
             replica.checked_s = self._clock()
@@ -336,7 +335,7 @@ class Router:
         return self._draw(longest / 2, longest)
 
     def found(self, name: Name, addresses: Iterable[str]) -> None:
-        """A name was looked up."""
+        """Records the addresses of a name."""
         with self._lock:
             self._looked_up(name)
             name.found = tuple(addresses)
@@ -348,7 +347,7 @@ class Router:
                 self._watcher.drop(replica)
 
     def not_found(self, name: Name) -> None:
-        """It could not be: what was known of it stays."""
+        """Records a failed lookup: the known addresses stay."""
         with self._lock:
             self._looked_up(name)
 
@@ -364,7 +363,7 @@ class Router:
         self._lookup_s = min([each.due_s for each in self._names if not each.is_asked], default=math.inf)
 
     def _set(self) -> None:
-        """The replicas are those that were given and those that were found."""
+        """Makes the replicas those that were given and those that were found."""
         known = {each.address: each for each in self._replicas}
         wanted = {each.address: each for each in self._fixed}
         for name in self._names:
@@ -383,12 +382,12 @@ class Router:
 
 
 class Route:
-    """Where the attempts of one call go."""
+    """The targets of the attempts of one call."""
 
     __slots__ = ("_generation", "_key", "_only", "_router", "_tried", "_was_down", "to")
 
     def __init__(self, router: Router, key: int, only: Endpoint | None = None) -> None:
-        """The route of the call with this key; `only`: the replica to ask, and no other."""
+        """The route of the call with this key; `only`: the only replica to ask."""
         self._router = router
         self._key = key
         self._only = only
@@ -396,13 +395,13 @@ class Route:
         self._was_down = False
         self._generation = 0
         self.to: Replica | None = None
-        """Where the last attempt went."""
+        """Target of the last attempt."""
 
     def next(self) -> Flow[Replica]:
         """The replica for the next attempt.
 
         Raises:
-            ConnectError: None is known.
+            ConnectError: No replica is known.
         """
         router = self._router
         if not router.replicas:
@@ -418,15 +417,15 @@ class Route:
         return to
 
     def answered(self) -> None:
-        """The attempt was answered."""
+        """Records that the attempt was answered."""
         if self._was_down and self.to is not None:
             self._router.up(self.to)
 
     def failed(self, error: StepwellError) -> Flow[bool]:
-        """It has failed; whether another replica is to be asked at once.
+        """Records that the attempt has failed. Returns whether to ask another replica immediately.
 
         Raises:
-            ConnectError: The only one to ask cannot be reached; nobody waits for it.
+            ConnectError: The only replica to ask cannot be reached; the call does not wait for it.
         """
         if self.to is None or not self._router.failed(self.to, self._generation, error):
             return False

@@ -1,7 +1,7 @@
 """Checks and packs the arguments of callers.
 
-The server checks them too. Checking here raises earlier, and refuses what cannot be sent at all. Parameters are
-typed `object` where the type is what is checked.
+The server checks them too. Checking here raises earlier, and rejects values that cannot be sent at all. Parameters
+are typed `object` if their type is checked.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def pack_inputs(inputs: Inputs, rows: int | None = None, count: str = "batch_siz
 
     Args:
         inputs: One array, or arrays by name.
-        rows: How many rows each must have; None for any.
-        count: What the caller calls that number.
+        rows: Number of rows that each must have; None for any.
+        count: The caller's name of that number.
     """
     if not isinstance(inputs, Mapping):
         return (_with_rows(pack("", "the input", inputs), "the input", rows, count),)
@@ -54,7 +54,7 @@ def _check_input_name(name: object) -> None:
 
 
 def _with_rows(tensor: Packed, what: str, rows: int | None, count: str = "batch_size") -> Packed:
-    """Checks the first axis of an input; the server, which knows the others, says it in the same words."""
+    """Checks the first axis of an input. The server, which knows the others, uses the same words."""
     if rows is not None and tensor.shape[0] != rows:
         many = "1 row" if rows == 1 else f"{rows} rows"
         # With one row of several chosen, x holds rather too many rows than too few axes.
@@ -70,10 +70,10 @@ def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...
     """A whole state of a model, in the model's order.
 
     Args:
-        states: By name, or as a list in the model's order. A `State` of the same model may have other names: those that
-            Keras made up when it was built again.
+        states: By name, or as a list in the model's order. A `State` of the same model may have other names, which
+            Keras generated when the model was built again.
         info: The model.
-        rows: How many rows each must have.
+        rows: Number of rows that each must have.
 
     Raises:
         InvalidInputError: They are not the states of the model.
@@ -89,7 +89,7 @@ def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...
 
 
 def _require_of(state: State, info: ModelInfo) -> None:
-    """Checks that a state is of the same weights, or of another version of the same model."""
+    """Checks that a state has the same weights, or belongs to another version of the same model."""
     is_version = state.model == info.name and state.structure == info.structure != ""
     if state.fingerprint == info.fingerprint or is_version:
         return
@@ -133,7 +133,7 @@ def _by_name(states: States, names: Sequence[str], model: str) -> Mapping[str, A
 
 
 def check_rows(rows: Rows | None, count: int, name: str = "rows") -> tuple[int, ...] | None:
-    """Some of `count` rows: integers from 0 to count - 1, each at most once, or booleans, one each; None for all."""
+    """Returns the indexes of some of `count` rows, given as integers without repetition or as booleans; None for all."""
     if rows is None:
         return None
     try:
@@ -177,14 +177,14 @@ def check_session_id(name: str, session_id: object) -> str:
 
 
 def check_some_ids(session_ids: object) -> list[str]:
-    """Ids of sessions, any number. A string is none: its letters may be ids of other sessions."""
+    """Checks a list of ids. A string is rejected: its letters might be ids of other sessions."""
     if isinstance(session_ids, str | bytes) or not isinstance(session_ids, Iterable):
         raise InvalidInputError(f"session_ids must be a list of ids; got {session_ids!r:.100}")
     return [check_session_id("session_ids", one) for one in session_ids]
 
 
 def check_session_ids(session_ids: Sequence[str] | None, count: int, rule: str) -> list[str]:
-    """`count` ids, all different; empty where the server shall make them."""
+    """Checks `count` different ids; returns an empty list if the server is to create them."""
     if session_ids is None:
         return []
     ids = check_some_ids(session_ids)
@@ -197,12 +197,12 @@ def check_session_ids(session_ids: Sequence[str] | None, count: int, rule: str) 
 
 
 def optional_session_id(name: str, session_id: str | None) -> str:
-    """A session id as it travels: empty where the server shall make one."""
+    """A session id as it is sent: empty if the server is to create one."""
     return "" if session_id is None else check_session_id(name, session_id)
 
 
 def check_model(model: object) -> str:
-    """The name of a model: a string that is not empty."""
+    """Checks the name of a model: a printable string that is not empty."""
     if not isinstance(model, str) or not model or not model.isprintable():
         raise InvalidInputError(f"model must be the name of a model; got {model!r}")
     return model
@@ -219,7 +219,7 @@ def check_count(name: str, count: object) -> int:
 
 
 def check_max_idle(max_idle_s: object) -> duration_pb2.Duration | None:
-    """For how long a session may be unused, as it travels; None: the server decides."""
+    """An idle limit as it is sent; None: the server decides."""
     if max_idle_s is None:
         return None
     if isinstance(max_idle_s, bool | np.bool_) or not isinstance(max_idle_s, int | float | np.number):
@@ -234,7 +234,7 @@ def check_max_idle(max_idle_s: object) -> duration_pb2.Duration | None:
 
 
 def check_position(position: object) -> int:
-    """An integer that the server takes: far from where 64 bits end, so that no stepping gets there."""
+    """Checks a position, which must be so far below 64 bits that stepping cannot overflow it."""
     checked = _integer("position", position)
     if not 0 <= checked <= _MAX_POSITION:
         raise InvalidInputError(f"position must be from 0 to 2**61, {_MAX_POSITION}; got {checked}")

@@ -1,6 +1,6 @@
 """How values look in a terminal and in a notebook: short text, and HTML of bounded length.
 
-Nothing here asks a server. All text that comes from outside is escaped.
+Nothing here asks a server. All text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _NAMED = 8
-"""Things that a line of text names."""
+"""Items that a line of text names."""
 _LINES = 10
 """Elements that the text of a list shows."""
 _TABLE_ROWS = 50
@@ -31,12 +31,12 @@ _FINGERPRINT_DIGITS = 12
 
 
 def short(fingerprint: str) -> str:
-    """A fingerprint as people are shown it."""
+    """A fingerprint shortened for people."""
     return fingerprint[:_FINGERPRINT_DIGITS]
 
 
 def some(parts: Iterable[str]) -> str:
-    """The first parts of a list, with commas, and how many more there are."""
+    """The first parts of a list, separated by commas, and the number of the others."""
     parts = list(parts)
     more = [f"... {len(parts) - _NAMED} more"] if len(parts) > _NAMED else []
     return ", ".join([*(_clipped(part) for part in parts[:_NAMED]), *more])
@@ -51,7 +51,7 @@ def _escaped(value: object) -> str:
 
 
 class Shown(Protocol):
-    """What can be a row of a table."""
+    """A value that can be a row of a table."""
 
     def _headings(self) -> Sequence[str]: ...
     def _cells(self) -> Sequence[object]: ...
@@ -61,7 +61,7 @@ S = TypeVar("S", bound=Shown)
 
 
 class Listing(list[S]):
-    """A list that a notebook shows as a table. Equal to a plain list of the same."""
+    """A list that a notebook shows as a table. Equal to a plain list with the same items."""
 
     __slots__ = ()
 
@@ -90,11 +90,11 @@ def table_html(
     """A table.
 
     Args:
-        title: Above it; empty for none.
+        title: Text above it; empty for none.
         headings: One for each column; empty for none.
-        rows: Their cells, as text; of `Html` as it is.
-        more: How many rows there are besides.
-        last: What those are called.
+        rows: Their cells, as text; `Html` is not escaped.
+        more: Number of further rows.
+        last: What to call them.
     """
     lines = [f"<p><b>{_escaped(title)}</b></p>" if title else "", "<table>"]
     if headings:
@@ -112,7 +112,7 @@ def table_html(
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
     __slots__ = ()
 

@@ -1,7 +1,7 @@
-"""The file of a saved state: a safetensors file whose metadata says what the tensors belong to.
+"""The file of a saved state: a safetensors file whose metadata names the model of the tensors.
 
-A file may come from anywhere, so every field of it is checked, and whatever is wrong raises `InvalidInputError`.
-`write` refuses what `read` would refuse.
+A file may come from anywhere, so every field of it is checked, and any problem raises `InvalidInputError`. `write`
+rejects what `read` would reject.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ _DTYPES = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32
 
 
 class Header(NamedTuple):
-    """What the tensors of a file belong to."""
+    """The model and session that the tensors of a file belong to."""
 
     model: str
     fingerprint: str
     batch_size: int
     revision: int | None
-    """None: it is not the state of one session; the file says nothing of it then."""
+    """None if it is not the state of one session; the file then has no revision."""
     position: int | None
-    """As `revision`."""
+    """None in the same cases as `revision`."""
     structure: str = ""
-    """Of the model; empty: it is not known."""
+    """Structure of the model; empty if it is not known."""
 
 
 def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, completely or not at all.
 
     Args:
-        path: Where to; an old file of that name is replaced.
+        path: Path of the file; an old file of that name is replaced.
         tensors: In the model's order, (batch_size, ...) each.
-        header: What they belong to.
+        header: The model and session that they belong to.
 
     Raises:
-        InvalidInputError: `read` would refuse the file.
-        OSError: The file cannot be written; names the path.
+        InvalidInputError: `read` would reject the file.
+        OSError: The file cannot be written; the error names the path.
     """
     from safetensors import numpy as safetensors_numpy
 
@@ -59,11 +59,11 @@ def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
 
 
 def read(path: str) -> tuple[dict[str, Array], Header]:
-    """The tensors of a file in the model's order, and what they belong to.
+    """The tensors of a file in the model's order, and the model and session that they belong to.
 
     Raises:
-        InvalidInputError: It is no saved state; names the path and the rule.
-        OSError: The file cannot be read, or is not there.
+        InvalidInputError: It is not a saved state; the message names the path and the rule.
+        OSError: The file cannot be read or does not exist.
     """
     from safetensors import SafetensorError
 
@@ -135,10 +135,10 @@ def _names(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
 
 
 def _check(tensors: Mapping[str, Array], header: Header) -> None:
-    """The rules for what is in a file.
+    """Checks the content of a file.
 
     Raises:
-        InvalidInputError: One of them is broken.
+        InvalidInputError: It breaks a rule.
     """
     for key, text in (
         ("model", header.model),
@@ -175,7 +175,7 @@ def _check_tensor(what: str, array: Array, batch_size: int) -> None:
 
 
 def _write_atomically(path: str, data: bytes) -> None:
-    """Writes beside the target and renames: a crash leaves the old file or the new one."""
+    """Writes a temporary file and renames it: a crash leaves the old file or the new one."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stepwell-")
         try:

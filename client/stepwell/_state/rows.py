@@ -1,4 +1,4 @@
-"""Rows of a state: which ones an index means, and states put one after the other."""
+"""Rows of a state: selecting them, and joining states."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Rows: TypeAlias = (
 
 
 def chosen(rows: object, count: int) -> npt.NDArray[np.intp]:
-    """The indexes that `rows` means, of `count` rows: (n,), each from 0 to count - 1.
+    """The indexes that `rows` selects from `count` rows: (n,), each from 0 to count - 1.
 
     Raises:
-        TypeError: It is neither a number nor a slice, a list or a mask.
+        TypeError: It is not a number, a slice, a list or a mask.
         IndexError: There is no such row, or the mask has another length.
     """
     if isinstance(rows, slice):
@@ -69,10 +69,10 @@ def _no_rows(rows: object) -> TypeError:
 
 
 def joined(states: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The tensors of states, one after the other on the first axis.
+    """The tensors of states, concatenated on the first axis.
 
     Raises:
-        InvalidInputError: Their tensors do not have the same names, dtypes and shapes of a row.
+        InvalidInputError: Their tensors have different names, dtypes or row shapes.
     """
     kinds = [{name: (array.dtype, array.shape[1:]) for name, array in state.items()} for state in states]
     for number, kind in enumerate(kinds):

@@ -1,4 +1,4 @@
-"""A state as a pandas or xarray object. Both libraries are imported when they are asked for."""
+"""A state as a pandas or xarray object. Both libraries are imported only when needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AXES = ("row", "time")
 def to_dataframe(
     tensors: Mapping[str, Array], shape: tuple[int, ...], attrs: Mapping[str, Any], what: str
 ) -> pd.DataFrame:
-    """See `State.to_dataframe`. `shape`: rows, or rows and time steps, which all tensors begin with."""
+    """See `State.to_dataframe`. `shape`: the first axes of all tensors, rows or rows and time steps."""
     pandas = _imported("pandas", what)
     if len(shape) == 1:
         index = pandas.RangeIndex(shape[0], name="row")
@@ -48,7 +48,7 @@ def to_dataframe(
 def to_xarray(
     tensors: Mapping[str, Array], shape: tuple[int, ...], attrs: Mapping[str, Any], what: str
 ) -> xr.Dataset:
-    """See `State.to_xarray`. `shape` is as of `to_dataframe`."""
+    """See `State.to_xarray`. `shape` is as in `to_dataframe`."""
     xarray = _imported("xarray", what)
     first = len(shape)
     layers: dict[str, set[tuple[int, ...]]] = {}
@@ -70,7 +70,7 @@ def _layer(name: str) -> str:
 
 
 def _imported(package: str, what: str) -> Any:
-    """A package that is not among those that the SDK needs.
+    """Imports an optional package.
 
     Raises:
         ModuleNotFoundError: It is not installed.

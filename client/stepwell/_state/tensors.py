@@ -1,4 +1,4 @@
-"""Arrays to wire and back. Nothing else knows how a tensor is laid out in a message."""
+"""Converts arrays to the wire format and back. No other module knows how a message stores a tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepwell.errors import InternalError, InvalidInputError
 from stepwell.v1 import tensors_pb2
 
 Array: TypeAlias = npt.NDArray[Any]
-"""An array of any dtype. `Any`, as numpy's users have it: type checkers then know that one can calculate with it."""
+"""An array of any dtype. `Any`, as numpy's users write it, lets type checkers accept calculations with it."""
 
 _pb = tensors_pb2
 _BY_NAME: Mapping[str, int] = {
@@ -44,7 +44,7 @@ _DTYPES: Mapping[int, np.dtype[np.generic]] = {
 
 
 class Packed(NamedTuple):
-    """A tensor ready to be sent: a value, equal to another if it would look the same on the wire."""
+    """A tensor ready to be sent: a value, equal to another one that looks the same on the wire."""
 
     name: str
     dtype: int
@@ -53,15 +53,15 @@ class Packed(NamedTuple):
 
 
 def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
-    """Checks an array and copies it into the wire's layout.
+    """Checks an array and copies it into the wire format.
 
     Args:
         name: Name of the input or state tensor; empty for the model's only one.
-        what: How to call it in a message, e.g. "input 'x'".
-        value: Array of at least one axis and one element.
+        what: Its name in messages, for example "input 'x'".
+        value: Array with at least one axis and one element.
 
     Raises:
-        InvalidInputError: It is no array of numbers, has no batch axis, or is empty.
+        InvalidInputError: It is not an array of numbers, has no batch axis, or is empty.
     """
     array = as_array(what, value)
     dtype = _dtype_number(what, array)
@@ -76,7 +76,7 @@ def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
 
 
 def as_array(what: str, value: npt.ArrayLike) -> Array:
-    """A value as an array of whatever type.
+    """Converts a value to an array of any type.
 
     Raises:
         InvalidInputError: Its parts differ in shape.
@@ -118,7 +118,7 @@ def unpack(tensor: tensors_pb2.Tensor) -> Array:
 
 
 def view(tensor: tensors_pb2.Tensor) -> Array:
-    """As `unpack`, but not always writable: to be copied by whoever gives it away."""
+    """As `unpack`, but not always writable: copy it before you return it to a caller."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         return _unpack_bfloat16(tensor)
@@ -142,7 +142,7 @@ def _broken(tensor: tensors_pb2.Tensor) -> InternalError:
 
 
 def unpack_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
-    """The arrays in messages, by name and in their order."""
+    """The arrays in messages, by name, in their order."""
     return {tensor.name: unpack(tensor) for tensor in tensors}
 
 
@@ -152,10 +152,10 @@ def view_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
 
 
 def dtype_of(name: str) -> np.dtype[np.generic]:
-    """Type of the arrays that `unpack` makes of tensors of a type, by its name."""
+    """The numpy dtype with which `unpack` returns tensors of a type, by its name."""
     return np.dtype("float32" if name == "bfloat16" else name)
 
 
 def dtype_name(number: int) -> str:
-    """Numpy's name of a wire type, e.g. "float32"."""
+    """Numpy's name of a wire type, for example "float32"."""
     return _NAMES.get(number, f"unknown type {number}")

@@ -1,4 +1,4 @@
-"""The stream of an async client: sends frames and receives the parts of their replies. As `_transport.stream`, awaited."""
+"""The stream of an async client: sends frames and receives the parts of their replies; `_transport.stream`, awaited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Awaitable
 
 
 class AsyncLink:
-    """A stream that is opened when needed, and again after it broke. Belongs to one event loop."""
+    """A stream that is opened when needed, and reopened after it broke. Belongs to one event loop."""
 
     def __init__(self, open_stream: OpenStream, address: str) -> None:
         self._open = open_stream
@@ -42,7 +42,7 @@ class AsyncLink:
         return self._stream
 
     async def close(self, ended: Callable[[], StepwellError] = channel.closed) -> None:
-        """Ends the stream; frames in flight get an error, later ones these."""
+        """Ends the stream; frames in flight and later ones get these errors."""
         self._ended = ended
         stream, self._stream = self._stream, None
         if stream is not None:

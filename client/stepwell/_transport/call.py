@@ -1,4 +1,4 @@
-"""Calls as values, and where they go. No I/O."""
+"""Calls and their targets, as values. No I/O."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stepwell._base.metadata import Pairs
 from stepwell.errors import InvalidInputError
 
 Requests: TypeAlias = Callable[[], Iterator[Message]]
-"""Makes the requests of one attempt."""
+"""Creates the requests of one attempt."""
 
 
 class Endpoint:
-    """One of several servers that a client may ask. Equal only to itself."""
+    """One of several servers that a client may ask. Compared by identity."""
 
     __slots__ = ("address", "authority", "host")
 
@@ -24,7 +24,7 @@ class Endpoint:
 
         Args:
             address: As gRPC takes it.
-            host: The host that its certificate is for, if a name was looked up to find it; else empty.
+            host: Host of its certificate, if it was found by a name lookup; otherwise empty.
             name: That name with dns:/// and the port.
         """
         self.address = address
@@ -37,18 +37,18 @@ class Call(NamedTuple):
 
     rpc: str
     request: Message | Requests
-    """The request, or what makes those of a call whose requests stream."""
+    """The request, or a function that creates the requests of a call that streams them."""
     timeout_s: float | None
     metadata: Pairs = ()
-    """In addition to that of every call."""
+    """Metadata of this call, in addition to that of every call."""
     on_reply: Callable[[Any], object] | None = None
-    """Where responses stream: called with each."""
+    """Called with each response of a call that streams them."""
     to: Endpoint | None = None
-    """None: the client has one server."""
+    """The replica to ask; None: the client has one server."""
 
 
 def check_size(what: str, request: Message, max_message_bytes: int) -> None:
-    """Checks the size of a message. gRPC would refuse a large one with the status of an overload.
+    """Checks the size of a message. gRPC would reject a large one with the status of an overload.
 
     Raises:
         InvalidInputError: The message exceeds the limit.

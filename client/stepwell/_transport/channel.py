@@ -1,4 +1,4 @@
-"""Channels, and single attempts of calls: gRPC's exceptions are caught here and nowhere else but in the links."""
+"""Channels, and single attempts of calls. gRPC's exceptions are caught only here and in the links."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ _FAILED_WRITE = 'Failed "execute_batch"'
 
 
 def open_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc.Channel:
-    """A channel of the sync client. The connection is made by the first call.
+    """A channel of the sync client. The first call makes the connection.
 
     Args:
-        config: Of the client.
-        endpoint: Where it leads; None: the client has one server.
+        config: The configuration of the client.
+        endpoint: The replica; None: the client has one server.
     """
     config, options = _for(config, endpoint)
     if config.tls is None:
@@ -62,7 +62,7 @@ def open_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc
 
 
 def open_async_channel(config: ClientConfig, endpoint: Endpoint | None = None) -> grpc.aio.Channel:
-    """The same for the running event loop. Channels are opened nowhere else, not for `stepwell bench` either."""
+    """The same for the running event loop. Channels are opened nowhere else, not even for `stepwell bench`."""
     config, options = _for(config, endpoint)
     if config.tls is None:
         return grpc.aio.insecure_channel(config.address, options=options)
@@ -70,7 +70,7 @@ def open_async_channel(config: ClientConfig, endpoint: Endpoint | None = None) -
 
 
 def _for(config: ClientConfig, endpoint: Endpoint | None) -> tuple[ClientConfig, list[tuple[str, Any]]]:
-    """The configuration of a channel: the client's config, or that of one of its endpoints, and gRPC's options."""
+    """The configuration and the gRPC options of a channel: for the client's server, or for one of its endpoints."""
     if endpoint is None:
         return config, _options(config)
     tls = config.tls
@@ -117,7 +117,7 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
 
 
 def tokens(config: ClientConfig) -> Tokens:
-    """What goes with the calls of a client beside their messages."""
+    """The metadata of a client's calls."""
     tenant = () if config.tenant is None else (("stepwell-tenant", config.tenant),)
     # An Envoy in front of replicas sends what has the same value to the same replica (`stepwell envoy-config`): stream and
     # calls of a client find its sessions in memory there, also after the connection was made anew.
@@ -126,12 +126,12 @@ def tokens(config: ClientConfig) -> Tokens:
 
 
 def service_of(rpc: str) -> str:
-    """The service, without its package, that has a method."""
+    """The service of a method, without its package."""
     return _SERVICES.get(rpc, "SessionService")
 
 
 def _stubs(channel: Any) -> dict[str, Any]:
-    """By service. Stubs of an async channel are the same classes."""
+    """Stubs by service. Those of an async channel are the same classes."""
     return {
         "SessionService": sessions_pb2_grpc.SessionServiceStub(channel),
         "ModelService": models_pb2_grpc.ModelServiceStub(channel),
@@ -145,12 +145,12 @@ def closed() -> ClosedError:
 
 
 def dropped() -> UnavailableError:
-    """The error of calls on a connection that the client leaves while it stays open."""
+    """The error of calls on a connection that the client abandons while it stays open."""
     return UnavailableError("the client has closed this connection")
 
 
 def translate(error: grpc.RpcError) -> StepwellError:
-    """The error of a failed call. Both kinds of call carry code, details and trailing metadata."""
+    """The error of a failed call. Both kinds of call have code, details and trailing metadata."""
     failed: Any = error
     if failed.code() is grpc.StatusCode.INTERNAL and _is_failed_write(failed):
         return UnavailableError("the connection broke while a message was being sent")
@@ -163,14 +163,14 @@ def _is_failed_write(failed: Any) -> bool:
 
 
 def _refused(error: StepwellError, known: Tokens, metadata: Pairs | None) -> StepwellError:
-    """The error of a call; if that was refused for its token, another one is asked for next time."""
+    """The error of a call. If its token was rejected, the next call uses another one."""
     if isinstance(error, UnauthenticatedError):
         known.refused(metadata)
     return error
 
 
 class OpenedStream:
-    """A call of StepStream, and what it was made with."""
+    """A call of StepStream, and its metadata."""
 
     def __init__(self, call: Any, known: Tokens, metadata: Pairs | None) -> None:
         self.call = call
@@ -178,7 +178,7 @@ class OpenedStream:
         self._metadata = metadata
 
     def error(self, failed: grpc.RpcError) -> StepwellError:
-        """How it has ended. A refusal may have come after some of its frames were applied."""
+        """Why it has ended. A rejection may have come after some of its frames were applied."""
         error = _refused(translate(failed), self._tokens, self._metadata)
         if isinstance(error, UnauthenticatedError):
             error.outcome = "unknown"
@@ -192,18 +192,18 @@ def _unwell(answer: bytes) -> StepwellError | None:
 
 
 def _unwell_by(error: grpc.RpcError) -> StepwellError | None:
-    """What a failed health check says. One that is refused was answered: the server, or what is before it, is there."""
+    """The meaning of a failed health check. If it was rejected, the server, or a proxy in front of it, did answer."""
     failed = translate(error)
     return failed if isinstance(failed, UnavailableError | DeadlineExceededError) else None
 
 
 def _with(pairs: metadata.Pairs | None, call: Call) -> metadata.Pairs | None:
-    """What is sent with every call, and what this one says."""
+    """The metadata of every call, and of this one."""
     return (*(pairs or ()), *call.metadata) if call.metadata else pairs
 
 
 def _read(replies: Any, on_reply: Callable[[Any], object]) -> None:
-    """Reads the responses of a call that streams them, and ends it whatever happens."""
+    """Reads the responses of a call that streams them, and always ends the call."""
     try:
         for reply in replies:
             on_reply(reply)
@@ -221,18 +221,18 @@ async def _read_async(replies: Any, on_reply: Callable[[Any], object]) -> None:
 
 
 async def _awaited(requests: Iterator[Message]) -> AsyncIterator[Message]:
-    """Requests whose making takes time, such as reading a file, made in a thread."""
+    """Requests whose creation takes time, such as reading a file, created in a thread."""
     while (request := await asyncio.to_thread(next, requests, None)) is not None:
         yield request
 
 
 class _Transport:
-    """What a channel has in both clients: to the server, or to one of its replicas."""
+    """The common part of a channel of both clients, to the server or to one of its replicas."""
 
     def __init__(
         self, channel: grpc.Channel | grpc.aio.Channel, config: ClientConfig, known: Tokens | None
     ) -> None:
-        """`known`: the tokens that it shares with others."""
+        """`known`: tokens that it shares with other channels."""
         self._stubs = _stubs(channel)
         self._tokens = known or tokens(config)
         self._metadata = config.metadata
@@ -240,7 +240,7 @@ class _Transport:
         self.is_closed = False
 
     def end(self, ended: Callable[[], StepwellError]) -> None:
-        """From now on calls end with these errors."""
+        """Later calls end with these errors."""
         self._ended = ended
         self.is_closed = True
 
@@ -289,7 +289,7 @@ class SyncTransport(_Transport):
             raise
 
     def check(self, timeout_s: float) -> StepwellError | None:
-        """Asks whether the server takes calls; why not, or None if it does."""
+        """Checks whether the server accepts calls. Returns why not, or None if it does."""
         check: Any = self._channel.unary_unary(_HEALTH)
         try:
             return _unwell(check(b"", timeout=timeout_s, metadata=self._metadata or None))
@@ -350,7 +350,7 @@ class AsyncTransport(_Transport):
             raise
 
     async def check(self, timeout_s: float) -> StepwellError | None:
-        """Asks whether the server takes calls; why not, or None if it does."""
+        """Checks whether the server accepts calls. Returns why not, or None if it does."""
         check: Any = self._channel.unary_unary(_HEALTH)
         try:
             return _unwell(await check(b"", timeout=timeout_s, metadata=self._metadata or None))

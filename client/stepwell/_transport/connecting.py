@@ -1,4 +1,4 @@
-"""Reaching a server for the first time, and what to make of a connection that cannot be made. No I/O."""
+"""The first contact with a server, and the meaning of failed connections. No I/O."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class ConnectError(errors.UnavailableError):
     """No connection was made, so nothing was sent. Never raised to users."""
 
     patience: int
-    """How many times the time limit of connecting it may take before the first contact; 0: not tried again."""
+    """Factor of the time limit before the first contact; 0: do not retry."""
     hint: str
-    """What to look at."""
+    """What the user should check."""
 
     def __init__(self, message: str, *, patience: int = 1, hint: str = _RUNS) -> None:
         super().__init__(message, outcome="not_applied")
@@ -70,14 +70,14 @@ class ConnectError(errors.UnavailableError):
 
 
 class HandshakeError(ConnectError):
-    """No attempt to connect would succeed before somebody changes something. Never raised to users."""
+    """A failed connection that no retry can fix. Never raised to users."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, patience=0, hint="")
 
 
 def connect_error(message: str) -> ConnectError | None:
-    """The error of a connection that could not be made; None if gRPC's text says nothing of the kind."""
+    """The error of a failed connection; None if gRPC's text describes another problem."""
     if _UNRESOLVED.search(message):
         what = f"its name cannot be resolved: {message.rpartition(': ')[2].rstrip(']')}"
         if any(sign in message for sign in _NO_SUCH_NAME):
@@ -103,9 +103,9 @@ def connect_error(message: str) -> ConnectError | None:
 
 
 class Contact:
-    """Whether a client has ever reached its server. Until it has, calls give up after a time limit of their own.
+    """Whether a client has ever reached its server. Until it has, calls have a shorter time limit.
 
-    One object for all calls of a client; it may be used by many threads.
+    All calls of a client share one object, from many threads.
     """
 
     __slots__ = ("_reasons", "address", "limit_s", "made")
@@ -118,13 +118,13 @@ class Contact:
         made: bool = False,
         reasons: Callable[[], str] | None = None,
     ) -> None:
-        """Of a client.
+        """The contact of a client.
 
         Args:
-            address: Of the server.
-            limit_s: How long a call tries, in seconds, as long as there was no contact.
-            made: There was.
-            reasons: Of a client of several replicas: why they cannot be reached; empty if that is known of one at most.
+            address: Address of the server.
+            limit_s: How long a call tries before the first contact, in seconds.
+            made: Whether there has been contact.
+            reasons: For several replicas: why they cannot be reached; empty unless that is known for several.
         """
         self._reasons = reasons
         self.address = address
@@ -132,25 +132,25 @@ class Contact:
         self.made = made
 
     def make(self) -> None:
-        """The server, or something on the way to it, has answered."""
+        """Records that the server, or a proxy in front of it, has answered."""
         if not self.made:
             self.made = True
             LOG.info("connected to %s", self.address)
 
     def learn(self, error: errors.StepwellError) -> None:
-        """An attempt has failed: does its error come from the other side?"""
+        """Records the error of an attempt, which may show that there was contact."""
         by_peer = isinstance(error, errors.UnavailableError) and not isinstance(error, ConnectError)
         if error.reason or by_peer:
             self.make()
 
     def patience_s(self, error: errors.StepwellError) -> float:
-        """How long a call may try after this error, counted from its beginning, in seconds."""
+        """How long a call may try after this error, counted from its start, in seconds."""
         if self.made or not isinstance(error, ConnectError):
             return math.inf
         return self.limit_s * error.patience if error.patience else 0.0
 
     def explain(self, error: errors.StepwellError, limit_s: float) -> str:
-        """What to say of the error that ends a call of that time limit."""
+        """The message of the error that ends a call with that time limit."""
         if isinstance(error, ConnectError):
             return self._unreached(error, limit_s)
         if not self.made and isinstance(error, errors.DeadlineExceededError):

@@ -1,4 +1,4 @@
-"""When to retry, and how long to wait before that. No I/O: clock and random numbers are passed in."""
+"""When to retry, and how long to wait before that. No I/O: the clock and random numbers are passed in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell._transport.connecting import ConnectError, Contact, HandshakeError
 # An attempt that the time limit cuts short has an unknown outcome, so none is made with less time than this.
 _MIN_ATTEMPT_S = 0.02
 _LASTING_QUOTAS = frozenset({"sessions", "bytes", "models"})
-"""Quotas that stay used up until somebody closes or unloads something: waiting does not help."""
+"""Quotas that stay exhausted until somebody closes or unloads something, so that waiting does not help."""
 
 Clock = Callable[[], float]
 
@@ -41,27 +41,27 @@ class Deadline:
         return self._clock() - self._began_s
 
     def at_s(self) -> float:
-        """When it passes, by its clock."""
+        """When it passes, on its clock."""
         return self._at_s
 
     def grpc_timeout_s(self) -> float | None:
-        """Seconds left as gRPC takes them."""
+        """Seconds left, as gRPC takes them."""
         remaining_s = self.remaining_s()
         return None if math.isinf(remaining_s) else remaining_s
 
 
 class RepliesTooLargeError(errors.UnavailableError):
-    """The replies to the steps of a frame exceeded the message limit together. Never raised to users.
+    """The replies to the steps of a frame together exceeded the message limit. Never raised to users.
 
     A reply that is too large ends the stream, and so every frame on it, whichever of them caused it.
     """
 
     members = 0
-    """Steps in the frame."""
+    """Number of steps in the frame."""
 
     @classmethod
     def of(cls, members: int, error: errors.StepwellError) -> Self:
-        """The error of a frame of so many members."""
+        """The error of a frame with this many members."""
         made = cls(f"the replies to {members} steps together: {error}")
         made.members = members
         return made
@@ -80,14 +80,14 @@ class RetryPolicy:
     cap_s: float = 2.0
     """Upper end of every later delay."""
     down_cap_s: float = 0.25
-    """Upper end of the first delays while a server is down or starts: such an attempt costs it next to nothing."""
+    """Upper end of the first delays while a server is down or starting. Such an attempt costs the server almost nothing."""
     down_attempts: int = 20
-    """How many delays of a call that holds for: about three seconds of them."""
+    """Number of these delays per call, about three seconds in total."""
     draw: Callable[[float, float], float] = random.uniform
     """Draws from an interval."""
 
     def delay_s(self, attempt: int, error: errors.StepwellError) -> float | None:
-        """Seconds to wait after so many attempts; None if another one would not help."""
+        """Seconds to wait after this many attempts; None if another attempt would not help."""
         cap_s = self.down_cap_s if attempt <= self.down_attempts and _is_down(error) else self.cap_s
         backoff_s = min(cap_s, self.base_s * 2 ** min(attempt - 1, 30))
         if isinstance(error, RepliesTooLargeError):
@@ -105,7 +105,7 @@ class RetryPolicy:
 
 
 def _is_down(error: errors.StepwellError) -> bool:
-    """Whether no server took the attempt, because none listens or one is starting."""
+    """Whether no server took the attempt, because none listens or it is starting."""
     return isinstance(error, ConnectError) or (
         isinstance(error, errors.UnavailableError) and error.reason == "STARTING"
     )
@@ -132,16 +132,16 @@ class Attempts:
         self._contact = contact
         self._changes = changes
         self._renews_token = renews_tokens
-        """After a refusal it is worth an attempt to send another token."""
+        """Whether to retry with a new token after a rejection."""
         self._unknown = False
         self._last: errors.StepwellError | None = None
         self._is_elsewhere = False
 
     def failed(self, error: errors.StepwellError, *, elsewhere: bool = False) -> float:
-        """Seconds to wait before the next attempt. `elsewhere`: it goes to another replica, and need not wait.
+        """Seconds to wait before the next attempt; 0 if it goes to another replica (`elsewhere`).
 
         Raises:
-            StepwellError: `error`, if it is final, with the outcome of all attempts taken together.
+            StepwellError: `error`, if it is final, with the combined outcome of all attempts.
         """
         self.made += 1
         self._contact.learn(error)
@@ -167,7 +167,7 @@ class Attempts:
 
     @property
     def last(self) -> errors.StepwellError | None:
-        """How the last attempt failed."""
+        """The error of the last attempt."""
         return self._last
 
     def _limit_s(self, error: errors.StepwellError) -> float:
@@ -179,7 +179,7 @@ class Attempts:
         return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
 
     def require_time(self) -> None:
-        """To be called after the wait: checks that there is time for another attempt.
+        """Checks after the wait that there is time for another attempt.
 
         Raises:
             StepwellError: The last error, if there is not.

@@ -1,4 +1,4 @@
-"""The one place where a gRPC status, or an `Error` on a stream, becomes an error of `stepwell.errors`."""
+"""Converts a gRPC status, or an `Error` on a stream, to an error of `stepwell.errors`. No other module does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Code = grpc.StatusCode
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """What came over the wire, whichever way it came."""
+    """A status as it arrived, in either form."""
 
     code: grpc.StatusCode
     message: str
@@ -155,7 +155,7 @@ _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
 
 
 def to_error(status: Status) -> errors.StepwellError:
-    """The error that a status stands for: by its reason, else by its code."""
+    """The error of a status: by its reason, otherwise by its code."""
     make = BY_REASON.get(status.reason) or BY_CODE.get(status.code, _internal)
     return make(status)
 

@@ -27,7 +27,7 @@ Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
 """A part of the reply to a frame, or the error that ended it."""
 Sink: TypeAlias = Callable[[Answer], None]
 MakeRequest: TypeAlias = Callable[[int], sessions_pb2.StepStreamRequest]
-"""Makes the message of a frame that has this number on the stream."""
+"""Builds the message of a frame with this number on the stream."""
 OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], channel.OpenedStream]
 
 # Reader threads must have ended before the interpreter shuts down.
@@ -37,7 +37,7 @@ os.register_at_fork(after_in_child=_links.clear)
 
 
 class Link:
-    """A stream that is opened when needed, and again after it broke. Thread-safe."""
+    """A stream that is opened when needed, and reopened after it broke. Thread-safe."""
 
     def __init__(self, open_stream: OpenStream, address: str) -> None:
         self._open = open_stream
@@ -52,12 +52,12 @@ class Link:
         """Sends a frame without waiting for its reply.
 
         Args:
-            make: Makes its message.
-            sink: Called with each part of the reply, or with the error that ended it. The reader of the stream
-                calls it, so it must neither block nor raise.
+            make: Builds its message.
+            sink: Called with each part of the reply, or with the error that ended it. The reader of the stream calls
+                it, so it must neither block nor raise.
 
         Returns:
-            A function that unregisters the sink. Must be called when the round is over.
+            A function that unregisters the sink. Call it when the round is over.
 
         Raises:
             StepwellError: Nothing was sent, and the sink will not be called.
@@ -84,7 +84,7 @@ class Link:
         self._loss.atexit = False
 
     def close(self, ended: Callable[[], StepwellError] = channel.closed) -> None:
-        """Ends the stream; frames in flight get an error, later ones these."""
+        """Ends the stream; frames in flight and later ones get these errors."""
         with self._lock:
             self._ended = ended
             stream, self._stream = self._stream, None
@@ -102,7 +102,7 @@ class _Stream:
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
         self._consumer: threading.Thread | None = None
-        """gRPC's, which takes the requests."""
+        """gRPC's thread, which takes the requests."""
         self._opened = open_stream(self._requests())
         self._reader = threading.Thread(target=self._read, name="stepwell-stream", daemon=True)
         self._reader.start()
@@ -157,10 +157,10 @@ class _Stream:
             sink(error)
 
     def close(self) -> None:
-        """Ends the call and waits for the threads that have to do with it.
+        """Ends the call and waits for its threads.
 
-        gRPC's own among them: it is a daemon, and takes a lock of the call to end it. Where the interpreter ended
-        meanwhile that lock stayed taken, and the call's destructor waited for it for good.
+        This includes gRPC's own thread, a daemon that takes a lock of the call to end it. If the interpreter ended in
+        the meantime, the lock stayed locked, and the call's destructor waited for it forever.
         """
         self.hang_up()
         self._opened.call.cancel()

@@ -1,4 +1,4 @@
-"""TLS of the client: its credentials."""
+"""TLS credentials of the client."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SYSTEM_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bu
 
 
 def credentials(config: TlsConfig) -> grpc.ChannelCredentials:
-    """What gRPC makes connections with."""
+    """The credentials of a connection, for gRPC."""
     ca, cert, key = config.contents()
     return grpc.ssl_channel_credentials(_system_roots() if ca is None else ca, key, cert)
 
 
 def _system_roots() -> bytes | None:
-    """The CAs of this system; None, those that gRPC brings, if there is no such file."""
+    """The CAs of this system; None, which means those of gRPC, if there is no such file."""
     own: str | None = ssl.get_default_verify_paths().cafile  # None if it is not there, which its type forgets
     found = [path for path in (own or "", *_SYSTEM_ROOTS) if Path(path).is_file()]
     return Path(found[0]).read_bytes() if found else None

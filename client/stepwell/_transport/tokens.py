@@ -1,4 +1,4 @@
-"""The bearer token that a client sends with its calls: where it comes from, and when another one is asked for. No I/O."""
+"""The bearer token that a client sends with its calls, and when to renew it. No I/O."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from stepwell._base.metadata import Pairs
 from stepwell.errors import UnauthenticatedError
 
 RENEWED_S = 30.0
-"""How long before it expires another token is asked for, at the most."""
+"""A token is renewed at most this long before it expires, in seconds."""
 Clock = Callable[[], float]
 
 
 class Tokens:
-    """The metadata of calls, with the token of now. Thread-safe; what is async is for one event loop.
+    """The metadata of calls, with the current token. Thread-safe; the async methods belong to one event loop.
 
-    A function is called for the first call; shortly before its token expires, if that is a JWT and so says when; and
-    when a server has refused its token. Calls that need it at the same time wait for one call of it.
+    A function is called for the first call, shortly before its token expires, if that is a JWT with an expiry, and
+    when a server has rejected its token. Calls that need the token at the same time wait for one call of the
+    function.
 
     Args:
-        token: The token, a function that has it, or None.
-        others: Metadata beside it.
+        token: The token, a function that returns it, or None.
+        others: Other metadata.
         now: Seconds since the epoch.
     """
 
@@ -45,11 +46,11 @@ class Tokens:
 
     @property
     def is_at_hand(self) -> bool:
-        """No function has to be called."""
+        """Whether the current token can be used without calling the function."""
         return self._now() < self._renewed_at
 
     def metadata(self) -> Pairs | None:
-        """The metadata of a call that is about to be made; may call the function, and so take its time.
+        """The metadata of a call that is about to be made. It may call the function, which may take time.
 
         Raises:
             UnauthenticatedError: The function has failed.
@@ -78,7 +79,10 @@ class Tokens:
         return self._metadata
 
     def refused(self, metadata: Pairs | None) -> None:
-        """A server has refused a call with this metadata: its token is asked for no more, unless it is not that of now."""
+        """Records that a server has rejected a call with this metadata.
+
+        Its token is not used again, unless a newer one is already in use.
+        """
         if self._function is not None and metadata is self._metadata:
             self._renewed_at = 0.0
 
@@ -119,7 +123,7 @@ def _failed(error: Exception) -> UnauthenticatedError:
 
 
 def _expires(token: str) -> float:
-    """When a token says that it expires, in seconds since the epoch; infinity if it does not say so."""
+    """The expiry time of a token, in seconds since the epoch; infinity if it has none."""
     parts = token.split(".")
     if len(parts) != 3:
         return float("inf")

@@ -1,4 +1,4 @@
-"""Commands that the server's package has. They are entry points: the client's code nowhere imports the server's."""
+"""Commands of the server's package. They are entry points: the client's code never imports the server's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTALL = {
     "serve": f"{_install.SERVER}, or for compiled models (.stepwell) only {_install.SERVE}, {_install.IN_A_CLONE}",
     "server": _install.advice(_install.SERVER),
 }
-"""How to get what an extra has. `server` has all of `serve`, and what compiles models."""
+"""How to install an extra. `server` has all of `serve`, and the compiler of models."""
 
 
 COMMANDS, MODEL_FILES = "stepwell.commands", "stepwell.model_files"
@@ -23,7 +23,7 @@ COMMANDS, MODEL_FILES = "stepwell.commands", "stepwell.model_files"
 
 
 def entry_point(group: str, name: str) -> Any:
-    """What an installed package has under a name in a group of entry points.
+    """Loads an entry point of an installed package.
 
     Raises:
         Failure: No package has it.
@@ -38,11 +38,11 @@ def entry_point(group: str, name: str) -> Any:
 
 
 class OfServer(Lazy):
-    """Stands for a command of the server's package, and says what to install where it is not there.
+    """Stands for a command of the server's package, and explains what to install if it is missing.
 
     Args:
         name: The command; the server's package has an entry point of this name.
-        short_help: What lists of commands say.
+        short_help: Its line in lists of commands.
         doing: What it does, as "serving", if it needs packages of an extra.
         extra: The extra, `serve` or `server`.
     """
@@ -53,7 +53,7 @@ class OfServer(Lazy):
         self.extra = extra
 
     def load(self) -> click.Command:
-        """The command itself."""
+        """Returns the command itself."""
         try:
             command: click.Command = entry_point(COMMANDS, str(self.name))
         except ModuleNotFoundError as error:
@@ -63,7 +63,7 @@ class OfServer(Lazy):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Parse its arguments; without the packages that it needs it goes no further."""
+        """Parses its arguments, and fails if packages that it needs are missing."""
         context = super().make_context(info_name, args, parent, **extra)
         missing = missing_packages(self.extra) if self.doing and not context.resilient_parsing else []
         if missing:
@@ -71,7 +71,7 @@ class OfServer(Lazy):
         return context
 
     def lacking(self, *packages: str) -> Failure:
-        """What to say if packages are missing."""
+        """The error for missing packages."""
         return Failure(
             f"{self.doing or self.name} needs packages that are not installed ({', '.join(packages)}): "
             f"{INSTALL[self.extra]}"
@@ -79,12 +79,12 @@ class OfServer(Lazy):
 
 
 def missing_packages(extra: str) -> list[str]:
-    """Distributions that an extra asks for and that are not installed."""
+    """Distributions of an extra that are not installed."""
     return [name for name in packages_of(extra) if not is_installed(name)]
 
 
 def packages_of(extra: str) -> list[str]:
-    """Distributions that an extra asks for, as the installed metadata has them."""
+    """Distributions of an extra, from the installed metadata."""
     from importlib import metadata
 
     try:

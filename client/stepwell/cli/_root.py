@@ -1,4 +1,4 @@
-"""The root command: it lists the others, and turns their errors into lines and exit codes."""
+"""The root command: it lists the other commands, and turns their errors into lines and exit codes."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) 
 def main() -> None:
     """Serve recurrent models to many users at once, one state per session.
 
-    A server holds one state for every session and advances it step by step. Start one with 'stepwell serve';
-    the other commands talk to it. They find it by --server, else by the environment variable STEPWELL_SERVER,
-    else at 127.0.0.1:50051.
+    A server keeps one state for every session and advances it step by step. Start a server with 'stepwell serve'. The
+    other commands are its clients: they use --server, or the environment variable STEPWELL_SERVER, or
+    127.0.0.1:50051.
 
-    Errors are one line on stderr. Exit codes: 0 done, 1 the server refused, could not be reached or did not
-    answer in time, 2 the command line is wrong, 130 interrupted.
+    Errors are one line on stderr. Exit codes: 0 done, 1 the server rejected the call, could not be reached or did not
+    answer in time, 2 the command line is invalid, 130 interrupted.
     """
 
 
@@ -84,6 +84,6 @@ for command in (
     Lazy("top", "Show what a server does, live.", "stepwell.cli.top"),
     Lazy("bench", "Load a server and measure steps/s and latencies.", "stepwell.cli.bench"),
     Lazy("envoy-config", "Write the configuration of an Envoy in front of replicas.", "stepwell.cli.envoy"),
-    Lazy("completion", "Print the script that makes a shell complete.", "stepwell.cli.completion"),
+    Lazy("completion", "Print a shell completion script.", "stepwell.cli.completion"),
 ):
     main.add_command(command)

@@ -1,7 +1,7 @@
-"""What servers did between two scrapes of their metrics: the document of `stepwell top --json`.
+"""The activity of servers between two scrapes of their metrics: the document of `stepwell top --json`.
 
-Several servers are shown as their sum. They are replicas that share a store, or just several: rates, queues and what is
-in memory are added up, percentiles are those of all calls together, and sessions count once for each store.
+Several servers are shown as their total, whether or not they share a store: rates, queues and memory are added up,
+percentiles cover all calls, and sessions count once for each store.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Sample(NamedTuple):
 
 
 class Scrape:
-    """What a server answered, in Prometheus's text format.
+    """The answer of a server, in Prometheus's text format.
 
     Args:
         text: The answer.
-        when: On this machine's monotonic clock, in seconds.
+        when: Its time on this machine's monotonic clock, in seconds.
     """
 
     def __init__(self, text: str, when: float) -> None:
@@ -41,17 +41,17 @@ class Scrape:
             self._samples.setdefault(found[1], []).append(Sample(labels, float(found[3])))
 
     def samples(self, name: str, **labels: str) -> list[Sample]:
-        """Values of a metric whose labels have these values, among others."""
+        """Values of a metric with these labels."""
         wanted = labels.items()
         return [sample for sample in self._samples.get(name, ()) if wanted <= sample.labels.items()]
 
     def total(self, name: str, **labels: str) -> float:
-        """Their sum; 0 if there is none."""
+        """Sum of the values of a metric; 0 if there is none."""
         return sum(sample.value for sample in self.samples(name, **labels))
 
     @property
     def server_ids(self) -> list[str]:
-        """The random id of the server process that these metrics are of."""
+        """Random ids of the server processes that the metrics belong to."""
         return [sample.labels.get("server_id", "") for sample in self.samples("stepwell_build_info")]
 
 
@@ -59,36 +59,36 @@ class Seen(NamedTuple):
     """The result of one look at a server."""
 
     metrics: str
-    """Where its metrics are: HOST:PORT, or what else the URL has there."""
+    """Address of its metrics: HOST:PORT or the rest of the URL."""
     before: Scrape | None
-    """The scrape before; None: there was none yet."""
+    """The previous scrape; None for the first."""
     now: Scrape | None
-    """None: it did not answer."""
+    """The current scrape; None if the server did not answer."""
     error: str = ""
-    """Why not."""
+    """Why it did not answer."""
 
 
 class _Activity:
-    """Servers between two scrapes each."""
+    """The activity of servers between two scrapes each."""
 
     def __init__(self, seen: Sequence[Seen]) -> None:
         self.pairs = [(one.before, one.now) for one in seen if one.before is not None and one.now is not None]
         self._now = [one.now for one in seen if one.now is not None]
 
     def samples(self, name: str, **labels: str) -> list[Sample]:
-        """Values of a metric now, of all servers."""
+        """Current values of a metric, of all servers."""
         return [sample for now in self._now for sample in now.samples(name, **labels)]
 
     def values(self, name: str, label: str) -> list[str]:
-        """The values of a label of a metric, in their order."""
+        """The values of a label of a metric, sorted."""
         return sorted({sample.labels[label] for sample in self.samples(name) if label in sample.labels})
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of what the servers have now."""
+        """Sum of the current values of a metric."""
         return sum(sample.value for sample in self.samples(name, **labels))
 
     def of_stores(self, name: str, **labels: str) -> int:
-        """The sum over stores of what the servers report of their store."""
+        """The sum over stores of what the servers report about their store."""
         found: dict[str, float] = {}
         for number, now in enumerate(self._now):
             info = now.samples("stepwell_store_info")
@@ -97,7 +97,7 @@ class _Activity:
         return int(sum(found.values()))
 
     def rates(self, name: str, **labels: str) -> list[float]:
-        """How much a counter has grown in a second, on each server. A server that was restarted counts from 0."""
+        """Growth of a counter per second, on each server. A restarted server counts from 0."""
         return [
             max(0.0, now.total(name, **labels) - before.total(name, **labels))
             / max(now.when - before.when, 1e-9)
@@ -105,11 +105,11 @@ class _Activity:
         ]
 
     def rate(self, name: str, **labels: str) -> float:
-        """The same, of all servers together."""
+        """Growth of a counter per second, on all servers together."""
         return sum(self.rates(name, **labels))
 
     def quantiles(self, name: str, **labels: str) -> dict[str, float | None]:
-        """The median and the 99th percentile as Prometheus's histogram_quantile has them; None: there is no value."""
+        """The median and the 99th percentile, computed like Prometheus's histogram_quantile; None without values."""
         grown: dict[float, float] = {}
         for before, now in self.pairs:
             was = {sample.labels["le"]: sample.value for sample in before.samples(f"{name}_bucket", **labels)}
@@ -120,7 +120,7 @@ class _Activity:
 
 
 def _quantile(counts: Mapping[float, float], quantile: float) -> float | None:
-    """Within its bucket as if all there were spread evenly."""
+    """Interpolates within a bucket as if its values were spread evenly."""
     wanted = quantile * max(counts.values(), default=0.0)
     low, below = 0.0, 0.0
     for bound in sorted(counts):
@@ -134,12 +134,12 @@ def _quantile(counts: Mapping[float, float], quantile: float) -> float | None:
 
 
 def picture(seen: Sequence[Seen], slow: Sequence[SlowSession], wall_s: float) -> dict[str, Any]:
-    """The document of `--json`. Rates are of the time between the scrapes.
+    """The document of `--json`. Rates cover the time between the scrapes.
 
     Args:
         seen: The servers, in their order. At least one has answered.
         slow: Their slow sessions.
-        wall_s: Now, in seconds since the epoch.
+        wall_s: The current time, in seconds since the epoch.
     """
     activity = _Activity(seen)
     rate = activity.rate
@@ -190,12 +190,12 @@ def picture(seen: Sequence[Seen], slow: Sequence[SlowSession], wall_s: float) ->
 
 
 def _busiest(rows: list[dict[str, Any]], key: str, least: float = -1.0) -> list[dict[str, Any]]:
-    """Rows with more than `least` under a key, the largest first."""
+    """Rows with more than `least` under a key, largest first."""
     return sorted((row for row in rows if row[key] > least), key=lambda row: -float(row[key]))
 
 
 def _server(activity: _Activity, wall_s: float) -> dict[str, Any]:
-    """One server, or several as one: sums, and for names that differ a list with commas."""
+    """One server, or the total of several; different names are listed with commas."""
     started = [sample.value for sample in activity.samples("process_start_time_seconds")]
     ready = activity.samples("stepwell_ready")
     return {

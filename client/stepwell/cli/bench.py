@@ -1,4 +1,4 @@
-"""`stepwell bench`: load a server through the SDK, from processes with an event loop each, and measure what it does."""
+"""`stepwell bench`: load a server through the SDK, from processes with an event loop each, and measure the result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ MAX_PROCESSES = 64
 MAX_SECONDS = 3600.0
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 BUSY_CLIENT = 0.9
-"""Share of its time that an event loop works when it, not the server, is the limit."""
+"""Busy share of an event loop above which the client, not the server, is the bottleneck."""
 OPEN_S = 600.0
 """Time limit for opening the sessions."""
 CLOSE_S = 60.0
@@ -54,35 +54,35 @@ CLOSE_S = 60.0
 FINISH_S = 5.0
 """Time limit for calls that are in flight at the end."""
 IDLE_S = 3600.0
-"""How long sessions stay, beyond the length of the run, when every process of the run was killed."""
+"""How long sessions remain, beyond the length of the run, if every process of the run was killed."""
 MIN_PAUSE_S, MAX_PAUSE_S = 0.05, 1.0
 """How long a lane waits after a call that failed; in between, the server chooses."""
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Signals that end the run: it reports and closes its sessions. Windows has no SIGHUP."""
+"""Signals that end the run early: it reports and closes its sessions. Windows has no SIGHUP."""
 SESSIONS_OF_CALL = 1024
-"""Sessions opened or closed by one call."""
+"""Sessions that one call opens or closes."""
 MAX_MESSAGE_BYTES = 2**31 - 1
-"""The server's own limit is the one that counts."""
+"""No limit of the client's own: the server's limit applies."""
 MAX_POOL, MAX_POOL_BYTES, MAX_INPUT_BYTES = 16, 64 << 20, 1 << 30
 """Bounds of the inputs of each size: how many different ones, their bytes, and the bytes of a single call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a process of the load generator does: its own share, or the whole before it is shared out."""
+    """The work of one process of the load generator, or of all before it is divided."""
 
     target: Target
     model: str
     mode: Mode
     sessions: int
     concurrency: int
-    """Calls in flight at once."""
+    """Concurrent calls."""
     group_size: int
     """Sessions that one call steps; 1 without groups."""
     steps_per_call: int
     batch_size: int
     prefix: str
-    """What the ids of this run's sessions begin with; no other run's do."""
+    """Prefix of this run's session ids, different in every run."""
     first_session: int = 0
     max_idle_s: float = IDLE_S
     """Idle limit of the sessions."""
@@ -93,11 +93,11 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """How many things can have a call in flight at once: sessions, or groups of them."""
+        """Number of sessions or groups, each of which makes one call at a time."""
         return -(-self.sessions // self.group_size)
 
     def shares(self, processes: int) -> list[Plan]:
-        """Split it over processes as evenly as whole sessions, or groups of them, allow."""
+        """Divides the plan among processes as evenly as whole sessions, or groups of them, allow."""
         processes = min(processes, self.units, self.concurrency)
         shares, first = [], 0
         for units, lanes in zip(
@@ -112,7 +112,7 @@ class Plan:
 
 
 def parts(total: int, count: int) -> list[int]:
-    """Split a number into `count` whole ones that differ by one at most; a smaller number has no larger part."""
+    """Divides a number into `count` whole numbers that differ by at most one."""
     each, more = divmod(total, count)
     return [each + 1] * more + [each] * (count - more)
 
@@ -129,7 +129,7 @@ class Latencies:
         self.sum_s = self.max_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Counts one latency."""
         self._recent.append(seconds)
         if len(self._recent) == 4096:
             self._count()
@@ -143,7 +143,7 @@ class Latencies:
         self._counts += np.histogram(recent.clip(self._bounds[0], self._bounds[-1]), self._bounds)[0]
 
     def merge(self, other: Latencies) -> None:
-        """Add all that another one has counted."""
+        """Adds all counts of another one."""
         self._count()
         other._count()
         self._counts += other._counts
@@ -152,11 +152,11 @@ class Latencies:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of latencies."""
         return int(self._counts.sum()) + len(self._recent)
 
     def quantile_s(self, q: float) -> float:
-        """The latency that the share `q` of all calls did not exceed, to half a per cent. There must be one."""
+        """The latency that the share `q` of all calls did not exceed, to half a per cent. There must be at least one."""
         self._count()
         bucket = int(self._counts.cumsum().searchsorted(max(1, math.ceil(q * self.count))))
         return min(float((self._bounds[bucket] * self._bounds[bucket + 1]) ** 0.5), self.max_s)
@@ -171,7 +171,7 @@ class Latencies:
 
 
 class Counts:
-    """What a process has done since the measurement began. Travels to the parent."""
+    """The measurements of one process, which it sends to the parent."""
 
     def __init__(self) -> None:
         self.began_s, self.began_cpu_s = time.perf_counter(), time.thread_time()
@@ -181,15 +181,15 @@ class Counts:
         self.errors: collections.Counter[str] = collections.Counter()
         self.first_error = ""
         self.unanswered: list[float] = []
-        """How long each call had waited that was in flight at the end and got no answer in time, in seconds."""
+        """How long each call without an answer at the end had waited, in seconds."""
 
     @property
     def calls(self) -> int:
-        """How many calls were answered."""
+        """Number of answered calls."""
         return self.latencies.count - len(self.unanswered)
 
     def end(self) -> None:
-        """The measurement ends. Call it in the thread that made the counts."""
+        """Ends the measurement. Call it in the thread that began it."""
         self.seconds = time.perf_counter() - self.began_s
         self.busy = (time.thread_time() - self.began_cpu_s) / self.seconds
 
@@ -208,7 +208,7 @@ class Worker:
         self.counts = Counts()
 
     async def open(self) -> list[list[Unit]]:
-        """Open the sessions. Returns what each lane steps in turn."""
+        """Opens the sessions. Returns the sessions or groups that each lane steps in turn."""
         plan, ids = self._plan, self._plan.ids()
         specs = (await self._client.model(plan.model)).inputs
         units: list[Unit] = []
@@ -230,7 +230,7 @@ class Worker:
         return [units[lane :: plan.concurrency] for lane in range(plan.concurrency)]
 
     def start(self, lanes: Sequence[Sequence[Unit]]) -> None:
-        """Begin to step."""
+        """Starts stepping."""
         self.measure()
         self._lanes = [asyncio.create_task(self._run(units)) for units in lanes]
 
@@ -268,19 +268,19 @@ class Worker:
             self._unanswered.append(waited_s)
 
     def measure(self) -> None:
-        """Count from now on."""
+        """Starts counting."""
         first_error = self.counts.first_error
         self.counts = Counts()
         self.counts.first_error = first_error
 
     def stop(self) -> None:
-        """Stop stepping and counting."""
+        """Stops stepping and counting."""
         if not self.is_stopping:
             self.is_stopping = True
             self.counts.end()
 
     async def finish(self) -> None:
-        """Wait for the calls in flight, and count those that get no answer and have waited longer than any other."""
+        """Waits for active calls; counts those without an answer that have waited longer than any other."""
         self.stop()
         if any(not lane.done() for lane in self._lanes):
             _, late = await asyncio.wait(self._lanes, timeout=FINISH_S)
@@ -294,7 +294,7 @@ class Worker:
                 self.counts.latencies.add(waited)
 
     async def close(self) -> None:
-        """Finish the calls in flight and close the sessions."""
+        """Finishes active calls and closes the sessions."""
         from stepwell import StepwellError
 
         await self.finish()
@@ -308,16 +308,16 @@ class Worker:
 
 
 def random_inputs(specs: Sequence[TensorInfo], rows: int, steps: int, seed: int) -> list[Inputs]:
-    """Inputs of some calls, made before the run: normal numbers; integers 0 or 1, indexes into any vocabulary.
+    """Inputs of some calls: normal numbers, or integers 0 and 1, which are indexes into any vocabulary.
 
     Args:
         specs: The model's inputs.
-        rows: Rows of a call, over all its sessions.
-        steps: Time steps of a call; one goes without a time axis.
-        seed: Of the random numbers.
+        rows: Rows per call, over all its sessions.
+        steps: Time steps per call; a single one has no time axis.
+        seed: Seed of the random numbers.
 
     Raises:
-        InvalidInputError: One call's inputs would be larger than a gibibyte.
+        InvalidInputError: The inputs of one call exceed a gibibyte.
     """
     import numpy as np
 
@@ -348,10 +348,10 @@ def random_inputs(specs: Sequence[TensorInfo], rows: int, steps: int, seed: int)
 
 
 def work(plan: Plan, parent: Connection) -> None:
-    """Run one process of the load generator.
+    """Runs one process of the load generator.
 
-    It sends "ready" when the sessions are open, follows "start", "measure" and "stop", and sends its `Counts`; if it
-    fails, a `Failure`. It closes the sessions also when the connection ends, however the parent has ended.
+    It sends "ready" when the sessions are open, follows "start", "measure" and "stop", and sends its `Counts`, or a
+    `Failure`. It also closes the sessions if the connection ends because the parent has died.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with contextlib.suppress(BrokenPipeError, asyncio.CancelledError):
@@ -448,10 +448,10 @@ def processes_of(shares: Sequence[Plan]) -> Iterator[list[Connection]]:
 
 
 def receive(connections: Sequence[Connection], timeout_s: float) -> list[Any]:
-    """One message of each process.
+    """Receives one message from each process.
 
     Raises:
-        Failure: One has failed, or the time is over.
+        Failure: A process has failed, or the time is over.
     """
     waiting, until, found = list(connections), time.monotonic() + timeout_s, []
     while waiting:
@@ -473,17 +473,17 @@ def receive(connections: Sequence[Connection], timeout_s: float) -> list[Any]:
 
 
 def send(connections: Sequence[Connection], word: str) -> None:
-    """Send a word to each process; one that has ended is noticed when it should answer."""
+    """Sends a word to each process. A process that has ended is noticed when it should answer."""
     for connection in connections:
         with contextlib.suppress(OSError):
             connection.send(word)
 
 
 def pause(connections: Sequence[Connection], seconds: float) -> None:
-    """Wait, unless a process fails meanwhile.
+    """Waits, unless a process fails meanwhile.
 
     Raises:
-        Failure: One has.
+        Failure: A process has failed.
     """
     if failed := wait(connections, seconds):
         receive(cast("list[Connection]", failed), 0.0)
@@ -491,18 +491,18 @@ def pause(connections: Sequence[Connection], seconds: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a run has counted, by all processes."""
+    """The measurements of all processes of a run."""
 
     plan: Plan
     counts: Sequence[Counts]
     seconds: float
     server_cpu_s: float | None
-    """Processor time that the server took meanwhile; None where it cannot be read."""
+    """Processor time of the server during the run; None if it cannot be read."""
     listener: Listener
     is_interrupted: bool
 
     def document(self) -> dict[str, Any]:
-        """The result as programs read it."""
+        """The result as JSON."""
         plan, counts, cpu_s = self.plan, self.counts, self.server_cpu_s
         latencies, errors, unanswered = Latencies(), collections.Counter[str](), list[float]()
         for one in counts:
@@ -546,7 +546,7 @@ class Measured:
 
 
 def measure(plan: Plan, processes: int, warm_up_s: float, duration_s: float) -> Measured:
-    """Open sessions, step for a while, count for a while, close the sessions. A stop signal ends the counting early.
+    """Opens sessions, steps for a while, counts for a while, closes the sessions. A stop signal ends the counting early.
 
     Raises:
         Failure: A process failed.
@@ -575,10 +575,10 @@ def measure(plan: Plan, processes: int, warm_up_s: float, duration_s: float) -> 
 
 
 def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The result for people, of the document for programs."""
+    """The result for people, from the JSON document."""
     rate, batch_size, cpu_s = found["steps_per_s"], found["batch_size"], found["server_cpu_s"]
     if cpu_s is None:
-        server = f"cannot be read: {found['server_cpu_note'] or 'its process has ended'}"
+        server = f"not available: {found['server_cpu_note'] or 'its process has ended'}"
     else:
         each = found["server_cpu_ms_per_1000_steps"]
         server = f"{cpu_s / found['seconds']:.2f} cores" + (
@@ -586,7 +586,7 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     client = f"{found['client_busy']:.0%} of the time of the busiest event loop"
     if found["client_is_limit"]:
-        client += "; the client is the limit: use more --processes, or more machines"
+        client += "; the client is the bottleneck: use more --processes, or more machines"
     errors = ", ".join(f"{kind} {count:,}" for kind, count in found["errors"].items())
     unanswered = [("unanswered", unanswered_text(found))] if found["unanswered"] else []
     return [
@@ -603,12 +603,12 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def unanswered_text(found: Mapping[str, Any]) -> str:
-    """How many calls in flight at the end got no answer."""
+    """The number of calls without an answer at the end."""
     return f"{found['unanswered']:,}, the longest for {found['longest_wait_s']:.1f} s"
 
 
 def load_text(found: Mapping[str, Any]) -> str:
-    """What load it was."""
+    """A description of the load."""
     sessions, concurrency, size = found["sessions"], found["concurrency"], found["group_size"]
     if size is not None:
         what = f"{concurrency:,} of {-(-sessions // size):,} groups of {size:,} at once"
@@ -632,39 +632,42 @@ def load_text(found: Mapping[str, Any]) -> str:
         "stepwell bench forecast --server a:50051,b:50051,c:50051",
     ),
     values=(
-        ("unary", "one call for each step"),
+        ("unary", "one call per step"),
         ("frames", "a stream: steps awaited at the same time share messages"),
-        ("group", "session groups: one message on a stream for a whole group"),
+        ("group", "session groups: one message per group, on a stream"),
     ),
     json_keys=(
         ("server, model, mode", "what was measured"),
-        ("sessions, concurrency", "sessions that were open; calls in flight at once"),
-        ("group_size", "sessions of a group; null in other modes"),
-        ("steps_per_call, batch_size", "time steps of a call, rows of a session"),
-        ("processes", "processes that made the load"),
-        ("seconds, interrupted", "how long was counted; whether Ctrl-C, SIGTERM or SIGHUP ended it early"),
-        ("calls, steps", "calls answered; time steps of sessions that they made"),
+        ("sessions, concurrency", "open sessions; concurrent calls"),
+        ("group_size", "sessions per group; null in other modes"),
+        ("steps_per_call, batch_size", "time steps per call, rows per session"),
+        ("processes", "processes that generated the load"),
+        (
+            "seconds, interrupted",
+            "length of the measurement; whether Ctrl-C, SIGTERM or SIGHUP ended it early",
+        ),
+        ("calls, steps", "answered calls; time steps of sessions in them"),
         ("calls_per_s, steps_per_s", "the same per second"),
         ("row_steps_per_s", "steps per second times the batch size"),
         (
             "latency_ms",
-            "of a call: mean, p50, p90, p99, p99.9, max, with how long unanswered ones had waited; null without calls",
+            "per call: mean, p50, p90, p99, p99.9, max, including the waits of unanswered calls; null without calls",
         ),
         (
             "client_busy, client_is_limit",
-            "share of the time that the busiest event loop of the load worked; whether that is the limit (0.9 or more)",
+            "busy share of the client's busiest event loop; whether the client is the bottleneck (0.9 or more)",
         ),
         (
             "server_pid, server_cpu_s",
-            "the server's process (of replicas null) and processor time (of replicas the sum)",
+            "the server's process id (null for replicas) and processor time (the sum for replicas)",
         ),
-        ("server_cpu_ms_per_1000_steps", "processor time in ms for 1,000 steps; null where not known"),
-        ("server_cpu_note", "why it is not known; else empty"),
+        ("server_cpu_ms_per_1000_steps", "processor time in ms per 1,000 steps; null if not known"),
+        ("server_cpu_note", "why the processor time is not known; else empty"),
         (
             "unanswered, longest_wait_s",
-            "calls in flight at the end that waited longer than any other and got no answer; the longest wait, or null",
+            "calls without an answer at the end that waited longer than any other; the longest wait, or null",
         ),
-        ("errors, first_error", "how often each class of error came; the first one's text"),
+        ("errors, first_error", "number of errors by class; the text of the first"),
     ),
 )
 @click.argument("model", shell_complete=complete.models)
@@ -673,7 +676,7 @@ def load_text(found: Mapping[str, Any]) -> str:
     type=click.Choice(MODES),
     default="frames",
     show_default=True,
-    help="How steps travel; see Values.",
+    help="How steps are sent; see Values.",
 )
 @click.option(
     "--sessions",
@@ -687,14 +690,14 @@ def load_text(found: Mapping[str, Any]) -> str:
     "--concurrency",
     metavar="N",
     type=click.IntRange(1, MAX_CONCURRENCY),
-    help="Calls in flight at once; fewer than sessions, or groups, take turns. Default: one for each session, "
-    "1,024 at most; with groups, one for each process.",
+    help="Concurrent calls. If there are more sessions, or groups, they take turns. Default: one per session, "
+    "at most 1,024; with groups, one per process.",
 )
 @click.option(
     "--group-size",
     metavar="N",
     type=click.IntRange(1, MAX_CONCURRENCY),
-    help=f"Sessions of a group; with --mode group. Default: {DEFAULT_GROUP_SIZE:,}, or fewer so that each process "
+    help=f"With --mode group: sessions per group. Default: {DEFAULT_GROUP_SIZE:,}, or fewer so that each process "
     "has a group.",
 )
 @click.option(
@@ -703,7 +706,7 @@ def load_text(found: Mapping[str, Any]) -> str:
     type=click.IntRange(1, 1_000_000),
     default=1,
     show_default=True,
-    help="Time steps of a call.",
+    help="Time steps per call.",
 )
 @click.option(
     "--batch-size",
@@ -711,7 +714,7 @@ def load_text(found: Mapping[str, Any]) -> str:
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Rows of each session.",
+    help="Rows per session.",
 )
 @click.option(
     "--duration-s",
@@ -727,13 +730,13 @@ def load_text(found: Mapping[str, Any]) -> str:
     type=Duration(0.0, MAX_SECONDS),
     default=2.0,
     show_default=True,
-    help="How long to step before that.",
+    help="How long to step before measuring.",
 )
 @click.option(
     "--processes",
     metavar="P",
     type=click.IntRange(1, MAX_PROCESSES),
-    help="Processes that make the load. Default: half the cores, at least 1.",
+    help="Processes that generate the load. Default: half the cores, at least 1.",
 )
 @json_option
 @server_options
@@ -748,23 +751,23 @@ def bench(
     as_json: bool,
     **load: Any,
 ) -> None:
-    """Load a server with steps of many sessions, and measure how many it does and how long each takes.
+    """Load a server with steps of many sessions, and measure throughput and latency.
 
-    It opens sessions of its own, steps them with random inputs made before the run, each call as soon as the
-    last one is answered, and closes them at the end, also after Ctrl-C, SIGTERM and SIGHUP, which all exit with
-    130. A step is one time step of one session. Other users of the server will notice.
+    The command opens sessions of its own, steps them with random inputs made before the run, each call as soon as the
+    previous one is answered, and closes them at the end. It also closes them after Ctrl-C, SIGTERM and SIGHUP, which
+    all exit with 130. A step is one time step of one session. Other users of the server will notice the load.
 
-    When the server does not answer the calls that are in flight at the end, the result counts them as unanswered,
-    and the exit code is 1.
+    If the server does not answer the calls that are active at the end, the result counts them as unanswered, and the
+    exit code is 1.
 
-    Of several addresses, those of replicas, each session is stepped on the one that the SDK sends it to, and on
-    another when that is gone.
+    With several addresses, those of replicas, each session is stepped on the replica that the SDK chooses, and on
+    another one if that fails.
 
-    The load is made by the SDK, which needs processors too: the result says if the client was the limit. Then use
-    more processes, or measure from another machine.
+    The SDK generates the load and needs processors too: the result shows whether the client was the bottleneck. If
+    so, use more processes, or measure from another machine.
     """
     if group_size is not None and mode != "group":
-        raise click.UsageError("--group-size goes with --mode group")
+        raise click.UsageError("--group-size must be given with --mode group")
     sessions, processes = load["sessions"], processes or max(1, (os.cpu_count() or 2) // 2)
     if mode == "group":
         group_size = min(group_size or min(DEFAULT_GROUP_SIZE, -(-sessions // processes)), sessions)
@@ -786,7 +789,7 @@ def bench(
     if not found["calls"] and not measured.is_interrupted:
         calls = f" (unanswered: {unanswered_text(found)})" if found["unanswered"] else ""
         why = found["first_error"] or f"no call was answered in time{calls}; a longer --duration-s may help"
-        raise Failure(f"not one step was answered: {why}", SERVER_ERROR)
+        raise Failure(f"no step was answered: {why}", SERVER_ERROR)
     if as_json:
         render.print_json(found)
     else:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#]+")
 _SENDING_S = 300
-"""How long the caller of a call in JSON may send nothing of it, beside the time that the answer may take."""
+"""How long a JSON caller may pause while it sends its call, in addition to the time limit of the answer."""
 
 
 class Address(NamedTuple):
@@ -36,7 +36,7 @@ class Address(NamedTuple):
 
     @property
     def is_number(self) -> bool:
-        """It is an IP address: nothing has to be looked up."""
+        """Whether it is an IP address, which needs no name lookup."""
         try:
             ipaddress.ip_address(self.host)
         except ValueError:
@@ -45,11 +45,11 @@ class Address(NamedTuple):
 
     @property
     def is_loopback(self) -> bool:
-        """Only this machine reaches it, or is reached by it."""
+        """Whether only this machine can reach it."""
         return self.host == "localhost" or (self.is_number and ipaddress.ip_address(self.host).is_loopback)
 
     def socket(self) -> dict[str, object]:
-        """As Envoy has it."""
+        """The address as Envoy's configuration has it."""
         return {"address": self.host, "port_value": self.port}
 
 
@@ -57,7 +57,7 @@ class HostAndPort(ParamType):
     """HOST:PORT, with an IPv6 address in brackets. Becomes an `Address`.
 
     Args:
-        any_port: Whether port 0 may be given, for one that is free.
+        any_port: Whether port 0 is allowed, for any free port.
     """
 
     name = "address"
@@ -87,7 +87,7 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
         "stepwell envoy-config --replica 127.0.0.1:50051 --replica 127.0.0.1:50052 > envoy.yaml",
         "stepwell envoy-config --dns stepwell-replicas:50051 --listen 0.0.0.0:8443 --tls-cert tls.crt --tls-key tls.key",
     ),
-    exit_codes=(("0", "done"), ("2", "the command line is wrong")),
+    exit_codes=(("0", "done"), ("2", "the command line is invalid")),
 )
 @click.option(
     "--replica",
@@ -95,57 +95,60 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     metavar="HOST:PORT",
     type=HostAndPort(),
     multiple=True,
-    help="A replica; give it once for each.",
+    help="Address of a replica. Repeat the option for each replica.",
 )
 @click.option(
     "--dns",
     metavar="NAME:PORT",
     type=HostAndPort(),
-    help="A name that stands for the addresses of all replicas, and is looked up again and again: a headless Service of "
-    "Kubernetes, say.",
+    help="A DNS name that resolves to the addresses of all replicas and is looked up repeatedly, such as a headless Service of "
+    "Kubernetes.",
 )
 @click.option(
     "--listen",
     metavar="HOST:PORT",
     type=HostAndPort(any_port=True),
     default="127.0.0.1:8080",
-    help="Where callers reach Envoy, with gRPC, gRPC-Web and JSON. Default: 127.0.0.1:8080.",
+    help="Address where callers reach Envoy, with gRPC, gRPC-Web and JSON. Default: 127.0.0.1:8080.",
 )
 @click.option(
     "--admin",
     metavar="HOST:PORT|off",
     default="127.0.0.1:9901",
-    help="Where Envoy shows what it does, and takes orders from whoever reaches it. Default: 127.0.0.1:9901.",
+    help="Address of Envoy's admin interface. Anybody who reaches it can control Envoy. Default: 127.0.0.1:9901.",
 )
-@_file("--tls-cert", "Certificate that Envoy shows callers (PEM). Files are named as where Envoy runs.")
-@_file("--tls-key", "Its key (PEM).")
-@_file("--tls-client-ca", "Callers must show a certificate of these authorities (PEM).")
+@_file(
+    "--tls-cert",
+    "Certificate that Envoy presents to callers (PEM). Paths are those of the machine where Envoy runs.",
+)
+@_file("--tls-key", "Key of that certificate (PEM).")
+@_file("--tls-client-ca", "Require callers to present a certificate of these authorities (PEM).")
 @_file(
     "--replica-tls-ca",
-    "Replicas are reached with TLS; these authorities have signed their certificates (PEM).",
+    "Connect to replicas with TLS, and trust these authorities (PEM).",
 )
 @click.option(
     "--replica-tls-name",
     metavar="NAME",
     default="",
-    help="What the replicas' certificates are for. Default: the name of --dns, or of all --replica if it is the same.",
+    help="Name in the replicas' certificates. Default: the host of --dns, or of --replica if all have the same.",
 )
-@_file("--replica-tls-cert", "Certificate that Envoy shows replicas (PEM).")
-@_file("--replica-tls-key", "Its key (PEM).")
+@_file("--replica-tls-cert", "Certificate that Envoy presents to replicas (PEM).")
+@_file("--replica-tls-key", "Key of that certificate (PEM).")
 @click.option(
     "--host",
     "hosts",
     metavar="NAME",
     multiple=True,
-    help="Name or address by which callers call Envoy, as https://NAME; others are refused. * is any. Default: the names of this "
-    "machine for itself where --listen is one of them, else any.",
+    help="Host name or address that callers may use, as in https://NAME; others are refused. * allows any. Default: the loopback "
+    "names if --listen is one of them, otherwise any.",
 )
 @click.option(
     "--cors-origin",
     "cors_origins",
     metavar="ORIGIN",
     multiple=True,
-    help="Origin whose pages may call from a browser, such as https://app.example.org, or * for all. Others are refused. "
+    help="Origin whose web pages may call, such as https://app.example.org, or * for all. Others are refused. "
     "Default: none.",
 )
 @click.option(
@@ -153,25 +156,25 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     metavar="TIME",
     type=Duration(0.001, 86_400.0),
     default=60.0,
-    help="How long a call in JSON may take: it has no deadline of its own. Default: 60.",
+    help="Time limit of a JSON call, which has no deadline of its own. Default: 60.",
 )
 @click.option(
     "--max-heap",
     metavar="SIZE",
     type=Size(1 << 26, 1 << 50),
-    help="Memory of Envoy at most: at 85 % of it Envoy ends the calls that hold most, at 95 % it takes no new ones. "
+    help="Memory limit of Envoy. At 85 % of it Envoy ends the calls that hold the most, at 95 % it accepts no new ones. "
     "Default: no limit.",
 )
 @click.option(
     "--access-log",
     metavar="FILE|-|off",
     default="-",
-    help="Where Envoy writes a line of JSON for each call; - is its standard output. Default: -.",
+    help="File for a line of JSON per call; - is Envoy's standard output. Default: -.",
 )
 @click.option(
     "--insecure-listen",
     is_flag=True,
-    help="Listen beyond loopback without TLS: say so where something else sees to who gets that far.",
+    help="Allow listening beyond loopback without TLS, if something else protects that address.",
 )
 @click.option(
     "-o",
@@ -181,7 +184,7 @@ def _file(name: str, text: str) -> Callable[[_Function], _Function]:
     default="-",
     help="File to write. Default: standard output.",
 )
-@click.option("--force", is_flag=True, help="Replace the file of -o if it is there.")
+@click.option("--force", is_flag=True, help="Replace the file of -o if it exists.")
 def envoy_config(
     replicas: Sequence[Address],
     dns: Address | None,
@@ -205,19 +208,19 @@ def envoy_config(
 ) -> None:
     """Write the configuration of an Envoy in front of replicas of 'stepwell serve', as YAML.
 
-    Replicas share a store (--store valkey://...), so that any of them serves any session. Envoy sends the calls of one
-    session to one replica: by the header stepwell-session, which has the session's id, percent-encoded; else, of a
-    call in JSON, by the id in its path. It leaves out replicas that do not answer or say that they stop. It tries
-    again only what no replica has seen.
+    Replicas share a store (--store valkey://...), so that any of them can serve any session. Envoy sends all calls of
+    a session to one replica. It takes the session's id, percent-encoded, from the header stepwell-session, or from
+    the path of a JSON call. It skips replicas that do not answer or are stopping, and retries only calls that no
+    replica has seen.
 
-    GET /healthz says whether Envoy takes calls and has a replica for them, to probes and load balancers.
+    GET /healthz tells probes and load balancers whether Envoy accepts calls and has a replica for them.
 
-    The file has the protocol in it as Envoy needs it for JSON: write it anew for a new release of Stepwell.
+    The file contains the protocol for JSON calls: write it again for a new release of Stepwell.
     """
     given = list(replicas) if dns is None else [dns]
     _require(
         bool(replicas) != (dns is not None),
-        "replicas must be given by --replica, once for each, or by --dns; got both or neither",
+        "replicas must be given either by --replica, once for each, or by --dns; got both or neither",
     )
     _require(len(set(given)) == len(given), "--replica must name each replica once")
     for origin in cors_origins:
@@ -230,7 +233,7 @@ def envoy_config(
     _require(
         listen.is_loopback or bool(tls_cert) or insecure_listen,
         "--listen: beyond loopback it must be given with --tls-cert and --tls-key, or with --insecure-listen, "
-        f"which allows it to be without; got {listen.host}",
+        f"which allows listening without TLS; got {listen.host}",
     )
     domains = _hosts(hosts, listen)
     values = {
@@ -273,9 +276,9 @@ def envoy_config(
 
 
 def filled(template: str, values: Mapping[str, object]) -> str:
-    """A template of YAML, filled in: each `${NAME}` becomes the value as JSON, which YAML takes.
+    """Fills in a YAML template: each `${NAME}` becomes the value as JSON, which is valid YAML.
 
-    Lines between `#: if NAME`, or `#: if not NAME`, and `#: end` are there if the value is not empty, or if it is.
+    Lines between `#: if NAME`, or `#: if not NAME`, and `#: end` are included if the value is not empty, or if it is.
     """
     texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     lines: list[str] = []
@@ -297,27 +300,25 @@ def _require(is_right: bool, message: str) -> None:
 
 
 def _write(path: Path, text: str, *, replaces: bool) -> None:
-    """Write the file.
+    """Writes the file.
 
     Raises:
-        Failure: It is there, and must not be replaced.
+        Failure: It exists, and must not be replaced.
     """
     try:
         with path.open("w" if replaces else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise Failure(
-            f"-o must name a file that is not there, unless --force replaces it; got {path}"
-        ) from None
+        raise Failure(f"-o must name a new file, or be given with --force; got {path}") from None
 
 
 def _hosts(given: Sequence[str], listen: Address) -> list[str]:
-    """The names by which callers may call, in lower case as Envoy compares them; empty: any."""
+    """The host names that callers may use, in lower case as Envoy compares them; empty: any."""
     if "*" in given:
         return []
     for name in given:
         problem = addresses.host_and_port_problem(f"{name}:1")
-        _require(not problem, f"--host must be a name or an address, without a port; got {name!r}: {problem}")
+        _require(not problem, f"--host must be a name or an address without a port; got {name!r}: {problem}")
     own = f"[{listen.host}]" if ":" in listen.host else listen.host
     names = [*given] if given or not listen.is_loopback else ["localhost", "127.0.0.1", "[::1]", own]
     return list(dict.fromkeys(map(str.lower, names)))
@@ -374,7 +375,7 @@ def _replica_tls(ca: str, name: str, cert: str, key: str, replicas: Sequence[Add
 
 
 def _protocol() -> dict[str, object]:
-    """The services that have HTTP rules, and the files of the protocol that Envoy converts JSON by, in base64."""
+    """The services with HTTP rules, and the protocol files by which Envoy converts JSON, in base64."""
     import base64
 
     from google.protobuf.descriptor_pb2 import FileDescriptorSet
@@ -396,7 +397,7 @@ def _protocol() -> dict[str, object]:
 
 
 def _collect(file: FileDescriptor, found: dict[str, FileDescriptor]) -> None:
-    """Add a file after those that it imports."""
+    """Adds a file after those that it imports."""
     if file.name not in found:
         for imported in file.dependencies:
             _collect(imported, found)

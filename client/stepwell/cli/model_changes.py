@@ -1,4 +1,4 @@
-"""`stepwell models load`, `unload`, `default` and `label`: which versions of models a server has, changed while it runs."""
+"""`stepwell models load`, `unload`, `default` and `label`: change the versions of a running server's models."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ POLICIES = (
     ("keep", "they stay on their version until they end"),
     (
         "carry",
-        "they go on with their states under the new weights; the specs of states and outputs must be equal",
+        "they continue with their states under the new weights; states and outputs must have the same specs",
     ),
-    ("migrate", "a function named at the server's start (serve --migration) makes their new states"),
-    ("reset", "they begin anew, from the initial state of the new version"),
+    ("migrate", "a function of the server (serve --migration) converts their states"),
+    ("reset", "they restart from the initial state of the new version"),
 )
 CHANGE_KEYS = (
-    ("name, version", "what the command was about"),
+    ("name, version", "the model and the version that the command named"),
     ("fingerprint", "hash of its architecture and weights"),
-    ("is_default", "whether the name alone stands for it now"),
+    ("is_default", "whether the name alone refers to it now"),
     ("labels", "its labels"),
-    ("moved_sessions", "sessions in memory that have gone on to it, or will when they are next used"),
+    ("moved_sessions", "sessions in memory that moved to it, or will when they are next used"),
 )
 
 
@@ -47,13 +47,15 @@ def reference(text: str) -> Reference:
     """Read NAME or NAME@VERSION.
 
     Raises:
-        click.UsageError: VERSION is no number.
+        click.UsageError: VERSION is not a number.
     """
     name, mark, version = text.partition("@")
     if not mark:
         return Reference(name, None)
     if not (version.isascii() and version.isdecimal() and int(version) > 0):
-        raise click.UsageError(f"the version in NAME@VERSION must be a whole number from 1 on; got {text!r}")
+        raise click.UsageError(
+            f"the version in NAME@VERSION must be a whole number of at least 1; got {text!r}"
+        )
     return Reference(name, int(version))
 
 
@@ -61,11 +63,11 @@ def versioned(text: str) -> tuple[str, int]:
     """Read NAME@VERSION.
 
     Raises:
-        click.UsageError: It is none.
+        click.UsageError: It has another form.
     """
     name, version = reference(text)
     if version is None:
-        raise click.UsageError(f"the version must be named, as in {text}@2; got {text!r}")
+        raise click.UsageError(f"the version must be given, as in {text}@2; got {text!r}")
     return name, version
 
 
@@ -77,20 +79,22 @@ def policy_option(function: click.decorators.FC) -> click.decorators.FC:
         type=click.Choice([name for name, _ in POLICIES]),
         default="keep",
         show_default=True,
-        help="What becomes of the sessions that follow the default: see below.",
+        help="What happens to the sessions that follow the default: see Values.",
     )(function)
 
 
 def migration_option(function: click.decorators.FC) -> click.decorators.FC:
     """Add --migration to a command."""
     return click.option(
-        "--migration", metavar="NAME", help="With --sessions migrate: the function. Default: the only one."
+        "--migration",
+        metavar="NAME",
+        help="With --sessions migrate: name of the function. Default: the only one.",
     )(function)
 
 
 @contextlib.contextmanager
 def settled(hint: str) -> Iterator[None]:
-    """Say of an error after which the change may have been made where to look."""
+    """Add to an error of unknown outcome where to look."""
     from stepwell.errors import StepwellError
 
     try:
@@ -98,7 +102,7 @@ def settled(hint: str) -> Iterator[None]:
     except StepwellError as error:
         if getattr(error, "outcome", None) != "unknown":
             raise
-        raise Failure(f"{error}; {hint}: 'stepwell models --versions' shows it", SERVER_ERROR) from None
+        raise Failure(f"{error}; {hint}; check with 'stepwell models --versions'", SERVER_ERROR) from None
 
 
 @click.command(
@@ -119,17 +123,23 @@ def settled(hint: str) -> Iterator[None]:
     "--version",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Number of the version. Default: one more than the highest that there was.",
+    help="Number of the version. Default: one more than the highest so far.",
 )
 @policy_option
-@click.option("--no-default", is_flag=True, help="Leave the default where it is.")
-@click.option("--label", "labels", metavar="LABEL", multiple=True, help="A label for it; may be repeated.")
+@click.option("--no-default", is_flag=True, help="Keep the default version.")
+@click.option(
+    "--label",
+    "labels",
+    metavar="LABEL",
+    multiple=True,
+    help="A label for the version. Repeat the option for several.",
+)
 @migration_option
-@click.option("--unload-previous", is_flag=True, help="Unload the old default when it has no session.")
+@click.option("--unload-previous", is_flag=True, help="Unload the previous default once it has no sessions.")
 @click.option(
     "--upload/--no-upload",
     default=None,
-    help="Send the file to the server, which must allow that; or name a path on its own disk. Default: send it if the "
+    help="Send the file to the server, which must allow that, or name a path on the server's disk. Default: send it if the "
     "server is on another machine.",
 )
 @json_option
@@ -149,11 +159,12 @@ def load(
 ) -> None:
     """Load a version of a model while the server runs, and make it the default.
 
-    PATH is a .keras or .stepwell file. It is compiled and warmed up beside the traffic; one that fails changes nothing.
-    The command ends when the version is live; unless --timeout-s is given, that may take ten minutes.
+    PATH is a .keras or .stepwell file. The server compiles it and warms it up while it keeps serving; a file that
+    fails to load changes nothing. The command ends when the version is live, within ten minutes unless --timeout-s is
+    given.
 
-    Sessions that were opened by the name alone follow the default as --sessions says. Those that were opened with a
-    version or a label stay where they are.
+    --sessions decides what happens to the sessions that follow the default, which are those opened by the model's
+    name alone. Sessions opened with a version or a label stay on their version.
     """
     found, number = reference(name)
     if number is not None and version is not None:
@@ -161,7 +172,7 @@ def load(
     with (
         target.connect("Loading the model", prints=True) as client,
         render.stages(f"Loading {found} at {target.address}") as progress,
-        settled("whether it was loaded is not known"),
+        settled("the version may have been loaded"),
     ):
         loaded = client.load_model(
             found,
@@ -183,7 +194,7 @@ def load(
 
 
 def time_limit(target: Target) -> dict[str, float]:
-    """The time limit of a load, if one was given."""
+    """The time limit of a load, if one is given."""
     given = click.get_current_context().get_parameter_source("timeout_s")
     return {} if given is ParameterSource.DEFAULT else {"timeout_s": target.timeout_s}
 
@@ -193,20 +204,20 @@ def time_limit(target: Target) -> dict[str, float]:
     cls=Command,
     short_help="Unload a version of a model.",
     examples=("stepwell models unload forecast@1", "stepwell models unload forecast --force"),
-    json_keys=(("name, version", "what was unloaded; version null: all of them"),),
+    json_keys=(("name, version", "the unloaded version; null: all versions"),),
 )
 @click.argument("name", metavar="NAME[@VERSION]", shell_complete=complete.references)
-@click.option("--force", is_flag=True, help="Also if it is the default, or has sessions.")
+@click.option("--force", is_flag=True, help="Unload it even if it is the default or has sessions.")
 @json_option
 @server_options
 def unload(target: Target, name: str, force: bool, as_json: bool) -> None:
-    """Serve a version no longer, when what is under way on it has ended; without VERSION, all versions of the name.
+    """Stop serving a version once active calls on it have ended; without VERSION, all versions of the model.
 
-    The default, and a version with sessions, is unloaded with --force only: the sessions stay in the store, and fail
-    until it is loaded again.
+    The default, and a version with sessions, are only unloaded with --force. The store keeps these sessions; calls on
+    them fail until the version is loaded again.
     """
     found, version = reference(name)
-    with target.connect("Unloading the model") as client, settled("it may be unloaded"):
+    with target.connect("Unloading the model") as client, settled("the version may have been unloaded"):
         client.unload_model(found, version, force=force)
     if as_json:
         render.print_json({"name": found, "version": version})
@@ -223,7 +234,7 @@ def unload(target: Target, name: str, force: bool, as_json: bool) -> None:
         "stepwell models default forecast@2 --sessions carry",
     ),
     values=tuple((f"--sessions {name}", meaning) for name, meaning in POLICIES),
-    json_keys=(*CHANGE_KEYS, ("previous_version", "the version that was the default before")),
+    json_keys=(*CHANGE_KEYS, ("previous_version", "the previous default version")),
 )
 @click.argument("name", metavar="NAME@VERSION", shell_complete=complete.references)
 @policy_option
@@ -231,42 +242,43 @@ def unload(target: Target, name: str, force: bool, as_json: bool) -> None:
 @json_option
 @server_options
 def default(target: Target, name: str, policy: Policy, migration: str | None, as_json: bool) -> None:
-    """Make a loaded version the default: the way forward, and the way back.
+    """Make a loaded version the default. Use it to roll forward or back.
 
-    Sessions that were opened by the name alone follow the default as --sessions says.
+    --sessions decides what happens to the sessions that were opened by the model's name alone.
     """
     found, version = versioned(name)
-    with target.connect("Changing the default") as client, settled("it may be the default"):
+    with target.connect("Changing the default") as client, settled("the default may have changed"):
         changed = client.set_default(found, version, sessions=policy, migration=migration)
-    what = f"{changed.name}@{changed.version} is the default now"
+    what = f"{changed.name}@{changed.version} is now the default"
     say(changed, what, as_json, moves=policy != "keep", previous_version=changed.previous_version)
 
 
 @click.command(
     "label",
     cls=Command,
-    short_help="Give a label to a version, or take it away.",
+    short_help="Give a label to a version, or remove it.",
     examples=(
         "stepwell models label forecast@3 canary",
         "stepwell models label forecast canary --remove",
     ),
     json_keys=(
-        ("name, label", "what the command was about"),
-        ("version", "the version that the label stands for now; null: none"),
+        ("name, label", "the model and the label that the command named"),
+        ("version", "the version that the label refers to now; null: none"),
     ),
 )
 @click.argument("name", metavar="NAME[@VERSION]", shell_complete=complete.references)
 @click.argument("label", metavar="LABEL")
-@click.option("--remove", is_flag=True, help="Take the label away; NAME is enough.")
+@click.option("--remove", is_flag=True, help="Remove the label; NAME needs no version.")
 @json_option
 @server_options
 def label(target: Target, name: str, label: str, remove: bool, as_json: bool) -> None:
-    """Give a label to a loaded version, so that NAME:LABEL stands for it, or take it away.
+    """Give a label to a loaded version, so that NAME:LABEL refers to it, or remove the label.
 
-    A label that stands for another version goes to this one. Sessions that were opened by it stay where they are.
+    If another version has the label, it moves to this one. Sessions that were opened by the label stay on their
+    version.
     """
     found, version = (reference(name).name, None) if remove else versioned(name)
-    with target.connect("Changing a label") as client, settled("it may be changed"):
+    with target.connect("Changing a label") as client, settled("the label may have changed"):
         if version is None:
             client.remove_label(found, label)
         else:
@@ -278,20 +290,20 @@ def label(target: Target, name: str, label: str, remove: bool, as_json: bool) ->
 
 
 def say(changed: LoadedModel, what: str, as_json: bool, *, moves: bool, **more: object) -> None:
-    """Print what has become of a version, and of the sessions of the others.
+    """Print the result of a change for one version, and for the sessions of the others.
 
     Args:
         changed: The version.
-        what: What has become of it, for people.
-        as_json: Print it for programs instead.
-        moves: Sessions were to move, so that it matters if none did.
-        more: Further fields for programs.
+        what: The result, for people.
+        as_json: Print JSON instead.
+        moves: Whether sessions were to move, so that it matters if none did.
+        more: Additional fields of the JSON.
     """
     document = change_json(changed)
     if as_json:
         render.print_json(document | more)
         return
-    traits = ["the default"] if document["is_default"] and not what.endswith("now") else []
+    traits = ["the default"] if document["is_default"] and not what.endswith("default") else []
     traits += [f"label {one}" for one in own(changed)[1]]
     moved = changed.moved_sessions
     if moved or (moves and document["is_default"]):
@@ -311,7 +323,7 @@ def own(changed: LoadedModel) -> tuple[bool, tuple[str, ...]]:
 
 
 def change_json(changed: LoadedModel) -> dict[str, object]:
-    """A version that was changed, as programs read it."""
+    """A changed version as JSON."""
     is_default, labels = own(changed)
     return {
         "name": changed.name,

@@ -1,4 +1,4 @@
-"""`stepwell models`: what a server serves, and what a compiled model is."""
+"""`stepwell models`: the models of a server, and compiled models."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ VERSION_HEADINGS = [
 MODEL_KEYS = (
     ("name", "the name it is served under"),
     ("fingerprint", "hash of architecture and weights; a state belongs to one"),
-    ("inputs, outputs, state", "lists of name, dtype, shape (one row, one time step), temporal"),
+    ("inputs, outputs, state", "lists of name, dtype, shape (of one row at one time step), temporal"),
     ("executor", '"litert" or "tensorflow"'),
-    ("executor_reason", "why, as a sentence"),
-    ("batch_sizes", "batch sizes that it is padded to; empty: any"),
-    ("state_row_bytes", "size of the state of one row"),
+    ("executor_reason", "why that executor, as a sentence"),
+    ("batch_sizes", "batch sizes that batches are padded to; empty: any"),
+    ("state_row_bytes", "size of the state of one row, in bytes"),
     ("sessions", "open sessions"),
-    ("version", "the version that all of this is about: the default; 0: of a file"),
-    ("versions", "list of all versions of the name:"),
+    ("version", "the version described here: the default; 0 for a file"),
+    ("versions", "list of all versions of the model:"),
     ("versions.version", "its number"),
-    ("versions.state", '"loading", "ready", "draining" (served to the sessions that it has) or "failed"'),
-    ("versions.reason", "why it is so, as a sentence; mostly empty"),
-    ("versions.fingerprint", "its fingerprint; empty while it is not known"),
-    ("versions.is_default", "whether the name alone stands for it"),
+    ("versions.state", '"loading", "ready", "draining" (served until its sessions end) or "failed"'),
+    ("versions.reason", "explanation of the state, as a sentence; usually empty"),
+    ("versions.fingerprint", "its fingerprint; empty until it is known"),
+    ("versions.is_default", "whether the name alone refers to it"),
     ("versions.labels", "its labels"),
     ("versions.sessions", "open sessions on it, among those in memory"),
-    ("versions.path", "the file that it came from; empty: not told"),
-    ("versions.loaded_time", "when it was loaded (RFC 3339, UTC); null: it is not"),
-    ("proof", "how it is known that it may be stepped:"),
+    ("versions.path", "path of its file on the server; empty: not reported"),
+    ("versions.loaded_time", "when it was loaded (RFC 3339, UTC); null: not loaded"),
+    ("proof", "the evidence that it can be stepped:"),
     ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
-    ("proof.compared_share", "share of their rows and time steps of which that says something"),
-    ("proof.unproven", "what does not follow from its graph and was trusted; empty: nothing"),
+    ("proof.compared_share", "share of their rows and time steps for which the comparison is conclusive"),
+    ("proof.unproven", "the property that its graph does not prove and that is trusted; else empty"),
 )
 PROVENANCE_KEYS = (
-    ("provenance", "where its program comes from; null: not known:"),
+    ("provenance", "origin of its program; null: not known:"),
     ("provenance.source", "name of the file that Keras saved"),
     ("provenance.source_sha256", "its SHA-256"),
     ("provenance.compiled_time", "when it was compiled (RFC 3339, UTC)"),
-    ("provenance.versions", "of what compiled it: stepwell, tensorflow, keras, ai-edge-litert"),
-    ("provenance.processor", "kind of the processor that compiled it"),
-    ("provenance.parameters", "numbers in its weights"),
+    ("provenance.versions", "versions of stepwell, tensorflow, keras and ai-edge-litert at that time"),
+    ("provenance.processor", "architecture of the processor that compiled it"),
+    ("provenance.parameters", "number of its weights"),
     ("provenance.layers", "list, in the model's order: name, kind (its class), output (shape), parameters"),
 )
 
@@ -83,21 +83,21 @@ PROVENANCE_KEYS = (
         "stepwell models show forecast.stepwell",
     ),
     json_keys=(
-        ("front", 'what speaks to the network: "native" or "python"'),
-        ("models", "list, by name; of each:"),
+        ("front", 'the network front: "native" or "python"'),
+        ("models", "list, sorted by name; of each:"),
         *MODEL_KEYS,
     ),
 )
-@click.option("--versions", is_flag=True, help="Show the versions of each, one a line.")
+@click.option("--versions", is_flag=True, help="Show the versions of each model, one per line.")
 @json_option
 @server_options
 @click.pass_context
 def models(ctx: click.Context, target: Target, versions: bool, as_json: bool) -> None:
-    """Show the models of a server: their inputs, outputs and state, and what runs them.
+    """Show the models of a server: their inputs, outputs and states, and their executors.
 
-    In a shape, B is the batch size of the session and T the number of time steps. A single time step may leave
-    out T. The fingerprint is shown in short; --json has it whole. All but VERSIONS is about the default version, which
-    is marked by a star. The last line says which front the server has (serve --front).
+    In a shape, B is the batch size of the session and T the number of time steps; you may leave out T for one time
+    step. Fingerprints are shortened; --json has them whole. All columns but VERSIONS describe the default version,
+    which has a star. The last line shows the front of the server (serve --front).
     """
     if ctx.invoked_subcommand is not None:
         cast(Listing, ctx.command).require_no_options(ctx)
@@ -131,8 +131,8 @@ def models(ctx: click.Context, target: Target, versions: bool, as_json: bool) ->
 
 
 def front_text(front: str) -> str:
-    """The front of a server, and where it is not the native one, how to get that."""
-    hint = f" (slower; for the native one, where the server runs: {_install.advice(_install.NATIVE_FRONT)})"
+    """The front of a server, with a hint how to install the native one."""
+    hint = f" (slower; for the native front, run on the server: {_install.advice(_install.NATIVE_FRONT)})"
     return front + (hint if front == "python" else "")
 
 
@@ -174,7 +174,7 @@ def version_cells(model: ModelInfo, version: ModelVersionInfo) -> tuple[str, ...
 
 
 def version_json(version: ModelVersionInfo) -> dict[str, object]:
-    """A version as programs read it."""
+    """A version as JSON."""
     return {
         "version": version.version,
         "state": version.state,
@@ -189,7 +189,7 @@ def version_json(version: ModelVersionInfo) -> dict[str, object]:
 
 
 def model_json(model: ModelInfo) -> dict[str, object]:
-    """A model as programs read it."""
+    """A model as JSON."""
     return {
         "name": model.name,
         "fingerprint": model.fingerprint,
@@ -212,7 +212,7 @@ def model_json(model: ModelInfo) -> dict[str, object]:
 
 
 def spec_json(spec: TensorInfo) -> dict[str, object]:
-    """One of a model's tensors as programs read it."""
+    """A tensor of a model as JSON."""
     return {
         "name": spec.name,
         "dtype": str(spec.dtype),
@@ -230,7 +230,7 @@ def _complete_model_or_file(
 
 @models.command(
     "show",
-    short_help="Show all of one model, or of a compiled one.",
+    short_help="Show one model of the server, or a compiled file.",
     examples=(
         "stepwell models show forecast",
         "stepwell models show forecast@2",
@@ -238,8 +238,8 @@ def _complete_model_or_file(
     ),
     json_keys=(
         *MODEL_KEYS[:7],
-        ("sessions", "open sessions; null of a file"),
-        ("version, versions", "as of stepwell models; 0 and empty of a file"),
+        ("sessions", "open sessions; null for a file"),
+        ("version, versions", "as in stepwell models; 0 and empty for a file"),
         *MODEL_KEYS[-4:],
         *PROVENANCE_KEYS,
     ),
@@ -250,10 +250,10 @@ def _complete_model_or_file(
 @json_option
 @server_options
 def show(target: Target, model: str, as_json: bool) -> None:
-    """Show what is known of a model: its tensors, how it was proven, what it was compiled from and by what.
+    """Show one model: its tensors, its proof, and the origin of its program.
 
-    What ends in .stepwell, or has a slash in it, is a file that stepwell compile has made; it is read and checked
-    here, and needs no server. All else is a model of the server: NAME, which is its default version, NAME@VERSION or
+    A name that ends in .stepwell, or has a slash in it, is a file of stepwell compile. It is read and checked on this
+    machine, without a server. Other names are models of the server: NAME for the default version, NAME@VERSION or
     NAME:LABEL.
     """
     is_file = model.endswith(".stepwell") or os.sep in model
@@ -284,7 +284,7 @@ def show(target: Target, model: str, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _explained(model: str) -> Iterator[None]:
-    """Say of a file, where a served model's name belongs, which commands are for files."""
+    """Explain which commands take files, if a file is given instead of a served model."""
     from stepwell.errors import InvalidInputError, ModelNotFoundError
 
     try:
@@ -293,13 +293,13 @@ def _explained(model: str) -> Iterator[None]:
         if not (model.endswith(".keras") or os.path.isfile(model)):
             raise
         raise Failure(
-            f"{error}. This command takes the name of a served model, or a .stepwell file. For a Keras file: stepwell check"
+            f"{error}. This command takes the name of a served model, or a .stepwell file. For a Keras file, use stepwell check"
             f" {model}, or stepwell compile {model} -o {model.removesuffix('.keras')}.stepwell"
         ) from None
 
 
 def read_file(path: str) -> ModelInfo:
-    """What a file of a compiled model says of it.
+    """Returns the description in a file of a compiled model.
 
     Raises:
         Failure: It cannot be read.
@@ -321,7 +321,7 @@ def facts(info: ModelInfo) -> list[tuple[str, str]]:
         ("inputs", "\n".join(map(render.shape_text, info.inputs))),
         ("outputs", "\n".join(map(render.shape_text, info.outputs))),
         ("state", "\n".join(map(render.shape_text, info.state)) or "none"),
-        ("size of it", f"{info.state_row_bytes} bytes a row"),
+        ("state size", f"{info.state_row_bytes} bytes per row"),
         ("executor", f"{info.executor} ({info.executor_reason})"),
         ("batch sizes", ", ".join(map(str, info.batch_sizes)) or "any"),
         ("proof", str(info.proof)),
@@ -341,7 +341,7 @@ def facts(info: ModelInfo) -> list[tuple[str, str]]:
 
 
 def provenance_json(origin: ProvenanceInfo | None) -> dict[str, object] | None:
-    """Where a program comes from, as programs read it."""
+    """The origin of a program as JSON."""
     if origin is None:
         return None
     return {

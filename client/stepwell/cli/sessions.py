@@ -26,26 +26,29 @@ Filter = dict[str, Any]
 """Filters as arguments of the SDK."""
 
 PAGE = 1000
-"""Sessions that are looked at before the first is printed: as many as the first answer of a server has."""
+"""Sessions read before the first is printed: the first page of a server."""
 SHOWN = 100
 """Sessions that a terminal shows by default."""
 SAMPLE = 5
-"""Sessions that are named where there may be many."""
+"""Sessions named in a message that may concern many."""
 SESSION_KEYS = (
     ("session_id", "the session"),
-    ("tenant", "whose it is, where everybody's are listed; null elsewhere, and for one of no tenant"),
+    ("tenant", "its tenant, if the sessions of all tenants are listed; otherwise null"),
     ("model", "the name of its model"),
-    ("model_fingerprint", "the model that its state belongs to"),
-    ("batch_size", "its rows"),
-    ("revision", "its changes so far"),
+    ("model_fingerprint", "fingerprint of the model that its state belongs to"),
+    ("batch_size", "number of rows"),
+    ("revision", "number of changes so far"),
     ("position", "time steps since its last reset"),
     ("created_time", "when it was opened (RFC 3339, UTC)"),
     ("last_used_time", "when it was last changed, read or resumed"),
-    ("age_s, idle_s", "seconds since then"),
-    ("resident", "false: its state is only in the store"),
-    ("model_version", "version of the model that its next change runs on"),
-    ("model_version_pinned", "it was opened with a version or a label, and stays on that version"),
-    ("max_idle_s", "it expires when it was not used for this many seconds; null: never"),
+    ("age_s, idle_s", "seconds since created_time and last_used_time"),
+    ("resident", "whether its state is in memory; false: only in the store"),
+    ("model_version", "version of the model that runs its next change"),
+    (
+        "model_version_pinned",
+        "whether it stays on that version, because it was opened with a version or a label",
+    ),
+    ("max_idle_s", "idle seconds after which it expires; null: never"),
 )
 
 
@@ -57,7 +60,7 @@ SESSION_KEYS = (
 def sessions() -> None:
     """List, show, close, export and import the sessions of a server.
 
-    A session is one user's conversation with one model. It owns one state, which steps advance.
+    A session is one user's conversation with one model. It has one state, which steps advance.
     """
 
 
@@ -76,9 +79,9 @@ def filter_options(function: Function) -> Function:
             "--idle-longer",
             metavar="TIME",
             type=Duration(),
-            help="Only sessions that were not used for longer than this: 90s, 1h30m, 2d.",
+            help="Only sessions that have been idle for longer than this: 90s, 1h30m, 2d.",
         ),
-        click.option("--prefix", metavar="TEXT", help="Only sessions whose id begins with this."),
+        click.option("--prefix", metavar="TEXT", help="Only sessions whose id starts with this."),
         click.option(
             "--model", metavar="NAME", shell_complete=complete.models, help="Only sessions of this model."
         ),
@@ -95,7 +98,7 @@ def filter_options(function: Function) -> Function:
         "stepwell sessions list --model forecast --limit 20",
         "stepwell sessions list --prefix user- --idle-longer 1h --json",
     ),
-    json_keys=(("(one line for each)", "a document for each session, as they come:"), *SESSION_KEYS),
+    json_keys=(("(one line each)", "a JSON document per session:"), *SESSION_KEYS),
 )
 @filter_options
 @click.option(
@@ -108,15 +111,15 @@ def filter_options(function: Function) -> Function:
 @json_option
 @server_options
 def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool, as_json: bool) -> None:
-    """List the live sessions of a server in the order of their ids, page by page: also a million of them.
+    """List the live sessions of a server, sorted by id, page by page, even a million of them.
 
-    A terminal shows the first 100 and how many more there are, unless --all or --limit says otherwise. A pipe and
-    --json get all.
+    A terminal shows the first 100 and the number of the others, unless --all or --limit is given. A pipe and --json
+    get all of them.
 
-    AGE is the time since a session was opened, IDLE the time since it was last changed, read or resumed. Being
-    listed does not count as use. TENANT is there where an admin lists everybody's sessions.
+    AGE is the time since a session was opened, IDLE the time since it was last changed, read or resumed. Listing a
+    session does not count as use. TENANT is shown if an admin lists the sessions of all tenants.
 
-    On a terminal the middle of a long id is left out, and ... stands for it; a pipe and --json get it whole.
+    A terminal shows ... instead of the middle of a long id; a pipe and --json get the whole id.
     """
     if every and limit is not None:
         raise click.UsageError("--all must be given without --limit")
@@ -148,7 +151,7 @@ def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool
         if not render.print_rows(("TENANT",) * everybodys + headings, rows, right=numbers):
             click.echo("no sessions", err=True)
         elif is_cut and len(first) == SHOWN and (more := client.count_sessions(**wanted) - SHOWN) > 0:
-            click.echo(f"{more:,} more: --all lists them, --limit N another number of them", err=True)
+            click.echo(f"{more:,} more; use --all to list them, or --limit N", err=True)
 
 
 @sessions.command(
@@ -161,7 +164,7 @@ def list_sessions(target: Target, wanted: Filter, limit: int | None, every: bool
 @json_option
 @server_options
 def show(target: Target, session_id: str, as_json: bool) -> None:
-    """Show one session as of its last completed change. Being shown does not count as use."""
+    """Show one session as of its last completed change. This does not count as use of the session."""
     with target.connect("Reading the session") as client:
         session = client.session_info(session_id)
     if as_json:
@@ -179,16 +182,16 @@ def show(target: Target, session_id: str, as_json: bool) -> None:
         "stepwell sessions close --idle-longer 7d --yes",
     ),
     json_keys=(
-        ("closed", "ids of the sessions that were closed, also when a later one was not there"),
-        ("closed", "with a filter: how many were closed"),
-        ("would_close, sample", "with --dry-run: how many there are, and the ids of some of them"),
+        ("closed", "ids of the closed sessions, even if a later one did not exist"),
+        ("closed", "with a filter: number of closed sessions"),
+        ("would_close, sample", "with --dry-run: number of sessions, and the ids of some of them"),
     ),
 )
 @click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=complete.sessions)
 @filter_options
 @click.option("--all", "everything", is_flag=True, help="All sessions of the server.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be closed.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @json_option
 @server_options
 def close(
@@ -200,19 +203,17 @@ def close(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Close sessions and delete their states; there is no way back.
+    """Close sessions and delete their states. This cannot be undone.
 
-    Asks first on a terminal; elsewhere --yes is needed. Stops at the first SESSION that is not there; those
-    before it are closed.
+    On a terminal the command asks for confirmation; elsewhere --yes is required. It stops at the first SESSION that
+    does not exist; those before it are closed.
 
-    With a filter, or --all, it says how many there are before it asks, then closes those that fit, some thousands at a
-    time. A session that is opened or used meanwhile stays.
+    With a filter or --all, it shows the number of sessions before it asks, then closes those that match, some
+    thousand at a time. A session that is opened or used in the meantime stays.
     """
     is_filtered = any(value is not None for value in wanted.values())
     if wanted["prefix"] == "":
-        raise click.UsageError(
-            "--prefix must not be empty where sessions are closed; --all means all of them"
-        )
+        raise click.UsageError("--prefix must not be empty; use --all to close all sessions")
     if bool(session_ids) + is_filtered + everything != 1:
         raise click.UsageError("give either sessions, a filter (--model, --prefix, --idle-longer), or --all")
     if not (yes or dry_run):
@@ -247,7 +248,7 @@ def close(
 def close_named(
     target: Target, session_ids: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool
 ) -> None:
-    """Close sessions by their ids, one after the other."""
+    """Close sessions by id, one after the other."""
     if dry_run:
         with target.connect("Looking for sessions") as client:
             for session_id in session_ids:
@@ -270,7 +271,7 @@ def close_named(
 
 
 def print_closed(closed: list[str], as_json: bool) -> None:
-    """Say what was closed, also when an error stopped it half-way."""
+    """Print the closed sessions, also if an error stopped the command half-way."""
     if as_json:
         render.print_json({"closed": closed})
     for session_id in () if as_json else closed:
@@ -278,9 +279,9 @@ def print_closed(closed: list[str], as_json: bool) -> None:
 
 
 def preview(count: int, sample: Sequence[str]) -> str:
-    """What would be closed."""
+    """A description of the sessions that would be closed."""
     if not count:
-        return "no sessions fit"
+        return "no sessions match"
     names = ", ".join(map(render.short_text, sample))
     more = f" and {count - len(sample):,} more" if count > len(sample) else ""
     return f"{count:,} session{'s' if count != 1 else ''}: {names}{more}"
@@ -295,9 +296,9 @@ def preview(count: int, sample: Sequence[str]) -> str:
         "stepwell sessions export --model forecast -o forecast.sessions",
     ),
     json_keys=(
-        ("exported", "how many sessions are in the file"),
-        ("failed", "those that could not be read: messages by id"),
-        ("file", "where they were saved"),
+        ("exported", "number of sessions in the file"),
+        ("failed", "sessions that could not be read: messages by id"),
+        ("file", "the saved file"),
     ),
 )
 @click.argument("session_ids", metavar="[SESSION...]", nargs=-1, shell_complete=complete.sessions)
@@ -308,18 +309,18 @@ def preview(count: int, sample: Sequence[str]) -> str:
     metavar="FILE",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The file; an old one of that name is replaced when all is written.",
+    help="The file to write. An old one is replaced once the new one is complete.",
 )
 @json_option
 @server_options
 def export_sessions(
     target: Target, session_ids: tuple[str, ...], wanted: Filter, output: Path, as_json: bool
 ) -> None:
-    """Save sessions with all that is kept of them, so that they go on elsewhere: those named, those that fit, or all.
+    """Save sessions to a file, to continue them on another server: those named, those that match, or all.
 
-    That is their state, revision, position and creation, and the answer to each one's last change, so that a client
-    that sends it again, to another server, is answered once. Nothing changes for the sessions. Close them here before
-    they go on there.
+    The file holds each session's state, revision, position and creation time, and the answer to its last change, so
+    that a client that repeats this change at the other server gets the same answer. Nothing changes for the sessions.
+    Close them here before they continue there.
     """
     if session_ids and any(value is not None for value in wanted.values()):
         raise click.UsageError("give either sessions or a filter (--model, --prefix, --idle-longer)")
@@ -341,28 +342,30 @@ def export_sessions(
 
 @sessions.command(
     "import",
-    short_help="Make sessions of a file.",
+    short_help="Create sessions from a file.",
     examples=(
         "stepwell sessions import all.sessions",
         "stepwell sessions import all.sessions --skip-existing --server 127.0.0.1:50052",
     ),
     json_keys=(
-        ("imported", "how many were made, or were there exactly as in the file"),
-        ("replaced, skipped", "how many took the place of another one, or were left as they are"),
-        ("failed", "those of which nothing was done: messages by id"),
+        ("imported", "number of sessions created, or already there exactly as in the file"),
+        ("replaced, skipped", "number of existing sessions that were replaced, or kept"),
+        ("failed", "sessions that were not imported: messages by id"),
     ),
 )
 @click.argument("file", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--skip-existing", is_flag=True, help="Leave sessions that are there; they are no failures.")
-@click.option("--replace", is_flag=True, help="Replace sessions that are there.")
+@click.option(
+    "--skip-existing", is_flag=True, help="Keep existing sessions, and do not count them as failures."
+)
+@click.option("--replace", is_flag=True, help="Replace existing sessions.")
 @json_option
 @server_options
 def import_sessions(target: Target, file: Path, skip_existing: bool, replace: bool, as_json: bool) -> None:
-    """Make sessions of a file that 'stepwell sessions export' wrote; each goes on where it was.
+    """Create sessions from a file of 'stepwell sessions export'. Each session continues where it was.
 
-    The model of a session must be served under its name and with the same fingerprint. A session that is there already
-    is left as it is and counts as a failure, unless --skip-existing or --replace says otherwise; but one that is there
-    exactly as in the file is done, so an import that was interrupted can be repeated.
+    The server must have the session's model under the same name and with the same fingerprint. An existing session is
+    kept and counts as a failure, unless --skip-existing or --replace is given. A session that already exists exactly
+    as in the file counts as imported, so you can repeat an interrupted import.
     """
     if skip_existing and replace:
         raise click.UsageError("give either --skip-existing or --replace")
@@ -392,7 +395,7 @@ def import_sessions(target: Target, file: Path, skip_existing: bool, replace: bo
 
 
 def end_with(what: str, failures: Mapping[str, StepwellError]) -> None:
-    """End with an error if some sessions failed; the first ones say why."""
+    """Fail if some sessions failed, with the messages of the first ones."""
     if not failures:
         return
     told = [f"{one_line(error.message)}" for error in list(failures.values())[:SAMPLE]]
@@ -401,30 +404,30 @@ def end_with(what: str, failures: Mapping[str, StepwellError]) -> None:
 
 
 def shows_on_terminal() -> bool:
-    """Whether people read what is printed."""
+    """Whether the output goes to a terminal."""
     return sys.stdout.isatty()
 
 
 def is_terminal() -> bool:
-    """Whether there is someone to ask."""
+    """Whether there is a terminal to ask for confirmation."""
     return sys.stdin.isatty()
 
 
 def require_terminal() -> None:
-    """Refuse to delete anything if nobody can be asked."""
+    """Refuse to delete anything without a confirmation."""
     if not is_terminal():
-        raise Failure("closing a session deletes its state; without a terminal to ask on, --yes is needed")
+        raise Failure("closing a session deletes its state; without a terminal to confirm it, pass --yes")
 
 
 def confirm(count: int, session_ids: Sequence[str]) -> None:
-    """Ask whether to delete."""
+    """Ask for confirmation."""
     noun = f"session {session_ids[0]}" if count == 1 else f"{count:,} sessions"
     if not click.confirm(f"Delete the state of {noun}?", err=True):
         raise Failure("nothing was closed", exit_code=1)
 
 
 def session_cells(session: SessionInfo, *, everybodys: bool) -> tuple[str, ...]:
-    """A session as a row of the table; `everybodys`: it says whose it is."""
+    """A session as a row of the table; `everybodys` adds its tenant."""
     return (
         *((session.tenant or "-",) if everybodys else ()),
         render.short_text(session.session_id),
@@ -458,7 +461,7 @@ def session_facts(session: SessionInfo) -> list[tuple[str, str]]:
 
 
 def session_json(session: SessionInfo) -> dict[str, object]:
-    """A session as programs read it."""
+    """A session as JSON."""
     return {
         "session_id": session.session_id,
         "tenant": session.tenant or None,
@@ -479,7 +482,7 @@ def session_json(session: SessionInfo) -> dict[str, object]:
 
 
 def idle_limit_text(session: SessionInfo) -> str:
-    """For how long a session may be unused, for people."""
+    """The idle limit of a session, for people."""
     return "none" if session.max_idle_s is None else render.duration_text(session.max_idle_s)
 
 

@@ -22,7 +22,7 @@ class _States(Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; `reset`, which others have, is another one here."""
+        """Find a command, and explain that `reset` has another name here."""
         if args[:1] == ["reset"]:
             session = args[1] if args[1:] and not args[1].startswith("-") else "SESSION"
             raise click.UsageError(
@@ -44,7 +44,7 @@ class _States(Group):
 def state() -> None:
     """Read and set the state of a session.
 
-    A state is a few named tensors, one row for each row of the session: of an LSTM layer 'h' and 'c'.
+    A state is a set of named tensors with one row for each row of the session, such as 'h' and 'c' of an LSTM layer.
     """
 
 
@@ -53,10 +53,10 @@ def state() -> None:
     short_help="Show or save the state of a session.",
     examples=("stepwell state get user-42", "stepwell state get user-42 -o user-42.safetensors"),
     json_keys=(
-        ("session_id, model, model_fingerprint", "the session, its model, and what the state belongs to"),
+        ("session_id, model, model_fingerprint", "the session, its model, and the model's fingerprint"),
         ("revision, position", "as they were when the state was read"),
         ("state", "by name, in the model's order: dtype, shape and values (nested lists)"),
-        ("file", "where it was saved; null without -o"),
+        ("file", "the saved file; null without -o"),
     ),
 )
 @click.argument("session_id", metavar="SESSION", shell_complete=complete.sessions)
@@ -70,9 +70,9 @@ def state() -> None:
 @json_option
 @server_options
 def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> None:
-    """Show the tensors of a session's state in short, and save them whole with -o.
+    """Show a summary of a session's state, and save the whole state with -o.
 
-    The state is read after the changes that were sent before. Reading it counts as use of the session.
+    The state is read after the changes that the server has received. Reading it counts as use of the session.
     """
     with target.connect("Reading the state") as client:
         session = attach(client, session_id)
@@ -89,7 +89,7 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
 
 @state.command(
     "set",
-    short_help="Set the state of a session to a file's or to the initial one.",
+    short_help="Set the state of a session from a file, or to the initial one.",
     examples=(
         "stepwell state set user-42 user-42.safetensors",
         "stepwell state set user-42 --zero",
@@ -104,7 +104,9 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
     required=False,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
-@click.option("--zero", is_flag=True, help="Set it to the model's initial state, which is zero for most.")
+@click.option(
+    "--zero", is_flag=True, help="Set it to the model's initial state, which is zero for most models."
+)
 @click.option(
     "--rows", metavar="N,N...", callback=lambda _ctx, _param, text: parse_rows(text), help="Only these rows."
 )
@@ -113,12 +115,14 @@ def get(target: Target, session_id: str, output: Path | None, as_json: bool) -> 
 def set_state(
     target: Target, session_id: str, file: Path | None, zero: bool, rows: list[int] | None, as_json: bool
 ) -> None:
-    """Set the state of a session to a saved one, or to the model's initial one with --zero.
+    """Set the state of a session to a saved one, or with --zero to the model's initial one.
 
-    A saved state fits a session of the same model, also of a retrained version of it, and has as many rows as are set.
-    With a file for all rows the session has the file's position, with --zero it starts again at 0; with --rows the
-    other rows and the position stay. The revision counts on: it is that of the session's changes. To move a session with its revision and
-    the answer to its last change, use 'stepwell sessions export' and 'import'.
+    A saved state fits sessions of the same model, and of retrained versions of it. It must have as many rows as are
+    set.
+
+    A file for all rows also sets the position; --zero sets it to 0. With --rows the other rows and the position stay.
+    The revision keeps counting changes. To move a session with its revision and the answer to its last change, use
+    'stepwell sessions export' and 'import'.
     """
     if (file is None) != zero:
         raise click.UsageError("give either a FILE.safetensors or --zero")
@@ -137,13 +141,13 @@ def set_state(
 
 
 def parse_rows(text: str | None) -> list[int] | None:
-    """Read row numbers set apart by commas."""
+    """Read row numbers separated by commas."""
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{text!r} must be row numbers set apart by commas, as in 0,3") from None
+        raise click.BadParameter(f"{text!r} must be row numbers separated by commas, as in 0,3") from None
 
 
 def save_state(read: State, output: Path) -> None:
@@ -167,7 +171,7 @@ def load_state(file: Path) -> State:
 
 
 def print_state(read: State) -> None:
-    """Print a state in short."""
+    """Print a summary of a state."""
     rows: list[Sequence[str]] = [
         (name, str(array.dtype), render.array_shape(array), *render.summary_cells(array))
         for name, array in read.items()
@@ -178,7 +182,7 @@ def print_state(read: State) -> None:
 
 
 def state_json(read: State) -> dict[str, object]:
-    """A state as programs read it."""
+    """A state as JSON."""
     return {
         "model": read.model,
         "model_fingerprint": read.fingerprint,

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
         "stepwell step user-42 --input x=@x.json --input y=y.npy --json",
     ),
     values=(
-        ("JSON", "nested lists; or an object of them, by the inputs' names"),
+        ("JSON", "nested lists, or an object of them by input name"),
         ("@FILE.json", "the same in a file"),
         ("-", "the same from stdin"),
         ("FILE.npy", "one array"),
-        ("FILE.npz", "several arrays, by the inputs' names"),
-        ("FILE.csv", "one line a time step, one column a feature; for a batch size of 1"),
+        ("FILE.npz", "several arrays, by input name"),
+        ("FILE.csv", "one line per time step, one column per feature; for a batch size of 1"),
     ),
     json_keys=(
         ("session_id, model", "the session and its model"),
@@ -43,26 +43,26 @@ if TYPE_CHECKING:
 )
 @click.argument("session_id", metavar="SESSION", shell_complete=complete.sessions)
 @click.option(
-    "--model", metavar="NAME", shell_complete=complete.models, help="The model that the session must have."
+    "--model", metavar="NAME", shell_complete=complete.models, help="Fail unless the session has this model."
 )
 @click.option(
     "--open",
     "open_model",
     metavar="NAME",
     shell_complete=complete.models,
-    help="Open the session with this model if it is not there.",
+    help="Open the session with this model if it does not exist.",
 )
 @click.option(
     "--batch-size",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Rows of the session; with --open. Default: 1.",
+    help="With --open: rows of the session. Default: 1.",
 )
 @click.option(
     "--max-idle-s",
     metavar="TIME",
     type=Duration(),
-    help="Time after which the session expires if it was not used, if this opens it; with --open. 0 means no limit. "
+    help="With --open: idle time after which a newly opened session expires. 0 means no limit. "
     "Default: no limit.",
 )
 @click.option(
@@ -73,14 +73,14 @@ if TYPE_CHECKING:
     required=True,
     callback=values.read_inputs,
     shell_complete=values.complete_file,
-    help="An input; again for each of several.",
+    help="An input. Repeat the option for several inputs.",
 )
 @click.option(
     "--outputs",
     type=click.Choice(["all", "last", "none"]),
     default="all",
     show_default=True,
-    help="The time steps whose outputs come back.",
+    help="The time steps whose outputs to print.",
 )
 @json_option
 @server_options
@@ -97,8 +97,8 @@ def step(
 ) -> None:
     """Advance a session by one time step, or by T with a time axis, and print the outputs.
 
-    An input has the axes (B, F...) for one time step or (B, T, F...) for T of them, where B is the session's batch
-    size. 'stepwell models' shows them. The step is applied whole or not at all.
+    An input has the shape (B, F...) for one time step or (B, T, F...) for T time steps, where B is the session's
+    batch size; 'stepwell models' shows the shapes. The server applies the whole step or nothing of it.
     """
     from stepwell.errors import InvalidInputError
 
@@ -125,15 +125,15 @@ def check_options(
 ) -> None:
     """Refuse options that contradict each other."""
     if max_idle_s is not None and open_model is None:
-        raise click.UsageError("--max-idle-s goes with --open; a session that is there has its own")
+        raise click.UsageError("--max-idle-s must be given with --open; an existing session keeps its own")
     if batch_size is not None and open_model is None:
-        raise click.UsageError("--batch-size goes with --open; a session that is there has its own")
+        raise click.UsageError("--batch-size must be given with --open; an existing session keeps its own")
     if None not in (model, open_model) and model != open_model:
         raise click.UsageError(f"--model and --open must name the same model; got {model} and {open_model}")
 
 
 def named_outputs(result: Any, info: ModelInfo) -> Mapping[str, NDArray[Any]]:
-    """The outputs by name, also where the SDK gives back the only one, or none."""
+    """The outputs by name, also if the SDK returns a single array or none."""
     if result is None:
         return {}
     return result if isinstance(result, Mapping) else {info.outputs[0].name: result}
@@ -148,7 +148,7 @@ def print_outputs(session: Session, outputs: Mapping[str, NDArray[Any]]) -> None
 
 
 def step_json(session: Session, outputs: Mapping[str, NDArray[Any]]) -> dict[str, object]:
-    """The answer to a step as programs read it."""
+    """The result of a step as JSON."""
     return {
         "session_id": session.id,
         "model": session.model,

@@ -1,4 +1,4 @@
-"""`stepwell top`: what one server does, or several together, from their metrics."""
+"""`stepwell top`: the activity of one server, or of several together, from their metrics."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PORT = 9464
-"""Where a server has its metrics by default."""
+"""Default port of a server's metrics."""
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - read, not listened on
-"""Hosts that stand for all addresses of a server, and the one that reaches it from its own machine."""
+"""Hosts that mean all addresses of a server, and the address that reaches it from its own machine."""
 _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 _MAX_METRICS_BYTES = 16 << 20
 _SLOW_S = 1.0
-"""Time limit of each of several servers to answer a call: the picture does not wait for one that is gone."""
+"""Time limit of each of several servers to answer a call, so that one that is down does not delay the picture."""
 _MIN_PATIENCE_S = 0.25
-"""A live picture waits for answers for half of its interval, but not shorter than this."""
+"""A live picture waits for answers for half of its interval, but at least this long."""
 _WIDTH = 80
-"""Columns of a picture that goes to no terminal."""
+"""Columns of a picture that does not go to a terminal."""
 
 
 def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
-    """Those that are named; none if none are."""
+    """The URLs that are given; empty if none are."""
     found = []
     for url in [each.strip() for each in value.split(",")] if value is not None else []:
         if not _URL.fullmatch(url):
             raise click.BadParameter(
-                f"must be http://HOST:PORT or https://HOST:PORT, or several with commas between; got {url!r}",
+                f"must be http://HOST:PORT or https://HOST:PORT, or several separated by commas; got {url!r}",
                 ctx,
                 param,
             )
@@ -82,21 +82,21 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
             "server",
             (
                 "version, front, uptime_s, memory_bytes, cores, connections, streams, store_ready, ready, errors_per_s and"
-                " what models have; of several servers the sums"
+                " totals of the models; for several servers the sums"
             ),
         ),
         (
             "servers",
-            "list: metrics (where they are), id, error (if it did not answer)",
+            "list: metrics (their address), id, error (if it did not answer)",
         ),
         (
             "models",
             "list: model, row_steps_per_s, passes_per_s, rows_per_pass, busy (0 to 1), p50_s, p99_s, sessions, ...",
         ),
-        ("methods", "list, the busiest first: method, calls_per_s, messages_per_s, p50_s, p99_s"),
+        ("methods", "list, busiest first: method, calls_per_s, messages_per_s, p50_s, p99_s"),
         ("errors", "list: model, reason, per_s"),
-        ("tenants", "list: tenant, row_steps_per_s, sessions; empty: the server knows none"),
-        ("slow_sessions", "list, the slowest first: session_id, model, seconds, age_s"),
+        ("tenants", "list: tenant, row_steps_per_s, sessions; empty if the server has no tenants"),
+        ("slow_sessions", "list, slowest first: session_id, model, seconds, age_s"),
     ),
 )
 @click.option(
@@ -105,8 +105,8 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     envvar="STEPWELL_METRICS_URL",
     show_envvar=True,
     callback=_metrics_urls,
-    help="Where the server serves its metrics; of several servers all, with commas between. Default: where each server"
-    " says; to callers that are no admins it does not, and port 9464 of its host is tried.",
+    help="Address of the server's metrics; for several servers all of them, separated by commas. Default: the address"
+    " that each server reports to admins, and for other callers port 9464 of its host.",
 )
 @click.option(
     "--metrics-token-file",
@@ -114,7 +114,7 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     envvar="STEPWELL_METRICS_TOKEN_FILE",
     show_envvar=True,
-    help="File that holds the token for the metrics, if they need one.",
+    help="File with the token for the metrics, if they need one.",
 )
 @click.option(
     "--interval",
@@ -122,7 +122,7 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     type=Duration(0.1, 3600),
     default=2.0,
     show_default=True,
-    help="Time between two pictures, which rates and percentiles are of.",
+    help="Time between two updates. Rates and percentiles cover this time.",
 )
 @click.option(
     "--rows",
@@ -130,10 +130,10 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     type=click.IntRange(1, 100),
     default=10,
     show_default=True,
-    help="Rows of a table.",
+    help="Maximum rows of each table.",
 )
 @click.option(
-    "--once", is_flag=True, help="Print one picture and end, as it does where stdout is no terminal."
+    "--once", is_flag=True, help="Print once and exit, which is the default if stdout is not a terminal."
 )
 @json_option
 @server_options
@@ -146,20 +146,20 @@ def top(
     once: bool,
     as_json: bool,
 ) -> None:
-    """Show what a server does, or several together: steps, latency, passes, sessions, tenants, errors, and who is slow.
+    """Show the activity of a server, or of several: steps, latency, passes, sessions, tenants, errors and slow sessions.
 
-    The numbers are those of their metrics, and of one call that asks for slow sessions. Metrics of another server
-    process than --server are refused. On a terminal the picture is renewed every --interval until you press q, also
-    over restarts of a server.
+    The numbers come from the servers' metrics, and from one call for slow sessions. Metrics of another server process
+    than --server are refused. On a terminal the picture is updated every --interval until you press q, also while a
+    server restarts.
 
-    Of several servers it shows the sum: rates are added up, percentiles are those of all calls, sessions those of the
-    store that they share. A server that does not answer is named and left out. Name one server to see it alone.
+    For several servers it shows totals: rates are added up, percentiles cover all calls, and sessions are those of
+    the shared store. A server that does not answer is named and left out. Name one server to see it alone.
     """
     servers = addresses.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
     if not metrics and (names := list(filter(addresses.is_name, servers))):
         raise click.UsageError(
-            "--metrics must name the metrics of each server, with commas between, where --server has a name that stands"
+            "--metrics must list the metrics of every server, separated by commas, if --server has a name that stands"
             f" for several; got --server {names[0]}"
         )
     with contextlib.ExitStack() as stack:
@@ -198,7 +198,9 @@ def top(
 
 
 class Calls(Generic[Result]):
-    """Calls of a function that waits for a server, one at a time, each in a thread that the program's end does not await.
+    """Calls of a function that waits for a server, one at a time.
+
+    Each has a thread that does not delay the program's end.
 
     Args:
         function: It is called without arguments.
@@ -209,14 +211,17 @@ class Calls(Generic[Result]):
         self._call: Future[Result] | None = None
 
     def begin(self) -> Future[Result]:
-        """The call whose result was not taken yet, or a new one."""
+        """The call whose result is not taken yet, or a new one."""
         if self._call is None:
             self._call = Future()
             threading.Thread(target=self._run, args=(self._call,), daemon=True).start()
         return self._call
 
     def take(self, patience_s: float | None) -> Result | None:
-        """The result of the call, waited for where there is no limit; None if there is one and the call is under way."""
+        """Returns the result of the call.
+
+        Without a limit it waits. With one it returns None if the call is still running.
+        """
         call = self.begin()
         if patience_s is not None and not call.done():
             return None
@@ -240,7 +245,8 @@ class Source:
 
     Args:
         where: Their URL, as --metrics has it; with a client the server's address.
-        client: Asks the server where its metrics are; again, when they are not there: it may have been restarted.
+        client: Asks the server for the address of its metrics, and again if they are not there: it may have
+            restarted.
         token: For the metrics, if they need one.
         timeout_s: For each request.
     """
@@ -254,11 +260,11 @@ class Source:
 
     @property
     def name(self) -> str:
-        """HOST:PORT, or what else the URL has there; the server's address until the metrics are known."""
+        """HOST:PORT or the rest of the URL; the server's address until the metrics are known."""
         return self._url.partition("://")[2].removesuffix("/metrics") or self._server
 
     def look(self) -> Seen:
-        """What the metrics are now, and what they were before; or why they cannot be read."""
+        """The metrics now and before, or why they cannot be read."""
         before = self.last
         try:
             self.last = self.read()
@@ -269,11 +275,11 @@ class Source:
         return Seen(self.name, before, self.last)
 
     def pending(self, patience_s: float | None) -> str:
-        """What to say while a look is under way: why the last one failed, if it did."""
+        """The message while a look is running: why the last one failed, if it did."""
         return self._error or f"{self.name} has not answered within {patience_s:g} s"
 
     def read(self) -> Scrape:
-        """What the metrics are now.
+        """Reads the metrics.
 
         Raises:
             Failure: They cannot be read, or are those of another server.
@@ -302,28 +308,28 @@ class Source:
     def _hint(self, info: ServerInfo) -> str:
         address = info.metrics_address
         if address is None:
-            return "; only admins see the address of a server's metrics: give it with --metrics"
+            return "; only admins see the address of a server's metrics: pass it with --metrics"
         is_loopback = not addresses.host_and_port_problem(address) and addresses.is_on_this_machine(address)
         if is_loopback and not addresses.is_on_this_machine(self._server):
             return (
-                f"; that server has its metrics at {address} of its own machine: run 'stepwell top' there, or"
-                " let --metrics name an address that leads to them"
+                f"; that server has its metrics at {address} on its own machine: run 'stepwell top' there, or"
+                " pass an address that reaches them with --metrics"
             )
-        return "; --metrics says where else they are"
+        return "; if they are elsewhere, pass their address with --metrics"
 
 
 def look(
     sources: Sequence[Source], looks: Sequence[Calls[Seen]], patience_s: float | None = None
 ) -> list[Seen]:
-    """What the looks at all servers have found.
+    """The results of the looks at all servers.
 
     Args:
         sources: The metrics of the servers.
         looks: Calls that look at them.
-        patience_s: How long they were waited for; None: they are waited for now.
+        patience_s: How long the caller has already waited for them; None: wait now.
 
     Raises:
-        Failure: None answers; the reason of the first.
+        Failure: No server answers; the reason of the first.
     """
     for one in looks:
         one.begin()
@@ -348,14 +354,14 @@ def _info(client: Client, timeout_s: float) -> ServerInfo:
 
 
 def url_of(server: str, info: ServerInfo) -> str:
-    """Where the metrics of a server are.
+    """The URL of a server's metrics.
 
     Args:
-        server: Its address, as --server has it, of one server.
-        info: What it says of itself.
+        server: The address of one server, as --server has it.
+        info: The server's description of itself.
 
     Raises:
-        Failure: It serves none, or what it says is no address.
+        Failure: It serves none, or reports an invalid address.
     """
     is_on_this_machine = addresses.is_on_this_machine(server)
     host_of_server = server.rpartition("/")[2].rpartition(":")[0]
@@ -363,7 +369,7 @@ def url_of(server: str, info: ServerInfo) -> str:
         return f"http://{'127.0.0.1' if is_on_this_machine else host_of_server}:{PORT}/metrics"
     if not info.metrics_address:
         raise Failure(
-            f"the server at {server} (--server) serves no metrics: --metrics-listen of 'stepwell serve' gives them an"
+            f"the server at {server} (--server) serves no metrics: start 'stepwell serve' with --metrics-listen to give them an"
             " address",
             SERVER_ERROR,
         )
@@ -371,7 +377,7 @@ def url_of(server: str, info: ServerInfo) -> str:
     if problem:
         raise Failure(
             f"the server at {server} (--server) must have its metrics at HOST:PORT; it says {info.metrics_address!r}:"
-            f" {problem}. --metrics says where they are",
+            f" {problem}. Set --metrics to their address",
             SERVER_ERROR,
         )
     host, port = addresses.host_and_port(info.metrics_address)
@@ -393,9 +399,10 @@ def scrape(url: str, token: str | None, timeout_s: float) -> Scrape:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:  # noqa: S310
             text = answer.read(_MAX_METRICS_BYTES).decode(errors="replace")
     except urllib.error.HTTPError as error:
-        hint = "; --metrics-token-file has the token" if error.code in {401, 403} else ""
+        hint = "; pass the token with --metrics-token-file" if error.code in {401, 403} else ""
         raise Failure(
-            f"the metrics at {url} (--metrics) are refused: {error.code} {error.reason}{hint}", SERVER_ERROR
+            f"the server refused the metrics at {url} (--metrics): {error.code} {error.reason}{hint}",
+            SERVER_ERROR,
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
@@ -403,7 +410,7 @@ def scrape(url: str, token: str | None, timeout_s: float) -> Scrape:
     found = Scrape(text, time.monotonic())
     if not found.server_ids:
         raise Failure(
-            f"what answers at {url} (--metrics) must be a Stepwell server's metrics; it has no stepwell_build_info",
+            f"{url} (--metrics) must serve a Stepwell server's metrics; the answer has no stepwell_build_info",
             SERVER_ERROR,
         )
     return found
@@ -475,7 +482,7 @@ def _live(show: Callable[[], dict[str, Any]], interval: float, rows: int) -> Non
                 last = screen(show(), rows)
             except (Failure, StepwellError) as error:
                 # someone who watches a restart wants to see the server come back
-                text = f"no answer, it is asked again: {error}"
+                text = f"no answer, retrying: {error}"
                 live.update(Group(Text(text, style="bold red"), "", last), refresh=True)
                 continue
             live.update(last, refresh=True)

@@ -1,7 +1,7 @@
-"""What shells complete beside options, commands and files: models and sessions of the server.
+"""Shell completion of models and sessions of the server.
 
-The server is that of the command line so far, or of its variables. It is asked once and has a short time; where it
-does not answer there is nothing to choose from, and nothing is said.
+The server is that of the command line so far, or of its variables. It is asked once and has a short time. Without an
+answer there are no suggestions and no message.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from stepwell.v1 import models_pb2
 
 TIMEOUT_S = 1.0
-"""Time that the server has, while someone waits for a line to be completed."""
+"""Time limit of the server, because somebody waits for the completion."""
 MAX_SESSIONS = 100
-"""Sessions to ask for: nobody chooses from more."""
+"""Sessions to request; nobody chooses from more."""
 
 
 def models(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Models of the server whose names begin so."""
+    """Models of the server whose names start with the text."""
     return of_models(ctx, incomplete, lambda model: [model.name])
 
 
 def references(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Models of the server, and after the name of one and an @ or a colon its versions or labels."""
+    """Models of the server, and after a name and an @ or a colon its versions or labels."""
 
     def names(model: models_pb2.Model) -> Iterable[str]:
         yield model.name
@@ -50,7 +50,7 @@ def references(ctx: click.Context, _param: click.Parameter, incomplete: str) -> 
 def of_models(
     ctx: click.Context, incomplete: str, names: Callable[[models_pb2.Model], Iterable[str]]
 ) -> list[CompletionItem]:
-    """Those of the names of the server's models that begin so."""
+    """The names of the server's models that start with the text."""
     from stepwell.v1 import models_pb2, models_pb2_grpc
 
     def found(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
@@ -62,7 +62,7 @@ def of_models(
 
 
 def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Sessions of the server whose ids begin so; the first of them."""
+    """The first sessions of the server whose ids start with the text."""
     from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 
     def ids(channel: grpc.Channel, metadata: Pairs | None) -> Iterable[str]:
@@ -79,7 +79,7 @@ def sessions(ctx: click.Context, _param: click.Parameter, incomplete: str) -> li
 def answered(
     ctx: click.Context, ask: Callable[[grpc.Channel, Pairs | None], Iterable[str]]
 ) -> list[CompletionItem]:
-    """What the server of the command line so far answers; nothing if it does not, or cannot be made out."""
+    """The answer of the server of the command line so far; empty if it does not answer or cannot be determined."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     import grpc
 

@@ -12,24 +12,24 @@ import click
 from click.exceptions import Exit
 
 SERVER_ERROR = 1
-"""Exit code: the server refused, could not be reached, or did not answer in time."""
+"""Exit code: the server rejected the call, could not be reached, or did not answer in time."""
 USAGE_ERROR = 2
-"""Exit code: the command line, or a file that it names, is wrong."""
+"""Exit code: the command line, or a file that it names, is invalid."""
 INTERRUPTED = 130
-"""Exit code: Ctrl-C, as shells have it (128 + SIGINT)."""
+"""Exit code: Ctrl-C, as in shells (128 + SIGINT)."""
 BROKEN_PIPE = 141
-"""Exit code: the reader of stdout went away, as shells have it (128 + SIGPIPE)."""
+"""Exit code: the reader of stdout has closed it, as in shells (128 + SIGPIPE)."""
 
 
 HELP_SHOWN: type[Exception] = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
-"""What click raises to show the help of a group that got no command (since 8.2; before, it just exits)."""
+"""The exception with which click shows the help of a group without a command (since 8.2; before, click just exits)."""
 
 
 class Failure(Exception):
     """An error that ends the program with one line on stderr.
 
     Args:
-        message: What is wrong, for people. Line breaks and control characters in it become spaces.
+        message: The error, for people. Line breaks and control characters in it become spaces.
         exit_code: The program's exit code.
     """
 
@@ -40,7 +40,7 @@ class Failure(Exception):
 
 
 def one_line(text: str) -> str:
-    """The text with every run of space and control characters as one space."""
+    """Replaces every run of spaces and control characters by one space."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -66,7 +66,7 @@ def reported() -> Iterator[None]:
 
 
 def as_failure(error: Exception) -> Failure | None:
-    """The error as it is reported; None for a defect."""
+    """The error in the form in which it is reported; None for a defect."""
     from stepwell.errors import StepwellError
 
     if isinstance(error, Failure):
@@ -82,30 +82,30 @@ def as_failure(error: Exception) -> Failure | None:
 
 
 def usage_text(error: click.ClickException) -> str:
-    """The error's message, with the way to help where click knows the command."""
+    """The error's message, with the command's help option if click knows the command."""
     message = error.format_message()
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is None:
         return message
-    return f"{message.rstrip('.')} ('{context.command_path} --help' shows how)"
+    return f"{message.rstrip('.')} (see '{context.command_path} --help')"
 
 
 def outcome_hint(error: Exception) -> str:
-    """Where to look when a change may have been applied or not; this program cannot send the same again."""
+    """Where to look if a change may have been applied; this program cannot repeat it."""
     if getattr(error, "outcome", None) != "unknown":
         return ""
-    return "; a change may have been applied: 'stepwell sessions show' tells the revision"
+    return "; the change may have been applied: check the revision with 'stepwell sessions show'"
 
 
 def accept_any_text() -> None:
-    """Let stdout and stderr write what their encoding lacks as escapes, instead of failing."""
+    """Makes stdout and stderr escape characters that their encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def discard_stdout() -> None:
-    """Send what is still buffered for stdout nowhere, so that the interpreter's last flush is quiet."""
+    """Discards the buffered output, so that the interpreter's last flush is quiet."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -10,20 +10,20 @@ from click.core import ParameterSource
 
 EXIT_CODES = (
     ("0", "done"),
-    ("1", "the server refused, could not be reached, or did not answer in time"),
-    ("2", "the command line, or a file that it names, is wrong"),
+    ("1", "the server rejected the call, could not be reached, or did not answer in time"),
+    ("2", "the command line, or a file that it names, is invalid"),
     ("130", "interrupted by Ctrl-C"),
 )
 """Exit codes that every command shares."""
 
 
 class Command(click.Command):
-    """A command with examples, the keys of its JSON document and its exit codes in its help.
+    """A command whose help has examples, the keys of its JSON document and its exit codes.
 
     Args:
-        examples: Command lines, shown as they are.
-        values: Pairs of a form that a value may have and its meaning.
-        json_keys: Pairs of a key of what `--json` prints and its meaning.
+        examples: Command lines, shown unchanged.
+        values: Pairs of a form of a value and its meaning.
+        json_keys: Pairs of a key that `--json` prints and its meaning.
         exit_codes: Pairs of a code and its meaning.
     """
 
@@ -54,7 +54,7 @@ class Command(click.Command):
 
 
 class Listing(Command, click.Group):
-    """A command that has further ones: without the name of one of them it does something itself."""
+    """A command with subcommands, which also does something without one."""
 
     command_class = Command
 
@@ -66,23 +66,21 @@ class Listing(Command, click.Group):
         return list(self.commands)
 
     def require_no_options(self, ctx: click.Context) -> None:
-        """Refuse options before the name of a further command, where they would say nothing.
+        """Refuse options before the name of a subcommand, where they would have no effect.
 
         Raises:
             click.UsageError: There are some.
         """
         for parameter in self.params:
             if ctx.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(
-                    f"{parameter.opts[0]} must stand after '{ctx.invoked_subcommand}'", ctx
-                )
+                raise click.UsageError(f"{parameter.opts[0]} must follow '{ctx.invoked_subcommand}'", ctx)
 
 
 class Group(click.Group):
     """A group of such commands, listed in the order in which they were added.
 
     Args:
-        examples: Command lines, shown as they are.
+        examples: Command lines, shown unchanged.
     """
 
     command_class = Command

@@ -1,4 +1,4 @@
-"""Commands whose code is read when one is called, not before: a list of commands, and each command, starts the sooner."""
+"""Commands whose code is imported when they are called, so that each command and their list start faster."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import click
 
 
 class Lazy(click.Command):
-    """Stands for a command in lists of commands, and becomes it when it is called.
+    """Stands for a command in lists of commands, and becomes that command when it is called.
 
     Args:
-        name: The command; the module has it under this name, with `_` for `-`.
-        short_help: What lists of commands say, as the command itself does.
+        name: Name of the command, and of its object in the module, with `_` for `-`.
+        short_help: Its line in lists of commands, the same as the command's own.
         module: The module that has it.
     """
 
@@ -22,7 +22,7 @@ class Lazy(click.Command):
         self.module = module
 
     def load(self) -> click.Command:
-        """The command itself."""
+        """Returns the command itself."""
         name = str(self.name).replace("-", "_")
         command: click.Command = getattr(importlib.import_module(self.module), name)
         return command
@@ -30,5 +30,5 @@ class Lazy(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Parse its arguments: the context is that of the command itself, which is what runs."""
+        """Parses its arguments. The context is that of the command itself, which then runs."""
         return self.load().make_context(info_name, args, parent, **extra)

@@ -1,4 +1,4 @@
-"""The processor time of the server, where it runs on this machine and may be looked into."""
+"""The processor time of the server, if it runs on this machine and this user may see it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Listener:
     """The processes that listen on the addresses of a server or its replicas, or why they are not known."""
 
     pids: tuple[int, ...]
-    """Of all; empty: not all are known."""
+    """All of them; empty if not all are known."""
     reason: str = ""
 
     @property
     def pid(self) -> int | None:
-        """The process, if there is one."""
+        """The process, if there is exactly one."""
         return self.pids[0] if len(self.pids) == 1 else None
 
     def cpu_s(self) -> float | None:
-        """Processor time of all their threads so far, in seconds; None where it cannot be read."""
+        """Processor time of all their threads so far, in seconds; None if it cannot be read."""
         try:
             times = [psutil.Process(pid).cpu_times() for pid in self.pids]
         except psutil.Error:
@@ -34,10 +34,10 @@ class Listener:
 
 
 def find_listener(address: str) -> Listener:
-    """Find the processes that listen on HOST:PORT, or on each of several with commas between.
+    """Find the processes that listen on HOST:PORT, or on each of several separated by commas.
 
-    Only those are looked for that this user may look into; a server of another user, on another machine or
-    behind a proxy or in a container of its own is not found.
+    It finds only processes that this user may see; a server of another user, on another machine, behind a proxy or in
+    a container is not found.
     """
     pids, several = [], addresses.split(address)
     for each in several:
@@ -54,7 +54,7 @@ def find_listener(address: str) -> Listener:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host's name or address is one of this machine."""
+    """Whether a host's name or address belongs to this machine."""
     try:
         found = {str(where[0]) for *_, where in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
     except OSError:
@@ -64,7 +64,7 @@ def is_here(host: str) -> bool:
 
 
 def listening_pid(port: int) -> int | None:
-    """A process of this user, or one that it may look into, that listens on a TCP port."""
+    """The process that listens on a TCP port, if this user may see it."""
     try:
         sockets = psutil.net_connections("tcp")
     except psutil.Error:  # not every system tells those of all processes

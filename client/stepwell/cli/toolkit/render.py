@@ -1,8 +1,8 @@
 """Tables for people, JSON for programs.
 
-On a terminal tables have colours and fit its width; NO_COLOR takes the colours away. Into a pipe or a file they
-go plain: columns set apart by spaces, one line a row, nothing cut off. So do long ones on a terminal, where rich would
-take minutes.
+On a terminal, tables have colours and fit its width; NO_COLOR turns off the colours. In a pipe or a file they are
+plain: columns separated by spaces, one line per row, nothing cut off. Long tables are plain on a terminal too,
+because rich would take minutes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from stepwell import TensorInfo
 
 PLAIN_WIDTH = 100_000
-"""Columns that a plain table may take; nothing is ever cut off or wrapped."""
+"""Width of a plain table, in columns, large enough that nothing is cut off or wrapped."""
 MAX_RICH_ROWS = 500
 """Rows of a table that is fitted to a terminal; longer ones are plain."""
 MAX_PADDED_WIDTH = 48
-"""Columns that a cell of a plain table may claim for the whole column; a wider one moves only its own row."""
+"""Width up to which a cell of a plain table widens its column; a wider cell only shifts its own row."""
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document, on one line."""
+    """Print a JSON document on one line."""
     click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print rows under headings; the columns named in `right` are set to the right."""
+    """Print rows under headings; the columns named in `right` are right-aligned."""
     if sys.stdout.isatty() and len(rows) <= MAX_RICH_ROWS:
         print_rich(filled_table(headings, rows, right))
     else:
@@ -51,13 +51,13 @@ def print_plain(
     right: Sequence[str] = (),
     widths: Sequence[int] = (),
 ) -> list[int]:
-    """Print rows as lines of aligned text, in a time that hundreds of thousands of them allow.
+    """Print rows as lines of aligned text, fast enough for hundreds of thousands of them.
 
     Args:
-        headings: Of the columns; they are printed unless `widths` are given.
+        headings: Headings of the columns; printed unless `widths` are given.
         rows: Their cells.
-        right: Headings of the columns that are set to the right.
-        widths: Of the columns; empty: as wide as their cells are.
+        right: Headings of the right-aligned columns.
+        widths: Widths of the columns; empty: as wide as their cells.
 
     Returns:
         The widths of the columns.
@@ -82,9 +82,9 @@ def print_plain(
 
 
 def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> bool:
-    """Print rows as they come, under headings; whether there were any.
+    """Print rows as they arrive, under headings. Returns whether there were any.
 
-    As many as a terminal fits to its width are a table; more go on as plain lines, in the columns of the first.
+    Up to `MAX_RICH_ROWS` rows are a table; further ones follow as plain lines, in the columns of the first.
     """
     coming = iter(rows)
     first = list(itertools.islice(coming, MAX_RICH_ROWS + 1))
@@ -99,7 +99,7 @@ def print_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Se
 
 
 def short_text(text: str) -> str:
-    """A text without its middle, for which ... stands, if a terminal would be filled by it; whole into a pipe."""
+    """Replaces the middle of a long text by ... on a terminal; in a pipe the text stays whole."""
     if len(text) <= MAX_PADDED_WIDTH or not sys.stdout.isatty():
         return text
     kept = MAX_PADDED_WIDTH - 3
@@ -107,7 +107,7 @@ def short_text(text: str) -> str:
 
 
 def print_records(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print rows as a table, or where the terminal is too narrow for one, each as a block of facts."""
+    """Print rows as a table, or each row as a block of facts if the terminal is too narrow."""
     table, console = filled_table(headings, rows, right), new_console()
     if console.measure(table).maximum < console.width:
         print_rich(table)
@@ -130,7 +130,7 @@ def filled_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: 
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Print names with values, one pair a line."""
+    """Print names with values, one pair per line."""
     plain = not sys.stdout.isatty()
     table = new_table(plain=True, show_header=False)
     table.add_column(style="bold")
@@ -141,7 +141,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 def new_table(plain: bool, show_header: bool = True) -> Table:
-    """An empty table: with a rule under its headings on a terminal, bare when it is plain."""
+    """An empty table: with a rule under its headings on a terminal, otherwise plain."""
     from rich import box
     from rich.table import Table
 
@@ -152,7 +152,7 @@ def new_table(plain: bool, show_header: bool = True) -> Table:
 
 
 def cell_text(cell: str, plain: bool) -> str:
-    """A cell as it is printed: its lines one after the other when the table is plain, and nothing a terminal obeys."""
+    """A cell as it is printed: in a plain table on one line, and always without control characters."""
     lines = cell.splitlines()
     if not all(map(str.isprintable, lines)):
         lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def attach(client: Client, session_id: str, model: str | None = None) -> Session:
-    """Attach to a session that exists, of a model if one is named; never open one.
+    """Attach to an existing session, of a model if one is named. It never opens one.
 
     Raises:
-        SessionGoneError: It is not there.
+        SessionGoneError: The session does not exist.
         ModelMismatchError: It has another model.
     """
     from stepwell import ModelMismatchError
@@ -38,9 +38,10 @@ def fits(model: str, known: SessionInfo) -> bool:
 def attach_or_open(
     client: Client, session_id: str, model: str, batch_size: int | None, max_idle_s: float | None
 ) -> Session:
-    """Attach to a session, or open it if it never existed or was closed. Without `batch_size` it has what it has, or 1.
+    """Attach to a session, or open it if it never existed or was closed.
 
-    `max_idle_s` is as in `Client.open_session`.
+    Without `batch_size` an existing session keeps its own, and a new one has 1. `max_idle_s` is as in
+    `Client.open_session`.
 
     Raises:
         StepwellError: It expired or was lost, or has another model or batch size.

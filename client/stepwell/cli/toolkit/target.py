@@ -1,4 +1,4 @@
-"""--server, --timeout-s and the options of TLS, which every command but serve takes, and the connection they make."""
+"""--server, --timeout-s and the TLS options, which every command but serve takes, and the connection they make."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 10.0
-"""Shorter than the SDK's: someone is waiting."""
+"""Shorter than the SDK's, because somebody is waiting."""
 TLS_OPTIONS = {
     "ca": ("FILE", "STEPWELL_CLIENT_TLS_CA", "CAs to trust, in PEM. Default: those of the system."),
     "cert": (
         "FILE",
         "STEPWELL_CLIENT_TLS_CERT",
-        "Certificate of this client in PEM, for servers that demand one.",
+        "Certificate of this client in PEM, for servers that require one.",
     ),
     "key": ("FILE", "STEPWELL_CLIENT_TLS_KEY", "Private key of --tls-cert in PEM, not encrypted."),
     "server_name": (
         "NAME",
         "STEPWELL_CLIENT_TLS_SERVER_NAME",
-        "Name that the server's certificate must have. Default: that of --server.",
+        "Name that the server's certificate must have. Default: the host of --server.",
     ),
 }
-"""Options of TLS, by the argument of `TlsConfig`. Variables without CLIENT are those of a server on the same machine."""
+"""TLS options by argument of `TlsConfig`. Variables without CLIENT are those of a server on the same machine."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Target:
     """The server that a command talks to."""
 
     address: str
-    """HOST:PORT or unix:PATH; those of replicas with commas between."""
+    """HOST:PORT or unix:PATH; those of replicas are separated by commas."""
     timeout_s: float
-    """Longest time that one request may take, retries included."""
+    """Time limit of one request, including retries."""
     tls: Mapping[str, str] | None = None
     """Arguments of `TlsConfig`; None: no TLS."""
     token_file: str | None = None
-    """The file that holds the token; None: the variable STEPWELL_TOKEN, if it is there, has it."""
+    """The file with the token; None: the variable STEPWELL_TOKEN, if it is set."""
     tenant: str | None = None
-    """To act in, for admins."""
+    """The tenant to act in, for admins."""
     allow_insecure_token: bool = False
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Target:
-        """The server that the options of `server_options` name; they are taken out."""
+        """Takes the options of `server_options` out of `options`, and returns the server that they name."""
         given = {name: options.pop(f"tls_{name}") for name in TLS_OPTIONS}
         arguments = {name: value for name, value in given.items() if value}
         uses_tls = options.pop("tls") or arguments
@@ -72,7 +72,7 @@ class Target:
         )
 
     def config(self, **others: Any) -> ClientConfig:
-        """What a client is told. The files are read.
+        """The configuration of a client. Reads the files.
 
         Raises:
             click.UsageError: One cannot be used, or the token must not be sent.
@@ -96,7 +96,7 @@ class Target:
             raise click.UsageError(as_options(error.message)) from None
 
     def tls_config(self) -> TlsConfig | None:
-        """How to speak TLS. The files are read.
+        """The TLS settings. Reads the files.
 
         Raises:
             click.UsageError: One cannot be used.
@@ -110,11 +110,11 @@ class Target:
 
     @contextlib.contextmanager
     def connect(self, doing: str, *, prints: bool = False) -> Iterator[Client]:
-        """A client for the body of a `with`, while people see what is being done and where.
+        """Yields a client for the body of a `with`, and shows meanwhile what the command does and where.
 
         Args:
             doing: What the body does, as "Reading".
-            prints: The body prints by itself, so that people see it by that.
+            prints: Whether the body prints by itself.
         """
         # its lines about a connection that fails would stand beside the one that the command prints
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -132,7 +132,7 @@ class Target:
             raise stepwell.UnavailableError(text, outcome=error.outcome, reason=error.reason) from None
 
     def _where(self, message: str) -> str:
-        """What is said of a server that is not available, with the option that names it."""
+        """The message about a server that is not available, with the option that names it."""
         address = re.sub("^grpcs?://", "", self.address)
         if f" at {address}" in message:
             return message.replace(f" at {address}", f" at {address} (--server)", 1)
@@ -140,7 +140,7 @@ class Target:
 
 
 class TokenFile:
-    """The token that a file holds, read whenever one is needed, so that it may be changed.
+    """Reads the token from a file whenever one is needed, so that the file may change.
 
     Raises:
         click.UsageError: It cannot be read.
@@ -160,7 +160,7 @@ class TokenFile:
 
 
 def as_options(message: str) -> str:
-    """What the SDK says of its arguments, said of the options that they come from."""
+    """Rewrites a message of the SDK so that it names options instead of arguments."""
     message = re.sub(r"TlsConfig\.(\w+)", lambda found: "--tls-" + found[1].replace("_", "-"), message)
     for argument, option in _OPTIONS.items():
         message = message.replace(argument, option)
@@ -177,7 +177,7 @@ _OPTIONS = {
 
 
 def server_options(function: Function) -> Function:
-    """Add --server, --timeout-s and the options of TLS to a command; its function gets them as `target`."""
+    """Add --server, --timeout-s and the TLS options to a command; its function gets them as `target`."""
 
     @functools.wraps(function)
     def with_target(*args: Any, **options: Any) -> Any:
@@ -192,7 +192,7 @@ def server_options(function: Function) -> Function:
             show_default=True,
             show_envvar=True,
             callback=check_address,
-            help="The server, HOST:PORT or unix:PATH; several, with commas between, are replicas that share a store.",
+            help="Address of the server, HOST:PORT or unix:PATH. Several, separated by commas, are replicas that share a store.",
         ),
         click.option(
             "--timeout-s",
@@ -201,14 +201,14 @@ def server_options(function: Function) -> Function:
             default=DEFAULT_TIMEOUT_S,
             show_default=True,
             callback=check_timeout,
-            help="Longest time that one request may take, retries included.",
+            help="Time limit of one request, including retries.",
         ),
         click.option(
             "--tls",
             is_flag=True,
             envvar="STEPWELL_CLIENT_TLS",
             show_envvar=True,
-            help="Speak TLS; so does any of the following.",
+            help="Use TLS. Any other --tls option implies it.",
         ),
         click.option(
             "--token-file",
@@ -216,12 +216,12 @@ def server_options(function: Function) -> Function:
             type=click.Path(),
             envvar="STEPWELL_TOKEN_FILE",
             show_envvar=True,
-            help="File with the token to send, for servers that ask who calls. Default: the variable STEPWELL_TOKEN.",
+            help="File with the token to send, for servers that authenticate callers. Default: the variable STEPWELL_TOKEN.",
         ),
         click.option(
             "--allow-insecure-token",
             is_flag=True,
-            help="Send it also over a plain connection to another machine.",
+            help="Send the token to another machine even without TLS.",
         ),
         click.option(
             "--tenant",
@@ -248,7 +248,7 @@ def server_options(function: Function) -> Function:
 
 
 def check_address(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Refuse what is no address, naming the option or the variable."""
+    """Refuse an invalid address, naming the option or the variable."""
     from stepwell import config, errors
 
     try:
@@ -258,7 +258,7 @@ def check_address(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 def check_timeout(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """Refuse what is no time limit, naming the option."""
+    """Refuse an invalid time limit, naming the option."""
     from stepwell import config, errors
 
     try:
@@ -267,4 +267,4 @@ def check_timeout(ctx: click.Context, param: click.Parameter, value: float) -> f
         raise click.BadParameter(error.message, ctx, param) from None
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, for programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON document, for programs.")

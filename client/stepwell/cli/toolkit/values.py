@@ -27,25 +27,25 @@ NAMED = re.compile(r"""(?P<name>[^\s\[{"@/=]+)=(?P<value>.+)""", re.DOTALL)
 
 @dataclass(frozen=True)
 class Value:
-    """An input as it came."""
+    """An input as it was given."""
 
     array: NDArray[Any]
     """The numbers."""
     is_csv: bool = False
-    """It is a CSV file's (lines, columns), whose lines are time steps and whose columns are features."""
+    """Whether it is a CSV file's (lines, columns), whose lines are time steps and whose columns are features."""
     json: str = ""
-    """How it stands on the command line; empty if it does not."""
+    """Its text on the command line; empty if it was not given there."""
 
 
 _PYTHON_HINT = ": did you mean x[None]?"
 _MAX_HINT = 200
-"""Characters of an input that are repeated in a hint."""
+"""Longest input, in characters, that a hint repeats."""
 Values = Mapping[str | None, Value]
 """Inputs by name; None stands for the only one, unnamed."""
 
 
 def read_inputs(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> tuple[Values, ...]:
-    """Read every occurrence of the option while the command line is parsed, so that errors name it."""
+    """Reads every occurrence of the option while the command line is parsed, so that errors name it."""
     try:
         return tuple(read_input(text) for text in given)
     except OSError as error:
@@ -57,7 +57,7 @@ def read_inputs(ctx: click.Context, param: click.Parameter, given: tuple[str, ..
 def complete_file(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[click.shell_completion.CompletionItem]:
-    """Files, which the shell finds; JSON is nobody's to complete."""
+    """Files, which the shell finds; JSON is not completed."""
     return [click.shell_completion.CompletionItem(incomplete, type="file")]
 
 
@@ -91,7 +91,7 @@ def read_value(text: str) -> Values:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file, whose mark of byte order, if it has one, does not count."""
+    """Reads a text file, without its byte order mark if it has one."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -144,7 +144,7 @@ def load_arrays(file: BinaryIO) -> Values:
 
 
 def from_csv(path: Path) -> Values:
-    """Read time steps, one a line, after a line of column names or without it."""
+    """Reads time steps, one per line, with or without a line of column names."""
     import numpy as np
 
     lines = read_text(path).splitlines()
@@ -171,18 +171,18 @@ def is_numbers(line: str) -> bool:
 
 
 READERS = {".npy": from_npy, ".npz": from_npy, ".csv": from_csv}
-"""How a file is read, by its suffix."""
+"""Readers of files, by suffix."""
 
 
 def fit(given: Sequence[Values], specs: Sequence[TensorInfo]) -> dict[str, NDArray[Any]]:
-    """Give every input its name, and its type and axes where the way it was written leaves them open.
+    """Gives every input its name, and the type and axes that its form leaves open.
 
     Args:
-        given: What each occurrence of the option held.
+        given: The values of each occurrence of the option.
         specs: The model's inputs.
 
     Raises:
-        click.UsageError: An input is given twice, or without a name where the model has several.
+        click.UsageError: An input is given twice, or without a name although the model has several.
     """
     fitted: dict[str, NDArray[Any]] = {}
     by_name = {spec.name: spec for spec in specs}
@@ -199,15 +199,15 @@ def fit(given: Sequence[Values], specs: Sequence[TensorInfo]) -> dict[str, NDArr
 
 
 def fit_one(value: Value, spec: TensorInfo) -> NDArray[Any]:
-    """Fold a CSV file's columns into the input's features, and make whole numbers floats where they belong."""
+    """Folds a CSV file's columns into the input's features, and converts integers for float inputs."""
     array = fold_columns(value.array, spec) if value.is_csv else value.array
     return array.astype(spec.dtype) if is_float(spec.dtype) and array.dtype.kind in "iu" else array
 
 
 def fold_columns(array: NDArray[Any], spec: TensorInfo) -> NDArray[Any]:
-    """(lines, columns) as the input's axes: each line is a time step of one row, or a row if there is no time.
+    """Gives (lines, columns) the input's axes: a line is a time step of one row, or a row if there is no time axis.
 
-    Columns that do not fit the features stay as they are, for the server to refuse.
+    Columns that do not fit the features stay unchanged, for the server to reject.
     """
     lines, columns = array.shape
     features = spec.shape if math.prod(spec.shape) == columns else (columns,)
@@ -215,7 +215,7 @@ def fold_columns(array: NDArray[Any], spec: TensorInfo) -> NDArray[Any]:
 
 
 def as_json_hint(message: str, given: Sequence[Values]) -> str:
-    """What the SDK says of an input that lacks its first axis, with the hint as this command line takes it."""
+    """Rewrites the SDK's hint about a missing first axis for this command line."""
     told, hint, rest = message.partition(_PYTHON_HINT)
     if not hint or rest:
         return message
