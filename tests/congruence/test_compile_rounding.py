@@ -41,25 +41,31 @@ def test_frames_that_grow_without_bound_are_served_and_equal(seed: int, last: st
     assert not program.proof.unproven
 
 
-def _worst(model: Any, change: Callable[[Any], Any] = lambda step: step, weights: float = 1.0) -> Any:
-    """Return how far stepping is from Keras, where the step or, for the step alone, a weight is changed."""
-    from stepwell_server.compile.probe.probe import trace_and_probe
+class _Traced:
+    """A model of `_MODELS`, traced, and evidence of what Keras computes."""
 
-    traced = trace_and_probe(model)
-    kernel = model.trainable_weights[0]
-    kernel.assign(kernel * weights)
-    step = step_of_function(traced.plan, traced.function)
-    found = [
-        evidence.compare(
-            traced.plan,
-            sample,
-            run(traced.plan, change(step), sample.inputs, sample.steps),
-            tolerance(model),
-        )
-        for sample in traced.evidence
-    ]
-    differences = [difference for comparison in found for difference in comparison.outputs]
-    return max(differences, key=lambda difference: difference.share)
+    def __init__(self, name: str) -> None:
+        from stepwell_server.compile.probe.probe import trace_and_probe
+
+        build, self.by, self.after = _MODELS[name]
+        self.model = build()
+        self.traced = trace_and_probe(self.model)
+        self.step = step_of_function(self.traced.plan, self.traced.function)
+
+    def worst(self, change: Callable[[Any], Any] = lambda step: step) -> Any:
+        """Return how far stepping is from Keras, with a change of the step for each sample."""
+        plan = self.traced.plan
+        found = [
+            evidence.compare(
+                plan,
+                sample,
+                run(plan, change(self.step), sample.inputs, sample.steps),
+                tolerance(self.model),
+            )
+            for sample in self.traced.evidence
+        ]
+        differences = [difference for comparison in found for difference in comparison.outputs]
+        return max(differences, key=lambda difference: difference.share)
 
 
 def _drifting(by: float, after: int) -> Callable[[Any], Any]:
@@ -88,23 +94,28 @@ _MODELS: dict[str, tuple[Callable[[], Any], float, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", _MODELS)
-def test_what_is_stepped_rightly_is_within_rounding(name: str) -> None:
-    build, _, _ = _MODELS[name]
-    found = _worst(build())
+@pytest.fixture(scope="module", params=_MODELS)
+def traced(request: pytest.FixtureRequest) -> _Traced:
+    return _Traced(request.param)
+
+
+def test_what_is_stepped_rightly_is_within_rounding(traced: _Traced) -> None:
+    found = traced.worst()
     assert found.is_allowed, found
     assert found.skipped < 0.7
 
 
-@pytest.mark.parametrize("name", _MODELS)
-def test_a_small_change_from_some_time_step_on_is_found(name: str) -> None:
-    build, by, after = _MODELS[name]
-    found = _worst(build(), _drifting(by, after))
+def test_a_small_change_from_some_time_step_on_is_found(traced: _Traced) -> None:
+    found = traced.worst(_drifting(traced.by, traced.after))
     assert not found.is_allowed
-    assert found.time >= after
+    assert found.time >= traced.after
 
 
-@pytest.mark.parametrize("name", _MODELS)
-def test_a_small_change_of_one_weight_is_found(name: str) -> None:
-    build, by, _ = _MODELS[name]
-    assert not _worst(build(), weights=1 + 2 * by).is_allowed
+def test_a_small_change_of_one_weight_is_found(traced: _Traced) -> None:
+    kernel = traced.model.trainable_weights[0]
+    before = np.array(kernel)
+    kernel.assign(before * (1 + 2 * traced.by))
+    try:
+        assert not traced.worst().is_allowed
+    finally:
+        kernel.assign(before)
