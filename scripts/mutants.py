@@ -7,7 +7,7 @@
 A mutant is one small defect: another comparison, operator or number, a negated condition, a missing statement. Mutants
 are made only inside functions, where a unit test runs the line. Each mutant runs in a fork of one pytest session that
 has collected all tests, so nothing is imported twice. The fork replaces the code of the function, then runs the tests
-that reach the line, until one fails. A mutant that no test notices survives.
+that reach the line, until one fails; of a parametrized test three cases. A mutant that no test notices survives.
 
 First all tests run once without a mutant, in forks too. That shows which test reaches which line, and which tests fail
 anyway and so cannot notice anything. The result is kept in out/mutants/ while no code changes.
@@ -250,7 +250,7 @@ class Session:
         self.failed: list[str] = []
         self.items: list[pytest.Item] = []
         self.contexts = coverage.CoverageData(no_disk=True)
-        self.lines: dict[str, dict[int, list[str]]] = {}
+        self.lines: dict[Path, dict[int, list[str]]] = {}
 
     def pytest_sessionstart(self) -> None:
         """Choose how tests with random examples fail."""
@@ -352,15 +352,27 @@ class Session:
             planned.append(({**(mutant.row if mutant else row), "was": before}, mutant))
         return planned
 
-    def _tests_of(self, mutant: Mutant) -> set[str]:
-        """The tests that reach its line."""
-        path = str(Path(mutant.function.path).resolve())
+    def _tests_of(self, mutant: Mutant) -> list[pytest.Item]:
+        """The tests that reach its line, those of its module first; of a parametrized one some cases."""
+        path = Path(mutant.function.path)
         if path not in self.lines:
-            self.lines[path] = self.contexts.contexts_by_lineno(path)
+            self.lines[path] = self.contexts.contexts_by_lineno(str(path.resolve()))
         lines = self.lines[path]
-        return set(lines.get(mutant.row["line"]) or lines.get(mutant.row["statement_line"]) or ())
+        names = set(lines.get(mutant.row["line"]) or lines.get(mutant.row["statement_line"]) or ())
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in self.items if names else ():
+            if item.nodeid in names:
+                cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        chosen = [
+            item
+            for found in cases.values()
+            for item in found[:: max(1, -(-len(found) // self.options.cases))]
+        ]
+        return sorted(
+            chosen, key=lambda item: (path.stem not in item.path.stem, path.parent.name not in item.path.stem)
+        )
 
-    def _try(self, mutant: Mutant, tests: set[str]) -> int:
+    def _try(self, mutant: Mutant, tests: Sequence[pytest.Item]) -> int:
         """Put the mutant in place of its function, and run the tests that reach it until one fails."""
         code = mutant.code()
         gc.unfreeze()
@@ -370,11 +382,7 @@ class Session:
                 where = old.co_filename, old.co_qualname, old.co_firstlineno
                 if where == (code.co_filename, code.co_qualname, code.co_firstlineno):
                     found.__code__ = code
-        self._run(
-            [item for item in self.items if item.nodeid in tests],
-            TIMEOUT_S,
-            lambda _: self.failed and os._exit(1),
-        )
+        self._run(tests, TIMEOUT_S, lambda _: self.failed and os._exit(1))
         return 1 if self.failed else 0
 
     def _in_forks(self, works: Sequence[Callable[[], int]]) -> Iterator[int]:
@@ -445,6 +453,7 @@ def main() -> int:
     parser.add_argument("package", help="folder of the code to change")
     parser.add_argument("--count", type=int, default=100, help="how many mutants (100)")
     parser.add_argument("--seed", type=int, default=1, help="which ones (1)")
+    parser.add_argument("--cases", type=int, default=3, help="how many cases of a parametrized test (3)")
     parser.add_argument("--replay", help="try the mutants of this file, which --json wrote")
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--tests", default="tests/unit", help="folder of the tests (tests/unit)")
