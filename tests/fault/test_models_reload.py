@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from support.load.reloads import reload
+from support.samples import examples
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 
 
 def test_reloads_leave_nothing_behind(tmp_path: Path) -> None:
-    reload(tmp_path, 40, 41).require_level()
+    reload(tmp_path, examples(40), 41).require_level()

@@ -17,6 +17,7 @@ from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support.peers import wire
 from support.peers.wire import SERVICE, Wire, tensor
+from support.samples import examples
 from support.servers import both_fronts
 from support.servers.both_fronts import FRONTS, Outcome, called, damaged, needs_native
 
@@ -459,7 +460,9 @@ def test_a_step_and_a_reset_keep_their_order_on_streams_that_have_just_begun(
     frames = [frame.SerializeToString() for frame in (step, reset, mask)]
     for front in FRONTS:
         call: Any = both[front].channel.stream_stream(f"/{SERVICE}/StepStream")
-        for stream in (one for _ in range(6) for one in [call(iter(frames), timeout=100) for _ in range(50)]):
+        for stream in (
+            one for _ in range(examples(6)) for one in [call(iter(frames), timeout=100) for _ in range(50)]
+        ):
             parts = [pb.StepStreamResponse.FromString(raw) for raw in stream]
             assert not any(part.errors for part in parts), parts
             revisions = {part.frame_id: part.revisions[0] for part in parts}
