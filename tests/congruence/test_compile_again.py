@@ -105,6 +105,7 @@ def unnamed() -> Any:
     return keras.Model(x, [layers.Dense(1)(y), layers.Dense(2)(y)])
 
 
+@pytest.mark.slow
 def test_names_that_keras_made_up_are_those_of_the_file(tmp_path: Path) -> None:
     from stepwell_server.compile.program.pipeline import compile_traced
     from stepwell_server.compile.program.recompile import compile_again, may_be_reused

@@ -11,6 +11,7 @@ from stepwell_server.engine.executors import load_executor
 from support.checks.reference_cells import lstm_step
 from support.engine.harness import Harness, running
 from support.models.compiled import Compiled, zoo_model
+from support.samples import one_in
 
 # Keras calls numpy in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -39,7 +40,7 @@ KINDS = [
 OTHERS = 500
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=one_in(2, KINDS))
 def kind(request: pytest.FixtureRequest) -> Compiled:
     return zoo_model(request.param)
 

@@ -48,7 +48,10 @@ def paths() -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module", params=[pytest.param("native", marks=needs_native), "python"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("native", marks=needs_native), pytest.param("python", marks=pytest.mark.slow)],
+)
 def server(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterator[LocalServer]:
     options = ["--front", request.param]
     with LocalServer({MODEL: paths["first"]}, extra_args=options, cache_dir=programs.cache_dir()) as server:

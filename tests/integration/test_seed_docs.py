@@ -34,6 +34,7 @@ def blocks() -> list[tuple[int, str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_block_runs_and_prints_what_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,7 @@ def _memory(pid: int) -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_memory_stays_level_beside_them() -> None:
     x = tensor(np.zeros((1, FEATURES), np.float32))
     with serve("--front", "native") as server:

@@ -22,7 +22,8 @@ from support.servers.both_fronts import FRONTS
 from support.servers.server_process import retrained
 from support.triton import triton_clients
 
-pytestmark = pytest.mark.timeout(300)  # the clients' environment is made on first use
+# The clients' environment is made on first use. What they send is asked without it in test_fronts_triton.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
