@@ -40,7 +40,7 @@ myst_links_external_new_tab = False
 
 autodoc_default_options = {
     "members": True,
-    "inherited-members": "Mapping,Sequence,Coroutine,Exception,StepwellError,object",
+    "inherited-members": "Mapping,Sequence,Coroutine,BaseException,object",
     "member-order": "bysource",
 }
 autodoc_typehints = "signature"

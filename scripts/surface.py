@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     )
     from prometheus_client.metrics_core import Metric
 
+    from stepwell_server.errors import ServerError
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "surface"
 HEADING = "# Made by scripts/surface.py (make surface); do not edit.\n"
@@ -175,7 +177,6 @@ def errors() -> list[str]:
     import grpc
 
     from stepwell._transport.status import Status, to_error
-    from stepwell_server.errors import ServerError
     from stepwell_server.rpc import status
 
     def raised(code: str, reason: str = "") -> str:
@@ -185,11 +186,7 @@ def errors() -> list[str]:
         f"domain of ErrorInfo: {status.DOMAIN}",
         f"header of calls for another replica: {': '.join(status.GO_ELSEWHERE)}",
     }
-    kinds: list[type[ServerError]] = [ServerError]
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
-        code = next(status.CODES[each] for each in kind.__mro__ if each in status.CODES).name
+    for kind, code in kinds_of_errors():
         lines.add(f"reason {kind.reason}: code {code}")
         lines.add(f"reason {kind.reason}: {raised(code, kind.reason)} in the SDK")
         if issubclass(kind, status._WITH_DELAY):
@@ -200,6 +197,18 @@ def errors() -> list[str]:
         f"code {code.name} without a reason: {raised(code.name)} in the SDK" for code in grpc.StatusCode
     }
     return sorted(lines)
+
+
+def kinds_of_errors() -> Iterator[tuple[type[ServerError], str]]:
+    """Each class of the server's errors, with the name of its status code."""
+    from stepwell_server.errors import ServerError
+    from stepwell_server.rpc import status
+
+    kinds: list[type[ServerError]] = [ServerError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        yield kind, next(status.CODES[each] for each in kind.__mro__ if each in status.CODES).name
 
 
 def metrics() -> list[str]:

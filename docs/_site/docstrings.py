@@ -120,6 +120,8 @@ def candidates(target: str, module: str | None, owner: str | None) -> list[str]:
     """The full names that a name may stand for."""
     first, _, rest = target.partition(".")
     names = [target]
+    if first == "stepwell":  # where a class is defined
+        names.append(f"stepwell.{target.rsplit('.', 1)[-1]}")
     if rest and first in VARIABLES:
         names.insert(0, f"{VARIABLES[first]}.{rest}")
     places = [
