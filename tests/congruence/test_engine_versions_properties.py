@@ -424,7 +424,12 @@ class Play:
         for said, answers in sent:
             (answer,) = answers.by_member.values()
             if isinstance(answer, Unavailable) and moves and do.how != "keep":
-                why = ("went to version", "about to move", "has made a move", "belongs to version")
+                why = (
+                    "moved to version",
+                    "is moving to version",
+                    "moved to another version",
+                    "belongs to version",
+                )
                 assert any(one in str(answer) for one in why), answer
                 continue
             assert isinstance(answer, Answer), answer

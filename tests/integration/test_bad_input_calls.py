@@ -49,11 +49,11 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     ),
     "CloseSession": (
         lambda _: pb.CloseSessionRequest(session_id=""),
-        (*INPUT, "session_id is missing; it must be that of an open session"),
+        (*INPUT, "session_id must be that of an open session; got none"),
     ),
     "CloseSessions": (
         lambda one: pb.CloseSessionsRequest(session_ids=[one, ""]),
-        (*INPUT, "session_ids must be ids of sessions; one of them is missing"),
+        (*INPUT, "session_ids must not be empty strings; got one"),
     ),
     "ForkSession": (
         lambda one: pb.ForkSessionRequest(session_id=one, expected_revision=2**64 - 1),
@@ -89,7 +89,7 @@ CALLS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     ),
     "ImportSessions": (
         lambda _: pb.ImportSessionsRequest(sessions=[pb.ExportedSession(session_id="a")] * 2),
-        (*INPUT, "sessions must be different from each other; got one of them twice"),
+        (*INPUT, "sessions must not repeat an id; got one twice"),
     ),
     "GetModel": (
         lambda _: models_pb2.GetModelRequest(name="SEQ"),

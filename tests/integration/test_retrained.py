@@ -206,7 +206,7 @@ def test_equal_names_of_layers_that_are_connected_in_another_way_are_no_proof(
     keras.backend.clear_session()
     deeper = two_sources("ab", "ab")
     y = keras.layers.Dense(2, name="z")(keras.layers.Dense(3)(deeper.output))
-    with pytest.raises(errors.ModelMismatchError, match=r"output 'y' is not there; output 'z' is new"):
+    with pytest.raises(errors.ModelMismatchError, match=r"output 'y' is missing; output 'z' is new"):
         client.update_model(name, keras.Model(deeper.input, y))
     y = keras.layers.Rescaling(0.5, name="y")(deeper.get_layer("y").input[..., :2])
     assert client.update_model(name, keras.Model(deeper.input, y)).version == 2  # the same connections

@@ -182,7 +182,7 @@ def test_what_the_store_has_lost_is_said_to_callers_and_to_those_who_run_it(valk
         for name in valkey.ask("KEYS", "lost:{*}*"):
             if b"{meta}" not in name:
                 valkey.ask("DEL", name)
-        with pytest.raises(stepwell.StateCorruptError, match="so it is not begun anew"):
+        with pytest.raises(stepwell.StateCorruptError, match="so it is not opened again"):
             client.open_session("forecast", session_id="another")
         server.wait_for_log("was emptied: the sessions that it had are lost")
 

@@ -141,7 +141,7 @@ async def test_a_session_of_another_server_process_is_lost_and_not_unknown() -> 
     async with running() as first:
         session_id = (await first.engine.open_session("plain")).session.session_id
         async with running() as second:
-            with pytest.raises(SessionLost, match="lost with the store that kept it"):
+            with pytest.raises(SessionLost, match="lost with the store that held it"):
                 await second.step(session_id, x(1))
             assert await gone(second, session_id) == "SessionLost"
         await first.engine.close_session(session_id)

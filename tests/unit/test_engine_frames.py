@@ -87,7 +87,7 @@ async def test_several_that_are_gone_without_sizes_are_refused_where_it_is_not_c
         assert bytes_of(answers[1]) == stepped(initial(1), x(3)[1:2]).tobytes()
         answers = await at.submit(["g", "a", "h"], x(4)).all()
         assert kinds(answers) == ["InvalidInput"] * 3
-        assert "it is not certain whose rows are whose without ['g', 'h']" in str(answers[0])
+        assert "rows cannot be assigned to sessions without ['g', 'h']" in str(answers[0])
 
 
 @pytest.mark.parametrize("sizes", [[1, 0], [0, 1], [2, -1], [2**62, -(2**62) + 1], [2**63 - 1, 2]])
@@ -208,7 +208,7 @@ async def test_rows_are_of_one_session() -> None:
     """A message cannot ask for rows of several. What else is refused is in `test_refusals_sessions`."""
     async with running() as at:
         await at.open("a", "d")
-        with pytest.raises(InvalidInput, match=r"^rows may be given for one session only; got 2 sessions"):
+        with pytest.raises(InvalidInput, match=r"^rows must come with a single session; got 2 sessions"):
             await at.submit(["a", "d"], reset=True, rows=[0]).require_all_applied()
         assert [(await at.engine.session_info(name)).revision for name in "ad"] == [0, 0]
 

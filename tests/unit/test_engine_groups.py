@@ -221,7 +221,7 @@ async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyP
     async with running(threads=True) as at:
         await at.open(*"abc")
         with pytest.raises(
-            MessageTooLarge, match="at most 32 bytes together; got 5, whose copies would have 40"
+            MessageTooLarge, match="at most 32 bytes together; got 5 sessions, whose copies need 40"
         ):
             await at.engine.fork_sessions(list("abcbb"))
         with pytest.raises(MessageTooLarge):

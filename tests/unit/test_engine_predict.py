@@ -69,7 +69,7 @@ async def test_one_row_at_fault_fails_the_run_and_nobody_else(threads: bool, row
         value = x(10, 3)
         value[row, time, 0] = BAD
         step = at.submit("a", x(1, 3))
-        with pytest.raises(InvalidInput, match="it refused them: x is out of range"):
+        with pytest.raises(InvalidInput, match="it failed with: x is out of range"):
             await at.engine.predict("plain", {"": value})
         assert (await step.only()).revision == 1
         await at.settled()

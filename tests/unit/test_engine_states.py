@@ -243,7 +243,7 @@ async def test_all_rows_in_another_order_are_all_rows() -> None:
 async def test_rows_of_several_sessions_are_refused() -> None:
     async with running() as at:
         await at.open("a", "b")
-        with pytest.raises(InvalidInput, match="rows may be given for one session only; got 2 sessions"):
+        with pytest.raises(InvalidInput, match="rows must come with a single session; got 2 sessions"):
             await at.submit(["a", "b"], x(2), rows=[0]).require_all_applied()
 
 

@@ -236,7 +236,7 @@ async def test_what_the_program_refuses_changes_nothing_and_says_so() -> None:
             with pytest.raises(InvalidInput) as error:
                 await at.step("a", value, request_ids=4)
             assert error.value.message == (
-                "inputs must be ones that the model can run; it refused them: x is out of range"
+                "inputs must be ones that the model can run; it failed with: x is out of range"
             )
         assert (await at.state("a"))["sum"].tobytes() == before
         assert (await at.engine.session_info("a")).revision == 0

@@ -194,7 +194,7 @@ async def test_other_tensors(policy: SessionPolicy, resident_rows: int, store_ki
         long = await at.step("d", x(1, 3, seed=8), request_ids=6)
         await at.engine.load_version("plain", 2, WIDE)
         with pytest.raises(
-            SpecsDiffer, match=r"state 'sum' is not there; state 'wide' is new.*output 'z' is new"
+            SpecsDiffer, match=r"state 'sum' is missing; state 'wide' is new.*output 'z' is new"
         ):
             await at.engine.set_default("plain", 2, CARRY)
         assert await at_version(at, "a") == (1, False)

@@ -51,7 +51,7 @@ FINITE = " must hold finite numbers within float32's range; got "
 INT32 = " must hold values within int32's range, -2147483648 to 2147483647; got "
 BYTES = "inputs: shape [2, 2] of float32 needs 16 bytes of data; got "
 NO_ROWS = "inputs must have at least one row; got 0"
-RUN = "inputs must be ones that the model can run; it refused them: x is out of range"
+RUN = "inputs must be ones that the model can run; it failed with: x is out of range"
 ANY_ROWS = ""  # Predict takes any number of rows
 
 
@@ -95,18 +95,18 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
         "inputs: each byte of a bool tensor must be 0 or 1; got 2",
     ),
     # Names.
-    "unknown name": (x(name="y"), NAMES + "['y'] (missing ['x'], not known ['y'])"),
+    "unknown name": (x(name="y"), NAMES + "['y'] (missing ['x'], unknown ['y'])"),
     "extra name": (
         [tensor(X, "x"), tensor(X, "z")],
-        NAMES + "['x', 'z'] (missing [], not known ['z'])",
+        NAMES + "['x', 'z'] (missing [], unknown ['z'])",
     ),
-    "extra without a name": ([tensor(X, "x"), tensor(X)], NAMES + "['', 'x'] (missing [], not known [''])"),
+    "extra without a name": ([tensor(X, "x"), tensor(X)], NAMES + "['', 'x'] (missing [], unknown [''])"),
     "a name twice": (
         [tensor(X, "x"), tensor(X, "x")],
         "inputs: each tensor must be given once; got 'x' twice",
     ),
     "no name twice": (x() + x(), "inputs: each tensor must be given once; got '' twice"),
-    "no inputs": ([], NAMES + "[] (missing ['x'], not known [])", NO_ROWS),
+    "no inputs": ([], NAMES + "[] (missing ['x'], unknown [])", NO_ROWS),
     # Bytes and shape.
     "bytes too few": (x(data=bytes(15)), BYTES + "15"),
     "bytes too many": (x(data=bytes(17)), BYTES + "17"),
@@ -216,14 +216,14 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
         rich(token=np.array([2**64 - 1, 0], np.uint64)),
         "input 'token'" + INT32 + f"{2**64 - 1}",
     ),
-    "one of three missing": (rich(token=None), THREE + "['gain', 'x'] (missing ['token'], not known [])"),
+    "one of three missing": (rich(token=None), THREE + "['gain', 'x'] (missing ['token'], unknown [])"),
     "three and one more": (
         rich(tok=ones(ROWS)),
-        THREE + "['gain', 'tok', 'token', 'x'] (missing [], not known ['tok'])",
+        THREE + "['gain', 'tok', 'token', 'x'] (missing [], unknown ['tok'])",
     ),
     "one of three without a name": (
         [*rich(token=None), tensor(ones(ROWS, dtype="int32"))],
-        THREE + "['', 'gain', 'x'] (missing ['token'], not known [''])",
+        THREE + "['', 'gain', 'x'] (missing ['token'], unknown [''])",
     ),
     "different T": (
         rich(x=ones(ROWS, 2, 2), token=ones(ROWS, 3, dtype="int32")),
@@ -275,16 +275,16 @@ def state(total: Any = S, count: Any = COUNT, **fields: Any) -> list[Tensor]:
 
 
 STATES: dict[str, tuple[Tensors, str]] = {
-    "one missing": (state()[:1], STATE_NAMES + "['sum'] (missing ['count'], not known [])"),
+    "one missing": (state()[:1], STATE_NAMES + "['sum'] (missing ['count'], unknown [])"),
     "one too many": (
         [*state(), tensor(S, "h")],
-        STATE_NAMES + "['count', 'h', 'sum'] (missing [], not known ['h'])",
+        STATE_NAMES + "['count', 'h', 'sum'] (missing [], unknown ['h'])",
     ),
     "another name": (
         [tensor(S, "h"), tensor(COUNT, "c")],
-        STATE_NAMES + "['c', 'h'] (missing ['sum', 'count'], not known ['h', 'c'])",
+        STATE_NAMES + "['c', 'h'] (missing ['sum', 'count'], unknown ['h', 'c'])",
     ),
-    "without names": ([tensor(S)], STATE_NAMES + "[''] (missing ['sum', 'count'], not known [''])"),
+    "without names": ([tensor(S)], STATE_NAMES + "[''] (missing ['sum', 'count'], unknown [''])"),
     "one twice": ([*state(), tensor(S, "sum")], "state: each tensor must be given once; got 'sum' twice"),
     "more rows": (state(ones(3, 2)), "state 'sum' must have shape (2, 2); got (3, 2)"),
     "fewer rows": (state(ones(1, 2)), "state 'sum' must have shape (2, 2); got (1, 2)"),
@@ -364,7 +364,7 @@ OF_ONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "rows with another state": (
         "ResetStates",
         {"rows": [0, 2], "state": [tensor(X, "h")]},
-        "state must name each of ['sum'] once; got ['h'] (missing ['sum'], not known ['h'])",
+        "state must name each of ['sum'] once; got ['h'] (missing ['sum'], unknown ['h'])",
     ),
     "rows with NaN": (
         "ResetStates",

@@ -141,7 +141,7 @@ async def test_what_is_an_id_is_taken_as_it_is(session_id: str) -> None:
 
 async def test_an_id_that_is_missing_is_the_callers_mistake() -> None:
     """Left out or misspelt, it arrives as empty: no session has ended, and none is to be opened anew."""
-    missing = Refusal(*BAD_ARGUMENT, "session_id is missing; it must be that of an open session")
+    missing = Refusal(*BAD_ARGUMENT, "session_id must be that of an open session; got none")
     async with calls() as at:
         before = await at.everything()
         for request in calls_by_id(""):
@@ -227,7 +227,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "an id twice": (
         pb.OpenSessionsRequest(model="plain", session_ids=["fine", "good", "fine"]),
-        (*BAD_ARGUMENT, "session_ids must be different from each other; got one of them twice"),
+        (*BAD_ARGUMENT, "session_ids must not repeat an id; got one twice"),
     ),
     "an id that is missing": (
         pb.OpenSessionsRequest(model="plain", session_ids=["fine", ""]),
@@ -261,11 +261,11 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "states of nobody": (
         pb.GetStatesRequest(),
-        (*BAD_ARGUMENT, "session_ids must be 1 to 4096; got 0"),
+        (*BAD_ARGUMENT, "session_ids must have 1 to 4096 entries; got 0"),
     ),
     "states of too many": (
         pb.GetStatesRequest(session_ids=[str(i) for i in range(4097)]),
-        (*BAD_ARGUMENT, "session_ids must be 1 to 4096; got 4097"),
+        (*BAD_ARGUMENT, "session_ids must have 1 to 4096 entries; got 4097"),
     ),
     "the state of one twice": (
         pb.GetStatesRequest(session_ids=["in use", "other", "in use"]),
@@ -273,11 +273,11 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "a fork of nobody": (
         pb.ForkSessionsRequest(new_session_ids=["fine"]),
-        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 0"),
+        (*BAD_ARGUMENT, "session_ids must have 1 to 65536 entries; got 0"),
     ),
     "too many forks": (
         pb.ForkSessionsRequest(session_ids=["in use"] * 65_537),
-        (*BAD_ARGUMENT, "session_ids must be 1 to 65536; got 65537"),
+        (*BAD_ARGUMENT, "session_ids must have 1 to 65536 entries; got 65537"),
     ),
     "another number of forks": (
         pb.ForkSessionsRequest(session_ids=["in use"], new_session_ids=["fine", "good"]),
@@ -285,7 +285,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "a fork twice": (
         pb.ForkSessionsRequest(session_ids=["in use"] * 2, new_session_ids=["fine", "fine"]),
-        (*BAD_ARGUMENT, "new_session_ids must be different from each other; got one of them twice"),
+        (*BAD_ARGUMENT, "new_session_ids must not repeat an id; got one twice"),
     ),
     "a fork onto one in use": (
         pb.ForkSessionsRequest(session_ids=["in use"] * 2, new_session_ids=["fine", "in use"]),
@@ -405,7 +405,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "one to close that is missing": (
         pb.CloseSessionsRequest(session_ids=["in use", ""]),
-        (*BAD_ARGUMENT, "session_ids must be ids of sessions; one of them is missing (it is empty)"),
+        (*BAD_ARGUMENT, "session_ids must not be empty strings; got one"),
     ),
 }
 
@@ -428,14 +428,14 @@ PAIR = ["plain 1", "plain 2"]
 SIZES = "batch_sizes must be 1 to 2147483648; got "
 PER_SESSION = " must be empty or one per session (2); got "
 UNCERTAIN = (
-    "batch_sizes must be given for a frame in which several sessions are gone:"
-    " it is not certain whose rows are whose without "
+    "batch_sizes must be given for a frame with several missing sessions:"
+    " rows cannot be assigned to sessions without "
 )
 FRAMES: dict[str, tuple[dict[str, Any], str]] = {
-    "no sessions": ({"session_ids": []}, "session_ids must be 1 to 65536; got 0"),
+    "no sessions": ({"session_ids": []}, "session_ids must have 1 to 65536 entries; got 0"),
     "too many sessions": (
         {"session_ids": [str(i) for i in range(65_537)]},
-        "session_ids must be 1 to 65536; got 65537",
+        "session_ids must have 1 to 65536 entries; got 65537",
     ),
     "a session twice": (
         {"session_ids": ["plain 1", "plain 1"]},
@@ -524,7 +524,7 @@ MEMBERS: dict[str, tuple[list[str], list[int], dict[str, Any], dict[int, Refusal
         {
             0: gone("gone", "'gone'"),
             2: gone("gone too", "'gone too'"),
-            4: Refusal(*BAD_ARGUMENT, "session_id is missing; it must be that of an open session"),
+            4: Refusal(*BAD_ARGUMENT, "session_id must be that of an open session; got none"),
         },
     ),
     "all are gone": (["gone", "too"], [1, 2], {}, {0: gone("gone", "'gone'"), 1: gone("too", "'too'")}),

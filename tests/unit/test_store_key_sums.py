@@ -131,7 +131,7 @@ async def test_while_sessions_are_missing_none_is_begun_in_their_place(disk: Dis
             at.step("hidden", x(1)),
         ):
             with pytest.raises(
-                StateCorrupt, match=r"is not in the store, which lost sessions: keys are corrupt"
+                StateCorrupt, match=r"is not in the store, which has lost sessions: keys are corrupt"
             ):
                 await call
         with pytest.raises(StateCorrupt):

@@ -344,9 +344,9 @@ async def test_no_named_session_begins_anew_where_a_part_was_emptied(valkey: Val
         await first.step("a", x(1))
         store: ValkeyStore = first.store
         valkey.ask("DEL", *part(store, "a"), key(store, "a"))
-        with pytest.raises(StateCorrupt, match="the store, which lost sessions: 1 of 64 partitions"):
+        with pytest.raises(StateCorrupt, match="the store, which has lost sessions: 1 of 64 partitions"):
             await second.engine.open_session("plain", session_id="a")
-        with pytest.raises(StateCorrupt, match="so it is not begun anew"):
+        with pytest.raises(StateCorrupt, match="so it is not opened again"):
             await second.step("a", x(1))
         elsewhere = next(f"n{i}" for i in range(999) if mark(store, f"n{i}") != mark(store, "a"))
         await second.open(elsewhere)

@@ -303,7 +303,7 @@ async def test_an_opening_that_was_slow_does_not_bring_a_session_back() -> None:
         assert not (await first.engine.open_session("plain", session_id="a", request_id=4)).replayed
         await first.engine.close_session("a")
         second.store.let_go()
-        with pytest.raises(Unavailable, match="was opened and has ended on another server meanwhile"):
+        with pytest.raises(Unavailable, match="was opened on another server meanwhile, and has ended"):
             await slow
         with pytest.raises(SessionNotFound, match="session 'a' was closed"):
             await second.state("a")

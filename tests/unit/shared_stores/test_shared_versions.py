@@ -169,7 +169,7 @@ async def test_a_copy_of_before_is_never_used_for_what_comes_after() -> None:
         await make_resident_on_both(first, second, "a")
         await first.engine.set_default("plain", 2, CARRY)
         await first.step("a", FIRST)
-        await fails(second.step("a", SECOND), VersionElsewhere, "has not heard yet.*send it again")
+        await fails(second.step("a", SECOND), VersionElsewhere, "does not know yet.*send it again")
         answer = await second.step("a", SECOND)
         assert (answer.version, answer.revision) == (2, 3)
         state = after(2, after(1, INITIAL, [x(1)])[1], [FIRST])[1]
@@ -184,7 +184,7 @@ async def test_there_and_back_is_not_where_it_was() -> None:
         await first.engine.set_default("plain", 2, RESET)
         await first.engine.set_default("plain", 1, CARRY)
         await first.step("a", FIRST)
-        await fails(second.step("a", SECOND), VersionElsewhere, "has not heard yet")
+        await fails(second.step("a", SECOND), VersionElsewhere, "does not know yet")
         answer = await second.step("a", SECOND)
         assert (answer.version, answer.revision, answer.position) == (1, 3, 2)
         assert await record_of(second, "a") == Mark(1, 2, is_pinned=False)

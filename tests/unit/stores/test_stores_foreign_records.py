@@ -104,7 +104,7 @@ async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(
         durable_store.kill()
     async with durable_store.engine() as at:
         await at.open("fine")
-        message = r"session 'a' belongs to model 'old', which is not served; model must be one of \['plain'\]"
+        message = r"session 'a' belongs to model 'old', which is not loaded; model must be one of \['plain'\]"
         await refused(at, "a", ModelNotFound, message)
         assert [info.session_id for info in (await at.engine.list_sessions(model="plain"))[0]] == ["fine"]
         assert [info.model for info in (await at.engine.list_sessions(prefix="a"))[0]] == ["old"]

@@ -1,5 +1,5 @@
-"""Changes come in: they wait in their model's inbox, are checked, claim their sessions and become jobs.
+"""Takes changes in: they wait in their model's inbox, are checked, claim their sessions and become jobs.
 
-What waits for a session's turn or for rows waits here too. It may touch claims, rows and jobs; it runs nothing and
-knows no transport.
+Changes that wait for a session or for rows are queued here too. It may use claims, rows and jobs. It runs nothing
+and knows no transport.
 """

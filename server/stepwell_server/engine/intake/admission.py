@@ -1,6 +1,6 @@
-"""How changes become jobs: sessions are claimed, the exactly-once rule is applied, rows are had.
+"""Turns changes into jobs: claims their sessions, applies the exactly-once rule, and gets rows for them.
 
-What cannot start yet waits for its session, or for rows, in `queues`.
+Changes that cannot start yet wait for their session, or for rows, in `queues`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from stepwell_server.errors import (
 from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
-#: The source of a job of many callers' steps, as long as there is room for all of them in one pass.
+#: The source of a job with many callers' steps, used while all of them fit into one pass.
 _ALL_CALLERS: Source = (None,)
 
 Wait = Callable[[Change, Members], None]
@@ -77,19 +77,23 @@ class Admission(Starter):
         self._observer = observer
 
     def drain(self) -> None:
-        """Admit what waits in the inboxes: it came before what comes now and is no change, and must not be overtaken."""
+        """Admit what waits in the inboxes.
+
+        It arrived before any call that is not a change, and must not be overtaken.
+        """
         for inbox in list(self._inboxes.waiting):
             self.admit(joined_where_alike(inbox.drain()))
 
     def admit(self, changes: Sequence[Change]) -> None:
-        """Start changes, or put their members in their sessions' lines."""
+        """Start changes, or put their members in their sessions' queues."""
         for change in changes:
             self.admit_some(change, change.members)
 
     def admit_some(self, change: Change, members: Members) -> None:
-        """As `admit`, of some members of a change."""
+        """`admit` for some members of a change."""
         while len(members):
-            # each time: what was started may have failed in the store, and its session have left the table
+            # checked each time: the store may have failed what was started, and its session may have left the
+            # table
             members = self._live(change, members)
             claimed = self._table.claimed[change.handles[members]]
             if np.count_nonzero(claimed):
@@ -100,7 +104,7 @@ class Admission(Starter):
                 self._release(self.start_due(change, first))
 
     def _live(self, change: Change, members: Members) -> Members:
-        """Members whose sessions are there; the others are looked up again."""
+        """Members whose sessions exist; the others are looked up again."""
         stale = self._table.birth[change.handles[members]] != change.births[members]
         if not np.count_nonzero(stale):
             return members
@@ -126,7 +130,7 @@ class Admission(Starter):
         handles = change.handles[members]
         self._queues.claim(handles)
         if self._row_queue.count(change.model.index):
-            # who came before has not found room yet: only those that need none go on
+            # earlier changes still wait for rows: only those that need none continue
             absent = self._table.row[handles] < 0
             if absent.any():
                 self._wait_for_rows(change, members[absent])
@@ -138,18 +142,21 @@ class Admission(Starter):
         self._release(self._retry_lookup(change, members))
 
     def on_conflict(self, change: Change, members: Members) -> None:
-        """Another server has changed the sessions of members before these were kept. They are claimed, and paged out."""
+        """Another server changed the sessions of members before their change was stored.
+
+        They are claimed and paged out.
+        """
         self._observer.judged_again(change.model.name, len(members))
         self.retry_lookup(change, members)
 
     def _retry_lookup(self, change: Change, members: Members) -> Handles:
-        """Go back to the lookup with members whose sessions are not what they were taken for, `MAX_TRIES` times at most.
+        """Look members' sessions up again because they have changed, `MAX_TRIES` times at most.
 
-        Sessions that are there are claimed by them: their records are read again. Those that left the table are looked
-        for in the store.
+        Existing sessions are claimed by these members, and their records are read again. Sessions that left the
+        table are looked up in the store.
 
         Returns:
-            Claimed sessions that are done with.
+            Claimed sessions that are done.
         """
         handles = change.handles[members]
         is_there = self._table.birth[handles] == change.births[members]
@@ -160,7 +167,7 @@ class Admission(Starter):
                 change.fail(group, changed_elsewhere(change.session_ids[int(group[0])]))
         gone, claimed = members[~(is_there | is_over)], is_there & ~is_over
         if len(gone):
-            assert change.find_again is not None, "it was taken in"
+            assert change.find_again is not None, "an accepted change has it"
             change.find_again(change, gone, self.admit_some)
         more = self._page_in(change, members[claimed], handles[claimed], self._wait_for_rows, compare=True)
         return np.concatenate([done, more])
@@ -186,12 +193,12 @@ class Admission(Starter):
     def _page_in(
         self, change: Change, members: Members, handles: Handles, wait: Wait, *, compare: bool = False
     ) -> Handles:
-        """Have the rows of claimed sessions and judge their members, or let them wait.
+        """Get rows for claimed sessions and judge their members, or queue them.
 
-        `compare`: of sessions as the store has them now, also of those that have rows.
+        With `compare`, sessions that have rows are also compared with the store.
 
         Returns:
-            Sessions that are done with already.
+            Sessions that are done already.
         """
         if not len(members):
             return handles
@@ -208,7 +215,7 @@ class Admission(Starter):
         return self._judge_present(change, members[here], handles[here], paged.refused, wait, judge)
 
     def _on_paged_in(self, change: Change, members: Members, handles: Handles, refused: PageInErrors) -> None:
-        """Go on with members whose sessions have come back from a store that was awaited, or have not."""
+        """Continue with members whose sessions were read from the store, or could not be."""
         for dropped, error in change.drop(members, self._clock.monotonic()):
             change.fail(dropped, error)
             for handle in change.handles[dropped].tolist():
@@ -237,7 +244,10 @@ class Admission(Starter):
         wait: Wait,
         judge: Judge,
     ) -> Handles:
-        """Judge members but those whose sessions stay away: these fail, or wait for rows. As `_page_in`."""
+        """Judge members, except those whose sessions stay away: these fail, or wait for rows.
+
+        Returns as `_page_in` does.
+        """
         if not len(members):
             return handles
         if not refused:
@@ -258,9 +268,9 @@ class Admission(Starter):
         return np.concatenate([np.array(failed, np.intp), done])
 
     def _judge(self, change: Change, members: Members, handles: Handles) -> Handles:
-        """Start members that are the next change of their sessions as the table has them. As `_page_in`.
+        """Start members that are the next change of their sessions, by the table. Returns as `_page_in` does.
 
-        Other servers may have changed the sessions: that a member is not the next change only their records say.
+        Other servers may have changed the sessions, so only a record can show that a member is not the next change.
         """
         verdict = self._verdict(change, members, handles)
         if verdict is None:
@@ -270,7 +280,7 @@ class Admission(Starter):
         return np.concatenate([done, self._begin(change, members[apply], handles[apply])])
 
     def _judge_as_stored(self, change: Change, members: Members, handles: Handles) -> Handles:
-        """Start or answer members; the table has what their sessions' records said after the claim. As `_page_in`."""
+        """Start or answer members; the table has the sessions' records as of the claim. Returns as `_page_in` does."""
         done = handles[:0]
         if change.continued_model:
             is_begun = self._table.position[handles] > 0
@@ -288,7 +298,7 @@ class Admission(Starter):
     def _verdict(
         self, change: Change, members: Members, handles: Handles
     ) -> tuple[Verdict, tuple[Mask, Mask]] | None:
-        """Apply the exactly-once rule: None where all are the next change; else which are, and which reuse a request id."""
+        """Apply the exactly-once rule. None: all are the next change; else which are, and which reuse a request id."""
         expected, requests = change.expected, change.request_ids
         verdict = judge(
             self._table.revision[handles],
@@ -304,12 +314,12 @@ class Admission(Starter):
         return own, reused
 
     def _begin(self, change: Change, members: Members, handles: Handles) -> Handles:
-        """Start members that are to be applied. As `_page_in`."""
+        """Start members that are to be applied. Returns as `_page_in` does."""
         try:
             if len(members):
                 self._apply(change, members, handles)
         except Exception as error:
-            # nothing of it has been handed on: its callers are to know, its sessions are free
+            # nothing has been handed on: answer the callers and free the sessions
             change.fail(members, _log.internal("a change could not be started", error))
             return handles
         return handles[:0]
@@ -322,12 +332,12 @@ class Admission(Starter):
         replayed = np.flatnonzero(verdict.replay)
         for places, outputs, kept in change.model.replies.recall_many(handles[replayed]):
             some = replayed[places]
-            own = handles[some]  # a copy: the caller must not see the sessions move on
+            own = handles[some]  # a copy: the caller must not see later changes of the sessions
             states = kept if change.keeps_states else self._states_now(change, members[some], own)
             if not self._are_of_rows(change, members[some], own, outputs, states):
                 problem = StateCorrupt(
-                    f"the reply that is remembered of session {self._table.session_id(int(own[0]))!r} must have the rows"
-                    " of the change; it has others",
+                    f"the remembered reply of session {self._table.session_id(int(own[0]))!r} must have the rows"
+                    " of the change; it has a different number",
                     session_id=self._table.session_id(int(own[0])),
                 )
                 change.fail(members[some], shared_error(problem, len(some)))
@@ -349,7 +359,7 @@ class Admission(Starter):
     def _are_of_rows(
         self, change: Change, members: Members, handles: Handles, outputs: Tensors, states: Tensors
     ) -> bool:
-        """Whether remembered tensors have the rows that members ask for: whoever writes the replies counts on it."""
+        """Whether remembered tensors have the rows that members ask for, which writers of replies rely on."""
         count, wanted = len(self._rows_of(change, handles)), change.state_rows_among(members)
         state_count = count if wanted is None else len(wanted)
         return all(len(array) == count for array in outputs.values()) and all(
@@ -357,7 +367,7 @@ class Admission(Starter):
         )
 
     def _reused(self, change: Change, members: Members, handles: Handles, same_id: Mask) -> tuple[Mask, Mask]:
-        """Which members have the request id of another change: of another kind, and of this one with other content."""
+        """Which members have the request id of another change: of another kind, or of this kind with other content."""
         other_kind, other_content = np.zeros_like(same_id), np.zeros_like(same_id)
         if np.count_nonzero(same_id):
             stored = self._table.digest[handles[same_id]]
@@ -367,7 +377,7 @@ class Admission(Starter):
         return other_kind, other_content
 
     def _refuse_reused(self, change: Change, members: Members) -> None:
-        """Answer members whose request id stands for another change: all of another kind, or none."""
+        """Answer members whose request id belongs to another change: either all of another kind, or none."""
         own = Kind.RESET if change.reset else Kind.STEP
         for group in _in_groups(change, members):
             kind = kind_of(int(self._table.digest[change.handles[group[0]]]))
@@ -375,7 +385,7 @@ class Admission(Starter):
             change.fail(group, shared_error(error, len(group)))
 
     def _states_now(self, change: Change, members: Members, handles: Handles) -> Tensors:
-        """The states after a step that is the last change of its sessions: those that they have, if asked for."""
+        """The states after a step that is its sessions' last change: their current ones, if requested."""
         if change.states is Select.NONE:
             return NO_STATES
         rows, wanted = self._rows_of(change, handles), change.state_rows_among(members)
@@ -393,7 +403,7 @@ class Admission(Starter):
             self._reset(change, members, handles)
             return
         sources = self._sources(change, members)
-        # a part for each caller fits into one pass
+        # each caller's part fits into one pass
         most = max(1, change.model.max_batch_rows // len(sources))
         jobs = [
             self._job(change, part, source)
@@ -405,9 +415,9 @@ class Admission(Starter):
         change.model.work.ring()
 
     def _sources(self, change: Change, members: Members) -> list[tuple[Source, Members]]:
-        """Members by whose turn it is: a greedy caller must not keep the others' steps out of the next pass.
+        """Members by source, so that one caller with much work does not keep others out of the next pass.
 
-        Where all that waits fits into one pass there are no turns to take, and one job is the least work.
+        If all waiting work fits into one pass, a single job is the least work.
         """
         only, model = change.only_source, change.model
         if only is not None:
@@ -416,7 +426,7 @@ class Admission(Starter):
             if len(members) <= model.rows_of_a_short_pass:
                 return [(_ALL_CALLERS, members)]
             sources = list(change.by_source(members))
-            # where all have the like of it, nobody is better off with passes that are shorter
+            # if all have similar amounts, shorter passes benefit nobody
             if len(members) <= len(sources) * min(len(own) for _, own in sources):
                 return [(_ALL_CALLERS, members)]
             return sources
@@ -481,7 +491,7 @@ class Admission(Starter):
 
 
 def _in_groups(change: Change, members: Members) -> Iterator[Members]:
-    """Members, those together that share an error: a few have one each."""
+    """Members in groups that share an error; a few members have one each."""
     if not len(members):
         return
     if len(members) <= MAX_ERRORS:
@@ -492,10 +502,10 @@ def _in_groups(change: Change, members: Members) -> Iterator[Members]:
 
 
 def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Members, int, int]]:
-    """Places of members that share an error for a conflict, what they expected, and the revision that there is.
+    """Places of members that share a conflict error, with the revision they expected and the actual one.
 
-    A few have an error each, and so has each of several callers. Of many those that expected alike and met alike share
-    one: an error of its own for each of 65,536 would keep the event loop for seconds.
+    A few members have an error each, and so have those of several callers. Among many, members with equal expected
+    and actual revisions share one: an error for each of 65,536 would block the event loop for seconds.
     """
     expected = change.expected_of(members)
     wanted = np.zeros(len(members), np.uint64) if expected is None else expected
@@ -510,7 +520,7 @@ def _alike(change: Change, members: Members, actual: U64) -> Iterator[tuple[Memb
 
 
 def _split(members: Members, sizes: Rows, limit: int) -> list[Members]:
-    """Neighbours that fit into a pass."""
+    """Split neighbours into parts that fit into a pass."""
     own = sizes[members]
     if int(np.add.reduce(own)) <= limit:
         return [members]

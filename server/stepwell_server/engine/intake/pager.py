@@ -1,8 +1,8 @@
-"""More sessions than rows: the least recently used leave the arena and come back when they are needed.
+"""Pages sessions: the least recently used leave the arena, and return when they are needed.
 
-The rows are taken at once and filled when the records have come. Where a store does not answer at once, whoever waits for
-them is called then, and passes run meanwhile. Other servers may have changed a session since, so its record is right: the
-table takes over what it says.
+Rows are taken at once, and filled when the records have arrived. If the store does not answer at once, a callback
+is called then, and passes run meanwhile. Other servers may have changed a session since, so the table is updated
+from its record.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from stepwell_server.store.base import Store, StoredSession, as_server_error
 from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.record import DecodedRecords, decode_many
 
-#: Columns of the table that are in the header of a record.
+#: Table columns that are stored in a record's header.
 _FROM_RECORDS = (
     "revision", "position", "request_id", "digest", "opened_with", "opened_digest", "created", "reply", "max_idle_ms",
 )  # fmt: skip
-#: When rows are needed, this share of the arena is paged out at once: finding the least recently used
-#: means a look at all sessions, and should not be paid for each row.
+#: When rows are needed, this share of the arena is paged out at once, because finding the least recently used
+#: sessions scans all of them.
 PAGE_OUT_SHARE = 1 / 16
 
 _NO_MEMBERS: Handles = np.zeros(0, np.intp)
 _NO_ROWS: Rows = np.zeros(0, np.intp)
 
 PageInErrors = dict[int, ServerError]
-"""Why sessions stay away, by handle: `NoRows`, `SessionGone`, `StateCorrupt`, `Overloaded`, `Unavailable`, `Internal`."""
+"""Why sessions stay paged out, by handle: `NoRows`, `SessionGone`, `StateCorrupt`, `Overloaded`, `Unavailable`,
+`Internal`."""
 OnPagedIn = Callable[[Handles, PageInErrors], None]
-"""Called with sessions that were coming, and which of them stay away all the same."""
+"""Called with sessions that were being read, and the errors of those that stay paged out."""
 
 
 class PageIn(NamedTuple):
-    """What has become of sessions that were to come back; those in neither are in the arena."""
+    """The immediate result of a page-in; sessions in neither field are in the arena."""
 
     refused: PageInErrors
     coming: Handles
@@ -60,7 +61,7 @@ ALL_HERE = PageIn({}, _NO_MEMBERS)
 
 
 class Pager:
-    """Moves sessions between a model's arena and the store. A claimed session is never paged out.
+    """Moves sessions between a model's arena and the store. Never pages out a claimed session.
 
     Lives on the event loop.
     """
@@ -89,11 +90,11 @@ class Pager:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is coming."""
+        """Whether no session is being read."""
         return not self._tasks
 
     async def idle(self) -> None:
-        """Return when nothing is coming."""
+        """Return when no session is being read."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -101,7 +102,7 @@ class Pager:
         """Take rows for sessions, paging others out as needed.
 
         Raises:
-            NoRows: too many of the model's rows belong to sessions with something under way.
+            NoRows: too many of the model's rows belong to active sessions.
         """
         rows = model.slots.take_resident(count)
         if rows is None:
@@ -114,17 +115,16 @@ class Pager:
     @staticmethod
     def _no_rows(model: Model, count: int) -> NoRows:
         return NoRows(
-            f"rows of sessions with something under way must leave {count} free of"
+            f"rows of active sessions must leave {count} free of"
             f" resident_rows {model.slots.resident_limit} of model {model.name!r}",
             retry_after_s=max(0.05, model.expected_wait_s),
         )
 
     def page_in(self, model: Model, handles: Handles, later: OnPagedIn, *, reread: bool = False) -> PageIn:
-        """Bring claimed sessions back to the arena, those that are not there and for which there is room.
+        """Bring claimed sessions back to the arena, as far as there is room.
 
-        `reread`: those that are there come back, too, where another server has changed them.
-
-        `later` is called when those that are coming have come; their claims must last until then.
+        With `reread`, sessions in the arena are also read again if another server changed them. `later` is called
+        when the sessions being read have arrived; their claims must last until then.
         """
         absent = handles[self._table.row[handles] < 0]
         if not (len(absent) or reread):
@@ -148,23 +148,23 @@ class Pager:
 
         def ended(task: asyncio.Task[PageInErrors]) -> None:
             self._tasks.discard(task)
-            if not task.cancelled():  # the event loop ends
+            if not task.cancelled():  # the event loop is ending
                 later(coming, task.result())
 
         task.add_done_callback(ended)
         return PageIn(refused, coming)
 
     async def states_of(self, model: Model, handles: Handles) -> tuple[Sequence[Array], PageInErrors]:
-        """States of claimed sessions that are paged out, and stay so.
+        """Read states of claimed sessions that are paged out, without paging them in.
 
         Returns:
-            The rows one after the other, of those that are not refused.
+            The rows of the sessions without an error, one after the other, and the errors.
         """
         ids = self._ids(handles)
         try:
             found = await self._store.fetch(ids)
             forwarded = await self._forward(model, handles, ids, found)
-        except Exception as error:  # whatever it is: their claims must end
+        except Exception as error:  # whatever the error: their claims must end
             return (), dict.fromkeys(handles.tolist(), as_server_error(error))
         decoded, sound, refused = self._settle(model, handles, found, forwarded)
         packed = _packed(decoded, sound).reshape(-1, model.arena.row_bytes)
@@ -172,9 +172,9 @@ class Pager:
         return [values for _, values in states], refused
 
     async def compare(self, model: Model, handles: Handles) -> None:
-        """Have claimed sessions leave the arena that other servers have changed since their records were read.
+        """Remove claimed sessions from the arena that other servers changed since their records were read.
 
-        So a read that begins now shows no less than what anybody was told before.
+        So a read that begins now returns nothing older than any server has returned before.
 
         Raises:
             Unavailable: the store cannot be read now.
@@ -187,23 +187,23 @@ class Pager:
         self.discard(model, here[changed])
 
     def discard(self, model: Model, handles: Handles) -> None:
-        """Take sessions out of the arena whose rows are not what the store holds."""
+        """Remove sessions from the arena whose rows differ from the store."""
         here = handles[self._table.row[handles] >= 0]
         if len(here):
             self._leave(model, here)
 
     def forget_replies(self, model: Model) -> None:
-        """Have fewer replies in memory: the sessions whose were kept first leave the arena, if the store has them."""
+        """Free memory of replies: page out the sessions with the oldest ones, if the store has them."""
         if self._policy.others is None:
             return
         handles = np.fromiter(model.replies.oldest(), np.intp)
         self.page_out(handles[~self._table.claimed[handles]])
 
     def page_out(self, handles: Handles) -> None:
-        """Let sessions leave the arena that are there, and have nothing under way but what asks for this.
+        """Page out sessions that are in the arena and idle, except for the operation that asks for this.
 
         Raises:
-            Unavailable: the store, which is to have them now, cannot keep them.
+            Unavailable: the store cannot keep the sessions.
         """
         for index in np.unique(self._table.model[handles]).tolist():
             model, began = self._models.by_index[index], self._clock.monotonic()
@@ -213,7 +213,7 @@ class Pager:
             self._paged(model, "out", len(own), began)
 
     async def _fetch(self, model: Model, handles: Handles, rows: Rows) -> PageInErrors:
-        """Bring sessions back, to the rows that were taken for those that have none. Why the others stay away."""
+        """Read sessions, using the rows that were taken for those without any. Returns the errors of the others."""
         began = self._clock.monotonic()
         try:
             is_here = self._table.row[handles] >= 0
@@ -233,13 +233,13 @@ class Pager:
             forwarded = await self._forward(model, handles, ids, found)
             refused = self._restore(model, handles, found, forwarded, rows)
             self._paged(model, "in", len(handles) - len(refused), began)
-        except Exception as error:  # whatever it is: their claims must end
+        except Exception as error:  # whatever the error: their claims must end
             model.slots.free_resident(rows)
             refused = dict.fromkeys(handles.tolist(), as_server_error(error))
         return refused
 
     def _in_order(self, handles: Handles, changed: Handles, rows: Rows, more: Rows) -> Rows:
-        """The rows that were taken before, and those of sessions that have `changed`, in the order of all."""
+        """Merge the rows taken before with those of `changed` sessions, in the order of all."""
         is_more = np.repeat(np.isin(handles, changed), self._table.batch_size[handles])
         found = np.empty(len(is_more), rows.dtype)
         found[is_more], found[~is_more] = more, rows
@@ -248,7 +248,7 @@ class Pager:
     async def _forward(
         self, model: Model, handles: Handles, ids: Sequence[str], found: Sequence[StoredSession]
     ) -> UpgradedRecords:
-        """Read records, as of the version of the model that their sessions are on now."""
+        """Decode records, upgraded to their sessions' current version."""
         stamps = self._table.stamp[handles].tolist()
         as_known = [each.stamp == stamp for each, stamp in zip(found, stamps, strict=True)]
         stored = [each.record if each.record is not None else b"" for each in found]
@@ -256,7 +256,7 @@ class Pager:
         def bring() -> UpgradedRecords:
             return self._forwarding.bring(model, decode_many(ids, stored), as_known)
 
-        # a migration may take long
+        # a migration may take long, so it runs on a thread
         return await asyncio.to_thread(bring) if self._forwarding.migrates(model) else bring()
 
     def _restore(
@@ -267,7 +267,7 @@ class Pager:
         forwarded: UpgradedRecords,
         rows: Rows,
     ) -> PageInErrors:
-        """Fill the rows of those whose records are sound, and give `rows` back that are not needed."""
+        """Fill the rows of sessions whose records are valid, and return `rows` that are not needed."""
         decoded, sound, refused = self._settle(model, handles, found, forwarded)
         if not sound.all():
             own = np.repeat(sound, self._table.batch_size[handles])
@@ -280,9 +280,9 @@ class Pager:
     def _settle(
         self, model: Model, handles: Handles, found: Sequence[StoredSession], forwarded: UpgradedRecords
     ) -> tuple[DecodedRecords, Mask, PageInErrors]:
-        """Records that were read, which of them are sound and these sessions', and why the others are not.
+        """Check the records: which are valid and belong to these sessions, and the errors of the others.
 
-        The table is told what those say that another server may have written, and what changed on their way here.
+        The table is updated with what another server may have written, and what upgrading has changed.
         """
         decoded = forwarded.decoded
         refused: PageInErrors = {
@@ -325,9 +325,9 @@ class Pager:
         sound: Mask,
         refused: PageInErrors,
     ) -> None:
-        """Let the table say what records say that another server wrote; refuse what is another session now.
+        """Update the table from records that another server wrote; refuse those of other sessions.
 
-        `stamps` and `is_changed` are of the records that are sound, `(len(decoded.sound),)`.
+        `stamps` and `is_changed` are of the valid records, `(len(decoded.sound),)`.
         """
         table, heads = self._table, decoded.heads
         same = heads["batch_size"] == table.batch_size[handles[decoded.sound]]
@@ -351,7 +351,7 @@ class Pager:
             self._fields.take(handle, fields)
 
     def _are_of(self, model: Model, decoded: DecodedRecords) -> Mask:
-        """Which records are of sessions of a model."""
+        """Which records belong to sessions of a model."""
         known: dict[tuple[str, bytes], bool] = {}
         found = [
             (own, decoded.fields.get(place, b""))
@@ -361,11 +361,11 @@ class Pager:
             try:
                 known[each] = self._forwarding.trace(model, *each, is_as_known=False) is not None
             except Unavailable:
-                known[each] = True  # it is refused already
+                known[each] = True  # it is already refused
         return np.array([known[each] for each in found], np.bool_)
 
     def _gone(self, handle: int, found: StoredSession) -> ServerError:
-        """Why a session that is in the table has no record."""
+        """The error for a session in the table without a record."""
         if found.tombstone is not None:
             return ended_by(found.tombstone)
         session_id = self._table.session_id(handle)
@@ -376,7 +376,7 @@ class Pager:
         )
 
     def room(self, model: Model, wanted: int) -> int:
-        """Rows that could be had for sessions: free ones, and if these are too few those of sessions that may go."""
+        """Rows available for sessions: free rows, and if these are too few, rows of sessions that may leave."""
         room = model.slots.resident_limit - model.slots.resident
         if wanted > room:
             room += int(self._table.batch_size[self._evictable(model)].sum())
@@ -389,7 +389,7 @@ class Pager:
         self.page_out(victims)
 
     def _least_recently_used(self, model: Model, rows: int) -> Handles:
-        """The least recently used sessions that have `rows` rows together, or all that may go."""
+        """The least recently used sessions with `rows` rows together, or all that may leave."""
         table, candidates = self._table, self._evictable(model)
         by_age = candidates[np.argsort(table.used[candidates], kind="stable")]
         enough = int(np.searchsorted(np.cumsum(table.batch_size[by_age]), rows)) + 1
@@ -422,7 +422,7 @@ class Pager:
 
 
 def _packed(decoded: DecodedRecords, sound: Mask) -> npt.NDArray[np.uint8]:
-    """The packed rows of those records that are sound, one after the other."""
+    """The packed rows of the valid records, one after the other."""
     fits = sound[decoded.sound]
     packed = np.frombuffer(decoded.rows, np.uint8)
     return packed if fits.all() else packed[np.repeat(fits, decoded.heads["rows_bytes"])]

@@ -1,7 +1,8 @@
-"""Where changes wait: for the next turn of their model's loop, for rows of the arena, and for their sessions.
+"""Queues of changes: for the next iteration of their model's loop, for rows of the arena, and for their sessions.
 
-One thing at a time is done for each session: whoever has its claim. A change whose session is claimed waits in the
-session's line, and so does a read, a fork, a closing (a `Hold`). When the claim ends, the next in line is started.
+Each session has one operation at a time: the one with its claim. A change to a claimed session waits in the
+session's queue, and so does a read, a fork or a close (a `Hold`). When the claim ends, the first in the queue
+starts.
 """
 
 from __future__ import annotations
@@ -31,42 +32,42 @@ from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import Overloaded, ServerError, SessionGone, SessionLost, VersionElsewhere
 from stepwell_server.store.base import Store
 
-#: Rows that may wait for passes, in passes of full size.
+#: The most rows that may wait for passes, in passes of full size.
 MAX_WAITING_PASSES = 64
-#: Bytes of inputs that may wait, over all models.
+#: The most input bytes that may wait, over all models.
 MAX_WAITING_BYTES = 512 << 20
-#: Changes that may wait in one session's line.
+#: The most changes that may wait in one session's queue.
 MAX_SESSION_QUEUE = 256
 
 
 @dataclasses.dataclass(slots=True)
 class Inboxes:
-    """The inboxes of all models, and the one count of the bytes that wait."""
+    """The inboxes of all models, and their total bytes."""
 
     bytes: int = 0
-    """Of inputs that wait or run."""
+    """Input bytes that wait or run."""
     waiting: dict[Inbox, None] = dataclasses.field(default_factory=dict)
-    """Inboxes in which something waits, in the order in which it came."""
+    """Inboxes with waiting changes, in the order of arrival."""
     of: dict[int, Inbox] = dataclasses.field(default_factory=dict)
-    """Each inbox, by the number of its version."""
+    """Each inbox, by its version's number in the table."""
 
 
 class Inbox:
-    """The changes that have come for one model, in their order. Lives on the event loop.
+    """The queued changes of one model, in order. Lives on the event loop.
 
-    A change is put here when it has been checked; its sessions may be gone by the time it is drained. Rows are limited
-    for each model, bytes of inputs over all of them: what is too much is refused with a delay.
+    A checked change is put here; its sessions may be gone by the time it is drained. Rows are limited per model,
+    input bytes over all models. Anything beyond is refused with a retry delay.
     """
 
     def __init__(self, model: Model, inboxes: Inboxes) -> None:
-        """Make an empty inbox of a model, which becomes one of all `inboxes`."""
+        """Make an empty inbox of a model, and add it to `inboxes`."""
         self._model = model
         self._inboxes = inboxes
         inboxes.of[model.index] = self
         self._waiting: list[Change] = []
         self._rows = 0
         self.max_waiting = MAX_WAITING_PASSES * model.max_batch_rows
-        """So many rows and changes may wait, unless one change alone has more."""
+        """The most rows and changes that may wait, unless a single change has more."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -78,20 +79,20 @@ class Inbox:
 
     @property
     def deadline(self) -> float:
-        """The earliest of those that wait here."""
+        """The earliest deadline of the waiting changes."""
         return min((change.deadline for change in self._waiting), default=float("inf"))
 
     def is_of(self, source: Source) -> bool:
-        """Whether all that waits here was sent by one source."""
+        """Whether all waiting changes come from one source."""
         return all(change.only_source == source for change in self._waiting)
 
     @property
     def waiting(self) -> int:
-        """Rows and changes that wait: here, for their session, for rows, for a pass."""
+        """Rows and changes that wait: here, for their session, for rows, or for a pass."""
         return self._rows + self._model.ready.rows_waiting + self._model.waiting
 
     def require_room(self, rows: int, byte_count: int) -> None:
-        """Refuse so many rows and bytes of inputs if too much waits already.
+        """Refuse this many rows and input bytes if too much waits already.
 
         Raises:
             Overloaded: with the time after which there should be room.
@@ -110,10 +111,10 @@ class Inbox:
             )
 
     def hold(self, change: Change) -> None:
-        """Count the bytes of a change until every member has its answer.
+        """Count a change's bytes until every member has its answer.
 
         Raises:
-            Overloaded: too much waits already, and nothing is counted.
+            Overloaded: too much waits already; nothing is counted.
         """
         count, held = change.byte_count, self._inboxes
         self.require_room(change.row_count, count)
@@ -125,7 +126,7 @@ class Inbox:
         change.on_end = give
 
     def put(self, change: Change) -> None:
-        """Let a change that is held wait for the next turn."""
+        """Queue a change that is held for the next iteration."""
         if not self._waiting:
             self._inboxes.waiting[self] = None
         self._waiting.append(change)
@@ -133,7 +134,7 @@ class Inbox:
         self._model.work.ring()
 
     def drain(self) -> list[Change]:
-        """Take everything that waits."""
+        """Take all waiting changes."""
         waiting = self._waiting
         if waiting:
             self._waiting, self._rows = [], 0
@@ -142,7 +143,7 @@ class Inbox:
 
 
 def joined_where_alike(waiting: list[Change]) -> list[Change]:
-    """The same, with steps of one row that are alike as one change. What a session was sent stays in its order."""
+    """The same changes, with similar one-row steps combined into one. The order of each session's changes is kept."""
     if len(waiting) < 2:
         return waiting
     found: list[Change] = []
@@ -162,7 +163,7 @@ def joined_where_alike(waiting: list[Change]) -> list[Change]:
             continue
         kind, session_id = kind_of(change), change.session_ids[0]
         if kinds.get(session_id, kind) != kind:
-            end_groups()  # what the session was sent before must go first, and is in another group
+            end_groups()  # earlier changes of the session are in another group and must go first
         kinds[session_id] = kind
         groups.setdefault(kind, []).append(change)
     end_groups()
@@ -170,23 +171,23 @@ def joined_where_alike(waiting: list[Change]) -> list[Change]:
 
 
 class Starter(Protocol):
-    """Who starts members of a change when they need not wait any more."""
+    """Starts members of a change when they no longer need to wait."""
 
     def start_due(self, change: Change, members: Members, /) -> Handles:
-        """Their turn has come: claim their sessions and start them; return sessions that are done with already."""
+        """Claim the members' sessions and start them; return sessions that are done already."""
 
     def retry_lookup(self, change: Change, members: Members, /) -> None:
-        """Their session has left the table: start them if the store has it, and answer them else."""
+        """The members' session left the table: start them if the store has it, otherwise answer them."""
 
     def start_waiting(self, change: Change, members: Members, /) -> None:
-        """There is room: start them; those that still do not fit are put back."""
+        """There is room: start the members; those that still do not fit are put back."""
 
 
 class RowQueue:
-    """What waits for rows, by model: every row is some session's that has something under way.
+    """Changes that wait for rows, by model, because all rows belong to active sessions.
 
-    First come, first served, when sessions that are done may be paged out. One that is let in when the room is gone again
-    keeps its place. The sessions of those that wait are claimed, and have no rows. Lives on the event loop.
+    First come, first served, as sessions become idle and may be paged out. A change admitted too late for the room
+    keeps its place. The sessions of waiting members are claimed, and have no rows. Lives on the event loop.
     """
 
     def __init__(self, table: SessionTable, models: Models, pager: Pager) -> None:
@@ -195,20 +196,20 @@ class RowQueue:
         self._pager = pager
         self._waiting: dict[int, deque[tuple[Starter, Change, int]]] = {}
         self.waiting = 0
-        """Changes of all models."""
+        """Waiting changes of all models."""
         self._look = Alarm(self._admit)
         self._is_full = False
-        """Somebody that was let in was put back."""
+        """A change was admitted and put back."""
 
     def __bool__(self) -> bool:
         return self.waiting > 0
 
     def count(self, model: int) -> int:
-        """How many changes of a model wait."""
+        """The number of a model's changes that wait."""
         return len(self._waiting.get(model, ()))
 
     def add(self, starter: Starter, change: Change, members: Members) -> None:
-        """Let members of a change wait, whose sessions are claimed; `starter` starts them."""
+        """Queue members of a change whose sessions are claimed; `starter` starts them."""
         waiting = self._waiting.setdefault(change.model.index, deque())
         waiting.extend((starter, change, member) for member in members.tolist())
         self._add(change.model, len(members))
@@ -218,7 +219,7 @@ class RowQueue:
         model.waiting += count
 
     def put_back(self, starter: Starter, change: Change, members: Members) -> None:
-        """Let members of a change that were let in wait again, before all others."""
+        """Queue members of an admitted change again, before all others."""
         if len(members):
             self._is_full = True
             self._waiting[change.model.index].extendleft(
@@ -227,28 +228,31 @@ class RowQueue:
             self._add(change.model, len(members))
 
     def check_room(self) -> None:
-        """A session is done, made or gone: look in the next turn of the event loop whether somebody fits now."""
+        """Check in the next iteration of the event loop whether a change fits.
+
+        Call it when a session became idle, began or ended.
+        """
         if self:
             self._look.ring()
 
     def _admit(self) -> None:
-        for model, waiting in list(self._waiting.items()):  # answers may bring what waits for another model
+        for model, waiting in list(self._waiting.items()):  # answers may queue changes of another model
             if waiting:
                 self._admit_some(self._models.by_index[model], waiting)
 
     def _admit_some(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> None:
         fitting = self._fitting(model, waiting)
         self._is_full = False
-        while fitting and not self._is_full:  # answers may bring what takes the room
+        while fitting and not self._is_full:  # answers may start changes that take the room
             starter, change, members = _take(waiting, fitting)
             fitting -= len(members)
             self._add(model, -len(members))
-            # one whose session was busy may have come behind members that follow it in the change
+            # a member whose session was busy may be queued after later members of the change
             starter.start_waiting(change, np.sort(np.array(members, np.intp)))
 
     def _fitting(self, model: Model, waiting: deque[tuple[Starter, Change, int]]) -> int:
-        """How many of those that wait fit, beginning with the first."""
-        # each has a row at least
+        """How many of the waiting changes fit, beginning with the first."""
+        # each has at least one row
         first = islice(waiting, model.slots.resident_limit)
         rows = np.array(
             [self._table.batch_size[change.handles[member]] for _, change, member in first], np.int64
@@ -257,7 +261,7 @@ class RowQueue:
 
 
 def _take(waiting: deque[tuple[Starter, Change, int]], most: int) -> tuple[Starter, Change, list[int]]:
-    """The change that comes first, and its members that wait in a row."""
+    """The first change, and its consecutive waiting members."""
     starter, change, _ = waiting[0]
     members: list[int] = []
     while len(members) < most and waiting and waiting[0][1] is change:
@@ -267,7 +271,7 @@ def _take(waiting: deque[tuple[Starter, Change, int]], most: int) -> tuple[Start
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Hold:
-    """A turn in a session's line for something that is no change: a read, a fork, the closing."""
+    """A place in a session's queue for an operation that is not a change: a read, a fork or a close."""
 
     granted: asyncio.Future[None]
     deadline: float
@@ -279,7 +283,7 @@ Waiter: TypeAlias = "tuple[Starter, Change, int] | Hold"
 
 
 class SessionQueues:
-    """Claims of sessions and their lines, until the sessions leave the table. Lives on the event loop."""
+    """Claims of sessions and their queues, until the sessions leave the table. Lives on the event loop."""
 
     def __init__(
         self,
@@ -300,28 +304,28 @@ class SessionQueues:
         self._clock = clock
         self._claims: Claims[Waiter] = Claims(table)
         self._count = 0
-        """What waits in all lines."""
+        """Items in all queues."""
         self._ending: deque[Handles] = deque()
-        """Claims that are to end: one after the other, since what an end starts may end others."""
+        """Claims to end, one after the other, since ending one may start an operation that ends others."""
         self._is_ending = False
         self.leave_when_free: Callable[[Handles], None] | None = None
-        """Called with sessions whose claims end, before what waits for them is started; None: none of them is to leave."""
+        """Called with sessions whose claims end, before their queues continue; None: no session is to leave."""
 
     def __bool__(self) -> bool:
         """Something waits for its turn."""
         return self._count > 0
 
     def claim(self, handles: Handles) -> None:
-        """Claim sessions that have nothing under way."""
+        """Claim free sessions."""
         self._claims.claim(handles)
 
     async def hold(self, handle: int, deadline: float, *, rows: bool = True) -> None:
-        """Claim one session for something that is no change, when its turn comes; `rows`: and bring it to the arena.
+        """Claim one session for an operation that is not a change, once it is free; with `rows`, bring it to the arena.
 
-        What is in the arena then is no older than what any server has answered before.
+        Its state is then no older than what any server has returned before.
 
         Raises:
-            DeadlineExceeded, SessionGone, Overloaded, Unavailable: it did not come.
+            DeadlineExceeded, SessionGone, Overloaded, Unavailable: the session could not be claimed.
         """
         if self._clock.monotonic() >= deadline:
             raise too_late()
@@ -336,7 +340,7 @@ class SessionQueues:
             await self._have_rows(handle)
 
     async def _compare(self, handle: int) -> None:
-        """Have a claimed session leave the arena if another server has changed it; if that is not known its claim ends."""
+        """Remove a claimed session from the arena if another server changed it. If that is unknown, end the claim."""
         try:
             await self._pager.compare(self._models.by_handle(handle), np.array([handle]))
         except BaseException:
@@ -344,7 +348,7 @@ class SessionQueues:
             raise
 
     async def _await_turn(self, handle: int, deadline: float) -> None:
-        """Wait in a claimed session's line until the claim is this one's."""
+        """Wait in a claimed session's queue until the claim is passed on."""
         granted = self.request_claim(handle, deadline)
         try:
             await granted
@@ -353,19 +357,19 @@ class SessionQueues:
             raise
 
     async def free(self, handle: int) -> None:
-        """Return when what is under way for a session now has ended, and what waits for it already."""
+        """Return when the active operation of a session, and those queued now, have ended."""
         if self._table.claimed[handle]:
             with contextlib.suppress(SessionGone, VersionElsewhere):
                 await self.hold(handle, math.inf, rows=False)
                 self.release(np.array([handle]))
 
     def request_claim(self, handle: int, deadline: float) -> asyncio.Future[None]:
-        """Take a place in a claimed session's line: the claim is the caller's when the future is done without an error.
+        """Join a claimed session's queue: the claim is the caller's when the future is done without an error.
 
-        Who does not want it any more says so by `withdraw`.
+        Use `withdraw` to leave the queue.
 
         Raises:
-            Overloaded: too much waits there.
+            Overloaded: the queue is full.
         """
         if self._claims.waiting(handle) >= MAX_SESSION_QUEUE:
             raise self._queue_full(handle)
@@ -375,19 +379,19 @@ class SessionQueues:
         return hold.granted
 
     def withdraw(self, handle: int, granted: asyncio.Future[None]) -> None:
-        """Leave a session's line, or end the claim if the turn came in the same moment."""
+        """Leave a session's queue, or end the claim if it was granted in the same moment."""
         granted.cancel()
         if not granted.cancelled() and granted.exception() is None:
             self.release(np.array([handle]))
 
     async def _have_rows(self, handle: int) -> None:
-        """Bring a claimed session back to the arena; if it cannot come its claim ends."""
+        """Bring a claimed session back to the arena. If that fails, end the claim."""
         handles = np.array([handle])
         came: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
 
         def later(_handles: Handles, refused: PageInErrors) -> None:
             error = refused.get(handle)
-            if came.done():  # who waited was cancelled
+            if came.done():  # the waiting caller was cancelled
                 self.end(handle, error)
             else:
                 came.set_result(error)
@@ -399,16 +403,16 @@ class SessionQueues:
                 error = await came
             except asyncio.CancelledError:
                 if not came.cancelled():
-                    self.end(handle, came.result())  # it came in the same moment
+                    self.end(handle, came.result())  # it arrived in the same moment
                 raise
         if error is not None:
             self.end(handle, error)
             raise error
 
     def end(self, handle: int, error: ServerError | None) -> None:
-        """End a claim whose session could not come back because of `error`.
+        """End the claim of a session that could not be paged in because of `error`.
 
-        One that has ended leaves the table, and so does one of which another server knows more.
+        A session that ended, or that another server knows more about, leaves the table.
         """
         if isinstance(error, (SessionGone, VersionElsewhere)) and not isinstance(error, SessionLost):
             self.forget(handle, error)
@@ -416,7 +420,7 @@ class SessionQueues:
             self.release(np.array([handle]))
 
     def enqueue(self, starter: Starter, change: Change, members: Members) -> None:
-        """Let members wait for the turn of their claimed sessions; refuse those whose line is full."""
+        """Queue members for their claimed sessions; refuse those whose queue is full."""
         for member in members.tolist():
             handle = int(change.handles[member])
             if self._claims.waiting(handle) >= MAX_SESSION_QUEUE:
@@ -425,10 +429,10 @@ class SessionQueues:
                 self._wait(change.model, handle, (starter, change, member))
 
     def release(self, handles: Handles) -> None:
-        """End claims and start what waited for them."""
+        """End claims and start queued operations."""
         if self.leave_when_free is not None:
             self.leave_when_free(handles)
-        if not self._count:  # nobody waits in any line: neither do claims that are ending now
+        if not self._count:  # nothing is queued anywhere, so no claims are ending now either
             self._table.claimed[handles] = False
             if self._row_queue.waiting:
                 self._row_queue.check_room()
@@ -451,12 +455,15 @@ class SessionQueues:
 
     def _removed(self, waiter: Waiter) -> None:
         self._count -= 1
-        # that of the session may be another version by now
+        # the session may be on another version by now
         model = waiter.model if isinstance(waiter, Hold) else waiter[1].model
         model.waiting -= 1
 
     def forget(self, handle: int, error: ServerError) -> None:
-        """Take a session that has not ended, or not here, and is claimed or idle out of the table; refuse what waits for it."""
+        """Remove a session from the table that still exists elsewhere; refuse what is queued for it.
+
+        The session is claimed or idle.
+        """
         table = self._table
         limit_s = self._limits.seconds(int(table.max_idle_ms[handle]))
         idle_s = self._clock.monotonic() - float(table.used[handle])
@@ -464,20 +471,20 @@ class SessionQueues:
         self.remove(handle, error)
 
     def remove(self, handle: int, error: ServerError) -> None:
-        """Take a session that is claimed or idle out of the table, and refuse what waits for it."""
+        """Remove a session from the table that is claimed or idle, and refuse what is queued for it."""
         model = self._models.by_handle(handle)
         if self._table.row[handle] >= 0:
             model.slots.free_resident(self._table.rows(handle))
         model.replies.forget(handle)
         self._table.claimed[handle] = False
         self._table.remove(handle)
-        # last: a caller who is refused may ask again at once, and must not get into the line of a session that is gone
+        # last: a refused caller may retry at once, and must not join the queue of a removed session
         self.close_queue(handle, error)
 
     def close_queue(self, handle: int, error: ServerError) -> None:
-        """Refuse what waited for a session that has gone away.
+        """Refuse what is queued for a session that was removed.
 
-        It may have been opened anew since it ended: changes look for it once more.
+        It may have been opened again since: changes look it up once more.
         """
         looks_again = isinstance(error, SessionGone)
         changes: dict[Change, tuple[Starter, list[int]]] = {}
@@ -513,7 +520,7 @@ class SessionQueues:
                 self._ending.append(done)
 
     def _grant(self, hold: Hold, handle: int) -> bool:
-        """Whether the turn is taken."""
+        """Whether the caller accepts the claim."""
         if hold.granted.done():
             return False
         if self._clock.monotonic() >= hold.deadline:

@@ -1,6 +1,6 @@
-"""A change is split where its members cannot be done together, as those on several versions of a model cannot.
+"""Splits a change whose members cannot be processed together, such as those on several versions of a model.
 
-Each part is checked, charged, run and answered by itself; whoever sent the change gets the answers of all of them.
+Each part is checked, charged, run and answered by itself; the sender of the change gets the answers of all parts.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from stepwell_server.engine.intake.validation import require_state_members
 from stepwell_server.engine.types import Mask, Members, Tensors
 from stepwell_server.errors import InvalidInput, ServerError
 
-#: Columns of a change that have one entry for each member.
+#: Columns of a change with one entry per member.
 _OF_MEMBERS = ("session_ids", "expected", "request_ids", "messages", "connections", "callers", "deadlines")
 
 
 def split(change: Change, others: Members) -> tuple[Change, Change]:
-    """A change without some of its members, and one of these alone: see `part_of`."""
+    """A change without some of its members, and one with only these: see `part_of`."""
     return part_of(change, np.setdiff1d(np.arange(change.size), others)), part_of(change, others)
 
 
 def part_of(change: Change, members: Members) -> Change:
-    """A change of some of the members alone.
+    """A change with only some of the members.
 
     Args:
-        change: its `sizes` or `batch_sizes` are known, and it has no `rows`.
-        members: ascending indexes, `(m,)`; of several messages, all of each that has one of them.
+        change: Its `sizes` or `batch_sizes` are known, and it has no `rows`.
+        members: Ascending indexes, `(m,)`. Of several messages, either all members or none.
 
     Raises:
-        InvalidInput: its tensors have other rows than its sessions, or it names members that it has not.
+        InvalidInput: the rows of its tensors do not match its sessions, or it names members that do not exist.
     """
     if change.batch_sizes is not None:
         change.sizes = change.batch_sizes
@@ -88,7 +88,7 @@ def _some(tensors: Tensors | None, rows: Rows) -> Tensors | None:
 
 
 def _mask(mask: Mask | None, rows: Rows, count: int) -> Mask | None:
-    """Of some of `count` rows: one entry each, or one for each time step. Another length is refused later."""
+    """Select entries of `count` rows: one each, or one for each time step. Other lengths are refused later."""
     if mask is None or not count or len(mask) % count:
         return mask
     some: Mask = mask.reshape(count, -1)[rows].reshape(-1)
@@ -96,7 +96,7 @@ def _mask(mask: Mask | None, rows: Rows, count: int) -> Mask | None:
 
 
 class _Part:
-    """Answers members of a change by their indexes in the whole. `Replies`."""
+    """Passes answers on with the members' indexes in the whole. `Replies`."""
 
     __slots__ = ("_members", "_whole")
 

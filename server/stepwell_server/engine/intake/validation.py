@@ -1,8 +1,8 @@
-"""Whether what comes fits the sessions and the model: changes, and tensors by themselves.
+"""Checks changes and tensors against sessions and models.
 
-A change is refused as a whole where nothing of it could be told apart (names, dtypes, shapes, lengths of lists);
-a row that is not finite or a wrong batch size fails for its member alone. Every error names the argument, the rule
-and what came. Casting is done here, so that what leaves has the program's own dtype.
+A change is refused as a whole if its parts cannot be told apart (names, dtypes, shapes, lengths of lists). A row
+that is not finite, or a wrong batch size, fails for its member only. Every error names the argument, the rule and
+what came. Arrays are cast here to the program's dtypes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stepwell_server.errors import InvalidInput, MessageTooLarge, RevisionConfli
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
 MAX_MEMBERS = 65_536
-#: Far above every session's, and low enough that the sum of a change's cannot wrap.
+#: Far above any session's batch size, and low enough that a change's sum cannot overflow.
 MAX_BATCH_SIZE = 1 << 31
 _ANY = np.uint64(ANY_REVISION)
 _ONLY: Members = np.zeros(1, np.intp)
@@ -44,17 +44,17 @@ class CheckedInputs(NamedTuple):
     steps: int
     """T."""
     with_time: bool
-    """The caller gave a time axis, so the reply has one too."""
+    """Whether the caller gave a time axis; the reply then has one too."""
 
 
 def check_inputs(program: Program, inputs: Tensors, rows: int, *, any_rows: bool = False) -> CheckedInputs:
-    """Check and cast the inputs of `rows` rows. Finite numbers are `finite_rows`' affair.
+    """Check and cast the inputs of `rows` rows. Whether they are finite is checked by `finite_rows`.
 
     Args:
-        program: Whose inputs they are.
-        inputs: By name.
-        rows: How many each must have.
-        any_rows: It is a number that was taken from them, and any other would do.
+        program: The program they are for.
+        inputs: Tensors by name.
+        rows: The required number of rows.
+        any_rows: `rows` was derived from the inputs, and any other number is fine.
 
     Raises:
         InvalidInput: a name, dtype or shape does not fit.
@@ -92,7 +92,7 @@ def check_state(program: Program, state: Tensors, rows: int) -> tuple[Array, ...
 
 
 def check_finite_state(program: Program, state: Tensors | None, rows: int) -> tuple[Array, ...] | None:
-    """As `check_state`, where there is one, and refuse NaN and infinity in it."""
+    """`check_state` for an optional state; refuses NaN and infinity."""
     if state is None:
         return None
     arrays = check_state(program, state, rows)
@@ -101,7 +101,7 @@ def check_finite_state(program: Program, state: Tensors | None, rows: int) -> tu
 
 
 def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
-    """Which rows hold only finite numbers, `(rows,)`; None if all do."""
+    """Which rows hold only finite numbers, `(rows,)`; None: all do."""
     bad: npt.NDArray[np.bool_] | None = None
     for array in arrays:
         if not is_float(array.dtype):
@@ -114,10 +114,10 @@ def finite_rows(arrays: Sequence[Array]) -> npt.NDArray[np.bool_] | None:
 
 
 def require_reply(program: Program, rows: int, steps: int, extra: int, limit: int) -> None:
-    """Refuse a run without a session whose outputs and final state, and `extra` bytes, are more than `limit`.
+    """Refuse a run without a session whose outputs, final state and `extra` bytes exceed `limit`.
 
     Raises:
-        MessageTooLarge: they are.
+        MessageTooLarge: they do.
     """
     size = _output_bytes(program, rows, steps) + rows * program.state_row_bytes + extra
     if size > limit:
@@ -130,7 +130,7 @@ def require_finite(
     """Refuse NaN and infinity anywhere in `arrays`, which were `given` before they were cast.
 
     Raises:
-        InvalidInput: it names the first tensor at fault and the first index in it.
+        InvalidInput: names the first invalid tensor and the first index in it.
     """
     for array, name in zip(arrays, names, strict=True):
         if is_float(array.dtype) and not np.isfinite(array).all():
@@ -138,7 +138,7 @@ def require_finite(
 
 
 def _given(name: str, cast: Array, given: Tensors | None) -> Array:
-    """An array before it was cast, in the cast one's shape: that lacks the time axis of a single step."""
+    """An array before the cast, in the cast array's shape, which lacks the time axis of a single step."""
     before = None if given is None else given.get(name, given.get(""))
     return cast if before is None else before.reshape(cast.shape)
 
@@ -157,10 +157,10 @@ def not_finite(what: str, name: str, array: Array, given: Array) -> InvalidInput
 
 
 def require_lists(change: Change) -> None:
-    """Refuse a change whose lists do not fit each other, before its sessions are looked for.
+    """Refuse a change whose lists do not match, before its sessions are looked up.
 
     Raises:
-        InvalidInput: it names too many sessions, one of them twice, or numbers for others.
+        InvalidInput: too many sessions, a repeated session, or lists of different lengths.
     """
     ids = change.session_ids
     if len(ids) != 1:
@@ -178,29 +178,29 @@ def require_lists(change: Change) -> None:
 def require_sessions(
     session_ids: Sequence[str], *, may_repeat: bool = False, limit: int = MAX_MEMBERS
 ) -> None:
-    """Refuse a list that names no sessions, more than `limit`, or one of them twice.
+    """Refuse a list of session ids that is empty, longer than `limit`, or has a repeated id.
 
     Raises:
-        InvalidInput: it does.
+        InvalidInput: it is.
     """
     if not 1 <= len(session_ids) <= limit:
-        raise InvalidInput(f"session_ids must be 1 to {limit}; got {len(session_ids)}")
+        raise InvalidInput(f"session_ids must have 1 to {limit} entries; got {len(session_ids)}")
     if len(session_ids) > 1 and not may_repeat and len(set(session_ids)) != len(session_ids):
         raise InvalidInput(f"session_ids must name each session once; {_repeated(session_ids)!r} came twice")
 
 
 class Validation:
-    """Checks changes, and fills in what is known of their sessions."""
+    """Checks changes, and fills in facts about their sessions."""
 
     def __init__(self, table: SessionTable, models: Models) -> None:
         self._table = table
         self._models = models
 
     def mismatched(self, change: Change, handles: Handles) -> Members:
-        """Members that cannot be taken with the others of several messages, or as steps that continue.
+        """Members of several messages that cannot be taken with the others, or steps that do not continue.
 
-        Their sessions have other rows than the message says, or do not continue as `continued_model` asks for. All of them
-        are in the table.
+        Their sessions have other rows than the message says, or do not continue as `continued_model` demands. All
+        of them are in the table.
         """
         table, said = self._table, change.batch_sizes
         own = table.batch_size[handles]
@@ -208,7 +208,7 @@ class Validation:
             return _NO_MEMBERS if said is None else np.flatnonzero(own != said)
         model = self._models.find(change.continued_model)
         indexes = [] if model is None else [each.index for each in model.among(change.continued_versions)]
-        if len(handles) == 1:  # one comparison of arrays costs as much
+        if len(handles) == 1:  # a comparison of arrays would cost as much
             handle = handles[0]
             fits_all = table.position[handle] > 0 and table.model[handle] in indexes
             return _NO_MEMBERS if fits_all and said is not None and said[0] == own[0] else _ONLY
@@ -219,19 +219,20 @@ class Validation:
         return _NO_MEMBERS if fits.all() else np.flatnonzero(~fits)
 
     def look(self, change: Change, handles: Handles) -> Members:
-        """Set the columns that follow from a change's sessions, some of which are there: -1 for the others.
+        """Set the columns that depend on a change's sessions. A handle of -1: the session does not exist.
 
         Returns:
-            Members on other versions than the first that is there, or of other models where several messages were put
-            together: they must be taken apart.
+            Members on other versions than the first existing one, or of other models if several messages were
+            combined.
+            They must be processed separately.
 
         Raises:
-            InvalidInput: the sessions are of several models, or it is not certain whose rows are whose.
+            InvalidInput: the sessions are of several models, or rows cannot be assigned to sessions.
         """
         table = self._table
         change.handles, change.births = handles, table.birth[handles]
         own = table.batch_size[handles].astype(np.intp)
-        if len(handles) == 1:  # half of numpy's calls below would find out that it is there
+        if len(handles) == 1:  # half of the numpy calls below would only show that it exists
             change.model = self._models.by_index[int(table.model[handles[0]])]
             change.sizes = own if change.batch_sizes is None else change.batch_sizes
             change.row_count, change.members = int(change.sizes[0]), _ONLY
@@ -255,15 +256,16 @@ class Validation:
         change.row_count = int(np.add.reduce(change.sizes))
         change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
         if change.rows is not None:
-            raise InvalidInput(f"rows may be given for one session only; got {change.size} sessions")
+            raise InvalidInput(f"rows must come with a single session; got {change.size} sessions")
         return _NO_MEMBERS
 
     def check(self, change: Change) -> tuple[Refusals, bool]:
-        """Check a change after a `look`, and set its other columns. It answers nothing.
+        """Check a change after `look`, and set its remaining columns. It answers no member.
 
         Returns:
-            Members that are refused, beside those that are not there, and why: each for the first reason. And whether one
-            is refused by what the table has of its session.
+            Refused members with the first reason for each, without those whose session does not exist. And whether
+            one
+            is refused because of its session's data in the table.
 
         Raises:
             ServerError: the change as a whole is refused.
@@ -296,7 +298,7 @@ class Validation:
     def _sizes(change: Change, own: Rows, there: Mask, *, all_there: bool) -> Rows:
         said = change.batch_sizes
         if said is not None:
-            return said  # a member that says a wrong one is refused, but its rows are where it says
+            return said  # a member with a wrong size is refused, but its rows are where it says
         if all_there:
             return own
         sizes = np.where(there, own, 0)
@@ -327,7 +329,7 @@ def _check_step(change: Change) -> None:
 
 
 def _choose_states(change: Change) -> None:
-    """Which rows' states come back, and how many bytes they are."""
+    """Determine the rows whose states are returned, and their bytes."""
     rows = change.row_count
     if change.state_members is not None:
         change.state_index = change.rows_of(require_state_members(change, change.state_members))
@@ -339,10 +341,10 @@ def _choose_states(change: Change) -> None:
 
 
 def require_state_members(change: Change, asked: Sequence[int]) -> Members:
-    """The members whose states a change asks for.
+    """The members whose states a change requests.
 
     Raises:
-        InvalidInput: it does not have them, or does not name them in their order.
+        InvalidInput: they do not exist, or are not ascending.
     """
     members = np.array(asked, np.int64)
     if (members[1:] <= members[:-1]).any() or not 0 <= members[0] <= members[-1] < change.size:
@@ -365,15 +367,15 @@ def _state_index(change: Change, given: list[int]) -> Rows:
 
 
 def check_reset(mask: Mask | None, rows: int, steps: int) -> Mask | None:
-    """Rows to be reset before the first time step, `(rows, 1)`, or before each of them, `(rows, steps)`; None: none.
+    """Rows to reset before the first time step, `(rows, 1)`, or before each of them, `(rows, steps)`; None: none.
 
     Args:
         mask: `(rows,)` or `(rows * steps,)`, a row's time steps one after the other.
-        rows: Of the inputs.
+        rows: Rows of the inputs.
         steps: T.
 
     Raises:
-        InvalidInput: it is of another length.
+        InvalidInput: the mask has another length.
     """
     if mask is None:
         return None
@@ -409,7 +411,7 @@ def _wrong_size(change: Change, member: int, own: int) -> ServerError:
 
 
 def _finite(change: Change) -> Mask | None:
-    """Which members hold only finite numbers, as a mask; None if all do."""
+    """Which members hold only finite numbers, as a mask; None: all do."""
     rows = finite_rows(change.arrays) if change.arrays else None
     if rows is None:
         return None
@@ -440,17 +442,17 @@ def _repeated(ids: Iterable[str]) -> str:
 
 
 def _rows_of_missing(change: Change, sizes: Rows, missing: int) -> int:
-    """Rows of each session that is gone: they are in the tensors too, before and between the others'.
+    """Rows of each session, including missing ones, whose rows are in the tensors too.
 
     Raises:
-        InvalidInput: it is not certain whose rows are whose.
+        InvalidInput: rows cannot be assigned to sessions.
     """
     left = _rows_given(change) - int(sizes.sum())
     if missing > 1 and left != missing:
         gone = [change.session_ids[int(member)] for member in np.flatnonzero(sizes == 0)]
         raise InvalidInput(
-            "batch_sizes must be given for a frame in which several sessions are gone:"
-            f" it is not certain whose rows are whose without {gone[:3]}"
+            "batch_sizes must be given for a frame with several missing sessions:"
+            f" rows cannot be assigned to sessions without {gone[:3]}"
         )
     return max(1, left // missing)
 
@@ -461,7 +463,7 @@ def _rows_given(change: Change) -> int:
 
 
 def _take_rows(change: Change, rows: Sequence[int]) -> None:
-    """Let a change of one session concern these rows only: of a step, they are the change's rows from here on."""
+    """Restrict a change of one session to these rows; for a step they become the change's rows."""
     batch_size = change.row_count
     _require_rows("rows", rows, batch_size)
     if not change.reset and list(rows) != list(range(batch_size)):
@@ -517,7 +519,7 @@ def _by_name(what: str, given: Tensors, specs: Sequence[TensorSpec | StateSpec])
     missing = [name for name in names if name not in given]
     extra = [name for name in given if name not in names]
     raise InvalidInput(
-        f"{what} must name each of {names} once; got {sorted(given)} (missing {missing}, not known {extra})"
+        f"{what} must name each of {names} once; got {sorted(given)} (missing {missing}, unknown {extra})"
     )
 
 

@@ -1,4 +1,4 @@
-"""Jobs run: the loop of each model drains the inbox, chooses, runs a pass, has it committed and answered.
+"""Runs jobs: each model's loop drains the inbox, selects jobs, runs a pass, and has it committed and answered.
 
-It may touch executors and rows of claimed sessions. How sessions come and go is not its affair.
+It may use executors and the rows of claimed sessions. It does not know how sessions begin and end.
 """

@@ -1,7 +1,7 @@
 """A pass: one run of the program over the rows of many jobs.
 
-Nothing outside the executor's buffers changes until all of a session's rows have run: a pass is
-attempted, and only then stored.
+Only the executor's buffers change until all of a session's rows have run: a pass is attempted first, and stored
+afterwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FailedUnit:
     session: int
     """Index of the session in the job."""
     cause: str
-    """What the executor said; for the log and, trimmed, for the caller."""
+    """The executor's message, for the log; a trimmed form is for the caller."""
 
 
 class Pass:
@@ -46,7 +46,7 @@ class Pass:
         self.jobs = jobs
         self.steps = steps
         self.starts = starts_of(jobs)
-        """Where each job's rows begin; one more for the end."""
+        """Where each job's rows begin, followed by the total."""
         self.row_count = self.starts[-1]
         self.source_rows = join([job.source_rows for job in jobs])
         self.target_rows = join([job.target_rows for job in jobs])
@@ -59,24 +59,24 @@ class Pass:
         ]
         """`(steps, rows, ...)`; filled by the executors."""
         self.is_slice = steps > 1 and any(job.steps_left > steps for job in jobs)
-        """It runs a part of something longer."""
+        """Whether it runs only some of a job's time steps."""
         self.resets: list[Mask | None] = []
-        """For each time step: rows that begin at the initial state, `(rows,)`, or None; empty: none at any."""
+        """For each time step: rows reset to the initial state, `(rows,)`, or None; empty: no resets at all."""
         self.state_rows: Rows | None = None
         """Rows whose states are kept after every time step; None: none."""
         self.states: list[Array] = []
-        """Theirs, `(steps, those rows, ...)`; filled by the executors."""
+        """The states of those rows, `(steps, state rows, ...)`; filled by the executors."""
         for job in jobs:
             if not job.is_plain:
                 self._ask_for_more()
                 break
         self.rows_wanted = 0
-        """Rows that it would have had if other models had not been about."""
+        """The rows it would have had without other active models."""
         self.failed: list[FailedUnit] = []
         self.seconds = 0.0
 
     def _ask_for_more(self) -> None:
-        """Set what most passes do without."""
+        """Set the fields that most passes do not need."""
         self.resets = _resets(self.jobs, self.steps)
         self.state_rows = rows = _state_rows(self.jobs, self.starts)
         if rows is not None:
@@ -85,7 +85,7 @@ class Pass:
             ]
 
     def fill(self, inputs: Sequence[Array], low: int, high: int, step: int) -> None:
-        """Copy the inputs of rows `low` to before `high` at time step `step` of the pass."""
+        """Copy the inputs of rows `low` up to `high` at time step `step` of the pass."""
         for spec, source, target in zip(self.program.inputs, self.inputs, inputs, strict=True):
             if spec.temporal and self.steps > 1:
                 target[...] = source[low:high, step]
@@ -93,14 +93,14 @@ class Pass:
                 target[...] = source[low:high]
 
     def units(self) -> tuple[Rows, list[tuple[int, int]]]:
-        """Where each session's rows begin, one more for the end; and its job and place in it."""
+        """Where each session's rows begin, followed by the total; and each session's job and place in it."""
         sizes = np.concatenate([job.sizes for job in self.jobs])
         names = [(j, s) for j, job in enumerate(self.jobs) for s in range(len(job.sizes))]
         return np.concatenate(([0], np.cumsum(sizes))), names
 
 
 def outputs_of(work: Pass, index: int, job: Job) -> dict[str, Array]:
-    """The outputs of a job that has run its last step, by name; views of the pass's arrays."""
+    """The outputs of a job after its last step, by name; views of the pass's arrays."""
     if job.select is Select.NONE:
         return {}
     start = work.starts[index]
@@ -144,23 +144,23 @@ def _state_rows(jobs: Sequence[Job], starts: Sequence[int]) -> Rows | None:
 
 
 def starts_of(jobs: Sequence[Job]) -> list[int]:
-    """Where each job's rows begin; one more for the end."""
+    """Where each job's rows begin, followed by the total."""
     return list(itertools.accumulate([job.row_count for job in jobs], initial=0))
 
 
 def join(arrays: Sequence[npt.NDArray[S]]) -> npt.NDArray[S]:
-    """Arrays one after the other; a single one is not copied."""
+    """Concatenate arrays; a single one is not copied."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _put_initial(program: Program, states: Sequence[Array], where: Mask) -> None:
-    """Set rows of an executor's states to the initial one. Its buffers must not be referred to behind it."""
+    """Reset rows of an executor's states. No other view of its buffers may exist."""
     for buffer, value in zip(states, program.initial, strict=True):
         buffer[where] = value
 
 
 class Lane:
-    """An executor and what it does for a pass. One thread at a time."""
+    """An executor, and what it does for a pass. For one thread at a time."""
 
     def __init__(self, executor: Executor, arena: Arena) -> None:
         self.executor = executor
@@ -169,7 +169,7 @@ class Lane:
         """Processor time of the last `attempt` and `store`, in seconds."""
 
     def attempt(self, work: Pass, low: int, high: int) -> None:
-        """Run rows `low` to before `high`. The new state stays in the executor.
+        """Run rows `low` up to `high`. The new state stays in the executor.
 
         Raises:
             ExecutionError: the program raised; nothing changed.
@@ -189,7 +189,7 @@ class Lane:
         self.spent_s = time.thread_time() - started
 
     def _collect(self, work: Pass, low: int, high: int, step: int) -> None:
-        # in a function of its own: no view of the executor's buffers may outlive it
+        # a separate function: no view of the executor's buffers may outlive it
         for kept, output in zip(work.outputs, self.executor.outputs(), strict=True):
             kept[step, low:high] = output
         if work.state_rows is not None:
@@ -199,13 +199,13 @@ class Lane:
                 kept[step, here] = state[rows]
 
     def store(self, work: Pass, low: int, high: int) -> None:
-        """Write what the last `attempt` of the same rows computed to the arena."""
+        """Write the result of the last `attempt` of the same rows to the arena."""
         started = time.thread_time()
         self._arena.write(work.target_rows[low:high], self.executor.next_states())
         self.spent_s += time.thread_time() - started
 
     def narrow(self, work: Pass) -> None:
-        """Run a pass that failed as a whole in parts, until each session has run or is found at fault.
+        """Run a failed pass in parts, until each session has either run or been found to fail.
 
         Nothing is stored before all parts have run: if the executor breaks, nothing has changed.
         """

@@ -1,4 +1,4 @@
-"""The end of jobs: what they changed is committed, and their callers are answered."""
+"""Ends jobs: commits what they changed, and answers their callers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import SMALL
 
-#: A job is small beside others if it has at most this part of the sessions.
+#: A job is small if it has at most one in this many of the pass's sessions.
 _SMALL = 8
 
 
@@ -60,7 +60,7 @@ class Completion:
         self._committer = committer
         self._again = rejudge
         self._forget_replies = forget_replies
-        """Bounds what is remembered of replies in memory."""
+        """Limits the memory for remembered replies."""
         self._clock = clock
         self._observer = observer
 
@@ -108,7 +108,7 @@ class Completion:
             self._forget_replies(self._model)
 
     def _states_of(self, job: Job) -> Tensors:
-        """The states that come back: those after the last time step are in the job's rows."""
+        """The states to return: those after the last time step are in the job's rows."""
         specs, series = self._model.program.state, job.state_series
         if not series:
             rows = job.target_rows if job.state_rows is None else job.target_rows[job.state_rows]
@@ -145,7 +145,7 @@ class Completion:
         return positions
 
     def _succeed(self, outcome: Outcome, ended: Sequence[_FinishedJob], which: Mask | None) -> None:
-        """Answer the sessions of an outcome that are kept; None: all."""
+        """Answer the sessions of an outcome that were stored; None: all."""
         now, count, row_steps = self._clock.monotonic(), 0, 0
         slowest, queued_at = "", now
         for each, own in _by_job(ended, which):
@@ -193,7 +193,7 @@ class Completion:
 def _split_small(
     jobs: Sequence[tuple[int, Job]],
 ) -> tuple[Sequence[tuple[int, Job]], Sequence[tuple[int, Job]]]:
-    """Those that are small beside the others, which they need not wait for; and the others."""
+    """Split off small jobs, which need not wait for the large ones; and the others."""
     most = min(SMALL, sum(len(job.members) for _, job in jobs) // _SMALL)
     few = [(index, job) for index, job in jobs if len(job.members) <= most]
     return few, [(index, job) for index, job in jobs if len(job.members) > most] if few else jobs
@@ -206,7 +206,7 @@ def _mask(count: int, places: Members) -> Mask:
 
 
 def _by_job(ended: Sequence[_FinishedJob], which: Mask | None) -> Iterator[tuple[_FinishedJob, Mask | None]]:
-    """Jobs some of whose sessions are meant, and which of them; None: all."""
+    """Jobs with any of the selected sessions, and which of their sessions; None: all."""
     for each in ended:
         own = None if which is None else which[each.place : each.place + len(each.job.members)]
         if own is None or own.all():
@@ -226,7 +226,7 @@ def _kept(job: Job) -> ReplyForm:
 
 
 def _arrays_of(each: _FinishedJob) -> list[ReplyArrays]:
-    """A job's outputs, and states of several time steps, by session, as far as they are remembered as arrays."""
+    """A job's outputs, and states of several time steps, by session, if they are remembered as arrays."""
     job = each.job
     outputs = each.outputs if each.kept is ReplyForm.ARRAYS else NO_STATES
     states = each.states if job.state_series else NO_STATES
@@ -239,7 +239,10 @@ def _arrays_of(each: _FinishedJob) -> list[ReplyArrays]:
 
 
 def _parts(tensors: Tensors, sizes: Rows) -> list[Tensors]:
-    """Tensors in parts of so many rows: copies, so that one session does not keep the arrays of all alive."""
+    """Split tensors into parts of these numbers of rows.
+
+    They are copies, so one session does not keep the others' arrays alive.
+    """
     ends: Rows = np.cumsum(sizes)
     return [
         {name: array[end - size : end].copy() for name, array in tensors.items()} if size else {}

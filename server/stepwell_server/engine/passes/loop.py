@@ -1,9 +1,8 @@
-"""The pass loop of one model: choose, run, complete.
+"""The pass loop of one model: select jobs, run a pass, complete it.
 
-When nothing runs, what has arrived goes at once; what arrives while a pass runs forms the next one. Only where a pass is
-long whatever its rows, and steps over one connection are all that is about, may it wait a moment for those of them that
-were just answered: see `BatchingWindow`. Everything here happens on the event loop, but for the passes that the runner
-puts on threads.
+If nothing runs, what has arrived starts at once; what arrives while a pass runs forms the next one. A pass may wait
+for steps that were just answered only if its fixed cost is high and a single connection is active: see
+`BatchingWindow`. Everything here happens on the event loop, except passes that the runner puts on threads.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.loop")
-#: Work of many time steps is cut into short slices for this many seconds after other work arrived.
+#: Jobs of many time steps run in short slices for this many seconds after other work arrived.
 _CONTENTION_S = 0.05
 
 
 class Inline:
-    """Runs lone steps of one model on the event loop, by the same rules, without the array work of a pass.
+    """Runs single steps of one model on the event loop, by the same rules, without the array work of a pass.
 
-    A pass costs some 150 microseconds beside its rows, whatever their number. What is not a lone step of a session that is
-    here and free (a retry, a conflict, several rows or time steps, states that come back) is declined, and goes through a
-    pass. Only while no pass runs.
+    A pass has some 150 microseconds of overhead, whatever its rows. Everything but a single step of a resident,
+    free session (a retry, a conflict, several rows or time steps, returned states) is declined, and goes through a
+    pass. Only used while no pass runs.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Inline:
         self._names = [spec.name for spec in model.program.outputs]
 
     def run(self, change: Change) -> bool:
-        """Run a lone step, if nothing else waits; whether it has run. It is answered as soon as it is committed."""
+        """Run a single step, if nothing else waits. Returns whether it ran. It is answered once it is committed."""
         if self._model.ready.rows_waiting or self._model.cost.one_s > IN_PLACE_S:
             return False
         if not may_join(change) or change.reset_rows is not None or change.states is not Select.NONE:
@@ -81,7 +80,7 @@ class Inline:
         row, started = int(table.row[handle]), self._clock.monotonic()
         try:
             outputs = self._invoke(row, change.arrays)
-        except ExecutionError:  # the pass says what it is
+        except ExecutionError:  # a pass then determines the error
             return False
         except Exception as error:
             change.fail(change.members, _log.internal("a pass raised", error, model=self._model.name))
@@ -95,7 +94,7 @@ class Inline:
             change.requests_of(change.members),
             change.digests_of(change.members),
             np.array([kept], np.uint8),
-            is_latency_sensitive=True,  # what is large and waits for the store is of others
+            is_latency_sensitive=True,  # large batches that wait for the store belong to others
         )
         table.claimed[handle] = True
         if change.traces:
@@ -134,7 +133,7 @@ class Inline:
         return applies(int(table.revision[handle]), int(table.request_id[handle]), expected, request)
 
     def _invoke(self, row: int, inputs: Sequence[Array]) -> list[Array]:
-        """Run the program over one row of the arena, and write what it gives there.
+        """Run the program over one row of the arena, and write the new state there.
 
         Raises:
             ExecutionError: the program raised; nothing changed.
@@ -152,7 +151,7 @@ class Inline:
         return outputs
 
     def _fill(self, row: int, inputs: Sequence[Array]) -> None:
-        # a function of its own: no view of the executor's buffers may be left when it is invoked
+        # a separate function: no view of the executor's buffers may exist while it runs
         executor = self._executor
         for state, buffer in zip(self._model.arena.states, executor.states(), strict=True):
             buffer[0] = state[row]
@@ -202,10 +201,10 @@ class PassLoop:
         self._running = False
         self._pass_began = 0.0
         self._contended_until = 0.0
-        """Until then long work is cut into short slices."""
+        """Until this time long work runs in short slices."""
         self._window = BatchingWindow(model.max_batch_rows, clock)
         self._alarm = threading.Event()
-        """Rings when the next pass has waited long enough; set: it does not, or has."""
+        """Rings when the next pass has waited long enough; set: there is no wait, or it is over."""
         self._alarm.set()
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -213,7 +212,7 @@ class PassLoop:
 
     @property
     def busy(self) -> bool:
-        """A pass runs, or something waits for one."""
+        """Whether a pass runs, or something waits for one."""
         return self._running or self._model.work.is_due or bool(self._inbox) or bool(self._model.ready)
 
     async def idle(self) -> None:
@@ -223,10 +222,10 @@ class PassLoop:
             await self._idle.wait()
 
     def _iterate(self) -> bool:
-        """What came is drained, admitted and chosen from; what was chosen runs, is committed and answered.
+        """Drain the inbox, admit, select, run, and complete what ran in place.
 
         Returns:
-            Whether there is something to do in another turn. Where a pass runs, its end rings.
+            Whether there is work for another iteration. A pass on threads rings when it ends.
         """
         if self._running or self._commits.is_full or (self._window.is_open and self._waits_for_callers()):
             return False
@@ -249,7 +248,7 @@ class PassLoop:
         return has_more
 
     def _waits_for_callers(self) -> bool:
-        """Whether what has come waits for those who were just answered. They ring when they come, and else the alarm."""
+        """Whether the queued work waits for callers that were just answered. Arrivals ring, or else the alarm does."""
         left_s = 0.0
         if not self._may_wait():
             self._window.close()
@@ -263,18 +262,18 @@ class PassLoop:
         return False
 
     def _may_wait(self) -> bool:
-        """Nobody waits for others: neither other callers nor other models are about, nor what is under way already."""
+        """Whether a wait would delay no others: no other connection, model or earlier work is active."""
         ready, now = self._model.ready, self._clock.monotonic()
         source = ready.only_source(now)
         is_alone = source is not None and self._inbox.is_of(source) and not ready
         return is_alone and self.runner.max_s(now) is None
 
     def _wake(self) -> None:
-        """From a thread."""
+        """Called from a thread."""
         self._loop.call_soon_threadsafe(self._model.work.ring)
 
     def _run(self, jobs: Sequence[Job], wanted: int) -> bool:
-        """Run a pass; whether it has been put on threads."""
+        """Run a pass; return whether it was put on threads."""
         try:
             now = self._clock.monotonic()
             slice_s = SHORT_SLICE_S if now < self._contended_until else SLICE_S
@@ -337,7 +336,7 @@ class PassLoop:
         chosen.append(job)
 
     def _wake_loop(self, work: Pass, broken: BaseException | None) -> None:
-        """From a compute thread: one wake-up of the event loop per pass."""
+        """Called from a compute thread: one wake-up of the event loop per pass."""
         self._loop.call_soon_threadsafe(self._finish_on_loop, work, broken)
 
     def _finish_on_loop(self, work: Pass, broken: BaseException | None) -> None:
@@ -400,7 +399,7 @@ class PassLoop:
         _compact(work, kept_rows)
 
     def _drop_members(self, job: Job, dropped: Mask, error: ServerError) -> None:
-        """Go on without some members; all of them may go."""
+        """Continue without some members; possibly without any."""
         members = job.members[dropped]
         handles = None if job.handles is None else job.handles[dropped]
         freed = job.keep(~dropped)
@@ -412,17 +411,17 @@ class PassLoop:
 
 
 def _refusal(work: Pass, index: int, unit: FailedUnit) -> ServerError:
-    # LiteRT's text goes on about nodes, and about failures before this one
+    # LiteRT's text continues with details of nodes, and earlier failures
     cause = unit.cause.strip().partition("Node number")[0].strip().splitlines()
     shown = cause[0][:200] if cause else "no reason given"
     sizes = work.jobs[index].sizes
     low = int(work.starts[index] + sizes[: unit.session].sum())
     got = _whole_numbers(work, low, low + int(sizes[unit.session]))
-    return InvalidInput(f"inputs must be ones that the model can run{got}; it refused them: {shown}")
+    return InvalidInput(f"inputs must be ones that the model can run{got}; it failed with: {shown}")
 
 
 def _whole_numbers(work: Pass, low: int, high: int) -> str:
-    """What integer inputs hold: an index out of an Embedding's range is the usual reason."""
+    """The ranges of integer inputs: an index outside an Embedding's range is the usual reason."""
     held = [
         f"input {spec.name!r} holds {array[low:high].min()} to {array[low:high].max()}"
         for spec, array in zip(work.program.inputs, work.inputs, strict=True)
@@ -432,7 +431,7 @@ def _whole_numbers(work: Pass, low: int, high: int) -> str:
 
 
 def _collect(work: Pass, index: int, job: Job) -> None:
-    """Copy a job's share of the pass's outputs and states to the job."""
+    """Copy a job's part of the pass's outputs and states to the job."""
     if not job.collected:
         job.collected = [
             np.empty((job.row_count, job.steps, *spec.shape), spec.dtype)
@@ -457,7 +456,7 @@ def _collect(work: Pass, index: int, job: Job) -> None:
 
 
 def _compact(work: Pass, kept: Mask) -> None:
-    """Take the rows of failed sessions out of a pass."""
+    """Remove the rows of failed sessions from a pass."""
     work.outputs = [output[:, kept] for output in work.outputs]
     if work.state_rows is not None:
         own = kept[work.state_rows]

@@ -1,4 +1,4 @@
-"""Predict: a run without a session, by the same passes as everything else."""
+"""Predict: a run without a session, through the same passes as everything else."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.errors import ServerError
 
-#: Rows of a job: it cannot be parted, and others want their turns.
+#: Rows per job: a job without sessions cannot be split, and must not delay others.
 _MAX_ROWS = 256
 
 
 class PredictCall(Owner):
-    """One run over any number of rows, in jobs of at most `max_batch_rows`. Owner of those jobs."""
+    """One run over any number of rows, in jobs of at most `max_batch_rows`. It owns those jobs."""
 
     traces: Mapping[int, Trace] | None = None
 
@@ -56,8 +56,8 @@ class PredictCall(Owner):
         ]
 
     async def run(self) -> PredictResult:
-        """Put the jobs in line and wait for all of them."""
-        jobs, self._jobs = self._jobs, []  # each has this as its owner: no circle is left
+        """Queue the jobs and wait for all of them."""
+        jobs, self._jobs = self._jobs, []  # each job references this as its owner: break the cycle
         for job in jobs:
             self._model.ready.add(job)
         self._model.work.ring()
@@ -72,13 +72,13 @@ class PredictCall(Owner):
         return [(members, too_late())] if now >= self._deadline else ()
 
     def fail(self, _members: Members, error: ServerError) -> None:
-        """See `job.Owner`. One row that fails fails the whole run."""
+        """See `job.Owner`. One failing row fails the whole run."""
         self._error = error
         if not self._done.done():
             self._done.set_exception(error)
 
     def complete(self, work: Pass, index: int, job: Job) -> None:
-        """A job has run its last step: take its results and give its rows back."""
+        """A job has run its last step: collect its results and free its rows."""
         low = int(job.members[0]) if len(job.members) else 0
         rows = job.working
         assert rows is not None, "a run without a session works on rows of its own"

@@ -1,4 +1,4 @@
-"""Where a pass runs: in place on the event loop if that is cheaper than a hand-over, else on threads."""
+"""Runs a pass: in place on the event loop if that is cheaper than handing it over, otherwise on threads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from stepwell_server.engine.threads import Then, Threads
 from stepwell_server.errors import ServerError
 from stepwell_server.program import Program
 
-#: A pass expected to take less runs in place: handing it to a thread and back costs about as much.
+#: A pass expected to take less than this runs in place: handing it to a thread and back costs about as much.
 IN_PLACE_S = 400e-6
 #: Rows are split over threads only in pieces expected to take at least this long.
 PIECE_S = 200e-6
-#: A pass of several time steps is cut so that what arrives meanwhile waits about this long at most: in the company of
-#: others, and alone, when less is lost on cutting.
+#: A pass of several time steps is cut so that arrivals wait about this long at most: under contention, and alone,
+#: where longer slices lose less.
 SHORT_SLICE_S, SLICE_S = 0.25e-3, 2e-3
 
 
@@ -40,7 +40,10 @@ class Runner:
         self._clock = clock
 
     def is_small(self, work: Pass) -> bool:
-        """Whether the pass should run in place; a slice of something longer does not, or the loop would do little else."""
+        """Whether the pass should run in place.
+
+        A slice of a longer job never does: the event loop would do little else.
+        """
         return not work.is_slice and self._model.cost.of(work.row_count, work.steps) <= IN_PLACE_S
 
     def run_in_place(self, work: Pass) -> None:
@@ -57,13 +60,13 @@ class Runner:
         self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
 
     def measure(self, work: Pass) -> None:
-        """Run a pass on the calling thread for its cost alone; nothing is stored."""
+        """Run a pass on the calling thread to measure its cost; nothing is stored."""
         lane = self._lanes[0]
         lane.attempt(work, 0, work.row_count)
         self._model.cost.learn(work.row_count, lane.spent_s, work.steps)
 
     def run_on_threads(self, work: Pass, done: Callable[[BaseException | None], None]) -> None:
-        """Run a pass on threads; `done` is called from one of them, with what it raised, and `ended` is due then."""
+        """Run a pass on threads; `done` is called from one of them with the error, or None. Then call `ended`."""
         pieces = self._cut(work)
         group = _Pieces(self._lanes, work, pieces, self._model, done)
         run = [functools.partial(group.run, index) for index in range(len(pieces))]
@@ -76,7 +79,7 @@ class Runner:
         return self._threads.wake(seconds, then)
 
     def ended(self) -> None:
-        """A pass has run on threads. On the event loop."""
+        """Report that a pass on threads has ended. On the event loop."""
         self._threads.ended(self._model.work, self._clock.monotonic())
 
     def max_s(self, now: float) -> float | None:
@@ -84,7 +87,7 @@ class Runner:
         return self._threads.max_s(self._model.work, now)
 
     def rows_within(self, seconds: float) -> int:
-        """Rows of a pass of so many seconds on all threads."""
+        """The rows of a pass that takes this many seconds on all threads."""
         return self._model.rows_within(seconds) * len(self._lanes)
 
     def _cut(self, work: Pass) -> list[tuple[int, int]]:
@@ -95,7 +98,7 @@ class Runner:
 
 
 class _Pieces:
-    """A pass cut into pieces of rows. The last piece to end stores all of them."""
+    """A pass cut into pieces of rows. The last piece to finish stores all of them."""
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class _Pieces:
         self._work.seconds = time.perf_counter() - self._started
 
 
-#: Not larger: an executor keeps the buffers of the largest batch that it ever had.
+#: No larger sizes: an executor keeps buffers for the largest batch it ever had.
 _WARM_UP_SIZES = (1, 8, 64)
 _WARM_UP_TIMES = 3
 
@@ -164,7 +167,7 @@ class _NoOwner:
 def warm_up(runner: Runner, program: Program, max_rows: int) -> None:
     """Run zeros through a program at several batch sizes; no session's rows are written.
 
-    Before the model serves: it uses the runner's first lane.
+    Call it before the model serves: it uses the runner's first lane.
     """
     for size in _WARM_UP_SIZES:
         for _ in range(_WARM_UP_TIMES):

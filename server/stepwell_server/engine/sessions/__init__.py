@@ -1,4 +1,4 @@
-"""Sessions come, are found, read and end.
+"""Operations on sessions: begin, find, read, list, transfer and end them.
 
-It may touch the table, the store's look-ups and the turns of sessions; steps are not its affair.
+They may use the table, store lookups and the session queues. They know nothing of steps.
 """

@@ -1,14 +1,15 @@
-"""A session begins: opened or forked, alone or with others of its call.
+"""Begins sessions: opened or forked, alone or with others of the same call.
 
-All ways are one way. A call is described by `NewSessions`. Then, until it has an answer or another server was faster too
-often: look at the ids, find what an earlier attempt of the call has made, reserve the ids, take rows, charge quotas, have
-the store keep the records (all of them or none), enter the table. The ids of a repeated call follow from its request id, or
-are given, and sessions remember the request id: so the call is done once, also after a restart.
+There is one path for all. A call is described by `NewSessions`. It is attempted until it has an answer, or other
+servers were faster too often. An attempt looks the ids up, finds sessions made by an earlier attempt of the call,
+reserves the ids, takes rows, charges quotas, commits the records (all or none) and enters the sessions in the
+table. The ids of a repeated call are given or derived from its request id, and sessions remember the request id. So
+the call is done once, also after a restart.
 
-On a shared store, attempts of one call may run on several servers at the same time. One that was held up may continue
-long after another was answered. An attempt that is refused for good deletes what it made, but only sessions that have
-the stamp it wrote. So an attempt that answers with sessions of an earlier attempt first gives them a stamp of its own:
-from then on nobody deletes them.
+On a shared store, attempts of one call may run on several servers concurrently. A delayed attempt may continue long
+after another one was answered. An attempt that is refused for good deletes the sessions it made, but only those
+with the stamp it wrote. So an attempt that answers with sessions of an earlier attempt first gives them a new
+stamp: from then on no attempt deletes them.
 """
 
 from __future__ import annotations
@@ -68,81 +69,82 @@ _T = TypeVar("_T")
 
 
 def sessions_of(array: Array, places: Members, batch_size: int) -> Array:
-    """The rows of some sessions, `(len(places) * batch_size, ...)`, of sessions whose rows lie one after the other."""
+    """The rows of the sessions at `places`, `(len(places) * batch_size, ...)`; sessions lie one after the other."""
     by_session = array.reshape(-1, batch_size, *array.shape[1:])
     return by_session[places].reshape(-1, *array.shape[1:])
 
 
 class CreatedSessions(NamedTuple):
-    """Sessions of one model that are in the store, or may be."""
+    """Sessions of one model that are, or may be, in the store."""
 
     ids: Sequence[str]
     stamp: int
-    """Of the records of those that nobody has changed since, or taken over."""
+    """The stamp of the records that have not been changed or taken over since."""
     model: str
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Call:
-    """A call that begins n sessions, as far as it says which: the same call sent again says the same."""
+    """A call that begins n sessions: the facts by which a repeated call is recognized."""
 
     ids: Sequence[str]
     are_named: bool
-    """The caller chose the ids."""
+    """Whether the caller chose the ids."""
     field: str
-    """The request's field for the ids."""
+    """The request field that holds the ids."""
     request_id: int
-    """0 for none."""
+    """0: none."""
     kind: Kind
     content: U64
-    """`(n,)`, what it says of each: see `content`."""
+    """`(n,)`, a digest of the call's content for each session: see `content`."""
     undos: list[CreatedSessions] = dataclasses.field(default_factory=list)
-    """What attempts here have made, or taken over: it is deleted if the call is refused for good."""
+    """What attempts here created or took over; it is deleted if the call is refused for good."""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class NewSessions(Call):
-    """Sessions of one model that are to begin: columns of n sessions, and what is the same for all of them."""
+    """Sessions of one model that are to begin: columns for n sessions, and values common to all."""
 
     model: Model
     batch_size: int
     max_idle_ms: int
-    """Limit of each for being unused; 0: it has no limit of its own."""
+    """The own idle limit of each; 0: none."""
     owner: str
-    """The caller for whom the sessions count, beside their tenant: see `Quotas.owner`."""
+    """The caller for whom the sessions count besides their tenant: see `Quotas.owner`."""
     min_revisions: U64
-    """`(n,)`. They begin with these at least."""
+    """`(n,)`: the lowest revisions that they may begin with."""
     positions: U64
     """`(n,)`."""
     states: Sequence[Array] | None = None
     """`(n * batch_size, ...)` each, in the model's order; None: the model's initial state."""
     is_pinned: bool = False
-    """They stay on this version of the model."""
+    """Whether they stay on this version of the model."""
     is_version: bool = False
-    """The call asks for this version by its number."""
+    """Whether the call asks for this version by number."""
     is_single: bool = False
-    """The call is about one session: the arena makes room for it, and the log names it."""
+    """Whether the call is about one session: the arena makes room for it, and the log names it."""
     are_absent: bool = False
-    """The call has seen that no session has these ids, in the moment in which they are reserved."""
+    """Whether the call saw that no session has these ids, at the moment they are reserved."""
     epoch: int = -1
-    """Of the model when the call came; moves after it take the sessions along. -1: the model's epoch now."""
+    """The model's epoch when the call arrived; later moves apply to the sessions. -1: the current epoch."""
 
-    # what each attempt finds or draws
+    # set by each attempt
 
     rows: Rows = dataclasses.field(default_factory=lambda: _NO_ROWS)
-    """The arena's rows, with their states, of the first sessions, one after the other. The others begin paged out."""
+    """Rows of the arena with the states of the first sessions, one after the other. The others begin paged out."""
     revisions: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(n,)`: with which they begin. An id that had a session before continues its revisions: see `Past`."""
+    """`(n,)`: the revisions they begin with. An id that had a session before continues its revisions: see
+    `EarlierSession`."""
     follows: U64 = dataclasses.field(default_factory=lambda: NO_STAMPS)
-    """`(n,)`: see `Past.stamp`."""
+    """`(n,)`: see `EarlierSession.stamp`."""
     closes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """By the id: see `Past.closes`."""
+    """By id: see `EarlierSession.closes`."""
     stamp: int = 0
-    """Of all of their records: see `Store.new_stamp`."""
+    """The stamp of all their records: see `Store.new_stamp`."""
     created: float = 0.0
     """Seconds since the epoch."""
     opened_with: int = 0
-    """The request id, or a drawn number: sessions of the same id never share it."""
+    """The request id, or a random number: sessions of the same id never share it."""
 
     def __post_init__(self) -> None:
         if self.epoch < 0:
@@ -150,12 +152,12 @@ class NewSessions(Call):
 
     @property
     def opened_digests(self) -> U64:
-        """`(n,)`: digests of what the call says of each; see `core.exactly_once`."""
+        """`(n,)`: digests of the call's content; see `core.exactly_once`."""
         return self.content | self.model.digest_prefixes[self.kind]
 
     @property
     def usage(self) -> Usage:
-        """What each takes of its tenant's quotas."""
+        """What each uses of its tenant's quotas."""
         own_bytes = self.batch_size * self.model.arena.row_bytes + len(at_birth(self.owner, None))
         return Usage(1, self.batch_size, SESSION_BYTES + own_bytes)
 
@@ -166,11 +168,11 @@ class NewSessions(Call):
 
     @property
     def is_repeatable(self) -> bool:
-        """The same call can continue with what this attempt made: of many sessions it must be known whose they are."""
+        """Whether a repeated call can continue with what this attempt made: it must be able to recognize it."""
         return len(self.ids) == 1 or self.request_id != 0
 
     def only(self, places: Members) -> NewSessions:
-        """Some of them, before they have rows; itself if they are all."""
+        """The sessions at some places, before they have rows; itself if that is all of them."""
         if len(places) == len(self.ids):
             return self
         return dataclasses.replace(
@@ -185,7 +187,7 @@ class NewSessions(Call):
         )
 
     def part(self, part: slice) -> NewSessions:
-        """Some of them, with their rows; itself if they are all."""
+        """A slice of the sessions, with their rows; itself if that is all of them."""
         if part.stop - part.start == len(self.ids):
             return self
         own = slice(part.start * self.batch_size, part.stop * self.batch_size)
@@ -202,7 +204,7 @@ class NewSessions(Call):
         )
 
     def answer(self, first: SessionInfo) -> OpenManyResult:
-        """The answer to the call that has made them; `first` is the first of them, as it began."""
+        """The answer to the call that created them; `first` describes the first of them, as it began."""
         return OpenManyResult(
             self.ids,
             self.model.name,
@@ -217,11 +219,11 @@ class NewSessions(Call):
 
 
 Find = Callable[[NewSessions, LookupResult], Awaitable[_T | Members | None]]
-"""Finds the answer to a call in what exists already, or the places of the sessions that are to begin; None: look again."""
+"""Returns the answer to a call from existing sessions, or the places of sessions to begin; None: look again."""
 
 
 class Attempts:
-    """Finds what earlier attempts of a call have made. Lives on the event loop."""
+    """Finds what earlier attempts of a call created. Lives on the event loop."""
 
     def __init__(self, context: Context, commits: GroupCommit) -> None:
         self._context = context
@@ -231,7 +233,7 @@ class Attempts:
         self._pieces = context.directory.pieces
 
     def answer(self, ids: Sequence[str], handles: Handles, seen: LookupResult) -> OpenManyResult:
-        """What live sessions are, by what another server made of them while something is under way here.
+        """Describe live sessions, including changes by another server while they are active here.
 
         Raises:
             SessionGone: one of them has ended there.
@@ -261,10 +263,10 @@ class Attempts:
         )
 
     def require_same(self, call: Call, part: slice, handles: Handles) -> None:
-        """Refuse a call whose request id made some of these sessions by another call; -1 stands for none.
+        """Refuse a call whose request id created some of these sessions in another call; -1: no session.
 
         Raises:
-            InvalidInput: it did.
+            InvalidInput: the request id was used by another call.
         """
         ids, content = call.ids[part], call.content[part]
         own = np.flatnonzero((handles >= 0) & (self._table.opened_with[handles] == call.request_id))
@@ -275,18 +277,18 @@ class Attempts:
             require_same_opening(model, names, stored, call.kind, content[own])
 
     async def find(self, call: Call, seen: LookupResult) -> OpenManyResult | Members | None:
-        """The answer of an earlier attempt of the call, or else the places of the sessions that are to begin.
+        """The answer of an earlier attempt of the call, or the places of the sessions that are to begin.
 
-        Those are all of them, or those that an earlier attempt did not make. A call is only completed if nobody has
-        changed, closed or taken any of its sessions: else it is judged as a new one.
+        Those are all sessions, or those that an earlier attempt did not create. A call is only completed if none of
+        its sessions was changed, closed or taken by others; otherwise it is judged as a new one.
 
         Returns:
-            None: something has changed meanwhile, and all must be looked at again.
+            None: something changed meanwhile, and everything must be looked up again.
 
         Raises:
-            InvalidInput: another call with the request id has made some of them.
+            InvalidInput: another call with the request id created some of them.
             SessionExists: some are another call's, and some this one's.
-            Unavailable, OutcomeUnknown: they exist, and it is not sure that they stay.
+            Unavailable, OutcomeUnknown: they exist, but may not last.
         """
         ids, request_id, table = call.ids, call.request_id, self._table
         every: Members = np.arange(len(ids))
@@ -318,13 +320,13 @@ class Attempts:
         return every[~there]
 
     async def _answer_again(self, call: Call, handles: Handles, seen: LookupResult) -> OpenManyResult | None:
-        """The answer to a call that has made all of its sessions; None: one of them has ended, or is another one by now."""
+        """The answer to a call that created all of its sessions; None: one has ended or was replaced."""
         try:
             answer = self.answer(call.ids, handles, seen)
         except SessionGone:
             await self.free(call.ids)
             return None
-        # nobody deletes a session that is alone in its call
+        # a session that is alone in its call is never deleted
         if len(handles) > 1 and not await self.take_over(
             call.ids, call.request_id, self._directory.store.new_stamp()
         ):
@@ -333,17 +335,17 @@ class Attempts:
         return dataclasses.replace(answer, replayed=True)
 
     async def free(self, session_ids: Sequence[str]) -> None:
-        """Return when what is under way now for some sessions has ended."""
+        """Return when the current operations on some sessions have ended."""
         for session_id in session_ids:
             handle = self._table.find(session_id)
             if handle is not None:
                 await self._context.queues.free(handle)
 
     async def take_over(self, ids: Sequence[str], request_id: int, stamp: int) -> bool:
-        """Give sessions that an attempt of a call has made a new stamp; False if one of them is gone.
+        """Give a new stamp to sessions that an attempt of a call created; False if one has ended.
 
-        Those that were changed since have another one already. If the store says at once that all of them are as they
-        were, nobody else can delete them, and they need none.
+        Sessions changed since have another stamp already. If the store says at once that all of them are unchanged,
+        no other server can delete them, and they need none.
         """
         handles = self._table.find_all(ids)
         if (handles >= 0).all() and self._directory.are_as_stored(handles):
@@ -371,7 +373,7 @@ class Attempts:
         raise changed_elsewhere(ids[0])
 
     async def _stamp(self, puts: Sequence[tuple[str, RecordBytes]], follows: U64, stamp: int) -> bool:
-        """Write records as they are, with a new stamp; False if one was changed meanwhile."""
+        """Write records unchanged, with a new stamp; False if one was changed meanwhile."""
 
         def done(committed: Answer) -> None:
             if isinstance(committed, CommitResult):
@@ -388,7 +390,7 @@ class Attempts:
     def _set_stamps(
         self, puts: Sequence[tuple[str, RecordBytes]], follows: U64, stamp: int, committed: CommitResult
     ) -> None:
-        """Note in the table what its sessions are stamped with now."""
+        """Update the stamps in the table."""
         table = self._table
         for (session_id, _), before in zip(puts, follows.tolist(), strict=True):
             handle = table.find(session_id)
@@ -410,7 +412,7 @@ class SessionCreator:
         row_queue: RowQueue,
         follow: Callable[[Handles, Model, int], None],
     ) -> None:
-        """`follow` takes sessions along with the moves of their model that were made while they began."""
+        """`follow` applies moves of the model that were made while the sessions began."""
         self._context = context
         self._table = context.table
         self._directory = context.directory
@@ -423,7 +425,7 @@ class SessionCreator:
         self._row_queue = row_queue
         self._follow = follow
         self._running: set[asyncio.Task[Any]] = set()
-        """Commits that wait for the store, whatever becomes of their calls."""
+        """Commits in progress; they continue if their calls are cancelled."""
 
     def limit(self, asked_ms: int | None, *, is_named: bool) -> int:
         """See `IdleLimits.of_new`."""
@@ -436,9 +438,9 @@ class SessionCreator:
     # -------------------------------------------------------------------------------------------------------- the path
 
     async def look(self, session_ids: Sequence[str]) -> LookupResult:
-        """What the store has of ids while nobody makes sessions of them; what their tenants have is known then.
+        """Look ids up in the store while no session is being created with them, and refresh their tenants' usage.
 
-        A session of them that has ended on another server while something is under way for it here ends first.
+        Sessions that ended on another server while active here are ended here first.
 
         Raises:
             Unavailable: the store cannot be asked now.
@@ -454,15 +456,15 @@ class SessionCreator:
                 return seen
 
     async def begin_many(self, new: NewSessions) -> OpenManyResult:
-        """Begin sessions, unless an earlier attempt of the call has: see `begin`."""
+        """Begin sessions, unless an earlier attempt of the call did: see `begin`."""
         found = await self.begin(new, self.attempts.find)
         return found if isinstance(found, OpenManyResult) else new.answer(found)
 
     async def begin(self, every: NewSessions, find: Find[_T]) -> _T | SessionInfo:
-        """Begin sessions, all or none, unless `find` has another answer to the call. To be cancelled undoes nothing.
+        """Begin sessions, all or none, unless `find` has another answer to the call. Cancelling undoes nothing.
 
         Returns:
-            That answer, or else the first of the sessions, as it began.
+            That answer, or a description of the first session, as it began.
         """
         try:
             for _ in range(MAX_TRIES):
@@ -476,19 +478,20 @@ class SessionCreator:
                 first = await self._attempt(new, seen)
                 if first is not None and new is every:
                     return first
-                # all of them exist now, or another call or server was faster with one: the next look says which
+                # either all of them exist now, or another call or server was faster with one: the next lookup
+                # shows which
             raise changed_elsewhere(every.ids[0])
-        except Unavailable:  # the call comes again, and continues with what it has made
+        except Unavailable:  # the caller repeats the call, which continues with what was created
             raise
         except ServerError:
             await self.undo(every)
             raise
 
     async def _attempt(self, new: NewSessions, seen: LookupResult) -> SessionInfo | None:
-        """Begin sessions that were not there when the store was `seen`; None: another call or server was faster.
+        """Begin sessions that did not exist when the store was `seen`; None: another call or server was faster.
 
         Returns:
-            The first of them, as it began.
+            A description of the first session, as it began.
         """
         if not new.are_named:
             self._directory.require_not_gone(new.ids[0], seen)
@@ -507,7 +510,7 @@ class SessionCreator:
         return first
 
     async def run_shielded(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run what must not end in the middle if the caller is cancelled."""
+        """Run work that must complete even if the caller is cancelled."""
         result = start(work)
         if not isinstance(result, Rest):
             return result
@@ -519,13 +522,13 @@ class SessionCreator:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
-            task.exception()  # nobody else asks for it if the caller was cancelled
+            task.exception()  # retrieve the error, in case the caller was cancelled
 
     async def _reserve(self, new: NewSessions, seen: LookupResult) -> bool:
-        """Reserve the ids, and find what they had before; False if another call is making a session of one of them.
+        """Reserve the ids, and find their earlier sessions; False if another call is creating one of them.
 
         Raises:
-            ServerError: one must not begin, and none is reserved.
+            ServerError: one must not begin; none is reserved.
         """
         removal = self._context.removal
         pending, reserved, new.closes = removal.reserve(()), 0, {}
@@ -536,7 +539,7 @@ class SessionCreator:
                 ids = new.ids[part]
                 if not new.are_absent:
                     self._directory.require_new(new.field, ids, seen)
-                if new.are_named:  # others may have had these ids
+                if new.are_named:  # these ids may have had sessions before
                     self._directory.require_own(ids, seen)
                 if removal.are_pending(ids):
                     break
@@ -553,19 +556,19 @@ class SessionCreator:
         return reserved == len(new.ids)
 
     def _give_up(self, new: NewSessions) -> None:
-        """Give ids and rows of sessions back that do not begin."""
+        """Release ids and rows of sessions that do not begin."""
         self._context.removal.release(new.ids, self._context.removal.pending[new.ids[0]])
         new.model.slots.free_resident(new.rows)
         new.rows = new.rows[:0]
         self._row_queue.check_room()
 
     async def _prepare(self, new: NewSessions) -> None:
-        """Take rows: for one session there must be some.
+        """Take rows: a single session must get some.
 
-        Of many, as many as there is room for have rows at once; the others come to the arena when they are stepped.
+        Of many sessions, as many as fit get rows at once; the others enter the arena when they are stepped.
 
         Raises:
-            NoRows: sessions with something under way have all of them.
+            NoRows: active sessions have all rows.
         """
         model, slots = new.model, new.model.slots
         if new.is_single:
@@ -586,14 +589,15 @@ class SessionCreator:
         new.opened_with = new.request_id or new_stamp()
 
     async def _create(self, new: NewSessions) -> SessionInfo | None:
-        """Make sessions that are reserved and have rows; None: another server was faster with one of them.
+        """Commit sessions that are reserved and have rows; None: another server was faster with one of them.
 
         Returns:
-            The first of them, as it began.
+            A description of the first session, as it began.
 
         Raises:
-            QuotaExceeded: their tenant must not have as many; none is made.
-            Unavailable: the store could not keep them; the same. Or it did not answer, and may have kept them.
+            QuotaExceeded: their tenant may not have as many; none is created.
+            Unavailable: the store could not keep them; none is created. Or it did not answer, and may have kept
+                them.
         """
         quotas, usage = self._quotas, new.usage
         try:
@@ -615,10 +619,10 @@ class SessionCreator:
             entered += self._enter(new.part(part), usage.bytes)
         self._expiry.watch(np.concatenate(entered))
         self._context.removal.release(new.ids, self._context.removal.pending[new.ids[0]])
-        self._row_queue.check_room()  # the rows are of sessions that have nothing under way
+        self._row_queue.check_room()  # the rows belong to idle sessions
         try:
             return self._directory.info(self._directory.find(new.ids[0], self._directory.here))
-        except ServerError as gone:  # the default has moved to a version that another server has
+        except ServerError as gone:  # the default has moved to a version that only another server has
             own = self._directory.models.versions(new.model.name)
             elsewhere = self._directory.models.elsewhere(own.name, own.chosen, new.ids[0])
             if elsewhere is None:
@@ -626,7 +630,7 @@ class SessionCreator:
             raise elsewhere from gone
 
     async def _keep(self, new: NewSessions) -> ServerError | None:
-        """Have the store keep records of sessions, of all or of none; why it did not."""
+        """Store the sessions' records, all or none; return the error if that failed."""
         ids, puts = new.ids, list[Sequence[tuple[str, RecordBytes]]]()
         try:
             async for part in self._pieces.of(ids):
@@ -657,18 +661,20 @@ class SessionCreator:
             return _OVERTAKEN
         if committed.unknown.isdisjoint(ids):
             return None
-        if not new.is_repeatable:  # else it may exist, and another attempt may have been answered so
+        if (
+            not new.is_repeatable
+        ):  # otherwise it may exist, and another attempt may have been answered with it
             await self._delete(CreatedSessions(ids, new.stamp, new.model.name))
         return outcome_unknown()
 
     async def undo(self, call: Call) -> None:
-        """Delete what attempts here have made of a call that is refused for good. To be cancelled does not stop it."""
+        """Delete what attempts here created for a call that is refused for good. Continues if cancelled."""
         undos, call.undos = call.undos, []
         for made in undos:
             await self.run_shielded(self._delete(made))
 
     async def _delete(self, made: CreatedSessions) -> None:
-        """Delete sessions of a call that is refused, but those that others have changed, or taken over."""
+        """Delete sessions of a refused call, except those that were changed or taken over."""
         ids, model = made.ids, made.model
         if not ids:
             return
@@ -684,7 +690,7 @@ class SessionCreator:
             _log.warning("sessions of a call that was refused may still be in the store", sessions=len(ids))
 
     def _enter(self, new: NewSessions, byte_count: int) -> list[Handles]:
-        """Let the table have sessions that the store has kept."""
+        """Enter stored sessions in the table."""
         ready, model, entered = new.ready, new.model, list[Handles]()
         for part, rows in ((slice(0, ready), new.rows), (slice(ready, len(new.ids)), None)):
             if not new.ids[part]:
@@ -725,22 +731,22 @@ class SessionCreator:
             self._context.observer.sessions_opened(new.model.name, len(new.ids), event)
 
     async def _require_still_open(self, ids: Sequence[str]) -> None:
-        """Refuse to continue when another server was faster, and what began there has ended already.
+        """Refuse to continue if another server was faster, and its sessions have ended already.
 
-        It may have been this very call, sent there after it got no answer here: it is done once.
+        It may have served this same call, sent there after a missing answer here: the call is done once.
 
         Raises:
-            Unavailable: it has ended.
+            Unavailable: a session has ended.
         """
         seen = await self.look(ids)
         for session_id in ids:
             if self._directory.ended(session_id, seen) is not None:
                 raise Unavailable(
-                    f"session {session_id!r} was opened and has ended on another server meanwhile; it was not opened anew"
+                    f"session {session_id!r} was opened on another server meanwhile, and has ended; it was not opened again"
                 )
 
 
-#: Another server has made a session of one of the ids. It may have been the same call.
+#: Another server created a session with one of the ids, possibly for the same call.
 _OVERTAKEN = ServerError("overtaken")
 
 
@@ -748,7 +754,7 @@ def _records(whole: NewSessions, part: slice) -> Sequence[tuple[str, RecordBytes
     new = whole.part(part)
     model, ready, count = new.model, new.ready, len(new.ids)
     mark = Mark(model.version, new.epoch, is_pinned=new.is_pinned)
-    if new.closes:  # the records of one template have the same length
+    if new.closes:  # the records of a template have the same length
         fields = [joined(mark, at_birth(new.owner, new.closes.get(session_id, ()))) for session_id in new.ids]
     else:
         alike = joined(mark, at_birth(new.owner, None))

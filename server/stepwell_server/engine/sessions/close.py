@@ -1,4 +1,4 @@
-"""Sessions are closed: one, many, or those that fit a filter. Each is deleted when it is its turn."""
+"""Closes sessions: one, many, or those that match a filter. Each is deleted as soon as it is free."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import Batch, End, Outcome, StoredSession, Tombstone, with_close
 from stepwell_server.store.record import Header, decode_header, header_or_none
 
-#: Sessions deleted in one transaction by one call: each needs room on the disk before it gives any back.
+#: Sessions deleted in one transaction by one call: each needs disk space before it frees any.
 _CLOSE_BATCH_SIZE = 500
-#: A session that cannot be stepped here can be closed all the same.
+#: Errors of sessions that cannot be stepped here but can be closed.
 _UNUSABLE = (ModelMismatch, ModelNotFound, StateCorrupt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """How far closing by a filter has come."""
+    """The progress of a close by filter."""
 
     as_of: float
-    """When it began, in seconds since the epoch: what is newer, or was used since, stays."""
+    """When it began, in seconds since the epoch: sessions that are newer, or were used since, stay."""
     after: str = ""
-    """The id of the last session that was looked at."""
+    """The id of the last session that was examined."""
 
 
 class Closer:
@@ -85,7 +85,7 @@ class Closer:
     async def close(
         self, session_id: str, seen: LookupResult, *, request_id: int, deadline: float, uid: int = 0
     ) -> bool:
-        """Delete a session when its turn comes. See `Engine.close_session`."""
+        """Delete a session once it is free. See `Engine.close_session`."""
         for _ in range(MAX_TRIES):
             try:
                 handle = self._directory.find(session_id, seen)
@@ -114,7 +114,7 @@ class Closer:
                 self._queues.release(handles)
                 return True
             if uid and int(self._table.opened_with[handle]) != uid:
-                # the store says which session it is now
+                # the store knows which session it is now
                 handles, _ = await self._read_records(handles, 0)
                 if len(handles) and int(self._table.opened_with[handle]) != uid:
                     self._queues.release(handles)
@@ -130,7 +130,7 @@ class Closer:
         raise changed_elsewhere(session_id)
 
     async def _hold(self, handle: int, deadline: float) -> bool:
-        """Claim a session when its turn comes; False if it left the table: only the store knows its last revision then."""
+        """Claim a session once it is free. False: it left the table, and only the store knows its last revision."""
         try:
             await self._queues.hold(handle, deadline, rows=False)
         except VersionElsewhere:
@@ -140,13 +140,13 @@ class Closer:
     async def _ended_meanwhile(
         self, session_id: str, request_id: int, uid: int, seen: LookupResult, error: SessionGone | None
     ) -> bool | None:
-        """The answer to a close whose session somebody else has ended: True if it was this very request.
+        """The answer to a close whose session ended meanwhile: True if this same request closed it.
 
-        None: there is another session of the id, and its uid says whether it is the one that is meant.
+        None: another session has the id, and its uid shows whether it is the intended one.
 
         Raises:
-            SessionGone: there is none, or only one that was opened since; `error`, if it is known.
-            Unavailable: another one was opened on another server, and it may be the one that is meant.
+            SessionGone: no session has the id, or only one opened since; `error` if given.
+            Unavailable: a session was opened on another server, and may be the intended one.
         """
         if self._was_closed_by(session_id, request_id, seen):
             return True
@@ -157,15 +157,15 @@ class Closer:
                 return None
             if error is None or isinstance(error, SessionReplaced):
                 raise changed_elsewhere(session_id)
-            raise error  # there was none while this call waited, and the other one was opened since
+            raise error  # no session had the id while this call waited; the current one was opened since
         raise error or self._directory.gone(session_id, seen)
 
     def _has_closed_before(self, handle: int, request_id: int) -> bool:
-        """Whether a call closed an earlier session of the id of one that is there: then it is sent again, and done."""
+        """Whether a call closed an earlier session of a live session's id: then it is a repeated call, and done."""
         return bool(request_id) and request_id in closes_of(self._table.fields.get(handle, b""))
 
     async def was_closed_by(self, session_id: str, request_id: int) -> bool:
-        """Whether a call has closed a session of an id; another session may have the id by now."""
+        """Whether a call closed a session of an id; another session may have the id by now."""
         seen = await self._directory.look([session_id], reread=True)
         return self._was_closed_by(session_id, request_id, seen)
 
@@ -182,10 +182,10 @@ class Closer:
         return self._has_closed_before(handle, request_id)
 
     async def _close_lost(self, session_id: str, request_id: int, seen: LookupResult) -> bool:
-        """Have a session that a shared store has lost count as closed; False if it is none.
+        """Mark a session that a shared store lost as closed; False if it is not lost.
 
         Raises:
-            Unavailable: the store did not say that it remembers it.
+            Unavailable: the store did not confirm it.
         """
         if not isinstance(self._directory.ended(session_id, seen), SessionLost):
             return False
@@ -205,21 +205,21 @@ class Closer:
         uids: U64 | None = None,
         used_before: float = math.inf,
     ) -> int:
-        """Delete those of many sessions that are there; how many this request has deleted, now or before.
+        """Delete those of many sessions that exist; return how many this request deleted, now or before.
 
         Args:
-            session_ids: One that comes twice counts once.
-            request_id: 0 for none; as in `Engine.close_session`, of each.
-            uids: One for each, or one for all; 0, and None, for any.
-            used_before: On the monotonic clock. Sessions that were used since then, or have something under way, stay.
+            session_ids: A repeated id counts once.
+            request_id: 0: none; otherwise as in `Engine.close_session`, for each session.
+            uids: One for each, or one for all; 0 or None: any.
+            used_before: On the monotonic clock. Sessions used since then, or active, stay.
 
         Raises:
-            InvalidInput: an id is empty, or there is not one uid for each.
-            Overloaded: too much waits for the store, and none was deleted; or for one of them.
+            InvalidInput: an id is empty, or the number of uids does not match.
+            Overloaded: too much waits for the store, and none was deleted; or for one of the sessions.
             Unavailable: the store did not delete all.
         """
         if "" in session_ids:
-            raise InvalidInput("session_ids must be ids of sessions; one of them is missing (it is empty)")
+            raise InvalidInput("session_ids must not be empty strings; got one")
         if uids is not None and len(uids) not in {1, len(session_ids)}:
             raise InvalidInput(
                 f"uids must be empty, one for all of session_ids, or one for each ({len(session_ids)});"
@@ -230,7 +230,7 @@ class Closer:
             wanted = dict(zip(session_ids, np.broadcast_to(uids, len(session_ids)).tolist(), strict=True))
         ids = list(wanted)
         is_timed = used_before < math.inf
-        # of a store that others use it is known then when they used the sessions
+        # for a shared store, the last use is known after that
         seen = await self._directory.look(ids, reread=is_timed)
         ended: Counter[str] | None = Counter() if len(ids) > 1 else None
         closed, rest, claimed = 0, dict[str, None](), list[Handles]()
@@ -252,7 +252,7 @@ class Closer:
             raise
         finally:
             self._removal.report("closed", ended or Counter())
-        # one after the other: to hold some while waiting for others could wait for ever
+        # one after the other: holding some while waiting for others could deadlock
         left = list(rest)
         async for part in self._pieces.of(left):
             for session_id in left[part]:
@@ -262,12 +262,12 @@ class Closer:
                         session_id, seen, request_id=request_id, deadline=float("inf"), uid=wanted[session_id]
                     )
                 except SessionGone:
-                    continue  # it was not there, or somebody else closed it while it was waited for
+                    continue  # it did not exist, or was closed by another call meanwhile
                 closed += 1
         return closed
 
     def _in_doubt(self, handles: Handles, there: Mask, uids: U64, request_id: int) -> Mask:
-        """Which sessions that are there may not be those that a call means to close."""
+        """Which existing sessions may not be those that a call means to close."""
         apart: Mask = there & (uids != 0) & (self._table.opened_with[handles] != uids)
         if request_id and self._table.fields:
             for place in np.flatnonzero(there).tolist():
@@ -277,11 +277,11 @@ class Closer:
     def _claim_free(
         self, wanted: Mapping[str, int], seen: LookupResult, request_id: int, used_before: float
     ) -> tuple[Handles, Sequence[str]]:
-        """Claim those of some sessions, with their uids, that are there and have nothing under way.
+        """Claim those of some sessions, given with their uids, that exist and are free.
 
         Returns:
-            Them, and the others, each of which is closed by itself, if it is there: it has something under way, cannot be
-            stepped here, was closed by this very call, or is another session than the one that is meant.
+            Their handles, and the ids of the others, which are closed one by one: they are active, cannot be
+            stepped here, were closed by this same call, or have another uid.
         """
         ids = list(wanted)
         handles = self._directory.find_all(ids, seen)
@@ -298,7 +298,7 @@ class Closer:
             stones = seen.tombstones(missing)
         except (
             ServerError
-        ):  # some have left the table meanwhile, or the store cannot be read: it is asked for each
+        ):  # some have left the table meanwhile, or the store cannot be read: look each one up
             rest += missing
         else:
             rest += [
@@ -315,13 +315,13 @@ class Closer:
     ) -> tuple[int, int]:
         """Delete claimed sessions; others may have been closed on another server.
 
-        With `idle_s` those stay that were used there in the last so many seconds.
+        With `idle_s`, sessions used there in the last `idle_s` seconds stay.
 
         Returns:
-            How many were deleted, and how many this very request had closed on another server.
+            How many were deleted, and how many this same request had closed on another server.
 
         Raises:
-            Unavailable: the store did not. They leave the table: what it has of them is the truth.
+            Unavailable: the store did not confirm it. The sessions leave the table, and their records decide.
         """
         deleted = before = 0
         for _ in range(MAX_TRIES):
@@ -340,7 +340,7 @@ class Closer:
     async def _try_to_delete(
         self, handles: Handles, request_id: int, ended: Counter[str] | None, idle_s: float
     ) -> Handles:
-        """As `_delete`; returns those that another server has changed, which are claimed still."""
+        """`_delete`; returns sessions that another server changed, which are still claimed."""
         sessions, count = self._removal.described(handles), len(handles)
         idle = IdleBounds(np.full(count, idle_s), np.full(count, np.inf)) if idle_s else None
         conflicts = await self._removal.delete(
@@ -349,10 +349,10 @@ class Closer:
         return handles[conflicts]
 
     async def _read_records(self, handles: Handles, request_id: int) -> tuple[Handles, int]:
-        """Let the table say what the store has of claimed sessions.
+        """Update claimed sessions in the table from the store.
 
         Returns:
-            Those that are there still, and how many of the others the request had closed.
+            Those that still exist, and how many of the others the request had closed.
         """
         ids = [self._table.session_id(handle) for handle in handles.tolist()]
         there: list[int] = []
@@ -390,16 +390,16 @@ class Closer:
     async def _delete_unusable(
         self, session_id: str, model: str, request_id: int, header: Header | None, seen: LookupResult
     ) -> bool:
-        """Delete a session that only the store has; False if another server has changed it meanwhile.
+        """Delete a session that only the store has; False if another server changed it meanwhile.
 
         Raises:
-            Unavailable: the store did not.
+            Unavailable: the store did not confirm it.
         """
         _, usage = self._directory.stored_usage(session_id, seen)
         ended = EndedSession(session_id, model, 0, usage, seen.stamp(session_id))
         if header is not None:
             ended = ended_of(session_id, header, ended.stamp)._replace(model=model)
-        # its model may not be served: no event says it
+        # its model may not be loaded, so no event is reported
         conflicts = await self._removal.delete(
             [ended], np.array([-1]), End.CLOSED, request_id=request_id, ended=Counter()
         )
@@ -408,18 +408,18 @@ class Closer:
     async def close_matching(
         self, wanted: SessionFilter, *, limit: int, place: Place | None = None, request_id: int = 0
     ) -> tuple[int, Place | None]:
-        """Close up to `limit` sessions that fit a filter; return how many, and where to go on, None at the end.
+        """Close up to `limit` sessions that match a filter; return how many, and where to continue (None: done).
 
-        Sessions that begin or are used after the first call stay, and so do those that begin after the request of this id
+        Sessions that begin or are used after the first call stay. So do sessions that began after this request
         closed an earlier one of their id.
 
         Raises:
-            ModelNotFound: there is no model of that name.
-            Overloaded, Unavailable: as `Engine.close_sessions`.
+            ModelNotFound: no model has that name.
+            Overloaded, Unavailable: as for `Engine.close_sessions`.
         """
         now = self._clock.now()
         at = place or Place(now)
-        # time has passed since: what has been idle for long enough by now need not have been so then
+        # time has passed: a session that has been idle for long enough now may not have been at the start
         passed = max(0.0, now - at.as_of)
         idle = None if wanted.idle_longer_s is None else wanted.idle_longer_s + passed
         query = Query(

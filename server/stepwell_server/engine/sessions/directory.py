@@ -1,4 +1,4 @@
-"""Finds models by name and sessions by id, in the table and then in the store, says why one is not there, and makes ids."""
+"""Finds models by name and sessions by id, explains missing ones, and generates ids."""
 
 from __future__ import annotations
 
@@ -53,19 +53,20 @@ from stepwell_server.store.record import Header, decode_header, header_or_none
 MAX_ID_LENGTH = 256
 MAX_SESSIONS_PER_CALL = 65_536
 MAX_IDS_PER_CALL = 4096
-"""Ids of one call that closes or reads sessions, each for itself. Parsing and naming them takes about 1 ms."""
-#: The second form is of one of many sessions; the third was before, and they are still there.
+"""The most ids in one call that closes or reads sessions. Parsing and resolving them takes about 1 ms."""
+#: Ids of single sessions; then ids of one of many sessions, in the current and in an earlier form that is still in
+#: use.
 _GENERATED_ID = re.compile(r"s-([0-9a-f]{8})-[A-Za-z0-9_-]{22}([A-Za-z0-9_-]{4}|-[0-9a-f]{4})?")
 _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
-#: Of what the ids of one call have in common.
+#: The common part of the ids of one call.
 _GROUP_BYTES = 3
-#: More sessions than these are looked for in a store before a call on them begins, and ids for more are drawn by a thread.
+#: Calls on more sessions than this look them up in parts, and generate ids on a thread.
 PIECE = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """The sessions of one engine, and what a change of them goes through. Lives on the event loop."""
+    """The parts that operations on sessions share. Lives on the event loop."""
 
     table: SessionTable
     directory: Directory
@@ -80,30 +81,32 @@ class EarlierSession(NamedTuple):
     """What is remembered of an earlier session of an id."""
 
     revision: int
-    """The least one of a session that begins: one more than the last one of the earlier session.
+    """The lowest revision for a new session of the id: one more than the earlier session's last.
 
-    So whoever still has a revision of that one gets a conflict, and does not step a session that is not theirs."""
+    So a client that still has a revision of the earlier session gets a conflict, instead of stepping another
+    session.
+    """
     closes: tuple[int, ...] = ()
     """Request ids of the calls that closed it: see `Tombstone.closes`."""
     stamp: int = 0
-    """Of its end: what the store must have when a session of the id begins; 0: nothing."""
+    """The stamp of its end, which the store must still have when a session of the id begins; 0: none."""
 
 
 _Alike = dict[tuple[object, ...], tuple[ServerError, list[int]]]
-"""Sessions that cannot be had, by what they have in common: why the first of them cannot, and the indexes of all."""
+"""Missing sessions by what they have in common: the error of the first of them, and the indexes of all."""
 
 
 def _errors_of(alike: _Alike) -> Iterator[tuple[Members, ServerError]]:
-    """Their errors, one for all that are gone alike."""
+    """Their errors; sessions that are missing for the same reason share one."""
     for error, some in alike.values():
         yield np.array(some, np.intp), shared_error(error, len(some))
 
 
 class Directory:
-    """Finds models and sessions, and says how sessions ended. Lives on the event loop.
+    """Finds models and sessions, and explains how sessions ended. Lives on the event loop.
 
-    A session is in the table from when it is first named; before that, it may be in the store alone. Who names some
-    awaits `look` first, and hands on what was seen.
+    A session enters the table when it is first named; before that, only the store may have it. Callers await `look`
+    first, and pass its result on.
     """
 
     def __init__(
@@ -121,21 +124,21 @@ class Directory:
         self.models = models
         self._lookup = lookup
         self.pieces = lookup.pieces
-        """Calls on many sessions are done in these."""
+        """Divides calls on many sessions."""
         self._expiry = expiry
         self._clock = clock
         self._loader = loader
         self.store = store
         self.ids = IdMaker(store)
         self.here = LookupResult({})
-        """What is known of sessions without a `look`: of those in the table, enough."""
+        """A lookup result without a lookup: enough for sessions in the table."""
 
     async def look(self, session_ids: Sequence[str], *, reread: bool = False) -> LookupResult:
-        """See what the store has of sessions, in the order of all that names them: see `Lookup.wait`.
+        """Look sessions up in the store, in the order of all calls on them: see `Lookup.wait`.
 
         Raises:
-            Overloaded: too many wait for the store.
-            Unavailable: it cannot be read, and one of the sessions has something under way here.
+            Overloaded: too many calls wait for the store.
+            Unavailable: the store cannot be read, and one of the sessions is active here.
         """
         if len(session_ids) > READ_BATCH_SIZE:
             return await self._look_in_parts(session_ids, reread=reread)
@@ -145,19 +148,19 @@ class Directory:
         return await self._lookup.wait(session_ids, reread=reread)
 
     def are_as_stored(self, handles: Handles) -> bool:
-        """Whether the store says at once that it has sessions of the table as the table has them."""
+        """Whether the store says at once that sessions of the table are current."""
         ids = [self._table.session_id(handle) for handle in handles.tolist()]
         found = start(self.store.fetch(ids, self._table.stamp[handles].tolist()))
         if isinstance(found, Rest):
-            found.close()  # whoever wants to know asks again, in the order of all that names the sessions
+            found.close()  # a caller that needs to know looks the sessions up, in the order of all calls on them
             return False
         return all(each.is_known for each in found)
 
     async def _look_in_parts(self, session_ids: Sequence[str], *, reread: bool) -> LookupResult:
-        """As `look`, of a long list: a part in each turn of the event loop.
+        """`look` for a long list: one part in each iteration of the event loop.
 
-        Nothing is known then of sessions that were in the table and leave it while others are looked for: who needs it gets
-        `Unavailable`, and is to come again.
+        A session that leaves the table while later parts are looked up is then unknown: its callers get
+        `Unavailable` and must retry.
         """
         tenant, seen = tenant_of(session_ids[0]), LookupResult({})
         for at in range(0, len(session_ids), READ_BATCH_SIZE):
@@ -174,9 +177,9 @@ class Directory:
         """The handle of a live session.
 
         Raises:
-            SessionGone: there is none.
-            ModelMismatch, ModelNotFound: it belongs to a model that is not served.
-            StateCorrupt: its record is damaged.
+            SessionGone: it does not exist.
+            ModelMismatch, ModelNotFound: its model is not loaded.
+            StateCorrupt: its record is corrupt.
             Unavailable: the store cannot be read.
         """
         handle = self._find(session_id, seen)
@@ -192,7 +195,7 @@ class Directory:
         """The handle of a live session, or None.
 
         Raises:
-            ServerError: as of `find`, but for `SessionGone`.
+            ServerError: as for `find`, except `SessionGone`.
         """
         try:
             return self._find(session_id, seen)
@@ -200,7 +203,7 @@ class Directory:
             return None
 
     def find_all(self, session_ids: Sequence[str], seen: LookupResult) -> Handles:
-        """Handles of many sessions, -1 for those that cannot be had; `errors_for` says why."""
+        """Handles of many sessions; -1 for those that cannot be used: see `errors_for`."""
         handles = self._table.find_all(session_ids)
         if are_missing(handles):
             missing = [session_ids[i] for i in np.flatnonzero(handles < 0).tolist()]
@@ -222,7 +225,7 @@ class Directory:
         *,
         namespace: str,
     ) -> list[str]:
-        """The ids that the request's `field` names, or new ones."""
+        """The ids in the request's `field`, or generated ones."""
         if not named:
             make = self.ids.make_many
             return await make(request_id, count, self.pieces, sources, namespace=namespace)
@@ -230,15 +233,15 @@ class Directory:
             for session_id in named[part]:
                 require_session_id(field, session_id)
         if len(set(named)) != len(named):
-            raise InvalidInput(f"{field} must be different from each other; got one of them twice")
+            raise InvalidInput(f"{field} must not repeat an id; got one twice")
         return list(named)
 
     def require_new(self, name: str, session_ids: Sequence[str], seen: LookupResult) -> None:
-        """Refuse ids of sessions that are there, even if they cannot be stepped here.
+        """Refuse ids of existing sessions, even if they cannot be stepped here.
 
         Raises:
             SessionExists: one is live.
-            ModelMismatch, ModelNotFound, StateCorrupt: so is one that cannot be stepped here.
+            ModelMismatch, ModelNotFound, StateCorrupt: one exists and cannot be stepped here.
             Unavailable: the store cannot be read.
         """
         _, unusable = self._loader.load_all(session_ids, seen)
@@ -249,15 +252,15 @@ class Directory:
             raise self.error_for(unusable[0], seen)
 
     def require_not_gone(self, name: str, seen: LookupResult) -> None:
-        """Refuse a call that made a session and comes again when that is gone: it must not begin anew."""
+        """Refuse a repeated call whose session has ended: it must not begin again."""
         error = self.ended(name, seen)
         if error is not None:
             raise error
 
     def require_own(self, chosen: Sequence[str], seen: LookupResult) -> None:
-        """Refuse chosen ids of sessions which are gone if those must not begin again unnoticed.
+        """Refuse chosen ids that may belong to lost sessions, which must not begin again unnoticed.
 
-        A server may have made the id, or the store lost sessions, and nobody can tell that this is none of them.
+        A server may have generated the id, or the store may have lost sessions and cannot tell whether this is one.
         """
         for session_id, stone in zip(chosen, seen.tombstones(chosen), strict=True):
             is_lost = self.store.damage_of(session_id) if stone is None else stone.end is End.LOST
@@ -265,7 +268,7 @@ class Directory:
                 raise self.gone(session_id, seen)
 
     def require_version(self, handle: int, wanted: Model) -> None:
-        """Refuse to resume a session that is on another version of the model than the one that is asked for.
+        """Refuse to resume a session that is on another version of the model than requested.
 
         Raises:
             SessionExists: it is.
@@ -280,20 +283,20 @@ class Directory:
             )
 
     def error_for(self, session_id: str, seen: LookupResult) -> ServerError:
-        """Why a session cannot be had."""
+        """The error for a session that cannot be used."""
         try:
             self.find(session_id, seen)
         except ServerError as error:
             return error
-        return Unavailable(f"session {session_id!r} must be readable; it was not, just now")
+        return Unavailable(f"session {session_id!r} must be readable; the store could not read it just now")
 
     def errors_for(
         self, session_ids: Sequence[str], members: Members, seen: LookupResult
     ) -> Iterator[tuple[Members, ServerError]]:
-        """Why those of some sessions, by their index, cannot be had.
+        """The errors for those of some sessions, by index, that cannot be used.
 
-        Many that are gone alike share an error, which names the first of them: an error of its own for each of
-        65,536 would keep the event loop for seconds.
+        Sessions that are missing for the same reason share an error, which names the first of them: an error for
+        each of 65,536 would block the event loop for seconds.
         """
         if len(members) <= MAX_ERRORS:
             for member in members.tolist():
@@ -306,7 +309,7 @@ class Directory:
     async def errors_for_many(
         self, session_ids: Sequence[str], members: Members, seen: LookupResult
     ) -> list[tuple[Members, ServerError]]:
-        """As `errors_for`; others have turns meanwhile if there are many."""
+        """`errors_for` for many sessions; other work runs in between."""
         if len(members) <= PIECE_SIZE:
             return list(self.errors_for(session_ids, members, seen))
         alike: _Alike = {}
@@ -317,7 +320,7 @@ class Directory:
     def _sort_missing(
         self, session_ids: Sequence[str], members: Members, seen: LookupResult, alike: _Alike
     ) -> None:
-        """Put sessions that cannot be had, by their index, to those that are gone alike."""
+        """Add missing sessions, by index, to the groups with the same reason."""
         ids = [session_ids[member] for member in members.tolist()]
         named = [session_id for session_id in ids if session_id]
         try:
@@ -339,30 +342,30 @@ class Directory:
             alike[kind][1].append(member)
 
     def unusable(self, session_ids: Sequence[str], seen: LookupResult) -> Sequence[str]:
-        """Those that are in the store and cannot be stepped here, or all if it cannot be read."""
+        """Sessions that are in the store and cannot be stepped here, or all if it cannot be read."""
         try:
             return self._loader.load_all(session_ids, seen)[1]
         except ServerError:
             return session_ids
 
     def gone(self, session_id: str, seen: LookupResult) -> ServerError:
-        """Why there is no such session."""
-        if not session_id:  # a field that was left out or misspelt, not a session that has ended
-            return InvalidInput("session_id is missing; it must be that of an open session")
+        """The error for a session that does not exist."""
+        if not session_id:  # a field that was left out or misspelt, not an ended session
+            return InvalidInput("session_id must be that of an open session; got none")
         ended = self.ended(session_id, seen)
         if ended is not None:
             return ended
         if self.ids.is_from_elsewhere(session_id):
             return SessionLost(
                 session_id,
-                f"session {session_id!r} was lost with the store that kept it: it is of another server process"
+                f"session {session_id!r} was lost with the store that held it: it belongs to another server process"
                 " with --store memory, or of another --data-dir",
             )
         damage = self.store.damage_of(session_id)
         if damage:
             return StateCorrupt(
-                f"session {session_id!r} is not in the store, which lost sessions: {damage}. It may be one of"
-                " them, so it is not begun anew",
+                f"session {session_id!r} is not in the store, which has lost sessions: {damage}. It may be one of"
+                " them, so it is not opened again",
                 session_id=session_id,
             )
         return SessionNotFound(
@@ -370,12 +373,12 @@ class Directory:
         )
 
     def ended(self, session_id: str, seen: LookupResult) -> SessionGone | None:
-        """How a session ended, as far as that is remembered."""
+        """How a session ended, if that is remembered."""
         (stone,) = seen.tombstones([session_id])
         return None if stone is None else ended_by(stone)
 
     def earlier(self, session_ids: Sequence[str], seen: LookupResult) -> dict[int, EarlierSession]:
-        """The earlier sessions of ids that have no live one, by place, as long as their ends are remembered."""
+        """The earlier sessions of ids without a live one, by place, if their ends are remembered."""
         return {
             place: EarlierSession(
                 max(self.store.first_revision, stone.revision + 1), stone.closes, each.stamp
@@ -385,12 +388,12 @@ class Directory:
         }
 
     def stored_header(self, session_id: str, seen: LookupResult) -> Header | None:
-        """What the store's record says of a session; None if there is none, or it cannot be read."""
+        """The header of a session's record; None if there is none, or it cannot be read."""
         stored = seen.get(session_id)
         return None if stored is None else header_or_none(session_id, stored)
 
     def stored_usage(self, session_id: str, seen: LookupResult) -> tuple[int, Usage]:
-        """The revision that the store has of a session, 0 if it cannot tell, and what it takes, as it was counted."""
+        """A session's revision in the store (0: unknown), and its counted usage."""
         try:
             stored = seen.get(session_id)
         except StateCorrupt:
@@ -398,7 +401,7 @@ class Directory:
         return (0, NOTHING) if stored is None else counts.usage_of_record(session_id, stored)
 
     def was_closed_by(self, session_id: str, request_id: int, seen: LookupResult) -> bool:
-        """Whether a call has closed a session of an id that has no live one."""
+        """Whether a call closed a session of an id without a live one."""
         (stone,) = seen.tombstones([session_id])
         return stone is not None and request_id in stone.closes
 
@@ -423,11 +426,11 @@ class Directory:
         )
 
     def current_info(self, handle: int, seen: LookupResult, *, is_same: bool = False) -> SessionInfo:
-        """Describe a session, by what another server made of it while something is under way for it here.
+        """Describe a session, including changes by another server while it is active here.
 
         Raises:
-            SessionGone: it ended there; or, where it must be `is_same`, another session has its id there.
-            StateCorrupt: its record is damaged.
+            SessionGone: it ended there; or, with `is_same`, another session has its id there.
+            StateCorrupt: its record is corrupt.
         """
         info = self.info(handle)
         session_id, newer = info.session_id, seen.newer(info.session_id)
@@ -449,8 +452,8 @@ class Directory:
         """Describe a session as of its last completed change; `usable`: it must be one that can be stepped here.
 
         Raises:
-            SessionGone: there is none.
-            ModelMismatch, ModelNotFound: it cannot be stepped here, and is to be `usable`.
+            SessionGone: it does not exist.
+            ModelMismatch, ModelNotFound: it cannot be stepped here, and must be `usable`.
             StateCorrupt, Unavailable: it cannot be read.
         """
         seen = await self.look([session_id], reread=True)
@@ -463,14 +466,14 @@ class Directory:
             return self.stored_info(session_id, decode_header(session_id, stored))
 
     def stored_info(self, session_id: str, header: Header) -> SessionInfo:
-        """What a record says of a session, and where it is now."""
+        """A session by its record, on its current version."""
         info = stored_info(session_id, header, self._expiry.limits)
         try:
             model, move = self.models.place(session_id, header)
         except (ModelNotFound, ModelMismatch):
             return info
         position = 0 if move is not None and move.how is MoveKind.RESET else info.position
-        # lists have many sessions of which the record says it all
+        # common in lists: the record is complete
         return (
             info
             if (info.version, info.fingerprint, info.position)
@@ -482,7 +485,7 @@ class Directory:
 
 
 def stored_info(session_id: str, header: Header, limits: IdleLimits) -> SessionInfo:
-    """What a record says of a session."""
+    """A session by its record."""
     return SessionInfo(
         session_id=session_id,
         model=header.model,
@@ -502,11 +505,11 @@ def stored_info(session_id: str, header: Header, limits: IdleLimits) -> SessionI
 
 
 class IdMaker:
-    """Makes ids that nobody can guess who was not told them.
+    """Generates ids that cannot be guessed.
 
-    The id for a call that says its request id follows from that and the store's secret (HMAC, RFC 2104), so
-    that the call sent again means the same session, after a restart too, and nothing needs to be remembered. It is in
-    the namespace that is given, of which it follows as well: the same request id is another one there.
+    The id for a call with a request id is derived from that and the store's secret (HMAC, RFC 2104). So a repeated
+    call means the same session, also after a restart, and nothing needs to be remembered. The id is in the given
+    namespace and depends on it: the same request id gives another id in another namespace.
     """
 
     def __init__(self, store: Store) -> None:
@@ -514,19 +517,20 @@ class IdMaker:
         self._secret = store.secret
 
     def make(self, request_id: int, source: str = "", *, namespace: str = "") -> str:
-        """An id for what a call makes; `source` is the session that it is made from, if there is one."""
+        """An id for a new session; `source` is the session that it is made from, if any."""
         (made,) = self._named(_digits(self._token(request_id, source, namespace)), namespace)
         return made
 
     async def make_many(
         self, request_id: int, count: int, pieces: Pieces, sources: Sequence[str] = (), *, namespace: str = ""
     ) -> list[str]:
-        """Ids for what one call makes: neighbours in the store, ascending. Who knows some cannot guess another one.
+        """Ids for the sessions of one call: neighbours in the store, ascending.
 
-        `sources` are the sessions that they are made from, if there are any.
+        Knowing some of them does not help to guess others. `sources` are the sessions that they are made from, if
+        any.
         """
         wanted = request_id, count, sources, namespace
-        # most of it needs no lock of Python's
+        # most of it runs without the GIL
         group, digits = (
             self._drawn(*wanted) if count <= PIECE else await asyncio.to_thread(self._drawn, *wanted)
         )
@@ -538,9 +542,9 @@ class IdMaker:
     def _drawn(
         self, request_id: int, count: int, sources: Sequence[str], namespace: str
     ) -> tuple[str, npt.NDArray[np.bytes_]]:
-        """What the ids of one call have in common, and the digits of each, ascending. For any thread."""
+        """The common part of one call's ids, and the digits of each, ascending. For any thread."""
         seed = self._token(request_id, "\n".join(["many", *sources]), namespace)
-        # as far as it is read, and nothing of it tells what else it has: FIPS 202
+        # a prefix of the output reveals nothing about the rest: FIPS 202
         drawn = hashlib.shake_256(self._secret + seed).digest(_GROUP_BYTES + count * _TOKEN_BYTES)
         group = base64.urlsafe_b64encode(drawn[:_GROUP_BYTES]).decode()
         return group, np.sort(_digits(drawn[_GROUP_BYTES:]))
@@ -557,18 +561,18 @@ class IdMaker:
 
     @staticmethod
     def is_generated(session_id: str) -> bool:
-        """Whether it is one of the ids that servers make: nobody may choose it for a session of theirs."""
+        """Whether an id has the form of generated ids, which callers may not choose."""
         return _GENERATED_ID.fullmatch(own(session_id)) is not None
 
     def is_from_elsewhere(self, session_id: str) -> bool:
-        """Whether a server made the id with a store that is not there any more."""
+        """Whether an id was generated with another store."""
         made = _GENERATED_ID.fullmatch(own(session_id))
         return made is not None and made[1] != self._incarnation
 
 
 def _digits(tokens: bytes) -> npt.NDArray[np.bytes_]:
-    """Tokens that stand one after the other in base64, `(n,)`."""
-    # in one go: 18 bytes are 24 digits, of which those of the last two bytes are left out
+    """Consecutive tokens in base64, `(n,)`."""
+    # in one operation: 18 bytes are 24 digits; the digits of the last two bytes are dropped
     padded = np.zeros((len(tokens) // _TOKEN_BYTES, 18), np.uint8)
     padded[:, :_TOKEN_BYTES] = np.frombuffer(tokens, np.uint8).reshape(-1, _TOKEN_BYTES)
     digits = np.frombuffer(base64.urlsafe_b64encode(padded.tobytes()), f"S{_DIGITS}")
@@ -576,10 +580,10 @@ def _digits(tokens: bytes) -> npt.NDArray[np.bytes_]:
 
 
 def require_session_id(field: str, session_id: str) -> None:
-    """Refuse what cannot be a session id in its namespace.
+    """Refuse invalid session ids, before they are put into their namespace.
 
     Raises:
-        InvalidInput: it is empty, too long, not printable, or begins or ends with a space.
+        InvalidInput: the id is empty, too long, not printable, or begins or ends with a space.
     """
     name = own(session_id)
     is_id = 0 < len(name) <= MAX_ID_LENGTH and name.isprintable()
@@ -591,7 +595,7 @@ def require_session_id(field: str, session_id: str) -> None:
 
 
 def shown(session_id: str) -> str:
-    """An id as it may stand in a message, however long it is."""
+    """An id for messages, shortened if it is long."""
     name = own(session_id)
     if len(name) <= MAX_ID_LENGTH:
         return repr(session_id)
@@ -599,5 +603,5 @@ def shown(session_id: str) -> str:
 
 
 def exists(field: str, session_id: str) -> SessionExists:
-    """Why a session cannot begin with an id that the request has in a field."""
+    """The error for a new session whose id, given in a request field, is in use."""
     return SessionExists(f"{field} must be new; session {session_id!r} is open", session_id=session_id)

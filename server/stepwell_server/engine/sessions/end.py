@@ -1,9 +1,9 @@
-"""How sessions end: what the store keeps of it, how they leave the table, and when they end by themselves.
+"""Ends sessions: deletes them from the store and the table, and expires those that have been idle for too long.
 
-A session ends by itself when nobody has used it for longer than its limit. This server's table says which of its sessions
-may be due, and the store has pages of sessions that it knows to be unused. Both are judged alike, and ended by one commit:
-"delete, if it is still unused since". So a server that was held up in between, or whose clock is wrong, ends nothing that
-somebody uses. Whoever names a session that is due finds it ended: a lookup judges it first.
+A session expires when nobody has used it for longer than its limit. This server's table shows which of its sessions
+may be due, and the store has pages of sessions that it considers unused. Both are judged the same way, and ended by
+one commit: "delete, if it is still unused since". So a server that was delayed in between, or whose clock is wrong,
+never ends a session in use. A due session that is looked up is judged first, so callers find it ended.
 """
 
 from __future__ import annotations
@@ -53,60 +53,61 @@ from stepwell_server.store.record import F64, Header, header_or_none, max_idle_m
 _log = Log("engine.expiry")
 
 BATCH_SIZE = 500
-"""Sessions that are judged and end together."""
+"""Sessions that are judged and ended together."""
 EVENT_LIMIT = 16
-"""More sessions that expire together are a line in the log with their number."""
+"""If more sessions than this expire together, one log line reports their number."""
 BREAK_S = 20.0
-"""A longer time in which no server says that it serves the store is a break, in seconds: it ends no session."""
+"""If no server reports for longer than this that it serves the store, in seconds, that time does not count as idle."""
 USE_SHARE = 1 / 10
-"""Of the time in which a session ends: the store is notified of use at most so often."""
+"""Share of a session's limit: uses are reported to the store at most this often."""
 MAX_WAITING_USES = 65_536
-"""Uses that may wait until the store is notified."""
+"""Uses that may wait to be reported to the store."""
 MAX_PAGED_OUT = 1 << 20
-"""Sessions in the table that are not in the arena, some 300 bytes each, where the store has a record of each."""
-#: What was judged longer ago is judged again.
+"""Paged-out sessions in the table, some 300 bytes each, if the store has a record of each."""
+#: A judgement older than this is repeated.
 _LATE_S = 5.0
-#: A server says so often that it serves the store.
+#: How often a server reports that it serves the store.
 _SERVES_INTERVAL_S = 5.0
-#: Sessions in one notification; and the limit that counts for those that never end by themselves.
+#: Sessions in one report, and the limit assumed for sessions that never expire.
 _USES_PER_CALL, _MAX_LIMIT_S = 1024, 600.0
-#: The sweep looks at what is due at least and at most this often; and at sessions that have something under way.
+#: The sweep's longest and shortest interval; and the interval of checks for active sessions.
 _MAX_PAUSE_S, _MIN_PAUSE_S = 1.0, 0.05
 _MAX_LOOK_S, _MIN_LOOK_S = 0.5, 0.1
-#: Passes over the store's unused sessions per time limit; and at most and at least so long between two, in seconds.
+#: Scans of the store's unused sessions per time limit; and the longest and shortest interval of scans, in seconds.
 _PASSES, _MAX_INTERVAL_S, _MIN_INTERVAL_S = 10, 30.0, 0.1
-#: After a page the pass rests: this many times as long as the page took, and at least this long.
+#: After a page the scan pauses: this many times as long as the page took, and at least this long.
 _REST, _MIN_REST_S = 3.0, 0.01
-#: The table becomes smaller by this share of its limit at once: to find the least recently used is a look at all.
+#: The table shrinks by this share of its limit at once, because finding the least recently used sessions scans all
+#: of them.
 _TRIM_SHARE = 1 / 8
 _NOTHING = StoredSession()
 
 
 class EndedSession(NamedTuple):
-    """A session that ends."""
+    """A session that is to end."""
 
     session_id: str
     model: str
-    """Empty where the store does not count the session."""
+    """Empty if the store does not count the session."""
     revision: int
-    """The last one known."""
+    """Its last known revision."""
     usage: Usage
-    """What it took of its tenant's quotas."""
+    """What it used of its tenant's quotas."""
     stamp: int = 0
-    """Of its record; 0: it ends whatever the store has of it."""
+    """The stamp of its record; 0: end it whatever the store has."""
     closes: tuple[int, ...] = ()
     """Request ids of the calls that closed earlier sessions of the id: see `Tombstone.closes`."""
 
 
 class IdleBounds(NamedTuple):
-    """For how long sessions that end must be unused, `(n,)` each: see `Batch.min_idle_s` and `Batch.max_idle_s`."""
+    """How long sessions must have been unused to end, `(n,)` each: see `Batch.min_idle_s` and `Batch.max_idle_s`."""
 
     min_s: F64
     max_s: F64
 
 
 def ended_of(session_id: str, header: Header, stamp: int = 0) -> EndedSession:
-    """A session that ends and only the store has, by its record's header and stamp."""
+    """A session to end that only the store has, by its record's header and stamp."""
     closes = closes_of(header.fields)
     return EndedSession(session_id, header.model, header.revision, counts.usage_of(header), stamp, closes)
 
@@ -114,7 +115,7 @@ def ended_of(session_id: str, header: Header, stamp: int = 0) -> EndedSession:
 def batch_of(
     sessions: Sequence[EndedSession], end: End, at: float, request_id: int = 0, idle: IdleBounds | None = None
 ) -> Batch:
-    """What the store is to know of sessions that ended; `request_id` is that of the call that closed them, 0 for none."""
+    """The batch that ends sessions; `request_id` is that of the call that closes them, 0: none."""
     batch = Batch(
         deletes=[each.session_id for each in sessions],
         tombstones=[
@@ -131,7 +132,7 @@ def batch_of(
 
 
 class Removal:
-    """Knows the sessions that are here, and deletes them. Lives on the event loop."""
+    """Knows the existing sessions, and deletes them. Lives on the event loop."""
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class Removal:
         self._clock = clock
         self._observer = observer
         self.pending: dict[str, asyncio.Future[None]] = {}
-        """Sessions that are being made, or deleted without a caller: nobody sees them before the store has answered."""
+        """Sessions being created, or deleted without a caller: they are invisible until the store has answered."""
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self.table or session_id in self.pending
@@ -162,13 +163,13 @@ class Removal:
     def reserve(
         self, session_ids: Sequence[str], pending: asyncio.Future[None] | None = None
     ) -> asyncio.Future[None]:
-        """Have sessions be `pending`, none of which is, under a new future or that of others. It is for `release`."""
+        """Mark sessions as `pending`, under a new future or an existing one. Pass it to `release`."""
         pending = asyncio.get_running_loop().create_future() if pending is None else pending
         self.pending.update(dict.fromkeys(session_ids, pending))
         return pending
 
     def release(self, session_ids: Sequence[str], pending: asyncio.Future[None]) -> None:
-        """Have sessions be `pending` no longer, and wake who waits for that."""
+        """Mark sessions as no longer `pending`, and wake those who wait for that."""
         for session_id in session_ids:
             self.pending.pop(session_id, None)
         if not pending.done():
@@ -184,7 +185,7 @@ class Removal:
             await asyncio.wait({self.pending[i] for i in session_ids if i in self.pending})
 
     def described(self, handles: Handles) -> list[EndedSession]:
-        """What the store is to know of sessions of the table when they end."""
+        """The facts needed to end sessions of the table."""
         table = self.table
         return [
             EndedSession(
@@ -210,22 +211,23 @@ class Removal:
     ) -> Handles:
         """Delete sessions that are claimed, or that only the store has: their handles are -1.
 
-        It is done also if the caller is cancelled meanwhile; then, and after an error, the claims of conflicts end.
+        It completes even if the caller is cancelled meanwhile. In that case, and after an error, the claims of
+        conflicts end.
 
         Args:
-            sessions: What the store is to know of them.
+            sessions: The sessions to end.
             handles: `(len(sessions),)`.
             end: How they end.
             request_id: Of the call that closes them; 0: none.
-            idle: For how long they must be unused.
-            ended: Count them there by their models, instead of telling of each; `report` tells of all of them at once.
+            idle: How long they must have been unused.
+            ended: Counts them by model instead of reporting each; `report` reports all of them at once.
 
         Returns:
-            The places of conflicts: those that another server has changed, or used. They are claimed still.
+            The places of conflicts: sessions that another server changed or used. They are still claimed.
 
         Raises:
-            Unavailable: the store did not say that it kept all of it. What it has of the others is the truth: they leave
-                the table.
+            Unavailable: the store did not confirm all of it. The other sessions leave the table, and their records
+                decide.
         """
         answered: asyncio.Future[ServerError | None] = asyncio.get_running_loop().create_future()
         places: dict[Outcome, list[int]] = {outcome: [] for outcome in Outcome}
@@ -273,7 +275,7 @@ class Removal:
     def _leave(
         self, session: EndedSession, handle: int, stone: Tombstone, ended: Counter[str] | None
     ) -> None:
-        """Take a session that ended out of the table, and tell of it."""
+        """Remove an ended session from the table, and report it."""
         if handle >= 0:
             self._queues.remove(handle, ended_by(stone))
         if ended is None:
@@ -284,7 +286,7 @@ class Removal:
     def _give_up(
         self, sessions: Sequence[EndedSession], handles: Handles, places: Sequence[int], error: ServerError
     ) -> None:
-        """Let the store say later what became of sessions of which it did not say whether they were deleted."""
+        """Remove sessions from the table for which the store did not say whether they were deleted."""
         for place in places:
             if handles[place] < 0:
                 self._store.note_use(sessions[place].session_id, idle_s=math.inf, limit_s=0.0)
@@ -293,18 +295,18 @@ class Removal:
             self.drop(here, error)
 
     def report(self, event: str, ended: Counter[str]) -> None:
-        """Tell how many sessions ended."""
+        """Report how many sessions ended."""
         for model, count in ended.items():
             self._observer.session_events(event, model, count)
 
     def drop(self, handles: Handles, error: ServerError) -> None:
-        """Forget claimed sessions whose rows are not what the store holds; they are loaded when next named."""
+        """Forget claimed sessions whose rows differ from the store; they are loaded when next named."""
         _log.warning("sessions left the arena", sessions=len(handles), error=error)
         for handle in handles.tolist():
             self._queues.forget(handle, error)
 
     def forget_idle(self, session_ids: Sequence[str]) -> int:
-        """Let the store say what became of sessions that have nothing under way here; return how many these are."""
+        """Forget sessions that are not active here; return how many. Their records decide what they are."""
         handles = np.unique(self.table.find_all(session_ids))
         handles = handles[(handles >= 0) & ~self.table.claimed[handles]]
         for handle in handles.tolist():
@@ -313,7 +315,7 @@ class Removal:
 
 
 class Expiry:
-    """Judges which sessions have been unused for too long, and ends them. Lives on the event loop."""
+    """Judges which sessions have been idle for too long, and ends them. Lives on the event loop."""
 
     def __init__(
         self, watch: IdleWatch, removal: Removal, queues: SessionQueues, store: Store, *, clock: Clock
@@ -328,11 +330,11 @@ class Expiry:
     # ------------------------------------------------------------------------------------------------- what is known
 
     def watch(self, handles: Handles) -> None:
-        """Watch sessions that have come into the table."""
+        """Watch sessions that have entered the table."""
         self._watch.watch(handles)
 
     def suspects(self, handles: Handles) -> Handles:
-        """Those of some sessions that are due by the table and have nothing under way; -1 stands for none.
+        """Sessions that are due by the table and not active; -1: no session.
 
         The store may know of a later use.
         """
@@ -343,23 +345,25 @@ class Expiry:
         return np.unique(there[self._watch.too_long(there, self._clock.monotonic())])
 
     def is_suspect(self, handle: int) -> bool:
-        """`suspects` of one session."""
+        """`suspects` for one session."""
         return self._watch.is_too_long(handle, self._clock.monotonic())
 
     def take_use(self, header: Header, idle_s: float) -> float:
-        """When a session of the store was last used, on the monotonic clock; `idle_s` is what the store says, NaN: nothing."""
+        """When a stored session was last used, on the monotonic clock; `idle_s` is the store's value, NaN: unknown."""
         if math.isnan(idle_s):
-            # a clock that people set back meanwhile must not make it the future
+            # a clock that was set back meanwhile must not make it the future
             idle_s = max(0.0, self._clock.now() - header.last_used)
         return self._clock.monotonic() - idle_s
 
     def only_stored(self, session_ids: Sequence[str]) -> list[str]:
-        """Those of some sessions that are in the store and nowhere else, if they are anywhere."""
+        """Sessions that only the store can have."""
         table, pending = self._table, self._removal.pending
         return [i for i in dict.fromkeys(session_ids) if i and i not in table and i not in pending]
 
     async def refresh(self) -> None:
-        """Say that this server serves the store, unless it has just done so, and know since when it is served without a break.
+        """Report that this server serves the store, unless it has just done so.
+
+        It then knows since when the store has been served without a break.
 
         Raises:
             Unavailable: the store cannot be asked now.
@@ -370,18 +374,21 @@ class Expiry:
             self._watch.since, self._asked_at = at - (held_s or 0.0), at
 
     def is_over(self, session_id: str, found: StoredSession) -> bool:
-        """Whether a session, as the store has it, has been unused for too long."""
+        """Whether a stored session has been unused for too long."""
         return found.record is not None and self._limit_if_over(session_id, found) is not None
 
     def is_too_long(self, limit_s: float, idle_s: float) -> bool:
-        """Whether a session with this limit has ended, if it was unused for `idle_s` and has nothing under way: see `refresh`."""
+        """Whether a session with this limit has expired, if it was unused for `idle_s`.
+
+        It must not be active; see also `refresh`.
+        """
         return min(idle_s, self._clock.monotonic() - self._watch.since) > limit_s
 
     def _limit_if_over(self, session_id: str, found: StoredSession) -> tuple[Header, float, float] | None:
-        """The header of a record that is over, its limit, and for how long it was unused; None: it is not over."""
+        """The header of an expired record, its limit, and how long it was unused; None: it has not expired."""
         assert found.record is not None, "the caller has looked"
         limit_s = self.limits.seconds(max_idle_ms_of(found.record))
-        # to read a header takes longer than to see that it need not be read
+        # reading a header takes longer than seeing that it need not be read
         if not self.is_too_long(limit_s, math.inf if math.isnan(found.idle_s) else found.idle_s):
             return None
         header = header_or_none(session_id, found.record)
@@ -391,12 +398,12 @@ class Expiry:
         return (header, limit_s, idle_s) if self.is_too_long(limit_s, idle_s) else None
 
     async def compare(self, session_ids: Sequence[str]) -> dict[str, StoredSession]:
-        """Forget sessions that other servers have changed, of those of the table that have nothing under way here.
+        """Forget sessions of the table that other servers changed and that are not active here.
 
-        The table knows then when the store last heard of the use of the others.
+        The table then has the store's last use of the others.
 
         Returns:
-            What other servers made of sessions that have something under way here.
+            Records of other servers' changes to sessions that are active here.
 
         Raises:
             Unavailable: the store cannot be read, and such a session may have been changed.
@@ -424,10 +431,10 @@ class Expiry:
             table.find_all(ids).tolist(), zip(ids, found, strict=True), strict=True
         ):
             if handle < 0 or int(table.birth[handle]) != births[session_id]:
-                continue  # it has left the table, and is looked for anew
+                continue  # it has left the table, and is looked up again
             if each.idle_s >= 0:
                 table.used[handle] = now - each.idle_s
-            # what is under way may have been kept after the store was asked, or before: its own stamp is no other's
+            # active work may have been stored after the store was read, or before: its stamp is unique
             if each.is_known or (each.stamp and each.stamp == int(table.stamp[handle])):
                 continue
             if table.claimed[handle]:
@@ -443,7 +450,7 @@ class Expiry:
         """End those of some sessions of the table that are due; `is_compared`: they have just been compared.
 
         Raises:
-            Unavailable: the store cannot be asked, or did not say what became of them. They leave the table.
+            Unavailable: the store cannot be asked, or did not confirm the result. The sessions leave the table.
         """
         if self._clock.monotonic() <= self._table.next_end:
             return
@@ -462,7 +469,7 @@ class Expiry:
         """End those of some sessions of the table that are due; return how many.
 
         Raises:
-            Unavailable: the store cannot be asked, or did not say what became of them.
+            Unavailable: the store cannot be asked, or did not confirm the result.
         """
         if not is_compared:
             await self.compare(session_ids)
@@ -475,19 +482,19 @@ class Expiry:
         return await self._end(self._removal.described(due), IdleBounds(limits_s, idle_s + _LATE_S))
 
     async def expire_found(self, found: Mapping[str, StoredSession]) -> set[str]:
-        """End those of some sessions that only the store has, and has so, which are over.
+        """End expired sessions that only the store has, if their records are unchanged.
 
         Returns:
-            Their ids: what there is of them is to be read again.
+            Their ids: they must be read again.
 
         Raises:
-            Unavailable: the store cannot be asked, or did not say what became of them.
+            Unavailable: the store cannot be asked, or did not confirm the result.
         """
         if not self._over(found):
             return set()
         await self.refresh()
         over = self._over(found)
-        # others may be ending by the sweep meanwhile
+        # the sweep may be ending some meanwhile
         mine = {i: each for i, each in over.items() if i not in self._removal}
         if mine:
             sessions = [ended_of(i, header, found[i].stamp) for i, (header, _, _) in mine.items()]
@@ -504,10 +511,10 @@ class Expiry:
         }
 
     async def expire_page(self, page: UnusedSessions) -> int:
-        """End those of a page that are over, unless this server's table knows better; return how many.
+        """End the expired sessions of a page, unless this server's table knows better; return how many.
 
         Raises:
-            Unavailable: the store cannot be asked, or did not say what became of them.
+            Unavailable: the store cannot be asked, or did not confirm the result.
         """
         await self.refresh()
         heads, names = page.heads.heads, page.heads.models
@@ -534,17 +541,17 @@ class Expiry:
         return await self._end(sessions, IdleBounds(limits_s[places], page.idle_s[places] + _LATE_S))
 
     def _may_end(self, session_id: str) -> bool:
-        """Whether the table does not know better: what is under way here is use of which the store may not have heard."""
+        """Whether the table agrees: a session that is active here is in use, even if the store does not know yet."""
         if session_id in self._removal.pending:
             return False
         handle = self._table.find(session_id)
         return handle is None or self.is_suspect(handle)
 
     async def expire_due(self) -> int:
-        """End the sessions of the table that are due, some at a time; return how many.
+        """End the sessions of the table that are due, in batches; return how many.
 
         Raises:
-            Unavailable: as `expire_page`.
+            Unavailable: as for `expire_page`.
         """
         count = 0
         for due in self._watch.take_due_in_parts(self._clock.monotonic, BATCH_SIZE):
@@ -555,14 +562,14 @@ class Expiry:
                     await asyncio.sleep(_MIN_REST_S)
             finally:
                 left = self._table.find_all(ids)
-                self._watch.watch(left[left >= 0])  # somebody has used them, or the store could not be asked
+                self._watch.watch(left[left >= 0])  # they were used, or the store could not be asked
         return count
 
     async def _end(self, sessions: Sequence[EndedSession], idle: IdleBounds) -> int:
-        """End sessions that were just judged; return how many. What ends together is reported together.
+        """End sessions that were just judged; return how many. Sessions ended together are reported together.
 
         Raises:
-            Unavailable: the store did not say what became of them.
+            Unavailable: the store did not confirm the result.
         """
         handles = self._table.find_all([each.session_id for each in sessions])
         self._queues.claim(handles[handles >= 0])
@@ -573,16 +580,16 @@ class Expiry:
             self._removal.report("expired", ended or Counter())
         here = handles[conflicts]
         self._queues.release(here[here >= 0])
-        # somebody has used or changed them: the store says it, unless what waited for them is under way now
+        # they were used or changed according to the store, unless queued work is active now
         self._removal.forget_idle([sessions[place].session_id for place in conflicts.tolist()])
         return len(sessions) - len(conflicts)
 
 
 class UseNotifier:
-    """Notifies the store of uses that write nothing, of each session at most every tenth of its limit.
+    """Reports uses that write nothing to the store: for each session at most every tenth of its limit.
 
-    What comes while a call to the store is under way goes into the next call together. If the store cannot be notified
-    nothing is lost: the next use of the session notifies it again. Lives on the event loop.
+    Uses that arrive while a call to the store is active go into the next call together. If a call fails, nothing is
+    lost: the next use of the session is reported again. Lives on the event loop.
     """
 
     def __init__(self, watch: IdleWatch, store: Store, clock: Clock) -> None:
@@ -590,18 +597,18 @@ class UseNotifier:
         self._store = store
         self._clock = clock
         self._waiting: dict[str, int] = {}
-        """Stamps of sessions of which the store is to be notified."""
+        """Stamps of sessions whose use is to be reported."""
         self._task: asyncio.Task[None] | None = None
         self._work = Alarm(self._start)
         self._is_away = False
 
     @property
     def is_idle(self) -> bool:
-        """The store is not being notified of anything."""
+        """Whether no report is active."""
         return self._task is None and not self._waiting
 
     def used(self, handles: Handles) -> None:
-        """Sessions are used now, and not written; the table knows what the store last said of their use."""
+        """Note that sessions are used now without being written. The table has the store's last known use."""
         now, table = self._clock.monotonic(), self._table
         for handle in self._due(handles, now).tolist():
             if len(self._waiting) < MAX_WAITING_USES:
@@ -611,7 +618,7 @@ class UseNotifier:
         table.used[handles] = now
 
     def look(self) -> None:
-        """Count sessions as used that have had something under way for long."""
+        """Count sessions that have been active for long as used."""
         table = self._table
         claimed = np.flatnonzero(table.claimed[: table.end])
         claimed = claimed[table.model[claimed] >= 0]
@@ -619,13 +626,13 @@ class UseNotifier:
             self.used(self._due(claimed, self._clock.monotonic()))
 
     def close(self) -> None:
-        """Notify the store of nothing more."""
+        """Stop reporting."""
         self._waiting = {}
         if self._task is not None:
             self._task.cancel()
 
     def _due(self, handles: Handles, now: float) -> Handles:
-        """Those of whose use the store is to be notified."""
+        """Sessions whose use must be reported."""
         table = self._table
         if len(handles) == 1:  # the common case
             handle = int(handles[0])
@@ -648,7 +655,7 @@ class UseNotifier:
         except Exception as error:
             why = as_server_error(error)
             if not self._is_away:
-                _log.warning("the store could not be notified of the use of sessions", error=why)
+                _log.warning("could not report the use of sessions to the store", error=why)
             self._is_away = True
         self._task = None
         if self._waiting:
@@ -656,9 +663,9 @@ class UseNotifier:
 
 
 class Sweep:
-    """The timer that ends sessions nobody uses, and keeps the table small. Lives on the event loop.
+    """The timer that ends unused sessions, and limits the table's size. Lives on the event loop.
 
-    One server at a time goes through the store's unused sessions: the store gives it the task, for a while.
+    One server at a time scans the store's unused sessions: the store assigns the task for a while.
     """
 
     def __init__(
@@ -673,7 +680,10 @@ class Sweep:
         *,
         max_paged_out: float,
     ) -> None:
-        """`max_paged_out` sessions of the table may be out of the arena; the store has a record of each if it is finite."""
+        """At most `max_paged_out` sessions of the table may be paged out.
+
+        If it is finite, the store has a record of each session.
+        """
         self._table, self._watch = watch.table, watch
         self._expiry = expiry
         self._removal = removal
@@ -686,15 +696,15 @@ class Sweep:
         self._look_every_s = min(_MAX_LOOK_S, max(_MIN_LOOK_S, USE_SHARE / 2 * max_s))
         self._pass_every_s = min(_MAX_INTERVAL_S, max(_MIN_INTERVAL_S, max_s / _PASSES))
         self._name = secrets.token_hex(8)
-        """Of this server, among those that want the task."""
+        """This server's name, among those that want the task."""
         self._cursor = ""
-        """Of the next page; empty: a pass begins."""
+        """The start of the next page; empty: a new scan."""
         self._page_at = self._look_at = -math.inf
         self._away: set[str] = set()
-        """What could not be done when it was last tried."""
+        """Failures of the last attempt."""
 
     async def run(self) -> None:
-        """Do what is due from time to time, until cancelled."""
+        """Do what is due at intervals, until cancelled."""
         while True:
             now = self._clock.monotonic()
             pause_s = min(self._watch.next_in(now), self._page_at - now, self._look_at - now)
@@ -707,11 +717,11 @@ class Sweep:
         if now >= self._look_at:
             self._uses.look()
             self._look_at = now + self._look_every_s
-        await self._try("the store could not be asked since when it is served", self._expiry.refresh())
+        await self._try("could not read from the store since when it is served", self._expiry.refresh())
         if now >= self._page_at:
-            await self._try("the store could not be searched for sessions to end", self.page())
-        await self._try("sessions that are due could not be ended", self._expiry.expire_due())
-        await self._try("the table could not be made smaller", self.trim())
+            await self._try("could not scan the store for expired sessions", self.page())
+        await self._try("could not end expired sessions", self._expiry.expire_due())
+        await self._try("could not shrink the session table", self.trim())
 
     async def _try(self, failure: str, work: Awaitable[object]) -> None:
         try:
@@ -725,13 +735,13 @@ class Sweep:
             _log.defect(failure, error)
 
     async def round(self) -> int:
-        """Go through the store's unused sessions once, unless another server does, and then through the table.
+        """Scan the store's unused sessions once, unless another server does, and then the table.
 
         Returns:
             How many sessions ended.
 
         Raises:
-            Unavailable: the store cannot be asked, or did not say what became of some that were due.
+            Unavailable: the store cannot be asked, or did not confirm the result for sessions that were due.
         """
         self._cursor = ""
         ended = await self.page()
@@ -741,10 +751,12 @@ class Sweep:
         return ended + await self._expiry.expire_due()
 
     async def page(self) -> int:
-        """End what is due of the next page of the store's unused sessions, if this server has the task; return how many.
+        """End expired sessions of the next page of the store's unused ones; return how many.
+
+        Does nothing if another server has the task.
 
         Raises:
-            Unavailable: as `round`.
+            Unavailable: as for `round`.
         """
         began = self._clock.monotonic()
         self._page_at = began + self._pass_every_s
@@ -760,9 +772,9 @@ class Sweep:
         return ended
 
     async def trim(self) -> int:
-        """Forget the least recently used sessions that are paged out, if they are too many; return how many.
+        """Forget the least recently used paged-out sessions, if there are too many; return how many.
 
-        Whoever names one has it read from the store, as on a server that has never seen it.
+        They are read from the store when next named, as on a server that has never seen them.
         """
         table = self._table
         if len(table) <= self.max_paged_out:

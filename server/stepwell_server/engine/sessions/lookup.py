@@ -1,7 +1,7 @@
-"""Looks sessions up in the store and takes them into the table, without their states: those come when they are needed.
+"""Looks sessions up in the store and enters them in the table, without their states: those are read when needed.
 
-Whatever names sessions that are not in the table waits for `Lookup`, and then finds them in the table, or in what was
-`LookupResult` why they are not there.
+A call on sessions that are not in the table waits for `Lookup`. It then finds them in the table, or the reason why
+not in the `LookupResult`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from stepwell_server.store.record import Header, RecordBytes, decode_header, hea
 _NOTHING = StoredSession()
 _NO_MEMBERS: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
-#: Sessions that the store is asked for in one turn of the event loop: about 1 ms of it.
+#: Sessions read in one iteration of the event loop: about 1 ms of it.
 READ_BATCH_SIZE = 1024
-#: Calls that wait for the store's answer at most.
+#: The most calls that may wait for the store's answer.
 MAX_WAITING = 16_384
 _RETRY_AFTER_S = 0.5
 
 
 class LookupResult:
-    """What a store had of the sessions that it was asked for; of others nothing is known."""
+    """What a store returned for some sessions; nothing is known of others."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class LookupResult:
         self._found = found if isinstance(found, dict) else dict(found)
         self._error = error
         self.is_empty = error is None and bool(found) and not any(each.record for each in found.values())
-        """It is known of some sessions, and the store has no record of them."""
+        """Some sessions were looked up, and the store has no record of any."""
         self.is_compared = newer is not None
-        """The sessions that were in the table had been compared with what the store has of them."""
+        """Whether sessions in the table were compared with their records."""
         self._newer = dict(newer or {})
 
     def add(self, other: LookupResult, here: Sequence[str]) -> None:
-        """Know what another one knows, but for sessions that are in the table now."""
+        """Merge another result, except for sessions that are in the table now."""
         self.is_empty = other.is_empty and (self.is_empty or not self._found)
         self._found.update(other._found)
         for session_id in here:
@@ -74,40 +74,41 @@ class LookupResult:
         """The record of a session, or None.
 
         Raises:
-            Unavailable: the store could not be read, or was not asked for the session. So do the others.
+            Unavailable: the store could not be read, or was not asked for the session. The other methods raise it
+                too.
         """
         return self.all_of([session_id])[0].record
 
     def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
-        """The records of many sessions, None where there is none."""
+        """The records of many sessions; None where there is none."""
         return [each.record for each in self.all_of(session_ids)]
 
     def tombstones(self, session_ids: Sequence[str]) -> list[Tombstone | None]:
-        """How sessions ended that have no record, where that is remembered."""
+        """How sessions without a record ended, if that is remembered."""
         return [each.tombstone for each in self.all_of(session_ids)]
 
     def stamp(self, session_id: str) -> int:
-        """Of the record, or else of the tombstone; 0 if there is neither."""
+        """The stamp of the record, or else of the tombstone; 0 if there is neither."""
         return self.all_of([session_id])[0].stamp
 
     def stamps(self, session_ids: Sequence[str]) -> U64:
-        """As `stamp`, of many."""
+        """`stamp` for many sessions."""
         return np.array([each.stamp for each in self.all_of(session_ids)], np.uint64)
 
     def idle_s(self, session_id: str) -> float:
-        """For how long nobody had used the session, by the store's clock; NaN if it has none."""
+        """How long the session was unused, by the store's clock; NaN if it has none."""
         return self.all_of([session_id])[0].idle_s
 
     def newer(self, session_id: str) -> StoredSession | None:
-        """What another server made of a session that is in the table and has something under way here; None: nothing."""
+        """Another server's change of a session that is active here; None: none."""
         return self._newer.get(session_id)
 
     def ended_elsewhere(self) -> Sequence[str]:
-        """Sessions that are in the table, have something under way here, and have ended on another server."""
+        """Sessions that are active here and have ended on another server."""
         return [session_id for session_id, each in self._newer.items() if each.record is None]
 
     def all_of(self, session_ids: Sequence[str]) -> list[StoredSession]:
-        """All that is known of some sessions."""
+        """Everything known of some sessions."""
         try:
             return [*map(self._found.__getitem__, session_ids)]
         except KeyError as missing:
@@ -117,9 +118,9 @@ class LookupResult:
 
 
 class Lookup:
-    """Asks the store for sessions. What has to wait for the answer does so in the order of each session that it names.
+    """Reads sessions from the store. Calls wait for it in the order in which they name each session.
 
-    Nothing that comes later for one of the sessions overtakes. Lives on the event loop.
+    No later call on one of the sessions overtakes an earlier one. Lives on the event loop.
     """
 
     def __init__(
@@ -133,9 +134,10 @@ class Lookup:
         drain: Callable[[], None],
         catch_up: Callable[[Sequence[Header]], Awaitable[None]],
     ) -> None:
-        """See the class; `drain` has what is in the inboxes claim its sessions.
+        """`drain` makes changes in the inboxes claim their sessions.
 
-        `catch_up` is called with records of versions, or of moves, that are not known here, and returns when they are.
+        `catch_up` is called with records of versions, or of moves, that are unknown here, and returns when they are
+        known.
         """
         self._table = table
         self._store = store
@@ -147,9 +149,9 @@ class Lookup:
         self._catch_up = catch_up
         self._loop = asyncio.get_running_loop()
         self._tails: dict[str, asyncio.Future[None]] = {}
-        """The last that waits for each session: done when the next may look."""
+        """The last waiting call for each session: done when the next one may look."""
         self.waiting = 0
-        """Calls and changes that wait."""
+        """Waiting calls and changes."""
         self._removals = 0
         """Sessions that had left the table when the inboxes were last drained."""
         self._idle = asyncio.Event()
@@ -161,10 +163,10 @@ class Lookup:
             await self._idle.wait()
 
     def require_room(self) -> None:
-        """Refuse a call that would wait for the store if too many do; changes have a limit of their own.
+        """Refuse a call if too many wait for the store; changes have a limit of their own.
 
         Raises:
-            Overloaded: with the time after which to come again.
+            Overloaded: with the retry delay.
         """
         if self.waiting >= MAX_WAITING:
             raise Overloaded(
@@ -173,7 +175,7 @@ class Lookup:
             )
 
     def away(self, session_ids: Sequence[str], handles: Handles) -> Members:
-        """Places of sessions that must be asked for: not in the table, due to expire, or with something waiting here."""
+        """Places of sessions that must be read: not in the table, due to expire, or with calls waiting here."""
         if len(handles) == 1:  # the common case
             handle = int(handles[0])
             is_here = handle >= 0 and session_ids[0] not in self._tails
@@ -187,7 +189,7 @@ class Lookup:
         return np.flatnonzero(is_away)
 
     def must_wait(self, session_ids: Sequence[str]) -> bool:
-        """Whether some of the sessions are `away`."""
+        """Whether any of the sessions is `away`."""
         return bool(len(self.away(session_ids, self._table.find_all(session_ids))))
 
     async def wait(
@@ -197,20 +199,17 @@ class Lookup:
         reread: bool = False,
         use: Callable[[LookupResult], Sequence[str]] | None = None,
     ) -> LookupResult:
-        """Ask the store for those of some sessions that are not in the table.
+        """Read those of some sessions that are not in the table.
 
-        `reread`: the store is asked for those in the table too, as other servers may have changed them, unless they
-        have something under way here.
+        With `reread`, sessions in the table are also read, since other servers may have changed them, unless they
+        are active here. `use` is called with the result before any later call on one of the sessions continues. It
+        returns sessions to `reread`, and is called once more for these.
 
-        `use` is called with the answer before anything continues that came later for one of the sessions. It returns
-        those that are to be asked for `reread`, and is called once more for these.
-
-        It returns when what came before for these sessions has been let in, and the store was asked for them. Who
-        awaits it goes on in the same moment: nothing comes between. To be cancelled changes nothing for those that
-        come after.
+        Returns when earlier calls on these sessions have been admitted, and the store has answered. The awaiting
+        caller continues in the same iteration: nothing runs in between. Cancelling it does not affect later calls.
         """
         if self._removals != self._table.removals:
-            # what is in the inboxes came before, and looks for its session first if that has left the table
+            # queued changes came before, and look their session up first if it has left the table
             self._removals = self._table.removals
             self._drain()
         tails = self._tails
@@ -237,8 +236,8 @@ class Lookup:
     ) -> LookupResult:
         newer: Mapping[str, StoredSession] | None = None
         if reread:
-            self._drain()  # what came before is under way then
-            # what is in the table when it has been made may have been changed elsewhere since it was kept
+            self._drain()  # earlier changes are active then
+            # a session in the table after that may have been changed elsewhere since it was stored
             await self._removal.settled(session_ids)
             newer = await self._expiry.compare(session_ids)
         seen = await self._look(session_ids, newer)
@@ -252,7 +251,7 @@ class Lookup:
         table = self._table
         try:
             await self._expiry.expire_named(session_ids, is_compared=newer is not None)
-            # what is being made here may be there already: another server may have made it
+            # a session being created here may exist already: another server may have created it
             await self._removal.settled(session_ids)
             removals, wanted = table.removals, self._expiry.only_stored(session_ids)
             while wanted:
@@ -284,14 +283,14 @@ class Lookup:
                 return LookupResult(known | found, error, newer)
             self._loader.load_all(ids, seen)
         has_left = table.removals != removals and not found.keys() >= {*self._expiry.only_stored(session_ids)}
-        if has_left or self._removal.are_pending(session_ids):  # or begin or end here
+        if has_left or self._removal.are_pending(session_ids):  # or are beginning or ending here
             return await self._look(session_ids, newer)
         if len(found) == len(session_ids):
             return seen
         return LookupResult(dict.fromkeys(session_ids, _NOTHING) | found, newer=newer)
 
     async def _read(self, session_ids: Sequence[str]) -> dict[str, StoredSession]:
-        """What the store has of sessions. It is asked in pieces, and they are awaited together."""
+        """Read sessions from the store, in batches that are awaited together."""
         found: dict[str, StoredSession] = {}
         later: list[tuple[Sequence[str], asyncio.Future[list[StoredSession]]]] = []
         for at in range(0, len(session_ids), READ_BATCH_SIZE):
@@ -311,7 +310,7 @@ class Lookup:
     def _end_after(
         self, before: set[asyncio.Future[None]], own: asyncio.Future[None], session_ids: Sequence[str]
     ) -> None:
-        """Let the next look, but not before those have that came before: this one may have been cancelled."""
+        """Let the next call look, but not before all earlier ones: this call may have been cancelled."""
         left = {tail for tail in before if not tail.done()}
         if not left:
             self._end(own, session_ids)
@@ -333,7 +332,8 @@ class Lookup:
             else:
                 is_followed = True
         if is_followed:
-            # what was let in claims its sessions: these could leave the table before those that follow go on
+            # admitted changes claim their sessions, which could otherwise leave the table before later calls
+            # continue
             self._drain()
         own.set_result(None)
         self.waiting -= 1
@@ -342,7 +342,7 @@ class Lookup:
 
 
 def refresh(table: SessionTable, fields: Fields, handle: int, header: Header, stamp: int) -> None:
-    """Let the table say what a record says that another server wrote."""
+    """Update the table from a record that another server wrote."""
     table.stamp[handle] = stamp
     table.revision[handle], table.position[handle] = header.revision, header.position
     table.request_id[handle], table.opened_with[handle] = header.request_id, header.opened_with
@@ -354,7 +354,7 @@ def refresh(table: SessionTable, fields: Fields, handle: int, header: Header, st
 
 
 class Loader:
-    """Takes the store's sessions into the table when they are named. Lives on the event loop."""
+    """Enters the store's sessions in the table when they are named. Lives on the event loop."""
 
     def __init__(self, table: SessionTable, models: Models, expiry: Expiry, fields: Fields) -> None:
         self._table = table
@@ -363,7 +363,7 @@ class Loader:
         self._fields = fields
 
     def load(self, session_id: str, seen: LookupResult) -> int | None:
-        """The handle of a session that was only in the store; None if it is not there."""
+        """The handle of a session that only the store had; None if it does not exist."""
         stored = seen.get(session_id) if self._expiry.only_stored([session_id]) else None
         if stored is None:
             return None
@@ -371,10 +371,10 @@ class Loader:
         return int(self.adopt([served], seen.stamps([session_id]), idle_s)[0])
 
     def load_all(self, session_ids: Sequence[str], seen: LookupResult) -> tuple[int, list[str]]:
-        """Take those sessions into the table that are in the store and can be stepped.
+        """Enter sessions in the table that are in the store and can be stepped.
 
         Returns:
-            How many they are, and those that are there and cannot be stepped.
+            How many were entered, and those that exist and cannot be stepped.
 
         Raises:
             Unavailable: the store cannot be read.
@@ -390,14 +390,14 @@ class Loader:
             try:
                 found.append(self._served(session_id, stored))
             except (StateCorrupt, ModelMismatch, ModelNotFound):
-                unusable.append(session_id)  # `find` says why
+                unusable.append(session_id)  # `find` raises the reason
         if found:
             ids = [session_id for session_id, _, _ in found]
             self.adopt(found, seen.stamps(ids), [*map(seen.idle_s, ids)])
         return len(found), unusable
 
     def behind(self, session_ids: Sequence[str], seen: LookupResult) -> dict[str, Header]:
-        """Those sessions of the store, with their heads, that tell of versions or moves which are not known here."""
+        """Stored sessions, with their headers, whose records mention versions or moves that are unknown here."""
         found: dict[str, Header] = {}
         for session_id, stored in zip(session_ids, seen.get_many(session_ids), strict=True):
             header = None if stored is None else header_or_none(session_id, stored)
@@ -406,10 +406,10 @@ class Loader:
         return found
 
     def _served(self, session_id: str, stored: RecordBytes) -> tuple[str, Header, Model]:
-        """A stored session, if it can be stepped here."""
+        """A stored session that can be stepped here."""
         header = decode_header(session_id, stored)
         model, move = self._models.place(session_id, header)
-        if move is not None and move.how is MoveKind.RESET:  # its state follows when it is needed
+        if move is not None and move.how is MoveKind.RESET:  # its state is converted when it is needed
             header = dataclasses.replace(header, position=0)
         return session_id, header, model
 
@@ -419,7 +419,7 @@ class Loader:
         stamps: U64,
         idle_s: Sequence[float],
     ) -> Handles:
-        """Take sessions of the store into the table, none of which is there.
+        """Enter sessions of the store in the table, none of which is there yet.
 
         Headers and stamps are those of their records; for `idle_s` see `LookupResult.idle_s`.
         """

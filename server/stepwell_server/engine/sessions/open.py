@@ -1,4 +1,4 @@
-"""The calls that begin sessions with states of their callers, of their models or of other sessions: open and fork."""
+"""Opens and forks sessions: with given states, the model's initial state, or the states of other sessions."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ from stepwell_server.errors import (
     Unavailable,
 )
 
-#: Bytes of states that forks copy at the same time: they are held while sessions are made of them.
+#: The most bytes of states that forks hold at the same time, while sessions are created from them.
 MAX_FORK_BYTES = 256 << 20
 _RETRY_S = 0.1
 
-#: Sessions that a message names.
+#: A message names at most this many sessions.
 _MAX_NAMED = 5
 
 
@@ -68,7 +68,7 @@ class Opener:
         observer: Observer,
         require_open: Callable[[], None],
     ) -> None:
-        """`require_open` refuses a call while the server stops, or while too much waits for the store."""
+        """`require_open` refuses a call while the server is stopping, or while too much waits for the store."""
         self._table = table
         self._directory = directory
         self._pieces = directory.pieces
@@ -93,8 +93,9 @@ class Opener:
     ) -> OpenResult:
         """Open a session, or resume the live one of that id.
 
-        `max_idle_ms` is the session's own limit if it begins: 0 for none, None for what the server gives
-        (`IdleLimits.of_new`). A resumed session keeps its limit. One without a name gets an id in the `namespace`.
+        `max_idle_ms` is the own limit of a new session: 0 for none, None for the server's default
+        (`IdleLimits.of_new`). A resumed session keeps its limit. Without a `session_id`, an id is generated in the
+        `namespace`.
 
         Raises:
             ModelNotFound, ModelMismatch, InvalidInput, SessionExists, Overloaded, Unavailable
@@ -122,7 +123,7 @@ class Opener:
             is_pinned=self._directory.models.is_pinned(model),
             is_version="@" in model,
             is_single=True,
-            are_absent=True,  # else it resumes the session
+            are_absent=True,  # otherwise it resumes the session
         )
 
         async def find(new: NewSessions, seen: LookupResult) -> OpenResult | Members | None:
@@ -135,7 +136,7 @@ class Opener:
                 self._directory.require_version(handle, served)
             if not request_id or int(self._table.opened_with[handle]) != request_id:
                 return await self._resume(new, handle, seen, must_be_new=must_be_new)
-            # a state that its version does not take is another one than that of the first attempt
+            # a state that its version rejects differs from that of the first attempt
             new.content = np.zeros(1, np.uint64)
             with contextlib.suppress(InvalidInput):
                 values = check_finite_state(
@@ -152,7 +153,7 @@ class Opener:
         try:
             return self._directory.live(name, seen)
         except (ModelMismatch, ModelNotFound) as error:
-            if must_be_new:  # it exists, whatever it belongs to
+            if must_be_new:  # it exists, whatever model it belongs to
                 raise exists("session_id", name) from error
             raise
 
@@ -162,7 +163,7 @@ class Opener:
         name, model = new.ids[0], new.model
         try:
             info = self._directory.current_info(handle, seen, is_same=True)
-        except SessionGone:  # on another server, while something is under way for it here
+        except SessionGone:  # ended on another server while active here
             await self._begin.attempts.free(new.ids)
             return None
         if must_be_new:
@@ -190,11 +191,11 @@ class Opener:
         caller: Caller = ANYBODY,
         resume: bool = False,
     ) -> OpenManyResult:
-        """Open many sessions: all of them or none. The `namespace`, and errors, are as of `one`.
+        """Open many sessions: all or none. `namespace` and errors are as for `one`.
 
-        Where a shared store does not say what it kept, some of them may exist: the same call makes the others when it
-        comes again, here or on another server. With `resume`, live ones of `session_ids` are resumed, and the others are
-        opened.
+        If a shared store does not say what it kept, some of the sessions may exist. A repeated call then creates
+        the others, here or on another server. With `resume`, live ones of `session_ids` are resumed, and the others
+        are opened.
         """
         self._require_open()
         served = self._directory.models.by_name(model)
@@ -238,7 +239,7 @@ class Opener:
             if len(absent):
                 try:
                     made = await self._begin.begin_many(new.only(absent))
-                except SessionExists:  # another call has opened one of them meanwhile
+                except SessionExists:  # another call opened one of them meanwhile
                     continue
                 if len(absent) == len(new.ids):
                     return made
@@ -253,7 +254,7 @@ class Opener:
 
         Raises:
             SessionExists: a live one has another model or batch size.
-            InvalidInput: another call with the request id has made some.
+            InvalidInput: another call with the request id created some of them.
         """
         absent: list[Members] = []
         unlike: list[int] = []
@@ -277,7 +278,7 @@ class Opener:
         return np.concatenate(absent)
 
     def _unlike(self, new: NewSessions, handles: Handles) -> Members:
-        """Places of live sessions of another model or batch size."""
+        """Places of live sessions with another model or batch size."""
         table, live = self._table, np.flatnonzero(handles >= 0)
         fits = table.batch_size[handles[live]] == new.batch_size
         for index in np.unique(table.model[handles[live]]).tolist():
@@ -297,10 +298,10 @@ class Opener:
     async def _resume_live(
         self, new: NewSessions, seen: LookupResult, opened: Container[str]
     ) -> OpenManyResult | None:
-        """Resume live sessions, except those that this attempt has `opened`.
+        """Resume live sessions, except those that this attempt `opened`.
 
         Returns:
-            None: one has ended meanwhile, and all must be looked at again.
+            None: one has ended meanwhile, and all must be looked up again.
         """
         table, ids = self._table, new.ids
         handles = table.find_all(ids)
@@ -327,9 +328,9 @@ class Opener:
 
 
 class Forker:
-    """Forks sessions: their states are read, each after what was received before, and sessions begin with them.
+    """Forks sessions: reads their states, each after earlier changes, and begins sessions with them.
 
-    No session is held up for another one, nor while the new ones are committed. Lives on the event loop.
+    No session is held while another is waited for, nor while the new ones are committed. Lives on the event loop.
     """
 
     def __init__(
@@ -340,14 +341,14 @@ class Forker:
         drain: Callable[[], None],
         require_open: Callable[[], None],
     ) -> None:
-        """`drain` admits the changes that wait in the inboxes; for `require_open` see `Opener`."""
+        """`drain` admits queued changes; for `require_open` see `Opener`."""
         self._directory = directory
         self._begin = begin
         self._reading = reading
         self._drain = drain
         self._require_open = require_open
         self._copied_bytes = 0
-        """Of states that are being copied."""
+        """Bytes of states being copied."""
 
     async def one(
         self,
@@ -360,7 +361,7 @@ class Forker:
         deadline: float = float("inf"),
         caller: Caller = ANYBODY,
     ) -> OpenResult:
-        """Open a session with the state, revision and position of another, after what was received before for that one.
+        """Open a session with the state, revision and position of another, after all changes received before for it.
 
         Raises:
             SessionGone, SessionExists, RevisionConflict, InvalidInput, Overloaded, DeadlineExceeded
@@ -394,17 +395,18 @@ class Forker:
         deadline: float = float("inf"),
         caller: Caller = ANYBODY,
     ) -> OpenManyResult:
-        """Open sessions with the states, revisions and positions of others: all of them or none.
+        """Open sessions with the states, revisions and positions of others: all or none.
 
-        Each is read after what was received before for it, and no session is held up for another one.
+        Each source is read after all changes received before for it. No session is held while another is waited
+        for.
 
         Args:
-            session_ids: One may come more than once.
-            new_session_ids: One each, or none: they are made here.
+            session_ids: The sources; an id may be repeated.
+            new_session_ids: One each; empty: ids are generated.
             expected: `(n,)`; None: any revisions.
-            request_id: 0 for none.
-            max_idle_ms: Of each, as in `open`.
-            deadline: Of the reading.
+            request_id: 0: none.
+            max_idle_ms: Of each, as in `Opener.one`.
+            deadline: For the reads.
             caller: The caller that makes the call.
 
         Raises:
@@ -419,7 +421,9 @@ class Forker:
                 f" got {len(new_session_ids)}"
             )
         field = "new_session_ids"
-        namespace = namespaces.prefix_of(namespaces.tenant_of(session_ids[0]))  # they have one caller
+        namespace = namespaces.prefix_of(
+            namespaces.tenant_of(session_ids[0])
+        )  # they all belong to the caller's tenant
         ids = await self._directory.chosen_or_new(
             field, new_session_ids, count, request_id, session_ids, namespace=namespace
         )
@@ -448,7 +452,7 @@ class Forker:
     ) -> OpenManyResult:
         try:
             return await self._attempt(call, session_ids, expected, max_idle_ms, deadline, caller)
-        except Unavailable:  # the call comes again, and continues with what it has made
+        except Unavailable:  # the caller repeats the call, which continues with what was created
             raise
         except ServerError:
             await self._begin.undo(call)
@@ -464,16 +468,16 @@ class Forker:
         caller: Caller,
     ) -> OpenManyResult:
         ids, sources, is_single = call.ids, list(dict.fromkeys(session_ids)), call.field == "new_session_id"
-        # Together: between two looks at a store that is awaited, changes that came later would overtake the reading.
+        # A single lookup: between two lookups that are awaited, later changes would overtake the reads.
         seen = await self._begin.look([*ids, *sources])
         self._drain()
         found = await self._begin.attempts.find(call, seen)
-        if isinstance(found, OpenManyResult):  # also if those it was made of have ended by now
+        if isinstance(found, OpenManyResult):  # even if the sources have ended by now
             return found
         missing = [ids[place] for place in found.tolist()] if call.are_named and found is not None else ()
         async for part in self._directory.pieces.of(missing):
             self._directory.require_new(call.field, missing[part], seen)
-        if len(missing) > PIECE_SIZE or found is None or len(found) < len(ids):  # others had turns meanwhile
+        if len(missing) > PIECE_SIZE or found is None or len(found) < len(ids):  # other work ran meanwhile
             seen = await self._directory.look(sources, reread=True)
             self._drain()
         with self._copying(session_ids) as admit:
@@ -505,11 +509,11 @@ class Forker:
 
     @contextlib.contextmanager
     def _copying(self, session_ids: Sequence[str]) -> Iterator[Callable[[int], None]]:
-        """Count the bytes of states that are copied in the block. It calls what it gets with the bytes of the originals.
+        """Count the bytes of states copied in the block. It yields a function to call with the sources' bytes.
 
         Raises:
-            MessageTooLarge: they are more than may be copied at once.
-            Overloaded: they are, with those of other calls.
+            MessageTooLarge: they exceed the limit by themselves.
+            Overloaded: they exceed it together with other calls.
         """
         own = 0
 
@@ -518,8 +522,8 @@ class Forker:
             copies = byte_count * len(session_ids) // len(set(session_ids))
             if copies > MAX_FORK_BYTES:
                 raise MessageTooLarge(
-                    f"session_ids must be sessions whose states have at most {MAX_FORK_BYTES} bytes together;"
-                    f" got {len(session_ids)}, whose copies would have {copies}: fork fewer at once"
+                    f"session_ids must name sessions whose states have at most {MAX_FORK_BYTES} bytes together;"
+                    f" got {len(session_ids)} sessions, whose copies need {copies} bytes: fork fewer at once"
                 )
             if self._copied_bytes + copies > MAX_FORK_BYTES and self._copied_bytes:
                 raise Overloaded(
@@ -546,7 +550,7 @@ class Forker:
         *,
         is_single: bool,
     ) -> tuple[StatesResult, Members]:
-        """The states of `sources`, and which of them each of `session_ids` is."""
+        """The states of `sources`, and which of them belongs to each of `session_ids`."""
         if is_single:
             read = _as_many(await self._reading.read(session_ids[0], seen, deadline))
         else:
@@ -577,7 +581,7 @@ def _require_revisions(session_ids: Sequence[str], expected: U64, actual: U64) -
 
 
 def _as_many(read: StateResult) -> StatesResult:
-    """The state of one session, as if it had been read with others."""
+    """The state of one session, in the form of a read of many."""
     info, one = read.session, np.zeros(1, np.intp)
     return StatesResult(
         info.model,

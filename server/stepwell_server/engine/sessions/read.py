@@ -1,4 +1,4 @@
-"""Sessions are read: their states, each when its turn comes, lists of them, and how many there are."""
+"""Reads sessions: their states, lists of them, and how many there are."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from stepwell_server.store.record import header_or_none
 
 _log = Log("engine.read")
 
-#: Rows that are copied before others get a turn of the event loop.
+#: Rows copied in one batch; other work runs between batches.
 COPY_BATCH_ROWS = 4096
-#: Heads of sessions that are read together: about a millisecond of the event loop, with the fields of each.
+#: Record headers read in one batch: about a millisecond of the event loop, with their fields.
 _HEADS_BATCH_SIZE = 128
-#: Heads that one page reads, at most, to find sessions that fit.
+#: The most headers that one page reads to find matching sessions.
 _MAX_HEADS = 20_000
-#: Not printable, so no id has it: behind all ids of a namespace.
+#: Not printable, so no id contains it: sorts after all ids of a namespace.
 _LAST = "\U0010ffff"
-#: Counts are asked for again after this time, in seconds; and this often for metrics.
+#: Seconds after which counts are read again, and the interval for metrics.
 _FRESH_S, _COUNT_INTERVAL_S = 1.0, 5.0
 
 
 def _no_limit(_byte_count: int) -> None:
-    """No limit."""
+    """Accept any size."""
 
 
 class StateReader:
@@ -74,7 +74,7 @@ class StateReader:
         self._clock = clock
 
     async def read(self, session_id: str, seen: LookupResult, deadline: float) -> StateResult:
-        """Read a state when its turn comes. See `Engine.get_state`."""
+        """Read a state once its session is free. See `Engine.get_state`."""
         handle = await self._held(session_id, seen, deadline)
         try:
             self._usage.used(np.array([handle]))
@@ -86,7 +86,7 @@ class StateReader:
             self._queues.release(np.array([handle]))
 
     async def _held(self, session_id: str, seen: LookupResult, deadline: float) -> int:
-        """A session, claimed and in the arena."""
+        """Claim a session and bring it to the arena; return its handle."""
         for _ in range(MAX_TRIES):
             handle = self._directory.find(session_id, seen)
             try:
@@ -94,7 +94,7 @@ class StateReader:
             except SessionLost:
                 raise
             except SessionGone:
-                # while it was waited for; by now somebody may have opened it anew
+                # it ended meanwhile, and may have been opened again
                 seen = await self._directory.look([session_id], reread=True)
                 continue
             return handle
@@ -102,7 +102,7 @@ class StateReader:
 
     @staticmethod
     async def _in_pieces(model: Model, rows: Rows) -> Sequence[Array]:
-        """Copies of the states of a claimed session's rows; others get a turn between the pieces of a large one."""
+        """Copies of a claimed session's rows; other work runs between the pieces of a large one."""
         if len(rows) <= COPY_BATCH_ROWS:
             return model.arena.read(rows)
         arrays = [np.empty((len(rows), *state.shape[1:]), state.dtype) for state in model.arena.states]
@@ -122,9 +122,9 @@ class StateReader:
         admit: Callable[[int], None] = _no_limit,
         with_state: bool = True,
     ) -> StatesResult:
-        """Read the states of many sessions, each when its turn comes. See `Engine.get_states`.
+        """Read the states of many sessions, each once it is free. See `Engine.get_states`.
 
-        `admit` is told how many bytes of states that will be, and raises if they are too many.
+        `admit` is called with the total bytes of the states, and raises if they are too many.
         """
         handles = await self._find(session_ids, seen)
         errors = await self._directory.errors_for_many(session_ids, np.flatnonzero(handles < 0), seen)
@@ -162,18 +162,18 @@ class StateReader:
         return _merged(parts, errors)
 
     async def _find(self, session_ids: Sequence[str], seen: LookupResult) -> Handles:
-        """Handles of many sessions, -1 for those that cannot be had; others have turns meanwhile."""
+        """Handles of many sessions, -1 for those that cannot be used; other work runs in between."""
         handles = np.full(len(session_ids), -1, np.intp)
         births = np.zeros(len(session_ids), self._table.birth.dtype)
         async for part in self._call_pieces.of(session_ids):
             handles[part] = self._directory.find_all(session_ids[part], seen)
             births[part] = self._table.birth[handles[part]]
-        # a handle may be another session's by now
+        # a handle may have been reused by now
         handles[births != self._table.birth[handles]] = -1
         return handles
 
     async def _retry_ended(self, reader: _GroupRead) -> None:
-        """Of sessions that ended while they were waited for: another server may have opened them anew by now."""
+        """Look up sessions that ended while they were waited for: another server may have opened them again."""
         ended = reader.ended()
         seen = (
             await self._directory.look(list(ended.values()), reread=True) if ended else self._directory.here
@@ -183,23 +183,23 @@ class StateReader:
                 reader.fail(place, changed_elsewhere(session_id))
 
     def _by_version(self, handles: Handles) -> list[tuple[Model, Members]]:
-        """Places of sessions by the version that they are on."""
+        """Places of sessions by their version."""
         models = self._table.model[handles]
         versions = [self._directory.models.by_index[index] for index in np.unique(models).tolist()]
         if len({version.name for version in versions}) > 1:
             raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
         if any(version.program.state != versions[0].program.state for version in versions):
             raise InvalidInput(
-                "session_ids must be sessions whose states are alike; got sessions of versions"
+                "session_ids must be sessions with the same state tensors; got sessions of versions"
                 f" {sorted(version.version for version in versions)} of model {versions[0].name!r}"
             )
         return [(version, np.flatnonzero(models == version.index)) for version in versions]
 
 
 class _GroupRead:
-    """One call's reading of sessions, by their place among its `handles`.
+    """One call's read of several sessions, by their place among its `handles`.
 
-    It never holds a session while it waits for the turn of another, so that two calls cannot wait for each other.
+    It never holds one session while it waits for another, so two calls cannot deadlock.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class _GroupRead:
         self._model = model
         self._handles = handles
         self._births = table.birth[handles]
-        """Before anything is waited for: by then a handle may be that of another session."""
+        """Read before any wait, because a handle may be reused afterwards."""
         self._sizes = table.batch_size[handles].astype(np.intp)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._with_state = with_state
@@ -229,17 +229,17 @@ class _GroupRead:
         self._was_read = np.zeros(len(handles), np.bool_)
         self._failed: dict[int, ServerError] = {}
         self._lines: dict[int, asyncio.Future[None]] = {}
-        """Of the sessions that are waited for."""
+        """Futures of the sessions that are waited for."""
         self._came: deque[int] = deque()
         self._has_come = asyncio.Event()
 
     @property
     def byte_count(self) -> int:
-        """Bytes of the states that are read."""
+        """Bytes of the states to read."""
         return int(self._sizes.sum()) * self._model.program.state_row_bytes if self._with_state else 0
 
     async def run(self, deadline: float, error_for: Callable[[int], ServerError]) -> None:
-        """Read all of them that can be read; `error_for` says why one is not there any more, by its place."""
+        """Read all sessions that can be read; `error_for` returns the error for one that has ended, by place."""
         if self._with_state:
             rows = int(self._sizes.sum())
             self._arrays = [np.empty((rows, *s.shape[1:]), s.dtype) for s in self._model.arena.states]
@@ -261,7 +261,7 @@ class _GroupRead:
                 self._queues.withdraw(int(self._handles[place]), line)
 
     async def _begin(self, places: Members, deadline: float) -> None:
-        """Read those that have nothing under way, and take places in the lines of the others."""
+        """Read the free sessions, and join the queues of the others."""
         is_busy = self._table.claimed[self._handles[places]]
         for place in places[is_busy].tolist():
             try:
@@ -280,7 +280,7 @@ class _GroupRead:
         self._has_come.set()
 
     def _take_turns(self) -> list[int]:
-        """The places of those whose turn has come."""
+        """The places of sessions whose claims were granted."""
         granted = []
         while self._came:
             place = self._came.popleft()
@@ -293,7 +293,7 @@ class _GroupRead:
         return sorted(granted)
 
     async def _read_in_pieces(self, places: Members) -> None:
-        """Read sessions that are claimed for it, and end their claims; others get a turn between the pieces."""
+        """Read claimed sessions, and end their claims; other work runs between the pieces."""
         left = places
         try:
             for part in self._pieces(places):
@@ -327,7 +327,7 @@ class _GroupRead:
                 await self._copy(places[is_here], self._table.rows_of(handles[is_here]))
             away = places[~is_here]
             if len(away):
-                # their revisions, too, are those that the store has
+                # their revisions are also those in the store
                 states, refused = await self._pager.states_of(self._model, handles[~is_here])
                 if refused:
                     away = away[[handle not in refused for handle in self._handles[away].tolist()]]
@@ -344,7 +344,7 @@ class _GroupRead:
             self._queues.end(handle, refused[handle])
 
     async def _copy(self, places: Members, rows: Rows) -> None:
-        """Copy the arena's rows of sessions; others get a turn between the pieces of a large one."""
+        """Copy sessions' rows from the arena; other work runs between the pieces of a large session."""
         where = self._rows_of(places)
         for start in range(0, len(rows), COPY_BATCH_ROWS):
             if start:
@@ -359,7 +359,7 @@ class _GroupRead:
             array[where] = values
 
     def _rows_of(self, places: Members) -> Rows:
-        """Where the rows of sessions are in the answer."""
+        """Rows of sessions in the answer."""
         sizes = self._sizes[places]
         starts = self._starts[places] - (np.cumsum(sizes) - sizes)
         rows: Rows = np.repeat(starts, sizes) + np.arange(int(sizes.sum()))
@@ -374,17 +374,17 @@ class _GroupRead:
         self._queues.release(handles)
 
     def ended(self) -> dict[int, str]:
-        """Ids of the sessions that are gone, by their places."""
+        """Ids of the sessions that have ended, by place."""
         return {
             place: error.session_id for place, error in self._failed.items() if isinstance(error, SessionGone)
         }
 
     def fail(self, place: int, error: ServerError) -> None:
-        """One was not read because of this."""
+        """Record that a session was not read because of this error."""
         self._failed[place] = error
 
     def errors(self) -> Iterator[tuple[Members, ServerError]]:
-        """Why those that failed did, for each kind of error: many alike share the first one's."""
+        """The errors of sessions that were not read; similar ones share the first one's."""
         kinds: dict[type[ServerError], list[int]] = {}
         for place, error in sorted(self._failed.items()):
             kinds.setdefault(type(error), []).append(place)
@@ -418,7 +418,7 @@ class _GroupRead:
 
 
 def _merged(parts: Sequence[StatesResult], errors: Sequence[tuple[Members, ServerError]]) -> StatesResult:
-    """What was read of sessions of several versions, in the order of the members; `errors` beside theirs."""
+    """Merge what was read on several versions, in the order of the members; `errors` are added to theirs."""
     errors = [*errors, *(error for part in parts for error in part.errors)]
     if len(parts) == 1:
         return dataclasses.replace(parts[0], errors=errors)
@@ -454,18 +454,18 @@ class Query:
 
     filter: SessionFilter
     after: str = ""
-    """The id behind which it begins, whether a session has it or not."""
+    """The page begins after this id, whether a session has it or not."""
     limit: int
-    """Sessions in it, at most."""
+    """The most sessions on the page."""
     count: bool = True
-    """Count the sessions of all pages."""
+    """Whether to count the sessions of all pages."""
 
 
 class SessionList:
-    """Lists sessions in the order of their ids. Lives on the event loop.
+    """Lists sessions, sorted by id. Lives on the event loop.
 
-    A page is what the store has, joined with what the table knows better. A session that is there all the time is in one
-    page of a list, whatever comes and goes meanwhile.
+    A page combines the store's sessions with newer facts from the table. A session that exists throughout is on
+    exactly one page of a list, whatever begins and ends meanwhile.
     """
 
     def __init__(
@@ -489,19 +489,19 @@ class SessionList:
     async def ask(
         self, *, after: str = "", limit: int = 1000, count: bool = True, **wanted: Any
     ) -> tuple[SessionPage, int]:
-        """Up to `limit` sessions, and how many fit in all (0 without `count`); `wanted` is as of `SessionFilter`.
+        """Up to `limit` sessions, and how many match in all (0 without `count`). For `wanted` see `SessionFilter`.
 
         Raises:
-            ModelNotFound: there is no model of that name.
+            ModelNotFound: no model has that name.
             Unavailable: the store cannot be read now.
         """
         return await self.page(Query(filter=SessionFilter(**wanted), after=after, limit=limit, count=count))
 
     async def page(self, query: Query) -> tuple[SessionPage, int]:
-        """As `ask`."""
+        """`ask` with a `Query`."""
         if query.filter.model:
             self._directory.models.named(query.filter.model)  # raises
-        with contextlib.suppress(ServerError):  # to read the page says so too
+        with contextlib.suppress(ServerError):  # reading the page raises it too
             await self._expiry.refresh()
         page = await self._page(query)
         return page, await self._total(query.filter) if query.count else 0
@@ -512,7 +512,7 @@ class SessionList:
         async for own, fitting in self._pieces(wanted, query.after, most):
             left = fitting
             while left:
-                room = query.limit + 1 - len(page)  # one more: is there another page?
+                room = query.limit + 1 - len(page)  # one more, to see whether there is another page
                 page += [info for info in await self._described(left[:room]) if self._fits(info, wanted)]
                 if len(page) > query.limit:
                     page.pop()
@@ -528,7 +528,7 @@ class SessionList:
     async def _pieces(
         self, wanted: SessionFilter, after: str, most: int
     ) -> AsyncIterator[tuple[list[str], list[str]]]:
-        """Ids in their order: those that may be named to the caller, and those of them whose sessions fit as far as is known."""
+        """Sorted ids: those that may be returned, and those of them whose sessions match by what is known."""
         prefix = wanted.ids_begin_with
         while True:
             heads = await self._policy.heads(after=after, prefix=prefix, limit=most)
@@ -540,11 +540,11 @@ class SessionList:
             yield [ids[place] for place in places], [ids[place] for place in places if fits[place]]
             after = ids[-1]
             if not wanted.is_of_tenant(after):
-                after = prefix_of(tenant_of(after)) + _LAST  # behind all of that tenant's
+                after = prefix_of(tenant_of(after)) + _LAST  # after all ids of that tenant
             await self._directory.pieces.turn(wanted.tenant or "")
 
     def _fitting(self, heads: Heads, ids: Sequence[str], wanted: SessionFilter) -> Mask:
-        """Which sessions fit by model and use. The table may be behind a store that others use: see `_fits`."""
+        """Which sessions match by model and use. The table may be outdated on a shared store: see `_fits`."""
         table, handles = self._table, self._table.find_all(ids)
         is_here = handles >= 0
         fits = np.ones(len(ids), np.bool_)
@@ -568,7 +568,7 @@ class SessionList:
         return total
 
     async def _described(self, session_ids: Sequence[str]) -> list[SessionInfo]:
-        """The sessions of some ids, of those that are there."""
+        """Describe the sessions that exist."""
         infos: dict[str, SessionInfo] = {}
         left = session_ids
         while left:
@@ -579,14 +579,17 @@ class SessionList:
             async for part in self._directory.pieces.of(left):
                 for session_id, each in zip(left[part], found[part], strict=True):
                     if each.is_known and session_id not in self._table:
-                        departed.append(session_id)  # meanwhile: its record is needed
+                        departed.append(session_id)  # it left meanwhile: its record is needed
                     elif (info := self._info(session_id, each)) is not None:
                         infos[session_id] = info
             left = departed
         return [infos[session_id] for session_id in session_ids if session_id in infos]
 
     def _info(self, session_id: str, found: StoredSession) -> SessionInfo | None:
-        """A session by its record, or by the table if that has the same; None: it has ended, or nobody sees it yet."""
+        """Describe a session by its record, or by the table if that is as new.
+
+        None: the session has ended, or is not visible yet.
+        """
         handle = self._table.find(session_id)
         here = None if handle is None else self._directory.info(handle)
         if session_id in self._removal.pending:
@@ -596,13 +599,13 @@ class SessionList:
         elif found.record is None:
             return None
         elif (header := header_or_none(session_id, found.record)) is None:
-            # damaged: nothing is known but its id
+            # corrupt: only its id is known
             return SessionInfo(session_id, "", "", 0, 0, 0, 0.0, 0.0, resident=False)
         else:
             info = self._directory.stored_info(session_id, header)
         now = self._clock.now()
         if not math.isnan(found.idle_s):
-            # this server may know of a use that the store has not learned of yet
+            # this server may know of a use that the store does not know yet
             used = now - found.idle_s if here is None else max(now - found.idle_s, here.last_used)
             info = dataclasses.replace(info, last_used=used, resident=here is not None and here.resident)
         is_busy = handle is not None and bool(self._table.claimed[handle])
@@ -617,7 +620,7 @@ class SessionList:
 
 
 class SessionCounts:
-    """Knows how many sessions each model has, on all versions. Lives on the event loop."""
+    """Counts each model's sessions, on all versions. Lives on the event loop."""
 
     def __init__(self, table: SessionTable, models: Models, store: Store, clock: Clock) -> None:
         self._table = table
@@ -625,15 +628,15 @@ class SessionCounts:
         self._store = store
         self._clock = clock
         self._counts: dict[str, int] = {}
-        """As the store said when it was last asked."""
+        """The store's last answer."""
         self._asked = -math.inf
 
     def of(self, name: str) -> int:
-        """Sessions of a model: now, or where the store has to be awaited, when `refresh` last asked."""
+        """A model's sessions: the current number, or as of the last `refresh` if the store must be awaited."""
         try:
             count = self._store.count_now(name)
         except ServerError as error:
-            _log.warning("the store could not be asked how many sessions it has", error=error)
+            _log.warning("could not read the number of sessions from the store", error=error)
             count = None
         if count is None and (count := self._counts.get(name)) is None:
             versions = self._models.named(name).loaded.values()
@@ -641,19 +644,19 @@ class SessionCounts:
         return count
 
     async def refresh(self) -> None:
-        """Ask the store, unless it was just asked."""
+        """Read the counts from the store, unless that was just done."""
         now = self._clock.monotonic()
         if now - self._asked < _FRESH_S:
             return
-        self._asked = now  # others who ask meanwhile take what is known
+        self._asked = now  # concurrent callers take the known counts
         try:
             for name in self._models.names():
                 self._counts[name] = await self._store.count_of(name)
         except ServerError as error:
-            _log.warning("the store could not be asked how many sessions it has", error=error)
+            _log.warning("could not read the number of sessions from the store", error=error)
 
     async def run(self) -> None:
-        """Ask the store from time to time, for metrics, until cancelled."""
+        """Read the counts at intervals, for metrics, until cancelled."""
         while True:
             try:
                 await self.refresh()

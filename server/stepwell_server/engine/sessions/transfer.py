@@ -1,4 +1,4 @@
-"""Sessions as records: exported with all that is kept of them, and begun with records, here or on another server."""
+"""Exports sessions as complete records, and imports records as sessions, here or on another server."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ from stepwell_server.store.fields import KNOWN_TAGS, pack_fields, unpack_fields
 from stepwell_server.store.record import Header, RecordBytes, decode_header, decode_many, is_sound, key_id_of
 
 MAX_IMPORTED = 1000
-"""Sessions in one call."""
+"""The most sessions in one call."""
 MAX_UNKNOWN_FIELD_BYTES = 1024
-"""Extension fields of an imported session that are not known here: they are for later servers, not for callers."""
-#: Seconds by which the clock of the server that exported a session may be ahead.
+"""The most bytes of an imported session's unknown fields, which are meant for newer servers."""
+#: Seconds by which the exporting server's clock may be ahead.
 _MAX_AHEAD_S = 86_400.0
-#: Records that are checked before other calls get a turn.
+#: Records checked in one batch; other calls run between batches.
 _IMPORT_BATCH_SIZE = 64
-#: Sessions that are listed for one page, at most.
+#: The most sessions listed for one page.
 _EXPORT_PAGE_SIZE = 1000
-#: Records that are read before others get a turn of the event loop.
+#: Records read in one batch; other work runs between batches.
 _EXPORT_BATCH_SIZE = 64
 
 ExportResult = RecordBytes | ServerError
@@ -92,7 +92,7 @@ class Exporter:
         self._store = store
 
     async def sessions(self, session_ids: Sequence[str], *, deadline: float) -> list[ExportResult]:
-        """The records of sessions as of their last completed changes, or why there is none."""
+        """The records of sessions as of their last completed changes, or the errors for those without one."""
         fetched = await self._store.fetch(session_ids)
         found = [self._stored(i, each) for i, each in zip(session_ids, fetched, strict=True)]
         return [
@@ -109,7 +109,7 @@ class Exporter:
         max_bytes: int,
         deadline: float,
     ) -> tuple[list[tuple[str, ExportResult]], str | None]:
-        """Sessions that fit a filter, about `page_bytes` of them but at least one, and the id behind which the next page begins.
+        """Sessions that match a filter, about `page_bytes` of them but at least one, and the id after which to continue.
 
         A record of more than `max_bytes` is reported as an error.
         """
@@ -121,7 +121,7 @@ class Exporter:
             ids = [info.session_id for info in page[start : start + _EXPORT_BATCH_SIZE]]
             for session_id, each in zip(ids, await self.sessions(ids, deadline=deadline), strict=True):
                 if isinstance(each, SessionGone):
-                    continue  # it ended meanwhile
+                    continue  # it has ended meanwhile
                 record = each
                 if not isinstance(record, ServerError) and len(record) > max_bytes:
                     record = MessageTooLarge(
@@ -137,9 +137,9 @@ class Exporter:
         return found, page.next
 
     def _stored(self, session_id: str, fetched: StoredSession) -> ExportResult | None:
-        """A session as the store has it; None: the store does not say it all.
+        """A session's record; None: the store's record is not enough.
 
-        Its state is only in the arena, or another one under the version that it is on by now. Or it begins or ends just now.
+        Its state is only in the arena, or its version converts it. Or the session is just beginning or ending.
         """
         if fetched.tombstone is not None:
             return ended_by(fetched.tombstone)
@@ -149,14 +149,14 @@ class Exporter:
             return None
         if not is_sound(session_id, record) or key_id_of(record) is not None:
             return StateCorrupt(
-                f"the stored record of session {session_id!r} must be as it was written, and there must be a key that"
-                " opens it if it is encrypted",
+                f"the stored record of session {session_id!r} must be intact, and if it is encrypted,"
+                " its key must be available",
                 session_id=session_id,
             )
         return None if self._expiry.is_over(session_id, fetched) else self._as_now(session_id, record)
 
     async def _held(self, session_id: str, deadline: float, *, needs_rows: bool = False) -> ExportResult:
-        """The record of a session that nothing else is under way for, made of what is in the arena if that has its state."""
+        """The record of a session that is not active, built from the arena if that has its state."""
         try:
             seen = await self._directory.look([session_id], reread=True)
             handle = self._directory.find(session_id, seen)
@@ -180,12 +180,12 @@ class Exporter:
         return await self._held(session_id, deadline, needs_rows=True) if record is None else record
 
     def _as_now(self, session_id: str, record: RecordBytes) -> RecordBytes | None:
-        """A record as of the version that its session is on by now; None: its state is another there."""
+        """A record as of its session's current version; None: that version converts the state."""
         try:
             header = decode_header(session_id, record)
             model, move = self._directory.models.place(session_id, header)
         except ServerError:
-            return record  # it leaves as it is
+            return record  # exported unchanged
         if move is None:
             return record
         if move.how is not MoveKind.CARRY:
@@ -205,7 +205,7 @@ def _lost(session_id: str) -> SessionLost:
 
 
 class ExistingPolicy(enum.Enum):
-    """What becomes of a session that exists when one of its id is imported."""
+    """What to do with an existing session that has the id of an imported one."""
 
     REFUSE = "refuse"
     SKIP = "skip"
@@ -213,7 +213,7 @@ class ExistingPolicy(enum.Enum):
 
 
 class ImportOutcome(enum.Enum):
-    """What an import did with a session."""
+    """The result of importing a session."""
 
     IMPORTED = "imported"
     REPLACED = "replaced"
@@ -224,42 +224,42 @@ ImportResult = ImportOutcome | ServerError
 
 
 class SessionRecord(NamedTuple):
-    """A session that is to be imported."""
+    """A session to import."""
 
     session_id: str
     """Its id here."""
     recorded_as: str
-    """Its id where its record was made, which only counts for that."""
+    """Its id on the exporting server, used only to read the record."""
     record: bytes
 
 
 @dataclasses.dataclass(slots=True)
 class _ImportedSession:
-    """A session that is to begin with a record."""
+    """A session that is to begin from a record."""
 
     session_id: str
     header: Header
-    """As it will be."""
+    """The header it will have."""
     model: Model
     rows: bytes
     extra: bytes
     may_go_back: bool = False
-    """The store may have a later revision of a session of its id."""
+    """Whether the store may have a later revision of a session of its id."""
     follows: int = 0
-    """See `Directory.follows`."""
+    """See `EarlierSession.stamp`."""
     must_close: bool = False
-    """There is a session of its id that cannot be stepped here: it is closed first."""
+    """Whether a session of its id exists that cannot be stepped here, and must be closed first."""
     has_replaced: bool = False
-    """That was done."""
+    """Whether that was done."""
 
     def after(self, closes: tuple[int, ...]) -> _ImportedSession:
-        """The same, of an id whose earlier sessions these calls closed."""
+        """A copy for an id whose earlier sessions were closed by these calls."""
         fields = with_closes(self.header.fields, closes)
         return dataclasses.replace(self, header=dataclasses.replace(self.header, fields=fields))
 
     @property
     def usage(self) -> Usage:
-        """What it takes of its tenant's quotas."""
+        """What it uses of its tenant's quotas."""
         return counts.usage_of(self.header)
 
 
@@ -287,21 +287,21 @@ class Importer:
     async def run(
         self, sessions: Sequence[SessionRecord], existing: ExistingPolicy, caller: Caller = ANYBODY
     ) -> list[ImportResult]:
-        """Begin sessions with records, each for itself: what became of each, or why it did not begin.
+        """Begin sessions from records, each independently; returns the result or the error of each.
 
-        A session begins as used now. Its revision, position, creation and limit for being idle, and the answer that is
-        remembered for a retry of its last change, are those of the record.
+        An imported session counts as used now. Its revision, position, creation time, idle limit and the remembered
+        reply to its last change come from the record.
 
         Raises:
-            InvalidInput: there are too many, or one id comes twice.
+            InvalidInput: there are too many, or an id is repeated.
             Unavailable: the store cannot be asked.
         """
         ids = [each.session_id for each in sessions]
         if len(ids) > MAX_IMPORTED:
             raise InvalidInput(f"sessions must be at most {MAX_IMPORTED}; got {len(ids)}")
         if len(set(ids)) != len(ids):
-            raise InvalidInput("sessions must be different from each other; got one of them twice")
-        results: dict[str, ImportResult] = {}  # a session that is not in it is looked at again
+            raise InvalidInput("sessions must not repeat an id; got one twice")
+        results: dict[str, ImportResult] = {}  # sessions without a result are looked at again
         left: dict[str, _ImportedSession] = {}
         for place, session in enumerate(sessions):
             if place % _IMPORT_BATCH_SIZE == _IMPORT_BATCH_SIZE - 1:
@@ -327,7 +327,7 @@ class Importer:
     # -------------------------------------------------------------------------------------------------------- checking
 
     def _checked(self, session: SessionRecord, caller: Caller) -> _ImportedSession:
-        """What would be imported, if it may be.
+        """The session that would be imported, checked.
 
         Raises:
             InvalidInput, StateCorrupt, ModelNotFound, ModelMismatch
@@ -359,9 +359,9 @@ class Importer:
         return _ImportedSession(session_id, header, model, decoded.rows, extra)
 
     def _version_of(self, session_id: str, header: Header) -> Model:
-        """The version that an imported session is on: that with its weights, or the one that took its sessions over.
+        """The version for an imported session: the one with its weights, or the one that took over its sessions.
 
-        What its record says of moves are those of another server, or of another time.
+        The record's moves belong to another server, or to another time.
 
         Raises:
             ModelNotFound, ModelMismatch: there is none.
@@ -398,7 +398,7 @@ class Importer:
         existing: ExistingPolicy,
         results: dict[str, ImportResult],
     ) -> tuple[list[_ImportedSession], list[_ImportedSession]]:
-        """Sessions whose ids are free, and those that replace another one; `results` gets the others."""
+        """Sessions with free ids, and those that replace another session; the others get a result in `results`."""
         ids = list(new)
         handles = self._directory.find_all(ids, seen)
         missing = [ids[place] for place in np.flatnonzero(handles < 0).tolist()]
@@ -452,7 +452,7 @@ class Importer:
         )
 
     async def _begin_all(self, absent: Sequence[_ImportedSession], results: dict[str, ImportResult]) -> None:
-        """Begin sessions whose ids are free, in the moment in which they were found to be."""
+        """Begin sessions with free ids, right after they were found to be free."""
         new = [each for each in absent if self._charge(each, results)]
         if not new:
             return
@@ -486,7 +486,7 @@ class Importer:
         self._context.removal.release(ids, pending)
 
     def _charge(self, each: _ImportedSession, results: dict[str, ImportResult]) -> bool:
-        """Whether the tenant may have the session; else `results` says why not."""
+        """Whether the tenant may have the session; otherwise the error is put into `results`."""
         try:
             if self._quotas is not None:
                 self._quotas.begin([each.session_id], each.usage, owner_of(each.header.fields))
@@ -496,7 +496,7 @@ class Importer:
         return True
 
     async def _replace(self, each: _ImportedSession, seen: LookupResult) -> ImportResult | None:
-        """Begin a session in the place of another, after what was received before for that one; None: look again."""
+        """Replace a session after all changes received before for it; None: look again."""
         session_id, table = each.session_id, self._table
         try:
             handle = table.find(session_id)
@@ -506,7 +506,7 @@ class Importer:
                 return None
             await self._context.queues.hold(handle, float("inf"), rows=False)
         except SessionGone:
-            return None  # meanwhile
+            return None  # it changed meanwhile
         except ServerError as error:
             return error
         old, new = table.usage(handle), each.usage
@@ -555,16 +555,16 @@ class Importer:
         each.has_replaced = True
 
     def _recount(self, session_id: str, more: Usage) -> None:
-        """A session is to take more than before, or takes less.
+        """Change the counted usage of a session by `more`, which may be negative.
 
         Raises:
-            QuotaExceeded: its tenant must not have as much.
+            QuotaExceeded: its tenant may not have as much.
         """
         if self._quotas is not None:
             self._quotas.change(session_id, more)
 
     def _enter(self, new: Sequence[_ImportedSession], stamp: int) -> None:
-        """Let the table have sessions that the store has kept."""
+        """Enter stored sessions in the table."""
         if not new:
             return
         served = [(each.session_id, each.header, each.model) for each in new]
@@ -573,12 +573,12 @@ class Importer:
             self._context.observer.session_events("imported", model, count)
 
 
-#: Another server has changed the session or begun one: it is looked at again.
+#: Another server changed the session or created one: look again.
 _CONFLICT = ServerError("conflict")
 
 
 def _outcome(session_id: str, committed: CommitResult | ServerError) -> ServerError | None:
-    """Why a session was not kept; None: it was."""
+    """The error for a session that was not stored; None: it was."""
     if isinstance(committed, ServerError):
         return committed
     outcome = committed.of(session_id)
@@ -592,7 +592,7 @@ def _record(each: _ImportedSession) -> tuple[str, bytes]:
 
 
 def _check_header(session_id: str, header: Header, now: float) -> None:
-    """Refuse what no session has, though the record is intact: whoever made it can have made its checksum, too.
+    """Refuse a header that no session can have, although the checksum is right: a forged record has one too.
 
     `now` is in seconds since the epoch.
 
@@ -613,10 +613,10 @@ def _check_header(session_id: str, header: Header, now: float) -> None:
 
 
 def _check_state(session_id: str, header: Header, model: Model, rows: bytes, extra: bytes) -> None:
-    """Refuse rows and a reply that no session of a model has, and states that `ResetStates` would refuse.
+    """Refuse rows and replies that no session of a model can have, and states that `ResetStates` would refuse.
 
     Raises:
-        InvalidInput: it says which.
+        InvalidInput: names the problem.
     """
     program, row_bytes = model.program, model.arena.row_bytes
     if len(rows) != header.batch_size * row_bytes:
@@ -638,12 +638,12 @@ def _check_state(session_id: str, header: Header, model: Model, rows: bytes, ext
 
 
 def _kept_fields(session_id: str, fields: bytes) -> bytes:
-    """The extension fields that an imported session keeps: those that are not known here.
+    """The extension fields that an imported session keeps: those that are unknown here.
 
-    What the known ones say of a session, its owner for example, only this server knows.
+    Known fields, such as the owner, are set by this server only.
 
     Raises:
-        InvalidInput: they are more than later servers need.
+        InvalidInput: they are larger than newer servers need.
     """
     kept = {tag: value for tag, value in unpack_fields(fields).items() if tag not in KNOWN_TAGS}
     packed = pack_fields(kept)

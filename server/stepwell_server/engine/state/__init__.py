@@ -1,4 +1,4 @@
-"""What a model has: its rows, the replies it remembers, its record.
+"""What a model keeps: its rows, remembered replies and record fields.
 
-Plain data and the ways to read and write it. It knows neither passes nor stores.
+Plain data, and functions that read and write it. It knows neither passes nor stores.
 """

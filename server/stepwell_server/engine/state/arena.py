@@ -1,4 +1,4 @@
-"""The preallocated rows: the state of every resident session, and its last output beside it."""
+"""The preallocated rows: the state of every resident session, and its last output."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from stepwell_server.program import Program
 
 
 class Arena:
-    """Rows of the states of one model's sessions and of their last outputs.
+    """Rows with the states of one model's sessions and their last outputs.
 
-    The memory is reserved at once and touched when a row is first used: pages that were never written
-    cost nothing. Rows of different sessions may be read and written from different threads; who may
-    touch a session's rows is settled by its claim.
+    The memory is reserved at once and used when a row is first written: untouched pages cost nothing. Rows of
+    different sessions may be read and written from different threads; a session's claim decides which thread may
+    access its rows.
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
         self.states = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.state)
         self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
-        """The output of the last time step of each row: part of the reply that is remembered."""
+        """Each row's outputs of its last time step: part of the remembered reply."""
         self._arrays = (*self.states, *self.outputs)
         self.row_bytes = sum(array.nbytes // capacity for array in self._arrays)
         """Bytes of a packed row."""
@@ -53,7 +53,7 @@ class Arena:
         return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
 
     def pack_into(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
-        """As `pack`, into `(n, bytes)` where each line takes the rows of one session, one after the other."""
+        """`pack` into `(n, bytes)`, where each line takes the rows of one session, one after the other."""
         if not len(rows):
             return
         lines = packed.reshape(len(rows), -1) if packed.flags.c_contiguous else None
@@ -69,31 +69,31 @@ class Arena:
             start += part.shape[1]
 
     def pack_row(self, row: int) -> bytes:
-        """As `pack`, for one row."""
+        """`pack` for one row."""
         return b"".join([array[row].tobytes() for array in self._arrays])
 
     def pack_states(self, states: Sequence[Array], count: int) -> npt.NDArray[np.uint8]:
-        """What `pack` returns for `count` rows of these states that nobody has stepped since."""
+        """The `pack` of `count` rows with these states that have not been stepped."""
         outputs = [np.zeros((count, *array.shape[1:]), array.dtype) for array in self.outputs]
         return self.pack_arrays([*states, *outputs])
 
     @staticmethod
     def pack_arrays(arrays: Sequence[Array]) -> npt.NDArray[np.uint8]:
-        """What `pack` returns for rows with these states and outputs, `(n, ...)` each."""
+        """The `pack` of rows with these states and outputs, `(n, ...)` each."""
         return np.concatenate([_as_bytes(array) for array in arrays], axis=1)
 
     def pack_initial(self, initial: Sequence[Array]) -> npt.NDArray[np.uint8]:
-        """What `pack` returns for a row that nobody has stepped, `(1, bytes per row)`."""
+        """The `pack` of a row that has not been stepped, `(1, bytes per row)`."""
         states = [value.astype(state.dtype)[None] for state, value in zip(self.states, initial, strict=True)]
         return self.pack_states(states, 1)
 
     def unpack(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
-        """Set states and outputs of `rows` to what `pack` returned."""
+        """Set states and outputs of `rows` from packed rows."""
         for array, values in zip(self._arrays, self.unpacked(packed), strict=True):
             array[rows] = values
 
     def unpacked(self, packed: npt.NDArray[np.uint8]) -> Iterator[Array]:
-        """The states, then the outputs, of what `pack` returned, `(n, ...)` each."""
+        """The states, then the outputs, of packed rows, `(n, ...)` each."""
         start = 0
         for array in self._arrays:
             size = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
@@ -102,18 +102,18 @@ class Arena:
             start += size
 
     def clear_outputs(self, rows: Rows) -> None:
-        """Forget the outputs of `rows`: they are those of whoever had the rows before."""
+        """Clear the outputs of `rows`, which belong to earlier sessions."""
         for output in self.outputs:
             output[rows] = 0
 
     def reset(self, rows: Rows, initial: Sequence[Array]) -> None:
-        """Set `rows` to an initial state, that of the version of the model which their sessions are on."""
+        """Set `rows` to an initial state: that of their sessions' model version."""
         for state, value in zip(self.states, initial, strict=True):
             state[rows] = value
 
 
 def _as_slice(rows: Rows) -> Rows | slice:
-    """Rows that follow one another as a slice, which numpy need not copy: those of a group mostly do."""
+    """Consecutive rows as a slice, which numpy need not copy; rows of a group usually are consecutive."""
     first = int(rows[0])
     if int(rows[-1]) - first == len(rows) - 1 and (rows[1:] - rows[:-1] == 1).all():
         return slice(first, first + len(rows))

@@ -1,4 +1,4 @@
-"""What records say of sessions beside the columns of their heads: versions, owners, closes, and what later servers wrote."""
+"""Record fields besides the columns: versions, owners, closes, and fields written by newer servers."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from stepwell_server.store.base import CLOSES_BYTES, pack_closes, unpack_closes
 from stepwell_server.store.fields import CLOSES, OWNER, VERSION, pack_fields, unpack_fields
 
 MARK = struct.Struct("<QIB")
-"""A `Mark` as it is stored; the last bit of the last byte: it is pinned."""
+"""A stored `Mark`; the last bit of the last byte: it is pinned."""
 _MARK_HEAD = struct.pack("<HH", VERSION, MARK.size)
 _MARK_BYTES = len(_MARK_HEAD) + MARK.size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mark:
-    """What a record says of its session's version."""
+    """The version part of a session's record."""
 
     version: int
     epoch: int
-    """Moves of later epochs are still to be made."""
+    """Moves of later epochs have not been applied."""
     is_pinned: bool
-    """It was opened with a version or a label, and makes no moves."""
+    """The session was opened with a version or a label, and does not move."""
 
     def pack(self) -> bytes:
-        """As it is stored."""
+        """The stored form."""
         return MARK.pack(self.version, self.epoch, self.is_pinned)
 
     @classmethod
     def unpack(cls, stored: bytes) -> Mark:
-        """What `pack` returned."""
+        """Parse the stored form."""
         version, epoch, flags = MARK.unpack(stored)
         return cls(version, epoch, bool(flags & 1))
 
 
 def split(fields: bytes) -> tuple[bytes | None, bytes]:
-    """The value of the version in the fields of a record, and the other fields.
+    """The value of the version field in a record's fields, and the other fields.
 
     Raises:
-        ValueError: they are none.
+        ValueError: the bytes are not record fields.
     """
     if not fields:
         return None, b""
     if len(fields) == _MARK_BYTES and fields.startswith(_MARK_HEAD):  # the common case
         return fields[len(_MARK_HEAD) :], b""
     found = unpack_fields(fields)
-    # of another size it is that of a later server, and goes along as it is
+    # a mark of another size comes from a newer server, and is kept unchanged
     mark = found.pop(VERSION) if len(found.get(VERSION, b"")) == MARK.size else None
     return mark, pack_fields(found)
 
 
 def mark_of(fields: bytes) -> Mark | None:
-    """The version that the fields of a record say, if they say one."""
+    """The version mark in a record's fields, if there is one."""
     mark, _ = split(fields)
     return None if mark is None else Mark.unpack(mark)
 
 
 def joined(mark: Mark, rest: bytes = b"") -> bytes:
-    """Fields that say this version, and others as they are."""
+    """Record fields with this version mark, followed by other fields unchanged."""
     own = _MARK_HEAD + mark.pack()
     return pack_fields({**unpack_fields(rest), **unpack_fields(own)}) if rest else own
 
 
 def owner_of(fields: bytes) -> str:
-    """Who has made a session, as the fields of its record say; empty: they do not, or cannot be read."""
+    """The caller that created a session, by its record's fields; empty: not recorded, or unreadable."""
     if not fields:
         return ""
     try:
@@ -80,9 +80,9 @@ def owner_of(fields: bytes) -> str:
 
 
 def closes_of(fields: bytes) -> tuple[int, ...]:
-    """Request ids of the calls that closed earlier sessions of the id, the last one first.
+    """Request ids of the calls that closed earlier sessions of the id, most recent first.
 
-    Empty where the fields name none, or cannot be read.
+    Empty if the fields name none, or cannot be read.
     """
     if not fields:
         return ()
@@ -94,12 +94,12 @@ def closes_of(fields: bytes) -> tuple[int, ...]:
 
 
 def at_birth(owner: str, closes: tuple[int, ...] | None, others: bytes = b"") -> bytes:
-    """The fields of a session that begins, beside its version: its owner, and the closes of its id.
+    """The fields of a new session, besides its version: its owner, and the closes of its id.
 
     Args:
-        owner: Empty for none.
-        closes: Of earlier sessions of the id. None: no such field; an empty one has the length of any other.
-        others: Fields that it has beside these two.
+        owner: Empty: none.
+        closes: Of earlier sessions of the id. None: no such field; an empty field is as long as any other.
+        others: Further fields.
     """
     if not (owner or others or closes is not None):
         return b""
@@ -119,13 +119,13 @@ def with_closes(fields: bytes, closes: tuple[int, ...]) -> bytes:
 
 
 class Fields:
-    """Extension fields of the sessions of a table. For whoever holds their claims."""
+    """Extension fields of a table's sessions. For the holder of their claims."""
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
 
     def take(self, handle: int, fields: bytes) -> None:
-        """Let the table say what a record's fields say; on which version the session is now it knows."""
+        """Store a record's fields in the table, without the version, which the table knows better."""
         table = self._table
         mark, rest = split(fields)
         table.pinned[handle] = mark is not None and Mark.unpack(mark).is_pinned
@@ -135,23 +135,23 @@ class Fields:
             table.fields.pop(handle, None)
 
     def of(self, handle: int, model: Model) -> bytes:
-        """The fields of the record of a session as of a version."""
-        epoch = model.epoch  # looked at before the table is: see `_epochs`
+        """The fields of a session's record for a version."""
+        epoch = model.epoch  # read before the table is: see `_epochs`
         if self._table.model[handle] != model.index:
             epoch = model.left_epoch
         mark = Mark(model.version, epoch, is_pinned=bool(self._table.pinned[handle]))
         return joined(mark, self._table.fields.get(handle, b""))
 
     def others(self, handles: Handles) -> Sequence[bytes]:
-        """The fields of sessions beside their versions; empty if none of them has any."""
+        """The fields of sessions without their versions; empty if none has any."""
         if not self._table.have_fields(handles):
             return ()
         fields = self._table.fields
         return [fields.get(handle, b"") for handle in handles.tolist()]
 
     def lengths(self, handles: Handles, model: Model) -> npt.NDArray[np.intp]:
-        """Bytes of the fields of the records of sessions as of a version, `(n,)`."""
-        if self._table.have_fields(handles):  # a later server's may have the tag of a version
+        """Bytes of the fields of sessions' records for a version, `(n,)`."""
+        if self._table.have_fields(handles):  # fields of a newer server may have the tag of a version
             return np.fromiter(map(len, self.of_many(handles, model)), np.intp, len(handles))
         return np.full(len(handles), _MARK_BYTES, np.intp)
 
@@ -167,8 +167,8 @@ class Fields:
         return [known[each] for each in zip(pinned, epochs, others, strict=True)]
 
     def _epochs(self, handles: Handles, model: Model) -> list[int]:
-        """Of the records of sessions: those that left the version while something was under way move when they are read."""
-        # In this order: the event loop, which is another thread, moves sessions first and then says that it has.
+        """Epochs of sessions' records. Sessions that left the version while active are upgraded when they are read."""
+        # The order matters: the event loop, on another thread, moves sessions first and sets the epoch afterwards.
         epoch = model.epoch
         here = self._table.model[handles] == model.index
         epochs: list[int] = np.where(here, epoch, model.left_epoch).tolist()

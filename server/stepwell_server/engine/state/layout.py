@@ -1,4 +1,4 @@
-"""What the rows of a version's records hold, for when the version itself is not loaded any more."""
+"""The layout of a version's stored rows, for use after the version is unloaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layout:
 
     @classmethod
     def of(cls, program: Program) -> Layout:
-        """Of a program."""
+        """The layout of a program."""
         return cls(tuple(program.state), tuple(program.outputs))
 
     @property
@@ -45,20 +45,20 @@ class Layout:
         return arrays[: len(self.states)], arrays[len(self.states) :]
 
     def has_shapes_of(self, other: Layout) -> bool:
-        """Whether the tensors differ in their names at most: rows of one have the bytes of rows of the other."""
+        """Whether the tensors differ at most in their names, so rows of one have the bytes of rows of the other."""
         return _unnamed(self.states) == _unnamed(other.states) and _unnamed(self.outputs) == _unnamed(
             other.outputs
         )
 
     def differences(self, other: Layout) -> list[str]:
-        """In what another layout differs, each as a clause; empty: rows of one are rows of the other."""
+        """The differences from another layout, each as a clause; empty: rows are interchangeable."""
         found: list[str] = []
         for kind, own, others in (
             ("state", self.states, other.states),
             ("output", self.outputs, other.outputs),
         ):
             mine, theirs = {spec.name: spec for spec in own}, {spec.name: spec for spec in others}
-            found += [f"{kind} {name!r} is not there" for name in mine if name not in theirs]
+            found += [f"{kind} {name!r} is missing" for name in mine if name not in theirs]
             found += [f"{kind} {name!r} is new" for name in theirs if name not in mine]
             found += [
                 f"{kind} {name!r} is {_shown(theirs[name])}, not {_shown(mine[name])}"

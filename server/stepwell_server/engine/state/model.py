@@ -1,4 +1,4 @@
-"""A version of a model that is served: its program, its rows, what waits for it and what it costs."""
+"""A loaded version of a model: its program, rows, queued work and costs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from stepwell_server.errors import InvalidInput, ModelMismatch
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.record import Texts
 
-#: A pass takes about so long at most while others are about, in seconds; but its fixed part is at most this share of it.
+#: Under contention a pass takes about this long at most, in seconds, unless its fixed part would exceed this share
+#: of it.
 SHORT_PASS_S, _MAX_FIXED_SHARE = 0.1e-3, 0.4
-#: The same of a turn of the loop: the pass, if it runs in place, and the commit and the answers, as far as they are.
+#: The same for an iteration of the loop: the pass, if it runs in place, the commit and the answers.
 SHORT_ITERATION_S, _MAX_FIXED_SHARE_OF_ITERATION = 0.3e-3, 0.6
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Model:
-    """Everything that belongs to one version of a model; who works on it is wired in `engine`.
+    """Everything that belongs to one version of a model; `engine` wires what works on it.
 
-    Versions of a name whose records have the same layout share arena, slots and what is remembered of replies.
+    Versions of a name whose records have the same layout share arena, slots and remembered replies.
     """
 
     index: int
@@ -39,25 +40,25 @@ class Model:
     slots: Slots
     replies: ReplyMemory
     texts: Texts
-    """Of its sessions' records."""
+    """Texts of its sessions' records."""
     sharing: set[int]
-    """The numbers of the versions that share its rows, its own among them."""
+    """The numbers of the versions that share its rows, including its own."""
     max_batch_rows: int
-    """Rows of a pass at most, unless a single change has more."""
+    """The most rows of a pass, unless a single change has more."""
     ready: Scheduler[Any]
     """Jobs that wait for a pass."""
     cost: Cost
-    """Of a pass by its rows, on one thread."""
+    """The cost of a pass by its rows, on one thread."""
     work: Share
-    """Rung when something has come for the model's loop; its turns, and its passes on threads."""
+    """Rung when there is work for the model's loop; its iterations, and its passes on threads."""
     iteration_cost: Cost = dataclasses.field(default_factory=Cost)
-    """Of a turn of the model's loop by the rows of its pass, where that runs in place."""
+    """The cost of an iteration of the model's loop by the rows of its pass, if that runs in place."""
     epoch: int = 0
-    """Of the records of its sessions: see `engine.versions.history`."""
+    """The epoch of its sessions' records: see `engine.versions.history`."""
     left_epoch: int = 0
-    """Of the records of sessions that went to another version while something was under way that began on this one."""
+    """The epoch of records of sessions that moved to another version while work begun on this one was active."""
     digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
-    """What digests of changes of its sessions begin with: see `core.exactly_once`."""
+    """Prefixes of the digests of changes of its sessions: see `core.exactly_once`."""
     waiting: int = 0
     """Changes and holds that wait for their session or for rows: see `queues`."""
 
@@ -73,7 +74,7 @@ class Model:
         """Check the fingerprint that a caller expects; empty: any.
 
         Raises:
-            ModelMismatch: The model has another one.
+            ModelMismatch: the model has another one.
         """
         own = self.program.fingerprint
         if fingerprint and fingerprint != own:
@@ -84,10 +85,10 @@ class Model:
             )
 
     def require_batch_size(self, batch_size: int) -> None:
-        """Check the batch size of a session that is to be opened.
+        """Check the batch size of a new session.
 
         Raises:
-            InvalidInput: It has no row, or more rows than the arena.
+            InvalidInput: it is less than 1, or more than the arena's rows.
         """
         if not 1 <= batch_size <= self.slots.resident_limit:
             raise InvalidInput(
@@ -96,17 +97,17 @@ class Model:
 
     @property
     def rows_of_a_short_pass(self) -> int:
-        """Rows of a pass while others are about: as many as make them wait for a moment only, but worth a pass."""
+        """Rows of a pass under contention: few enough for a short wait, but enough to be worth a pass."""
         return min(
             self.rows_within(SHORT_PASS_S),
             self.iteration_cost.items_within(SHORT_ITERATION_S, _MAX_FIXED_SHARE_OF_ITERATION),
         )
 
     def rows_within(self, seconds: float) -> int:
-        """Rows of a pass of so many seconds on one thread, but enough to be worth one."""
+        """Rows of a pass that takes this many seconds on one thread, but enough to be worth a pass."""
         return self.cost.items_within(seconds, _MAX_FIXED_SHARE)
 
     @property
     def expected_wait_s(self) -> float:
-        """About how long what waits for a pass now will take."""
+        """The estimated wait of work that arrives now."""
         return self.cost.of(self.ready.rows_waiting)

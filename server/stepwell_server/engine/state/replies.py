@@ -1,7 +1,7 @@
 """The reply to each session's last change, kept so that a retry gets the same bytes.
 
-What a reply holds of the last time step lies in the arena beside the state, and the state after it is the session's
-own. Only outputs and states of several time steps, and outputs of some rows, are kept as arrays of their own.
+The outputs of the last time step are in the arena beside the state, and the state after it is the session's own.
+Only outputs and states of several time steps, and outputs of some rows, are kept as separate arrays.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.types import Array, Mask, Members, Tensors
 from stepwell_server.program import Program, StateSpec, TensorSpec, dtype_of
 
-#: Bytes of the arrays of one model that are kept in memory where the store has them too.
+#: The most bytes of one model's arrays in memory, if the store has them too.
 MAX_ARRAY_BYTES = 256 << 20
-#: In place of an array that is not kept.
+#: Stands for an array that is not kept.
 _EMPTY = struct.pack("<BI", 1, 0)
 _EMPTY_BYTES = len(_EMPTY)
-#: Of one number: of no dtype of the protocol it has more.
+#: The size of the largest number of any dtype in the protocol.
 _MAX_NUMBER_BYTES = 8
-#: The first byte of a packed reply that says its own tensors; no array has so many axes.
+#: The first byte of a packed reply that describes its own tensors; no array has this many axes.
 _FOREIGN = b"\xff"
 
 
 class ReplyForm(enum.IntEnum):
-    """How the outputs of a reply are kept; the values of the session table's column `reply`."""
+    """How a reply's outputs are kept; the values of the session table's column `reply`."""
 
     EMPTY = 0
     """It has no outputs."""
     ROWS = 1
-    """The arena's output rows, as they are."""
+    """The arena's output rows."""
     ROWS_WITH_TIME = 2
     """The arena's output rows, temporal ones with a time axis of length 1."""
     ARRAYS = 3
-    """Arrays of their own."""
+    """Separate arrays."""
 
 
 class ReplyArrays(NamedTuple):
-    """What of a reply is kept as arrays."""
+    """The part of a reply that is kept as arrays."""
 
     outputs: Tensors
-    """Empty unless its kind is `ARRAYS`."""
+    """Empty unless the form is `ARRAYS`."""
     states: Tensors
-    """Those after every time step, if they were asked for; empty: none."""
+    """The states after every time step, if they were requested; else empty."""
     are_foreign: bool = False
-    """They are of another version of the model, with other tensors."""
+    """Whether they come from another version of the model, with other tensors."""
 
     @property
     def byte_count(self) -> int:
@@ -61,12 +61,12 @@ class ReplyArrays(NamedTuple):
         return sum([array.nbytes for tensors in self[:2] for array in tensors.values()])
 
     def has_rows(self, count: int) -> bool:
-        """Whether each array has so many rows."""
+        """Whether each array has this many rows."""
         return all(len(array) == count for tensors in self[:2] for array in tensors.values())
 
     @property
     def form(self) -> Hashable:
-        """Replies of one form can be put together."""
+        """Replies of equal forms can be concatenated."""
         return tuple(
             [tuple([(name, a.shape[1:], a.dtype.str) for name, a in tensors.items()]) for tensors in self[:2]]
         )
@@ -80,13 +80,13 @@ class ReplyMemory:
         self._table = table
         self._arena = arena
         self.series: dict[int, ReplyArrays] = {}
-        """Arrays of their own, by session; those that were kept last at the end."""
+        """Separate arrays by session, most recent last."""
         self._bytes = 0
 
     def remember(self, handles: Handles, arrays: Mapping[int, ReplyArrays]) -> None:
-        """Keep replies where some are, or were, arrays; else the table's column says all.
+        """Keep replies with arrays, or replace earlier ones; otherwise the table's column is enough.
 
-        The last time step's outputs are in the arena already. `arrays` are by the session's place.
+        The outputs of the last time step are in the arena already. `arrays` are by the session's place.
         """
         if self.series:
             for handle in handles.tolist():
@@ -95,7 +95,7 @@ class ReplyMemory:
             self._put(int(handles[place]), own)
 
     def forget(self, handle: int) -> None:
-        """The session is gone, or only in the store."""
+        """The session has ended, or is only in the store."""
         gone = self.series.pop(handle, None)
         if gone is not None:
             self._bytes -= gone.byte_count
@@ -107,11 +107,11 @@ class ReplyMemory:
 
     @property
     def is_over_limit(self) -> bool:
-        """The arrays take more memory than they should."""
+        """Whether the arrays exceed their memory limit."""
         return self._bytes > MAX_ARRAY_BYTES
 
     def oldest(self) -> Iterator[int]:
-        """Sessions whose arrays are too many, beginning with those that were kept first."""
+        """Sessions whose arrays exceed the limit, oldest first."""
         excess = self._bytes - MAX_ARRAY_BYTES
         for handle, arrays in self.series.items():
             if excess <= 0:
@@ -120,9 +120,9 @@ class ReplyMemory:
             yield handle
 
     def recall_many(self, handles: Handles) -> Iterator[tuple[Members, Tensors, Tensors]]:
-        """The outputs of sessions' last changes, and the states after every time step that are kept with them.
+        """Remembered outputs, and states after every time step, of sessions.
 
-        Places of those that have one form, and theirs one after the other.
+        Yields the places of sessions whose replies have one form, with their tensors one after the other.
         """
         kinds, own = self._table.reply[handles], self._have_arrays(handles)
         for kind in (ReplyForm.EMPTY, ReplyForm.ROWS, ReplyForm.ROWS_WITH_TIME):
@@ -133,7 +133,7 @@ class ReplyMemory:
         alike: dict[Hashable, list[int]] = {}
         for place in np.flatnonzero(own).tolist():
             arrays = self.series[int(handles[place])]
-            # one of other rows than the session's is given alone: it must not move the rows of the others
+            # a reply with another number of rows is yielded alone: it must not shift the others' rows
             form = int(kinds[place]), arrays.form, -1 if arrays.has_rows(int(sizes[place])) else place
             alike.setdefault(form, []).append(place)
         for some in alike.values():
@@ -161,15 +161,15 @@ class ReplyMemory:
         }
 
     def arrays(self, handles: Handles) -> dict[int, ReplyArrays]:
-        """What of the replies of sessions is kept as arrays, by place."""
+        """The arrays of sessions' replies, by place."""
         places = np.flatnonzero(self._have_arrays(handles)).tolist()
         return {place: self.series[int(handles[place])] for place in places}
 
     def pack(self, arrays: ReplyArrays) -> bytes:
-        """Arrays of a reply as bytes: shape and data of each output and then of each state, in the program's order.
+        """Pack a reply's arrays: shape and data of each output and then of each state, in the program's order.
 
-        Outputs that are not kept have the shape (0,). States that are not kept are left out: so it was before there
-        were any, and who knows none reads the outputs all the same.
+        Outputs that are not kept have the shape (0,). States that are not kept are left out: older servers wrote
+        none, and servers that know none can still read the outputs.
         """
         if arrays.are_foreign:
             return pack_foreign(arrays)
@@ -179,7 +179,7 @@ class ReplyMemory:
         return b"".join(parts)
 
     def packed_bytes(self, arrays: ReplyArrays) -> int:
-        """How many bytes `pack` makes of arrays."""
+        """The size of the packed arrays."""
         if arrays.are_foreign:
             return len(pack_foreign(arrays))
         specs: list[tuple[Tensors, TensorSpec | StateSpec]] = [
@@ -191,23 +191,23 @@ class ReplyMemory:
         return sum(_EMPTY_BYTES if a is None else 1 + 4 * a.ndim + a.nbytes for a in found)
 
     def restore(self, handle: int, packed: bytes) -> None:
-        """Keep what `pack` returned of the reply of a session."""
+        """Keep a packed reply of a session."""
         self._put(handle, self.unpacked(packed))
 
     def unpacked(self, packed: bytes) -> ReplyArrays:
-        """What `pack` was given.
+        """Unpack a reply.
 
         Raises:
-            ValueError: it was not made so.
+            ValueError: the bytes are not a packed reply.
         """
         return unpack_reply(packed, self._program.outputs, self._program.state)
 
 
 def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[StateSpec]) -> ReplyArrays:
-    """What was packed of the reply of a session of a version with these tensors.
+    """Unpack a reply of a session on a version with these tensors.
 
     Raises:
-        ValueError: it was not made so.
+        ValueError: the bytes are not a packed reply.
     """
     try:
         if packed[:1] == _FOREIGN:
@@ -224,20 +224,20 @@ def unpack_reply(packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[
 def check_reply(
     kind: int, batch_size: int, packed: bytes, outputs: Sequence[TensorSpec], states: Sequence[StateSpec]
 ) -> None:
-    """Check what a record says of a reply: somebody may have made the record, and replies of many are put together.
+    """Check a record's reply, since replies are concatenated and a record may be forged.
 
     Args:
-        kind: How the outputs are kept, as the record has it.
+        kind: How the outputs are kept, according to the record.
         batch_size: Of the session.
-        packed: The arrays as the record has them; empty: none.
-        outputs: Of the version whose rows the record has.
-        states: The same.
+        packed: The record's packed arrays; empty: none.
+        outputs: Output specs of the version whose rows the record has.
+        states: State specs of that version.
 
     Raises:
-        ValueError: No session of that version has such a reply.
+        ValueError: no session of that version can have this reply.
     """
     if kind not in {each.value for each in ReplyForm}:
-        raise ValueError(f"the kind of its reply must be 0 to {max(ReplyForm)}; it is {kind}")
+        raise ValueError(f"the kind of its reply must be 0 to {max(ReplyForm)}; got {kind}")
     if kind == ReplyForm.ARRAYS and not packed:
         raise ValueError("a reply of arrays must have some; it has none")
     if not packed:
@@ -246,7 +246,7 @@ def check_reply(
     for what, tensors, specs in (("output", arrays.outputs, outputs), ("state", arrays.states, states)):
         shapes = {spec.name: spec.shape for spec in specs}
         for name, array in tensors.items():
-            # of a version with other tensors nothing else is known here
+            # for a version with other tensors, nothing else can be checked here
             fits = arrays.are_foreign or shapes[name] in (array.shape[1:], array.shape[2:])
             if not (fits and array.ndim and 1 <= len(array) <= batch_size):
                 raise ValueError(
@@ -256,7 +256,7 @@ def check_reply(
 
 
 def pack_foreign(arrays: ReplyArrays) -> bytes:
-    """As `ReplyMemory.pack`, with what the arrays are: a version with other tensors made them."""
+    """`ReplyMemory.pack` with a description of the tensors, for a version with other ones."""
     told = [[[name, a.dtype.name, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
     head = json.dumps(told).encode()
     parts = [a.tobytes() for tensors in arrays[:2] for a in tensors.values()]
@@ -286,7 +286,7 @@ def _unpack_foreign(packed: bytes) -> ReplyArrays:
 
 
 def named_states(specs: Sequence[StateSpec], arrays: Sequence[Array], with_time: bool) -> Tensors:
-    """States by name; `with_time`: with a time axis of length 1."""
+    """States by name; `with_time` adds a time axis of length 1."""
     return {
         spec.name: array[:, None] if with_time else array for spec, array in zip(specs, arrays, strict=True)
     }
@@ -305,7 +305,7 @@ def _packed(array: Array | None) -> bytes:
 def _unpacked(
     packed: bytes, specs: Sequence[TensorSpec] | Sequence[StateSpec], at: int
 ) -> tuple[dict[str, Array], int]:
-    """Arrays that begin at `at`, but those that are not kept; and where they end."""
+    """Arrays that begin at `at`, without those that are not kept; and the end."""
     found: dict[str, Array] = {}
     for spec in specs:
         shape = struct.unpack_from(f"<{packed[at]}I", packed, at + 1)

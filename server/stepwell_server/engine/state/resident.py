@@ -1,4 +1,4 @@
-"""How many rows of sessions each model keeps ready to step."""
+"""How many rows of sessions each model keeps in memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SHARE_OF_MEMORY = 1 / 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResidentRows:
-    """The bound of each model, by its name."""
+    """The limit of each model, by name."""
 
     every: int | None = None
-    """Rows of a model that is not in `own`; None: as many as its part of the memory bears."""
+    """Rows of a model that is not in `own`; None: as many as its share of the memory allows."""
     own: Mapping[str, int] = dataclasses.field(default_factory=dict)
     models: int = 1
-    """Models that divide the memory: those that the server was started with, but not those in `own`."""
+    """Models that share the memory: those that the server started with, except those in `own`."""
 
     def of(self, name: str, program: Program) -> int:
-        """Rows of a model's sessions. As many again are for requests to work in."""
+        """Rows for a model's sessions. As many again are working rows for requests."""
         return self.own.get(name) or self.every or self._default(program)
 
     def _default(self, program: Program) -> int:
-        """Many, but no more than a quarter of the memory bears if every model fills its rows."""
+        """Many rows, but at most a quarter of the memory if every model fills its rows."""
         row_bytes = max(1, program.state_row_bytes + sum(spec.row_bytes for spec in program.outputs))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         part = int(memory * _SHARE_OF_MEMORY) // max(1, self.models)

@@ -1,4 +1,4 @@
-"""What versions of a model are, which there are, and on which of them the session of a record is now.
+"""The versions of models, and which version each stored session is on.
 
-It knows rows, records and programs; what changes versions is in `engine/catalog`, and uses this.
+It knows rows, records and programs; `engine/catalog` changes versions and uses this.
 """

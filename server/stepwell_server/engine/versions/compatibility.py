@@ -1,7 +1,7 @@
-"""Whether sessions can go from one version of a model to another with their states, and what its tensors are called.
+"""Whether sessions can move between versions with their states, and what a version's tensors are called.
 
-A retrained model is the same model: where two versions differ only in names that Keras made up, the later one is served
-with the names of the earlier one. So clients' code and stored states still fit.
+A retrained model is the same model: if two versions differ only in names that Keras generated, the later one is
+served with the names of the earlier one. So client code and stored states still fit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stepwell_server.engine.versions.registry import KnownVersion, Versions
 from stepwell_server.program import Program
 
 _MAX_SHOWN = 8
-"""Differences that a message shows."""
+"""A message shows at most this many differences."""
 _SAME_ARCHITECTURE = (
     "Give the layers the names that are served (name=...), or copy the weights into the first model"
     " (old.set_weights(new.get_weights())), or call keras.backend.clear_session() before you build the model again"
@@ -29,10 +29,10 @@ _MOVED = f"Give each of these layers the name of the served layer that it stands
 
 
 def as_served(own: Versions, version: int, program: Program) -> Program:
-    """Return the program of a version with the names under which it is to be served.
+    """The program of a version, with the names under which it is to be served.
 
-    A version that was served before keeps its names. Any other one gets those of the default version or, failing that, of
-    the latest version that is the same model, if there is one.
+    A version that was served before keeps its names. Any other version gets those of the default version or,
+    failing that, of the latest version that is the same model, if there is one.
     """
     for known in _candidates(own, version):
         is_same = known.fingerprint == program.fingerprint or known.structure == program.structure != ""
@@ -53,13 +53,13 @@ def _candidates(own: Versions, version: int) -> Iterator[KnownVersion]:
 
 
 def refusal(own: Versions, previous: int, version: int, program: Program) -> str:
-    """Return why sessions cannot be carried to a version, and what to do; empty: they can.
+    """Why sessions cannot be carried to a version, and a fix; empty: they can.
 
     Args:
-        own: the model.
-        previous: the version that its sessions are on.
-        version: the number that the other one has, or would get.
-        program: the other one, `as_served`.
+        own: The model.
+        previous: The version that its sessions are on.
+        version: The number that the other version has, or would get.
+        program: The other version's program, `as_served`.
     """
     known, layout = own.known[previous], Layout.of(program)
     source = own.loaded.get(previous)
@@ -77,7 +77,7 @@ def refusal(own: Versions, previous: int, version: int, program: Program) -> str
 
 
 def _moved(own: Versions, previous: int, version: int, old: Program, new: Program) -> str:
-    """Return why equal names do not mean equal layers; empty: they do, as far as can be known."""
+    """Why equal names do not mean equal layers; empty: they do, as far as can be determined."""
     before, after = old.architecture, new.architecture
     if before is None or after is None or before.structure == after.structure:
         return ""

@@ -1,7 +1,7 @@
-"""What the store keeps of a model's versions, as one document of its name.
+"""The store's document of a model's versions.
 
-JSON, as there are few and people may look at them. Each commit of it is one change: of what is loaded, of the default,
-of a label, of what sessions do.
+JSON, since documents are few and people may read them. Each commit of it is one change: of loaded versions, the
+default, a label, or the sessions' moves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from stepwell_server.engine.versions.registry import KnownVersion, Versions
 from stepwell_server.program import StateSpec, TensorSpec
 
 PREFIX = "models/"
-"""Of the names of these documents; the model's follows."""
+"""Document names begin with this, followed by the model's name."""
 _FORM = 3
-"""Of what is written here. A server reads its own alone."""
+"""The format version. A server reads only its own."""
 
 
 class DocumentError(Exception):
@@ -25,12 +25,12 @@ class DocumentError(Exception):
 
 
 def name_of(model: str) -> str:
-    """What the document of a model is called."""
+    """The name of a model's document."""
     return PREFIX + model
 
 
 def encode(own: Versions) -> bytes:
-    """The document."""
+    """Encode a document."""
     fields = {
         "form": _FORM,
         "change": own.change,
@@ -45,10 +45,10 @@ def encode(own: Versions) -> bytes:
 
 
 def decode(model: str, content: bytes) -> Versions:
-    """What `encode` was given, without what is loaded: the default is what is wanted.
+    """Decode a document. Nothing is loaded yet, so the default becomes `wanted`.
 
     Raises:
-        DocumentError: it was not made so.
+        DocumentError: it is not a document of this form.
     """
     try:
         fields = json.loads(content)

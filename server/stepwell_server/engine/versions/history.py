@@ -1,11 +1,12 @@
-"""Where sessions are that were on a version of a model: one entry for each time that sessions left a version.
+"""Where the sessions of each version are now: one entry for each time that sessions left a version.
 
-A record says the version that its session was on, and in which epoch of the model. Each change of the default that takes
-sessions along begins an epoch, and rewrites all entries: an entry leads to where its sessions are now, however many
-changes lie between. So a change is one write, whatever number of sessions follow it, and a session is found by one look.
+A record has its session's version, and the model's epoch at that time. Each change of the default that moves
+sessions begins an epoch, and rewrites all entries. So an entry leads directly to where its sessions are now,
+however many changes lie between: a change is one write, whatever the number of sessions, and finding a session is
+one lookup.
 
-The epoch is needed as sessions may leave a version more than once. Those that were on version 1 before a reset must begin
-again, and those that were opened on it later must not.
+The epoch is needed because sessions may leave a version more than once. Those on version 1 before a reset must
+restart; those opened on it later must not.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections.abc import Callable, Collection
 
 
 class MoveKind(enum.Enum):
-    """What becomes of the state of a session that moves."""
+    """What happens to the state of a session that moves."""
 
     CARRY = "carry"
-    """It stays as it is."""
+    """The state is unchanged."""
     MIGRATE = "migrate"
-    """Functions make another of it."""
+    """Functions convert it."""
     RESET = "reset"
-    """The session begins again, from the initial state of the version that it ends up on."""
+    """The session restarts from the initial state of its final version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class MigrationStep:
 
     function: str
     target: int
-    """The version whose states it makes."""
+    """The version that the function converts to."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,17 +46,17 @@ class Move:
     target: int
     how: MoveKind = MoveKind.CARRY
     migrations: tuple[MigrationStep, ...] = ()
-    """What makes their states, one after the other; empty unless they migrate."""
+    """The steps that convert their states, in order; empty unless they migrate."""
     others: tuple[tuple[int, int], ...] = ()
-    """Numbers of forgotten versions, the first and the last of each range: their records are like those of `source`, and
-    their sessions do the same."""
+    """Ranges of forgotten versions, as first and last number. Their records are like those of `source`, and their
+    sessions make the same move."""
 
     def covers(self, version: int) -> bool:
-        """Whether it takes along the sessions of a version."""
+        """Whether it moves the sessions of a version."""
         return version == self.source or any(first <= version <= last for first, last in self.others)
 
     def then(self, target: int, how: MoveKind, function: str) -> Move:
-        """The same sessions after one change more."""
+        """The move extended by another change."""
         if MoveKind.RESET in (self.how, how):
             return dataclasses.replace(self, target=target, how=MoveKind.RESET, migrations=())
         if how is MoveKind.CARRY:
@@ -64,11 +65,11 @@ class Move:
         return dataclasses.replace(self, target=target, how=MoveKind.MIGRATE, migrations=steps)
 
     def has_effect_of(self, other: Move) -> bool:
-        """Whether it does the same to its sessions as another one to those of its own."""
+        """Whether it has the same effect on its sessions as another move on its own."""
         return (self.target, self.how, self.migrations) == (other.target, other.how, other.migrations)
 
     def merged_with(self, move: Move) -> Move:
-        """The same, for the versions of another move too."""
+        """The same move, also for the versions of another one."""
         ranges: list[tuple[int, int]] = []
         for first, last in sorted((*self.others, *move.others, (move.source, move.source))):
             if ranges and first <= ranges[-1][1] + 1:
@@ -78,7 +79,7 @@ class Move:
         return dataclasses.replace(self, others=tuple(ranges))
 
     def overlaps(self, other: Move) -> bool:
-        """Whether both take along sessions of one version."""
+        """Whether both move sessions of one version."""
         ends = [(each, number) for each in (self, other) for pair in each.others for number in pair]
         ends += [(self, self.source), (other, other.source)]
         return any((other if each is self else self).covers(number) for each, number in ends)
@@ -86,12 +87,12 @@ class Move:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class History:
-    """The moves of one model. A value: what changes it returns another."""
+    """The moves of one model. Immutable: methods that change it return a new history."""
 
     epoch: int = 0
-    """How many changes there have been that took sessions along."""
+    """The number of changes so far that moved sessions."""
     moves: tuple[Move, ...] = ()
-    """In the order of their epochs; no two of a source have the same."""
+    """In the order of their epochs; a source has at most one move per epoch."""
 
     def of(self, version: int, epoch: int) -> Move | None:
         """The move of sessions that were on `version` in `epoch`; None: they are still there."""
@@ -100,9 +101,10 @@ class History:
         return next((move for move in self.moves if move.epoch > epoch and move.covers(version)), None)
 
     def with_move(self, source: int, target: int, how: MoveKind, function: str = "") -> History:
-        """The history after sessions have gone from `source` to `target`.
+        """The history after sessions have moved from `source` to `target`.
 
-        A move that says as much as the next one of its version is left out, and a last one that says nothing.
+        A move with the same effect as the next one of its version is left out, and so is a final one without
+        effect.
         """
         epoch = self.epoch + 1
         former = [move.then(target, how, function) if move.target == source else move for move in self.moves]
@@ -118,11 +120,11 @@ class History:
     def without(
         self, free: Collection[int], kept: Collection[int], alike: Callable[[int, int], bool]
     ) -> History:
-        """The history that forgets versions no session is on: those whose one move says the same as a later one.
+        """Forget versions without sessions, if their only move has the same effect as a later one.
 
-        That later one is of a version which is `alike`, and takes their sessions along. A version that sessions have left
-        more than once stays, as one number cannot say which of its moves is meant. So does a move of forgotten versions
-        whose numbers were used again: by one that is `kept`, or that has a move of its own.
+        The later move must be of a version that is `alike`; it then covers their sessions. A version that sessions
+        have left more than once is kept, since its number alone does not identify one move. So is a move of
+        forgotten versions whose numbers were reused, by a version that is `kept` or that has a move of its own.
         """
         count = Counter(move.source for move in self.moves)
         left: list[Move] = []
@@ -139,12 +141,12 @@ class History:
         return History(self.epoch, tuple(reversed(left)))
 
     def _is_used_again(self, move: Move, kept: Collection[int]) -> bool:
-        """Whether a number of a move is that of another version too."""
+        """Whether a number that a move covers also belongs to another version."""
         others = [each for each in self.moves if each is not move and (each.others or move.others)]
         return any(map(move.covers, kept)) or any(each.overlaps(move) for each in others)
 
     def versions(self) -> set[int]:
-        """All versions that some move begins with, ends with or goes through, but forgotten ones."""
+        """All versions that some move starts from, ends at or goes through, except forgotten ones."""
         return {
             version
             for move in self.moves
@@ -152,7 +154,7 @@ class History:
         }
 
     def renumbered(self, old: int, new: int) -> History:
-        """The history in which a version has another number."""
+        """The history with another number for a version."""
         numbers = {old: new}
         moves = [
             dataclasses.replace(

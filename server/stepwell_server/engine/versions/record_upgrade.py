@@ -1,7 +1,7 @@
-"""Records of earlier epochs are brought to the version that their sessions are on now, when they are read.
+"""Upgrades records of earlier epochs, when they are read, to the version that their session is on now.
 
-The rows of one that was carried are as they were. Those of one that migrates or is reset become rows of the new
-version, and the reply that is remembered stays what it was, whatever the new version calls its outputs.
+The rows of a carried session stay the same. If a session is migrated or reset, its rows become rows of the new
+version. The remembered reply keeps its tensors, whatever the new version calls its outputs.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from stepwell_server.program import StateSpec, dtype_of
 from stepwell_server.store.record import DecodedRecords
 
 Migration = Callable[[dict[str, Array]], Mapping[str, Array]]
-"""Makes states of one version, `(rows, ...)` each by name, states of another: as many rows, in their order.
+"""Converts states of one version, `(rows, ...)` each by name, to another's: as many rows, in the same order.
 
-Called with the rows of many sessions at once, from any thread. It must give the same for the same rows each time: what
-it made is only stored with the session's next change.
+Called with the rows of many sessions at once, from any thread. It must be deterministic: the result is only stored
+with the session's next change.
 """
 
 
 @dataclasses.dataclass(slots=True)
 class UpgradedRecords:
-    """Records as of the version that their sessions are on."""
+    """Records converted to the version that their sessions are on."""
 
     decoded: DecodedRecords
     refused: dict[int, ServerError]
-    """Those that cannot be brought there, by place; they are in `decoded` all the same, with rows of zeros."""
+    """Errors of records that cannot be converted, by place; in `decoded` their rows are zeros."""
     reset: list[int]
-    """Places of those that are reset: at position 0."""
+    """Places of sessions that are reset, to position 0."""
     replies: dict[int, int]
-    """How the reply is kept of those of which that has changed, by place."""
+    """The new form of replies whose form has changed, by place."""
 
 
 class RecordUpgrader:
-    """Brings records forward. Lives on the event loop; `bring` may be called on any thread while nothing moves."""
+    """Upgrades records. Lives on the event loop; `bring` may be called on any thread while nothing moves."""
 
     def __init__(self, models: Models, migrations: Mapping[str, Migration]) -> None:
         self._models = models
@@ -60,14 +60,15 @@ class RecordUpgrader:
     def trace(
         self, model: Model, fingerprint: str, fields: bytes, *, is_as_known: bool
     ) -> RecordTrace | None:
-        """Find the session of a record that is on a version of a model in the table; None: it is another session.
+        """Find where the session of a record is now; None: the record is another session's.
 
-        With `is_as_known` the record is the one that the session in the table was made of, or has written.
+        The session is on a version of `model` in the table. With `is_as_known`, the table's session was loaded from
+        this record or has written it.
 
         Raises:
-            Unavailable: the session is on its way to another version.
-            VersionElsewhere: another server has made moves with it that are not known here; or it is on another version, and
-                this server has yet to follow.
+            Unavailable: the session is moving to another version.
+            VersionElsewhere: another server made moves with it that are unknown here; or it is on another version,
+                and this server has yet to follow.
         """
         own = self._models.versions(model.name)
         mark = mark_of(fields)
@@ -81,27 +82,27 @@ class RecordUpgrader:
         if trace.now == model.version:
             return trace
         if not is_as_known:
-            # It may be of a later move than that for which the session leaves, or another session by now, of the same id:
-            # what is known here of the session is not enough to continue where it began.
+            # The record may be of a later move than the pending one, or of another session with the same id. The
+            # session's data here is then not enough to continue where it began.
             raise self._models.leaving(model.name, model.version, trace.now)
-        # a move is being made: what is under way continues where it began
+        # a move is being made: active work continues on its version
         if trace.version == model.version:
             return RecordTrace(trace.version, None)
         is_carried = trace.move is not None and trace.move.how is MoveKind.CARRY
         if is_carried and own.known[trace.now].layout == Layout.of(model.program):
             return trace
         raise Unavailable(
-            f"a session of model {model.name!r} is about to move to version {trace.now}; send it again"
+            f"a session of model {model.name!r} is moving to version {trace.now}; send the request again"
         )
 
     def migrates(self, model: Model) -> bool:
-        """Whether records of a model's sessions may have to be migrated, which takes as long as it takes."""
+        """Whether records of a model's sessions may need a migration, whose duration is unknown."""
         return any(move.how is MoveKind.MIGRATE for move in self._models.versions(model.name).history.moves)
 
     def bring(self, model: Model, decoded: DecodedRecords, as_known: Sequence[bool]) -> UpgradedRecords:
-        """Bring the records of sessions of a version there. Those of another model's sessions stay as they are.
+        """Convert the records of sessions of a version. Records of another model's sessions stay unchanged.
 
-        `as_known` says of each place whether its record is as the table knows it: see `trace`.
+        `as_known` says for each place whether the table has this record: see `trace`.
         """
         forwarded = UpgradedRecords(decoded, {}, [], {})
         own, target = self._models.versions(model.name), Layout.of(model.program)
@@ -143,7 +144,7 @@ class RecordUpgrader:
         groups: Mapping[tuple[int, Move], list[int]],
         target: Layout,
     ) -> None:
-        """Make the rows of some records rows of the version that they are brought to."""
+        """Convert some records' rows to rows of their new version."""
         decoded = forwarded.decoded
         ends = np.cumsum(decoded.heads["rows_bytes"].astype(np.int64))
         starts = ends - decoded.heads["rows_bytes"]
@@ -180,7 +181,7 @@ class RecordUpgrader:
     def _moved(
         self, model: Model, own: Versions, move: Move, layout: Layout, states: Sequence[Array]
     ) -> list[Array]:
-        """The states after a move, in the order of the version that it ends with."""
+        """The states after a move, in the order of its target version."""
         rows = len(states[0]) if states else 0
         if move.how is MoveKind.RESET:
             return [np.repeat(value[None], rows, axis=0) for value in model.program.initial]
@@ -192,10 +193,10 @@ class RecordUpgrader:
     def migrated(
         self, function: str, states: Mapping[str, Array], specs: Sequence[StateSpec], rows: int
     ) -> dict[str, Array]:
-        """What a function makes of states: checked.
+        """The states that a migration function returns, checked.
 
         Raises:
-            MigrationFailed: it raised, or what it gave are no states of the version that it is for.
+            MigrationFailed: it raised, or its result is not the target version's states.
         """
         migrate = self.migrations.get(function)
         if migrate is None:
@@ -205,7 +206,7 @@ class RecordUpgrader:
             )
         try:
             given = dict(migrate({name: array.copy() for name, array in states.items()}))
-        except Exception as error:  # an operator's function may raise anything
+        except Exception as error:  # a user's function may raise anything
             raise MigrationFailed(f"migration {function!r} raised {type(error).__name__}: {error}") from error
         wanted = {spec.name: spec for spec in specs}
         if given.keys() != wanted.keys():
@@ -227,7 +228,7 @@ class RecordUpgrader:
             made[name] = array.astype(dtype_of(spec.dtype))
             if made[name].dtype.kind in "fV" and not np.isfinite(made[name].astype(np.float64)).all():
                 raise MigrationFailed(
-                    f"migration {function!r} must return finite numbers; state {name!r} has others"
+                    f"migration {function!r} must return finite numbers; state {name!r} holds NaN or infinity"
                 )
         return made
 
@@ -241,7 +242,7 @@ class RecordUpgrader:
         indexes: Sequence[int],
         sizes: Sequence[int],
     ) -> None:
-        """Store their own tensors with remembered replies, where the new version has others."""
+        """Store the tensors of remembered replies with them, if the new version has other tensors."""
         if layout == target:
             return
         decoded, low = forwarded.decoded, 0
@@ -268,14 +269,14 @@ class RecordUpgrader:
 def _misfits(
     decoded: DecodedRecords, indexes: npt.NDArray[np.intp], layout: Layout
 ) -> dict[int, ServerError]:
-    """Why some of the records, by their index, cannot be sessions of a version with this layout, by place.
+    """Errors of records, by place, that cannot be sessions of a version with this layout.
 
-    Each is refused by itself: what fills the rows of many at once must find that they fit.
+    Each record is checked individually, because rows of many are filled at once.
     """
     heads, places = decoded.heads[indexes], decoded.sound[indexes]
     wrong = heads["rows_bytes"] != heads["batch_size"].astype(np.int64) * layout.row_bytes
     found: dict[int, ServerError] = {
-        place: _misfit("its rows must have the size of its model's and of its batch_size; they have another")
+        place: _misfit("its rows must have the size that its model and batch_size need; they do not")
         for place in places[wrong].tolist()
     }
     # common case: none has arrays, and all have replies of another kind
@@ -298,7 +299,7 @@ def _misfit(problem: str) -> StateCorrupt:
 def _packed(
     model: Model, states: Sequence[Array], outputs: Sequence[Array] | None, sizes: Sequence[int]
 ) -> list[bytes]:
-    """Rows of some sessions as the arena packs them, each session's; `outputs` None: none are remembered."""
+    """Rows of sessions as the arena packs them, session by session; `outputs` None: none are remembered."""
     count = sum(sizes)
     typed = [np.asarray(a, dtype_of(spec.dtype)) for a, spec in zip(states, model.program.state, strict=True)]
     if outputs is None:

@@ -1,4 +1,4 @@
-"""The models that are served, each with its versions: the one place that knows them."""
+"""The registry of models and their versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stepwell_server.errors import (
 from stepwell_server.program import FINGERPRINT_DIGITS, Names, Program
 from stepwell_server.store.record import Header
 
-#: Seconds after which a caller may ask again for a version that is not loaded here; and for one that is being read.
+#: Retry delays in seconds: for a version that is not loaded here, and for one that is being loaded.
 _RETRY_INTERVAL_S, _SHORT_RETRY_INTERVAL_S = 1.0, 0.05
 
 
@@ -35,27 +35,27 @@ class KnownVersion:
     version: int
     fingerprint: str
     layout: Layout
-    """Of the rows of its sessions' records."""
+    """The layout of its sessions' stored rows."""
     source: str = ""
-    """The file that it came from."""
+    """The file it came from."""
     loaded: float = 0.0
-    """When it was loaded, in seconds since the epoch."""
+    """Load time, in seconds since the epoch."""
     tenant: str = ""
-    """Whose admin loaded it."""
+    """The tenant whose admin loaded it."""
     is_wanted: bool = True
-    """It is to be loaded again after a restart."""
+    """Whether to load it again after a restart."""
     is_leaving: bool = False
-    """It was the default, and is to be unloaded when its last session has ended, unless it has a label."""
+    """It was the default, and will be unloaded when its last session ends, unless it has a label."""
     replaced: int = 0
-    """The number that it had until another file took its place while no server ran; its own is below 0 since then."""
+    """Its number until another file took that number while no server ran; since then its own number is negative."""
     inputs: tuple[str, ...] = ()
-    """What its inputs are called."""
+    """The names of its inputs."""
     structure: str = ""
     """`Program.structure`."""
 
     @classmethod
     def of(cls, version: int, program: Program, source: str, loaded: float, tenant: str = "") -> KnownVersion:
-        """What there is to remember of a version when it is loaded: of a program with the names that are served."""
+        """What to remember of a version when it is loaded, from a program with the served names."""
         return cls(
             version,
             program.fingerprint,
@@ -69,7 +69,7 @@ class KnownVersion:
 
     @property
     def names(self) -> Names:
-        """What its tensors are called."""
+        """The names of its tensors."""
         outputs, states = (
             [spec.name for spec in specs] for specs in (self.layout.outputs, self.layout.states)
         )
@@ -77,58 +77,58 @@ class KnownVersion:
 
 
 class RecordTrace(NamedTuple):
-    """Where the session of a record is."""
+    """Where the session of a record is now."""
 
     version: int
-    """Whose rows the record has. Below 0: of a file that another one has replaced."""
+    """The version that the record's rows belong to. Negative: a file that was replaced."""
     move: Move | None
-    """What has taken the session along since; None: it is still there."""
+    """The move that the session has made since; None: none."""
 
     @property
     def now(self) -> int:
-        """The version that the session is on."""
+        """The session's current version."""
         return self.version if self.move is None else self.move.target
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Versions:
-    """A name and its versions."""
+    """A model's name and its versions."""
 
     name: str
     elsewhere: str = ""
     """Where versions may be that are not loaded here: see `Store.elsewhere`. Empty: nowhere."""
     loaded: dict[int, Model] = dataclasses.field(default_factory=dict)
     default: int = 0
-    """What the name alone stands for; it is loaded whenever any version is, unless `wanted` is another."""
+    """The version that the name alone means. It is loaded whenever any version is, unless `wanted` is another."""
     wanted: int = 0
-    """What was made the default and could not be loaded yet; 0: `default` is it."""
+    """A chosen default that is not loaded yet; 0: `default` is the chosen one."""
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
     history: History = dataclasses.field(default_factory=History)
     known: dict[int, KnownVersion] = dataclasses.field(default_factory=dict)
     highest: int = 0
     """The highest number that a version ever had."""
     change: int = 0
-    """How many changes of its document there have been."""
+    """The number of changes of its document so far."""
 
     def changed(self, **fields: Any) -> Versions:
-        """The same with some fields changed, as it is to be kept: one change more."""
+        """A copy with some fields changed, to be stored; it counts as one more change."""
         return dataclasses.replace(self, change=self.change + 1, **fields)
 
     @property
     def chosen(self) -> int:
-        """The default, loaded here or not; 0: there is none."""
+        """The chosen default, loaded here or not; 0: none."""
         return self.wanted or self.default
 
     @property
     def meant(self) -> int:
-        """The version of the name alone. Another one stands in for a default only if no server can have that loaded."""
+        """The version that the name alone means. A substitute is used only if no server can have the default loaded."""
         return self.wanted if self.wanted and self.elsewhere else self.default
 
     def model(self, ref: ModelRef) -> Model:
         """The version that a reference means.
 
         Raises:
-            VersionNotFound: it is not loaded, or there is no such label.
+            VersionNotFound: it is not loaded, or the label does not exist.
         """
         version = self.default
         if ref.label is not None:
@@ -145,10 +145,10 @@ class Versions:
         return self.require(version)
 
     def require(self, version: int) -> Model:
-        """A version that is loaded.
+        """A loaded version.
 
         Raises:
-            VersionNotFound: it is not.
+            VersionNotFound: it is not loaded.
         """
         found = self.loaded.get(version)
         if found is None:
@@ -160,19 +160,19 @@ class Versions:
         return found
 
     def missing(self) -> list[KnownVersion]:
-        """The default and versions with labels that are wanted and not loaded here, where another server may have them."""
+        """The default and labelled versions that are wanted, not loaded here, and possibly loaded on another server."""
         chosen = dict.fromkeys((self.wanted, *sorted(self.labels.values()))) if self.elsewhere else {}
         found = [self.known[version] for version in chosen if version in self.known]
         return [known for known in found if known.is_wanted and known.version not in self.loaded]
 
     def among(self, versions: Collection[int] | None) -> list[Model]:
-        """The loaded ones of some versions; None: of all."""
+        """Those of some versions that are loaded; None: all loaded versions."""
         if versions is None:
             return list(self.loaded.values())
         return [self.loaded[version] for version in versions if version in self.loaded]
 
     def known_after(self, previous: int, version: int, *, leaves: bool) -> dict[int, KnownVersion]:
-        """What is known when another version is the default; `leaves`: the previous one is to be unloaded."""
+        """What is known once another version is the default; `leaves`: the previous one drains."""
         known = dict(self.known)
         if previous in known:
             known[previous] = dataclasses.replace(known[previous], is_leaving=leaves)
@@ -180,13 +180,13 @@ class Versions:
         return known
 
     def version_with(self, fingerprint: str) -> int | None:
-        """The lowest version with a fingerprint, loaded or not: that of records that say no version."""
+        """The lowest version with a fingerprint, loaded or not: for records without a version."""
         found = [each for each in self.known.values() if each.fingerprint == fingerprint]
         lowest = min(found, key=lambda each: each.replaced or each.version, default=None)
         return None if lowest is None else lowest.version
 
     def trace(self, mark: Mark | None, fingerprint: str) -> RecordTrace | None:
-        """Find the session of a record by its mark and the fingerprint of its weights; None: its version is not known."""
+        """Find where the session of a record is, by its mark and fingerprint; None: its version is unknown."""
         if mark is None:
             lowest = self.version_with(fingerprint)
             return None if lowest is None else RecordTrace(lowest, self.history.of(lowest, 0))
@@ -194,7 +194,7 @@ class Versions:
         move = None if mark.is_pinned else self.history.of(mark.version, mark.epoch)
         if known is not None and known.fingerprint == fingerprint:
             return RecordTrace(mark.version, move)
-        if move is not None and move.source != mark.version:  # the version was forgotten
+        if move is not None and move.source != mark.version:  # the version has been forgotten
             return RecordTrace(move.source, move)
         former = self._replaced(mark.version, fingerprint)
         if former is None:
@@ -202,7 +202,7 @@ class Versions:
         return RecordTrace(former, None if mark.is_pinned else self.history.of(former, mark.epoch))
 
     def forget_unused(self, used: Collection[int]) -> None:
-        """Forget versions that are not wanted and have no sessions: `used` are those on which some are."""
+        """Forget versions that are not wanted and are not among the `used` ones, which have sessions."""
         needed = {*used, *self.loaded, *self.labels.values(), self.default, self.wanted}
         known = self.known
         free = {version for version, each in known.items() if version not in needed and not each.is_wanted}
@@ -223,10 +223,10 @@ class Versions:
         )
 
     def replace_files(self, kept: Versions) -> None:
-        """Restore what is loaded as it was before the restart, where no other server has any of it.
+        """Restore what is loaded to its state before the restart, if no other server has any of it.
 
-        A version whose file was replaced meanwhile has its number for the new weights alone. The moves of sessions that
-        left the old ones are kept under another number, so that those sessions still find where they went.
+        If a version's file was replaced meanwhile, its number belongs to the new weights only. Moves of sessions
+        that left the old ones are kept under another number, so those sessions still find their version.
         """
         self.known = {**kept.known, **self.known}
         self.history, self.labels = kept.history, kept.labels
@@ -274,23 +274,24 @@ class Versions:
 
 
 Absence = Callable[[ModelRef], ServerError | None]
-"""Why a model, or a version of one, is not there: it is being loaded, or could not be. None: that is not known."""
+"""Returns the error for a model or version that is being loaded, or could not be loaded. None: the reason is
+unknown."""
 
 
 class Models:
-    """Models by name and version, and by the sessions that they have. Lives on the event loop.
+    """Models by name and version, and by their sessions. Lives on the event loop.
 
-    Callers look models up each time, as models come and go.
+    Callers look models up each time, since they may be loaded and unloaded at any time.
     """
 
     def __init__(self, table: SessionTable, elsewhere: str, absent: Absence = lambda _ref: None) -> None:
-        """`elsewhere` is the store's: see `Store.elsewhere`."""
+        """For `elsewhere` see `Store.elsewhere`."""
         self._table = table
         self._elsewhere = elsewhere
         self._absent = absent
         self._by_name: dict[str, Versions] = {}
         self.by_index: dict[int, Model] = {}
-        """Versions that are loaded, by their numbers in the table."""
+        """Loaded versions, by their numbers in the table."""
         self._next = 0
 
     def __iter__(self) -> Iterator[Model]:
@@ -298,28 +299,28 @@ class Models:
         return iter([served.loaded[version] for served in self.served() for version in sorted(served.loaded)])
 
     def ring(self) -> None:
-        """Have the loop of each version look for work."""
+        """Make each version's loop look for work."""
         for model in self:
             model.work.ring()
 
     def served(self) -> list[Versions]:
-        """The models of which some version is loaded, in the order of their names."""
+        """The models with a loaded version, sorted by name."""
         return [self._by_name[name] for name in self.names()]
 
     def new_index(self) -> int:
-        """A number that no other version has, or had."""
+        """A number that no version has had."""
         self._next += 1
         return self._next - 1
 
     def versions(self, name: str) -> Versions:
-        """What is known of a name, of which nothing need be loaded."""
+        """What is known of a name; nothing of it need be loaded."""
         own = self._by_name.get(name)
         if own is None:
             own = self._by_name[name] = Versions(name, self._elsewhere)
         return own
 
     def add(self, model: Model, known: KnownVersion) -> None:
-        """Serve a version from now on, which is not loaded."""
+        """Serve a version that is not loaded yet."""
         own = self.versions(model.name)
         assert model.version not in own.loaded, "a version is loaded once"
         own.loaded[model.version] = self.by_index[model.index] = model
@@ -331,26 +332,26 @@ class Models:
             own.wanted = 0
 
     def retire(self, model: Model) -> None:
-        """Take a version out of the names; its sessions in the table still find it."""
+        """Remove a version from the names; its sessions in the table still find it."""
         own = self._by_name[model.name]
         del own.loaded[model.version]
         if own.default == model.version:
             own.default = max(own.loaded, default=0)
 
     def forget(self, model: Model) -> None:
-        """A version that was retired has no sessions in the table any more."""
+        """A retired version has no sessions in the table any more."""
         del self.by_index[model.index]
         model.sharing.discard(model.index)
 
     def all(self) -> list[Versions]:
-        """All names that are known, loaded or not."""
+        """All known names, loaded or not."""
         return list(self._by_name.values())
 
     def by_name(self, ref: str) -> Model:
         """The version that a reference means: NAME, NAME@VERSION or NAME:LABEL.
 
         Raises:
-            ModelNotFound: there is no model of that name, or no such version of it.
+            ModelNotFound: no model has that name, or it has no such version.
         """
         own = self._by_name.get(ref)
         if own is not None and not own.wanted and (model := own.loaded.get(own.default)):  # the common case
@@ -368,15 +369,15 @@ class Models:
             if not meant.label and isinstance(
                 why := self._absent(ModelRef(own.name, own.wanted)), ModelLoading
             ):
-                raise why  # nothing stands in for a default that comes in a moment
+                raise why  # a default that will be loaded soon has no substitute
         if version is not None and version not in own.loaded and (why := self._away(meant.name, version)):
             raise why
         return own.model(meant)
 
     def _away(self, name: str, version: int | None, session_id: str = "") -> ServerError | None:
-        """Why a version is not loaded here, or of a name without one the default: if that is known, or others may have it.
+        """The error for a version that is not loaded here (None: the default), if the reason is known.
 
-        One that could not be loaded here may be well on another server: so that is said, to be asked for there.
+        A version that could not be loaded here may be loaded on another server; the error then says so.
         """
         own = self._by_name.get(name)
         why = self._absent(ModelRef(name, version))
@@ -388,14 +389,14 @@ class Models:
 
     @staticmethod
     def is_pinned(ref: str) -> bool:
-        """Whether sessions that are opened by a reference stay on their version: it says more than the name."""
+        """Whether sessions opened by a reference stay on their version: it has a version or a label."""
         return "@" in ref or ":" in ref
 
     def named(self, name: str) -> Versions:
-        """A model of which some version is loaded.
+        """A model with a loaded version.
 
         Raises:
-            ModelNotFound: there is none of that name.
+            ModelNotFound: no such model.
         """
         own = self._by_name.get(name)
         if own is None or not own.loaded:
@@ -405,7 +406,7 @@ class Models:
         return own
 
     def find(self, name: str) -> Versions | None:
-        """The model of a name of which some version is loaded, or None."""
+        """The model of a name with a loaded version, or None."""
         own = self._by_name.get(name)
         return own if own is not None and own.loaded else None
 
@@ -414,11 +415,11 @@ class Models:
         return self.by_index[int(self._table.model[handle])]
 
     def names(self) -> list[str]:
-        """The names of which some version is loaded, in order."""
+        """The names with a loaded version, sorted."""
         return sorted(name for name, own in self._by_name.items() if own.loaded)
 
     def elsewhere(self, name: str, version: int, session_id: str = "") -> VersionElsewhere | None:
-        """Why a version must be asked for on another server; None: no other server can have it."""
+        """The error that sends the caller to another server for a version; None: no other server can have it."""
         if not self._elsewhere:
             return None
         whose = f"session {session_id!r} is on" if session_id else "the call needs"
@@ -434,10 +435,10 @@ class Models:
 
     @staticmethod
     def later(name: str, session_id: str = "") -> VersionElsewhere:
-        """Why a session is not touched whose record names a move that is not known here yet."""
+        """The error for a session whose record names a move that is not known here yet."""
         whose = f"session {session_id!r}" if session_id else "a session"
         return VersionElsewhere(
-            f"{whose} has made a move to another version of model {name!r} of which this server has not heard yet; it was not"
+            f"{whose} moved to another version of model {name!r}, which this server does not know yet; it was not"
             " applied: send it again",
             _SHORT_RETRY_INTERVAL_S,
             model=name,
@@ -445,40 +446,40 @@ class Models:
 
     @staticmethod
     def leaving(name: str, version: int, target: int) -> VersionElsewhere:
-        """Why a session is not touched that is on `version` here and on `target` by its record and the moves that are known."""
+        """The error for a session on `version` here whose record and known moves say another version."""
         return VersionElsewhere(
-            f"a session belongs to version {target} of model {name!r}, and is on version {version} on this server for a"
-            " moment yet; it was not applied: send it again",
+            f"a session belongs to version {target} of model {name!r}, but is still on version {version} on this server for a"
+            " moment; it was not applied: send it again",
             _SHORT_RETRY_INTERVAL_S,
             model=name,
         )
 
     def later_epoch(self, header: Header) -> int:
-        """The epoch of a record, if it is later than what is known here; else 0."""
+        """The epoch of a record, if it is later than any known here; else 0."""
         mark = mark_of(header.fields)
         own = self._by_name.get(header.model)
         known = 0 if own is None else own.history.epoch
         return 0 if mark is None or mark.is_pinned or mark.epoch <= known else mark.epoch
 
     def is_behind(self, header: Header) -> bool:
-        """Whether a record names moves or a version that are not known here; the store has their document."""
+        """Whether a record names moves or a version that are unknown here; the store has their document."""
         own = self._by_name.get(header.model)
         if own is None or self.later_epoch(header):
             return True
         return own.trace(mark_of(header.fields), header.fingerprint) is None
 
     def place(self, session_id: str, header: Header) -> tuple[Model, Move | None]:
-        """On which version a stored session is now, and the move that has taken it there since its record was written.
+        """The version that a stored session is on now, and the move it made since its record was written.
 
         Raises:
             VersionElsewhere: that version is not loaded here, or not known yet, and may be on another server.
             ModelNotFound: its model, or that version of it, is not loaded.
-            ModelMismatch: no version that was ever here has the fingerprint of the record.
+            ModelMismatch: no version ever loaded here has the record's fingerprint.
         """
         own = self.find(header.model)
         if own is None:
             raise self._away(header.model, None, session_id) or ModelNotFound(
-                f"session {session_id!r} belongs to model {header.model!r}, which is not served;"
+                f"session {session_id!r} belongs to model {header.model!r}, which is not loaded;"
                 f" model must be one of {self.names()}. Serve it again, or close the session",
                 model=header.model,
             )
@@ -487,14 +488,14 @@ class Models:
         mark = mark_of(header.fields)
         trace = own.trace(mark, header.fingerprint)
         if trace is None and mark is not None and mark.version not in own.known:
-            # it may have been forgotten here, and a server may have it loaded all the same
+            # it may have been forgotten here, while a server still has it loaded
             elsewhere = self.elsewhere(header.model, mark.version, session_id)
             if elsewhere is not None and mark.version <= own.highest:
                 raise elsewhere
         if trace is None or trace.now < 0:
             raise ModelMismatch(
                 f"session {session_id!r} belongs to model {header.model!r} with fingerprint"
-                f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the one that is served has"
+                f" {header.fingerprint[:FINGERPRINT_DIGITS]}; the loaded version has"
                 f" {own.loaded[own.default].program.fingerprint[:FINGERPRINT_DIGITS]}."
                 " Serve that model file again, or close the session",
                 model=header.model,
