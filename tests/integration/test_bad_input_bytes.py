@@ -44,7 +44,7 @@ def test_bytes_that_are_no_message(served: Served, service: str, rpc: str, name:
     refused.expect(
         "INVALID_ARGUMENT",
         "INVALID_INPUT",
-        f"request must be a stepwell.v1.{rpc}Request; got {len(GARBAGE[name])} bytes that are none",
+        f"request must be a stepwell.v1.{rpc}Request; got {len(GARBAGE[name])} bytes that are not",
     )
 
 

@@ -66,7 +66,7 @@ SESSION_CALLS: dict[str, Case] = {
     "time limit": (lambda s: s.step(ONES, timeout_s=0), "timeout_s must be above 0.*got 0"),
     "message size": (
         lambda s: s.step(np.ones((2, MAX_MESSAGE_BYTES // 24 + 1, 3), np.float32)),
-        r"must fit the size limits of both sides \(max_message_bytes\)",
+        r"must fit the size limits of client and server \(max_message_bytes\)",
     ),
     "reply size": (
         lambda s: s.step(np.ones((2, MAX_MESSAGE_BYTES // 16 + 1, 3), np.float16)),

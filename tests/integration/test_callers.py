@@ -212,24 +212,24 @@ def _those_who_are_not_known_are_refused(asking: Asking) -> None:
     deep = base64.urlsafe_b64encode(b"[" * 3000).decode().rstrip("=")
     wrong = {
         "none": (None, "callers must send a token in the metadata"),
-        "unknown": (bearer("stw_" + "a" * 43), "must be one that this server knows"),
-        "cut off": (bearer(good[:-1]), "must be one that this server knows"),
+        "unknown": (bearer("stw_" + "a" * 43), "must be known to this server"),
+        "cut off": (bearer(good[:-1]), "must be known to this server"),
         "another scheme": ((("authorization", "Basic YTpi"),), "got another authorization"),
         "nothing": ((("authorization", "Bearer "),), "got another authorization"),
         "expired": (bearer(signed(exp=now - dt.timedelta(minutes=1))), "the JWT has expired"),
         "for ever": (bearer(signed(exp=None)), "it has no claim exp"),
-        "not yet": (bearer(signed(nbf=now + dt.timedelta(minutes=1))), "does not hold yet"),
-        "another audience": (bearer(signed(aud="others")), "its audience (aud) is another server's"),
+        "not yet": (bearer(signed(nbf=now + dt.timedelta(minutes=1))), "is not valid yet"),
+        "another audience": (bearer(signed(aud="others")), "its audience (aud) is another server"),
         "another issuer": (bearer(signed(iss="https://evil.example")), "its issuer (iss) is not trusted"),
         "another key": (bearer(signed(own_key)), "its signature is wrong"),
         "unknown key": (bearer(signed(kid="k2")), "its key (kid) is not trusted"),
-        "no signature": (bearer(signed("", "none")), "its algorithm (alg) is not one of its key"),
-        "shared secret": (bearer(forged()), "its algorithm (alg) is not one of its key"),
+        "no signature": (bearer(signed("", "none")), "its algorithm (alg) does not fit its key"),
+        "shared secret": (bearer(forged()), "its algorithm (alg) does not fit its key"),
         "no tenant": (bearer(signed(tenant=None)), "the claim tenant must name the tenant"),
         "separator": (bearer(signed(tenant="a\x1fb")), "the claim tenant must name the tenant"),
         "no role": (bearer(signed(role="root")), "the claim role must be or hold one of"),
-        "no json": (bearer("a.b.c"), "it cannot be read as one"),
-        "deep": (bearer(f"{deep}.{deep}.x"), "it cannot be read as one"),
+        "no json": (bearer("a.b.c"), "it is not a JWT"),
+        "deep": (bearer(f"{deep}.{deep}.x"), "it is not a JWT"),
     }
     listing = models_pb2.ListModelsRequest()
     with (
@@ -261,7 +261,7 @@ def _those_who_are_not_known_are_refused(asking: Asking) -> None:
             health_pb2.HealthCheckRequest(), timeout=_PATIENCE_S
         )
         assert checked.status == health_pb2.HealthCheckResponse.SERVING
-    with pytest.raises(stepwell.UnauthenticatedError, match="must be one that this server knows") as failed:
+    with pytest.raises(stepwell.UnauthenticatedError, match="must be known to this server") as failed:
         asking.connect("stw_nonsense").models()
     assert failed.value.outcome == "not_applied"
 
@@ -297,7 +297,7 @@ def _those_who_are_known_are_served(asking: Asking) -> None:
     listed = CliRunner().invoke(main, [*line, "--token-file", str(file)])
     assert (listed.exit_code, "forecast" in listed.output) == (0, True), listed.output
     unknown = CliRunner().invoke(main, line, env={"STEPWELL_TOKEN": "stw_nonsense"})
-    assert (unknown.exit_code, "must be one that this server knows" in unknown.output) == (1, True)
+    assert (unknown.exit_code, "must be known to this server" in unknown.output) == (1, True)
     assert triton_clients.run_scenario("with_token", asking.server.address, token, ca, cert, key) == [
         "UNAUTHENTICATED",
         "UNAUTHENTICATED",
@@ -375,7 +375,7 @@ def _a_revoked_token_ends_streams(asking: Asking) -> None:
             for stream in streams:
                 found = refusal(partial(list, stream))
                 assert (found.code, found.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
-                assert "does not hold any more" in found.message
+                assert "is no longer valid" in found.message
         finally:
             ended.set()
         assert not watch.done()

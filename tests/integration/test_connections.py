@@ -240,7 +240,7 @@ def test_files_of_tls_that_cannot_be_used_stop_the_start(front: str, authority: 
     # the first is in order, and yet of a kind that the native front does not know
     unknown, own = authority.issue(curve=ec.SECP521R1), authority.issue()
     certificate, key, message = {
-        "native": (*unknown, f"must be one that this server can use; {unknown.key}: "),
+        "native": (*unknown, f"must be supported by this server; {unknown.key}: "),
         "auto": (
             own.cert,
             own.cert,
@@ -296,7 +296,7 @@ def test_a_unix_socket_is_an_address_like_any_other(front: str, tmp_path: Path) 
         assert code == 2
         assert (
             err
-            == f"stepwell: error: --listen: cannot listen on {server.address}: it is in use: a server listens there\n"
+            == f"stepwell: error: --listen: cannot listen on {server.address}: it is in use: a server listens on it\n"
         )
         server.signal(signal.SIGKILL)
         server.finish()

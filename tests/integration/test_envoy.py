@@ -170,7 +170,7 @@ RAW: dict[str, bytes] = {
     "more than JSON": b"{}}",
     "a number too large": b'{"inputs": [{"values": [1e999]}]}',
     "half a character": b'{"session_id": "\xc3"}',
-    "bytes that are none": b'{"inputs": [{"data": "*"}]}',
+    "bytes that are not": b'{"inputs": [{"data": "*"}]}',
     "no number of 64 bits": b'{"request_id": "99999999999999999999"}',
     "deep": b'{"inputs": ' * 500 + b"[" * 500,
     "random": bytes(range(256)),

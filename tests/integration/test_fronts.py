@@ -383,7 +383,7 @@ def test_an_id_is_that_of_one_unanswered_frame(
         raw = call(iter([frame.SerializeToString() for frame in frames]), timeout=100)
         first, second = (pb.StepStreamResponse.FromString(answer) for answer in raw)
         if first.errors:
-            assert "frame_id must not be that of an unanswered frame" in first.errors[0].error.message
+            assert "frame_id must differ from those of unanswered frames" in first.errors[0].error.message
             assert list(second.revisions) == [1]
             return
         assert [*first.revisions, *second.revisions] == [1, 2]

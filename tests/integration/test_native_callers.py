@@ -71,7 +71,7 @@ class Server:
         self.address = secured.named(
             await self.front.start(Address("127.0.0.1", 0), methods, self, secured.certificates())
         )
-        self.front.set_plain(are_taken=True)
+        self.front.set_fast_path(enabled=True)
 
     def go(self) -> None:
         """What was taken is done already."""

@@ -101,7 +101,7 @@ async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
     server.address = secured.named(
         await front.start(Address("127.0.0.1", 0), methods, server, secured.certificates())
     )
-    front.set_plain(are_taken=True)
+    front.set_fast_path(enabled=True)
     try:
         yield server
     finally:

@@ -46,7 +46,7 @@ def test_quotas_of_a_file_are_kept_told_read_again_and_counted(tmp_path: Path) -
         other = tmp_path / "other"
         other.write_text("[default]\nsessions = none\n")
         os.replace(other, path)
-        server.wait_for_log("the quotas stay as they are")
+        server.wait_for_log("the changed quotas cannot be used")
         other.write_text("[default]\nsessions = 3\n")
         os.replace(other, path)
         server.wait_for_log("quotas read")

@@ -124,7 +124,7 @@ def test_models_are_described(channel: grpc.Channel) -> None:
 )
 def test_bytes_that_are_no_message_for_health_and_reflection(channel: grpc.Channel, method: str) -> None:
     call: Any = channel.stream_stream(f"/{method}")
-    with pytest.raises(grpc.RpcError, match="got 2 bytes that are none") as caught:
+    with pytest.raises(grpc.RpcError, match="got 2 bytes that are not") as caught:
         list(call(iter([b"\xff\xff"]), timeout=_TIMEOUT_S))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

@@ -249,7 +249,7 @@ def test_the_queue_is_bounded_in_bytes(file: Path, monkeypatch: pytest.MonkeyPat
     assert MAX_WAITING_BYTES // MAX_LINE_BYTES - 2 < written < MAX_WAITING_BYTES // MAX_LINE_BYTES + 50
     assert log.dropped == 0, "what is refused when it is full had no line yet"
     with pytest.raises(Overloaded, match="the audit log must have room"):
-        auditor.begins("OpenSession", FakeCall())
+        auditor.started("OpenSession", FakeCall())
     for _ in range(50):
         log.write(line)
     assert log.dropped > 0
@@ -364,9 +364,9 @@ async def test_what_is_written_too_slowly_is_counted_and_told_later(tmp_path: Pa
         count += 1
     assert log.is_full
     with pytest.raises(Overloaded, match="the audit log must have room"):
-        auditor.begins("OpenSession", FakeCall())
-    auditor.begins("Step", FakeCall())
-    Auditor(log, "drop").begins("OpenSession", FakeCall())
+        auditor.started("OpenSession", FakeCall())
+    auditor.started("Step", FakeCall())
+    Auditor(log, "drop").started("OpenSession", FakeCall())
     os.set_blocking(reader, True)
     text = b""
     while count - 1 > text.count(b'"number"'):
@@ -442,7 +442,7 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
     while not log.is_full:
         pass
     with pytest.raises(Overloaded, match="must have room"):  # nothing that is to be seen goes on meanwhile
-        Auditor(log, "refuse").begins("OpenSession", FakeCall())
+        Auditor(log, "refuse").started("OpenSession", FakeCall())
     for number in range(2, 9):
         log.write({"number": number})
     assert log.dropped == 2

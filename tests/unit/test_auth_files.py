@@ -58,8 +58,8 @@ def test_a_file_of_tokens_is_read() -> None:
         (f"ann acme user {HASH} for-ever", "got 'for-ever'"),
         (f"ann acme user {HASH} expires=2026-11-26", "expires must be a time such as"),
         (f"ann acme user {HASH} expires=soon", "expires must be a time such as"),
-        (f"ann acme admin {OTHER}\nann acme user {HASH}", "must be that of line 3, admin; got user"),
-        (f"ann acme user {HASH}\nbob acme user {HASH}", "must have a hash of its own"),
+        (f"ann acme admin {OTHER}\nann acme user {HASH}", "must be that in line 3, admin; got user"),
+        (f"ann acme user {HASH}\nbob acme user {HASH}", "must have a different hash"),
     ],
 )
 def test_a_broken_line_is_named(line: str, words: str) -> None:
@@ -93,7 +93,7 @@ def test_changes_of_a_file_are_whole_and_for_its_owner_alone(tmp_path: Path) -> 
     assert path.read_text().startswith("# by hand\n# Callers of")
     assert link.is_symlink()
     before = path.read_text()
-    with pytest.raises(ValueError, match="the role of 'acme/bob' must be that of line"):
+    with pytest.raises(ValueError, match="the role of 'acme/bob' must be that in line"):
         token_file.add(path, Token(caller_of("bob", "acme", "admin"), digest_of("4")))
     with pytest.raises(FileNotFoundError):
         token_file.remove(tmp_path / "none", lambda _: True)
@@ -186,11 +186,14 @@ def test_certificates_are_found_by_their_names() -> None:
         *(
             (
                 f'[[caller]]\nsan = "{san}"\nname = "a"\nrole = "user"',
-                "san must be a name as the certificate has it",
+                "san must be a name in the certificate",
             )
             for san in ("", "*", "*.com", "a*.b.c", "*.b.*", "**.b.c", "spiffe://acme/*")
         ),
-        (2 * '[[caller]]\nsan = "a"\nname = "a"\nrole = "user"\n', "[[caller]] 2: san must be of one caller"),
+        (
+            2 * '[[caller]]\nsan = "a"\nname = "a"\nrole = "user"\n',
+            "[[caller]] 2: san must belong to one caller",
+        ),
     ],
 )
 def test_broken_files_of_certificates(text: str, words: str) -> None:
@@ -230,16 +233,16 @@ def test_keys_are_read() -> None:
     ("keys", "words"),
     [
         ("no json", 'must be a JWKS, {"keys": [...]} in JSON: Expecting value'),
-        ([], "must have a key to check signatures with"),
+        ([], "must have a key that verifies signatures"),
         (["x"], "key 1: must be an object"),
-        ([jwk(EC), jwk(EC)], "key 2: its kid must be its own"),
+        ([jwk(EC), jwk(EC)], "key 2: its kid must be unique"),
         ([jwk(EC, kid=None), jwk(EC)], "key 1: must have a kid"),
         ([{"kty": "oct", "k": "c2VjcmV0", "kid": "k"}], "must be a public key"),
         ([jwk(EC, d="AQAB")], "must be a public key"),
         ([jwk(EC, crv="secp256k1")], "must be RSA, EC"),
         ([jwk(EC, alg="HS256")], "its alg must be one of ES256; got 'HS256'"),
         ([jwk(EC, alg="none")], "its alg must be one of ES256; got 'none'"),
-        ([jwk(EC, x="AQAB")], "must be a whole key"),
+        ([jwk(EC, x="AQAB")], "must be a complete key"),
         (
             [jwk(rsa.generate_private_key(65537, 1024).public_key())],  # noqa: S505 - that is the point
             "must have at least 2048 bits; it has 1024",

@@ -35,23 +35,29 @@ def test_what_cannot_be_used_is_refused_with_option_rule_and_file(
     junk, gone = tmp_path / "junk", tmp_path / "gone"
     junk.write_bytes(b"-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
     refusals: list[tuple[tuple[Path, Path, Path | None], str]] = [
-        ((gone, good.key, None), f"--tls-cert: must be a file that can be read; {gone}: No such file"),
-        ((good.cert, tmp_path, None), f"--tls-key: must be a file that can be read; {tmp_path}: Is a dir"),
-        ((good.key, good.key, None), f"--tls-cert: must hold certificates in PEM; {good.key} holds none"),
-        ((junk, good.key, None), f"--tls-cert: must hold certificates in PEM; {junk} holds one that cannot"),
+        ((gone, good.key, None), f"--tls-cert: must be a readable file; {gone}: No such file"),
+        ((good.cert, tmp_path, None), f"--tls-key: must be a readable file; {tmp_path}: Is a dir"),
+        (
+            (good.key, good.key, None),
+            f"--tls-cert: must contain certificates in PEM; {good.key} contains none",
+        ),
+        (
+            (junk, good.key, None),
+            f"--tls-cert: must contain certificates in PEM; {junk} contains an unreadable",
+        ),
         (
             (good.cert, other.key, None),
-            f"--tls-key: must be the key of the first certificate in {good.cert}, which is the server's own; that in {other.key} is another's",
+            f"--tls-key: must be the key of the first certificate in {good.cert}, which is the server's own; the key in {other.key} belongs to another",
         ),
         (
             (good.cert, good.cert, None),
             f"--tls-key: must be a private key in PEM that is not encrypted; {good.cert}",
         ),
         ((secret.cert, secret.key, None), f"{secret.key} is encrypted"),
-        ((*good, good.key), f"--tls-client-ca: must hold certificates in PEM; {good.key} holds none"),
+        ((*good, good.key), f"--tls-client-ca: must contain certificates in PEM; {good.key} contains none"),
         (
             (*good, junk),
-            f"--tls-client-ca: must hold certificates in PEM; {junk} holds one that cannot be read",
+            f"--tls-client-ca: must contain certificates in PEM; {junk} contains an unreadable one",
         ),
     ]
     shared = authority.issue()
@@ -79,7 +85,7 @@ def test_a_change_is_taken_over_when_it_is_whole_and_said_once(authority: Author
 
     os.unlink(used.key)
     assert files.changed() is None
-    with pytest.raises(StartError, match="--tls-key: must be a file that can be read"):
+    with pytest.raises(StartError, match="--tls-key: must be a readable file"):
         files.changed()
     assert files.changed() is None, "it was said"
 

@@ -352,7 +352,7 @@ def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: 
         in wrong(dataclasses.replace(settings, models={"m": damaged}))[0]
     )
     assert (
-        f"--tls-cert: must be a file that can be read; {gone}"
+        f"--tls-cert: must be a readable file; {gone}"
         in wrong(dataclasses.replace(settings, tls_cert=gone, tls_key=gone))[0]
     )
 

@@ -128,11 +128,11 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     ),
     "overflow beside a zero": (
         x(shape=[2**40, 2**40, 0], data=b""),
-        f"inputs: shape must be one that an array can have; got [{2**40}, {2**40}, 0]",
+        f"inputs: shape must be possible for an array; got [{2**40}, {2**40}, 0]",
     ),
     "largest axis of all": (
         x(shape=[2**63 - 1, 0], data=b""),
-        f"inputs: shape must be one that an array can have; got [{2**63 - 1}, 0]",
+        f"inputs: shape must be possible for an array; got [{2**63 - 1}, 0]",
     ),
     "negative axes": (x(shape=[-2, -2]), "inputs: every axis of shape must be 0 or more; got [-2, -2]"),
     "one negative axis": (
@@ -142,7 +142,7 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     # Elements said as numbers.
     "values and data": (
         x(values=[1]),
-        "inputs: data must be empty where values are given; got 16 bytes of it",
+        "inputs: data must be empty if values are given; got 16 bytes of data",
     ),
     "values too few": (numbers(1, 2, 3, shape=[2, 2]), "inputs: shape [2, 2] needs 4 values; got 3"),
     "values of one row": (
@@ -152,7 +152,7 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     ),
     "too many values": (
         numbers(*[0.5] * 65_537),
-        "inputs: values must be at most 65536 in all tensors, more go into data; got 65537",
+        "inputs: all tensors together must have at most 65536 values, use data for more; got 65537",
     ),
     "values of rank 33": (numbers(1, shape=[1] * 33), "inputs: shape must have at most 32 axes; got 33"),
     "values of a negative axis": (
@@ -165,19 +165,19 @@ INPUTS: dict[str, tuple[Tensors, str] | tuple[Tensors, str, str]] = {
     ),
     "half an integer": (
         numbers(1, 2.5, dtype=7),
-        "inputs: values must be integers of -2147483648 to 2147483647 for int32; got 2.5",
+        "inputs: values must be integers from -2147483648 to 2147483647 for int32; got 2.5",
     ),
     "an integer beyond its type": (
         numbers(2**63, dtype=8),
-        f"inputs: values must be integers of {-(2**63)} to {2**63 - 1} for int64; got 9.22337e+18",
+        f"inputs: values must be integers from {-(2**63)} to {2**63 - 1} for int64; got 9.22337e+18",
     ),
     "NaN as an integer": (
         numbers(NAN, dtype=9),
-        "inputs: values must be integers of 0 to 255 for uint8; got nan",
+        "inputs: values must be integers from 0 to 255 for uint8; got nan",
     ),
     "two as a boolean": (
         numbers(0, 2, dtype=13),
-        "inputs: values must be integers of 0 to 1 for bool; got 2",
+        "inputs: values must be integers from 0 to 1 for bool; got 2",
     ),
     "NaN as a number": (numbers(1, 2, 3, NAN, shape=[2, 2]), "input 'x'" + FINITE + "nan at index [1, 1]"),
     "a number too large": (
@@ -311,7 +311,7 @@ STATES: dict[str, tuple[Tensors, str]] = {
     ),
     "overflow beside a zero": (
         state(shape=[2**40, 2**40, 0], data=b""),
-        f"state['sum']: shape must be one that an array can have; got [{2**40}, {2**40}, 0]",
+        f"state['sum']: shape must be possible for an array; got [{2**40}, {2**40}, 0]",
     ),
     "negative axes": (
         state(shape=[-2, -2]),
@@ -454,22 +454,22 @@ OF_ONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "rows whose state is to be sent": (
         "Step",
         {"state_rows": [0]},
-        "state_rows must be empty where states is STATE_SELECTION_NONE; got 1",
+        "state_rows must be empty with states = STATE_SELECTION_NONE; got 1",
     ),
     "members whose state is to be sent": (
         "frame",
         {"state_members": [0]},
-        "state_members must be empty where states is STATE_SELECTION_NONE; got 1",
+        "state_members must be empty with states = STATE_SELECTION_NONE; got 1",
     ),
     "two revisions": (
         "frame",
         {"expected_revisions": [1, 1]},
-        "expected_revisions must be empty or one per session (1); got 2",
+        "expected_revisions must be empty or have one entry per session (1); got 2",
     ),
     "two request ids": (
         "frame",
         {"request_ids": [1, 2]},
-        "request_ids must be empty or one per session (1); got 2",
+        "request_ids must be empty or have one entry per session (1); got 2",
     ),
     "a position that is too near to the end of numbers": (
         "ResetStates",
@@ -479,7 +479,7 @@ OF_ONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "two batch sizes": (
         "frame",
         {"batch_sizes": [1, 2]},
-        "batch_sizes must be empty or one per session (1); got 2",
+        "batch_sizes must be empty or have one entry per session (1); got 2",
     ),
     "a batch size of 0": ("frame", {"batch_sizes": [0]}, "batch_sizes must be 1 to 2147483648; got 0"),
     "another batch size": (

@@ -194,8 +194,8 @@ async def test_models_that_are_not_there(model: str) -> None:
 
 # Openings, forks, lists and closings; a session "in use" of model plain is at revision 1.
 IN_USE = ("ALREADY_EXISTS", "SESSION_EXISTS")
-MAX_IDLE_RULE = "0, for no limit, or 1 s to 315360000 s"
-ALL_RULE = "all must be true without model, session_id_prefix and idle_longer, and false with one of them"
+MAX_IDLE_RULE = "0 for no limit, or from 1 s to 315360000 s"
+ALL_RULE = "all must be true without model, session_id_prefix and idle_longer, and false with any of them"
 WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     "another fingerprint": (
         pb.OpenSessionRequest(model="plain", model_fingerprint="f00d"),
@@ -301,7 +301,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "revisions of other forks": (
         pb.ForkSessionsRequest(session_ids=["in use"], expected_revisions=[1, 1]),
-        (*BAD_ARGUMENT, "expected_revisions must be empty or one per session (1); got 2"),
+        (*BAD_ARGUMENT, "expected_revisions must be empty or have one entry per session (1); got 2"),
     ),
     "a fork of another revision": (
         pb.ForkSessionsRequest(session_ids=["in use"] * 2, expected_revisions=[1, 2]),
@@ -337,16 +337,16 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
         pb.ResetStatesRequest(session_id="in use", rows=[0], position=5),
         (
             *BAD_ARGUMENT,
-            "position must be 0 without a state, and with rows: it is that of a whole state; got 5",
+            "position must be 0 without a state or with rows, because it belongs to a whole state; got 5",
         ),
     ),
     "a time that is negative": (
         pb.ListSessionsRequest(idle_longer=Duration(seconds=-1)),
-        (*BAD_ARGUMENT, "idle_longer must be 0 to 315576000000 s; got -1 s"),
+        (*BAD_ARGUMENT, "idle_longer must be from 0 to 315576000000 s; got -1 s"),
     ),
     "a time that is none": (
         pb.ExportSessionsRequest(idle_longer=Duration(nanos=-1)),
-        (*BAD_ARGUMENT, "idle_longer must have nanos of 0 to 999999999; got -1"),
+        (*BAD_ARGUMENT, "idle_longer must have nanos from 0 to 999999999; got -1"),
     ),
     "nothing to close": (
         pb.CloseMatchingSessionsRequest(),
@@ -368,16 +368,16 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
         for seconds, nanos, rule, shown in (
             (0, 999_999_999, MAX_IDLE_RULE, "0.999999999 s"),
             (315_360_001, 0, MAX_IDLE_RULE, "315360001 s"),
-            (2**62, 0, "0 to 315576000000 s", f"{2**62} s"),
+            (2**62, 0, "from 0 to 315576000000 s", f"{2**62} s"),
         )
     },
     "a negative limit": (
         pb.OpenSessionsRequest(model="plain", count=1, max_idle=Duration(seconds=-1)),
-        (*BAD_ARGUMENT, "max_idle must be 0 to 315576000000 s; got -1 s"),
+        (*BAD_ARGUMENT, "max_idle must be from 0 to 315576000000 s; got -1 s"),
     ),
     "a limit with negative nanos": (
         pb.ForkSessionRequest(session_id="in use", max_idle=Duration(seconds=5, nanos=-1)),
-        (*BAD_ARGUMENT, "max_idle must have nanos of 0 to 999999999; got -1"),
+        (*BAD_ARGUMENT, "max_idle must have nanos from 0 to 999999999; got -1"),
     ),
     "a limit of forks that is too short": (
         pb.ForkSessionsRequest(session_ids=["in use"], max_idle=Duration(nanos=1)),
@@ -393,7 +393,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "a page of other sessions": (
         pb.ExportSessionsRequest(session_ids=["in use"], page_token=to_token("a")),
-        (*BAD_ARGUMENT, "page_token must be that of a page of the same session_ids; got another one"),
+        (*BAD_ARGUMENT, "page_token must belong to a page of the same session_ids; got another one"),
     ),
     "too many to import": (
         pb.ImportSessionsRequest(sessions=[pb.ExportedSession(session_id="in use")] * 1001),
@@ -401,7 +401,7 @@ WHOLE_CALLS: dict[str, tuple[Any, tuple[str, str, str]]] = {
     ),
     "an import that is none": (
         pb.ImportSessionsRequest(existing=9),  # type: ignore[arg-type]
-        (*BAD_ARGUMENT, "existing must be an ExistingSession; got 9"),
+        (*BAD_ARGUMENT, "existing must be one of stepwell.v1.ExistingSession; got 9"),
     ),
     "one to close that is missing": (
         pb.CloseSessionsRequest(session_ids=["in use", ""]),
@@ -426,7 +426,7 @@ async def test_whole_calls(name: str) -> None:
 # them: there the inputs are states.
 PAIR = ["plain 1", "plain 2"]
 SIZES = "batch_sizes must be 1 to 2147483648; got "
-PER_SESSION = " must be empty or one per session (2); got "
+PER_SESSION = " must be empty or have one entry per session (2); got "
 UNCERTAIN = (
     "batch_sizes must be given for a frame with several missing sessions:"
     " rows cannot be assigned to sessions without "

@@ -33,7 +33,7 @@ class Wire:
         self.done.append(what)
         if what[0] is Kind.TASK:
             (peer,) = what[1]
-            self.arrivals.looking(peer)
+            self.arrivals.task_started(peer)
             self.looking.append(peer)
         elif what[0] is Kind.BATCH:
             assert what[1].isdisjoint(self.looking), "it overtook what a task has not looked at"
@@ -47,9 +47,9 @@ class Wire:
         """The numbers of what is done before anything that is large."""
         looking, self.looking = self.looking, []
         for peer in looking:
-            self.arrivals.looked(peer)
+            self.arrivals.task_ended(peer)
         before = len(self.done)
-        self.arrivals.go_on()
+        self.arrivals.run_due()
         return [what[3] for what in self.done[before:]]
 
     def turn(self) -> list[int]:
@@ -57,7 +57,7 @@ class Wire:
         seen, before = self.seen(), len(self.done)
         if self.parts:
             self.parts.popleft()[1]()
-            self.arrivals.go_on()
+            self.arrivals.run_due()
         return seen + [what[3] for what in self.done[before:]]
 
 
@@ -117,9 +117,9 @@ def test_what_comes_behind_a_defect_is_done() -> None:
     wire.arrivals.release({"a"})
     wire.looking.append("a")  # a batch must not come now
     with pytest.raises(AssertionError):
-        wire.arrivals.go_on()
+        wire.arrivals.run_due()
     assert wire.arrivals.has_due
-    wire.arrivals.go_on()
+    wire.arrivals.run_due()
     assert [what[3] for what in wire.done] == [1, 2]
 
 

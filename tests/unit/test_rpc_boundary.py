@@ -69,7 +69,7 @@ async def _answers_too_much(_request: object, _call: object) -> pb.GetSessionRes
         (_fails, b"", "NOT_FOUND", "no session 's'"),
         (_fails, b"\xff\xff", "INVALID_ARGUMENT", "must be a stepwell.v1.GetSessionRequest; got 2 bytes"),
         (_fails, b"\n\x01\xff", "INVALID_ARGUMENT", "must be a stepwell.v1.GetSessionRequest"),
-        (_answers_too_much, b"", "INVALID_ARGUMENT", "the reply must be at most 1024 bytes; it would be"),
+        (_answers_too_much, b"", "INVALID_ARGUMENT", "the reply must be at most 1024 bytes; it would have"),
     ],
 )
 async def test_errors_become_statuses(

@@ -111,7 +111,7 @@ class Columns:
         *,
         sizes: Sequence[int] = (),
         counts: Sequence[int] = (),
-        says_sizes: bool = False,
+        has_sizes: bool = False,
         dtype: int = FLOAT32,
         in_pieces: bool = False,
         **columns: Any,
@@ -127,7 +127,7 @@ class Columns:
                 [f"caller of {session_id}" for session_id in ids],
                 columns.pop("whos", [ANYBODY] * len(ids)),
                 np.array(own, np.uint32),
-                says_sizes,
+                has_sizes,
                 columns.get("expected"),
                 columns.get("request_ids"),
                 np.array(deadlines, np.float64),
@@ -390,7 +390,7 @@ async def test_rows_that_two_messages_mistake_are_not_swapped(columns: Columns) 
 async def test_sizes_that_a_frame_says_are_compared_with_the_sessions_own(columns: Columns) -> None:
     await columns.at.open("a", "b")
     counts = [1, 1]
-    batch = columns.take(["a", "b"], np.ones((3, 2)), sizes=[2, 1], says_sizes=True, counts=counts)
+    batch = columns.take(["a", "b"], np.ones((3, 2)), sizes=[2, 1], has_sizes=True, counts=counts)
     await columns.at.settled()
     assert "batch_sizes must be the sessions' own" in batch.errors[0].message
     assert sorted(batch.applied_by_member) == [1]

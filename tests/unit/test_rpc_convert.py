@@ -90,7 +90,9 @@ def test_numbers_are_one_per_session() -> None:
     numbers = convert.to_numbers([1, 2**64 - 1], np.uint64, "request_ids", 2)
     assert numbers is not None
     assert numbers.tolist() == [1, 2**64 - 1]
-    with pytest.raises(InvalidInput, match=r"request_ids must be empty or one per session \(3\); got 2"):
+    with pytest.raises(
+        InvalidInput, match=r"request_ids must be empty or have one entry per session \(3\); got 2"
+    ):
         convert.to_numbers([1, 2], np.uint64, "request_ids", 3)
 
 

@@ -77,31 +77,31 @@ async def test_members_that_follow_one_another_are_counted() -> None:
 REFUSED: dict[str, tuple[bytes, str]] = {
     "revisions twice": (
         frame(9, expected_revision=0, expected_revisions=[1, 1, 1]),
-        "expected_revisions must be left out where expected_revision is given; got 3 of them",
+        "expected_revisions must be left out with expected_revision; got 3 of them",
     ),
     "sizes twice": (
         frame(9, batch_size=1, batch_sizes=[1, 1, 1]),
-        "batch_sizes must be left out where batch_size is given; got 3 of them",
+        "batch_sizes must be left out with batch_size; got 3 of them",
     ),
     "sizes twice for a reset": (
         reset(9, batch_size=1, batch_sizes=[1, 1, 1]),
-        "batch_sizes must be left out where batch_size is given; got 3 of them",
+        "batch_sizes must be left out with batch_size; got 3 of them",
     ),
     "request ids twice": (
         frame(9, request_id_base=1, request_ids=[1, 2, 3]),
-        "request_ids must be left out where request_id_base is given; got 3 of them",
+        "request_ids must be left out with request_id_base; got 3 of them",
     ),
     "request ids too large": (
         frame(9, request_id_base=2**64 - 2),
-        f"request_id_base must be at most 2**64 - 3, so that 3 sessions have one each; got {2**64 - 2}",
+        f"request_id_base must be at most 2**64 - 3, to give 3 sessions an id each; got {2**64 - 2}",
     ),
     "revisions of others": (
         frame(9, expected_revisions=[1]),
-        "expected_revisions must be empty or one per session (3); got 1",
+        "expected_revisions must be empty or have one entry per session (3); got 1",
     ),
     "revisions twice for a reset": (
         reset(9, expected_revision=0, expected_revisions=[1, 1, 1]),
-        "expected_revisions must be left out where expected_revision is given; got 3 of them",
+        "expected_revisions must be left out with expected_revision; got 3 of them",
     ),
 }
 

@@ -133,7 +133,7 @@ async def test_a_failure_is_told_and_listed_and_nothing_changes(at: Calls, tmp_p
     # who is no admin is told of no file
     (_, plain) = (await at.of(USER).call(pb.ListModelsRequest())).models
     (ready, failed) = plain.versions
-    assert (failed.reason, failed.path, ready.sessions) == ("it could not be loaded", "", 0)
+    assert (failed.reason, failed.path, ready.sessions) == ("the version could not be loaded", "", 0)
 
 
 async def test_carrying_to_other_specs_is_refused_and_says_what_differs(at: Calls, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ async def test_carrying_to_other_specs_is_refused_and_says_what_differs(at: Call
     [
         ({"name": ""}, "INVALID_ARGUMENT", "name must be a name of 1 to 128"),
         ({"path": ""}, "INVALID_ARGUMENT", "path or upload must be given; got neither"),
-        ({"sessions": 9}, "INVALID_ARGUMENT", "sessions must be a SessionPolicy; got 9"),
+        ({"sessions": 9}, "INVALID_ARGUMENT", "sessions must be one of stepwell.v1.SessionPolicy; got 9"),
         ({"version": 1}, "ALREADY_EXISTS", "version must be one that model 'plain' does not have; it has 1"),
         ({"path": "", "upload": "u-1"}, "UNIMPLEMENTED", "--allow-model-upload"),
         ({"path": "relative.keras"}, "INVALID_ARGUMENT", "path must be absolute"),
@@ -416,7 +416,7 @@ async def test_a_file_is_sent_and_loaded(tmp_path: Path) -> None:
         assert list((tmp_path / "uploads").iterdir()) == []
         for bad, words in (
             ([pb.UploadModelRequest(filename="a.h5", content=b"x")], "filename must be that of a model"),
-            ([pieces[0], pieces[0]], "filename must be in the first message only"),
+            ([pieces[0], pieces[0]], "filename must be only in the first message"),
             ([pb.UploadModelRequest(filename="a.keras")], "content must be the bytes of a file; got none"),
             (
                 [pb.UploadModelRequest(filename="a.keras", content=b"x" * 1001)],

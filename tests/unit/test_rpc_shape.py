@@ -127,7 +127,7 @@ def test_a_list_is_counted_over_the_whole_message() -> None:
     ids=["one unknown field", "many unknown fields", "a field again and again"],
 )
 def test_everything_else_is_bounded_in_all(more: bytes) -> None:
-    words = f"request must have at most {MAX_SMALL_BYTES} bytes beside lists, tensors, records and files; got more"
+    words = f"request must have at most {MAX_SMALL_BYTES} bytes outside lists, tensors, records and files; got more"
     assert _refused(pb.GetSessionRequest(session_id="s"), more) == words
 
 
@@ -136,8 +136,7 @@ def test_bytes_that_are_no_message_are_refused_as_such(raw: bytes) -> None:
     error = check_shape(Shape(pb.GetSessionRequest.DESCRIPTOR), raw)
     assert error is not None
     assert (
-        error.message
-        == f"request must be a stepwell.v1.GetSessionRequest; got {len(raw)} bytes that are none"
+        error.message == f"request must be a stepwell.v1.GetSessionRequest; got {len(raw)} bytes that are not"
     )
 
 

@@ -111,7 +111,7 @@ async def test_a_bad_frame_fails_alone() -> None:
     messages = [reply.errors[0].error.message for reply in replies[:3]]
     assert "change must be step or reset; got neither" in messages[0]
     assert "session_ids" in messages[1]
-    assert "expected_revisions must be empty or one per session (2); got 1" in messages[2]
+    assert "expected_revisions must be empty or have one entry per session (2); got 1" in messages[2]
     assert not any(list(error.members) for reply in replies for error in reply.errors)
     assert replies[3].all_members
     assert call.observer.refusals == {"INVALID_INPUT": 3}
@@ -144,7 +144,7 @@ async def test_the_id_of_an_unanswered_frame_is_refused() -> None:
         call.engine.held = False
         call.context.send(_step(1, "b"))
         again = await call.reply()
-    assert "frame_id must not be that of an unanswered frame; got 1" in refused.errors[0].error.message
+    assert "frame_id must differ from those of unanswered frames; got 1" in refused.errors[0].error.message
     assert answered.all_members
     assert again.all_members
 

@@ -75,10 +75,12 @@ def test_abstract_sockets_and_none_at_all(caplog: pytest.LogCaptureFixture) -> N
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(f"\0{name}")
         notifier = Notifier({"NOTIFY_SOCKET": f"@{name}"})
-        notifier.tell(READY="1")
+        notifier.notify(READY="1")
         assert listener.recv(100) == b"READY=1"
-    notifier.tell(READY="1")
-    notifier.tell(READY="1")
+    notifier.notify(READY="1")
+    notifier.notify(READY="1")
     notifier.close()
-    assert [record.getMessage() for record in caplog.records] == ["systemd cannot be told how the server is"]
-    Notifier({}).tell(READY="1")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the server's state cannot be reported to systemd"
+    ]
+    Notifier({}).notify(READY="1")

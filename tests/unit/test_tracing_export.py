@@ -107,4 +107,4 @@ def test_what_waits_is_sent_at_the_end_and_an_exporter_that_raises_has_failed(
     end(queue, 100)
     assert queue.counts() == {"exported": 3, "failed": 2, "dropped": 0}
     messages = [record.getMessage() for record in caplog.records]
-    assert messages.index("spans cannot be sent, they are lost") < messages.index("spans are sent again")
+    assert messages.index("spans cannot be sent and are lost") < messages.index("spans are sent again")

@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.errors import InvalidInput, Unavailable
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
-from stepwell_server.rpc.triton.sequences import Turn, Turns
+from stepwell_server.rpc.triton.sequences import QueuePosition, SequenceQueues
 from stepwell_server.rpc.triton.stream import InferStream
 from support.rpc.fake_call import FakeCall, Requests
 
@@ -25,7 +25,7 @@ class Call:
     def __init__(self, limits: StreamLimits) -> None:
         self.context = FakeCall()
         self.observer = Requests()
-        self.turns = Turns()
+        self.queues = SequenceQueues()
         self.begun_when_entered: list[int] = []
         self.on_enter: Callable[[], object] = lambda: None
         self.begun: list[str] = []
@@ -55,13 +55,15 @@ class Call:
     async def ends(self) -> None:
         await asyncio.wait_for(self.task, _PATIENCE_S)
 
-    def _enter(self, request: pb.ModelInferRequest) -> Turn:
+    def _enter(self, request: pb.ModelInferRequest) -> QueuePosition:
         self.begun_when_entered.append(len(self.begun))
         self.on_enter()
-        return self.turns.enter(request.id)
+        return self.queues.enter(request.id)
 
-    async def _infer(self, request: pb.ModelInferRequest, turn: Turn | None) -> pb.ModelInferResponse:
-        assert turn is not None
+    async def _infer(
+        self, request: pb.ModelInferRequest, position: QueuePosition | None
+    ) -> pb.ModelInferResponse:
+        assert position is not None
         answer: asyncio.Future[pb.ModelInferResponse] = asyncio.get_running_loop().create_future()
         self._answers[request.id] = answer
         async with self._begun:
@@ -114,11 +116,11 @@ async def test_a_request_has_its_place_when_it_is_read() -> None:
         call.send("a", "b", "c")
         await call.at_work(3)
         assert call.begun_when_entered == [0, 0, 0]
-        assert call.turns.are_taken(["a", "d"]) is not None
+        assert call.queues.are_busy(["a", "d"]) is not None
         for one in ("a", "b", "c"):
             call.answer(one)
             await call.reply()
-        assert call.turns.are_taken(["a", "b", "c"]) is None
+        assert call.queues.are_busy(["a", "b", "c"]) is None
 
 
 async def test_a_request_that_is_cancelled_before_it_begins_leaves_its_place() -> None:
@@ -129,7 +131,7 @@ async def test_a_request_that_is_cancelled_before_it_begins_leaves_its_place() -
             await call.task
         assert call.begun_when_entered == [0]
         assert call.begun == []
-        assert call.turns.are_taken(["a"]) is None
+        assert call.queues.are_busy(["a"]) is None
 
 
 async def test_the_final_flag_is_said_if_asked_for() -> None:
@@ -205,4 +207,4 @@ async def test_a_client_that_goes_away_takes_its_requests_along() -> None:
         with pytest.raises(asyncio.CancelledError):
             await call.task
         assert call.cancelled == ["a", "b"]
-        assert call.turns.are_taken(["a", "b"]) is None
+        assert call.queues.are_busy(["a", "b"]) is None

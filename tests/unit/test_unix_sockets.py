@@ -16,7 +16,7 @@ def test_only_what_nobody_listens_on_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with bind(str(path), 1):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        with pytest.raises(OSError, match="in use: a server listens there"):
+        with pytest.raises(OSError, match="in use: a server listens on it"):
             bind(str(path), 1)
         with contextlib.ExitStack() as stack:
             # as many as may wait do: there is no room for one who only wants to know
@@ -25,13 +25,13 @@ def test_only_what_nobody_listens_on_is_replaced(tmp_path: Path) -> None:
                     waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
                     waiting.setblocking(False)
                     waiting.connect(str(path))
-            with pytest.raises(OSError, match="in use: a server listens there"):
+            with pytest.raises(OSError, match="in use: a server listens on it"):
                 clear(str(path))
     with bind(str(path), 1):
         pass
     path.unlink()
     path.write_text("somebody's")
-    with pytest.raises(OSError, match="a file that is no socket"):
+    with pytest.raises(OSError, match="a file that is not a socket"):
         bind(str(path), 1)
     assert path.read_text() == "somebody's"
     with pytest.raises(OSError, match="its folder does not exist"):

@@ -1,4 +1,4 @@
-"""Finds out who calls by what calls show: a bearer token first, else a certificate."""
+"""Authenticates callers: by a bearer token if the call has one, else by the client certificate."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
 
 _log = Log("auth")
 _SCHEME = "bearer "
-_UNKNOWN = "the bearer token must be one that this server knows: it was revoked, or is another server's"
+_UNKNOWN = "the bearer token must be known to this server; it was revoked, or belongs to another server"
 
 
-class Shown(Protocol):
-    """What a call shows of who makes it."""
+class Credentials(Protocol):
+    """The part of a call that identifies its caller."""
 
     @property
     def certificate_names(self) -> Sequence[str]:
-        """Of the certificate, if one is asked for."""
+        """Names in the client certificate, if the server asks for one."""
 
     @property
     def metadata(self) -> Mapping[str, str | bytes]:
-        """By lower-case key."""
+        """The call's metadata, by lower-case key."""
 
 
 class Callers:
-    """Those whom the operator's files know. Lives on the event loop.
+    """Authenticates callers by the operator's files. Lives on the event loop.
 
     Args:
-        clock: For what expires.
+        clock: The time, for expiry.
         token_file: `--auth-tokens`.
         certificate_file: `--auth-certificates`.
         web_tokens: `--auth-jwks`.
@@ -58,7 +58,7 @@ class Callers:
     ) -> None:
         self._clock = clock
         self.asked = asyncio.Event()
-        """Set by whoever wants the files to be read at once, on the event loop."""
+        """Set it on the event loop to have the files read at once."""
         self._tokens = (
             None
             if token_file is None
@@ -78,14 +78,14 @@ class Callers:
                 "send a token in the metadata, 'authorization: Bearer TOKEN' (STEPWELL_TOKEN for the SDK)"
             )
         if self._certificates is not None:
-            ways.append("show a certificate that the server knows")
+            ways.append("present a certificate that the server knows")
         self._rule = f"callers must {' or '.join(ways)}"
 
-    def identify(self, call: Shown) -> KnownCaller:
-        """Who makes a call.
+    def identify(self, call: Credentials) -> KnownCaller:
+        """Return the caller of a call.
 
         Raises:
-            Unauthenticated: nobody who is known, or nothing says who. A token that is wrong is not made good by a certificate.
+            Unauthenticated: the credentials are missing or unknown. A valid certificate does not make up for a wrong token.
         """
         header = call.metadata.get("authorization")
         if header is not None:
@@ -95,7 +95,7 @@ class Callers:
         raise Unauthenticated(f"{self._rule}; got none")
 
     def renewed(self, known: KnownCaller) -> KnownCaller | None:
-        """What is known now of a caller who was found before, by the same credential; None: it does not hold any more."""
+        """Look up the credential of an authenticated caller again; None: it is no longer valid."""
         now = self._clock.monotonic()
         if known.signer:
             assert self._web_tokens is not None
@@ -114,12 +114,12 @@ class Callers:
         return self._known(token)
 
     async def refresh(self, *, at_once: bool = False) -> bool:
-        """Look whether the files have changed; whether there are others now who are known.
+        """Reload changed files, and return whether the known callers have changed.
 
-        What cannot be used is said once, and changes nothing.
+        A file that cannot be used is logged once, and the old callers stay.
 
         Args:
-            at_once: Read them anyhow.
+            at_once: Read the files even if they seem unchanged.
         """
         return await asyncio.to_thread(self._look, at_once)
 
@@ -129,14 +129,14 @@ class Callers:
             try:
                 changed |= file.changed(at_once=at_once)
             except StartError as error:
-                _log.warning("the changed callers cannot be used, the old ones stay", reason=str(error))
+                _log.warning("the changed callers cannot be used, the old ones stay valid", reason=str(error))
         return changed
 
     def _by_token(self, header: str | bytes) -> KnownCaller:
         token = header[len(_SCHEME) :].strip() if isinstance(header, str) else ""
         if not token or not str(header).lower().startswith(_SCHEME):
-            raise Unauthenticated(f"{self._rule}; got another authorization")
-        # Found by its digest. How long that takes says something of the digest only, and nobody can choose a token by that.
+            raise Unauthenticated(f"{self._rule}; got another kind of authorization")
+        # The time of this look-up depends only on the digest, from which nobody can derive a token.
         digest = tokens.digest_of(token)
         known = None if self._tokens is None else self._tokens.value.get(digest)
         if known is not None:
@@ -158,9 +158,9 @@ class Callers:
         assert self._certificates is not None
         found = self._certificates.value.callers_of(names)
         if not found:
-            raise Unauthenticated(f"{self._rule}; got {'one of nobody' if names else 'none'}")
+            raise Unauthenticated(f"{self._rule}; got {'an unknown one' if names else 'none'}")
         if len(found) > 1:
             raise Unauthenticated(
-                "a certificate must have names of one caller; got one with those of several"
+                "a certificate must have the names of one caller; got one with the names of several"
             )
         return KnownCaller(found.pop(), Credential("names", names=names))

@@ -1,7 +1,7 @@
-"""Which certificate is whose: a file in TOML, as people write it by hand and the config file is TOML, too.
+"""Maps client certificates to callers, from a TOML file.
 
-Tables `[[caller]]` with `san`, a name that the certificate must have, exactly or with `*` for the first label of a DNS
-name; and `name`, `tenant` (may be left out) and `role` of the caller.
+The file has tables `[[caller]]`: `san` is a name that the certificate must have, exactly or with `*` for the first label of
+a DNS name; `name`, `tenant` (optional) and `role` describe the caller.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stepwell_server.auth.tokens import caller_of
 from stepwell_server.core.callers import Caller
 
 _KEYS = {"san", "name", "tenant", "role"}
-#: What stands before the dots is one label, so that no email and no URI is taken for a DNS name.
+#: The part before the first dot must be one label, so that no email and no URI is taken for a DNS name.
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?")
 _DOMAIN = re.compile(r"(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?){2,}")
 
@@ -25,10 +25,10 @@ class CertificateMap:
     def __init__(self, exact: dict[str, Caller], domains: dict[str, Caller]) -> None:
         self._exact = exact
         self._domains = domains
-        """By what follows the `*`, in lower case."""
+        """By the part after the `*`, in lower case."""
 
     def callers_of(self, names: Sequence[str]) -> set[Caller]:
-        """Whose certificate it is; more than one if its names are of several callers."""
+        """Return the callers of a certificate. There are several if its names belong to several callers."""
         return {caller for name in names if (caller := self._caller_of(name)) is not None}
 
     def _caller_of(self, name: str) -> Caller | None:
@@ -39,10 +39,10 @@ class CertificateMap:
 
 
 def parse(text: str) -> CertificateMap:
-    """What a file of certificates says.
+    """Return the certificate map in a file.
 
     Raises:
-        ValueError: it is none; the message names the entry and the rule.
+        ValueError: the file is invalid. The message names the entry and the rule.
     """
     try:
         document = tomllib.loads(text)
@@ -58,7 +58,7 @@ def parse(text: str) -> CertificateMap:
             san, caller = _entry(entry)
             of, key = (domains, san[1:].lower()) if san.startswith("*") else (exact, san)
             if key in of:
-                raise ValueError(f"san must be of one caller; {san!r} came before")
+                raise ValueError(f"san must belong to one caller; an earlier entry has {san!r}")
         except ValueError as error:
             raise ValueError(f"[[caller]] {number}: {error}") from None
         of[key] = caller
@@ -70,11 +70,11 @@ def _entry(entry: object) -> tuple[str, Caller]:
         raise ValueError("must be a table of strings")
     if not _KEYS - {"tenant"} <= entry.keys() <= _KEYS:
         raise ValueError(
-            f"must have san, name, role and, if it has one, tenant; got {', '.join(entry) or 'nothing'}"
+            f"must have san, name, role and optionally tenant; got {', '.join(entry) or 'nothing'}"
         )
     san = entry["san"]
     if not san or ("*" in san and not (san[0] == "*" and _DOMAIN.fullmatch(san[1:]))):
         raise ValueError(
-            f"san must be a name as the certificate has it, or * and a domain, as in *.workers.example; got {san!r}"
+            f"san must be a name in the certificate, or * and a domain, such as *.workers.example; got {san!r}"
         )
     return san, caller_of(entry["name"], entry.get("tenant", ""), entry["role"])

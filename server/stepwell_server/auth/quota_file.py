@@ -1,4 +1,4 @@
-"""The file of quotas: read at the start, and again when it changes."""
+"""The file of quotas, which is read at the start and again after each change."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from stepwell_server.files.watched import WatchedFile
 from stepwell_server.logs import Log
 
 _log = Log("quotas")
-#: So often the file is looked at, in seconds. Two looks must have seen a change.
+#: Interval between two looks at the file, in seconds. Two looks must have seen a change.
 LOOK_S = 0.25
-#: Of any quota: more is a slip of the hand, and beyond what counters hold.
+#: Upper bound of any quota. More is a typing error, and does not fit counters.
 _MAX_QUOTA = 10**15
 _MAX_SHOWN = 40
 _OF_TENANTS = tuple(field.name for field in dataclasses.fields(Limits))
 _OF_CALLERS = ("sessions", "rows", "bytes", "steps_per_second", "burst", "bytes_in_flight")
-#: A store that servers share counts for all of them, and counts by tenants.
+#: Quotas that a shared store counts, over all servers and by tenant.
 COUNTED_BY_TENANT = ("sessions", "rows", "bytes")
 _TABLES = ("default", "tenants", "callers")
 
 
 def parse(text: str, *, only_tenants: Collection[str] = ()) -> QuotaTable:
-    """What a file says; quotas that are `only_tenants` are refused for callers.
+    """Return the quotas in a file. Quotas in `only_tenants` are refused for callers.
 
     Raises:
-        ValueError: it is no TOML, or breaks a rule; the message names both.
+        ValueError: the file is not TOML, or breaks a rule. The message names the place and the rule.
     """
     try:
         found = tomllib.loads(text)
@@ -50,13 +50,13 @@ def parse(text: str, *, only_tenants: Collection[str] = ()) -> QuotaTable:
         tenant, slash, name = caller.partition("/")
         if not is_name(tenant) or (slash and not is_subject(name)):
             raise ValueError(
-                f'[callers] must be named as "TENANT/NAME", or "NAME" where it has no tenant; got {caller!r}'
+                f'[callers] must be named "TENANT/NAME", or "NAME" for a caller without a tenant; got {caller!r}'
             )
         for quota in only_tenants if isinstance(tables["callers"][caller], dict) else ():
             if quota in tables["callers"][caller]:
                 raise ValueError(
-                    f'[callers."{caller}"] {quota} must be left out where servers share a store, which counts by tenants: limit'
-                    " the tenant, or give the caller a tenant of its own"
+                    f'[callers."{caller}"] {quota} must be left out if servers share a store, which counts by tenant: limit'
+                    " the tenant, or give the caller its own tenant"
                 )
     return QuotaTable(
         _limits("[default]", tables["default"], _OF_TENANTS),
@@ -87,9 +87,9 @@ def _limits(where: str, value: object, allowed: tuple[str, ...]) -> Limits:
         elif name in {"burst", "bytes_in_flight"}:
             lowest = 1
         if not isinstance(number, kinds) or isinstance(number, bool) or not lowest <= number <= _MAX_QUOTA:
-            what = "number" if name == "steps_per_second" else "whole number"
+            kind = "number" if name == "steps_per_second" else "whole number"
             raise ValueError(
-                f"{where} {name} must be a {what} of at least {lowest}, at most {_MAX_QUOTA}; got {_shown(number)}"
+                f"{where} {name} must be a {kind} from {lowest} to {_MAX_QUOTA}; got {_shown(number)}"
             )
     if "burst" in given and "steps_per_second" not in given:
         raise ValueError(f"{where} burst must be given with steps_per_second")
@@ -100,32 +100,32 @@ class QuotaFile:
     """A file of quotas. Lives on the event loop."""
 
     def __init__(self, path: Path, *, only_tenants: Collection[str] = ()) -> None:
-        """Read it; see `parse`.
+        """Read the file; see `parse`.
 
         Raises:
-            StartError: it cannot be, or breaks a rule.
+            StartError: the file cannot be read, or breaks a rule.
         """
         self._path = path
         self._file = WatchedFile("--quotas", path, functools.partial(parse, only_tenants=only_tenants))
 
     @property
     def table(self) -> QuotaTable:
-        """The quotas as of its last change that could be used."""
+        """The quotas of the file's latest valid version."""
         return self._file.value
 
     def look(self) -> bool:
-        """Read it again if it has changed; whether there are other quotas. A broken one leaves those that are."""
+        """Reload the file if it has changed, and return whether the quotas are new. An invalid file changes nothing."""
         try:
             if not self._file.changed():
                 return False
         except StartError as error:
-            _log.error("the quotas stay as they are: the file cannot be used", reason=str(error))
+            _log.error("the changed quotas cannot be used, the old ones stay valid", reason=str(error))
             return False
-        _log.info("quotas read", file=str(self._path))
+        _log.info("reloaded the quotas", file=str(self._path))
         return True
 
     def watch(self, changed: Callable[[QuotaTable], None]) -> None:
-        """Tell of other quotas when the file has changed, as long as the event loop runs."""
+        """Call `changed` with the new quotas whenever the file has changed, while the event loop runs."""
 
         def look() -> None:
             loop.call_later(LOOK_S, look)

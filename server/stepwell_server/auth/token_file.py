@@ -1,4 +1,4 @@
-"""Changes of a file of tokens: whole or not at all, one after the other, with the lines of others as they were."""
+"""Atomic changes to a file of tokens, one at a time. All other lines stay unchanged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _HEADER = "# Callers of a Stepwell server, one token a line: name, tenant, role,
 
 
 def read(path: Path) -> list[Token]:
-    """The tokens of a file, in its order.
+    """Return the tokens in a file, in order.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file of tokens; the message has the line and the rule.
+        OSError: the file cannot be read.
+        ValueError: the file is invalid. The message contains the line and the rule.
     """
     text = path.read_text("utf-8")
     parse(text)
@@ -28,10 +28,10 @@ def read(path: Path) -> list[Token]:
 
 
 def add(path: Path, token: Token) -> None:
-    """Put a token at the end of the file, which is made if it is not there, for its owner alone.
+    """Append a token to the file. A new file is readable by its owner only.
 
     Raises:
-        OSError, ValueError: as `read`; or with this token it would be none.
+        OSError, ValueError: see `read`; also if the file would become invalid.
     """
     with _locked(path, create=True) as text:
 
@@ -46,10 +46,10 @@ def add(path: Path, token: Token) -> None:
 
 
 def remove(path: Path, is_meant: Callable[[Token], bool]) -> list[Token]:
-    """Take tokens out of the file; those that were.
+    """Remove tokens from the file, and return them.
 
     Raises:
-        OSError, ValueError: as `read`.
+        OSError, ValueError: see `read`.
     """
     with _locked(path, create=False) as text:
         parse(text)
@@ -62,10 +62,10 @@ def remove(path: Path, is_meant: Callable[[Token], bool]) -> list[Token]:
 
 @contextlib.contextmanager
 def _locked(path: Path, *, create: bool) -> Iterator[str]:
-    """The text of the file, which nobody else changes meanwhile.
+    """Lock the file against other changes, and return its text.
 
-    The lock is on the file itself. Who changes it puts another in its place, so whoever has waited for the lock looks
-    whether it is still that of the file.
+    The lock is on the file itself. A change replaces the file, so after waiting for the lock, check that it is still the
+    lock of the current file.
     """
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     while True:

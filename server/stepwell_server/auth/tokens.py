@@ -1,14 +1,13 @@
-"""Bearer tokens and the file that knows them: one token a line, by its hash.
+"""Bearer tokens, and the file with their hashes, one per line.
 
     # name   tenant  role  hash             more, as KEY=VALUE
     trainer  acme    user  sha256:9f86d...  created=2026-11-26T12:00:00Z expires=2027-02-24T12:00:00Z
     ops      -       admin sha256:60303...
 
-A caller may have several, so that a new one can be handed out before the old one is revoked. `-` is no tenant.
+A caller may have several tokens, so that you can hand out a new one before you revoke the old one. `-` means no tenant.
 
-Why SHA-256, and not a slow hash with a salt: those are for passwords, which people choose and which can be guessed. A
-token is 256 random bits: nobody can try them all, however fast the hash, and no two are alike. It has to be hashed for
-every call.
+Why SHA-256 and not a slow, salted hash: those protect passwords, which people choose and attackers guess. A token is 256
+random bits, which nobody can guess however fast the hash, and the server hashes one for every call.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from stepwell_server.core.callers import Caller, Role, is_name
 
 PREFIX = "stw_"
-"""By which those who look for secrets in files and logs know a token."""
+"""Prefix by which secret scanners recognise a token in files and logs."""
 NO_TENANT = "-"
 _ALPHABET = string.ascii_letters + string.digits
 _LENGTH = 43  # of 62 characters: 256 bits
@@ -33,12 +32,12 @@ _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _FIELDS = ("created", "expires")
 _RULE = "must be NAME TENANT ROLE sha256:HASH, and then created=TIME and expires=TIME if known"
 ID_LENGTH = 12
-"""Characters of a hash that tell people which token is meant."""
+"""Length of the prefix of a hash that identifies a token for people."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
-    """A token that the server knows, by its hash."""
+    """A token's entry in the file, with its hash."""
 
     caller: Caller
     digest: bytes
@@ -47,12 +46,12 @@ class Token:
 
     @property
     def id(self) -> str:
-        """What people call it: the beginning of its hash."""
+        """Its identifier for people: the beginning of its hash."""
         return self.digest.hex()[:ID_LENGTH]
 
     @property
     def line(self) -> str:
-        """As the file has it."""
+        """Its line in the file."""
         words = [self.caller.name, self.caller.tenant or NO_TENANT, self.caller.role.value]
         words.append(f"sha256:{self.digest.hex()}")
         times = {"created": self.created, "expires": self.expires}
@@ -60,43 +59,43 @@ class Token:
         return " ".join(words)
 
     def has_expired(self, now: float) -> bool:
-        """Whether it is of no use any more, at a time in seconds since the epoch."""
+        """Whether it has expired at this time, in seconds since the epoch."""
         return self.expires is not None and now >= self.expires.timestamp()
 
 
 def new_token() -> str:
-    """A token that nobody can guess."""
+    """Return a new random token."""
     return PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(_LENGTH))
 
 
 def digest_of(token: str) -> bytes:
-    """By which a token is found."""
+    """Return the hash by which the server looks up a token."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def time_text(time: dt.datetime) -> str:
-    """A time as the file has it."""
+    """Return a time as the file contains it."""
     return time.astimezone(dt.UTC).isoformat(timespec="seconds").removesuffix("+00:00") + "Z"
 
 
 def parse(text: str) -> dict[bytes, Token]:
-    """What a file of tokens says, by the digests.
+    """Return the tokens in a file, by their digests.
 
     Raises:
-        ValueError: it is none; the message names the line, and shows nothing of it that may be secret.
+        ValueError: the file is invalid. The message names the line and shows nothing that may be secret.
     """
     known: dict[bytes, Token] = {}
     roles: dict[tuple[str, str], tuple[Role, int]] = {}
     for number, token in tokens_of(text):
         if token.digest in known:
             raise ValueError(
-                f"line {number}: must have a hash of its own; that of token {token.id} came before"
+                f"line {number}: must have a different hash; an earlier line has that of token {token.id}"
             )
         key = (token.caller.tenant, token.caller.name)
         role, before = roles.setdefault(key, (token.caller.role, number))
         if role is not token.caller.role:
             raise ValueError(
-                f"line {number}: the role of {str(token.caller)!r} must be that of line {before}, {role.value}; got "
+                f"line {number}: the role of {str(token.caller)!r} must be that in line {before}, {role.value}; got "
                 f"{token.caller.role.value}"
             )
         known[token.digest] = token
@@ -104,10 +103,10 @@ def parse(text: str) -> dict[bytes, Token]:
 
 
 def tokens_of(text: str) -> Iterator[tuple[int, Token]]:
-    """The tokens of a file, with the numbers of their lines.
+    """Return the tokens in a file, with their line numbers.
 
     Raises:
-        ValueError: as `parse`.
+        ValueError: see `parse`.
     """
     for number, line in enumerate(text.split("\n"), 1):
         words = line.partition("#")[0].split()
@@ -137,10 +136,10 @@ def _token(words: list[str]) -> Token:
 
 
 def caller_of(name: str, tenant: str, role: str) -> Caller:
-    """The caller that a file describes.
+    """Return the caller with these names and this role.
 
     Raises:
-        ValueError: it describes none; the message has the rule.
+        ValueError: one of them is invalid. The message contains the rule.
     """
     for what, text in (("NAME", name), ("TENANT", tenant)):
         if not is_name(text) and (text or what == "NAME"):

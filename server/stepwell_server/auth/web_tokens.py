@@ -1,4 +1,4 @@
-"""JWTs: who signs them is trusted, as a file of public keys (a JWKS) says. The cryptography is PyJWT's and cryptography's."""
+"""Authenticates callers by JWTs, whose signing keys are in a JWKS file. Uses PyJWT and cryptography."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from stepwell_server.errors import Unauthenticated
 from stepwell_server.files.watched import WatchedFile
 
 LEEWAY_S = 10.0
-"""By how much the clocks of the issuer and of this machine may differ."""
-#: What a key may have signed with, by its type and curve. Never a shared secret: whoever reads the file could sign.
+"""Allowed difference between the clocks of the issuer and of this machine."""
+#: Accepted algorithms by key type and curve. Never a shared secret: every reader of the file could sign tokens.
 _ALGORITHMS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("RSA", ""): ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     ("EC", "P-256"): ("ES256",),
@@ -39,34 +39,34 @@ _ALGORITHMS: Mapping[tuple[str, str], tuple[str, ...]] = {
 _MIN_RSA_BITS = 2048
 _PRIVATE = {"d", "k", "p", "q"}
 _MAX_KNOWN = 4096
-"""Tokens of which it is remembered that they are in order."""
+"""Number of verified tokens to remember."""
 _ROLES = (Role.ADMIN, Role.USER, Role.VIEWER)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Claims:
-    """What a token must say, and where."""
+    """The required claims of a token."""
 
     audience: str
     issuer: str
     tenant: str = "tenant"
     """The claim that names the tenant."""
     role: str = "role"
-    """The claim that names the role, or has it in a list."""
+    """The claim that contains the role, alone or in a list."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
-    """A key that is trusted."""
+    """A trusted key."""
 
     public: Any
     algorithms: tuple[str, ...]
     thumbprint: str
-    """Another one for another key, or one that may be used otherwise."""
+    """Identifies the key and its permitted use."""
 
 
 class WebTokens:
-    """Finds callers by their JWTs. Lives on the event loop.
+    """Authenticates callers by their JWTs. Lives on the event loop.
 
     Raises:
         StartError: the file cannot be used.
@@ -79,14 +79,14 @@ class WebTokens:
         self._known: collections.OrderedDict[bytes, KnownCaller] = collections.OrderedDict()
 
     def holds(self, known: KnownCaller) -> bool:
-        """Whether the key that has signed it is still trusted."""
+        """Whether the key that signed the caller's token is still trusted."""
         return any(key.thumbprint == known.signer for key in self.file.value.values())
 
     def identify(self, token: str, digest: bytes) -> KnownCaller:
-        """Whose token it is.
+        """Return the caller of a token.
 
         Raises:
-            Unauthenticated: nobody's, and why.
+            Unauthenticated: the token is not accepted. The message contains the reason.
         """
         known = self._known.get(digest)
         if known is not None and self._clock.monotonic() < known.until and self.holds(known):
@@ -96,7 +96,7 @@ class WebTokens:
         except jwt.ExpiredSignatureError:
             raise Unauthenticated("the JWT has expired; send a new one") from None
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise Unauthenticated(f"the JWT must be one that this server takes: {_reason(error)}") from None
+            raise Unauthenticated(f"the JWT must be acceptable to this server: {_reason(error)}") from None
         while len(self._known) >= _MAX_KNOWN:
             self._known.popitem(last=False)
         self._known[digest] = known
@@ -105,7 +105,7 @@ class WebTokens:
     def _verified(self, token: str, digest: bytes) -> KnownCaller:
         key = self._key_of(jwt.get_unverified_header(token))
         claims = self._claims
-        said = jwt.decode(
+        claimed = jwt.decode(
             token,
             key.public,
             algorithms=list(key.algorithms),
@@ -114,9 +114,9 @@ class WebTokens:
             leeway=LEEWAY_S,
             options={"require": ["exp", "iss", "aud", "sub"]},
         )
-        left = float(said["exp"]) + LEEWAY_S - self._clock.now()
+        left = float(claimed["exp"]) + LEEWAY_S - self._clock.now()
         until = self._clock.monotonic() + left
-        return KnownCaller(self._caller_of(said), Credential("token", digest), until, key.thumbprint)
+        return KnownCaller(self._caller_of(claimed), Credential("token", digest), until, key.thumbprint)
 
     def _key_of(self, header: Mapping[str, Any]) -> Key:
         keys, kid = self.file.value, header.get("kid")
@@ -126,9 +126,9 @@ class WebTokens:
             raise _Refused("its key (kid) is not trusted")
         return keys[kid]
 
-    def _caller_of(self, said: Mapping[str, Any]) -> Caller:
+    def _caller_of(self, claimed: Mapping[str, Any]) -> Caller:
         names = self._claims
-        name, tenant, role = (said.get(claim) for claim in ("sub", names.tenant, names.role))
+        name, tenant, role = (claimed.get(claim) for claim in ("sub", names.tenant, names.role))
         if not isinstance(name, str) or not is_subject(name):
             raise _Refused(
                 f"the claim sub must be 1 to {MAX_SUBJECT_LENGTH} printable characters without spaces"
@@ -137,38 +137,38 @@ class WebTokens:
             raise _Refused(
                 f"the claim {names.tenant} must name the tenant, in letters, digits and '._@-', at most 64"
             )
-        said_roles = role if isinstance(role, list) else [role]
-        found = next((role for role in _ROLES if role.value in said_roles), None)
+        roles = role if isinstance(role, list) else [role]
+        found = next((role for role in _ROLES if role.value in roles), None)
         if found is None:
-            raise _Refused(f"the claim {names.role} must be or hold one of user, viewer, admin")
+            raise _Refused(f"the claim {names.role} must be or contain one of user, viewer, admin")
         return Caller(name, tenant, found)
 
 
 class _Refused(ValueError):
-    """Why a token is not taken, in our words."""
+    """A token is not accepted, for the reason in the message."""
 
 
 def _reason(error: Exception) -> str:
-    """Why a token is not taken: never what it holds."""
+    """Return the reason why a token is not accepted, without any of its content."""
     kinds: tuple[tuple[type[Exception], str], ...] = (
-        (jwt.InvalidAudienceError, "its audience (aud) is another server's"),
+        (jwt.InvalidAudienceError, "its audience (aud) is another server"),
         (jwt.InvalidIssuerError, "its issuer (iss) is not trusted"),
-        (jwt.ImmatureSignatureError, "it does not hold yet (nbf, iat)"),
+        (jwt.ImmatureSignatureError, "it is not valid yet (nbf, iat)"),
         (jwt.InvalidSignatureError, "its signature is wrong"),
-        (jwt.InvalidAlgorithmError, "its algorithm (alg) is not one of its key"),
+        (jwt.InvalidAlgorithmError, "its algorithm (alg) does not fit its key"),
     )
     if isinstance(error, _Refused):
         return str(error)
     if isinstance(error, jwt.MissingRequiredClaimError):
         return f"it has no claim {error.claim}"
-    return next((reason for kind, reason in kinds if isinstance(error, kind)), "it cannot be read as one")
+    return next((reason for kind, reason in kinds if isinstance(error, kind)), "it is not a JWT")
 
 
 def parse(text: str) -> dict[str, Key]:
-    """The keys of a JWKS, by their ids.
+    """Return the keys of a JWKS, by their ids.
 
     Raises:
-        ValueError: it is none, or holds what must not be in it; the message names the key and the rule.
+        ValueError: it is not a JWKS, or contains a forbidden key. The message names the key and the rule.
     """
     rule = 'must be a JWKS, {"keys": [...]} in JSON'
     try:
@@ -181,15 +181,15 @@ def parse(text: str) -> dict[str, Key]:
     if not isinstance(keys, list):
         raise ValueError(rule)
     found: dict[str, Key] = {}
-    other = "must have a key to check signatures with; it has none"
+    other = "must have a key that verifies signatures; it has none"
     for number, given in enumerate(keys, 1):
         if isinstance(given, dict) and given.get("use", "sig") != "sig":
             continue  # for encryption
         try:
             kid, key = _key(given, is_only=len(keys) == 1)
             if kid in found:
-                raise ValueError(f"its kid must be its own; {kid!r} came before")
-        except _OtherKind as error:  # issuers may begin to use what is not known here: RFC 7517, 5
+                raise ValueError(f"its kid must be unique; an earlier key has {kid!r}")
+        except _UnsupportedKey as error:  # issuers may start to use unknown kinds of keys: RFC 7517, 5
             other = f"key {number}: {error}"
             continue
         except ValueError as error:
@@ -200,8 +200,8 @@ def parse(text: str) -> dict[str, Key]:
     return found
 
 
-class _OtherKind(ValueError):
-    """A key that nobody's token is checked with here."""
+class _UnsupportedKey(ValueError):
+    """A key of a kind that this server does not use."""
 
 
 def _key(given: object, *, is_only: bool) -> tuple[str, Key]:
@@ -210,24 +210,24 @@ def _key(given: object, *, is_only: bool) -> tuple[str, Key]:
     kind, curve, alg = (given.get(name, "") for name in ("kty", "crv", "alg"))
     kid = given.get("kid", "" if is_only else None)
     if not isinstance(kid, str):
-        raise ValueError("must have a kid, a string, as there are others")
+        raise ValueError("must have a kid, a string, because there are several keys")
     if _PRIVATE & given.keys():
         raise ValueError(
-            "must be a public key, without d, p, q or k: whoever can sign must not be in this file"
+            "must be a public key, without d, p, q or k: this file must not contain keys that can sign"
         )
     allowed = _ALGORITHMS.get((kind, curve)) if isinstance(kind, str) and isinstance(curve, str) else None
     if allowed is None:
-        raise _OtherKind(
+        raise _UnsupportedKey(
             f"must be RSA, EC (P-256, P-384, P-521) or OKP (Ed25519); its kty is {kind!r}, crv {curve!r}"
         )
     if alg:
         if alg not in allowed:
-            raise _OtherKind(f"its alg must be one of {', '.join(allowed)}; got {alg!r}")
+            raise _UnsupportedKey(f"its alg must be one of {', '.join(allowed)}; got {alg!r}")
         allowed = (alg,)
     try:
         public = jwt.PyJWK(given, allowed[0]).key
     except (jwt.PyJWTError, ValueError, TypeError) as error:
-        raise ValueError(f"must be a whole key: {type(error).__name__}") from None
+        raise ValueError(f"must be a complete key: {type(error).__name__}") from None
     if isinstance(public, RSAPublicKey) and public.key_size < _MIN_RSA_BITS:
         raise ValueError(f"must have at least {_MIN_RSA_BITS} bits; it has {public.key_size}")
     raw = json.dumps({name: given.get(name) for name in ("kty", "crv", "n", "e", "x", "y", "alg", "kid")})

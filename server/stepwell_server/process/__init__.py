@@ -1,5 +1,5 @@
-"""The server as a process: what it takes of the system, what ends it, and how it is.
+"""The server as a process of the operating system: limits, signals, systemd, garbage collection, and its readiness.
 
-Here belongs what the system asks or is told: limits, signals, systemd, imports, and the readiness that probes and gRPC
-health tell as well. It may touch the operating system and the event loop; it knows no models, stores or calls.
+Probes, gRPC health and systemd report the same readiness. This package may use the operating system and the event loop; it
+knows no models, stores or calls.
 """

@@ -1,4 +1,4 @@
-"""Whether the server can answer calls, and if not, why: one truth for gRPC health, HTTP probes and systemd."""
+"""Whether the server can answer calls, and the reason if not. gRPC health, HTTP probes and systemd report it."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
-    """How the server is at a moment."""
+    """The state of the server at one moment."""
 
     problems: Mapping[str, str]
-    """Why it is not ready, by what it is about: `models`, `store`, `stopping`. Empty: it is."""
+    """Reasons why it is not ready, by subject: `models`, `store`, `stopping`. Empty: it is ready."""
     warnings: Mapping[str, str]
-    """What does not keep it from being ready: `disk`, `store`, ..."""
+    """Problems that leave it ready, by subject: `disk`, `store`, ..."""
     versions: Mapping[str, Mapping[int, str]]
-    """Of each model's versions how far they are: waiting, loading (with the stage), loaded, failed (with the reason)."""
+    """Progress of each model's versions: waiting, loading (with the stage), loaded, failed (with the reason)."""
     elsewhere: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Models whose default version is not loaded here, but maybe on others of the servers that share the store: which it is."""
+    """Default versions that are not loaded here, but perhaps on other servers that share the store, by model."""
 
     @property
     def is_ready(self) -> bool:
-        """Calls can be answered."""
+        """Whether calls can be answered."""
         return not self.problems
 
     @property
     def models(self) -> dict[str, str]:
-        """How far each model is: as far as that of its versions which is farthest."""
+        """Progress of each model: that of its most advanced version."""
         return {
-            name: min(versions.values(), key=lambda how: _ORDER.index(how.partition(":")[0]))
+            name: min(versions.values(), key=lambda progress: _ORDER.index(progress.partition(":")[0]))
             for name, versions in self.versions.items()
         }
 
     def is_loaded(self, name: str, version: int | None = None) -> bool:
-        """Whether a version of a model is loaded; of the model alone, whether what it stands for is."""
+        """Whether a version of a model is loaded. Without a version: whether the model's name can be used."""
         if version is None and name in self.elsewhere:
             return False
         versions = self.versions.get(name, {})
@@ -46,39 +46,39 @@ _ORDER = (LOADED, "loading", "waiting", "failed")
 
 
 class Readiness:
-    """How the server is. Changed on the event loop; `report` may be read by any thread at any time."""
+    """The current state of the server. Change it on the event loop; any thread may read `report`."""
 
     def __init__(self) -> None:
         self.report = Report({"models": "the models are being loaded"}, {}, {})
         self._listeners: list[Callable[[Report], None]] = []
 
     def listen(self, listener: Callable[[Report], None]) -> None:
-        """Have it called on the event loop, now and with each change."""
+        """Call a listener on the event loop, now and after each change."""
         self._listeners.append(listener)
         listener(self.report)
 
     def problem(self, about: str, reason: str) -> None:
-        """The server is not ready for this reason; an empty one: not for it any more."""
+        """Set the reason why the server is not ready, by subject. An empty reason clears it."""
         self._change(problems=_with(self.report.problems, about, reason))
 
     def warning(self, about: str, reason: str) -> None:
-        """Someone should look at this; an empty reason: it is over."""
+        """Set a warning, by subject. An empty reason clears it."""
         self._change(warnings=_with(self.report.warnings, about, reason))
 
     def defaults_elsewhere(self, defaults: Mapping[str, int]) -> None:
-        """Say which models have a default version that is not loaded here: see `Report.elsewhere`."""
+        """Set the default versions that are not loaded here: see `Report.elsewhere`."""
         if defaults == self.report.elsewhere:
             return
         which = ", ".join(f"version {version} of {name}" for name, version in sorted(defaults.items()))
-        missing = f"{which} is the default for the servers that share the store, and is not loaded here"
+        missing = f"{which} is the default of the servers that share the store, but is not loaded here"
         warnings = _with(self.report.warnings, "default versions", missing if defaults else "")
         self._change(elsewhere=dict(defaults), warnings=warnings)
 
-    def version(self, name: str, version: int, how: str) -> None:
-        """How far a version of a model is: see `Report.versions`; nothing: there is no such version any more."""
+    def version(self, name: str, version: int, progress: str) -> None:
+        """Set the progress of a version: see `Report.versions`. An empty text removes the version."""
         before = self.report.versions
-        all_of_it = {**before.get(name, {}), version: how}
-        kept = {number: all_of_it[number] for number in sorted(all_of_it) if all_of_it[number]}
+        changed = {**before.get(name, {}), version: progress}
+        kept = {number: changed[number] for number in sorted(changed) if changed[number]}
         versions = {**before, name: kept}
         self._change(versions={each: its for each, its in versions.items() if its})
 

@@ -1,4 +1,4 @@
-"""What signals do: stop the server with a drain, end it at once, or have its certificates read anew."""
+"""Signal handling: stop the server with a drain, end it at once, or reload its files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SAME_SIGNAL_S = 0.25
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt like SIGINT, so that a compiling process is not left behind.
+    """Let SIGTERM raise KeyboardInterrupt like SIGINT, so that no compile process is left behind.
 
-    So does SIGHUP of a terminal that is gone; another one does nothing.
+    SIGHUP does the same if the terminal was closed, and otherwise nothing.
     """
     had_terminal = _has_terminal()
 
@@ -39,13 +39,12 @@ def interrupting() -> Iterator[None]:
 
 
 def stop_on_signals(clock: Clock, reload: Callable[[], None]) -> asyncio.Event:
-    """An event set by the first SIGTERM or SIGINT. A second one ends the process at once.
+    """Return an event that the first SIGTERM or SIGINT sets. A second signal ends the process at once.
 
-    Whoever signals a process and then its group, as wrappers do, sends one signal twice: the same again within a
-    moment is not a second one.
+    Wrappers may signal a process and then its group, so the same signal within a moment does not count as a second one.
 
-    A terminal that is closed sends SIGHUP, which stops the server too. While the terminal is there, or where there
-    was none, someone has sent it, for `reload`. Under nohup it stays ignored.
+    When the terminal closes, SIGHUP stops the server too. If the terminal is open, or there never was one, SIGHUP calls
+    `reload`. Under nohup it stays ignored.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -66,9 +65,7 @@ def stop_on_signals(clock: Clock, reload: Callable[[], None]) -> asyncio.Event:
     def on_hangup(number: signal.Signals) -> None:
         if not had_terminal or _has_terminal():
             reload()
-        elif (
-            first is None
-        ):  # the kernel and the shell may both send it, and nobody is there who could mean it
+        elif first is None:  # the kernel and the shell may both send it, so it is never a second signal
             on_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -83,7 +80,7 @@ def _hangup() -> tuple[signal.Signals, ...]:
 
 
 def _has_terminal() -> bool:
-    """Whether there is a terminal that can be closed."""
+    """Whether the process has a terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:

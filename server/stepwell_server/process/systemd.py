@@ -1,7 +1,7 @@
-"""Tells systemd how the server is: sd_notify(3), a datagram with lines of KEY=VALUE to the socket in NOTIFY_SOCKET.
+"""Reports the server's state to systemd: sd_notify(3), a datagram of KEY=VALUE lines to the socket in NOTIFY_SOCKET.
 
-While models are loaded the time that systemd allows for the start is extended as long as that goes on. The watchdog is
-fed by the event loop, so that a server whose loop hangs is restarted.
+While models are loading, it keeps extending the start timeout. The event loop feeds the watchdog, so systemd restarts a
+server whose loop is stuck.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from stepwell_server.process.readiness import Report
 
 _log = Log("systemd")
 EXTEND_S = 60.0
-"""A start may take so much longer each time that it says that it goes on."""
+"""Each message during the start extends its timeout to this many seconds from now."""
 _FEED_S = 10.0
 
 
 class Notifier:
-    """Talks to systemd; does nothing where there is none. Lives on the event loop."""
+    """Sends messages to systemd; does nothing without it. Lives on the event loop."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._place = environment.get("NOTIFY_SOCKET", "")
@@ -32,7 +32,7 @@ class Notifier:
         watchdog = environment.get("WATCHDOG_USEC", "")
         is_meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_s = int(watchdog) / 1e6 if watchdog.isdecimal() and is_meant else 0.0
-        """The longest that it may be silent; 0: nobody watches."""
+        """Watchdog timeout in seconds; 0: no watchdog."""
         if self._place:
             # an abstract socket is written with @
             self._place = "\0" + self._place[1:] if self._place[0] == "@" else self._place
@@ -40,31 +40,31 @@ class Notifier:
             self._socket.setblocking(False)
 
     def start(self) -> None:
-        """Keep saying, from now on, that the event loop has its turns, and that a start goes on."""
+        """Start to report regularly that the event loop runs, and during the start, that it makes progress."""
         if self._socket is not None:
             self._feeding = asyncio.create_task(self._feed())
 
     def changed(self, report: Report) -> None:
-        """Tell how the server is now. For `Readiness.listen`."""
+        """Report the server's state. For `Readiness.listen`."""
         if report.is_ready and not self._was_ready:
             self._was_ready = True
-            self.tell(READY="1", STATUS="ready")
+            self.notify(READY="1", STATUS="ready")
         elif "stopping" in report.problems:
             self._is_stopping = True
-            self.tell(STOPPING="1", STATUS=_one_line(report.problems["stopping"]))
+            self.notify(STOPPING="1", STATUS=_one_line(report.problems["stopping"]))
         else:
             about = "; ".join((*report.problems.values(), *report.warnings.values())) or "ready"
-            self.tell(STATUS=_one_line(about))
+            self.notify(STATUS=_one_line(about))
 
     def reloading(self) -> None:
-        """Files are read anew. Told only between start and stop: READY=1 ends both a reload and a start."""
+        """Report a reload of files, but only between start and stop: READY=1 would end a start as well as a reload."""
         if not self._was_ready or self._is_stopping:
             return
-        self.tell(RELOADING="1", MONOTONIC_USEC=str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000))
-        self.tell(READY="1")
+        self.notify(RELOADING="1", MONOTONIC_USEC=str(time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000))
+        self.notify(READY="1")
 
-    def tell(self, **facts: str) -> None:
-        """Send lines. What cannot be sent is not waited for."""
+    def notify(self, **facts: str) -> None:
+        """Send lines to systemd, without waiting."""
         if self._socket is None:
             return
         try:
@@ -74,11 +74,11 @@ class Notifier:
             self._is_failing = False
         except OSError as error:
             if not self._is_failing:
-                _log.warning("systemd cannot be told how the server is", reason=error.strerror)
+                _log.warning("the server's state cannot be reported to systemd", reason=error.strerror)
             self._is_failing = True
 
     def close(self) -> None:
-        """Say nothing any more."""
+        """Stop reporting."""
         if self._feeding is not None:
             self._feeding.cancel()
         if self._socket is not None:
@@ -92,7 +92,7 @@ class Notifier:
             if not self._was_ready:
                 facts["EXTEND_TIMEOUT_USEC"] = str(int(EXTEND_S * 1e6))
             if facts:
-                self.tell(**facts)
+                self.notify(**facts)
             await asyncio.sleep(every)
 
 

@@ -1,5 +1,5 @@
-"""The gRPC side: convert, delegate to the engine, convert back. The only package that knows the wire.
+"""The gRPC side: converts requests, delegates to the engine, converts the results. Only this package knows the protocol.
 
-It may touch the engine's face, and that of who loads models. It owns the messages and statuses of errors, and no state of
+It uses the interfaces of the engine and of the catalog of models. It owns the texts and statuses of errors, and no state of
 sessions.
 """

@@ -1,4 +1,4 @@
-"""What a caller must be to make a call."""
+"""The role that each method requires."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from stepwell_server.core.callers import Caller, Role, is_name
 from stepwell_server.errors import InvalidInput, PermissionDenied
 
 TENANT_KEY = "stepwell-tenant"
-"""Of the metadata by which an admin says in which tenant it acts."""
+"""Metadata key with which an admin selects the tenant of a call."""
 ALL_TENANTS = "*"
 
 
 class Access(enum.Enum):
-    """Who may make a call."""
+    """Kind of access that a method requires."""
 
     ANYONE = "anyone"
-    """Also who is not known: health checkers."""
+    """No authentication: for health checkers."""
     READ = "read"
     USE = "use"
     ADMINISTER = "administer"
-    """For all tenants: admins only."""
+    """Affects all tenants: for admins only."""
 
 
-#: Calls that change nothing and show what is there. What is not named here or below needs `Access.USE`.
+#: Methods that only read. Methods that are neither here nor below need `Access.USE`.
 _READS = frozenset(
     {
         *(
@@ -43,7 +43,7 @@ _READS = frozenset(
     }
 )
 _FOR_ANYONE = frozenset({"Check", "List", "Watch", "ServerLive", "ServerReady"})
-#: Calls that change what everybody is served.
+#: Methods that change which models are served.
 _FOR_ADMINS = frozenset(
     {
         "LoadModel",
@@ -63,7 +63,7 @@ _ROLES = {
 
 
 def access_of(method: str) -> Access:
-    """What a method needs, by its name without the service."""
+    """Return the access that a method requires, by its name without the service."""
     if method in _FOR_ANYONE:
         return Access.ANYONE
     if method in _FOR_ADMINS:
@@ -72,7 +72,7 @@ def access_of(method: str) -> Access:
 
 
 def require(access: Access, method: str, caller: Caller) -> None:
-    """Refuse a call that its caller's role does not allow.
+    """Check that the caller's role allows a call.
 
     Raises:
         PermissionDenied: it does not.
@@ -81,25 +81,25 @@ def require(access: Access, method: str, caller: Caller) -> None:
         return
     allowed = " or ".join(sorted(role.value for role in _ROLES[access]))
     raise PermissionDenied(
-        f"{method} needs the role {allowed}; caller {str(caller)!r} has {caller.role.value}",
+        f"{method} needs the role {allowed}; caller {str(caller)!r} has the role {caller.role.value}",
         role=caller.role.value,
     )
 
 
 def acting(caller: Caller, metadata: Mapping[str, str | bytes]) -> Caller:
-    """A caller in the tenant in which its call says that it acts: its own, or for admins another, or all of them.
+    """Return the caller in the tenant that the call selects: its own or, for admins, another one or all of them.
 
     Raises:
-        PermissionDenied: it is not its own, and the caller no admin.
-        InvalidInput: it is the name of none.
+        PermissionDenied: the call selects another tenant, and the caller is not an admin.
+        InvalidInput: the tenant's name is invalid.
     """
     tenant = metadata.get(TENANT_KEY)
     if tenant is None or (tenant and tenant == caller.tenant):
         return caller
     if caller.role is not Role.ADMIN:
         raise PermissionDenied(
-            f"{TENANT_KEY} must be the caller's own tenant, {caller.tenant!r}, unless its role is admin; caller "
-            f"{str(caller)!r} has {caller.role.value}, and got {tenant!r}",
+            f"{TENANT_KEY} must be the caller's own tenant, {caller.tenant!r}, unless its role is admin; got {tenant!r} from "
+            f"caller {str(caller)!r} with the role {caller.role.value}",
             role=caller.role.value,
         )
     if not isinstance(tenant, str) or not (tenant == ALL_TENANTS or is_name(tenant)):

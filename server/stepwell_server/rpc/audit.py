@@ -1,7 +1,7 @@
-"""Which calls the audit log tells of, and what it says of each: who, what, which sessions, how it ended.
+"""Writes the audit log: for each audited call the caller, the action, the sessions and the outcome.
 
-No states, no inputs, no outputs, no tokens. Every method of every service is in one of the two tables; one that is in
-neither cannot be served.
+It contains no states, inputs, outputs or tokens. Every method of every service is in one of the two tables below; a method
+that is in neither cannot be served.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from stepwell_server.files.audit_log import AuditLog
     from stepwell_server.rpc.fronts.base import Call
 
-#: Methods each of whose calls has a line, and what the line calls it.
+#: Methods whose calls have a line each, with the action in the line.
 AUDITED = {
     "OpenSession": "open",
     "OpenSessions": "open",
@@ -62,33 +62,33 @@ AUDITED = {
     "RepositoryModelLoad": "load_model",
     "RepositoryModelUnload": "unload_model",
 }
-#: Those that have a line only when they are refused, each with its reason.
+#: Methods whose calls have a line only if they are refused, with the reason why.
 UNAUDITED = {
     "Step": "the hot path; those that reset or read states have lines",
     "StepStream": "the hot path; its frames that reset or read states have lines",
     "Predict": "the hot path; it touches no session",
     "ModelInfer": "the hot path; sequences that begin and end have lines as sessions",
     "ModelStreamInfer": "the hot path; as ModelInfer",
-    "GetSession": "tells no state, and is asked often by whoever watches",
-    "ListSlowSessions": "tells no state, and `stepwell top` asks for it every second",
-    **dict.fromkeys(("ListModels", "GetModel", "ModelReady"), "tells of models alone"),
-    **dict.fromkeys(("ModelMetadata", "ModelConfig", "ModelStatistics"), "tells of models alone"),
-    **dict.fromkeys(("ServerLive", "ServerReady", "ServerMetadata"), "tells of the server alone"),
-    **dict.fromkeys(("Check", "List", "Watch"), "tells of the server's health alone"),
-    "ServerReflectionInfo": "tells of the protocol alone",
-    "RepositoryIndex": "tells of models alone",
+    "GetSession": "returns no state, and monitoring calls it often",
+    "ListSlowSessions": "returns no state, and `stepwell top` calls it every second",
+    **dict.fromkeys(("ListModels", "GetModel", "ModelReady"), "is only about models"),
+    **dict.fromkeys(("ModelMetadata", "ModelConfig", "ModelStatistics"), "is only about models"),
+    **dict.fromkeys(("ServerLive", "ServerReady", "ServerMetadata"), "is only about the server"),
+    **dict.fromkeys(("Check", "List", "Watch"), "is only about the server's health"),
+    "ServerReflectionInfo": "is only about the protocol",
+    "RepositoryIndex": "is only about models",
     **dict.fromkeys(("SystemSharedMemoryStatus", "SystemSharedMemoryRegister"), "never served"),
     **dict.fromkeys(("SystemSharedMemoryUnregister", "CudaSharedMemoryStatus"), "never served"),
     **dict.fromkeys(("CudaSharedMemoryRegister", "CudaSharedMemoryUnregister"), "never served"),
     **dict.fromkeys(("TraceSetting", "LogSettings"), "never served"),
 }
-#: Whoever is refused for these has a line, whatever was called.
+#: Reasons of refusals that have a line for every method.
 _REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "QUOTA_EXCEEDED"})
-#: Calls in which sessions begin and end beside steps.
+#: Methods that also open and close sessions.
 _SEQUENCES = frozenset({"ModelInfer", "ModelStreamInfer"})
-#: What the engine tells of sessions that the server ends by itself.
+#: Events of sessions that the server itself ends.
 _BY_SERVER = frozenset({"expired"})
-#: Fields of requests about versions that have a place in a line.
+#: Fields of requests about versions that a line contains.
 _OF_MODELS = (
     "version",
     "path",
@@ -104,16 +104,16 @@ _ABOUT_MODELS = tuple(
     method.input_type for method in models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"].methods
 )
 MAX_NAMED = 100
-"""Session ids of a line; of more only the count is said."""
+"""Maximum number of session ids in a line. If there are more, the line has their count."""
 MAX_NAME_CHARACTERS = 256
-"""Characters of a text in a line; of a longer one the length is said."""
+"""Maximum length of a text in a line. A longer text is cut, and its length added."""
 _RETRY_AFTER_S = 1.0
-#: Lines a second, and at once, of one caller for calls that were refused and changed nothing, and of all strangers
-#: together: else whoever reaches the server fills its disk, and leaves no room for the lines of others.
+#: Lines per second, and in a burst, for refused calls without effect: per caller, and for all unknown callers together.
+#: Otherwise anybody who reaches the server could fill its disk and displace the lines of others.
 _REFUSED_RATE = 10.0, 1000
 _MAX_CALLERS = 10_000
-"""Callers whose refused calls are counted; the one that was refused least lately is forgotten first."""
-#: What changes nothing, by what the errors' classes promise.
+"""Number of callers whose refused calls are counted. The one with the oldest refusal is forgotten first."""
+#: Errors of calls that changed nothing.
 _UNCHANGED = (
     *(InvalidInput, SessionGone, SessionExists, RevisionConflict, ModelNotFound),
     *(Unauthenticated, PermissionDenied, QuotaExceeded),
@@ -131,13 +131,13 @@ class Auditor:
         self._refuses = when_full == "refuse"
         self._now = now
         self._budgets: RecentValues[tuple[str, str], _Budget] = RecentValues(_MAX_CALLERS)
-        """By tenant and name; of strangers by neither."""
+        """By tenant and name; both are empty for unknown callers."""
 
-    def begins(self, method: str, call: Call) -> None:
-        """A call begins, in its task.
+    def started(self, method: str, call: Call) -> None:
+        """A call starts, in its task.
 
         Raises:
-            Overloaded: it would have no line, and must have one.
+            Overloaded: the log is full, and calls without a line are refused.
         """
         if method in _SEQUENCES:
             _sequences.set(call)
@@ -145,35 +145,33 @@ class Auditor:
             self.require_room()
 
     def require_room(self) -> None:
-        """What is about to be done has a line.
+        """Check that the log has room for a line.
 
         Raises:
-            Overloaded: it would have none, and must have one.
+            Overloaded: the log is full, and calls without a line are refused.
         """
         if self._refuses and self._log.is_full:
-            raise Overloaded(
-                "the audit log must have room for what is called; its queue is full", _RETRY_AFTER_S
-            )
+            raise Overloaded("the audit log must have room for this call; its queue is full", _RETRY_AFTER_S)
 
     def done(self, method: str, call: Call, request: Message, reply: Message) -> None:
-        """It was served."""
+        """A call succeeded."""
         for action in _actions(method, request):
-            self._write(action, method, call, "OK", _said(request, reply))
+            self._write(action, method, call, "OK", _facts_of(request, reply))
 
     def failed(self, method: str, call: Call, request: Message, error: ServerError) -> None:
-        """Its behaviour refused it."""
+        """The behaviour of a call raised an error."""
         actions = () if _is_refusal(error) else _actions(method, request)
         skipped = self._skipped(call, error) if actions else 0
         if skipped < 0:
             return
         for action in actions:
-            facts = _said(request, None)
+            facts = _facts_of(request, None)
             if skipped:
                 facts["skipped"], skipped = skipped, 0
             self._write(action, method, call, error.reason, facts)
 
     def refused(self, method: str, call: Call, error: ServerError) -> None:
-        """It ended with an error. Those that say no to a caller have a line, whatever was called."""
+        """A call ended with an error. It has a line if the caller was refused, whatever the method."""
         if _is_refusal(error):
             facts: dict[str, object] = {"quota": error.metadata["quota"]} if "quota" in error.metadata else {}
             skipped = self._skipped(call, error)
@@ -184,12 +182,12 @@ class Auditor:
             self._write("refused", method, call, error.reason, facts)
 
     def _skipped(self, call: Call, error: ServerError) -> int:
-        """How many refused calls of a caller had no line since its last one; -1: this one has none either."""
+        """Return the number of the caller's refused calls without a line since the last one; -1: this one has none either."""
         if not isinstance(error, _UNCHANGED):
             return 0
-        whose = ("", "") if call.who is ANYBODY else (call.who.tenant, call.who.name)
-        budget = self._budgets.get(whose) or _Budget(TokenBucket(*_REFUSED_RATE, self._now()))
-        self._budgets.put(whose, budget)
+        key = ("", "") if call.who is ANYBODY else (call.who.tenant, call.who.name)
+        budget = self._budgets.get(key) or _Budget(TokenBucket(*_REFUSED_RATE, self._now()))
+        self._budgets.put(key, budget)
         if budget.bucket.take(1, self._now()):
             budget.skipped += 1
             return -1
@@ -197,10 +195,10 @@ class Auditor:
         return skipped
 
     def parsed(self, method: str, request: Message) -> None:
-        """A request is about to be served: a step that resets or reads states has a line, too.
+        """A request was parsed. A step that resets or reads states needs a line too.
 
         Raises:
-            Overloaded: it would have none, and must have one.
+            Overloaded: the log is full, and calls without a line are refused.
         """
         if method not in AUDITED and _actions(method, request):
             self.require_room()
@@ -208,9 +206,9 @@ class Auditor:
     def frame_ended(
         self, call: Call, action: str, session_ids: Sequence[str], failed: int, reason: str
     ) -> None:
-        """A frame of a stream that resets or reads states has ended.
+        """A frame that resets or reads states has ended.
 
-        For ``failed`` of its sessions it ended with an error, of the last for this reason.
+        ``failed`` of its sessions failed, the last one with this reason.
         """
         names = [namespaces.own(session_id) for session_id in session_ids[:MAX_NAMED]]
         facts: dict[str, object] = {"count": len(session_ids), "sessions": names}
@@ -219,12 +217,12 @@ class Auditor:
         self._write(action, "StepStream", call, reason or "OK", facts)
 
     def cancelled(self, method: str, call: Call, code: str) -> None:
-        """Its client went away, or its time was over: what became of it nobody was told."""
+        """A call ended without a reply, because its client left or its deadline passed."""
         if method in AUDITED:
             self._write(AUDITED[method], method, call, code, {})
 
     def session_event(self, event: str, model: str, session_ids: Sequence[str], count: int) -> None:
-        """The engine tells of sessions: those that the server itself ends have a line, and those of sequences."""
+        """The engine reports sessions. Those that the server ends itself, and those of sequences, have a line."""
         call = _sequences.get()
         facts: dict[str, object] = {"model": model, "count": count}
         if session_ids:
@@ -257,28 +255,28 @@ class Auditor:
 
 @dataclasses.dataclass(slots=True)
 class _Budget:
-    """How many lines a caller may have for refused calls."""
+    """The limit of a caller's lines for refused calls."""
 
     bucket: TokenBucket
     skipped: int = 0
-    """Calls without a line, which the next of the caller's lines tells of."""
+    """Calls without a line, whose number the caller's next line contains."""
 
 
 def _actions(method: str, request: Any) -> Sequence[str]:
-    """What the lines of a call say it does; empty: it has none."""
+    """Return the actions of a call, one per line; empty: it has no line."""
     if method == "Step":
         return step_actions(reset=bool(np.array(request.reset_mask, np.bool_).any()), states=request.states)
     return (AUDITED[method],) if method in AUDITED else ()
 
 
 def step_actions(*, reset: bool, states: int) -> Sequence[str]:
-    """What a step does beside advancing its sessions. `states` is a `StateSelection`."""
+    """Return the audited actions of a step. `states` is a `StateSelection`."""
     reads = states not in (sessions_pb2.STATE_SELECTION_UNSPECIFIED, sessions_pb2.STATE_SELECTION_NONE)
     return ("reset",) * reset + ("read_state",) * reads
 
 
 def _cut(value: object) -> object:
-    """A value as it may stand in a line: of a long text its beginning and its length."""
+    """Return a value for a line. A long text is cut, and its length added."""
     if isinstance(value, str):
         return shorten(value, MAX_NAME_CHARACTERS)
     return [_cut(each) for each in value[:MAX_NAMED]] if isinstance(value, list) else value
@@ -288,8 +286,8 @@ def _is_refusal(error: ServerError) -> bool:
     return error.reason in _REFUSALS
 
 
-def _said(request: Message, reply: Message | None) -> dict[str, object]:
-    """What of a request and its reply has a place in a line: names and numbers, never states."""
+def _facts_of(request: Message, reply: Message | None) -> dict[str, object]:
+    """Return the facts of a request and its reply for a line: names and numbers, never states."""
     facts: dict[str, object] = {}
     for field in ("model", "session_id_prefix", "new_session_id", "request_id"):
         if value := getattr(request, field, None):
@@ -297,7 +295,7 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
     if value := getattr(request, "model_name", ""):
         facts["model"] = value
     if request.DESCRIPTOR in _ABOUT_MODELS:
-        return facts | _said_of_model(request, reply)
+        return facts | _model_facts(request, reply)
     ids = dict.fromkeys(_ids(request))
     if reply is not None:
         ids |= dict.fromkeys(_ids(reply))
@@ -310,8 +308,8 @@ def _said(request: Message, reply: Message | None) -> dict[str, object]:
     return facts
 
 
-def _said_of_model(request: Any, reply: Any) -> dict[str, object]:
-    """What of a request about a version has a place in a line: never the bytes of a file."""
+def _model_facts(request: Any, reply: Any) -> dict[str, object]:
+    """Return the facts of a request about a version for a line, without the bytes of files."""
     facts: dict[str, object] = {}
     for field, name in (("name", "model"), *((name, name) for name in _OF_MODELS)):
         if value := getattr(request, field, None):
@@ -326,7 +324,7 @@ def _said_of_model(request: Any, reply: Any) -> dict[str, object]:
 
 
 def _ids(message: Any) -> Iterator[str]:
-    """The session ids that a message names."""
+    """Yield the session ids in a message."""
     if session_id := getattr(message, "session_id", ""):
         yield session_id
     yield from getattr(message, "session_ids", ())

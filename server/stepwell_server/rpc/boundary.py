@@ -1,12 +1,11 @@
-"""The one place where calls end: parsing, serialising, errors, request log and request metrics.
+"""Wraps every call: parses the request, serialises the reply, converts errors, and writes the request log and metrics.
 
-A behaviour of a servicer takes a message and returns one, or raises a `ServerError`. Around it, this
-module makes sure of three things that a front would do otherwise:
+A behaviour of a servicer takes a message and returns one, or raises a `ServerError`. This module guarantees:
 
-- Bytes that are no message end a call with INVALID_ARGUMENT, not with INTERNAL and a stack trace.
-- An unforeseen exception becomes an opaque INTERNAL with an id under which the log has the details.
-- Each call ends with a status. gRPC sends none when `asyncio.CancelledError` leaves a handler, and the
-  client waits for ever; so only the front's own cancellation, after which no one waits, may pass.
+- Bytes that are not a message end a call with INVALID_ARGUMENT, not with INTERNAL and a stack trace.
+- An unexpected exception becomes an opaque INTERNAL with an id, under which the log has the details.
+- Every call ends with a status. gRPC sends none if `asyncio.CancelledError` leaves a handler, and the client would wait
+  for ever. So only the front's own cancellation may pass, after which no client waits.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.audit import AUDITED, UNAUDITED, Auditor
 from stepwell_server.rpc.fronts.base import Call, CallEnded
 from stepwell_server.rpc.fronts.shape import not_a_message
-from stepwell_server.rpc.guard import Guard, Guarded
+from stepwell_server.rpc.guard import Guard, GuardedStream
 from stepwell_server.rpc.status import ANY_CODE, Status, to_status
 from stepwell_server.rpc.tracing import TRACES, Tracer
 
 _log = Log("rpc")
 _Message = TypeVar("_Message", bound=Message)
 
-#: Calls of which nothing is done where they end because a model is not loaded here. In others it may come up when a part is.
+#: Methods that have done nothing if they fail because a model is not loaded. Others may fail after they have done a part.
 _WHOLE = frozenset(
     {
         *("OpenSession", "OpenSessions", "Step", "ResetStates", "ForkSession", "ForkSessions"),
@@ -55,16 +54,16 @@ Serve = Callable[[Call], Coroutine[Any, Any, bytes]]
 
 
 class RequestObserver(Protocol):
-    """Who wants to know of calls and of what is refused."""
+    """Counts calls and refusals."""
 
     def refused(self, reason: str, count: int, model: str = "") -> None:
         """``count`` calls, or changes of a frame, ended with an error of that reason; ``model`` if it is known."""
 
     def method_served(self, method: str, codes: Collection[str], *, streams: bool) -> None:
-        """Calls of ``method`` may come, and end with ``codes``."""
+        """The server takes calls of ``method``, which end with one of ``codes``."""
 
     def request_done(self, method: str, code: str, seconds: float) -> None:
-        """A call of ``method`` that is no stream ended with ``code`` (``OK``, ``NOT_FOUND``, ...) after ``seconds``."""
+        """A unary call of ``method`` ended with ``code`` (``OK``, ``NOT_FOUND``, ...) after ``seconds``."""
 
     def requests_done(self, method: str, code: str, seconds: npt.NDArray[np.float64]) -> None:
         """Several calls of ``method`` ended with ``code``."""
@@ -76,14 +75,14 @@ class RequestObserver(Protocol):
         """A stream ended with ``code``."""
 
     def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
-        """Messages of streams were answered, so many seconds after they had come."""
+        """Messages of streams were answered, in these times since their arrival."""
 
 
 def parse(message_type: type[_Message], raw: bytes) -> _Message:
-    """The message that ``raw`` is.
+    """Parse a message.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: the bytes are not a message of this type.
     """
     try:
         return message_type.FromString(raw)
@@ -92,7 +91,7 @@ def parse(message_type: type[_Message], raw: bytes) -> _Message:
 
 
 class Boundary:
-    """Makes of behaviours what a front serves. Lives on the event loop."""
+    """Turns behaviours of servicers into functions that a front can serve. Lives on the event loop."""
 
     def __init__(
         self,
@@ -104,10 +103,10 @@ class Boundary:
     ) -> None:
         self._observer = observer
         self._guard = guard
-        """None: nobody is asked."""
+        """None: callers are not authenticated."""
         self._auditor = auditor
         self._tracer = tracer
-        """None: nothing is traced."""
+        """None: no tracing."""
         self._max_message_bytes = max_message_bytes
         self._running = 0
         self._idle = asyncio.Event()
@@ -119,7 +118,7 @@ class Boundary:
         request_type: type[Message],
         codes: Collection[str] = ANY_CODE,
     ) -> Serve:
-        """Serves a method of one request and one reply, which may end with these status codes."""
+        """Return the function that serves a unary method, whose calls may end with these status codes."""
         auditor, tracer = self._auditor, self._tracer
 
         async def answer(call: Call) -> bytes:
@@ -128,8 +127,8 @@ class Boundary:
             request = parse(request_type, call.request)
             if auditor is not None:
                 auditor.parsed(method, request)
-            if tracer is None and not _log.is_debug:  # else the end of the call looks at the bytes
-                call.request = b""  # one copy of a large request is enough
+            if tracer is None and not _log.is_debug:  # otherwise the end of the call needs the bytes
+                call.request = b""  # do not keep two copies of a large request
             try:
                 message = await behaviour(request, call)
             except ServerError as error:
@@ -142,7 +141,7 @@ class Boundary:
             reply: bytes = message.SerializeToString()
             limit = self._max_message_bytes
             if len(reply) > limit:
-                raise MessageTooLarge(f"the reply must be at most {limit} bytes; it would be {len(reply)}")
+                raise MessageTooLarge(f"the reply must be at most {limit} bytes; it would have {len(reply)}")
             return reply
 
         return self._around(answer, method, request_type, codes)
@@ -155,9 +154,9 @@ class Boundary:
         *,
         endless: bool = False,
     ) -> Serve:
-        """Serves a method of streams, whose behaviour reads and writes bytes by itself.
+        """Return the function that serves a streaming method, whose behaviour reads and writes bytes itself.
 
-        `endless`: only the client ends it, and nobody waits for it when the server stops.
+        `endless`: only the client ends the stream, and a stopping server does not wait for it.
         """
 
         async def answer(call: Call) -> bytes:
@@ -167,7 +166,7 @@ class Boundary:
         return self._around(answer, method, None, codes, counts=not endless)
 
     def judging(self, method: str) -> Callable[[Call], None]:
-        """Judges unary calls of a method by their metadata. What it refuses ends as it would where it is served."""
+        """Return a function that checks unary calls of a method by their metadata. It refuses them as `unary` would."""
         guard, access = self._guard, access_of(method)
 
         def judge(call: Call) -> None:
@@ -220,7 +219,7 @@ class Boundary:
             self._running += counts
             if streams:
                 observer.stream_began(method)
-            guarded: Guarded | None = None
+            guarded: GuardedStream | None = None
             try:
                 tenancy.require_once(call.metadata_keys)
                 if guard is not None:
@@ -229,7 +228,7 @@ class Boundary:
                 elif access is not Access.ANYONE:
                     tenancy.require_no_tenant(call.metadata)
                 if auditor is not None:
-                    auditor.begins(method, call)
+                    auditor.started(method, call)
                 return await answer(call)
             except (Exception, asyncio.CancelledError) as raised:
                 status, reason = self._end_of(raised, guarded, method, call)
@@ -242,12 +241,12 @@ class Boundary:
             finally:
                 if guard is not None and guarded is not None:
                     guard.leave(guarded)
-                    guarded = None  # it holds the task, and so its end and this frame
+                    guarded = None  # it refers to the task, which refers to this frame
                 seconds = time.perf_counter() - started
                 self._running -= counts
                 if self._running == 0:
                     self._idle.set()
-                if streams:  # how long it was open says nothing of how long anything took
+                if streams:  # the lifetime of a stream is not the duration of any work
                     observer.stream_done(method, code)
                 else:
                     observer.request_done(method, code, seconds)
@@ -260,11 +259,11 @@ class Boundary:
         return serve
 
     def _end_of(
-        self, raised: BaseException, guarded: Guarded | None, method: str, call: Call
+        self, raised: BaseException, guarded: GuardedStream | None, method: str, call: Call
     ) -> tuple[Status | None, str]:
-        """The status and the reason with which a call ends that raised this.
+        """Return the status and the reason of a call that ends with this exception.
 
-        Without a status the front itself has cancelled the call; the reason is then the code for metrics.
+        The status is None if the front itself cancelled the call. The reason is then the code for metrics.
         """
         error = raised if guarded is None else guarded.instead_of(raised)
         auditor = self._auditor
@@ -286,7 +285,7 @@ class Boundary:
 def served_at(
     path: str, serving: Mapping[str, Serve], otherwise: Serve
 ) -> Callable[[Call], Awaitable[bytes]]:
-    """What has each call of a path served by what stands in `serving` when it comes."""
+    """Return a function that serves each call of a path by the entry that `serving` has at that moment."""
 
     def serve(call: Call) -> Awaitable[bytes]:
         return serving.get(path, otherwise)(call)
@@ -295,7 +294,7 @@ def served_at(
 
 
 def _model_of(request: Message) -> str:
-    """The model that a request names, by this protocol or Triton's; empty if it names none."""
+    """Return the model that a request of either protocol names; empty if it names none."""
     name: str = (
         getattr(request, "model", "") or getattr(request, "model_name", "") or getattr(request, "name", "")
     )
@@ -303,7 +302,7 @@ def _model_of(request: Message) -> str:
 
 
 def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:
-    """What of a request is worth a place in the log."""
+    """Return the facts about a request for the log."""
     facts = {"certificate": ",".join(names)} if (names := call.certificate_names) else {}
     if call.who is not ANYBODY:
         facts["who"] = str(call.who)
@@ -319,14 +318,14 @@ def _facts(request_type: type[Message] | None, call: Call) -> dict[str, str]:
 
 
 def _traced(request_type: type[Message] | None, call: Call) -> dict[str, str | int]:
-    """What of a request is worth a place in a trace."""
+    """Return the facts about a request for a trace."""
     facts = _facts(request_type, call)
     session, model = facts.get("session_id", ""), facts.get("model", "")
     return {"session.id": session, "model": model, "tenant": call.who.tenant, "caller": call.who.name}
 
 
 def internal(error: BaseException, **facts: object) -> ServerError:
-    """The opaque error that stands for a defect, whose details go to the log."""
+    """Log a bug with its details, and return the opaque error for the caller."""
     return _log.internal("internal error", error, **facts)
 
 

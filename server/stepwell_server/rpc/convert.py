@@ -1,4 +1,4 @@
-"""Between the wire's messages about sessions and models and the engine's values. Tensors are in `tensors`."""
+"""Converts between messages about sessions and models and the engine's values. Tensors are in `tensors`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _VERSION_STATES: dict[VersionState, models_pb2.ModelState.ValueType] = {
     VersionState.DRAINING: models_pb2.MODEL_STATE_DRAINING,
     VersionState.FAILED: models_pb2.MODEL_STATE_FAILED,
 }
-#: Of a `google.protobuf.Duration`.
+#: Maximum of a `google.protobuf.Duration`.
 _MAX_SECONDS = 315_576_000_000
-#: The last second of the year 9999: the last one of a `google.protobuf.Timestamp`, and of many calendars.
+#: The last second of the year 9999, the maximum of a `google.protobuf.Timestamp`.
 _LAST_SECOND = 253_402_300_799.0
 
 _Number = TypeVar("_Number", bound=np.integer[Any])
@@ -36,20 +36,22 @@ _Number = TypeVar("_Number", bound=np.integer[Any])
 def to_numbers(
     numbers: Sequence[int], dtype: type[_Number], argument: str, count: int
 ) -> npt.NDArray[_Number] | None:
-    """One number per session of a frame; None if the field is empty.
+    """Return one number per session of a frame; None if the field is empty.
 
     Raises:
-        InvalidInput: there are more or fewer than ``count``.
+        InvalidInput: there are not ``count`` numbers.
     """
     if not numbers:
         return None
     if len(numbers) != count:
-        raise InvalidInput(f"{argument} must be empty or one per session ({count}); got {len(numbers)}")
+        raise InvalidInput(
+            f"{argument} must be empty or have one entry per session ({count}); got {len(numbers)}"
+        )
     return np.array(numbers, dtype) if count == 1 else np.fromiter(numbers, dtype, count)
 
 
 def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
-    """A session as others may see it; `tenant` is whose it is, where that is told."""
+    """Return the message for a session. `tenant` is its tenant if the caller may see it."""
     return sessions_pb2.Session(
         session_id=tenancy.external_id(info.session_id),
         model=info.model,
@@ -69,50 +71,50 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
 
 
 def once(uids: U64) -> list[int]:
-    """Uids as a message has them: a single one where all are the same."""
+    """Return uids for a message: a single one if all are equal."""
     found: list[int] = uids.tolist()
     return found[:1] if len(set(found)) == 1 else found
 
 
 def from_seconds(seconds: float) -> duration_pb2.Duration:
-    """A time span, of at most what its type can say."""
+    """Return a duration, cut to the range of its type."""
     seconds = min(max(0.0, seconds), _MAX_SECONDS) if seconds == seconds else 0.0
     whole = math.floor(seconds)
     return duration_pb2.Duration(seconds=whole, nanos=min(round((seconds - whole) * 1e9), 999_999_999))
 
 
 def to_seconds(duration: duration_pb2.Duration, argument: str) -> float:
-    """Seconds of a time span; `argument` is the field's name, for messages.
+    """Return the seconds of a duration. `argument` is the field's name, for messages.
 
     Raises:
-        InvalidInput: it is below 0, or out of the range of its type.
+        InvalidInput: the duration is negative, or out of the range of its type.
     """
     if not 0 <= duration.nanos < 1_000_000_000:
-        raise InvalidInput(f"{argument} must have nanos of 0 to 999999999; got {duration.nanos}")
+        raise InvalidInput(f"{argument} must have nanos from 0 to 999999999; got {duration.nanos}")
     if not 0 <= duration.seconds <= _MAX_SECONDS:
-        raise InvalidInput(f"{argument} must be 0 to {_MAX_SECONDS} s; got {seconds_text(duration)} s")
+        raise InvalidInput(f"{argument} must be from 0 to {_MAX_SECONDS} s; got {seconds_text(duration)} s")
     return duration.seconds + duration.nanos / 1e9
 
 
 def seconds_text(duration: duration_pb2.Duration) -> str:
-    """The seconds of a time span that is not negative, with no digit left out: 0.999999999 is not 1."""
+    """Return the exact seconds of a non-negative duration as text: 0.999999999 is not 1."""
     return f"{duration.seconds}.{duration.nanos:09}".rstrip("0").rstrip(".")
 
 
 def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
-    """A time; one that is no time of the years 1970 to 9999 is the nearest of them, and NaN is the first."""
+    """Return a timestamp, cut to the years 1970 to 9999. NaN becomes 1970."""
     seconds = min(max(0.0, seconds), _LAST_SECOND) if seconds == seconds else 0.0
     whole = math.floor(seconds)
     return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
 
 
 def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStatus] = ()) -> models_pb2.Model:
-    """A model as it is served.
+    """Return the message for a model.
 
     Args:
-        info: the model.
-        counted: for somebody who may know of everybody's sessions, and of the server's files.
-        statuses: of the name's versions.
+        info: The model.
+        counted: Whether the caller may see numbers of sessions and paths of files.
+        statuses: The states of the model's versions.
     """
     program = info.program
     return models_pb2.Model(
@@ -139,13 +141,13 @@ def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStat
 
 
 def from_version(status: VersionStatus, *, counted: bool) -> models_pb2.ModelVersion:
-    """A version of a model; `counted` as in `from_model`."""
-    # why a file cannot be loaded names it
+    """Return the message for a version of a model. `counted`: see `from_model`."""
+    # the reason of a failed load names the file
     has_reason = counted or status.state is not VersionState.FAILED
     return models_pb2.ModelVersion(
         version=status.version,
         state=_VERSION_STATES[status.state],
-        reason=status.reason if has_reason else "it could not be loaded",
+        reason=status.reason if has_reason else "the version could not be loaded",
         fingerprint=status.fingerprint,
         is_default=status.is_default,
         labels=status.labels,

@@ -1,4 +1,4 @@
-"""Who makes the calls, and for how long: what a call shows must hold when it begins, and as long as a stream is open."""
+"""Admits calls. A caller's credential must be valid when a call starts, and for as long as a stream is open."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from stepwell_server.rpc.fronts.base import Call, Front
 
 _log = Log("rpc")
 LOOK_S = 0.25
-"""Between two looks whether all still holds. A change is believed when two looks have seen it."""
+"""Interval between two checks of the credentials. A change counts once two checks have seen it."""
 MAX_KNOWN = 65_536
-"""Credentials that a front is told of."""
+"""Maximum number of credentials in the front."""
 _BATCH_SIZE = 256
-"""Credentials that are reviewed before others have a turn of the event loop."""
+"""Number of credentials to review before yielding to the event loop."""
 _CLOSE_S = 1.0
-"""Ends of what is known that differ by less are the same, computed anew."""
+"""Expiry times that differ by less are the same, computed again."""
 
 
 class Authenticator(Protocol):
-    """Finds out who calls. Called on the event loop, for each call that the front does not know by itself."""
+    """Authenticates callers. Called on the event loop, for each call whose credential the front does not know."""
 
     asked: asyncio.Event
-    """Set by whoever says that something has changed."""
+    """Set it after a change, to have the files read at once."""
 
     def identify(self, call: Call) -> KnownCaller:
-        """Who makes a call, by its metadata and its certificate.
+        """Return the caller of a call, by its metadata and certificate.
 
         Raises:
-            Unauthenticated: nobody who is known, or nothing says who.
+            Unauthenticated: the credential is missing or unknown.
         """
 
     def renewed(self, known: KnownCaller) -> KnownCaller | None:
-        """What is known now of a caller who was found before, by the same credential; None: it does not hold any more."""
+        """Look up the credential of an authenticated caller again; None: it is no longer valid."""
 
     async def refresh(self, *, at_once: bool = False) -> bool:
-        """Find out whether others are known now than before, and whether that has changed since the last time.
+        """Reload changed files, and return whether the known callers have changed.
 
-        `at_once`: somebody says that something has changed.
+        `at_once`: read the files even if they seem unchanged.
         """
 
 
-class Guarded:
-    """A stream, which ends when what its call has shown does not hold any more."""
+class GuardedStream:
+    """A stream that ends when the credential of its call becomes invalid."""
 
     def __init__(self, credential: Credential) -> None:
         task = asyncio.current_task()
@@ -65,49 +65,49 @@ class Guarded:
         """End it, in its task."""
         if self._error is None:
             self._error = Unauthenticated(
-                "what the call has shown does not hold any more: it was revoked, or has changed or expired; show a new one"
+                "the credential of this call is no longer valid: it was revoked, changed or expired; send a new one"
             )
             self._task.cancel()
 
     def instead_of(self, error: BaseException) -> BaseException:
-        """How the stream ended: if that is because of `end`, and of nothing else, its own error."""
+        """Return the stream's own error if it ended only because of `end`, else the error that was raised."""
         if self._error is None or not isinstance(error, asyncio.CancelledError):
             return error
         return error if self._task.uncancel() else self._error
 
 
 class _Entry:
-    """What is known of a credential: by the front, or by open streams."""
+    """A credential that is known to the front, or used by open streams."""
 
-    __slots__ = ("due", "is_told", "known", "streams")
+    __slots__ = ("due", "is_in_front", "known", "streams")
 
     def __init__(self, known: KnownCaller) -> None:
         self.known = known
         self.due = math.inf
-        """When it is looked at, at the latest."""
-        self.is_told = False
-        """The front knows it, or did."""
-        self.streams: set[Guarded] = set()
+        """Time of its next review, on the monotonic clock."""
+        self.is_in_front = False
+        """Whether the front knows it, or knew it."""
+        self.streams: set[GuardedStream] = set()
 
 
 class Guard:
-    """Lets calls in. Lives on the event loop; `follow` must run beside it."""
+    """Admits calls. Lives on the event loop; `follow` must run concurrently."""
 
     def __init__(self, authenticator: Authenticator, front: Front, clock: Clock) -> None:
         self._authenticator = authenticator
         self._front = front
         self._clock = clock
         self._entries: collections.OrderedDict[Credential, _Entry] = collections.OrderedDict()
-        """The oldest first, of those without streams."""
+        """In order of age, except for those with streams."""
         self._ends: list[tuple[float, int, _Entry]] = []
-        """A heap: when one of them must be looked at; some are gone."""
+        """Heap of entries by the time of their next review. Some may have been removed."""
         self._order = itertools.count()
 
     def admit(self, call: Call, method: str, access: Access) -> KnownCaller:
-        """Find out who makes a call, and in whose tenant, and refuse those who may not.
+        """Authenticate the caller of a call, determine its tenant, and check its permission.
 
         Raises:
-            Unauthenticated, PermissionDenied, InvalidInput: it is refused.
+            Unauthenticated, PermissionDenied, InvalidInput: the call is refused.
         """
         known = self._authenticator.identify(call)
         who = known.caller
@@ -116,28 +116,28 @@ class Guard:
             require(access, method, who)
             if who is known.caller:
                 entry = self._remember(known)
-                entry.is_told = True
+                entry.is_in_front = True
                 self._front.know(known.credential, known.caller, known.until)
         finally:
-            call.who = who  # whoever is refused is named, too
+            call.who = who  # also for a refused call, so that the logs name its caller
         return known
 
-    def enter(self, known: KnownCaller) -> Guarded:
-        """A stream begins, in the running task."""
-        stream = Guarded(known.credential)
+    def enter(self, known: KnownCaller) -> GuardedStream:
+        """Register the stream of the running task."""
+        stream = GuardedStream(known.credential)
         self._remember(known).streams.add(stream)
         return stream
 
-    def leave(self, stream: Guarded) -> None:
-        """It has ended."""
+    def leave(self, stream: GuardedStream) -> None:
+        """Remove a stream that has ended."""
         entry = self._entries.get(stream.credential)
         if entry is not None:
             entry.streams.discard(stream)
-            if not entry.streams and not entry.is_told:
+            if not entry.streams and not entry.is_in_front:
                 del self._entries[stream.credential]
 
     async def follow(self) -> None:
-        """Look from time to time, and when it is asked for, whether all still holds; for ever."""
+        """Check the credentials regularly, and whenever this is asked for, until cancelled."""
         asked = self._authenticator.asked
         while True:
             with contextlib.suppress(TimeoutError):
@@ -147,17 +147,17 @@ class Guard:
             try:
                 await self.look(at_once=at_once)
             except Exception as error:
-                _log.defect("the callers could not be looked after", error)
+                _log.defect("the callers could not be checked", error)
 
     async def look(self, *, at_once: bool = False) -> None:
-        """End the streams of those who are not known any more, and let the front forget them."""
+        """End the streams whose credentials are no longer valid, and remove these from the front."""
         if await self._authenticator.refresh(at_once=at_once):
             for number, entry in enumerate(list(self._entries.values()), 1):
                 if self._entries.get(entry.known.credential) is entry:
                     self._review(entry)
                 if number % _BATCH_SIZE == 0:
                     await asyncio.sleep(0)
-            _log.info("the callers are those of the changed files")
+            _log.info("reloaded the callers")
         while self._ends and self._ends[0][0] <= self._clock.monotonic():
             _, _, entry = heapq.heappop(self._ends)
             if self._entries.get(entry.known.credential) is entry:
@@ -167,7 +167,7 @@ class Guard:
     def _remember(self, known: KnownCaller) -> _Entry:
         credential = known.credential
         entry = self._entries.get(credential)
-        if entry is not None and entry.known.caller != known.caller:  # the files have changed this moment
+        if entry is not None and entry.known.caller != known.caller:  # the files have just changed
             self._end(entry)
             entry = None
         if entry is None:
@@ -179,7 +179,7 @@ class Guard:
         return entry
 
     def _make_room(self) -> None:
-        """Forget the oldest, unless it and those next to it have streams: of those there are no more than connections bear."""
+        """Remove the oldest entry without streams, among the first few. Connections bound the number of streams."""
         for _ in range(8):
             oldest = next(iter(self._entries.values()))
             if not oldest.streams:
@@ -200,7 +200,7 @@ class Guard:
             self._end(entry)
             return
         until = entry.known.until
-        if entry.is_told and known.until != until and not abs(known.until - until) < _CLOSE_S:
+        if entry.is_in_front and known.until != until and not abs(known.until - until) < _CLOSE_S:
             self._front.know(known.credential, known.caller, known.until)
         entry.known = known
         self._look_in_time(entry)

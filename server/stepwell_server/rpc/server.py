@@ -1,4 +1,4 @@
-"""The calls of all services on one front: ours, Triton's, health and reflection."""
+"""Serves all services on one front: ours, Triton's, health and reflection."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
 _MODEL_ADMIN = models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"]
 _STREAM_FRAMES = 1024
-# Health watches and reflection streams end only when they are cut off; our own calls are done by then.
+# Health watches and reflection streams end only when they are cut off. Our own calls have ended by then.
 _GRACE_S = 0.2
 _STARTING_RETRY_S = 1.0
 _OF_ENGINE = (_SESSIONS, _MODELS, _MODEL_ADMIN, _TRITON)
 _TAKING_UPLOADS = frozenset({"LoadModel", "UploadModel"})
-#: Only their clients end these.
+#: Methods whose calls only their clients end.
 _ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
 
 
@@ -59,7 +59,7 @@ SERVICES = {method.name: service.full_name for service in _OF_ENGINE for method 
 
 
 class ServerObserver(RequestObserver, PassObserver, Protocol):
-    """Who wants to know of calls, and knows of passes."""
+    """Counts calls and passes."""
 
     @property
     def slow_steps(self) -> SlowSteps:
@@ -67,7 +67,7 @@ class ServerObserver(RequestObserver, PassObserver, Protocol):
 
 
 class RpcServer:
-    """Listens, and serves an engine as soon as there is one. Lives on the event loop; started and stopped once."""
+    """Listens, and serves an engine once there is one. Lives on the event loop; started and stopped once."""
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class RpcServer:
     ) -> None:
         self._front = front
         self.info = models_pb2.Server(front=front.name, id=secrets.token_hex(8))
-        """How the server describes itself to admins."""
+        """The description of the server for admins."""
         self._authenticator = authenticator
         self._following: list[asyncio.Task[None]] = []
         self.guard = None if authenticator is None else Guard(authenticator, front, clock)
-        """Lets callers in; None: nobody is asked."""
+        """Admits callers; None: callers are not authenticated."""
         self._boundary = Boundary(observer, max_message_bytes, self.guard, auditor, tracer)
         self._tracer = tracer
         self._auditor = auditor
@@ -97,13 +97,13 @@ class RpcServer:
         self._triton: TritonServicer | None = None
         self._steps = EarlySteps(max_message_bytes, observer, traces=tracer is not None)
         self.starting = "the models are being loaded"
-        """What is said to callers until there is an engine."""
+        """The reason for refusals until there is an engine."""
         ours = [service.full_name for service in _OF_ENGINE]
         self._health = health.HealthServicer(ours, lists_models=authenticator is None)
         self._report = Report({}, {}, {})
         shown = reflection.ReflectionServicer((*_OF_ENGINE, health.SERVICE))
         self._serving: dict[str, Serve] = {}
-        """What serves each method now, by its path."""
+        """The function that currently serves each method, by path."""
         self._methods = [
             Method(
                 service.full_name,
@@ -130,18 +130,18 @@ class RpcServer:
     async def start(
         self, address: Address | UnixAddress, files: CertificateFiles | None = None, metrics_address: str = ""
     ) -> Address | UnixAddress:
-        """Listen, and until `serve` answer whoever asks whether the server is there; other calls are refused.
+        """Listen. Until `serve`, answer health checks and refuse other calls.
 
         Returns the address with the port, which the system chooses if it is 0.
 
         Args:
-            address: Where to listen.
-            files: With TLS, and with what is put into these files as long as the server runs; None: without.
-            metrics_address: Where the server's metrics are, for admins; empty: nowhere.
+            address: Address to listen on.
+            files: Certificate files for TLS, which are reloaded when they change; None: no TLS.
+            metrics_address: Address of the server's metrics, for admins; empty: no metrics.
 
         Raises:
-            BindError: the address is taken, or not one of this machine's.
-            StartError: the files hold what this front cannot use.
+            BindError: the address is in use, or not an address of this machine.
+            StartError: the front does not support the certificates.
         """
         self.info.metrics_address = metrics_address
         certificates = None if files is None else files.at_start
@@ -161,13 +161,13 @@ class RpcServer:
     def serve(
         self, engine: Engine, control: Catalog, admin_refusal: str = "", *, known_files: KnownFiles
     ) -> None:
-        """Serve an engine from now on, and say so.
+        """Serve an engine from now on, and announce it.
 
         Args:
-            engine: what is served.
-            control: loads and unloads models.
-            admin_refusal: why nobody may do that by a call; empty: admins may.
-            known_files: what Triton's calls may load.
+            engine: The engine.
+            control: Loads and unloads models.
+            admin_refusal: Reason why no call may load models; empty: admins may.
+            known_files: The files that Triton's calls may load.
         """
         clock, observer, limit = self._clock, self._observer, self._max_message_bytes
         limits = StreamLimits(_STREAM_FRAMES, limit)
@@ -188,20 +188,20 @@ class RpcServer:
         self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
         self._serve_by(_TRITON, self._triton)
         self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.wire, self._tracer))
-        self._front.set_plain(are_taken=True)
+        self._front.set_fast_path(enabled=True)
         self.announce(self._report)
 
     @property
     def front(self) -> Front:
-        """What speaks to the network."""
+        """The network front."""
         return self._front
 
     def announce(self, report: Report) -> None:
-        """Tell health checkers, and callers as long as there is no engine, how the server is. Calls are taken all the same."""
+        """Report the server's state to health checkers and, while there is no engine, to callers. Calls are accepted anyway."""
         self._report = report
         self.starting = report.problems.get("models", self.starting)
         has_engine = self._sessions is not None
-        # a model need not wait for others
+        # a loaded model does not wait for the others
         are_answered = has_engine and not report.problems.keys() - {"models"}
         models = {name: are_answered and report.is_loaded(name) for name in report.versions}
         for name, versions in report.versions.items():
@@ -210,17 +210,17 @@ class RpcServer:
         self._health.announce(is_serving=has_engine and report.is_ready, models=models)
 
     async def announce_stop(self) -> None:
-        """Tell health checkers that the server is going away; serve what has begun on.
+        """Report to health checkers that the server stops, and continue to serve running calls.
 
-        Streams that begin from now on end before they had an answer, so that they may be sent to another server.
+        New streams end before their first reply, so that proxies may send them to another server.
         """
-        self._front.set_plain(are_taken=False)  # a step that is taken as such is answered by itself
+        self._front.set_fast_path(enabled=False)  # steps as columns would bypass this
         for servicer in self._streaming:
             servicer.refuse_streams()
         self._health.stop()
 
     async def finish(self) -> None:
-        """Return when the running calls are done and their replies on their way. Streams end as soon as their frames are answered."""
+        """Return when the running calls have ended and their replies are on their way. Streams end once their frames are answered."""
         for servicer in self._streaming:
             servicer.stop()
         await self._boundary.wait_idle()
@@ -233,7 +233,7 @@ class RpcServer:
         return [servicer for servicer in (self._sessions, self._triton) if servicer is not None]
 
     async def close(self) -> None:
-        """Stop listening and cut off what still runs."""
+        """Stop listening and cut off the calls that still run."""
         for task in self._following:
             task.cancel()
         await self._front.stop(_GRACE_S)
@@ -241,7 +241,7 @@ class RpcServer:
     def _serve_by(
         self, service: ServiceDescriptor, servicer: object, only: Collection[str] | None = None
     ) -> None:
-        """Serve a service, or `only` these methods of it, by a servicer's calls, with the boundary around each."""
+        """Serve a service, or `only` these of its methods, by the methods of a servicer, each wrapped by the boundary."""
         for method in service.methods:
             if only is not None and method.name not in only:
                 continue
@@ -279,7 +279,7 @@ class RpcServer:
         return judge_or_wait
 
     def _require_known(self, method: str, call: Call) -> None:
-        """Refuse callers that are not known while the server starts: what is being loaded is not for everybody."""
+        """Refuse unknown callers while the server starts, because the reason names models."""
         try:
             if self._authenticator is not None:
                 self._authenticator.identify(call)
@@ -291,7 +291,7 @@ class RpcServer:
 
 
 def _codes(service: ServiceDescriptor, method: MethodDescriptor) -> Collection[str]:
-    """The status codes that a call may end with."""
+    """Return the status codes that a call may end with."""
     if service is _MODEL_ADMIN:
         return UPLOAD_CODES if method.name in _TAKING_UPLOADS else ADMIN_CODES
     if method.name.startswith("Repository"):

@@ -1,7 +1,7 @@
-"""How a `ServerError` travels: as the status of a call, or as a `stepwell.v1.Error` inside a frame's reply.
+"""Converts a `ServerError` to the status of a call, or to a `stepwell.v1.Error` in the reply to a frame.
 
-Both say the same: a code, the message, the reason with its facts, and when to come back. On a call the
-reason is a ``google.rpc.ErrorInfo`` and the delay a ``google.rpc.RetryInfo``, in the standard trailer.
+Both carry the same: a code, the message, the reason with its facts, and the delay of a retry. In a status, the reason is a
+``google.rpc.ErrorInfo`` and the delay a ``google.rpc.RetryInfo``, in the standard trailer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from stepwell_server.core.namespaces import own, without_tenants
 #: Domain of every ErrorInfo.
 DOMAIN = "stepwell"
 _DETAILS_KEY = "grpc-status-details-bin"
-#: In the headers of a call that ends without an answer: nothing of it was done, and a proxy may send it to another replica.
-#: The native front (`grpc.rs`) and Envoy's configuration (`stepwell envoy-config`) know it too.
+#: Header of a failed call that had no effect, so that a proxy may send it to another replica. The native front (`grpc.rs`)
+#: and Envoy's configuration (`stepwell envoy-config`) use it too.
 GO_ELSEWHERE = ("stepwell-retry", "other-replica")
 
 
 class Code(enum.IntEnum):
-    """gRPC's status codes, those that are used here: `google.rpc.Code`."""
+    """The gRPC status codes that the server uses: `google.rpc.Code`."""
 
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
@@ -40,11 +40,11 @@ class Code(enum.IntEnum):
     UNAUTHENTICATED = 16
 
 
-#: The table. An error has the code of the nearest of its classes that is in here.
+#: The status code by class of error. A class that is missing here has the code of its nearest base class.
 CODES: dict[type[errors.ServerError], Code] = {
     errors.InvalidInput: Code.INVALID_ARGUMENT,
-    errors.RequestTooLarge: Code.RESOURCE_EXHAUSTED,  # as gRPC itself would say it
-    # Also for what no session's id can be: only where a session gets its id is it looked at as such.
+    errors.RequestTooLarge: Code.RESOURCE_EXHAUSTED,  # like gRPC itself
+    # Also for impossible ids: only calls that open sessions check the form of an id.
     errors.SessionGone: Code.NOT_FOUND,
     errors.SessionExists: Code.ALREADY_EXISTS,
     errors.RevisionConflict: Code.ABORTED,
@@ -74,42 +74,41 @@ _EVERYWHERE = {"OK", "CANCELLED"} | {
         *(Code.UNAVAILABLE, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED),
     )
 }
-#: Names of the codes that a call may end with: any call; one that names a model, or a service, that may not be there; one
-#: that is never done.
+#: Names of the codes that a call may end with: any call; a call that only names a model or a service.
 ANY_CODE = frozenset(_EVERYWHERE | {code.name for code in Code} - {Code.UNIMPLEMENTED.name})
 NAMING_CODES = frozenset(_EVERYWHERE | {Code.NOT_FOUND.name})
-#: Of calls that load models and choose among them; of those that may need an option of the server.
+#: Calls that load models or select versions; those that depend on an option of the server; unsupported methods.
 ADMIN_CODES = NAMING_CODES | {Code.ALREADY_EXISTS.name, Code.FAILED_PRECONDITION.name}
 UPLOAD_CODES = ADMIN_CODES | {Code.UNIMPLEMENTED.name}
 UNSUPPORTED_CODES = frozenset({"CANCELLED", Code.UNIMPLEMENTED.name, Code.INTERNAL.name})
 
 _WITH_DELAY = (errors.Overloaded, errors.Starting, errors.StoreAway)
-# Trailers over 8 KiB may be refused by the client's gRPC, and what a caller sent (a session id, say) can be
-# part of a message. A character takes at most 12 bytes there, percent-encoded.
+# Clients may refuse trailers over 8 KiB, and a message can contain text from the caller, such as a session id. A
+# percent-encoded character takes at most 12 bytes.
 _MESSAGE_BYTES = 2048
 _FACT_CHARACTERS = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """What ends a call."""
+    """The status that ends a call."""
 
     code: Code
     message: str
     trailers: tuple[tuple[str, bytes], ...]
     may_go_elsewhere: bool = False
-    """As of errors. A front says it where the call ends before it had an answer, by `GO_ELSEWHERE`."""
+    """Whether another replica may serve the call. A front then sends `GO_ELSEWHERE`, if it has not sent a reply yet."""
 
 
 def code_of(error: errors.ServerError) -> Code:
-    """The gRPC status code of an error."""
+    """Return the gRPC status code of an error."""
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
 def to_status(error: errors.ServerError) -> Status:
-    """The status of a call that failed with ``error``, which lets go of its frames."""
+    """Return the status of a call that failed with ``error``, and release the frames that the error refers to."""
     errors.release_frames(error)
-    # A server may live long before its first error, so this is not imported at the start.
+    # Imported here, not at the start, because a server may run long before its first error.
     from google.rpc import error_details_pb2, status_pb2
 
     code = code_of(error)
@@ -126,7 +125,7 @@ def to_status(error: errors.ServerError) -> Status:
 
 
 def to_proto(error: errors.ServerError) -> errors_pb2.Error:
-    """The error of a frame or of its members. It lets go of its own frames."""
+    """Return the error message for a frame or its members, and release the frames that the error refers to."""
     errors.release_frames(error)
     return errors_pb2.Error(
         code=int(code_of(error)),
@@ -138,7 +137,7 @@ def to_proto(error: errors.ServerError) -> errors_pb2.Error:
 
 
 def message_of(error: errors.ServerError) -> str:
-    """What its caller is told: with ids as it knows them, and not too long for a trailer."""
+    """Return the error's text for the caller: with external ids, and short enough for a trailer."""
     return _bounded(without_tenants(error.message))
 
 

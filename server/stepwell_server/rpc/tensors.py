@@ -1,7 +1,7 @@
-"""Tensors between the wire and arrays, their elements as data or, for who writes and reads JSON, as numbers.
+"""Converts tensors between messages and arrays. Their elements are bytes or, for JSON, numbers.
 
-What is refused here is what no array could be made of; whether an array suits the model is the engine's affair.
-Arrays made of data are read-only views of a request's bytes.
+This module refuses tensors that are not arrays; the engine checks whether an array fits the model. Arrays from bytes are
+read-only views of the request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stepwell_server.program import dtype_of
 from stepwell_server.rpc.fronts.base import InputColumn
 
 MAX_RANK = 32
-"""NumPy has a limit of its own (64); no model comes near this one."""
+"""Maximum number of axes. NumPy's own limit is 64; no model comes near this one."""
 
 _NAMES: dict[int, str] = {
     number: name.removeprefix("DATA_TYPE_").lower()
@@ -31,11 +31,11 @@ _NAMES: dict[int, str] = {
 _NUMBERS: dict[str, tensors_pb2.DataType.ValueType] = {
     name: tensors_pb2.DataType.Value(f"DATA_TYPE_{name.upper()}") for name in _NAMES.values()
 }
-#: Elements given as numbers, of all tensors of an argument: each takes a Python object on its way into an array.
+#: Limit of elements given as numbers in one field. Each becomes a Python object on its way into an array.
 MAX_VALUES = 65_536
-#: Bytes of elements, as data, of the tensors of an answer that come as numbers.
+#: Limit of bytes of elements in a reply whose tensors are sent as numbers.
 MAX_REPLY_BYTES = 256 * 1024
-#: A double below this is no other integer that was rounded.
+#: Below this, each integer has its own double.
 _EXACT = 2.0**53
 
 
@@ -52,10 +52,10 @@ class _Tensors(Protocol):
 
 
 def to_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str, Array]:
-    """Arrays by name; `argument` is the field's name, for messages.
+    """Return arrays by name. `argument` is the field's name, for messages.
 
     Raises:
-        InvalidInput: one of them is not a tensor, two have the same name, or they have too many values.
+        InvalidInput: a tensor is invalid, two have the same name, or they have too many values.
     """
     arrays: dict[str, Array] = {}
     count = 0
@@ -71,12 +71,12 @@ def to_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str,
 
 
 def to_optional_arrays(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> dict[str, Array] | None:
-    """As `to_arrays`; None if there are none."""
+    """Return arrays by name; None if there are none. See `to_arrays`."""
     return to_arrays(tensors, argument) if tensors else None
 
 
 def to_mask(entries: Sequence[bool]) -> Mask | None:
-    """A mask of rows; None if there is none."""
+    """Return a mask of rows; None if the field is empty."""
     return np.array(entries, np.bool_) if entries else None
 
 
@@ -112,8 +112,8 @@ def _to_empty(shape: tuple[int, ...], dtype: np.dtype[np.generic], where: str) -
     try:
         return np.empty(shape, dtype)
     except ValueError:
-        # An axis of 0 makes the product 0, but NumPy wants that of the other axes to be a size as well.
-        raise InvalidInput(f"{where}: shape must be one that an array can have; got {list(shape)}") from None
+        # An axis of 0 makes the product 0, but NumPy also limits the product of the other axes.
+        raise InvalidInput(f"{where}: shape must be possible for an array; got {list(shape)}") from None
 
 
 def _shape_problem(where: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], size: int) -> str:
@@ -139,12 +139,12 @@ def _dtype(number: int) -> np.dtype[np.generic] | None:
 
 
 def number_of(name: str) -> tensors_pb2.DataType.ValueType:
-    """The `DataType` of a type that NumPy calls `name`."""
+    """Return the `DataType` of a NumPy type name."""
     return _NUMBERS[name]
 
 
 def to_columns(columns: Iterable[InputColumn]) -> dict[str, Array]:
-    """Arrays by name of tensors that a front has read, `(rows, ...)` each; they fit their shapes and names."""
+    """Return arrays by name, `(rows, ...)` each, of columns that a front has read and checked."""
     return {
         column.name: np.frombuffer(column.data, _dtype(column.dtype)).reshape(-1, *column.tail)
         for column in columns
@@ -152,13 +152,13 @@ def to_columns(columns: Iterable[InputColumn]) -> dict[str, Array]:
 
 
 def to_bytes(array: Array) -> tuple[tensors_pb2.DataType.ValueType, bytes]:
-    """The dtype's number on the wire, and the elements as they stand there."""
+    """Return the dtype's number in the protocol, and the elements as bytes."""
     little = array if array.dtype.isnative and np.little_endian else _little_endian(array)
     return _number(array.dtype), little.tobytes()
 
 
 def add_tensors(target: _Tensors, arrays: Mapping[str, Array], *, as_values: bool = False) -> None:
-    """Append arrays to a repeated tensor field; `as_values`: as numbers, where doubles hold them."""
+    """Append arrays to a repeated tensor field. `as_values`: as numbers, if doubles can represent them."""
     for name, array in arrays.items():
         numbers = _as_values(array) if as_values else None
         if numbers is not None:
@@ -178,10 +178,10 @@ def _little_endian(array: Array) -> Array:
 
 
 def wants_values(wanted: int, inputs: Sequence[tensors_pb2.Tensor] = ()) -> bool:
-    """Whether an answer's tensors come as values, by a request's TensorFormat and its own tensors.
+    """Whether the tensors of a reply are sent as values, by the request's TensorFormat and its own tensors.
 
     Raises:
-        InvalidInput: there is no such format.
+        InvalidInput: the format is unknown.
     """
     if wanted == tensors_pb2.TENSOR_FORMAT_UNSPECIFIED:
         return any(tensor.values for tensor in inputs)
@@ -191,15 +191,15 @@ def wants_values(wanted: int, inputs: Sequence[tensors_pb2.Tensor] = ()) -> bool
 
 
 def reply_limit(limit: int, *, as_values: bool) -> int:
-    """How many bytes a reply may have, counted with its tensors as data, if it may have ``limit`` with them so."""
+    """Return the limit of bytes of a reply, counted with its tensors as data. ``limit`` applies if they are sent so."""
     return min(limit, MAX_REPLY_BYTES) if as_values else limit
 
 
 def require_room_as_values(arrays: Mapping[str, Array]) -> None:
-    """See that arrays may come as values.
+    """Check that arrays can be sent as values.
 
     Raises:
-        MessageTooLarge: they are more than that.
+        MessageTooLarge: they are too large.
     """
     size = sum(array.nbytes for array in arrays.values())
     if size > MAX_REPLY_BYTES:
@@ -213,43 +213,43 @@ def require_room_as_values(arrays: Mapping[str, Array]) -> None:
 def _too_many_values(tensors: Sequence[tensors_pb2.Tensor], argument: str) -> InvalidInput:
     count = sum(len(tensor.values) for tensor in tensors)
     return InvalidInput(
-        f"{argument}: values must be at most {MAX_VALUES} in all tensors, more go into data; got {count}"
+        f"{argument}: all tensors together must have at most {MAX_VALUES} values, use data for more; got {count}"
     )
 
 
 def _from_values(tensor: tensors_pb2.Tensor, dtype: np.dtype[np.generic] | None, where: str) -> Array:
-    """The array that a tensor's values are, flat.
+    """Return the values of a tensor as a flat array.
 
     Args:
-        tensor: one that has values.
-        dtype: what they shall be; None: int64 if they all are integers that a double holds, else float64.
-        where: the tensor, for messages.
+        tensor: A tensor with values.
+        dtype: The wanted type; None: int64 if all values are exact integers, else float64.
+        where: The tensor's name, for messages.
 
     Raises:
-        InvalidInput: they do not fit the dtype, or there is data as well.
+        InvalidInput: the values do not fit the dtype, or the tensor has data too.
     """
     if tensor.data:
         raise InvalidInput(
-            f"{where}: data must be empty where values are given; got {len(tensor.data)} bytes of it"
+            f"{where}: data must be empty if values are given; got {len(tensor.data)} bytes of data"
         )
     numbers = np.array(tensor.values, np.float64)
     if dtype is None:
         return numbers.astype(np.int64) if _are_integers(numbers) else numbers
     if is_float(dtype):
-        with np.errstate(over="ignore"):  # becomes infinity, which is refused as such
+        with np.errstate(over="ignore"):  # becomes infinity, which the engine refuses
             return numbers.astype(dtype)
     low, high = (0, 1) if dtype.kind == "b" else _range(dtype)
-    # the largest 64-bit integers are no doubles, but one more than they is
+    # the largest 64-bit integers are not doubles, but the next integer is
     wrong = ~((numbers >= low) & (numbers < float(high) + 1) & (numbers == np.floor(numbers)))
     if wrong.any():
         raise InvalidInput(
-            f"{where}: values must be integers of {low} to {high} for {dtype.name}; got {numbers[wrong][0]:g}"
+            f"{where}: values must be integers from {low} to {high} for {dtype.name}; got {numbers[wrong][0]:g}"
         )
     return numbers.astype(dtype)
 
 
 def _as_values(array: Array) -> npt.NDArray[np.float64] | None:
-    """An array's elements as doubles, flat; None where doubles do not hold them all."""
+    """Return an array's elements as flat doubles; None if doubles cannot represent all of them."""
     numbers = array.astype(np.float64).reshape(-1)
     if array.dtype.itemsize == 8 and array.dtype.kind in "iu" and (np.abs(numbers) >= _EXACT).any():
         return None
@@ -262,7 +262,7 @@ def _range(dtype: np.dtype[Any]) -> tuple[int, int]:
 
 
 def _are_integers(numbers: npt.NDArray[np.float64]) -> bool:
-    # minus zero is a number that integers have not
+    # integers have no minus zero
     return bool(
         (
             (np.abs(numbers) < _EXACT)

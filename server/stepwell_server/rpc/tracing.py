@@ -1,4 +1,4 @@
-"""What of traces the services know: who makes them, and the one of the call that runs now."""
+"""The services' view of traces: the interface of a tracer, and the trace of the running call."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from stepwell_server.engine.api import Trace
 
 
 class CallTrace(Trace, Protocol):
-    """A call, or a message of a stream, that is traced."""
+    """The trace of a call, or of a message of a stream."""
 
     def end(self, code: str, reason: str, facts: Mapping[str, str | int]) -> None:
-        """It has its answer: a status code, the reason of its error (empty: none), and what is said of it."""
+        """End the trace with a status code, the reason of the error (empty: no error), and facts."""
 
 
 class Tracer(Protocol):
-    """Decides what is traced: what the caller traces, a share of what it says nothing of, nothing else. On the event loop."""
+    """Traces the calls that their callers trace, and a share of those without a decision. On the event loop."""
 
     def of_call(self, method: str, metadata: Mapping[str, str | bytes]) -> CallTrace | None:
-        """The trace of a call that begins; None: it has none."""
+        """Return the trace of a starting call; None: it is not traced."""
 
     def of_frame(self, method: str, traceparent: str) -> CallTrace | None:
-        """The trace of a message of the stream that is served by this task, whose sender says so of its own trace."""
+        """Return the trace of a message on the running task's stream, by the traceparent in the message."""
 
     def of_messages(self, method: str, count: int) -> Mapping[int, CallTrace]:
-        """Traces of some of so many messages whose callers trace none of them, by their number."""
+        """Return traces for some of `count` messages whose callers do not trace them, by their number."""
 
 
-#: Of the call that the running task serves: what its changes are given (`Change.traces`).
+#: Traces of the call that the running task serves, for its changes (`Change.traces`).
 TRACES: ContextVar[Mapping[int, Trace] | None] = ContextVar("stepwell_traces", default=None)

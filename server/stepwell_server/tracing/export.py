@@ -1,4 +1,4 @@
-"""Spans on their way to a collector, by OpenTelemetry's processor of batches: what is counted, what is dropped, and the end."""
+"""Exports spans to a collector with OpenTelemetry's batch processor, and counts sent, failed and dropped spans."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing_extensions import override
 from stepwell_server.logs import Log
 
 _log = Log("tracing")
-#: The defaults of OpenTelemetry's processor, by the same variables.
+#: The defaults of OpenTelemetry's processor, for the same variables.
 _MAX_QUEUE, _MAX_BATCH, _DELAY_MS = 2048, 512, 5000
 _MAX_CLOSE_S = 5.0
-"""Seconds that the end waits at most for spans to be sent."""
+"""Maximum seconds to wait for the last spans to be sent."""
 _HTTP_PORT, _HTTP_PATH = 4318, "/v1/traces"
 
 
 class CountedExporter(SpanExporter):
-    """Sends batches by another exporter, counts their spans, and logs when sending begins to fail and when it works again."""
+    """Sends batches through another exporter, counts their spans, and logs when sending starts to fail or works again."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
         self.counts = {"exported": 0, "failed": 0, "dropped": 0}
         self.taken = 0
-        """Spans that are not in the queue any more."""
+        """Spans that have left the queue."""
         self.is_closing = False
-        """From now on the first failure is the last try: the rest is dropped."""
+        """Whether to drop the remaining spans after the first failure."""
         self._is_failing = self._gave_up = self._is_shut_down = False
 
     @override
@@ -45,7 +45,7 @@ class CountedExporter(SpanExporter):
             if is_sent:
                 _log.info("spans are sent again")
             else:
-                _log.warning("spans cannot be sent, they are lost")
+                _log.warning("spans cannot be sent and are lost")
         return SpanExportResult.SUCCESS if is_sent else SpanExportResult.FAILURE
 
     def _send(self, spans: Sequence[ReadableSpan]) -> bool:
@@ -63,7 +63,7 @@ class CountedExporter(SpanExporter):
 
 
 class SpanQueue(BatchSpanProcessor):
-    """Keeps spans until a thread sends them. What comes while it is full is dropped, and counted."""
+    """Keeps spans until a thread sends them. A full queue drops new spans and counts them."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._max_queue = _number("OTEL_BSP_MAX_QUEUE_SIZE", _MAX_QUEUE)
@@ -75,8 +75,8 @@ class SpanQueue(BatchSpanProcessor):
 
     @override
     def on_end(self, span: ReadableSpan) -> None:
-        """Queue a span that ended. On the event loop."""
-        # The processor itself would drop the oldest one, and count nothing.
+        """Queue a span that ended. Call it on the event loop."""
+        # The processor itself would drop the oldest span without counting it.
         if self._accepted - self._exporter.taken >= self._max_queue:
             self._exporter.counts["dropped"] += 1
             return
@@ -88,7 +88,7 @@ class SpanQueue(BatchSpanProcessor):
         return self._exporter.counts
 
     def close(self, timeout_s: float) -> None:
-        """Send what is left, within the time given and five seconds. Blocks. Where sending fails the rest is dropped."""
+        """Send the remaining spans, within the given time and at most five seconds. Blocks. Drops the rest after a failure."""
         timeout_s = min(timeout_s, _MAX_CLOSE_S)
         self._exporter.is_closing = True
         closing = threading.Thread(target=self.shutdown, name="stepwell-traces-end", daemon=True)
@@ -97,13 +97,13 @@ class SpanQueue(BatchSpanProcessor):
         if closing.is_alive():
             left = self._accepted - self._exporter.taken
             _log.warning("some spans were not sent in time", spans=left, timeout_s=timeout_s)
-            self._exporter.shutdown()  # lets go what is being sent
+            self._exporter.shutdown()  # ends the running request
 
 
 def exporter_to(endpoint: str | None) -> SpanExporter:
-    """What sends spans to a collector; None: to where OpenTelemetry's own variables say.
+    """Return an exporter to a collector; None: the collector in OpenTelemetry's own variables.
 
-    By HTTP to port 4318, to a path /v1/traces, or where `OTEL_EXPORTER_OTLP_PROTOCOL` says so; else by gRPC.
+    It uses HTTP for port 4318, for a path /v1/traces, or if `OTEL_EXPORTER_OTLP_PROTOCOL` says so, else gRPC.
     """
     parts = urlsplit(endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""))
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get(

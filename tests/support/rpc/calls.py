@@ -69,7 +69,7 @@ class Front:
         self.steps = steps
         return address
 
-    def set_plain(self, *, are_taken: bool) -> None:
+    def set_fast_path(self, *, enabled: bool) -> None:
         """Every message is a call."""
 
     def ask_callers(self) -> None:

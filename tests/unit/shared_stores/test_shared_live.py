@@ -218,7 +218,7 @@ async def test_health_says_that_the_default_is_not_here(tmp_path: Path) -> None:
         assert not report.is_loaded("plain")
         assert report.is_loaded("plain", 1)
         assert report.warnings == {
-            "default versions": "version 2 of plain is the default for the servers that share the store, and is not loaded here"
+            "default versions": "version 2 of plain is the default of the servers that share the store, but is not loaded here"
         }
         assert not any(status.is_default for status in second.live.status("plain"))
         await second.live.load(

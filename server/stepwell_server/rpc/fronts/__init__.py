@@ -1,5 +1,5 @@
-"""What speaks to the network: accepts connections, reads requests as bytes, writes replies.
+"""The network fronts: they accept connections, read requests as bytes, and write replies.
 
-All bodies have one face, `base`. A body may touch the network and the types of its library, which no other module
-sees; it knows nothing of messages, sessions or the engine.
+All implementations share the interface in `base`. Each uses the network and the types of its library, which no other module
+sees. A front knows nothing of messages, sessions or the engine.
 """

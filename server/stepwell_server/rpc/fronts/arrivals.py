@@ -1,8 +1,8 @@
-"""What has come over the wire and is not done yet.
+"""The queue of received messages that are not processed yet.
 
-What came over one connection is done in its order. While several connections are active, large batches and the
-beginnings of calls are parts of large work, each in an iteration of the event loop of its own (see `LoopQueue`): tenants,
-callers and connections have equal numbers of them. A connection that is alone does not wait.
+Messages of one connection are processed in order. While several connections are active, large batches and new calls are
+parts of large work, each in its own iteration of the event loop (see `LoopQueue`), shared fairly between tenants, callers
+and connections. A single active connection does not wait.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import enum
 from collections.abc import Callable, Collection
 from typing import Any
 
-#: Two connections that had something to do within this many seconds are both active.
+#: Two connections with messages within this many seconds are both active.
 ACTIVE_S = 0.05
-#: Sessions of a large batch.
+#: Number of sessions that make a batch large.
 LARGE = 64
-#: Tasks that begin at once for a connection that is alone: another that comes meanwhile waits for them.
+#: Limit of tasks that start in one iteration for a single active connection. A second connection waits for them.
 _MAX_TASKS = 32
 
 
 class Kind(enum.Enum):
-    """What an arrival is."""
+    """Kind of an arrival."""
 
     BATCH = enum.auto()
-    """Plain steps: done at once, but not before tasks have looked at what came before over the same connections."""
+    """Steps as columns: applied at once, after the tasks of earlier arrivals on the same connections have run."""
     TASK = enum.auto()
-    """A task has to look at it, in the next iteration of the event loop."""
+    """A message for a task, which runs in the next iteration of the event loop."""
     EVENT = enum.auto()
 
 
@@ -35,52 +35,52 @@ class Kind(enum.Enum):
 class _Item:
     kind: Kind
     is_large: bool
-    """It keeps the event loop for a while."""
+    """Whether it blocks the event loop for a while."""
     peers: Collection[str]
     what: Any
     behind: int
-    """Connections on which something is before it."""
+    """Number of its connections that have earlier arrivals."""
     is_queued: bool = False
-    """It waits as a part of large work."""
+    """Whether it waits as a part of large work."""
 
 
 class Arrivals:
-    """What has come and is not done. Lives on the event loop."""
+    """The arrivals that are not processed yet. Lives on the event loop."""
 
     def __init__(
         self,
         do: Callable[[Any], None],
-        later: Callable[[Kind, Collection[str], Callable[[], None]], None],
+        defer: Callable[[Kind, Collection[str], Callable[[], None]], None],
         now: Callable[[], float],
     ) -> None:
-        """`do` does one of them; `later` calls something as a part of the large work of some connections."""
+        """`do` processes an arrival. `defer` calls a function as a part of the large work of some connections."""
         self._do = do
-        self._later = later
+        self._defer = defer
         self._now = now
         self._lines: dict[str, collections.deque[_Item]] = {}
-        """What waits, by connection."""
+        """Waiting arrivals by connection."""
         self._due: collections.deque[str] = collections.deque()
-        """Connections whose first may be done."""
-        self._unlooked: collections.Counter[str] = collections.Counter()
-        """Of each connection, what tasks have not looked at yet."""
+        """Connections whose first arrival may be processed."""
+        self._tasks: collections.Counter[str] = collections.Counter()
+        """Number of arrivals whose tasks have not run yet, by connection."""
         self._held: set[str] = set()
-        """Connections of which a batch is not done whole."""
+        """Connections with a partly processed batch."""
         self._latest = ""
         self.is_contended = False
-        """Several connections are active."""
+        """Whether several connections are active."""
         self._contended_until = 0.0
 
     @property
     def has_due(self) -> bool:
-        """There is something for `go_on`."""
+        """Whether there is work for `run_due`."""
         return bool(self._due)
 
     def add(
         self, kind: Kind, peers: Collection[str], what: Any, size: int = 1, *, is_all: bool = False
     ) -> None:
-        """Put what came over some connections behind what came before over them, for `go_on`.
+        """Queue an arrival on some connections behind their earlier ones, for `run_due`.
 
-        `is_all`: nothing else has come. Then it is done at once, if nothing waits and no other connection is active.
+        `is_all`: nothing else has arrived. It is then processed at once, if nothing waits and no other connection is active.
         """
         first = next(iter(peers), "")
         if len(peers) > 1 or first != self._latest:
@@ -89,7 +89,7 @@ class Arrivals:
             self._latest = first
         elif self.is_contended:
             self.is_contended = self._now() < self._contended_until
-        if is_all and not (self._lines or self._unlooked or self._held or self.is_contended):
+        if is_all and not (self._lines or self._tasks or self._held or self.is_contended):
             self._do(what)
             return
         item = _Item(kind, kind is Kind.TASK or size >= LARGE, peers, what, 0)
@@ -100,8 +100,8 @@ class Arrivals:
         if not item.behind:
             self._due.append(first)
 
-    def go_on(self) -> None:
-        """Do what may be done now, and have the rest done as parts of large work."""
+    def run_due(self) -> None:
+        """Process the arrivals that are due, and schedule large ones as parts of large work."""
         tasks = _MAX_TASKS
         while self._due:
             line = self._lines.get(self._due[0])
@@ -116,11 +116,11 @@ class Arrivals:
     def _may_begin(self, item: _Item) -> bool:
         if item.behind or item.is_queued or not self._held.isdisjoint(item.peers):
             return False
-        return item.kind is not Kind.BATCH or self._unlooked.keys().isdisjoint(item.peers)
+        return item.kind is not Kind.BATCH or self._tasks.keys().isdisjoint(item.peers)
 
     def _queue(self, item: _Item) -> None:
         item.is_queued = True
-        self._later(item.kind, item.peers, lambda: self._finish(item))
+        self._defer(item.kind, item.peers, lambda: self._finish(item))
 
     def _finish(self, item: _Item) -> None:
         for peer in item.peers:
@@ -134,22 +134,22 @@ class Arrivals:
         self._do(item.what)
 
     def hold(self, peers: Collection[str]) -> None:
-        """Do nothing more of some connections, until `release`: the batch that was just done has parts left."""
+        """Hold back some connections until `release`, because their batch is only partly processed."""
         self._held.update(peers)
 
     def release(self, peers: Collection[str]) -> None:
-        """Let connections that were held continue; one batch at a time holds a connection."""
+        """Let held connections continue. A connection is held by one batch at a time."""
         self._held.difference_update(peers)
         self._due.extend(peers)
 
-    def looking(self, peer: str) -> None:
-        """A task is to look at what came over a connection."""
-        self._unlooked[peer] += 1
+    def task_started(self, peer: str) -> None:
+        """An arrival on a connection was handed to a task."""
+        self._tasks[peer] += 1
 
-    def looked(self, peer: str) -> None:
-        """A task has looked at what came over a connection."""
-        self._unlooked[peer] -= 1
-        if not self._unlooked[peer]:
-            del self._unlooked[peer]
+    def task_ended(self, peer: str) -> None:
+        """The task of an arrival on a connection has run."""
+        self._tasks[peer] -= 1
+        if not self._tasks[peer]:
+            del self._tasks[peer]
             if peer in self._lines:
                 self._due.append(peer)

@@ -1,4 +1,4 @@
-"""What a front is, and what a servicer gets of a call: bytes, a caller, a deadline, ways to answer."""
+"""The interface of a front, and of the calls that it hands to servicers: bytes, a caller, a deadline, ways to reply."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ F64 = npt.NDArray[np.float64]
 
 
 class BindError(Exception):
-    """A front cannot listen where it was told to."""
+    """A front cannot listen on the given address."""
 
 
 class OtherFront(ImportError):
-    """The native front that is installed was built from other sources than this server's."""
+    """The installed native front was built from other sources than this server."""
 
 
 class CallEnded(Exception):
-    """A call ends with this status, and without a reply."""
+    """The call ends with this status, without a reply."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status.code.name, status.message)
@@ -39,52 +39,52 @@ class CallEnded(Exception):
 
 
 class Call(Protocol):
-    """A call on its way. It is served by a task, which the front cancels when its client is gone or its time is over."""
+    """A running call. A task serves it, which the front cancels when the client leaves or the deadline passes."""
 
     who: Caller
-    """Who calls. The boundary finds that out before the call is served: then a front takes in its messages, and those of a
-    stream may become plain. Until then it is `ANYBODY`."""
+    """The authenticated caller. The boundary sets it before the call is served. Only then does a front accept the call's
+    messages, and may pass those of a stream as columns. Until then it is `ANYBODY`."""
     request: bytes
-    """The one request; empty where requests are read, and once it was parsed and is not needed any more."""
+    """The request of a unary call. Empty for streams, and after it was parsed."""
     refusal: ServerError | None
-    """The error of the one request if it breaks a rule of the method's shape; its bytes are then not here."""
+    """The error of a unary request that breaks a rule of the method's shape. `request` is then empty."""
 
     @property
     def caller(self) -> str:
-        """Where it comes from: the same for all calls of one connection. The one place that says so."""
+        """The connection's identifier, the same for all its calls."""
 
     @property
     def certificate_names(self) -> Sequence[str]:
-        """Who calls by the certificate that was shown, if callers need one: its alternative names, else its common name.
+        """The alternative names in the client certificate, else its common name. Empty without client certificates.
 
-        Not part of `caller`: connections take turns, whoever is behind them.
+        They are not part of `caller`, because scheduling is fair between connections, whoever uses them.
         """
 
     @property
     def deadline(self) -> float:
-        """On the clock's monotonic time; infinity if it has none."""
+        """Deadline on the monotonic clock; infinity if there is none."""
 
     @property
     def is_late(self) -> bool:
-        """Its deadline has passed."""
+        """Whether the deadline has passed."""
 
     @property
     def metadata(self) -> Mapping[str, str | bytes]:
-        """What the client sent beside its messages, by lower-case key; the last value of each."""
+        """The call's metadata by lower-case key, with the last value of each key."""
 
     @property
     def metadata_keys(self) -> Sequence[str]:
-        """The keys of the metadata, as often as they came."""
+        """All keys of the metadata, with repetitions."""
 
     async def read(self) -> bytes | None:
-        """The next request of a stream; None when the client has sent its last one.
+        """Return the next request of a stream; None after the client's last one.
 
         Raises:
             InvalidInput: it breaks a rule of the method's shape.
         """
 
     def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
-        """Send a reply of a stream. It is begun when the coroutine is, and ends when the reply is on its way."""
+        """Send a reply of a stream. The coroutine starts the write, and ends when the reply is on its way."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,30 +95,30 @@ class Method:
     """Full name, `stepwell.v1.SessionService`."""
     name: str
     serve: Callable[[Call], Awaitable[bytes]]
-    """Answers a call; what it returns is the reply of one that does not stream, and else empty.
+    """Serves a call. Returns the reply of a unary call, and an empty value for a stream.
 
-    Raises `CallEnded`, and `asyncio.CancelledError` where the front cancelled its task; nothing else.
+    Raises `CallEnded`, or `asyncio.CancelledError` if the front cancelled the task; nothing else.
     """
     shape: Shape | None = None
-    """What a request may hold: a front checks it before it hands over the bytes. None: anything."""
+    """Limits of a request, which a front checks before it hands over the bytes. None: no limits."""
     streams: bool = False
-    """Its requests are read and its replies written; else there is one of each."""
+    """Whether it reads requests and writes replies as streams. False: one of each."""
     is_open: bool = False
-    """Anybody may call it, and it is served when nothing else is: it says how the server is."""
+    """Whether it needs no authentication and is always served, such as a health check."""
     judge: Callable[[Call], None] | None = None
-    """Judges a call by its metadata, before a front that can wait takes in its message. None: `serve` alone judges it.
+    """Checks a call by its metadata, before a front that can wait accepts its message. None: `serve` checks it.
 
-    Raises `CallEnded`: its caller is not known, or may not make it; else `Call.who` is set.
+    Raises `CallEnded` if the call is refused, else sets `Call.who`.
     """
 
     @property
     def path(self) -> str:
-        """As it stands in a request."""
+        """Its path in a request."""
         return f"/{self.service}/{self.name}"
 
 
 class OutputColumn(NamedTuple):
-    """An output on its way: rows of the answered members, one after the other."""
+    """An output tensor of a reply, with the rows of the answered members in order."""
 
     name: str
     dtype: int
@@ -129,27 +129,27 @@ class OutputColumn(NamedTuple):
 
 
 class InputColumn(NamedTuple):
-    """A tensor of plain steps: their rows, one after the other."""
+    """An input tensor of steps, with their rows in order."""
 
     name: str
     dtype: int
-    """A `stepwell.v1.DataType`, none of them bool."""
+    """A `stepwell.v1.DataType`, except bool."""
     tail: Sequence[int]
     """The shape without the rows."""
     data: bytes
 
 
 class Ended(NamedTuple):
-    """When messages came, on the clock's monotonic time, whose last sessions were answered just now."""
+    """Arrival times, on the monotonic clock, of the messages that were just answered completely."""
 
     calls: F64
-    """Those that are calls."""
+    """Arrival times of unary calls."""
     messages: F64
-    """Those of streams."""
+    """Arrival times of messages on streams."""
 
 
 class ColumnReplies(Protocol):
-    """Who is answered for plain steps. Each session of the batch is answered once, in any order."""
+    """Sends the replies to a batch of steps. Each session of the batch is answered once, in any order."""
 
     def applied(
         self,
@@ -161,118 +161,118 @@ class ColumnReplies(Protocol):
         replayed: bool,
         model_version: int,
     ) -> Ended:
-        """Sessions were stepped: ascending indexes, None for all. All of them ran on one version of their model.
+        """Answer sessions that were stepped, all on one version of their model.
 
         Args:
-            members: See above.
+            members: Ascending indexes of the sessions; None: all.
             revisions: One per session.
             positions: One per session.
-            outputs: Their rows, one after the other.
-            replayed: They were answered with a remembered reply.
-            model_version: The number of the version; 0: answers of Stepwell's own protocol do not say it.
+            outputs: Outputs, with the sessions' rows in order.
+            replayed: Whether these are remembered replies.
+            model_version: Number of the version; 0: leave it out of replies in Stepwell's own protocol.
         """
 
     def failed(self, members: Members | None, status: Status, error: bytes) -> Ended:
-        """Sessions were not stepped: the status of calls, and what streams are told. As `applied`.
+        """Answer sessions that were not stepped. `members` as for `applied`.
 
-        That is a serialized `stepwell.v1.Error`, or Triton's message.
+        Calls end with the status. Streams get `error`: a serialized `stepwell.v1.Error`, or Triton's message.
         """
 
     def request(self, member: int) -> bytes:
-        """One of Triton's requests as it came. Only while it has no answer."""
+        """Return the bytes of a Triton request that is not answered yet."""
 
     def untraced(self) -> Sequence[int]:
-        """Messages that are calls of which the metadata says that they are not traced."""
+        """Return the indexes of unary calls whose metadata asks not to be traced."""
 
     def gone(self) -> Members:
-        """Sessions whose callers do not wait any more."""
+        """Return the sessions whose callers no longer wait."""
 
 
 @dataclasses.dataclass(slots=True)
 class StepColumns:
-    """Plain steps that came at the same time, as columns. All are of one kind.
+    """Steps of one protocol that arrived at the same time, as columns.
 
-    A session may be in it more than once, to be stepped in that order.
+    A session may occur more than once. Its steps are then applied in that order.
     """
 
     session_ids: list[str]
+    """Internal ids, with the tenants' prefixes."""
     callers: list[str]
-    """As `Call.caller`, one per session, or one where there is one message."""
+    """`Call.caller` per session, or a single one for a single message."""
     whos: Sequence[Caller]
-    """As `Call.who`, one per session, or one where it is the same for all. `session_ids` are in the tenants' namespaces."""
+    """`Call.who` per session, or a single one for all."""
     sizes: npt.NDArray[np.uint32]
-    """Rows of each session in the tensors."""
-    says_sizes: bool
-    """The messages themselves say so; else there was nothing else that they could be."""
+    """Number of rows of each session in the tensors."""
+    has_sizes: bool
+    """Whether the messages contain the sizes. False: they follow from the tensors."""
     expected: U64 | None
     request_ids: U64 | None
     deadlines: F64
-    """One per session, on the clock's monotonic time."""
+    """One per session, on the monotonic clock."""
     select: int
     """A `stepwell.v1.OutputSelection`."""
     output_names: Sequence[str]
     inputs: Sequence[InputColumn]
     counts: npt.NDArray[np.uint32]
-    """Sessions of each message, one message after the other."""
+    """Number of sessions in each message, in order."""
     replies: ColumnReplies
     model: tuple[str, str] | None = None
-    """Name and version, where the messages are Triton's and say them: requests of sequences that neither begin nor end
-    them. `session_ids` are then those of the sequences, and each is a message of its own."""
+    """Name and version of the model, for Triton's requests that continue sequences. `session_ids` are then the ids of the
+    sequences, one per message. None: Stepwell's own protocol."""
 
 
 Rest = Callable[[], bool]
-"""Does a part of what is left; whether more is left. It never raises."""
+"""Does a part of the remaining work, and returns whether more remains. It never raises."""
 
 
 class Steps(Protocol):
-    """Takes plain steps, for fronts that read them. On the event loop."""
+    """Accepts steps as columns, from fronts that parse them. On the event loop."""
 
     traces: bool
-    """There are traces: a call of which the metadata says that it is traced is none of plain steps."""
+    """Whether tracing is on. A front then hands over traced calls as calls, not as columns."""
 
     def take(self, columns: StepColumns) -> Rest | None:
-        """Do them, in their order; what is left of them for later turns of the event loop, None if nothing is.
+        """Apply steps in their order. Returns the remaining work for later iterations of the event loop; None: none.
 
-        Nothing that comes behind them over the same connections may be done before that.
+        Until it is done, nothing that arrives later on the same connections may be applied.
         """
 
     def go(self) -> None:
-        """Run what was taken now, rather than in another iteration of the event loop."""
+        """Run a pass for the accepted steps now, not in the next iteration of the event loop."""
 
     def add_part(self, source: Source, part: Callable[[], None], /) -> object:
-        """Do a part of large work of a source in an iteration of the event loop that has no other part."""
+        """Schedule a part of large work of a source. Each iteration of the event loop runs one part."""
 
     def too_large(self, size: int, limit: int | None = None) -> Status:
-        """What a call ends with whose request has so many bytes; `limit`: of its method, where that is not the server's."""
+        """Return the status of a call with a request of `size` bytes. `limit`: of its method, if it differs."""
 
     def overloaded(self) -> Status:
-        """What calls end with that hold much while all of them together hold too much."""
+        """Return the status of calls that are refused because all calls together hold too much memory."""
 
     def headers_too_large(self, limit: int) -> Status:
-        """What a call ends with whose headers have more bytes than that."""
+        """Return the status of a call whose headers exceed `limit` bytes."""
 
     def duplicate(self, frame_id: int) -> bytes:
-        """The reply to a frame whose id is that of an unanswered one."""
+        """Return the reply to a frame whose id belongs to an unanswered frame."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FrontCounts:
-    """What a front has to do, for metrics."""
+    """The load of a front, for metrics."""
 
     now: Mapping[str, int]
-    """How much there is now: `connections`, `calls`, `held_bytes` and so on. What a front cannot tell is missing."""
+    """Current values: `connections`, `calls`, `held_bytes` and so on. A front leaves out the values that it cannot know."""
     refused: Mapping[str, int]
-    """How often something was refused until now, by reason."""
+    """Number of refusals so far, by reason."""
     taken: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """How often the event loop took what had come until now, by who drove the connections meanwhile. Empty where it always
-    does."""
+    """How often the event loop took received messages so far, by driver of the sockets. Empty if it is always the same."""
 
 
 class Front(Protocol):
     """Serves methods on one address. Lives on the event loop; started and stopped once."""
 
     name: str
-    """As `--front` has it."""
+    """Its name for `--front`."""
     limits: FrontLimits
 
     async def start(
@@ -285,61 +285,61 @@ class Front(Protocol):
         """Listen and serve. Returns the address with the port, which the system chooses if it is 0.
 
         Args:
-            address: Where to listen. The file of a Unix socket is for its user alone, and is removed at the end.
-            methods: What is served.
-            steps: Takes plain steps; a front may hand on each as a call instead.
-            certificates: None: no TLS.
+            address: Address to listen on. The file of a Unix socket is accessible to its user only, and removed at the end.
+            methods: The methods to serve.
+            steps: Accepts steps as columns. A front may hand over each step as a call instead.
+            certificates: Certificates for TLS; None: no TLS.
 
         Raises:
-            BindError: the address is taken, or not one of this machine's.
-            Unusable: certificate or key is of a kind that it does not know.
+            BindError: the address is in use, or not an address of this machine.
+            Unusable: the front does not support this kind of certificate or key.
         """
 
-    def set_plain(self, *, are_taken: bool) -> None:
-        """Say whether plain steps are taken as such, in any order of calls and from the next message on.
+    def set_fast_path(self, *, enabled: bool) -> None:
+        """Choose whether steps are handed over as columns, from the next message on.
 
-        Else every message is handed on as one of a call, as it is from the start on until this is called.
+        Otherwise, and until the first call of this method, the front hands over every message as part of a call.
         """
 
     def ask_callers(self) -> None:
-        """Take messages as plain steps only of callers whose credential is known; hand on all others as calls. Before `start`.
+        """Hand over steps as columns only for callers with a known credential. Call it before `start`.
 
-        A call shows the credential of kind "token" if it has one header `authorization`, which is `Bearer`, one space and
-        the token; one of kind "names" if it has no such header and a certificate (`Call.certificate_names`). What has
-        more than one such header, another one, or metadata `stepwell-tenant` is never plain. The credential of a stream
-        is that of its call, looked up for each message; they are plain only while it is known as that of `Call.who`.
+        A call has a credential of kind "token" if it has one header `authorization` with `Bearer`, one space and the token.
+        It has one of kind "names" if it has no such header and a client certificate (`Call.certificate_names`). Calls with
+        several such headers, another value, or metadata `stepwell-tenant` are always handed over as calls. The credential
+        of a stream is looked up again for each message, and must belong to `Call.who`.
         """
 
     def know(self, credential: Credential, caller: Caller, until: float) -> None:
-        """Take the plain steps of those who show this credential, as those of this caller, in its tenant's namespace.
+        """Hand over steps with this credential as columns of this caller, in its tenant's namespace.
 
-        It may be forgotten at any time, and its calls be handed on, each of which makes it known again. No stream is
-        ended by that.
+        The front may forget the credential at any time. It then hands over the calls, each of which makes the credential
+        known again. Streams stay open.
 
         Args:
-            credential: What calls show.
-            caller: Whose they are then, if its role may step. `namespaces.prefix_of` its tenant stands before the ids.
-            until: On the clock's monotonic time; infinity if it does not end by itself.
+            credential: Credential of the calls.
+            caller: The caller, whose role decides whether it may step. The ids get `namespaces.prefix_of` its tenant.
+            until: Expiry on the monotonic clock; infinity if it does not expire.
         """
 
     def forget(self, credentials: Collection[Credential]) -> None:
-        """Take no message any more as a plain step of those who show one of these. Others are passed over.
+        """Stop handing over steps with these credentials as columns. Unknown credentials are ignored.
 
-        What was taken before, and is on its way to `Steps`, may still be done.
+        Steps that are already on their way to `Steps` may still be applied.
         """
 
     def secure(self, certificates: Certificates) -> None:
-        """Give new connections these. Only if it was started with some.
+        """Use these certificates for new connections. Only for a front that was started with certificates.
 
         Raises:
-            Unusable: as `start`; nothing has changed.
+            Unusable: see `start`. Nothing has changed.
         """
 
     def counts(self) -> FrontCounts:
-        """What there is to do, and what was refused."""
+        """Return the load and the refusals."""
 
     async def flush(self) -> None:
-        """Return when all that was answered is on its way."""
+        """Return when all replies are on their way."""
 
     async def stop(self, grace_s: float) -> None:
-        """Stop listening; cut off calls that still run after the time given."""
+        """Stop listening, and cut off the calls that still run after the given time."""

@@ -1,4 +1,4 @@
-"""The files of TLS: read, checked before they are used, and looked after while they are."""
+"""The certificate files for TLS: reads and checks them, and reloads them when they change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepwell_server.logs import Log
 
 _log = Log("rpc.tls")
 _LOOK_S = 0.5
-#: Of a certificate and a key that do not belong together, as OpenSSL calls it.
+#: OpenSSL's errors for a certificate and a key that do not belong together.
 _NOT_ITS_KEY = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}
 _BEGIN_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 
@@ -25,7 +25,7 @@ Option = Literal["--tls-cert", "--tls-key", "--tls-client-ca"]
 
 
 class Unusable(Exception):
-    """A front cannot use a certificate or a key that is in order otherwise."""
+    """A front does not support a valid certificate or key."""
 
     def __init__(self, option: Option, reason: str) -> None:
         super().__init__(option, reason)
@@ -35,16 +35,16 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Certificates:
-    """What a server shows of itself and asks of its callers; all in PEM."""
+    """The server's certificates and key, and the CAs of its clients, in PEM."""
 
     chain: bytes
-    """Its own certificate first."""
+    """The server's own certificate comes first."""
     key: bytes = dataclasses.field(repr=False)
     client_ca: bytes | None
-    """Callers need a certificate that one of these has signed; None: they need none."""
+    """CAs that sign client certificates; None: clients need no certificate."""
 
     def ends(self) -> dict[str, float]:
-        """When the first certificate of each file is no longer valid, in seconds since the epoch, by its option's name."""
+        """Return the earliest expiry in each file, in seconds since the epoch, by the name of its option."""
         from cryptography import x509
 
         files = {"tls-cert": self.chain, "tls-client-ca": self.client_ca}
@@ -56,10 +56,10 @@ class Certificates:
 
 
 class CertificateFiles:
-    """The files that `--tls-cert`, `--tls-key` and `--tls-client-ca` name. For one thread at a time.
+    """The files of `--tls-cert`, `--tls-key` and `--tls-client-ca`. For one thread at a time.
 
     Raises:
-        StartError: one cannot be used.
+        StartError: a file cannot be used.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
@@ -67,31 +67,31 @@ class CertificateFiles:
         self._key = key
         self._client_ca = client_ca
         self.asked = asyncio.Event()
-        """Set by whoever wants them to be read at once, on the event loop."""
+        """Set it on the event loop to have the files read at once."""
         self._used = self._seen = self._stamp()
         self.at_start = self._checked()
         self.used = self.at_start
-        """What new connections get."""
+        """The certificates for new connections."""
         self.failures = 0
-        """How often a change of them could not be used."""
+        """How often changed files could not be used."""
 
     @property
     def are_mutual(self) -> bool:
-        """Callers need a certificate."""
+        """Whether clients need a certificate."""
         return self._client_ca is not None
 
     def refused(self, problem: Unusable) -> StartError:
-        """What to say of files that a front cannot use."""
+        """Return the error for files that a front does not support."""
         files = {"--tls-cert": self._certificate, "--tls-key": self._key, "--tls-client-ca": self._client_ca}
         return StartError(
-            f"{problem.option}: must be one that this server can use; {files[problem.option]}: {problem.reason}"
+            f"{problem.option}: must be supported by this server; {files[problem.option]}: {problem.reason}"
         )
 
     def changed(self) -> Certificates | None:
-        """What is in them, if they have changed and two looks have found them the same: else they are being written.
+        """Return the new certificates if the files have changed, once two looks have found the same; else None.
 
         Raises:
-            StartError: they have changed to what cannot be used; raised once for each change.
+            StartError: the changed files cannot be used. Raised once for each change.
         """
         stamp, seen = self._stamp(), self._seen
         self._seen = stamp
@@ -103,23 +103,23 @@ class CertificateFiles:
         except StartError as error:
             found = error
         if self._stamp() != stamp:
-            return None  # what was checked and what was read may be two things
+            return None  # the files may have changed between the check and the read
         self._used = stamp
         if isinstance(found, StartError):
             raise found
         return found
 
     def reread(self) -> Certificates:
-        """What is in them now, as someone says that it is whole.
+        """Read the files now, because the operator says that they are complete.
 
         Raises:
-            StartError: they cannot be used.
+            StartError: the files cannot be used.
         """
         self._used = self._seen = self._stamp()
         return self._checked()
 
     def _stamp(self) -> tuple[Stamp, ...]:
-        """Another one for other contents, however they were put there."""
+        """Return a stamp that changes with the files' contents."""
         return tuple(stamp(path) for path in (self._certificate, self._key, self._client_ca) if path)
 
     def _checked(self) -> Certificates:
@@ -150,13 +150,13 @@ class CertificateFiles:
             if error.reason in _NOT_ITS_KEY:
                 raise StartError(
                     f"--tls-key: must be the key of the first certificate in {self._certificate}, which is the server's own; "
-                    f"that in {self._key} is another's"
+                    f"the key in {self._key} belongs to another certificate"
                 ) from error
-            what = "is encrypted" if asked else f"cannot be read as one ({error.reason or 'no PEM'})"
+            problem = "is encrypted" if asked else f"is not such a key ({error.reason or 'no PEM'})"
             raise StartError(
-                f"--tls-key: must be a private key in PEM that is not encrypted; {self._key} {what}"
+                f"--tls-key: must be a private key in PEM that is not encrypted; {self._key} {problem}"
             ) from error
-        except OSError as error:  # it was there a moment ago
+        except OSError as error:  # the file has just disappeared
             raise StartError(f"--tls-cert, --tls-key: {error.strerror}") from error
 
 
@@ -164,27 +164,25 @@ def _read(option: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise StartError(f"{option}: must be a file that can be read; {path}: {error.strerror}") from error
+        raise StartError(f"{option}: must be a readable file; {path}: {error.strerror}") from error
 
 
 def _check_certificates(option: str, path: Path, pem: bytes) -> None:
-    rule = f"{option}: must hold certificates in PEM; {path}"
+    rule = f"{option}: must contain certificates in PEM; {path}"
     if _BEGIN_CERTIFICATE not in pem:
-        raise StartError(f"{rule} holds none")
+        raise StartError(f"{rule} contains none")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii", "ignore"))
     except ssl.SSLError as error:
         raise StartError(
-            f"{rule} holds one that cannot be read ({error.reason or 'it is cut off or no PEM'})"
+            f"{rule} contains an unreadable one ({error.reason or 'it is cut off or not PEM'})"
         ) from error
 
 
 async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -> None:
-    """Give new connections what is put into the files, for ever. What cannot be used is said once and changes nothing.
+    """Use changed certificates for new connections, until cancelled. Unusable files are logged once and change nothing.
 
-    They are looked at from time to time, and read when they are `asked` for.
-
-    `use` raises `Unusable` for what it cannot use.
+    The files are checked regularly, and read when `asked` is set. `use` raises `Unusable` for unsupported certificates.
     """
     while True:
         with contextlib.suppress(TimeoutError):
@@ -202,6 +200,6 @@ async def follow(files: CertificateFiles, use: Callable[[Certificates], None]) -
             known = files.refused(error) if isinstance(error, Unusable) else error
             _log.warning("the changed certificates cannot be used, the old ones stay", reason=str(known))
         except Exception as error:
-            _log.defect("the certificates could not be looked after", error)
+            _log.defect("the certificates could not be checked", error)
         else:
             _log.info("new connections get the changed certificates")

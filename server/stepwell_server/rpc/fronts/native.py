@@ -1,4 +1,4 @@
-"""The front in Rust: the only module that knows the package `stepwell_front`, which is in `server/front`."""
+"""The native front: the only module that imports the package `stepwell_front`, whose sources are in `server/front`."""
 
 from __future__ import annotations
 
@@ -44,52 +44,51 @@ if TYPE_CHECKING:
     from stepwell_front import BatchHandle, CallHandle
 
 VERSION = stepwell_front.__version__
-#: What this module and the front say to each other: raised with every change of it, here and in `python/front.rs`.
+#: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
 _INTERFACE = 7
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
-        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}, as it was built"
-        " from other sources"
+        f"stepwell-front must have interface {_INTERFACE}; the installed one, {VERSION}, has {_installed}, because it was"
+        " built from other sources"
     )
 _log = Log("rpc.front")
-#: Bytes of replies that a stream's writer may be ahead of what is on its way.
-_AHEAD_BYTES = 64 << 10
+#: Bytes of unwritten replies from which a stream's writer waits.
+_MAX_UNWRITTEN_BYTES = 64 << 10
 _BACKLOG = 1024
-#: The option of each part of the certificates.
+#: The option for each part of the certificates.
 _OPTIONS: Mapping[str, Option] = {
     "certificate": "--tls-cert",
     "key": "--tls-key",
     "client_ca": "--tls-client-ca",
 }
-#: So often the wire is asked for more in one turn of the event loop, while several connections are about.
+#: How often to ask the crate for more arrivals in one iteration of the event loop, while several connections are active.
 _MAX_TAKES = 16
-#: The source of what has come, among other large work.
+#: The source of arrivals, for the scheduling of large work.
 _ARRIVALS = ("arrivals",)
-#: Connections of which it is remembered who calls; of others the next call says it.
+#: Number of connections whose callers are remembered.
 _CALLERS = 10_000
 _FLUSH_LOOK_S = 0.005
-#: Methods of which the wire reads plain messages, and how it knows them.
+#: Methods whose messages the crate parses itself, with its names for them.
 _PLAIN = {
     "/stepwell.v1.SessionService/Step": "step",
     "/stepwell.v1.SessionService/StepStream": "step_stream",
     "/inference.GRPCInferenceService/ModelInfer": "infer",
     "/inference.GRPCInferenceService/ModelStreamInfer": "infer_stream",
 }
-#: A status as the wire knows it: code, message, details, and whether the call may go elsewhere.
+#: A status for the crate: code, message, details, and whether another replica may serve the call.
 _WireStatus = tuple[int, str, bytes, bool]
 _OK: _WireStatus = (0, "", b"", False)
-# The numbers that tell what has come: see `tuple` in python/front.rs.
+# Kinds of arrivals: see `tuple` in python/front.rs.
 _BATCH, _CALL, _MESSAGE, _TOO_LARGE, _DUPLICATE, _HALF_CLOSED, _WRITTEN, _ENDED, _REFUSED, _JUDGE, _BREACH = (
     range(11)
 )
-#: What the log says of connections that cannot be taken, by the reason that the metric has.
+#: Log messages about connections, by the reason in the metric.
 _REFUSED_LOG = {
-    "connections": "connections are refused: there are as many as may be (--max-connections)",
-    "address_connections": "connections are refused: there are as many of an address as may be"
-    " (--max-connections-per-address)",
-    "evicted": "connections that do nothing are closed for new ones: there are as many as may be (--max-connections)",
-    "open_files": "connections wait: no more files can be opened (ulimit -n)",
+    "connections": "connections are refused: the limit is reached (--max-connections)",
+    "address_connections": "connections are refused: the limit for one address is reached (--max-connections-per-address)",
+    "evicted": "idle connections are closed for new ones: the limit is reached (--max-connections)",
+    "open_files": "connections wait: the limit of open files is reached (ulimit -n)",
 }
 _NOBODY: Members = np.zeros(0, np.intp)
 _NO_TIMES: F64 = np.zeros(0)
@@ -97,7 +96,7 @@ _ANYBODY = [ANYBODY]
 
 
 class _Call:
-    """A call as the wire hands it over. `base.Call`."""
+    """A call from the crate. Implements `base.Call`."""
 
     def __init__(
         self, handle: CallHandle, request: bytes | None, identified: Callable[[str, Caller], None]
@@ -105,7 +104,7 @@ class _Call:
         self._handle = handle
         self._who = ANYBODY
         self._identified = identified
-        """Is told who calls over the connection."""
+        """Called with the connection and its caller."""
         self.caller = handle.peer
         self.certificate_names = handle.certificate_names
         self.deadline = handle.deadline
@@ -114,11 +113,11 @@ class _Call:
         self.task: asyncio.Task[None] | None = None
         self._messages: collections.deque[bytes | ServerError | None] = collections.deque()
         self._numbers: collections.deque[int] = collections.deque()
-        """Of messages that have no reply yet, where replies leave in their order."""
+        """Numbers of unanswered messages, if replies are sent in order."""
         self._taken = 0
-        """Messages that were read, of which the wire does not know."""
+        """Messages that were read and not yet reported to the crate."""
         self._reader: asyncio.Future[None] | None = None
-        self._ahead = 0
+        self._unwritten = 0
         self._room: asyncio.Future[None] | None = None
 
     @property
@@ -130,7 +129,7 @@ class _Call:
         self._who = who
         self._handle.identified(
             _identity(who)
-        )  # its messages are taken in, and those of a stream may be plain
+        )  # the crate then accepts its messages, and may pass those of a stream as columns
         self._identified(self.caller, who)
 
     @property
@@ -148,7 +147,7 @@ class _Call:
     async def read(self) -> bytes | None:
         while not self._messages:
             if self._taken:
-                # from now on plain messages need not wait behind those that were read here
+                # from now on, messages as columns need not wait for those that were read here
                 self._handle.read(self._taken)
                 self._taken = 0
             self._reader = asyncio.get_running_loop().create_future()
@@ -161,15 +160,15 @@ class _Call:
 
     async def write(self, reply: bytes) -> None:
         self._handle.write(reply, self._numbers.popleft() if self._numbers else None)
-        self._ahead += len(reply)
-        while self._ahead > _AHEAD_BYTES:
+        self._unwritten += len(reply)
+        while self._unwritten > _MAX_UNWRITTEN_BYTES:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
     def came(self, message: bytes | ServerError | None, number: int | None = None) -> None:
-        """A message of the client, and the number of its reply where those leave in order; None: there are no more.
+        """A message arrived, with the number of its reply if replies are sent in order. None: the client has ended.
 
-        An error stands for one that breaks a rule.
+        An error stands for a message that breaks a rule.
         """
         self._messages.append(message)
         if number is not None:
@@ -177,13 +176,13 @@ class _Call:
         _wake(self._reader)
 
     def written(self, count: int) -> None:
-        """So many bytes of replies are on their way."""
-        self._ahead -= count
+        """This many bytes of replies were written."""
+        self._unwritten -= count
         _wake(self._room)
 
 
 class _Replies:
-    """`base.ColumnReplies` of a batch that the wire has handed over."""
+    """The replies to a batch from the crate. Implements `base.ColumnReplies`."""
 
     def __init__(self, batch: BatchHandle) -> None:
         self._batch = batch
@@ -223,7 +222,7 @@ class _Replies:
 
 
 class NativeFront:
-    """Serves methods by the wire in Rust, and hands on plain steps as columns. `base.Front`."""
+    """Serves methods with the crate in Rust, which passes steps as columns. Implements `base.Front`."""
 
     name = "native"
 
@@ -237,12 +236,12 @@ class NativeFront:
         self._calls: dict[int, _Call] = {}
         self._loop = asyncio.get_running_loop()
         self._known: stepwell_front.KnownCallers | None = None
-        """None: nobody is asked."""
-        self._arrivals = Arrivals(self._do, self._do_later, clock.monotonic)
+        """None: callers are not authenticated."""
+        self._arrivals = Arrivals(self._do, self._defer, clock.monotonic)
         self._callers: RecentValues[str, Caller] = RecentValues(_CALLERS)
-        """Who called last over each connection."""
+        """The latest caller on each connection."""
         self._peers: dict[int, str] = {}
-        """Connections of the calls that have come."""
+        """Connections of the received calls."""
 
     async def start(
         self,
@@ -274,11 +273,11 @@ class NativeFront:
         front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
         return bound
 
-    def set_plain(self, *, are_taken: bool) -> None:
+    def set_fast_path(self, *, enabled: bool) -> None:
         """See `base.Front`."""
         if self._front is not None:
-            # where each message has a line in the log, none is plain
-            self._front.set_general(not are_taken or _log.is_debug)
+            # if every message is logged, every message must be a call
+            self._front.set_general(not enabled or _log.is_debug)
 
     def ask_callers(self) -> None:
         """See `base.Front`."""
@@ -315,7 +314,7 @@ class NativeFront:
 
     async def flush(self) -> None:
         """See `base.Front`."""
-        while self._front is not None and self._front.unwritten():  # noqa: ASYNC110 - the wire's thread counts
+        while self._front is not None and self._front.unwritten():  # noqa: ASYNC110 - the crate's thread counts
             await asyncio.sleep(_FLUSH_LOOK_S)
 
     async def stop(self, grace_s: float) -> None:
@@ -348,7 +347,7 @@ class NativeFront:
         return [listener], address
 
     async def _listen_on_port(self, address: Address) -> list[socket.socket]:
-        """Listen on each address that the name stands for, on the same port."""
+        """Listen on each address of the host name, on the same port."""
         listeners: list[socket.socket] = []
         problem: OSError | None = None
         for family, _, _, _, where in await self._loop.getaddrinfo(*address, type=socket.SOCK_STREAM):
@@ -367,12 +366,12 @@ class NativeFront:
         return listeners
 
     def _take(self, front: stepwell_front.Front) -> None:
-        """Do what has come, in its order. What came behind messages that tasks have to look at waits for that."""
+        """Process all arrivals in order. Those behind messages for tasks wait for the tasks."""
         self._run(lambda: self._take_all(front))
 
     def _take_all(self, front: stepwell_front.Front) -> None:
-        most = _MAX_TAKES
-        while most:
+        takes_left = _MAX_TAKES
+        while takes_left:
             try:
                 taken = front.take()
             except RuntimeError as error:
@@ -382,32 +381,34 @@ class NativeFront:
                 break
             for arrival in taken:
                 self._add(arrival, is_all=len(taken) == 1)
-            # a connection that sends much must not hide the others; one that is alone has passes run in between
-            most = most - 1 if self._arrivals.is_contended else 0
+            # a busy connection must not hide the others; for a single active one, passes run in between
+            takes_left = takes_left - 1 if self._arrivals.is_contended else 0
 
     def _run(self, work: Callable[[], None], *, is_large: bool = False) -> None:
-        """Do something, then what may be done after it, then a pass: in another iteration if it was large."""
+        """Do some work, then process the arrivals that are due, then run a pass unless the work was large."""
         try:
             work()
-            self._arrivals.go_on()
+            self._arrivals.run_due()
         finally:
             if not is_large:
                 self._steps.go()
-            if self._arrivals.has_due:  # something raised: what came behind it must not wait for ever
-                self._go_on_soon()
+            if self._arrivals.has_due:  # an exception was raised: later arrivals must not wait for ever
+                self._run_due_soon()
 
-    def _go_on_soon(self) -> None:
+    def _run_due_soon(self) -> None:
         self._steps.add_part((*_ARRIVALS, "", "", ""), lambda: self._run(lambda: None))
 
-    def _do_later(self, kind: Kind, peers: Collection[str], work: Callable[[], None]) -> None:
-        """Do a part of the large work of some connections."""
-        peer = next(iter(peers)) if len(peers) == 1 else ""  # batches of several have a share of their own
+    def _defer(self, kind: Kind, peers: Collection[str], work: Callable[[], None]) -> None:
+        """Schedule a part of the large work of some connections."""
+        peer = (
+            next(iter(peers)) if len(peers) == 1 else ""
+        )  # batches of several connections have their own share
         who = self._callers.get(peer)
-        whose = ("", "") if who is None else (who.tenant, who.name)
-        self._steps.add_part((*_ARRIVALS, *whose, peer), lambda: self._run(work, is_large=kind is Kind.BATCH))
+        owner = ("", "") if who is None else (who.tenant, who.name)
+        self._steps.add_part((*_ARRIVALS, *owner, peer), lambda: self._run(work, is_large=kind is Kind.BATCH))
 
     def _end(self, front: stepwell_front.Front, error: RuntimeError) -> None:
-        # better no server than one that looks ready and answers nobody
+        # a server that looks ready but answers nobody is worse than none
         self._loop.remove_reader(front.fd())
         _log.defect("the front has ended, and so does the server", error)
         signal.raise_signal(signal.SIGTERM)
@@ -432,13 +433,13 @@ class NativeFront:
             self._arrivals.add(kind, (self._peer_of(arrival[1]),), arrival)
 
     def _callers_of(self, peers: Collection[str], callers: list[str], whos: list[Caller]) -> None:
-        """Learn who calls, of a batch."""
+        """Remember the callers of a batch's connections."""
         for peer in peers:
             if self._callers.get(peer) is None:
                 self._callers.put(peer, whos[callers.index(peer) if len(whos) > 1 else 0])
 
     def _peer_of(self, key: int) -> str:
-        """The connection of a call, which may not have begun yet."""
+        """Return the connection of a call; empty if the call has not started yet."""
         return self._peers.get(key, "")
 
     def _do(self, arrival: tuple[Any, ...]) -> None:
@@ -451,31 +452,31 @@ class NativeFront:
         if tag == _JUDGE:
             self._judge(arrival[1])
             return
-        self._tell(*arrival)
+        self._notify(*arrival)
         if tag in {_CALL, _MESSAGE, _BREACH}:
             peer = self._peer_of(arrival[1])
-            self._arrivals.looking(peer)
-            self._loop.call_soon(self._looked, peer)  # when the task that was notified has run
+            self._arrivals.task_started(peer)
+            self._loop.call_soon(self._task_ended, peer)  # after the notified task has run
 
-    def _looked(self, peer: str) -> None:
-        self._arrivals.looked(peer)
+    def _task_ended(self, peer: str) -> None:
+        self._arrivals.task_ended(peer)
         if self._arrivals.has_due:
             self._run(lambda: None)
 
     def _do_rest(self, rest: Rest, peers: Collection[str]) -> None:
-        """Do what is left of a batch in other iterations. What came behind it over its connections waits."""
+        """Process the rest of a batch in later iterations. Later arrivals on its connections wait."""
         self._arrivals.hold(peers)
 
-        def go_on() -> None:
+        def run_rest() -> None:
             if rest():
-                self._do_later(Kind.EVENT, peers, go_on)
+                self._defer(Kind.EVENT, peers, run_rest)
             else:
                 self._arrivals.release(peers)
 
-        self._do_later(Kind.EVENT, peers, go_on)
+        self._defer(Kind.EVENT, peers, run_rest)
 
     def _judge(self, handle: CallHandle) -> None:
-        """Say whether the message of a call is taken in."""
+        """Decide whether the message of a call is accepted."""
         judge = self._methods[handle.method].judge
         try:
             if judge is not None:
@@ -485,8 +486,8 @@ class NativeFront:
         else:
             handle.admit()
 
-    def _tell(self, tag: int, key: int, *rest: Any) -> None:
-        """Let the task of a call know."""
+    def _notify(self, tag: int, key: int, *rest: Any) -> None:
+        """Pass an arrival to the task of its call."""
         if tag == _CALL:
             self._begin(key, *rest)
             return
@@ -503,7 +504,7 @@ class NativeFront:
             limit = min(self.limits.message_bytes, self.limits.open_message_bytes) if is_open else None
             handle.end(_wire_status(self._steps.too_large(size, limit)))
         call = self._calls.get(key)
-        if call is None:  # it has had its end meanwhile
+        if call is None:  # the call has ended meanwhile
             return
         if tag == _MESSAGE:
             call.came(*rest)
@@ -517,11 +518,11 @@ class NativeFront:
     def _begin(self, key: int, handle: CallHandle, request: bytes | None) -> None:
         call = self._calls[key] = _Call(handle, request, self._callers.put)
         call.task = self._loop.create_task(self._serve(call, handle))
-        # not in the task: one that is cancelled before it begins runs nothing of its own
+        # not in the task itself, because a task that is cancelled before it starts runs no code
         call.task.add_done_callback(lambda _: self._forget(key))
 
     def _refuse(self, key: int, handle: CallHandle, rule: int, size: int) -> None:
-        """A message breaks a rule of its method's shape: the only one of a call, or one of a stream."""
+        """A message of a call or of a stream breaks a rule of its method's shape."""
         shape = self._methods[handle.method].shape
         assert shape is not None
         error = shape.error(rule, size)
@@ -535,7 +536,9 @@ class NativeFront:
 
     def _forget(self, key: int) -> None:
         del self._peers[key]
-        self._calls.pop(key).task = None  # a task that was cancelled holds its frames, and they the call
+        self._calls.pop(
+            key
+        ).task = None  # breaks a cycle: a cancelled task keeps its frames, which refer to the call
 
     async def _serve(self, call: _Call, handle: CallHandle) -> None:
         try:
@@ -558,15 +561,15 @@ def _columns_of(
     asked: tuple[int, list[str], bool, tuple[str, str] | None],
     tensors: list[tuple[str, int, list[int], bytes]],
 ) -> StepColumns:
-    """A batch as `base.Steps` takes it. The arguments are those of the tuple of `python/front.rs`."""
+    """Return a batch for `base.Steps`. The arguments are those of the tuple in `python/front.rs`."""
     counts, sizes, expected, request_ids, deadlines = numbers
-    select, output_names, says_sizes, model = asked
+    select, output_names, has_sizes, model = asked
     return StepColumns(
         session_ids,
         callers,
         _ANYBODY if whos is None else whos,
         np.frombuffer(sizes, np.uint32),
-        says_sizes,
+        has_sizes,
         np.frombuffer(expected, np.uint64) if expected else None,
         np.frombuffer(request_ids, np.uint64) if request_ids else None,
         np.frombuffer(deadlines, np.float64),
@@ -580,7 +583,7 @@ def _columns_of(
 
 
 def _wire_status(status: Status) -> _WireStatus:
-    """A status as the wire takes it."""
+    """Return a status for the crate."""
     details = next((value for _, value in status.trailers), b"")
     return int(status.code), status.message, details, status.may_go_elsewhere
 
@@ -590,7 +593,7 @@ def _times(raw: bytes) -> F64:
 
 
 def _identity(caller: Caller) -> str:
-    """Tells a caller from all others, on the wire's thread too."""
+    """Return a unique identifier of a caller."""
     return SEPARATOR.join((caller.tenant, caller.name, caller.role.value))
 
 

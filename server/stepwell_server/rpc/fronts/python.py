@@ -1,4 +1,4 @@
-"""The front in Python: grpc.aio, the only module that sees its types, and the check of what its messages hold."""
+"""The Python front: the only module that uses grpc.aio's types. It also checks the shapes of messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-# gRPC reads it when it is imported. What it has to say below errors holds text of its peers, newlines included.
+# gRPC reads this when it is imported. Its messages below errors contain text from peers, including newlines.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
@@ -44,17 +44,17 @@ from stepwell_server.rpc.fronts.shape import (
 from stepwell_server.rpc.status import GO_ELSEWHERE
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
-#: Of the certificate of a caller, as gRPC calls them.
+#: gRPC's names for the names in a client certificate.
 _ALTERNATIVE_NAMES, _COMMON_NAME = "x509_subject_alternative_name", "x509_common_name"
-#: What gRPC puts in place of names that are neither DNS, email, URI nor IP.
+#: gRPC's replacement for names that are neither DNS, email, URI nor IP.
 _OTHER_NAME = b"other types of SAN"
 _Context = grpc.aio.ServicerContext[Any, Any]
-#: Servers that have stopped by themselves, and whose calls go on.
+#: Limit of gRPC servers that have stopped by themselves and still have calls.
 _MAX_STOPPED = 8
 _BIND_RETRY_S = 0.02
 _GONE_S = 30.0
 _log = Log("rpc.front")
-#: The wire types with which a field of each kind comes; with others protobuf takes it for an unknown one.
+#: The wire types of each kind of field. With other wire types, protobuf treats a field as unknown.
 _WIRE_TYPES = {
     Kind.NAME: (2,),
     Kind.LARGE: (2,),
@@ -63,13 +63,13 @@ _WIRE_TYPES = {
     Kind.FIXED32: (5, 2),
     Kind.FIXED64: (1, 2),
 }
-#: Lists whose entries are passed over in runs, while their size is below this.
+#: Lists whose entries are skipped in runs, if their size is below this.
 _RUNS = {Kind.NAME: 0x80, Kind.MESSAGE: 1}
 _CONTINUED = bytes(range(0x80, 0x100))
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Not what gRPC says as often as clients like: of headers that are no UTF-8, tokens too, and of replies to who has gone."""
+    """Drop gRPC's messages that clients can cause at will: headers that are not UTF-8, and replies to clients that left."""
     error = record.exc_info[1] if record.exc_info else None
     unread = UnicodeDecodeError | grpc.aio.InternalError
     return not isinstance(error, unread) and not isinstance(record.msg, unread)
@@ -79,7 +79,7 @@ logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_use)
 
 
 class _Call:
-    """A call as grpc.aio hands it over. `base.Call`."""
+    """A call from grpc.aio. Implements `base.Call`."""
 
     __slots__ = ("_context", "_shape", "caller", "deadline", "is_answered", "refusal", "request", "who")
 
@@ -90,9 +90,9 @@ class _Call:
         self.request = request if self.refusal is None else b""
         self.who = ANYBODY
         self.is_answered = False
-        """It has a reply, so that its headers are on their way."""
+        """Whether a reply was sent, and so the headers."""
         self.caller = context.peer()
-        remaining: float | None = context.time_remaining()  # its type forgets that there may be none
+        remaining: float | None = context.time_remaining()  # its type omits None
         self.deadline = math.inf if remaining is None else clock.monotonic() + remaining
 
     @property
@@ -127,12 +127,12 @@ class _Call:
         try:
             await self._context.write(reply)
         except grpc.aio.InternalError:
-            await asyncio.sleep(_GONE_S)  # the client has gone: a moment later gRPC cancels the call's task
+            await asyncio.sleep(_GONE_S)  # the client has left: gRPC is about to cancel the call's task
             raise
 
 
 class PythonFront:
-    """Serves methods by grpc.aio, every message as a call. `base.Front`."""
+    """Serves methods with grpc.aio, every message as a call. Implements `base.Front`."""
 
     name = "python"
 
@@ -143,11 +143,11 @@ class PythonFront:
         self._healing: asyncio.Task[None] | None = None
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._stopped: collections.deque[grpc.aio.Server] = collections.deque(maxlen=_MAX_STOPPED)
-        """Those that have stopped by themselves, and may still have calls."""
+        """Servers that have stopped by themselves, and may still have calls."""
         self._calls = 0
         self._certificates: Certificates | None = None
         self._used: Certificates | None = None
-        """What gRPC makes new connections with."""
+        """The certificates that gRPC uses for new connections."""
 
     async def start(
         self,
@@ -169,7 +169,7 @@ class PythonFront:
         return bound
 
     async def _begin(self) -> set[asyncio.Task[Any]]:
-        """Start gRPC's server. Returns its task, which ends when it does; nothing else tells at once."""
+        """Start gRPC's server. Returns its task, whose end is the only immediate sign of the server's end."""
         before = asyncio.all_tasks()
         await self._server.start()
         serving = _of_grpc() - before
@@ -178,16 +178,16 @@ class PythonFront:
         return serving
 
     async def _heal(self, address: Address | UnixAddress, serving: set[asyncio.Task[Any]]) -> None:
-        """Serve again where gRPC has stopped by itself: a call whose path is no UTF-8 ends its server.
+        """Restart gRPC's server if it stops by itself: a call whose path is not UTF-8 ends it.
 
-        Calls that run go on: the server that has stopped still has them.
+        Running calls continue on the stopped server.
         """
         while serving:
             done, serving = await asyncio.wait(serving, return_when=asyncio.FIRST_COMPLETED)
             error = next((task.exception() for task in done if not task.cancelled()), None)
             if error is None:
                 continue
-            _log.warning("gRPC has stopped, and is started again", reason=f"{type(error).__name__}: {error}")
+            _log.warning("gRPC has stopped and is restarted", reason=f"{type(error).__name__}: {error}")
             self._stopped.append(self._server)
             self._server = grpc.aio.server(options=_options(self.limits))
             self._server.add_generic_rpc_handlers(self._handlers)
@@ -195,7 +195,7 @@ class PythonFront:
                 try:
                     self._listen(address, self._certificates)
                     break
-                except BindError:  # gRPC gives the address free when it comes to it
+                except BindError:  # gRPC releases the address later
                     await asyncio.sleep(_BIND_RETRY_S)
             serving = await self._begin()
 
@@ -223,25 +223,25 @@ class PythonFront:
         self._certificates = self._used = certificates
         credentials = grpc.dynamic_ssl_server_credentials(
             _as_grpc(certificates),
-            self._changed,  # type: ignore[arg-type]  # None, that nothing is new, is what its type forgets
+            self._changed,  # type: ignore[arg-type]  # its type omits None, for no change
             require_client_authentication=certificates.client_ca is not None,
         )
         secure_port: int = self._server.add_secure_port(address, credentials)
         return secure_port
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What the next connection gets if that is something new. Called by gRPC's threads, before each handshake."""
+        """Return changed certificates for the next connection, else None. gRPC's threads call it before each handshake."""
         current = self._certificates
         if current is self._used or current is None:
             return None
         self._used = current
         return _as_grpc(current)
 
-    def set_plain(self, *, are_taken: bool) -> None:
-        """See `base.Front`. Every message is handed on."""
+    def set_fast_path(self, *, enabled: bool) -> None:
+        """See `base.Front`. This front hands over every message as a call."""
 
     def ask_callers(self) -> None:
-        """See `base.Front`. Every message is handed on."""
+        """See `base.Front`. This front hands over every message as a call."""
 
     def know(self, credential: Credential, caller: Caller, until: float) -> None:
         """See `base.Front`."""
@@ -254,11 +254,11 @@ class PythonFront:
         self._certificates = certificates
 
     def counts(self) -> FrontCounts:
-        """See `base.Front`. gRPC tells nothing of its connections, nor of what it refuses."""
+        """See `base.Front`. gRPC does not report its connections and refusals."""
         return FrontCounts({"calls": self._calls}, {})
 
     async def flush(self) -> None:
-        """See `base.Front`. A call has not ended before its replies are on their way."""
+        """See `base.Front`. A call ends only after its replies are on their way."""
 
     async def stop(self, grace_s: float) -> None:
         """See `base.Front`."""
@@ -278,8 +278,8 @@ class PythonFront:
                 status = ended.status
                 trailers: list[tuple[str, str | bytes]] = [*status.trailers]
                 if status.may_go_elsewhere and not call.is_answered:
-                    trailers.append(GO_ELSEWHERE)  # without an answer these are the headers
-                call.request = b""  # gRPC keeps what `abort` raises, and its traceback keeps this frame
+                    trailers.append(GO_ELSEWHERE)  # without a reply, trailers are sent as headers
+                call.request = b""  # gRPC keeps the exception of `abort`, whose traceback keeps this frame
                 await context.abort(_CODES[status.code], status.message, tuple(trailers))
                 raise  # not reached: abort raises
             finally:
@@ -291,12 +291,12 @@ class PythonFront:
 
 
 def _of_grpc() -> set[asyncio.Task[Any]]:
-    """Tasks that gRPC has begun: what it compiles are no coroutines of Python's own."""
+    """Return gRPC's own tasks, whose compiled coroutines are not Python coroutines."""
     return {task for task in asyncio.all_tasks() if not isinstance(task.get_coro(), types.CoroutineType)}
 
 
 def _quieten(_: asyncio.Task[Any]) -> None:
-    """The server of gRPC ends in a task that fails for the same reason, which nobody would look at."""
+    """Retrieve the exception of gRPC's last task, which fails for the same reason and which nobody awaits."""
     for task in _of_grpc():
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
@@ -314,11 +314,11 @@ def _options(limits: FrontLimits) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", limits.streams),
         ("grpc.max_metadata_size", limits.header_bytes),
         ("grpc.absolute_max_metadata_size", limits.header_bytes),
-        # identity alone: what inflates to very much is inflated before anybody can say no
+        # no compression: gRPC would inflate a message before its size can be refused
         ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-        # Clients on quiet streams may ask every second whether the server is there (an Envoy does every three), and the
-        # server finds out within a minute that a client's machine has vanished.
+        # Clients on quiet streams may ping every second (Envoy does every three), and the server notices within a minute
+        # that a client's machine has disappeared.
         ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.keepalive_time_ms", _milliseconds(limits.keepalive_s)),
@@ -334,12 +334,12 @@ def _options(limits: FrontLimits) -> list[tuple[str, int]]:
 
 
 def _milliseconds(seconds: float) -> int:
-    """As gRPC takes them: the largest number that it knows, 25 days, is for ever."""
+    """Return milliseconds for gRPC. Its maximum, 25 days, stands for ever."""
     return math.ceil(min(seconds * 1000, 2**31 - 1))
 
 
 def check_shape(shape: Shape, raw: bytes) -> InvalidInput | None:
-    """The error of a request that breaks a rule of its method's shape; None: it breaks none."""
+    """Return the error of a request that breaks a rule of its method's shape; None: it breaks none."""
     if len(raw) <= MAX_NAME_BYTES:
         return None
     try:
@@ -359,7 +359,7 @@ class _Breach(Exception):
 
 
 class _Scan:
-    """What has been seen of a message: as `Scan` in shape.rs, which the native front has in its place."""
+    """The scan of a message: the counterpart of `Scan` in the native front's shape.rs."""
 
     def __init__(self, shape: Shape) -> None:
         self._nodes = shape.nodes
@@ -367,7 +367,7 @@ class _Scan:
         self._small = 0
 
     def message(self, raw: bytes, at: int, end: int, node: int) -> None:
-        """Look at a message, or at a part of one.
+        """Scan a message, or a part of one.
 
         Raises:
             _Breach: a rule is broken.
@@ -408,9 +408,9 @@ class _Scan:
                 self._add(rule, 1, 0)
 
     def _run(self, rule: Rule, raw: bytes, at: int, end: int) -> int:
-        """Pass over short names, or empty messages, of a list that follow one another. Returns where they end.
+        """Skip consecutive short names, or empty messages, of a list. Returns the end of the run.
 
-        A list of very many sessions is read so in a tenth of the time.
+        This scans a list of very many sessions in a tenth of the time.
         """
         key, begin, count, too_long = raw[at], at, 0, _RUNS[rule.kind]
         last = end - 1
@@ -440,7 +440,7 @@ class _Scan:
 
 
 def _packed(rule: Rule, raw: bytes, start: int, end: int) -> int:
-    """Entries of a packed list, or any number above the limit."""
+    """Return the number of entries of a packed list, or any number above the limit."""
     size = end - start
     if rule.kind is not Kind.VARINTS:
         return size // (4 if rule.kind is Kind.FIXED32 else 8)
@@ -450,7 +450,7 @@ def _packed(rule: Rule, raw: bytes, start: int, end: int) -> int:
 
 
 def _value(raw: bytes, at: int, end: int, wire_type: int) -> tuple[int, int]:
-    """Where the next field's value begins and ends."""
+    """Return the start and end of the next field's value."""
     if wire_type == 0:
         _, at = _varint(raw, at, end)
         return at, at
@@ -459,7 +459,7 @@ def _value(raw: bytes, at: int, end: int, wire_type: int) -> tuple[int, int]:
     elif wire_type in (1, 5):
         size = 8 if wire_type == 1 else 4
     else:
-        raise _Breach(MALFORMED)  # groups are none of this protocol's
+        raise _Breach(MALFORMED)  # the protocol has no groups
     if size > end - at:
         raise _Breach(MALFORMED)
     return at, at + size

@@ -1,8 +1,8 @@
-"""What a request may hold before protobuf parses it: names, lists and the bytes of everything else are bounded.
+"""Limits of a request that are checked before protobuf parses it: of names, lists, and all other bytes.
 
-The rules come from the protocol's descriptors, once for each method. The native front checks them on the wire
-(`shape.rs`), so that Python never sees the bytes of a message that breaks one; the front in Python checks them where it
-takes a message (`python.check_shape`). Both name the same field of the same message.
+The rules are derived from the protocol's descriptors, once per method. The native front checks them while it reads
+(`shape.rs`), so Python never sees a message that breaks one. The Python front checks them when it receives a message
+(`python.check_shape`). Both report the same field of the same message.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from stepwell_server.errors import InvalidInput
 
 MAX_NAME_BYTES = 1024
-"""Bytes of a name, an id, a label or a prefix: 256 characters of UTF-8. A message no larger than this breaks no rule."""
+"""Limit of bytes of a name, an id, a label or a prefix: 256 characters of UTF-8. A smaller message breaks no rule."""
 MAX_ENTRIES = 65_536
-"""Entries of a list of sessions or numbers, in the whole message."""
+"""Limit of entries of a list of sessions or numbers, in the whole message."""
 MAX_TENSORS = 1024
-"""Entries of a list of tensors, of parameters, or of names of outputs or labels."""
+"""Limit of entries of a list of tensors, of parameters, or of names of outputs or labels."""
 MAX_ELEMENTS = 1 << 20
-"""Entries of a list of numbers that stands for a tensor or a mask of its rows."""
+"""Limit of entries of a list of numbers that is a tensor or a mask of rows."""
 MAX_SMALL_BYTES = 1 << 20
-"""Bytes of a message beside its lists and the fields of `_LARGE`."""
+"""Limit of bytes of a message outside its lists and the fields of `_LARGE`."""
 SMALL, MALFORMED = -1, -2
-"""In place of a rule: too many bytes beside lists and large fields; no message."""
+"""Instead of a rule's index: too many bytes outside lists and large fields; not a message."""
 _LONG = 4096
-#: Fields that hold tensors, records and files, and so as much as a message may.
+#: Fields that contain tensors, records and files, and may be as large as a message.
 _LARGE = frozenset(
     {
         "stepwell.v1.Tensor.data",
@@ -39,7 +39,7 @@ _LARGE = frozenset(
         "inference.ModelRepositoryParameter.bytes_param",
     }
 )
-#: Bytes of text that is no name.
+#: Limits of bytes of texts that are not names.
 _LIMITS = {
     "stepwell.v1.LoadModelRequest.path": _LONG,
     "stepwell.v1.LoadModelRequest.migration": _LONG,
@@ -49,8 +49,8 @@ _LIMITS = {
     "stepwell.v1.CloseMatchingSessionsRequest.page_token": _LONG,
     "stepwell.v1.ExportSessionsRequest.page_token": _LONG,
 }
-#: Lists of names and messages by how long they may be, where that is not `MAX_ENTRIES` for names and `MAX_TENSORS` for
-#: messages. What a call itself allows is less, and says so in words of its own.
+#: Limits of lists that differ from `MAX_ENTRIES` for names and `MAX_TENSORS` for messages. The calls themselves allow less,
+#: and report it in their own errors.
 _ENTRIES = {
     "stepwell.v1.StepRequest.output_names": MAX_TENSORS,
     "stepwell.v1.StepFrame.output_names": MAX_TENSORS,
@@ -62,7 +62,7 @@ _ENTRIES = {
     "stepwell.v1.ExportSessionsRequest.session_ids": 4096,
     "inference.ModelInferRequest.raw_input_contents": MAX_TENSORS,
 }
-#: Lists of numbers that stand for tensors and masks.
+#: Lists of numbers that are tensors and masks.
 _ELEMENTS = frozenset(
     {
         "stepwell.v1.StepRequest.reset_mask",
@@ -80,7 +80,7 @@ _ELEMENTS = frozenset(
 
 
 class Kind(enum.IntEnum):
-    """What a field holds. The numbers are those of `shape.rs`."""
+    """Content of a field. `shape.rs` uses the same numbers."""
 
     NAME = 0
     LARGE = 1
@@ -105,19 +105,19 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
-    """What one field may hold."""
+    """The limits of one field."""
 
     index: int
-    """Among all rules of the shape."""
+    """Its index among all rules of the shape."""
     path: str
-    """The field as errors name it, from the request on."""
+    """Path of the field within the request, for errors."""
     kind: Kind
     max_bytes: int
-    """Of `NAME`; else 0."""
+    """Limit of bytes for `NAME`; else 0."""
     max_entries: int
-    """In the whole message; 0: the field is no list."""
+    """Limit of entries in the whole message; 0: the field is not a list."""
     child: int
-    """The node of a `MESSAGE`; else 0."""
+    """Index of the node for `MESSAGE`; else 0."""
 
 
 class Shape:
@@ -127,12 +127,12 @@ class Shape:
         self._name = request.full_name
         self.rules: list[Rule] = []
         self.nodes: list[dict[int, Rule]] = []
-        """The rules of each message within the request, by field number; the request itself is the first."""
+        """The rules of each message within the request, by field number. The request itself comes first."""
         self._add_nodes(request)
 
     @property
     def table(self) -> list[list[tuple[int, int, int, int]]]:
-        """The rules as the native front takes them: for each node number, kind, limit and entries of its fields."""
+        """The rules for the native front: for each node, the number, kind, limit and entries of its fields."""
         return [
             [
                 (number, int(rule.kind), rule.child or rule.max_bytes, rule.max_entries)
@@ -142,17 +142,17 @@ class Shape:
         ]
 
     def error(self, rule: int, size: int) -> InvalidInput:
-        """What a caller is answered whose request breaks a rule.
+        """Return the error of a request that breaks a rule.
 
         Args:
             rule: The rule's index, `SMALL` or `MALFORMED`.
-            size: Bytes of the name, or of what is no message; 0: a list has too many entries.
+            size: Number of bytes of the name, or of the malformed message; 0: a list has too many entries.
         """
         if rule == MALFORMED:
             return not_a_message(self._name, size)
         if rule == SMALL:
             return InvalidInput(
-                f"request must have at most {MAX_SMALL_BYTES} bytes beside lists, tensors, records and files; got more"
+                f"request must have at most {MAX_SMALL_BYTES} bytes outside lists, tensors, records and files; got more"
             )
         broken = self.rules[rule]
         if size:
@@ -160,7 +160,7 @@ class Shape:
         return InvalidInput(f"{broken.path} must have at most {broken.max_entries} entries; got more")
 
     def _add_nodes(self, request: Descriptor) -> None:
-        """A node for each message within the request, wherever it stands: a list is counted where it stands."""
+        """Add a node for each message within the request. A type that occurs twice has two nodes."""
         waiting = [(request, "")]
         for descriptor, path in waiting:
             node: dict[int, Rule] = {}
@@ -182,12 +182,12 @@ class Shape:
 
 
 def not_a_message(name: str, size: int) -> InvalidInput:
-    """The error of bytes that are no message of this name."""
-    return InvalidInput(f"request must be a {name}; got {size} bytes that are none")
+    """Return the error of bytes that are not a message of this type."""
+    return InvalidInput(f"request must be a {name}; got {size} bytes that are not")
 
 
 def _kind_of(field: FieldDescriptor) -> Kind | None:
-    """What a field holds; None: a number of its own, which needs no rule."""
+    """Return the content of a field; None: a single number, which needs no rule."""
     if field.full_name in _LARGE:
         return Kind.LARGE
     if field.type in _TEXTS:

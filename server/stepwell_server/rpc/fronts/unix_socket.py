@@ -1,4 +1,4 @@
-"""The file of a Unix socket: whether it can be had, whose it is, and its end."""
+"""The file of a Unix socket: checks that it can be created, creates it privately, and removes it."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from collections.abc import Iterator
 
 
 def clear(path: str) -> None:
-    """Make room for a socket: a file that a server has left behind, and on which nobody listens, is removed.
+    """Remove the file of a socket on which nobody listens any more.
 
     Raises:
-        OSError: there can be none; `strerror` says why.
+        OSError: a socket cannot be created; `strerror` has the reason.
     """
     if is_left_behind(path):
         os.unlink(path)
 
 
 def is_left_behind(path: str) -> bool:
-    """Whether there is a file on which nobody listens any more.
+    """Whether there is the file of a socket on which nobody listens any more.
 
     Raises:
-        OSError: there can be no socket; `strerror` says why.
+        OSError: a socket cannot be created; `strerror` has the reason.
     """
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
         if not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
-            raise OSError(errno.ENOENT, "its folder does not exist or cannot be written") from None
+            raise OSError(errno.ENOENT, "its folder does not exist or is not writable") from None
         return False
     if not stat.S_ISSOCK(mode):
-        what = "folder" if stat.S_ISDIR(mode) else "file that is no socket"
-        raise OSError(errno.EADDRINUSE, f"there is a {what}")
+        kind = "folder" if stat.S_ISDIR(mode) else "file that is not a socket"
+        raise OSError(errno.EADDRINUSE, f"there is a {kind} of that name")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             return True
-        except FileNotFoundError:  # its server has removed it this moment
+        except FileNotFoundError:  # its server has just removed it
             return False
-        except BlockingIOError:  # so many wait for its server that there is no room for one more
+        except BlockingIOError:  # its server's queue of connections is full
             raise _in_use() from None
         else:
             raise _in_use()
 
 
 def _in_use() -> OSError:
-    return OSError(errno.EADDRINUSE, "it is in use: a server listens there")
+    return OSError(errno.EADDRINUSE, "it is in use: a server listens on it")
 
 
 @contextlib.contextmanager
 def private() -> Iterator[None]:
-    """Sockets that are bound in here are the user's own: mode 0600."""
+    """Give sockets that are bound in this block the mode 0600."""
     before = os.umask(0o177)
     try:
         yield
@@ -64,10 +64,10 @@ def private() -> Iterator[None]:
 
 
 def bind(path: str, backlog: int) -> socket.socket:
-    """Listen there; without blocking.
+    """Return a non-blocking socket that listens at a path.
 
     Raises:
-        OSError: it cannot be; `strerror` says why.
+        OSError: it cannot be created; `strerror` has the reason.
     """
     clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -83,7 +83,7 @@ def bind(path: str, backlog: int) -> socket.socket:
 
 
 class SocketFile:
-    """The file that was made by binding a socket."""
+    """The file that binding a socket created."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -91,11 +91,11 @@ class SocketFile:
 
     def _identity(self) -> tuple[int, int, int]:
         found = os.lstat(self._path)
-        # a file that is removed leaves its number to the next one
+        # a new file may get the inode number of a removed one
         return found.st_dev, found.st_ino, found.st_mtime_ns
 
     def remove(self) -> None:
-        """Remove it, unless another server has put its own there."""
+        """Remove the file, unless another server has replaced it."""
         with contextlib.suppress(FileNotFoundError):
             if self._identity() == self._made:
                 os.unlink(self._path)

@@ -1,1 +1,1 @@
-"""Stepwell's own services, health and reflection: convert, delegate, convert back. Triton's are in `rpc/triton`."""
+"""Stepwell's own services, health and reflection. Triton's services are in `rpc/triton`."""

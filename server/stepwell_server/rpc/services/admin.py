@@ -1,4 +1,4 @@
-"""The calls of SessionService for those who look after many sessions: lists, closing, export and import."""
+"""The calls of SessionService for administrators: lists, closing by filters, export and import."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 _DEFAULT_PAGE = 1000
 _LARGEST_PAGE = 10_000
-#: Sessions that are made messages of before others get a turn.
+#: Number of sessions to convert before yielding to the event loop.
 _BATCH_SIZE = 64
-#: Of sessions in one page, unless another size is asked for.
+#: Default size of a page of exported sessions.
 _EXPORTED_BYTES = 1 << 20
 _EXISTING: dict[int, ExistingPolicy] = {
     pb.EXISTING_SESSION_UNSPECIFIED: ExistingPolicy.REFUSE,
@@ -54,7 +54,7 @@ _Filtered: TypeAlias = pb.ListSessionsRequest | pb.CloseMatchingSessionsRequest 
 
 
 class Administration:
-    """Lists, closing by filters, export and import. Part of the servicer; lives on the event loop."""
+    """Lists, closing by filters, export and import. A base class of the servicer; lives on the event loop."""
 
     def __init__(self, engine: Engine, max_reply_bytes: int) -> None:
         self._engine = engine
@@ -76,7 +76,7 @@ class Administration:
         )
         response = pb.ListSessionsResponse(total=total)
         for start in range(0, len(page), _BATCH_SIZE):
-            # its calls take turns: in each turn of the event loop there is one piece of one of them
+            # each iteration of the event loop converts one piece, of one call
             async with self._listing:
                 response.sessions.extend(
                     [_listed(info, call.who) for info in page[start : start + _BATCH_SIZE]]
@@ -91,12 +91,12 @@ class Administration:
     async def close_matching_sessions(
         self, request: pb.CloseMatchingSessionsRequest, call: Call
     ) -> pb.CloseMatchingSessionsResponse:
-        """Delete sessions that fit a filter, some at a time."""
+        """Close sessions that match a filter, one page per call."""
         wanted = _filter_of(request, call.who)
         is_filtered = bool(wanted.model or wanted.prefix or wanted.idle_longer_s is not None)
         if is_filtered is request.all:
             raise InvalidInput(
-                "all must be true without model, session_id_prefix and idle_longer, and false with one of them;"
+                "all must be true without model, session_id_prefix and idle_longer, and false with any of them;"
                 f" got {str(request.all).lower()}"
             )
         after, as_of = from_token(request.page_token)
@@ -114,11 +114,11 @@ class Administration:
     async def export_sessions(
         self, request: pb.ExportSessionsRequest, call: Call
     ) -> pb.ExportSessionsResponse:
-        """Read sessions with all that is kept of them."""
+        """Read complete sessions."""
         who = call.who
         wanted = _filter_of(request, who)
-        most = self._max_reply_bytes * 3 // 4
-        page_bytes = min(request.page_bytes or _EXPORTED_BYTES, most)
+        max_bytes = self._max_reply_bytes * 3 // 4
+        page_bytes = min(request.page_bytes or _EXPORTED_BYTES, max_bytes)
         place, _ = from_token(request.page_token)
         response = pb.ExportSessionsResponse()
         if not request.session_ids:
@@ -126,7 +126,7 @@ class Administration:
                 wanted,
                 after=tenancy.internal_page_end(who, place) if place else "",
                 page_bytes=page_bytes,
-                max_bytes=most,
+                max_bytes=max_bytes,
                 deadline=call.deadline,
             )
             _add_exported(response, found, who)
@@ -140,7 +140,7 @@ class Administration:
         if len(ids) > MAX_IMPORTED:
             raise InvalidInput(f"session_ids must be at most {MAX_IMPORTED}; got {len(ids)}")
         if place and place not in ids:
-            raise InvalidInput("page_token must be that of a page of the same session_ids; got another one")
+            raise InvalidInput("page_token must belong to a page of the same session_ids; got another one")
         size = 0
         inner = tenancy.internal_ids(who, ids)
         for at in range(ids.index(place) + 1 if place else 0, len(ids)):
@@ -150,9 +150,9 @@ class Administration:
                 if len(response.sessions) and size > page_bytes:
                     response.next_page_token = to_token(ids[at - 1])
                     break
-                if len(each) > most:
+                if len(each) > max_bytes:
                     each = MessageTooLarge(
-                        f"session {ids[at]!r} must have at most {most} bytes to be exported; it has {len(each)}"
+                        f"session {ids[at]!r} must have at most {max_bytes} bytes to be exported; it has {len(each)}"
                     )
             _add_exported(response, [(inner[at], each)], who)
         return response
@@ -160,10 +160,10 @@ class Administration:
     async def import_sessions(
         self, request: pb.ImportSessionsRequest, call: Call
     ) -> pb.ImportSessionsResponse:
-        """Make sessions of what was exported."""
+        """Create sessions from exported ones."""
         existing = _EXISTING.get(request.existing)
         if existing is None:
-            raise InvalidInput(f"existing must be an ExistingSession; got {request.existing}")
+            raise InvalidInput(f"existing must be one of stepwell.v1.ExistingSession; got {request.existing}")
         sessions = [
             SessionRecord(
                 tenancy.imported_id(call.who, each.tenant, each.session_id),
@@ -176,12 +176,12 @@ class Administration:
         results = await self._engine.import_sessions(sessions, existing, call.who)
         for each, result in zip(request.sessions, results, strict=True):
             tenant = tenancy.shown_tenant(call.who, tenancy.recorded_id(each.tenant, each.session_id))
-            told = response.sessions.add(session_id=each.session_id, tenant=tenant)
+            imported = response.sessions.add(session_id=each.session_id, tenant=tenant)
             if isinstance(result, ServerError):
-                told.outcome = pb.IMPORT_OUTCOME_FAILED
-                told.error.CopyFrom(to_proto(result))
+                imported.outcome = pb.IMPORT_OUTCOME_FAILED
+                imported.error.CopyFrom(to_proto(result))
             else:
-                told.outcome = _OUTCOMES[result]
+                imported.outcome = _OUTCOMES[result]
         return response
 
 
@@ -202,17 +202,17 @@ def _add_exported(
 
 
 def max_idle_of(request: _Opening) -> int | None:
-    """The limit that an opening asks for, in milliseconds; 0: none; None: it says nothing.
+    """Return the idle limit in a request, in milliseconds; 0: no limit; None: not set.
 
     Raises:
-        InvalidInput: it is out of its range.
+        InvalidInput: it is out of range.
     """
     if not request.HasField("max_idle"):
         return None
     seconds = convert.to_seconds(request.max_idle, "max_idle")
     if seconds and not MIN_IDLE_S <= seconds <= MAX_IDLE_MS / 1000:
         raise InvalidInput(
-            f"max_idle must be 0, for no limit, or {MIN_IDLE_S:.0f} s to {MAX_IDLE_MS // 1000} s;"
+            f"max_idle must be 0 for no limit, or from {MIN_IDLE_S:.0f} s to {MAX_IDLE_MS // 1000} s;"
             f" got {convert.seconds_text(request.max_idle)} s"
         )
     return round(seconds * 1000)

@@ -1,4 +1,4 @@
-"""grpc.health.v1.Health: whether the server, each of its services, and each model takes calls."""
+"""grpc.health.v1.Health: whether the server, each service, and each model accepts calls."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NOT_SERVING = pb.HealthCheckResponse.NOT_SERVING
 
 
 MODEL_PREFIX = "stepwell.model/"
-"""Before NAME or NAME@VERSION it makes the name of a service, which serves when that model is ready."""
+"""Followed by NAME or NAME@VERSION, it is the name of a service that is SERVING when that model is ready."""
 
 
 class HealthServicer:
     """The calls of Health, each by its name in snake case. Lives on the event loop.
 
     Args:
-        services: Names of those that serve when the server does.
-        lists_models: `List` has the models too: they are known to whoever asks.
+        services: Names of the services that are SERVING when the server is.
+        lists_models: Whether `List` contains the models, which makes their names public.
     """
 
     def __init__(self, services: Iterable[str], *, lists_models: bool = True) -> None:
@@ -37,11 +37,11 @@ class HealthServicer:
         self._lists_models = lists_models
         self._is_serving = self._is_stopping = False
         self._models: dict[str, bool] = {}
-        """Whether calls for a model can be answered, by the name of its service."""
+        """Whether calls for each model can be answered, by the name of its service."""
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def check(self, request: pb.HealthCheckRequest, _call: Call) -> pb.HealthCheckResponse:
-        """Say how a service is."""
+        """Return the status of a service."""
         if request.service not in self._services and request.service not in self._models:
             raise ServiceNotFound(
                 f"service must be empty, one of {sorted(self._services - {''})}, or {MODEL_PREFIX}NAME or "
@@ -50,32 +50,32 @@ class HealthServicer:
         return pb.HealthCheckResponse(status=self._status(request.service))
 
     async def list(self, _request: Any, _call: Call) -> Message:
-        """Say how all services are."""
+        """Return the status of all services."""
         names = [*self._services, *(self._models if self._lists_models else ())]
-        # newer than the oldest grpcio-health-checking that is allowed
+        # newer than the oldest supported grpcio-health-checking
         response: Message = pb.HealthListResponse(  # type: ignore[attr-defined,unused-ignore]
             statuses={name: pb.HealthCheckResponse(status=self._status(name)) for name in names}
         )
         return response
 
     async def watch(self, call: Call) -> None:
-        """Say how a service is, now and whenever that changes."""
+        """Send the status of a service, now and after each change."""
         raw = await call.read()
         service = parse(pb.HealthCheckRequest, b"" if raw is None else raw).service
-        told: pb.HealthCheckResponse.ServingStatus.ValueType | None = None
+        last: pb.HealthCheckResponse.ServingStatus.ValueType | None = None
         while True:
             changed, status = self._changed, self._status(service)
-            if status != told:
-                told = status
+            if status != last:
+                last = status
                 await call.write(pb.HealthCheckResponse(status=status).SerializeToString())
             await asyncio.shield(changed)
 
     def announce(self, *, is_serving: bool, models: Mapping[str, bool]) -> None:
-        """Say from now on whether calls can be answered, and those for each model, unless the server stops.
+        """Set the status of the server and of each model. A stopping server stays NOT_SERVING.
 
         Args:
             is_serving: Whether the server is ready.
-            models: By NAME and NAME@VERSION, whether they are.
+            models: Whether each model is ready, by NAME and NAME@VERSION.
         """
         before = self._is_serving, self._models
         self._is_serving = is_serving and not self._is_stopping
@@ -91,7 +91,7 @@ class HealthServicer:
         return self._is_serving
 
     def stop(self) -> None:
-        """Say from now on that nothing is served."""
+        """Set all statuses to NOT_SERVING for good."""
         self._is_stopping = True
         self.announce(
             is_serving=False, models={name.removeprefix(MODEL_PREFIX): False for name in self._models}

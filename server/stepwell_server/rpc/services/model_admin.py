@@ -1,4 +1,4 @@
-"""ModelAdminService: convert, delegate, convert back. Who may call is `access`'s affair; every call has its audit line."""
+"""The calls of ModelAdminService. `access` decides who may call; every call has a line in the audit log."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class ModelAdminServicer:
     def __init__(
         self, control: Catalog, models: ModelServicer, auditor: Auditor | None, refusal: str = ""
     ) -> None:
-        """Wire it.
+        """Create the servicer.
 
         Args:
-            control: does it.
-            models: describes models.
-            auditor: is told of calls that are streams; of the others the boundary tells it.
-            refusal: why nobody may call here; empty: callers with the role may.
+            control: Loads and unloads models.
+            models: Describes models.
+            auditor: Audits the streaming calls. The boundary audits the unary ones.
+            refusal: Reason why nobody may call; empty: callers with the role may.
         """
         self._control = control
         self._models = models
@@ -50,7 +50,7 @@ class ModelAdminServicer:
         self._refusal = refusal
 
     async def load_model(self, call: Call) -> None:
-        """Load a version, and tell of its stages."""
+        """Load a version, and report its stages."""
         request = parse(pb.LoadModelRequest, await call.read() or b"")
         await self._audited("LoadModel", call, request, lambda: self._load(request, call))
 
@@ -94,10 +94,10 @@ class ModelAdminServicer:
         return reply
 
     async def upload_model(self, call: Call) -> None:
-        """Take a file, piece by piece."""
+        """Receive a file in pieces."""
         first = parse(pb.UploadModelRequest, await call.read() or b"")
-        told = pb.UploadModelRequest(filename=first.filename)
-        await self._audited("UploadModel", call, told, lambda: self._upload(first, call))
+        audited = pb.UploadModelRequest(filename=first.filename)
+        await self._audited("UploadModel", call, audited, lambda: self._upload(first, call))
 
     async def _upload(self, first: pb.UploadModelRequest, call: Call) -> pb.UploadModelResponse:
         self._require_allowed("UploadModel")
@@ -111,7 +111,7 @@ class ModelAdminServicer:
                     break
                 piece = parse(pb.UploadModelRequest, raw)
                 if piece.filename:
-                    raise InvalidInput("filename must be in the first message only; got another one")
+                    raise InvalidInput("filename must be only in the first message; got another one")
             sent = await upload.finish()
         except BaseException:
             await asyncio.shield(upload.abort())
@@ -121,7 +121,7 @@ class ModelAdminServicer:
         return reply
 
     async def unload_model(self, request: pb.UnloadModelRequest, _call: Call) -> pb.UnloadModelResponse:
-        """Serve a version no longer."""
+        """Unload a version."""
         self._require_allowed("UnloadModel")
         await self._control.unload(request.name, request.version, force=request.force)
         return pb.UnloadModelResponse()
@@ -139,7 +139,7 @@ class ModelAdminServicer:
         )
 
     async def set_label(self, request: pb.SetLabelRequest, call: Call) -> pb.SetLabelResponse:
-        """Give a label to a version, or take it away."""
+        """Assign a label to a version, or remove it."""
         self._require_allowed("SetLabel")
         await self._control.set_label(request.name, request.label, request.version)
         return pb.SetLabelResponse(model=await self._models.described(request.name, call))
@@ -165,5 +165,5 @@ class ModelAdminServicer:
 def _policy(number: int) -> SessionPolicy:
     policy = _POLICIES.get(number)
     if policy is None:
-        raise InvalidInput(f"sessions must be a SessionPolicy; got {number}")
+        raise InvalidInput(f"sessions must be one of stepwell.v1.SessionPolicy; got {number}")
     return policy

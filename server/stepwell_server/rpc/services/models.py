@@ -1,4 +1,4 @@
-"""ModelService: convert, delegate, convert back."""
+"""The calls of ModelService."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 MAX_SLOW_SESSIONS = 100
-"""The limit of ListSlowSessions; its source keeps at least this many."""
+"""The limit of ListSlowSessions. Its source keeps at least this many."""
 _SLOW_SESSIONS = 10
-"""How many it lists where the caller names no limit."""
+"""Number of sessions that it lists by default."""
 
 
 class SlowStep(NamedTuple):
@@ -31,14 +31,14 @@ class SlowStep(NamedTuple):
     session_id: str
     model: str
     when: float
-    """When it was answered, on the clock's monotonic time."""
+    """Time of the reply, on the monotonic clock."""
 
 
 class SlowSteps(Protocol):
-    """Knows the sessions with slow steps."""
+    """The sessions with slow steps."""
 
     def list(self, now: float) -> Sequence[SlowStep]:
-        """One step of each session, the slowest first."""
+        """Return one step per session, the slowest first."""
 
 
 class ModelServicer:
@@ -53,7 +53,7 @@ class ModelServicer:
         clock: Clock,
         control: Catalog | None = None,
     ) -> None:
-        """`server` describes it to admins; `control` loads models; None: those of the start are all."""
+        """`server` describes the server to admins. `control` loads models; None: no models are loaded later."""
         self._control = control
         self._slow_steps = slow_steps
         self._clock = clock
@@ -62,7 +62,7 @@ class ModelServicer:
         self._max_reply_bytes = max_reply_bytes
 
     async def list_models(self, _request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
-        """List the models, and say what serves them."""
+        """List the models, and describe the server."""
         await self._engine.refresh_counts()
         counted = call.who.role is Role.ADMIN
         statuses = {} if self._control is None else self._control.statuses()
@@ -71,8 +71,8 @@ class ModelServicer:
             convert.from_model(info, counted=counted, statuses=statuses.get(info.name, ())) for info in infos
         ]
         for name in statuses.keys() - {info.name for info in infos}:
-            told = [convert.from_version(status, counted=counted) for status in statuses[name]]
-            models.append(pb.Model(name=name, versions=told))
+            versions = [convert.from_version(status, counted=counted) for status in statuses[name]]
+            models.append(pb.Model(name=name, versions=versions))
         models.sort(key=lambda model: model.name)
         server = self._server if counted else pb.Server(front=self._server.front, id=self._server.id)
         return pb.ListModelsResponse(models=models, server=server)
@@ -82,10 +82,10 @@ class ModelServicer:
         return pb.GetModelResponse(model=await self.described(request.name, call))
 
     async def described(self, ref: str, call: Call) -> pb.Model:
-        """A model, or a version of it, as a caller may know it.
+        """Describe a model or a version of it, as far as the caller may see it.
 
         Raises:
-            ModelNotFound, VersionNotFound: there is none.
+            ModelNotFound, VersionNotFound: it does not exist.
         """
         await self._engine.refresh_counts()
         info = self._engine.model(ref)
@@ -98,7 +98,7 @@ class ModelServicer:
     async def list_slow_sessions(
         self, request: pb.ListSlowSessionsRequest, call: Call
     ) -> pb.ListSlowSessionsResponse:
-        """List sessions with slow steps: those of the caller's tenant."""
+        """List the sessions with slow steps in the caller's tenant."""
         if request.limit > MAX_SLOW_SESSIONS:
             raise InvalidInput(f"limit must be at most {MAX_SLOW_SESSIONS}; got {request.limit}")
         now, tenant = self._clock.monotonic(), tenancy.tenant_filter(call.who, "")

@@ -1,7 +1,6 @@
-"""Server reflection, in both of its versions: v1, which clients ask for first, and v1alpha.
+"""Server reflection in both versions: v1, which clients try first, and v1alpha.
 
-grpcio-reflection has v1alpha alone. v1 is the same protocol under another name: the same messages, byte for
-byte.
+grpcio-reflection has only v1alpha. v1 is the same protocol under another name, with identical messages.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ class ReflectionServicer:
     """The call of ServerReflection. Lives on the event loop."""
 
     def __init__(self, services: Sequence[ServiceDescriptor]) -> None:
-        # Our own messages are in the common pool, Triton's in one of their own: here all are in one.
+        # Our messages are in the common pool, and Triton's in a separate one. Here all are in one pool.
         pool = descriptor_pool.DescriptorPool()
         added: set[str] = set()
         for service in (*services, _V1ALPHA):
             _add(pool, service.file, added)
         pool.Add(_v1_file())
         self.services = (pool.FindServiceByName(f"{_V1}.ServerReflection"), _V1ALPHA)
-        """Descriptors of the services that this one answers."""
+        """Descriptors of the reflection services."""
         self._names = [service.full_name for service in (*services, *self.services)]
         self._pool = pool
         self._servicer: Any = None
-        """Made when it is asked for: it brings grpc, 8 MiB that the native front does not need."""
+        """Created on first use, because it imports grpc, 8 MiB that the native front does not need."""
 
     async def server_reflection_info(self, call: Call) -> None:
-        """Answer each question."""
+        """Answer each request."""
         if self._servicer is None:
             self._servicer = await asyncio.to_thread(_servicer, self._names, self._pool)
         while (raw := await call.read()) is not None:
@@ -61,7 +60,7 @@ async def _only(request: Any) -> AsyncIterator[Any]:
 
 
 def _add(pool: descriptor_pool.DescriptorPool, file: FileDescriptor, added: set[str]) -> None:
-    """Add a file to a pool, and before it those that it imports."""
+    """Add a file to a pool, after the files that it imports."""
     if file.name in added:
         return
     added.add(file.name)
@@ -73,7 +72,7 @@ def _add(pool: descriptor_pool.DescriptorPool, file: FileDescriptor, added: set[
 
 
 def _v1_file() -> descriptor_pb2.FileDescriptorProto:
-    """The description of v1, made from v1alpha's."""
+    """Return the description of v1, made from v1alpha's."""
     file = descriptor_pb2.FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(file)
     old = file.package

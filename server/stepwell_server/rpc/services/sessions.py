@@ -1,4 +1,4 @@
-"""SessionService: convert, delegate, convert back. Step and ResetStates are in `messages`, StepStream is in `stream`."""
+"""The calls of SessionService. Step and ResetStates are in `messages`, StepStream is in `stream`."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         self._limits = limits
         self._streams = Streams()
         self.refuse_streams = self._streams.refuse
-        """End each stream that begins from now on with UNAVAILABLE, before anything of it is read."""
+        """End every new stream with UNAVAILABLE, before anything is read from it."""
         self.stop = self._streams.stop
-        """End each stream with UNAVAILABLE as soon as its frames are answered."""
+        """End each stream with UNAVAILABLE once its frames are answered."""
 
     async def open_session(self, request: pb.OpenSessionRequest, call: Call) -> pb.OpenSessionResponse:
-        """Open a session, or resume a live one."""
+        """Open a session, or resume an open one."""
         opened = await self._engine.open_session(
             request.model,
             session_id=tenancy.internal_id(call.who, request.session_id),
@@ -92,7 +92,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         )
 
     async def close_session(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
-        """Delete a session."""
+        """Close a session."""
         replayed = await self._engine.close_session(
             tenancy.internal_id(call.who, request.session_id),
             request_id=request.request_id,
@@ -102,7 +102,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         return pb.CloseSessionResponse(replayed=replayed)
 
     async def close_sessions(self, request: pb.CloseSessionsRequest, call: Call) -> pb.CloseSessionsResponse:
-        """Delete many sessions."""
+        """Close many sessions."""
         closed = await self._engine.close_sessions(
             tenancy.internal_ids(call.who, request.session_ids),
             request_id=request.request_id,
@@ -130,7 +130,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         return response
 
     async def fork_session(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
-        """Open a session with the state of another."""
+        """Open a session with the state of another one."""
         forked: OpenResult = await self._engine.fork(
             tenancy.internal_id(call.who, request.session_id),
             new_session_id=tenancy.internal_id(call.who, request.new_session_id),
@@ -171,7 +171,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         return response
 
     async def fork_sessions(self, request: pb.ForkSessionsRequest, call: Call) -> pb.ForkSessionsResponse:
-        """Open sessions with the states of others."""
+        """Open sessions with the states of other ones."""
         count = len(request.session_ids)
         forked = await self._engine.fork_sessions(
             tenancy.internal_ids(call.who, request.session_ids),
@@ -195,7 +195,7 @@ class SessionServicer(messages.UnaryChanges, admin.Administration):
         )
 
     async def step_stream(self, call: Call) -> None:
-        """Advance many sessions at once, frame by frame."""
+        """Step or reset many sessions, frame by frame."""
         stream = FrameStream(
             self._engine,
             self._clock,

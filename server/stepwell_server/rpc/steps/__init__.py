@@ -1,4 +1,4 @@
-"""Steps on the wire: messages to changes and back, the unary call and the stream of frames.
+"""Steps and resets: converts messages to changes and back, for unary calls and for the stream of frames.
 
-It may touch messages and the engine's face; how bytes come and go is the front's affair.
+It uses messages and the engine's interface. The fronts receive and send the bytes.
 """

@@ -1,8 +1,8 @@
-"""Plain steps that a front hands over as columns, made into changes.
+"""Turns steps that a front hands over as columns into changes.
 
-All that came at once is one change, whoever sent it. What cannot go together, because a session is not in the table
-or something is refused, goes message by message, so that each gets the answer that it would get alone. So it is in
-every protocol; what differs between them is in a `Wire` and, for each batch, a `Content`.
+All steps that arrive together become one change, whoever sent them. If that is impossible, because a session is not in the
+table or something is refused, they are submitted message by message, so that each gets the answer that it would get alone.
+This is the same for every protocol. The differences are in a `Wire` and, per batch, a `Content`.
 """
 
 from __future__ import annotations
@@ -35,45 +35,45 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _Message = tuple[int, int]
-"""Of a batch: its first session, and how many it has."""
+"""A message of a batch: its first session, and its number of sessions."""
 _NOBODY: Members = np.zeros(0, np.intp)
 _PIECE = 32
-"""Messages that are submitted one by one in one turn of the event loop."""
+"""Number of messages to submit one by one in one iteration of the event loop."""
 
 
 @dataclasses.dataclass(slots=True)
 class Content:
-    """What a batch of plain steps asks for, as its protocol has read it."""
+    """The content of a batch of steps, as its protocol has read it."""
 
     inputs: Tensors
     output_names: Sequence[str] = ()
     replied: Callable[[Tensors], Tensors] | None = None
-    """Makes what is sent back of the outputs of members; None: the outputs are sent as they are."""
+    """Converts the outputs of members for the reply; None: send them unchanged."""
     model: str = ""
-    """As `Change.continued_model`."""
+    """See `Change.continued_model`."""
     versions: Collection[int] | None = None
-    """As `Change.continued_versions`."""
+    """See `Change.continued_versions`."""
     alone: Members | None = None
     """Members that the protocol has to serve one by one; None: none."""
     count: Callable[[Members | None, Reply | None], None] | None = None
-    """Counts members that were answered, for statistics of the protocol; with no reply, they failed."""
+    """Counts answered members for the protocol's statistics. Without a reply, they failed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wire:
-    """How plain steps of a protocol are read and answered. On the event loop."""
+    """How steps of a protocol are read and answered. On the event loop."""
 
     method: str
-    """Of its unary calls."""
+    """Name of its unary method."""
     stream_method: str
-    """Of its streams."""
+    """Name of its streaming method."""
     read: Callable[[StepColumns], Content]
     refusals: Callable[
         [StepColumns, Members | None, ServerError], Iterable[tuple[Members | None, ServerError, bytes]]
     ]
-    """An error as the protocol words it, and as its streams send it, with the members that are answered so."""
+    """Returns an error in the protocol's words, with its bytes for streams and the members that get it."""
     serve_alone: Callable[[Batch, int], None] | None = None
-    """Serves a member that the engine does not take as a step that continues."""
+    """Serves a member that the engine does not accept as a continuing step."""
 
 
 STEPWELL = Wire(
@@ -85,27 +85,27 @@ STEPWELL = Wire(
 
 
 class Batch:
-    """Plain steps that came together: what is left of them, and their answers. Lives on the event loop."""
+    """Steps that arrived together: the remaining ones, and the replies. Lives on the event loop."""
 
     def __init__(self, columns: StepColumns, wire: Wire, clock: Clock, observer: RequestObserver) -> None:
         self.columns = columns
         self.wire = wire
         self.left: Members = np.arange(len(columns.session_ids))
-        """Members that nobody has taken yet."""
+        """Members that are not submitted yet."""
         self.traces: dict[int, CallTrace] = {}
-        """Of messages that are traced, by their first members."""
+        """Traces of messages, by their first members."""
         self._content = Content({})
         self._clock = clock
         self._observer = observer
 
     def read(self) -> None:
-        """Read the tensors, and have served alone what must be."""
+        """Read the tensors, and serve those members alone that must be."""
         self._content = self.wire.read(self.columns)
         if self._content.alone is not None:
             self.serve_alone(self._content.alone)
 
     def change(self, members: Members | None) -> Change:
-        """The change of some of the members; None: of the whole batch."""
+        """Return the change of some members; None: of the whole batch."""
         columns, content = self.columns, self._content
         inputs, expected, request_ids = content.inputs, columns.expected, columns.request_ids
         if members is not None:
@@ -119,7 +119,7 @@ class Batch:
             inputs=inputs,
             expected=expected,
             request_ids=request_ids,
-            batch_sizes=sizes_of(columns, members) if columns.says_sizes or content.model else None,
+            batch_sizes=sizes_of(columns, members) if columns.has_sizes or content.model else None,
             select=messages.to_select(columns.select),
             output_names=content.output_names,
             continued_model=content.model,
@@ -127,8 +127,8 @@ class Batch:
         )
 
     def serve_alone(self, members: Members) -> Sequence[int]:
-        """Serve members one by one, with all others left that name the same sessions. Returns all of them."""
-        assert self.wire.serve_alone is not None, "the engine refuses other steps that it does not take"
+        """Serve members one by one, together with all remaining members of the same sessions. Returns all of them."""
+        assert self.wire.serve_alone is not None, "the engine refuses all other steps that it does not accept"
         ids = self.columns.session_ids
         named = {ids[member] for member in members.tolist()}
         alone = [member for member in self.left.tolist() if ids[member] in named]
@@ -138,7 +138,7 @@ class Batch:
         return alone
 
     def applied(self, members: Members | None, reply: Reply) -> None:
-        """Members were applied; None: all of the batch."""
+        """Members were applied; None: the whole batch."""
         content = self._content
         self.answer(
             members, reply, reply.outputs if content.replied is None else content.replied(reply.outputs)
@@ -147,30 +147,30 @@ class Batch:
             content.count(members, reply)
 
     def failed(self, members: Members | None, error: ServerError) -> None:
-        """Members failed alike; None: all of the batch."""
+        """Members failed with the same error; None: the whole batch."""
         if self._content.count is not None:
             self._content.count(members, None)
         for some, known, message in self.wire.refusals(self.columns, members, error):
             self.refuse(some, known, message)
 
     def traces_of(self, members: Members | None) -> Mapping[int, CallTrace]:
-        """Those of some members, by their index among them; None: of all."""
+        """Return the traces of some members, by their index among these; None: of all."""
         if members is None or not self.traces:
             return self.traces
         places = {member: place for place, member in enumerate(members.tolist())}
         return {places[first]: trace for first, trace in self.traces.items() if first in places}
 
     def _end_traces(self, members: Members | None, code: str, reason: str) -> None:
-        """A message has its answer, as a trace shows it, when its first session has."""
+        """End the traces of messages whose first session is answered."""
         answered = list(self.traces) if members is None else self.traces.keys() & set(members.tolist())
         for first in answered:
-            whose = self.columns.whos[first] if len(self.columns.whos) > 1 else self.columns.whos[0]
+            who = self.columns.whos[first] if len(self.columns.whos) > 1 else self.columns.whos[0]
             session = namespaces.own(self.columns.session_ids[first])
-            facts = {"session.id": session, "tenant": whose.tenant, "caller": whose.name}
+            facts = {"session.id": session, "tenant": who.tenant, "caller": who.name}
             self.traces.pop(first).end(code, reason, facts)
 
     def answer(self, members: Members | None, reply: Reply, outputs: Tensors) -> None:
-        """Answer members that were applied, with these outputs."""
+        """Answer applied members with these outputs."""
         if self.traces:
             self._end_traces(members, "OK", "")
         ended = self.columns.replies.applied(
@@ -184,7 +184,7 @@ class Batch:
         self._ended(ended, "OK")
 
     def refuse(self, members: Members | None, error: ServerError, message: bytes) -> None:
-        """Refuse calls by the error's status, and answer streams with `message`."""
+        """End calls with the error's status, and answer streams with `message`."""
         if self.traces:
             self._end_traces(members, code_of(error).name, error.reason)
         count = len(self.columns.session_ids) if members is None else len(members)
@@ -200,7 +200,7 @@ class Batch:
 
 
 class ColumnSteps(Refusals):
-    """Submits what comes as columns. `base.Steps`."""
+    """Submits steps that arrive as columns. Implements `base.Steps`."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class ColumnSteps(Refusals):
         self._tracer = tracer
         self.traces = tracer is not None
         self._requests = requests
-        """Of Triton's requests."""
+        """The wire of Triton's requests."""
         self.go, self.add_part = engine.take_turns, engine.add_part
 
     def take(self, columns: StepColumns) -> Rest | None:
@@ -231,18 +231,18 @@ class ColumnSteps(Refusals):
             batch.traces = {int(firsts[n]): trace for n, trace in traced.items() if n not in untraced}
         pieces = self._submit(batch)
 
-        def go_on() -> bool:
+        def run_rest() -> bool:
             try:
                 return next(pieces, None) is not None
-            except Exception as error:  # a defect: no caller may wait for ever, or be answered twice
+            except Exception as error:  # a bug: no caller may wait for ever, or get two answers
                 if len(batch.left):
                     batch.failed(batch.left, internal(error, method=wire.method))
                 return False
 
-        return go_on if go_on() else None
+        return run_rest if run_rest() else None
 
     def _submit(self, batch: Batch) -> Iterator[bool]:
-        """Submit all, with a pause after each piece of what must be submitted one by one."""
+        """Submit all steps, with a pause after each piece of messages that are submitted one by one."""
         batch.read()
         self._end_late(batch)
         columns = batch.columns
@@ -267,7 +267,7 @@ class ColumnSteps(Refusals):
             batch.left = _NOBODY if is_one else batch.left[batch.left >= first + count]
 
     def _end_late(self, batch: Batch) -> None:
-        """End the members whose time is over, all at once: one by one a flood of them would hold up others."""
+        """End members whose deadline has passed, all together: one by one, a flood of them would delay others."""
         deadlines, now = batch.columns.deadlines, self._clock.monotonic()
         if np.minimum.reduce(deadlines) > now:
             return
@@ -277,7 +277,7 @@ class ColumnSteps(Refusals):
             batch.failed(late, too_late())
 
     def _submit_together(self, batch: Batch) -> None:
-        """Submit all messages as one change; those that must be submitted alone are left."""
+        """Submit all messages as one change, except those that must be submitted alone."""
         columns, members = batch.columns, batch.left
         is_whole = len(members) == len(columns.session_ids)
         change = self._change(batch, members)
@@ -290,8 +290,8 @@ class ColumnSteps(Refusals):
         change.deadlines = columns.deadlines if is_whole else columns.deadlines[members]
         change.deadline = float(np.minimum.reduce(change.deadlines))
         if change.batch_sizes is None:
-            change.batch_sizes = sizes_of(columns, members)  # whose rows are whose
-        with contextlib.suppress(ServerError):  # each gets its own answer
+            change.batch_sizes = sizes_of(columns, members)  # assigns the rows to the sessions
+        with contextlib.suppress(ServerError):  # each message gets its own answer
             batch.left = members[self._engine.submit(change)]
 
     def _change(self, batch: Batch, members: Members) -> Change:
@@ -308,18 +308,18 @@ def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
 
 
 def who_of(columns: StepColumns, member: int) -> Caller:
-    """Who asks for a member."""
+    """Return the caller of a member."""
     return columns.whos[member if len(columns.whos) > 1 else 0]
 
 
 def sizes_of(columns: StepColumns, members: Members | None) -> Rows:
-    """Rows of some members of a batch; None: of all."""
+    """Return the number of rows of some members; None: of all."""
     sizes = columns.sizes if members is None else columns.sizes[members]
     return sizes.astype(np.intp)
 
 
 def _rows_of(columns: StepColumns, members: Members) -> Members:
-    """Indexes of the members' rows in the tensors."""
+    """Return the indexes of the members' rows in the tensors."""
     sizes = columns.sizes.astype(np.intp)
     if len(members) == 1:
         start = int(sizes[: members[0]].sum())
@@ -330,7 +330,7 @@ def _rows_of(columns: StepColumns, members: Members) -> Members:
 
 
 def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
-    """The messages that have some of the members."""
+    """Return the messages that contain the members."""
     if not len(members):
         return []
     if len(columns.counts) == 1:
@@ -343,20 +343,20 @@ def _messages_of(columns: StepColumns, members: Members) -> list[_Message]:
 
 
 def _names_one_twice(columns: StepColumns) -> bool:
-    """Whether one message may name a session twice, which is refused: it is not so if all differ."""
+    """Whether a message may contain a session twice, which is refused."""
     ids = columns.session_ids
     return len(columns.counts) < len(ids) and len(set(ids)) < len(ids)
 
 
 class _Replies:
-    """Answers some members of a batch. `Replies`."""
+    """Answers some members of a batch. Implements `Replies`."""
 
     __slots__ = ("_batch", "_index")
 
     def __init__(self, batch: Batch, index: Members | None) -> None:
         self._batch = batch
         self._index = index
-        """Of its members in the batch; None: they are all of it."""
+        """Indexes of its members in the batch; None: the whole batch."""
 
     def applied(self, members: Members, reply: Reply) -> None:
         self._batch.applied(self._members(members), reply)
@@ -371,7 +371,7 @@ class _Replies:
         return members[np.isin(members if self._index is None else self._index[members], gone)]
 
     def _members(self, members: Members) -> Members | None:
-        """As the front counts them; None: all."""
+        """Return the indexes of members in the batch; None: all."""
         if self._index is not None:
             return self._index[members]
         return None if len(members) == len(self._batch.columns.session_ids) else members

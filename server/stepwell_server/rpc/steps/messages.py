@@ -1,4 +1,4 @@
-"""Steps and resets between messages and the engine's changes: the unary calls, and the messages of frames."""
+"""Converts steps and resets between messages and the engine's changes: unary calls, and frames of streams."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.base import Call
 
 FrameBody = pb.StepFrame | pb.ResetFrame
-#: Bytes that a member of a reply takes beside its outputs: index, revision, position, replayed index.
+#: Bytes of a member in a reply without its outputs: index, revision, position, replayed index.
 MEMBER_BYTES = 32
-#: Bytes that a reply takes beside members and elements, with names and shapes of an ordinary model.
+#: Bytes of a reply without members and elements: names and shapes of a typical model.
 REPLY_BYTES = 512
 
 _SELECTS: dict[int, Select] = {
@@ -43,7 +43,7 @@ _STATES: dict[int, Select] = {
 
 
 class UnaryChanges:
-    """Step and ResetStates, whose servicer has the attributes named here. Lives on the event loop."""
+    """Step and ResetStates. The servicer has the attributes below. Lives on the event loop."""
 
     _engine: Engine
     _max_reply_bytes: int
@@ -70,25 +70,25 @@ class UnaryChanges:
 
 
 def of_step(request: pb.StepRequest, replies: Replies, who: Caller) -> Change:
-    """The change that a unary Step asks for.
+    """Return the change of a unary Step.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: the request is invalid.
     """
     change = Change((tenancy.internal_id(who, request.session_id),), replies, caller=who)
     change.inputs = tensors.to_arrays(request.inputs, "inputs")
-    _say_step(change, request)
+    _set_step(change, request)
     change.rows = list(request.rows) or None
     change.state_rows = _some_states(change, "state_rows", request.state_rows)
-    _say_once(change, request)
+    _set_request_id(change, request)
     return change
 
 
 def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> Change:
-    """The change that a unary ResetStates asks for.
+    """Return the change of a unary ResetStates.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: the request is invalid.
     """
     change = Change((tenancy.internal_id(who, request.session_id),), replies, caller=who)
     change.reset = True
@@ -96,22 +96,22 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
     change.rows = list(request.rows) or None
     if request.position and (change.rows or not request.state):
         raise InvalidInput(
-            f"position must be 0 without a state, and with rows: it is that of a whole state; got {request.position}"
+            f"position must be 0 without a state or with rows, because it belongs to a whole state; got {request.position}"
         )
     if request.position > MAX_RESET_POSITION:
         raise InvalidInput(f"position must be at most 2**61, {MAX_RESET_POSITION}; got {request.position}")
     change.position = request.position
-    _say_once(change, request)
+    _set_request_id(change, request)
     return change
 
 
 def limit_reply(change: Change, limit: int) -> None:
-    """Say how large the reply may be, and what of it are no outputs."""
+    """Set the limit of the reply's bytes, and its bytes without outputs."""
     change.reply_limit = limit
     change.reply_bytes = len(change.session_ids) * MEMBER_BYTES + REPLY_BYTES
 
 
-def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
+def _set_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
     change.select = to_select(message.outputs)
     change.output_names = tuple(message.output_names)
     change.states = to_states(message.states)
@@ -119,10 +119,10 @@ def _say_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:
 
 
 def to_select(value: int) -> Select:
-    """The selection of outputs.
+    """Return the selection of outputs.
 
     Raises:
-        InvalidInput: no such selection.
+        InvalidInput: the value is unknown.
     """
     select = _SELECTS.get(value)
     if select is None:
@@ -131,10 +131,10 @@ def to_select(value: int) -> Select:
 
 
 def to_states(value: int) -> Select:
-    """The selection of states.
+    """Return the selection of states.
 
     Raises:
-        InvalidInput: no such selection.
+        InvalidInput: the value is unknown.
     """
     select = _STATES.get(value)
     if select is None:
@@ -143,13 +143,13 @@ def to_states(value: int) -> Select:
 
 
 def _some_states(change: Change, name: str, some: Sequence[int]) -> Sequence[int] | None:
-    """Whose states come back; None: everyone's."""
+    """Return the rows or members whose states to return; None: all."""
     if some and change.states is Select.NONE:
-        raise InvalidInput(f"{name} must be empty where states is STATE_SELECTION_NONE; got {len(some)}")
+        raise InvalidInput(f"{name} must be empty with states = STATE_SELECTION_NONE; got {len(some)}")
     return list(some) or None
 
 
-def _say_once(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -> None:
+def _set_request_id(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -> None:
     if request.HasField("expected_revision"):
         change.expected = np.array([request.expected_revision], np.uint64)
     if request.request_id:
@@ -157,10 +157,10 @@ def _say_once(change: Change, request: pb.StepRequest | pb.ResetStatesRequest) -
 
 
 def body_of(request: pb.StepStreamRequest) -> FrameBody:
-    """What a frame asks for.
+    """Return the change in a frame.
 
     Raises:
-        InvalidInput: nothing.
+        InvalidInput: the frame has none.
     """
     kind = request.WhichOneof("change")
     if kind is None:
@@ -169,10 +169,10 @@ def body_of(request: pb.StepStreamRequest) -> FrameBody:
 
 
 def of_frame(body: FrameBody, replies: Replies, who: Caller) -> Change:
-    """The change that a frame asks for.
+    """Return the change of a frame.
 
     Raises:
-        InvalidInput: it is none.
+        InvalidInput: the frame is invalid.
     """
     change = Change(tenancy.internal_ids(who, body.session_ids), replies, caller=who)
     if body.batch_size:
@@ -180,10 +180,10 @@ def of_frame(body: FrameBody, replies: Replies, who: Caller) -> Change:
         change.batch_sizes = np.full(change.size, body.batch_size, np.intp)
     else:
         change.batch_sizes = convert.to_numbers(body.batch_sizes, np.intp, "batch_sizes", change.size)
-    _say_once_each(change, body)
+    _set_request_ids(change, body)
     if isinstance(body, pb.StepFrame):
         change.inputs = tensors.to_arrays(body.inputs, "inputs")
-        _say_step(change, body)
+        _set_step(change, body)
         change.state_members = _some_states(change, "state_members", body.state_members)
     else:
         change.reset = True
@@ -191,7 +191,7 @@ def of_frame(body: FrameBody, replies: Replies, who: Caller) -> Change:
     return change
 
 
-def _say_once_each(change: Change, body: FrameBody) -> None:
+def _set_request_ids(change: Change, body: FrameBody) -> None:
     count = change.size
     if body.HasField("expected_revision"):
         _require_left_out("expected_revision", body, "expected_revisions")
@@ -205,31 +205,31 @@ def _say_once_each(change: Change, body: FrameBody) -> None:
         change.request_ids = convert.to_numbers(body.request_ids, np.uint64, "request_ids", count)
 
 
-def _require_left_out(said: str, body: FrameBody, other: str) -> None:
+def _require_left_out(given: str, body: FrameBody, other: str) -> None:
     if count := len(getattr(body, other)):
-        raise InvalidInput(f"{other} must be left out where {said} is given; got {count} of them")
+        raise InvalidInput(f"{other} must be left out with {given}; got {count} of them")
 
 
 def _request_ids_from(base: int, count: int) -> U64:
     if base + count - 1 >= 1 << 64:
         raise InvalidInput(
-            f"request_id_base must be at most 2**64 - {count}, so that {count} sessions have one each; got {base}"
+            f"request_id_base must be at most 2**64 - {count}, to give {count} sessions an id each; got {base}"
         )
     return np.arange(count, dtype=np.uint64) + np.uint64(base)
 
 
 def has_short_reply(body: FrameBody) -> bool:
-    """Whether its sender understands one number for all sessions."""
+    """Whether its sender accepts a single number for all sessions."""
     return body.HasField("expected_revision") or bool(body.request_id_base)
 
 
 def same_frame_id(frame_id: int) -> InvalidInput:
-    """The error of a frame whose id is taken."""
-    return InvalidInput(f"frame_id must not be that of an unanswered frame; got {frame_id}")
+    """Return the error of a frame whose id is in use."""
+    return InvalidInput(f"frame_id must differ from those of unanswered frames; got {frame_id}")
 
 
 def step_reply(answer: ChangeResult, *, as_values: bool = False) -> pb.StepResponse:
-    """The reply to a unary Step, its tensors as data or as values."""
+    """Return the reply to a unary Step, with its tensors as data or as values."""
     response = pb.StepResponse(
         revision=answer.revision,
         position=answer.position,
@@ -242,7 +242,7 @@ def step_reply(answer: ChangeResult, *, as_values: bool = False) -> pb.StepRespo
 
 
 def reset_reply(answer: ChangeResult) -> pb.ResetStatesResponse:
-    """The reply to a unary ResetStates."""
+    """Return the reply to a unary ResetStates."""
     return pb.ResetStatesResponse(
         revision=answer.revision,
         position=answer.position,
@@ -259,7 +259,7 @@ def applied_part(
     last: bool,
     is_short: bool = False,
 ) -> bytes:
-    """The part of a frame's reply for members that were applied; None: all of the frame's."""
+    """Return the part of a frame's reply for applied members; None: all members."""
     response = pb.StepStreamResponse(
         frame_id=frame_id,
         all_members=members is None,
@@ -287,7 +287,7 @@ def applied_part(
 
 
 def failed_part(frame_id: int, members: Members | None, error: ServerError, *, last: bool) -> bytes:
-    """The part of a frame's reply for members that failed alike; None: all of the frame's."""
+    """Return the part of a frame's reply for members with the same error; None: all members."""
     indexes = () if members is None else members.tolist()
     errors = [pb.MemberError(members=indexes, error=to_proto(error))]
     return pb.StepStreamResponse(frame_id=frame_id, errors=errors, last=last).SerializeToString()

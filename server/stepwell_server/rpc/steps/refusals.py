@@ -1,4 +1,4 @@
-"""What is said of plain steps that a front refuses by itself, and the steps of a server that has no engine yet."""
+"""Errors of steps that a front refuses itself, and the steps of a server that has no engine yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RETRY_AFTER_S = 0.2
 
 
 class Refusals:
-    """That part of `base.Steps` which needs no engine."""
+    """The part of `base.Steps` that needs no engine."""
 
     def __init__(self, max_message_bytes: int, observer: RequestObserver) -> None:
         self._max_message_bytes = max_message_bytes
@@ -27,7 +27,7 @@ class Refusals:
     def too_large(self, size: int, limit: int | None = None) -> Status:
         """See `base.Steps`."""
         error = RequestTooLarge(
-            "the request must fit the size limits of both sides (max_message_bytes);"
+            "the request must fit the size limits of client and server (max_message_bytes);"
             f" got a message larger than max: {size} vs. {limit or self._max_message_bytes} bytes"
         )
         self._observer.refused(error.reason, 1)
@@ -37,18 +37,14 @@ class Refusals:
         """See `base.Steps`."""
         return to_status(
             Overloaded(
-                "calls, requests and replies under way must fit into the server's memory; there is no room for this one",
+                "all running calls, requests and replies must fit into the server's memory; there is no room for this one",
                 retry_after_s=_RETRY_AFTER_S,
             )
         )
 
     def headers_too_large(self, limit: int) -> Status:
         """See `base.Steps`."""
-        return to_status(
-            RequestTooLarge(
-                f"the headers of a call must be at most {limit} bytes; those of this one are more"
-            )
-        )
+        return to_status(RequestTooLarge(f"the headers of a call must have at most {limit} bytes; got more"))
 
     def duplicate(self, frame_id: int) -> bytes:
         """See `base.Steps`."""
@@ -58,7 +54,7 @@ class Refusals:
 
 
 class EarlySteps(Refusals):
-    """`base.Steps` of a server that listens and has no engine yet: none come before `go_to` says where they go."""
+    """`base.Steps` of a server that has no engine yet. No steps arrive before `go_to`."""
 
     go: Callable[[], None]
     add_part: Callable[[tuple[Hashable, ...], Callable[[], None]], object]
@@ -71,5 +67,5 @@ class EarlySteps(Refusals):
         self.add_part = lambda _source, part: asyncio.get_running_loop().call_soon(part)
 
     def go_to(self, steps: Steps) -> None:
-        """From now on these take the steps."""
+        """Pass steps on to these from now on."""
         self.go, self.add_part, self.take = steps.go, steps.add_part, steps.take

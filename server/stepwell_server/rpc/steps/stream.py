@@ -1,11 +1,10 @@
-"""StepStream: frames in, parts of their replies out.
+"""StepStream: reads frames and writes the parts of their replies.
 
-One task reads; none is made per message. It parses a frame and submits it; the engine hands over the parts
-of its reply, some before `submit` returns, and each is written from there: see `write_queue`.
+One task per stream reads, and no task is created per message. It parses a frame and submits it. The engine hands over the
+parts of the reply, some before `submit` returns, and each part is written at once: see `write_queue`.
 
-What a stream holds is bounded: with too many frames, or too many bytes of requests and of replies to
-come, not yet written to the client, reading stops until some are. A client that does not read its
-replies therefore holds up itself.
+The memory of a stream is bounded: reading pauses while too many frames, or too many bytes of requests and expected replies,
+are not yet written to the client. So a client that does not read its replies delays only itself.
 """
 
 from __future__ import annotations
@@ -37,39 +36,39 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.tracing import CallTrace, Tracer
 
 _log = Log("rpc.stream")
-#: In place of what a frame holds, with a part that is not its last.
+#: Instead of the bytes that a frame holds, for a part that is not its last.
 _NOT_LAST = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """What one stream may hold before reading stops."""
+    """Limits of a stream, at which reading pauses."""
 
     frames: int
-    """Frames whose last part is not written yet."""
+    """Number of frames whose last part is not written yet."""
     bytes: int
-    """Bytes of their requests and of their whole replies."""
+    """Bytes of their requests and of their complete replies."""
 
 
 class Stream(Protocol):
-    """A call that is a stream of changes."""
+    """A call with a stream of changes."""
 
     async def run(self) -> None:
         """Read, submit and answer until the client has ended."""
 
     def stop(self) -> None:
-        """End with UNAVAILABLE as soon as everything is answered."""
+        """End with UNAVAILABLE once everything is answered."""
 
 
 class Streams:
-    """The streams of a servicer, which end when it stops. Lives on the event loop."""
+    """The running streams of a servicer. Lives on the event loop."""
 
     def __init__(self) -> None:
         self._running: set[Stream] = set()
         self._is_stopping = False
 
     async def run(self, stream: Stream) -> None:
-        """Serve one of them to its end."""
+        """Serve a stream to its end."""
         self._running.add(stream)
         if self._is_stopping:
             stream.stop()
@@ -79,11 +78,11 @@ class Streams:
             self._running.discard(stream)
 
     def refuse(self) -> None:
-        """End each that begins from now on with UNAVAILABLE, before anything of it is read."""
+        """End every new stream with UNAVAILABLE, before anything is read from it."""
         self._is_stopping = True
 
     def stop(self) -> None:
-        """The same, and end those that are there as soon as what they were sent is answered."""
+        """Refuse new streams, and end running ones once their frames are answered."""
         self.refuse()
         for stream in self._running:
             stream.stop()
@@ -113,24 +112,24 @@ class FrameStream:
         self._call = call
         self._caller = call.caller
         self._pending: dict[int, _Frame] = {}
-        """Frames without their last part."""
+        """Frames whose last part is not sent."""
         self._held_frames = 0
         self._held_bytes = 0
         self._replies = WriteQueue(call.write, self._release, self._progressed)
         self._is_stopping = False
         self._is_ending = False
-        """Stopping, or read to the end: what is answered now may be the last."""
+        """Stopping, or read to the end: the next reply may be the last one."""
         self.is_over = False
         self._reader: asyncio.Task[None] | None = None
         self._end: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
         self._room: asyncio.Future[None] | None = None
-        """The reader waits for something to be written."""
+        """The future of a reader that waits for a write."""
 
     async def run(self) -> None:
         """Serve the stream to its end.
 
         Raises:
-            InvalidInput: the client sent bytes that are no frame.
+            InvalidInput: the client sent bytes that are not a frame.
             Stopping: the server is stopping, and all frames are answered.
         """
         self._reader = asyncio.create_task(self._read())
@@ -143,12 +142,12 @@ class FrameStream:
             self.is_over = True
             self._reader.cancel()
             self._replies.close()
-            # Its own error, if it has one, has either ended the stream or comes too late to matter.
+            # The reader's own error has either ended the stream or comes too late to matter.
             await asyncio.gather(self._reader, return_exceptions=True)
-            self._reader = None  # its end holds frames, and they this stream
+            self._reader = None  # breaks a cycle: its exception refers to frames, which refer to this stream
 
     def stop(self) -> None:
-        """End the stream with UNAVAILABLE as soon as its frames are answered."""
+        """End the stream with UNAVAILABLE once its frames are answered."""
         self._is_stopping = True
         self._begin_end()
 
@@ -171,7 +170,7 @@ class FrameStream:
         self._end_if_due()
 
     def _end_if_due(self) -> None:
-        """End the stream if it should and everything that was answered is written."""
+        """End the stream if it should end and all replies are written."""
         if self._end.done():
             return
         if not self._replies.look():
@@ -186,7 +185,7 @@ class FrameStream:
             self._end.set_result(Stopping("the server is stopping"))
 
     def _progressed(self) -> None:
-        """Something was written, or cannot be: see `write_queue`."""
+        """A watched write has ended or failed: see `write_queue`."""
         if self._replies.error is not None:
             self._is_ending = True
         if self._is_ending:
@@ -232,7 +231,7 @@ class FrameStream:
         return min(self._call.deadline, self._clock.monotonic() + body.timeout_ms / 1000)
 
     def _hold(self, frame: _Frame) -> None:
-        """Count the bytes of the reply to come, as soon as the engine has said how many they are."""
+        """Count the bytes of the expected reply, once the engine has computed them."""
         if frame.change is not None:
             frame.held_bytes += frame.change.reply_bytes
             self._held_bytes += frame.change.reply_bytes
@@ -250,15 +249,15 @@ class FrameStream:
         self._observer.refused(error.reason, count, error.model)
 
     def ended(self, frame: _Frame) -> None:
-        """All of a frame is done, or refused: what resets or reads states is for the audit log."""
+        """A frame was completed or refused. Frames that reset or read states go to the audit log."""
         if self._auditor is not None:
             reason = "" if frame.error is None else frame.error.reason
             for action in frame.actions:
                 self._auditor.frame_ended(self._call, action, frame.audited, frame.failures, reason)
 
     def _refuse(self, frame: _Frame, error: ServerError) -> None:
-        """Answer a frame of which nothing was done."""
-        frame.error, frame.failures, frame.change = error, frame.size, None  # the change holds the frame
+        """Answer a frame that was refused as a whole."""
+        frame.error, frame.failures, frame.change = error, frame.size, None  # the change refers to the frame
         self.refused(error, frame.size or 1)
         self.ended(frame)
         part = messages.failed_part(frame.frame_id, None, error, last=True)
@@ -302,22 +301,22 @@ class _Frame:
         self.frame_id = frame_id
         self.held_bytes = held_bytes
         self.change: Change | None = None
-        """What the engine is asked, until the bytes of the reply are counted."""
+        """The submitted change, until the bytes of the reply are counted."""
         self.size = 0
-        """Sessions that it names; 0 if it could not be read."""
+        """Number of its sessions; 0 if it could not be parsed."""
         self.left = 0
-        """Those of them without an answer."""
+        """Number of unanswered sessions."""
         self.is_short = False
-        """Its sender understands one number for all sessions."""
+        """Whether its sender accepts a single number for all sessions."""
         self.trace: CallTrace | None = None
         self.error: ServerError | None = None
-        """How members failed, the last of them."""
+        """The latest error of a member."""
         self.failures = 0
-        """Members that failed."""
+        """Number of members that failed."""
         self.actions: Sequence[str] = ()
-        """What the audit log says of it, a line each."""
+        """Its actions in the audit log, one per line."""
         self.audited: Sequence[str] = ()
-        """The sessions that those lines name."""
+        """The sessions in those lines."""
 
     def applied(self, members: Members, reply: Reply) -> None:
         last = self._is_last(len(members))
@@ -356,7 +355,7 @@ class _Frame:
 
 
 def _actions(change: Change, body: messages.FrameBody) -> Sequence[str]:
-    """What the audit log says of a frame."""
+    """Return the audited actions of a frame."""
     if change.reset:
         return ("reset",)
     if not isinstance(body, pb.StepFrame):

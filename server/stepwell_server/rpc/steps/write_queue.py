@@ -1,9 +1,8 @@
-"""The replies of one stream on their way to the client, written without a task of their own.
+"""Writes the replies of one stream to the client, without a task.
 
-gRPC's write is a coroutine that hands over the bytes when it is begun, and waits for nothing but the news
-that they went out. A task that awaits it costs more than the write. So a write is begun by hand and looked
-at when the next reply comes; it is watched only where someone waits for its end: when replies queue up
-behind it, when a reader waits for room, when the stream ends.
+gRPC's write is a coroutine that hands over the bytes when it starts, and then only waits until they are sent. A task that
+awaits it costs more than the write. So this module starts a write by hand and checks it when the next reply arrives. It
+watches a write only if something waits for its end: queued replies, a reader that waits for room, the end of the stream.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ class WriteQueue:
     def __init__(
         self, write: Write, on_written: Callable[[int], None], on_progress: Callable[[], None]
     ) -> None:
-        """Nothing is on its way.
+        """Create an empty queue.
 
         Args:
-            write: gRPC's own.
-            on_written: Called with the size that was given with a reply, once it is written.
-            on_progress: Called when what was watched has come to an end, well or not.
+            write: gRPC's write.
+            on_written: Called with the size given for a reply, once the reply is written.
+            on_progress: Called when a watched write has ended or failed.
         """
         self._write = write
         self._on_written = on_written
@@ -36,13 +35,13 @@ class WriteQueue:
         self._begun: Coroutine[Any, Any, None] | None = None
         self._held = 0
         self._end: asyncio.Future[object] | None = None
-        """What the write that has begun waits for."""
+        """The future that the running write waits for."""
         self._is_watched = False
         self.error: Exception | None = None
-        """Why nothing is written any more."""
+        """The error that ended the writing."""
 
     def put(self, reply: bytes, held: int) -> None:
-        """Write a reply as soon as those before it are written."""
+        """Write a reply after the earlier ones."""
         if self._begun is None or self.look():
             self._begin(reply, held)
         else:
@@ -50,19 +49,19 @@ class WriteQueue:
             self.watch()
 
     def look(self) -> bool:
-        """Take note of what has been written by now; True if that is everything."""
+        """Process the writes that have ended, and return whether everything is written."""
         while self._end is not None and self._end.done():
-            self._go_on()
+            self._advance()
         return self._begun is None
 
     def watch(self) -> None:
-        """Call `on_progress` when the write that has begun ends, if one has."""
+        """Call `on_progress` when the running write ends, if there is one."""
         if self._end is not None and not self._is_watched:
             self._is_watched = True
             self._end.add_done_callback(self._ended)
 
     def close(self) -> None:
-        """Give up what is not written, and call nobody any more."""
+        """Drop the unwritten replies, and stop calling the callbacks."""
         self._waiting.clear()
         if not self.look() and self._begun is not None and self._end is not None:
             self._end.cancel()
@@ -71,17 +70,17 @@ class WriteQueue:
         self._on_written, self._on_progress = (
             _ignore_size,
             _ignore,
-        )  # they hold the stream, and that this queue
+        )  # breaks a cycle: they refer to the stream, which refers to this queue
 
     def _begin(self, reply: bytes, held: int) -> None:
         if self.error is not None:
             return
         self._held = held
         self._begun = self._write(reply)
-        self._go_on()
+        self._advance()
 
-    def _go_on(self) -> None:
-        """Take the write that has begun further, and begin those behind it as far as none of them waits."""
+    def _advance(self) -> None:
+        """Resume the running write, and start the next ones until one has to wait."""
         while self._begun is not None:
             try:
                 self._end = self._begun.send(None)
@@ -89,7 +88,7 @@ class WriteQueue:
                 return
             except StopIteration:
                 self._begun = self._end = None
-            except Exception as error:  # the client is gone, or the call is over
+            except Exception as error:  # the client has left, or the call has ended
                 self._begun = self._end = None
                 self.error = error
                 self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Triton's protocol as a second way in: KServe v2 with sequences, on the same engine calls as our own.
+"""Triton's protocol as a second interface: KServe v2 with sequences, on the same engine calls as our own.
 
-It may touch what the rest of rpc may; sequences are names for sessions, and nothing else knows of them.
+It may use what the rest of rpc may use. Sequences are names for sessions, and only this package knows of them.
 """

@@ -1,9 +1,9 @@
-"""Requests that a front has read by itself: steps of sequences that have begun.
+"""Requests that a front has parsed: steps of sequences that have started.
 
-They are the same columns as Stepwell's own steps. What the protocol adds is here: which versions of the model they are
-for, what their tensors are called there, the statistics, and the words of errors. A request for which that is not enough
-is served alone by `Inference`, behind what came before it for its sequence: another request of the sequence is running,
-the sequence has not begun or is not what the request takes it for, or the model's tensors do not fit it.
+They are the same columns as Stepwell's own steps. This module adds Triton's part: versions and tensor names, statistics, and
+the texts of errors. Some requests need more and are served alone by `Inference`, behind earlier requests of their sequence:
+if another request of the sequence is running, if the sequence has not started or differs from what the request assumes, or
+if the model's tensors do not fit.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from stepwell_server.rpc.triton.tensors import MAX_BATCH_SIZE, replied
 from stepwell_server.rpc.triton.versions import Read
 
 if TYPE_CHECKING:
-    from stepwell_server.rpc.triton.sequences import Turn
+    from stepwell_server.rpc.triton.sequences import QueuePosition
 
 
 class ColumnInference:
-    """Reads requests that come as columns, and answers them. Lives on the event loop."""
+    """Reads and answers requests that arrive as columns. Lives on the event loop."""
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
@@ -89,15 +89,15 @@ class ColumnInference:
 
     def _serve_alone(self, batch: Batch, member: int) -> None:
         """Serve a request behind the others of its sequence."""
-        turn = self._inference.sequences.enter(batch.columns.session_ids[member])
-        self._inference.run(self._answer_alone(batch, member, turn), turn)
+        position = self._inference.sequences.enter(batch.columns.session_ids[member])
+        self._inference.run(self._answer_alone(batch, member, position), position)
 
-    async def _answer_alone(self, batch: Batch, member: int, turn: Turn) -> None:
+    async def _answer_alone(self, batch: Batch, member: int, position: QueuePosition) -> None:
         columns, members = batch.columns, np.array([member])
         caller = columns.callers[member if len(columns.callers) > 1 else 0]
         origin = Origin(caller, who_of(columns, member), float(columns.deadlines[member]))
-        if not turn.is_refused:
-            await turn.come()
+        if not position.is_refused:
+            await position.wait()
             if member in columns.replies.gone():
                 return
         if (trace := batch.traces.get(member)) is not None:
@@ -105,7 +105,7 @@ class ColumnInference:
         try:
             request = pb.ModelInferRequest.FromString(columns.replies.request(member))
             answer = functools.partial(_answer, batch, members)
-            await self._inference.serve(request, origin, turn, answer)
+            await self._inference.serve(request, origin, position, answer)
         except Exception as error:
             release_frames(error)
             known = error if isinstance(error, ServerError) else internal(error, method=batch.wire.method)
@@ -123,7 +123,7 @@ def _answer(batch: Batch, members: Members, read: Read, reply: Answer) -> None:
 def _refusals(
     columns: StepColumns, members: Members | None, error: ServerError
 ) -> Iterator[tuple[Members | None, ServerError, bytes]]:
-    """The error in this protocol's words: where they name the sequence, for each request by itself."""
+    """Return the error in Triton's words, per request if the text names the sequence."""
     (name, _), ids = _model_of(columns), columns.session_ids
     groups = [members]
     if names_sequence(error):

@@ -1,4 +1,4 @@
-"""One inference request from message to message: a step of a sequence, or a prediction."""
+"""Serves inference requests: a step of a sequence, or a prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell_server.rpc.steps.messages import REPLY_BYTES
 from stepwell_server.rpc.triton.errors import translated
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.request import Origin, Request, read_sequence_id
-from stepwell_server.rpc.triton.sequences import Sequences, Turn, session_id_of
+from stepwell_server.rpc.triton.sequences import QueuePosition, Sequences, session_id_of
 from stepwell_server.rpc.triton.statistics import PassObserver, Timing
 from stepwell_server.rpc.triton.tensors import write_outputs
 from stepwell_server.rpc.triton.versions import InferModel, InferModels, Read
@@ -42,27 +42,27 @@ class Inference:
         self.sequences = Sequences(engine, clock, max_reply_bytes)
         self.models = InferModels(engine, observer)
         self._running: set[asyncio.Task[None]] = set()
-        """Work on requests that no call serves."""
+        """Tasks for requests that have no call."""
 
-    def enter(self, message: pb.ModelInferRequest, who: Caller) -> Turn | None:
-        """Its place in the line of its sequence: the order of requests is that in which they got one. None: it needs none."""
+    def enter(self, message: pb.ModelInferRequest, who: Caller) -> QueuePosition | None:
+        """Return a position in the queue of the request's sequence; None: the request has no sequence."""
         sequence_id = read_sequence_id(message.parameters)
         if not sequence_id:
             return None
         return self.sequences.enter(tenancy.internal_id(who, session_id_of(message.model_name, sequence_id)))
 
     async def infer(
-        self, message: pb.ModelInferRequest, call: Call, turn: Turn | None = None
+        self, message: pb.ModelInferRequest, call: Call, position: QueuePosition | None = None
     ) -> pb.ModelInferResponse:
-        """The response to a request, which came with `call`, or on it. Otherwise as `serve`."""
-        turn = turn or self.enter(message, call.who)
-        return await self.serve(message, call, turn, functools.partial(_response, message))
+        """Return the response to a request of a call, or on a stream. Otherwise like `serve`."""
+        position = position or self.enter(message, call.who)
+        return await self.serve(message, call, position, functools.partial(_response, message))
 
     async def serve(
         self,
         message: pb.ModelInferRequest,
         origin: Origin | Call,
-        turn: Turn | None,
+        position: QueuePosition | None,
         write: Callable[[Read, Answer], _T],
     ) -> _T:
         """Serve a request, which may set itself a shorter deadline.
@@ -70,14 +70,14 @@ class Inference:
         Args:
             message: What is asked.
             origin: Where it comes from.
-            turn: As `enter` gave it; it is left.
+            position: The result of `enter`. It is left at the end.
             write: Makes the answer of what was read and of the engine's reply: what it returns is returned.
 
         Raises:
             ServerError: in Triton's words where it has some; nothing changed.
         """
         try:
-            request = Request(self.models, message, origin, turn)
+            request = Request(self.models, message, origin, position)
             try:
                 read, reply = await self._reply(request)
                 answer = write(read, reply)
@@ -85,22 +85,22 @@ class Inference:
                 request.model.statistics.failed(request.timing, time.perf_counter_ns())
                 raise
         finally:
-            if turn is not None:
-                turn.leave()
+            if position is not None:
+                position.leave()
         self.succeeded(request.model, request.timing, rows=read.inputs.rows, steps=read.inputs.steps)
         return answer
 
     def succeeded(self, model: InferModel, timing: Timing, *, rows: int, steps: int, count: int = 1) -> None:
-        """Count requests that have just been answered: see `RequestStatistics`."""
+        """Count answered requests: see `RequestStatistics`."""
         now_s, done = self._clock.now(), time.perf_counter_ns()
         model.statistics.succeeded(timing, done, now_s=now_s, rows=rows, steps=steps, count=count)
 
-    def run(self, work: Coroutine[Any, Any, None], turn: Turn) -> None:
-        """Run the work of a request that no call serves, and leave its turn when that ends."""
+    def run(self, work: Coroutine[Any, Any, None], position: QueuePosition) -> None:
+        """Run the work of a request that has no call, and leave its position at the end."""
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        task.add_done_callback(turn.leave)
+        task.add_done_callback(position.leave)
 
     async def wait_idle(self) -> None:
         """Return as soon as no such work is running."""
@@ -111,8 +111,8 @@ class Inference:
         request.read_parameters(self._clock.monotonic())
         reply: Answer
         try:
-            if request.turn is not None:
-                read, reply = await self.sequences.step(request, request.turn)
+            if request.position is not None:
+                read, reply = await self.sequences.step(request, request.position)
             else:
                 read, reply = await self._predict(request)
         except ServerError as error:

@@ -1,4 +1,4 @@
-"""The calls of the model repository: convert, delegate, convert back. Who may load and unload is `access`'s affair."""
+"""The calls of the model repository. `access` decides who may load and unload."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Repository:
     """Lists, loads and unloads versions. Lives on the event loop."""
 
     def __init__(self, control: Catalog, known_files: KnownFiles, refusal: str = "") -> None:
-        """`refusal` is why no caller may load and unload; if it is empty, callers with the role may."""
+        """`refusal`: the reason why nobody may load and unload; empty: callers with the role may."""
         self._control = control
         self._known_files = known_files
         self._refusal = refusal
@@ -102,7 +102,7 @@ class Repository:
             )
         served = {one.version: one for one in self._control.status(name) if one.fingerprint}
         default = max((one.version for one in served.values() if one.is_default), default=0)
-        # the highest first: it becomes the default if it is higher than the current one
+        # load the highest version first: it becomes the default if it is higher than the current one
         for version in sorted(chosen - served.keys(), reverse=True):
             await self._control.load(
                 LoadRequest(
@@ -172,7 +172,7 @@ def _reason(status: VersionStatus, role: Role) -> str:
     if status.state is VersionState.DRAINING:
         return "it is unloaded when its last session has ended"
     if status.state is VersionState.FAILED and role is not Role.ADMIN:
-        return "it could not be loaded"  # why names its file
+        return "the version could not be loaded"  # the reason names its file
     return status.reason
 
 

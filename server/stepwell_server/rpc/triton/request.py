@@ -1,4 +1,4 @@
-"""An inference request as it is served: its parameters, read and checked, and the versions that its tensors are read for."""
+"""An inference request with its checked parameters, and its tensors for a version of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepwell_server.rpc.triton.versions import InferModel, InferModels, Read, r
 
 if TYPE_CHECKING:
     from stepwell_server.rpc.fronts.base import Call
-    from stepwell_server.rpc.triton.sequences import Turn
+    from stepwell_server.rpc.triton.sequences import QueuePosition
     from stepwell_server.rpc.triton.tensors import Tensor
 
 _MAX_STRING_ID = 128
@@ -41,20 +41,20 @@ _KNOWN: Mapping[str, tuple[str, Sequence[str]]] = {
 
 @dataclasses.dataclass(slots=True)
 class Parameters:
-    """What a request says beside its tensors."""
+    """The parameters of a request."""
 
     sequence_id: SequenceId = 0
-    """An integer from 1 to 2^64 - 1, or a text; 0 or empty: no sequence."""
+    """An integer from 1 to 2^64 - 1, or a text. 0 or empty: no sequence."""
     start: bool = False
     end: bool = False
     timeout_us: int = 0
-    """Microseconds that the request may wait; 0: as long as the call may take."""
+    """Longest wait of the request, in microseconds; 0: until the call's deadline."""
     revision: int | None = None
-    """The sequence's revision that the client knows."""
+    """The sequence's revision according to the client."""
     request_id: int = 0
-    """The client's random number for this change; 0: none."""
+    """Random id of this change; 0: none."""
     stateless: bool = False
-    """A prediction from the initial state is what the client wants of a model that keeps state."""
+    """Whether the client wants a prediction from the initial state, although the model keeps state."""
 
 
 def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps_state: bool) -> Parameters:
@@ -87,7 +87,7 @@ def read_parameters(model: str, given: Mapping[str, pb.InferParameter], *, keeps
 
 
 def read_sequence_id(given: Mapping[str, pb.InferParameter]) -> SequenceId:
-    """Which sequence a request is of; 0 or empty: of none, or `read_parameters` will refuse it."""
+    """Return the sequence of a request; 0 or empty: none, or `read_parameters` will refuse it."""
     if "sequence_id" not in given:
         return 0
     try:
@@ -99,7 +99,7 @@ def read_sequence_id(given: Mapping[str, pb.InferParameter]) -> SequenceId:
 def _value(name: str, parameter: pb.InferParameter) -> int | str:
     fields, field = _KNOWN[name][1], parameter.WhichOneof("parameter_choice")
     if field is None or field not in fields:
-        # as Triton says it, which does not name the unsigned form of a sequence's id
+        # Triton's text, which does not mention the unsigned form of a sequence's id
         raise InvalidInput(f"invalid value type for '{name}' parameter, expected {' or '.join(fields[:2])}.")
     value: int | str = getattr(parameter, field)
     if isinstance(value, str):
@@ -107,7 +107,7 @@ def _value(name: str, parameter: pb.InferParameter) -> int | str:
             raise Unsupported(f"string correlation ID cannot be longer than {_MAX_STRING_ID} characters")
         return value
     if name == "sequence_id":
-        return value % _U64  # an unsigned number may travel as a signed one
+        return value % _U64  # an unsigned number may be sent as a signed one
     if value < 0:
         raise InvalidInput(f"invalid value for '{name}', expected value >= 0.")
     if name == "stepwell_request_id" and not value:
@@ -122,7 +122,7 @@ def _check_together(model: str, read: Parameters, *, id_given: bool, keeps_state
         if read.revision is not None or read.request_id:
             raise InvalidInput("'stepwell_revision' and 'stepwell_request_id' need a 'sequence_id'; got none")
         if keeps_state and not read.stateless:
-            # tritonclient sends nothing at all of a sequence that is numbered 0
+            # tritonclient leaves out the id 0
             raise no_sequence_id(model, keeps_state=True)
     elif read.stateless:
         raise InvalidInput(
@@ -139,7 +139,7 @@ def _check_together(model: str, read: Parameters, *, id_given: bool, keeps_state
 
 
 class Origin(NamedTuple):
-    """Where a request comes from that a front has read by itself: as `Call` has it."""
+    """Origin of a request that a front has parsed. See `Call`."""
 
     caller: str
     who: Caller
@@ -147,14 +147,14 @@ class Origin(NamedTuple):
 
 
 class Request:
-    """An inference request on its way. Lives on the event loop."""
+    """A running inference request. Lives on the event loop."""
 
     def __init__(
         self,
         models: InferModels,
         message: pb.ModelInferRequest,
         origin: Origin | Call,
-        turn: Turn | None,
+        position: QueuePosition | None,
     ) -> None:
         """Find the model.
 
@@ -169,15 +169,15 @@ class Request:
         """The version that the request names; None: none."""
         self.timing = Timing(time.perf_counter_ns())
         self.model: InferModel = models.numbered(self.name, self.asked)
-        """The version that it is for, as far as that is known."""
-        self.turn = turn
-        """Its place in the line of its sequence; None: it is of none."""
-        self.session_id = "" if turn is None else turn.key
-        """Of the sequence's session; empty: none."""
+        """The version that serves it, if known."""
+        self.position = position
+        """Its position in the queue of its sequence; None: no sequence."""
+        self.session_id = "" if position is None else position.key
+        """Id of the sequence's session; empty: none."""
         self.parameters = Parameters()
         self.caller, self.who = origin.caller, origin.who
         self.deadline = origin.deadline
-        """On the clock's monotonic time."""
+        """Deadline on the monotonic clock."""
 
     def read_parameters(self, now: float) -> None:
         """Read them, and the shorter deadline that they may set. Errors as of the function."""
@@ -196,7 +196,7 @@ class Request:
         began = time.perf_counter_ns()
         self.model = self._models.numbered(self.name, version or self.asked)
         read = Read(self.model, self._outputs(), self.model.tensors.read(self._message))
-        # what the request waited for before is the queue's
+        # earlier waiting counts as time in the queue
         self.timing.read = self.timing.arrived + time.perf_counter_ns() - began
         return read
 

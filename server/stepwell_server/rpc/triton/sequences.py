@@ -52,21 +52,21 @@ if TYPE_CHECKING:
 
 _log = Log("rpc.triton")
 _UNUSABLE = (SessionGone, ModelMismatch, StateCorrupt)
-"""Why a sequence cannot continue, though there may have been one."""
+"""Errors of a sequence that cannot continue, although it may have existed."""
 MAX_WAITING = 1024
-"""Requests of one sequence that may wait."""
+"""Limit of waiting requests of one sequence."""
 _MAX_ANSWERS = 10_000
-"""Answers to the last requests of sequences that are kept."""
+"""Limit of remembered answers to the last requests of sequences."""
 _MAX_BYTES = 16 * 1024 * 1024
-"""Of the outputs in them."""
+"""Limit of bytes of their outputs."""
 
 
 def session_id_of(model: str, sequence_id: SequenceId) -> str:
-    """The id of a sequence's session: `triton/<model>/5` for 5, `triton/<model>/"5"` for the text 5.
+    """Return the id of a sequence's session: `triton/<model>/5` for 5, `triton/<model>/"5"` for the text 5.
 
-    A text that cannot be a part of an id, because of its characters or its length, is replaced by its
-    SHA-256: `triton/<model>/sha256:<hex>`. It is what the caller's tenant calls it: `tenancy.internal_id` is to be asked for
-    the engine's id. The native front makes ids of the first two kinds, in the tenants' namespaces (triton/request.rs).
+    A text that cannot be part of an id, because of its characters or its length, is replaced by its SHA-256:
+    `triton/<model>/sha256:<hex>`. This is the external id; `tenancy.internal_id` converts it. The native front makes ids of
+    the first two kinds, with the tenants' prefixes (triton/request.rs).
     """
     prefix = f"triton/{model}/"
     if isinstance(sequence_id, int):
@@ -77,7 +77,7 @@ def session_id_of(model: str, sequence_id: SequenceId) -> str:
 
 
 def sequence_of(model: str, session_id: str) -> SequenceId:
-    """The sequence of a session's id that is not a digest, in whatever namespace: the other way round."""
+    """Return the sequence of a session id that is not a digest, in any namespace: the inverse of `session_id_of`."""
     name = tenancy.external_id(session_id).removeprefix(f"triton/{model}/")
     return name[1:-1] if name.startswith('"') else int(name)
 
@@ -89,33 +89,35 @@ class Sequences:
         self._engine = engine
         self._clock = clock
         self._max_reply_bytes = max_reply_bytes
-        self._turns = Turns()
+        self._queues = SequenceQueues()
         self._ended = EndedReplies()
 
-    def enter(self, session_id: str) -> Turn:
-        """A place in the line of a sequence: it is served behind those that have one already."""
-        return self._turns.enter(session_id)
+    def enter(self, session_id: str) -> QueuePosition:
+        """Return a position at the end of a sequence's queue."""
+        return self._queues.enter(session_id)
 
     def must_wait(self, session_ids: Sequence[str], request_ids: U64 | None) -> Mask | None:
-        """Which sequences have a request running, or have answered this one with an END; None: none of them."""
-        taken = self._turns.are_taken(session_ids)
+        """Return which sequences have a running request, or have answered this request with END; None: none."""
+        taken = self._queues.are_busy(session_ids)
         if request_ids is None:
             return taken
         known = self._ended.are_known(session_ids, request_ids.tolist())
         return known if taken is None else taken | known
 
-    async def step(self, request: Request, turn: Turn) -> tuple[Read, ChangeResult]:
-        """Serve a request when its turn has come. Returns how it was read, too.
+    async def step(self, request: Request, position: QueuePosition) -> tuple[Read, ChangeResult]:
+        """Serve a request when it is first in its queue. Also returns the request as it was read.
 
         Raises:
-            InvalidInput: the sequence has not begun, or the request does not fit it, or the version of the model that
-                it is on; nothing changed.
+            InvalidInput: the sequence has not started, or the request does not fit the sequence or its version of the
+                model; nothing changed.
             ModelNotFound: that version is not loaded; nothing changed.
-            ServerError: as of `Awaited.get`; nothing changed.
+            ServerError: see `Awaited.get`; nothing changed.
         """
-        await turn.come()
+        await position.wait()
         if self._clock.monotonic() >= request.deadline:
-            raise DeadlineExceeded("the request's time was over before its sequence's turn; nothing changed")
+            raise DeadlineExceeded(
+                "the request's deadline passed while it waited for its sequence; nothing changed"
+            )
         given = request.parameters
         if given.request_id and (ended := self._ended.get(request.session_id, given.request_id)):
             read = request.read_answered(ended.reply.version)
@@ -152,14 +154,14 @@ class Sequences:
             await self._engine.close_session(request.session_id, deadline=request.deadline)
         revision, uid = await self._open(request, inputs.rows)
         try:
-            # reset and step, as when it is sent again: then the session is there
+            # reset and step, as for a repeated request: the session exists by now
             return read, await self._advance(request, read, revision, resets=True)
-        except BaseException:  # also cancelled: no client knows that the sequence is there
+        except BaseException:  # also if cancelled: no client knows of the sequence
             await self._close_if_possible(request.session_id, uid=uid)
             raise
 
     async def _open(self, request: Request, rows: int) -> tuple[int, int]:
-        """Open the sequence's session, which stays on the version that the request names; its revision and uid."""
+        """Open the sequence's session, on the version that the request names. Returns its revision and uid."""
         ref = request.name if request.asked is None else f"{request.name}@{request.asked}"
         try:
             opened = await self._engine.open_session(
@@ -167,8 +169,8 @@ class Sequences:
             )
             return opened.session.revision, opened.session.uid
         except Overloaded:
-            # Sessions with something under way have all rows. Triton's clients do not come again as our SDK does: so
-            # the session begins without rows, and its first step waits in line for them.
+            # Sessions with running changes use all rows. Triton's clients do not retry like our SDK, so the session starts
+            # without rows, and its first step waits in the queue for them.
             many = await self._engine.open_sessions(
                 ref, session_ids=[request.session_id], batch_size=rows, caller=request.who
             )
@@ -179,7 +181,7 @@ class Sequences:
         try:
             info = await self._live(request)
         except _UNUSABLE as error:
-            request.read()  # faults of its tensors are reported first, as by Triton
+            request.read()  # report errors of its tensors first, like Triton
             if isinstance(error, SessionGone):
                 await self._refuse_if_ended(request)
             raise not_started(sequence_id, request.name, error) from error
@@ -203,11 +205,11 @@ class Sequences:
         return read, await self._advance(request, read, request.parameters.revision)
 
     async def _applied_before(self, request: Request, read: Read, info: SessionInfo) -> ChangeResult | None:
-        """The answer to a request that was the last change of its session, before this one moved to another version."""
+        """Return the reply to a repeated request that was the session's last change before it moved to another version."""
         if not request.parameters.request_id or not info.revision:
             return None
         try:
-            # the session is past this revision: the request is answered again, or refused
+            # the session is past this revision: the remembered reply is sent again, or the request is refused
             return await self._advance(request, read, info.revision - 1, resets=request.parameters.start)
         except (RevisionConflict, InvalidInput):
             return None
@@ -218,7 +220,7 @@ class Sequences:
         except SessionGone:
             return  # another call closed it
         except ServerError as error:
-            # the caller has its answer or its error; the session stays until it has been idle for too long
+            # the caller has its reply or error; the session stays until it expires
             _log.warning("sequence not closed", session=session_id, error=error.message)
 
     async def _advance(
@@ -248,7 +250,7 @@ class Sequences:
         return info
 
     async def _live_or_cleared(self, request: Request) -> SessionInfo | None:
-        """The live session of the sequence; None if there is none. One that cannot be stepped is deleted."""
+        """Return the open session of the sequence; None: none. A session that cannot be stepped is deleted."""
         try:
             return await self._live(request)
         except SessionGone:
@@ -258,7 +260,7 @@ class Sequences:
             return None
 
     async def _refuse_if_ended(self, request: Request) -> None:
-        """Refuse an END that is sent again where its answer is not known any more: another sequence may have begun.
+        """Refuse a repeated END whose answer is no longer remembered, because another sequence may have started.
 
         Raises:
             InvalidInput: it was applied.
@@ -275,7 +277,7 @@ class Sequences:
 
 
 def _content_of(request: Request, read: Read) -> int:
-    """A digest of what a request says: it must say the same when it comes again after its END."""
+    """Return a digest of a request's content, which must be the same if the request is repeated after its END."""
     inputs, names = read.inputs, sorted(read.inputs.arrays)
     shapes = [inputs.arrays[name].shape for name in names]
     rows = row_numbers([inputs.arrays[name] for name in names], inputs.rows)
@@ -285,32 +287,32 @@ def _content_of(request: Request, read: Read) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EndedReply:
-    """The answer to a request with END."""
+    """The reply to a request with END."""
 
     reply: ChangeResult
     """Marked as replayed."""
     content: int
-    """A digest of what the request said."""
+    """A digest of the request's content."""
 
 
 class EndedReplies:
-    """The latest answers to requests with END and a request id. Held in memory, so not after a restart."""
+    """The latest replies to requests with END and a request id. They are in memory only, so a restart forgets them."""
 
     def __init__(self) -> None:
         self._replies: OrderedDict[tuple[str, int], EndedReply] = OrderedDict()
         self._bytes = 0
 
     def get(self, session_id: str, request_id: int) -> EndedReply | None:
-        """What that request was answered; None if it is not known."""
+        """Return the reply to a request; None if it is not remembered."""
         return self._replies.get((session_id, request_id))
 
     def are_known(self, session_ids: Sequence[str], request_ids: Sequence[int]) -> Mask:
-        """Which requests have an answer."""
+        """Return which requests have a remembered reply."""
         pairs = zip(session_ids, request_ids, strict=True)
         return np.fromiter((pair in self._replies for pair in pairs), np.bool_, len(session_ids))
 
     def put(self, session_id: str, request_id: int, reply: ChangeResult, content: int) -> None:
-        """Keep an answer, and forget the oldest ones if there are too many or they are too large."""
+        """Remember a reply, and forget the oldest ones if there are too many or they are too large."""
         kept = dataclasses.replace(
             reply, outputs={name: array.copy() for name, array in reply.outputs.items()}, replayed=True
         )
@@ -325,55 +327,57 @@ def _size(reply: ChangeResult) -> int:
     return sum(array.nbytes for array in reply.outputs.values())
 
 
-class Turns:
-    """Lines of requests, one for each sequence that has a request running. On one event loop."""
+class SequenceQueues:
+    """Queues of requests, one for each sequence with a running request. On one event loop."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, deque[Turn]] = {}
+        self._queues: dict[str, deque[QueuePosition]] = {}
 
-    def are_taken(self, keys: Sequence[str]) -> Mask | None:
-        """Which sequences have a request running; None: none of them."""
-        if not self._lines or self._lines.keys().isdisjoint(keys):
+    def are_busy(self, keys: Sequence[str]) -> Mask | None:
+        """Return which sequences have a running request; None: none."""
+        if not self._queues or self._queues.keys().isdisjoint(keys):
             return None
-        return np.fromiter((key in self._lines for key in keys), np.bool_, len(keys))
+        return np.fromiter((key in self._queues for key in keys), np.bool_, len(keys))
 
-    def enter(self, key: str) -> Turn:
-        """A place at the end of a line, also where the line is too long: `Turn.come` refuses that."""
-        line = self._lines.setdefault(key, deque())
-        turn = Turn(key, self._lines, is_refused=len(line) > MAX_WAITING)
-        if not turn.is_refused:
-            line.append(turn)
-        return turn
+    def enter(self, key: str) -> QueuePosition:
+        """Return a position at the end of a queue. If the queue is full, `QueuePosition.wait` refuses it."""
+        line = self._queues.setdefault(key, deque())
+        position = QueuePosition(key, self._queues, is_refused=len(line) > MAX_WAITING)
+        if not position.is_refused:
+            line.append(position)
+        return position
 
 
-class Turn:
-    """A request's place in the line of its sequence. Its holder leaves it, even if the request fails."""
+class QueuePosition:
+    """A request's position in the queue of its sequence. Its holder must leave it, even if the request fails."""
 
-    def __init__(self, key: str, lines: dict[str, deque[Turn]], *, is_refused: bool) -> None:
+    def __init__(self, key: str, queues: dict[str, deque[QueuePosition]], *, is_refused: bool) -> None:
         self.key = key
         self.is_refused = is_refused
-        self._lines = lines
-        self._coming: asyncio.Future[None] | None = None
+        self._queues = queues
+        self._waiting: asyncio.Future[None] | None = None
 
-    async def come(self) -> None:
-        """Return when all earlier requests have left. Without any, at once.
+    async def wait(self) -> None:
+        """Return when all earlier requests have left.
 
         Raises:
-            Overloaded: too many wait.
+            Overloaded: the queue is full.
         """
         if self.is_refused:
-            raise Overloaded(f"{MAX_WAITING} requests of the sequence wait already", 0.1)
-        if self._lines[self.key][0] is not self:
-            self._coming = asyncio.get_running_loop().create_future()
-            await self._coming
+            raise Overloaded(
+                f"at most {MAX_WAITING} requests of a sequence may wait; this one would be one more", 0.1
+            )
+        if self._queues[self.key][0] is not self:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
     def leave(self, _task: object = None) -> None:
-        """Let the next request come. To leave twice is to leave once."""
-        line = self._lines.get(self.key)
+        """Admit the next request. Leaving twice has no further effect."""
+        line = self._queues.get(self.key)
         if line is None or self not in line:
             return
         line.remove(self)
         if not line:
-            del self._lines[self.key]
-        elif (coming := line[0]._coming) is not None and not coming.done():
-            coming.set_result(None)
+            del self._queues[self.key]
+        elif (waiting := line[0]._waiting) is not None and not waiting.done():
+            waiting.set_result(None)

@@ -134,7 +134,7 @@ class TritonServicer(Liveness):
         tenancy.namespace_of(call.who)  # raises where no sequence can be named
         stream = InferStream(
             lambda request: self._inference.enter(request, call.who),
-            lambda request, turn: self._inference.infer(request, call, turn),
+            lambda request, position: self._inference.infer(request, call, position),
             self._limits,
             self._observer,
             call,

@@ -1,7 +1,7 @@
 """Counts and durations of the requests of one version of a model, in the sense of Triton's statistics extension.
 
-Requests are those of this protocol, and of the version. Passes are those of the model, of any version and with the rows
-of any protocol: that is what batching across clients means.
+The requests are those in Triton's protocol to this version. The passes are those of the model, over all versions and
+protocols, because rows of all clients are batched together.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """ModelStreamInfer: requests in, replies out in the order of the requests, as Triton does it.
 
-The reader takes the place of each request in its sequence's line, and starts a task for it, so requests of different
-sequences run together; those of one sequence wait for each other. The writer sends the answers in the order in which the requests came. A
-request that fails is answered with its error, and the stream continues. Reading stops while too many requests,
-or too many bytes of them and their answers, are held.
+The reader queues each request at its sequence and starts a task for it. So requests of different sequences run concurrently,
+and those of one sequence wait for each other. The writer sends the replies in the order of the requests. A failed request is
+answered with its error, and the stream continues. Reading pauses while too many requests, or too many bytes of requests and
+replies, are held.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.steps.stream import StreamLimits
-    from stepwell_server.rpc.triton.sequences import Turn
+    from stepwell_server.rpc.triton.sequences import QueuePosition
 
-Infer = Callable[[pb.ModelInferRequest, "Turn | None"], Awaitable[pb.ModelInferResponse]]
-Enter = Callable[[pb.ModelInferRequest], "Turn | None"]
+Infer = Callable[[pb.ModelInferRequest, "QueuePosition | None"], Awaitable[pb.ModelInferResponse]]
+Enter = Callable[[pb.ModelInferRequest], "QueuePosition | None"]
 _FINAL_FLAG = "triton_enable_empty_final_response"
 
 
@@ -44,14 +44,14 @@ class InferStream:
         self._observer = observer
         self._call = call
         self._answers: deque[tuple[asyncio.Task[bytes], int, float]] = deque()
-        """Tasks of unanswered requests in their order, with the bytes of each request and when it came."""
+        """Tasks of unanswered requests in order, with the bytes and the arrival time of each request."""
         self._held_bytes = 0
-        """Of unanswered requests, and of answers that wait to be sent."""
+        """Bytes of unanswered requests and unsent replies."""
         self._is_stopping = False
         self._work = asyncio.Event()
-        """For the writer: a request came, or no more will come."""
+        """Wakes the writer: a request arrived, or no more will."""
         self._room = asyncio.Event()
-        """For the reader: something was answered."""
+        """Wakes the reader: a reply was sent."""
 
     async def run(self) -> None:
         """Serve the stream to its end.
@@ -69,7 +69,7 @@ class InferStream:
             tasks = [task for task, _, _ in self._answers]
             for task in tasks:
                 task.cancel()
-            # Their own errors have either been answered or come too late to matter.
+            # Their own errors have either been sent or come too late to matter.
             await asyncio.gather(reader, *tasks, return_exceptions=True)
 
     def stop(self) -> None:
@@ -80,10 +80,10 @@ class InferStream:
     async def _read(self) -> None:
         while (raw := await self._call.read()) is not None:
             request = parse(pb.ModelInferRequest, raw)
-            turn = self._enter(request)
-            task = asyncio.create_task(self._answer(request, turn))
-            if turn is not None:  # a task that is cancelled before it begins runs nothing of its own
-                task.add_done_callback(turn.leave)
+            position = self._enter(request)
+            task = asyncio.create_task(self._answer(request, position))
+            if position is not None:  # a task that is cancelled before it starts runs no code
+                task.add_done_callback(position.leave)
             self._answers.append((task, len(raw), time.perf_counter()))
             self._held_bytes += len(raw)
             self._work.set()
@@ -108,9 +108,9 @@ class InferStream:
             self._work.clear()
             await self._work.wait()
 
-    async def _answer(self, request: pb.ModelInferRequest, turn: Turn | None) -> bytes:
+    async def _answer(self, request: pb.ModelInferRequest, position: QueuePosition | None) -> bytes:
         try:
-            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, turn))
+            response = pb.ModelStreamInferResponse(infer_response=await self._infer(request, position))
         except Exception as error:
             response = self._error(request, error)
         parameter = request.parameters.get(_FINAL_FLAG)
