@@ -19,9 +19,9 @@ from stepwell_server.auth.quota_file import QuotaFile
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.factory import admin_refusal, compiler_of, end_idle, open_catalog
 from stepwell_server.catalog.files.folder import ModelFolder
-from stepwell_server.catalog.files.sources import Candidates, KeptModel, begin_with
+from stepwell_server.catalog.files.sources import Candidates, StoredModel, begin_with
 from stepwell_server.catalog.known_files import KnownFiles
-from stepwell_server.catalog.start import ModelLoader, absence, kept_models
+from stepwell_server.catalog.start import ModelLoader, absence, stored_models
 from stepwell_server.clock import Clock, SystemClock
 from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.core.front_limits import FrontLimits
@@ -331,9 +331,9 @@ def _resident_rows(settings: Settings, names: Collection[str]) -> ResidentRows:
     return ResidentRows(settings.resident_rows.get(""), own, len(set(names) - own.keys()))
 
 
-async def _kept(store: Store, settings: Settings) -> Mapping[str, KeptModel]:
+async def _kept(store: Store, settings: Settings) -> Mapping[str, StoredModel]:
     try:
-        return await kept_models(store, settings.models_dir)
+        return await stored_models(store, settings.models_dir)
     except (DocumentError, StoreError) as error:
         option = "--data-dir" if settings.shared_store is None else "--store"
         raise StartError(f"{option}: {error}") from error

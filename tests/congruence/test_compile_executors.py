@@ -64,8 +64,7 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
     assert tokens.program.batch_sizes == ()
     assert tokens_on_tensorflow.program.executor == "tensorflow"
     assert tokens_on_tensorflow.program.executor_reason == (
-        "LiteRT cannot run this model: no built-in operator for Anything; TensorFlow runs it, which takes longer for each "
-        "step"
+        "LiteRT cannot run this model: no built-in operator for Anything; TensorFlow runs it, which takes longer per step"
     )
     assert tokens_on_tensorflow.program.batch_sizes
     assert all(name.startswith("saved_model/") for name in tokens_on_tensorflow.program.files)
@@ -109,7 +108,7 @@ def test_the_layer_that_litert_cannot_run_is_named(tmp_path: Path) -> None:
     program = compile_model(tmp_path / "model.keras")
     assert program.executor_reason == (
         "LiteRT cannot run this model: it has no operation for AsString, StringToHashBucketFast (the layer 'buckets' "
-        "(Hashing)); TensorFlow runs it, which takes longer for each step"
+        "(Hashing)); TensorFlow runs it, which takes longer per step"
     )
 
 

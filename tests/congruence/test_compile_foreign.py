@@ -187,8 +187,8 @@ def _changed(place: int = 1, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "version", "says"),
     [
-        ("{", "", r"damaged \.keras file: config\.json is not JSON"),
-        ("[]", "", r"damaged \.keras file: config\.json does not say class_name and config"),
+        ("{", "", r"corrupt \.keras file: config\.json is not JSON"),
+        ("[]", "", r"corrupt \.keras file: config\.json does not say class_name and config"),
         (_changed(kind="LSTMX"), "", r"unknown class 'LSTMX'; register it with .* --import MODULE"),
         (_changed(activation="nope"), "", r"unknown activation 'nope'; register it with"),
         (

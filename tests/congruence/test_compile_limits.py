@@ -90,7 +90,7 @@ def test_a_size_that_is_too_small_is_found(lstm: Path, tmp_path: Path) -> None:
     lying_size(file, "assets/zeros", 1000)
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None  # zipfile itself is content
-    with pytest.raises(ModelError, match=r"damaged \.keras file: assets/zeros is not of the size it says"):
+    with pytest.raises(ModelError, match=r"corrupt \.keras file: assets/zeros is not of the size it says"):
         check_sizes(file, MIB)
 
 
@@ -118,7 +118,7 @@ def test_weights_in_another_file_are_refused(lstm: Path, tmp_path: Path) -> None
 
 def test_damaged_weights_are_a_damaged_file(lstm: Path, tmp_path: Path) -> None:
     file = with_member(lstm, tmp_path, "model.weights.h5", b"no HDF5", zipfile.ZIP_STORED)
-    with pytest.raises(ModelError, match=r"damaged .keras file: model\.weights\.h5: "):
+    with pytest.raises(ModelError, match=r"corrupt .keras file: model\.weights\.h5: "):
         check_sizes(file, MIB)
 
 

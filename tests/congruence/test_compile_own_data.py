@@ -69,7 +69,7 @@ def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program],
     found = compare(tmp_path / "other.keras", forecast[1], None)
     assert found.worst is not None
     assert not found.worst.is_allowed
-    assert "stepping is not what Keras computes" in str(found.worst)
+    assert "stepping does not compute what Keras does" in str(found.worst)
     assert Comparison.from_json(found.to_json()) == found
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: 
     trusted.singular_values().save(tmp_path / "model.keras")
     with pytest.raises(
         ModelError,
-        match=r"not proven that the model may be stepped: the layer 'svd' \(SingularValues\) uses the operation "
+        match=r"the model is not proven to be steppable: the layer 'svd' \(SingularValues\) uses the operation "
         r"Svd, which is not known .*--trust-causality NAME",
     ):
         compile_model(tmp_path / "model.keras")

@@ -76,7 +76,7 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
     content = _saved(tmp_path).read_bytes()
     file = tmp_path / "cut.keras"
     file.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ModelError, match=r"truncated|damaged"):
+    with pytest.raises(ModelError, match=r"truncated|corrupt"):
         load_model(file)
 
 
@@ -87,7 +87,7 @@ def test_a_file_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ModelError, match="damaged"):
+    with pytest.raises(ModelError, match="corrupt"):
         load_model(file)
 
 

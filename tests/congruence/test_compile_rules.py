@@ -98,14 +98,14 @@ def test_what_a_rule_says_of_the_axes_is_true() -> None:
 
 @pytest.mark.slow
 def test_what_an_operation_does_along_the_batch_or_the_time_axis_is_refused() -> None:
-    from stepwell_server.compile.causality.proof import Unadmitted, follow
+    from stepwell_server.compile.causality.proof import NotAdmitted, follow
     from support.proof import rule_examples
 
     for kind, examples in rule_examples.REFUSED.items():
         for i, example in enumerate(examples):
             try:
                 known = follow(_cuts(example))
-            except Unadmitted:
+            except NotAdmitted:
                 continue
             pytest.fail(f"{kind}, example {i} passes: {list(known.values())[-1]}")
 

@@ -140,7 +140,7 @@ def test_what_is_different_for_one_step_is_found_in_its_graph(
     case = before_rnn("other", layer)
     with pytest.raises(
         NotCausalError,
-        match=r"the layer '\w+' \(Apply\) computes something else for one time step than for many",
+        match=r"the layer '\w+' \(Apply\) computes something different for one time step than for many",
     ):
         trace_and_probe(case.build())
 

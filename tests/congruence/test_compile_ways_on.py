@@ -58,8 +58,8 @@ def test_a_series_of_fixed_length_that_is_reshaped(keras: Any, tmp_path: Path) -
     fixed = built(30)
     with pytest.raises(
         ModelError,
-        match=r"runs only on sequences of 30 time steps.*the layer 'shape' \(Reshape\) fails on another length.*"
-        r"keras\.Input\(\(None, \.\.\.\)\) and Reshape\(\(-1, 1\)\) in place of 'shape', and load the weights",
+        match=r"accepts only sequences of 30 time steps.*the layer 'shape' \(Reshape\) fails on another length.*"
+        r"keras\.Input\(\(None, \.\.\.\)\) and Reshape\(\(-1, 1\)\) instead of 'shape', and load the weights",
     ):
         _compiled(fixed, tmp_path)
     free = built(None)
@@ -84,7 +84,7 @@ def test_static_features_that_are_repeated(keras: Any, tmp_path: Path) -> None:
     fixed = built(24)
     with pytest.raises(
         ModelError,
-        match=r"runs only on sequences of 24 time steps.*in place of 'again' repeat by "
+        match=r"accepts only sequences of 24 time steps.*instead of 'again' repeat with "
         r"keras\.ops\.expand_dims\(s, 1\) \* keras\.ops\.ones_like\(x\[:, :, :1\]\)",
     ):
         _compiled(fixed, tmp_path)
@@ -112,7 +112,7 @@ def test_a_decoder_whose_initial_state_is_an_input(keras: Any, tmp_path: Path) -
     whole = keras.Model([x, h, c], decoder(x, initial_state=[h, c]))
     with pytest.raises(
         ModelError,
-        match=r"the layer 'decoder' \(LSTM\) takes its initial state from the model's inputs.*leave the state's inputs out "
+        match=r"the layer 'decoder' \(LSTM\) takes its initial state from the model's inputs.*remove the state inputs "
         r".*open_session\(\) or reset_states\(\)",
     ):
         _compiled(whole, tmp_path)
@@ -215,7 +215,7 @@ def test_weights_of_a_bidirectional_cannot_be_kept(keras: Any) -> None:
     x = keras.Input((None, 4))
     both = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))
     with pytest.raises(
-        ModelError, match=r"use layers that read forwards.*; no weights can be kept.*: train the model anew$"
+        ModelError, match=r"use forward layers.*; train the model again: its weights cannot be reused"
     ):
         trace_and_probe(keras.Model(x, both(x)))
 

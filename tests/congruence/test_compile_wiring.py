@@ -33,6 +33,6 @@ def test_what_swaps_its_operands_for_long_sequences_is_refused(tmp_path: Path) -
     hidden = keras.layers.LSTM(4, return_sequences=True)(_swapping(keras)(name="swap")(x))
     with pytest.raises(
         NotCausalError,
-        match=r"the layer 'swap' \(Swapping\) computes something else for another number of time steps",
+        match=r"the layer 'swap' \(Swapping\) computes something different for another number of time steps",
     ):
         trace_and_probe(keras.Model(x, hidden))

@@ -131,7 +131,7 @@ def test_a_store_that_a_server_would_refuse(settings: Settings, tmp_path: Path) 
     with tarfile.open(Path(__file__).parents[1] / "data" / "store-schema-8.tar.xz") as archive:
         archive.extractall(settings.data_dir, filter="data")
     assert any(
-        line.startswith("--data-dir: the store in") and "must be of schema" in line
+        line.startswith("--data-dir: the store in") and "must have schema version" in line
         for line in wrong(settings)
     )
 
@@ -233,7 +233,7 @@ def test_folders_that_cannot_be_used(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**40 - 2**20, 2**20))
     assert "is full; 1048576 bytes are free; free some space" in wrong(settings)[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 0, 2**34))
-    assert "--data-dir: 1.6% of the disk of" in advice(settings)[0]
+    assert "--data-dir: only 1.6% of the disk of" in advice(settings)[0]
 
 
 def test_disks_that_are_none_or_slow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +377,7 @@ def test_files_that_are_no_models_of_keras(settings: Settings, tmp_path: Path) -
     assert problem() == "not a .keras file: it has no metadata.json, model.weights.h5"
     whole = model.read_bytes()
     model.write_bytes(whole.replace(b"PK\x01\x02", b"PK\x01\x03"))
-    assert problem().startswith("damaged .keras file: ")
+    assert problem().startswith("corrupt .keras file: ")
     with zipfile.ZipFile(model, "w") as archive:
         for name in ("config.json", "metadata.json", "model.weights.h5"):
             archive.writestr(name, "{}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.catalog.files.sources import KeptModel
-from stepwell_server.catalog.start import absence, kept_models
+from stepwell_server.catalog.files.sources import StoredModel
+from stepwell_server.catalog.start import absence, stored_models
 from stepwell_server.core.model_names import ModelRef
 from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.engine.versions.document import DocumentError, name_of
@@ -25,7 +25,7 @@ async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:
     """Those of other folders come back by themselves, those of `--models` as their policy says."""
     store = MemoryStore()
     async with running({"plain": PLAIN}, store=store) as at:
-        assert await kept_models(InProcessStore(store, ManualClock()), None) == {}
+        assert await stored_models(InProcessStore(store, ManualClock()), None) == {}
         await at.engine.load_version("plain", 2, PLAIN, source=str(tmp_path / "models/plain/2.keras"))
         await at.engine.load_version("plain", 3, PLAIN, source=str(tmp_path / "3.keras"))
         await at.engine.load_version("plain", 5, RICH)
@@ -33,11 +33,11 @@ async def test_what_the_store_knows_of_versions(tmp_path: Path) -> None:
         await at.engine.unload_version("plain", 5)
         root = tmp_path / "models"
         for folder, from_elsewhere in ((root, [3]), (None, [2, 3])):
-            kept = await kept_models(InProcessStore(store, ManualClock()), folder)
-            assert kept == {"plain": KeptModel([1, 2, 3], 2, from_elsewhere)}
+            kept = await stored_models(InProcessStore(store, ManualClock()), folder)
+            assert kept == {"plain": StoredModel([1, 2, 3], 2, from_elsewhere)}
     store.commit(Batch(documents=[(name_of("plain"), b"{}")]))
     with pytest.raises(DocumentError, match="versions of model 'plain' cannot be read"):
-        await kept_models(InProcessStore(store, ManualClock()), None)
+        await stored_models(InProcessStore(store, ManualClock()), None)
 
 
 @pytest.mark.parametrize("shows_reason", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.catalog.files.kept_programs import NOT_KEPT, KeptPrograms
+from stepwell_server.catalog.files.kept_programs import NOT_KEPT, ProgramStore
 from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import (
@@ -33,7 +33,7 @@ def _uploading(tmp_path: Path, max_bytes: int = 100) -> CatalogHarness:
     at = CatalogHarness(
         tmp_path,
         uploads=Uploads(tmp_path / "uploads", max_bytes, clock),
-        kept=KeptPrograms(tmp_path / "kept"),
+        kept=ProgramStore(tmp_path / "kept"),
     )
     at.clock = clock
     return at

@@ -66,7 +66,7 @@ def test_a_compiled_model_is_read_and_tried_here_and_nothing_is_compiled(file: P
         (
             {"options": ProofOptions(trust=True)},
             ModelError,
-            r"is compiled already: --probe-steps and --trust-causality",
+            r"is already compiled: --probe-steps and --trust-causality",
         ),
         ({"options": ProofOptions(steps=600)}, ModelError, r"are for stepwell compile, which made it"),
         (
@@ -190,7 +190,7 @@ def test_without_the_frameworks_a_keras_file_is_refused_with_both_ways_on(
     with pytest.raises(ModelError) as caught:
         load_program(tmp_path / "forecast.keras", Known())
     assert str(caught.value) == (
-        f"{tmp_path / 'forecast.keras'}: must be compiled, which needs packages that are not installed (tensorflow, keras): "
+        f"{tmp_path / 'forecast.keras'}: must be compiled, but the required packages are not installed (tensorflow, keras): "
         "pip install '.[server]' ./server/front (in a clone of Stepwell); or compile it where they are, by: stepwell compile forecast.keras -o "
         "forecast.stepwell, and serve that file"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stepwell_server.catalog.files.folder import ModelFolder
-from stepwell_server.catalog.files.sources import Candidates, KeptModel, begin_with
+from stepwell_server.catalog.files.sources import Candidates, StoredModel, begin_with
 from stepwell_server.core.version_policy import VersionPolicy
 from stepwell_server.errors import StartError
 from stepwell_server.settings import Settings
@@ -22,7 +22,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def begin(root: Path, kept: dict[str, KeptModel] | None = None, **settings: Any) -> list[Candidates]:
+def begin(root: Path, kept: dict[str, StoredModel] | None = None, **settings: Any) -> list[Candidates]:
     given = Settings(models_dir=root, store="memory", **settings)
     return begin_with(given, ModelFolder(root), kept)
 
@@ -88,7 +88,7 @@ def test_without_a_folder_nothing_is_looked_for(root: Path) -> None:
 def test_the_default_of_before_is_loaded_whatever_the_policy_says(
     root: Path, had: list[int], default: int, chosen: list[int], is_default_chosen: bool
 ) -> None:
-    forecast, _ = begin(root, {"forecast": KeptModel(had, default)})
+    forecast, _ = begin(root, {"forecast": StoredModel(had, default)})
     assert forecast.choice(()) == chosen
     assert forecast.is_default_chosen is is_default_chosen
 
@@ -106,7 +106,7 @@ def test_the_default_of_before_is_loaded_whatever_the_policy_says(
 def test_the_default_that_was_loaded_by_a_call_stays_it(
     root: Path, had: list[int], default: int, from_elsewhere: list[int], is_default_chosen: bool
 ) -> None:
-    forecast, _ = begin(root, {"forecast": KeptModel(had, default, from_elsewhere)})
+    forecast, _ = begin(root, {"forecast": StoredModel(had, default, from_elsewhere)})
     assert forecast.is_default_chosen is is_default_chosen
     assert forecast.choice(()) == [10]
 

@@ -176,10 +176,10 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
         (lambda m: m.update(format="other"), r"does not say that its format is 'stepwell-program'"),
         (
             lambda m: m.pop("fingerprint"),
-            r"damaged .stepwell file: stepwell.json: it does not say 'fingerprint'",
+            r"corrupt .stepwell file: stepwell.json: it does not say 'fingerprint'",
         ),
         (lambda m: m.update(fingerprint=5), r"a text was expected; got 5"),
-        (lambda m: m.update(inputs=None), r"damaged .stepwell file: stepwell.json"),
+        (lambda m: m.update(inputs=None), r"corrupt .stepwell file: stepwell.json"),
         (lambda m: m["state"][0].update(shape=[-3]), r"a whole number from 0 to .* was expected; got -3"),
         (lambda m: m["state"][0].update(shape=[10**15]), r"its tensors are too large"),
         (lambda m: m["state"][0].update(shape=[4]), r"cannot reshape|reshape"),

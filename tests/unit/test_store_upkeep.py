@@ -420,7 +420,7 @@ def run(*arguments: object, code: int = 0) -> str:
 @pytest.mark.parametrize("command", [("repair",), ("rekey", "--encryption-key-file", "keys")])
 def test_a_store_that_servers_share_has_no_folder_to_mend(command: tuple[str, ...]) -> None:
     said = run(*command, "valkey://app:hidden@db.example/0", code=2)
-    assert "'DATA_DIR': must be the data directory of one server; got the URL of a store" in said
+    assert "'DATA_DIR': must be the data directory of one server; got the URL of a shared store" in said
     assert "hidden" not in said
 
 
@@ -445,6 +445,6 @@ def test_the_commands(path: Path, tmp_path: Path) -> None:
     assert "0 lost" in run("repair", path)
     change(path, b"s100", 3)
     assert "wrong: " in run("verify", path, code=1)
-    assert "give the keys" in run("rekey", path, code=2)
+    assert "must be given" in run("rekey", path, code=2)
     assert "some are missing" in run("backup", path, tmp_path / "backup3", code=2)
     assert not (tmp_path / "backup3").exists()

@@ -26,7 +26,7 @@ from stepwell_server.catalog.control import (
 from stepwell_server.catalog.files.kept_programs import NOT_KEPT
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.files.uploads import Upload
-from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.catalog.interfaces import Compile, CompileResult, Engine, Observer, Quotas
 from stepwell_server.catalog.load import Load
 from stepwell_server.clock import Clock
 from stepwell_server.compile.errors import ModelError
@@ -297,7 +297,7 @@ class Catalog:
         await self.look()
         return LoadedVersion(version, moved.previous, moved.sessions)
 
-    async def _compiled(self, load: Load) -> Compiled:
+    async def _compiled(self, load: Load) -> CompileResult:
         request = load.request
         try:
             compiled = await self.compile(request, load.path, load.report, load.abandoned)
@@ -306,7 +306,8 @@ class Catalog:
             )
             if wanted and compiled.program.fingerprint != request.fingerprint:
                 raise ModelError(
-                    f"{load.path} must be the file that it was when it was loaded; its fingerprint is {found}, and was {wanted}"
+                    f"{load.path} must be the file that it was when it was loaded; its fingerprint is {found}, "
+                    f"and was {wanted}"
                 )
             return compiled
         except (ModelError, OSError) as error:

@@ -14,7 +14,7 @@ from stepwell_server.catalog.control import LoadRequest, Progress
 from stepwell_server.catalog.files import kept_programs, uploads
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.files.programs import load_program
-from stepwell_server.catalog.interfaces import Compile, Compiled, Engine, Observer, Quotas
+from stepwell_server.catalog.interfaces import Compile, CompileResult, Engine, Observer, Quotas
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.exposure import beyond_loopback
@@ -62,7 +62,7 @@ def open_catalog(
         OSError: there can be no folder for uploads.
     """
     folder = settings.data_dir if settings.store == "disk" else None
-    programs = None if folder is None else kept_programs.KeptPrograms(folder / kept_programs.FOLDER)
+    programs = None if folder is None else kept_programs.ProgramStore(folder / kept_programs.FOLDER)
     taken = None
     if settings.allow_model_upload:
         place = (
@@ -81,17 +81,17 @@ def open_catalog(
 
 
 def _compiling(
-    settings: Settings, compiler: WarmCompiler, programs: kept_programs.KeptPrograms | None
+    settings: Settings, compiler: WarmCompiler, programs: kept_programs.ProgramStore | None
 ) -> Compile:
     """Makes programs of files: of `.keras` files by processes of the compiler's, if they are not in the cache."""
 
     async def compile_model(
         request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
-    ) -> Compiled:
+    ) -> CompileResult:
         if programs is not None and programs.holds(path):
             program = await asyncio.to_thread(programs.load, path)
             if program.executor == "tensorflow":  # which a file must not be that others may have written
-                return Compiled(program, "file")
+                return CompileResult(program, "file")
         loop, stages = asyncio.get_running_loop(), list[str]()
 
         def report(stage: str) -> None:
@@ -100,7 +100,7 @@ def _compiling(
 
         limits = dataclasses.replace(compiler.limits, abandoned=abandoned)
         program = await asyncio.to_thread(_compile, settings, compiler, request, path, report, limits)
-        return Compiled(program, "file" if is_program(path) else "compiled" if stages else "cache")
+        return CompileResult(program, "file" if is_program(path) else "compiled" if stages else "cache")
 
     return compile_model
 

@@ -15,14 +15,14 @@ from stepwell_server.program import Program
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Compiled:
+class CompileResult:
     """A program, and where it came from: `cache`, `compiled` or `file`."""
 
     program: Program
     origin: str
 
 
-Compile = Callable[[LoadRequest, Path, Progress, threading.Event], Awaitable[Compiled]]
+Compile = Callable[[LoadRequest, Path, Progress, threading.Event], Awaitable[CompileResult]]
 """Makes the program of a model's file; reports stages on the event loop. When the event is set, the load was stopped.
 
 Raises `ModelError`, `OSError`.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.control import LoadRequest, VersionState
-from stepwell_server.catalog.files.sources import Candidates, KeptModel, Source
+from stepwell_server.catalog.files.sources import Candidates, Source, StoredModel
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
 from stepwell_server.catalog.replicas import ReplicaFollower
 from stepwell_server.catalog.restore import is_of_folder, restore
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _RETRY_S = 1.0
 
 
-async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
+async def stored_models(store: Store, root: Path | None) -> dict[str, StoredModel]:
     """Return what the store has of versions, by name.
 
     Args:
@@ -55,7 +55,7 @@ async def kept_models(store: Store, root: Path | None) -> dict[str, KeptModel]:
             for version, each in wanted.items()
             if each.source and not await asyncio.to_thread(is_of_folder, model, each, root)
         ]
-        found[model] = KeptModel(list(wanted), own.wanted, elsewhere)
+        found[model] = StoredModel(list(wanted), own.wanted, elsewhere)
     return found
 
 
@@ -94,7 +94,7 @@ class ModelLoader:
         self,
         settings: Settings,
         wanted: Sequence[Candidates],
-        kept: Mapping[str, KeptModel],
+        kept: Mapping[str, StoredModel],
         folder: ModelFolder | None,
         engine: Engine,
         catalog: Catalog,

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: files of `program_file`, named by the content that made them."""
+"""The cache of compiled programs: files of `program_file`, named by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from stepwell_server.files import archive_rules, private_files
 from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
-#: Raise it when the compiler makes something else of the same model.
+#: Raise it when the compiler produces a different program from the same model.
 COMPILE_VERSION = 5
-#: Its entries, what is unfinished, the key.
+#: Name patterns of its entries, unfinished files, and the key.
 HOLDS = (f"*{program_file.SUFFIX}", ".*")
 _KEY, _KEY_BYTES = ".key", 32
 _log = Log("compile")
@@ -34,10 +34,10 @@ _PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
 def key_of(content: bytes, imports: Sequence[str], options: ProofOptions | None = None) -> str:
-    """Hash all that a program is made from: the file (by its SHA-256), the versions, the imported modules' source, the options.
+    """Hash all inputs of a program: the file (its SHA-256), the versions, the sources of imported modules, the options.
 
-    The processor is part of it: kernels are chosen by what it can do, and which batch sizes give the same
-    bits was found out on it.
+    The processor is included: its features determine the kernels, and the batch sizes with identical bits were
+    measured on it.
 
     Raises:
         ModelError: there is no such module.
@@ -66,40 +66,40 @@ def sources_of(imports: Sequence[str]) -> bytes:
 
 
 def entry(cache_dir: Path, key: str) -> Path:
-    """Return the file of a program in the cache, whether it is there or not."""
+    """Return the path of a program in the cache, whether or not it exists."""
     return cache_dir / f"{key}{program_file.SUFFIX}"
 
 
 def make(folder: Path) -> None:
-    """Have a folder for the cache that only this user can use: who can write it decides what runs.
+    """Create the folder of the cache, private to this user: anybody who can write there decides what runs.
 
     Raises:
-        OSError: others can, or it cannot be made.
+        OSError: other users can access it, or it cannot be created.
     """
     private_files.make_folder(folder, HOLDS)
 
 
 def load(file: Path) -> Program | None:
-    """Return the program in an entry of the cache, or None if there is none, it is damaged, or not of this cache's making.
+    """Return the program of a cache entry; None if it is missing, corrupt, or was not written by this cache.
 
-    What a program's fingerprint says of its weights nobody can see from the program. So an entry counts only with the
-    seal that `publish` gave it: another entry under its name, or one that was changed together with its digests, is none.
+    A program does not prove that its fingerprint belongs to its weights. So an entry is valid only with the seal from
+    `publish`, which detects a renamed entry, and one that was changed together with its digests.
     """
     try:
         with archive_rules.open_archive(file) as archive:
             sealed = archive.comment, _seal(file, archive.read(program_file.MANIFEST))
         if not hmac.compare_digest(*sealed):
             _log.warning(
-                "an entry of the cache was not made here, or was changed: it is made anew", entry=str(file)
+                "a cache entry was not written here, or was changed: it is compiled again", entry=str(file)
             )
             return None
         return program_file.load(file, sys.maxsize, is_own=True)
     except (OSError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile):
-        return None  # Whatever is wrong with it, it is compiled again.
+        return None  # Whatever the reason, the model is compiled again.
 
 
 def _seal(entry: Path, manifest: bytes) -> bytes:
-    """What only who can read the cache's key can say of an entry. The manifest has the digests of all else that is in it.
+    """Return the seal of an entry, which requires the cache's key. The manifest has the digests of all other members.
 
     Raises:
         OSError: there is no key.
@@ -109,7 +109,7 @@ def _seal(entry: Path, manifest: bytes) -> bytes:
 
 
 def _require_key(folder: Path) -> None:
-    """Have a key in the cache's folder. Of several processes that make one, all use the first one's."""
+    """Create the cache's key if it is missing. If several processes do so, all use the first key."""
     if (folder / _KEY).exists():
         return
     fresh = folder / f"{_KEY}-{secrets.token_hex(8)}"
@@ -123,7 +123,7 @@ def _require_key(folder: Path) -> None:
 
 @contextlib.contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """Give the name of a file in an empty folder beside an entry of the cache, and remove what is left of both."""
+    """Yield the path of a file in a temporary folder next to a cache entry, and remove the folder afterwards."""
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:12]}-", dir=target.parent))
     try:
         yield folder / target.name
@@ -132,7 +132,7 @@ def unfinished(target: Path) -> Iterator[Path]:
 
 
 def publish(file: Path, target: Path) -> Program:
-    """Make a finished ``file`` the entry ``target``, in one go. If another process was faster, its entry is as good.
+    """Move a finished ``file`` to the entry ``target`` atomically. If another process was faster, both entries are equal.
 
     Raises:
         OSError: the cache cannot be written.
@@ -150,7 +150,7 @@ def publish(file: Path, target: Path) -> Program:
 
 
 def module_files(module: str) -> list[Path]:
-    """Return the source files of a module, a package's all. Nothing is imported: it may load TensorFlow.
+    """Return the source files of a module or package. Imports nothing, because that may load TensorFlow.
 
     Raises:
         ModelError: there is no such module.

@@ -46,9 +46,10 @@ class Difference:
         return {"output": self.output, "largest": largest, "time_step": step, "share_of_allowed": self.share}
 
     def __str__(self) -> str:
-        how = "rounding explains it" if self.is_allowed else "stepping is not what Keras computes"
+        how = "rounding explains it" if self.is_allowed else "stepping does not compute what Keras does"
         return (
-            f"output {quoted(self.output)} differs from Keras by {self.absolute:.2g} at time step {self.time} of row {self.row} "
+            f"output {quoted(self.output)} differs from Keras by {self.absolute:.2g} at time step {self.time} of "
+            f"row {self.row} "
             f"({self.allowed:.2g} is allowed there): {how}"
         )
 

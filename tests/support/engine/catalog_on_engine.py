@@ -10,10 +10,10 @@ from typing import Any
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, Progress
-from stepwell_server.catalog.files.kept_programs import KeptPrograms
+from stepwell_server.catalog.files.kept_programs import ProgramStore
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.files.uploads import Uploads
-from stepwell_server.catalog.interfaces import Compiled
+from stepwell_server.catalog.interfaces import CompileResult
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.engine import Engine
 from stepwell_server.process.readiness import Readiness
@@ -33,14 +33,14 @@ class FakeLoads:
 
     async def compile(
         self, request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
-    ) -> Compiled:
+    ) -> CompileResult:
         """See `catalog.interfaces.Compile`."""
         progress("load")
         while not (self.free.is_set() or abandoned.is_set()):  # noqa: ASYNC110 (a turn of the loop, no time)
             await asyncio.sleep(0)
         if path.name not in self.programs:
             raise ModelError(f"{path.name}: not a .keras file")
-        return Compiled(self.programs[path.name], "compiled")
+        return CompileResult(self.programs[path.name], "compiled")
 
     def file(self, folder: Path, name: str, program: Program, **changes: Any) -> str:
         """The path of a file whose program this is, with what is changed in it."""
@@ -69,7 +69,7 @@ def live_models(
     *,
     root: Path | None = None,
     uploads: Uploads | None = None,
-    kept: KeptPrograms | None = None,
+    kept: ProgramStore | None = None,
     quotas: Any = None,
 ) -> Catalog:
     """The catalog of an engine."""

@@ -11,10 +11,10 @@ from typing import Any
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadedVersion, LoadRequest, Progress, VersionState
-from stepwell_server.catalog.files.kept_programs import KeptPrograms
+from stepwell_server.catalog.files.kept_programs import ProgramStore
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.files.uploads import Uploads
-from stepwell_server.catalog.interfaces import Compiled
+from stepwell_server.catalog.interfaces import CompileResult
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import QuotaExceeded
 from stepwell_server.process.readiness import Readiness
@@ -40,7 +40,7 @@ class Compiler:
 
     async def __call__(
         self, request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
-    ) -> Compiled:
+    ) -> CompileResult:
         progress("load")
         self.running.append(path.name)
         self.abandoned.append(abandoned)
@@ -52,7 +52,7 @@ class Compiler:
         if self.error is not None:
             raise self.error
         self.done.append(path.name)
-        return Compiled(dataclasses.replace(PLAIN, fingerprint=f"of {path.name}"), "compiled")
+        return CompileResult(dataclasses.replace(PLAIN, fingerprint=f"of {path.name}"), "compiled")
 
 
 class Watcher:
@@ -103,7 +103,7 @@ class CatalogHarness:
         *,
         root: Path | None = None,
         uploads: Uploads | None = None,
-        kept: KeptPrograms | None = None,
+        kept: ProgramStore | None = None,
         quotas: Any = None,
     ) -> None:
         self.folder = folder

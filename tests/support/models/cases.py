@@ -65,22 +65,22 @@ def _who(layer: str) -> str:
 
 
 def ahead(layer: str, does: str = "") -> str:
-    return rf"^model is not causal: {_who(layer)} looks ahead: it .*{does}.*; use layers that read forwards: "
+    return rf"^model is not causal: {_who(layer)} looks ahead: it .*{does}.*; use forward layers: "
 
 
 def back(layer: str, does: str = "") -> str:
     return (
         rf"^model cannot be run step by step: {_who(layer)} looks back over several time steps and keeps no state: "
-        rf"it .*{does}.*; let a recurrent layer sum up the sequence"
+        rf"it .*{does}.*; use a recurrent layer"
     )
 
 
 def mixes(layer: str, does: str = "") -> str:
-    return rf"^model cannot be run step by step: {_who(layer)} mixes time steps: it .*{does}.*; let a recurrent layer"
+    return rf"^model cannot be run step by step: {_who(layer)} mixes time steps: it .*{does}.*; use a recurrent layer"
 
 
 def position(layer: str) -> str:
-    return rf"^model cannot be run step by step: {_who(layer)} has another constant for each time step; give the position as"
+    return rf"^model cannot be run step by step: {_who(layer)} has a different constant for each time step; pass the position as"
 
 
 def length(layer: str, does: str = "") -> str:
@@ -93,35 +93,32 @@ def end(layer: str) -> str:
 
 def rows(layer: str, does: str = "") -> str:
     return (
-        rf"^the rows of a batch are not independent of each other: {_who(layer)} .*{does}.*; what it needs of other rows "
-        "must come in as features"
+        rf"^the rows of a batch are not independent of each other: {_who(layer)} .*{does}.*; pass what it needs from "
+        "other rows as features"
     )
 
 
 def random(layer: str) -> str:
-    return rf"^two calls of the model differ: {_who(layer)} draws random numbers; leave it out at inference"
+    return rf"^two calls of the model differ: {_who(layer)} draws random numbers; disable it at inference"
 
 
 def writes(layer: str) -> str:
-    return rf"^two calls of the model differ: {_who(layer)} changes a variable as it runs \(.*\); do it in a cell"
+    return rf"^two calls of the model differ: {_who(layer)} changes a variable during the call \(.*\); keep the value in the state"
 
 
 def layout(layer: str) -> str:
-    return (
-        rf"^an output cannot be told apart by row and time step: {_who(layer)} puts the batch or the time axis of an "
-        "output elsewhere; give each output the batch as its first axis"
-    )
+    return rf"^the rows and time steps of an output cannot be identified: {_who(layer)} moves the batch or the time axis of an output; make the batch the first axis"
 
 
 def unproven(layer: str, does: str = "") -> str:
     return (
-        rf"^it is not proven that the model may be stepped: {_who(layer)} .*{does}.*; if you know that it does, "
+        rf"^the model is not proven to be steppable: {_who(layer)} .*{does}.*; if you know that the model can be stepped, "
         "--trust-causality NAME serves"
     )
 
 
 def python(layer: str) -> str:
-    return rf"^the model cannot become a program: {_who(layer)} runs Python code when it is called .*; write what it"
+    return rf"^the model cannot become a program: {_who(layer)} runs Python code when it is called .*; write the computation"
 
 
 def untraced(layer: str, does: str, way: str) -> str:
@@ -130,6 +127,6 @@ def untraced(layer: str, does: str, way: str) -> str:
 
 def only_length(layer: str, way: str = "build .* with keras.Input") -> str:
     return (
-        rf"^the model runs only on sequences of 40 time steps, and what is served has no end: {_who(layer)} fails on "
+        rf"^the model accepts only sequences of 40 time steps, but a served sequence has no end: {_who(layer)} fails on "
         rf"another length \(.*\); .*{way}"
     )

@@ -32,7 +32,7 @@ ROWS = [
         ("mean_over_rows", rows("mean", "takes the mean over the rows of the batch")),
         ("other_row", rows("other", "shifts the rows of the batch")),
         ("first_row", rows("first", "takes a part of the rows of the batch")),
-        ("number_of_the_row", rows("number", "has another constant for each row of the batch")),
+        ("number_of_the_row", rows("number", "has a different constant for each row of the batch")),
         (
             "number_of_rows",
             r"^model cannot be run step by step: the layer 'number_of_rows' .* or of rows; make",
@@ -224,17 +224,17 @@ def _open_features(keras: Any) -> Any:
 CELLS = [
     _cell(
         "growing",
-        r"^the cell of the layer 'odd' \(RNN\) must return states of the shapes that it is given; for each row it is given "
-        r"\(3,\) and returns \(6,\): let state_size",
+        r"^the cell of the layer 'odd' \(RNN\) must return states with the shapes of its input states; for each row it receives "
+        r"\(3,\) and returns \(6,\): make state_size",
     ),
     _cell("mean_over_rows", rows("odd", "takes the mean over the rows of the batch")),
-    _cell("number_of_the_row", rows("odd", "has another constant for each row")),
-    _cell("state_of_rows", rows("odd", "has another constant for each row")),
+    _cell("number_of_the_row", rows("odd", "has a different constant for each row")),
+    _cell("state_of_rows", rows("odd", "has a different constant for each row")),
     _cell("counting", writes("odd")),
     _cell("noisy", random("odd")),
     _cell(
         "plain",
-        unproven("odd", "has a loop (inner_loop) of its own".replace("(", r"\(").replace(")", r"\)")),
+        unproven("odd", "has a custom inner_loop"),
         "OwnLoop",
     ),
     _cell(
@@ -246,12 +246,12 @@ CELLS = [
 MODELS = [
     _model(
         "one_hot_of_a_series",
-        r"'encoding' \(CategoryEncoding\) leaves out an axis of length 1.*keras\.ops\.one_hot",
+        r"'encoding' \(CategoryEncoding\) drops axes of length 1.*keras\.ops\.one_hot",
         _encoded("CategoryEncoding", num_tokens=5),
     ),
     _model(
         "one_hot_of_a_hash",
-        r"'encoding' \(Hashing\) leaves out an axis of length 1.*keras\.ops\.one_hot",
+        r"'encoding' \(Hashing\) drops axes of length 1.*keras\.ops\.one_hot",
         _encoded("Hashing", 1, num_bins=5),
     ),
     _model("text", r"^input 'text' must have a numeric type; it has string\. Leave the layer", _text),
@@ -261,7 +261,7 @@ MODELS = [
     _model("masked_by_position", position("rnn"), _masked_by_position),
     _model(
         "graph_nodes",
-        r"^the layer 'nodes' \(LSTM\) runs over 5 rows for each row of the batch.*; make every",
+        r"^the layer 'nodes' \(LSTM\) processes 5 rows for each row of the batch.*; make every",
         _graph_nodes,
     ),
     _model(
@@ -281,7 +281,7 @@ MODELS = [
     ),
     _model(
         "end_mask",
-        r"step by step: the layer 'after_token_2' \(Apply\) .*it accumulates along the time axis; let",
+        r"step by step: the layer 'after_token_2' \(Apply\) .*it accumulates along the time axis; use a recurrent layer",
         _end_mask,
     ),
     _model(
@@ -296,7 +296,7 @@ FIXED = [
         behind_rnn(
             "flattened",
             lambda k: lambda x: k.Dense(2, name="head")(k.Flatten(name="flat")(x)),
-            only_length("head", "'flat' makes features of time steps"),
+            only_length("head", "'flat' turns time steps into features"),
         ),
         behind_rnn(
             "permuted", lambda k: lambda x: k.Dense(2, name="head")(k.Permute((2, 1))(x)), only_length("head")
@@ -310,12 +310,12 @@ FIXED = [
         before_rnn(
             "repeated",
             lambda k: lambda x: x + k.RepeatVector(40, name="again")(k.SimpleRNN(4)(x)),
-            only_length("ops.add", "in place of 'again'"),
+            only_length("ops.add", "instead of 'again'"),
         ),
         before_rnn(
             "reshaped",
             lambda k: k.Reshape((40, 4), name="shape"),
-            only_length("shape", r"Reshape\(\(-1, 4\)\) in place of 'shape'"),
+            only_length("shape", r"Reshape\(\(-1, 4\)\) instead of 'shape'"),
         ),
         before_rnn(
             "positions",

@@ -44,11 +44,11 @@ def _convolution(padding: str, dilation: int, kernel: int, refused: str) -> Case
 
 
 PYTHON_LOOP = (
-    r"^model cannot be run step by step: the layer 'lag\w*' \(\w+\) runs a loop over its time steps in Python, .*as a "
-    r"cell, and let keras\.layers\.RNN run it"
+    r"^model cannot be run step by step: the layer 'lag\w*' \(\w+\) runs a Python loop over its time steps, .*as a "
+    r"cell, and run it with keras\.layers\.RNN"
 )
 OVER_TWO_STEPS = (
-    r"^the layer 'rnn' \(SimpleRNN\) runs over 2 time steps for each one that comes in.*; put them beside"
+    r"^the layer 'rnn' \(SimpleRNN\) processes 2 time steps for each input time step.*; move them to"
 )
 DILATIONS = (1, 2, 3, 7, 16, 64)
 CONVOLUTIONS = [
@@ -123,7 +123,7 @@ SHIFTS = [
             ("last_step", 1, end("last")),
             ("last_step_twice_reversed", 1, back("last", "reverses")),
             ("by_scan", 1, back("by_scan", "loops over the time axis")),
-            ("repeated_for_each_step", 1, length("repeated", "as many turns as there are time steps")),
+            ("repeated_for_each_step", 1, length("repeated", "one iteration per time step")),
             ("by_while_loop", 9, back("by_while", "shifts the time axis")),
             ("by_map_over_rows", 9, rows("by_map", "loops over the rows of the batch")),
             ("repeated_until_all_are_small", 1, rows("repeated", "takes the max over the rows of the batch")),
@@ -199,13 +199,15 @@ POSITIONS = [
         odd("divided_by_length_in_a_function"),
         length("divided", "depends on"),
     ),
-    before_rnn("other_above_800", odd("other_above_a_length", 800), length("other", "something else")),
+    before_rnn("other_above_800", odd("other_above_a_length", 800), length("other", "something different")),
     before_rnn(
         "other_above_800_by_tensors",
         odd("other_above_a_length_by_tensors", 800),
         length("other", "depends on the number of time steps"),
     ),
-    before_rnn("noise_of_a_seed", odd("noise_of_a_seed"), rows("noise", "has another constant for each row")),
+    before_rnn(
+        "noise_of_a_seed", odd("noise_of_a_seed"), rows("noise", "has a different constant for each row")
+    ),
 ]
 
 

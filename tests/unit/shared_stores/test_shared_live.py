@@ -15,7 +15,7 @@ from stepwell_server.catalog.control import LoadRequest, Progress, VersionState
 from stepwell_server.catalog.files.folder import ModelFolder
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.follower import FolderFollower, FolderOptions
-from stepwell_server.catalog.interfaces import Compiled
+from stepwell_server.catalog.interfaces import CompileResult
 from stepwell_server.catalog.replicas import ReplicaFollower
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.core.version_policy import VersionPolicy
@@ -36,10 +36,10 @@ pytestmark = SHARED
 
 async def compiled(
     _request: LoadRequest, path: Path, progress: Progress, _abandoned: threading.Event
-) -> Compiled:
+) -> CompileResult:
     """A file's name is its weights."""
     progress("load")
-    return Compiled(weights(int(path.stem)), "file")
+    return CompileResult(weights(int(path.stem)), "file")
 
 
 class Replica:
@@ -360,6 +360,6 @@ async def test_what_others_have_is_loaded_only_from_where_files_may_be(tmp_path:
 
 async def _broken(
     _request: LoadRequest, _path: Path, progress: Progress, _abandoned: threading.Event
-) -> Compiled:
+) -> CompileResult:
     progress("load")
     raise ModelError("it is damaged")

@@ -22,7 +22,7 @@ NOT_KEPT = "nothing is kept of its file, which was sent or is temporary: the ver
 """What is to be known of a version of a file that is gone, of which no program is kept either."""
 
 
-class KeptPrograms:
+class ProgramStore:
     """A folder of programs, for the server alone."""
 
     def __init__(self, folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepwell_server.catalog.files import paths
-from stepwell_server.catalog.files.kept_programs import KeptPrograms
+from stepwell_server.catalog.files.kept_programs import ProgramStore
 from stepwell_server.catalog.files.uploads import Upload, Uploads
 from stepwell_server.errors import UploadOff
 from stepwell_server.program import Program
@@ -17,7 +17,7 @@ class ModelFiles:
     """What the catalog asks for files. Lives on the event loop; threads use the disk."""
 
     def __init__(
-        self, root: Path | None = None, uploads: Uploads | None = None, kept: KeptPrograms | None = None
+        self, root: Path | None = None, uploads: Uploads | None = None, kept: ProgramStore | None = None
     ) -> None:
         """Wire it.
 
@@ -87,6 +87,7 @@ class ModelFiles:
     def _taken(self) -> Uploads:
         if self._uploads is None:
             raise UploadOff(
-                "the server takes no files: it must be started with --allow-model-upload; or give the path of a file on its disk"
+                "the server takes no files: it must be started with --allow-model-upload; or give the path of a "
+                "file on its disk"
             )
         return self._uploads

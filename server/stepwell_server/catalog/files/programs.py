@@ -60,7 +60,8 @@ def require_frameworks(path: Path) -> None:
     missing = [name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"{path}: must be compiled, which needs packages that are not installed ({', '.join(missing)}): {_install.advice(_install.SERVER)}; or "
+            f"{path}: must be compiled, but the required packages are not installed ({', '.join(missing)}): "
+            f"{_install.advice(_install.SERVER)}; or "
             f"compile it where they are, by: stepwell compile {path.name} -o {path.stem}{program_file.SUFFIX}, and serve "
             "that file"
         )
@@ -70,7 +71,7 @@ def _require_plain(path: Path, options: ProofOptions, data: Path | None) -> None
     """Refuse what can be said of a model only where it is compiled."""
     if options != ProofOptions():
         raise ModelError(
-            f"{path}: is compiled already: --probe-steps and --trust-causality are for stepwell compile, which made it"
+            f"{path}: is already compiled: --probe-steps and --trust-causality are for stepwell compile, which made it"
         )
     if data is not None:
         raise DataError(

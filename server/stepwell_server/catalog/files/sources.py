@@ -32,7 +32,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class KeptModel:
+class StoredModel:
     """What the store has of a name: the versions that were loaded when the server ended, and the default."""
 
     versions: Collection[int]
@@ -66,7 +66,7 @@ class Candidates:
 
 
 def begin_with(
-    settings: Settings, folder: ModelFolder | None, kept: Mapping[str, KeptModel] | None = None
+    settings: Settings, folder: ModelFolder | None, kept: Mapping[str, StoredModel] | None = None
 ) -> list[Candidates]:
     """All that a server is to load when it starts. Looks at the folder twice, which blocks for a moment.
 
@@ -89,7 +89,7 @@ def begin_with(
     return [_as_before(each, (kept or {}).get(each.name)) for each in found]
 
 
-def _as_before(found: Candidates, kept: KeptModel | None) -> Candidates:
+def _as_before(found: Candidates, kept: StoredModel | None) -> Candidates:
     """With the default as it was, so that what is new becomes it as if the server had run meanwhile."""
     if kept is None:
         return found

@@ -37,7 +37,7 @@ _log = Log("uploads")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Uploaded:
+class UploadResult:
     """A file that is there."""
 
     token: str
@@ -193,7 +193,7 @@ class Upload:
             while view:
                 view = view[os.write(self._descriptor, view) :]
 
-    async def finish(self) -> Uploaded:
+    async def finish(self) -> UploadResult:
         """It is whole.
 
         Raises:
@@ -205,7 +205,7 @@ class Upload:
             raise InvalidInput("content must be the bytes of a file; got none")
         await asyncio.to_thread(self._close)
         self.is_whole = True
-        return Uploaded(self._token, self._digest.hexdigest())
+        return UploadResult(self._token, self._digest.hexdigest())
 
     async def abort(self) -> None:
         """Forget what has come."""

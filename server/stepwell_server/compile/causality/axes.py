@@ -1,9 +1,9 @@
-"""Where the batch and the time axis stand in a tensor: the abstract value that the proof follows.
+"""The position of the batch and time axis in a tensor: the abstract value that the proof follows.
 
-A dimension is a tuple of factors, outermost first: ``BATCH``, ``TIME`` or a plain size. ``(BATCH, TIME)``
-is what a reshape from (batch, time, features) to (batch * time, features) makes. A dimension of size 1 has
-no factors. The two traces (`cut.SCALES`) have prime numbers of rows and time steps, so that a size read in
-both says which axes are in it.
+A dimension is a tuple of factors, outermost first: ``BATCH``, ``TIME`` or a plain size. For example, a reshape
+from (batch, time, features) to (batch * time, features) results in ``(BATCH, TIME)``. A dimension of size 1 has
+no factors. The two traces (`cut.SCALES`) have prime numbers of rows and time steps, so that the two sizes of a
+dimension reveal its axes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Axis(enum.Enum):
-    """An axis that is followed."""
+    """A followed axis."""
 
     BATCH = "batch"
     TIME = "time"
@@ -42,19 +42,19 @@ class Scale(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One size, or one integer, as it stands in the two traces."""
+    """One size, or one integer, in the two traces."""
 
     first: int
     second: int
 
     @property
     def is_same(self) -> bool:
-        """It does not depend on the sizes of the trace."""
+        """It is independent of the sizes of the trace."""
         return self.first == self.second
 
 
 class LostAxisError(Exception):
-    """It cannot be said any more where the batch or the time axis is."""
+    """The position of the batch or time axis is unknown from here on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Scales:
         )
 
     def factors(self, size: Pair) -> Dim:
-        """Return the factors of a size: the batch before the time, then what is left.
+        """Return the factors of a size: batch, time, then a plain number.
 
         Raises:
-            LostAxisError: it is no product of batch, time and a fixed number (time + 2, say).
+            LostAxisError: it is not a product of batch, time and a fixed number; time + 2, for example.
         """
         for axes in ((), (TIME,), (BATCH,), (BATCH, TIME)):
             of_axes = self.size(axes)
@@ -114,7 +114,7 @@ class Scales:
             if isinstance(factor, int) and part.is_same and part.first and not factor % part.first:
                 left[0] = factor // part.first
                 return part.first
-            # The part of a fixed number that belongs to this dimension, followed by an axis.
+            # This dimension takes a part of a fixed number, and an axis follows.
             shared = math.gcd(factor, *part) if isinstance(factor, int) else 1
             if shared > 1:
                 left[0] = int(factor) // shared  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ class Scales:
 
 
 def normal(dim: Iterable[Factor]) -> Dim:
-    """Return a dimension in its one normal form: neighbouring sizes multiplied, ones left out."""
+    """Return the normal form of a dimension: adjacent sizes multiplied, ones removed."""
     result: list[Factor] = []
     for factor in dim:
         if isinstance(factor, int) and result and isinstance(result[-1], int):
@@ -134,10 +134,10 @@ def normal(dim: Iterable[Factor]) -> Dim:
 
 
 def labels(axes: Axes) -> Iterator[Axis]:
-    """Yield the followed axes of a tensor, each as often as it is there."""
+    """Yield the followed axes of a tensor, with repetitions."""
     return (factor for dim in axes for factor in dim if isinstance(factor, Axis))
 
 
 def is_plain(dim: Dim) -> bool:
-    """Return whether neither the batch nor the time axis is in a dimension."""
+    """Whether a dimension contains neither the batch nor the time axis."""
     return all(isinstance(factor, int) for factor in dim)

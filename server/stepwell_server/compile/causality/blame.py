@@ -1,4 +1,4 @@
-"""What a refusal tells people: which layer, what it does, and the way on."""
+"""The messages of refusals: which layer, what it does, and the fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from stepwell_server.compile.causality.cut import CutError, LoopError
 from stepwell_server.compile.causality.direction import Direction, direction
-from stepwell_server.compile.causality.proof import Unadmitted
+from stepwell_server.compile.causality.proof import NotAdmitted
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
 from stepwell_server.compile.graph.interface import Interface
@@ -21,32 +21,34 @@ _STEP_BY_STEP = "model cannot be run step by step: "
 _SEVERAL_STEPS = "looks back over several time steps and keeps no state"
 
 
-def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: Unadmitted) -> ModelError:
-    """Return the error for a model that its graph does not admit."""
+def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: NotAdmitted) -> ModelError:
+    """Return the error for a model whose graph does not admit it."""
     model = sampler.interface.model
     layer = _outermost(model, found.layer)
-    who, clause, way = named(model, layer), str(found), found.reason.value
+    who, clause, fix = named(model, layer), str(found), found.reason.value
     match found.reason:
         case Reason.TIME:
             return _over_time(sampler, temporal, layer, clause)
         case Reason.BACKWARDS:
             return _ahead(model, layer, clause)
         case Reason.END:
-            return NotCausalError(f"model is not causal: {who} {clause}; {way}")
+            return NotCausalError(f"model is not causal: {who} {clause}; {fix}")
         case Reason.POSITION | Reason.LENGTH:
-            return NotCausalError(f"{_STEP_BY_STEP}{who} {clause}; {way}")
+            return NotCausalError(f"{_STEP_BY_STEP}{who} {clause}; {fix}")
         case Reason.PYTHON:
-            return ModelError(f"the model cannot become a program: {who} {clause}; {way}")
+            return ModelError(f"the model cannot become a program: {who} {clause}; {fix}")
         case Reason.UNPROVEN:
-            return ModelError(f"it is not proven that the model may be stepped: {who} {clause}; {way}")
+            return ModelError(f"the model is not proven to be steppable: {who} {clause}; {fix}")
         case Reason.ROWS:
-            return ModelError(f"the rows of a batch are not independent of each other: {who} {clause}; {way}")
+            return ModelError(f"the rows of a batch are not independent of each other: {who} {clause}; {fix}")
         case Reason.RANDOM | Reason.WRITES:
-            return ModelError(f"two calls of the model differ: {who} {clause}; {way}")
+            return ModelError(f"two calls of the model differ: {who} {clause}; {fix}")
         case Reason.LAYOUT:
-            return ModelError(f"an output cannot be told apart by row and time step: {who} {clause}; {way}")
+            return ModelError(
+                f"the rows and time steps of an output cannot be identified: {who} {clause}; {fix}"
+            )
         case Reason.STATE:
-            return ModelError(f"the initial state is computed from the model's inputs: {who} {clause}; {way}")
+            return ModelError(f"the initial state is computed from the model's inputs: {who} {clause}; {fix}")
 
 
 def _over_time(sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: str) -> NotCausalError:
@@ -61,23 +63,23 @@ def _over_time(sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: s
 
 
 def _ahead(model: Any, layer: Any, clause: str) -> NotCausalError:
-    way = Reason.BACKWARDS.value
+    fix = Reason.BACKWARDS.value
     if isinstance(layer, keras.layers.Bidirectional):
-        way += "; no weights can be kept, because each layer after it was trained on both directions: train the model anew"
-    return NotCausalError(f"model is not causal: {named(model, layer)} looks ahead: it {clause}; {way}")
+        fix += "; train the model again: its weights cannot be reused, because each later layer was trained on both directions"
+    return NotCausalError(f"model is not causal: {named(model, layer)} looks ahead: it {clause}; {fix}")
 
 
 def loop_problem(interface: Interface, found: LoopError) -> NotCausalError:
-    """Return the error for a model that loops over its time steps in Python."""
+    """Return the error for a model with a Python loop over its time steps."""
     who = named(interface.model, found.layer)
     return NotCausalError(
-        f"{_STEP_BY_STEP}{who} {found}, whose steps no session could keep apart; write what it does in one step as a "
-        "cell, and let keras.layers.RNN run it"
+        f"{_STEP_BY_STEP}{who} {found}, which no session can split into steps; write one step as a "
+        "cell, and run it with keras.layers.RNN"
     )
 
 
 def length_problem(interface: Interface, temporal: Sequence[bool], found: CutError) -> ModelError:
-    """Return the error for a model that runs on some lengths only."""
+    """Return the error for a model that accepts only some lengths."""
     model = interface.model
     fixed = {
         info.shape[1]
@@ -90,57 +92,52 @@ def length_problem(interface: Interface, temporal: Sequence[bool], found: CutErr
         who = "the model" if found.layer is None else who
         return ModelError(f"the model cannot be traced: {who} {habit.does}; {habit.way}")
     if not fixed:
-        return ModelError(
-            f"the model does not run on sequences of any length, as what is served must: {who} fails ({found})"
-        )
+        return ModelError(f"the model must run on sequences of any length: {who} fails ({found})")
     (steps,) = fixed if len(fixed) == 1 else ("a fixed number of",)
     return ModelError(
-        f"the model runs only on sequences of {steps} time steps, and what is served has no end: {who} fails on another "
-        f"length ({found}); {_way_on(interface, steps)}"
+        f"the model accepts only sequences of {steps} time steps, but a served sequence has no end: {who} fails on another "
+        f"length ({found}); {_fix_for_length(interface, steps)}"
     )
 
 
 def one_step_problem(interface: Interface, found: CutError) -> ModelError:
-    """Return the error for a model that runs on many time steps and not on one."""
+    """Return the error for a model that runs on many time steps but not on one."""
     who = "it" if found.layer is None else named(interface.model, found.layer)
-    problem = f"the model does not run on a sequence of one time step, which is what a step is: {who} fails ({found})"
+    problem = f"the model must run on a sequence of one time step: {who} fails ({found})"
     for layer in all_operations(interface.model):
         if getattr(layer, "output_mode", None) == "one_hot":
             return ModelError(
-                f"{problem}; {named(interface.model, layer)} leaves out an axis of length 1, as the time axis of one step "
-                "is: encode whole numbers by keras.ops.one_hot(numbers, depth) instead"
+                f"{problem}; {named(interface.model, layer)} drops axes of length 1, such as the time axis of one "
+                "step: encode integers with keras.ops.one_hot(numbers, depth) instead"
             )
     return ModelError(problem)
 
 
-def _way_on(interface: Interface, steps: Any) -> str:
-    """Return the first of the ways that are known to work which the model's layers suggest."""
+def _fix_for_length(interface: Interface, steps: Any) -> str:
+    """Return the first known fix that applies to a layer of the model."""
     layers = [layer for layer in all_operations(interface.model) if isinstance(layer, keras.Layer)]
     kinds = keras.layers
     for layer in layers:
         if isinstance(layer, kinds.Reshape) and steps in layer.target_shape:
             shape = tuple(-1 if size == steps else size for size in layer.target_shape)
             return (
-                f"build it with keras.Input((None, ...)) and Reshape({shape}) in place of {quoted(layer.name)}, and load the "
+                f"build it with keras.Input((None, ...)) and Reshape({shape}) instead of {quoted(layer.name)}, and load the "
                 "weights into it"
             )
     for layer in layers:
         if isinstance(layer, kinds.RepeatVector) and layer.n == steps:
             return (
-                f"build it with keras.Input((None, ...)), and in place of {quoted(layer.name)} repeat by "
+                f"build it with keras.Input((None, ...)), and instead of {quoted(layer.name)} repeat with "
                 "keras.ops.expand_dims(s, 1) * keras.ops.ones_like(x[:, :, :1]), where x is the series"
             )
     for layer in layers:
         if isinstance(layer, kinds.Flatten):
-            return f"{quoted(layer.name)} makes features of time steps: let a recurrent layer return its last output instead"
-    return (
-        "let it take any length, and build the model with keras.Input((None, ...)); what is another value for each time "
-        "step must come in as a feature"
-    )
+            return f"{quoted(layer.name)} turns time steps into features: use the last output of a recurrent layer instead"
+    return "make it accept any length, and build the model with keras.Input((None, ...)); pass values that differ per time step as features"
 
 
 def _outermost(model: Any, layer: Any) -> Any:
-    """Return the Bidirectional that a layer was made by: it is what the user wrote."""
+    """Return the Bidirectional that created a layer, because that is what the user wrote; else the layer."""
     for other in all_operations(model):
         if isinstance(other, keras.layers.Bidirectional) and any(
             layer is one for one in (other.forward_layer, other.backward_layer)

@@ -1,4 +1,4 @@
-"""One operation as a rule sees it: what goes in, what it is told, what shape comes out, in both traces."""
+"""One operation as a rule sees it: its inputs, attributes and result shapes in both traces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Array, Const, Data, equal, sizes
 
 Rule = Callable[["Call"], "Sequence[Axes | Data | Const]"]
-"""Says of each result of an operation where its axes are; of those that it leaves out nothing is known."""
+"""Returns the axes of each result of an operation; results that it omits are unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Call:
         return str(self.first.type)
 
     def attr(self, name: str) -> Any:
-        """Return an attribute; it is the same in both traces."""
+        """Return an attribute, which is the same in both traces."""
         return self.first.get_attr(name)
 
     def out(self, i: int = 0) -> list[Pair]:
@@ -54,17 +54,17 @@ class Call:
         return len(self.first.inputs[i].shape)
 
     def data(self, i: int) -> Data:
-        """Return an input that a rule can only treat as data."""
+        """Return an input that must be data."""
         value = self.inputs[i]
         if isinstance(value, Data):
             return value
         raise LostAxisError(f"{self.kind} of a constant and of data")
 
     def axes(self, i: int) -> Axes:
-        """Return the axes of an input; a constant is spread evenly over those that its shape has.
+        """Return the axes of an input; a constant must be uniform over the followed axes in its shape.
 
         Raises:
-            Refusal: it is constant and has another value at another time step, row or length.
+            Refusal: it is a constant whose values differ by time step, row or length.
         """
         value = self.inputs[i]
         if isinstance(value, Data):
@@ -72,11 +72,11 @@ class Call:
         return self.even(value, tuple(self.scales.factors(size) for size in value.shape()))
 
     def pairs(self, i: int) -> list[Pair]:
-        """Return the integers of a constant input, as they are in the two traces."""
+        """Return the integers of a constant input in the two traces."""
         value = self.inputs[i]
         if isinstance(value, Const):
             return value.pairs()
-        raise Refusal(Reason.UNPROVEN, f"lets values decide about shapes or places ({self.kind})")
+        raise Refusal(Reason.UNPROVEN, f"uses values as shapes or indices ({self.kind})")
 
     def integers(self, i: int) -> list[int]:
         """Return the integers of a constant input that are the same in both traces."""
@@ -90,18 +90,18 @@ class Call:
             raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({self.kind})")
 
     def plain(self, size: Pair) -> Dim:
-        """Return the dimension of a size that neither the batch nor the time axis is in."""
+        """Return the dimension of a size that contains neither the batch nor the time axis."""
         self.require_same(size)
         return normal((size.first,))
 
     def even(self, const: Const, axes: Axes) -> Axes:
-        """Return ``axes``, over which a constant must be spread evenly where they are followed ones.
+        """Return ``axes``, after checking that a constant is uniform over those that are followed.
 
         Raises:
-            Refusal: it is not, or it has something for each pair of time steps or rows.
+            Refusal: it is not uniform, or it has a value for each pair of time steps or rows.
         """
         found = [factor for dim in axes for factor in dim]
-        if found.count(TIME) > 1:  # Told before its values are computed: there are millions.
+        if found.count(TIME) > 1:  # Refused before its values are computed: there are millions.
             raise Refusal(Reason.TIME, "relates all time steps to each other")
         if found.count(BATCH) > 1:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
@@ -126,13 +126,13 @@ class Call:
                 if not equal(value, np.broadcast_to(one, value.shape)):
                     what = "row of the batch" if factor is BATCH else "time step"
                     reason = Reason.ROWS if factor is BATCH else Reason.POSITION
-                    raise Refusal(reason, f"has another constant for each {what}")
+                    raise Refusal(reason, f"has a different constant for each {what}")
                 value = one
         return value
 
 
 def broadcast(call: Call, inputs: Sequence[int]) -> Axes:
-    """Return the axes of what comes of some inputs by NumPy's rules of broadcasting."""
+    """Return the axes of some inputs after broadcasting."""
     rank = max(call.rank(i) for i in inputs)
     dims: list[Dim] = [()] * rank
     for i in inputs:

@@ -1,8 +1,8 @@
-"""The whole model as a graph, cut at its recurrent layers, at two sizes.
+"""The graph of the whole model, cut at its recurrent layers, at two sizes.
 
-Where a recurrent layer follows the sequence, its loop is left out: one call of its cell stands in the
-graph for all of them, on placeholders for one time step and for the state, and placeholders stand for what
-the loop would give. What is left is what the model does outside of its loops, and what its cells do.
+The loop of a recurrent layer that processes the sequence is left out. In its place the graph has one call of
+the cell, on placeholders for one time step and the state, and placeholders for the results of the loop. So the
+graph shows what the model does outside its loops, and what its cells do.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
 
-#: Primes, larger than any reach that a layer is likely to have. What is different from some length on is
-#: different in the two traces, or, below the first, in samples of one and of `evidence.STEPS` time steps,
-#: which therefore are more than the first.
+#: Primes, larger than the likely reach of any layer. Behavior that changes beyond some length differs between the two
+#: traces or, below the first length, between samples of one and of `evidence.STEPS` time steps. So those must be longer
+#: than the first length.
 SCALES = Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099))
-#: Long enough for most windows, and short enough to make operations for each time step.
+#: Long enough for most windows, and short enough that a model may create operations for each time step.
 _SMALL = (Scale(rows=3, steps=23), Scale(rows=3, steps=29))
-#: So many operations of one kind, at the first of these lengths, a layer makes that runs a loop over every second time
-#: step or more. One over fewer is not found so: the proof finds that its graphs differ.
+#: A layer with a loop over at least every second time step creates this many operations of one kind, at the first of
+#: these lengths. A loop over fewer is detected later, by the proof, because the graphs differ.
 _FEWEST = 11
-#: A loop over another axis than the sequence runs whole in the graph. One longer than this does so only
-#: if it is as long in both traces: a loop over a part of the sequence would make a thousand copies of a cell.
+#: A loop over another axis than the sequence stays in the graph. If it is longer than this, it stays only if it has the
+#: same length in both traces: a loop over a part of the sequence would create a thousand copies of a cell.
 _SHORT = 16
 _COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
 _GATHERS = {"GatherV2", "ResourceGather"}
 _HELD = {"Const", "Placeholder", "ReadVariableOp"}
-#: Loops of Keras's own that call the cell once for each time step, in order. ConvLSTM has RNN's.
+#: Keras's own loops, which call the cell once per time step, in order. ConvLSTM uses that of RNN.
 _KNOWN_LOOPS = {
     layer.inner_loop
     for layer in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU, keras.layers.SimpleRNN)
@@ -46,16 +46,16 @@ _KNOWN_LOOPS = {
 
 
 _Loop = tuple[str, int]
-"""A call of a recurrent layer: its path, and which call of it this is."""
+"""A call of a recurrent layer: its path and the number of the call."""
 
 
-class _Way(enum.Enum):
-    """What becomes of a loop in a trace."""
+class _LoopKind(enum.Enum):
+    """How a trace treats a loop."""
 
-    FOLLOWS = "it goes along the sequence, and is left out"
-    PART = "it is too long, over something else, and is left out"
-    OTHER = "it goes over other rows, or over more or fewer time steps for each one, and is left out"
-    WHOLE = "it runs over something else, and stays"
+    FOLLOWS = "it processes the sequence, and is left out"
+    PART = "it processes something else, is too long, and is left out"
+    OTHER = "it processes other rows, or more or fewer time steps per input time step, and is left out"
+    WHOLE = "it processes something else, and stays"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +73,17 @@ class CutCall:
     before: tuple[Any, ...]
     """Placeholders: the state before the step."""
     after: tuple[Any, ...]
-    """What the cell makes of them: its output, then the state."""
+    """The results of the cell: its output, then the state."""
     outputs: Any
     """Placeholder: the outputs of all time steps."""
     last: tuple[Any, ...]
     """Placeholders: the output and the state after the last time step."""
     problem: str = ""
-    """Why no session could keep its state, if it runs over other rows or time steps."""
+    """Why no session could keep its state, if it processes other rows or time steps."""
 
     @property
     def loop_is_known(self) -> bool:
-        """The loop that was left out is Keras's own."""
+        """The omitted loop is Keras's own."""
         return type(self.layer).inner_loop in _KNOWN_LOOPS
 
 
@@ -93,15 +93,15 @@ class Cut:
 
     scale: Scale
     function: Any
-    """Keeps the graph, and what it captured, alive."""
+    """Keeps the graph and its captures alive."""
     inputs: tuple[Any, ...]
     outputs: dict[str, Any]
     calls: tuple[CutCall, ...]
     parts: tuple[CutCall, ...]
-    """Calls over a part of the sequence or more than it, or over other rows: their loops are left out too."""
+    """Calls over a part of the sequence, over more than the sequence, or over other rows: their loops are left out too."""
     owners: tuple[tuple[int, int, Any], ...]
-    """Ranges of operations (first, end) and the layer that made them; inner layers before outer ones."""
-    ways: Mapping[_Loop, _Way]
+    """Ranges of operations (first, end) and the layer that created them; inner layers before outer ones."""
+    kinds: Mapping[_Loop, _LoopKind]
 
     @property
     def graph(self) -> Any:
@@ -109,7 +109,7 @@ class Cut:
         return self.function.graph
 
     def owner(self, index: int) -> Any:
-        """Return the innermost layer that made the operation at ``index``, or None."""
+        """Return the innermost layer that created the operation at ``index``, or None."""
         return next((layer for first, end, layer in self.owners if first <= index < end), None)
 
 
@@ -123,7 +123,7 @@ class Cuts:
     second: Cut
 
     def compared(self) -> tuple[float, ...]:
-        """Return the single numbers that the graph compares values with."""
+        """Return the scalars that the graph compares values with."""
         found: set[float] = set()
         for op in self.first.graph.get_operations():
             if op.type in _COMPARISONS:
@@ -134,7 +134,7 @@ class Cuts:
         return tuple(sorted(found))
 
     def table_sizes(self) -> tuple[int, ...]:
-        """Return how many rows the weights and constants have from which the graph takes some by their numbers."""
+        """Return the sizes of the tables (weights and constants) in which the graph looks up rows by index."""
         tables = (op.inputs[0] for op in self.first.graph.get_operations() if op.type in _GATHERS)
         return tuple(
             table.shape[0]
@@ -144,7 +144,7 @@ class Cuts:
 
 
 class CutError(ModelError):
-    """The model does not run on sequences of another length than its own."""
+    """The model does not run on sequences of other lengths."""
 
     def __init__(self, layer: Any, problem: str) -> None:
         super().__init__(problem)
@@ -153,13 +153,13 @@ class CutError(ModelError):
 
 
 class LoopError(CutError):
-    """The model makes other operations for each time step: it runs a loop over them in Python."""
+    """The model creates operations per time step: it runs a Python loop over them."""
 
     def __init__(self, layer: Any) -> None:
-        super().__init__(layer, "runs a loop over its time steps in Python")
+        super().__init__(layer, "runs a Python loop over its time steps")
 
 
-class _Tracing:
+class _Tracer:
     """One trace in progress."""
 
     def __init__(
@@ -167,10 +167,10 @@ class _Tracing:
         interface: Interface,
         scale: Scale,
         inner: frozenset[_Loop],
-        told: Mapping[_Loop, _Way] | None = None,
+        kinds: Mapping[_Loop, _LoopKind] | None = None,
     ) -> None:
-        self.interface, self.scale, self.inner, self.told = interface, scale, inner, told
-        self.ways: dict[_Loop, _Way] = {}
+        self.interface, self.scale, self.inner, self.fixed_kinds = interface, scale, inner, kinds
+        self.kinds: dict[_Loop, _LoopKind] = {}
         self.short = 0 if scale in _SMALL else _SHORT
         self.calls: list[CutCall] = []
         self.long: dict[_Loop, CutCall] = {}
@@ -181,18 +181,18 @@ class _Tracing:
         self.raised: Any = None
 
     def run(self, *tensors: Any) -> list[Any]:
-        """Call the model in the graph that is being made."""
-        self.calls.clear()  # Called again where TensorFlow traces twice.
+        """Call the model while its graph is traced."""
+        self.calls.clear()  # TensorFlow may trace twice.
         self.owners.clear()
         self.long.clear()
-        self.ways.clear()
+        self.kinds.clear()
         self.counts.clear()
         self.raised = None
         self.inputs = tensors
         model = self.interface.model
         with relaxed(model), contextlib.ExitStack() as stack:
             for path, layer in recurrent_layers(model).items():
-                # One that runs over another axis runs whole, without a loop in the graph.
+                # A loop over another axis stays in the graph, unrolled.
                 stack.enter_context(attribute(layer, "unroll", True))
                 stack.enter_context(attribute(layer, "inner_loop", self._loop(path, layer)))
             for operation in all_operations(model):
@@ -226,27 +226,31 @@ class _Tracing:
             rows, steps, *_ = keras.tree.flatten(sequences)[0].shape
             self.counts[path] += 1
             loop = (path, self.counts[path])
-            way = self._way(loop, rows, steps) if self.told is None else self.told.get(loop, _Way.WHOLE)
-            self.ways[loop] = way
-            if way is _Way.WHOLE:
+            kind = (
+                self._kind(loop, rows, steps)
+                if self.fixed_kinds is None
+                else self.fixed_kinds.get(loop, _LoopKind.WHOLE)
+            )
+            self.kinds[loop] = kind
+            if kind is _LoopKind.WHOLE:
                 return original(
                     sequences=sequences, initial_state=initial_state, mask=mask, training=training
                 )
             results, call = self._cut(path, layer, sequences, initial_state, mask)
-            if way is _Way.FOLLOWS:
+            if kind is _LoopKind.FOLLOWS:
                 self.calls.append(call)
             else:
-                problem = "" if way is _Way.PART else _other_rows(path, layer, rows, steps, self.scale)
+                problem = "" if kind is _LoopKind.PART else _other_rows(path, layer, rows, steps, self.scale)
                 self.long[loop] = dataclasses.replace(call, problem=problem)
             return results
 
         return inner_loop
 
-    def _way(self, loop: _Loop, rows: int, steps: int) -> _Way:
+    def _kind(self, loop: _Loop, rows: int, steps: int) -> _LoopKind:
         if steps % self.scale.steps or rows % self.scale.rows:
-            return _Way.PART if steps > self.short and loop not in self.inner else _Way.WHOLE
+            return _LoopKind.PART if steps > self.short and loop not in self.inner else _LoopKind.WHOLE
         same = (rows, steps) == (self.scale.rows, self.scale.steps)
-        return _Way.FOLLOWS if same else _Way.OTHER
+        return _LoopKind.FOLLOWS if same else _LoopKind.OTHER
 
     def _cut(
         self, path: str, layer: Any, sequences: Any, initial_state: Any, mask: Any
@@ -281,12 +285,12 @@ def cut(interface: Interface, temporal: Sequence[bool]) -> Cuts:
     """Trace the model at two sizes.
 
     Raises:
-        LoopError: it runs a loop over the time steps in Python.
+        LoopError: it runs a Python loop over the time steps.
         CutError: it does not run on sequences of such lengths.
-        ModelError: a recurrent layer runs over something that no session's state can be kept for.
+        ModelError: no session can keep the state of a recurrent layer.
     """
     if not any(temporal) and recurrent_layers(interface.model):
-        raise ModelError("no recurrent layer of the model follows the sequence of its inputs")
+        raise ModelError("no recurrent layer of the model processes its input sequence")
     _refuse_loops(interface, temporal)
     both = (SCALES.first, SCALES.second)
     one, two = (_cut(interface, temporal, scale) for scale in both)
@@ -298,24 +302,24 @@ def cut(interface: Interface, temporal: Sequence[bool]) -> Cuts:
 
 
 def cut_one_step(interface: Interface, cuts: Cuts) -> Cut:
-    """Trace the model on one time step, as it is served, with its loops left out as they were on many.
+    """Trace the model on one time step, as it is served, with the same loops left out as in the longer traces.
 
     Raises:
         CutError: it does not run on one time step.
     """
     scale = Scale(rows=cuts.first.scale.rows, steps=1)
-    return _cut(interface, cuts.temporal, scale, told=cuts.first.ways)[0]
+    return _cut(interface, cuts.temporal, scale, kinds=cuts.first.kinds)[0]
 
 
 def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
-    """Refuse what makes operations for each time step, before it does so for thousands of them."""
+    """Refuse a model that creates operations per time step, before it does so for thousands of them."""
     try:
         one = _cut(interface, temporal, _SMALL[0])[0]
         if not _may_loop(one):
             return
         two = _cut(interface, temporal, _SMALL[1])[0]
     except CutError:
-        return  # It may run on longer ones.
+        return  # It may run on longer sequences.
     first, second = (side.graph.get_operations() for side in (one, two))
     if len(first) != len(second):
         kinds = zip(first, second, strict=False)
@@ -324,7 +328,7 @@ def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
 
 
 def _may_loop(side: Cut) -> bool:
-    """Whether some layer makes so many operations of one kind that they could be those of a loop over the time steps."""
+    """Whether a layer creates enough operations of one kind for a loop over the time steps."""
     operations = side.graph.get_operations()
     owners = [0] * len(operations)
     for first, end, layer in reversed(side.owners):  # outer layers before inner ones
@@ -342,31 +346,31 @@ def _cut(
     temporal: Sequence[bool],
     scale: Scale,
     inner: frozenset[_Loop] = frozenset(),
-    told: Mapping[_Loop, _Way] | None = None,
+    kinds: Mapping[_Loop, _LoopKind] | None = None,
 ) -> tuple[Cut, dict[_Loop, int]]:
     """Trace the model on sequences of ``scale.steps`` time steps.
 
     Returns:
-        the graph, and the loops over another axis that were left out, with their lengths.
+        the graph, and the lengths of omitted loops over another axis.
 
     Raises:
-        CutError: it does not run on them.
-        ModelError: a recurrent layer runs over something that no session's state can be kept for.
+            CutError: it does not run on them.
+            ModelError: no session can keep the state of a recurrent layer.
     """
     signature = []
     for info, timed in zip(interface.inputs, temporal, strict=True):
         features = info.shape[2:] if timed else info.shape[1:]
         shape = (scale.rows, *((scale.steps,) if timed else ()), *features)
         signature.append(tf.TensorSpec(shape, info.dtype))
-    tracing = _Tracing(interface, scale, inner, told)
+    tracing = _Tracer(interface, scale, inner, kinds)
     try:
         function = _traced(tracing.run, signature)
     except ModelError:
         raise
-    except Exception as error:  # Keras and user code raise whatever they like.
-        said = gist(error)
-        at_fault = tracing.raised or _mentioned(interface.model, said)
-        raise CutError(at_fault, f"{type(error).__name__}: {said}") from error
+    except Exception as error:  # Keras and user code may raise anything.
+        message = gist(error)
+        at_fault = tracing.raised or _mentioned(interface.model, message)
+        raise CutError(at_fault, f"{type(error).__name__}: {message}") from error
     for call in (*tracing.calls, *tracing.long.values()):
         _require_kept(call)
     found = Cut(
@@ -377,22 +381,22 @@ def _cut(
         calls=tuple(tracing.calls),
         parts=tuple(tracing.long.values()),
         owners=tuple(tracing.owners),
-        ways=dict(tracing.ways),
+        kinds=dict(tracing.kinds),
     )
     return found, {
         loop: call.sequences[0].shape[1] for loop, call in tracing.long.items() if not call.problem
     }
 
 
-def _mentioned(model: Any, said: str) -> Any:
-    """Return the layer that an error of Keras names: it checks inputs before it calls a layer."""
-    return next((layer for layer in all_operations(model) if f"layer '{layer.name}'" in said), None)
+def _mentioned(model: Any, message: str) -> Any:
+    """Return the layer that a Keras error names: Keras checks inputs before it calls a layer."""
+    return next((layer for layer in all_operations(model) if f"layer '{layer.name}'" in message), None)
 
 
 def _traced(run: Callable[..., Any], signature: Sequence[Any]) -> Any:
-    """Trace with all functions that are called inside in place: by itself each has a graph without sizes.
+    """Trace with all called functions inlined, because a separate graph of a function has no sizes.
 
-    TensorFlow cannot do so where a function is written in its own kind of Python (loops over tensors, say).
+    TensorFlow cannot inline functions that need AutoGraph, for example with loops over tensors.
     """
     eagerly = tf.config.functions_run_eagerly()
     try:
@@ -400,7 +404,7 @@ def _traced(run: Callable[..., Any], signature: Sequence[Any]) -> Any:
         return concrete(run, *signature)
     except ModelError:
         raise
-    except Exception:  # Keras and user code raise whatever they like; they get a second chance.
+    except Exception:  # Keras and user code may raise anything; try without inlining.
         tf.config.run_functions_eagerly(eagerly)
         return concrete(run, *signature)
     finally:
@@ -408,10 +412,10 @@ def _traced(run: Callable[..., Any], signature: Sequence[Any]) -> Any:
 
 
 def time_distributed(operation: Any) -> Callable[..., Any] | None:
-    """Return what Keras's own TimeDistributed computes, without a copy of the layer for each time step.
+    """Return an equivalent of Keras's TimeDistributed without a copy of the layer per time step.
 
-    It calls its layer on every time step by itself: the same as on all of them as rows of one batch, where
-    the layer treats rows by themselves. Whether it does is what the proof follows.
+    TimeDistributed calls its layer on each time step. That equals one call with all time steps as rows of one batch if
+    the layer treats rows independently, which the proof checks.
     """
     if type(operation).__dict__.get("call") is not keras.layers.TimeDistributed.call:
         return None
@@ -429,9 +433,9 @@ def time_distributed(operation: Any) -> Callable[..., Any] | None:
 
 
 def _has_gaps_for_nothing(operation: Any) -> bool:
-    """Return whether a convolution of Keras's own has gaps between the elements of a window of one.
+    """Whether a Keras convolution has a dilation rate although its window has one element.
 
-    TensorFlow pads and folds its sequence for them all the same, where nobody can follow.
+    TensorFlow pads and folds its sequence nevertheless, which the proof cannot follow.
     """
     if not type(operation).__module__.startswith("keras.src.layers.convolutional."):
         return False
@@ -443,24 +447,25 @@ def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> s
     who = f"the layer {quoted(path)} ({type(layer).__name__})"
     if rows != scale.rows:
         return (
-            f"{who} runs over {rows // scale.rows} rows for each row of the batch (a graph's nodes, say), and a "
+            f"{who} processes {rows // scale.rows} rows for each row of the batch (such as the nodes of a graph), but a "
             "session keeps one state for each of its rows; make every node a row of the batch, and open "
             "sessions whose batch_size is the number of nodes"
         )
     return (
-        f"{who} runs over {steps // scale.steps} time steps for each one that comes in, and a step of a session "
-        "advances every layer by one; put them beside the features, before the layer"
+        f"{who} processes {steps // scale.steps} time steps for each input time step, but a step of a session "
+        "advances every layer by one; move them to the feature axis before the layer"
     )
 
 
 def _require_kept(call: CutCall) -> None:
-    """Refuse a cell that makes of its state one of another shape, which no loop can carry on."""
+    """Refuse a cell that returns a state of another shape, which no loop can carry."""
     given, made = ([tuple(x.shape[1:]) for x in states] for states in (call.before, call.after[1:]))
     if given != made:
         raise ModelError(
-            f"the cell of the layer {quoted(call.path)} ({type(call.layer).__name__}) must return states of the shapes that it is "
-            f"given; for each row it is given {_listed(given)} and returns {_listed(made)}: let state_size say what "
-            "call() returns"
+            f"the cell of the layer {quoted(call.path)} ({type(call.layer).__name__}) must return states with the "
+            f"shapes of its "
+            f"input states; for each row it receives {_listed(given)} and returns {_listed(made)}: make state_size match "
+            "what call() returns"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a layer that mixes time steps looks ahead or back: its input is disturbed at one time step."""
+"""Whether a layer that mixes time steps looks ahead or back, found by disturbing its input at one time step."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from stepwell_server.compile.graph.samples import Sampler
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
 
-#: A length that hardly any feature axis has, and the time steps that are disturbed: reaches of some hundreds
-#: of steps are seen on both sides, also by what looks at the first step or turns the sequence round.
+#: A length that hardly any feature axis has, and the disturbed time steps. They reveal reaches of some hundreds of
+#: steps on both sides, also of layers that use the first step or reverse the sequence.
 STEPS, _PLACES = 523, (350, 200, 0)
 _Call = Callable[[int | None], Any]
-"""Call the layer again on what it was given, disturbed at a time step or not; its first result."""
+"""Calls the layer again on its recorded input, disturbed at a time step or not; returns the first result."""
 
 
 class Direction(enum.Enum):
-    """Where a layer takes from what it mixes into a time step."""
+    """Which time steps a layer mixes into another one."""
 
     AHEAD = "later time steps"
     BACK = "earlier time steps"
-    UNKNOWN = "not found out: its results have no time axis, or it cannot be called again"
+    UNKNOWN = "unknown: its results have no time axis, or it cannot be called again"
 
 
 def direction(sampler: Sampler, temporal: Sequence[bool], layer: Any) -> Direction:
-    """Return which way ``layer``, a part of the model, looks."""
+    """Return the direction in which a layer of the model looks."""
     interface = sampler.interface
     operation = next((item for item in all_operations(interface.model) if item is layer), None)
     if operation is None:
@@ -43,13 +43,13 @@ def direction(sampler: Sampler, temporal: Sequence[bool], layer: Any) -> Directi
             own = list(operation._flatten_layers()) if isinstance(operation, keras.Layer) else []
             for recurrent in recurrent_layers(interface.model).values():
                 if any(recurrent is layer for layer in own):
-                    continue  # What it makes of its sequence is looked at.
+                    continue  # This layer itself is examined.
                 stack.enter_context(attribute(recurrent, "inner_loop", _without_loop(recurrent)))
             interface.call(
                 [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
             )
             return _look(calls)
-    except Exception:  # It only makes a message better: Keras and user code raise whatever they like.
+    except Exception:  # This only improves a message, and Keras and user code may raise anything.
         return Direction.UNKNOWN
 
 
@@ -69,7 +69,7 @@ def _look(calls: Sequence[_Call]) -> Direction:
 
 
 def _without_loop(layer: Any) -> Callable[..., Any]:
-    """Return what stands for a loop over hundreds of steps: random outputs, as large as the cell's."""
+    """Return a replacement for a loop over hundreds of steps: random outputs with the shape of the cell's."""
 
     def inner_loop(sequences: Any, initial_state: Any, **_kwargs: Any) -> Any:
         now = keras.tree.map_structure(lambda x: x[:, 0], sequences)
@@ -101,7 +101,7 @@ def _again(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Cal
                 return value
             array = np.array(value)
             noise = np.random.default_rng(2).standard_normal(array[:, time].shape)
-            # Large enough to move a maximum as well.
+            # Large enough to change a maximum too.
             array[:, time] += (10 + np.abs(noise)).astype(array.dtype)
             return tf.constant(array)
 

@@ -1,8 +1,8 @@
-"""Whether the graph of one time step, which is what runs, is the graph that was proven on many.
+"""Checks that the graph of one time step, which is served, matches the proven graphs of many time steps.
 
-A layer may do something else for one time step than for more. Both proven graphs are of many, so the one that
-is served is held against the first of them: what is done to the data are the same operations, wired alike, with
-the same settings and the same constants beside them, or one time step's part of these.
+A layer may behave differently for one time step. Both proven graphs have many, so the served graph is compared
+with the first of them: the same operations must process the data, with the same connections and attributes, and
+with the same constants or one time step's part of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from stepwell_server.compile.causality.cut import Cut, Cuts
 from stepwell_server.compile.causality.proof import (
-    Unadmitted,
+    NotAdmitted,
     blamed,
     captured,
     needed,
@@ -24,16 +24,16 @@ from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import OF_SHAPES, Const, Evaluator, attributes
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
-#: Whole numbers from here on may be sizes and places in a sequence, which are others in a short one.
+#: Integers from here on may be sizes or indices in a sequence, which differ in a short one.
 _OF_LENGTH = 256
-_OTHERWISE = "computes something else for one time step than for many"
+_OTHERWISE = "computes something different for one time step than for many"
 
 
 def require_same(cuts: Cuts, one: Cut) -> None:
-    """Compare the graph of one time step with the first of many.
+    """Compare the graph of one time step with the first graph of many.
 
     Raises:
-        Unadmitted: they compute different things.
+        NotAdmitted: they compute different things.
     """
     first = cuts.first
     twins: dict[str, str] = {}
@@ -43,22 +43,22 @@ def require_same(cuts: Cuts, one: Cut) -> None:
     try:
         for index, op, other in pairs:
             if attributes(op) != attributes(other):
-                raise Unadmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
+                raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             for value, twin in () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, strict=True):
                 if not _is_alike(value, twin, twins, evaluators):
-                    raise Unadmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
+                    raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             if not _call_alike(op, other):
-                raise Unadmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
+                raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             twins.update((x.name, y.name) for x, y in zip(op.outputs, other.outputs, strict=True))
-    except Unadmitted as found:
-        raise Unadmitted(Reason.LENGTH, found.layer, _OTHERWISE) from found
+    except NotAdmitted as found:
+        raise NotAdmitted(Reason.LENGTH, found.layer, _OTHERWISE) from found
     for name, output in first.outputs.items():
         if not _is_alike(output, one.outputs[name], twins, evaluators):
-            raise Unadmitted(Reason.LENGTH, None, _OTHERWISE)
+            raise NotAdmitted(Reason.LENGTH, None, _OTHERWISE)
 
 
 def _given(side: Cut) -> list[str]:
-    """Return the names of what data come from: the inputs, and the placeholders that stand for loops."""
+    """Return the names of the sources of data: the inputs, and the placeholders of loops."""
     loops = [
         tensor
         for call in (*side.calls, *side.parts)
@@ -68,7 +68,7 @@ def _given(side: Cut) -> list[str]:
 
 
 def _on_data(side: Cut) -> list[tuple[int, Any]]:
-    """Return the operations that data go through: constants may be made otherwise for other sizes."""
+    """Return the operations that process data; constants may be computed differently for other sizes."""
     data = set(_given(side))
     found: list[tuple[int, Any]] = []
     for index, op in needed(side):
@@ -79,7 +79,7 @@ def _on_data(side: Cut) -> list[tuple[int, Any]]:
 
 
 def _call_alike(one: Any, other: Any) -> bool:
-    """Return whether the functions that two operations call (the body of a loop, say) do the same."""
+    """Whether the functions called by two operations, such as loop bodies, are equivalent."""
     called = [
         [
             op.graph._get_function(value.func.name).graph
@@ -92,7 +92,7 @@ def _call_alike(one: Any, other: Any) -> bool:
 
 
 def _are_same(first: Any, second: Any) -> bool:
-    """Return whether two functions do the same: the same operations, wired alike, on the same constants."""
+    """Whether two functions have the same operations and connections, on the same constants."""
     twins = {one.name: other.name for one, other in zip(first.inputs, second.inputs, strict=True)}
     evaluators = (Evaluator({}), Evaluator({}))
     pairs = [needed_by(graph.outputs, graph) for graph in (first, second)]
@@ -115,10 +115,10 @@ def _are_same(first: Any, second: Any) -> bool:
 
 
 def _is_alike(value: Any, twin: Any, twins: dict[str, str], evaluators: tuple[Evaluator, Evaluator]) -> bool:
-    """Return whether two tensors are the same data, or constants of which the second is one time step's part."""
+    """Whether two tensors are the same data, or constants of which the second is one time step's part."""
     if value.name in twins:
         return bool(twins[value.name] == twin.name)
-    if value.dtype == tf.variant:  # A list. One that is filled in a loop may have items of another size.
+    if value.dtype == tf.variant:  # A list, which may have items of another size if a loop fills it.
         if value.op.type != twin.op.type or attributes(value.op) != attributes(twin.op):
             return False
         made = zip(value.op.inputs, twin.op.inputs, strict=True)
@@ -138,7 +138,7 @@ def _is_alike(value: Any, twin: Any, twins: dict[str, str], evaluators: tuple[Ev
         try:
             one = np.broadcast_to(one, many.shape)
         except ValueError:
-            return True  # Rows and time steps are one axis: the proof has found it to be even.
+            return True  # Rows and time steps share one axis, which the proof found to be uniform.
     if many.dtype.kind in "iu":
         return bool(np.all((many == one) | (np.abs(many.astype(np.int64)) >= _OF_LENGTH)))
     return bool(np.array_equal(many, one, equal_nan=many.dtype.kind == "f"))

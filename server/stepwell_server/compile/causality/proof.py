@@ -1,4 +1,4 @@
-"""Follow the batch and the time axis through the graph of a model, from its inputs to its outputs."""
+"""Follows the batch and time axis through the graph of a model, from its inputs to its outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from stepwell_server.compile.errors import ModelError
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "LookupTableInsert", "LookupTableImport")
 LOOPS = ("StatelessWhile", "While")
-#: A loop may have this many turns: more than the time steps of the first trace, so that a loop over them is found to
+#: Maximum of iterations of a loop: more than the time steps of the first trace, so that a loop over those is found to
 #: depend on their number.
 _MAX_TURNS = 1024
 _UNFOLLOWED = ("TensorList", "TensorArray", "StatelessIf", "StatelessCase")
@@ -48,7 +48,7 @@ _DRAWS = (
     "StatefulStandardNormal",
     "StatefulUniform",
 )
-#: Operations that TensorFlow calls stateful, and that give the same as long as nothing is written.
+#: Operations that TensorFlow calls stateful, but whose results are constant while nothing is written.
 _READS = {
     "HashTableV2",
     "LookupTableFindV2",
@@ -60,59 +60,59 @@ _READS = {
     "While",
 }
 _PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
-_OTHERWISE = "computes something else for another number of time steps"
+_OTHERWISE = "computes something different for another number of time steps"
 _Value = Data | Const
 
 
-class Unadmitted(Exception):
-    """The graph does not admit the model. The message is a clause: what the layer does."""
+class NotAdmitted(Exception):
+    """The graph does not admit the model. The message is a clause that says what the layer does."""
 
     def __init__(self, reason: Reason, layer: Any, clause: str) -> None:
         super().__init__(clause)
         self.reason = reason
         self.layer = layer
-        """The innermost layer or operation at fault; the model itself where it is in none; None if unknown."""
+        """The innermost layer or operation at fault; the model itself if it is in no layer; None if unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What the graph of an admitted model shows."""
+    """The result of the proof for an admitted model."""
 
     calls: tuple[CutCall, ...]
-    """The recurrent layers' calls that follow the sequence."""
+    """The calls of recurrent layers that process the sequence."""
     outputs: Mapping[str, Data]
-    """Where the axes are in each output."""
+    """The axes of each output."""
 
 
 def follow(cuts: Cuts) -> Mapping[str, Data | Const]:
-    """Return what is known of each tensor of the first graph that its outputs need, by name.
+    """Return the abstract value of each tensor of the first graph that its outputs need, by name.
 
     Raises:
-        Unadmitted: an operation does not let its axes be followed.
+        NotAdmitted: the axes cannot be followed through an operation.
     """
     return _Walk(cuts).follow().values
 
 
 def prove(cuts: Cuts) -> Proof:
-    """Prove that each output at one time step is made of the inputs of that time step and of carried states.
+    """Prove that each output at a time step depends only on the inputs of that time step and on carried states.
 
     Raises:
-        Unadmitted: it is not so, or it does not follow from the operations that are known.
+        NotAdmitted: it does not, or the known operations do not prove it.
     """
     return _Walk(cuts).run()
 
 
 class _Walk:
-    """One walk through the graphs of both traces side by side."""
+    """One walk through the graphs of both traces in parallel."""
 
     def __init__(self, cuts: Cuts) -> None:
         self.temporal, self.scales = cuts.temporal, cuts.scales
         self.first, self.second = cuts.first, cuts.second
         self.made: dict[str, CutCall] = {}
-        """Which call a placeholder belongs to that stands for what a loop gives."""
+        """The calls that the placeholders for results of loops belong to."""
 
     def run(self) -> Proof:
-        """Walk, and look at what arrives."""
+        """Walk through the graphs and check their results."""
         frame = self.follow()
         for one, two in zip(self.first.calls, self.second.calls, strict=True):
             self._check_cell(frame, one, two)
@@ -126,11 +126,11 @@ class _Walk:
         )
 
     def follow(self) -> _Frame:
-        """Walk through all that the outputs need."""
+        """Walk through everything that the outputs need."""
         if [(id(call.layer), call.number) for call in self.first.calls] != [
             (id(call.layer), call.number) for call in self.second.calls
         ]:
-            raise Unadmitted(Reason.LENGTH, None, "calls its layers as often as there are time steps")
+            raise NotAdmitted(Reason.LENGTH, None, "calls its layers once per time step")
         for graph, scope in ((self.first.graph, self.first), (self.second.graph, self.second)):
             self._refuse_effects(graph, scope)
         values = self._seeds()
@@ -146,7 +146,7 @@ class _Walk:
                 call = parts[one.outputs[0].name]
                 if call.problem:
                     raise ModelError(call.problem)
-                raise Unadmitted(Reason.UNPROVEN, call.layer, "runs over a part of the sequence")
+                raise NotAdmitted(Reason.UNPROVEN, call.layer, "processes only a part of the sequence")
             try:
                 frame.enter(one, two)
                 for i, output in enumerate(one.outputs):
@@ -154,11 +154,11 @@ class _Walk:
                         self._check_call(frame, output.name)
                         frame.values[output.name] = self._given(one.outputs[i], two.outputs[i])
             except Refusal as refusal:
-                raise Unadmitted(refusal.reason, self.first.owner(index), str(refusal)) from refusal
+                raise NotAdmitted(refusal.reason, self.first.owner(index), str(refusal)) from refusal
         return frame
 
     def _seeds(self) -> dict[str, _Value]:
-        """Return what is known before the walk: the inputs, and what each cell is given."""
+        """Return the values known before the walk: the inputs of the model and of each cell."""
         values: dict[str, _Value] = {}
         for one, two, timed in zip(self.first.inputs, self.second.inputs, self.temporal, strict=True):
             rest = [normal((size.first,)) for size in sizes(one, two)[2 if timed else 1 :]]
@@ -171,7 +171,7 @@ class _Walk:
         return values
 
     def _given(self, one: Any, two: Any) -> Data:
-        """Return what a loop gives: its outputs have time, its last output and its states are about the end."""
+        """Return the results of a loop: its outputs have time, its last output and states belong to the end."""
         call = self.made[one.name]
         rest = tuple(normal((size.first,)) for size in sizes(one, two))
         if one is call.outputs:
@@ -179,7 +179,7 @@ class _Walk:
         return Data(((BATCH,), *rest[1:]), ends=True)
 
     def _check_call(self, frame: _Frame, name: str) -> None:
-        """What a loop is given must follow the sequence, and begin from a constant."""
+        """Check that a loop processes the sequence and starts from a constant state."""
         call = self.made[name]
         other = next(two for one, two in zip(self.first.calls, self.second.calls, strict=True) if one is call)
         who = call.layer
@@ -191,25 +191,25 @@ class _Walk:
                 self._even(value, ((BATCH,), (TIME,), *rest), who)
                 continue
             if value.axes[:2] != ((BATCH,), (TIME,)) or not all(is_plain(dim) for dim in value.axes[2:]):
-                raise Unadmitted(Reason.UNPROVEN, who, "runs over other axes than batch and time")
+                raise NotAdmitted(Reason.UNPROVEN, who, "processes other axes than batch and time")
         if call.layer.go_backwards:
-            raise Unadmitted(Reason.BACKWARDS, who, "reads its sequence backwards")
+            raise NotAdmitted(Reason.BACKWARDS, who, "reads its sequence backwards")
         if not call.loop_is_known:
-            raise Unadmitted(
+            raise NotAdmitted(
                 Reason.UNPROVEN,
                 who,
-                "has a loop (inner_loop) of its own, which is not known to go step by step",
+                "has a custom inner_loop, which is not known to run step by step",
             )
         for one, two in zip(call.initial, other.initial, strict=True):
             value = frame.values[one.name]
             if isinstance(value, Data):
-                raise Unadmitted(
+                raise NotAdmitted(
                     Reason.STATE, who, "takes its initial state from the model's inputs (initial_state=...)"
                 )
             self._even(value, ((BATCH,), *(normal((size.first,)) for size in sizes(one, two)[1:])), who)
 
     def _check_cell(self, frame: _Frame, call: CutCall, other: CutCall) -> None:
-        """What a cell makes must be of its step and its row."""
+        """Check that the results of a cell depend only on its time step and row."""
         for one in call.after:
             value = frame.values[one.name]
             if isinstance(value, Const):
@@ -221,49 +221,51 @@ class _Walk:
                 or value.ends
                 or not all(is_plain(dim) for dim in value.axes[1:])
             ):
-                raise Unadmitted(
-                    Reason.UNPROVEN, call.layer, "has a cell whose results are not one for each row"
+                raise NotAdmitted(
+                    Reason.UNPROVEN, call.layer, "has a cell that does not return one result per row"
                 )
         if len(call.after) != len(other.after):
-            raise Unadmitted(Reason.LENGTH, call.layer, "has a state that depends on the length")
+            raise NotAdmitted(Reason.LENGTH, call.layer, "has a state that depends on the length")
 
     def _output(self, frame: _Frame, one: Any, two: Any, index: int) -> Data:
-        """What leaves the model must have its rows first, and its time steps second, if it has any."""
+        """Check that an output has the batch as its first axis, and time, if it has any, as its second."""
         value, who = frame.values[one.name], self.first.owner(index)
         if isinstance(value, Data) and frame.twins.get(one.name) != two.name:
-            raise Unadmitted(Reason.LENGTH, who, _OTHERWISE)
+            raise NotAdmitted(Reason.LENGTH, who, _OTHERWISE)
         if isinstance(value, Const):
             axes = _followed(who, lambda: tuple(self.scales.factors(size) for size in sizes(one, two)))
             value = Data(self._even(value, axes, who))
         leading = 2 if value.axes[1:2] == ((TIME,),) else 1
         if value.axes[:1] != ((BATCH,),) or not all(is_plain(dim) for dim in value.axes[leading:]):
-            raise Unadmitted(Reason.LAYOUT, who, "puts the batch or the time axis of an output elsewhere")
+            raise NotAdmitted(Reason.LAYOUT, who, "moves the batch or the time axis of an output")
         return value
 
     def _even(self, value: Const, axes: Axes, who: Any) -> Axes:
-        """Return ``axes``; the constant must be spread evenly over them.
+        """Return ``axes``, after checking that the constant is uniform over them.
 
         Raises:
-            Unadmitted: it is not, by ``who``.
+            NotAdmitted: it is not; ``who`` is at fault.
         """
         return _followed(who, lambda: Call(None, None, (), self.scales).even(value, axes))
 
     def _refuse_effects(self, graph: Any, scope: Cut) -> None:
-        """Refuse what leaves something behind for the next call: it would be shared by all sessions."""
+        """Refuse side effects on later calls, because all sessions would share them."""
         for index, top in enumerate(graph.get_operations()):
             for op in _with_called(top):
                 if any(op.type.startswith(kind) for kind in _WRITES):
                     variable = _variable(op, scope)
                     is_seed = "seed_generator" in variable
-                    raise Unadmitted(
+                    raise NotAdmitted(
                         Reason.RANDOM if is_seed else Reason.WRITES,
                         scope.owner(index),
-                        "draws random numbers" if is_seed else f"changes a variable as it runs ({variable})",
+                        "draws random numbers"
+                        if is_seed
+                        else f"changes a variable during the call ({variable})",
                     )
 
 
 def needed(side: Cut) -> list[tuple[int, Any]]:
-    """Return the operations that the outputs need, in the graph's order, with their places in it."""
+    """Return the operations that the outputs need, in graph order, with their indices."""
     loops = {
         placeholder.name: call
         for call in (*side.calls, *side.parts)
@@ -288,7 +290,7 @@ def needed(side: Cut) -> list[tuple[int, Any]]:
 
 
 def _with_called(op: Any, seen: frozenset[str] = frozenset()) -> Iterator[Any]:
-    """Yield an operation and those of the functions that it calls."""
+    """Yield an operation and the operations of the functions that it calls."""
     yield op
     for value in op.node_def.attr.values():
         for function in (value.func, *value.list.func):
@@ -302,10 +304,10 @@ def _followed(who: Any, work: Callable[[], Axes]) -> Axes:
     try:
         return work()
     except Refusal as refusal:
-        raise Unadmitted(refusal.reason, who, str(refusal)) from refusal
+        raise NotAdmitted(refusal.reason, who, str(refusal)) from refusal
     except (LostAxisError, ValueError) as error:
-        raise Unadmitted(
-            Reason.UNPROVEN, who, f"makes a constant over which the time axis cannot be followed ({error})"
+        raise NotAdmitted(
+            Reason.UNPROVEN, who, f"uses a constant through which the time axis cannot be followed ({error})"
         ) from error
 
 
@@ -317,12 +319,12 @@ def _into(call: CutCall) -> list[Any]:
 def _of_step(one: Any, two: Any, call: CutCall) -> Data:
     found = sizes(one, two)
     if not found or not all(size.is_same for size in found[1:]):
-        raise Unadmitted(Reason.LENGTH, call.layer, "has a state or an input that depends on the length")
+        raise NotAdmitted(Reason.LENGTH, call.layer, "has a state or an input that depends on the length")
     return Data(((BATCH,), *(normal((size.first,)) for size in found[1:])))
 
 
 def captured(side: Cut) -> dict[str, Any]:
-    """Return the values of the placeholders that stand for what a graph captured, by name."""
+    """Return the values captured by a graph, by the names of their placeholders."""
     return {inner.name: value for value, inner in side.graph.captures}
 
 
@@ -337,7 +339,7 @@ def _variable(op: Any, scope: Cut) -> str:
 
 
 def blamed(first: Cut, second: Cut) -> Callable[[int, int], Any]:
-    """Return what says which layer is at fault where two graphs part: the earlier one of those that stand there."""
+    """Return a function that finds the layer at fault where two graphs diverge: the earlier of the two layers there."""
 
     def layer(index: int, other: int) -> Any:
         one, two = first.owner(index), second.owner(other)
@@ -355,34 +357,34 @@ def side_by_side(
     """Yield the operations of both graphs in pairs.
 
     Raises:
-        Unadmitted: the graphs are not the same operations in the same order.
+        NotAdmitted: the graphs differ in their operations or the order of these.
     """
     for (index, one), (other, two) in zip(first, second, strict=False):
         if one.type != two.type or len(one.inputs) != len(two.inputs):
-            raise Unadmitted(Reason.LENGTH, at_fault(index, other), _OTHERWISE)
+            raise NotAdmitted(Reason.LENGTH, at_fault(index, other), _OTHERWISE)
         yield index, one, two
     if len(first) != len(second):
         ended = min(len(first), len(second))
         index, other = (ops[min(ended, len(ops) - 1)][0] for ops in (first, second))
-        raise Unadmitted(Reason.LENGTH, at_fault(index, other), _OTHERWISE)
+        raise NotAdmitted(Reason.LENGTH, at_fault(index, other), _OTHERWISE)
 
 
 class _Frame:
-    """The values of the tensors of one pair of graphs: the model's, or those of a function that it calls."""
+    """The values of the tensors of one pair of graphs: those of the model or of a called function."""
 
     def __init__(
         self, walk: _Walk, values: dict[str, _Value], evaluators: tuple[Evaluator, Evaluator]
     ) -> None:
         self.walk, self.values, self.evaluators = walk, values, evaluators
         self.twins: dict[str, str] = {}
-        """Tensors of the second graph by their places in the first: both must be wired alike."""
+        """Tensors of the second graph by their counterparts in the first: both must have the same connections."""
 
     def pair(self, ones: Iterable[Any], twos: Iterable[Any]) -> None:
-        """Say which tensors of the two graphs stand in the same places."""
+        """Pair the tensors of the two graphs."""
         self.twins.update((one.name, two.name) for one, two in zip(ones, twos, strict=False))
 
     def require_alike(self, ones: Iterable[Any], twos: Iterable[Any]) -> None:
-        """Refuse data that come from elsewhere in the second graph; constants are told by their values."""
+        """Refuse data with another source in the second graph; constants are compared by their values."""
         first, second = list(ones), list(twos)
         if len(first) != len(second):
             raise Refusal(Reason.LENGTH, _OTHERWISE)
@@ -391,10 +393,10 @@ class _Frame:
                 raise Refusal(Reason.LENGTH, _OTHERWISE)
 
     def enter(self, one: Any, two: Any) -> None:
-        """Find out about the results of one operation.
+        """Derive the results of one operation.
 
         Raises:
-            Refusal: the proof does not let it pass.
+            Refusal: the proof does not accept the operation.
         """
         if any(kind in one.type for kind in _DRAWS) and not one.type.startswith("Stateless"):
             raise Refusal(Reason.RANDOM, "draws random numbers")
@@ -405,7 +407,7 @@ class _Frame:
         if one.op_def.is_stateful and one.type not in _READS and one.type not in RULES:
             raise Refusal(
                 Reason.UNPROVEN,
-                f"uses the operation {one.type}, which may give something else each time",
+                f"uses the operation {one.type}, which may return a different result each time",
             )
         self.pair(one.outputs, two.outputs)
         self.require_alike(one.inputs, two.inputs)
@@ -414,7 +416,7 @@ class _Frame:
             return
         inputs = [] if one.type in OF_SHAPES else [self.values.get(value.name) for value in one.inputs]
         if any(value is None for value in inputs):
-            raise Refusal(Reason.UNPROVEN, f"uses a result of an operation that is not known ({one.type})")
+            raise Refusal(Reason.UNPROVEN, f"uses the result of an unknown operation ({one.type})")
         if not any(isinstance(value, Data) for value in inputs):
             if len(one.outputs) != len(two.outputs):
                 raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
@@ -426,7 +428,7 @@ class _Frame:
         except (LostAxisError, ValueError, IndexError) as error:
             raise Refusal(
                 Reason.UNPROVEN,
-                f"does something after which the time axis cannot be followed ({one.type}: {error})",
+                f"computes something through which the time axis cannot be followed ({one.type}: {error})",
             ) from error
         for result, value in zip(one.outputs, results, strict=False):
             self.values[result.name] = value
@@ -440,12 +442,12 @@ class _Frame:
         if rule is None and any(kind in one.type for kind in _UNFOLLOWED):
             raise Refusal(
                 Reason.UNPROVEN,
-                f"runs a branch or keeps a list of TensorFlow's (tf.cond, tf.TensorArray: {one.type}), which is not followed",
+                f"uses a TensorFlow branch or list (tf.cond, tf.TensorArray: {one.type}), which the proof does not follow",
             )
         if rule is None:
             raise Refusal(
                 Reason.UNPROVEN,
-                f"uses the operation {one.type}, which is not known to treat every time step and every row by itself",
+                f"uses the operation {one.type}, which is not known to treat every time step and every row independently",
             )
         if attributes(one) != attributes(two):
             raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
@@ -461,7 +463,7 @@ class _Frame:
         return results
 
     def _checked(self, call: Call, i: int, data: Data) -> Data:
-        """Check what every result of every operation must keep to."""
+        """Check the rules for every result of every operation."""
         if not isinstance(data, Items) and [self.walk.scales.size(dim) for dim in data.axes] != call.out(i):
             raise LostAxisError("the axes do not make up the shape")
         found = list(labels(data.axes))
@@ -474,24 +476,27 @@ class _Frame:
         return data
 
     def _looped(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
-        """Walk through a loop, turn by turn: how many there are must not depend on data or on the number of time steps."""
+        """Walk through a loop by iteration: their number must not depend on data or on the number of time steps."""
         values = list(inputs)
         for _ in range(_MAX_TURNS):
-            (goes_on,) = self._called("cond", one, two, values)
-            if isinstance(goes_on, Data):
-                raise Refusal(Reason.ROWS, "runs a loop that ends by the values of all rows and time steps")
-            first, second = (bool(value) for value in goes_on.arrays())
-            if first != second:
+            (is_running,) = self._called("cond", one, two, values)
+            if isinstance(is_running, Data):
                 raise Refusal(
-                    Reason.LENGTH, "runs a loop that has as many turns as there are time steps or rows"
+                    Reason.ROWS, "runs a loop whose end depends on the values of all rows and time steps"
                 )
+            first, second = (bool(value) for value in is_running.arrays())
+            if first != second:
+                raise Refusal(Reason.LENGTH, "runs a loop with one iteration per time step or row")
             if not first:
                 return values
             values = self._called("body", one, two, values)
-        raise Refusal(Reason.UNPROVEN, f"runs a loop of more than {_MAX_TURNS} turns, which are not followed")
+        raise Refusal(
+            Reason.UNPROVEN,
+            f"runs a loop of more than {_MAX_TURNS} iterations, which the proof does not follow",
+        )
 
     def _called(self, name: str, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
-        """Walk through the function that the attribute ``name`` names."""
+        """Walk through the function in the attribute ``name``."""
         graphs = [op.graph._get_function(op.get_attr(name).name).graph for op in (one, two)]
         values: dict[str, _Value] = {}
         given: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
@@ -508,12 +513,12 @@ class _Frame:
             frame.enter(first, second)
         frame.require_alike(graphs[0].outputs, graphs[1].outputs)
         if any(output.name not in frame.values for output in graphs[0].outputs):
-            raise Refusal(Reason.UNPROVEN, "returns a result of a function that is not known")
+            raise Refusal(Reason.UNPROVEN, "returns the result of an unknown function")
         return [frame.values[output.name] for output in graphs[0].outputs]
 
 
 def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
-    """Return the operations of a graph that some tensors need, in the graph's order, with their places in it."""
+    """Return the operations of a graph that some tensors need, in graph order, with their indices."""
     seen: set[str] = set()
     waiting = list(wanted)
     while waiting:

@@ -1,4 +1,4 @@
-"""Why the graph does not admit a model: the reasons, and what a user can do about each."""
+"""The reasons why a graph does not admit a model, each with its fix."""
 
 from __future__ import annotations
 
@@ -6,35 +6,29 @@ import enum
 
 
 class Reason(enum.Enum):
-    """A kind of refusal; the value is the way on, for people."""
+    """A kind of refusal; the value is the fix, as part of a message."""
 
-    TIME = (
-        "let a recurrent layer sum up the sequence, which carries what it needs from step to step, or give each step "
-        "the values that it needs as features"
-    )
-    BACKWARDS = "use layers that read forwards: a step knows only what came before it"
-    POSITION = "give the position as an input feature, or leave it out"
-    LENGTH = "make it independent of the length: what is served has no end"
+    TIME = "use a recurrent layer, which carries what it needs from step to step, or pass the values that each step needs as features"
+    BACKWARDS = "use forward layers: a step knows only earlier time steps"
+    POSITION = "pass the position as an input feature, or remove it"
+    LENGTH = "make it independent of the length: a served sequence has no end"
     END = (
         "repeat it for a fixed number of steps, which then run inside one step, or let a recurrent layer return "
         "sequences"
     )
-    ROWS = "what it needs of other rows must come in as features: every session's rows are computed by themselves"
-    RANDOM = (
-        "leave it out at inference (training=False), or draw the numbers outside and give them as an input"
+    ROWS = (
+        "pass what it needs from other rows as features: the rows of each session are computed independently"
     )
-    WRITES = "do it in a cell, whose state is carried for each session"
-    STATE = (
-        "leave the state's inputs out of the model, and pass those values as the states of open_session() or "
-        "reset_states()"
-    )
-    LAYOUT = "give each output the batch as its first axis, and the time, if it has one, as its second"
-    PYTHON = "write what it computes with keras.ops, which become part of the model"
-    UNPROVEN = "if you know that it does, --trust-causality NAME serves the model on the evidence of samples"
+    RANDOM = "disable it at inference (training=False), or draw the numbers outside the model and pass them as an input"
+    WRITES = "keep the value in the state of a cell, which each session carries"
+    STATE = "remove the state inputs from the model, and pass those values as the states of open_session() or reset_states()"
+    LAYOUT = "make the batch the first axis of each output, and time, if it has any, the second"
+    PYTHON = "write the computation with keras.ops, which become part of the model"
+    UNPROVEN = "if you know that the model can be stepped, --trust-causality NAME serves it on the evidence of samples"
 
 
 class Refusal(Exception):
-    """An operation that the proof does not let pass. The message is a clause, such as "takes a mean over time"."""
+    """The proof does not accept an operation. The message is a clause, such as "takes a mean over time"."""
 
     def __init__(self, reason: Reason, clause: str) -> None:
         super().__init__(clause)

@@ -1,7 +1,7 @@
-"""The list of operations that may stand outside of a recurrent layer's loop, by TensorFlow's names.
+"""The operations allowed outside the loops of recurrent layers, by TensorFlow's names.
 
-Each has a rule that says where the batch and the time axis of its results are, and refuses it where it
-mixes them. An operation that is not here is refused.
+Each has a rule that returns the positions of the batch and time axis in its results, and refuses the operation if
+it mixes them. Other operations are refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Operations that compute each element from the elements in the same place."""
+"""Operations that compute each element from the elements at the same position."""
 
 from __future__ import annotations
 
@@ -149,13 +149,13 @@ def _identities(call: Call) -> Sequence[Data | Const]:
 
 
 def _lookup(call: Call) -> Sequence[Axes]:
-    """A table (input 0) is constant, the keys are looked up one by one."""
+    """Look up keys one by one in a table (input 0), which is constant."""
     broadcast(call, [2])
     return [call.data(1).axes]
 
 
 def _normalization(call: Call) -> Sequence[Axes]:
-    """Batch normalisation with the statistics of training; of this batch, it mixes its rows."""
+    """Batch normalization. It is allowed with the statistics of training; those of the batch would mix its rows."""
     if call.attr("is_training"):
         raise Refusal(Reason.ROWS, "normalises by the mean and the variance of the batch")
     axes = call.data(0).axes

@@ -1,6 +1,6 @@
 """Operations on vectors and matrices in the last axes: searches, products, inverses, diagonals, Fourier transforms.
 
-The last axes must be plain ones. All other axes are stacks of such vectors or matrices, each computed by itself.
+The last axes must be plain. All other axes are stacks of such vectors or matrices, which are computed independently.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from stepwell_server.compile.causality.axes import Axes, LostAxisError
 from stepwell_server.compile.causality.call import Call, Rule, broadcast
 from stepwell_server.compile.causality.rules_shapes import require_plain
 
-#: How many of the last axes a transform runs over.
+#: Number of last axes that a transform processes.
 _TRANSFORMS = {"FFT": 1, "IFFT": 1, "RFFT": 1, "IRFFT": 1, "FFT2D": 2, "IFFT2D": 2, "RFFT2D": 2, "IRFFT2D": 2}
 
 
@@ -21,12 +21,12 @@ def _require_plain_last(call: Call, axes: Axes, count: int) -> None:
 
 
 def _sized_last(call: Call, stack: Axes) -> Axes:
-    """Return the axes of a result: those of the stack, then plain ones of whatever size."""
+    """Return the axes of a result: those of the stack, then plain ones of any size."""
     return (*stack, *(call.plain(size) for size in call.out()[len(stack) :]))
 
 
 def _search(call: Call) -> Sequence[Axes]:
-    """Find the places of values, ``(rows, values)``, in sorted sequences, ``(rows, places)``."""
+    """Find the positions of values, ``(rows, values)``, in sorted sequences, ``(rows, positions)``."""
     table, values = call.axes(0), call.axes(1)
     require_plain(table[1], "searches")
     if table[0] != values[0]:
@@ -55,7 +55,7 @@ def _determinant(call: Call) -> Sequence[Axes]:
 
 
 def _band(call: Call) -> Sequence[Axes]:
-    """Set everything to zero but some diagonals."""
+    """Set everything except some diagonals to zero."""
     call.integers(1)
     call.integers(2)
     return _inverse(call)

@@ -20,14 +20,14 @@ from stepwell_server.compile.causality.values import Const, Data, Items
 
 
 def mixed(dim: Dim, clause: str) -> Refusal:
-    """Return the refusal of what works along a followed axis."""
+    """Return the refusal of an operation along a followed axis."""
     if TIME in dim:
         return Refusal(Reason.TIME, f"{clause} the time axis")
     return Refusal(Reason.ROWS, f"{clause} the rows of the batch")
 
 
 def require_plain(dim: Dim, clause: str) -> None:
-    """Refuse what works along the batch or the time axis."""
+    """Refuse an operation along the batch or time axis."""
     if not is_plain(dim):
         raise mixed(dim, clause)
 
@@ -54,7 +54,7 @@ def _transpose(call: Call) -> Sequence[Axes]:
 
 
 def _strided_slice(call: Call) -> Sequence[Axes | Data]:
-    """Python's ``x[...]``: each entry of the specification has its bits in the masks."""
+    """Python's ``x[...]``; the masks have one bit per entry of the specification."""
     data = call.data(0)
     begins, ends, strides = call.pairs(1), call.pairs(2), call.integers(3)
     masks = {
@@ -85,7 +85,7 @@ def _strided_slice(call: Call) -> Sequence[Axes | Data]:
 
 
 def _takes_last(call: Call, dim: Dim, place: Pair) -> bool:
-    """One element of a dimension is taken; returns whether that is the last time step."""
+    """Check that one element of a dimension may be taken; return whether it is the last time step."""
     if is_plain(dim):
         call.require_same(place)
         return False
@@ -100,10 +100,10 @@ def _is_last(call: Call, place: Pair) -> bool:
 
 
 def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: int) -> tuple[Dim, bool]:
-    """Return what is left of a dimension, and whether that is the last time step only."""
+    """Return the remaining dimension, and whether it is only the last time step."""
     if is_plain(dim):
         call.require_same(*(place for place in (begin, end) if place is not None))
-        return (0,), False  # Its size stands in the result's shape.
+        return (0,), False  # Its size is in the result's shape.
     whole = call.scales.size(dim)
     if stride == 1 and begin in (None, (0, 0)) and end in (None, whole):
         return dim, False
@@ -121,7 +121,7 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
 
 
 def _sized(call: Call, axes: Axes) -> Axes:
-    """Read the sizes of plain dimensions off the result's shape."""
+    """Take the sizes of plain dimensions from the result's shape."""
     sizes = call.out()
     if len(sizes) != len(axes):
         raise LostAxisError(f"{call.kind} gives another number of dimensions")
@@ -145,7 +145,7 @@ def _slice(call: Call) -> Sequence[Axes | Data]:
 
 
 def _concat(call: Call) -> Sequence[Axes]:
-    """Join along one axis; along the others all inputs are alike."""
+    """Join along one axis; the other axes of all inputs are equal."""
     count = len(call.inputs) - 1
     rank = call.rank(0)
     axis = axis_of(call, count, rank)
@@ -211,7 +211,7 @@ def _pad(call: Call) -> Sequence[Axes]:
 
 
 def _along_axis(call: Call) -> Sequence[Axes]:
-    """Cumulative sums, reversals and rolls: along plain axes only."""
+    """Cumulative sums, reversals and rolls, along plain axes only."""
     axes = call.data(0).axes
     place = {"Roll": 2}.get(call.kind, 1)
     what = {"ReverseV2": "reverses", "Roll": "shifts"}.get(call.kind, "accumulates along")
@@ -223,7 +223,7 @@ def _along_axis(call: Call) -> Sequence[Axes]:
 
 
 def _gather(call: Call) -> Sequence[Axes | Data]:
-    """Look up along an axis of a table; the first ``batch_dims`` axes belong together."""
+    """Look up along an axis of a table; the first ``batch_dims`` axes are shared."""
     shared = call.attr("batch_dims")
     places = call.inputs[1]
     table = call.axes(0)
@@ -259,7 +259,7 @@ def _one_hot(call: Call) -> Sequence[Axes]:
 
 
 def _to_batch(call: Call) -> Sequence[Axes]:
-    """SpaceToBatchND, a part of dilated convolutions: blocks of plain axes become rows, outermost."""
+    """SpaceToBatchND, a part of dilated convolutions: blocks of plain axes become the outermost rows."""
     axes, blocks, paddings = call.data(0).axes, call.integers(1), call.pairs(2)
     for i, block in enumerate(blocks):
         if block != 1 or paddings[2 * i : 2 * i + 2] != [(0, 0)] * 2:
@@ -294,7 +294,7 @@ def _items(call: Call, i: int) -> Items:
 
 
 def _apart(call: Call) -> Sequence[Data]:
-    """Make a list of what a tensor has along its first axis."""
+    """Split a tensor along its first axis into a list."""
     first, *rest = call.data(0).axes
     require_plain(first, "loops over")
     return [Items(tuple(rest), call.data(0).ends)]
@@ -307,7 +307,7 @@ def _item(call: Call) -> Sequence[Data]:
 
 
 def _with_item(call: Call) -> Sequence[Data]:
-    """Put one item into a list, which then holds items with its axes only."""
+    """Put one item into a list; all its items then have the same axes."""
     call.integers(1)
     items, item = call.data(0), call.inputs[2]
     if not isinstance(items, Items):

@@ -1,4 +1,4 @@
-"""Operations that sum, compare or convolve: not over the batch or the time axis."""
+"""Operations that sum, compare or convolve, but not over the batch or time axis."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _top(call: Call) -> Sequence[Axes]:
 
 
 def _matmul(call: Call) -> Sequence[Axes]:
-    """Matrix products: of two matrices, or of stacks of them."""
+    """Products of two matrices, or of stacks of matrices."""
     one, two = list(call.axes(0)), list(call.axes(1))
     names = ("transpose_a", "transpose_b") if call.kind == "MatMul" else ("adj_x", "adj_y")
     if call.attr(names[0]):
@@ -87,7 +87,7 @@ def _einsum(call: Call) -> Sequence[Axes]:
 
 
 def _letters(term: str, rank: int) -> list[str]:
-    """Return one name for each dimension; those that ``...`` stands for are numbered from the last."""
+    """Return one name for each dimension; those in ``...`` are numbered from the last."""
     if "..." not in term:
         return list(term)
     before, after = term.split("...")
@@ -96,7 +96,7 @@ def _letters(term: str, rank: int) -> list[str]:
 
 
 def _convolution(call: Call) -> Sequence[Axes]:
-    """Convolutions with channels last: a window of one element may slide over the time axis."""
+    """Convolutions with channels last; only a window of one element may slide over the time axis."""
     axes, kernel = call.data(0).axes, _weights(call, 1)
     spatial = _spatial(call, len(axes))
     padding = call.attr("explicit_paddings") if call.attr("padding") == b"EXPLICIT" else []
@@ -148,7 +148,7 @@ def _spatial(call: Call, rank: int) -> tuple[int, ...]:
 
 
 def _windowed(call: Call, axes: Axes, spatial: Sequence[int]) -> Axes:
-    """Return the axes of a result: new sizes for plain spatial axes and for the channels."""
+    """Return the axes of a result, with new sizes for plain spatial axes and for the channels."""
     channels = len(axes) - 1
     require_plain(axes[channels], "sums over")
     return tuple(

@@ -1,7 +1,7 @@
-"""What the proof knows of a tensor: that it holds data, with its axes, or that it is constant.
+"""The abstract value of a tensor in the proof: data with axes, or a constant.
 
-A constant is one that no input of the model reaches but through its shape. Its value is computed, in both
-traces, only where a rule asks for it.
+A constant depends on no input of the model except through its shape. Its value is computed, in both traces, only
+if a rule needs it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from stepwell_server.compile.causality.axes import TIME, Axes, Pair, labels
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 Array = npt.NDArray[np.generic]
-#: Operations that read the shape of a tensor, which a trace fixes, and not its values.
+#: Operations that read only the shape of a tensor, which is fixed in a trace.
 OF_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
-#: What a node says of itself that is not part of what it computes, or is a shape of this trace.
+#: Attributes that do not affect the result of an operation, or are shapes of this trace.
 _UNIMPORTANT = {"shape", "Tshape", "output_shapes", "container", "shared_name"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _read: ContextVar[set[str] | None] = ContextVar("_read", default=None)
@@ -36,25 +36,25 @@ class Data:
 
     axes: Axes
     ends: bool = False
-    """It is about the end of the sequence: it holds, for all time steps together, the last one's value."""
+    """It belongs to the end of the sequence: it holds the value of the last time step."""
 
     @property
     def has_time(self) -> bool:
-        """It holds something for each time step."""
+        """It has a value for each time step."""
         return TIME in labels(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Items(Data):
-    """A list of tensors in TensorFlow's own kind of loop, each of which has these axes."""
+    """A list of tensors in a TensorFlow loop, each with these axes."""
 
     is_empty: bool = False
-    """Nothing was put into it, so nothing is known of the axes."""
+    """It is empty, so its axes are unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Const:
-    """A tensor that does not, as it stands in the graphs of the two traces."""
+    """A tensor that does not depend on inputs, in the graphs of the two traces."""
 
     first: Any
     second: Any
@@ -66,17 +66,17 @@ class Const:
 
     @property
     def is_same(self) -> bool:
-        """It has one value in both traces."""
+        """It has the same value in both traces."""
         if self.evaluators[0].digest(self.first) == self.evaluators[1].digest(self.second):
             return True
         first, second = self.arrays()
         return first.dtype == second.dtype and first.shape == second.shape and equal(first, second)
 
     def pairs(self) -> list[Pair]:
-        """Return its integers, flat, as they stand in the two traces.
+        """Return its integers in the two traces, flattened.
 
         Raises:
-            ValueError: it has more of them in one trace than in the other.
+            ValueError: it has more in one trace than in the other.
         """
         first, second = (np.ravel(value) for value in self.arrays())
         if len(first) != len(second):
@@ -90,7 +90,7 @@ class Const:
 
 @contextlib.contextmanager
 def weights_recorded() -> Iterator[set[str]]:
-    """Collect what weights are looked at meanwhile to compute a constant: with others, the constant may be another one."""
+    """Record the weights that are read to compute constants: other weights may give other constants."""
     read = set[str]()
     token = _read.set(read)
     try:
@@ -100,10 +100,10 @@ def weights_recorded() -> Iterator[set[str]]:
 
 
 class Evaluator:
-    """Computes constants of one graph: operation by operation, each once, outside of the graph."""
+    """Computes constants of one graph, outside the graph and each operation once."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        """Prepare for a graph; ``given`` has the values of its placeholders that have one, by name."""
+        """``given`` has the values of placeholders, by name."""
         self._values: dict[str, Any] = dict(given)
         self._given = frozenset(given)
         self._digests: dict[str, bytes] = {name: str(id(value)).encode() for name, value in given.items()}
@@ -122,7 +122,7 @@ class Evaluator:
                     raise ValueError("a shape depends on values")
                 try:
                     results = self._results(op)
-                except Exception as error:  # TensorFlow raises whatever it likes.
+                except Exception as error:  # TensorFlow may raise anything.
                     raise ValueError(f"a constant cannot be computed ({op.type})") from error
                 for result, value in zip(op.outputs, results, strict=True):
                     self._values[result.name] = value
@@ -133,15 +133,15 @@ class Evaluator:
         return np.asarray(self.value(tensor))
 
     def digest(self, tensor: Any) -> bytes:
-        """Return a hash of how a constant is made: those of one hash have one value.
+        """Return a hash of the computation of a constant: equal hashes mean equal values.
 
-        Weights are told by which variable is read, not by their values.
+        Weights are identified by their variable, not by their values.
         """
         if tensor.name not in self._digests:
             for op in self._ordered(tensor.op, self._digests):
                 made = hashlib.sha256(f"{op.type} {attributes(op)}".encode())
                 if _calls_functions(op) or _is_of_open_shape(op):
-                    made.update(secrets.token_bytes())  # What it gives stands in no attribute.
+                    made.update(secrets.token_bytes())  # Its result is not determined by its attributes.
                 for value in op.inputs:
                     made.update(str(value.shape).encode() if op.type in OF_SHAPES else self.digest(value))
                 for i, result in enumerate(op.outputs):
@@ -154,7 +154,7 @@ class Evaluator:
         return _run(op, [self.value(value) for value in op.inputs])
 
     def _ordered(self, wanted: Any, done: Mapping[str, Any]) -> list[Any]:
-        """Return the operations that ``wanted`` needs and that are not done, in the order of need."""
+        """Return the operations that ``wanted`` still needs, dependencies first."""
         order: list[Any] = []
         waiting, seen = [(wanted, False)], set()
         while waiting:
@@ -170,9 +170,9 @@ class Evaluator:
 
 
 def attributes(op: Any) -> dict[str, Any]:
-    """Return what an operation is told besides its inputs, without functions and the shapes of this trace.
+    """Return the attributes of an operation, without functions and the shapes of this trace.
 
-    Functions have another name in each trace, whatever they compute.
+    The names of functions differ between traces.
     """
     return {
         name: value.SerializeToString(deterministic=True)
@@ -182,7 +182,7 @@ def attributes(op: Any) -> dict[str, Any]:
 
 
 def _is_of_open_shape(op: Any) -> bool:
-    """Whether it reads a shape that the sizes of the trace do not fix: values do."""
+    """Whether it reads a shape that depends on values."""
     return op.type in OF_SHAPES and not all(value.shape.is_fully_defined() for value in op.inputs)
 
 
@@ -198,7 +198,7 @@ def sizes(first: Any, second: Any) -> list[Pair]:
     """Return the sizes of a tensor in the two traces.
 
     Raises:
-        ValueError: they are not known, or it has more dimensions in one trace than in the other.
+        ValueError: they are unknown, or the number of dimensions differs.
     """
     one, two = first.shape, second.shape
     if not (one.is_fully_defined() and two.is_fully_defined()) or len(one) != len(two):
@@ -207,7 +207,7 @@ def sizes(first: Any, second: Any) -> list[Pair]:
 
 
 def equal(one: Array, two: Array) -> bool:
-    """Return whether two arrays hold the same; "not a number" is the same as itself."""
+    """Whether two arrays are equal; NaN equals NaN."""
     may_be_nan = np.issubdtype(one.dtype, np.inexact)
     return bool(np.array_equal(one, two, equal_nan=may_be_nan))
 
@@ -236,7 +236,7 @@ def _run(op: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return an attribute's value as the eager runtime takes it."""
+    """Return an attribute's value in the form for the eager runtime."""
     if isinstance(value, tf.DType):
         return value.as_datatype_enum
     if isinstance(value, tf.TensorShape):

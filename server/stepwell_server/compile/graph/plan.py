@@ -25,7 +25,7 @@ Array = npt.NDArray[np.generic]
 
 
 @dataclasses.dataclass(frozen=True)
-class Carried:
+class CarriedState:
     """One call of a recurrent layer that follows the sequence: its state is carried from step to step."""
 
     first: int
@@ -45,7 +45,7 @@ class Plan:
     outputs: tuple[TensorSpec, ...]
     state: tuple[StateSpec, ...]
     initial: tuple[Array, ...]
-    carried: Mapping[tuple[int, int], Carried]
+    carried: Mapping[tuple[int, int], CarriedState]
     """By the layer's `id` and the number of the call."""
 
     @property
@@ -106,14 +106,14 @@ def make_plan(interface: Interface, temporal: Sequence[bool], short: Observation
     followed = [pair for pair in _pairs(short, long) if pair[0].steps == short.steps]
     _refuse_two_clocks(interface, temporal, short)
     if short.calls and not followed:
-        raise ModelError("no recurrent layer of the model follows the sequence of its inputs")
+        raise ModelError("no recurrent layer of the model processes its input sequence")
     state: list[StateSpec] = []
     initial: list[Array] = []
-    carried: dict[tuple[int, int], Carried] = {}
+    carried: dict[tuple[int, int], CarriedState] = {}
     for first, second in followed:
         keeps = first.masked and not first.layer.zero_output_for_mask
         dtypes = first.state_dtypes + ((first.output_dtype,) if keeps else ())
-        carried[id(first.layer), first.number] = Carried(len(state), dtypes, keeps)
+        carried[id(first.layer), first.number] = CarriedState(len(state), dtypes, keeps)
         values = list(_constant_initial(first, second))
         if keeps:
             values.append(np.zeros(first.output_shape, plain_dtype(first.output_dtype)))

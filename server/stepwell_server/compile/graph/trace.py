@@ -14,7 +14,7 @@ from typing import Any
 from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.graph.concrete import concrete
 from stepwell_server.compile.graph.patch import attribute, relaxed
-from stepwell_server.compile.graph.plan import Carried, Plan
+from stepwell_server.compile.graph.plan import CarriedState, Plan
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import recurrent_layers
 
@@ -31,7 +31,7 @@ def trace(plan: Plan) -> Any:
 
     def step(**tensors: Any) -> dict[str, Any]:
         time = _TimeAxis()
-        carrying = _Carrying(plan, [tensors[f"state_{i}"] for i in range(len(plan.state))], time)
+        carrying = _StateCarrier(plan, [tensors[f"state_{i}"] for i in range(len(plan.state))], time)
         inputs = [_keras_input(plan, i, tensors[f"in_{i}"], time) for i in range(len(plan.inputs))]
         with relaxed(plan.interface.model), carrying.installed():
             results = plan.interface.call(inputs)
@@ -71,7 +71,7 @@ def _keras_input(plan: Plan, i: int, tensor: Any, time: _TimeAxis) -> Any:
     return time.add(value) if plan.inputs[i].temporal else value
 
 
-def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying, time: _TimeAxis) -> dict[str, Any]:
+def _results(plan: Plan, outputs: Sequence[Any], carrying: _StateCarrier, time: _TimeAxis) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for i, (spec, value) in enumerate(zip(plan.outputs, outputs, strict=True)):
         step = time.remove(value) if spec.temporal else value
@@ -85,7 +85,7 @@ def _results(plan: Plan, outputs: Sequence[Any], carrying: _Carrying, time: _Tim
     return named
 
 
-class _Carrying:
+class _StateCarrier:
     """The state on its way through one traced step."""
 
     def __init__(self, plan: Plan, before: Sequence[Any], time: _TimeAxis) -> None:
@@ -139,7 +139,7 @@ class _Carrying:
 
         return inner_loop
 
-    def _one_step(self, layer: Any, call: Carried, sequences: Any, initial: Any, mask: Any) -> Any:
+    def _one_step(self, layer: Any, call: CarriedState, sequences: Any, initial: Any, mask: Any) -> Any:
         stop = call.first + len(call.dtypes)
         before = [
             tf.cast(value, dtype)

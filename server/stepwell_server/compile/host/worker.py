@@ -22,7 +22,7 @@ from stepwell_server.compile.host.wire import Channel
 from stepwell_server.program import Architecture, ProofOptions
 
 if TYPE_CHECKING:
-    from stepwell_server.compile.probe.probe import Traced
+    from stepwell_server.compile.probe.probe import TracedModel
 
 
 def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
@@ -78,7 +78,7 @@ class _Jobs:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._traced: Traced | None = None
+        self._traced: TracedModel | None = None
         """Of the model that was compiled last, if it may be compiled again with other weights."""
         self._architecture: Architecture | None = None
         """Of the same model."""

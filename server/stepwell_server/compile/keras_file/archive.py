@@ -57,9 +57,9 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except UNREADABLE as error:
-        raise ModelError(f"{path}: damaged .keras file: {error}") from error
+        raise ModelError(f"{path}: corrupt .keras file: {error}") from error
     if broken:
-        raise ModelError(f"{path}: damaged .keras file: {broken} does not match its checksum")
+        raise ModelError(f"{path}: corrupt .keras file: {broken} does not match its checksum")
     _require_config(path)
     # By another name Keras may take a file for something else: one that is HDF5 as well holds code that it runs.
     if path.suffix != ".keras":
@@ -77,7 +77,7 @@ def _require_config(path: Path) -> None:
     try:
         config = configuration.parsed("config.json", text)
         if not isinstance(config, dict) or not {"class_name", "config"} <= config.keys():
-            raise ModelError("damaged .keras file: config.json does not say class_name and config")
+            raise ModelError("corrupt .keras file: config.json does not say class_name and config")
         configuration.check(text, _is_registered)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
@@ -93,7 +93,7 @@ def _keras_version(path: Path) -> str:
     try:
         return str(configuration.parsed("metadata.json", text)["keras_version"])
     except (LookupError, TypeError) as error:
-        raise ModelError(f"{path}: damaged .keras file: metadata.json does not say keras_version") from error
+        raise ModelError(f"{path}: corrupt .keras file: metadata.json does not say keras_version") from error
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -164,7 +164,8 @@ def _load_problem(error: Exception, version: str) -> str:
     )
     if shapes:
         return (
-            f"the weights in the file do not fit: layer {shapes[2]!r} ({shapes[1]}) has one of the shape {shapes[3]}, and the "
+            f"the weights in the file do not fit: layer {shapes[2]!r} ({shapes[1]}) has one of the shape "
+            f"{shapes[3]}, and the "
             f"file one of {shapes[4]}; the class must be the one that the model was saved with (--import MODULE)"
         )
     text = text.rpartition("Exception encountered: ")[2]  # What was wrong, below where it was.

@@ -111,7 +111,7 @@ def parsed(name: str, text: bytes) -> Any:
     except RecursionError as error:
         raise ModelError(f"{name} must be nested at most {MAX_DEPTH} deep") from error
     except ValueError as error:
-        raise ModelError(f"damaged .keras file: {name} is not JSON ({error})") from error
+        raise ModelError(f"corrupt .keras file: {name} is not JSON ({error})") from error
 
 
 def _nodes(document: Any) -> Iterator[Mapping[str, Any]]:

@@ -88,7 +88,7 @@ def archive_problem(file: Path) -> str:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, struct.error) as error:
-        return f"damaged .keras file: {error}"
+        return f"corrupt .keras file: {error}"
     missing = [name for name in _MEMBERS if name not in names]
     return f"not a .keras file: it has no {', '.join(missing)}" if missing else ""
 

@@ -46,12 +46,12 @@ def check_sizes(path: Path, max_bytes: int) -> None:
             for member in archive.infolist():
                 if not _size_is_true(file, member):
                     raise ModelError(
-                        f"{path}: damaged .keras file: {member.filename} is not of the size it says"
+                        f"{path}: corrupt .keras file: {member.filename} is not of the size it says"
                     )
             if _WEIGHTS in archive.namelist():
                 _check_weights(path, archive.read(_WEIGHTS), max_bytes)
     except UNREADABLE as error:
-        raise ModelError(f"{path}: damaged .keras file: {error}") from error
+        raise ModelError(f"{path}: corrupt .keras file: {error}") from error
 
 
 def _check_known(archive: zipfile.ZipFile) -> None:
@@ -138,5 +138,5 @@ def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
     except ModelError:
         raise
     except Exception as error:  # h5py raises many kinds for damaged files.
-        raise ModelError(f"{path}: damaged .keras file: {_WEIGHTS}: {error}") from error
+        raise ModelError(f"{path}: corrupt .keras file: {_WEIGHTS}: {error}") from error
     _check_limit(path, size, max_bytes)

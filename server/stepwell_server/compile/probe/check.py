@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.probe.evidence import compare
-from stepwell_server.compile.probe.probe import Traced
+from stepwell_server.compile.probe.probe import TracedModel
 from stepwell_server.compile.probe.sequences import run, tolerance, worst
 from stepwell_server.engine.executors.step_function import Step
 
@@ -17,7 +17,7 @@ class DiffersError(CheckError):
     """What was traced gives other values over a long sequence than Keras's call does."""
 
 
-def check_against_keras(traced: Traced, step: Step) -> None:
+def check_against_keras(traced: TracedModel, step: Step) -> None:
     """Compare the artefact with the short and the long calls of the whole model.
 
     Raises:

@@ -26,7 +26,7 @@ from stepwell_server.compile.graph.plan import Plan
 from stepwell_server.compile.graph.samples import Sampler
 from stepwell_server.compile.graph.untraceable import explained
 from stepwell_server.compile.graph.watch import all_operations
-from stepwell_server.compile.probe.sequences import Stepped
+from stepwell_server.compile.probe.sequences import Steppable
 from stepwell_server.compile.probe.whole_call import WholeCall
 
 Array = npt.NDArray[np.generic]
@@ -68,7 +68,7 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[E
         name, timed = spec.name, spec.temporal
         if not _same(usual[name], again[name]):
             raise ModelError(
-                f"two calls of the model differ: output {quoted(name)} is another for the same inputs"
+                f"two calls of the model differ: output {quoted(name)} differs for the same inputs"
             )
         _refuse_moves(name, timed, usual[name], moved[name], times)
     held, kept = sampler.whole, sampler.exact
@@ -78,7 +78,9 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[E
     ]
 
 
-def compare(plan: Stepped, evidence: Evidence, stepped: Mapping[str, Array], tolerance: float) -> Comparison:
+def compare(
+    plan: Steppable, evidence: Evidence, stepped: Mapping[str, Array], tolerance: float
+) -> Comparison:
     """Return how what a program gives, stepped through the same inputs and shaped alike, differs from Keras."""
     rows = len(evidence.inputs[0])
     found = [
@@ -112,7 +114,7 @@ def _difference(name: str, timed: bool, evidence: Evidence, stepped: Array, tole
     )
 
 
-def compared_share(plan: Stepped, samples: Sequence[Evidence], tolerance: float) -> float:
+def compared_share(plan: Steppable, samples: Sequence[Evidence], tolerance: float) -> float:
     """Return which share of the rows and time steps says something, of the output where it is least."""
     shares = [1.0]
     for spec in plan.outputs:
@@ -125,7 +127,7 @@ def compared_share(plan: Stepped, samples: Sequence[Evidence], tolerance: float)
 
 
 def observe(
-    plan: Stepped,
+    plan: Steppable,
     interface: Interface,
     inputs: Sequence[Array],
     steps: int,
@@ -171,7 +173,7 @@ def _rows(value: Array, timed: bool) -> Floats:
 
 
 def _noise(
-    plan: Stepped,
+    plan: Steppable,
     whole: WholeCall,
     inputs: Sequence[Array],
     usual: Mapping[str, Array],
@@ -225,7 +227,8 @@ def _refuse_moves(name: str, timed: bool, usual: Array, moved: Array, times: Map
             continue
         if until is None:
             raise ModelError(
-                f"the rows of a batch are not independent of each other: output {quoted(name)} of one row moves by {apart:.2g} "
+                f"the rows of a batch are not independent of each other: output {quoted(name)} of one row moves "
+                f"by {apart:.2g} "
                 "when another row is disturbed"
             )
         raise NotCausalError(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.graph.tensorflow_setup import tf
-from stepwell_server.compile.probe.probe import Traced
+from stepwell_server.compile.probe.probe import TracedModel
 from stepwell_server.compile.probe.sequences import step_of_function, tolerance
 from stepwell_server.compile.probe.whole_call import perturbed_inputs
 from stepwell_server.engine.executors.step_function import Step, initial_rows
@@ -24,7 +24,7 @@ Array = npt.NDArray[np.generic]
 _SIZES = np.repeat(10.0 ** np.arange(-6, 10), 2)
 
 
-def worst_at_extremes(traced: Traced, step: Step) -> str:
+def worst_at_extremes(traced: TracedModel, step: Step) -> str:
     """Return where ``step`` differs from the traced function by more than rounding, as a clause, or ""."""
     rng = np.random.default_rng(29)
     usual = step_of_function(traced.plan, traced.function)
@@ -47,7 +47,7 @@ def worst_at_extremes(traced: Traced, step: Step) -> str:
     return ""
 
 
-def _inputs(traced: Traced, rng: np.random.Generator, *, are_wide: bool) -> list[Any]:
+def _inputs(traced: TracedModel, rng: np.random.Generator, *, are_wide: bool) -> list[Any]:
     """Return inputs of one time step, one size a row; integers are wide, or those that are always taken."""
     drawn = traced.sampler.draw(rng, traced.plan.temporal, 1, len(_SIZES))
     arrays: list[Any] = []

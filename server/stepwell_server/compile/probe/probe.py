@@ -16,7 +16,7 @@ from stepwell_server.compile.causality.blame import (
 )
 from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut, cut_one_step
 from stepwell_server.compile.causality.one_step import require_same
-from stepwell_server.compile.causality.proof import Unadmitted, prove
+from stepwell_server.compile.causality.proof import NotAdmitted, prove
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import weights_recorded
 from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
@@ -44,7 +44,7 @@ Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Traced:
+class TracedModel:
     """A model that can be stepped, with the evidence."""
 
     plan: Plan
@@ -64,7 +64,7 @@ class Traced:
 
 def trace_and_probe(
     model: Any, progress: Progress | None = None, options: ProofOptions | None = None
-) -> Traced:
+) -> TracedModel:
     """Trace one time step of ``model`` and prove that it is one.
 
     Raises:
@@ -84,7 +84,7 @@ def trace_and_probe(
 
 def _try(
     interface: Interface, temporal: Sequence[bool], progress: Progress | None, options: ProofOptions
-) -> Traced:
+) -> TracedModel:
     rng = np.random.default_rng(SEED)
     try:
         cuts = cut(interface, temporal)
@@ -122,7 +122,7 @@ def _try(
             f"only: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
         )
     proof = Proof(steps=found[0].steps, unproven=unproven, compared=share)
-    traced = Traced(
+    traced = TracedModel(
         plan, sampler, function, tuple(seen), tuple(found), proof, whole, options, is_of_weights=bool(weights)
     )
     _compare(traced)
@@ -155,7 +155,7 @@ def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOpt
     try:
         prove(cuts)
         require_same(cuts, _one_step(interface, cuts))
-    except Unadmitted as found:
+    except NotAdmitted as found:
         if not options.trust or found.reason in _NEVER_TRUSTED:
             raise refusal_of(sampler, cuts.temporal, found) from found
         return f"{named(sampler.interface.model, found.layer)} {found}"
@@ -178,7 +178,7 @@ def observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.rand
     return watch(sampler.interface, sampler.draw(rng, temporal, steps), steps)
 
 
-def _compare(traced: Traced) -> None:
+def _compare(traced: TracedModel) -> None:
     """Step through the samples and compare: the short ones always, the long ones where the graph proves too little.
 
     Where it proves enough they are left to the check of the artefact, which is what will run.
@@ -191,7 +191,8 @@ def _compare(traced: Traced) -> None:
         if share > allowed:
             first = first_to_differ(traced.plan, traced.sampler, observation.inputs, observation.steps)
             difference = (
-                f"output {quoted(name)} of one call over {observation.steps} steps differs by {share:.2g} of its largest value "
+                f"output {quoted(name)} of one call over {observation.steps} steps differs by {share:.2g} of its "
+                f"largest value "
                 f"from {observation.steps} calls of one step"
             )
             raise undefined_cast(model, traced.function, first, difference) or NotCausalError(

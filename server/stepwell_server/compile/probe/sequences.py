@@ -33,7 +33,7 @@ def step_of_function(plan: Plan, function: Any) -> Step:
     return step
 
 
-class Stepped(Protocol):
+class Steppable(Protocol):
     """What has to be known for stepping: a `Plan` or a `Program`."""
 
     @property
@@ -49,7 +49,7 @@ class Stepped(Protocol):
         """The initial value of one row of each state."""
 
 
-def at(plan: Stepped, inputs: Sequence[Array], time: int) -> list[Array]:
+def at(plan: Steppable, inputs: Sequence[Array], time: int) -> list[Array]:
     """Return the inputs of one time step of a sequence."""
     return [
         np.ascontiguousarray(value[:, time]) if spec.temporal else value
@@ -57,7 +57,7 @@ def at(plan: Stepped, inputs: Sequence[Array], time: int) -> list[Array]:
     ]
 
 
-def run(plan: Stepped, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
+def run(plan: Steppable, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
     """Step through a sequence; returns what one call over it would, by output name."""
     states: Sequence[Array] = initial_rows(plan.initial, len(inputs[0]))
     seen: list[Sequence[Array]] = []

@@ -38,7 +38,7 @@ def freeze(function: Any) -> Any:
     try:
         frozen = rewritten(convert_variables_to_constants_v2(function))
     except (KeyError, ValueError, tf.errors.OpError) as error:
-        raise ConversionError(f"its variables cannot be made constants ({gist(error)})") from error
+        raise ConversionError(f"its variables cannot be converted to constants ({gist(error)})") from error
     signature = function.structured_input_signature[1]
     order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
     if not set(order) <= set(signature):

@@ -17,7 +17,7 @@ from stepwell_server.compile.keras_file import archive, provenance
 from stepwell_server.compile.probe import check, own_data
 from stepwell_server.compile.probe.extremes import worst_at_extremes
 from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
-from stepwell_server.compile.probe.probe import Traced, trace_and_probe
+from stepwell_server.compile.probe.probe import TracedModel, trace_and_probe
 from stepwell_server.compile.probe.sequences import Array, tolerance
 from stepwell_server.compile.program import convert
 from stepwell_server.engine.executors import load_executor, trial
@@ -35,7 +35,7 @@ def compile_traced(
     progress: Callable[[str], None] | None = None,
     options: ProofOptions | None = None,
     data: Path | None = None,
-) -> tuple[Program, Traced]:
+) -> tuple[Program, TracedModel]:
     """Compile ``model``; return also what was traced of it, for `again.compile_again`.
 
     Raises:
@@ -80,7 +80,9 @@ def import_modules(modules: Sequence[str]) -> None:
             ) from error
 
 
-def artefact(traced: Traced, fingerprint: str, origin: Provenance, report: Callable[[str], None]) -> Program:
+def artefact(
+    traced: TracedModel, fingerprint: str, origin: Provenance, report: Callable[[str], None]
+) -> Program:
     """Make the program of what was traced, and check it.
 
     Raises:
@@ -106,7 +108,7 @@ def artefact(traced: Traced, fingerprint: str, origin: Provenance, report: Calla
         return _tensorflow(traced, program, f"LiteRT cannot run this model: {error}", report)
 
 
-def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> Program:
+def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]) -> Program:
     model = traced.plan.interface.model
     content = convert.to_litert(convert.freeze(traced.function), model)
     program = dataclasses.replace(program, files={FLATBUFFER: content})
@@ -127,8 +129,8 @@ def _litert(traced: Traced, program: Program, report: Callable[[str], None]) -> 
     return dataclasses.replace(trial.with_sizes(program, sizes, agreeing), trial=tried)
 
 
-def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[[str], None]) -> Program:
-    told = f"{reason}; TensorFlow runs it, which takes longer for each step"
+def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Callable[[str], None]) -> Program:
+    told = f"{reason}; TensorFlow runs it, which takes longer per step"
     program = dataclasses.replace(program, executor="tensorflow", executor_reason=told)
     try:
         program = dataclasses.replace(program, files=convert.to_tensorflow(*_most_frozen(traced)))
@@ -143,18 +145,18 @@ def _tensorflow(traced: Traced, program: Program, reason: str, report: Callable[
         raise (
             refusal
             or NotCausalError(
-                f"model cannot be run step by step: {error}, though its graph says nothing of it; {first.clause}does it do "
-                "something else from some number of time steps on?"
+                f"model cannot be run step by step: {error}, though its graph does not show it; "
+                f"{first.clause}does it behave differently beyond some number of time steps?"
             )
         ) from error
     except (convert.ConversionError, check.CheckError) as error:
-        raise ModelError(f"{reason}; nor can TensorFlow run what was traced of it: {error}") from error
+        raise ModelError(f"{reason}; TensorFlow cannot run the traced function either: {error}") from error
     known = _known_inputs(traced)
     sizes = trial.affordable(program, known, step, trial.TENSORFLOW_SIZES, trial.COMPILE_BUDGET_S)
     return dataclasses.replace(program, batch_sizes=trial.agreeing_sizes(program, known, step, sizes) or (1,))
 
 
-def _known_inputs(traced: Traced) -> tuple[Array, ...]:
+def _known_inputs(traced: TracedModel) -> tuple[Array, ...]:
     """Draw rows of one time step, in the types of the program."""
     temporal, inputs = traced.plan.temporal, traced.plan.inputs
     rows = trial.rows_for(sum(spec.row_bytes for spec in inputs))
@@ -165,7 +167,7 @@ def _known_inputs(traced: Traced) -> tuple[Array, ...]:
     )
 
 
-def _most_frozen(traced: Traced) -> tuple[Any, Any]:
+def _most_frozen(traced: TracedModel) -> tuple[Any, Any]:
     """Return the function to save and what it needs beside it: nothing, if its weights became constants."""
     try:
         return convert.freeze(traced.function), None

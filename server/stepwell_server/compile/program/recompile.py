@@ -21,18 +21,18 @@ from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations
 from stepwell_server.compile.keras_file import archive, provenance, weights
 from stepwell_server.compile.probe import evidence
-from stepwell_server.compile.probe.probe import LENGTHS, MORE_LENGTHS, SEED, Traced, observe, steps_of
+from stepwell_server.compile.probe.probe import LENGTHS, MORE_LENGTHS, SEED, TracedModel, observe, steps_of
 from stepwell_server.compile.probe.sequences import tolerance
 from stepwell_server.compile.probe.whole_call import has_no_modes
 from stepwell_server.compile.program.pipeline import artefact
 from stepwell_server.program import Architecture, Names, Program, Proof
 
 
-class OtherwiseError(Exception):
+class RecompileError(Exception):
     """It must be compiled anew."""
 
 
-def may_be_reused(traced: Traced, program: Program) -> bool:
+def may_be_reused(traced: TracedModel, program: Program) -> bool:
     """Whether a model may be compiled again with other weights by what was traced of it.
 
     Not one whose proof has looked at its weights, or is the user's word; nor one whose weights may be elsewhere than in its
@@ -57,7 +57,9 @@ def _may_hold_constants(part: Any) -> bool:
     )
 
 
-def compile_again(traced: Traced, before: Architecture, path: Path, report: Callable[[str], None]) -> Program:
+def compile_again(
+    traced: TracedModel, before: Architecture, path: Path, report: Callable[[str], None]
+) -> Program:
     """Compile the model in ``path``, whose configuration is that of the model that was ``traced`` and `may_be_reused`.
 
     Names that Keras made up may differ. The model that was traced has other weights afterwards, whatever comes of it.
@@ -69,7 +71,7 @@ def compile_again(traced: Traced, before: Architecture, path: Path, report: Call
         report: called with each stage.
 
     Raises:
-        OtherwiseError: the file must be compiled anew, which also says what is wrong with it.
+        RecompileError: the file must be compiled anew, which also says what is wrong with it.
         ModelError: like that.
     """
     plan, sampler = traced.plan, traced.sampler
@@ -86,7 +88,7 @@ def compile_again(traced: Traced, before: Architecture, path: Path, report: Call
         plan.state,
         plan.carried,
     ):
-        raise OtherwiseError("what it takes and gives is something else")
+        raise RecompileError("what it takes and gives is something else")
     report("probe")
     seen += [observe(sampler, plan.temporal, steps, rng) for steps in MORE_LENGTHS]
     found = evidence.gather(now, sampler, steps_of(sampler, plan.temporal, traced.options), traced.whole)
@@ -97,11 +99,11 @@ def compile_again(traced: Traced, before: Architecture, path: Path, report: Call
     )
     program = artefact(changed, fingerprint, origin, report)
     if program.executor != "litert":
-        raise OtherwiseError("LiteRT cannot run it")
+        raise RecompileError("LiteRT cannot run it")
     program = _with_names_of(path, before, program)
     program = dataclasses.replace(program, architecture=archive.architecture(path, program))
     if program.structure != before.structure:
-        raise OtherwiseError("its layers cannot be matched for sure")
+        raise RecompileError("its layers cannot be matched for sure")
     return program
 
 
@@ -110,7 +112,7 @@ def _with_names_of(path: Path, before: Architecture, program: Program) -> Progra
     now = canonical(archive.configuration_of(path), of_training=False).names
     named = dict(zip(before.names, now, strict=True))
     if any(named[old] != new for old, new in zip(before.names, now, strict=True)):
-        raise OtherwiseError("layers of several of its models have one name")
+        raise RecompileError("layers of several of its models have one name")
 
     def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
         paths = [[part.partition("#") for part in name.split("/")] for name in names]
@@ -135,7 +137,7 @@ def _load_weights(model: Any, path: Path) -> None:
         with weights.reads_recorded() as read:
             keras.saving.load_weights(model, path)
     except Exception as error:  # Keras raises whatever it likes here.
-        raise OtherwiseError("its weights cannot be loaded") from error
+        raise RecompileError("its weights cannot be loaded") from error
     weights.check_restored(path, read)
     if before != [variable.path for variable in model.variables]:
-        raise OtherwiseError("it has other variables now")
+        raise RecompileError("it has other variables now")
