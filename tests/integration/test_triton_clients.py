@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
-from stepwell.v1 import models_pb2, models_pb2_grpc
 from support.models import programs
 from support.secured import Server
 from support.servers.both_fronts import FRONTS
@@ -34,7 +32,7 @@ def server() -> Iterator[LocalServer]:
 
 @pytest.mark.parametrize(
     "scenario",
-    ["server", "unary", "callbacks", "stream", "aio", "outputs", "exactly_once", "unsupported"],
+    ["server", "unary", "callbacks", "stream", "aio", "outputs", "unsupported"],
 )
 def test_scenario(server: LocalServer, scenario: str) -> None:
     triton_clients.run_scenario(scenario, server.address)
@@ -122,38 +120,6 @@ def test_versions_by_the_repository(tmp_path: Path, front: str) -> None:
         assert "internal error" not in server.logs()
 
 
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.plain("it starts a server, and its caller must be an admin")
-def test_a_carry_in_the_middle_of_a_sequence(front: str) -> None:
-    with (
-        Server(
-            models={"lstm@1": triton_clients.saved("lstm").path, "lstm@2": retrained().path},
-            cache_dir=programs.cache_dir(),
-            extra_args=["--front", front],
-            start_timeout_s=100,
-        ) as server,
-        grpc.insecure_channel(server.address) as channel,
-    ):
-        admin = models_pb2_grpc.ModelAdminServiceStub(channel)
-        first, other = (
-            ("2", "1")
-            if triton_clients.run_scenario("triton_version_scenarios.across", server.address, "yes")
-            == ["2"] * 3
-            else ("1", "2")
-        )
-        moved = admin.SetDefault(
-            models_pb2.SetDefaultRequest(
-                name="lstm", version=int(other), sessions=models_pb2.SESSION_POLICY_CARRY
-            ),
-            timeout=100,
-        )
-        assert (moved.previous_version, moved.moved_sessions) == (int(first), 1)
-        assert (
-            triton_clients.run_scenario("triton_version_scenarios.across", server.address, "") == [other] * 3
-        )
-        assert "internal error" not in server.logs()
-
-
 def test_both_clients_in_one_process(server: LocalServer) -> None:
     client_folder = Path(__file__).parents[2] / "client"
     triton_clients.run_scenario("both_clients", server.address, str(client_folder))
@@ -228,27 +194,6 @@ def test_a_sequence_numbered_0_is_refused_by_a_model_that_keeps_state(server: Lo
         "ask(model_name='plain')\n"
     )
     assert said.split() == ["True", "True", "True", "False", "False"]
-
-
-@pytest.mark.slow
-def test_more_sequences_than_resident_rows_take_turns() -> None:
-    with triton_clients.serve("--resident-rows", "2", only=("acc",)) as server:
-        triton_clients.run_scenario("crowd", server.address)
-
-
-def test_a_stopping_server_ends_open_streams() -> None:
-    with triton_clients.serve(only=("acc",)) as server:
-        said = triton_clients.run_scenario("stopped", server.address, str(server.pid))
-    assert said == ["StatusCode.UNAVAILABLE", "the server is stopping"]
-
-
-def test_an_idle_sequence_ends() -> None:
-    with triton_clients.serve("--max-session-idle-s", "0.2", only=("acc",)) as server:
-        triton_clients.run_scenario("begin", server.address, "idle")
-        with stepwell.connect(server.address) as client:
-            while client.sessions():  # to look at a session is not to use it
-                pass
-        triton_clients.run_scenario("is_gone", server.address, "idle")
 
 
 @pytest.mark.slow

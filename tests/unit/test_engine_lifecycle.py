@@ -74,12 +74,15 @@ async def test_ids_made_here_are_new_each_time() -> None:
 
 
 async def test_resuming_goes_on_where_the_session_was() -> None:
+    """A state that the opening brings is for a new session."""
     async with running({"plain": PLAIN, "other": PLAIN}) as at:
         await at.open("a", batch_size=2)
         await at.step("a", x(2, 3))
         at.clock.advance(10)
-        opened = await at.engine.open_session("plain", session_id="a", batch_size=2)
+        before = (await at.state("a"))["sum"].tobytes()
+        opened = await at.engine.open_session("plain", session_id="a", batch_size=2, state={"": x(2)})
         assert opened.resumed
+        assert (await at.state("a"))["sum"].tobytes() == before
         assert (opened.session.revision, opened.session.position) == (1, 3)
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import queue
 import random
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -164,25 +163,6 @@ def unary(address: str) -> None:
         assert "the model keeps state, and sequence_id is missing, 0 or empty" in message
         predicted = client.infer("acc", inputs(x), parameters=STATELESS)
         assert predicted.as_numpy(Y).tolist() == x.tolist()
-
-
-@scenario
-def crowd(address: str) -> None:
-    """Many sequences at the same moment, each of several steps."""
-
-    async def sequence(client: Any, sequence_id: int) -> None:
-        for t in range(1, 5):
-            given = inputs(np.full((1, FEATURES), sequence_id, np.int32))
-            result = await client.infer(
-                "acc", given, sequence_id=sequence_id, sequence_start=t == 1, sequence_end=t == 4
-            )
-            assert result.as_numpy(Y).tolist() == [[sequence_id * t] * FEATURES]
-
-    async def run() -> None:
-        async with connect(address, triton_aio) as client:
-            await asyncio.gather(*(sequence(client, i) for i in range(1, 200)))
-
-    asyncio.run(run())
 
 
 @scenario
@@ -391,38 +371,6 @@ def with_token(address: str, token: str, ca: str, cert: str, key: str) -> list[s
 
 
 @scenario
-def exactly_once(address: str) -> None:
-    """Each step is sent twice and counts once: START, the middle, END."""
-    with connect(address) as client:
-        revision, total = 0, np.zeros((1, FEATURES), np.int32)
-        for i in range(5):
-            x = np.full((1, FEATURES), i + 1, np.int32)
-            total = total + x
-            parameters = {"stepwell_request_id": random.getrandbits(62) + 1}
-            if i:
-                parameters["stepwell_revision"] = revision
-            flags = {"sequence_start": i == 0, "sequence_end": i == 4}
-            said = [client.infer("acc", inputs(x), sequence_id="once", parameters=parameters, **flags)
-                    for _ in range(3)]  # fmt: skip
-            for attempt, result in enumerate(said):
-                np.testing.assert_array_equal(result.as_numpy(Y), total)
-                facts = result.get_response().parameters
-                assert facts["stepwell_replayed"].bool_param is (attempt > 0)
-                assert facts["stepwell_position"].int64_param == i + 1
-                assert facts["stepwell_revision"].int64_param == revision + 1
-            revision = i + 1
-        x = np.ones((1, FEATURES), np.int32)
-        step = functools.partial(client.infer, "acc", inputs(x), sequence_id="once")
-        late = {"stepwell_request_id": 1, "stepwell_revision": 3}
-        fails("INVALID_ARGUMENT", must_start("once"), lambda: step(parameters=late))
-        step(sequence_start=True)
-        code, message = error_of(lambda: step(parameters=late))
-        assert code == "ABORTED"
-        assert "expected_revision" in message
-        np.testing.assert_array_equal(step(sequence_end=True).as_numpy(Y), 2 * x)
-
-
-@scenario
 def begin(address: str, sequence_id: str) -> None:
     """Starts a sequence, and leaves it."""
     with connect(address) as client:
@@ -536,21 +484,6 @@ def unsupported(address: str) -> None:
             code, message = error_of(call)
             assert code == "UNIMPLEMENTED", message
             assert "support" in message or "settings" in message, message
-
-
-@scenario
-def stopped(address: str, pid: str) -> list[str]:
-    """How a stream ends whose server is told to stop."""
-    with connect(address) as client:
-        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-        client.start_stream(lambda result, error: answers.put((result, error)))
-        x = inputs(np.ones((1, FEATURES), np.int32))
-        client.async_stream_infer("acc", x, sequence_id=1, sequence_start=True)
-        assert answers.get(timeout=TIMEOUT_S)[1] is None
-        os.kill(int(pid), signal.SIGTERM)
-        _, error = answers.get(timeout=TIMEOUT_S)
-        client.stop_stream()
-        return [error.status(), error.message()]
 
 
 @scenario

@@ -78,17 +78,5 @@ def versions(address: str) -> None:
         assert index() == [("lstm", "3", "READY")]
 
 
-@scenario
-def across(address: str, first: str) -> list[str]:
-    """Three steps of a sequence of `lstm`, of which it begins with the first if `first` says so; the versions that ran."""
-    with connect(address) as client:
-        x = inputs(np.ones((1, 3), np.float32), client.get_model_metadata("lstm").inputs[0].name, "FP32")
-        ran = []
-        for i in range(3):
-            result = client.infer("lstm", x, sequence_id=9, sequence_start=bool(first) and i == 0)
-            ran.append(result.get_response().model_version)
-        return ran
-
-
 if __name__ == "__main__":
     print(json.dumps(SCENARIOS[sys.argv[1]](*sys.argv[2:])))
