@@ -31,7 +31,6 @@ from stepwell.testing import LocalServer
 from stepwell.v1 import sessions_pb2, tensors_pb2
 
 _MODEL = "small"
-_FEATURES = MODELS[_MODEL][1]
 _STEPS = "/stepwell.v1.SessionService/"
 WATCHED = 8
 FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 64, 8, 10_000
@@ -55,17 +54,20 @@ class Flood:
     """That it needs."""
     requests: Callable[[Sequence[str]], Sequence[bytes]]
     """Those that are under way at a time, of the sessions' ids."""
+    model: str = _MODEL
 
 
-def _frame(ids: Sequence[str]) -> bytes:
+def frame(ids: Sequence[str], model: str = _MODEL) -> bytes:
+    """A frame with a step of each session."""
     step = sessions_pb2.StepFrame(
-        session_ids=ids, inputs=[loads.tensor(len(ids), _FEATURES)], batch_sizes=[1] * len(ids)
+        session_ids=ids, inputs=[loads.tensor(len(ids), MODELS[model][1])], batch_sizes=[1] * len(ids)
     )
     return sessions_pb2.StepStreamRequest(frame_id=1, step=step).SerializeToString()
 
 
-def _long(session_id: str) -> bytes:
-    values = np.random.default_rng(1).standard_normal((1, LONG_STEPS, _FEATURES), np.float32)
+def long_request(session_id: str, model: str = _MODEL, steps: int = LONG_STEPS) -> bytes:
+    """A request of many time steps."""
+    values = np.random.default_rng(1).standard_normal((1, steps, MODELS[model][1]), np.float32)
     tensor = tensors_pb2.Tensor(
         dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes()
     )
@@ -83,15 +85,15 @@ def _opening_many() -> bytes:
 
 
 FLOODS = {
-    "requests of 10,000 steps": Flood("Step", "unary", LONG, lambda ids: [_long(one) for one in ids]),
+    "requests of 10,000 steps": Flood("Step", "unary", LONG, lambda ids: [long_request(one) for one in ids]),
     "streams of single steps": Flood(
-        "StepStream", "stream", MANY_STREAMS, lambda ids: [_frame([one]) for one in ids]
+        "StepStream", "stream", MANY_STREAMS, lambda ids: [frame([one]) for one in ids]
     ),
     "frames of 1,024 sessions": Flood(
         "StepStream",
         "stream",
         FRAMES * FRAME,
-        lambda ids: [_frame(ids[start : start + FRAME]) for start in range(0, FRAMES * FRAME, FRAME)],
+        lambda ids: [frame(ids[start : start + FRAME]) for start in range(0, FRAMES * FRAME, FRAME)],
     ),
     "new sessions": Flood("OpenSession", "unary", 0, lambda _: [_opening()] * OPENINGS),
     "new sessions, 2,000 at a time": Flood(
@@ -101,11 +103,11 @@ FLOODS = {
 
 
 @contextlib.contextmanager
-def _flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float) -> Iterator[Result]:
+def flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float) -> Iterator[Result]:
     """While the block runs a client floods; afterwards what came of it is in the result."""
     found: dict[str, float] = {}
     with stepwell.connect(server.address, token=token) as client:
-        ids = client.open_sessions(_MODEL, flood.sessions).ids if flood.sessions else []
+        ids = client.open_sessions(flood.model, flood.sessions).ids if flood.sessions else []
     path = OUT / "flood.bin"
     path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in flood.requests(ids)))
     command = [str(loads.generator()), server.address, _STEPS + flood.method, flood.kind, str(path)]
@@ -147,14 +149,14 @@ def pair(
         harness.serve(_MODEL, extra_args=options, data_dir=data_dir) as server,
         stepwell.connect(server.address, token=own) as client,
     ):
-        requests = [_frame([one]) for one in client.open_sessions(_MODEL, WATCHED).ids]
+        requests = [frame([one]) for one in client.open_sessions(_MODEL, WATCHED).ids]
 
         def look() -> Result:
             return loads.generate(server.address, f"{_STEPS}StepStream", "stream", requests, times, token=own)
 
         alone = look()
         run_s = times.warm_up_s + times.run_s + _AFTER_S
-        with _flooding(server, flood, other, run_s) as found:
+        with flooding(server, flood, other, run_s) as found:
             beside = look()
     return {
         "alone_p50_ms": alone["p50_ms"],

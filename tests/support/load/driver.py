@@ -16,7 +16,7 @@ import functools
 import os
 import random
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -460,25 +460,13 @@ async def audit(table: Table, address: str, sessions: dict[str, int]) -> None:
             auditors.create_task(SessionPlayer(table, client, can_cancel=False).audit(name, batch_size))
 
 
-async def run(arguments: argparse.Namespace) -> None:
-    """Play until standard input ends, then read everything."""
-    path = arguments.history
-    before = history.live(history.load([path])) if path.exists() else {}
-    chance = random.Random(f"{arguments.seed}/{len(before)}")
-    numbers = np.random.default_rng(chance.getrandbits(32))
-    table = Table(
-        Log(path, arguments.seed), chance, numbers, asyncio.Event(), arguments.pause_s, arguments.hurry
-    )
+def begin(arguments: argparse.Namespace, chance: random.Random) -> Table:
+    """What players share. They stop when standard input ends."""
+    log, numbers = Log(arguments.history, arguments.seed), np.random.default_rng(chance.getrandbits(32))
+    table = Table(log, chance, numbers, asyncio.Event(), arguments.pause_s, arguments.hurry)
     loop = asyncio.get_running_loop()
-    loop.set_default_executor(ThreadPoolExecutor(32))
     threading.Thread(target=_stop_at_end_of_input, args=(loop, table.stop), daemon=True).start()
-    mix = PlayerCounts(
-        arguments.frames, arguments.calls, arguments.threads, arguments.bands, arguments.band_size
-    )
-    await play(table, arguments.address, mix, before)
-    await table.stop.wait()  # all players may have broken off
-    await audit(table, arguments.address, history.live(history.load([path])))
-    table.log.close()
+    return table
 
 
 def _stop_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
@@ -487,18 +475,35 @@ def _stop_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) 
     loop.call_soon_threadsafe(stop.set)
 
 
-def main() -> None:
-    """Read the arguments and go."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--address", required=True)
+def counts_of(kind: Any, arguments: argparse.Namespace) -> Any:
+    """How many of each player the arguments ask for."""
+    return kind(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(kind)})
+
+
+def start(run: Callable[[argparse.Namespace], Coroutine[Any, Any, None]], counts: Any) -> None:
+    """Read the arguments and run; `counts` has how many of each player there may be."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--address", required=True, help="with commas where there are several")
     parser.add_argument("--history", required=True, type=Path)
     parser.add_argument("--seed", required=True, type=int)
     parser.add_argument("--pause-s", default=0.02, type=float)
     parser.add_argument("--hurry", action="store_true")
-    for field in dataclasses.fields(PlayerCounts):
+    for field in dataclasses.fields(counts):
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=int)
     asyncio.run(run(parser.parse_args()))
 
 
+async def run(arguments: argparse.Namespace) -> None:
+    """Play until standard input ends, then read everything."""
+    path = arguments.history
+    before = history.live(history.load([path])) if path.exists() else {}
+    table = begin(arguments, random.Random(f"{arguments.seed}/{len(before)}"))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32))
+    await play(table, arguments.address, counts_of(PlayerCounts, arguments), before)
+    await table.stop.wait()  # all players may have broken off
+    await audit(table, arguments.address, history.live(history.load([path])))
+    table.log.close()
+
+
 if __name__ == "__main__":
-    main()
+    start(run, PlayerCounts)

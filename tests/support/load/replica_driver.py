@@ -13,25 +13,33 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import os
 import random
-import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
-import numpy as np
 
 import stepwell
 from stepwell._transport import status
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc
 from support import secured
 from support.checks import history
-from support.checks.history import Call, End, Floats, Log
-from support.load.driver import MODEL, PATIENCE_S, Defect, Outcome, Table, broken, outcome_of, play_on
+from support.checks.history import Call, End, Floats
+from support.load.driver import (
+    MODEL,
+    PATIENCE_S,
+    Defect,
+    Outcome,
+    Table,
+    begin,
+    broken,
+    counts_of,
+    outcome_of,
+    play_on,
+    start,
+)
 from support.peers.wire import arrays, step_frame, tensor, tensors
 
 _OPTIONS = (
@@ -498,43 +506,16 @@ async def audit(roads: ReplicaRouter, sessions: dict[str, int]) -> None:
 
 async def run(arguments: argparse.Namespace) -> None:
     """Play until standard input ends, then read everything."""
-    path = arguments.history
-    chance = random.Random(arguments.seed)
-    numbers = np.random.default_rng(chance.getrandbits(32))
-    log = Log(path, arguments.seed)
-    table = Table(log, chance, numbers, asyncio.Event(), arguments.pause_s, hurry=True)
-    loop = asyncio.get_running_loop()
-    threading.Thread(target=_stop_at_end_of_input, args=(loop, table.stop), daemon=True).start()
+    table = begin(arguments, random.Random(arguments.seed))
     replicas = [Replica(address) for address in arguments.address.split(",")]
     roads = ReplicaRouter(table, replicas)
-    cast = ReplicaPlayerCounts(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ReplicaPlayerCounts)}
-    )
-    await play(roads, cast)
+    await play(roads, counts_of(ReplicaPlayerCounts, arguments))
     await table.stop.wait()  # all players may have broken off
-    await audit(roads, history.live(history.load([path])))
-    log.close()
+    await audit(roads, history.live(history.load([arguments.history])))
+    table.log.close()
     for replica in replicas:
         await replica.close()
 
 
-def _stop_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    while os.read(0, 4096):
-        pass
-    loop.call_soon_threadsafe(stop.set)
-
-
-def main() -> None:
-    """Read the arguments and go."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--address", required=True, help="of all replicas, with commas")
-    parser.add_argument("--history", required=True, type=Path)
-    parser.add_argument("--seed", required=True, type=int)
-    parser.add_argument("--pause-s", default=0.02, type=float)
-    for field in dataclasses.fields(ReplicaPlayerCounts):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, type=int)
-    asyncio.run(run(parser.parse_args()))
-
-
 if __name__ == "__main__":
-    main()
+    start(run, ReplicaPlayerCounts)
