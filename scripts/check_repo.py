@@ -195,6 +195,16 @@ def documents_name_real_options() -> Iterator[str]:
                 yield f"{name}: names the option {option}, which no command has"
 
 
+def architecture_has_each_room() -> Iterator[str]:
+    """The map has a line for each folder of the client, and for two levels of folders of the server."""
+    rows = set(re.findall(r"^\| `([\w/]+)` \|", text_of("ARCHITECTURE.md"), re.MULTILINE))
+    for package, depth in (("client/stepwell/", 1), ("server/stepwell_server/", 2)):
+        folders = [name[len(package) :].split("/")[:-1] for name in modules() if name.startswith(package)]
+        rooms = {"/".join(parts[:depth]) for parts in folders if parts}
+        for room in sorted(rooms - rows):
+            yield f"ARCHITECTURE.md: has no line for {package}{room}"
+
+
 def documents_are_wrapped() -> Iterator[str]:
     """Prose of documents has at most 100 columns, so that changes of it can be read."""
     for name in documents():
@@ -275,6 +285,7 @@ RULES = (
     constraints_are_exact,
     documents_name_real_paths,
     documents_name_real_targets,
+    architecture_has_each_room,
     documents_are_wrapped,
     documents_name_real_options,
     changelog_has_the_version,

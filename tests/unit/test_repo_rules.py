@@ -90,6 +90,18 @@ def test_a_stale_path_in_a_document_is_found(write: Write) -> None:
     assert named == ["docs/gone.md,", "engine/gone.py,", "scripts/,"]
 
 
+def test_a_room_without_a_line_in_the_map_is_found(write: Write) -> None:
+    write("ARCHITECTURE.md", "| `cli` | commands | `x.py` |\n| `store/disk` | LMDB | `y.py` |\n")
+    for name in ("cli/a.py", "cli/toolkit/b.py", "_core/c.py", "client.py"):
+        write(f"client/stepwell/{name}", "")
+    for name in ("store/disk/d.py", "store/disk/wal/e.py", "store/valkey/f.py"):
+        write(f"server/stepwell_server/{name}", "")
+    assert list(check_repo.architecture_has_each_room()) == [
+        "ARCHITECTURE.md: has no line for client/stepwell/_core",
+        "ARCHITECTURE.md: has no line for server/stepwell_server/store/valkey",
+    ]
+
+
 def test_a_stale_target_in_a_document_is_found(write: Write) -> None:
     write("Makefile", "demo: x\n\ttrue\n")
     write("README.md", "`make demo`, and make sure of `make tea`\n\n```sh\nmake coffee\n```\n")
