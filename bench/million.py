@@ -206,8 +206,9 @@ async def list_by_command(server: LocalServer, report: Report, kind: str) -> Non
 
 
 async def close_some(many: ManySessions, report: Report, kind: str) -> None:
-    """A group of as many as one call opens, closed by their prefix."""
-    prefix = many.ids[-1].rpartition("-")[0]
+    """As many sessions as one call opens, closed by the prefix of their IDs."""
+    prefix = "closed-by-prefix-"
+    await many.open(OPENED_AT_ONCE, prefix)
     async with Watch(many, _WATCHED) as watch:
         began = time.perf_counter()
         closed = await many.close_matching(prefix)
