@@ -25,7 +25,8 @@ REGISTRY_HOSTS = re.compile(
 PATH_IN_DOCUMENT = re.compile(r"`([\w.-]+(?:/[\w.-]+)+/?|[\w-]+/)`|\]\((?!https?:|#|mailto:)([^)#\s]+)")
 FOLDERS_OF_PACKAGES = ("", "client/stepwell", "server/stepwell_server", "tests")
 MAKE_OPTIONS = ("", "-o .venv/.installed ")
-OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+#: Not those of other programs by their spelling: --python_out, --outDir.
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])")
 OPTIONS_OF_OTHERS = {
     f"--{name}"
     for name in [
@@ -33,8 +34,10 @@ OPTIONS_OF_OTHERS = {
         "build-arg",
         "cap-drop",
         "check",
+        "enums",
         "fail",
         "frame",
+        "longs",
         "losses",
         "now",
         "pipe",

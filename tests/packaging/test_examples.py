@@ -170,6 +170,7 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
         ("README.md", ""),
         ("docs/index.md", ""),
         ("docs/guides/client.md", ""),
+        ("docs/guides/many-users.md", ""),
         ("docs/guides/sessions.md", ""),
         ("docs/operate/run.md", "## Look after sessions"),
     ],

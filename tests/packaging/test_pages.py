@@ -86,3 +86,26 @@ def test_the_page_for_tests(
         "-pno:cacheprovider", "-pno:asyncio", "-Werror", "--strict-markers"
     )
     result.assert_outcomes(passed=code.count("\ndef test_"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
+def test_the_page_for_causal_convolutions(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepwell.testing import LocalServer
+
+    module, *code = blocks(root / "docs" / "guides" / "causal-convolution.md", "python")
+    (tmp_path / "causal_conv.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec("import keras\n" + "\n".join(code[:-1]), names)  # noqa: S102  our own documentation
+    env = {"PYTHONPATH": str(tmp_path)}
+    options = ["--import", "causal_conv"]
+    with LocalServer(
+        {"forecast": tmp_path / "forecast.keras"}, env=env, extra_args=options, start_timeout_s=100
+    ) as server:
+        exec(code[-1].replace("127.0.0.1:50051", server.address), names)  # noqa: S102
+        with names["stepwell"].connect(server.address) as client, client.open_session("forecast") as session:
+            assert len(session.get_state()) == 3
