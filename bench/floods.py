@@ -40,7 +40,7 @@ _BEFORE_S, _AFTER_S = 0.3, 0.5
 
 
 _WRITING = ("frames of 1,024 sessions", "new sessions", "new sessions, 2,000 at a time")
-_LARGE_WRITES = "no server: a write of 4 KiB beside 2,000 pages at a time"
+_LARGE_WRITES = "no server: a write of 4 KiB during 2,000 pages at a time"
 
 
 @dataclass(frozen=True)

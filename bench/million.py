@@ -234,8 +234,8 @@ async def load(many: ManySessions, plan: Plan, report: Report, kind: str, hot: P
     frames = asyncio.create_task(step_in_frames(many, hot, plan.seconds, tasks=1))
     await beside.measure(many, hot, cold[len(cold) // 2 :], plan.seconds)
     rate = await frames
-    report.say(f"beside {rate:,.0f} steps/s in frames of {FRAME} resident sessions, one in flight:")
-    beside.say(report, f"{kind}, beside frames")
+    report.say(f"during {rate:,.0f} steps/s in frames of {FRAME} resident sessions, one in flight:")
+    beside.say(report, f"{kind}, during frames")
 
 
 def memory_lines(server: LocalServer, sessions: int, before: int, report: Report, kind: str) -> None:

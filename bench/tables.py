@@ -191,7 +191,7 @@ def ratios_table(*labels: str, heads: Sequence[str], key: str = "rate") -> Calla
 
 
 def _words(label: Any) -> str:
-    words = {"unary": "call", "alone": "alone", "beside": "beside requests of 10,000 steps"}
+    words = {"unary": "call", "alone": "alone", "beside": "during requests of 10,000 steps"}
     return number(label) if isinstance(label, int) else words.get(label, label)
 
 
@@ -207,7 +207,7 @@ def floods_table(points: Sequence[Point], by: str = "callers") -> str:
         ]
         for point in points
     ]
-    heads = ["8 streams beside", by, "p50 / p99 alone, ms", "p50 / p99 beside, ms"]
+    heads = ["8 streams during", by, "p50 / p99 alone, ms", "p50 / p99 during, ms"]
     return table([*heads, "p99 against alone", "the flood's calls or frames/s"], rows)
 
 
@@ -224,7 +224,7 @@ def attacks_table(points: Sequence[Point]) -> str:
         ]
         for point in points
     ]
-    heads = ["attack", "p50 / p99 alone, ms", "beside an attacked sink, ms", "attacked, ms"]
+    heads = ["attack", "p50 / p99 alone, ms", "during an attack on a sink, ms", "attacked, ms"]
     return table([*heads, "p99 against the sink", "p99 against alone", "memory grew by, MiB"], rows)
 
 
