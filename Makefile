@@ -176,11 +176,10 @@ check-front: $(INSTALLED) ## Is the native front formatted, and do clippy and it
 
 .PHONY: check-repo
 check-repo: $(INSTALLED) ## Do documents and code agree, and does every file keep the rules?
-	$(BIN)/python scripts/cli_reference.py --check
 	$(BIN)/python scripts/check_repo.py
 
 .PHONY: check-surface
-check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, protocols, reasons of errors, metrics?
+check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, commands, protocols, reasons of errors, metrics?
 	$(BIN)/python scripts/surface.py --check
 
 .PHONY: check-size
@@ -198,17 +197,13 @@ proto: $(INSTALLED) ## Generate the protocols' code from proto/
 	$(BIN)/buf format --write --exclude-path proto/google
 	$(BIN)/python scripts/proto.py
 
-.PHONY: docs
-docs: $(INSTALLED) ## Write docs/reference/cli.md from the commands' help
-	$(BIN)/python scripts/cli_reference.py
-
 .PHONY: docs-site
 docs-site: $(INSTALLED) ## Build the documents as a site into out/site; every warning and broken link is an error
 	@$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --nitpicky --conf-dir docs --doctree-dir out/site-cache . out/site
 	@echo "Open out/site/index.html"
 
 .PHONY: surface
-surface: $(INSTALLED) ## Write docs/surface/ from the code: signatures, protocols, reasons of errors, metrics
+surface: $(INSTALLED) ## Write docs/surface/ from the code: signatures, commands, protocols, reasons of errors, metrics
 	$(BIN)/python scripts/surface.py
 
 .PHONY: format

@@ -21,6 +21,7 @@ version = release
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx_click",
     "sphinx_copybutton",
     "docstrings",
     "reference_pages",

@@ -58,6 +58,7 @@ OPTIONS_OF_OTHERS = {
     ]
 }
 """Those of programs of others, and of scripts, that documents name."""
+COMMANDS = "docs/surface/commands.txt"
 VARIABLE = re.compile(r"\bSTEPWELL_[A-Z0-9_]+\b")
 
 
@@ -179,7 +180,9 @@ def environment_variables_are_documented() -> Iterator[str]:
     for name in modules():
         if name.startswith(("client/", "server/")):
             read.update(VARIABLE.findall(text_of(name)))
-    documented = {variable: name for name in documents() for variable in VARIABLE.findall(text_of(name))}
+    # the pages of commands and settings are made from the code that commands.txt mirrors
+    names = [*documents(), *(name for name in tracked_files() if name == COMMANDS)]
+    documented = {variable: name for name in names for variable in VARIABLE.findall(text_of(name))}
     for variable in sorted(read - documented.keys()):
         yield f"{variable}: is read, and no document names it"
     # the switches of the tests and of make's targets, for developers
@@ -190,8 +193,8 @@ def environment_variables_are_documented() -> Iterator[str]:
 
 
 def documents_name_real_options() -> Iterator[str]:
-    """Every option in a document is one of `stepwell`'s, which docs/reference/cli.md has, or of another program."""
-    known = set(OPTION.findall(text_of("docs/reference/cli.md"))) | OPTIONS_OF_OTHERS
+    """Every option in a document is one of `stepwell`'s, which docs/surface/commands.txt has, or of another program."""
+    known = set(OPTION.findall(text_of(COMMANDS))) | OPTIONS_OF_OTHERS
     for name in documents():
         if name != "CHANGELOG.md":  # names what was removed
             for option in sorted(set(OPTION.findall(text_of(name))) - known):

@@ -4,8 +4,7 @@
     python scripts/surface.py --check   write nothing; fail and show each difference
 
 A difference is a change that users may notice: the commit that makes it names it and its reason. The files are the
-SDK's signatures, the protocols, the reasons of errors and the metrics. The commands' options are in docs/reference/cli.md, which
-`scripts/cli_reference.py` makes and checks.
+SDK's signatures, the commands with their options, the protocols, the reasons of errors and the metrics.
 """
 
 from __future__ import annotations
@@ -86,6 +85,13 @@ def differences(files: dict[str, str]) -> list[str]:
 def sdk() -> list[str]:
     """What the SDK's modules offer."""
     return Signatures().lines()
+
+
+def commands() -> list[str]:
+    """The commands and their options."""
+    import cli_reference
+
+    return cli_reference.lines()
 
 
 def protocol() -> list[str]:
@@ -301,6 +307,7 @@ def metrics_made() -> Iterator[tuple[str, str]]:
 
 
 FILES: dict[str, Callable[[], list[str]]] = {
+    "commands": commands,
     "errors": errors,
     "metrics": metrics,
     "protocol": protocol,

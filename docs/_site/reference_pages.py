@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What Markdown would read as markup.
 MARKUP = re.compile(r"([\\`*_\[\]<>|#])")
 #: What stands in texts of the code as it stands in a terminal: options, 'commands', paths of documents.
-CODE = re.compile(r"(?<![\w-])(--[a-z][\w-]*[a-z0-9])|'([^' ][^']*)'|(docs/[\w/.-]+\.md)")
+CODE = re.compile(r"(?<![\w-])(--[a-z][\w-]*[a-z0-9])|(?<!\w)'([^' ][^']*)'(?!\w)|(docs/[\w/.-]+\.md)")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
