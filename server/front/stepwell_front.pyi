@@ -1,4 +1,4 @@
-# The native front, as Python sees it: src/python/front.rs.
+# The Python interface of the native front: src/python/front.rs.
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 __version__: str
 INTERFACE: int
 # A status: code, message, a serialized google.rpc.Status or nothing, and whether the call may go to another server.
-_Said: TypeAlias = tuple[int, str, bytes, bool]
+_Status: TypeAlias = tuple[int, str, bytes, bool]
 
 class Front:
-    # The wire. Its methods are for one thread, that of the event loop, but for `wait` and `close`.
+    # The front. Its methods are for one thread, that of the event loop, except `wait` and `close`.
 
     def __init__(
         self,
@@ -18,8 +18,8 @@ class Front:
         limits: Mapping[str, float],
         *,
         now: Callable[[], float],
-        overloaded: _Said,
-        headers_too_large: _Said,
+        overloaded: _Status,
+        headers_too_large: _Status,
         callers: KnownCallers | None,
     ) -> None: ...
     def secure(self, chain: bytes, key: bytes, client_ca: bytes | None) -> None: ...
@@ -35,7 +35,7 @@ class Front:
     def close(self) -> None: ...
 
 class KnownCallers:
-    # Who is known by what calls show: a token's digest, or else the names in a certificate.
+    # The known callers, by a token's digest or by the names in a certificate.
 
     def __init__(self) -> None: ...
     def know(
@@ -73,11 +73,11 @@ class CallHandle:
     def is_late(self) -> bool: ...
     def finish(self, reply: bytes) -> None: ...
     def write(self, reply: bytes, number: int | None = None) -> None: ...
-    def end(self, said: _Said) -> None: ...
+    def end(self, status: _Status) -> None: ...
     def read(self, count: int) -> None: ...
 
 class BatchHandle:
-    # Plain steps that Python has taken.
+    # Fast-path steps that Python has taken.
 
     def applied(
         self,
@@ -88,7 +88,7 @@ class BatchHandle:
         replayed: bool,
         model_version: int,
     ) -> tuple[bytes, bytes]: ...
-    def failed(self, members: bytes | None, said: _Said, error: bytes) -> tuple[bytes, bytes]: ...
+    def failed(self, members: bytes | None, status: _Status, error: bytes) -> tuple[bytes, bytes]: ...
     def untraced(self) -> list[int]: ...
     def request(self, member: int) -> bytes: ...
     def gone(self) -> list[int]: ...

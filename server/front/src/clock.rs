@@ -1,4 +1,4 @@
-//! The monotonic clock, as Python's `time.monotonic()` has it.
+//! The monotonic clock, in the units of Python's `time.monotonic()`.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};

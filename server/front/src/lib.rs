@@ -1,8 +1,8 @@
 //! The native front: gRPC over HTTP/2 on a thread of its own, which never takes Python's lock for the wire's work.
 //!
-//! What comes is put into columns if it is a plain step (`steps::plain`, `triton::request`), and else handed on with its
-//! bytes. An eventfd wakes Python's event loop, which takes what has come, in its order, and answers a batch in one call
-//! (`steps::reply`, `triton::reply`). No rule and no message text of the server is in here: those are Python's.
+//! A step becomes columns if it is on the fast path (`steps::parse`, `triton::request`). Any other message is passed on as
+//! bytes. An eventfd wakes Python's event loop, which takes the arrivals in order and answers a batch in one call
+//! (`steps::reply`, `triton::reply`). Python has all rules and message texts of the server.
 //!
 //! Threads: `Front`'s methods are for one thread, that of the event loop. The wire has a thread (`wire`, `calls`), which
 //! at times leaves its work to the event loop (`python::driver`); the two share the `Queue` of arrivals and each `Call`,
@@ -11,7 +11,7 @@
 //! The folders stand below in their order: each uses those above it, and none below.
 
 #![deny(unsafe_code)]
-#![cfg_attr(not(feature = "python"), allow(dead_code))] // what only Python calls
+#![cfg_attr(not(feature = "python"), allow(dead_code))] // called only from Python
 
 mod clock;
 mod method;
@@ -25,27 +25,27 @@ mod messages {
     pub mod shape;
 }
 
-/// What peers and callers may make the server hold and do.
+/// Bounds of the resources that peers and callers can use.
 mod limits {
     pub mod bounds;
     pub mod callers;
+    pub mod connections;
     pub mod load;
     pub mod peer;
     pub mod places;
+    pub mod read_quota;
     pub mod refusals;
     pub mod settings;
-    pub mod tenancy;
-    pub mod turn;
 }
 
-/// Steps: from their messages into columns, and the answers to columns into messages.
+/// Steps: converts messages to columns, and the answers to messages.
 mod steps {
     pub mod call;
     pub mod columns;
     pub mod ids;
-    pub mod ordered;
-    pub mod plain;
+    pub mod parse;
     pub mod reply;
+    pub mod reply_order;
 }
 
 /// The same for Triton's requests.
@@ -54,31 +54,31 @@ mod triton {
     pub mod request;
 }
 
-/// Calls on the wire, from their headers to their end, and the queue to Python.
+/// Calls, from their headers to their end, and the queue to Python.
 mod calls {
-    mod answering;
-    mod begin;
+    mod admission;
     pub mod queue;
+    mod response;
     pub mod serve;
     pub mod service;
 }
 
 /// Connections.
 mod wire {
-    mod doors;
+    mod acceptor;
     mod lifetime;
     pub mod server;
     pub mod tls;
 }
 
-/// What Python sees of the front, and what it asks of the wire.
+/// The interface with Python.
 mod python {
     mod commands;
     mod driver;
     #[cfg(feature = "python")]
     mod front;
     #[cfg(feature = "python")]
-    mod known;
+    mod known_callers;
     #[cfg(feature = "python")]
     mod lists;
 }

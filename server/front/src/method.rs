@@ -1,18 +1,18 @@
-//! Methods that are served.
+//! The served methods.
 
-/// A method that is served.
+/// A served method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Method {
     pub index: usize,
     pub streams: bool,
-    pub plain: Plain,
-    /// Anybody may call it: it says how the server is.
+    pub fast_path: FastPath,
+    /// Whether anybody may call it, such as a health check.
     pub is_open: bool,
 }
 
-/// Which of a method's messages may be plain.
+/// The fast path of a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Plain {
+pub enum FastPath {
     No,
     Step,
     StepStream,

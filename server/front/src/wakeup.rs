@@ -1,5 +1,5 @@
-//! What Python's event loop polls: an eventfd that says that something has come, and, while the loop drives the wire
-//! (`driver`), the sockets themselves.
+//! The descriptors that Python's event loop polls: an eventfd for arrivals and, while the loop drives the sockets
+//! (`driver`), these sockets.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

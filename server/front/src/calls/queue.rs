@@ -1,26 +1,26 @@
-//! The queue of arrivals from the wire to Python, and the bell that wakes Python's event loop.
+//! The queue of arrivals for Python, and the wake-up of Python's event loop.
 
 use crate::limits::load::{Place, Waiters};
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Arrivals, MAX_IN_BATCH};
-use crate::steps::plain::Step;
+use crate::steps::parse::Step;
 use crate::wakeup::Wakeup;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Context;
 
-/// The wire adds to it, Python's event loop takes from it.
+/// The front's thread adds to it, and Python's event loop takes from it.
 #[derive(Debug)]
 pub struct Queue {
     arrivals: Mutex<Arrivals>,
     pub wakeup: Wakeup,
     /// Python's event loop is about to take the arrivals.
     pub is_taking: AtomicBool,
-    /// The wire's thread has ended.
+    /// Whether the front's thread has ended.
     pub is_dead: AtomicBool,
-    /// Calls that ended before their answer, so that nobody need look for them while there are none.
+    /// Number of calls that ended before their answer, so that nobody searches for them while there are none.
     pub abandoned: AtomicU64,
-    /// Bytes of plain messages that Python has not taken, and the limit beyond which streams are not read.
+    /// Bytes of fast-path messages that Python has not taken, and the limit at which reading of streams pauses.
     pub bytes: AtomicUsize,
     max_bytes: usize,
     /// Streams that wait until Python has taken some.
@@ -58,7 +58,7 @@ impl Queue {
         self.add(|arrivals| arrivals.push(arrival));
     }
 
-    /// Push it unless there is too much of its kind; whether it was pushed.
+    /// Push it unless there is too much of its kind. Returns whether it was pushed.
     pub fn push_unless(&self, is_too_much: impl Fn(&Arrivals) -> bool, arrival: Arrival) -> bool {
         let mut added = false;
         self.add(|arrivals| {
@@ -70,7 +70,7 @@ impl Queue {
         added
     }
 
-    /// Push a plain step, whose message has `held` bytes. See `Arrivals::push_step`.
+    /// Push a fast-path step, whose message has `held` bytes. See `Arrivals::push_step`.
     pub fn push_step(
         &self,
         call: Arc<Call>,
@@ -83,13 +83,13 @@ impl Queue {
         self.add(|arrivals| arrivals.push_step(call, frame_id, step, deadline, held));
     }
 
-    /// Announce that the wire serves no longer.
+    /// Announce that the front's thread has ended.
     pub fn end(&self) {
         self.is_dead.store(true, Ordering::Release);
         self.wakeup.ring();
     }
 
-    /// Some of the arrivals; Python is woken again if there are more.
+    /// Take some of the arrivals. Python is woken again if there are more.
     pub fn take(&self) -> Vec<Arrival> {
         self.wakeup.quiet();
         let (taken, bytes, is_all) = {
@@ -107,13 +107,13 @@ impl Queue {
         taken
     }
 
-    /// Whether a stream may be read: else it is woken when Python has taken enough.
+    /// Whether a stream may be read. If not, it is woken when Python has taken enough.
     pub fn may_read(&self, cx: &Context<'_>, place: &mut Place) -> bool {
         if self.bytes.load(Ordering::Relaxed) < self.max_bytes {
             return true;
         }
         self.readers.add(cx, place);
-        // Python may have taken it meanwhile, and have seen nobody waiting
+        // Python may have taken it meanwhile, when nobody was waiting
         self.bytes.load(Ordering::Relaxed) < self.max_bytes
     }
 

@@ -1,7 +1,7 @@
-//! One call on the wire: its messages are read, its replies written, its end told to whoever must know.
+//! One call: reads its messages, writes its replies, and reports its end.
 
-use crate::calls::answering::Answering;
-use crate::calls::begin::{self, refuse};
+use crate::calls::admission::{self, refuse};
+use crate::calls::response::Response;
 use crate::calls::service::Service;
 use crate::clock;
 use crate::limits::bounds::{counted, CallPlace, Held};
@@ -9,11 +9,11 @@ use crate::limits::load::{Place, GENERAL};
 use crate::limits::peer::Peer;
 use crate::limits::refusals::Refusal;
 use crate::messages::grpc::{self, Messages, Status, Unreadable, Whole};
-use crate::messages::protobuf::NotPlain;
-use crate::method::{Method, Plain};
+use crate::messages::protobuf::SlowPath;
+use crate::method::{FastPath, Method};
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Arrivals};
-use crate::steps::plain::Step;
+use crate::steps::parse::Step;
 use crate::triton::request;
 use bytes::Bytes;
 use h2::server::SendResponse;
@@ -27,7 +27,7 @@ use tokio::time::{sleep, timeout, Sleep};
 
 mod receive;
 
-/// Messages that Python has not looked at, before reading stops.
+/// Limit of messages that Python has not read, at which reading pauses.
 const MAX_UNREAD: usize = 16;
 
 pub fn begin(
@@ -36,7 +36,7 @@ pub fn begin(
     peer: &Arc<Peer>,
     service: &Arc<Service>,
 ) {
-    let Some(begun) = begin::admitted(&request, &mut respond, peer, service) else { return };
+    let Some(begun) = admission::admitted(&request, &mut respond, peer, service) else { return };
     if begun.is_admitted && !begun.method.is_open {
         peer.know();
     }
@@ -87,45 +87,45 @@ struct Served {
     service: Arc<Service>,
     body: RecvStream,
     messages: Messages,
-    /// Ends it when its time is over.
+    /// Ends the call at its deadline.
     timer: Option<std::pin::Pin<Box<Sleep>>>,
-    /// Ends it when a message takes too long to come.
+    /// Ends the call if a message takes too long to arrive.
     coming: receive::Coming,
-    /// Bytes of it in memory; those that it has from its begin to its end.
+    /// Bytes of the call in memory, from its start to its end.
     held: Held,
     header_bytes: usize,
-    /// What it counts in its connection's steps under way, if Python was handed it whole.
+    /// Its share of the connection's running steps, if Python has its whole message.
     steps: usize,
-    /// Where it waits for its connection, and for Python.
+    /// Its waiting places for the connection, and for Python.
     place: Place,
     reading: Place,
     /// Among all calls.
     call_place: CallPlace,
-    /// Among those of which Python is asked who makes them: its connection's place, and that of all.
+    /// Its places among the calls that Python authenticates: of the connection, and of all.
     judging: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
-    /// Who calls is known, and may; nobody is asked; or it does not matter for this method.
+    /// Whether its caller is admitted, or the method needs no authentication.
     is_admitted: bool,
-    /// Its first message must come in time: everybody may make such a call.
+    /// Whether its first message must arrive in time, because everybody may make such a call.
     must_begin: bool,
-    /// Python was told that it has begun.
+    /// Whether Python knows of the call.
     is_known: bool,
-    /// Nothing is read any more: Python is about to end it.
+    /// Whether reading has ended, because Python is about to end the call.
     is_deaf: bool,
-    /// A reply is on its way, and not all of it was taken.
+    /// A reply that is partly written.
     is_writing: bool,
 }
 
-/// What to do next for a stream.
+/// The next event of a stream.
 enum Next {
     Write(Bytes, Option<usize>),
     End(Status),
     Data(Bytes),
-    /// One has come whole.
+    /// A complete message.
     Message,
     HalfClosed,
 }
 
-/// How a call ends before it has been answered.
+/// The end of a call before its answer.
 enum Early {
     Status(Status),
     Gone,
@@ -137,7 +137,7 @@ impl Served {
         let early = match self.answer(&mut respond).await {
             Ok(reply) => {
                 let writing = Writing(self.call.clone());
-                let mut out = Answering::Silent(respond);
+                let mut out = Response::Silent(respond);
                 self.held.set(0);
                 match self.write(&mut out, reply, writing).await {
                     Ok(()) => out.end(&Status::ok()),
@@ -187,7 +187,7 @@ impl Served {
         }
     }
 
-    /// Let Python know of the call.
+    /// Pass the call to Python.
     fn announce(&mut self, request: Option<Bytes>) -> Result<(), Early> {
         let call = self.call.clone();
         let arrival = match request.as_ref().and_then(|message| self.service.breach(self.method, message)) {
@@ -207,20 +207,20 @@ impl Served {
             return false;
         }
         let mut session_id = String::new();
-        let step = match self.method.plain {
-            Plain::Step => self.plain(|| Step::of_request(message)),
-            Plain::Infer => self.plain(|| request::read(message, &mut session_id)),
-            _ => Err(NotPlain),
+        let step = match self.method.fast_path {
+            FastPath::Step => self.parse(|| Step::of_request(message)),
+            FastPath::Infer => self.parse(|| request::read(message, &mut session_id)),
+            _ => Err(SlowPath),
         };
         let Ok(step) = step else { return false };
         self.put_into_columns(None, &step, message.len());
         true
     }
 
-    /// A message that may be plain, as a step in the name of the caller. Err: Python serves it.
-    fn plain<'a>(&self, read: impl FnOnce() -> Result<Step<'a>, NotPlain>) -> Result<Step<'a>, NotPlain> {
+    /// Parse a message as a step of the caller. Err: Python serves it.
+    fn parse<'a>(&self, read: impl FnOnce() -> Result<Step<'a>, SlowPath>) -> Result<Step<'a>, SlowPath> {
         if self.service.all_general.load(Ordering::Relaxed) {
-            return Err(NotPlain);
+            return Err(SlowPath);
         }
         let whose = self.call.whose.taken(self.service.callers.as_ref())?;
         Ok(Step { whose, ..read()? })
@@ -264,20 +264,20 @@ impl Served {
         if let Err(Early::Status(status)) = self.announce(None) {
             return refuse(&mut respond, &status);
         }
-        let mut out = Answering::Silent(respond);
+        let mut out = Response::Silent(respond);
         if let Err(early) = self.serve_stream(&mut out).await {
             self.end_early(&mut out, early);
         }
     }
 
-    async fn serve_stream(&mut self, out: &mut Answering) -> Result<(), Early> {
+    async fn serve_stream(&mut self, out: &mut Response) -> Result<(), Early> {
         let mut is_open = true;
         loop {
             match poll_fn(|cx| self.poll_stream(cx, out, is_open)).await? {
                 Next::Write(reply, held) => {
                     let size = reply.len();
                     self.write(out, reply, Writing(self.call.clone())).await?;
-                    self.coming.restart(); // it was not read meanwhile
+                    self.coming.restart(); // reading was paused meanwhile
                     self.written(size, held);
                 }
                 Next::End(status) => {
@@ -295,7 +295,7 @@ impl Served {
                     self.coming.restart();
                     self.take_next(out).await?;
                     if self.call.peer.load.is_busy() {
-                        tokio::task::yield_now().await; // each of the connection's streams in its turn
+                        tokio::task::yield_now().await; // alternate between the connection's streams
                     }
                 }
                 Next::HalfClosed => {
@@ -308,7 +308,7 @@ impl Served {
         }
     }
 
-    fn end_early(&mut self, out: &mut Answering, early: Early) {
+    fn end_early(&mut self, out: &mut Response, early: Early) {
         self.abandon(matches!(early, Early::Late));
         let status = match early {
             // trailers would wait behind the rest of the reply, for which there is no room
@@ -321,7 +321,7 @@ impl Served {
         out.end(&status);
     }
 
-    /// Count the bytes of the call in memory, and refuse it if it is one of those that hold too much.
+    /// Count the bytes of the call in memory, and refuse it if calls like it hold too much.
     fn require_room(&mut self, bytes: usize) -> Result<(), Early> {
         self.held.set(self.header_bytes + bytes);
         if self.held.is_too_much() {
@@ -334,7 +334,7 @@ impl Served {
     fn poll_stream(
         &mut self,
         cx: &mut Context<'_>,
-        out: &mut Answering,
+        out: &mut Response,
         is_open: bool,
     ) -> Poll<Result<Next, Early>> {
         if !self.is_admitted && self.call.state().is_admitted {
@@ -345,7 +345,7 @@ impl Served {
         let may_read = {
             let mut state = self.call.state();
             if let Some((reply, held)) = state.replies.pop_front() {
-                state.reply_bytes -= reply.len(); // from now on it is counted by itself
+                state.reply_bytes -= reply.len(); // from now on it is counted separately
                 return Poll::Ready(Ok(Next::Write(reply, held)));
             }
             if state.frames.is_empty() || state.end.as_ref().is_some_and(Status::is_at_once) {
@@ -374,7 +374,7 @@ impl Served {
                 Poll::Ready(Some(Ok(data))) => return Poll::Ready(Ok(Next::Data(data))),
                 Poll::Ready(Some(Err(_))) => return Poll::Ready(Err(Early::Gone)),
                 Poll::Ready(None) => return Poll::Ready(Ok(Next::HalfClosed)),
-                // a stream may be silent for as long as it likes, but not within a message
+                // a stream may be silent for any time, but not within a message
                 Poll::Pending if self.messages.is_cut_off() || self.must_begin => {
                     if let Poll::Ready(early) = self.poll_coming(cx) {
                         return Poll::Ready(Err(early));
@@ -391,8 +391,8 @@ impl Served {
         self.poll_timer(cx).map(|()| Err(Early::Late))
     }
 
-    /// Hand on a message that has come whole. Err: the call ends so.
-    async fn take_next(&mut self, out: &mut Answering) -> Result<(), Early> {
+    /// Pass on a complete message. Err: the call ends with this.
+    async fn take_next(&mut self, out: &mut Response) -> Result<(), Early> {
         let found = match self.messages.next() {
             Ok(Some(Whole { bytes, compressed: None })) => Message::Whole(bytes),
             Ok(Some(message)) => Box::pin(self.inflated(message, |cx| out.poll_reset(cx).is_ready())).await?,
@@ -405,19 +405,19 @@ impl Served {
             Message::Whole(message) => self.take_message(message),
             Message::TooLarge(size) => {
                 self.arrive(Arrival::TooLarge(self.call.clone(), size));
-                self.is_deaf = true; // what follows is the rest of it
+                self.is_deaf = true; // the rest of it follows
             }
         }
         Ok(())
     }
 
     fn take_message(&mut self, message: Bytes) {
-        let is_ordered = self.method.plain == Plain::InferStream;
+        let is_ordered = self.method.fast_path == FastPath::InferStream;
         let number = is_ordered.then(|| self.call.state().ordered.number());
         if self.take_plain_message(&message, number) || self.refuse_breach(&message) {
             return;
         }
-        if self.method.plain == Plain::StepStream {
+        if self.method.fast_path == FastPath::StepStream {
             if let Some(frame_id) = Step::frame_id(&message) {
                 let mut state = self.call.state();
                 if state.frames.contains(&frame_id) || !state.general_frames.insert(frame_id) {
@@ -431,7 +431,7 @@ impl Served {
         self.arrive(Arrival::Message(self.call.clone(), message, number));
     }
 
-    /// End a stream whose message breaks a rule; whether it does.
+    /// End a stream if its message breaks a rule. Returns whether it does.
     fn refuse_breach(&mut self, message: &[u8]) -> bool {
         let Some(breach) = self.service.breach(self.method, message) else { return false };
         self.arrive(Arrival::Breach(self.call.clone(), breach));
@@ -439,24 +439,24 @@ impl Served {
         true
     }
 
-    /// Put a message of a stream into columns if it is plain; whether it was. `number`: of one of Triton's.
+    /// Put a fast-path message of a stream into columns. Returns whether it was one. `number`: of one of Triton's.
     fn take_plain_message(&self, message: &Bytes, number: Option<u64>) -> bool {
         let (mut session_id, mut frame_id) = (String::new(), 0);
-        let step = match self.method.plain {
-            Plain::StepStream => self.plain(|| {
+        let step = match self.method.fast_path {
+            FastPath::StepStream => self.parse(|| {
                 let (id, step) = Step::of_frame(message)?;
                 frame_id = id;
                 Ok(step)
             }),
-            Plain::InferStream => self.plain(|| request::read(message, &mut session_id)),
-            _ => Err(NotPlain),
+            FastPath::InferStream => self.parse(|| request::read(message, &mut session_id)),
+            _ => Err(SlowPath),
         };
         let Ok(step) = step else { return false };
         let frame_id = number.unwrap_or(frame_id);
         {
             let mut state = self.call.state();
             if !state.unread.is_empty() || state.end.is_some() {
-                return false; // what came before it has not been looked at
+                return false; // earlier messages have not been read
             }
             if state.general_frames.contains(&frame_id) || !state.frames.insert(frame_id) {
                 drop(state);
@@ -470,7 +470,7 @@ impl Served {
     }
 
     /// Write a reply as the client makes room for it.
-    async fn write(&mut self, out: &mut Answering, reply: Bytes, _writing: Writing) -> Result<(), Early> {
+    async fn write(&mut self, out: &mut Response, reply: Bytes, _writing: Writing) -> Result<(), Early> {
         let Some(out) = out.begin() else { return Err(Early::Gone) };
         self.is_writing = true;
         let reply = counted(reply, &self.service.bounds, &self.call.peer.load.share);
@@ -530,7 +530,7 @@ impl Served {
         }
     }
 
-    /// Nobody waits any more for what the call has under way.
+    /// Nobody waits for the call's running work any more.
     fn drop_frames(&self) {
         self.call.set_over(false);
         self.service.queue.abandon();
@@ -561,7 +561,7 @@ impl Drop for Served {
     }
 }
 
-/// A reply that is being written, whatever comes of it.
+/// A reply that is being written.
 struct Writing(Arc<Call>);
 
 impl Drop for Writing {

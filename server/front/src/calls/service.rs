@@ -1,4 +1,4 @@
-//! What every call is served with: the methods and their rules, the known callers, the bounds, and the queue to Python.
+//! The shared parts of all calls: methods and their rules, known callers, bounds, and the queue to Python.
 
 use crate::calls::queue::Queue;
 use crate::limits::bounds::Bounds;
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
-/// Calls of all connections of which Python is asked at the same time who makes them.
+/// Limit of calls that Python authenticates concurrently, over all connections.
 const MAX_JUDGED: usize = 32;
 
 /// Shared by all calls, and by Python.
@@ -23,17 +23,17 @@ pub struct Service {
     pub methods: HashMap<String, Method>,
     /// The rules of their requests, by `Method::index`.
     pub shapes: Vec<Shape>,
-    /// The known callers; None: callers are not asked who they are.
+    /// The known callers; None: no authentication.
     pub callers: Option<Arc<Callers>>,
-    /// No message is plain: Python wants to see each.
+    /// Whether the fast path is off, and Python gets every message.
     pub all_general: AtomicBool,
-    /// Python makes traces: it serves calls whose clients trace them itself.
+    /// Whether tracing is on. Python then serves traced calls itself.
     pub traces: AtomicBool,
-    /// Replies that are not on their way.
+    /// Number of replies that are not written.
     pub unwritten: Arc<AtomicUsize>,
-    /// Of inflating.
+    /// The pace of inflating.
     pub pace: Pace,
-    /// Places of calls of which Python is asked who makes them.
+    /// Places of calls that Python authenticates.
     pub judging: Arc<Semaphore>,
 }
 
@@ -59,12 +59,12 @@ impl Service {
         }
     }
 
-    /// The rule that a message breaks which Python is to parse.
+    /// Returns the rule that a message for Python breaks.
     pub fn breach(&self, method: Method, message: &[u8]) -> Option<Breach> {
         self.shapes.get(method.index).and_then(|shape| shape.check(message))
     }
 
-    /// How much there is, for metrics.
+    /// Returns the current counts, for metrics.
     pub fn now(&self) -> [(&'static str, usize); 8] {
         let load = |count: &AtomicUsize| count.load(Ordering::Relaxed);
         let counts = &self.bounds.counts;

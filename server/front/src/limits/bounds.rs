@@ -1,4 +1,4 @@
-//! What peers may make the server hold: counted for each connection and for all, and waited for or refused beyond.
+//! Bounds of the memory that peers can use, per connection and in total. Beyond them, the server waits or refuses.
 
 use crate::limits::places::{Places, Pool, Share};
 use crate::limits::refusals::{Refusal, REFUSALS};
@@ -130,7 +130,7 @@ impl Held {
     }
 
     /// Whether it must be given up: its connection or its caller holds more than is left for the others, and this is one
-    /// of those that hold much; or all together hold so much that nobody may hold more.
+    /// that hold much; or all together hold so much that nobody may hold more.
     pub fn is_too_much(&self) -> bool {
         let limits = &self.bounds.limits;
         let (held, own) = (self.bounds.held.load(Ordering::Relaxed), self.own());

@@ -1,11 +1,11 @@
-//! Who calls: the credentials that Python has told the front of, so that it need not ask for each call.
+//! The known callers: credentials that Python has authenticated, so that it need not be asked for each call.
 //!
-//! Only digests of tokens are kept. Whose credential is not known here is for Python to say; what its calls send goes
-//! there with its bytes.
+//! Only digests of tokens are kept. Calls with unknown credentials go to Python as bytes, which authenticates
+//! their callers.
 
 use crate::clock;
 use crate::limits::places::Share;
-use crate::messages::protobuf::NotPlain;
+use crate::messages::protobuf::SlowPath;
 use http::header::AUTHORIZATION;
 use http::HeaderMap;
 use ring::digest::{digest, Context, SHA256, SHA256_OUTPUT_LEN};
@@ -71,18 +71,18 @@ fn bearer_token(value: &[u8]) -> Option<&[u8]> {
     (scheme.eq_ignore_ascii_case(SCHEME) && is_token).then_some(token)
 }
 
-/// A caller that Python has told the front of.
+/// A caller that Python has authenticated.
 #[derive(Debug)]
 pub struct Known {
-    /// What the ids of its sessions begin with.
+    /// Prefix of the ids of its sessions.
     pub prefix: String,
-    /// Tells it from all other callers.
+    /// Identifies the caller.
     pub identity: String,
-    /// It may step: else none of its messages is plain.
+    /// Whether its role may step. Otherwise Python gets all of its messages.
     pub may_step: bool,
     /// What it holds, by whichever credential.
     share: OnceLock<Arc<Share>>,
-    /// Python's own of it.
+    /// Python's object of the caller.
     pub who: Option<Box<dyn Any + Send + Sync>>,
     /// Until when, seconds on the monotonic clock: the bits of a number, which others look at while it changes.
     until: AtomicU64,
@@ -155,7 +155,7 @@ impl Callers {
         table.known.insert(credential, caller);
     }
 
-    /// Nobody is known by this any more, on streams that are open neither.
+    /// Forget a credential, also on open streams.
     pub fn forget(&self, credential: Credential) {
         if let Some(known) = self.table().known.remove(&credential) {
             known.forget();
@@ -196,18 +196,18 @@ impl Table {
     }
 }
 
-/// Who makes a call, as far as the front knows.
+/// The caller of a call, as known to the front.
 #[derive(Debug)]
-pub enum Whose {
-    /// Nobody is asked.
+pub enum CallerState {
+    /// No authentication.
     Anybody,
-    /// Python says it, for every message.
+    /// Python authenticates every message.
     Unclear,
-    /// Who shows this. Once it is known who that is, the call is nobody else's.
+    /// The caller with this credential. Once known, the caller of a call stays the same.
     Of(Credential, Mutex<Option<Arc<Known>>>),
 }
 
-impl Whose {
+impl CallerState {
     /// As the call's headers say it. `certificate`: what its connection has shown; `callers`: None: nobody is asked.
     pub fn of_call(
         headers: &HeaderMap,
@@ -216,53 +216,53 @@ impl Whose {
     ) -> Self {
         let has_no_tenants = callers.is_none() && headers.contains_key(TENANT);
         if has_no_tenants || DECIDING.iter().any(|name| is_repeated(headers, name)) {
-            return Whose::Unclear; // for Python to refuse
+            return CallerState::Unclear; // for Python to refuse
         }
-        let Some(callers) = callers else { return Whose::Anybody };
+        let Some(callers) = callers else { return CallerState::Anybody };
         match Credential::of_call(headers, certificate) {
-            Some(credential) => Whose::Of(credential, Mutex::new(callers.find(credential))),
-            None => Whose::Unclear,
+            Some(credential) => CallerState::Of(credential, Mutex::new(callers.find(credential))),
+            None => CallerState::Unclear,
         }
     }
 
     /// Whether it is known who calls, or nobody is asked: else Python has to say whether the call is served.
     pub fn is_known(&self, callers: Option<&Arc<Callers>>) -> bool {
-        matches!(self, Whose::Anybody) || self.caller(callers).is_ok()
+        matches!(self, CallerState::Anybody) || self.caller(callers).is_ok()
     }
 
-    /// What its caller holds; None: that is not known.
+    /// Returns the share of its caller; None: not known.
     pub fn share(&self) -> Option<Arc<Share>> {
-        let Whose::Of(_, own) = self else { return None };
+        let CallerState::Of(_, own) = self else { return None };
         let own = own.lock().unwrap_or_else(PoisonError::into_inner);
         own.as_ref().map(|known| known.share().clone())
     }
 
-    /// In whose name plain messages are taken, None: anybody's. Err: there are none.
-    pub fn taken(&self, callers: Option<&Arc<Callers>>) -> Result<Option<Arc<Known>>, NotPlain> {
-        if matches!(self, Whose::Anybody) {
+    /// In whose name fast-path messages are taken, None: anybody's. Err: there are none.
+    pub fn taken(&self, callers: Option<&Arc<Callers>>) -> Result<Option<Arc<Known>>, SlowPath> {
+        if matches!(self, CallerState::Anybody) {
             return Ok(None);
         }
-        self.caller(callers).and_then(|known| if known.may_step { Ok(Some(known)) } else { Err(NotPlain) })
+        self.caller(callers).and_then(|known| if known.may_step { Ok(Some(known)) } else { Err(SlowPath) })
     }
 
     /// Who makes it, as long as that holds.
-    fn caller(&self, callers: Option<&Arc<Callers>>) -> Result<Arc<Known>, NotPlain> {
-        let Whose::Of(credential, own) = self else { return Err(NotPlain) };
+    fn caller(&self, callers: Option<&Arc<Callers>>) -> Result<Arc<Known>, SlowPath> {
+        let CallerState::Of(credential, own) = self else { return Err(SlowPath) };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = own.as_ref().ok_or(NotPlain)?;
+        let known = own.as_ref().ok_or(SlowPath)?;
         if known.is_valid() {
             return Ok(known.clone());
         }
         // it may be known again
         let again = callers.and_then(|callers| callers.find(*credential));
-        let again = again.filter(|again| again.is_same(known) && again.is_valid()).ok_or(NotPlain)?;
+        let again = again.filter(|again| again.is_same(known) && again.is_valid()).ok_or(SlowPath)?;
         *own = Some(again.clone());
         Ok(again)
     }
 
     /// Python has found out who makes the call: its next messages may be plain, if the front knows that caller.
     pub fn identified(&self, identity: &str, callers: Option<&Arc<Callers>>) {
-        let (Whose::Of(credential, own), Some(callers)) = (self, callers) else { return };
+        let (CallerState::Of(credential, own), Some(callers)) = (self, callers) else { return };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
         if own.is_none() {
             *own = callers.find(*credential).filter(|known| known.identity == identity);
@@ -296,12 +296,12 @@ mod tests {
         );
     }
 
-    fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Whose {
-        Whose::of_call(&headers(lines), None, Some(callers))
+    fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> CallerState {
+        CallerState::of_call(&headers(lines), None, Some(callers))
     }
 
-    /// Whose plain messages are taken; None: nobody's.
-    fn tenant(call: &Whose, callers: &Arc<Callers>) -> Option<String> {
+    /// The tenant whose fast-path messages are taken; None: nobody.
+    fn tenant(call: &CallerState, callers: &Arc<Callers>) -> Option<String> {
         call.taken(Some(callers)).ok().flatten().map(|known| known.identity.clone())
     }
 
@@ -317,11 +317,14 @@ mod tests {
 
     #[test]
     fn nobody_is_asked_unless_somebody_is() {
-        assert!(Whose::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
+        assert!(CallerState::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
         let tenant = headers(&[(TENANT, b"x")]);
-        assert!(Whose::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
+        assert!(CallerState::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
         for twice in [[ANNA[0], ANNA[0]], [(TENANT, b"x"), (TENANT, b"x")]] {
-            assert!(Whose::of_call(&headers(&twice), None, None).taken(None).is_err(), "Python refuses it");
+            assert!(
+                CallerState::of_call(&headers(&twice), None, None).taken(None).is_err(),
+                "Python refuses it"
+            );
         }
         let callers = Arc::default();
         assert!(whose(&callers, &[]).taken(Some(&callers)).is_err());
@@ -365,7 +368,7 @@ mod tests {
         let certificate = Credential::of_certificate(&names);
         know(&callers, certificate.unwrap(), "acme", f64::INFINITY);
         let tenant_of = |lines: &[(&'static str, &[u8])]| {
-            tenant(&Whose::of_call(&headers(lines), certificate, Some(&callers)), &callers)
+            tenant(&CallerState::of_call(&headers(lines), certificate, Some(&callers)), &callers)
         };
         assert_eq!(tenant_of(&[]), some("acme"));
         assert_eq!(tenant_of(ANNA), None, "a token that nobody knows");

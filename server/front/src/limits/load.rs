@@ -1,11 +1,11 @@
-//! What a connection has under way, and the tasks that wait until there is less of it.
+//! The running work of a connection, and the tasks that wait until there is less of it.
 
 use crate::limits::places::Share;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 
-/// What a message counts that Python reads, in plain steps: about as many cost the same.
+/// What a message counts that Python reads, in fast-path steps: about as many cost the same.
 pub const GENERAL: usize = 8;
 
 /// Tasks that wait for room, each of them once.
@@ -50,7 +50,7 @@ impl Waiters {
 pub struct Load {
     /// Its calls, and bytes of messages and replies in memory.
     pub share: Arc<Share>,
-    /// Steps that Python was handed and has not answered; what is no plain step counts `GENERAL`.
+    /// Steps that Python was handed and has not answered; what is no fast-path step counts `GENERAL`.
     steps: AtomicUsize,
     most_steps: usize,
     /// They were as many as may be, and not half of them have ended: what is let in comes in numbers, not one by one.

@@ -1,8 +1,8 @@
-//! One connection as its calls, and the other connections, know it.
+//! A connection, as seen by its calls and by other connections.
 
 use crate::limits::callers::Credential;
 use crate::limits::load::Load;
-use crate::limits::turn::Turn;
+use crate::limits::read_quota::ReadQuota;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{Notify, Semaphore};
@@ -23,16 +23,16 @@ pub struct Peer {
     /// A caller who is known, or need not be, has made a call over it.
     is_known: AtomicBool,
     leave: Notify,
-    pub turn: Arc<Turn>,
+    pub quota: Arc<ReadQuota>,
     /// One of its messages is inflated at a time.
     pub inflating: tokio::sync::Mutex<()>,
-    /// Places of calls of which Python is asked who makes them.
+    /// Places of calls that Python authenticates.
     pub judging: Arc<Semaphore>,
 }
 
 impl Peer {
     /// One that has shown no certificate.
-    pub fn new(name: String, number: u64, load: Load, turn: Arc<Turn>) -> Self {
+    pub fn new(name: String, number: u64, load: Load, quota: Arc<ReadQuota>) -> Self {
         Peer {
             name,
             number,
@@ -40,7 +40,7 @@ impl Peer {
             load,
             is_known: AtomicBool::new(false),
             leave: Notify::new(),
-            turn,
+            quota,
             inflating: tokio::sync::Mutex::default(),
             judging: Arc::new(Semaphore::new(MAX_JUDGED)),
         }
@@ -71,7 +71,7 @@ impl Peer {
 
     /// Make the connection leave for another. It is read no further.
     pub fn leave(&self) {
-        self.turn.give_up();
+        self.quota.give_up();
         self.leave.notify_one();
     }
 

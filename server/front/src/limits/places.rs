@@ -1,7 +1,7 @@
-//! Places of calls: of each kind there are a number, which connections and callers share.
+//! Places of calls: each kind of call has a number of places, which connections and callers share.
 //!
-//! Nobody may hold more than what is left for the others. So whoever holds most is refused first, however many there are,
-//! and one that holds nothing gets a place as long as there is any.
+//! Nobody may hold more places than are left for the others. So the largest holder is refused first, however many there
+//! are, and one that holds nothing gets a place while there is any.
 
 use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
@@ -89,11 +89,11 @@ pub struct Share {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::method::Plain;
+    use crate::method::FastPath;
 
     #[test]
     fn health_has_places_of_its_own() {
-        let method = |streams, is_open| Method { index: 0, streams, plain: Plain::No, is_open };
+        let method = |streams, is_open| Method { index: 0, streams, fast_path: FastPath::No, is_open };
         assert_eq!(Pool::of(method(false, true), false), Pool::Health);
         assert_eq!(Pool::of(method(true, true), true), Pool::Watch);
         assert_eq!(Pool::of(method(true, false), true), Pool::Known);

@@ -1,4 +1,4 @@
-//! Why peers are refused something.
+//! Reasons of refusals.
 
 /// Why a peer was refused something. The names are those of the metric's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! What clients may take. The numbers are Python's.
+//! Limits of clients, which Python sets.
 
 use crate::messages::grpc::Status;
 use crate::method::Method;
@@ -20,7 +20,7 @@ pub struct Limits {
     pub calls: usize,
     /// The same, of callers that are not known.
     pub unknown_calls: usize,
-    /// The same, of those that ask how the server is.
+    /// The same, for health checks.
     pub health_calls: usize,
     pub watches: usize,
     /// Calls of one connection at the same time; more of them wait at the client.
@@ -37,7 +37,7 @@ pub struct Limits {
     pub connection_steps: usize,
     /// How long a reply may wait for its client to make room. Meanwhile its stream is not read.
     pub unread: Duration,
-    /// Bytes of plain messages that may wait for Python before streams are read no further.
+    /// Bytes of fast-path messages that may wait for Python before streams are read no further.
     pub queued_bytes: usize,
     /// A message may pause for this time while it comes.
     pub receive: Duration,
@@ -45,7 +45,7 @@ pub struct Limits {
     pub receive_bytes_per_s: usize,
     /// How calls are refused for which there is no room.
     pub overloaded: Status,
-    /// Plain frames of one stream that are not answered, before reading stops.
+    /// Fast-path frames of one stream that are not answered, before reading stops.
     pub frames: usize,
     /// The server asks so often whether a silent client is there.
     pub keepalive: Duration,

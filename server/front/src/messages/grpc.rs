@@ -1,4 +1,4 @@
-//! gRPC over HTTP/2, as far as it is bytes: message frames, compression, time limits, statuses, metadata.
+//! gRPC over HTTP/2 as bytes: message frames, compression, time limits, statuses, metadata.
 //! The protocol: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -22,7 +22,7 @@ pub struct Status {
     pub message: String,
     /// A serialized google.rpc.Status; empty: none.
     pub details: Bytes,
-    /// Nothing of the call was done, and another server may do it: said where this is all that is said of it.
+    /// The call had no effect, and another server may do it. Sent if the call ends without a reply.
     pub may_go_elsewhere: bool,
 }
 
@@ -126,14 +126,14 @@ impl Messages {
         !self.buffer.is_empty()
     }
 
-    /// Whether `next` has something to say.
+    /// Whether `next` has a result.
     pub fn has_next(&self) -> bool {
         let Some(&[flag, a, b, c, d]) = self.buffer.first_chunk() else { return false };
         let size = u32::from_be_bytes([a, b, c, d]) as usize;
         flag > 1 || size > self.limit || self.buffer.len() >= PREFIX + size
     }
 
-    /// The next whole message; None if there is none yet.
+    /// The next complete message; None: none yet.
     pub fn next(&mut self) -> Result<Option<Whole>, Unreadable> {
         let Some(prefix) = self.buffer.get(..PREFIX) else {
             return Ok(None);
@@ -160,7 +160,7 @@ impl Messages {
     }
 }
 
-/// A message that has come whole.
+/// A complete message.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Whole {
     pub bytes: Bytes,
@@ -183,14 +183,14 @@ pub fn put_prefix(out: &mut BytesMut, size: usize) {
     out.put_u32(size as u32);
 }
 
-/// A `grpc-timeout` that is none.
+/// An invalid `grpc-timeout`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct NoTimeout;
 
 /// Of a `grpc-timeout`.
 const MAX_DIGITS: usize = 8;
 
-/// What `grpc-timeout` says; None: no limit.
+/// Reads `grpc-timeout`; None: no limit.
 pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
     let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
     let [number @ .., unit] = value.as_bytes() else { return Err(NoTimeout) };
@@ -218,7 +218,7 @@ pub fn size(path: &str, headers: &HeaderMap) -> usize {
     path.len() + EACH + fields.sum::<usize>()
 }
 
-/// What a client sent beside its messages: without what is the protocol's own.
+/// The metadata of a client, without the protocol's own headers.
 pub fn metadata(headers: &HeaderMap) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
     for (name, value) in headers {

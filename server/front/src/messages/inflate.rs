@@ -1,6 +1,6 @@
-//! Compressed messages: inflated in pieces, each with a bound of its time, so that the wire's thread serves others between.
+//! Inflates compressed messages in pieces of bounded time, so that the front's thread serves others in between.
 //!
-//! A message is one gzip member or one zlib stream, and nothing behind it. Its size is bounded by what tensors need.
+//! A message is one gzip member or one zlib stream, with nothing after it. Its size is bounded by the needs of tensors.
 
 use crate::messages::grpc::Encoding;
 use bytes::Bytes;
@@ -97,7 +97,7 @@ impl Inflation {
         self.input.len() + self.output.capacity()
     }
 
-    /// Go on for a short time. The message, if it is complete.
+    /// Inflate for a short time. Returns the message if it is complete.
     pub fn slice(&mut self) -> Result<Option<Bytes>, Problem> {
         let began = Instant::now();
         loop {
@@ -110,7 +110,7 @@ impl Inflation {
         }
     }
 
-    /// Go on by one piece. The message, if it is complete.
+    /// Inflate one piece. Returns the message if it is complete.
     pub fn piece(&mut self) -> Result<Option<Bytes>, Problem> {
         let old = self.output.len();
         let room = PIECE_OUTPUT_BYTES.min(self.limit + 1 - old);
@@ -244,7 +244,7 @@ impl Pace {
         lane
     }
 
-    /// Whether some may be done.
+    /// Whether a slice may run.
     pub fn has_time(&self) -> bool {
         let now = Instant::now();
         let mut saved = self.saved();
@@ -254,7 +254,7 @@ impl Pace {
         saved.spent <= now
     }
 
-    /// Do some, and count its time.
+    /// Run a slice, and count its time.
     pub fn spending<T>(&self, work: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let found = work();

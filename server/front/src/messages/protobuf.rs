@@ -1,10 +1,10 @@
-//! The little of protobuf's encoding that plain messages need: varints, fields, and the fields' ends.
+//! The part of protobuf's encoding that fast-path messages need: varints and fields.
 
 use bytes::{BufMut, BytesMut};
 
 /// Bytes that are no message, or a message that is not plain: Python is to look at it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct NotPlain;
+pub struct SlowPath;
 
 /// What a field holds.
 #[derive(Debug, PartialEq, Eq)]
@@ -27,50 +27,50 @@ impl<'a> Fields<'a> {
     /// The next field's number and what it holds; None at the end.
     ///
     /// Deprecated groups and 32-bit fields, which no message here has, are not plain.
-    pub fn next(&mut self) -> Result<Option<(u32, Value<'a>)>, NotPlain> {
+    pub fn next(&mut self) -> Result<Option<(u32, Value<'a>)>, SlowPath> {
         if self.left.is_empty() {
             return Ok(None);
         }
         let key = self.varint()?;
-        let number = u32::try_from(key >> 3).map_err(|_| NotPlain)?;
+        let number = u32::try_from(key >> 3).map_err(|_| SlowPath)?;
         if number == 0 {
-            return Err(NotPlain);
+            return Err(SlowPath);
         }
         let value = match key & 7 {
             0 => Value::Varint(self.varint()?),
             1 => {
                 let bytes = self.take(8)?;
-                Value::Fixed64(u64::from_le_bytes(bytes.try_into().map_err(|_| NotPlain)?))
+                Value::Fixed64(u64::from_le_bytes(bytes.try_into().map_err(|_| SlowPath)?))
             }
             2 => {
-                let size = usize::try_from(self.varint()?).map_err(|_| NotPlain)?;
+                let size = usize::try_from(self.varint()?).map_err(|_| SlowPath)?;
                 Value::Bytes(self.take(size)?)
             }
-            _ => return Err(NotPlain),
+            _ => return Err(SlowPath),
         };
         Ok(Some((number, value)))
     }
 
     /// The next varint of a packed field; None at the end.
-    pub fn packed(&mut self) -> Result<Option<u64>, NotPlain> {
+    pub fn packed(&mut self) -> Result<Option<u64>, SlowPath> {
         if self.left.is_empty() {
             return Ok(None);
         }
         self.varint().map(Some)
     }
 
-    fn take(&mut self, size: usize) -> Result<&'a [u8], NotPlain> {
-        let (taken, left) = self.left.split_at_checked(size).ok_or(NotPlain)?;
+    fn take(&mut self, size: usize) -> Result<&'a [u8], SlowPath> {
+        let (taken, left) = self.left.split_at_checked(size).ok_or(SlowPath)?;
         self.left = left;
         Ok(taken)
     }
 
-    fn varint(&mut self) -> Result<u64, NotPlain> {
+    fn varint(&mut self) -> Result<u64, SlowPath> {
         let mut value = 0u64;
         for (index, byte) in self.left.iter().copied().enumerate().take(10) {
             let part = u64::from(byte & 0x7f);
             if index == 9 && part > 1 {
-                return Err(NotPlain); // more than 64 bits
+                return Err(SlowPath); // more than 64 bits
             }
             value |= part << (7 * index);
             if byte < 0x80 {
@@ -78,7 +78,7 @@ impl<'a> Fields<'a> {
                 return Ok(value);
             }
         }
-        Err(NotPlain)
+        Err(SlowPath)
     }
 }
 
@@ -176,13 +176,13 @@ mod tests {
         let mut out = BytesMut::new();
         put_bytes(&mut out, 1, b"session");
         for size in 1..out.len() {
-            assert_eq!(Fields::new(&out[..size]).next(), Err(NotPlain), "{size} bytes");
+            assert_eq!(Fields::new(&out[..size]).next(), Err(SlowPath), "{size} bytes");
         }
     }
 
     #[test]
     fn a_varint_of_more_than_64_bits_is_not_plain() {
         let bytes = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02];
-        assert_eq!(Fields::new(&bytes).packed(), Err(NotPlain));
+        assert_eq!(Fields::new(&bytes).packed(), Err(SlowPath));
     }
 }

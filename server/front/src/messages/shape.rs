@@ -1,8 +1,8 @@
-//! What a message may hold before Python parses it: names, lists, and the bytes of everything else are bounded.
+//! Limits of a message before Python parses it: of names, lists, and all other bytes.
 //!
-//! Python makes the rules of each method from its descriptors (`rpc/fronts/shape.py`) and words the errors; the front in
-//! Python has a twin of `check` (`rpc/fronts/python.py`), held to the same cases. The check looks at each field at most
-//! once and stops at the first breach, so it costs a bounded time whatever a peer sends.
+//! Python derives the rules of each method from its descriptors (`rpc/fronts/shape.py`) and writes the errors. The Python
+//! front has a twin of `check` (`rpc/fronts/python.py`) with the same test cases. The check visits each field at most
+//! once and stops at the first breach, so its time is bounded whatever a peer sends.
 
 /// A message of at most this many bytes breaks no rule: no limit of `rpc/fronts/shape.py` is smaller.
 pub const FREE_BYTES: usize = 1024;

@@ -1,4 +1,4 @@
-//! What Python asks of the wire, on its way there.
+//! Commands from Python to the front's thread.
 
 use crate::messages::grpc::{self, Status};
 use crate::steps::call::Call;
@@ -8,7 +8,7 @@ use crate::triton::reply::InferReplies;
 use bytes::Bytes;
 use std::sync::Arc;
 
-/// What Python asks of the wire.
+/// A command from Python.
 pub enum Command {
     Deliver(Arc<Batch>, Answer),
     Finish(Arc<Call>, Bytes),
@@ -18,7 +18,7 @@ pub enum Command {
     Read(Arc<Call>, usize),
 }
 
-/// On the wire, in whichever thread drives it.
+/// Run in the thread that drives the sockets.
 pub fn carry_out(command: Command) {
     match command {
         Command::Deliver(batch, answer) => match &batch.signature.model {

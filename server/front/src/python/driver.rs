@@ -1,9 +1,9 @@
-//! Who drives the wire: its own thread; or Python's event loop, while one client steps back to back and nobody else does.
+//! Drives the sockets: by a thread of the front, or by Python's event loop while a single client steps back to back.
 //!
-//! To hand a lone step from one thread to the other and its answer back takes two wake-ups, which are longer than the
-//! step itself. There is nothing that the threads could do at the same time either: the client waits. So the wire's
-//! thread lends the runtime to the event loop then, which is woken by the sockets themselves, reads, steps, and writes.
-//! As soon as others come, or something that may take long, or nothing any more, the wire's thread has it again.
+//! Passing a lone step from one thread to the other, and its answer back, takes two wake-ups, which last longer than the
+//! step itself. The threads could do nothing concurrently anyway, because the client waits. So the front's
+//! thread lends the runtime to the event loop, which is woken by the sockets themselves, reads, steps, and writes.
+//! Once others send, or something may take long, or nothing more arrives, the front's thread takes it back.
 
 use crate::calls::queue::Queue;
 use crate::python::commands::{carry_out, Command};
@@ -15,22 +15,22 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, Notify};
 
-/// The wire's thread looks so often whether the event loop still drives.
+/// Interval at which the front's thread checks whether the event loop still drives.
 const LOOK: Duration = Duration::from_millis(10);
 /// Lone steps that follow each other within this are back to back.
 const QUICK: Duration = Duration::from_millis(2);
-/// So many of them in a row before the loop drives.
+/// Number of such steps in a row after which the loop drives.
 const LONE: u32 = 16;
-/// Turns in which nothing comes for Python (room for replies, pings), before it does not any more.
+/// Number of wake-ups without an arrival for Python (room for replies, pings) after which it stops.
 const EMPTY: u32 = 8;
-/// How often new input is looked for when what is there is to be read, and when a reply is to be written.
+/// Number of checks for new input before reading, and before writing a reply.
 const READING: usize = 2;
 const WRITING: usize = 1;
 
-/// For the event loop's thread, but for `drive`.
+/// For the event loop's thread, except `drive`.
 pub struct Driver {
     pub queue: Arc<Queue>,
-    /// What Python has asked for and is not done.
+    /// Commands of Python that have not run.
     commands: AtomicUsize,
     sender: mpsc::UnboundedSender<Command>,
     state: Mutex<State>,
@@ -40,12 +40,12 @@ pub struct Driver {
 }
 
 struct State {
-    /// Of the wire's thread, while it serves.
+    /// Of the front's thread, while it serves.
     runtime: Option<Arc<Runtime>>,
-    /// The event loop drives it. Whoever does has this lock.
+    /// Whether the event loop drives. The driver holds this lock.
     is_lent: bool,
     may_lend: bool,
-    /// How often the event loop has taken what had come, while it drove and while the wire's thread did.
+    /// How often the event loop has taken what had come, while it drove and while the front's thread did.
     turns: u64,
     other_turns: u64,
     pace: Pace,
@@ -78,7 +78,7 @@ impl Driver {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serve on this thread, which is the wire's, until that has ended.
+    /// Serve on this thread, the front's, until it ends.
     pub fn drive(&self, runtime: Runtime, serving: impl Future<Output = ()> + Send + 'static) {
         let runtime = Arc::new(runtime);
         self.state().runtime = Some(runtime.clone());
@@ -101,7 +101,7 @@ impl Driver {
         }
     }
 
-    /// Let the event loop drive, and return when it does not any more.
+    /// Let the event loop drive, and return when it stops.
     fn lend(&self, runtime: &Runtime) {
         let mut state = self.state();
         if !state.may_lend || !state.pace.is_lone() || !self.queue.wakeup.add_sockets() {
@@ -114,7 +114,7 @@ impl Driver {
             let waited = self.given_back.wait_timeout(state, LOOK);
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
             if state.turns == turns {
-                self.take_back(&mut state); // nobody steps any more, or the loop is busy with something else
+                self.take_back(&mut state); // nobody steps any more, or the loop is busy
             }
         }
     }
@@ -128,14 +128,14 @@ impl Driver {
         }
     }
 
-    /// Have the wire's thread drive from now on.
+    /// Let the front's thread drive from now on.
     pub fn lend_no_more(&self) {
         let mut state = self.state();
         state.may_lend = false;
         self.take_back(&mut state);
     }
 
-    /// What has come for Python.
+    /// Take the arrivals for Python.
     pub fn take(&self) -> Vec<Arrival> {
         let mut state = self.state();
         if state.is_lent {
@@ -158,13 +158,13 @@ impl Driver {
         taken
     }
 
-    /// Carry out what was sent, on the wire's thread.
+    /// Run the commands, on the front's thread.
     pub fn carry_out(&self, command: Command) {
         carry_out(command);
         self.commands.fetch_sub(1, Ordering::Release);
     }
 
-    /// What was sent and is not carried out.
+    /// The number of commands that have not run.
     pub fn waiting(&self) -> usize {
         self.commands.load(Ordering::Acquire)
     }
@@ -175,14 +175,14 @@ impl Driver {
         [("event_loop", state.turns), ("thread", state.other_turns)]
     }
 
-    /// Have something done: now, if this thread drives. Else it is counted until it is carried out.
+    /// Run a command now if this thread drives. Otherwise send it, and count it until it has run.
     pub fn send(&self, command: Command) {
         let state = self.state();
         if state.is_lent {
             return state.turn(|| carry_out(command), WRITING);
         }
         self.commands.fetch_add(1, Ordering::Release);
-        // it fails where the wire's thread has ended, and then there is nobody to hear of it
+        // it fails where the front's thread has ended, and then there is nobody to hear of it
         let _ = self.sender.send(command);
     }
 }
@@ -195,17 +195,17 @@ impl State {
     }
 }
 
-/// Do something on the wire, and all that can be done then without waiting.
+/// Run some work, and everything that can then run without waiting.
 fn turn(runtime: &Runtime, work: impl FnOnce(), looks: usize) {
     runtime.block_on(async {
         work();
         for _ in 0..looks {
-            tokio::task::yield_now().await; // tasks run until none can go on, and the sockets are looked at
+            tokio::task::yield_now().await; // run tasks until none can continue, and poll the sockets
         }
     });
 }
 
-/// Whether steps come one by one, each when the last was answered.
+/// Whether steps arrive one by one, each after the previous reply.
 #[derive(Debug, Default)]
 struct Pace {
     lone: u32,
@@ -243,7 +243,7 @@ mod tests {
     use super::*;
     use crate::steps::call::Call;
     use crate::steps::columns::Arrivals;
-    use crate::steps::plain::{Step, Tensor};
+    use crate::steps::parse::{Step, Tensor};
     use bytes::Bytes;
     use std::io::Write;
     use std::os::unix::net::UnixStream as StdUnixStream;

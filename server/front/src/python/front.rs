@@ -1,4 +1,4 @@
-//! What Python sees of the front: a module with four classes.
+//! The Python interface of the front: a module with four classes.
 
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
@@ -10,10 +10,10 @@ use crate::limits::bounds::Bounds;
 use crate::limits::settings::Limits;
 use crate::messages::grpc::Status;
 use crate::messages::shape::{Given, Shape};
-use crate::method::{Method, Plain};
+use crate::method::{FastPath, Method};
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
-use crate::python::known::KnownCallers;
+use crate::python::known_callers::KnownCallers;
 use crate::python::lists::{self, bytes_of, key, numbers_of, Peers};
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Batch, Entry};
@@ -33,16 +33,16 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// What Python and the front say to each other: raised with every change of it, here and in `rpc/fronts/native.py`.
+/// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
 const INTERFACE: u32 = 7;
 
-/// A status as Python says it: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
-type Said = (u32, String, PyBackedBytes, bool);
+/// A status from Python: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
+type PyStatus = (u32, String, PyBackedBytes, bool);
 
-/// Of something, until now.
+/// Counts so far.
 type Count = (&'static str, u64);
 
-fn status((code, message, details, may_go_elsewhere): Said) -> Status {
+fn status((code, message, details, may_go_elsewhere): PyStatus) -> Status {
     Status { code, message, details: Bytes::copy_from_slice(&details), may_go_elsewhere }
 }
 
@@ -54,7 +54,7 @@ struct Front {
     driver: Arc<Driver>,
     waiting: Mutex<Option<mpsc::UnboundedReceiver<Command>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    /// Says something, or is closed, when the thread is about to end.
+    /// Signals that the thread is about to end.
     ended: Mutex<std::sync::mpsc::Receiver<()>>,
     ending: Mutex<Option<std::sync::mpsc::Sender<()>>>,
     /// Calls abandoned until the last `take`.
@@ -63,19 +63,19 @@ struct Front {
 
 #[pymethods]
 impl Front {
-    /// `methods`: path, whether it streams, which of its messages may be plain ("step", "step_stream", "infer",
-    /// "infer_stream" or ""), and whether anybody may call it. `shapes`: the rules of each method's requests. `limits`: each
-    /// by the name that it has in `limits::Limits`, times in seconds.
+    /// `methods`: path, whether it streams, its fast path ("step", "step_stream", "infer",
+    /// "infer_stream" or ""), and whether anybody may call it. `shapes`: the rules of each method's requests. `limits`: the
+    /// limits by their names in `limits::Limits`, times in seconds.
     #[new]
-    /// `callers`: who is known; None: nobody is asked.
+    /// `callers`: the known callers; None: no authentication.
     #[pyo3(signature = (methods, shapes, limits, *, now, overloaded, headers_too_large, callers))]
     fn new(
         methods: Vec<(String, bool, String, bool)>,
         shapes: Vec<Vec<Vec<Given>>>,
         limits: HashMap<String, f64>,
         now: &Bound<'_, PyAny>,
-        overloaded: Said,
-        headers_too_large: Said,
+        overloaded: PyStatus,
+        headers_too_large: PyStatus,
         callers: Option<&KnownCallers>,
     ) -> PyResult<Self> {
         clock::set(|| now.call0()?.extract())?;
@@ -84,15 +84,15 @@ impl Front {
         let methods = methods
             .into_iter()
             .enumerate()
-            .map(|(index, (path, streams, plain, is_open))| {
-                let plain = match plain.as_str() {
-                    "step" => Plain::Step,
-                    "step_stream" => Plain::StepStream,
-                    "infer" => Plain::Infer,
-                    "infer_stream" => Plain::InferStream,
-                    _ => Plain::No,
+            .map(|(index, (path, streams, fast_path, is_open))| {
+                let fast_path = match fast_path.as_str() {
+                    "step" => FastPath::Step,
+                    "step_stream" => FastPath::StepStream,
+                    "infer" => FastPath::Infer,
+                    "infer_stream" => FastPath::InferStream,
+                    _ => FastPath::No,
                 };
-                (path, Method { index, streams, plain, is_open })
+                (path, Method { index, streams, fast_path, is_open })
             })
             .collect();
         let shapes: Option<Vec<Shape>> = shapes.into_iter().map(Shape::new).collect();
@@ -115,10 +115,10 @@ impl Front {
         })
     }
 
-    /// Connections that are made from now on speak TLS, with this certificate chain and key, in PEM. With `client_ca`
-    /// their callers must have a certificate that one of these has signed.
+    /// Use TLS for new connections, with this certificate chain and key in PEM. With `client_ca`,
+    /// clients need a certificate that one of these CAs has signed.
     ///
-    /// Raises ValueError(which, why) for what cannot be used: "certificate", "key" or "client_ca". Nothing has changed.
+    /// Raises ValueError(which, why) if "certificate", "key" or "client_ca" cannot be used. Nothing has changed.
     #[pyo3(signature = (chain, key, client_ca))]
     fn secure(&self, chain: &[u8], key: &[u8], client_ca: Option<&[u8]>) -> PyResult<()> {
         let config = tls::configuration(chain, key, client_ca).map_err(|problem| {
@@ -132,7 +132,7 @@ impl Front {
         Ok(())
     }
 
-    /// Serve listening sockets, which are the front's from now on: file descriptors, and whether they are Unix sockets.
+    /// Serve listening sockets and own them: file descriptors, and whether they are Unix sockets.
     fn start(&self, listeners: Vec<(i32, bool)>) -> PyResult<()> {
         let listeners: Vec<Listener> =
             listeners.into_iter().map(|(fd, is_unix)| Listener::given(fd, is_unix)).collect();
@@ -166,18 +166,18 @@ impl Front {
         Ok(())
     }
 
-    /// Readable when something has come.
+    /// A descriptor that is readable when there are arrivals.
     fn fd(&self) -> i32 {
         self.driver.queue.wakeup.fd()
     }
 
-    /// Replies that are not on their way.
+    /// Number of replies that are not written.
     fn unwritten(&self) -> usize {
         self.server.service.unwritten.load(Ordering::Acquire) + self.driver.waiting()
     }
 
-    /// How much there is now, how often something was refused, by reason, and how often Python took what had come, by who
-    /// drove the wire.
+    /// Current values, refusals by reason, and how often Python took arrivals, by driver of the
+    /// sockets.
     fn counts(&self) -> (HashMap<&'static str, usize>, Vec<Count>, [Count; 2]) {
         let service = &self.server.service;
         let mut now = HashMap::from(service.now());
@@ -185,19 +185,19 @@ impl Front {
         (now, service.bounds.counts.refusals(), self.driver.turns())
     }
 
-    /// Hand on every message with its bytes, or only those that are not plain.
+    /// Turn the fast path off, so that Python gets every message as bytes, or on.
     fn set_general(&self, everything: bool) {
         self.server.service.all_general.store(everything, Ordering::Relaxed);
     }
 
-    /// Hand on calls whose clients trace them with their bytes: their metadata says of which trace they are.
+    /// Set whether Python gets traced calls as bytes, with the trace in their metadata.
     fn set_traces(&self, traces: bool) {
         self.server.service.traces.store(traces, Ordering::Relaxed);
     }
 
-    /// What has come since the last time, in its order: tuples that begin with one of the numbers below.
+    /// Take the arrivals in order: tuples that start with one of the numbers below.
     ///
-    /// Raises RuntimeError when the wire's thread has ended by itself.
+    /// Raises RuntimeError if the front's thread has ended by itself.
     fn take<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         if self.driver.queue.is_dead.load(Ordering::Acquire) {
             return Err(PyRuntimeError::new_err("the wire's thread has ended"));
@@ -215,13 +215,13 @@ impl Front {
         Ok(found)
     }
 
-    /// Accept no more, and let clients know; what runs goes on.
+    /// Accept no more connections and calls, and notify clients. Running calls continue.
     fn drain(&self) {
         self.driver.lend_no_more();
         self.stage.send_replace(Stage::Draining);
     }
 
-    /// Return when all connections have ended, or after so long.
+    /// Return when all connections have ended, or after this time.
     fn wait(&self, py: Python<'_>, seconds: f64) {
         py.allow_threads(|| {
             let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -229,7 +229,7 @@ impl Front {
         });
     }
 
-    /// Cut off what still runs, and end the thread.
+    /// Cut off the running calls, and end the thread.
     fn close(&self, py: Python<'_>) {
         self.driver.lend_no_more();
         self.stage.send_replace(Stage::Closed);
@@ -366,13 +366,13 @@ impl CallHandle {
             .collect()
     }
 
-    /// As often as they came.
+    /// With repetitions.
     #[getter]
     fn metadata_keys(&self) -> Vec<&str> {
         self.call.metadata.iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Python has found out who makes the call, whose name in `KnownCallers` is this.
+    /// Python has authenticated the caller, whose identity in `KnownCallers` is this.
     fn identified(&self, identity: &str) {
         self.call.whose.identified(identity, self.service.callers.as_ref());
         // a call of one message is admitted by whoever judges it: its caller is known also where it is refused
@@ -381,34 +381,34 @@ impl CallHandle {
         }
     }
 
-    /// Its caller is known, and may make it.
+    /// Its caller is admitted.
     fn admit(&self) {
         self.send(Command::Admit(self.call.clone()));
     }
 
-    /// It ended because its time was over.
+    /// Whether it ended at its deadline.
     #[getter]
     fn is_late(&self) -> bool {
         self.call.is_late()
     }
 
-    /// The reply of a call that does not stream.
+    /// Send the reply of a unary call.
     fn finish(&self, reply: &[u8]) {
         self.send(Command::Finish(self.call.clone(), Bytes::copy_from_slice(reply)));
     }
 
-    /// A reply of a stream; `number` came with the message that it is for, if that had one.
+    /// Send a reply of a stream. `number` is that of its message, if that had one.
     #[pyo3(signature = (reply, number = None))]
     fn write(&self, reply: &[u8], number: Option<u64>) {
         self.send(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply), number));
     }
 
-    /// The end, when what was answered before is on its way.
-    fn end(&self, said: Said) {
-        self.send(Command::End(self.call.clone(), status(said)));
+    /// End the call after its replies.
+    fn end(&self, status: PyStatus) {
+        self.send(Command::End(self.call.clone(), self::status(status)));
     }
 
-    /// So many messages have been looked at.
+    /// Report that this many messages were read.
     fn read(&self, count: usize) {
         self.send(Command::Read(self.call.clone(), count));
     }
@@ -420,7 +420,7 @@ impl CallHandle {
     }
 }
 
-/// Plain steps that Python has taken.
+/// Fast-path steps that Python has taken.
 #[pyclass(frozen)]
 struct BatchHandle {
     batch: Arc<Batch>,
@@ -429,14 +429,14 @@ struct BatchHandle {
 }
 
 type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
-/// When the calls came that an answer ends, and the messages of streams: columns of seconds.
+/// Arrival times of the calls and of the messages on streams that an answer completes: columns of seconds.
 type Ended<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
 #[pymethods]
 impl BatchHandle {
     #[pyo3(signature = (members, revisions, positions, outputs, replayed, model_version))]
-    /// Members were applied: ascending, None for all; their rows one after the other in `outputs`. The numbers are
-    /// columns: of u32 the members, of u64 the others.
+    /// Answer applied members: ascending, None for all, with their rows in order in `outputs`. The numbers are
+    /// columns: members of u32, the others of u64.
     #[allow(clippy::too_many_arguments)]
     fn applied<'py>(
         &self,
@@ -474,17 +474,23 @@ impl BatchHandle {
         ended
     }
 
-    #[pyo3(signature = (members, said, error))]
-    /// Members failed: the status of those that are calls, and what streams are told.
-    fn failed<'py>(&self, py: Python<'py>, members: Option<&[u8]>, said: Said, error: &[u8]) -> Ended<'py> {
+    #[pyo3(signature = (members, status, error))]
+    /// Answer failed members: the status for calls, and the error for streams.
+    fn failed<'py>(
+        &self,
+        py: Python<'py>,
+        members: Option<&[u8]>,
+        status: PyStatus,
+        error: &[u8],
+    ) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
-        let status = status(said);
+        let status = self::status(status);
         self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });
         ended
     }
 
-    /// Messages that are calls whose clients say that they are not traced.
+    /// Return the calls whose clients ask not to be traced.
     fn untraced(&self) -> Vec<usize> {
         let entries = self.batch.entries.iter().enumerate();
         entries
@@ -493,13 +499,13 @@ impl BatchHandle {
             .collect()
     }
 
-    /// The request of a member, one of Triton's, as it came.
+    /// Return the bytes of a member's Triton request.
     fn request<'py>(&self, py: Python<'py>, member: usize) -> Bound<'py, PyBytes> {
         let request = self.batch.entries[member].request.as_ref();
         PyBytes::new_bound(py, request.map_or(&[], |request| &request.message))
     }
 
-    /// Members whose callers do not wait any more.
+    /// Return the members whose callers no longer wait.
     fn gone(&self) -> Vec<u32> {
         if self.driver.queue.abandoned.load(Ordering::Relaxed) == self.seen {
             return Vec::new();
@@ -514,8 +520,8 @@ impl BatchHandle {
 }
 
 impl BatchHandle {
-    /// Take note that these members are answered. Returns when the messages came, seconds on the monotonic clock, that
-    /// have no other members without an answer: those that are calls, and those of streams; a column each.
+    /// Count these members as answered. Returns the arrival times, in seconds on the monotonic clock, of the messages that
+    /// are now complete: a column for calls, and one for messages on streams.
     fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Ended<'py> {
         let entries = &self.batch.entries;
         let (mut calls, mut messages) = (Vec::new(), Vec::new());

@@ -1,4 +1,4 @@
-//! Lists and columns between Python and the wire.
+//! Converts lists and columns between Python and the front.
 
 use crate::limits::callers::Known;
 use crate::steps::call::Call;
@@ -16,7 +16,7 @@ pub fn ids_of<'py>(py: Python<'py>, batch: &Batch) -> Bound<'py, PyList> {
     PyList::new_bound(py, batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>())
 }
 
-/// Who calls, one per session, or one where there is one message.
+/// The connections, one per session, or a single one for a single message.
 pub fn callers_of<'py>(
     py: Python<'py>,
     batch: &Batch,
@@ -34,8 +34,8 @@ pub fn callers_of<'py>(
     Ok(callers)
 }
 
-/// Python's own of who calls, one per session, or one where there is one message or one who has sent all; None: nobody
-/// was asked.
+/// Python's objects of the callers, one per session, or a single one for all; None: no
+/// authentication.
 pub fn whos_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Option<Bound<'py, PyList>>> {
     let entries = &batch.entries;
     let Some(first) = entries.first().and_then(|entry| entry.whose.as_ref()) else { return Ok(None) };
@@ -71,12 +71,12 @@ pub fn numbers_of<T, const N: usize>(column: &[u8], number: impl Fn([u8; N]) -> 
     column.chunks_exact(N).filter_map(|bytes| bytes.try_into().ok()).map(number).collect()
 }
 
-/// Tells a call from all others that Python knows of.
+/// Identifies a call for Python.
 pub fn key(call: &Arc<Call>) -> usize {
     Arc::as_ptr(call) as usize
 }
 
-/// Whether it is of a call that was over before Python heard of it.
+/// Whether it belongs to a call that ended before Python knew of it.
 pub fn is_pointless(arrival: &Arrival, skipped: &mut HashSet<usize>) -> bool {
     match arrival {
         Arrival::Batch(_) | Arrival::Refused(_) => false,

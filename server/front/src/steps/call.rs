@@ -1,12 +1,12 @@
-//! One call as both sides know it: the task that serves it on the wire, and whoever answers it.
+//! A call, shared by the task that serves it and the side that answers it.
 
-use crate::limits::callers::Whose;
+use crate::limits::callers::CallerState;
 use crate::limits::load::GENERAL;
 use crate::limits::peer::Peer;
 use crate::messages::grpc::{self, Status};
 use crate::messages::protobuf::{Fields, Value};
 use crate::method::Method;
-use crate::steps::ordered::{Ordered, Reply};
+use crate::steps::reply_order::{Reply, ReplyOrder};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,7 +23,7 @@ pub struct Call {
     /// Seconds on the monotonic clock; infinity if it has none.
     pub deadline: f64,
     pub metadata: Vec<(String, Vec<u8>)>,
-    pub whose: Whose,
+    pub whose: CallerState,
     /// When it began, seconds on the monotonic clock.
     pub started: f64,
     is_over: AtomicBool,
@@ -36,20 +36,20 @@ pub struct Call {
 /// What the task that serves the call looks at when it is woken.
 #[derive(Debug, Default)]
 pub struct State {
-    /// Framed replies, and how many bytes of plain frames are done with when they are written; None: Python's own.
+    /// Framed replies, and how many bytes of fast-path frames are done with when they are written; None: Python's own.
     pub replies: VecDeque<Reply>,
     /// Those of a stream whose replies leave in the order of its messages.
-    pub ordered: Ordered,
+    pub ordered: ReplyOrder,
     /// Bytes of replies that wait.
     pub reply_bytes: usize,
     pub end: Option<Status>,
     /// Nothing is sent any more: its task has ended.
     is_closed: bool,
-    /// Ids of plain frames that are not answered.
+    /// Ids of fast-path frames that are not answered.
     pub frames: HashSet<u64>,
     /// Ids of frames that Python was handed and has not answered.
     pub general_frames: HashSet<u64>,
-    /// Bytes of plain frames that are not answered.
+    /// Bytes of fast-path frames that are not answered.
     pub held: usize,
     /// Sizes of messages that were handed to Python, which has not looked at them.
     pub unread: VecDeque<usize>,
@@ -72,7 +72,7 @@ impl Call {
         started: f64,
         deadline: f64,
         metadata: Vec<(String, Vec<u8>)>,
-        whose: Whose,
+        whose: CallerState,
         unwritten: Arc<AtomicUsize>,
     ) -> Self {
         Call {
@@ -119,7 +119,7 @@ impl Call {
         self.is_over.store(true, Ordering::Relaxed);
     }
 
-    /// Send a framed reply; `frame_id` is that of the plain frame that it is the last part of.
+    /// Send a framed reply; `frame_id` is that of the fast-path frame that it is the last part of.
     pub fn reply(&self, framed: Bytes, frame_id: Option<u64>, held: Option<usize>) {
         let waker = {
             let mut state = self.state();
@@ -127,7 +127,7 @@ impl Call {
                 state.frames.remove(&id);
             }
             if state.is_closed {
-                return; // nobody is there to have it, and nobody shall wait until it is written
+                return; // its client has left, and nobody shall wait until it is written
             }
             state.reply_bytes += framed.len();
             self.unwritten.fetch_add(1, Ordering::Relaxed);
@@ -248,8 +248,9 @@ impl Call {
     #[cfg(test)]
     pub fn of_connection(number: u64) -> Self {
         let peer = Arc::new(Peer::numbered(number));
-        let method = Method { index: 0, streams: false, plain: crate::method::Plain::No, is_open: false };
-        Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Whose::Anybody, Arc::default())
+        let method =
+            Method { index: 0, streams: false, fast_path: crate::method::FastPath::No, is_open: false };
+        Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), CallerState::Anybody, Arc::default())
     }
 }
 

@@ -1,4 +1,4 @@
-//! What has come for Python, in its order: batches of plain steps as columns, and everything else as events.
+//! Arrivals for Python in order: batches of fast-path steps as columns, and everything else as events.
 
 use crate::clock;
 use crate::limits::callers::Known;
@@ -7,7 +7,7 @@ use crate::limits::refusals::Refusal;
 use crate::messages::shape::Breach;
 use crate::steps::call::Call;
 use crate::steps::ids::Ids;
-use crate::steps::plain::{Request, Step};
+use crate::steps::parse::{Request, Step};
 use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -118,7 +118,7 @@ impl Drop for Entry {
     }
 }
 
-/// Plain steps of one signature, as columns.
+/// Fast-path steps of one signature, as columns.
 #[derive(Debug)]
 pub struct Batch {
     pub signature: Signature,
@@ -244,7 +244,7 @@ impl Arrivals {
         self.all.is_empty()
     }
 
-    /// The first of what has come, up to so many steps, as `GENERAL` counts them; and the bytes of plain messages.
+    /// The first of what has come, up to so many steps, as `GENERAL` counts them; and the bytes of fast-path messages.
     pub fn take(&mut self, most: usize) -> (Vec<Arrival>, usize) {
         self.open.clear();
         let (mut taken, mut steps, mut bytes) = (Vec::new(), 0, 0);
@@ -267,14 +267,14 @@ impl Arrivals {
         (taken, bytes)
     }
 
-    /// Add what is no plain step. What comes later stays behind it.
+    /// Add what is no fast-path step. What comes later stays behind it.
     pub fn push(&mut self, arrival: Arrival) {
         self.open.clear();
         self.calls += usize::from(matches!(arrival, Arrival::Call(..)));
         self.all.push_back(arrival);
     }
 
-    /// Add a plain step to the batch of its signature, unless it would overtake an earlier one of its sessions there.
+    /// Add a fast-path step to the batch of its signature, unless it would overtake an earlier one of its sessions there.
     pub fn push_step(
         &mut self,
         call: Arc<Call>,
@@ -333,7 +333,7 @@ impl Arrivals {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::steps::plain::Tensor;
+    use crate::steps::parse::Tensor;
     use proptest::prelude::*;
 
     fn push(arrivals: &mut Arrivals, id: &str, select: u8, number: u64) {

@@ -1,4 +1,4 @@
-//! The answers to a batch, made into messages: `StepResponse` or parts of `StepStreamResponse`.
+//! Writes the answers to a batch as messages: `StepResponse`, or parts of `StepStreamResponse`.
 
 use crate::messages::grpc::{put_prefix, Status};
 use crate::messages::protobuf::{
@@ -34,7 +34,7 @@ pub enum Answer {
     Failed {
         members: Option<Vec<u32>>,
         status: Status,
-        /// What a stream is told: a serialized stepwell.v1.Error, or Triton's message.
+        /// The error for streams: a serialized stepwell.v1.Error, or Triton's message.
         error: Bytes,
     },
 }
@@ -300,7 +300,7 @@ mod tests {
     use crate::messages::protobuf::{Fields, Value};
     use crate::steps::call::Call;
     use crate::steps::columns::{Arrival, Arrivals};
-    use crate::steps::plain::{Step, Tensor};
+    use crate::steps::parse::{Step, Tensor};
     use std::sync::Arc;
 
     /// A batch of two frames of 3 and 2 sessions and a call, whose session has two rows.

@@ -1,4 +1,4 @@
-//! The answers to a batch of Triton's requests: `ModelInferResponse`, in `ModelStreamInferResponse` on a stream.
+//! Writes the answers to a batch of Triton's requests: `ModelInferResponse`, in `ModelStreamInferResponse` on a stream.
 
 use crate::messages::grpc::put_prefix;
 use crate::messages::protobuf::{put_bytes, put_header, put_packed, put_varint, varint_size};

@@ -1,11 +1,11 @@
-//! Which of Triton's requests are plain, and what stands in them: steps of sequences that have begun.
+//! Parses Triton's fast-path requests: steps of sequences that have started.
 //!
-//! A `ModelInferRequest` is plain if it names a sequence, neither begins nor ends it, and has its inputs as raw
-//! contents of numbers. Anything else goes to Python with its bytes.
+//! A `ModelInferRequest` is on the fast path if it names a sequence, neither starts nor ends it, and has its inputs as raw
+//! contents of numbers. Anything else goes to Python as bytes.
 
 use crate::limits::callers::SEPARATOR;
-use crate::messages::protobuf::{Fields, NotPlain, Value};
-use crate::steps::plain::{push as add, text, Request, Step, Tensor};
+use crate::messages::protobuf::{Fields, SlowPath, Value};
+use crate::steps::parse::{push as add, text, Request, Step, Tensor};
 use bytes::Bytes;
 use std::fmt::Write;
 
@@ -28,7 +28,7 @@ pub fn datatype(dtype: u8) -> &'static str {
 }
 
 /// A plain `ModelInferRequest`. `session_id` has room for the id of its sequence's session.
-pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'a>, NotPlain> {
+pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'a>, SlowPath> {
     let (mut model, mut version, mut id) = ("", "", "");
     let mut parameters = Parameters::default();
     let mut step = Step::default();
@@ -43,25 +43,25 @@ pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'
             (5, Value::Bytes(input)) => step.add_tensor(input_of(input)?)?,
             (6, Value::Bytes(output)) => add(&mut step.output_names, output_of(output)?)?,
             (7, Value::Bytes(raw)) => add(&mut contents, raw)?,
-            _ => return Err(NotPlain),
+            _ => return Err(SlowPath),
         }
     }
     if contents.len() != step.tensors.len() || id.len() > MAX_REQUEST_ID_BYTES {
-        return Err(NotPlain);
+        return Err(SlowPath);
     }
     for (tensor, data) in step.tensors.iter_mut().zip(contents) {
         tensor.data = data;
         tensor.require_size()?;
     }
-    write_session_id(session_id, model, parameters.sequence.ok_or(NotPlain)?)?;
+    write_session_id(session_id, model, parameters.sequence.ok_or(SlowPath)?)?;
     step.session_ids.push(session_id);
     step.model = Some((model, version));
     step.expected.extend(parameters.revision);
     step.request_ids.extend(parameters.request_id);
     if parameters.request_id.is_some() && parameters.revision.is_none() {
-        return Err(NotPlain);
+        return Err(SlowPath);
     }
-    step.sizes.push(u32::try_from(step.rows()?).map_err(|_| NotPlain)?);
+    step.sizes.push(u32::try_from(step.rows()?).map_err(|_| SlowPath)?);
     step.timeout_us = parameters.timeout_us;
     step.request = Some(Request { id: message.slice_ref(id.as_bytes()), message: message.clone() });
     step.checked()
@@ -76,20 +76,20 @@ enum Sequence<'a> {
 
 /// The id of a sequence's session, as `session_id_of` in rpc/triton/sequences.py has it; where that one takes a text's
 /// digest, the request is not plain.
-fn write_session_id(into: &mut String, model: &str, sequence: Sequence<'_>) -> Result<(), NotPlain> {
+fn write_session_id(into: &mut String, model: &str, sequence: Sequence<'_>) -> Result<(), SlowPath> {
     into.clear();
     match sequence {
         Sequence::Number(number) => write!(into, "triton/{model}/{number}"),
         Sequence::Text(name) => write!(into, "triton/{model}/\"{name}\""),
     }
-    .map_err(|_| NotPlain)?;
+    .map_err(|_| SlowPath)?;
     if into.len() > MAX_ID || into.contains(SEPARATOR) {
-        return Err(NotPlain);
+        return Err(SlowPath);
     }
     Ok(())
 }
 
-/// Names of the parameters that a plain request may have.
+/// Names of the parameters that a fast-path request may have.
 const NAMES: [&str; 8] = [
     "sequence_id",
     "sequence_start",
@@ -119,19 +119,19 @@ struct Parameters<'a> {
 
 impl<'a> Parameters<'a> {
     /// Read an entry of the map.
-    fn add(&mut self, entry: &'a [u8]) -> Result<(), NotPlain> {
+    fn add(&mut self, entry: &'a [u8]) -> Result<(), SlowPath> {
         let mut fields = Fields::new(entry);
         let (Some((1, Value::Bytes(name))), Some((2, Value::Bytes(parameter))), None) =
             (fields.next()?, fields.next()?, fields.next()?)
         else {
-            return Err(NotPlain);
+            return Err(SlowPath);
         };
-        let place = NAMES.iter().position(|known| known.as_bytes() == name).ok_or(NotPlain)?;
+        let place = NAMES.iter().position(|known| known.as_bytes() == name).ok_or(SlowPath)?;
         if std::mem::replace(&mut self.seen[place], true) {
-            return Err(NotPlain);
+            return Err(SlowPath);
         }
         let mut fields = Fields::new(parameter);
-        let (Some((kind, value)), None) = (fields.next()?, fields.next()?) else { return Err(NotPlain) };
+        let (Some((kind, value)), None) = (fields.next()?, fields.next()?) else { return Err(SlowPath) };
         match (NAMES[place], kind, value) {
             // a signed number stands for the unsigned one of the same bits
             ("sequence_id", INT64 | UINT64, Value::Varint(number)) if number != 0 => {
@@ -150,14 +150,14 @@ impl<'a> Parameters<'a> {
             ("priority" | "stepwell_revision" | "stepwell_request_id", INT64, Value::Varint(number))
                 if number > MAX_INT64 =>
             {
-                return Err(NotPlain);
+                return Err(SlowPath);
             }
             ("priority", INT64 | UINT64, Value::Varint(_)) => {}
             ("stepwell_revision", INT64 | UINT64, Value::Varint(number)) => self.revision = Some(number),
             ("stepwell_request_id", INT64 | UINT64, Value::Varint(number)) if number != 0 => {
                 self.request_id = Some(number);
             }
-            _ => return Err(NotPlain),
+            _ => return Err(SlowPath),
         }
         Ok(())
     }
@@ -169,7 +169,7 @@ fn is_plain_name(name: &[u8]) -> bool {
 }
 
 /// An `InferInputTensor`, without its data.
-fn input_of(message: &[u8]) -> Result<Tensor<'_>, NotPlain> {
+fn input_of(message: &[u8]) -> Result<Tensor<'_>, SlowPath> {
     let mut tensor = Tensor { name: "", dtype: 0, shape: Vec::new(), data: &[] };
     let mut fields = Fields::new(message);
     while let Some((number, value)) = fields.next()? {
@@ -177,23 +177,23 @@ fn input_of(message: &[u8]) -> Result<Tensor<'_>, NotPlain> {
             (1, Value::Bytes(name)) => tensor.name = text(name)?,
             (2, Value::Bytes(name)) => tensor.dtype = dtype_of(name)?,
             (3, Value::Bytes(packed)) => tensor.add_axes(packed)?,
-            _ => return Err(NotPlain),
+            _ => return Err(SlowPath),
         }
     }
     Ok(tensor)
 }
 
 /// The name of an `InferRequestedOutputTensor` without parameters.
-fn output_of(message: &[u8]) -> Result<&str, NotPlain> {
+fn output_of(message: &[u8]) -> Result<&str, SlowPath> {
     let mut fields = Fields::new(message);
     match (fields.next()?, fields.next()?) {
         (Some((1, Value::Bytes(name))), None) => text(name),
-        _ => Err(NotPlain),
+        _ => Err(SlowPath),
     }
 }
 
-fn dtype_of(name: &[u8]) -> Result<u8, NotPlain> {
-    let place = DATATYPES.iter().position(|known| known.as_bytes() == name).ok_or(NotPlain)?;
+fn dtype_of(name: &[u8]) -> Result<u8, SlowPath> {
+    let place = DATATYPES.iter().position(|known| known.as_bytes() == name).ok_or(SlowPath)?;
     Ok(place as u8 + 1)
 }
 

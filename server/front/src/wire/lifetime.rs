@@ -1,4 +1,4 @@
-//! How long a connection lives: clients are asked to make a new one, and those that do not are cut off.
+//! The lifetime of a connection: clients are asked to reconnect, and cut off if they do not.
 
 use std::collections::hash_map::RandomState;
 use std::future::pending;
@@ -7,10 +7,10 @@ use std::pin::Pin;
 use std::time::Duration;
 use tokio::time::{sleep, Sleep};
 
-/// What has become of a connection.
+/// The stages of a connection's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Age {
-    /// It takes no more calls; those that run go on.
+    /// It accepts no more calls; running ones continue.
     Old,
     /// It ends now.
     TooOld,

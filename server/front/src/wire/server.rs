@@ -1,15 +1,15 @@
-//! Connections: accepted, kept alive, ended; a task for each, and one for each of its calls.
+//! Accepts, keeps alive and ends connections, with a task for each connection and for each of its calls.
 
 use crate::calls::serve;
 use crate::calls::service::Service;
 use crate::limits::bounds::Slot;
+use crate::limits::connections::Connections;
 use crate::limits::load::Load;
 use crate::limits::peer::Peer;
+use crate::limits::read_quota::{Gate, QuotaSocket, ReadQuota, Received};
 use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
-use crate::limits::tenancy::Connections;
-use crate::limits::turn::{Gate, InTurns, Received, Turn};
-use crate::wire::doors::{Doors, Entry};
+use crate::wire::acceptor::{Acceptor, Entry};
 use crate::wire::lifetime::{Age, Lifetime};
 use crate::wire::tls;
 use bytes::Bytes;
@@ -53,9 +53,9 @@ impl Server {
         }
     }
 
-    fn doors(&self) -> Doors {
+    fn doors(&self) -> Acceptor {
         let service = &self.service;
-        Doors::new(
+        Acceptor::new(
             service.bounds.clone(),
             service.queue.clone(),
             self.open.clone(),
@@ -86,17 +86,17 @@ impl Listener {
     }
 }
 
-/// How far the server is in its end.
+/// The stages of the server's shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     Serving,
-    /// No new connections or calls; those that run go on.
+    /// No new connections or calls; running ones continue.
     Draining,
-    /// What still runs is cut off.
+    /// Running calls are cut off.
     Closed,
 }
 
-/// Serve listeners until the stage says that it is over.
+/// Serve listeners until the last stage.
 pub async fn run(listeners: Vec<Listener>, server: Arc<Server>, stage: watch::Receiver<Stage>) {
     let (done, mut all_done) = tokio::sync::mpsc::channel::<()>(1);
     for listener in listeners {
@@ -187,7 +187,7 @@ fn begin<S>(
     let bounds = &server.service.bounds;
     let number = server.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(bounds.limits.connection_steps);
-    let turn = Arc::new(Turn::new(server.received.clone()));
+    let turn = Arc::new(ReadQuota::new(server.received.clone()));
     let peer = Arc::new(Peer::new(name(number), number, load, turn.clone()));
     server.open.add(&peer);
     let own = peer.clone();
@@ -198,7 +198,7 @@ fn begin<S>(
         let mut serving = std::pin::pin!(async {
             let tls = server.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let Some(config) = tls else {
-                let socket = InTurns::new(socket, turn.clone());
+                let socket = QuotaSocket::new(socket, turn.clone());
                 return connection(socket, &turn, peer, &server.service, stage).await;
             };
             let secured = tokio::select! {
@@ -208,7 +208,7 @@ fn begin<S>(
             };
             let Some((socket, names)) = secured else { return bounds.counts.refuse(Refusal::Handshake) };
             peer.show(names);
-            let socket = InTurns::new(socket, turn.clone());
+            let socket = QuotaSocket::new(socket, turn.clone());
             connection(socket, &turn, peer, &server.service, stage).await;
         });
         loop {
@@ -270,7 +270,7 @@ const MAX_MISTAKES: usize = 1000;
 const REMEMBERED_RESETS: usize = 1000;
 const REMEMBER_RESETS: Duration = Duration::from_secs(5);
 
-/// How HTTP/2 is spoken. All that h2 bounds is said here, and nothing is left to its defaults.
+/// The settings of HTTP/2. All of h2's bounds are set here, and none is left to its default.
 fn http2(limits: &Limits) -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
@@ -289,7 +289,7 @@ fn http2(limits: &Limits) -> h2::server::Builder {
 
 async fn connection<S>(
     socket: S,
-    turn: &Turn,
+    turn: &ReadQuota,
     peer: Arc<Peer>,
     service: &Arc<Service>,
     mut stage: watch::Receiver<Stage>,
@@ -374,17 +374,17 @@ fn window_for(left: usize) -> u32 {
     (left / WINDOWS_PART).min(WINDOW_BYTES as usize) as u32
 }
 
-/// End a connection, and say why.
+/// End a connection with a reason.
 async fn cut_off<S>(connection: &mut h2::server::Connection<S, Bytes>, reason: h2::Reason)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     connection.abrupt_shutdown(reason);
-    // one look more, so that it is said
+    // poll once more, to send it
     let _ = tokio::time::timeout(Duration::from_millis(10), connection.accept()).await;
 }
 
-/// Return when a silent client does not answer any more.
+/// Return when a silent client no longer answers.
 async fn keep_alive(pings: &mut h2::PingPong, limits: &Limits) {
     loop {
         tokio::time::sleep(limits.keepalive).await;

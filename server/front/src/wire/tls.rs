@@ -1,4 +1,4 @@
-//! TLS: who the server is, who may call it, and the names in the certificates of those who do.
+//! TLS: the server's certificate, the CAs of its clients, and the names in client certificates.
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -12,11 +12,11 @@ use tokio_rustls::server::TlsStream;
 use tokio_rustls::TlsAcceptor;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// A peer has so long for its handshake.
+/// Time limit of a peer's handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const HTTP2: &[u8] = b"h2";
 
-/// What of the configuration cannot be used, and why.
+/// The part of the configuration that cannot be used, and the reason.
 #[derive(Debug)]
 pub enum Unusable {
     Certificate(String),

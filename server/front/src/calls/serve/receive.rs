@@ -1,4 +1,4 @@
-//! How the messages of a call come: when its caller is known, within a time limit, and inflated in slices.
+//! Receives the messages of a call: once its caller is known, within a time limit, and inflated in slices.
 
 use super::{too_late, unreadable, Early, Message, Served};
 use crate::limits::load::{Place, GENERAL};
@@ -15,17 +15,17 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{sleep_until, Instant, Sleep};
 
-/// How long a message takes to come. It costs nothing where it does not have to be waited for.
+/// Measures how long a message takes to arrive. It costs nothing without waiting.
 #[derive(Default)]
 pub struct Coming {
-    /// When it was waited for first, and when some of it came last.
+    /// Time at which the waiting started, and of the latest data.
     since: Option<(Instant, Instant)>,
     bytes: usize,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Coming {
-    /// Some of it has come.
+    /// Some data has arrived.
     pub fn came(&mut self, bytes: usize) {
         if let Some((_, latest)) = &mut self.since {
             *latest = Instant::now();
@@ -33,13 +33,13 @@ impl Coming {
         }
     }
 
-    /// It has come whole, or it is not waited for: what comes next has its own time.
+    /// The message is complete, or nobody waits for it. The next one has its own time.
     pub fn restart(&mut self) {
         self.since = None;
         self.bytes = 0;
     }
 
-    /// Wait for it. Ready when it takes too long: nothing of it has come for a time, or too little since it began.
+    /// Ready when the message takes too long: no data for a time, or too little since its start.
     fn poll_late(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<()> {
         let (began, latest) = *self.since.get_or_insert_with(|| (Instant::now(), Instant::now()));
         let in_all = limits.receive + limits.receive_time(self.bytes);
@@ -60,7 +60,7 @@ impl Limits {
 }
 
 impl Served {
-    /// Return when it is known who makes the unary call, and that this caller may: no message is taken in before.
+    /// Return when the caller of a unary call is admitted. No message is read before.
     pub(super) async fn admit(&mut self, respond: &mut SendResponse<Bytes>) -> Result<(), Early> {
         if self.is_admitted {
             return Ok(());
@@ -75,7 +75,7 @@ impl Served {
         self.admitted()
     }
 
-    /// Return when Python may be asked who makes the call: of each connection, and of all, few calls ask at a time.
+    /// Return when Python may be asked to authenticate the call. Few calls ask at a time, per connection and in total.
     pub(super) async fn await_judge(
         &mut self,
         mut is_gone: impl FnMut(&mut Context<'_>) -> bool,
@@ -116,7 +116,7 @@ impl Served {
         self.poll_timer(cx).map(|()| Err(Early::Late))
     }
 
-    /// Ready when the connection may have one more step under way.
+    /// Ready when the connection may run one more step.
     pub(super) fn poll_turn(
         &mut self,
         cx: &mut Context<'_>,
@@ -154,7 +154,7 @@ impl Served {
         Err(self.overloaded(Refusal::Calls))
     }
 
-    /// The one message of the call, as it came; in its place its size, if that is larger than any may be.
+    /// Returns the only message of the call; or its size, if it is larger than any may be.
     pub(super) async fn only_message(&mut self) -> Result<Result<Whole, usize>, Early> {
         let one = || Early::Status(Status::new(grpc::INTERNAL, "a unary call must have one request"));
         let mut found: Option<Whole> = None;
@@ -176,7 +176,7 @@ impl Served {
         }
     }
 
-    /// The next data of a call that has not been answered; None at its end.
+    /// Returns the next data of a call that is not answered; None at its end.
     fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Early>> {
         match self.body.poll_data(cx) {
             Poll::Ready(Some(Ok(data))) => {
@@ -189,10 +189,10 @@ impl Served {
         }
     }
 
-    /// Some of a message has come, and makes room for more.
+    /// Data of a message has arrived, and makes room for more.
     pub(super) fn came(&mut self, data: &Bytes) {
         let _ = self.body.flow_control().release_capacity(data.len());
-        self.call.peer.turn.read(data.len());
+        self.call.peer.quota.read(data.len());
         self.coming.came(data.len());
     }
 
@@ -205,7 +205,7 @@ impl Served {
         self.poll_timer(cx).map(|()| Early::Late)
     }
 
-    /// A message as it was before it was compressed. `is_gone`: nobody waits for it any more.
+    /// Returns an inflated message. `is_gone`: nobody waits for it any more.
     pub(super) async fn inflated(
         &mut self,
         message: Whole,
@@ -219,7 +219,7 @@ impl Served {
             Err(problem) => return self.refuse_inflation(problem),
         };
         let (service, peer) = (self.service.clone(), self.call.peer.clone());
-        // what is small is done at once, while there is time for it
+        // a small one is inflated at once, while there is time
         let mut found = Ok(None);
         if service.pace.has_time() {
             found = service.pace.spending(|| inflation.piece());

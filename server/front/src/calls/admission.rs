@@ -1,9 +1,9 @@
-//! Whether a call that begins is served: its headers say enough, and not too much, and there is room for it.
+//! Admits a new call: its headers must be complete and not too large, and there must be room for it.
 
 use crate::calls::service::Service;
 use crate::clock;
 use crate::limits::bounds::{CallPlace, Held};
-use crate::limits::callers::Whose;
+use crate::limits::callers::CallerState;
 use crate::limits::peer::Peer;
 use crate::limits::places::Pool;
 use crate::limits::refusals::Refusal;
@@ -14,12 +14,12 @@ use h2::server::SendResponse;
 use h2::RecvStream;
 use std::sync::Arc;
 
-/// What a call takes in memory, whatever its client sends: about.
+/// Approximate memory of a call, whatever its client sends.
 const CALL_BYTES: usize = 4 << 10;
-/// The same of one that Python has from its begin on.
+/// The same for a call that Python serves from its start.
 const STREAM_BYTES: usize = 14 << 10;
 
-/// What the headers of a call say, and its place among all calls.
+/// The headers of a call, and its place among all calls.
 pub struct Begun {
     pub method: Method,
     pub encoding: Encoding,
@@ -27,15 +27,15 @@ pub struct Begun {
     pub started: f64,
     /// The same; infinity if it has none.
     pub deadline: f64,
-    pub whose: Whose,
-    /// Nobody need be asked whether its caller may make it.
+    pub whose: CallerState,
+    /// Whether Python need not authenticate its caller.
     pub is_admitted: bool,
     /// Bytes of its headers, and of what is made of it.
     pub held: Held,
     pub place: CallPlace,
 }
 
-/// A call that is served; None: it has had its answer.
+/// Returns the call to serve; None: it was refused.
 pub fn admitted(
     request: &http::Request<RecvStream>,
     respond: &mut SendResponse<Bytes>,
@@ -64,7 +64,7 @@ pub fn admitted(
         refuse(respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return None;
     };
-    let whose = Whose::of_call(headers, peer.certificate(), service.callers.as_ref());
+    let whose = CallerState::of_call(headers, peer.certificate(), service.callers.as_ref());
     let is_known = whose.is_known(service.callers.as_ref());
     let pool = Pool::of(method, is_known);
     let caller = whose.share().filter(|_| is_known && pool == Pool::Known);

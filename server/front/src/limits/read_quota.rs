@@ -1,7 +1,7 @@
-//! A connection's turn: how much of it is read before the others are looked at, and which frames it may flood us with.
+//! A connection's read quota: how much is read from it before the others, and how many control frames it may send.
 //!
-//! h2 reads a connection for as long as there is something to read. Who sends fast and small would keep the wire's
-//! thread from everybody else, and frames that carry no call (pings, settings) are not limited at all.
+//! h2 reads a connection while there is something to read. A client with many small frames would occupy the front's
+//! thread alone, and frames that carry no call (pings, settings) would not be limited at all.
 
 use fields::Fields;
 use std::future::Future;
@@ -18,8 +18,8 @@ mod gate;
 
 pub use gate::Gate;
 
-/// Bytes read of a connection in one turn, at most and at least. Between them each connection has as many as it can be
-/// served with in the time of a turn: headers cost a hundred times as much as data.
+/// Bytes read of a connection in one quota, at most and at least. Between them each connection has as many as it can be
+/// served with in the time of a quota: headers cost a hundred times as much as data.
 const MAX_TURN_BYTES: usize = 64 << 10;
 const MIN_TURN_BYTES: usize = 1 << 10;
 const TURN_TIME: Duration = Duration::from_micros(100);
@@ -50,8 +50,8 @@ const HEAD_BYTES: usize = 9;
 
 /// Shared by the socket and the task that serves the connection.
 #[derive(Debug)]
-pub struct Turn {
-    /// Bytes of a turn, and those left of this one.
+pub struct ReadQuota {
+    /// Bytes of a quota, and those left of this one.
     size: AtomicUsize,
     left: AtomicUsize,
     is_flooded: AtomicBool,
@@ -76,9 +76,9 @@ impl Received {
     }
 }
 
-impl Default for Turn {
+impl Default for ReadQuota {
     fn default() -> Self {
-        Turn {
+        ReadQuota {
             size: AtomicUsize::new(MAX_TURN_BYTES),
             left: AtomicUsize::new(0),
             is_flooded: AtomicBool::new(false),
@@ -89,19 +89,19 @@ impl Default for Turn {
     }
 }
 
-impl Drop for Turn {
+impl Drop for ReadQuota {
     fn drop(&mut self) {
         self.all.small.fetch_sub(*self.small.get_mut(), Ordering::Relaxed);
         self.set_kept(0);
     }
 }
 
-impl Turn {
+impl ReadQuota {
     /// `all` is shared by all connections.
     pub fn new(all: Arc<Received>) -> Self {
-        let mut turn = Turn::default();
-        turn.all = all;
-        turn
+        let mut quota = ReadQuota::default();
+        quota.all = all;
+        quota
     }
 
     /// Bytes that h2 keeps of the connection, though no window counts them.
@@ -151,7 +151,7 @@ impl Turn {
         self.left.store(self.size.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// The poll has ended after this time: the next turn is as large as this one's pace allows.
+    /// The poll has ended after this time: the next quota is as large as this one's pace allows.
     pub fn end(&self, took: Duration) {
         let size = self.size.load(Ordering::Relaxed);
         let next = if took > TURN_TIME {
@@ -174,27 +174,27 @@ impl Turn {
     }
 }
 
-/// A socket that is read in turns.
-pub struct InTurns<S> {
+/// A socket that is read within a quota.
+pub struct QuotaSocket<S> {
     socket: S,
-    turn: Arc<Turn>,
+    quota: Arc<ReadQuota>,
     control: Control,
 }
 
-impl<S> InTurns<S> {
-    pub fn new(socket: S, turn: Arc<Turn>) -> Self {
-        InTurns { socket, turn, control: Control::new(Instant::now()) }
+impl<S> QuotaSocket<S> {
+    pub fn new(socket: S, quota: Arc<ReadQuota>) -> Self {
+        QuotaSocket { socket, quota, control: Control::new(Instant::now()) }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for QuotaSocket<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let left = self.turn.left.load(Ordering::Relaxed);
-        if left == 0 || self.turn.poll_flooded().is_ready() {
+        let left = self.quota.left.load(Ordering::Relaxed);
+        if left == 0 || self.quota.poll_flooded().is_ready() {
             // behind all that is ready, and behind a look at the sockets: a task that only wakes itself keeps tokio from
             // looking at them for 61 tasks
             let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
@@ -211,15 +211,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
         }
         let read = buf.filled().len() - before;
         let mut may_send = self.control.may_send(&buf.filled()[before..], Instant::now);
-        self.turn.left.store(left - read, Ordering::Relaxed);
-        self.turn.set_kept(self.control.kept());
+        self.quota.left.store(left - read, Ordering::Relaxed);
+        self.quota.set_kept(self.control.kept());
         let small = std::mem::take(&mut self.control.small);
-        if small > 0 && !self.turn.add_small(small) {
+        if small > 0 && !self.quota.add_small(small) {
             let forgotten = self.control.forget(Instant::now());
-            may_send &= self.turn.add_small(-forgotten);
+            may_send &= self.quota.add_small(-forgotten);
         }
         if !may_send {
-            self.turn.give_up();
+            self.quota.give_up();
             buf.set_filled(before); // h2 does not see it
             cx.waker().wake_by_ref();
             return Poll::Pending;
@@ -228,7 +228,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for InTurns<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for InTurns<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for QuotaSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.socket).poll_write(cx, buf)
     }
@@ -298,7 +298,7 @@ impl Control {
         (passed.as_millis() / FORGET_EVERY.as_millis()) as i64
     }
 
-    /// Whether a peer may go on that has sent this.
+    /// Whether a peer that has sent this may continue.
     fn may_send(&mut self, mut bytes: &[u8], now: impl Fn() -> Instant) -> bool {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
@@ -322,7 +322,7 @@ impl Control {
         true
     }
 
-    /// Whether so many fields may come in one call's headers.
+    /// Whether one call's headers may have this many fields.
     fn may_send_fields(&mut self, bytes: &[u8]) -> bool {
         self.fields.push(bytes);
         self.header_bytes += bytes.len();
@@ -380,7 +380,7 @@ impl Control {
     }
 }
 
-/// So much at a time, and more of it as time passes.
+/// A token bucket: a burst, which refills as time passes.
 struct Bucket {
     left: usize,
     max: usize,
@@ -393,12 +393,12 @@ impl Bucket {
         Bucket { left: max, max, interval, refilled: now }
     }
 
-    /// One more may be taken.
+    /// Return a token.
     fn give(&mut self) {
         self.left = self.max.min(self.left + 1);
     }
 
-    /// Take one; whether there was one.
+    /// Take a token. Returns whether there was one.
     fn take(&mut self, now: &impl Fn() -> Instant) -> bool {
         if self.left == 0 {
             let passed = now().saturating_duration_since(self.refilled);
@@ -481,25 +481,25 @@ mod tests {
         assert!(control.may_send(&frame(0, 1, 1), || start), "the last one of a call");
         assert_eq!(control.small, 2);
         assert_eq!(control.forget(start + 3 * FORGET_EVERY), 3);
-        let turn = Turn::default();
-        assert!(turn.add_small(MAX_SMALL) && !turn.add_small(1));
-        turn.read(SMALL_BYTES);
-        assert!(!turn.add_small(0), "that was a large one");
-        turn.read(1);
-        assert!(turn.add_small(0));
-        turn.add_small(-2 * MAX_SMALL);
-        assert!(turn.add_small(MAX_SMALL));
+        let quota = ReadQuota::default();
+        assert!(quota.add_small(MAX_SMALL) && !quota.add_small(1));
+        quota.read(SMALL_BYTES);
+        assert!(!quota.add_small(0), "that was a large one");
+        quota.read(1);
+        assert!(quota.add_small(0));
+        quota.add_small(-2 * MAX_SMALL);
+        assert!(quota.add_small(MAX_SMALL));
     }
 
     #[test]
     fn a_turn_is_as_large_as_its_time_allows() {
-        let turn = Turn::default();
+        let quota = ReadQuota::default();
         let size_after = |took: Duration, left: usize| {
-            turn.begin();
-            turn.left.store(left, Ordering::Relaxed);
-            turn.end(took);
-            turn.begin();
-            turn.left.load(Ordering::Relaxed)
+            quota.begin();
+            quota.left.store(left, Ordering::Relaxed);
+            quota.end(took);
+            quota.begin();
+            quota.left.load(Ordering::Relaxed)
         };
         assert_eq!(size_after(TURN_TIME, 0), MAX_TURN_BYTES);
         assert_eq!(size_after(2 * TURN_TIME, 0), MAX_TURN_BYTES / 2);
@@ -515,13 +515,13 @@ mod tests {
     async fn no_more_is_read_than_a_turn_has() {
         use tokio::io::AsyncReadExt;
         let sent = [hello(), frame(0, 0, MAX_TURN_BYTES)].concat();
-        let turn = Arc::new(Turn::default());
-        let mut socket = InTurns::new(&sent[..], turn.clone());
+        let quota = Arc::new(ReadQuota::default());
+        let mut socket = QuotaSocket::new(&sent[..], quota.clone());
         let mut buffer = vec![0; 2 * MAX_TURN_BYTES];
-        turn.begin();
+        quota.begin();
         assert_eq!(socket.read(&mut buffer).await.unwrap(), MAX_TURN_BYTES);
-        assert_eq!(turn.left.load(Ordering::Relaxed), 0);
-        turn.begin();
+        assert_eq!(quota.left.load(Ordering::Relaxed), 0);
+        quota.begin();
         let rest = socket.read(&mut buffer).await.unwrap();
         assert_eq!(rest, sent.len() - MAX_TURN_BYTES);
         assert_eq!(buffer[..rest], sent[MAX_TURN_BYTES..]);
@@ -585,23 +585,23 @@ mod tests {
         }
         assert!(control.may_send(&path, || start) && control.kept() > 0, "more entries than are free");
         let all = Arc::<Received>::default();
-        let turns = [Turn::new(all.clone()), Turn::new(all.clone())];
-        turns.iter().for_each(|turn| turn.set_kept(600));
-        turns[0].set_kept(500);
-        turns[1].give_up();
-        assert_eq!((all.kept(), turns[1].poll_flooded().is_ready()), (500, true));
-        drop(turns);
+        let quotas = [ReadQuota::new(all.clone()), ReadQuota::new(all.clone())];
+        quotas.iter().for_each(|quota| quota.set_kept(600));
+        quotas[0].set_kept(500);
+        quotas[1].give_up();
+        assert_eq!((all.kept(), quotas[1].poll_flooded().is_ready()), (500, true));
+        drop(quotas);
         assert_eq!(all.kept(), 0);
     }
 
     #[test]
     fn of_many_small_frames_each_connection_has_few() {
         let all = Arc::<Received>::default();
-        let turns: Vec<_> = (0..8).map(|_| Turn::new(all.clone())).collect();
-        assert!(turns.iter().all(|turn| turn.add_small(MAX_SMALL)));
-        let last = Turn::new(all.clone());
-        assert!(last.add_small(MAX_SMALL_OF_MANY) && !last.add_small(1) && !turns[0].add_small(0));
-        drop((turns, last));
+        let quotas: Vec<_> = (0..8).map(|_| ReadQuota::new(all.clone())).collect();
+        assert!(quotas.iter().all(|quota| quota.add_small(MAX_SMALL)));
+        let last = ReadQuota::new(all.clone());
+        assert!(last.add_small(MAX_SMALL_OF_MANY) && !last.add_small(1) && !quotas[0].add_small(0));
+        drop((quotas, last));
         assert_eq!(all.small.load(Ordering::Relaxed), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Replies of a stream that leave in the order of its messages, in whichever order these are answered.
+//! Sends the replies of a stream in the order of its messages, whatever the order of the answers.
 
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -6,18 +6,18 @@ use std::collections::BTreeMap;
 /// A framed reply, and the bytes of the message that are done with when it is written; None: Python's own.
 pub type Reply = (Bytes, Option<usize>);
 
-/// What is answered too early.
+/// Replies that are answered too early.
 #[derive(Debug, Default)]
-pub struct Ordered {
-    /// Messages that have come.
+pub struct ReplyOrder {
+    /// Number of received messages.
     came: u64,
-    /// The number of the next reply to leave.
+    /// Number of the next reply to send.
     next: u64,
     early: BTreeMap<u64, Reply>,
 }
 
-impl Ordered {
-    /// The number of a message that has come.
+impl ReplyOrder {
+    /// Returns the number of a received message.
     pub fn number(&mut self) -> u64 {
         self.came += 1;
         self.came - 1
@@ -28,14 +28,14 @@ impl Ordered {
         self.early.insert(number, reply);
     }
 
-    /// The next reply, if it is there.
+    /// Take the next reply, if it exists.
     pub fn pop(&mut self) -> Option<Reply> {
         let reply = self.early.remove(&self.next)?;
         self.next += 1;
         Some(reply)
     }
 
-    /// Replies that wait for earlier ones.
+    /// Number of replies that wait for earlier ones.
     pub fn len(&self) -> usize {
         self.early.len()
     }
@@ -53,7 +53,7 @@ mod tests {
     proptest! {
         #[test]
         fn replies_leave_in_the_order_of_the_messages(answered in Just((0u64..20).collect::<Vec<_>>()).prop_shuffle()) {
-            let mut ordered = Ordered::default();
+            let mut ordered = ReplyOrder::default();
             for expected in 0..20 {
                 prop_assert_eq!(ordered.number(), expected);
             }

@@ -1,18 +1,18 @@
-//! Which messages are plain, and what stands in them: steps of sessions whose tensors are exactly what they say.
+//! Parses fast-path messages: steps of sessions whose tensors are exactly as declared.
 //!
-//! Anything else, an unknown field, a state or reset that is asked for, numbers that do not fit each other, is not
-//! plain and goes to Python with its bytes, which knows every rule and every message text.
+//! Anything else, such as an unknown field, a requested state or reset, or numbers that do not fit each other, goes to
+//! Python as bytes, which has every rule and every message text.
 
 use crate::limits::callers::{Known, SEPARATOR};
-use crate::messages::protobuf::{Fields, NotPlain, Value};
+use crate::messages::protobuf::{Fields, SlowPath, Value};
 use crate::messages::shape::FREE_BYTES;
 use bytes::Bytes;
 use std::sync::Arc;
 
-/// Most sessions of one message that are read here.
+/// Limit of sessions of a fast-path message.
 pub const MAX_MEMBERS: usize = 65_536;
 const MAX_RANK: usize = 32;
-/// Tensors of one message that are read here: each is compared with the others.
+/// Limit of tensors of a fast-path message. Each is compared with the others.
 const MAX_TENSORS: usize = 256;
 /// The revision that stands for "any" in Python's columns, so no session has it.
 const ANY_REVISION: u64 = u64::MAX;
@@ -31,7 +31,7 @@ pub struct Tensor<'a> {
 pub struct Request {
     /// Its id, which comes back.
     pub id: Bytes,
-    /// All of it: Python may want to do it as it does those that are not plain.
+    /// The whole message, since Python may serve it like those that are not on the fast path.
     pub message: Bytes,
 }
 
@@ -44,28 +44,28 @@ pub struct Step<'a> {
     pub expected: Vec<u64>,
     /// One per session, or none.
     pub request_ids: Vec<u64>,
-    /// Rows of each session, as the message says or as there can be no doubt.
+    /// Rows of each session, from the message or from the tensors.
     pub sizes: Vec<u32>,
-    /// The message says them.
+    /// Whether the message contains them.
     pub says_sizes: bool,
     /// OutputSelection.
     pub select: u8,
     pub output_names: Vec<&'a str>,
-    /// Microseconds that it may wait; 0: as long as its call.
+    /// Longest wait in microseconds; 0: until its call's deadline.
     pub timeout_us: u64,
-    /// It has one number for all sessions, so its sender understands one for all in the answer.
+    /// Whether it has one number for all sessions, so that its sender accepts one for all in the answer.
     pub is_short: bool,
     /// It is one of Triton's.
     pub request: Option<Request>,
     /// Name and version of the model, where the message says them: see `triton`.
     pub model: Option<(&'a str, &'a str)>,
-    /// Who asks for it, in whose namespace `session_ids` are; None: anybody.
+    /// The caller, in whose namespace `session_ids` are; None: no authentication.
     pub whose: Option<Arc<Known>>,
 }
 
 impl<'a> Step<'a> {
     /// A `StepRequest`.
-    pub fn of_request(message: &'a [u8]) -> Result<Self, NotPlain> {
+    pub fn of_request(message: &'a [u8]) -> Result<Self, SlowPath> {
         let mut step = Step::default();
         let mut fields = Fields::new(message);
         while let Some((number, value)) = fields.next()? {
@@ -85,16 +85,16 @@ impl<'a> Step<'a> {
                 }
                 (5, Value::Varint(select)) => step.select = selection(select)?,
                 (7, Value::Bytes(name)) => push(&mut step.output_names, text(name)?)?,
-                _ => return Err(NotPlain),
+                _ => return Err(SlowPath),
             }
         }
         let rows = step.rows()?;
-        step.sizes.push(u32::try_from(rows).map_err(|_| NotPlain)?);
+        step.sizes.push(u32::try_from(rows).map_err(|_| SlowPath)?);
         step.checked()
     }
 
     /// A `StepStreamRequest` and its frame id.
-    pub fn of_frame(message: &'a [u8]) -> Result<(u64, Self), NotPlain> {
+    pub fn of_frame(message: &'a [u8]) -> Result<(u64, Self), SlowPath> {
         let mut frame_id = 0;
         let mut frame = None;
         let mut fields = Fields::new(message);
@@ -102,14 +102,14 @@ impl<'a> Step<'a> {
             match (number, value) {
                 (1, Value::Varint(id)) => frame_id = id,
                 (2, Value::Bytes(bytes)) if frame.is_none() => frame = Some(bytes),
-                _ => return Err(NotPlain),
+                _ => return Err(SlowPath),
             }
         }
-        let step = Step::of_frame_body(frame.ok_or(NotPlain)?)?;
+        let step = Step::of_frame_body(frame.ok_or(SlowPath)?)?;
         Ok((frame_id, step))
     }
 
-    /// The id of a frame, plain or not, as far as it can be told.
+    /// Returns the id of a frame, on the fast path or not, if it can be read.
     pub fn frame_id(message: &[u8]) -> Option<u64> {
         let mut fields = Fields::new(message);
         let mut frame_id = 0;
@@ -118,12 +118,12 @@ impl<'a> Step<'a> {
                 Ok(Some((1, Value::Varint(id)))) => frame_id = id,
                 Ok(Some(_)) => {}
                 Ok(None) => return Some(frame_id),
-                Err(NotPlain) => return None,
+                Err(SlowPath) => return None,
             }
         }
     }
 
-    fn of_frame_body(message: &'a [u8]) -> Result<Self, NotPlain> {
+    fn of_frame_body(message: &'a [u8]) -> Result<Self, SlowPath> {
         let mut step = Step::default();
         let (mut expected, mut request_id_base, mut batch_size) = (None, 0, 0);
         let mut fields = Fields::new(message);
@@ -135,25 +135,25 @@ impl<'a> Step<'a> {
                 (4, Value::Bytes(packed)) => unpack_fixed(packed, &mut step.request_ids)?,
                 (5, Value::Varint(select)) => step.select = selection(select)?,
                 (6, Value::Varint(ms)) => {
-                    step.timeout_us = 1000 * u64::from(u32::try_from(ms).map_err(|_| NotPlain)?)
+                    step.timeout_us = 1000 * u64::from(u32::try_from(ms).map_err(|_| SlowPath)?)
                 }
                 (7, Value::Bytes(packed)) => {
                     let mut inner = Fields::new(packed);
                     while let Some(size) = inner.packed()? {
-                        push(&mut step.sizes, u32::try_from(size).map_err(|_| NotPlain)?)?;
+                        push(&mut step.sizes, u32::try_from(size).map_err(|_| SlowPath)?)?;
                     }
                 }
                 (9, Value::Bytes(name)) => push(&mut step.output_names, text(name)?)?,
                 (14, Value::Varint(revision)) => expected = Some(revision),
                 (15, Value::Fixed64(base)) => request_id_base = base,
-                (17, Value::Varint(size)) => batch_size = u32::try_from(size).map_err(|_| NotPlain)?,
-                _ => return Err(NotPlain),
+                (17, Value::Varint(size)) => batch_size = u32::try_from(size).map_err(|_| SlowPath)?,
+                _ => return Err(SlowPath),
             }
         }
         step.take_numbers(expected, request_id_base)?;
         if batch_size != 0 {
             if !step.sizes.is_empty() {
-                return Err(NotPlain);
+                return Err(SlowPath);
             }
             step.sizes.resize(step.count(), batch_size);
         }
@@ -162,25 +162,25 @@ impl<'a> Step<'a> {
         if step.sizes.is_empty() && rows == step.count() {
             step.sizes.resize(rows, 1);
         } else if step.sizes.is_empty() && step.count() == 1 {
-            step.sizes.push(u32::try_from(rows).map_err(|_| NotPlain)?);
+            step.sizes.push(u32::try_from(rows).map_err(|_| SlowPath)?);
         }
         step.checked()
     }
 
     /// One number that stands for one of each session.
-    fn take_numbers(&mut self, expected: Option<u64>, request_id_base: u64) -> Result<(), NotPlain> {
+    fn take_numbers(&mut self, expected: Option<u64>, request_id_base: u64) -> Result<(), SlowPath> {
         let count = self.count();
         self.is_short = expected.is_some() || request_id_base != 0;
         if let Some(revision) = expected {
             if !self.expected.is_empty() {
-                return Err(NotPlain);
+                return Err(SlowPath);
             }
             self.expected.resize(count, revision);
         }
         if request_id_base != 0 {
-            let last = request_id_base.checked_add((count as u64).saturating_sub(1)).ok_or(NotPlain)?;
+            let last = request_id_base.checked_add((count as u64).saturating_sub(1)).ok_or(SlowPath)?;
             if !self.request_ids.is_empty() {
-                return Err(NotPlain);
+                return Err(SlowPath);
             }
             self.request_ids.extend(request_id_base..=last);
         }
@@ -188,9 +188,9 @@ impl<'a> Step<'a> {
     }
 
     /// Add a tensor, unless there are too many.
-    pub fn add_tensor(&mut self, tensor: Tensor<'a>) -> Result<(), NotPlain> {
+    pub fn add_tensor(&mut self, tensor: Tensor<'a>) -> Result<(), SlowPath> {
         if self.tensors.len() >= MAX_TENSORS {
-            return Err(NotPlain);
+            return Err(SlowPath);
         }
         self.tensors.push(tensor);
         Ok(())
@@ -216,9 +216,9 @@ impl<'a> Step<'a> {
     }
 
     /// Rows of its tensors.
-    pub fn rows(&self) -> Result<usize, NotPlain> {
-        let first = self.tensors.first().ok_or(NotPlain)?;
-        first.shape.first().copied().ok_or(NotPlain)
+    pub fn rows(&self) -> Result<usize, SlowPath> {
+        let first = self.tensors.first().ok_or(SlowPath)?;
+        first.shape.first().copied().ok_or(SlowPath)
     }
 
     fn names_a_tensor_twice(&self) -> bool {
@@ -227,7 +227,7 @@ impl<'a> Step<'a> {
     }
 
     /// As it is, if its parts fit each other.
-    pub fn checked(self) -> Result<Self, NotPlain> {
+    pub fn checked(self) -> Result<Self, SlowPath> {
         let count = self.count();
         let rows = self.rows()?;
         let fits = |length: usize| length == 0 || length == count;
@@ -243,23 +243,23 @@ impl<'a> Step<'a> {
             || !fits(self.request_ids.len())
             || self.expected.contains(&ANY_REVISION)
         {
-            return Err(NotPlain);
+            return Err(SlowPath);
         }
         Ok(self)
     }
 }
 
 impl<'a> Tensor<'a> {
-    fn of(message: &'a [u8]) -> Result<Self, NotPlain> {
+    fn of(message: &'a [u8]) -> Result<Self, SlowPath> {
         let mut tensor = Tensor { name: "", dtype: 0, shape: Vec::new(), data: &[] };
         let mut fields = Fields::new(message);
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
                 (1, Value::Bytes(name)) => tensor.name = text(name)?,
-                (2, Value::Varint(dtype)) => tensor.dtype = u8::try_from(dtype).map_err(|_| NotPlain)?,
+                (2, Value::Varint(dtype)) => tensor.dtype = u8::try_from(dtype).map_err(|_| SlowPath)?,
                 (3, Value::Bytes(packed)) => tensor.add_axes(packed)?,
                 (4, Value::Bytes(data)) => tensor.data = data,
-                _ => return Err(NotPlain),
+                _ => return Err(SlowPath),
             }
         }
         tensor.require_size()?;
@@ -267,74 +267,74 @@ impl<'a> Tensor<'a> {
     }
 
     /// Add what a packed field holds of the shape: the field may come in parts.
-    pub fn add_axes(&mut self, packed: &[u8]) -> Result<(), NotPlain> {
+    pub fn add_axes(&mut self, packed: &[u8]) -> Result<(), SlowPath> {
         let mut axes = Fields::new(packed);
         while let Some(axis) = axes.packed()? {
-            self.shape.push(usize::try_from(axis).map_err(|_| NotPlain)?);
+            self.shape.push(usize::try_from(axis).map_err(|_| SlowPath)?);
             if self.shape.len() > MAX_RANK {
-                return Err(NotPlain);
+                return Err(SlowPath);
             }
         }
         Ok(())
     }
 
     /// There is data, and as much of it as shape and dtype say.
-    pub fn require_size(&self) -> Result<(), NotPlain> {
+    pub fn require_size(&self) -> Result<(), SlowPath> {
         let size = self
             .shape
             .iter()
             .try_fold(element_size(self.dtype)?, |size, axis| size.checked_mul(*axis))
-            .ok_or(NotPlain)?;
+            .ok_or(SlowPath)?;
         if size != self.data.len() || size == 0 {
-            return Err(NotPlain);
+            return Err(SlowPath);
         }
         Ok(())
     }
 }
 
-/// Bytes of one element of a `DataType`. Booleans are not plain: their bytes have a rule of their own.
-pub fn element_size(dtype: u8) -> Result<usize, NotPlain> {
+/// Bytes of one element of a `DataType`. Booleans are not on the fast path, because their bytes have a rule of their own.
+pub fn element_size(dtype: u8) -> Result<usize, SlowPath> {
     match dtype {
         5 | 9 => Ok(1),
         3 | 4 | 6 | 10 => Ok(2),
         1 | 7 | 11 => Ok(4),
         2 | 8 | 12 => Ok(8),
-        _ => Err(NotPlain),
+        _ => Err(SlowPath),
     }
 }
 
-/// A name: longer ones go to Python, which refuses them.
-pub fn text(bytes: &[u8]) -> Result<&str, NotPlain> {
+/// Reads a name. Longer ones go to Python, which refuses them.
+pub fn text(bytes: &[u8]) -> Result<&str, SlowPath> {
     if bytes.len() > FREE_BYTES {
-        return Err(NotPlain);
+        return Err(SlowPath);
     }
-    std::str::from_utf8(bytes).map_err(|_| NotPlain)
+    std::str::from_utf8(bytes).map_err(|_| SlowPath)
 }
 
 /// Add to a list that has at most one entry for each session.
-pub fn push<T>(list: &mut Vec<T>, entry: T) -> Result<(), NotPlain> {
+pub fn push<T>(list: &mut Vec<T>, entry: T) -> Result<(), SlowPath> {
     if list.len() >= MAX_MEMBERS {
-        return Err(NotPlain);
+        return Err(SlowPath);
     }
     list.push(entry);
     Ok(())
 }
 
 /// The id of a session, as its client has it.
-fn id_of(bytes: &[u8]) -> Result<&str, NotPlain> {
-    text(bytes).and_then(|id| if id.contains(SEPARATOR) { Err(NotPlain) } else { Ok(id) })
+fn id_of(bytes: &[u8]) -> Result<&str, SlowPath> {
+    text(bytes).and_then(|id| if id.contains(SEPARATOR) { Err(SlowPath) } else { Ok(id) })
 }
 
-/// ALL (said or not), LAST or NONE.
-fn selection(value: u64) -> Result<u8, NotPlain> {
+/// ALL (also if absent), LAST or NONE.
+fn selection(value: u64) -> Result<u8, SlowPath> {
     match value {
         0 | 1 => Ok(0),
         2 | 3 => Ok(value as u8),
-        _ => Err(NotPlain),
+        _ => Err(SlowPath),
     }
 }
 
-fn unpack(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
+fn unpack(packed: &[u8], into: &mut Vec<u64>) -> Result<(), SlowPath> {
     let mut values = Fields::new(packed);
     while let Some(value) = values.packed()? {
         push(into, value)?;
@@ -342,12 +342,12 @@ fn unpack(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
     Ok(())
 }
 
-fn unpack_fixed(packed: &[u8], into: &mut Vec<u64>) -> Result<(), NotPlain> {
+fn unpack_fixed(packed: &[u8], into: &mut Vec<u64>) -> Result<(), SlowPath> {
     if packed.len() % 8 != 0 {
-        return Err(NotPlain);
+        return Err(SlowPath);
     }
     for bytes in packed.chunks_exact(8) {
-        push(into, u64::from_le_bytes(bytes.try_into().map_err(|_| NotPlain)?))?;
+        push(into, u64::from_le_bytes(bytes.try_into().map_err(|_| SlowPath)?))?;
     }
     Ok(())
 }
@@ -396,7 +396,7 @@ pub mod tests {
         for (field, value) in [(6, 1), (8, 2), (9, 1), (11, 2), (12, 1)] {
             let mut message = request("a", 1, 2);
             put_number(&mut message, field, value);
-            assert_eq!(Step::of_request(&message).unwrap_err(), NotPlain, "field {field}");
+            assert_eq!(Step::of_request(&message).unwrap_err(), SlowPath, "field {field}");
         }
     }
 
@@ -407,7 +407,7 @@ pub mod tests {
         let mut message = BytesMut::new();
         put_bytes(&mut message, 1, b"a");
         put_bytes(&mut message, 2, &numbers);
-        assert_eq!(Step::of_request(&message).unwrap_err(), NotPlain);
+        assert_eq!(Step::of_request(&message).unwrap_err(), SlowPath);
     }
 
     #[test]
@@ -421,7 +421,7 @@ pub mod tests {
             tensor
         };
         assert_eq!(Tensor::of(&in_parts(MAX_RANK)).unwrap().shape, [1; MAX_RANK]);
-        assert_eq!(Tensor::of(&in_parts(MAX_RANK + 1)).unwrap_err(), NotPlain);
+        assert_eq!(Tensor::of(&in_parts(MAX_RANK + 1)).unwrap_err(), SlowPath);
     }
 
     #[test]
@@ -558,7 +558,7 @@ pub mod tests {
             &|body| put_base(body, u64::MAX), // the second session's would be 2^64
         ];
         for change in twice {
-            assert_eq!(read(change), Err(NotPlain));
+            assert_eq!(read(change), Err(SlowPath));
         }
     }
 

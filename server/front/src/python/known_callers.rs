@@ -1,4 +1,4 @@
-//! What Python tells the wire of callers.
+//! The callers that Python makes known to the front.
 
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
@@ -7,7 +7,7 @@ use crate::limits::callers::{Callers, Credential, Known};
 use pyo3::prelude::*;
 use std::sync::Arc;
 
-/// Callers that are known by what their calls show. For any thread; one is given to a front.
+/// The known callers, by their credentials. For any thread.
 #[pyclass(frozen)]
 pub struct KnownCallers {
     pub callers: Arc<Callers>,
@@ -20,11 +20,11 @@ impl KnownCallers {
         KnownCallers { callers: Arc::default() }
     }
 
-    /// Take who shows this for a caller, until then on the monotonic clock: `who` is handed over with its plain steps,
-    /// `prefix` put before the ids of its sessions, and `identity` tells it from all others. Without `may_step` no message of
-    /// it is plain.
+    /// Make a credential known until a time on the monotonic clock: `who` is passed on with its fast-path steps,
+    /// `prefix` is put before the ids of its sessions, and `identity` identifies it. Without `may_step`, Python gets all of its
+    /// messages.
     ///
-    /// `digest`: SHA-256 of its token, or empty: then `names` are those of its certificate.
+    /// `digest`: SHA-256 of its token; or empty, and `names` are those of its certificate.
     #[allow(clippy::too_many_arguments)]
     fn know(
         &self,
@@ -41,7 +41,7 @@ impl KnownCallers {
         }
     }
 
-    /// Nobody is known by this any more.
+    /// Forget a credential.
     fn forget(&self, digest: &[u8], names: Vec<String>) {
         if let Some(credential) = credential(digest, &names) {
             self.callers.forget(credential);
@@ -49,7 +49,7 @@ impl KnownCallers {
     }
 }
 
-/// None: there is no such credential, which nobody can show.
+/// None: not a possible credential.
 fn credential(digest: &[u8], names: &[String]) -> Option<Credential> {
     if digest.is_empty() {
         Credential::of_certificate(names)

@@ -1,5 +1,5 @@
-//! How many fields a block of headers has, counted before h2 decodes it: one byte may stand for a field of 4 KiB. And how
-//! much memory h2's table of fields holds on to.
+//! Counts the fields of a block of headers before h2 decodes it, since one byte can stand for a field of 4 KiB. Also
+//! counts the memory that h2's table of fields keeps.
 
 use std::collections::VecDeque;
 

@@ -1,21 +1,21 @@
-//! How a listener goes about connections that it cannot take.
+//! Accepts connections of a listener, and refuses or delays those beyond the limits.
 
 use crate::calls::queue::Queue;
 use crate::limits::bounds::{Bounds, Slot};
+use crate::limits::connections::{Connections, FromAddress};
 use crate::limits::refusals::Refusal;
-use crate::limits::tenancy::{Connections, FromAddress};
 use crate::steps::columns::Arrival;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The log says so often at most that connections are refused.
+/// Interval between two log messages about refused connections.
 const NOTICE_EVERY: Duration = Duration::from_secs(60);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Connections beyond those that may be, until as many have left for them.
+/// Connections above the limit, until as many idle ones have closed for them.
 const LEAVING: usize = 64;
 
 /// A connection's place among all.
@@ -25,25 +25,25 @@ pub struct Entry {
     _address: Option<FromAddress>,
 }
 
-/// One listener's.
+/// Accepts the connections of one listener.
 #[derive(Debug)]
-pub struct Doors {
+pub struct Acceptor {
     bounds: Arc<Bounds>,
     queue: Arc<Queue>,
     open: Arc<Connections>,
-    /// Callers are asked who they are.
+    /// Whether callers are authenticated.
     asks: bool,
     pause: Duration,
-    told: Vec<(Refusal, Instant)>,
+    logged: Vec<(Refusal, Instant)>,
 }
 
-impl Doors {
+impl Acceptor {
     pub fn new(bounds: Arc<Bounds>, queue: Arc<Queue>, open: Arc<Connections>, asks: bool) -> Self {
-        Doors { bounds, queue, open, asks, pause: SHORTEST_PAUSE, told: Vec::new() }
+        Acceptor { bounds, queue, open, asks, pause: SHORTEST_PAUSE, logged: Vec::new() }
     }
 
-    /// The socket of a connection that was accepted, and its place among all; None: it is closed, or there was none.
-    /// `address`: where a socket comes from, if that counts.
+    /// Returns the socket of an accepted connection and its place among all; None: it is closed, or there was none.
+    /// `address`: the peer's address, if it is limited.
     pub async fn admit<S>(
         &mut self,
         accepted: io::Result<S>,
@@ -57,7 +57,7 @@ impl Doors {
             }
             Err(error) if is_of_the_peer(&error) => None,
             Err(_) => {
-                // file descriptors or memory have run out: others' ends bring some back
+                // out of file descriptors or memory, until other connections end
                 self.refuse(Refusal::OpenFiles);
                 tokio::time::sleep(self.pause).await;
                 self.pause = LONGEST_PAUSE.min(2 * self.pause);
@@ -89,18 +89,18 @@ impl Doors {
         Some(Entry { _slot: slot?, _address: own })
     }
 
-    /// Count it, and let the log say so from time to time.
+    /// Count a refusal, and log it from time to time.
     fn refuse(&mut self, why: Refusal) {
         self.bounds.counts.refuse(why);
-        self.told.retain(|(_, at)| at.elapsed() < NOTICE_EVERY);
-        if self.told.iter().all(|(told, _)| *told != why) {
-            self.told.push((why, Instant::now()));
+        self.logged.retain(|(_, at)| at.elapsed() < NOTICE_EVERY);
+        if self.logged.iter().all(|(logged, _)| *logged != why) {
+            self.logged.push((why, Instant::now()));
             self.queue.push(Arrival::Refused(why));
         }
     }
 }
 
-/// Whether accepting failed because the peer has gone meanwhile.
+/// Whether accepting failed because the peer has closed the connection meanwhile.
 fn is_of_the_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, TimedOut};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | TimedOut)

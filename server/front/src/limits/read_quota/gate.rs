@@ -1,11 +1,11 @@
-//! Connections that pass a gate have their turns one at a time. So very many of them cost the others no more than one does.
+//! A gate lets its connections read one at a time, so many of them cost the others no more than one does.
 
 use std::future::{poll_fn, Future};
 use std::sync::Arc;
 use std::task::Poll;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Lets one turn pass for each time that the thread has looked at everything else, in the order in which they came.
+/// Lets one permit pass for each time that the thread has looked at everything else, in the order in which they came.
 #[derive(Clone, Debug)]
 pub struct Gate(Arc<Semaphore>);
 
@@ -15,28 +15,28 @@ impl Default for Gate {
     }
 }
 
-/// The turn of one connection.
+/// The permit of one connection.
 #[derive(Debug)]
 pub struct Pass {
-    _turn: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Gate {
-    /// Return when it is this connection's turn. None: it is to leave, and need not wait for that.
+    /// Return when it is this connection's permit. None: it is to leave, and need not wait for that.
     pub async fn pass(&self, is_leaving: impl Fn() -> bool) -> Option<Pass> {
-        let mut turn = std::pin::pin!(self.0.clone().acquire_owned());
+        let mut permit = std::pin::pin!(self.0.clone().acquire_owned());
         poll_fn(|cx| {
             if is_leaving() {
                 return Poll::Ready(None);
             }
-            turn.as_mut().poll(cx).map(|turn| turn.ok().map(|turn| Pass { _turn: turn }))
+            permit.as_mut().poll(cx).map(|permit| permit.ok().map(|permit| Pass { _permit: permit }))
         })
         .await
     }
 }
 
 impl Pass {
-    /// The turn has ended: the next one follows behind all tasks that can continue, and behind a look at the sockets.
+    /// The permit has ended: the next one follows behind all tasks that can continue, and behind a look at the sockets.
     pub fn end(self) {
         tokio::spawn(async move {
             tokio::task::yield_now().await;
@@ -82,8 +82,8 @@ mod tests {
         let order = order.lock().unwrap();
         assert!(order.windows(2).all(|two| two[0].is_none() || two[1].is_none()), "{order:?}");
         let busy: Vec<_> = order.iter().flatten().copied().collect();
-        let in_turn: Vec<_> = (0..ROUNDS).flat_map(|_| 0..BUSY).collect();
-        assert_eq!(busy, in_turn);
+        let in_order: Vec<_> = (0..ROUNDS).flat_map(|_| 0..BUSY).collect();
+        assert_eq!(busy, in_order);
     }
 
     #[tokio::test]

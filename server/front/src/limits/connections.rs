@@ -1,4 +1,4 @@
-//! Which connections are there, so that new ones find room: those that do nothing leave for them.
+//! The open connections. Idle ones are closed to make room for new ones.
 
 use crate::limits::peer::Peer;
 use std::collections::{HashMap, VecDeque};
@@ -66,8 +66,8 @@ impl Connections {
             let Some(weak) = table.all.pop_front() else { break };
             let Some(peer) = weak.upgrade() else { continue };
             table.all.push_back(weak);
-            let rank = |peer: &Peer| (!peer.is_known(), peer.turn.kept());
-            if peer.turn.kept() > 0 && largest.as_ref().is_none_or(|other| rank(&peer) > rank(other)) {
+            let rank = |peer: &Peer| (!peer.is_known(), peer.quota.kept());
+            if peer.quota.kept() > 0 && largest.as_ref().is_none_or(|other| rank(&peer) > rank(other)) {
                 largest = Some(peer);
             }
         }
@@ -164,7 +164,7 @@ mod tests {
         let peers: Vec<_> = (0..4).map(|_| Arc::new(Peer::numbered(0))).collect();
         peers.iter().for_each(|peer| connections.add(peer));
         for (peer, bytes) in peers.iter().zip([3000, 2000, 1000, 0]) {
-            peer.turn.set_kept(bytes);
+            peer.quota.set_kept(bytes);
         }
         peers[0].know();
         for left in [[false, true, false, false], [false, false, true, false], [true, false, false, false]] {
@@ -175,7 +175,7 @@ mod tests {
         let idle: Vec<_> = (0..2 * LOOKS).map(|_| Arc::new(Peer::numbered(0))).collect();
         idle.iter().for_each(|peer| connections.add(peer));
         let last = idle.last().unwrap();
-        last.turn.set_kept(1);
+        last.quota.set_kept(1);
         assert!(connections.end_largest() && has_left(last), "it is found wherever it stands");
     }
 
