@@ -20,12 +20,6 @@ from support.servers.server_process import ServerProcess, forecast, serve
 ANYWHERE = ("--listen", "127.0.0.1:0")
 
 
-@pytest.fixture
-def taken() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-
-
 def _refused(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
     """Start a server that cannot be; return the one line it says."""
     if "--listen" not in arguments:
@@ -75,16 +69,6 @@ def test_the_environment_will_do() -> None:
     assert '"event": "model loaded", "model": "b"' in err
 
 
-def test_an_option_at_fault_when_models_load_is_named(tmp_path: Path) -> None:
-    model, file = forecast(), tmp_path / "file"
-    file.touch()
-    rows = ("--cache-dir", str(model.cache_dir), "--resident-rows", str(10**14))
-    found = _refused(f"x={model.path}", *rows)
-    assert found.startswith("stepwell: error: --resident-rows: there is no room for 100000000000000 rows")
-    found = _refused(f"x={model.path}", "--cache-dir", str(file / "cache"))
-    assert found.startswith("stepwell: error: --cache-dir: ")
-
-
 def test_tensorflow_stays_out_of_the_process() -> None:
     with serve() as server:
         mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
@@ -92,20 +76,105 @@ def test_tensorflow_stays_out_of_the_process() -> None:
     assert "/tensorflow/" not in mapped
 
 
-def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
-    path = tmp_path / "x.keras"
-    path.write_bytes(b"")
-    assert "STEPWELL_MODELS" in _refused()
-    assert _refused(f"x={path}", environment={"STEPWELL_RESIDENT_ROWS": "many"}).startswith(
-        "stepwell: error: Invalid value for STEPWELL_RESIDENT_ROWS: must be N or NAME=N with a whole number "
-    )
-    assert "'--data-dir': with '--store' memory" in _refused(
-        f"x={path}", "--store", "memory", "--data-dir", "d"
-    )
-    assert "does not exist" in _refused("x=nowhere.keras")
+#: What a row's arguments name: see `places`.
+MODEL = ("x={model}", "--cache-dir", "{cache}")
+SLOW = pytest.mark.slow
+LIMITS = ("max-model-bytes", "max-compile-memory-bytes", "compile-timeout-s")
+#: Arguments, environment, and what the refusal says.
+REFUSED_STARTS = {
+    "no models": ((), {}, "STEPWELL_MODELS"),
+    "no file": (("x=nowhere.keras",), {}, "does not exist"),
+    "rows that are no number": (
+        ("x={empty}",),
+        {"STEPWELL_RESIDENT_ROWS": "many"},
+        "error: Invalid value for STEPWELL_RESIDENT_ROWS: must be N or NAME=N with a whole number ",
+    ),
+    "options that do not go together": (
+        ("x={empty}", "--store", "memory", "--data-dir", "d"),
+        {},
+        "'--data-dir': cannot be used with '--store' memory",
+    ),
+    "no room for rows": (
+        (*MODEL, "--store", "memory", "--resident-rows", "1" + "0" * 18),
+        {},
+        f"error: --resident-rows: there is no room for {10**18} rows of model x: ",
+    ),
+    "a cache below a file": (("x={model}", "--cache-dir", "{empty}/cache"), {}, "error: --cache-dir: "),
+    "a cache that is a file": (("x={model}", "--cache-dir", "{empty}"), {}, "error: --cache-dir"),
+    "no such import": (
+        ("x={model}", "--import", "no_such_module", "--cache-dir", "{folder}/new"),
+        {},
+        "no_such_module",
+    ),
+    "an address in use": (
+        (*MODEL, "--listen", "{taken}"),
+        {},
+        "error: --listen: cannot listen on {taken}: Address already in use",
+    ),
+    "an address of metrics in use": (
+        (*MODEL, "--metrics-listen", "{taken}"),
+        {},
+        "error: --metrics-listen: cannot listen on {taken}: Address already in use",
+    ),
+    "other machines": (("x={model}", "--listen", "0.0.0.0:0"), {}, "or be given --insecure-listen"),
+    "half a file": (("x={half}", "--cache-dir", "{folder}/new"), {}, "error: model x: "),
+    **{
+        option: (
+            ("x={model}", "--cache-dir", "{folder}/new"),
+            {"STEPWELL_" + option.replace("-", "_").upper(): value},
+            f"(--{option})",
+        )
+        for option, value in zip(LIMITS, ("1000", "1000", "0.001"), strict=True)
+    },
+    **{
+        f"migration {function}": (
+            ("x={model}", "--migration", f"m={function}"),
+            {},
+            f"error: --migration: m={function}: {why}",
+        )
+        for function, why in {
+            "no_such_module:f": "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+            "own_defect:f": "cannot be imported: ZeroDivisionError: division by zero",
+            "own_moves:narrow": "own_moves has no narrow",
+            "own_moves:number": "must be a function; it is 5",
+        }.items()
+    },
+}
+COMPILES = {"half a file", *LIMITS}
 
 
-@pytest.mark.slow
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """Models, an empty file, an address in use; the current folder has modules of migrations."""
+    model, half, empty = forecast(), tmp_path / "half.keras", tmp_path / "empty.keras"
+    whole = model.path.read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    empty.touch()
+    (tmp_path / "own_moves.py").write_text("number = 5\ndef widen(): ...\n")
+    (tmp_path / "own_defect.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    known = {"model": model.path, "cache": model.cache_dir, "half": half, "empty": empty, "folder": tmp_path}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield known | {"taken": f"127.0.0.1:{listener.getsockname()[1]}"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[SLOW] if name in COMPILES else []) for name in REFUSED_STARTS]
+)
+def test_a_refused_start_says_why_in_one_line(places: dict[str, object], name: str) -> None:
+    """What else a file may be, and what is said of it, is for the tests of the compiler."""
+    arguments, environment, words = REFUSED_STARTS[name]
+    line = _refused(*(one.format_map(places) for one in arguments), environment=environment)
+    assert words.format_map(places) in line
+
+
+@SLOW
+def test_a_migration_may_be_of_the_current_folder(places: dict[str, object]) -> None:
+    with serve("--migration", "m=own_moves:widen"):
+        pass
+
+
+@SLOW
 def test_models_of_a_folder(tmp_path: Path) -> None:
     model = forecast()
     for name in ("forecast/1.keras", "forecast/2/m.keras", "words/7.keras"):
@@ -134,69 +203,6 @@ def test_models_of_a_folder(tmp_path: Path) -> None:
         _, _, err = server.finish()
     assert "error a model cannot be loaded model=forecast version=3" in err
     assert "model loaded model=forecast version=2 " in err
-
-
-@pytest.mark.slow
-def test_a_migration_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_moves.py").write_text("number = 5\ndef widen(): ...\n")
-    (tmp_path / "own_defect.py").write_text("1 / 0\n")
-    model = f"x={forecast().path}"
-    for function, why in (
-        ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("own_defect:f", "cannot be imported: ZeroDivisionError: division by zero"),
-        ("own_moves:narrow", "own_moves has no narrow"),
-        ("own_moves:number", "must be a function; it is 5"),
-    ):
-        assert _refused(model, "--migration", f"m={function}") == (
-            f"stepwell: error: --migration: m={function}: {why}"
-        )
-    with serve("--migration", "m=own_moves:widen"):
-        pass
-
-
-@pytest.mark.slow
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
-    """What else a file may be, and what is said of it, is for the tests of the compiler."""
-    whole = forecast().path.read_bytes()
-    path = tmp_path / "x.keras"
-    path.write_bytes(whole[: len(whole) // 2])
-    line = _refused(f"x={path}", "--cache-dir", str(tmp_path / "cache"))
-    assert line.startswith("stepwell: error: model x: ")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("max-model-bytes", "1000"), ("max-compile-memory-bytes", "1000"), ("compile-timeout-s", "0.001")],
-)
-def test_a_model_over_a_limit(tmp_path: Path, option: str, value: str) -> None:
-    variable = "STEPWELL_" + option.replace("-", "_").upper()
-    base = (f"x={forecast().path}", "--cache-dir", str(tmp_path / "cache"), "--listen", "127.0.0.1:0")
-    line = _refused(*base, environment={variable: value})
-    assert line.startswith(f"stepwell: error: model x: {forecast().path}: ")
-    assert f"(--{option})" in line
-
-
-def test_an_import_that_fails(tmp_path: Path) -> None:
-    cache = str(tmp_path / "cache")
-    line = _refused(f"x={forecast().path}", "--import", "no_such_module", "--cache-dir", cache)
-    assert "no_such_module" in line
-
-
-def test_more_rows_than_there_is_memory() -> None:
-    model = forecast()
-    base = (f"x={model.path}", "--cache-dir", str(model.cache_dir), "--listen", "127.0.0.1:0")
-    line = _refused(*base, "--store", "memory", "--resident-rows", str(10**18))
-    assert f"--resident-rows: there is no room for {10**18} rows of model x: " in line
-
-
-def test_addresses_that_are_taken(taken: str) -> None:
-    model = forecast()
-    base = (f"x={model.path}", "--cache-dir", str(model.cache_dir))
-    assert f"--listen: cannot listen on {taken}: Address already in use" in _refused(*base, "--listen", taken)
-    metrics = (*base, "--listen", "127.0.0.1:0", "--metrics-listen", taken)
-    assert f"--metrics-listen: cannot listen on {taken}: Address already in use" in _refused(*metrics)
 
 
 @pytest.fixture
@@ -263,26 +269,7 @@ def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(w
     assert "--listen: " not in err
 
 
-def test_nobody_else_reaches_a_server_unless_that_was_asked_for() -> None:
-    line = _refused(f"x={forecast().path}", "--listen", "0.0.0.0:0")
-    assert "or be given --insecure-listen" in line
-    assert line.endswith("got 0.0.0.0:0")
-
-
-def test_two_servers_do_not_share_a_port() -> None:
-    model = forecast()
-    with serve() as first:
-        line = _refused(f"x={model.path}", "--cache-dir", str(model.cache_dir), "--listen", first.address)
-    assert "--listen: cannot listen on" in line
-
-
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"")
-    assert "--cache-dir" in _refused(f"x={forecast().path}", "--cache-dir", str(file))
-
-
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_a_model_is_compiled_leaves_nothing_behind(
     tmp_path: Path, number: signal.Signals
