@@ -398,9 +398,9 @@ def end_with(what: str, failures: Mapping[str, StepwellError]) -> None:
     """Fail if some sessions failed, with the messages of the first ones."""
     if not failures:
         return
-    told = [f"{one_line(error.message)}" for error in list(failures.values())[:SAMPLE]]
-    more = f"; and {len(failures) - len(told):,} more" if len(failures) > len(told) else ""
-    raise Failure(f"{len(failures):,} sessions could not be {what}ed: {'; '.join(told)}{more}", exit_code=1)
+    shown = [f"{one_line(error.message)}" for error in list(failures.values())[:SAMPLE]]
+    more = f"; and {len(failures) - len(shown):,} more" if len(failures) > len(shown) else ""
+    raise Failure(f"{len(failures):,} sessions could not be {what}ed: {'; '.join(shown)}{more}", exit_code=1)
 
 
 def shows_on_terminal() -> bool:

@@ -216,14 +216,14 @@ def fold_columns(array: NDArray[Any], spec: TensorInfo) -> NDArray[Any]:
 
 def as_json_hint(message: str, given: Sequence[Values]) -> str:
     """Rewrites the SDK's hint about a missing first axis for this command line."""
-    told, hint, rest = message.partition(_PYTHON_HINT)
+    rule, hint, rest = message.partition(_PYTHON_HINT)
     if not hint or rest:
         return message
     texts = [(name, value.json) for values in given for name, value in values.items()]
     if len(texts) != 1 or not 0 < len(texts[0][1]) <= _MAX_HINT:
-        return f"{told}: did you mean one more pair of brackets around it, [[...]]?"
+        return f"{rule}: did you mean one more pair of brackets around it, [[...]]?"
     ((name, text),) = texts
-    return f"{told}: did you mean --input {shlex.quote(f'{name}=[{text}]' if name else f'[{text}]')}?"
+    return f"{rule}: did you mean --input {shlex.quote(f'{name}=[{text}]' if name else f'[{text}]')}?"
 
 
 def is_float(dtype: str | np.dtype[Any]) -> bool:
