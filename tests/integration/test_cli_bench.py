@@ -45,6 +45,28 @@ def command(served: Served, *options: str) -> list[str]:
     return [sys.executable, "-m", "stepwell", "bench", "--server", served.address, *options]
 
 
+def started(address: str, *options: str, duration_s: int = 300, **others: Any) -> subprocess.Popen[str]:
+    """A run that only a signal ends before its time."""
+    where = [sys.executable, "-m", "stepwell", "bench", "seq", "--server", address, "--timeout-s", "100"]
+    length = ["--warm-up-s", "0", "--duration-s", str(duration_s), "--json"]
+    return subprocess.Popen([*where, *length, *options], stdout=subprocess.PIPE, text=True, **others)
+
+
+def steps_are_made(client: stepwell.Client, sessions: int = 1) -> None:
+    """Wait until so many sessions of a run have been stepped some times."""
+    until(lambda: sum(one.revision > 5 for one in client.sessions(prefix="bench-")) >= sessions)
+
+
+def interrupted(process: subprocess.Popen[str]) -> Any:
+    """The document of a run that a signal has ended."""
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 130
+    result = json.loads(output)
+    assert result["interrupted"]
+    assert result["steps"] > 0
+    return result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mode"),
@@ -87,15 +109,13 @@ def test_the_result_for_people(bench: Bench) -> None:
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == ""
     facts = dict(line.split(maxsplit=1) for line in finished.stdout.splitlines())
-    assert facts["load"] == "unary: 1 sessions, all at once, by 1 process"
-    assert facts["errors"] == "none"
+    assert (facts["load"], facts["errors"]) == ("unary: 1 sessions, all at once, by 1 process", "none")
 
 
 def test_a_model_that_is_not_there_is_one_line(bench: Bench) -> None:
     finished = bench("nothing", "--sessions", "1")
 
-    assert finished.returncode == 1
-    assert finished.stdout == ""
+    assert (finished.returncode, finished.stdout) == (1, "")
     assert finished.stderr.startswith("stepwell: error: ")
     assert finished.stderr.count("\n") == 1
 
@@ -115,17 +135,10 @@ def test_what_the_server_refuses_is_one_line_and_nothing_is_left(bench: Bench) -
 def test_interrupted_it_reports_and_closes_its_sessions(
     served: Served, nothing_is_left: None, mode: str
 ) -> None:
-    options = ("seq", "--mode", mode, "--sessions", "20", "--warm-up-s", "0", "--duration-s", "300", "--json")
-    process = subprocess.Popen(command(served, *options), stdout=subprocess.PIPE, text=True)
-    until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
-
+    process = started(served.address, "--mode", mode, "--sessions", "20")
+    steps_are_made(served.client)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=200)
-
-    assert process.returncode == 130
-    result = json.loads(output)
-    assert result["interrupted"]
-    assert result["steps"] > 0
+    interrupted(process)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups of signals")
@@ -133,34 +146,13 @@ def test_interrupted_it_reports_and_closes_its_sessions(
 def test_ended_by_a_signal_to_all_its_processes_it_reports_and_closes_its_sessions(
     served: Served, nothing_is_left: None, number: str
 ) -> None:
-    options = (
-        "seq",
-        "--sessions",
-        "8",
-        "--processes",
-        "2",
-        "--warm-up-s",
-        "0",
-        "--duration-s",
-        "300",
-        "--json",
-    )
-    process = subprocess.Popen(
-        command(served, *options), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
+    process = started(served.address, "--sessions", "8", "--processes", "2", start_new_session=True)
+    steps_are_made(served.client)
     # should the machine kill all processes of the run, the server closes the sessions
     idle_s = {one.max_idle_s for one in served.client.sessions(prefix="bench-")}
-
     for _ in range(2):  # as `timeout` does
         os.killpg(process.pid, getattr(signal, number))
-    output, _ = process.communicate(timeout=200)
-
-    assert process.returncode == 130
-    result = json.loads(output)
-    assert result["interrupted"]
-    assert result["steps"] > 0
-    assert result["unanswered"] == 0
+    assert interrupted(process)["unanswered"] == 0
     assert idle_s == {3600.0 + 300.0}
 
 
@@ -168,41 +160,16 @@ def test_ended_by_a_signal_to_all_its_processes_it_reports_and_closes_its_sessio
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
 def test_calls_that_a_dead_server_never_answers_are_counted(number: str) -> None:
-    options = (
-        "seq",
-        "--sessions",
-        "6",
-        "--processes",
-        "2",
-        "--warm-up-s",
-        "0",
-        "--duration-s",
-        "8",
-        "--json",
-    )
     with local_server("seq") as server, stepwell.connect(server.address) as client:
-        arguments = [
-            sys.executable,
-            "-m",
-            "stepwell",
-            "bench",
-            "--server",
-            server.address,
-            "--timeout-s",
-            "100",
-        ]
-        process = subprocess.Popen(
-            [*arguments, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        until(lambda: sum(one.revision > 5 for one in client.sessions(prefix="bench-")) == 6)
-
+        options = ("--sessions", "6", "--processes", "2")
+        process = started(server.address, *options, duration_s=8, stderr=subprocess.PIPE)
+        steps_are_made(client, 6)
         assert server.pid is not None
         os.kill(server.pid, getattr(signal, number))
         try:
             output, errors = process.communicate(timeout=200)
         finally:
             server.kill()
-
     assert process.returncode == 1, errors
     result = json.loads(output)
     assert result["unanswered"] == 6
@@ -214,44 +181,23 @@ def test_calls_that_a_dead_server_never_answers_are_counted(number: str) -> None
 
 
 def test_killed_it_leaves_no_process_and_no_session(served: Served, nothing_is_left: None) -> None:
-    options = ("seq", "--mode", "frames", "--sessions", "8", "--processes", "2", "--duration-s", "300")
-    process = subprocess.Popen(command(served, *options))
-    until(lambda: any(one.revision > 5 for one in served.client.sessions(prefix="bench-")))
-
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=200)
-
+    with started(served.address, "--mode", "frames", "--sessions", "8", "--processes", "2") as process:
+        steps_are_made(served.client)
+        os.kill(process.pid, signal.SIGKILL)
     until(lambda: not served.client.sessions(prefix="bench-"))
 
 
 @pytest.mark.slow
 def test_sessions_closed_by_someone_else_are_errors_by_kind(served: Served, nothing_is_left: None) -> None:
-    options = (
-        "seq",
-        "--mode",
-        "unary",
-        "--sessions",
-        "4",
-        "--warm-up-s",
-        "0",
-        "--duration-s",
-        "300",
-        "--json",
-    )
-    process = subprocess.Popen(command(served, *options), stdout=subprocess.PIPE, text=True)
-    until(lambda: len(served.client.sessions(prefix="bench-")) == 4)
+    process = started(served.address, "--mode", "unary", "--sessions", "4")
+    steps_are_made(served.client, 4)
     victim, other = (one.session_id for one in served.client.sessions(prefix="bench-")[:2])
-    until(lambda: info(served, victim).revision > 5)
-
     served.client.close_session(victim)
     # the victim's next step fails, and the others' do not wait for it
     closed_at = info(served, other).revision
     until(lambda: info(served, other).revision > closed_at + 50)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=200)
-
-    assert process.returncode == 130
-    result = json.loads(output)
+    result = interrupted(process)
     assert set(result["errors"]) == {"SessionNotFoundError"}
     assert victim in result["first_error"]
 

@@ -68,8 +68,7 @@ def document(result: Result) -> Any:
 def refused(result: Result, says: str, exit_code: int = 1) -> None:
     assert says in result.stderr
     assert result.stderr.startswith("stepwell: error: ")
-    assert result.stderr.count("\n") == 1
-    assert result.exit_code == exit_code
+    assert (result.stderr.count("\n"), result.exit_code) == (1, exit_code)
 
 
 def test_models_and_sessions_are_completed(address: str, client: stepwell.Client) -> None:
@@ -180,18 +179,11 @@ def test_steps_of_the_command_line_are_those_of_the_sdk(
     assert answers[0]["outputs"]["y"]["shape"] == [1, 2, 2]
 
 
-def test_a_step_for_people(run: Run) -> None:
-    result = run("step", "user-42", "--open", "forecast", "--input", "[[1, 2, 3]]")
-
-    lines = result.stdout.splitlines()
-    assert lines[0] == "y float32 (1, 2)"
-    assert lines[-1] == "revision 1, position 1"
-
-
-def test_a_step_without_outputs(run: Run) -> None:
-    result = run("step", "s", "--open", "forecast", "--input", "[[1, 2, 3]]", "--outputs", "none", "--json")
-
-    assert document(result)["outputs"] == {}
+def test_a_step_for_people_and_without_outputs(run: Run) -> None:
+    options = ("--open", "forecast", "--input", "[[1, 2, 3]]")
+    lines = run("step", "user-42", *options).stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("y float32 (1, 2)", "revision 1, position 1")
+    assert document(run("step", "s", *options, "--outputs", "none", "--json"))["outputs"] == {}
 
 
 def test_several_inputs_and_outputs(run: Run, tmp_path: Path) -> None:
@@ -222,11 +214,13 @@ def test_an_input_without_its_first_axis_is_written_as_it_should_be(
 
 
 def test_a_session_that_is_not_there_is_never_made(run: Run, client: stepwell.Client) -> None:
-    refused(run("step", "nobody", "--input", "[[1, 2, 3]]"), "'nobody'")
-    refused(run("state", "get", "nobody"), "'nobody'")
-    refused(run("state", "set", "nobody", "--zero"), "'nobody'")
-    refused(run("sessions", "show", "nobody"), "'nobody'")
-
+    for arguments in (
+        ("step", "nobody", "--input", "[[1, 2, 3]]"),
+        ("state", "get", "nobody"),
+        ("state", "set", "nobody", "--zero"),
+        ("sessions", "show", "nobody"),
+    ):
+        refused(run(*arguments), "'nobody'")
     assert client.sessions() == []
 
 
@@ -235,10 +229,13 @@ def test_open_goes_on_with_a_session_whatever_its_batch_size(run: Run, client: s
     x = "[[1, 2, 3], [4, 5, 6]]"
 
     assert document(run("step", "pair", "--open", "forecast", "--input", x, "--json"))["revision"] == 1
-    refused(run("step", "pair", "--open", "forecast", "--batch-size", "3", "--input", x), "batch_size 2")
-    refused(run("step", "pair", "--open", "several", "--input", x), "forecast")
-    refused(run("step", "pair", "--model", "several", "--input", x), "--model must be the session's model")
-    refused(run("step", "new", "--open", "gone", "--input", x), "gone")
+    for arguments, text in (
+        (("pair", "--open", "forecast", "--batch-size", "3"), "batch_size 2"),
+        (("pair", "--open", "several"), "forecast"),
+        (("pair", "--model", "several"), "--model must be the session's model"),
+        (("new", "--open", "gone"), "gone"),
+    ):
+        refused(run("step", *arguments, "--input", x), text)
 
 
 def test_a_session_that_a_step_opens_may_have_an_idle_limit(run: Run, client: stepwell.Client) -> None:
@@ -418,10 +415,13 @@ def test_sessions_are_listed_by_id_and_by_how_long_they_were_not_used(
     assert listed("--idle-longer", "0s", "--prefix", "c") == ["c"]
     lines = run("sessions", "list", "--limit", "1").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["SESSION", "a"]
-    refused(run("sessions", "list", "--sort", "idle"), "No such option '--sort'", exit_code=2)
-    refused(run("sessions", "list", "--limit", "0"), "--limit", exit_code=2)
-    refused(run("sessions", "list", "--idle-longer", "soon"), "'soon'", exit_code=2)
-    refused(run("sessions", "list", "--model", "nobody"), "'nobody'")
+    for option, value, text, code in (
+        ("--sort", "idle", "No such option '--sort'", 2),
+        ("--limit", "0", "--limit", 2),
+        ("--idle-longer", "soon", "'soon'", 2),
+        ("--model", "nobody", "'nobody'", 1),
+    ):
+        refused(run("sessions", "list", option, value), text, code)
 
 
 def test_many_sessions_are_listed_in_the_columns_of_the_first(run: Run, client: stepwell.Client) -> None:
@@ -443,11 +443,14 @@ def test_sessions_are_closed_by_a_filter_after_a_look(
     found = document(run("sessions", "close", "--all", "--dry-run", "--json"))
     assert found == {"would_close": 4, "sample": ["guest", "user-1", "user-2", "user-3"]}
     assert run("sessions", "close", "guest", "--dry-run").stdout == "1 session: guest\n"
-    refused(run("sessions", "close", "nobody", "--dry-run"), "'nobody'")
-    refused(run("sessions", "close", "--prefix", "user-"), "pass --yes", exit_code=2)
-    refused(run("sessions", "close", "--prefix", "", "--dry-run"), "--prefix must not be empty", exit_code=2)
-    refused(run("sessions", "close", "guest", "--all", "--yes"), "either sessions, a filter", exit_code=2)
-    refused(run("sessions", "close", "--yes"), "either sessions, a filter", exit_code=2)
+    for arguments, text, code in (
+        (("nobody", "--dry-run"), "'nobody'", 1),
+        (("--prefix", "user-"), "pass --yes", 2),
+        (("--prefix", "", "--dry-run"), "--prefix must not be empty", 2),
+        (("guest", "--all", "--yes"), "either sessions, a filter", 2),
+        (("--yes",), "either sessions, a filter", 2),
+    ):
+        refused(run("sessions", "close", *arguments), text, code)
     assert run("sessions", "close", "--idle-longer", "1h", "--yes").stdout == "closed 0 sessions\n"
     assert len(client.sessions()) == 4
     monkeypatch.setattr("stepwell.cli.sessions.is_terminal", lambda: True)
@@ -481,11 +484,12 @@ def test_sessions_are_saved_and_come_back(run: Run, client: stepwell.Client, tmp
     assert client.session_info("saved-b").revision == 1
     assert run("sessions", "export", "-o", str(file)).stdout == f"exported 3 sessions to {file}\n"
     file.write_bytes(file.read_bytes()[:-1])
-    refused(run("sessions", "import", str(file)), "as it was written; at byte")
-    refused(run("sessions", "export", "-o", str(tmp_path / "no" / "where")), "cannot write -o", exit_code=2)
-    refused(
-        run("sessions", "export", "saved-a", "--prefix", "saved-b", "-o", str(file)), "either", exit_code=2
-    )
+    for arguments, text, code in (
+        (("import", str(file)), "as it was written; at byte", 1),
+        (("export", "-o", str(tmp_path / "no" / "where")), "cannot write -o", 2),
+        (("export", "saved-a", "--prefix", "saved-b", "-o", str(file)), "either", 2),
+    ):
+        refused(run("sessions", *arguments), text, code)
 
 
 def test_sessions_are_closed(run: Run, client: stepwell.Client) -> None:

@@ -146,19 +146,26 @@ def test_a_version_is_unloaded(run: Run, server: ScriptedModels, file: str) -> N
 
 
 def test_what_is_wrong_is_one_line(run: Run, server: ScriptedModels, file: str) -> None:
-    refused(run("load", f"{MODEL}@2", file, "--version", "3"), "give the version once", 2)
-    refused(run("load", f"{MODEL}@x", file), "must be a whole number of at least 1; got 'sum@x'", 2)
-    refused(run("load", MODEL, file, "--version", "0"), "--version", 2)
-    refused(run("load", MODEL, file, "--sessions", "drop"), "--sessions", 2)
-    refused(run("default", MODEL), "the version must be named, as in sum@2; got 'sum'", 2)
-    refused(run("label", MODEL, "canary"), "the version must be named", 2)
-    refused(run("--versions", "show", MODEL), "--versions must follow 'show'", 2)
-    refused(run("load", MODEL, f"{file}.not"), f"{file}.not: No such file or directory")
-    refused(run("load", MODEL, file, "--label", "1"), "a label must be 1 to 64 letters")
+    folder = os.path.dirname(file)
+    for arguments, text, code in (
+        (("load", f"{MODEL}@2", file, "--version", "3"), "give the version once", 2),
+        (("load", f"{MODEL}@x", file), "must be a whole number of at least 1; got 'sum@x'", 2),
+        (("load", MODEL, file, "--version", "0"), "--version", 2),
+        (("load", MODEL, file, "--sessions", "drop"), "--sessions", 2),
+        (("default", MODEL), "the version must be given, as in sum@2; got 'sum'", 2),
+        (("label", MODEL, "canary"), "the version must be given", 2),
+        (("--versions", "show", MODEL), "--versions must follow 'show'", 2),
+        (("load", MODEL, f"{file}.not"), f"{file}.not: No such file or directory", 1),
+        (("load", MODEL, file, "--label", "1"), "a label must be 1 to 64 letters", 1),
+    ):
+        refused(run(*arguments), text, code)
     assert not server.calls
-    refused(run("load", MODEL, os.path.dirname(file), "--upload"), f"{os.path.dirname(file)}: Is a directory")
-    refused(run("load", f"{MODEL}@1", file), "version 1 is there")
-    refused(run("unload", f"{MODEL}@5"), "no 'sum@5'")
+    for others, text in (
+        (("load", MODEL, folder, "--upload"), f"{folder}: Is a directory"),
+        (("load", f"{MODEL}@1", file), "version 1 is there"),
+        (("unload", f"{MODEL}@5"), "no 'sum@5'"),
+    ):
+        refused(run(*others), text)
 
 
 def test_an_answer_that_is_lost_says_where_to_look(run: Run, server: ScriptedModels, file: str) -> None:

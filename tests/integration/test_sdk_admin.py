@@ -165,12 +165,18 @@ async def test_files_that_are_no_sessions_are_refused_before_anything_is_sent(
         with pytest.raises(stepwell.InvalidInputError, match=message):
             await client.import_sessions(file)
     file.write_bytes(good)
-    with pytest.raises(stepwell.InvalidInputError, match="existing must be one of"):
-        await client.import_sessions(file, existing="keep")
-    with pytest.raises(stepwell.InvalidInputError, match="session_ids or filters; got both"):
-        await client.export_sessions(file, ["a"], prefix="b")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        await client.export_sessions(tmp_path / "nowhere" / "file", ["a"])
+    calls: list[tuple[type[Exception], str, Any]] = [
+        (
+            stepwell.InvalidInputError,
+            "existing must be one of",
+            client.import_sessions(file, existing="keep"),
+        ),
+        (stepwell.InvalidInputError, "or filters; got both", client.export_sessions(file, ["a"], prefix="b")),
+        (FileNotFoundError, "nowhere", client.export_sessions(tmp_path / "nowhere" / "file", ["a"])),
+    ]
+    for kind, message, call in calls:
+        with pytest.raises(kind, match=message):
+            await call
     assert file.read_bytes() == good
     assert os.listdir(tmp_path) == ["some.sessions"], "nothing is left of what failed"
     assert session.session_id == "file-1"

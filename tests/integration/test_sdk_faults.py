@@ -37,6 +37,11 @@ async def client(request: pytest.FixtureRequest, server: ScriptedServer) -> Asyn
         yield client
 
 
+@pytest.fixture
+async def session(client: Any) -> Any:
+    return await client.open_session(MODEL)
+
+
 async def give_up(call: Callable[..., Any], happened: Callable[[errors.StepwellError], bool]) -> Any:
     """Make a call that cannot succeed, until it has come to what the test is about; returns how it ended then."""
     ended: Any = None
@@ -115,24 +120,17 @@ async def test_every_status_becomes_an_error_of_ours(
         assert caught.value.__cause__ is None
 
 
-async def test_lost_answer_is_asked_for_again(client: Any, server: ScriptedServer) -> None:
-    method = step_method(client)
-    server.fail(method, LOST, 2)
-    session = await client.open_session(MODEL)
+@pytest.mark.parametrize("fault", [LOST, Fault()], ids=["its answer is lost", "it never arrives"])
+async def test_a_step_is_sent_again_the_same_and_applied_once(
+    session: Any, server: ScriptedServer, fault: Fault
+) -> None:
+    method = step_method(session)
+    server.fail(method, fault, 2)
     assert (await session.step(X)).tolist() == [[1.0, 1.0]]
     assert (server.applied, session.revision, session.position) == (1, 1, 1)
-    sent = changes(server, method)
-    assert len(sent) == 3
-    assert sent[0] == sent[1] == sent[2]
-    assert sent[0][1] != [0]
-
-
-async def test_requests_that_never_arrived_are_sent_again(client: Any, server: ScriptedServer) -> None:
-    method = step_method(client)
-    session = await client.open_session(MODEL)
-    server.fail(method, Fault(), 3)
-    assert (await session.step(X)).tolist() == [[1.0, 1.0]]
-    assert server.applied == 1
+    first, second, third = changes(server, method)
+    assert first == second == third
+    assert first[1] != [0]
 
 
 @pytest.mark.parametrize(
@@ -146,14 +144,12 @@ async def test_other_calls_are_sent_again_too(client: Any, server: ScriptedServe
     await session.fork("t")
     await client.predict(MODEL, X)
     await session.close()
-    sent = server.requests(method)
-    assert len(sent) == 3
-    assert sent[0] == sent[1] == sent[2]
+    first, second, third = server.requests(method)
+    assert first == second == third
 
 
-async def test_overload_is_waited_for(client: Any, server: ScriptedServer) -> None:
+async def test_overload_is_waited_for(client: Any, session: Any, server: ScriptedServer) -> None:
     method = step_method(client)
-    session = await client.open_session(MODEL)
     fault = Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry_after_s=0.2)
     server.fail(method, fault)
     loop = asyncio.get_running_loop()
@@ -162,16 +158,16 @@ async def test_overload_is_waited_for(client: Any, server: ScriptedServer) -> No
     assert loop.time() - began_s >= 0.2
 
 
-async def test_overload_beyond_the_limit(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_overload_beyond_the_limit(client: Any, session: Any, server: ScriptedServer) -> None:
     server.fail(step_method(client), Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry_after_s=60))
     with pytest.raises(errors.OverloadedError) as caught:
         await session.step(X)
     assert caught.value.retry_after_s == 60
 
 
-async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_unknown_outcome_is_settled_by_the_same_call(
+    client: Any, session: Any, server: ScriptedServer
+) -> None:
     server.fail(step_method(client), LOST, 1000)
     ended = await give_up(functools.partial(session.step, X), lambda _: server.applied == 1)
     assert ended.outcome == "unknown"
@@ -181,8 +177,9 @@ async def test_unknown_outcome_is_settled_by_the_same_call(client: Any, server: 
     assert (server.applied, session.revision) == (1, 1)
 
 
-async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_unknown_outcome_and_another_call_is_a_conflict(
+    client: Any, session: Any, server: ScriptedServer
+) -> None:
     server.fail(step_method(client), LOST, 1000)
     await give_up(functools.partial(session.step, X), lambda _: server.applied == 1)
     server.fail_no_more()
@@ -197,8 +194,7 @@ async def test_unknown_outcome_and_another_call_is_a_conflict(client: Any, serve
     assert (await session.step(2 * X)).tolist() == [[3.0, 3.0]]
 
 
-async def test_refusal_is_settled(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_refusal_is_settled(client: Any, session: Any, server: ScriptedServer) -> None:
     server.fail(step_method(client), Fault(reason="UNAVAILABLE", message="stopping"), 1000)
     ended = await give_up(functools.partial(session.step, X), lambda error: "stopping" in error.message)
     assert "stopping" in str(ended)
@@ -206,8 +202,9 @@ async def test_refusal_is_settled(client: Any, server: ScriptedServer) -> None:
     assert ended.outcome == ("unknown" if cut_short else "not_applied")
 
 
-async def test_time_limit_is_kept_and_its_outcome_unknown(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_time_limit_is_kept_and_its_outcome_unknown(
+    client: Any, session: Any, server: ScriptedServer
+) -> None:
     gate, _ = server.hold(step_method(client))
     loop = asyncio.get_running_loop()
 
@@ -226,8 +223,7 @@ async def test_time_limit_is_kept_and_its_outcome_unknown(client: Any, server: S
     assert server.applied == 1
 
 
-async def test_waiting_for_ones_turn_counts(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_waiting_for_ones_turn_counts(client: Any, session: Any, server: ScriptedServer) -> None:
     gate, arrived = server.hold(step_method(client))
     first = asyncio.ensure_future(session.step(X))
     assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
@@ -256,8 +252,7 @@ async def test_group_is_one_frame(client: Any, server: ScriptedServer) -> None:
         assert len(server.requests("StepStream")) == 1
         assert group.revisions.tolist() == group.positions.tolist() == [1, 1, 1]
         await group.reset_states(rows=[1])
-        assert group.revisions.tolist() == [1, 2, 1]
-        assert group.positions.tolist() == [1, 0, 1]
+        assert (group.revisions.tolist(), group.positions.tolist()) == ([1, 2, 1], [1, 0, 1])
         await group.reset_states(rows=[])
         assert len(server.requests("StepStream")) == 2
         state = await group.get_state()
@@ -322,8 +317,7 @@ async def test_group_time_limit(client: Any, server: ScriptedServer) -> None:
     x = np.ones((3, 2), np.float32)
     ended = await give_up(functools.partial(group.step, x), is_unknown)
     assert isinstance(ended, errors.DeadlineExceededError)
-    assert ended.outcome == "unknown"
-    assert sorted(ended.failures) == [0, 1, 2]
+    assert (ended.outcome, sorted(ended.failures)) == ("unknown", [0, 1, 2])
     gate.set()
     assert np.array_equal(await group.step(x), x)
     assert server.applied == 3
@@ -354,8 +348,7 @@ async def test_with_blocks_close_what_has_no_name(client: Any, server: ScriptedS
     assert set(server.sessions) == {"user-42"}
 
 
-async def test_closing_does_not_hide_the_error_of_the_block(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_closing_does_not_hide_the_error_of_the_block(session: Any, server: ScriptedServer) -> None:
     server.fail("CloseSession", Fault(Code.DATA_LOSS, "scripted"))
     with pytest.raises(ZeroDivisionError) as caught:
         async with session:
@@ -363,22 +356,21 @@ async def test_closing_does_not_hide_the_error_of_the_block(client: Any, server:
     assert "scripted" in caught.value.__notes__[0]
 
 
-async def test_closing_a_session_that_is_gone(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_closing_a_session_that_is_gone(client: Any, session: Any, server: ScriptedServer) -> None:
     server.sessions.clear()
     await session.close()
     await session.close()
     assert len(server.requests("CloseSession")) == 1
-    with pytest.raises(errors.ClosedError):
-        await session.step(X)
-    with pytest.raises(errors.ClosedError):
-        await session.get_state()
-    with pytest.raises(errors.SessionNotFoundError):
-        await client.close_session("gone")
+    for kind, call in (
+        (errors.ClosedError, session.step(X)),
+        (errors.ClosedError, session.get_state()),
+        (errors.SessionNotFoundError, client.close_session("gone")),
+    ):
+        with pytest.raises(kind):
+            await call
 
 
-async def test_closed_client(client: Any, server: ScriptedServer) -> None:
-    session = await client.open_session(MODEL)
+async def test_closed_client(client: Any, session: Any, server: ScriptedServer) -> None:
     group = await client.open_sessions(MODEL, 2)
     await group.step(np.ones((2, 2)))
     await client.close()
@@ -390,9 +382,8 @@ async def test_closed_client(client: Any, server: ScriptedServer) -> None:
 
 @pytest.mark.parametrize("who", ["session", "group", "call", "pause"])
 async def test_closing_the_client_ends_what_is_under_way(
-    client: Any, server: ScriptedServer, who: str
+    client: Any, session: Any, server: ScriptedServer, who: str
 ) -> None:
-    session = await client.open_session(MODEL)
     group = await client.open_sessions(MODEL, 2)
     if who == "pause":
         full = Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", retry_after_s=15.0)

@@ -30,6 +30,11 @@ async def client(request: pytest.FixtureRequest, server: ScriptedServer) -> Asyn
         yield client
 
 
+@pytest.fixture
+async def group(client: Any) -> Any:
+    return await client.open_sessions(MODEL, 4)
+
+
 def states(server: ScriptedServer, group: Any) -> Any:
     return np.concatenate([server.sessions[one].state for one in group.ids])
 
@@ -44,9 +49,8 @@ def frames(server: ScriptedServer) -> list[Any]:
 
 
 async def test_members_that_are_ready_are_reset_and_stepped_once_though_the_answer_is_lost(
-    client: Any, server: ScriptedServer
+    group: Any, server: ScriptedServer
 ) -> None:
-    group = await client.open_sessions(MODEL, 4)
     await group.step(X)
     server.fail("StepStream", LOST)
     ready, done = np.array([True, False, True, True]), np.array([False, True, False])
@@ -84,9 +88,8 @@ async def test_views_count_with_their_group(client: Any, server: ScriptedServer)
 
 
 async def test_members_go_at_the_same_time_and_a_change_of_all_waits_for_them(
-    client: Any, server: ScriptedServer
+    group: Any, server: ScriptedServer
 ) -> None:
-    group = await client.open_sessions(MODEL, 4)
     await asyncio.gather(*(one.step(X[i : i + 1]) for i, one in enumerate(group)), group.step(X))
     await asyncio.gather(group[:2].step(X[:2]), group.step(X), group[1:].step(X[1:]), group[1].reset_states())
     assert group.revisions.tolist() == [4, 6, 4, 4]
@@ -96,10 +99,9 @@ async def test_members_go_at_the_same_time_and_a_change_of_all_waits_for_them(
 
 
 async def test_a_change_of_some_members_fails_for_one_and_is_finished(
-    client: Any, server: ScriptedServer
+    group: Any, server: ScriptedServer
 ) -> None:
     """Indexes are those of the handle that was asked."""
-    group = await client.open_sessions(MODEL, 4)
     view = group[1:]
     server.fail("StepStream", GONE)
     with pytest.raises(errors.InternalError) as caught:
@@ -117,9 +119,8 @@ async def test_a_change_of_some_members_fails_for_one_and_is_finished(
 
 
 async def test_another_change_of_a_member_ends_what_was_unfinished(
-    client: Any, server: ScriptedServer
+    group: Any, server: ScriptedServer
 ) -> None:
-    group = await client.open_sessions(MODEL, 4)
     server.fail("StepStream", GONE)
     with pytest.raises(errors.InternalError):
         await group.step(X)
@@ -168,9 +169,8 @@ async def test_another_session_with_the_id_of_a_member_is_none_of_the_group(
 
 
 async def test_members_that_are_busy_are_read_again_alone(
-    client: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+    group: Any, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = await client.open_sessions(MODEL, 4)
     await group.step(X)
     server.busy = {group.ids[1], group.ids[2]}
     assert np.array_equal((await group.get_states())["sum"], X)
@@ -183,10 +183,7 @@ async def test_members_that_are_busy_are_read_again_alone(
     assert list(caught.value.failures) == [3]
 
 
-async def test_a_refresh_is_one_call_and_takes_over_what_is_there(
-    client: Any, server: ScriptedServer
-) -> None:
-    group = await client.open_sessions(MODEL, 4)
+async def test_a_refresh_is_one_call_and_takes_over_what_is_there(group: Any, server: ScriptedServer) -> None:
     for session_id, revision in zip(group.ids, (5, 6, 7, 8), strict=True):
         server.sessions[session_id].revision = revision
     await group[1:3].refresh()
@@ -201,9 +198,8 @@ async def test_a_refresh_is_one_call_and_takes_over_what_is_there(
     assert np.array_equal(await group.step(X[:3], members=[0, 2, 3]), X[:3])
 
 
-async def test_a_fork_of_a_group_goes_its_own_way(client: Any, server: ScriptedServer) -> None:
+async def test_a_fork_of_a_group_goes_its_own_way(group: Any, server: ScriptedServer) -> None:
     """Its answer is lost once, and it is there once."""
-    group = await client.open_sessions(MODEL, 4)
     await group.step(X)
     server.fail("ForkSessions", LOST)
     async with await group[[2, 0]].fork() as twins:
@@ -250,8 +246,7 @@ async def test_a_large_group_is_read_and_closed_in_requests_that_the_server_take
     assert first.request_id != rest.request_id
 
 
-async def test_a_group_takes_its_views_with_it(client: Any, server: ScriptedServer) -> None:
-    group = await client.open_sessions(MODEL, 4)
+async def test_a_group_takes_its_views_with_it(group: Any, server: ScriptedServer) -> None:
     view, member, nested = group[:2], group[3], group[1:][0]
     await view.close()
     assert set(server.sessions) == set(group.ids[2:])
@@ -267,8 +262,7 @@ async def test_a_group_takes_its_views_with_it(client: Any, server: ScriptedServ
             await handle.reset_states()
 
 
-async def test_what_cannot_be_members_is_refused(client: Any, server: ScriptedServer) -> None:
-    group = await client.open_sessions(MODEL, 4)
+async def test_what_cannot_be_members_is_refused(client: Any, group: Any, server: ScriptedServer) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"members": [4]}, r"members must be from 0 to 3, each at most once; got \[4\]"),
         ({"members": np.array([1, 1])}, r"members must be from 0 to 3, each at most once; got \[1, 1\]"),
@@ -299,12 +293,14 @@ async def test_what_cannot_be_members_is_refused(client: Any, server: ScriptedSe
             await pairs.fork(ids)
     with pytest.raises(errors.InvalidInputError, match="members and rows must not both be given"):
         await group.reset_states(rows=[0], members=[0])
-    with pytest.raises(IndexError, match="index must be from -4 to 3 in a group of 4 sessions; got 4"):
-        group[4]
-    with pytest.raises(errors.InvalidInputError, match="members must be from 0 to 3"):
-        group[[7]]
-    for index in (True, None):
-        with pytest.raises(errors.InvalidInputError, match=f"members must be .*; got {index}"):
+    indexes: list[tuple[type[Exception], str, Any]] = [
+        (IndexError, "index must be from -4 to 3 in a group of 4 sessions; got 4", 4),
+        (errors.InvalidInputError, "members must be from 0 to 3", [7]),
+        (errors.InvalidInputError, "members must be .*; got True", True),
+        (errors.InvalidInputError, "members must be .*; got None", None),
+    ]
+    for kind, message, index in indexes:
+        with pytest.raises(kind, match=message):
             group[index]
     nothing = await group.step(np.zeros((0, 2), np.float32), members=np.zeros(4, bool))
     assert (nothing.shape, nothing.dtype) == ((0, 2), np.float32)

@@ -27,6 +27,14 @@ X = np.ones((1, 2), np.float32)
 WAIT_S = 100.0
 
 
+def put_server(folder: Path, code: str) -> None:
+    """A package in the folder that takes the server's place where the folder comes first among the imports."""
+    package = folder / "stepwell_server"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(code)
+
+
 class Begun:
     """The SDK's threads that are there, but for those that were there before: other tests have theirs."""
 
@@ -224,34 +232,22 @@ async def test_a_cancelled_caller_harms_no_neighbour(server: ScriptedServer, pos
         assert server.applied == 5
 
 
-@pytest.mark.parametrize("coalesce", [True, False])
-async def test_a_session_is_usable_after_a_cancelled_step(server: ScriptedServer, coalesce: bool) -> None:
-    async with stepwell.aio.connect(server.address, coalesce=coalesce) as client:
-        session = await client.open_session(MODEL)
-        gate, arrived = server.hold("StepStream" if coalesce else "Step")
-        step = asyncio.create_task(session.step(X))
+@pytest.mark.parametrize("of", ["a session in frames", "a session", "a group"])
+async def test_what_a_cancelled_step_was_for_is_usable(server: ScriptedServer, of: str) -> None:
+    async with stepwell.aio.connect(server.address, coalesce=of != "a session") as client:
+        n = 3 if of == "a group" else 1
+        x = np.ones((n, 2), np.float32)
+        stepped: Any = await (client.open_sessions(MODEL, 3) if n == 3 else client.open_session(MODEL))
+        gate, arrived = server.hold("Step" if of == "a session" else "StepStream")
+        step = asyncio.create_task(stepped.step(x))
         assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
         step.cancel()
         with pytest.raises(asyncio.CancelledError):
             await step
         gate.set()
-        assert np.array_equal(await session.step(X), X)
-        assert (server.applied, session.revision) == (1, 1)
-
-
-async def test_a_cancelled_group_is_usable(server: ScriptedServer) -> None:
-    async with stepwell.aio.connect(server.address) as client:
-        group = await client.open_sessions(MODEL, 3)
-        x = np.ones((3, 2))
-        gate, arrived = server.hold("StepStream")
-        step = asyncio.create_task(group.step(x))
-        assert await asyncio.to_thread(arrived.acquire, timeout=WAIT_S)
-        step.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await step
-        gate.set()
-        assert np.array_equal(await group.step(x), x)
-        assert server.applied == 3
+        assert np.array_equal(await stepped.step(x), x)
+        assert server.applied == n
+        assert np.all(stepped.revisions == 1 if n == 3 else stepped.revision == 1)
 
 
 def test_many_threads_share_a_client(server: ScriptedServer) -> None:
@@ -283,11 +279,8 @@ def test_a_server_that_refuses_to_start_says_why() -> None:
 
 
 def test_a_server_that_takes_too_long_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = tmp_path / "stepwell_server"
-    fake.mkdir()
-    (fake / "__init__.py").write_text("")
-    (fake / "__main__.py").write_text(
-        "import sys\nprint('loading', flush=True)\nsys.stdin.read()\nimport time\ntime.sleep(60)\n"
+    put_server(
+        tmp_path, "import sys\nprint('loading', flush=True)\nsys.stdin.read()\nimport time\ntime.sleep(60)\n"
     )
     logs = ""
     for limit_s in (1.0, 4.0, 16.0, 64.0):
@@ -312,10 +305,7 @@ with socket.create_server((host, int(port))) as listening:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a port for a server that is away")
 def test_nobody_gets_the_port_of_a_server_that_is_away(tmp_path: Path) -> None:
-    fake = tmp_path / "stepwell_server"
-    fake.mkdir()
-    (fake / "__init__.py").write_text("")
-    (fake / "__main__.py").write_text(LISTENING)
+    put_server(tmp_path, LISTENING)
 
     def take(address: str) -> None:
         host, port = address.split(":")
@@ -334,11 +324,9 @@ def test_nobody_gets_the_port_of_a_server_that_is_away(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties a child's life to its parent's")
 def test_a_server_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    fake = tmp_path / "stepwell_server"
-    fake.mkdir()
-    (fake / "__init__.py").write_text("")
-    (fake / "__main__.py").write_text(
-        "import time\nprint('stepwell: python front, listening on 127.0.0.1:1', flush=True)\ntime.sleep(60)\n"
+    put_server(
+        tmp_path,
+        "import time\nprint('stepwell: python front, listening on 127.0.0.1:1', flush=True)\ntime.sleep(60)\n",
     )
     code = (
         "import sys, threading\n"
@@ -370,15 +358,13 @@ def test_a_server_does_not_outlive_its_parent(tmp_path: Path) -> None:
 
 def test_an_interrupt_of_the_whole_process_group_leaves_the_server_alone(tmp_path: Path) -> None:
     """What a terminal does on Ctrl-C, and a notebook for its stop button."""
-    fake = tmp_path / "stepwell_server"
-    fake.mkdir()
-    (fake / "__init__.py").write_text("")
-    (fake / "__main__.py").write_text(
+    put_server(
+        tmp_path,
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, lambda *_: sys.exit(2))\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))\n"
         "print('stepwell: python front, listening on 127.0.0.1:1', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(60)\n",
     )
     code = (
         "import sys\n"

@@ -104,8 +104,7 @@ async def test_new_weights_meet_the_old_states(client: Any, name: str, paths: di
         assert (await pinned.step(x)).tobytes() == old.tobytes()
         assert (session.model_version, session.revision, session.position) == (2, 4, 4)
         assert (pinned.model_version, pinned.model_version_pinned) == (1, True)
-        assert group.model_versions.tolist() == [2] * 4
-        assert group.revisions.tolist() == [4] * 4
+        assert (group.model_versions.tolist(), group.revisions.tolist()) == ([2] * 4, [4] * 4)
         await client.set_default(name, 1, sessions="carry")
         await session.reset_states()
         await group.refresh()
@@ -179,8 +178,7 @@ async def test_a_group_is_stepped_while_weights_change(
             steps += 1
         await loading
         await group.step(x)
-        assert group.model_versions.tolist() == [2] * 64
-        assert group.revisions.tolist() == [steps + 1] * 64
+        assert (group.model_versions.tolist(), group.revisions.tolist()) == ([2] * 64, [steps + 1] * 64)
         assert (await group.fork()).model_versions.tolist() == [2] * 64
 
 
@@ -190,21 +188,20 @@ async def test_what_cannot_be_loaded_changes_nothing(
     broken = tmp_path / "broken.keras"
     await asyncio.to_thread(broken.write_bytes, b"PK no archive")
     async with await client.open_session(name) as session:
-        with pytest.raises(errors.ModelLoadError):
-            await client.load_model(name, broken)
-        with pytest.raises(errors.ModelMismatchError, match="'y'"):
-            await client.update_model(name, paths["wider"])
-        with pytest.raises(errors.ModelVersionExistsError, match="1"):
-            await client.load_model(name, paths["second"], version=1)
-        with pytest.raises(errors.RefusedError, match="--allow-model-upload"):
-            await client.load_model(name, paths["second"], upload=True)
-        with pytest.raises(errors.MigrationFailedError):
-            await client.load_model(name, paths["second"], sessions="migrate")
+        cases: tuple[tuple[type[Exception], str | None, Path, dict[str, Any]], ...] = (
+            (errors.ModelLoadError, None, broken, {}),
+            (errors.ModelMismatchError, "'y'", paths["wider"], {"sessions": "carry"}),
+            (errors.ModelVersionExistsError, "1", paths["second"], {"version": 1}),
+            (errors.RefusedError, "--allow-model-upload", paths["second"], {"upload": True}),
+            (errors.MigrationFailedError, None, paths["second"], {"sessions": "migrate"}),
+        )
+        for kind, text, file, options in cases:
+            with pytest.raises(kind, match=text):
+                await client.load_model(name, file, **options)
         await session.step(draw(1))
         assert session.model_version == 1
         info = await client.model(name)
-        assert info.version == 1
-        assert [one.version for one in info.versions if one.state == "ready"] == [1]
+        assert (info.version, [one.version for one in info.versions if one.state == "ready"]) == (1, [1])
 
 
 async def test_versions_and_labels_come_and_go(client: Any, name: str, paths: dict[str, Path]) -> None:

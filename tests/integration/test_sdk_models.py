@@ -26,6 +26,7 @@ from support.sdk.scripted_server import FINGERPRINT, MODEL, Fault
 SHELLS = ("sync", "async")
 X = np.ones((1, 2), np.float32)
 LOST = Fault(after_work=True)
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.fixture
@@ -177,19 +178,20 @@ async def test_a_file_may_be_sent_on_the_same_machine_too(
     assert server.loaded[1].startswith(b"PK")
 
 
-async def test_sending_is_tried_again(client: Any, server: ScriptedModels, file: Path) -> None:
-    server.fail("UploadModel", Fault(), 2)
-    assert (await client.load_model(MODEL, file, upload=True)).version == 2
-    assert len(server.requests("UploadModel")) == 3
-
-
-async def test_a_load_that_was_refused_for_now_is_tried_again(
-    client: Any, server: ScriptedModels, file: Path
+@pytest.mark.parametrize(
+    ("method", "first", "second"),
+    [
+        ("UploadModel", Fault(), Fault()),
+        ("LoadModel", Fault(reason="STARTING"), Fault(FULL, "busy", "OVERLOADED")),
+    ],
+)
+async def test_an_upload_and_a_load_that_was_refused_for_now_are_tried_again(
+    client: Any, server: ScriptedModels, file: Path, method: str, first: Fault, second: Fault
 ) -> None:
-    server.fail("LoadModel", Fault(reason="STARTING"))
-    server.fail("LoadModel", Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy", "OVERLOADED"))
-    assert (await client.load_model(MODEL, file)).version == 2
-    assert len(server.requests("LoadModel")) == 3
+    server.fail(method, first)
+    server.fail(method, second)
+    assert (await client.load_model(MODEL, file, upload=method == "UploadModel")).version == 2
+    assert len(server.requests(method)) == 3
 
 
 async def test_a_load_whose_answer_is_lost_is_made_once(
@@ -208,8 +210,7 @@ async def test_a_load_whose_answer_is_lost_is_made_once(
     server.fail_no_more()
     with pytest.raises(errors.ModelVersionExistsError):
         await client.load_model(MODEL, file, version=9)
-    assert sorted(server.widths) == [1, 2, 9]
-    assert len(server.requests("LoadModel")) == 3
+    assert (sorted(server.widths), len(server.requests("LoadModel"))) == ([1, 2, 9], 3)
 
 
 async def test_the_default_goes_forward_and_back(client: Any, server: ScriptedModels, file: Path) -> None:
@@ -227,18 +228,20 @@ async def test_the_default_goes_forward_and_back(client: Any, server: ScriptedMo
         await client.set_default(MODEL, 3, sessions="carry")
 
 
-@pytest.mark.parametrize("method", ["SetDefault", "SetLabel", "UnloadModel"])
+@pytest.mark.parametrize(
+    ("method", "call", "arguments"),
+    [
+        ("SetDefault", "set_default", (2,)),
+        ("SetLabel", "set_label", ("canary", 2)),
+        ("UnloadModel", "unload_model", (2,)),
+    ],
+)
 async def test_what_may_be_repeated_is_tried_again(
-    client: Any, server: ScriptedModels, file: Path, method: str
+    client: Any, server: ScriptedModels, file: Path, method: str, call: str, arguments: tuple[Any, ...]
 ) -> None:
     await client.load_model(MODEL, file, default=False)
     server.fail(method, Fault(), 2)
-    if method == "SetDefault":
-        await client.set_default(MODEL, 2)
-    elif method == "SetLabel":
-        await client.set_label(MODEL, "canary", 2)
-    else:
-        await client.unload_model(MODEL, 2)
+    await getattr(client, call)(MODEL, *arguments)
     assert len(server.requests(method)) == 3
 
 

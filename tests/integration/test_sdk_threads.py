@@ -92,8 +92,7 @@ def test_without_frames_each_step_is_a_call(server: ScriptedServer) -> None:
         sessions = [client.open_session(MODEL) for _ in range(8)]
         outcomes = at_once(lambda i: [sessions[i].step(X) for _ in range(3)], 8)
     assert all(np.array_equal(y[-1], 3 * X) for y in outcomes)
-    assert len(server.requests("Step")) == 24
-    assert server.requests("StepStream") == []
+    assert (len(server.requests("Step")), server.requests("StepStream")) == (24, [])
 
 
 def test_a_stream_that_breaks_is_made_up_for(server: ScriptedServer) -> None:

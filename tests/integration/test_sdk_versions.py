@@ -119,13 +119,11 @@ async def test_members_of_several_versions_are_put_together(
     with caplog.at_level(logging.INFO, "stepwell"):
         y = await group.step(X)
     assert np.array_equal(y, X)
-    assert group.model_versions.tolist() == [1, 2, 2, 1]
-    assert group.revisions.tolist() == [1] * 4
+    assert (group.model_versions.tolist(), group.revisions.tolist()) == ([1, 2, 2, 1], [1] * 4)
     assert events == [ModelVersionEvent(server.address, MODEL, (group.ids[1], group.ids[2]), 1, 2)]
     assert "2 sessions of the model 'sum'" in caplog.text
     assert np.array_equal(await group.step(X), 2 * X), "and by their set"
-    assert group[1:].model_versions.tolist() == [2, 2, 1]
-    assert group[2].model_version == 2
+    assert (group[1:].model_versions.tolist(), group[2].model_version) == ([2, 2, 1], 2)
     server.move(2)
     await group.refresh()
     assert group.model_versions.tolist() == [2] * 4
@@ -145,8 +143,7 @@ async def test_outputs_of_several_kinds_are_no_array(client: Any, server: Script
         "version 3 has output 'y' float32 (rows, 4) (members 2). The step was applied to all of them, and its outputs "
         "are not returned; step the members of each version by themselves: see model_versions"
     )
-    assert group.revisions.tolist() == [1] * 4
-    assert group.model_versions.tolist() == [1, 1, 3, 1]
+    assert (group.revisions.tolist(), group.model_versions.tolist()) == ([1] * 4, [1, 1, 3, 1])
     for version, width in ((1, 2), (3, 4)):
         mine = group.model_versions == version
         assert (await group[mine].step(X[mine])).shape == (mine.sum(), width)

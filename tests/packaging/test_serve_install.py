@@ -99,8 +99,7 @@ def test_a_compiled_model_is_served_and_stepped_without_tensorflow(
     for x in X[0]:
         outputs, states = step([x[None]], states)  # type: ignore[assignment]
         expected.append(outputs[0].tolist())
-    assert said["y"] == expected
-    assert said["triton"] == [here.inputs[0].name]
+    assert (said["y"], said["triton"]) == (expected, [here.inputs[0].name])
     assert said["metrics"] > 20
     assert not (tmp_path / "cache").exists()  # nothing was compiled
 

@@ -82,8 +82,7 @@ def test_latencies_of_processes_merge() -> None:
         merged.merge(pickle.loads(pickle.dumps(one)))  # noqa: S301 - our own
 
     expected = both.in_ms()
-    assert merged.count == both.count
-    assert merged.in_ms() == expected
+    assert (merged.count, merged.in_ms()) == (both.count, expected)
 
 
 def test_the_client_is_the_limit_when_its_event_loop_works_all_the_time() -> None:

@@ -29,8 +29,7 @@ def fail_with(error: BaseException) -> Result:
 def test_every_error_of_the_sdk_is_one_line_and_exit_code_1(kind: type[errors.StepwellError]) -> None:
     result = fail_with(kind("rows must be below 4;\n got \x1b[31m7"))
 
-    assert result.exit_code == 1
-    assert result.stdout == ""
+    assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("stepwell: error: rows must be below 4; got [31m7")
     assert result.stderr.count("\n") == 1
 
@@ -81,8 +80,7 @@ def test_a_reader_that_leaves_makes_no_noise() -> None:
     finally:
         os.close(write_end)
 
-    assert done.stderr == b""
-    assert done.returncode == 141
+    assert (done.stderr, done.returncode) == (b"", 141)
 
 
 def test_a_defect_is_not_hidden() -> None:

@@ -74,8 +74,7 @@ def test_a_hundred_thousand_rows_are_not_for_rich(monkeypatch: pytest.MonkeyPatc
         render.print_table(("SESSION", "MODEL", "REVISION"), rows, right=("REVISION",))
 
         lines = screen.getvalue().splitlines()
-        assert len(lines) == 100_001
-        assert lines[0] == "SESSION     MODEL     REVISION"
+        assert (len(lines), lines[0]) == (100_001, "SESSION     MODEL     REVISION")
         assert lines[8] == "user-7      forecast         7"
 
 

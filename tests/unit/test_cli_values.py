@@ -73,8 +73,7 @@ def test_whole_numbers_of_csv_stay_whole_for_models_that_take_them(tmp_path: Pat
     given = values.read_input(str(file))
     fitted = values.fit([given], [spec("tokens", "int32", ())])
 
-    assert fitted["tokens"].dtype.kind == "i"
-    assert fitted["tokens"].tolist() == [[17, 4]]
+    assert (fitted["tokens"].dtype.kind, fitted["tokens"].tolist()) == ("i", [[17, 4]])
 
 
 def save_damaged(folder: Path) -> None:

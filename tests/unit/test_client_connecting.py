@@ -6,22 +6,20 @@ import logging
 import math
 from typing import Any
 
-import grpc
 import pytest
 
 import stepwell
 from stepwell import config, errors
 from stepwell._base import addresses
-from stepwell._base.flow import Flow, Pause
-from stepwell._core.observer import Observer, notify
+from stepwell._base.flow import Flow
+from stepwell._core.observer import Observer
 from stepwell._core.retrier import Retrier
-from stepwell._transport import status
-from stepwell._transport.call import Call
 from stepwell._transport.connecting import Contact
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.config import ClientConfig
 from stepwell.events import RequestEvent, ResponseEvent, RetryEvent
 from stepwell.v1 import models_pb2
+from support.sdk.scripted_calls import ScriptedCalls
 
 ADDRESS = "h:1"
 REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: Failed to connect to remote host: Connection refused"
@@ -227,47 +225,18 @@ def test_what_a_client_is_told_is_kept() -> None:
     stepwell.aio.connect(ADDRESS, event_hooks={"request": [coroutine_hook]})
 
 
-class Server:
-    """A server, as a client's calls meet it: each attempt ends as scripted, the last one again and again."""
+class Server(ScriptedCalls):
+    """A server, as a client's calls meet it."""
 
     def __init__(self, *script: str | errors.StepwellError | None, limit_s: float = 1.0) -> None:
-        self.script = list(script)
-        self.now_s = 100.0
+        super().__init__(script)
         self.contact = Contact(ADDRESS, limit_s)
-        self.attempts = 0
-        self.attempt_s = 0.0
-
-    def clock(self) -> float:
-        return self.now_s
 
     def call(self, timeout_s: float = 30.0, observer: Observer | None = None) -> object:
         retrier = Retrier(RetryPolicy(draw=lambda _low, high: high), 1024, self.contact)
         request = models_pb2.ListModelsRequest()
         flow: Flow[object] = retrier.call("ListModels", request, Deadline(timeout_s, self.clock))
-        if observer is not None:
-            flow = observer.observed(flow)
-        try:
-            ask = next(flow)
-            while True:
-                if isinstance(ask, Pause):
-                    self.now_s += ask.seconds
-                    ask = flow.send(None)
-                elif isinstance(ask, Call):
-                    self.now_s += self.attempt_s
-                    ended = self.script[min(self.attempts, len(self.script) - 1)]
-                    self.attempts += 1
-                    if isinstance(ended, str):
-                        ended = status.from_rpc(grpc.StatusCode.UNAVAILABLE, ended, ())
-                    ask = flow.send("reply") if ended is None else flow.throw(ended)
-                else:
-                    try:
-                        notify(ask)
-                    except errors.StepwellError as error:
-                        ask = flow.throw(error)
-                    else:
-                        ask = flow.send(None)
-        except StopIteration as stop:
-            return stop.value
+        return self.run(flow if observer is None else observer.observed(flow))
 
 
 def test_a_server_that_was_never_reached_is_given_up_soon() -> None:

@@ -30,6 +30,14 @@ def frame() -> Frame:
     return Frame(change, ["a", "b", "c"], np.array(ROWS), numbers, numbers + np.uint64(1))
 
 
+@pytest.fixture
+def one() -> Frame:
+    """A frame that was sent."""
+    sent = frame()
+    sent.request(1, Deadline(1.0))
+    return sent
+
+
 def reply(members: Iterable[int], *, last: bool, y: Array | None = None) -> sessions_pb2.StepStreamResponse:
     members = list(members)
     response = sessions_pb2.StepStreamResponse(
@@ -48,12 +56,10 @@ def failed(members: list[int], error: errors_pb2.Error, *, last: bool) -> sessio
 
 def test_a_frame_holds_everything() -> None:
     message = frame().request(7, Deadline(1.5, lambda: 0.0))
-    assert message.frame_id == 7
-    assert list(message.step.session_ids) == ["a", "b", "c"]
+    assert (message.frame_id, list(message.step.session_ids)) == (7, ["a", "b", "c"])
     assert list(message.step.expected_revisions) == [10, 20, 30]
     assert list(message.step.request_ids) == [11, 21, 31]
-    assert message.step.outputs == sessions_pb2.OUTPUT_SELECTION_LAST
-    assert message.step.timeout_ms == 1500
+    assert (message.step.outputs, message.step.timeout_ms) == (sessions_pb2.OUTPUT_SELECTION_LAST, 1500)
     assert list(message.step.batch_sizes) == ROWS
     assert np.array_equal(unpack(message.step.inputs[0]), X)
 
@@ -68,15 +74,12 @@ def again_of(one: Frame) -> Frame:
     return one.part(one.open_members(), None)
 
 
-def test_the_next_frame_holds_what_is_unsettled_with_the_same_ids() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_the_next_frame_holds_what_is_unsettled_with_the_same_ids(one: Frame) -> None:
     part = one.accept(reply([1], last=False))
     assert part.applied.tolist() == [1]
     left = again_of(one)
     again = left.request(2, Deadline(1.0)).step
-    assert list(again.session_ids) == ["a", "c"]
-    assert list(again.expected_revisions) == [10, 30]
+    assert (list(again.session_ids), list(again.expected_revisions)) == (["a", "c"], [10, 30])
     assert list(again.request_ids) == [11, 31]
     assert (again.batch_size, list(again.batch_sizes)) == (1, [])
     assert np.array_equal(unpack(again.inputs[0]), X[[0, 3]])
@@ -84,16 +87,12 @@ def test_the_next_frame_holds_what_is_unsettled_with_the_same_ids() -> None:
     assert left.accept(reply([1], last=False)).applied.tolist() == [1]
 
 
-def test_members_of_several_rows_are_resent_whole() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_members_of_several_rows_are_resent_whole(one: Frame) -> None:
     one.accept(reply([0, 2], last=False))
     assert np.array_equal(unpack(again_of(one).request(2, Deadline(1.0)).step.inputs[0]), X[1:3])
 
 
-def test_retryable_errors_ask_for_another_frame() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_retryable_errors_ask_for_another_frame(one: Frame) -> None:
     one.accept(reply([0, 1], last=False))
     part = one.accept(failed([2], OVERLOADED, last=True))
     assert part.failures == {}
@@ -106,9 +105,7 @@ def test_retryable_errors_ask_for_another_frame() -> None:
     assert left.unsettled() == []
 
 
-def test_final_errors_are_passed_on() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_final_errors_are_passed_on(one: Frame) -> None:
     part = one.accept(failed([1, 2], CORRUPT, last=False))
     assert {i: type(error) for i, error in part.failures.items()} == dict.fromkeys(
         [1, 2], errors.StateCorruptError
@@ -118,29 +115,22 @@ def test_final_errors_are_passed_on() -> None:
     assert one.unsettled() == []
 
 
-def test_error_of_the_whole_frame() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_error_of_the_whole_frame(one: Frame) -> None:
     part = one.accept(failed([], CORRUPT, last=True))
     assert sorted(part.failures) == [0, 1, 2]
 
 
-def test_all_members_at_once() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_all_members_at_once(one: Frame) -> None:
     response = reply([], last=True)
     response.all_members = True
     response.revisions.extend([1, 2, 3])
     response.positions.extend([4, 5, 6])
     part = one.accept(response)
-    assert part.applied.tolist() == [0, 1, 2]
-    assert part.revisions.tolist() == [1, 2, 3]
+    assert (part.applied.tolist(), part.revisions.tolist()) == ([0, 1, 2], [1, 2, 3])
     assert one.round_over
 
 
-def test_members_the_server_left_out_are_told() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_members_the_server_left_out_are_told(one: Frame) -> None:
     part = one.accept(reply([0], last=True))
     assert {i: type(error) for i, error in part.failures.items()} == dict.fromkeys(
         [1, 2], errors.InternalError
@@ -148,16 +138,12 @@ def test_members_the_server_left_out_are_told() -> None:
 
 
 @pytest.mark.parametrize("members", [[3], [0, 1, 2, 3]])
-def test_members_outside_of_the_frame(members: list[int]) -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_members_outside_of_the_frame(one: Frame, members: list[int]) -> None:
     with pytest.raises(errors.InternalError, match="outside"):
         one.accept(reply(members, last=True))
 
 
-def test_counts_that_do_not_fit() -> None:
-    one = frame()
-    one.request(1, Deadline(1.0))
+def test_counts_that_do_not_fit(one: Frame) -> None:
     with pytest.raises(errors.InternalError, match="2 members, 1 revisions"):
         one.accept(sessions_pb2.StepStreamResponse(members=[0, 1], revisions=[1], positions=[1, 2]))
 
@@ -191,8 +177,7 @@ def test_a_frame_of_some_members_has_their_rows_of_the_mask_and_says_all_else_ag
     again = again_of(one).request(2, Deadline(1.0)).step
     assert list(again.reset_mask) == MASK[[0, 3]].reshape(-1).tolist()
     for each in (message, again):
-        assert list(each.output_names) == ["y"]
-        assert each.outputs == sessions_pb2.OUTPUT_SELECTION_LAST
+        assert (list(each.output_names), each.outputs) == (["y"], sessions_pb2.OUTPUT_SELECTION_LAST)
         assert each.states == sessions_pb2.STATE_SELECTION_ALL
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import numpy as np
+import pytest
 
 from stepwell._batching.frames import Change, Frame, Gathered, Part
 from stepwell._core.group_tracker import GroupTracker, MemberTracker
@@ -24,7 +25,8 @@ def conflict() -> RevisionConflictError:
     return RevisionConflictError("revision is 5", expected=4, actual=5, reason="REVISION_CONFLICT")
 
 
-def group() -> GroupTracker:
+@pytest.fixture
+def tracker() -> GroupTracker:
     return GroupTracker("m", "f", 1, ["a", "b", "c"])
 
 
@@ -37,41 +39,22 @@ def wide(value: float) -> Change:
     return Change("step", pack_inputs(np.full((3, 2), value), 3))
 
 
-def gathered(failed: set[int]) -> Gathered:
-    result = Gathered(3, 1)
-    applied = np.array([i for i in range(3) if i not in failed])
-    ones = np.ones(len(applied), np.uint64)
-    result.add(Part(applied, ones, ones, {}, {i: UnavailableError("lost") for i in failed}))
-    return result
-
-
-def test_group_takes_over_what_was_applied() -> None:
-    tracker = group()
-    tracker.begin(wide(1), ALL)
-    tracker.settle(ALL, gathered({1}))
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1, [0, 0, 0]), (2, [1, 0, 1])], ids=["the same change", "another change"]
+)
+def test_what_follows_a_change_that_failed_for_one_member(
+    tracker: GroupTracker, value: int, expected: list[int]
+) -> None:
+    first = sent(tracker.begin(wide(1), ALL))
+    fails(tracker, wide(1), {1: UnavailableError("lost")})
     assert tracker.revisions.tolist() == [1, 0, 1]
+    again = sent(tracker.begin(wide(value), ALL))
+    assert list(again.expected_revisions) == expected
+    assert (list(again.request_ids) == list(first.request_ids)) is (value == 1)
+    assert len({*again.request_ids, *first.request_ids}) == 3 * value
 
 
-def test_group_finishes_the_same_change_for_all_members() -> None:
-    tracker = group()
-    first = sent(tracker.begin(wide(1), ALL))
-    tracker.settle(ALL, gathered({1}))
-    again = sent(tracker.begin(wide(1), ALL))
-    assert list(again.request_ids) == list(first.request_ids)
-    assert list(again.expected_revisions) == [0, 0, 0]
-
-
-def test_group_sends_another_change_at_the_revisions_it_knows() -> None:
-    tracker = group()
-    first = sent(tracker.begin(wide(1), ALL))
-    tracker.settle(ALL, gathered({1}))
-    other = sent(tracker.begin(wide(2), ALL))
-    assert not set(other.request_ids) & set(first.request_ids)
-    assert list(other.expected_revisions) == [1, 0, 1]
-
-
-def test_group_change_of_some_members() -> None:
-    tracker = group()
+def test_group_change_of_some_members(tracker: GroupTracker) -> None:
     some = np.array([2, 0])
     frame = tracker.begin(Change("reset", ()), some).request(1, Deadline(1.0)).reset
     assert list(frame.session_ids) == ["c", "a"]
@@ -94,31 +77,28 @@ def fails(
     return result.failures
 
 
-def test_a_conflict_of_a_member_with_its_own_group_says_so() -> None:
-    tracker = group()
+def test_a_conflict_of_a_member_with_its_own_group_says_so(tracker: GroupTracker) -> None:
     lost = {0: UnavailableError("lost"), 1: UnavailableError("full", outcome="not_applied")}
     assert fails(tracker, wide(1), dict(lost)) == lost
-    told = fails(tracker, wide(2), {0: conflict(), 1: conflict(), 2: conflict()})
-    assert str(told[0]).startswith("revision is 5; an earlier change of this handle")
-    assert "refresh()" in str(told[0])
-    assert isinstance(told[0], RevisionConflictError)
-    assert (told[0].expected, told[0].actual, told[0].reason) == (4, 5, "REVISION_CONFLICT")
-    assert [str(told[i]) for i in (1, 2)] == ["revision is 5"] * 2
+    shown = fails(tracker, wide(2), {0: conflict(), 1: conflict(), 2: conflict()})
+    assert str(shown[0]).startswith("revision is 5; an earlier change of this handle")
+    assert "refresh()" in str(shown[0])
+    assert isinstance(shown[0], RevisionConflictError)
+    assert (shown[0].expected, shown[0].actual, shown[0].reason) == (4, 5, "REVISION_CONFLICT")
+    assert [str(shown[i]) for i in (1, 2)] == ["revision is 5"] * 2
     # it stays so until the tracker is right again
     assert "refresh()" in str(fails(tracker, wide(3), {0: conflict()})[0])
     tracker.refresh(ALL, *np.zeros((3, 3), np.uint64))
     assert str(fails(tracker, wide(4), {0: conflict()})[0]) == "revision is 5"
 
 
-def test_a_groups_change_that_nobody_settled_is_in_doubt() -> None:
-    tracker = group()
+def test_a_groups_change_that_nobody_settled_is_in_doubt(tracker: GroupTracker) -> None:
     tracker.begin(Change("reset", ()), np.array([2, 0]))  # cancelled
-    told = fails(tracker, wide(1), {i: conflict() for i in range(3)})
-    assert ["refresh()" in str(told[i]) for i in range(3)] == [True, False, True]
+    shown = fails(tracker, wide(1), {i: conflict() for i in range(3)})
+    assert ["refresh()" in str(shown[i]) for i in range(3)] == [True, False, True]
 
 
-def test_an_answered_change_of_a_group_leaves_no_doubt() -> None:
-    tracker = group()
+def test_an_answered_change_of_a_group_leaves_no_doubt(tracker: GroupTracker) -> None:
     fails(tracker, wide(1), {0: UnavailableError("lost")})
     fails(tracker, wide(1), {})
     assert str(fails(tracker, wide(2), {0: conflict()})[0]) == "revision is 5"
@@ -138,16 +118,15 @@ def lose(tracker: GroupTracker, change: Change, members: list[int]) -> list[int]
     return list(frame.request_ids)
 
 
-def test_changes_of_different_members_are_pending_at_the_same_time() -> None:
-    tracker = group()
+def test_changes_of_different_members_are_pending_at_the_same_time(tracker: GroupTracker) -> None:
     first, second = lose(tracker, some(1, 1), [0]), lose(tracker, some(2, 2), [2, 1])
-    assert lose(tracker, some(1, 1), [0]) == first
-    assert lose(tracker, some(2, 2), [2, 1]) == second
+    assert (lose(tracker, some(1, 1), [0]), lose(tracker, some(2, 2), [2, 1])) == (first, second)
     assert lose(tracker, some(2, 2), [1, 2]) != second, "its rows are those of others"
 
 
-def test_another_change_of_one_member_ends_what_was_pending_for_all_of_its_members() -> None:
-    tracker = group()
+def test_another_change_of_one_member_ends_what_was_pending_for_all_of_its_members(
+    tracker: GroupTracker,
+) -> None:
     first = lose(tracker, wide(1), [0, 1, 2])
     member = MemberTracker(tracker, 1)
     member.begin(some(3, 1))
@@ -157,14 +136,13 @@ def test_another_change_of_one_member_ends_what_was_pending_for_all_of_its_membe
     assert list(again.expected_revisions) == [0, 7, 0]
 
 
-def test_a_member_is_tracked_with_its_group() -> None:
-    tracker = group()
+def test_a_member_is_tracked_with_its_group(tracker: GroupTracker) -> None:
     member, other = MemberTracker(tracker, 1), MemberTracker(tracker, 1)
     request_id = member.begin(some(1, 1))
     assert other.begin(some(1, 1)) == request_id, "another handle finishes the same change"
     assert lose(tracker, some(1, 1), [1]) == [request_id]
-    told = other.failed(conflict())
-    assert "refresh()" in str(told)
+    shown = other.failed(conflict())
+    assert "refresh()" in str(shown)
     other.applied(4, 6)
     assert (tracker.revisions.tolist(), tracker.positions.tolist()) == ([0, 4, 0], [0, 6, 0])
     assert (member.revision, member.position) == (4, 6)
@@ -174,8 +152,7 @@ def test_a_member_is_tracked_with_its_group() -> None:
     assert other.begin(some(1, 1)) != request_id
 
 
-def test_one_number_stands_for_those_of_all_members_where_they_are_alike() -> None:
-    tracker = group()
+def test_one_number_stands_for_those_of_all_members_where_they_are_alike(tracker: GroupTracker) -> None:
     first = tracker.begin(wide(1), ALL).request(1, Deadline(1.0)).step
     assert list(first.session_ids) == ["a", "b", "c"]
     assert (first.batch_size, list(first.batch_sizes)) == (1, [])

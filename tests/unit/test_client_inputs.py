@@ -100,8 +100,7 @@ def test_rows_of_many_kinds(rows: Any) -> None:
 
 
 def test_no_rows_are_not_all_rows() -> None:
-    assert arguments.check_rows([], 4) == ()
-    assert arguments.check_rows(np.flatnonzero(np.zeros(4)), 4) == ()
+    assert (arguments.check_rows([], 4), arguments.check_rows(np.flatnonzero(np.zeros(4)), 4)) == ((), ())
     assert arguments.check_rows(None, 4) is None
 
 

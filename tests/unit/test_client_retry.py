@@ -8,22 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from stepwell import errors
-from stepwell._base.flow import Flow, Pause
+from stepwell._base.flow import Flow
 from stepwell._core.retrier import Retrier
-from stepwell._transport.call import Call
 from stepwell._transport.connecting import ConnectError
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.v1 import sessions_pb2
+from support.clock import ManualClock
+from support.sdk.scripted_calls import ScriptedCalls
 
-Script = list[errors.StepwellError | None]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+Script = list[str | errors.StepwellError | None]
 
 
 def largest(_low: float, high: float) -> float:
@@ -39,28 +32,11 @@ def drive(
     attempt_s: float = 0.0,
 ) -> tuple[object, list[float], int]:
     """Runs a call whose attempts end as scripted; returns its result, the pauses and the attempts."""
-    clock = Clock()
-    retrier = Retrier(RetryPolicy(draw=draw), 1024)
-    flow: Flow[object] = retrier.call(
-        "Step", sessions_pb2.StepRequest(), Deadline(limit_s, clock), changes=changes
+    calls = ScriptedCalls(script, attempt_s)
+    flow: Flow[object] = Retrier(RetryPolicy(draw=draw), 1024).call(
+        "Step", sessions_pb2.StepRequest(), Deadline(limit_s, calls.clock), changes=changes
     )
-    pauses: list[float] = []
-    attempts = 0
-    ask = next(flow)
-    try:
-        while True:
-            if isinstance(ask, Pause):
-                pauses.append(ask.seconds)
-                clock.now_s += ask.seconds
-                ask = flow.send(None)
-                continue
-            assert isinstance(ask, Call)
-            clock.now_s += attempt_s
-            error = script[min(attempts, len(script) - 1)]
-            attempts += 1
-            ask = flow.send("reply") if error is None else flow.throw(error)
-    except StopIteration as stop:
-        return stop.value, pauses, attempts
+    return calls.run(flow), calls.pauses, calls.attempts
 
 
 def lost() -> errors.StepwellError:
@@ -125,8 +101,7 @@ def starting() -> errors.StepwellError:
 def test_a_server_that_is_down_is_tried_often_for_a_while(error: errors.StepwellError) -> None:
     """A server that restarts is back after a second or two; delays of two seconds would double the pause."""
     _, pauses, _ = drive([error] * 22 + [None], 100.0)
-    assert pauses[:4] == [0.05, 0.1, 0.2, 0.25]
-    assert max(pauses[:20]) == 0.25
+    assert (pauses[:4], max(pauses[:20])) == ([0.05, 0.1, 0.2, 0.25], 0.25)
     assert pauses[20:] == [2.0, 2.0], "not for ever: many clients may wait for it"
 
 
@@ -173,41 +148,34 @@ def test_last_pause_does_not_pass_the_limit() -> None:
     assert pauses == [0.05, 0.1]
 
 
+LATE = errors.DeadlineExceededError("late", outcome="not_applied")
+
+
 @pytest.mark.parametrize(
-    ("script", "outcome"),
+    ("script", "kind", "outcome", "changes"),
     [
-        ([refused()], "not_applied"),
-        ([lost()], "unknown"),
-        ([lost(), refused()], "unknown"),
-        ([refused(), lost()], "unknown"),
+        ([refused()], errors.UnavailableError, "not_applied", True),
+        ([lost()], errors.UnavailableError, "unknown", True),
+        ([lost(), refused()], errors.UnavailableError, "unknown", True),
+        ([refused(), lost()], errors.UnavailableError, "unknown", True),
+        (
+            [lost(), errors.OverloadedError("full", retry_after_s=60.0)],
+            errors.UnavailableError,
+            "unknown",
+            True,
+        ),
+        ([lost(), LATE], errors.DeadlineExceededError, "unknown", True),
+        ([lost()], errors.UnavailableError, "not_applied", False),
     ],
-    ids=["refused", "lost", "lost, then refused", "refused, then lost"],
+    ids=["refused", "lost", "lost, refused", "refused, lost", "lost, overloaded", "lost, late", "a read"],
 )
-def test_outcome_over_all_attempts(script: Script, outcome: str) -> None:
-    with pytest.raises(errors.UnavailableError) as caught:
-        drive(script, 1.0)
+def test_outcome_over_all_attempts(
+    script: Script, kind: type[errors.UnavailableError], outcome: str, changes: bool
+) -> None:
+    with pytest.raises(kind) as caught:
+        drive(script, 1.0, changes=changes)
     assert caught.value.outcome == outcome
-    assert f"outcome: {outcome}" in caught.value.message
-
-
-def test_overload_after_a_lost_attempt_does_not_claim_that_nothing_changed() -> None:
-    with pytest.raises(errors.UnavailableError) as caught:
-        drive([lost(), errors.OverloadedError("full", retry_after_s=60.0)])
-    assert caught.value.outcome == "unknown"
-
-
-def test_deadline_after_a_lost_attempt() -> None:
-    settled = errors.DeadlineExceededError("late", outcome="not_applied")
-    with pytest.raises(errors.DeadlineExceededError) as caught:
-        drive([lost(), settled])
-    assert caught.value.outcome == "unknown"
-
-
-def test_reads_have_nothing_to_settle() -> None:
-    with pytest.raises(errors.UnavailableError) as caught:
-        drive([lost()], 1.0, changes=False)
-    assert caught.value.outcome == "not_applied"
-    assert "outcome" not in caught.value.message
+    assert (f"outcome: {outcome}" in caught.value.message) is ("outcome" in caught.value.message) is changes
 
 
 def test_without_a_limit() -> None:
@@ -217,11 +185,11 @@ def test_without_a_limit() -> None:
 
 
 def test_deadline_as_grpc_takes_it() -> None:
-    clock = Clock()
-    deadline = Deadline(1.0, clock)
-    clock.now_s += 3
+    clock = ManualClock()
+    deadline = Deadline(1.0, clock.monotonic)
+    clock.advance(3.0)
     assert deadline.grpc_timeout_s() == 0.0
-    assert Deadline(math.inf, clock).grpc_timeout_s() is None
+    assert Deadline(math.inf, clock.monotonic).grpc_timeout_s() is None
 
 
 def test_message_over_the_limit_is_never_sent() -> None:

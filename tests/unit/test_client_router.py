@@ -64,8 +64,7 @@ def test_a_refused_connection_moves_all_sessions_at_once(at: At) -> None:
     assert at.router.failed(at.a, 0, REFUSED)
     assert at.a.is_down
     assert at.router.epoch > epoch
-    assert at.woken == 1
-    assert at.shares()[0] == 0
+    assert (at.woken, at.shares()[0]) == (1, 0)
     _, now = at.router.choose_all(KEYS)
     moved = now != of
     assert np.array_equal(moved, of == 0)
@@ -118,8 +117,7 @@ def test_a_replica_that_is_down_is_looked_at_ever_more_seldom(at: At) -> None:
         waits.append(round(at.router.wait_s(), 6))
         at.now_s += waits[-1]
         assert at.check(REFUSED) == ["a:1"]
-    assert waits[:3] == [PROBE_S, 2 * PROBE_S, 4 * PROBE_S]
-    assert waits[-1] == MAX_PROBE_S
+    assert (waits[:3], waits[-1]) == ([PROBE_S, 2 * PROBE_S, 4 * PROBE_S], MAX_PROBE_S)
 
 
 def test_a_replica_that_hangs_is_down_without_a_check(at: At) -> None:
@@ -145,10 +143,8 @@ def test_a_replica_that_is_back_gets_its_sessions_in_parts(at: At) -> None:
         shares.append(at.shares()[0])
         at.now_s += RETURN_S / 8
     assert 0 < shares[0] < full[0] / 4
-    assert shares == sorted(shares)
-    assert len(set(shares)) == 8
-    assert at.shares() == full
-    assert at.router.wait_s() == math.inf
+    assert (shares, len(set(shares))) == (sorted(shares), 8)
+    assert (at.shares(), at.router.wait_s()) == (full, math.inf)
 
 
 def test_no_session_is_without_a_replica_while_one_is_back() -> None:
@@ -260,8 +256,7 @@ def test_a_name_that_cannot_be_looked_up_is_a_connection_that_cannot_be_made() -
 
 def test_a_name_is_looked_up_again_now_and_then(named: At) -> None:
     named.router.choose(1)
-    assert named.woken == 0
-    assert named.router.due() == ([], [])
+    assert (named.woken, named.router.due()) == (0, ([], []))
     named.now_s += LOOKUP_S
     named.router.choose(1)
     assert named.woken == 1
@@ -285,7 +280,6 @@ def test_a_name_is_looked_up_again_where_a_replica_of_it_is_down(named: At) -> N
     named.now_s += 1
     _, (name,) = named.router.due()
     named.router.not_found(name)  # what was known stays
-    assert len(named.router.replicas) == 2
-    assert named.router.due()[1] == []
+    assert (len(named.router.replicas), named.router.due()[1]) == (2, [])
     named.now_s += 2
     assert named.router.due()[1] == [name]

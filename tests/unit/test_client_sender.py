@@ -123,6 +123,19 @@ class Bench:
         [waiting] = self.stand(session_id)
         return waiting, self.posted()
 
+    def proceeds(self) -> None:
+        """Nothing is left over that would keep the next step from being sent and answered."""
+        [waiting] = self.stand("next")
+        self.posted().answer()
+        assert result(waiting)[0] == 5
+
+    def frame_of(self, *session_ids: str, **kwargs: Any) -> tuple[list[futures.Future[Stepped]], Posted]:
+        """Steps that wait while another frame is under way, and the frame that has all of them."""
+        _, posted = self.first()
+        steps = self.stand(*session_ids, **kwargs)
+        posted.answer()
+        return steps, self.posted()
+
     def end(self) -> None:
         self.gate.set()
         self.sender.close()
@@ -183,8 +196,7 @@ def test_while_a_frame_is_under_way_the_next_gathers(bench: Bench) -> None:
     posted.answer()
     assert result(first)[0] == 5
     second = bench.posted()
-    assert second.ids == ["a", "b", "c"]
-    assert list(second.step.batch_sizes) == [1, 3, 2]
+    assert (second.ids, list(second.step.batch_sizes)) == (["a", "b", "c"], [1, 3, 2])
     assert list(second.step.request_ids) == [7, 7, 7]
     second.answer()
     outputs = [result(one)[2]["y"] for one in waiting]
@@ -251,9 +263,7 @@ def test_the_time_limit_passes_on_the_way(bench: Bench) -> None:
     assert ended.outcome == "unknown"
     posted.answer()  # nobody waits any more: nothing happens
     # A frame whose callers have all left is forgotten at last, answered or not.
-    [next_] = bench.stand("next")
-    bench.posted().answer()
-    assert result(next_)[0] == 5
+    bench.proceeds()
 
 
 def test_a_frame_that_is_never_answered_is_forgotten_when_its_callers_have_left(bench: Bench) -> None:
@@ -261,17 +271,12 @@ def test_a_frame_that_is_never_answered_is_forgotten_when_its_callers_have_left(
     [late] = bench.stand("late", limit_s=0.05)
     posted = bench.posted()
     assert isinstance(error(late), errors.DeadlineExceededError)
-    [next_] = bench.stand("next")  # goes at once, although the clock stands still
-    bench.posted().answer()
-    assert result(next_)[0] == 5
+    bench.proceeds()  # at once, although the clock stands still
     assert posted.forgotten.is_set()
 
 
 def test_parts_are_handed_on_as_they_come(bench: Bench) -> None:
-    _, posted = bench.first()
-    steps = bench.stand(*"abc")
-    posted.answer()
-    frame = bench.posted()
+    steps, frame = bench.frame_of(*"abc")
     frame.sink(frame.part([1], last=False))
     assert result(steps[1])[0] == 5
     assert not steps[0].done()
@@ -280,10 +285,7 @@ def test_parts_are_handed_on_as_they_come(bench: Bench) -> None:
 
 
 def test_an_error_of_one_member_is_its_own(bench: Bench) -> None:
-    _, posted = bench.first()
-    steps = bench.stand(*"abcd")
-    posted.answer()
-    frame = bench.posted()
+    steps, frame = bench.frame_of(*"abcd")
     response = frame.part([0, 2])
     response.errors.add(members=[1], error=CORRUPT)
     response.errors.add(members=[3], error=OVERLOADED)
@@ -295,10 +297,7 @@ def test_an_error_of_one_member_is_its_own(bench: Bench) -> None:
 
 
 def test_a_stream_that_breaks_fails_whoever_is_unanswered_with_an_error_of_its_own(bench: Bench) -> None:
-    _, posted = bench.first()
-    steps = bench.stand(*"abc")
-    posted.answer()
-    frame = bench.posted()
+    steps, frame = bench.frame_of(*"abc")
     frame.sink(frame.part([1], last=False))
     frame.sink(errors.UnavailableError("broken"))
     assert result(steps[1])[0] == 5
@@ -308,10 +307,8 @@ def test_a_stream_that_breaks_fails_whoever_is_unanswered_with_an_error_of_its_o
 
 
 def test_replies_that_are_too_large_together_make_smaller_frames(bench: Bench) -> None:
-    _, posted = bench.first()
-    steps = bench.stand(*"abcd", features=3)
-    posted.answer()
-    bench.posted().sink(errors.ReplyTooLargeError("too large"))
+    steps, frame = bench.frame_of(*"abcd", features=3)
+    frame.sink(errors.ReplyTooLargeError("too large"))
     ends = [error(one) for one in steps]
     assert [(type(end), end.outcome) for end in ends] == [(RepliesTooLargeError, "unknown")] * 4
     assert [end.members for end in ends] == [4] * 4
@@ -348,9 +345,7 @@ def test_a_reply_that_contradicts_itself_leaves_nobody_waiting(bench: Bench, res
     posted.sink(response)
     assert isinstance(error(waiting), errors.InternalError)
     assert posted.forgotten.wait(WAIT_S)
-    [next_] = bench.stand("next")
-    bench.posted().answer()
-    assert result(next_)[0] == 5
+    bench.proceeds()
 
 
 @pytest.mark.parametrize("kind", [errors.ClosedError, errors.InvalidInputError, ZeroDivisionError])
@@ -359,9 +354,7 @@ def test_what_cannot_be_sent_leaves_nobody_waiting(bench: Bench, kind: type[Exce
     bench.link.error = kind("scripted")
     assert isinstance(error(bench.stand("a")[0]), kind)
     bench.link.error = None
-    [next_] = bench.stand("b")
-    bench.posted().answer()
-    assert result(next_)[0] == 5
+    bench.proceeds()
 
 
 def test_closing_refuses_the_line_and_ends_the_thread(bench: Bench) -> None:

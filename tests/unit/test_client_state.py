@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from stepwell import errors
 from stepwell._state.file import _write_atomically
 from stepwell._state.state import State
 from stepwell._state.tensors import Array
@@ -25,9 +23,7 @@ def state(value: float = 1.0, fingerprint: str = "f00d") -> State:
 
 def test_it_is_a_mapping_in_the_models_order() -> None:
     one = state()
-    assert list(one) == ["lstm/h", "a/count", "b"]
-    assert len(one) == 3
-    assert one["a/count"].tolist() == [0, 1]
+    assert (list(one), len(one), one["a/count"].tolist()) == (["lstm/h", "a/count", "b"], 3, [0, 1])
     assert "lstm/h" in repr(one)
 
 
@@ -43,8 +39,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     path = tmp_path / "user-42.safetensors"
     state().save(path)
     back = State.load(str(path))
-    assert back == state()
-    assert list(back) == list(state())
+    assert (back, list(back)) == (state(), list(state()))
     for name in ("model", "fingerprint", "batch_size", "revision", "position"):
         assert getattr(back, name) == getattr(state(), name)
     assert {name: array.dtype for name, array in back.items()} == {
@@ -69,19 +64,14 @@ def test_a_state_without_tensors_is_saved_and_loaded(tmp_path: Path) -> None:
         np.asfortranarray(np.arange(6.0).reshape(1, 6)),
         np.broadcast_to(np.float32(3), (3, 1)),
         np.arange(6.0)[::-1].reshape(6, 1)[::2],
+        np.arange(12, dtype=np.float32).reshape(3, 4).T,
     ],
-    ids=["column", "row", "row_of_fortran", "column_of_one_number", "column_backwards"],
+    ids=["column", "row", "row_of_fortran", "column_of_one_number", "column_backwards", "transposed"],
 )
-def test_one_row_or_one_column_is_saved_as_it_reads(array: Array, tmp_path: Path) -> None:
+def test_an_array_is_saved_as_it_reads_whatever_its_strides(array: Array, tmp_path: Path) -> None:
     one = State({"h": array}, model="m", fingerprint="f", batch_size=len(array))
     one.save(tmp_path / "s")
     assert State.load(tmp_path / "s") == one
-
-
-def test_strided_arrays_are_saved_as_they_read(tmp_path: Path) -> None:
-    array = np.arange(12, dtype=np.float32).reshape(3, 4).T
-    State({"h": array}, model="m", fingerprint="f", batch_size=4).save(tmp_path / "s")
-    assert np.array_equal(State.load(tmp_path / "s")["h"], array)
 
 
 def test_an_old_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -119,33 +109,3 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         _write_atomically(str(path), b"half")
     assert State.load(path) == state(1.0)
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
-
-
-def test_a_missing_file_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        State.load(tmp_path / "nowhere")
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    path.write_bytes(b"no safetensors at all, and longer than a header")
-    with pytest.raises(errors.InvalidInputError, match="path must be a state"):
-        State.load(path)
-    save_file({"h": np.ones(2)}, path)
-    with pytest.raises(errors.InvalidInputError, match="format"):
-        State.load(path)
-
-
-def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    state().save(path)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(errors.InvalidInputError, match="path must be a state"):
-        State.load(path)
-
-
-def test_metadata_that_is_incomplete_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    save_file({"h": np.ones(2)}, path, metadata={"format": "stepwell-state/2", "names": '["h"]'})
-    with pytest.raises(errors.InvalidInputError, match="model"):
-        State.load(path)

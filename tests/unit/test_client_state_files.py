@@ -106,6 +106,8 @@ HOSTILE = {
     "a header that is no text": file_bytes(b'{"__metadata__": {"format": "\xff"}}'),
     "a header longer than the file": struct.pack("<Q", 2**63) + b"{}",
     "nothing at all": b"",
+    "something else": b"no safetensors at all, and longer than a header",
+    "a file that was cut off": saved()[:-3],
 }
 
 
@@ -117,6 +119,16 @@ def test_a_hostile_file_is_refused_by_its_path(content: bytes, tmp_path: Path) -
         errors.InvalidInputError, match=r"path must be a state saved by State\.save; .*s\.safetensors"
     ):
         State.load(path)
+
+
+@pytest.mark.parametrize("missing", ["format", "model"])
+def test_a_file_without_its_metadata_is_refused_by_what_is_missing(missing: str, tmp_path: Path) -> None:
+    metadata = {name: value for name, value in METADATA.items() if name != missing}
+    (tmp_path / "s").write_bytes(
+        file_bytes({"__metadata__": metadata, "h": tensor("F32", [2, 2], 16)}, bytes(16))
+    )
+    with pytest.raises(errors.InvalidInputError, match=missing):
+        State.load(tmp_path / "s")
 
 
 def test_a_refusal_stays_short_whatever_the_file_holds(tmp_path: Path) -> None:

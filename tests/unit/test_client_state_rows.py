@@ -50,8 +50,7 @@ def test_rows_of_a_state_are_a_state(rows: Rows, indexes: list[int]) -> None:
     whole = state()
     part = whole[rows]
     assert isinstance(part, State)
-    assert part.batch_size == len(indexes)
-    assert list(part) == list(whole)
+    assert (part.batch_size, list(part)) == (len(indexes), list(whole))
     for name, array in part.items():
         assert np.array_equal(array, whole[name][indexes])
         assert array.dtype == whole[name].dtype
@@ -95,8 +94,7 @@ def test_it_stays_a_mapping_of_names() -> None:
     assert 0 not in one
     assert [0] not in one
     assert one.get("nothing") is None
-    assert len(one) == 4
-    assert dict(one).keys() == set(one)
+    assert (len(one), set(dict(one))) == (4, set(one))
     with pytest.raises(KeyError, match=r"'lstm/x'; the tensors of the state are \['lstm/h', 'lstm/c'"):
         one["lstm/x"]
 
@@ -144,8 +142,7 @@ def test_states_that_do_not_fit_are_not_put_together(
 def test_as_a_dataframe() -> None:
     one = state()
     frame = one.to_dataframe()
-    assert frame.index.name == "row"
-    assert frame.columns.names == ["tensor", "unit"]
+    assert (frame.index.name, frame.columns.names) == ("row", ["tensor", "unit"])
     assert list(dict.fromkeys(frame.columns.get_level_values("tensor"))) == list(one)
     for name, array in one.items():
         assert np.array_equal(frame[name].to_numpy(), array.reshape(ROWS, -1))
@@ -166,10 +163,8 @@ def test_as_a_dataset() -> None:
         assert np.array_equal(dataset[name].to_numpy(), array)
         assert dataset[name].dtype == array.dtype
     assert dataset["lstm/h"].dims == dataset["lstm/c"].dims == ("row", "lstm.1")
-    assert dataset["conv/h"].dims == ("row", "conv.1", "conv.2")
-    assert dataset["count"].dims == ("row",)
-    assert dataset["dense/b"].dims == ("row", "dense/b.1")
-    assert dataset.sel(row=2)["count"].item() == 2
+    assert (dataset["conv/h"].dims, dataset["count"].dims) == (("row", "conv.1", "conv.2"), ("row",))
+    assert (dataset["dense/b"].dims, dataset.sel(row=2)["count"].item()) == (("row", "dense/b.1"), 2)
     assert dataset.attrs["position"] == 9
     dataset["count"][0] = 5
     assert one["count"][0] == 0

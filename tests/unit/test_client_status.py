@@ -38,7 +38,7 @@ EXPECTED = {
 
 
 def details(*messages: object) -> list[tuple[str, str | bytes]]:
-    status = status_pb2.Status(code=1, message="told")
+    status = status_pb2.Status(code=1, message="sent")
     for message in messages:
         packed = any_pb2.Any()
         packed.Pack(message)  # type: ignore[arg-type]
@@ -51,16 +51,16 @@ def test_code_without_details(code: grpc.StatusCode) -> None:
     if code is grpc.StatusCode.OK:
         assert code not in BY_CODE
         return
-    error = from_rpc(code, "told", None)
+    error = from_rpc(code, "sent", None)
     assert type(error) is EXPECTED[code.name]
-    assert error.message == str(error) == "told"
+    assert error.message == str(error) == "sent"
     assert error.reason == ""
 
 
 @pytest.mark.parametrize("code", [c for c in grpc.StatusCode if c is not grpc.StatusCode.OK], ids=str)
 def test_unknown_reason_falls_back_to_the_code(code: grpc.StatusCode) -> None:
     trailers = details(error_details_pb2.ErrorInfo(reason="FROM_THE_FUTURE"))
-    error = from_rpc(code, "told", trailers)
+    error = from_rpc(code, "sent", trailers)
     assert type(error) is EXPECTED[code.name]
     assert error.reason == "FROM_THE_FUTURE"
 
@@ -72,64 +72,127 @@ def test_every_reason_of_the_server_is_known() -> None:
     assert {kind.reason for kind in kinds} == set(BY_REASON)
 
 
-@pytest.mark.parametrize(
-    ("reason", "kind"),
-    [
-        ("SESSION_NOT_FOUND", errors.SessionNotFoundError),
-        ("SESSION_EXPIRED", errors.SessionExpiredError),
-        ("SESSION_LOST", errors.SessionLostError),
-    ],
-)
-def test_three_ways_for_a_session_to_be_gone(reason: str, kind: type[errors.SessionGoneError]) -> None:
-    info = error_details_pb2.ErrorInfo(reason=reason, metadata={"session_id": "user-42"})
-    error = from_rpc(grpc.StatusCode.NOT_FOUND, "told", details(info))
-    assert type(error) is kind
-    assert isinstance(error, errors.SessionGoneError)
-    assert error.session_id == "user-42"
+def info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:
+    return error_details_pb2.ErrorInfo(reason=reason, metadata=metadata)
 
 
-def test_model_not_found_shares_a_code_with_sessions() -> None:
-    info = error_details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND")
-    assert type(from_rpc(grpc.StatusCode.NOT_FOUND, "", details(info))) is errors.ModelNotFoundError
-
-
-def test_conflict_carries_both_revisions() -> None:
-    info = error_details_pb2.ErrorInfo(
-        reason="REVISION_CONFLICT", metadata={"expected_revision": "7", "actual_revision": str(2**63)}
-    )
-    error = from_rpc(grpc.StatusCode.ABORTED, "told", details(info))
-    assert isinstance(error, errors.RevisionConflictError)
-    assert (error.expected, error.actual) == (7, 2**63)
-
-
-def test_conflict_with_unreadable_revisions() -> None:
-    info = error_details_pb2.ErrorInfo(reason="REVISION_CONFLICT", metadata={"actual_revision": "-x"})
-    error = from_rpc(grpc.StatusCode.ABORTED, "told", details(info))
-    assert isinstance(error, errors.RevisionConflictError)
-    assert (error.expected, error.actual) == (None, None)
-
-
-def test_overload_carries_its_delay() -> None:
+def delay(milliseconds: int) -> error_details_pb2.RetryInfo:
     retry = error_details_pb2.RetryInfo()
-    retry.retry_delay.FromMilliseconds(1250)
-    trailers = details(error_details_pb2.ErrorInfo(reason="OVERLOADED"), retry)
-    error = from_rpc(grpc.StatusCode.RESOURCE_EXHAUSTED, "told", trailers)
-    assert isinstance(error, errors.OverloadedError)
-    assert error.retry_after_s == 1.25
+    retry.retry_delay.FromMilliseconds(milliseconds)
+    return retry
 
 
-def test_internal_error_carries_its_id() -> None:
-    info = error_details_pb2.ErrorInfo(reason="INTERNAL", metadata={"error_id": "abc"})
-    error = from_rpc(grpc.StatusCode.INTERNAL, "told", details(info))
-    assert isinstance(error, errors.InternalError)
-    assert error.error_id == "abc"
+Code = grpc.StatusCode
+OVER_LIMIT = "CLIENT: Sent message larger than max (70 vs. 64)"
+CUT_OFF = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+CARRIED: dict[str, tuple[errors.StepwellError, type[errors.StepwellError], dict[str, object]]] = {
+    **{
+        reason: (
+            from_rpc(Code.NOT_FOUND, "sent", details(info(reason, session_id="user-42"))),
+            kind,
+            {"session_id": "user-42"},
+        )
+        for reason, kind in (
+            ("SESSION_NOT_FOUND", errors.SessionNotFoundError),
+            ("SESSION_EXPIRED", errors.SessionExpiredError),
+            ("SESSION_LOST", errors.SessionLostError),
+        )
+    },
+    "a model's absence, which has the code of a session's": (
+        from_rpc(Code.NOT_FOUND, "", details(info("MODEL_NOT_FOUND"))),
+        errors.ModelNotFoundError,
+        {},
+    ),
+    "a conflict": (
+        from_rpc(
+            Code.ABORTED,
+            "sent",
+            details(info("REVISION_CONFLICT", expected_revision="7", actual_revision=str(2**63))),
+        ),
+        errors.RevisionConflictError,
+        {"expected": 7, "actual": 2**63},
+    ),
+    "a conflict of unreadable revisions": (
+        from_rpc(Code.ABORTED, "sent", details(info("REVISION_CONFLICT", actual_revision="-x"))),
+        errors.RevisionConflictError,
+        {"expected": None, "actual": None},
+    ),
+    "a conflict on a stream": (
+        from_message(
+            errors_pb2.Error(
+                code=10,
+                message="sent",
+                reason="REVISION_CONFLICT",
+                metadata={"expected_revision": "1", "actual_revision": "2"},
+            )
+        ),
+        errors.RevisionConflictError,
+        {"expected": 1, "actual": 2, "message": "sent"},
+    ),
+    "an overload": (
+        from_rpc(Code.RESOURCE_EXHAUSTED, "sent", details(info("OVERLOADED"), delay(1250))),
+        errors.OverloadedError,
+        {"retry_after_s": 1.25},
+    ),
+    "an overload on a stream": (
+        from_message(errors_pb2.Error(code=8, reason="OVERLOADED", retry_after_ms=40)),
+        errors.OverloadedError,
+        {"retry_after_s": 0.04},
+    ),
+    "a defect": (
+        from_rpc(Code.INTERNAL, "sent", details(info("INTERNAL", error_id="abc"))),
+        errors.InternalError,
+        {"error_id": "abc"},
+    ),
+    "a code outside of gRPC on a stream": (
+        from_message(errors_pb2.Error(code=99, message="sent")),
+        errors.InternalError,
+        {},
+    ),
+    "gRPC's own limit of messages, which is no overload": (
+        from_rpc(Code.RESOURCE_EXHAUSTED, OVER_LIMIT, None),
+        errors.InvalidInputError,
+        {"message": f"the message must fit the size limits of both sides (max_message_bytes): {OVER_LIMIT}"},
+    ),
+    **{
+        f"{kind.__name__} {how}": (from_rpc(code, "sent", trailers), kind, {"outcome": outcome})
+        for code, kind in (
+            (Code.UNAVAILABLE, errors.UnavailableError),
+            (Code.DEADLINE_EXCEEDED, errors.DeadlineExceededError),
+        )
+        for how, trailers, outcome in (
+            ("of the connection", None, "unknown"),
+            ("of the server, which settles it", details(info(code.name)), "not_applied"),
+        )
+    },
+    "a server that does not know the outcome": (
+        from_rpc(Code.UNAVAILABLE, "no answer", details(info("OUTCOME_UNKNOWN"))),
+        errors.UnavailableError,
+        {"outcome": "unknown", "reason": "OUTCOME_UNKNOWN"},
+    ),
+    "garbled details, which do not hide the error": (
+        from_rpc(Code.DATA_LOSS, "sent", [(DETAILS_KEY, b"\xff\xff\xff")]),
+        errors.StateCorruptError,
+        {},
+    ),
+    "a stream that a proxy cuts off, which is a lost connection": (
+        from_rpc(Code.INTERNAL, CUT_OFF, None),
+        errors.UnavailableError,
+        {"outcome": "unknown", "message": CUT_OFF},
+    ),
+    "the same words from the server": (
+        from_rpc(Code.INTERNAL, f"RST_STREAM: {CUT_OFF}", details(info("INTERNAL", error_id="abc"))),
+        errors.InternalError,
+        {"error_id": "abc"},
+    ),
+}
 
 
-def test_grpc_own_message_limit_is_no_overload() -> None:
-    text = "CLIENT: Sent message larger than max (70 vs. 64)"
-    error = from_rpc(grpc.StatusCode.RESOURCE_EXHAUSTED, text, None)
-    assert isinstance(error, errors.InvalidInputError)
-    assert text in error.message
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_arrives_becomes_an_error_with_what_it_carries(name: str) -> None:
+    error, kind, carried = CARRIED[name]
+    assert type(error) is kind
+    assert {key: getattr(error, key) for key in carried} == carried
 
 
 @pytest.mark.parametrize("text", ["CLIENT: Received", "SERVER: Sent", "Stream removed (CLIENT: Received"])
@@ -143,64 +206,17 @@ def test_a_reply_over_the_limit_does_not_say_that_nothing_changed(text: str) -> 
     assert text in error.message
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED], ids=str)
-def test_outcome_is_settled_only_where_the_server_says_so(code: grpc.StatusCode) -> None:
-    lost = from_rpc(code, "socket closed", None)
-    told = from_rpc(code, "stopping", details(error_details_pb2.ErrorInfo(reason=code.name)))
-    assert isinstance(lost, errors.UnavailableError | errors.DeadlineExceededError)
-    assert isinstance(told, errors.UnavailableError | errors.DeadlineExceededError)
-    assert (lost.outcome, told.outcome) == ("unknown", "not_applied")
-
-
-def test_a_server_may_say_that_it_does_not_know_the_outcome() -> None:
-    told = from_rpc(
-        grpc.StatusCode.UNAVAILABLE,
-        "no answer",
-        details(error_details_pb2.ErrorInfo(reason="OUTCOME_UNKNOWN")),
-    )
-    assert isinstance(told, errors.UnavailableError)
-    assert (told.outcome, told.reason) == ("unknown", "OUTCOME_UNKNOWN")
-
-
-def test_garbled_details_do_not_hide_the_error() -> None:
-    error = from_rpc(grpc.StatusCode.DATA_LOSS, "told", [(DETAILS_KEY, b"\xff\xff\xff")])
-    assert type(error) is errors.StateCorruptError
-
-
 def test_empty_message_is_replaced() -> None:
     assert "UNAVAILABLE" in from_rpc(grpc.StatusCode.UNAVAILABLE, "", None).message
     assert "UNAVAILABLE" in from_rpc(grpc.StatusCode.UNAVAILABLE, None, None).message
 
 
-def test_error_of_a_stream_says_the_same_as_trailers() -> None:
-    error = from_message(
-        errors_pb2.Error(
-            code=10,
-            message="told",
-            reason="REVISION_CONFLICT",
-            metadata={"expected_revision": "1", "actual_revision": "2"},
-        )
-    )
-    assert isinstance(error, errors.RevisionConflictError)
-    assert (error.expected, error.actual, error.message) == (1, 2, "told")
-
-
-def test_overload_on_a_stream() -> None:
-    error = from_message(errors_pb2.Error(code=8, reason="OVERLOADED", retry_after_ms=40))
-    assert isinstance(error, errors.OverloadedError)
-    assert error.retry_after_s == 0.04
-
-
-def test_code_outside_of_grpc_on_a_stream() -> None:
-    assert type(from_message(errors_pb2.Error(code=99, message="told"))) is errors.InternalError
-
-
 @pytest.mark.parametrize("make", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])  # noqa: S301
 def test_errors_can_be_copied_and_sent_between_processes(make: object) -> None:
-    error = errors.RevisionConflictError("told", expected=1, actual=2, reason="REVISION_CONFLICT")
+    error = errors.RevisionConflictError("sent", expected=1, actual=2, reason="REVISION_CONFLICT")
     other = make(error)  # type: ignore[operator]
     assert type(other) is type(error)
-    assert (other.message, other.expected, other.actual, str(other)) == ("told", 1, 2, "told")
+    assert (other.message, other.expected, other.actual, str(other)) == ("sent", 1, 2, "sent")
 
 
 @pytest.mark.parametrize(
@@ -228,14 +244,3 @@ def test_a_failed_write_is_a_broken_connection(debug: str | None, kind: str) -> 
         assert error.outcome == "unknown"
     else:
         assert isinstance(error, errors.InternalError)
-
-
-def test_a_stream_that_a_proxy_cuts_off_is_a_lost_connection() -> None:
-    words = "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
-    error = from_rpc(grpc.StatusCode.INTERNAL, words, None)
-    assert isinstance(error, errors.UnavailableError)
-    assert (error.outcome, str(error)) == ("unknown", words)
-    info = error_details_pb2.ErrorInfo(reason="INTERNAL", metadata={"error_id": "abc"})
-    assert isinstance(
-        from_rpc(grpc.StatusCode.INTERNAL, f"RST_STREAM: {words}", details(info)), errors.InternalError
-    )

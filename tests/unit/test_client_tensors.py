@@ -37,9 +37,7 @@ def travel(array: Any) -> Any:
 @given(st.sampled_from(DTYPES).flatmap(lambda dtype: hnp.arrays(dtype, hnp.array_shapes(max_dims=4))))
 def test_round_trip_of_every_dtype(array: Any) -> None:
     back = travel(array)
-    assert back.dtype == array.dtype
-    assert back.shape == array.shape
-    assert back.tobytes() == array.tobytes()
+    assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

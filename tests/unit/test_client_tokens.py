@@ -15,15 +15,14 @@ import pytest
 import stepwell
 from stepwell import aio, errors
 from stepwell._base.addresses import is_on_this_machine
-from stepwell._base.flow import Pause
 from stepwell._core.retrier import Retrier
 from stepwell._transport import channel
-from stepwell._transport.call import Call
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell._transport.tokens import Tokens
 from stepwell.config import ClientConfig
 from stepwell.errors import InvalidInputError, UnauthenticatedError, UnavailableError
 from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2
+from support.sdk.scripted_calls import ScriptedCalls
 
 
 def sent(tokens: Tokens) -> str:
@@ -220,24 +219,12 @@ async def test_a_function_that_fails_fails_calls_of_async_clients() -> None:
 )
 def test_a_refused_token_is_renewed_once(script: list[Any], attempts: int, outcome: str | None) -> None:
     retrier = Retrier(RetryPolicy(), 1 << 20, renews_tokens=True)
-    flow = retrier.call("Step", sessions_pb2.StepRequest(), Deadline(100.0), changes=True)
-    made, ended = 0, None
-    ask = next(flow)
+    calls, ended = ScriptedCalls(script), None
     try:
-        while True:
-            if isinstance(ask, Pause):
-                ask = flow.send(None)
-                continue
-            assert isinstance(ask, Call)
-            error = script[made]
-            made += 1
-            ask = flow.send("reply") if error is None else flow.throw(error)
-    except StopIteration:
-        ended = None
+        calls.run(retrier.call("Step", sessions_pb2.StepRequest(), Deadline(100.0), changes=True))
     except errors.StepwellError as error:
         ended = getattr(error, "outcome", "not_applied")
-    assert ended == outcome
-    assert made == attempts
+    assert (ended, calls.attempts) == (outcome, attempts)
 
 
 def test_a_token_that_is_no_function_is_not_tried_again() -> None:
