@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    from support.engine.harness import Harness
     from support.stores.durable import Disk, DurableStore
 
 # What a flush to disk costs is no concern of these tests.
@@ -27,6 +28,9 @@ LIKE_ANOTHER = {"async", "valkey"}
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "stores(*kinds): the kinds of store that a test of the engine is about"
+    )
+    config.addinivalue_line(
+        "markers", "engine(*args, **options): the arguments of `running`, for `at`, or `two`"
     )
 
 
@@ -64,6 +68,42 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
         STORES.folder = Path(folder)
         yield STORES.kind
     STORES.kind = "memory"
+
+
+def made_with(request: pytest.FixtureRequest) -> pytest.Mark:
+    """The arguments that a test's mark `engine` has for its engines."""
+    return request.node.get_closest_marker("engine") or pytest.mark.engine.mark
+
+
+@pytest.fixture
+async def at(request: pytest.FixtureRequest, store_kind: str) -> AsyncIterator[Harness]:
+    """An engine on a store of that kind, made by `running`."""
+    from support.engine.harness import running
+
+    options = made_with(request)
+    async with running(*options.args, **options.kwargs) as found:
+        yield found
+
+
+@pytest.fixture
+async def servers(request: pytest.FixtureRequest, store_kind: str) -> AsyncIterator[tuple[Harness, Harness]]:
+    """Two servers on one store of that kind, made by `two`."""
+    from support.engine.two_engines import two
+
+    async with two(**made_with(request).kwargs) as found:
+        yield found
+
+
+@pytest.fixture
+def first(servers: tuple[Harness, Harness]) -> Harness:
+    """One of two servers."""
+    return servers[0]
+
+
+@pytest.fixture
+def second(servers: tuple[Harness, Harness]) -> Harness:
+    """The other one."""
+    return servers[1]
 
 
 @pytest.fixture

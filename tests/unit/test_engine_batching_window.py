@@ -312,22 +312,24 @@ async def two_halves(at: Harness, **fields: Any) -> None:
     await first.require_all_applied()
 
 
-async def test_those_who_wait_and_those_who_were_just_answered_have_the_next_pass_together() -> None:
-    async with running(threads=True) as at:
-        await open_wide(at)
-        await two_halves(at)
-        await at.submit(["a", "b"], x(2), connection="me").require_all_applied()
-        await at.settled()
-        assert rows_of(at) == [2, 4]
+@pytest.mark.engine(threads=True)
+async def test_those_who_wait_and_those_who_were_just_answered_have_the_next_pass_together(
+    at: Harness,
+) -> None:
+    await open_wide(at)
+    await two_halves(at)
+    await at.submit(["a", "b"], x(2), connection="me").require_all_applied()
+    await at.settled()
+    assert rows_of(at) == [2, 4]
 
 
-async def test_a_pass_goes_without_those_who_do_not_come_back_in_time() -> None:
-    async with running(threads=True) as at:
-        await open_wide(at)
-        await two_halves(at)
-        at.clock.advance(Wide.fixed_s / 2)
-        await at.settled()
-        assert rows_of(at) == [2, 2]
+@pytest.mark.engine(threads=True)
+async def test_a_pass_goes_without_those_who_do_not_come_back_in_time(at: Harness) -> None:
+    await open_wide(at)
+    await two_halves(at)
+    at.clock.advance(Wide.fixed_s / 2)
+    await at.settled()
+    assert rows_of(at) == [2, 2]
 
 
 async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wait(
@@ -358,34 +360,34 @@ async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wa
         assert rows_of(at) == [2, 4, 4]
 
 
-async def test_nobody_waits_for_others() -> None:
-    async with running(threads=True) as at:
-        await open_wide(at)
-        first = await at.begin_pass(["a", "b"], x(2), connection="me")
-        other = at.submit("c", x(1), connection="another")
-        at.clock.advance(Wide.fixed_s)
-        at.hooks.open_gate()
-        await first.require_all_applied()
-        await other.require_all_applied()  # the clock stands still: it has not waited
-        await at.submit(
-            "a", x(1), connection="me"
-        ).require_all_applied()  # nor does one in a pass after others were about
-        assert rows_of(at) == [2, 1, 1]
+@pytest.mark.engine(threads=True)
+async def test_nobody_waits_for_others(at: Harness) -> None:
+    await open_wide(at)
+    first = await at.begin_pass(["a", "b"], x(2), connection="me")
+    other = at.submit("c", x(1), connection="another")
+    at.clock.advance(Wide.fixed_s)
+    at.hooks.open_gate()
+    await first.require_all_applied()
+    await other.require_all_applied()  # the clock stands still: it has not waited
+    await at.submit(
+        "a", x(1), connection="me"
+    ).require_all_applied()  # nor does one in a pass after others were about
+    assert rows_of(at) == [2, 1, 1]
 
 
-async def test_a_step_whose_deadline_is_near_does_not_wait() -> None:
-    async with running(threads=True) as at:
-        await open_wide(at)
-        await two_halves(at, deadline=at.clock.monotonic() + 1.3 * Wide.fixed_s)
-        await at.settled()  # the clock stands still
-        assert rows_of(at) == [2, 2]
+@pytest.mark.engine(threads=True)
+async def test_a_step_whose_deadline_is_near_does_not_wait(at: Harness) -> None:
+    await open_wide(at)
+    await two_halves(at, deadline=at.clock.monotonic() + 1.3 * Wide.fixed_s)
+    await at.settled()  # the clock stands still
+    assert rows_of(at) == [2, 2]
 
 
-async def test_what_a_read_has_let_in_does_not_wait() -> None:
-    async with running(threads=True) as at:
-        await open_wide(at)
-        await two_halves(at)
-        state = await at.state("c")
-        await at.settled()
-        assert state["sum"].tobytes() != START
-        assert rows_of(at) == [2, 2]
+@pytest.mark.engine(threads=True)
+async def test_what_a_read_has_let_in_does_not_wait(at: Harness) -> None:
+    await open_wide(at)
+    await two_halves(at)
+    state = await at.state("c")
+    await at.settled()
+    assert state["sum"].tobytes() != START
+    assert rows_of(at) == [2, 2]

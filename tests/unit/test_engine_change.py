@@ -15,7 +15,7 @@ from stepwell_server.engine.change import Change, joined
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, RICH
-from support.engine.harness import BOTH_WAYS, Answer, Answers, CallbackAnswers, running, x
+from support.engine.harness import BOTH_WAYS, Answer, Answers, CallbackAnswers, Harness, fails, running, x
 from support.stores.kinds import IN_PROCESS
 
 
@@ -67,23 +67,23 @@ async def test_a_step_that_fails_resets_nothing(threads: bool) -> None:
         assert (await at.engine.session_info("a")).position == 1
 
 
-async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right() -> None:
-    async with running(threads=True) as at:
-        names = [f"s{i}" for i in range(6)]
-        await at.open(*names, "busy")
-        for name in names:
-            await at.step(name, x(1, seed=1))
-        await at.begin_pass("busy", x(1))
-        waiting = [
-            at.single(name, x(1, seed=2), reset_rows=np.array([i % 2 == 0])) for i, name in enumerate(names)
-        ]
-        at.hooks.open_gate()
-        once = ran(initial(1), x(1, seed=1))[1]
-        for i, answers in enumerate(waiting):
-            answer = await answers.only()
-            state = initial(1) if i % 2 == 0 else once
-            assert answer.outputs["y"].tobytes() == ran(state, x(1, seed=2))[0].tobytes()
-            assert answer.position == (1 if i % 2 == 0 else 2)
+@pytest.mark.engine(threads=True)
+async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right(at: Harness) -> None:
+    names = [f"s{i}" for i in range(6)]
+    await at.open(*names, "busy")
+    for name in names:
+        await at.step(name, x(1, seed=1))
+    await at.begin_pass("busy", x(1))
+    waiting = [
+        at.single(name, x(1, seed=2), reset_rows=np.array([i % 2 == 0])) for i, name in enumerate(names)
+    ]
+    at.hooks.open_gate()
+    once = ran(initial(1), x(1, seed=1))[1]
+    for i, answers in enumerate(waiting):
+        answer = await answers.only()
+        state = initial(1) if i % 2 == 0 else once
+        assert answer.outputs["y"].tobytes() == ran(state, x(1, seed=2))[0].tobytes()
+        assert answer.position == (1 if i % 2 == 0 else 2)
 
 
 async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
@@ -103,20 +103,20 @@ async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
 
 
 @IN_PROCESS  # Valkey may answer a later pass first
-async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent() -> None:
-    async with running(threads=True, max_batch_rows=4, resident_rows=64) as at:
-        greedy = [f"g{i}" for i in range(20)]
-        await at.open(*greedy, "modest", "busy")
-        await at.begin_pass("busy", x(1))
-        order: list[str] = []
-        for name in [*greedy, "modest"]:
-            told = CallbackAnswers(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
-            caller = "modest" if name == "modest" else "greedy"
-            at.engine.submit(Change([name], told, inputs={"": x(1)}, connection=caller))
-        at.hooks.open_gate()
-        await at.settled()
-        assert "modest" in order[:4]
-        assert sorted(order) == sorted([*greedy, "modest"])
+@pytest.mark.engine(threads=True, max_batch_rows=4, resident_rows=64)
+async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent(at: Harness) -> None:
+    greedy = [f"g{i}" for i in range(20)]
+    await at.open(*greedy, "modest", "busy")
+    await at.begin_pass("busy", x(1))
+    order: list[str] = []
+    for name in [*greedy, "modest"]:
+        told = CallbackAnswers(lambda _answer, name=name: order.append(name))  # type: ignore[misc]
+        caller = "modest" if name == "modest" else "greedy"
+        at.engine.submit(Change([name], told, inputs={"": x(1)}, connection=caller))
+    at.hooks.open_gate()
+    await at.settled()
+    assert "modest" in order[:4]
+    assert sorted(order) == sorted([*greedy, "modest"])
 
 
 async def test_changes_that_become_one_say_of_each_member_who_asked_for_it() -> None:
@@ -135,30 +135,29 @@ async def test_changes_that_become_one_say_of_each_member_who_asked_for_it() -> 
         await at.settled()
 
 
-async def test_all_that_one_connection_sends_has_one_source() -> None:
-    async with running(threads=True, resident_rows=64) as at:
-        await at.open(*"abcdef", "busy")
-        await at.begin_pass("busy", x(1))
-        with mock.patch.object(Scheduler, "add", autospec=True, side_effect=Scheduler.add) as add:
-            for names, caller in ((["a"], "here"), (["b"], "here"), (["c", "d"], "here")):
-                inputs = {"": x(len(names))}
-                at.engine.submit(Change(names, Answers([1] * len(names)), inputs=inputs, connection=caller))
-            at.hooks.open_gate()
-            await at.settled()
-            sources = {call.args[1].source for call in add.call_args_list}
-        assert sources == {source_of(ANYBODY, "here")}, "or it would have company of itself"
+@pytest.mark.engine(threads=True, resident_rows=64)
+async def test_all_that_one_connection_sends_has_one_source(at: Harness) -> None:
+    await at.open(*"abcdef", "busy")
+    await at.begin_pass("busy", x(1))
+    with mock.patch.object(Scheduler, "add", autospec=True, side_effect=Scheduler.add) as add:
+        for names, caller in ((["a"], "here"), (["b"], "here"), (["c", "d"], "here")):
+            inputs = {"": x(len(names))}
+            at.engine.submit(Change(names, Answers([1] * len(names)), inputs=inputs, connection=caller))
+        at.hooks.open_gate()
+        await at.settled()
+        sources = {call.args[1].source for call in add.call_args_list}
+    assert sources == {source_of(ANYBODY, "here")}, "or it would have company of itself"
 
 
 @pytest.mark.stores("memory", "async", "sync")  # others are read anew for each, and the line is too long
-async def test_steps_of_one_session_that_all_conflict_are_each_answered() -> None:
-    async with running(threads=True, max_batch_rows=64, resident_rows=4) as at:
-        await at.open("a", "busy")
-        await at.begin_pass("busy", x(1))
-        waiting = [at.single("a", x(1), expected=7) for _ in range(1500)]
-        at.hooks.open_gate()
-        for answers in waiting:
-            with pytest.raises(RevisionConflict):
-                await answers.only()
+@pytest.mark.engine(threads=True, max_batch_rows=64, resident_rows=4)
+async def test_steps_of_one_session_that_all_conflict_are_each_answered(at: Harness) -> None:
+    await at.open("a", "busy")
+    await at.begin_pass("busy", x(1))
+    waiting = [at.single("a", x(1), expected=7) for _ in range(1500)]
+    at.hooks.open_gate()
+    for answers in waiting:
+        await fails(answers.only(), RevisionConflict)
 
 
 @pytest.mark.parametrize("where", ["intake.admission.Job", "passes.loop.Pass"])

@@ -22,7 +22,7 @@ from stepwell_server.errors import (
     SessionNotFound,
 )
 from support.engine.fake_executor import RICH
-from support.engine.harness import Harness, kinds, running, x
+from support.engine.harness import Harness, fails, kinds, running, x
 from support.engine.session_lifetimes import blocked
 from support.stores.fake_shared_store import RemoteStore
 
@@ -47,14 +47,13 @@ async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[s
     return states
 
 
-async def test_what_comes_after_a_fork_of_many_is_not_in_it() -> None:
-    async with running() as at:
-        await at.open("a")
-        await at.step("a", x(1))
-        forking = await begun(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
-        later = [at.submit("a", x(1)) for _ in range(3)]
-        assert (await forking).revisions.tolist() == [1]
-        assert [(await answers.only()).revision for answers in later] == [2, 3, 4]
+async def test_what_comes_after_a_fork_of_many_is_not_in_it(at: Harness) -> None:
+    await at.open("a")
+    await at.step("a", x(1))
+    forking = await begun(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
+    later = [at.submit("a", x(1)) for _ in range(3)]
+    assert (await forking).revisions.tolist() == [1]
+    assert [(await answers.only()).revision for answers in later] == [2, 3, 4]
 
 
 async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,53 +75,53 @@ async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch:
         assert not alone.state
 
 
-async def test_each_is_read_after_what_came_before_and_before_what_comes_later() -> None:
-    async with running(threads=True) as at:
-        await at.open(*"abc")
-        first = await blocked(at, "a", "b")
-        waiting = at.submit("a", x(1))
-        reading_ = await begun(at.engine.get_states(list("abc")))
-        later = at.submit("a", x(1))
-        # c has nothing under way: it is read, and not held up while the others are waited for
-        await at.engine.fork("c")
-        assert not reading_.done()
-        at.hooks.open_gate()
-        read = await reading_
-        assert read.revisions.tolist() == [2, 1, 0]
-        for answers, revision in ((first, 1), (waiting, 2), (later, 3)):
-            assert (await answers.all())[0].revision == revision  # type: ignore[union-attr]
+@pytest.mark.engine(threads=True)
+async def test_each_is_read_after_what_came_before_and_before_what_comes_later(at: Harness) -> None:
+    await at.open(*"abc")
+    first = await blocked(at, "a", "b")
+    waiting = at.submit("a", x(1))
+    reading_ = await begun(at.engine.get_states(list("abc")))
+    later = at.submit("a", x(1))
+    # c has nothing under way: it is read, and not held up while the others are waited for
+    await at.engine.fork("c")
+    assert not reading_.done()
+    at.hooks.open_gate()
+    read = await reading_
+    assert read.revisions.tolist() == [2, 1, 0]
+    for answers, revision in ((first, 1), (waiting, 2), (later, 3)):
+        assert (await answers.all())[0].revision == revision  # type: ignore[union-attr]
 
 
-async def test_two_that_read_the_same_sessions_do_not_wait_for_each_other() -> None:
-    async with running(threads=True) as at:
-        await at.open(*"ab")
-        pass_ = await blocked(at, "a", "b")
-        both = [await begun(at.engine.get_states(ids)) for ids in (["a", "b"], ["b", "a"])]
-        gone = await begun(at.engine.get_states(["a", "b"]))
-        gone.cancel()
-        at.hooks.open_gate()
-        reads = await asyncio.wait_for(asyncio.gather(*both), 100)
-        assert [read.revisions.tolist() for read in reads] == [[1, 1]] * 2
-        assert kinds(await pass_.all()) == ["Answer", "Answer"]
+@pytest.mark.engine(threads=True)
+async def test_two_that_read_the_same_sessions_do_not_wait_for_each_other(at: Harness) -> None:
+    await at.open(*"ab")
+    pass_ = await blocked(at, "a", "b")
+    both = [await begun(at.engine.get_states(ids)) for ids in (["a", "b"], ["b", "a"])]
+    gone = await begun(at.engine.get_states(["a", "b"]))
+    gone.cancel()
+    at.hooks.open_gate()
+    reads = await asyncio.wait_for(asyncio.gather(*both), 100)
+    assert [read.revisions.tolist() for read in reads] == [[1, 1]] * 2
+    assert kinds(await pass_.all()) == ["Answer", "Answer"]
 
 
-async def test_a_session_that_cannot_be_read_fails_alone() -> None:
+@pytest.mark.engine(threads=True)
+async def test_a_session_that_cannot_be_read_fails_alone(at: Harness) -> None:
     """Closed while it was waited for, never there, closed before."""
-    async with running(threads=True) as at:
-        states = await stepped(at, *"abcd")
-        await at.engine.close_session("c")
-        await blocked(at, "b")
-        closing = await begun(at.engine.close_session("b"))
-        read_ = await begun(at.engine.get_states(["d", "b", "nobody", "c", "a"]))
-        at.hooks.open_gate()
-        await closing
-        read = await read_
-        assert read.members.tolist() == [0, 4]
-        assert read.state["sum"].tobytes() == states["d"] + states["a"]
-        told = {member: type(error) for members, error in read.errors for member in members.tolist()}
-        assert told == dict.fromkeys([1, 2, 3], SessionNotFound)
-        nobody = await at.engine.get_states(["nobody", "c"])
-        assert (nobody.model, len(nobody.members), len(nobody.errors)) == ("", 0, 2)
+    states = await stepped(at, *"abcd")
+    await at.engine.close_session("c")
+    await blocked(at, "b")
+    closing = await begun(at.engine.close_session("b"))
+    read_ = await begun(at.engine.get_states(["d", "b", "nobody", "c", "a"]))
+    at.hooks.open_gate()
+    await closing
+    read = await read_
+    assert read.members.tolist() == [0, 4]
+    assert read.state["sum"].tobytes() == states["d"] + states["a"]
+    told = {member: type(error) for members, error in read.errors for member in members.tolist()}
+    assert told == dict.fromkeys([1, 2, 3], SessionNotFound)
+    nobody = await at.engine.get_states(["nobody", "c"])
+    assert (nobody.model, len(nobody.members), len(nobody.errors)) == ("", 0, 2)
 
 
 @pytest.mark.stores("memory")
@@ -142,36 +141,34 @@ async def test_one_that_is_closed_between_two_pieces_was_not_read(monkeypatch: p
         assert (members.tolist(), type(error)) == ([199], SessionNotFound)
 
 
-async def test_an_expired_session_says_so_and_reading_counts_as_use() -> None:
-    async with running(max_session_idle_s=10) as at:
-        await at.open(*"ab")
-        at.clock.advance(6)
-        await at.engine.get_states(["a"])
-        at.clock.advance(6)
-        read = await at.engine.get_states(["a", "b"])
-        assert read.members.tolist() == [0]
-        ((members, error),) = read.errors
-        assert (members.tolist(), type(error)) == ([1], SessionExpired)
-        with pytest.raises(SessionExpired):
-            await at.engine.fork_sessions(["a", "b"])
+@pytest.mark.engine(max_session_idle_s=10)
+async def test_an_expired_session_says_so_and_reading_counts_as_use(at: Harness) -> None:
+    await at.open(*"ab")
+    at.clock.advance(6)
+    await at.engine.get_states(["a"])
+    at.clock.advance(6)
+    read = await at.engine.get_states(["a", "b"])
+    assert read.members.tolist() == [0]
+    ((members, error),) = read.errors
+    assert (members.tolist(), type(error)) == ([1], SessionExpired)
+    await fails(at.engine.fork_sessions(["a", "b"]), SessionExpired)
 
 
-async def test_what_cannot_be_read_at_all_is_refused() -> None:
-    async with running({"plain": RICH, "rich": RICH}) as at:
-        await at.open("a", "b", batch_size=2)
-        await at.open("r", model="rich")
-        refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
-            ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
-            (
-                {"session_ids": ["a", "b"], "reply_limit": 100, "reply_bytes": 53},
-                MessageTooLarge,
-                "a reply of 100 bytes; got 2 sessions, which need 101 bytes: name fewer at once",
-            ),
-            ({"session_ids": ["a", "b"], "deadline": at.clock.monotonic()}, DeadlineExceeded, "deadline"),
-        ]
-        for arguments, kind, words in refusals:
-            with pytest.raises(kind, match=words):
-                await at.engine.get_states(**arguments)
+@pytest.mark.engine({"plain": RICH, "rich": RICH})
+async def test_what_cannot_be_read_at_all_is_refused(at: Harness) -> None:
+    await at.open("a", "b", batch_size=2)
+    await at.open("r", model="rich")
+    refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
+        ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
+        (
+            {"session_ids": ["a", "b"], "reply_limit": 100, "reply_bytes": 53},
+            MessageTooLarge,
+            "a reply of 100 bytes; got 2 sessions, which need 101 bytes: name fewer at once",
+        ),
+        ({"session_ids": ["a", "b"], "deadline": at.clock.monotonic()}, DeadlineExceeded, "deadline"),
+    ]
+    for arguments, kind, words in refusals:
+        await fails(at.engine.get_states(**arguments), kind, words)
 
 
 async def test_many_are_forked_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,21 +195,21 @@ async def test_many_are_forked_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (await at.engine.list_sessions())[1] == 7
 
 
-async def test_a_fork_under_given_ids_waits_for_its_sources_and_is_found_after_a_restart() -> None:
-    async with running(threads=True) as at:
-        await at.open(*"ab")
-        await at.step("b", x(1))
-        await at.engine.close_session("b")
-        await at.open("b2")
-        await blocked(at, "a")
-        forking = await begun(at.engine.fork_sessions(["a", "b2"], new_session_ids=["b", "z"]))
-        assert not forking.done()
-        at.hooks.open_gate()
-        forked = await forking
-        # "b" was another session's: it goes on behind that one's revision
-        assert (forked.revisions.tolist(), forked.positions.tolist()) == ([2, 0], [1, 0])
-        a = await at.state("a")
-        assert (await at.state("b"))["sum"].tobytes() == a["sum"].tobytes()
+@pytest.mark.engine(threads=True)
+async def test_a_fork_under_given_ids_waits_for_its_sources_and_is_found_after_a_restart(at: Harness) -> None:
+    await at.open(*"ab")
+    await at.step("b", x(1))
+    await at.engine.close_session("b")
+    await at.open("b2")
+    await blocked(at, "a")
+    forking = await begun(at.engine.fork_sessions(["a", "b2"], new_session_ids=["b", "z"]))
+    assert not forking.done()
+    at.hooks.open_gate()
+    forked = await forking
+    # "b" was another session's: it goes on behind that one's revision
+    assert (forked.revisions.tolist(), forked.positions.tolist()) == ([2, 0], [1, 0])
+    a = await at.state("a")
+    assert (await at.state("b"))["sum"].tobytes() == a["sum"].tobytes()
 
 
 async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,64 +217,63 @@ async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(opening, "MAX_FORK_BYTES", 32)
     async with running(threads=True) as at:
         await at.open(*"abc")
-        with pytest.raises(
-            MessageTooLarge, match="at most 32 bytes together; got 5 sessions, whose copies need 40"
-        ):
-            await at.engine.fork_sessions(list("abcbb"))
-        with pytest.raises(MessageTooLarge):
-            await at.engine.fork_sessions(["a"] * 5)
+        await fails(
+            at.engine.fork_sessions(list("abcbb")),
+            MessageTooLarge,
+            "at most 32 bytes together; got 5 sessions, whose copies need 40",
+        )
+        await fails(at.engine.fork_sessions(["a"] * 5), MessageTooLarge)
         await blocked(at, "a")
         waiting = await begun(at.engine.fork_sessions(list("abc")))
-        with pytest.raises(Overloaded, match="must stay within 32; 24 are and 16 came"):
-            await at.engine.fork_sessions(list("bc"))
+        await fails(
+            at.engine.fork_sessions(list("bc")), Overloaded, "must stay within 32; 24 are and 16 came"
+        )
         at.hooks.open_gate()
         await waiting
         await at.engine.fork_sessions(["a"] * 4)
         assert (await at.engine.list_sessions())[1] == 10
 
 
-async def test_a_fork_that_fails_makes_nothing() -> None:
-    async with running({"plain": RICH, "rich": RICH}) as at:
-        await at.open("a", "b")
-        await at.open("wide", batch_size=2)
-        await at.open("r", model="rich")
-        conflict = np.array([0, 7], np.uint64)
-        refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
-            ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
-            ({"session_ids": ["a", "wide"]}, InvalidInput, "must be sessions of one batch_size; got 1 and 2"),
-            (
-                {"session_ids": ["a", "b"], "new_session_ids": ["z", "b"]},
-                SessionExists,
-                "session 'b' is open",
-            ),
-            (
-                {"session_ids": ["a", "b"], "expected": conflict},
-                RevisionConflict,
-                "'b' must be its revision 0",
-            ),
-        ]
-        for arguments, kind, words in refusals:
-            with pytest.raises(kind, match=words):
-                await at.engine.fork_sessions(**arguments)
-        assert (await at.engine.list_sessions())[1] == 4
-        assert at.slots().resident == 4
+@pytest.mark.engine({"plain": RICH, "rich": RICH})
+async def test_a_fork_that_fails_makes_nothing(at: Harness) -> None:
+    await at.open("a", "b")
+    await at.open("wide", batch_size=2)
+    await at.open("r", model="rich")
+    conflict = np.array([0, 7], np.uint64)
+    refusals: list[tuple[dict[str, Any], type[ServerError], str]] = [
+        ({"session_ids": ["a", "r"]}, InvalidInput, "session_ids must be sessions of one model"),
+        ({"session_ids": ["a", "wide"]}, InvalidInput, "must be sessions of one batch_size; got 1 and 2"),
+        (
+            {"session_ids": ["a", "b"], "new_session_ids": ["z", "b"]},
+            SessionExists,
+            "session 'b' is open",
+        ),
+        (
+            {"session_ids": ["a", "b"], "expected": conflict},
+            RevisionConflict,
+            "'b' must be its revision 0",
+        ),
+    ]
+    for arguments, kind, words in refusals:
+        await fails(at.engine.fork_sessions(**arguments), kind, words)
+    assert (await at.engine.list_sessions())[1] == 4
+    assert at.slots().resident == 4
 
 
 @pytest.mark.stores("fake_shared")
-async def test_what_another_server_has_changed_is_read_from_the_store() -> None:
+async def test_what_another_server_has_changed_is_read_from_the_store(at: Harness) -> None:
     """Sessions that are resident here and went on there, and one that was closed there."""
-    async with running() as at:
-        assert isinstance(at.store, RemoteStore)
-        await at.open(*"abc")
-        async with running(store=at.store.replica()) as other:
-            states = {}
-            for session_id in "ab":
-                await other.step(session_id, x(1, 2))
-                states[session_id] = (await other.state(session_id))["sum"].tobytes()
-            await other.engine.close_session("c")
-            read = await at.engine.get_states(list("abc"))
-            assert read.members.tolist() == [0, 1]
-            assert read.state["sum"].tobytes() == states["a"] + states["b"]
-            assert read.revisions.tolist() == [1, 1]
-            ((members, error),) = read.errors
-            assert (members.tolist(), type(error)) == ([2], SessionNotFound)
+    assert isinstance(at.store, RemoteStore)
+    await at.open(*"abc")
+    async with running(store=at.store.replica()) as other:
+        states = {}
+        for session_id in "ab":
+            await other.step(session_id, x(1, 2))
+            states[session_id] = (await other.state(session_id))["sum"].tobytes()
+        await other.engine.close_session("c")
+        read = await at.engine.get_states(list("abc"))
+        assert read.members.tolist() == [0, 1]
+        assert read.state["sum"].tobytes() == states["a"] + states["b"]
+        assert read.revisions.tolist() == [1, 1]
+        ((members, error),) = read.errors
+        assert (members.tolist(), type(error)) == ([2], SessionNotFound)

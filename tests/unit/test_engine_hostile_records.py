@@ -251,36 +251,34 @@ def _with_rows(record: bytes, rows: int) -> bytes:
 
 
 @pytest.mark.stores("memory", "fake_shared")
-async def test_a_reply_of_other_rows_moves_nobody_elses(store_kind: str) -> None:
+@pytest.mark.engine(resident_rows=6)
+async def test_a_reply_of_other_rows_moves_nobody_elses(store_kind: str, at: Harness) -> None:
     """Replies of one form are put together, one session's rows after the other's."""
-    async with running(resident_rows=6) as at:
-        await at.open("a", "z", batch_size=2)
-        for name in "az":
-            await at.single(name, x(2, 3), expected=0, request_id=HOSTILE_ID).only()
-        honest = await at.single("z", x(2, 3), expected=0, request_id=HOSTILE_ID).only()
-        answer = await begun(at)
-        (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
-        assert not isinstance(record, ServerError)
-        for rows, is_taken in ((1, True), (0, False), (3, False)):
-            await at.engine.close_session("a")
-            later = dataclasses.replace(decode("a", _with_rows(bytes(record), rows)), revision=100).encode(
-                "a"
-            )
-            (told,) = await at.engine.import_sessions([SessionRecord("a", "a", later)], ExistingPolicy.REFUSE)
-            assert (told is ImportOutcome.IMPORTED) is is_taken
-            if not is_taken:
-                await at.open("a", batch_size=2)
-                continue
-            found = await at.submit(
-                ["a", "z", "fine"],
-                np.concatenate([x(2, 3), x(2, 3), STEP]),
-                sizes=[2, 2, 1],
-                batch_sizes=[2, 2, 1],
-                expected=[99, 0, 0],
-                request_ids=[HOSTILE_ID, HOSTILE_ID, FINE_ID],
-            ).all()
-            assert isinstance(found[0], StateCorrupt)
-            assert isinstance(found[1], Answer)
-            assert isinstance(found[2], Answer)
-            same_reply(found[1], honest)
-            same_reply(found[2], answer)
+    await at.open("a", "z", batch_size=2)
+    for name in "az":
+        await at.single(name, x(2, 3), expected=0, request_id=HOSTILE_ID).only()
+    honest = await at.single("z", x(2, 3), expected=0, request_id=HOSTILE_ID).only()
+    answer = await begun(at)
+    (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
+    assert not isinstance(record, ServerError)
+    for rows, is_taken in ((1, True), (0, False), (3, False)):
+        await at.engine.close_session("a")
+        later = dataclasses.replace(decode("a", _with_rows(bytes(record), rows)), revision=100).encode("a")
+        (told,) = await at.engine.import_sessions([SessionRecord("a", "a", later)], ExistingPolicy.REFUSE)
+        assert (told is ImportOutcome.IMPORTED) is is_taken
+        if not is_taken:
+            await at.open("a", batch_size=2)
+            continue
+        found = await at.submit(
+            ["a", "z", "fine"],
+            np.concatenate([x(2, 3), x(2, 3), STEP]),
+            sizes=[2, 2, 1],
+            batch_sizes=[2, 2, 1],
+            expected=[99, 0, 0],
+            request_ids=[HOSTILE_ID, HOSTILE_ID, FINE_ID],
+        ).all()
+        assert isinstance(found[0], StateCorrupt)
+        assert isinstance(found[1], Answer)
+        assert isinstance(found[2], Answer)
+        same_reply(found[1], honest)
+        same_reply(found[2], answer)

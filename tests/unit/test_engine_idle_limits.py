@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.errors import InvalidInput, SessionExpired, Unavailable
 from stepwell_server.store.base import End
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Harness, fails, running, x
 from support.stores.durable import Disk
 from support.stores.records import decode
 
@@ -40,67 +40,70 @@ async def limit_s(at: Harness, name: str) -> float:
 
 async def refused(at: Harness, *names: str) -> None:
     for name in names:
-        with pytest.raises(SessionExpired, match="idle for longer than its limit") as caught:
-            await at.state(name)
-        assert caught.value.session_id == name
+        caught = await fails(at.state(name), SessionExpired, "idle for longer than its limit")
+        assert caught.session_id == name
 
 
-async def test_each_opening_sets_the_limit_and_a_session_without_an_id_has_that_of_the_server() -> None:
-    async with running(unnamed_session_idle_s=HOUR_S) as at:
-        engine = at.engine
-        unnamed, named = await opened(at), await opened(at, name="named")
-        asked, never, short = await opened(at, 5000), await opened(at, 0), await opened(at, 90_000, "short")
-        many = await engine.open_sessions("plain", count=2)
-        some = await engine.open_sessions("plain", session_ids=["m1", "m2"], max_idle_ms=7000)
-        forks = [
-            (await engine.fork(short)).session.session_id,
-            (await engine.fork(short, new_session_id="f")).session.session_id,
-            (await engine.fork(short, max_idle_ms=8000)).session.session_id,
-        ]
-        forks += (await engine.fork_sessions([short, unnamed], max_idle_ms=9000)).session_ids
-        wanted = {unnamed: HOUR_S, named: math.inf, asked: 5.0, never: math.inf, short: 90.0}
-        wanted |= {**dict.fromkeys(many.session_ids, HOUR_S), **dict.fromkeys(some.session_ids, 7.0)}
-        wanted |= dict(zip(forks, [HOUR_S, math.inf, 8.0, 9.0, 9.0], strict=True))
-        assert {name: await limit_s(at, name) for name in wanted} == wanted
-        await at.submit(list(wanted), x(len(wanted))).all()  # records of all kinds in one commit
-        assert {name: await limit_s(at, name) for name in wanted} == wanted
+@pytest.mark.engine(unnamed_session_idle_s=HOUR_S)
+async def test_each_opening_sets_the_limit_and_a_session_without_an_id_has_that_of_the_server(
+    at: Harness,
+) -> None:
+    engine = at.engine
+    unnamed, named = await opened(at), await opened(at, name="named")
+    asked, never, short = await opened(at, 5000), await opened(at, 0), await opened(at, 90_000, "short")
+    many = await engine.open_sessions("plain", count=2)
+    some = await engine.open_sessions("plain", session_ids=["m1", "m2"], max_idle_ms=7000)
+    forks = [
+        (await engine.fork(short)).session.session_id,
+        (await engine.fork(short, new_session_id="f")).session.session_id,
+        (await engine.fork(short, max_idle_ms=8000)).session.session_id,
+    ]
+    forks += (await engine.fork_sessions([short, unnamed], max_idle_ms=9000)).session_ids
+    wanted = {unnamed: HOUR_S, named: math.inf, asked: 5.0, never: math.inf, short: 90.0}
+    wanted |= {**dict.fromkeys(many.session_ids, HOUR_S), **dict.fromkeys(some.session_ids, 7.0)}
+    wanted |= dict(zip(forks, [HOUR_S, math.inf, 8.0, 9.0, 9.0], strict=True))
+    assert {name: await limit_s(at, name) for name in wanted} == wanted
+    await at.submit(list(wanted), x(len(wanted))).all()  # records of all kinds in one commit
+    assert {name: await limit_s(at, name) for name in wanted} == wanted
 
 
-async def test_a_session_that_is_resumed_keeps_its_limit() -> None:
-    async with running(unnamed_session_idle_s=HOUR_S) as at:
-        name, unnamed = await opened(at, 5000, "a"), await opened(at)
-        for asked in (None, 0, 9000):
-            again = await at.engine.open_session("plain", session_id=name, max_idle_ms=asked)
-            assert (again.resumed, again.session.max_idle_s) == (True, 5.0)
-        await at.engine.open_sessions("plain", session_ids=[name, unnamed, "b"], resume=True, max_idle_ms=0)
-        assert [await limit_s(at, each) for each in (name, unnamed, "b")] == [5.0, HOUR_S, math.inf]
+@pytest.mark.engine(unnamed_session_idle_s=HOUR_S)
+async def test_a_session_that_is_resumed_keeps_its_limit(at: Harness) -> None:
+    name, unnamed = await opened(at, 5000, "a"), await opened(at)
+    for asked in (None, 0, 9000):
+        again = await at.engine.open_session("plain", session_id=name, max_idle_ms=asked)
+        assert (again.resumed, again.session.max_idle_s) == (True, 5.0)
+    await at.engine.open_sessions("plain", session_ids=[name, unnamed, "b"], resume=True, max_idle_ms=0)
+    assert [await limit_s(at, each) for each in (name, unnamed, "b")] == [5.0, HOUR_S, math.inf]
 
 
-async def test_the_limit_of_the_server_is_an_upper_bound() -> None:
-    async with running(max_session_idle_s=60.0, unnamed_session_idle_s=HOUR_S) as at:
-        for asked, name, limit in (
-            (0, "a", 60.0),
-            (90_000, "b", 60.0),
-            (30_000, "c", 30.0),
-            (None, "", 60.0),
-        ):
-            assert await limit_s(at, await opened(at, asked, name)) == limit
-        at.clock.advance(30.5)
-        assert await at.internals.expire_idle() == 1
-        await refused(at, "c")
-        at.clock.advance(30.0)
-        assert await at.internals.expire_idle() == 3
-        assert await ids(at) == set()
+@pytest.mark.engine(max_session_idle_s=60.0, unnamed_session_idle_s=HOUR_S)
+async def test_the_limit_of_the_server_is_an_upper_bound(at: Harness) -> None:
+    for asked, name, limit in (
+        (0, "a", 60.0),
+        (90_000, "b", 60.0),
+        (30_000, "c", 30.0),
+        (None, "", 60.0),
+    ):
+        assert await limit_s(at, await opened(at, asked, name)) == limit
+    at.clock.advance(30.5)
+    assert await at.internals.expire_idle() == 1
+    await refused(at, "c")
+    at.clock.advance(30.0)
+    assert await at.internals.expire_idle() == 3
+    assert await ids(at) == set()
 
 
-async def test_a_request_that_comes_again_must_ask_for_the_same_limit() -> None:
-    async with running() as at:
-        first = await at.engine.open_session("plain", request_id=5, max_idle_ms=6000)
-        again = await at.engine.open_session("plain", request_id=5, max_idle_ms=6000)
-        assert (again.replayed, again.session.session_id) == (True, first.session.session_id)
-        for other in (None, 0, 7000):
-            with pytest.raises(InvalidInput, match="with other content"):
-                await at.engine.open_session("plain", request_id=5, max_idle_ms=other)
+async def test_a_request_that_comes_again_must_ask_for_the_same_limit(at: Harness) -> None:
+    first = await at.engine.open_session("plain", request_id=5, max_idle_ms=6000)
+    again = await at.engine.open_session("plain", request_id=5, max_idle_ms=6000)
+    assert (again.replayed, again.session.session_id) == (True, first.session.session_id)
+    for other in (None, 0, 7000):
+        await fails(
+            at.engine.open_session("plain", request_id=5, max_idle_ms=other),
+            InvalidInput,
+            "with other content",
+        )
 
 
 @OWN
@@ -125,52 +128,51 @@ async def test_each_session_ends_by_its_own_limit() -> None:
         ]
 
 
-async def test_use_puts_the_end_off_and_a_look_at_the_session_does_not() -> None:
-    async with running(threads=True) as at:
-        names = {use: await opened(at, 60_000, use) for use in ("step", "read", "resume", "fork", "describe")}
-        for turn in range(4):
-            at.clock.advance(45.0)
-            if turn == 0:
-                await at.engine.session_info("describe")
-                await at.engine.list_sessions()
-            await at.step("step", x(1))
-            await at.state("read")
-            await at.engine.open_session("plain", session_id="resume")
-            await at.engine.fork("fork", new_session_id=f"of {turn}")
-            assert await at.internals.expire_idle() == int(turn == 1)
-        assert await ids(at) == {*names, *(f"of {turn}" for turn in range(4))} - {"describe"}
+@pytest.mark.engine(threads=True)
+async def test_use_puts_the_end_off_and_a_look_at_the_session_does_not(at: Harness) -> None:
+    names = {use: await opened(at, 60_000, use) for use in ("step", "read", "resume", "fork", "describe")}
+    for turn in range(4):
+        at.clock.advance(45.0)
+        if turn == 0:
+            await at.engine.session_info("describe")
+            await at.engine.list_sessions()
+        await at.step("step", x(1))
+        await at.state("read")
+        await at.engine.open_session("plain", session_id="resume")
+        await at.engine.fork("fork", new_session_id=f"of {turn}")
+        assert await at.internals.expire_idle() == int(turn == 1)
+    assert await ids(at) == {*names, *(f"of {turn}" for turn in range(4))} - {"describe"}
 
 
 @OWN
-async def test_what_has_something_under_way_is_used() -> None:
-    async with running(threads=True) as at:
-        name, other = await opened(at, 60_000), await opened(at, 60_000)
-        await at.state(name)
-        answer = await at.begin_pass(name, x(1))
-        at.clock.advance(70.0)
-        assert await at.internals.expire_idle() == 1
-        at.hooks.open_gate()
-        assert (await answer.only()).revision == 1
-        await refused(at, other)
-        at.clock.advance(60.0)
-        assert await at.internals.expire_idle() == 0
-        at.clock.advance(0.5)
-        assert await at.internals.expire_idle() == 1
+@pytest.mark.engine(threads=True)
+async def test_what_has_something_under_way_is_used(at: Harness) -> None:
+    name, other = await opened(at, 60_000), await opened(at, 60_000)
+    await at.state(name)
+    answer = await at.begin_pass(name, x(1))
+    at.clock.advance(70.0)
+    assert await at.internals.expire_idle() == 1
+    at.hooks.open_gate()
+    assert (await answer.only()).revision == 1
+    await refused(at, other)
+    at.clock.advance(60.0)
+    assert await at.internals.expire_idle() == 0
+    at.clock.advance(0.5)
+    assert await at.internals.expire_idle() == 1
 
 
-async def test_whoever_names_it_finds_it_expired_before_the_timer_comes() -> None:
-    async with running() as at:
-        names = [await opened(at, 5000) for _ in range(3)]
-        at.clock.advance(5.5)
-        answers = await at.submit(names[:2], x(2)).all()
-        assert [type(answer) for answer in answers] == [SessionExpired] * 2
-        with pytest.raises(SessionExpired):
-            await at.single(names[2], x(1)).only()
-        again = await at.engine.open_session("plain", session_id="n", max_idle_ms=5000)
-        at.clock.advance(5.5)
-        anew = await at.engine.open_session("plain", session_id="n")
-        assert (anew.resumed, anew.session.max_idle_s) == (False, math.inf)
-        assert anew.session.uid != again.session.uid
+async def test_whoever_names_it_finds_it_expired_before_the_timer_comes(at: Harness) -> None:
+    names = [await opened(at, 5000) for _ in range(3)]
+    at.clock.advance(5.5)
+    answers = await at.submit(names[:2], x(2)).all()
+    assert [type(answer) for answer in answers] == [SessionExpired] * 2
+    with pytest.raises(SessionExpired):
+        await at.single(names[2], x(1)).only()
+    again = await at.engine.open_session("plain", session_id="n", max_idle_ms=5000)
+    at.clock.advance(5.5)
+    anew = await at.engine.open_session("plain", session_id="n")
+    assert (anew.resumed, anew.session.max_idle_s) == (False, math.inf)
+    assert anew.session.uid != again.session.uid
 
 
 @ON_DISK
@@ -262,8 +264,7 @@ async def test_a_store_that_cannot_be_read_ends_nothing_and_is_asked_again(disk:
     async with disk.engine() as at:
         at.clock.advance(51.0)
         disk.store.read_error = Unavailable("away")
-        with pytest.raises(Unavailable):
-            await at.expire()
+        await fails(at.expire(), Unavailable)
         disk.store.read_error = None
         assert disk.store.count() == 1
         at.clock.advance(2.0)

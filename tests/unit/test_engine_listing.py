@@ -111,26 +111,26 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_every_filter() -> None:
-    async with running(PROGRAMS, resident_rows=20) as at:
-        await some_sessions(at, 60, seed=1)
-        await check_lists(at)
-        for number in range(5, 50):  # some go, some come, some are used
-            await at.engine.close_session(f"s{number}")
-        await at.open(*[f"s1-{number}" for number in range(15)])
-        at.clock.advance(3.0)
-        await at.open(*[f"t{number}" for number in range(15)], model="rich")
-        await use_some(at, ["s1", "s3", "s1-3", "s1-4", "t7"], random.Random(2))
-        await check_lists(at)
+@pytest.mark.engine(PROGRAMS, resident_rows=20)
+async def test_every_filter(at: Harness) -> None:
+    await some_sessions(at, 60, seed=1)
+    await check_lists(at)
+    for number in range(5, 50):  # some go, some come, some are used
+        await at.engine.close_session(f"s{number}")
+    await at.open(*[f"s1-{number}" for number in range(15)])
+    at.clock.advance(3.0)
+    await at.open(*[f"t{number}" for number in range(15)], model="rich")
+    await use_some(at, ["s1", "s3", "s1-3", "s1-4", "t7"], random.Random(2))
+    await check_lists(at)
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_every_filter_within_a_tenant() -> None:
-    async with running(PROGRAMS, resident_rows=20) as at:
-        await some_sessions(at, 40, 3, TENANTS)
-        await check_lists(at, filters=OF_TENANTS)
-        await at.open(*[f"{tenant}\x1fs1-{number}" for tenant in ("s1", "acme") for number in range(3)])
-        await check_lists(at, (7,), filters=OF_TENANTS)
+@pytest.mark.engine(PROGRAMS, resident_rows=20)
+async def test_every_filter_within_a_tenant(at: Harness) -> None:
+    await some_sessions(at, 40, 3, TENANTS)
+    await check_lists(at, filters=OF_TENANTS)
+    await at.open(*[f"{tenant}\x1fs1-{number}" for tenant in ("s1", "acme") for number in range(3)])
+    await check_lists(at, (7,), filters=OF_TENANTS)
 
 
 @pytest.mark.stores("async")
@@ -197,17 +197,17 @@ async def test_a_session_that_is_there_all_the_time_is_listed_once() -> None:
 
 
 @IN_PROCESS  # Valkey itself takes seconds to make so many
-async def test_the_event_loop_goes_on_while_many_are_listed() -> None:
-    async with running(resident_rows=8) as at:
-        ids = (await at.engine.open_sessions("plain", count=8000)).session_ids
-        listed = await begun(at.engine.list_sessions(limit=len(ids)))
-        turns = 0
-        while not listed.done():
-            await asyncio.sleep(0)
-            turns += 1
-        page, _ = listed.result()
-        assert [info.session_id for info in page] == sorted(ids)
-        assert turns > len(ids) // 500
+@pytest.mark.engine(resident_rows=8)
+async def test_the_event_loop_goes_on_while_many_are_listed(at: Harness) -> None:
+    ids = (await at.engine.open_sessions("plain", count=8000)).session_ids
+    listed = await begun(at.engine.list_sessions(limit=len(ids)))
+    turns = 0
+    while not listed.done():
+        await asyncio.sleep(0)
+        turns += 1
+    page, _ = listed.result()
+    assert [info.session_id for info in page] == sorted(ids)
+    assert turns > len(ids) // 500
 
 
 async def close_all(at: Harness, limit: int, **wanted: Any) -> int:
@@ -219,42 +219,41 @@ async def close_all(at: Harness, limit: int, **wanted: Any) -> int:
 
 
 @pytest.mark.parametrize("wanted", FILTERS)
-async def test_closing_what_fits(wanted: dict[str, Any]) -> None:
-    async with running(PROGRAMS, resident_rows=20) as at:
-        await some_sessions(at, 30, seed=4)
-        fitting, _ = await whole(at, 1000, **wanted)
-        everyone, _ = await whole(at, 1000)
-        assert await close_all(at, 4, **wanted) == len(fitting)
-        left, _ = await whole(at, 1000)
-        gone = {info.session_id for info in fitting}
-        assert left == [info for info in everyone if info.session_id not in gone]
+@pytest.mark.engine(PROGRAMS, resident_rows=20)
+async def test_closing_what_fits(wanted: dict[str, Any], at: Harness) -> None:
+    await some_sessions(at, 30, seed=4)
+    fitting, _ = await whole(at, 1000, **wanted)
+    everyone, _ = await whole(at, 1000)
+    assert await close_all(at, 4, **wanted) == len(fitting)
+    left, _ = await whole(at, 1000)
+    gone = {info.session_id for info in fitting}
+    assert left == [info for info in everyone if info.session_id not in gone]
 
 
-async def test_what_is_new_or_used_since_the_first_page_stays() -> None:
-    async with running() as at:
-        await at.open(*"abcdef")
-        at.clock.advance(60.0)
-        closed, place = await at.engine.close_matching(SessionFilter(idle_longer_s=30.0), limit=2)
-        assert closed == 2
-        assert place is not None
-        await at.open("d1")
-        await at.state("e")
-        at.clock.advance(31.0)  # "e" and "d1" have been idle for long enough now, but were not when it began
-        while place is not None:
-            _, place = await at.engine.close_matching(SessionFilter(idle_longer_s=30.0), limit=2, place=place)
-        assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["d1", "e"]
+async def test_what_is_new_or_used_since_the_first_page_stays(at: Harness) -> None:
+    await at.open(*"abcdef")
+    at.clock.advance(60.0)
+    closed, place = await at.engine.close_matching(SessionFilter(idle_longer_s=30.0), limit=2)
+    assert closed == 2
+    assert place is not None
+    await at.open("d1")
+    await at.state("e")
+    at.clock.advance(31.0)  # "e" and "d1" have been idle for long enough now, but were not when it began
+    while place is not None:
+        _, place = await at.engine.close_matching(SessionFilter(idle_longer_s=30.0), limit=2, place=place)
+    assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["d1", "e"]
 
 
-async def test_a_session_in_use_is_not_idle_and_is_closed_by_its_prefix_after_its_step() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "b")
-        answer = await at.begin_pass("a", x(1))
-        at.clock.advance(60.0)
-        assert await close_all(at, 10, idle_longer_s=30.0) == 1
-        closing = await begun(close_all(at, 10, prefix="a"))
-        at.hooks.open_gate()
-        assert (await answer.only()).revision == 1
-        assert await closing == 1
+@pytest.mark.engine(threads=True)
+async def test_a_session_in_use_is_not_idle_and_is_closed_by_its_prefix_after_its_step(at: Harness) -> None:
+    await at.open("a", "b")
+    answer = await at.begin_pass("a", x(1))
+    at.clock.advance(60.0)
+    assert await close_all(at, 10, idle_longer_s=30.0) == 1
+    closing = await begun(close_all(at, 10, prefix="a"))
+    at.hooks.open_gate()
+    assert (await answer.only()).revision == 1
+    assert await closing == 1
 
 
 async def test_sessions_of_an_unloaded_version_are_listed_and_closed_by_a_filter() -> None:

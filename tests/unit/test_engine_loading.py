@@ -20,7 +20,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.access import remote_reads
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
-from support.engine.harness import Answers, Harness, kinds, running, x
+from support.engine.harness import Answers, Harness, fails, kinds, running, x
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
 
@@ -152,8 +152,7 @@ async def test_a_caller_who_gives_up_while_it_waits_lets_nobody_overtake() -> No
         store.let_go()
         assert (await first.only()).revision == 2
         assert (await last.only()).revision == 3
-        with pytest.raises(asyncio.CancelledError):
-            await gives_up
+        await fails(gives_up, asyncio.CancelledError)
 
 
 @pytest.mark.parametrize("how", ["late", "cancelled"])
@@ -191,8 +190,7 @@ async def test_a_call_whose_time_is_over_when_its_session_is_loaded_does_nothing
         await store.until("read")
         at.clock.advance(6)
         store.let_go()
-        with pytest.raises(DeadlineExceeded):
-            await task
+        await fails(task, DeadlineExceeded)
         assert store.shared.count() == 1
 
 
@@ -203,8 +201,7 @@ async def test_a_store_that_cannot_be_read_fails_those_that_need_it() -> None:
         answers = await at.submit(["here", "away"], x(2), batch_sizes=[1, 1]).all()
         assert kinds(answers) == ["Answer", "Unavailable"]
         for call in (at.engine.get_state("away"), at.engine.open_session("plain", session_id="new")):
-            with pytest.raises(Unavailable, match="the store is away"):
-                await call
+            await fails(call, Unavailable, "the store is away")
         store.read_error = None
         assert (await at.step("away", x(1))).revision == 2
 
@@ -269,68 +266,68 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
         assert len(store.asked("read")) == 1
 
 
-async def test_passes_go_on_while_sessions_are_paged_in() -> None:
-    async with running(resident_rows=2) as at:
-        store: RemoteStore = at.store
-        for name in "abc":  # a has to go
-            at.clock.advance(1.0)
-            await at.open(name)
-        assert not (await at.engine.session_info("a")).resident
-        store.reads_held = True
-        waits = [at.submit("a", x(1)), at.submit("a", x(1))]
-        await store.until("read")
-        assert (await at.step("c", x(1))).revision == 1
-        read = await begun(at.engine.get_state("a"))
-        await turns()
-        assert not any(answers.ended for answers in waits)
-        store.let_go()
-        assert [(await answers.only()).revision for answers in waits] == [1, 2]
-        assert (await read).session.revision == 2
+@pytest.mark.engine(resident_rows=2)
+async def test_passes_go_on_while_sessions_are_paged_in(at: Harness) -> None:
+    store: RemoteStore = at.store
+    for name in "abc":  # a has to go
+        at.clock.advance(1.0)
+        await at.open(name)
+    assert not (await at.engine.session_info("a")).resident
+    store.reads_held = True
+    waits = [at.submit("a", x(1)), at.submit("a", x(1))]
+    await store.until("read")
+    assert (await at.step("c", x(1))).revision == 1
+    read = await begun(at.engine.get_state("a"))
+    await turns()
+    assert not any(answers.ended for answers in waits)
+    store.let_go()
+    assert [(await answers.only()).revision for answers in waits] == [1, 2]
+    assert (await read).session.revision == 2
 
 
 @pytest.mark.parametrize("reset", [False, True])
-async def test_what_waits_for_a_page_in_is_dropped_when_nobody_wants_it(reset: bool) -> None:
-    async with running(resident_rows=1) as at:
-        store: RemoteStore = at.store
-        await at.open("a")
-        await at.open("b")
-        store.reads_held = True
-        fields: dict[str, Any] = {"reset": True} if reset else {"x": x(1)}
-        late = at.submit("a", deadline=at.clock.monotonic() + 5, **fields)
-        await store.until("read")
-        behind = at.submit("a", x(1))
-        at.clock.advance(6)
-        store.let_go()
-        assert kinds(await late.all()) == ["DeadlineExceeded"]
-        assert (await behind.only()).revision == 1
+@pytest.mark.engine(resident_rows=1)
+async def test_what_waits_for_a_page_in_is_dropped_when_nobody_wants_it(reset: bool, at: Harness) -> None:
+    store: RemoteStore = at.store
+    await at.open("a")
+    await at.open("b")
+    store.reads_held = True
+    fields: dict[str, Any] = {"reset": True} if reset else {"x": x(1)}
+    late = at.submit("a", deadline=at.clock.monotonic() + 5, **fields)
+    await store.until("read")
+    behind = at.submit("a", x(1))
+    at.clock.advance(6)
+    store.let_go()
+    assert kinds(await late.all()) == ["DeadlineExceeded"]
+    assert (await behind.only()).revision == 1
 
 
-async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it() -> None:
-    async with running(resident_rows=1) as at:
-        store: RemoteStore = at.store
-        await at.open("a")
-        await at.open("b")
-        store.reads_held = True
-        read = await begun(at.engine.get_state("a"))
-        await store.until("read")
-        store.let_go_once()  # it has not changed; now it is to come back
-        await store.until("read", 2)
-        read.cancel()
-        await turns()
-        step = at.submit("a", x(1))
-        store.let_go()
-        assert (await step.only()).revision == 1
+@pytest.mark.engine(resident_rows=1)
+async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it(at: Harness) -> None:
+    store: RemoteStore = at.store
+    await at.open("a")
+    await at.open("b")
+    store.reads_held = True
+    read = await begun(at.engine.get_state("a"))
+    await store.until("read")
+    store.let_go_once()  # it has not changed; now it is to come back
+    await store.until("read", 2)
+    read.cancel()
+    await turns()
+    step = at.submit("a", x(1))
+    store.let_go()
+    assert (await step.only()).revision == 1
 
 
-async def test_a_page_in_that_fails_costs_its_members_and_nobody_else() -> None:
-    async with running(resident_rows=2) as at:
-        store: RemoteStore = at.store
-        await at.open("a", "b", "c")
-        store.read_error = Unavailable("the store is away")
-        answers = await at.submit(["a", "c"], x(2)).all()
-        assert kinds(answers) == ["Unavailable", "Answer"]
-        store.read_error = None
-        assert (await at.step("a", x(1))).revision == 1
+@pytest.mark.engine(resident_rows=2)
+async def test_a_page_in_that_fails_costs_its_members_and_nobody_else(at: Harness) -> None:
+    store: RemoteStore = at.store
+    await at.open("a", "b", "c")
+    store.read_error = Unavailable("the store is away")
+    answers = await at.submit(["a", "c"], x(2)).all()
+    assert kinds(answers) == ["Unavailable", "Answer"]
+    store.read_error = None
+    assert (await at.step("a", x(1))).revision == 1
 
 
 async def drains_when_read(at: Harness, store: RemoteStore) -> None:
@@ -351,28 +348,27 @@ async def test_the_engine_has_ended_when_loads_have() -> None:
         await drains_when_read(at, store)
 
 
-async def test_the_engine_has_ended_when_page_ins_have() -> None:
-    async with running(resident_rows=1) as at:
-        store: RemoteStore = at.store
-        await at.open("a")
-        await at.open("b")
-        await drains_when_read(at, store)
+@pytest.mark.engine(resident_rows=1)
+async def test_the_engine_has_ended_when_page_ins_have(at: Harness) -> None:
+    store: RemoteStore = at.store
+    await at.open("a")
+    await at.open("b")
+    await drains_when_read(at, store)
 
 
-async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over() -> None:
-    async with running() as at:
-        store: RemoteStore = at.store
-        await at.open("here")
-        store.commits_held = True
-        step = at.submit("here", x(1))
-        await store.until("commit", 2)
-        assert await at.engine.close(0.01) is False
-        closing = await begun(at.engine.close(20.0))
-        await turns(20)
-        assert not closing.done()
-        store.let_go()
-        assert await closing is True
-        assert step.ended
+async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over(at: Harness) -> None:
+    store: RemoteStore = at.store
+    await at.open("here")
+    store.commits_held = True
+    step = at.submit("here", x(1))
+    await store.until("commit", 2)
+    assert await at.engine.close(0.01) is False
+    closing = await begun(at.engine.close(20.0))
+    await turns(20)
+    assert not closing.done()
+    store.let_go()
+    assert await closing is True
+    assert step.ended
 
 
 async def test_a_session_that_ends_while_others_are_read_has_ended() -> None:
@@ -427,8 +423,7 @@ async def test_a_session_that_is_due_here_is_looked_for_before_it_is_said_to_hav
             at.clock.advance(4.0)
             answers = await at.submit(["a", "b"], x(2)).all()
             assert kinds(answers) == ["Answer", "SessionExpired"]
-            with pytest.raises(SessionExpired):
-                await at.state("b")
+            await fails(at.state("b"), SessionExpired)
 
 
 async def test_sessions_of_a_server_that_has_ended_expire() -> None:
@@ -436,8 +431,7 @@ async def test_sessions_of_a_server_that_has_ended_expire() -> None:
         at.clock.advance(11.0)
         assert await at.internals.expire_idle() == 2
         assert store.shared.count() == 0
-        with pytest.raises(SessionExpired):
-            await at.state("a")
+        await fails(at.state("a"), SessionExpired)
 
 
 async def test_counts_and_lists_are_those_of_the_store() -> None:
@@ -448,8 +442,7 @@ async def test_counts_and_lists_are_those_of_the_store() -> None:
         assert ([info.session_id for info in page], total) == (["a", "b"], 3)
         assert await at.engine.close_sessions(["a", "never", "c"]) == 2
         assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["b"]
-        with pytest.raises(SessionNotFound, match="was closed"):
-            await at.state("a")
+        await fails(at.state("a"), SessionNotFound, "was closed")
 
 
 async def test_few_commits_are_under_way_at_once_and_never_two_of_a_session() -> None:
@@ -472,16 +465,16 @@ async def test_few_commits_are_under_way_at_once_and_never_two_of_a_session() ->
         assert len(store.asked("commit")[before:]) == 9, "what came meanwhile is kept together"
 
 
-async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_store() -> None:
-    async with running(max_session_idle_s=10.0) as at:
-        store: RemoteStore = at.store
-        await at.open("a")
-        at.clock.advance(11.0)
-        store.commits_held = True
-        opening = await begun(at.engine.open_session("plain", session_id="a"))
-        await store.until("commit", 2)
-        await turns()
-        assert len(store.asked("commit")) == 2, "the opening waits for the end"
-        store.let_go()
-        assert (await opening).session.revision == 1
-        assert (await at.step("a", x(1))).revision == 2
+@pytest.mark.engine(max_session_idle_s=10.0)
+async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_store(at: Harness) -> None:
+    store: RemoteStore = at.store
+    await at.open("a")
+    at.clock.advance(11.0)
+    store.commits_held = True
+    opening = await begun(at.engine.open_session("plain", session_id="a"))
+    await store.until("commit", 2)
+    await turns()
+    assert len(store.asked("commit")) == 2, "the opening waits for the end"
+    store.let_go()
+    assert (await opening).session.revision == 1
+    assert (await at.step("a", x(1))).revision == 2

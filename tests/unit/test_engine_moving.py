@@ -27,7 +27,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.fields import CRITICAL, pack_fields, unpack_fields
 from stepwell_server.store.memory import MemoryStore
 from support.engine.fake_executor import PLAIN, RICH
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Harness, fails, running, x
 from support.stores.durable import Disk, begun, same_reply
 from support.stores.records import decode
 
@@ -239,7 +239,7 @@ async def test_bad_records_change_nothing() -> None:
             ),
             (other(extra=b"\xff" * 9), InvalidInput, "last reply of session 'a' must be one of its model"),
             (other(extra=b""), InvalidInput, "a reply of arrays must have some; it has none"),
-            (other(reply=9), InvalidInput, "the kind of its reply must be 0 to 3; it is 9"),
+            (other(reply=9), InvalidInput, "the kind of its reply must be 0 to 3; got 9"),
             (
                 other(rows=np.float32("nan").tobytes() + good.rows[4:]),
                 InvalidInput,
@@ -256,10 +256,10 @@ async def test_bad_records_change_nothing() -> None:
             assert type(found) is error
             with pytest.raises(error, match=message):
                 raise found
-        with pytest.raises(InvalidInput, match="sessions must be at most 1000; got 1001"):
-            await brought(new, [("a", record)] * 1001)
-        with pytest.raises(InvalidInput, match="got one of them twice"):
-            await brought(new, [("a", record)] * 2)
+        await fails(
+            brought(new, [("a", record)] * 1001), InvalidInput, "sessions must be at most 1000; got 1001"
+        )
+        await fails(brought(new, [("a", record)] * 2), InvalidInput, "got one twice")
         assert isinstance(await refused(new, " a", record), InvalidInput)
         assert await new.engine.list_sessions() == ([], 0)
         assert await brought(new, [("b", b""), ("a", record)]) != [ImportOutcome.IMPORTED] * 2, (
@@ -268,43 +268,43 @@ async def test_bad_records_change_nothing() -> None:
         assert (await new.engine.list_sessions())[1] == 1
 
 
-async def test_sessions_that_cannot_be_exported_say_why_and_the_others_come() -> None:
-    async with running(max_session_idle_s=60.0) as at:
-        await at.open("gone")
-        at.clock.advance(61.0)
-        await at.open("a", "closed")
-        await at.engine.close_session("closed")
-        found = await at.engine.export_sessions(["gone", "a", "closed", "never"], deadline=float("inf"))
-        kinds = [type(each) for each in found]
-        assert [kinds[0], *kinds[2:]] == [SessionExpired, SessionNotFound, SessionNotFound]
-        assert not isinstance(found[1], ServerError)
+@pytest.mark.engine(max_session_idle_s=60.0)
+async def test_sessions_that_cannot_be_exported_say_why_and_the_others_come(at: Harness) -> None:
+    await at.open("gone")
+    at.clock.advance(61.0)
+    await at.open("a", "closed")
+    await at.engine.close_session("closed")
+    found = await at.engine.export_sessions(["gone", "a", "closed", "never"], deadline=float("inf"))
+    kinds = [type(each) for each in found]
+    assert [kinds[0], *kinds[2:]] == [SessionExpired, SessionNotFound, SessionNotFound]
+    assert not isinstance(found[1], ServerError)
 
 
-async def test_pages_of_what_fits_are_bounded() -> None:
-    async with running(PROGRAMS) as at:
-        await at.open(*[f"s{number:02}" for number in range(40)])
-        await at.open("t", model="rich")
-        at.clock.advance(60.0)
-        await at.step("s07", x(1, 40))  # a reply that is much larger than the others
-        found: dict[str, Any] = {}
-        after, pages = "", 0
-        while True:
-            page, following = await at.engine.export_page(
-                SessionFilter(prefix="s"), after=after, page_bytes=400, max_bytes=300, deadline=float("inf")
-            )
-            found |= dict(page)
-            pages += 1
-            if following is None:
-                break
-            after = following
-        assert sorted(found) == [f"s{number:02}" for number in range(40)]
-        assert pages > 5
-        assert [name for name, each in found.items() if isinstance(each, MessageTooLarge)] == ["s07"]
-        page, _ = await at.engine.export_page(
-            SessionFilter(idle_longer_s=30.0, model="plain"),
-            after="", page_bytes=1 << 20, max_bytes=1 << 20, deadline=float("inf"),
-        )  # fmt: skip
-        assert len(page) == 39
+@pytest.mark.engine(PROGRAMS)
+async def test_pages_of_what_fits_are_bounded(at: Harness) -> None:
+    await at.open(*[f"s{number:02}" for number in range(40)])
+    await at.open("t", model="rich")
+    at.clock.advance(60.0)
+    await at.step("s07", x(1, 40))  # a reply that is much larger than the others
+    found: dict[str, Any] = {}
+    after, pages = "", 0
+    while True:
+        page, following = await at.engine.export_page(
+            SessionFilter(prefix="s"), after=after, page_bytes=400, max_bytes=300, deadline=float("inf")
+        )
+        found |= dict(page)
+        pages += 1
+        if following is None:
+            break
+        after = following
+    assert sorted(found) == [f"s{number:02}" for number in range(40)]
+    assert pages > 5
+    assert [name for name, each in found.items() if isinstance(each, MessageTooLarge)] == ["s07"]
+    page, _ = await at.engine.export_page(
+        SessionFilter(idle_longer_s=30.0, model="plain"),
+        after="", page_bytes=1 << 20, max_bytes=1 << 20, deadline=float("inf"),
+    )  # fmt: skip
+    assert len(page) == 39
 
 
 @pytest.mark.stores("async", "sync")

@@ -14,7 +14,7 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
 from support.checks.model_of_sessions import ModelOfSessions, Reply
 from support.engine.fake_executor import RICH
-from support.engine.harness import Harness, kinds, running, x
+from support.engine.harness import Harness, fails, kinds, running, x
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
 
@@ -61,30 +61,30 @@ def test_the_memory_store_replaces_finds_and_forgets() -> None:
     assert store.count() == 1
 
 
-async def test_the_least_recently_used_leaves_and_comes_back_as_it_was() -> None:
-    async with running(resident_rows=3) as at:
-        model = ModelOfSessions(0)
-        for name in "abc":
-            at.clock.advance(1)
-            await at.open(name)
-            model.open(name, 1, None, 0)
-        for name in "ab":
-            at.clock.advance(1)
-            await at.step(name, x(1))
-            model.step(name, x(1), "ALL", None, 0, 0)
-        await at.open("d")
-        assert await resident(at, "abcd") == "abd"
-        assert (await away(at)) == 1
+@pytest.mark.engine(resident_rows=3)
+async def test_the_least_recently_used_leaves_and_comes_back_as_it_was(at: Harness) -> None:
+    model = ModelOfSessions(0)
+    for name in "abc":
         at.clock.advance(1)
-        await at.state("c")
-        assert await resident(at, "abcd") == "bcd", "reading is a use too"
-        answer = await at.step("a", x(1, 2, seed=1))
-        wanted = model.step("a", x(1, 2, seed=1), "ALL", None, 0, 0)
-        assert isinstance(wanted, Reply)
-        assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
-        assert (answer.revision, answer.position) == (2, 3)
-        for name in "abc":
-            assert (await at.state(name))["sum"].tobytes() == model.sessions[name].state.tobytes()
+        await at.open(name)
+        model.open(name, 1, None, 0)
+    for name in "ab":
+        at.clock.advance(1)
+        await at.step(name, x(1))
+        model.step(name, x(1), "ALL", None, 0, 0)
+    await at.open("d")
+    assert await resident(at, "abcd") == "abd"
+    assert (await away(at)) == 1
+    at.clock.advance(1)
+    await at.state("c")
+    assert await resident(at, "abcd") == "bcd", "reading is a use too"
+    answer = await at.step("a", x(1, 2, seed=1))
+    wanted = model.step("a", x(1, 2, seed=1), "ALL", None, 0, 0)
+    assert isinstance(wanted, Reply)
+    assert answer.outputs["y"].tobytes() == wanted.outputs["y"].tobytes()
+    assert (answer.revision, answer.position) == (2, 3)
+    for name in "abc":
+        assert (await at.state(name))["sum"].tobytes() == model.sessions[name].state.tobytes()
 
 
 @pytest.mark.parametrize("threads", [False, True])
@@ -108,57 +108,53 @@ async def test_sessions_of_several_rows_share_few_rows(threads: bool) -> None:
             assert (await at.state(name))["sum"].tobytes() == session.state.tobytes()
 
 
-async def test_a_session_with_something_under_way_keeps_its_rows() -> None:
-    async with running(resident_rows=2, threads=True) as at:
-        for name in "zabc":
-            at.clock.advance(1)
-            await at.open(name)
-        assert await resident(at, "zabc") == "bc"
-        busy = await at.begin_pass(["b", "c"], x(2))
-        for refused in (at.state("z"), at.open("d"), at.engine.fork("z")):
-            with pytest.raises(
-                Overloaded, match="must leave 1 free of resident_rows 2 of model 'plain'"
-            ) as error:
-                await refused
-            assert error.value.retry_after_s > 0
-        waiting = at.submit("a", x(1))
-        at.hooks.open_gate()
-        assert kinds(await busy.all()) == ["Answer", "Answer"]
-        assert (await waiting.only()).revision == 1
+@pytest.mark.engine(resident_rows=2, threads=True)
+async def test_a_session_with_something_under_way_keeps_its_rows(at: Harness) -> None:
+    for name in "zabc":
+        at.clock.advance(1)
+        await at.open(name)
+    assert await resident(at, "zabc") == "bc"
+    busy = await at.begin_pass(["b", "c"], x(2))
+    for refused in (at.state("z"), at.open("d"), at.engine.fork("z")):
+        error = await fails(refused, Overloaded, "must leave 1 free of resident_rows 2 of model 'plain'")
+        assert error.retry_after_s > 0
+    waiting = at.submit("a", x(1))
+    at.hooks.open_gate()
+    assert kinds(await busy.all()) == ["Answer", "Answer"]
+    assert (await waiting.only()).revision == 1
 
 
 @pytest.mark.stores("memory", "async", "sync")
-async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is() -> None:
-    async with running(resident_rows=3) as at:
-        await at.open("a", "b", "c")
-        await at.open("d", batch_size=3)
-        at.store.commit(Batch(deletes=["b"]))
-        answers = await at.submit(["a", "b", "c"], x(3)).all()
-        assert kinds(answers) == ["Answer", "SessionLost", "Answer"]
-        with pytest.raises(SessionLost, match="session 'b' was paged out and is not in the store"):
-            await at.state("b")
-        assert await at.engine.close_session("b") is False
+@pytest.mark.engine(resident_rows=3)
+async def test_a_session_whose_record_is_gone_is_lost_and_nobody_else_is(at: Harness) -> None:
+    await at.open("a", "b", "c")
+    await at.open("d", batch_size=3)
+    at.store.commit(Batch(deletes=["b"]))
+    answers = await at.submit(["a", "b", "c"], x(3)).all()
+    assert kinds(answers) == ["Answer", "SessionLost", "Answer"]
+    await fails(at.state("b"), SessionLost, "session 'b' was paged out and is not in the store")
+    assert await at.engine.close_session("b") is False
 
 
-async def test_closing_and_expiring_reach_sessions_that_are_away() -> None:
-    async with running(resident_rows=1, max_session_idle_s=10) as at:
-        await at.open("a", "b", "c")
-        assert (await away(at)) == 2
-        await at.engine.close_session("a")
-        at.clock.advance(11)
-        await at.internals.expire_idle()
-        assert (await away(at)) == 0
+@pytest.mark.engine(resident_rows=1, max_session_idle_s=10)
+async def test_closing_and_expiring_reach_sessions_that_are_away(at: Harness) -> None:
+    await at.open("a", "b", "c")
+    assert (await away(at)) == 2
+    await at.engine.close_session("a")
+    at.clock.advance(11)
+    await at.internals.expire_idle()
+    assert (await away(at)) == 0
 
 
-async def test_a_fork_of_a_session_that_is_away_brings_it_back() -> None:
-    async with running(resident_rows=2) as at:
-        await at.open("a")
-        await at.step("a", x(1, 3))
-        before = (await at.state("a"))["sum"].tobytes()
-        await at.open("b", "c")
-        await at.engine.fork("a", new_session_id="d")
-        for name in "ad":
-            assert (await at.state(name))["sum"].tobytes() == before
+@pytest.mark.engine(resident_rows=2)
+async def test_a_fork_of_a_session_that_is_away_brings_it_back(at: Harness) -> None:
+    await at.open("a")
+    await at.step("a", x(1, 3))
+    before = (await at.state("a"))["sum"].tobytes()
+    await at.open("b", "c")
+    await at.engine.fork("a", new_session_id="d")
+    for name in "ad":
+        assert (await at.state(name))["sum"].tobytes() == before
 
 
 async def test_rows_of_the_first_sessions_are_theirs_while_these_are_made() -> None:
@@ -168,8 +164,7 @@ async def test_rows_of_the_first_sessions_are_theirs_while_these_are_made() -> N
         store.commits_held = True
         first = await begun(at.open("a"))
         await store.until("commit")
-        with pytest.raises(Overloaded):
-            await at.open("b")
+        await fails(at.open("b"), Overloaded)
         store.let_go()
         await first
         assert await resident(at, "a") == "a"

@@ -15,7 +15,7 @@ from stepwell_server.engine.state.model import SHORT_PASS_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, BROKEN, PLAIN
-from support.engine.harness import BOTH_WAYS, Answer, FixedCost, Harness, kinds, running, x
+from support.engine.harness import BOTH_WAYS, Answer, FixedCost, Harness, fails, kinds, running, x
 from support.stores.durable import until
 
 START = PLAIN.initial[0].tobytes()
@@ -126,23 +126,23 @@ async def test_a_pass_that_breaks_while_it_is_narrowed_changes_nothing(threads: 
 
 
 @pytest.mark.parametrize("victim", range(6))
-async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int) -> None:
-    async with running(threads=True) as at:
-        ids = await open_all(at, 7)
-        first = await at.begin_pass(ids[6], x(1))
-        value = x(6)
-        waiting = [at.submit(ids[i], value[i : i + 1]) for i in range(6)]
-        at.cancel(waiting[victim])
-        at.hooks.open_gate()
-        assert (await first.only()).revision == 1
-        for i, answers in enumerate(waiting):
-            (answer,) = await answers.all()
-            if i == victim:
-                assert isinstance(answer, Unavailable)
-                assert (await at.engine.session_info(ids[i])).revision == 0
-            else:
-                assert isinstance(answer, Answer)
-                assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
+@pytest.mark.engine(threads=True)
+async def test_cancelling_any_member_of_a_batch_harms_no_other(victim: int, at: Harness) -> None:
+    ids = await open_all(at, 7)
+    first = await at.begin_pass(ids[6], x(1))
+    value = x(6)
+    waiting = [at.submit(ids[i], value[i : i + 1]) for i in range(6)]
+    at.cancel(waiting[victim])
+    at.hooks.open_gate()
+    assert (await first.only()).revision == 1
+    for i, answers in enumerate(waiting):
+        (answer,) = await answers.all()
+        if i == victim:
+            assert isinstance(answer, Unavailable)
+            assert (await at.engine.session_info(ids[i])).revision == 0
+        else:
+            assert isinstance(answer, Answer)
+            assert answer.outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
 
 
 async def _step(at: Harness, change: Change, answer: Awaited) -> ChangeResult:
@@ -151,116 +151,116 @@ async def _step(at: Harness, change: Change, answer: Awaited) -> ChangeResult:
 
 
 @pytest.mark.parametrize("victim", range(4))
-async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int) -> None:
-    async with running(threads=True) as at:
-        ids = await open_all(at, 5)
-        await at.begin_pass(ids[4], x(1))
-        value = x(4)
-        waiting = [(Awaited(), ids[i], value[i : i + 1]) for i in range(4)]
-        tasks = [
-            asyncio.create_task(_step(at, Change([name], answer, inputs={"": own}), answer))
-            for answer, name, own in waiting
-        ]
-        await asyncio.sleep(0)
-        tasks[victim].cancel()
-        await asyncio.wait([tasks[victim]])
-        at.hooks.open_gate()
-        for i, task in enumerate(tasks):
-            if i == victim:
-                assert task.cancelled()
-            else:
-                assert (await task).outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
-        assert (await at.engine.session_info(ids[victim])).revision == 0
+@pytest.mark.engine(threads=True)
+async def test_cancelling_the_task_that_waits_for_a_change_harms_no_other(victim: int, at: Harness) -> None:
+    ids = await open_all(at, 5)
+    await at.begin_pass(ids[4], x(1))
+    value = x(4)
+    waiting = [(Awaited(), ids[i], value[i : i + 1]) for i in range(4)]
+    tasks = [
+        asyncio.create_task(_step(at, Change([name], answer, inputs={"": own}), answer))
+        for answer, name, own in waiting
+    ]
+    await asyncio.sleep(0)
+    tasks[victim].cancel()
+    await asyncio.wait([tasks[victim]])
+    at.hooks.open_gate()
+    for i, task in enumerate(tasks):
+        if i == victim:
+            assert task.cancelled()
+        else:
+            assert (await task).outputs["y"].tobytes() == outputs_of(value[i : i + 1]).tobytes()
+    assert (await at.engine.session_info(ids[victim])).revision == 0
 
 
-async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "b", "c")
-        await at.begin_pass("a", x(1))
-        dropped, in_line, other = at.submit("b", x(1)), at.submit("b", x(1)), at.submit("c", x(1))
-        at.cancel(dropped)
-        at.passes[0].on_end = at.hooks.close_gate  # the next pass waits until this test has looked
+@pytest.mark.engine(threads=True)
+async def test_one_pass_runs_at_a_time_even_if_what_is_dropped_lets_others_in(at: Harness) -> None:
+    await at.open("a", "b", "c")
+    await at.begin_pass("a", x(1))
+    dropped, in_line, other = at.submit("b", x(1)), at.submit("b", x(1)), at.submit("c", x(1))
+    at.cancel(dropped)
+    at.passes[0].on_end = at.hooks.close_gate  # the next pass waits until this test has looked
+    at.hooks.inside.clear()
+    at.hooks.open_gate()
+    # the two that are left share a pass or not, by what comes first: the end of the first one, or its commit
+    while True:
+        await until(lambda: at.hooks.inside.is_set() or (in_line.ended and other.ended))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert at.passes[0].most == 1
+        if in_line.ended and other.ended:
+            break
         at.hooks.inside.clear()
         at.hooks.open_gate()
-        # the two that are left share a pass or not, by what comes first: the end of the first one, or its commit
-        while True:
-            await until(lambda: at.hooks.inside.is_set() or (in_line.ended and other.ended))
-            for _ in range(20):
-                await asyncio.sleep(0)
-            assert at.passes[0].most == 1
-            if in_line.ended and other.ended:
-                break
-            at.hooks.inside.clear()
-            at.hooks.open_gate()
-        assert (await in_line.only()).revision == 1
-        assert (await other.only()).revision == 1
+    assert (await in_line.only()).revision == 1
+    assert (await other.only()).revision == 1
 
 
-async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_finds_it() -> None:
-    async with running(threads=True) as at:
-        await at.open("a")
-        one = await at.begin_pass("a", x(1), expected=0, request_ids=3)
-        at.cancel(one)
-        at.hooks.open_gate()
-        assert (await one.only()).revision == 1
-        assert (await at.step("a", x(1), expected=0, request_ids=3)).replayed
+@pytest.mark.engine(threads=True)
+async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_finds_it(at: Harness) -> None:
+    await at.open("a")
+    one = await at.begin_pass("a", x(1), expected=0, request_ids=3)
+    at.cancel(one)
+    at.hooks.open_gate()
+    assert (await one.only()).revision == 1
+    assert (await at.step("a", x(1), expected=0, request_ids=3)).replayed
 
 
-async def test_what_waits_together_runs_together_up_to_max_batch_rows() -> None:
-    async with running(threads=True, max_batch_rows=8, compute_threads=1) as at:
-        ids = await open_all(at, 21)
-        await at.begin_pass(ids[20], x(1))
-        waiting = [at.submit(ids[i], x(1)) for i in range(20)]
-        at.hooks.open_gate()
-        for answers in waiting:
-            await answers.only()
-        assert at.events.passes == [(1, 1), (8, 1), (8, 1), (4, 1)]
+@pytest.mark.engine(threads=True, max_batch_rows=8, compute_threads=1)
+async def test_what_waits_together_runs_together_up_to_max_batch_rows(at: Harness) -> None:
+    ids = await open_all(at, 21)
+    await at.begin_pass(ids[20], x(1))
+    waiting = [at.submit(ids[i], x(1)) for i in range(20)]
+    at.hooks.open_gate()
+    for answers in waiting:
+        await answers.only()
+    assert at.events.passes == [(1, 1), (8, 1), (8, 1), (4, 1)]
 
 
-async def test_a_frame_of_more_rows_than_a_pass_is_answered_in_parts() -> None:
-    async with running(threads=True, max_batch_rows=4) as at:
-        ids = await open_all(at, 10)
-        value = x(10)
-        answers = at.submit(ids, value)
-        wanted = outputs_of(value)
-        for member, answer in enumerate(await answers.all()):
-            assert isinstance(answer, Answer)
-            assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
-        assert [rows for rows, _ in at.events.passes] == [4, 4, 2]
+@pytest.mark.engine(threads=True, max_batch_rows=4)
+async def test_a_frame_of_more_rows_than_a_pass_is_answered_in_parts(at: Harness) -> None:
+    ids = await open_all(at, 10)
+    value = x(10)
+    answers = at.submit(ids, value)
+    wanted = outputs_of(value)
+    for member, answer in enumerate(await answers.all()):
+        assert isinstance(answer, Answer)
+        assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
+    assert [rows for rows, _ in at.events.passes] == [4, 4, 2]
 
 
-async def test_a_session_of_more_rows_than_a_pass_runs() -> None:
-    async with running(max_batch_rows=4) as at:
-        await at.open("a", batch_size=9)
-        value = x(9, 3)
-        assert (await at.step("a", value)).outputs["y"].tobytes() == outputs_of(value).tobytes()
+@pytest.mark.engine(max_batch_rows=4)
+async def test_a_session_of_more_rows_than_a_pass_runs(at: Harness) -> None:
+    await at.open("a", batch_size=9)
+    value = x(9, 3)
+    assert (await at.step("a", value)).outputs["y"].tobytes() == outputs_of(value).tobytes()
 
 
-async def test_a_long_request_gives_way_to_short_ones_after_each_step() -> None:
-    async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
-        ids = await open_all(at, 4)
-        long = await at.begin_pass(ids[0], x(1, 40))
-        short = [at.submit(ids[i], x(1)) for i in range(1, 4)]
-        after = at.submit(ids[1], x(1))
-        at.hooks.open_gate()
-        for answers in [*short, after]:
-            await answers.only()
-        assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 40)).tobytes()
-        assert at.events.passes[0] == (1, 40), "alone, it runs many steps in one pass"
+@pytest.mark.engine(threads=True, steps=100, max_batch_rows=2, compute_threads=1)
+async def test_a_long_request_gives_way_to_short_ones_after_each_step(at: Harness) -> None:
+    ids = await open_all(at, 4)
+    long = await at.begin_pass(ids[0], x(1, 40))
+    short = [at.submit(ids[i], x(1)) for i in range(1, 4)]
+    after = at.submit(ids[1], x(1))
+    at.hooks.open_gate()
+    for answers in [*short, after]:
+        await answers.only()
+    assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 40)).tobytes()
+    assert at.events.passes[0] == (1, 40), "alone, it runs many steps in one pass"
 
 
-async def test_while_others_wait_a_long_request_runs_one_step_a_pass() -> None:
-    async with running(threads=True, steps=100, max_batch_rows=2, compute_threads=1) as at:
-        ids = await open_all(at, 4)
-        first = await at.begin_pass(ids[0], x(1))
-        long = at.submit(ids[1], x(1, 4))
-        short = [at.submit(ids[i], x(1)) for i in (2, 3)]
-        at.hooks.open_gate()
-        for answers in [first, *short]:
-            await answers.only()
-        assert at.events.passes[:3] == [(1, 1), (2, 1), (2, 1)]
-        await long.only()
-        assert sum(steps for _, steps in at.events.passes) == 1 + 4
+@pytest.mark.engine(threads=True, steps=100, max_batch_rows=2, compute_threads=1)
+async def test_while_others_wait_a_long_request_runs_one_step_a_pass(at: Harness) -> None:
+    ids = await open_all(at, 4)
+    first = await at.begin_pass(ids[0], x(1))
+    long = at.submit(ids[1], x(1, 4))
+    short = [at.submit(ids[i], x(1)) for i in (2, 3)]
+    at.hooks.open_gate()
+    for answers in [first, *short]:
+        await answers.only()
+    assert at.events.passes[:3] == [(1, 1), (2, 1), (2, 1)]
+    await long.only()
+    assert sum(steps for _, steps in at.events.passes) == 1 + 4
 
 
 class TenThousandASecond(FixedCost):
@@ -270,42 +270,41 @@ class TenThousandASecond(FixedCost):
         return round(seconds * 1e4)
 
 
-async def test_slices_run_on_threads_and_are_short_while_others_come_and_go() -> None:
-    async with running() as at:
-        for model in at.internals.models:
-            model.cost = TenThousandASecond(0.0, 0)
-        await at.open("a", "b")
-        long = await at.begin_pass("a", x(1, 60))
-        short = at.submit("b", x(1))
-        at.hooks.open_gate()
-        await short.only()
-        assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 60)).tobytes()
-        assert at.events.passes == [(1, 20), (2, 1), *[(1, 2)] * 19, (1, 1)]
-        at.clock.advance(1.0)
-        del at.events.passes[:]
-        await at.submit("a", x(1, 60)).only()
-        assert at.events.passes == [(1, 20)] * 3, "alone again"
+async def test_slices_run_on_threads_and_are_short_while_others_come_and_go(at: Harness) -> None:
+    for model in at.internals.models:
+        model.cost = TenThousandASecond(0.0, 0)
+    await at.open("a", "b")
+    long = await at.begin_pass("a", x(1, 60))
+    short = at.submit("b", x(1))
+    at.hooks.open_gate()
+    await short.only()
+    assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 60)).tobytes()
+    assert at.events.passes == [(1, 20), (2, 1), *[(1, 2)] * 19, (1, 1)]
+    at.clock.advance(1.0)
+    del at.events.passes[:]
+    await at.submit("a", x(1, 60)).only()
+    assert at.events.passes == [(1, 20)] * 3, "alone again"
 
 
-async def test_too_many_rows_waiting_are_refused_and_nothing_changes() -> None:
-    async with running(threads=True, max_batch_rows=1, resident_rows=200) as at:
-        ids = await open_all(at, 70)
-        first = await at.begin_pass(ids[0], x(1))
-        waiting = at.submit(ids[1:61], x(60))
-        with pytest.raises(
-            Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait and 5 came"
-        ) as error:
-            at.submit(ids[61:66], x(5))
-        assert error.value.retry_after_s > 0
-        fits = at.submit(ids[61:65], x(4))
-        with pytest.raises(Overloaded, match="64 wait and 1 came"):
-            at.submit(ids[66], x(1))
-        at.hooks.open_gate()
-        await first.only()
-        await waiting.all()
-        await fits.all()
-        assert (await at.engine.session_info(ids[65])).revision == 0
-        assert (await at.step(ids[65], x(1), expected=0)).revision == 1
+@pytest.mark.engine(threads=True, max_batch_rows=1, resident_rows=200)
+async def test_too_many_rows_waiting_are_refused_and_nothing_changes(at: Harness) -> None:
+    ids = await open_all(at, 70)
+    first = await at.begin_pass(ids[0], x(1))
+    waiting = at.submit(ids[1:61], x(60))
+    with pytest.raises(
+        Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait and 5 came"
+    ) as error:
+        at.submit(ids[61:66], x(5))
+    assert error.value.retry_after_s > 0
+    fits = at.submit(ids[61:65], x(4))
+    with pytest.raises(Overloaded, match="64 wait and 1 came"):
+        at.submit(ids[66], x(1))
+    at.hooks.open_gate()
+    await first.only()
+    await waiting.all()
+    await fits.all()
+    assert (await at.engine.session_info(ids[65])).revision == 0
+    assert (await at.step(ids[65], x(1), expected=0)).revision == 1
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,70 +322,69 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
         assert (await at.step(ids[1], x(1))).revision == 1
 
 
-async def test_stopping_refuses_what_comes_and_finishes_what_came() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "b")
-        first = await at.begin_pass("a", x(1))
-        in_queue, in_line = at.submit("b", x(1, 3)), at.submit("a", x(1))
-        at.engine.stop_accepting()
-        for change in ({"x": x(1)}, {"reset": True}):
-            with pytest.raises(Unavailable, match="the server is stopping"):
-                at.submit("a", **change)
-        for call in (
-            at.engine.open_session("plain"),
-            at.engine.open_sessions("plain", count=1),
-            at.engine.fork("a"),
-            at.engine.predict("plain", {"": x(1)}),
-        ):
-            with pytest.raises(Unavailable, match="the server is stopping"):
-                await call
-        draining = asyncio.create_task(at.engine.drain())
-        await asyncio.sleep(0)
-        assert not draining.done()
-        at.hooks.open_gate()
-        await asyncio.wait_for(draining, 60)
-        assert all(answers.ended for answers in (first, in_queue, in_line))
-        assert (await in_line.only()).revision == 2
-        assert (await at.engine.get_state("b")).session.position == 3
+@pytest.mark.engine(threads=True)
+async def test_stopping_refuses_what_comes_and_finishes_what_came(at: Harness) -> None:
+    await at.open("a", "b")
+    first = await at.begin_pass("a", x(1))
+    in_queue, in_line = at.submit("b", x(1, 3)), at.submit("a", x(1))
+    at.engine.stop_accepting()
+    for change in ({"x": x(1)}, {"reset": True}):
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            at.submit("a", **change)
+    for call in (
+        at.engine.open_session("plain"),
+        at.engine.open_sessions("plain", count=1),
+        at.engine.fork("a"),
+        at.engine.predict("plain", {"": x(1)}),
+    ):
+        await fails(call, Unavailable, "the server is stopping")
+    draining = asyncio.create_task(at.engine.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    at.hooks.open_gate()
+    await asyncio.wait_for(draining, 60)
+    assert all(answers.ended for answers in (first, in_queue, in_line))
+    assert (await in_line.only()).revision == 2
+    assert (await at.engine.get_state("b")).session.position == 3
 
 
-async def test_draining_ends_if_all_that_waits_was_cancelled() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "b")
-        await at.begin_pass("a", x(1))
-        cancelled = at.submit("b", x(1))
-        at.cancel(cancelled)
-        draining = asyncio.create_task(at.engine.drain())
-        await asyncio.sleep(0)
-        at.hooks.open_gate()
-        await asyncio.wait_for(draining, 60)
-        assert kinds(await cancelled.all()) == ["Unavailable"]
+@pytest.mark.engine(threads=True)
+async def test_draining_ends_if_all_that_waits_was_cancelled(at: Harness) -> None:
+    await at.open("a", "b")
+    await at.begin_pass("a", x(1))
+    cancelled = at.submit("b", x(1))
+    at.cancel(cancelled)
+    draining = asyncio.create_task(at.engine.drain())
+    await asyncio.sleep(0)
+    at.hooks.open_gate()
+    await asyncio.wait_for(draining, 60)
+    assert kinds(await cancelled.all()) == ["Unavailable"]
 
 
-async def test_warming_up_writes_to_nobodys_rows() -> None:
-    async with running(max_batch_rows=100) as at:
-        await at.open("a")
-        before = (await at.state("a"))["sum"].tobytes()
-        await at.engine.start()
-        assert (await at.state("a"))["sum"].tobytes() == before
-        assert set(at.hooks.rows) == {1, 8, 64}, "no size beyond max_batch_rows"
+@pytest.mark.engine(max_batch_rows=100)
+async def test_warming_up_writes_to_nobodys_rows(at: Harness) -> None:
+    await at.open("a")
+    before = (await at.state("a"))["sum"].tobytes()
+    await at.engine.start()
+    assert (await at.state("a"))["sum"].tobytes() == before
+    assert set(at.hooks.rows) == {1, 8, 64}, "no size beyond max_batch_rows"
 
 
+@pytest.mark.engine(threads=False)
 async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_long(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, at: Harness
 ) -> None:
-    async with running(threads=False) as at:
-        ids = await open_all(at, 40)
-        model = at.internals.models[0]
-        before = model.rows_of_a_short_pass
-        complete = Completion.complete
+    ids = await open_all(at, 40)
+    model = at.internals.models[0]
+    before = model.rows_of_a_short_pass
+    complete = Completion.complete
 
-        def slow(*given: Any) -> None:
-            at.clock.advance(5e-3)
-            complete(*given)
+    def slow(*given: Any) -> None:
+        at.clock.advance(5e-3)
+        complete(*given)
 
-        monkeypatch.setattr(Completion, "complete", slow)
-        for _ in range(40):
-            await at.submit(ids, x(40)).all()
-        assert model.rows_of_a_short_pass < before
-        assert model.rows_within(SHORT_PASS_S) >= before, "the passes themselves are no longer"
+    monkeypatch.setattr(Completion, "complete", slow)
+    for _ in range(40):
+        await at.submit(ids, x(40)).all()
+    assert model.rows_of_a_short_pass < before
+    assert model.rows_within(SHORT_PASS_S) >= before, "the passes themselves are no longer"

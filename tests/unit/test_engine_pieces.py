@@ -29,7 +29,7 @@ from stepwell_server.rpc.services import admin
 from stepwell_server.store.base import Batch
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
-from support.engine.harness import Answer, Answers, Harness, kinds, running, x
+from support.engine.harness import Answer, Answers, Harness, fails, kinds, running, x
 from support.rpc.calls import calls
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
@@ -94,23 +94,23 @@ async def frame(at: Harness, session_ids: list[str], **fields: Any) -> tuple[lis
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("named", [True, False])
-async def test_many_sessions_are_opened_in_pieces(named: bool) -> None:
-    async with running(resident_rows=COUNT // 2) as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        fields: dict[str, Any] = {"session_ids": names} if named else {"count": COUNT}
-        opened, turns = await turns_of(at.engine.open_sessions("plain", **fields))
-        assert turns >= COUNT // PIECE - 1
-        answers = await at.submit(list(opened.session_ids), x(COUNT)).all()
-        assert kinds(answers) == ["Answer"] * COUNT
-        resident = [(await at.engine.session_info(i)).resident for i in opened.session_ids]
-        assert sum(resident) <= COUNT // 2
+@pytest.mark.engine(resident_rows=COUNT // 2)
+async def test_many_sessions_are_opened_in_pieces(named: bool, at: Harness) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    fields: dict[str, Any] = {"session_ids": names} if named else {"count": COUNT}
+    opened, turns = await turns_of(at.engine.open_sessions("plain", **fields))
+    assert turns >= COUNT // PIECE - 1
+    answers = await at.submit(list(opened.session_ids), x(COUNT)).all()
+    assert kinds(answers) == ["Answer"] * COUNT
+    resident = [(await at.engine.session_info(i)).resident for i in opened.session_ids]
+    assert sum(resident) <= COUNT // 2
 
 
-async def test_some_thousand_sessions_are_opened_a_few_at_a_time() -> None:
-    async with running(resident_rows=4) as at:
-        _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
-        # they get ids, are looked at, get records and are made
-        assert turns >= 4 * (2048 // threads.PIECE_SIZE - 1)
+@pytest.mark.engine(resident_rows=4)
+async def test_some_thousand_sessions_are_opened_a_few_at_a_time(at: Harness) -> None:
+    _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
+    # they get ids, are looked at, get records and are made
+    assert turns >= 4 * (2048 // threads.PIECE_SIZE - 1)
 
 
 async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -183,8 +183,7 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
             super().commit(batch)
 
     async with running(resident_rows=4, store=(store := Full())) as at:
-        with pytest.raises(Unavailable, match="no room"):
-            await at.engine.open_sessions("plain", count=4 * threads.PIECE_SIZE)
+        await fails(at.engine.open_sessions("plain", count=4 * threads.PIECE_SIZE), Unavailable, "no room")
         assert (store.count(), store.count_of("plain"), len(at.internals.table)) == (0, 0, 0)
         assert at.internals.models[0].slots.resident == 0
         assert not at.internals.removal.pending
@@ -192,16 +191,15 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_ids_that_are_being_opened_in_pieces_are_taken() -> None:
-    async with running() as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        many = await begun(at.engine.open_sessions("plain", session_ids=names))
-        while names[-1] not in at.internals.removal:
-            assert not many.done()
-            await asyncio.sleep(0)
-        one = await at.engine.open_session("plain", session_id=names[-1])
-        assert one.resumed
-        assert len((await many).session_ids) == COUNT
+async def test_ids_that_are_being_opened_in_pieces_are_taken(at: Harness) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    many = await begun(at.engine.open_sessions("plain", session_ids=names))
+    while names[-1] not in at.internals.removal:
+        assert not many.done()
+        await asyncio.sleep(0)
+    one = await at.engine.open_session("plain", session_id=names[-1])
+    assert one.resumed
+    assert len((await many).session_ids) == COUNT
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -223,18 +221,17 @@ async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken() -> None:
-    async with running() as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        for turns in range(0, 135, 3):
-            many = await begun(at.engine.open_sessions("plain", session_ids=names))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            many.cancel()
-            await asyncio.gather(many, return_exceptions=True)
-            await at.settled()
-            assert await at.engine.close_sessions(names) in {0, COUNT}, "all or none"
-        assert len((await at.engine.open_sessions("plain", session_ids=names)).session_ids) == COUNT
+async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken(at: Harness) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    for turns in range(0, 135, 3):
+        many = await begun(at.engine.open_sessions("plain", session_ids=names))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        many.cancel()
+        await asyncio.gather(many, return_exceptions=True)
+        await at.settled()
+        assert await at.engine.close_sessions(names) in {0, COUNT}, "all or none"
+    assert len((await at.engine.open_sessions("plain", session_ids=names)).session_ids) == COUNT
 
 
 def _calls(at: Harness, names: list[str]) -> dict[str, Callable[[], Coroutine[Any, Any, Any]]]:
@@ -256,25 +253,27 @@ def _calls(at: Harness, names: list[str]) -> dict[str, Callable[[], Coroutine[An
     ],
 )
 @pytest.mark.stores("memory")
-async def test_steps_of_others_are_answered_between_the_pieces(call: str, are_there: bool) -> None:
-    async with running(resident_rows=2 * COUNT) as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        await at.open(f"beta{SEPARATOR}quiet", *(names if are_there else ()))
-        large = await begun(_calls(at, names)[call]())
-        for _ in range(3):
-            assert (await at.submit(f"beta{SEPARATOR}quiet", x(1)).only()).revision
-            assert not large.done(), "it was done in one piece"
-        result: Any = (await asyncio.gather(large, return_exceptions=True))[0]
-        if call == "close":
-            assert result == (COUNT if are_there else 0)
-        elif call == "fork":
-            assert isinstance(result, OpenManyResult if are_there else ServerError)
-        elif call == "frame":
-            answers, parts = result
-            assert (set(kinds(answers)), parts) == ({"SessionNotFound"}, 1)
-        else:
-            assert len(result.members) == (COUNT if are_there else 0)
-            assert sum(len(members) for members, _ in result.errors) == (0 if are_there else COUNT)
+@pytest.mark.engine(resident_rows=2 * COUNT)
+async def test_steps_of_others_are_answered_between_the_pieces(
+    call: str, are_there: bool, at: Harness
+) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    await at.open(f"beta{SEPARATOR}quiet", *(names if are_there else ()))
+    large = await begun(_calls(at, names)[call]())
+    for _ in range(3):
+        assert (await at.submit(f"beta{SEPARATOR}quiet", x(1)).only()).revision
+        assert not large.done(), "it was done in one piece"
+    result: Any = (await asyncio.gather(large, return_exceptions=True))[0]
+    if call == "close":
+        assert result == (COUNT if are_there else 0)
+    elif call == "fork":
+        assert isinstance(result, OpenManyResult if are_there else ServerError)
+    elif call == "frame":
+        answers, parts = result
+        assert (set(kinds(answers)), parts) == ({"SessionNotFound"}, 1)
+    else:
+        assert len(result.members) == (COUNT if are_there else 0)
+        assert sum(len(members) for members, _ in result.errors) == (0 if are_there else COUNT)
 
 
 @pytest.mark.parametrize("part", ["described", "converted"])
@@ -364,60 +363,59 @@ async def test_ids_for_many_sessions_are_drawn_by_a_thread(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("memory")
-async def test_a_close_of_many_that_is_sent_again_is_done_in_pieces() -> None:
-    async with running(resident_rows=2 * COUNT) as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        await at.open(*names)
-        first, looked_for = await turns_of(at.engine.close_sessions(names, request_id=40))
-        again, turns = await turns_of(at.engine.close_sessions(names, request_id=40))
-        assert (first, again) == (COUNT, COUNT)
-        assert turns >= looked_for + COUNT // PIECE, "each is looked for, and then found closed"
+@pytest.mark.engine(resident_rows=2 * COUNT)
+async def test_a_close_of_many_that_is_sent_again_is_done_in_pieces(at: Harness) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    await at.open(*names)
+    first, looked_for = await turns_of(at.engine.close_sessions(names, request_id=40))
+    again, turns = await turns_of(at.engine.close_sessions(names, request_id=40))
+    assert (first, again) == (COUNT, COUNT)
+    assert turns >= looked_for + COUNT // PIECE, "each is looked for, and then found closed"
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_a_session_that_takes_the_place_of_another_is_not_read_for_it() -> None:
-    async with running(resident_rows=2 * COUNT) as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        await at.open(*names)
-        read = await begun(at.engine.get_states(names))
-        await asyncio.sleep(0)
-        await at.engine.close_session(names[0])
-        await at.open("other")
-        await at.step("other", x(1))
-        states = await read
-        if 0 in states.members.tolist():
-            assert states.revisions[0] == 0, "its own, read before it was closed"
-        else:
-            ((members, error),) = states.errors
-            assert members.tolist() == [0]
-            assert names[0] in error.message
+@pytest.mark.engine(resident_rows=2 * COUNT)
+async def test_a_session_that_takes_the_place_of_another_is_not_read_for_it(at: Harness) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    await at.open(*names)
+    read = await begun(at.engine.get_states(names))
+    await asyncio.sleep(0)
+    await at.engine.close_session(names[0])
+    await at.open("other")
+    await at.step("other", x(1))
+    states = await read
+    if 0 in states.members.tolist():
+        assert states.revisions[0] == 0, "its own, read before it was closed"
+    else:
+        ((members, error),) = states.errors
+        assert members.tolist() == [0]
+        assert names[0] in error.message
 
 
 @pytest.mark.usefixtures("small_pieces")
-async def test_a_close_that_is_cancelled_between_pieces_holds_no_session() -> None:
-    async with running(resident_rows=2 * COUNT) as at:
-        names = [f"s{number:03}" for number in range(COUNT)]
-        for turns in range(0, 30, 3):
-            await at.engine.open_sessions("plain", session_ids=names)
-            many = await begun(at.engine.close_sessions(names))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            many.cancel()
-            await asyncio.gather(many, return_exceptions=True)
-            await at.settled()
-            assert set(kinds(await at.submit(names, x(COUNT)).all())) <= {"Answer", "SessionNotFound"}
-            await at.engine.close_sessions(names)
+@pytest.mark.engine(resident_rows=2 * COUNT)
+async def test_a_close_that_is_cancelled_between_pieces_holds_no_session(at: Harness) -> None:
+    names = [f"s{number:03}" for number in range(COUNT)]
+    for turns in range(0, 30, 3):
+        await at.engine.open_sessions("plain", session_ids=names)
+        many = await begun(at.engine.close_sessions(names))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        many.cancel()
+        await asyncio.gather(many, return_exceptions=True)
+        await at.settled()
+        assert set(kinds(await at.submit(names, x(COUNT)).all())) <= {"Answer", "SessionNotFound"}
+        await at.engine.close_sessions(names)
 
 
-async def test_a_large_state_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with running() as at:
-        await at.open("a", batch_size=23)
-        await at.step("a", x(23))
-        whole, few = await turns_of(at.engine.get_state("a"))
-        monkeypatch.setattr(read, "COPY_BATCH_ROWS", 4)
-        again, turns = await turns_of(at.engine.get_state("a"))
-        assert turns >= few + 5
-        assert again.state["sum"].tobytes() == whole.state["sum"].tobytes()
+async def test_a_large_state_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, at: Harness) -> None:
+    await at.open("a", batch_size=23)
+    await at.step("a", x(23))
+    whole, few = await turns_of(at.engine.get_state("a"))
+    monkeypatch.setattr(read, "COPY_BATCH_ROWS", 4)
+    again, turns = await turns_of(at.engine.get_state("a"))
+    assert turns >= few + 5
+    assert again.state["sum"].tobytes() == whole.state["sum"].tobytes()
 
 
 async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,14 +431,13 @@ async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync", "fake_shared")
-async def test_what_is_too_late_when_it_was_looked_for_is_not_applied() -> None:
-    async with running() as at:
-        await at.open("a")
-        ids = ["a", *(f"never{number}" for number in range(COUNT))]
-        reset = at.submit(ids, reset=True, batch_sizes=[1] * len(ids), deadline=at.clock.monotonic() + 5)
-        at.clock.advance(6)
-        assert set(kinds(await reset.all())) == {"DeadlineExceeded"}
-        assert (await at.engine.session_info("a")).revision == 0
+async def test_what_is_too_late_when_it_was_looked_for_is_not_applied(at: Harness) -> None:
+    await at.open("a")
+    ids = ["a", *(f"never{number}" for number in range(COUNT))]
+    reset = at.submit(ids, reset=True, batch_sizes=[1] * len(ids), deadline=at.clock.monotonic() + 5)
+    at.clock.advance(6)
+    assert set(kinds(await reset.all())) == {"DeadlineExceeded"}
+    assert (await at.engine.session_info("a")).revision == 0
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -455,28 +452,27 @@ async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytes
         assert turns >= 2
 
 
-async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
-    async with running() as at:
-        await at.open("closed")
-        await at.engine.close_session("closed")
-        looks: list[int] = []
-        store: Any = at.store.shared if isinstance(at.store, RemoteStore) else at.store
-        seen: Any = at.internals.remembering_store
-        tombstones = store.tombstones
+async def test_unknown_ids_cost_one_look_at_what_is_remembered(at: Harness) -> None:
+    await at.open("closed")
+    await at.engine.close_session("closed")
+    looks: list[int] = []
+    store: Any = at.store.shared if isinstance(at.store, RemoteStore) else at.store
+    seen: Any = at.internals.remembering_store
+    tombstones = store.tombstones
 
-        def counted(session_ids: Sequence[str]) -> Any:
-            looks.append(len(session_ids))
-            return tombstones(session_ids)
+    def counted(session_ids: Sequence[str]) -> Any:
+        looks.append(len(session_ids))
+        return tombstones(session_ids)
 
-        seen.tombstones = store.tombstones = counted
-        foreign = "s-00000000-" + "a" * 22
-        names = [f"never{number}" for number in range(COUNT)]
-        answers, parts = await frame(at, ["closed", foreign, *names])
-        assert kinds(answers[:3]) == ["SessionNotFound", "SessionLost", "SessionNotFound"]
-        assert "was closed" in str(answers[0])
-        assert parts == 3, "one for each reason"
-        assert looks[0] == COUNT + 2
-        assert len(looks) <= 4, "one more to word each reason"
+    seen.tombstones = store.tombstones = counted
+    foreign = "s-00000000-" + "a" * 22
+    names = [f"never{number}" for number in range(COUNT)]
+    answers, parts = await frame(at, ["closed", foreign, *names])
+    assert kinds(answers[:3]) == ["SessionNotFound", "SessionLost", "SessionNotFound"]
+    assert "was closed" in str(answers[0])
+    assert parts == 3, "one for each reason"
+    assert looks[0] == COUNT + 2
+    assert len(looks) <= 4, "one more to word each reason"
 
 
 @pytest.mark.parametrize("shape", ["plain", "long", "nothing"])
@@ -505,24 +501,23 @@ async def test_many_replays_are_answered_in_few_parts(shape: str) -> None:
             }
 
 
-async def test_replays_of_several_forms_are_each_their_own() -> None:
-    async with running() as at:
-        await at.open("a", "b", "c", "d")
-        first = {
-            "a": await at.step("a", x(1, seed=1), request_ids=1),
-            "b": await at.step("b", x(1, 2, seed=2), request_ids=2),
-            "c": await at.step("c", x(1, 3, seed=3), request_ids=3),
-            "d": await at.step("d", x(1, 2, seed=4), request_ids=4),
-        }
-        both = np.concatenate([x(1, 2, seed=2), x(1, 2, seed=4)])
-        answers = await at.submit(["b", "d"], both, expected=[0] * 2, request_ids=[2, 4]).all()
-        answers += [await at.step("a", x(1, seed=1), expected=0, request_ids=1)]
-        answers += [await at.step("c", x(1, 3, seed=3), expected=0, request_ids=3)]
-        for name, answer in zip("bdac", answers, strict=True):
-            assert isinstance(answer, Answer)
-            assert answer.replayed
-            assert answer.outputs["y"].tobytes() == first[name].outputs["y"].tobytes()
-            assert answer.outputs["y"].shape == first[name].outputs["y"].shape
+async def test_replays_of_several_forms_are_each_their_own(at: Harness) -> None:
+    await at.open("a", "b", "c", "d")
+    first = {
+        "a": await at.step("a", x(1, seed=1), request_ids=1),
+        "b": await at.step("b", x(1, 2, seed=2), request_ids=2),
+        "c": await at.step("c", x(1, 3, seed=3), request_ids=3),
+        "d": await at.step("d", x(1, 2, seed=4), request_ids=4),
+    }
+    both = np.concatenate([x(1, 2, seed=2), x(1, 2, seed=4)])
+    answers = await at.submit(["b", "d"], both, expected=[0] * 2, request_ids=[2, 4]).all()
+    answers += [await at.step("a", x(1, seed=1), expected=0, request_ids=1)]
+    answers += [await at.step("c", x(1, 3, seed=3), expected=0, request_ids=3)]
+    for name, answer in zip("bdac", answers, strict=True):
+        assert isinstance(answer, Answer)
+        assert answer.replayed
+        assert answer.outputs["y"].tobytes() == first[name].outputs["y"].tobytes()
+        assert answer.outputs["y"].shape == first[name].outputs["y"].shape
 
 
 async def test_many_conflicts_are_answered_in_few_parts_and_few_each_with_its_own() -> None:

@@ -16,7 +16,7 @@ from stepwell_server.errors import (
 )
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, BROKEN, RICH, WAIT_S
-from support.engine.harness import BOTH_WAYS, running, x
+from support.engine.harness import BOTH_WAYS, Harness, fails, running, x
 
 
 @BOTH_WAYS
@@ -39,13 +39,13 @@ async def test_any_number_of_rows_and_steps(
         assert ("predict", 1, rows * (steps or 1)) in at.events.changes
 
 
-async def test_several_inputs_outputs_and_states() -> None:
-    async with running({"rich": RICH}, max_batch_rows=2) as at:
-        inputs = {"x": x(3, 4), "token": np.ones((3, 4), np.int32), "gain": np.ones(3, np.float32)}
-        predicted = await at.engine.predict("rich", inputs)
-        shapes = {name: array.shape for name, array in predicted.outputs.items()}
-        assert shapes == {"y": (3, 4, 2), "head": (3, 3)}
-        assert predicted.state["count"].tolist() == [11, 11, 11]
+@pytest.mark.engine({"rich": RICH}, max_batch_rows=2)
+async def test_several_inputs_outputs_and_states(at: Harness) -> None:
+    inputs = {"x": x(3, 4), "token": np.ones((3, 4), np.int32), "gain": np.ones(3, np.float32)}
+    predicted = await at.engine.predict("rich", inputs)
+    shapes = {name: array.shape for name, array in predicted.outputs.items()}
+    assert shapes == {"y": (3, 4, 2), "head": (3, 3)}
+    assert predicted.state["count"].tolist() == [11, 11, 11]
 
 
 @BOTH_WAYS
@@ -69,8 +69,9 @@ async def test_one_row_at_fault_fails_the_run_and_nobody_else(threads: bool, row
         value = x(10, 3)
         value[row, time, 0] = BAD
         step = at.submit("a", x(1, 3))
-        with pytest.raises(InvalidInput, match="it failed with: x is out of range"):
-            await at.engine.predict("plain", {"": value})
+        await fails(
+            at.engine.predict("plain", {"": value}), InvalidInput, "it failed with: x is out of range"
+        )
         assert (await step.only()).revision == 1
         await at.settled()
         assert at.slots().working == 0
@@ -81,60 +82,57 @@ async def test_a_run_that_breaks(threads: bool) -> None:
     async with running(threads=threads, max_batch_rows=4) as at:
         value = x(10)
         value[7, 0] = BROKEN
-        with pytest.raises(Internal):
-            await at.engine.predict("plain", {"": value})
+        await fails(at.engine.predict("plain", {"": value}), Internal)
         assert (await at.engine.predict("plain", {"": x(10)})).outputs["y"].shape == (10, 2)
 
 
-async def test_a_deadline_that_passes_while_it_waits() -> None:
-    async with running(threads=True, max_batch_rows=2, steps=1) as at:
-        at.hooks.close_gate()
-        late = asyncio.create_task(
-            at.engine.predict("plain", {"": x(5, 3)}, deadline=at.clock.monotonic() + 5)
-        )
-        await at.in_flight()
-        at.clock.advance(5)
-        at.hooks.open_gate()
-        with pytest.raises(DeadlineExceeded):
-            await late
+@pytest.mark.engine(threads=True, max_batch_rows=2, steps=1)
+async def test_a_deadline_that_passes_while_it_waits(at: Harness) -> None:
+    at.hooks.close_gate()
+    late = asyncio.create_task(at.engine.predict("plain", {"": x(5, 3)}, deadline=at.clock.monotonic() + 5))
+    await at.in_flight()
+    at.clock.advance(5)
+    at.hooks.open_gate()
+    await fails(late, DeadlineExceeded)
 
 
-async def test_a_run_that_is_cancelled_half_way_gives_its_rows_back() -> None:
-    async with running(threads=True, max_batch_rows=2, steps=1) as at:
-        await at.open("a")
-        at.hooks.close_gate()
-        run_away = asyncio.create_task(at.engine.predict("plain", {"": x(5, 3)}))
-        await at.in_flight()
-        assert at.slots().working == 2
-        run_away.cancel()
-        await asyncio.wait([run_away])
-        following = at.submit("a", x(1))
-        at.hooks.open_gate()
-        assert (await following.only()).revision == 1
-        await at.settled()
-        assert at.slots().working == 0
-        assert len(at.hooks.rows) <= 3, "what was not running yet never ran"
+@pytest.mark.engine(threads=True, max_batch_rows=2, steps=1)
+async def test_a_run_that_is_cancelled_half_way_gives_its_rows_back(at: Harness) -> None:
+    await at.open("a")
+    at.hooks.close_gate()
+    run_away = asyncio.create_task(at.engine.predict("plain", {"": x(5, 3)}))
+    await at.in_flight()
+    assert at.slots().working == 2
+    run_away.cancel()
+    await asyncio.wait([run_away])
+    following = at.submit("a", x(1))
+    at.hooks.open_gate()
+    assert (await following.only()).revision == 1
+    await at.settled()
+    assert at.slots().working == 0
+    assert len(at.hooks.rows) <= 3, "what was not running yet never ran"
 
 
-async def test_working_rows_that_are_taken_are_waited_for() -> None:
-    async with running(threads=True, resident_rows=4, max_batch_rows=4, steps=1) as at:
-        values = [x(3, 4, seed=i) for i in range(4)]
-        runs = [asyncio.create_task(at.engine.predict("plain", {"": value})) for value in values]
-        for value, task in zip(values, runs, strict=True):
-            assert (await task).outputs["y"].tobytes() == ran(initial(3), value)[0].tobytes()
+@pytest.mark.engine(threads=True, resident_rows=4, max_batch_rows=4, steps=1)
+async def test_working_rows_that_are_taken_are_waited_for(at: Harness) -> None:
+    values = [x(3, 4, seed=i) for i in range(4)]
+    runs = [asyncio.create_task(at.engine.predict("plain", {"": value})) for value in values]
+    for value, task in zip(values, runs, strict=True):
+        assert (await task).outputs["y"].tobytes() == ran(initial(3), value)[0].tobytes()
 
 
-async def test_too_much_waiting_is_refused() -> None:
-    async with running(threads=True, max_batch_rows=1) as at:
-        at.hooks.close_gate()
-        first = asyncio.create_task(at.engine.predict("plain", {"": x(61)}))
-        await at.in_flight()
-        with pytest.raises(Overloaded, match="must stay within 64; 60 wait and 5 came") as error:
-            await at.engine.predict("plain", {"": x(5)})
-        assert error.value.retry_after_s > 0
-        at.hooks.open_gate()
-        assert (await first).outputs["y"].shape == (61, 2)
-        assert (await at.engine.predict("plain", {"": x(5)})).outputs["y"].shape == (5, 2)
+@pytest.mark.engine(threads=True, max_batch_rows=1)
+async def test_too_much_waiting_is_refused(at: Harness) -> None:
+    at.hooks.close_gate()
+    first = asyncio.create_task(at.engine.predict("plain", {"": x(61)}))
+    await at.in_flight()
+    error = await fails(
+        at.engine.predict("plain", {"": x(5)}), Overloaded, "must stay within 64; 60 wait and 5 came"
+    )
+    assert error.retry_after_s > 0
+    at.hooks.open_gate()
+    assert (await first).outputs["y"].shape == (61, 2)
+    assert (await at.engine.predict("plain", {"": x(5)})).outputs["y"].shape == (5, 2)
 
 
 async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,20 +141,23 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
         at.hooks.close_gate()
         first = asyncio.create_task(at.engine.predict("plain", {"": x(1, 10)}))
         await at.in_flight()
-        with pytest.raises(Overloaded, match="input bytes waiting must stay within 100; 80 wait and 24 came"):
-            await at.engine.predict("plain", {"": x(3)})
+        await fails(
+            at.engine.predict("plain", {"": x(3)}),
+            Overloaded,
+            "input bytes waiting must stay within 100; 80 wait and 24 came",
+        )
         at.hooks.open_gate()
         await first
         assert (await at.engine.predict("plain", {"": x(3)})).outputs["y"].shape == (3, 2)
 
 
-async def test_who_waits_for_rows_to_work_in_gets_those_of_a_request_that_is_cancelled() -> None:
-    async with running(threads=True, resident_rows=4, max_batch_rows=4, steps=1) as at:
-        await at.open("a", batch_size=2)
-        long = await at.begin_pass("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
-        predict = asyncio.create_task(at.engine.predict("plain", {"": np.zeros((3, 2), np.float32)}))
-        await asyncio.sleep(0)
-        at.cancel(long)
-        at.hooks.open_gate()
-        await asyncio.wait_for(predict, WAIT_S)
-        assert isinstance((await long.all())[0], Unavailable)
+@pytest.mark.engine(threads=True, resident_rows=4, max_batch_rows=4, steps=1)
+async def test_who_waits_for_rows_to_work_in_gets_those_of_a_request_that_is_cancelled(at: Harness) -> None:
+    await at.open("a", batch_size=2)
+    long = await at.begin_pass("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
+    predict = asyncio.create_task(at.engine.predict("plain", {"": np.zeros((3, 2), np.float32)}))
+    await asyncio.sleep(0)
+    at.cancel(long)
+    at.hooks.open_gate()
+    await asyncio.wait_for(predict, WAIT_S)
+    assert isinstance((await long.all())[0], Unavailable)

@@ -22,7 +22,7 @@ from stepwell_server.rpc.status import to_proto
 from stepwell_server.store.counts import usage_of_record
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Harness, fails, running, x
 from support.stores.durable import Disk, begun, stalled
 
 ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
@@ -80,8 +80,7 @@ async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait()
         await at.submit("a", x(1, 3), caller=ANN).only()
         with pytest.raises(InvalidInput, match=r"at most the burst of the quota .* 'acme', 20; got 21"):
             at.submit("a", x(1, 21), caller=OTHERS)
-        with pytest.raises(QuotaExceeded):
-            await at.engine.predict("plain", {"": x(4)}, caller=ANN)
+        await fails(at.engine.predict("plain", {"": x(4)}, caller=ANN), QuotaExceeded)
         assert at.quotas is not None
         counts = at.quotas.counts()
         assert counts.steps == {"acme": 23, "beta": 50, "": 0}
@@ -113,8 +112,7 @@ async def test_bytes_are_held_until_the_answer() -> None:
         held = [await at.begin_pass("a", x(1)), at.submit("b", x(1))]
         with pytest.raises(QuotaExceeded, match="bytes_in_flight of all callers together must stay within"):
             at.submit("c", x(1))
-        with pytest.raises(QuotaExceeded):
-            await at.engine.predict("plain", {"": x(1)})
+        await fails(at.engine.predict("plain", {"": x(1)}), QuotaExceeded)
         at.hooks.open_gate()
         for answers in held:
             await answers.only()
@@ -180,41 +178,38 @@ async def test_the_last_place_is_given_once_also_while_others_begin_and_end(disk
         disk.store.stall()
         beginning = await begun(at.open("c"))
         await stalled(disk.store)
-        with pytest.raises(QuotaExceeded, match="there are 3, and 1 came"):
-            await at.open("d")
+        await fails(at.open("d"), QuotaExceeded, "there are 3, and 1 came")
         closing = await begun(at.engine.close_session("a"))
-        with pytest.raises(QuotaExceeded, match="there are 3, and 1 came"):
-            await at.open("d")
+        await fails(at.open("d"), QuotaExceeded, "there are 3, and 1 came")
         disk.store.go_on()
         await asyncio.gather(beginning, closing)
         await at.open("d")
-        with pytest.raises(QuotaExceeded, match="there are 3, and 1 came"):
-            await at.engine.fork("b")
+        await fails(at.engine.fork("b"), QuotaExceeded, "there are 3, and 1 came")
 
 
-async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows() -> None:
-    async with running(quotas=QuotaTable(default=Limits(rows=7))) as at:
-        assert at.quotas is not None
+@pytest.mark.engine(quotas=QuotaTable(default=Limits(rows=7)))
+async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows(at: Harness) -> None:
+    assert at.quotas is not None
 
-        async def brought() -> object:
-            assert not isinstance(record, ServerError)
-            arriving = SessionRecord("a", "a", bytes(record))
-            return (await at.engine.import_sessions([arriving], ExistingPolicy.REPLACE))[0]
+    async def brought() -> object:
+        assert not isinstance(record, ServerError)
+        arriving = SessionRecord("a", "a", bytes(record))
+        return (await at.engine.import_sessions([arriving], ExistingPolicy.REPLACE))[0]
 
-        await at.engine.open_session("plain", session_id="a", batch_size=6)
-        (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
-        await at.engine.close_session("a")
-        await at.engine.open_session("plain", session_id="a", batch_size=1)
-        await at.engine.open_session("plain", session_id="b", batch_size=3)
-        assert isinstance(error := await brought(), QuotaExceeded)
-        assert "rows of all callers together must stay within 7; there are 4, and 5 came" in error.message
-        await at.submit("a", x(1)).only()  # it is there as it was
-        assert dict(at.quotas.tenants()) == await recount(at)
-        assert without_bytes(at.quotas.tenants()) == {"": (2, 4)}
-        await at.engine.close_session("b")
-        assert await brought() is ImportOutcome.REPLACED
-        assert dict(at.quotas.tenants()) == await recount(at)
-        assert without_bytes(at.quotas.tenants()) == {"": (1, 6)}
+    await at.engine.open_session("plain", session_id="a", batch_size=6)
+    (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
+    await at.engine.close_session("a")
+    await at.engine.open_session("plain", session_id="a", batch_size=1)
+    await at.engine.open_session("plain", session_id="b", batch_size=3)
+    assert isinstance(error := await brought(), QuotaExceeded)
+    assert "rows of all callers together must stay within 7; there are 4, and 5 came" in error.message
+    await at.submit("a", x(1)).only()  # it is there as it was
+    assert dict(at.quotas.tenants()) == await recount(at)
+    assert without_bytes(at.quotas.tenants()) == {"": (2, 4)}
+    await at.engine.close_session("b")
+    assert await brought() is ImportOutcome.REPLACED
+    assert dict(at.quotas.tenants()) == await recount(at)
+    assert without_bytes(at.quotas.tenants()) == {"": (1, 6)}
 
 
 async def test_what_a_store_has_counts_from_the_start_and_tenants_beyond_the_limit_share_a_label() -> None:
@@ -259,24 +254,27 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
         assert at.quotas is not None
         (first,) = await opened(at, ANN, 2)
         await opened(at, OTHERS, 3, 4)  # another caller of the tenant, without a quota
-        with pytest.raises(
-            QuotaExceeded, match="rows of caller 'acme/ann' must stay within 5; there are 2, and 4 came"
-        ):
-            await opened(at, ANN, 2, 2)
+        await fails(
+            opened(at, ANN, 2, 2),
+            QuotaExceeded,
+            "rows of caller 'acme/ann' must stay within 5; there are 2, and 4 came",
+        )
         forked = await at.engine.fork(first, caller=ANN)
-        with pytest.raises(
-            QuotaExceeded, match="rows of caller 'acme/ann' must stay within 5; there are 4, and 2 came"
-        ) as told:
-            await at.engine.fork_sessions([first], caller=ANN)
-        assert dict(to_proto(told.value).metadata) == {"quota": "rows", "limit": "5"}
+        told = await fails(
+            at.engine.fork_sessions([first], caller=ANN),
+            QuotaExceeded,
+            "rows of caller 'acme/ann' must stay within 5; there are 4, and 2 came",
+        )
+        assert dict(to_proto(told).metadata) == {"quota": "rows", "limit": "5"}
         # it does not matter who closes it
         await at.engine.close_session(forked.session.session_id)
         assert without_bytes(at.quotas.callers()) == {"acme/ann": (1, 2)}
         await opened(at, ANN, 1, 2)
-        with pytest.raises(
-            QuotaExceeded, match="sessions of caller 'acme/ann' must stay within 3; there are 3, and 1"
-        ):
-            await opened(at, ANN)
+        await fails(
+            opened(at, ANN),
+            QuotaExceeded,
+            "sessions of caller 'acme/ann' must stay within 3; there are 3, and 1",
+        )
         # who brings a session has it, whatever its record says
         (record,) = await at.engine.export_sessions([first], deadline=float("inf"))
         assert not isinstance(record, ServerError)

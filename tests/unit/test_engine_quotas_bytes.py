@@ -19,7 +19,7 @@ from stepwell_server.rpc.status import to_proto
 from stepwell_server.store import counts
 from stepwell_server.store.fields import pack_fields
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Harness, fails, running, x
 from support.engine.two_engines import two_in_time
 from support.engine.versions import WIDE, serving, widen
 from support.stores.durable import Disk, damage
@@ -44,10 +44,9 @@ def known(at: Harness, tenant: str = ALL) -> int:
 
 
 async def refused(call: Awaitable[Any]) -> QuotaExceeded:
-    with pytest.raises(QuotaExceeded) as caught:
-        await call
-    assert dict(to_proto(caught.value).metadata)["quota"] == "bytes"
-    return caught.value
+    caught = await fails(call, QuotaExceeded)
+    assert dict(to_proto(caught).metadata)["quota"] == "bytes"
+    return caught
 
 
 def refused_step(at: Harness, session_id: str, steps: int) -> QuotaExceeded:

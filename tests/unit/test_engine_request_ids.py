@@ -11,7 +11,7 @@ import pytest
 from stepwell_server.engine.api import OpenResult, Select
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.errors import InvalidInput, RevisionConflict, ServerError
-from support.engine.harness import BOTH_WAYS, Harness, running, x
+from support.engine.harness import BOTH_WAYS, Harness, fails, running, x
 
 KIND, CONTENT = "it stands for a step, and a reset came", "it stands for a step with other content"
 X = x(4, seed=1)
@@ -82,9 +82,8 @@ async def test_another_change_with_a_request_id_is_refused(other: str, expected:
         await at.open("a", batch_size=4)
         applied = await sent(at, first, expected=expected)
         state = (await at.state("a"))["sum"]
-        with pytest.raises(InvalidInput) as caught:
-            await sent(at, second, expected=expected)
-        assert caught.value.message.startswith(
+        caught = await fails(sent(at, second, expected=expected), InvalidInput)
+        assert caught.message.startswith(
             f"request_id must be new for a different change of session 'a': {message}"
         )
         assert np.array_equal((await at.state("a"))["sum"], state)
@@ -105,11 +104,9 @@ async def test_another_change_is_refused_also_where_its_revision_fits(
         await at.open("a", batch_size=4)
         await sent(at, first, expected=0)
         state = (await at.state("a"))["sum"]
-        with pytest.raises(InvalidInput, match=message):
-            await sent(at, second, expected=expected)
+        await fails(sent(at, second, expected=expected), InvalidInput, message)
         assert np.array_equal((await at.state("a"))["sum"], state)
-        with pytest.raises(RevisionConflict):
-            await sent(at, second, expected=2)
+        await fails(sent(at, second, expected=2), RevisionConflict)
         later = await sent(at, first, expected=1)
         assert (later.revision, later.replayed) == (2, False)
 
@@ -136,20 +133,17 @@ async def test_a_step_that_fits_is_refused_whichever_way_it_would_run(way: str, 
             before = at.submit("a", value, expected=1, request_ids=9)
             behind = at.submit("a", value + 1, expected=2, request_ids=9)
             assert (await before.only()).revision == 2
-            with pytest.raises(InvalidInput):
-                await behind.only()
+            await fails(behind.only(), InvalidInput)
             return
         elif way == "in a pass":
             other = await at.begin_pass("b", value, expected=0, request_ids=8) if threads else None
             refused_answers = at.submit("a", value + 1, **again)
             at.hooks.open_gate()
-            with pytest.raises(InvalidInput):
-                await refused_answers.only()
+            await fails(refused_answers.only(), InvalidInput)
             if other is not None:
                 await other.only()
         else:
-            with pytest.raises(InvalidInput):
-                await at.step("a", value + 1, **again)
+            await fails(at.step("a", value + 1, **again), InvalidInput)
         assert (await at.state("a"))["sum"].tobytes() == state
         applied_again = await at.step("a", value, **again)
         assert (applied_again.revision, applied_again.replayed) == (2, False)
@@ -278,9 +272,8 @@ async def test_another_opening_with_a_request_id_is_refused(other: str) -> None:
     async with running() as at:
         await at.open("a", "c")
         made = await first(at)
-        with pytest.raises(InvalidInput) as caught:
-            await second(at)
-        assert f"of session 'b': it stands for {message}" in caught.value.message
+        caught = await fails(second(at), InvalidInput)
+        assert f"of session 'b': it stands for {message}" in caught.message
         again = await first(at)
         assert again.replayed
         if isinstance(made, OpenResult):
@@ -288,10 +281,8 @@ async def test_another_opening_with_a_request_id_is_refused(other: str) -> None:
         assert len((await at.engine.list_sessions())[0]) == 3
 
 
-async def test_errors_of_members_are_those_of_the_server() -> None:
-    async with running() as at:
-        await at.open("a")
-        await at.step("a", x(1), request_ids=np.array([7], np.uint64))
-        with pytest.raises(ServerError) as caught:
-            await at.step("a", x(1) + 1, request_ids=np.array([7], np.uint64))
-        assert caught.value.reason == "INVALID_INPUT"
+async def test_errors_of_members_are_those_of_the_server(at: Harness) -> None:
+    await at.open("a")
+    await at.step("a", x(1), request_ids=np.array([7], np.uint64))
+    caught = await fails(at.step("a", x(1) + 1, request_ids=np.array([7], np.uint64)), ServerError)
+    assert caught.reason == "INVALID_INPUT"

@@ -17,7 +17,7 @@ from stepwell_server.errors import (
 )
 from support.checks.model_of_sessions import initial
 from support.engine.fake_executor import BROKEN, WAIT_S
-from support.engine.harness import BOTH_WAYS, Harness, running, x
+from support.engine.harness import BOTH_WAYS, Harness, fails, running, x
 
 
 @BOTH_WAYS
@@ -29,8 +29,7 @@ async def test_an_executor_that_breaks_is_answered_and_the_next_step_runs(
         await at.open("a", "b")
         broken = at.single("a", [[BROKEN, 0]])
         other = at.single("b", x(1)) if company else None
-        with pytest.raises(Internal, match=r"^internal error [0-9a-f]{12}; "):
-            await broken.only()
+        await fails(broken.only(), Internal, r"^internal error [0-9a-f]{12}; ")
         if other is not None:
             with pytest.raises(Internal):  # they shared a pass
                 await other.only()
@@ -38,35 +37,34 @@ async def test_an_executor_that_breaks_is_answered_and_the_next_step_runs(
         assert (await at.single("a", x(1), expected=0).only()).revision == 1
 
 
-async def test_each_single_step_has_a_deadline_of_its_own() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "b", "c")
-        await at.begin_pass("c", x(1))
-        now = at.clock.monotonic()
-        late = [at.single("a", x(1), deadline=now + 1), at.single("c", x(1), deadline=now + 1)]
-        in_time = at.single("b", x(1), deadline=now + 3)
-        at.clock.advance(2)
-        at.hooks.open_gate()
-        for answer in late:
-            with pytest.raises(DeadlineExceeded):
-                await answer.only()
-        assert (await in_time.only()).revision == 1
+@pytest.mark.engine(threads=True)
+async def test_each_single_step_has_a_deadline_of_its_own(at: Harness) -> None:
+    await at.open("a", "b", "c")
+    await at.begin_pass("c", x(1))
+    now = at.clock.monotonic()
+    late = [at.single("a", x(1), deadline=now + 1), at.single("c", x(1), deadline=now + 1)]
+    in_time = at.single("b", x(1), deadline=now + 3)
+    at.clock.advance(2)
+    at.hooks.open_gate()
+    for answer in late:
+        await fails(answer.only(), DeadlineExceeded)
+    assert (await in_time.only()).revision == 1
 
 
-async def test_a_session_closed_while_its_step_waits() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "b")
-        await at.begin_pass("b", x(1))
-        step = at.single("a", x(1))
-        closing = asyncio.create_task(at.engine.close_session("a"))
-        await asyncio.sleep(0)
-        after = at.submit("b", x(1))
-        at.hooks.open_gate()
-        assert (await step.only()).revision == 1, "what was received before the closing is done before it"
-        assert await closing is False
-        assert (await after.only()).revision == 2
-        with pytest.raises(SessionNotFound):
-            await at.single("a", x(1)).only()
+@pytest.mark.engine(threads=True)
+async def test_a_session_closed_while_its_step_waits(at: Harness) -> None:
+    await at.open("a", "b")
+    await at.begin_pass("b", x(1))
+    step = at.single("a", x(1))
+    closing = asyncio.create_task(at.engine.close_session("a"))
+    await asyncio.sleep(0)
+    after = at.submit("b", x(1))
+    at.hooks.open_gate()
+    assert (await step.only()).revision == 1, "what was received before the closing is done before it"
+    assert await closing is False
+    assert (await after.only()).revision == 2
+    with pytest.raises(SessionNotFound):
+        await at.single("a", x(1)).only()
 
 
 KINDS = ["plain", "long", "last", "frame", "reset", "get", "fork"]
@@ -116,15 +114,14 @@ def change_of(at: Harness, kind: str, expected: int) -> Any:
     return at.submit("a", reset=True, expected=expected)
 
 
-async def test_a_step_whose_session_expired_while_it_waited_is_told_so() -> None:
-    async with running(threads=True, max_session_idle_s=10) as at:
-        await at.open("a", "busy")
-        at.clock.advance(6)
-        await at.begin_pass("busy", x(1))
-        step, frame = at.single("a", x(1)), at.submit(["a"], x(1, 3))
-        at.clock.advance(5)
-        assert (await at.internals.expire_idle()) == 1, "nobody else has its handle now"
-        at.hooks.open_gate()
-        for answers in (step, frame):
-            with pytest.raises(SessionExpired):
-                await answers.only()
+@pytest.mark.engine(threads=True, max_session_idle_s=10)
+async def test_a_step_whose_session_expired_while_it_waited_is_told_so(at: Harness) -> None:
+    await at.open("a", "busy")
+    at.clock.advance(6)
+    await at.begin_pass("busy", x(1))
+    step, frame = at.single("a", x(1)), at.submit(["a"], x(1, 3))
+    at.clock.advance(5)
+    assert (await at.internals.expire_idle()) == 1, "nobody else has its handle now"
+    at.hooks.open_gate()
+    for answers in (step, frame):
+        await fails(answers.only(), SessionExpired)

@@ -11,7 +11,7 @@ from stepwell_server.engine.api import Select
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded
 from support.checks.model_of_sessions import initial, traced
 from support.engine.fake_executor import BAD, PLAIN, RICH, advance
-from support.engine.harness import BOTH_WAYS, Answer, Harness, running, x
+from support.engine.harness import BOTH_WAYS, Answer, Harness, fails, running, x
 from support.stores.durable import same_reply
 
 SHAPES = pytest.mark.parametrize("given", [(3,), (3, 1), (3, 6)], ids=["no axis", "T=1", "T=6"])
@@ -105,22 +105,20 @@ async def test_members_of_a_frame_that_ask_for_states_get_their_own(threads: boo
         assert (await plain.only()).outputs["y"].tobytes() == traced(initial(1), x(1, 4, seed=3))[0].tobytes()
 
 
-async def test_steps_of_one_turn_with_and_without_states_are_each_right() -> None:
-    async with running(threads=True) as at:
-        names = [f"s{i}" for i in range(6)]
-        await at.open(*names, "busy")
-        await at.begin_pass("busy", x(1))
-        kinds = [Select.NONE, Select.LAST, Select.ALL]
-        waiting = [at.single(name, x(1, 1, seed=i), states=kinds[i % 3]) for i, name in enumerate(names)]
-        at.hooks.open_gate()
-        for i, answers in enumerate(waiting):
-            after = traced(initial(1), x(1, 1, seed=i))[1]
-            states = (await answers.only()).states
-            assert [array.tobytes() for array in states.values()] == [after.tobytes()] * (i % 3 > 0)
-            assert [array.shape for array in states.values()] == [(), [(1, 2)], [(1, 1, 2)]][
-                i % 3
-            ] or i % 3 == 0
-        assert [rows for rows, _ in at.events.passes] == [1, 6], "they share a pass all the same"
+@pytest.mark.engine(threads=True)
+async def test_steps_of_one_turn_with_and_without_states_are_each_right(at: Harness) -> None:
+    names = [f"s{i}" for i in range(6)]
+    await at.open(*names, "busy")
+    await at.begin_pass("busy", x(1))
+    kinds = [Select.NONE, Select.LAST, Select.ALL]
+    waiting = [at.single(name, x(1, 1, seed=i), states=kinds[i % 3]) for i, name in enumerate(names)]
+    at.hooks.open_gate()
+    for i, answers in enumerate(waiting):
+        after = traced(initial(1), x(1, 1, seed=i))[1]
+        states = (await answers.only()).states
+        assert [array.tobytes() for array in states.values()] == [after.tobytes()] * (i % 3 > 0)
+        assert [array.shape for array in states.values()] == [(), [(1, 2)], [(1, 1, 2)]][i % 3] or i % 3 == 0
+    assert [rows for rows, _ in at.events.passes] == [1, 6], "they share a pass all the same"
 
 
 @BOTH_WAYS
@@ -152,17 +150,14 @@ async def test_a_mask_of_time_steps_is_as_steps_with_masks_one_after_the_other(
             assert predicted.state["sum"].tobytes() == after[:, -1].tobytes()
 
 
-async def test_positions_of_a_frame_begin_where_all_rows_of_the_session_do() -> None:
-    async with running() as at:
-        await at.open("a", "b", "c", batch_size=2)
-        await at.submit(["a", "b", "c"], x(6, 2), sizes=[2, 2, 2]).all()
-        mask = np.zeros((6, 5), np.bool_)
-        mask[0:2, 0] = mask[0:2, 3] = True  # a: twice
-        mask[2, 1] = mask[3, 2] = True  # b: never at once
-        answers = await at.submit(
-            ["a", "b", "c"], x(6, 5), sizes=[2, 2, 2], reset_rows=mask.reshape(-1)
-        ).all()
-        assert [answer.position for answer in answers if isinstance(answer, Answer)] == [2, 7, 7]
+async def test_positions_of_a_frame_begin_where_all_rows_of_the_session_do(at: Harness) -> None:
+    await at.open("a", "b", "c", batch_size=2)
+    await at.submit(["a", "b", "c"], x(6, 2), sizes=[2, 2, 2]).all()
+    mask = np.zeros((6, 5), np.bool_)
+    mask[0:2, 0] = mask[0:2, 3] = True  # a: twice
+    mask[2, 1] = mask[3, 2] = True  # b: never at once
+    answers = await at.submit(["a", "b", "c"], x(6, 5), sizes=[2, 2, 2], reset_rows=mask.reshape(-1)).all()
+    assert [answer.position for answer in answers if isinstance(answer, Answer)] == [2, 7, 7]
 
 
 @pytest.mark.parametrize("rows", [[0, 3], [0, 3, 5, 9]])
@@ -173,8 +168,11 @@ async def test_predictions_in_several_jobs_reset_their_own_rows(rows: list[int])
         predicted = await at.engine.predict("plain", {"": x(10, 3)}, {"": x(10)}, reset=mask)
         outputs, _ = traced(x(10), x(10, 3), mask[:, None])
         assert predicted.outputs["y"].tobytes() == outputs.tobytes()
-        with pytest.raises(InvalidInput, match="one for each of 10 rows and 3 time steps; got 20"):
-            await at.engine.predict("plain", {"": x(10, 3)}, reset=np.ones(20, np.bool_))
+        await fails(
+            at.engine.predict("plain", {"": x(10, 3)}, reset=np.ones(20, np.bool_)),
+            InvalidInput,
+            "one for each of 10 rows and 3 time steps; got 20",
+        )
 
 
 @BOTH_WAYS
@@ -211,52 +209,48 @@ async def test_some_rows_advance_and_the_others_keep_their_state(
         assert last.position == 1
 
 
-async def test_steps_of_one_row_each_of_sessions_of_several_come_together() -> None:
-    async with running(threads=True) as at:
-        names = [f"s{i}" for i in range(4)]
-        await at.open(*names, batch_size=3)
-        await at.open("busy", "one")
-        await at.begin_pass("busy", x(1))
-        waiting = [at.single(name, x(1, seed=i), rows=[i % 3]) for i, name in enumerate(names)]
-        waiting.append(at.single("one", x(1, seed=4)))
-        at.hooks.open_gate()
-        for i, (name, answers) in enumerate(zip([*names, "one"], waiting, strict=True)):
-            outputs, after = traced(initial(1), x(1, 1, seed=i).reshape(1, 1, 2))
-            assert (await answers.only()).outputs["y"].tobytes() == outputs.tobytes()
-            if name != "one":
-                state = initial(3)
-                state[i % 3] = after[0, -1]
-                assert (await at.state(name))["sum"].tobytes() == state.tobytes()
+@pytest.mark.engine(threads=True)
+async def test_steps_of_one_row_each_of_sessions_of_several_come_together(at: Harness) -> None:
+    names = [f"s{i}" for i in range(4)]
+    await at.open(*names, batch_size=3)
+    await at.open("busy", "one")
+    await at.begin_pass("busy", x(1))
+    waiting = [at.single(name, x(1, seed=i), rows=[i % 3]) for i, name in enumerate(names)]
+    waiting.append(at.single("one", x(1, seed=4)))
+    at.hooks.open_gate()
+    for i, (name, answers) in enumerate(zip([*names, "one"], waiting, strict=True)):
+        outputs, after = traced(initial(1), x(1, 1, seed=i).reshape(1, 1, 2))
+        assert (await answers.only()).outputs["y"].tobytes() == outputs.tobytes()
+        if name != "one":
+            state = initial(3)
+            state[i % 3] = after[0, -1]
+            assert (await at.state(name))["sum"].tobytes() == state.tobytes()
 
 
-async def test_all_rows_in_another_order_are_all_rows() -> None:
-    async with running() as at:
-        await at.open("a", batch_size=3)
-        await at.step("a", x(3))
-        answer = await at.single("a", x(3, 2), rows=[2, 0, 1], reset_rows=np.ones(3, np.bool_)).only()
-        assert answer.position == 2
-        assert (await at.state("a"))["sum"].tobytes() == traced(initial(3), x(3, 2))[1][
-            [1, 2, 0], -1
-        ].tobytes()
+async def test_all_rows_in_another_order_are_all_rows(at: Harness) -> None:
+    await at.open("a", batch_size=3)
+    await at.step("a", x(3))
+    answer = await at.single("a", x(3, 2), rows=[2, 0, 1], reset_rows=np.ones(3, np.bool_)).only()
+    assert answer.position == 2
+    assert (await at.state("a"))["sum"].tobytes() == traced(initial(3), x(3, 2))[1][[1, 2, 0], -1].tobytes()
 
 
-async def test_rows_of_several_sessions_are_refused() -> None:
-    async with running() as at:
-        await at.open("a", "b")
-        with pytest.raises(InvalidInput, match="rows must come with a single session; got 2 sessions"):
-            await at.submit(["a", "b"], x(2), rows=[0]).require_all_applied()
+async def test_rows_of_several_sessions_are_refused(at: Harness) -> None:
+    await at.open("a", "b")
+    with pytest.raises(InvalidInput, match="rows must come with a single session; got 2 sessions"):
+        await at.submit(["a", "b"], x(2), rows=[0]).require_all_applied()
 
 
-async def test_a_failed_step_of_some_rows_changes_none() -> None:
-    async with running(steps=1) as at:
-        await at.open("a", batch_size=3)
-        before = (await at.state("a"))["sum"]
-        value = x(2, 4)
-        value[1, 2, 0] = BAD
-        with pytest.raises(InvalidInput):
-            await at.single("a", value, rows=[2, 1], states=Select.ALL).only()
-        assert (await at.state("a"))["sum"].tobytes() == before.tobytes()
-        assert (await at.engine.session_info("a")).revision == 0
+@pytest.mark.engine(steps=1)
+async def test_a_failed_step_of_some_rows_changes_none(at: Harness) -> None:
+    await at.open("a", batch_size=3)
+    before = (await at.state("a"))["sum"]
+    value = x(2, 4)
+    value[1, 2, 0] = BAD
+    with pytest.raises(InvalidInput):
+        await at.single("a", value, rows=[2, 1], states=Select.ALL).only()
+    assert (await at.state("a"))["sum"].tobytes() == before.tobytes()
+    assert (await at.engine.session_info("a")).revision == 0
 
 
 def limits(rows: int, steps: int, states: int) -> int:
@@ -273,20 +267,21 @@ def limits(rows: int, steps: int, states: int) -> int:
         ({"states": Select.NONE}, 0),
     ],
 )
-async def test_states_count_towards_the_size_of_the_reply(said: dict[str, Any], states: int) -> None:
-    async with running() as at:
-        await at.open("a", batch_size=2)
-        limit = limits(2, 3, states)
-        await at.step("a", x(2, 3), reply_limit=limit, reply_bytes=100, **said)
-        for select, less in ((Select.ALL, limit), (Select.NONE, 100 + states * PLAIN.state_row_bytes)):
-            if less == 100:
-                continue
-            with pytest.raises(MessageTooLarge, match="the reply to the step must be at most") as caught:
-                await at.submit(
-                    "a", x(2, 3), sizes=[2], reply_limit=less - 1, reply_bytes=100, select=select, **said
-                ).only()
-            assert ("or for the states of fewer rows" in str(caught.value)) == bool(states)
-        assert (await at.engine.session_info("a")).revision == 1
+async def test_states_count_towards_the_size_of_the_reply(
+    said: dict[str, Any], states: int, at: Harness
+) -> None:
+    await at.open("a", batch_size=2)
+    limit = limits(2, 3, states)
+    await at.step("a", x(2, 3), reply_limit=limit, reply_bytes=100, **said)
+    for select, less in ((Select.ALL, limit), (Select.NONE, 100 + states * PLAIN.state_row_bytes)):
+        if less == 100:
+            continue
+        with pytest.raises(MessageTooLarge, match="the reply to the step must be at most") as caught:
+            await at.submit(
+                "a", x(2, 3), sizes=[2], reply_limit=less - 1, reply_bytes=100, select=select, **said
+            ).only()
+        assert ("or for the states of fewer rows" in str(caught.value)) == bool(states)
+    assert (await at.engine.session_info("a")).revision == 1
 
 
 async def held(at: Harness, **said: Any) -> int:
@@ -301,17 +296,19 @@ async def held(at: Harness, **said: Any) -> int:
     return stats.queued_bytes
 
 
-async def test_states_to_be_sent_count_as_bytes_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with running(threads=True) as at:
-        plain = await held(at)
-        assert await held(at, states=Select.ALL) == plain + 2 * 50 * PLAIN.state_row_bytes
-        assert await held(at, states=Select.ALL, state_rows=[1]) == plain + 50 * PLAIN.state_row_bytes
-        monkeypatch.setattr("stepwell_server.engine.intake.queues.MAX_WAITING_BYTES", 2 * plain)
-        await at.open("a", "b")
-        first = await at.begin_pass("a", x(1, 50))
-        with pytest.raises(Overloaded, match="bytes waiting must stay within"):
-            at.submit("b", x(1, 76), states=Select.ALL)
-        second = at.submit("b", x(1, 76))
-        at.hooks.open_gate()
-        await first.only()
-        await second.only()
+@pytest.mark.engine(threads=True)
+async def test_states_to_be_sent_count_as_bytes_that_wait(
+    monkeypatch: pytest.MonkeyPatch, at: Harness
+) -> None:
+    plain = await held(at)
+    assert await held(at, states=Select.ALL) == plain + 2 * 50 * PLAIN.state_row_bytes
+    assert await held(at, states=Select.ALL, state_rows=[1]) == plain + 50 * PLAIN.state_row_bytes
+    monkeypatch.setattr("stepwell_server.engine.intake.queues.MAX_WAITING_BYTES", 2 * plain)
+    await at.open("a", "b")
+    first = await at.begin_pass("a", x(1, 50))
+    with pytest.raises(Overloaded, match="bytes waiting must stay within"):
+        at.submit("b", x(1, 76), states=Select.ALL)
+    second = at.submit("b", x(1, 76))
+    at.hooks.open_gate()
+    await first.only()
+    await second.only()

@@ -24,7 +24,7 @@ from stepwell_server.errors import (
     VersionNotFound,
 )
 from support.engine.fake_executor import PLAIN, WAIT_S
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Harness, fails, x
 from support.engine.versions import WIDE, after, serving, weights, widen
 from support.stores.durable import begun
 
@@ -61,8 +61,7 @@ async def test_references_mean_versions(store_kind: str) -> None:
             ("other@1", ModelNotFound, "model must be one of"),
             ("plain@x", InvalidInput, "model must be NAME, NAME@VERSION"),
         ):
-            with pytest.raises(error, match=said):
-                await at.engine.open_session(ref, session_id="new")
+            await fails(at.engine.open_session(ref, session_id="new"), error, said)
         info = at.engine.model("plain")
         assert [(v.version, v.is_default, list(v.labels), v.source) for v in info.versions] == [
             (1, True, [], ""),
@@ -135,8 +134,11 @@ async def test_kept_sessions_stay_until_they_end(store_kind: str) -> None:
         np.testing.assert_array_equal((await at.step("old", x(1))).outputs["y"], after(1, INITIAL, [x(1)])[0])
         assert at.engine.model("plain").versions[0].is_draining
         assert await at.internals.sessions_by_version("plain") == {1: 1, 2: 1}
-        with pytest.raises(ModelInUse, match=r"version 1 of model 'plain' must have no sessions .* it has 1"):
-            await at.engine.unload_version("plain", 1)
+        await fails(
+            at.engine.unload_version("plain", 1),
+            ModelInUse,
+            r"version 1 of model 'plain' must have no sessions .* it has 1",
+        )
         await at.engine.close_session("old")
         await at.engine.unload_version("plain", 1)
         with pytest.raises(VersionElsewhere if store_kind in {"fake_shared", "valkey"} else VersionNotFound):
@@ -162,8 +164,11 @@ async def test_pinned_sessions_stay_whatever_the_others_do(store_kind: str) -> N
         np.testing.assert_array_equal(answer.outputs["y"], after(1, state, [x(1, seed=1)])[0])
         opened = await at.engine.fork("pinned", new_session_id="fork")
         assert (opened.session.version, opened.session.is_pinned) == (1, True)
-        with pytest.raises(SessionExists, match="is open on version 1 of model 'plain'; got version 2"):
-            await at.engine.open_session("plain@2", session_id="pinned")
+        await fails(
+            at.engine.open_session("plain@2", session_id="pinned"),
+            SessionExists,
+            "is open on version 1 of model 'plain'; got version 2",
+        )
         assert (await at.engine.open_session("plain@1", session_id="pinned")).resumed
         assert (await at.engine.open_session("plain", session_id="pinned")).resumed
 
@@ -193,10 +198,11 @@ async def test_other_tensors(policy: SessionPolicy, resident_rows: int, store_ki
         before = {name: await at.step(name, x(1, seed=i), request_ids=5) for i, name in enumerate(names)}
         long = await at.step("d", x(1, 3, seed=8), request_ids=6)
         await at.engine.load_version("plain", 2, WIDE)
-        with pytest.raises(
-            SpecsDiffer, match=r"state 'sum' is missing; state 'wide' is new.*output 'z' is new"
-        ):
-            await at.engine.set_default("plain", 2, CARRY)
+        await fails(
+            at.engine.set_default("plain", 2, CARRY),
+            SpecsDiffer,
+            r"state 'sum' is missing; state 'wide' is new.*output 'z' is new",
+        )
         assert await at_version(at, "a") == (1, False)
         await at.engine.set_default("plain", 2, policy)
         for i, name in enumerate(names):
@@ -231,8 +237,7 @@ async def test_what_is_busy_when_sessions_are_reset(store_kind: str) -> None:
         await at.engine.set_default("plain", 2, RESET)
         at.hooks.open_gate()
         assert (await first.only()).version == 1
-        with pytest.raises(Exception, match="moved to version 2 of model 'plain' while the request waited"):
-            await waits.only()
+        await fails(waits.only(), Exception, "moved to version 2 of model 'plain' while the request waited")
         info = await at.engine.session_info("a")
         assert (info.version, info.revision, info.position) == (2, 1, 0)
         answer = await at.step("a", x(1, seed=2), expected=1)
@@ -265,8 +270,7 @@ async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
             ("other", "migration must be one that the server was started with"),
             ("", "migration must be one that the server was started with"),
         ):
-            with pytest.raises(MigrationFailed, match=said):
-                await at.engine.set_default("plain", 2, MIGRATE, name)
+            await fails(at.engine.set_default("plain", 2, MIGRATE, name), MigrationFailed, said)
             assert await at_version(at, "a") == (1, False)
             assert at.engine.model("plain").version == 1
 
@@ -274,28 +278,26 @@ async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
 async def test_what_cannot_be(store_kind: str) -> None:
     async with serving() as at:
         await at.open("a")
-        with pytest.raises(VersionExists, match="must be new; 1 is loaded: load it as 2"):
-            await at.engine.load_version("plain", 1, weights(2))
-        with pytest.raises(InvalidInput, match="name of a model must be"):
-            await at.engine.load_version("pl@in", 1, weights(2))
-        with pytest.raises(InvalidInput, match="version must be 1 to"):
-            await at.engine.load_version("plain", 0, weights(2))
-        with pytest.raises(VersionNotFound, match=r"\[1\]; got 2"):
-            await at.engine.set_default("plain", 2, CARRY)
-        with pytest.raises(VersionNotFound, match=r"\[1\]; got 2"):
-            await at.engine.set_label("plain", "canary", 2)
-        with pytest.raises(VersionNotFound, match=r"label to remove .* \[\]; got 'canary'"):
-            await at.engine.set_label("plain", "canary", 0)
-        with pytest.raises(InvalidInput, match="label must be"):
-            await at.engine.set_label("plain", "12", 1)
-        with pytest.raises(ModelInUse, match="it has 1"):
-            await at.engine.unload_version("plain", 1)
+        await fails(
+            at.engine.load_version("plain", 1, weights(2)),
+            VersionExists,
+            "must be new; 1 is loaded: load it as 2",
+        )
+        await fails(at.engine.load_version("pl@in", 1, weights(2)), InvalidInput, "name of a model must be")
+        await fails(at.engine.load_version("plain", 0, weights(2)), InvalidInput, "version must be 1 to")
+        await fails(at.engine.set_default("plain", 2, CARRY), VersionNotFound, r"\[1\]; got 2")
+        await fails(at.engine.set_label("plain", "canary", 2), VersionNotFound, r"\[1\]; got 2")
+        await fails(
+            at.engine.set_label("plain", "canary", 0),
+            VersionNotFound,
+            r"label to remove .* \[\]; got 'canary'",
+        )
+        await fails(at.engine.set_label("plain", "12", 1), InvalidInput, "label must be")
+        await fails(at.engine.unload_version("plain", 1), ModelInUse, "it has 1")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.close_session("a")
-        with pytest.raises(ModelInUse, match="must not be the default"):
-            await at.engine.unload_version("plain", 1)
-        with pytest.raises(ModelNotFound):
-            await at.engine.unload_version("other", 1)
+        await fails(at.engine.unload_version("plain", 1), ModelInUse, "must not be the default")
+        await fails(at.engine.unload_version("other", 1), ModelNotFound)
         assert at.engine.model("plain").version == 1
 
 
@@ -340,8 +342,9 @@ async def test_sessions_of_several_versions_are_not_forked_together(store_kind: 
         await at.engine.open_session("plain@2", session_id="b")
         await at.open("a", "c")
         message = "session_ids must be sessions of one version of their model; got sessions of several"
-        with pytest.raises(InvalidInput, match=message):
-            await at.engine.fork_sessions(["a", "b", "c"], new_session_ids=["x", "y", "z"])
+        await fails(
+            at.engine.fork_sessions(["a", "b", "c"], new_session_ids=["x", "y", "z"]), InvalidInput, message
+        )
         forked = await at.engine.fork_sessions(["a", "c"], new_session_ids=["x", "z"])
         assert forked.version == 1
         assert (await at.engine.fork_sessions(["b"], new_session_ids=["y"])).version == 2
@@ -353,8 +356,7 @@ async def test_a_model_ends_and_begins_again() -> None:
         await at.step("a", x(1))
         await at.engine.unload_version("plain", 1, force=True)
         assert at.engine.model_names() == ["other"]
-        with pytest.raises(ModelNotFound):
-            await at.engine.open_session("plain")
+        await fails(at.engine.open_session("plain"), ModelNotFound)
         await at.engine.load_version("plain", 1, PLAIN)
         answer = await at.step("a", x(1, seed=1))
         np.testing.assert_array_equal(answer.outputs["y"], after(1, INITIAL, [x(1), x(1, seed=1)])[0])
@@ -364,13 +366,11 @@ async def test_a_session_of_a_version_that_is_not_loaded_expires() -> None:
     async with serving({"plain": PLAIN, "other": weights(2)}, max_session_idle_s=60.0) as at:
         await at.open("a")
         await at.engine.unload_version("plain", 1, force=True)
-        with pytest.raises(ModelNotFound):
-            await at.step("a", x(1))
+        await fails(at.step("a", x(1)), ModelNotFound)
         at.clock.advance(61)
         await at.internals.expire_idle()
         await at.engine.load_version("plain", 1, PLAIN)
-        with pytest.raises(SessionGone):
-            await at.step("a", x(1))
+        await fails(at.step("a", x(1)), SessionGone)
 
 
 @pytest.mark.parametrize("policy", [CARRY, MIGRATE])
@@ -453,24 +453,24 @@ async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_ki
         assert (await at.step("a", x(1))).version == 1
 
 
-async def test_who_reads_on_several_versions_never_reads_another_session_of_a_handle() -> None:
-    async with running(threads=True) as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.open_session("plain@1", session_id="a")
-        await at.engine.open_session("plain@2", session_id="b")
-        busy = await at.begin_pass("a", x(1, 3))
-        reading = asyncio.create_task(at.engine.get_states(["a", "b"]))
-        await asyncio.sleep(0)  # it waits for `a` now
-        await at.engine.close_session("b")
-        await at.engine.open_session("plain@2", session_id="c", state={"sum": np.full((1, 2), 7, np.float32)})
-        at.hooks.open_gate()
-        await busy.only()
-        read = await reading
-        assert read.members.tolist() == [0]
-        assert 7.0 not in read.state["sum"]
-        ((members, error),) = read.errors
-        assert members.tolist() == [1]
-        assert isinstance(error, SessionGone)
+@pytest.mark.engine(threads=True)
+async def test_who_reads_on_several_versions_never_reads_another_session_of_a_handle(at: Harness) -> None:
+    await at.engine.load_version("plain", 2, weights(2))
+    await at.engine.open_session("plain@1", session_id="a")
+    await at.engine.open_session("plain@2", session_id="b")
+    busy = await at.begin_pass("a", x(1, 3))
+    reading = asyncio.create_task(at.engine.get_states(["a", "b"]))
+    await asyncio.sleep(0)  # it waits for `a` now
+    await at.engine.close_session("b")
+    await at.engine.open_session("plain@2", session_id="c", state={"sum": np.full((1, 2), 7, np.float32)})
+    at.hooks.open_gate()
+    await busy.only()
+    read = await reading
+    assert read.members.tolist() == [0]
+    assert 7.0 not in read.state["sum"]
+    ((members, error),) = read.errors
+    assert members.tolist() == [1]
+    assert isinstance(error, SessionGone)
 
 
 async def test_a_session_that_is_paged_out_makes_moves_that_others_need_no_more() -> None:

@@ -19,7 +19,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import Batch
 from support.engine.harness import Harness, x
 from support.engine.two_engines import make_resident_on_both
-from support.engine.version_changes import fails, hold_commits, load_2, stored_versions, two_versions
+from support.engine.version_changes import fails_exactly, hold_commits, load_2, stored_versions, two_versions
 from support.engine.versions import after, weights
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
@@ -106,7 +106,7 @@ async def test_a_session_of_a_forgotten_version_is_asked_for_where_that_is_still
         await second.internals.forget_unused("plain")
         assert [each["version"] for each in (await stored_versions(second))["versions"]] == [1]
         await first.open("a", model="plain@2")
-        await fails(second.step("a", FIRST), VersionElsewhere, "version 2")
+        await fails_exactly(second.step("a", FIRST), VersionElsewhere, "version 2")
         assert (await first.step("a", FIRST)).version == 2
 
 
@@ -157,12 +157,14 @@ async def test_a_record_of_no_version_that_ever_was_is_refused_for_good() -> Non
         await load_2(first)
         await first.open("a", model="plain@2")
         await lose(first, None)
-        await fails(second.step("a", x(1)), ModelMismatch)
+        await fails_exactly(second.step("a", x(1)), ModelMismatch)
 
 
 async def test_a_document_of_a_later_server_is_not_followed() -> None:
     async with two_versions() as (first, second):
         await lose(first, (await stored_versions(first)) | {"form": 4})
-        await fails(second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it")
-        await fails(second.engine.set_label("plain", "", 1), InvalidInput)
+        await fails_exactly(
+            second.engine.set_label("plain", "canary", 1), Unavailable, "a later server wrote it"
+        )
+        await fails_exactly(second.engine.set_label("plain", "", 1), InvalidInput)
         assert (await second.engine.open_session("plain")).session.version == 1

@@ -251,7 +251,7 @@ class Submission:
         count, held = sum(array.nbytes for array in tensors), self._inboxes
         if self.loading_rows and self.loading_rows + rows > MAX_LOADING_ROWS:
             raise Overloaded(
-                f"rows waiting for their sessions to be loaded must be at most {MAX_LOADING_ROWS};"
+                f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
                 f" {self.loading_rows} wait and {rows} came",
                 retry_after_s=_RETRY_AFTER_S,
             )

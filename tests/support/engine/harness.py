@@ -7,10 +7,10 @@ import atexit
 import dataclasses
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ from support.stores.gated_valkey import gated_valkey
 from support.stores.gates import Gated
 
 Array = npt.NDArray[Any]
+E = TypeVar("E", bound=BaseException)
 
 #: Passes run where the loop is, or on threads.
 BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "on threads"])
@@ -57,6 +58,13 @@ BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "
 def x(*shape: int, seed: int = 0) -> Array:
     """Random inputs of the plain program: of so many rows, and time steps if they are given."""
     return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
+
+
+async def fails(call: Awaitable[object], kind: type[E], match: str | None = None) -> E:
+    """The error that a call must end with. `match`: a pattern that its text must contain."""
+    with pytest.raises(kind, match=match) as caught:
+        await call
+    return caught.value
 
 
 class FixedCost(Cost):

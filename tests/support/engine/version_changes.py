@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from stepwell_server.engine.state.fields import Mark, mark_of
 from stepwell_server.engine.versions import document
 from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Harness
+from support.engine.harness import Harness, fails
 from support.engine.two_engines import serving_two
 from support.engine.versions import weights
 from support.stores.gates import Gated
@@ -47,7 +45,6 @@ async def record_of(at: Harness, session_id: str) -> Mark | None:
     return mark_of(decode_header(session_id, stored).fields)
 
 
-async def fails(call: Any, kind: type[Exception], match: str = ".") -> None:
-    with pytest.raises(kind, match=match) as error:
-        await call
-    assert type(error.value) is kind
+async def fails_exactly(call: Any, kind: type[Exception], match: str = ".") -> None:
+    """A call must end with an error of this class, and no subclass of it."""
+    assert type(await fails(call, kind, match)) is kind

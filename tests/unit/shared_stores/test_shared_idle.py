@@ -12,7 +12,7 @@ import pytest
 from stepwell_server.errors import ServerError, SessionExpired, Unavailable
 from stepwell_server.store.base import End
 from support.engine.fake_executor import WAIT_S
-from support.engine.harness import Harness, kinds, x
+from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import Times, ended, sweeping, tombstone, two_in_time
 from support.stores.durable import begun
 from support.stores.gates import Gated
@@ -85,8 +85,7 @@ async def test_an_unused_session_ends_once_by_the_clock_of_the_store(limited: Li
         times.advance(2.0)
         assert await ended(first, second) == 1
         for at in (first, second):
-            with pytest.raises(SessionExpired, match="idle for longer than its limit"):
-                await at.state("a")
+            await fails(at.state("a"), SessionExpired, "idle for longer than its limit")
             assert (await at.step("b", x(1))).revision
         events = [event for at in (first, second) for event in at.events.sessions if event[0] == "expired"]
         assert events == [("expired", "a")], "one of them has ended it"
@@ -144,11 +143,9 @@ async def test_a_session_that_is_over_is_refused_before_anybody_has_looked_for_i
             ((_, error),) = (await use(second)).errors
             assert isinstance(error, SessionExpired)
         else:
-            with pytest.raises(SessionExpired):
-                await use(second)
+            await fails(use(second), SessionExpired)
         assert (await tombstone(second, "a")).end is End.EXPIRED
-        with pytest.raises(SessionExpired):
-            await first.state("a")
+        await fails(first.state("a"), SessionExpired)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -266,8 +263,7 @@ async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(limited:
             store.read_error = error
         else:
             store.commit_error = error
-        with pytest.raises(ServerError, match="away"):
-            await first.internals.expire_idle()
+        await fails(first.internals.expire_idle(), ServerError, "away")
         if where == "deletion":  # who names it is not told that it has expired: nobody knows
             answers = await first.submit("a", x(1)).all()
             assert kinds(answers) == ["Unavailable"]
@@ -280,10 +276,8 @@ async def test_an_end_that_the_store_does_not_confirm_is_not_told(limited: Limit
         times.advance(101.0)
         store: Gated = first.store
         store.unknown["a"] = True
-        with pytest.raises(Unavailable):
-            await first.state("a")
-        with pytest.raises(SessionExpired):
-            await first.state("a")
+        await fails(first.state("a"), Unavailable)
+        await fails(first.state("a"), SessionExpired)
 
 
 async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once(limited: Limited) -> None:
@@ -311,5 +305,4 @@ async def test_time_in_which_nobody_could_use_it_ends_no_session(limited: Limite
             assert await ended(first, second) == 0
         times.advance(12.0)
         assert await ended(first, second) == 1
-        with pytest.raises(SessionExpired):
-            await first.state("a")
+        await fails(first.state("a"), SessionExpired)

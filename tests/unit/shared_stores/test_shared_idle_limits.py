@@ -9,7 +9,7 @@ import pytest
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.errors import SessionExpired
 from stepwell_server.store.base import End
-from support.engine.harness import Harness, x
+from support.engine.harness import Harness, fails, x
 from support.engine.two_engines import ended, tombstone, two_in_time
 from support.stores.kinds import SHARED
 
@@ -34,8 +34,7 @@ async def test_sessions_of_several_limits_end_whoever_opened_them() -> None:
         times.advance(2.0)
         assert await ended(first, second) == 4, "in one look"
         for at in (first, second):
-            with pytest.raises(SessionExpired, match="idle for longer than its limit"):
-                await at.state(gone[0])
+            await fails(at.state(gone[0]), SessionExpired, "idle for longer than its limit")
         assert {info.session_id for info in (await second.engine.list_sessions())[0]} == {*stays, "named"}
         assert [(await second.engine.session_info(name)).max_idle_s for name in (*stays, "named")] == [
             90.0, 30_000.0, math.inf, math.inf,

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import SessionNotFound
-from support.engine.harness import Harness, kinds, x
+from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import make_resident_on_both, two_in_time
 from support.stores.kinds import SHARED
 
@@ -108,8 +108,7 @@ async def test_what_is_closed_for_being_idle_was_used_on_no_server() -> None:
         closed, _ = await first.engine.close_matching(SessionFilter(idle_longer_s=50.0), limit=10)
         assert closed == 1
         assert await listed(second) == [("a", 2), ("b", 1)]
-        with pytest.raises(SessionNotFound):
-            await second.state("c")
+        await fails(second.state("c"), SessionNotFound)
 
 
 async def test_a_session_that_is_used_while_it_is_closed_for_being_idle_stays() -> None:

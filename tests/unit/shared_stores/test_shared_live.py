@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
-
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, Progress, VersionState
 from stepwell_server.catalog.files.folder import ModelFolder
@@ -23,7 +21,7 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import MigrationFailed, Unavailable, VersionElsewhere
 from support.engine.catalog_on_fakes import Watcher
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Harness, x
+from support.engine.harness import Harness, fails, x
 from support.engine.two_engines import make_resident_on_both, serving_two
 from support.engine.version_changes import stored_versions
 from support.engine.versions import weights
@@ -112,8 +110,7 @@ async def test_folders_that_are_seen_at_different_times_lead_to_one_default(tmp_
         for _ in range(3):  # it does not see the file yet, and takes nothing back
             await second.look()
             assert second.default == 2
-        with pytest.raises(VersionElsewhere):
-            await second.at.step("a", x(1))
+        await fails(second.at.step("a", x(1)), VersionElsewhere)
         second.put(1, 2)
         for each in (second, first, second):
             await each.look()
@@ -148,8 +145,7 @@ async def test_a_close_behind_a_step_that_must_go_elsewhere_ends_what_the_store_
         for _ in range(20):  # it waits for the step
             await asyncio.sleep(0)
         store.let_go()
-        with pytest.raises(VersionElsewhere):
-            await step.only()
+        await fails(step.only(), VersionElsewhere)
         await asyncio.wait_for(closing, 60)
         opened = await first.at.engine.open_session("plain", session_id="a", batch_size=1)
         assert opened.session.revision == moved.revision + 1
@@ -266,8 +262,7 @@ async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path
         request = LoadRequest(
             name="plain", version=2, path=path, policy=SessionPolicy.MIGRATE, migration="none"
         )
-        with pytest.raises(MigrationFailed):
-            await second.live.load(request)
+        await fails(second.live.load(request), MigrationFailed)
         assert await is_wanted(first, 2)
         # of what only this server wanted nothing is left
         third = tmp_path / "3.keras"
@@ -275,8 +270,7 @@ async def test_a_load_whose_switch_fails_leaves_what_other_servers_want(tmp_path
         request = LoadRequest(
             name="plain", version=3, path=str(third), policy=SessionPolicy.MIGRATE, migration="no"
         )
-        with pytest.raises(MigrationFailed):
-            await second.live.load(request)
+        await fails(second.live.load(request), MigrationFailed)
         assert [each["version"] for each in (await stored_versions(first.at))["versions"]] == [1, 2]
         # it can be loaded there still, and is the default on both then
         await second.live.load(LoadRequest(name="plain", version=2, path=path, policy=SessionPolicy.CARRY))
@@ -295,8 +289,9 @@ async def test_a_default_that_others_have_is_loaded_where_its_file_is(tmp_path: 
         await second.at.internals.look()
         for _ in range(2):
             assert await second.replica_follower.look() == 0
-            with pytest.raises(VersionElsewhere, match=r"stepwell models load plain@2 PATH --no-default"):
-                await second.at.step("a", x(1))
+            await fails(
+                second.at.step("a", x(1)), VersionElsewhere, r"stepwell models load plain@2 PATH --no-default"
+            )
         file.write_text("2")
         assert await second.replica_follower.look() == 1
         assert (await second.at.step("a", x(1))).version == 2
@@ -329,8 +324,7 @@ async def test_a_file_that_is_another_one_here_is_refused_once_and_others_are_as
         assert status.state is VersionState.FAILED
         assert "it is damaged" in status.reason
         # it is not MODEL_NOT_FOUND: the other server has it
-        with pytest.raises(VersionElsewhere):
-            await second.at.open("b")
+        await fails(second.at.open("b"), VersionElsewhere)
         second.live.compile = compiled
         assert await second.replica_follower.look() == 0, "the file has not changed"
         file.write_text("2 ")

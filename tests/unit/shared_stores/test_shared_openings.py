@@ -9,8 +9,8 @@ import pytest
 
 from stepwell_server.errors import OutcomeUnknown, RevisionConflict, SessionExists, SessionNotFound
 from stepwell_server.store.base import Batch
-from support.engine.harness import Harness, x
-from support.engine.two_engines import make_resident_on_both, two
+from support.engine.harness import Harness, fails, x
+from support.engine.two_engines import make_resident_on_both
 from support.stores.durable import begun
 from support.stores.kinds import SHARED
 from support.stores.valkey_store import stamps
@@ -30,35 +30,31 @@ HOW = pytest.mark.parametrize("how", ["open", "fork"])
 @HOW
 @pytest.mark.parametrize("kept", [True, False])
 async def test_what_may_have_been_kept_stays_and_the_rest_is_made_when_the_call_comes_again(
-    how: str, kept: bool
+    how: str, kept: bool, first: Harness, second: Harness
 ) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "source")
-        await first.open("new")
-        second.store.unknown = {"x": kept, "z": kept}
-        with pytest.raises(OutcomeUnknown, match="may have kept it"):
-            await make_many(second, how, ["x", "y", "z"], 4)
-        assert await first.store.ids() == {"source", "new", "y"} | ({"x", "z"} if kept else set())
-        opened = await make_many(first, how, ["x", "y", "z"], 4)
-        assert (opened.replayed, list(opened.session_ids)) == (True, ["x", "y", "z"])
-        again = await make_many(second, how, ["x", "y", "z"], 4)
-        assert again.replayed
-        assert again.revisions.tolist() == opened.revisions.tolist() == [0 if how == "open" else 1] * 3
-        assert await first.store.ids() == {"source", "new", "x", "y", "z"}
-        assert await first.store.count_of("plain") == 5
-        wanted = (await first.state("source" if how == "fork" else "new"))["sum"].tobytes()
-        for session_id in ("x", "y", "z"):
-            assert (await second.state(session_id))["sum"].tobytes() == wanted
-            assert (await second.step(session_id, x(1))).revision == opened.revisions[0] + 1
+    await make_resident_on_both(first, second, "source")
+    await first.open("new")
+    second.store.unknown = {"x": kept, "z": kept}
+    await fails(make_many(second, how, ["x", "y", "z"], 4), OutcomeUnknown, "may have kept it")
+    assert await first.store.ids() == {"source", "new", "y"} | ({"x", "z"} if kept else set())
+    opened = await make_many(first, how, ["x", "y", "z"], 4)
+    assert (opened.replayed, list(opened.session_ids)) == (True, ["x", "y", "z"])
+    again = await make_many(second, how, ["x", "y", "z"], 4)
+    assert again.replayed
+    assert again.revisions.tolist() == opened.revisions.tolist() == [0 if how == "open" else 1] * 3
+    assert await first.store.ids() == {"source", "new", "x", "y", "z"}
+    assert await first.store.count_of("plain") == 5
+    wanted = (await first.state("source" if how == "fork" else "new"))["sum"].tobytes()
+    for session_id in ("x", "y", "z"):
+        assert (await second.state(session_id))["sum"].tobytes() == wanted
+        assert (await second.step(session_id, x(1))).revision == opened.revisions[0] + 1
 
 
-async def test_a_call_that_cannot_come_again_is_undone() -> None:
-    async with two() as (first, second):
-        second.store.unknown["x"] = True
-        with pytest.raises(OutcomeUnknown, match="may have kept it"):
-            await make_many(second, "open", ["x", "y"], 0)
-        assert await first.store.ids() == set()
-        assert len((await make_many(second, "open", ["x", "y"], 0)).session_ids) == 2
+async def test_a_call_that_cannot_come_again_is_undone(first: Harness, second: Harness) -> None:
+    second.store.unknown["x"] = True
+    await fails(make_many(second, "open", ["x", "y"], 0), OutcomeUnknown, "may have kept it")
+    assert await first.store.ids() == set()
+    assert len((await make_many(second, "open", ["x", "y"], 0)).session_ids) == 2
 
 
 async def beaten(first: Harness, second: Harness, how: str) -> asyncio.Task[Any]:
@@ -76,152 +72,146 @@ async def beaten(first: Harness, second: Harness, how: str) -> asyncio.Task[Any]
 
 
 @HOW
-async def test_a_call_that_is_refused_leaves_nothing(how: str) -> None:
-    async with two() as (first, second):
-        slow = await beaten(first, second, how)
-        assert await first.store.ids() == {"source", "taken", "x", "y"}
-        second.store.let_go()
-        with pytest.raises(SessionExists, match="session 'taken' is open"):
-            await slow
-        assert await first.store.ids() == {"source", "taken"}
-        assert await first.store.count_of("plain") == 2
+async def test_a_call_that_is_refused_leaves_nothing(how: str, first: Harness, second: Harness) -> None:
+    slow = await beaten(first, second, how)
+    assert await first.store.ids() == {"source", "taken", "x", "y"}
+    second.store.let_go()
+    await fails(slow, SessionExists, "session 'taken' is open")
+    assert await first.store.ids() == {"source", "taken"}
+    assert await first.store.count_of("plain") == 2
 
 
 @HOW
-async def test_what_another_server_has_taken_over_is_not_taken_back(how: str) -> None:
-    async with two() as (first, second):
-        slow = await beaten(first, second, how)
-        before = len(second.store.asked("commit"))
-        second.store.answers_held, second.store.commits_held = False, True
-        second.store.let_go_once("answer")
-        await second.store.until("commit", before + 1)  # which takes back what was made
-        # of a call that was refused itself: nothing is remembered of it
-        await first.store.inner.apply(Batch(deletes=["taken"], delete_follows=stamps(0)))
-        opened = await make_many(first, how, ["x", "taken", "y"], 7)
-        second.store.let_go()
-        with pytest.raises(SessionExists, match="session 'taken' is open"):
-            await slow
-        assert await first.store.ids() == {"source", "taken", "x", "y"}, "they were acknowledged"
-        for session_id in ("x", "taken", "y"):
-            assert (await first.step(session_id, x(1))).revision == opened.revisions[0] + 1
+async def test_what_another_server_has_taken_over_is_not_taken_back(
+    how: str, first: Harness, second: Harness
+) -> None:
+    slow = await beaten(first, second, how)
+    before = len(second.store.asked("commit"))
+    second.store.answers_held, second.store.commits_held = False, True
+    second.store.let_go_once("answer")
+    await second.store.until("commit", before + 1)  # which takes back what was made
+    # of a call that was refused itself: nothing is remembered of it
+    await first.store.inner.apply(Batch(deletes=["taken"], delete_follows=stamps(0)))
+    opened = await make_many(first, how, ["x", "taken", "y"], 7)
+    second.store.let_go()
+    await fails(slow, SessionExists, "session 'taken' is open")
+    assert await first.store.ids() == {"source", "taken", "x", "y"}, "they were acknowledged"
+    for session_id in ("x", "taken", "y"):
+        assert (await first.step(session_id, x(1))).revision == opened.revisions[0] + 1
 
 
 @HOW
-async def test_two_servers_that_do_the_same_call_make_its_sessions_once(how: str) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "source")
-        before = len(second.store.asked("commit"))
-        second.store.commits_held = True
-        slow = await begun(make_many(second, how, ["x", "y"], 7))
-        await second.store.until("commit", before + 1)
-        first.store.unknown["y"] = False
-        with pytest.raises(OutcomeUnknown):
-            await make_many(first, how, ["x", "y"], 7)
-        second.store.let_go()
-        assert (await slow).replayed, "one of them was there"
-        assert (await make_many(first, how, ["x", "y"], 7)).replayed
-        assert await first.store.count_of("plain") == 3
+async def test_two_servers_that_do_the_same_call_make_its_sessions_once(
+    how: str, first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "source")
+    before = len(second.store.asked("commit"))
+    second.store.commits_held = True
+    slow = await begun(make_many(second, how, ["x", "y"], 7))
+    await second.store.until("commit", before + 1)
+    first.store.unknown["y"] = False
+    await fails(make_many(first, how, ["x", "y"], 7), OutcomeUnknown)
+    second.store.let_go()
+    assert (await slow).replayed, "one of them was there"
+    assert (await make_many(first, how, ["x", "y"], 7)).replayed
+    assert await first.store.count_of("plain") == 3
 
 
-async def test_an_answer_to_a_call_that_came_again_cannot_be_taken_back() -> None:
+async def test_an_answer_to_a_call_that_came_again_cannot_be_taken_back(
+    first: Harness, second: Harness
+) -> None:
     """Each attempt that answers gives the sessions a stamp of its own, also where it made nothing."""
-    async with two() as (first, second):
-        second.store.answers_held = True
-        slow = await begun(make_many(second, "open", ["x", "y"], 7))
-        await second.store.until("answer")
-        made = await first.store.found("x", "y")
-        assert (await make_many(first, "open", ["x", "y"], 7)).replayed
-        again = await first.store.found("x", "y")
-        assert all(now.stamp not in (0, before.stamp) for now, before in zip(again, made, strict=True))
-        second.store.let_go()
-        assert not (await slow).replayed
-        assert (await second.step("x", x(1))).revision == 1, "it looks again when its stamp is an old one"
-        assert (await first.step("y", x(1))).revision == 1
+    second.store.answers_held = True
+    slow = await begun(make_many(second, "open", ["x", "y"], 7))
+    await second.store.until("answer")
+    made = await first.store.found("x", "y")
+    assert (await make_many(first, "open", ["x", "y"], 7)).replayed
+    again = await first.store.found("x", "y")
+    assert all(now.stamp not in (0, before.stamp) for now, before in zip(again, made, strict=True))
+    second.store.let_go()
+    assert not (await slow).replayed
+    assert (await second.step("x", x(1))).revision == 1, "it looks again when its stamp is an old one"
+    assert (await first.step("y", x(1))).revision == 1
 
 
-async def test_a_session_that_was_closed_is_not_made_again_with_the_others() -> None:
-    async with two() as (first, second):
-        await make_many(second, "open", ["x", "y"], 4)
-        await second.engine.close_session("y")
-        with pytest.raises(SessionExists, match="session 'x' is open"):
-            await make_many(first, "open", ["x", "y"], 4)
-        assert await first.store.ids() == {"x"}
+async def test_a_session_that_was_closed_is_not_made_again_with_the_others(
+    first: Harness, second: Harness
+) -> None:
+    await make_many(second, "open", ["x", "y"], 4)
+    await second.engine.close_session("y")
+    await fails(make_many(first, "open", ["x", "y"], 4), SessionExists, "session 'x' is open")
+    assert await first.store.ids() == {"x"}
 
 
 @HOW
-async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(how: str) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "source")
-        second.store.unknown["y"] = False
-        with pytest.raises(OutcomeUnknown):
-            await make_many(second, how, ["x", "y"], 4)
-        first.store.commits_held = True
-        before = len(first.store.asked("commit"))
-        slow = await begun(make_many(first, how, ["x", "y"], 4))
-        await first.store.until("commit", before + 1)
-        first.store.let_go_once("commit")  # it has taken "x" over
-        await first.store.until("commit", before + 2)
-        await second.open("y")
-        first.store.let_go()
-        with pytest.raises(SessionExists, match="session 'y' is open"):
-            await slow
-        assert await first.store.ids() == {"source", "y"}
-        assert await first.store.count_of("plain") == 2
+async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(
+    how: str, first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "source")
+    second.store.unknown["y"] = False
+    await fails(make_many(second, how, ["x", "y"], 4), OutcomeUnknown)
+    first.store.commits_held = True
+    before = len(first.store.asked("commit"))
+    slow = await begun(make_many(first, how, ["x", "y"], 4))
+    await first.store.until("commit", before + 1)
+    first.store.let_go_once("commit")  # it has taken "x" over
+    await first.store.until("commit", before + 2)
+    await second.open("y")
+    first.store.let_go()
+    await fails(slow, SessionExists, "session 'y' is open")
+    assert await first.store.ids() == {"source", "y"}
+    assert await first.store.count_of("plain") == 2
 
 
-async def test_what_was_taken_over_is_deleted_when_there_is_nothing_to_fork() -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "source")
-        second.store.unknown["y"] = False
-        with pytest.raises(OutcomeUnknown):
-            await make_many(second, "fork", ["x", "y"], 4)
-        await second.engine.close_session("source")
-        with pytest.raises(SessionNotFound):
-            await make_many(first, "fork", ["x", "y"], 4)
-        assert await first.store.ids() == set()
+async def test_what_was_taken_over_is_deleted_when_there_is_nothing_to_fork(
+    first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "source")
+    second.store.unknown["y"] = False
+    await fails(make_many(second, "fork", ["x", "y"], 4), OutcomeUnknown)
+    await second.engine.close_session("source")
+    await fails(make_many(first, "fork", ["x", "y"], 4), SessionNotFound)
+    assert await first.store.ids() == set()
 
 
-async def test_sessions_that_were_used_are_not_taken_for_a_part_of_what_is_to_be_made() -> None:
-    async with two() as (first, second):
-        second.store.unknown["y"] = False
-        with pytest.raises(OutcomeUnknown):
-            await make_many(second, "open", ["x", "y"], 4)
-        await first.step("x", x(1), expected=0, request_ids=9)
-        with pytest.raises(SessionExists, match="session 'x' is open"):
-            await make_many(first, "open", ["x", "y"], 4)
-        assert await first.store.ids() == {"x"}
+async def test_sessions_that_were_used_are_not_taken_for_a_part_of_what_is_to_be_made(
+    first: Harness, second: Harness
+) -> None:
+    second.store.unknown["y"] = False
+    await fails(make_many(second, "open", ["x", "y"], 4), OutcomeUnknown)
+    await first.step("x", x(1), expected=0, request_ids=9)
+    await fails(make_many(first, "open", ["x", "y"], 4), SessionExists, "session 'x' is open")
+    assert await first.store.ids() == {"x"}
 
 
-async def test_a_part_of_another_call_is_not_taken_over() -> None:
-    async with two() as (first, second):
-        second.store.unknown["y"] = False
-        with pytest.raises(OutcomeUnknown):
-            await make_many(second, "open", ["x", "y"], 4)
-        with pytest.raises(SessionExists, match="session 'x' is open"):
-            await make_many(first, "open", ["x", "y"], 5)
-        assert await first.store.ids() == {"x"}
+async def test_a_part_of_another_call_is_not_taken_over(first: Harness, second: Harness) -> None:
+    second.store.unknown["y"] = False
+    await fails(make_many(second, "open", ["x", "y"], 4), OutcomeUnknown)
+    await fails(make_many(first, "open", ["x", "y"], 5), SessionExists, "session 'x' is open")
+    assert await first.store.ids() == {"x"}
 
 
-async def test_a_step_that_is_under_way_is_judged_again_when_its_session_is_taken_over() -> None:
-    async with two() as (first, second):
-        await make_many(second, "open", ["x", "y"], 4)
-        second.store.commits_held = True
-        step = second.submit("x", x(1), expected=0, request_ids=9)
-        await second.store.until("commit", 2)
-        assert (await make_many(first, "open", ["x", "y"], 4)).replayed
-        second.store.let_go()
-        assert (await step.only()).revision == 1
-        with pytest.raises(RevisionConflict):
-            await first.step("x", x(1), expected=0, request_ids=10)
+async def test_a_step_that_is_under_way_is_judged_again_when_its_session_is_taken_over(
+    first: Harness, second: Harness
+) -> None:
+    await make_many(second, "open", ["x", "y"], 4)
+    second.store.commits_held = True
+    step = second.submit("x", x(1), expected=0, request_ids=9)
+    await second.store.until("commit", 2)
+    assert (await make_many(first, "open", ["x", "y"], 4)).replayed
+    second.store.let_go()
+    assert (await step.only()).revision == 1
+    await fails(first.step("x", x(1), expected=0, request_ids=10), RevisionConflict)
 
 
-async def test_what_changes_while_it_is_taken_over_is_looked_at_again() -> None:
-    async with two() as (first, second):
-        await make_many(second, "open", ["x", "y"], 4)
-        first.store.commits_held = True
-        again = await begun(make_many(first, "open", ["x", "y"], 4))
-        await first.store.until("commit")
-        await second.step("x", x(1), expected=0, request_ids=9)
-        first.store.let_go()
-        assert (await asyncio.wait_for(again, 60)).replayed
-        assert (await first.step("x", x(1), expected=1)).revision == 2
+async def test_what_changes_while_it_is_taken_over_is_looked_at_again(
+    first: Harness, second: Harness
+) -> None:
+    await make_many(second, "open", ["x", "y"], 4)
+    first.store.commits_held = True
+    again = await begun(make_many(first, "open", ["x", "y"], 4))
+    await first.store.until("commit")
+    await second.step("x", x(1), expected=0, request_ids=9)
+    first.store.let_go()
+    assert (await asyncio.wait_for(again, 60)).replayed
+    assert (await first.step("x", x(1), expected=1)).revision == 2

@@ -12,7 +12,7 @@ from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.engine.api import SessionFilter
 from stepwell_server.errors import DeadlineExceeded, Overloaded, ServerError, Unavailable
 from support.engine.fake_executor import WAIT_S
-from support.engine.harness import Answer, Harness, kinds, running, x
+from support.engine.harness import Answer, Harness, fails, kinds, x
 from support.engine.two_engines import two_in_time
 from support.stores.durable import begun
 from support.stores.gates import Gated
@@ -98,9 +98,8 @@ async def test_a_call_says_that_the_store_is_not_there_and_works_when_it_is_back
         times.advance(1.5)
         store.read_error = store.commit_error = store.told_error = ERRORS[why]
         if call != "describe":  # nothing is under way, so that what the server knows is an answer
-            with pytest.raises(type(ERRORS[why])) as refused:
-                await asyncio.wait_for(CALLS[call](second), WAIT_S)
-            assert getattr(refused.value, "retry_after_s", None) == (1.5 if why == "full" else None)
+            refused = await fails(asyncio.wait_for(CALLS[call](second), WAIT_S), type(ERRORS[why]))
+            assert getattr(refused, "retry_after_s", None) == (1.5 if why == "full" else None)
         await second.settled()
         second.check_books()
         assert await store.ids() == before
@@ -133,11 +132,10 @@ async def test_few_calls_wait_for_a_store_that_does_not_answer(monkeypatch: pyte
         store.reads_held = True
         waiting = [await begun(second.state("away")) for _ in range(5)]
         for _ in range(3):
-            with pytest.raises(
-                Overloaded, match="calls that wait for the store must stay within 5; 5 wait"
-            ) as refused:
-                await second.state("here")
-            assert refused.value.retry_after_s > 0
+            refused = await fails(
+                second.state("here"), Overloaded, "calls that wait for the store must stay within 5; 5 wait"
+            )
+            assert refused.retry_after_s > 0
         store.let_go()
         await asyncio.wait_for(asyncio.gather(*waiting), WAIT_S)
         assert (await second.state("here"))["sum"].shape
@@ -168,8 +166,7 @@ async def test_what_is_late_when_the_store_answers_is_not_applied() -> None:
         await store.until("read")
         times.advance(6.0)
         store.let_go()
-        with pytest.raises(DeadlineExceeded):
-            await late.only()
+        await fails(late.only(), DeadlineExceeded)
         assert (await in_time.only()).revision == 3
         assert (await second.step("away", x(1))).revision == 2
 
@@ -193,22 +190,22 @@ async def test_steps_go_on_after_a_store_that_was_away_for_long() -> None:
         assert [each.revision for each in found if isinstance(each, Answer)] == [revision + 1] * 5
 
 
-async def test_steps_keep_their_order_when_their_session_leaves_the_table_between_them() -> None:
-    async with running(threads=True) as at:
-        await at.open("a", "other")
-        store: Gated = at.store
-        store.fail(Unavailable("away"))
-        store.stall()
-        lost = at.submit("a", x(1))
-        await store.stalled()
-        other = await at.begin_pass("other", x(1))
-        first = at.submit("a", x(1))  # waits in the inbox until the pass has ended
-        store.go_on()
-        assert kinds(await lost.all()) == ["Unavailable"]
-        store.reads_held = True
-        second = at.submit("a", x(1))
-        await store.until("read")
-        at.hooks.open_gate()
-        await other.require_all_applied()
-        store.let_go()
-        assert [(await answers.only()).revision for answers in (first, second)] == [1, 2]
+@pytest.mark.engine(threads=True)
+async def test_steps_keep_their_order_when_their_session_leaves_the_table_between_them(at: Harness) -> None:
+    await at.open("a", "other")
+    store: Gated = at.store
+    store.fail(Unavailable("away"))
+    store.stall()
+    lost = at.submit("a", x(1))
+    await store.stalled()
+    other = await at.begin_pass("other", x(1))
+    first = at.submit("a", x(1))  # waits in the inbox until the pass has ended
+    store.go_on()
+    assert kinds(await lost.all()) == ["Unavailable"]
+    store.reads_held = True
+    second = at.submit("a", x(1))
+    await store.until("read")
+    at.hooks.open_gate()
+    await other.require_all_applied()
+    store.let_go()
+    assert [(await answers.only()).revision for answers in (first, second)] == [1, 2]

@@ -6,13 +6,11 @@ import asyncio
 import gc
 from typing import Any
 
-import pytest
-
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.quotas import Limits, QuotaTable
 from stepwell_server.errors import OutcomeUnknown, QuotaExceeded, Unavailable
 from support.engine.fake_executor import WAIT_S
-from support.engine.harness import Harness, running
+from support.engine.harness import Harness, fails, running
 from support.engine.two_engines import shared_by_two, two_in_time
 from support.stores.durable import begun
 from support.stores.gates import Gated
@@ -38,15 +36,13 @@ async def test_a_limit_holds_for_what_all_servers_have_made() -> None:
     async with two_in_time(quotas=FIVE) as (first, second, times):
         names = await make(first, 3)
         times.advance(1.0)
-        with pytest.raises(
-            QuotaExceeded, match="sessions of tenant 'acme' must stay within 5; there are 3, and 3"
-        ):
-            await make(second, 3)
+        await fails(
+            make(second, 3), QuotaExceeded, "sessions of tenant 'acme' must stay within 5; there are 3, and 3"
+        )
         names += await make(second, 2)
         times.advance(1.0)
         for at in (first, second):
-            with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
-                await make(at, 1)
+            await fails(make(at, 1), QuotaExceeded, "there are 5, and 1 came")
         await make(first, 8, name="other" + SEPARATOR)
         # those that one has closed may be made on the other, and at once where they were closed
         assert await first.engine.close_sessions(names[2:4]) == 2
@@ -54,18 +50,18 @@ async def test_a_limit_holds_for_what_all_servers_have_made() -> None:
         times.advance(1.0)
         await make(second, 1)
         assert known(second)[0] == 5
-        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
-            await make(first, 1)
+        await fails(make(first, 1), QuotaExceeded, "there are 5, and 1 came")
 
 
 async def test_rows_are_counted_by_the_store() -> None:
     async with two_in_time(quotas=FIVE) as (first, second, times):
         await make(first, 2, rows=5)
         times.advance(1.0)
-        with pytest.raises(
-            QuotaExceeded, match="rows of tenant 'acme' must stay within 12; there are 10, and 4 came"
-        ):
-            await make(second, 2, rows=2)
+        await fails(
+            make(second, 2, rows=2),
+            QuotaExceeded,
+            "rows of tenant 'acme' must stay within 12; there are 10, and 4 came",
+        )
         (name,) = await make(second, 1, rows=2)
         assert known(second) == (3, 12)
         await second.engine.close_session(name)
@@ -88,8 +84,7 @@ async def test_what_was_made_before_the_start_counts_and_nothing_is_looked_throu
         async with running(store=store) as at:
             await make(at, 4)
         async with running(store=other, clock=at.clock, quotas=FIVE) as later:
-            with pytest.raises(QuotaExceeded, match="there are 4, and 2 came"):
-                await make(later, 2)
+            await fails(make(later, 2), QuotaExceeded, "there are 4, and 2 came")
 
 
 async def test_the_store_is_asked_once_a_second_and_for_tenants_with_limits() -> None:
@@ -111,8 +106,7 @@ async def test_nobody_gets_more_while_the_store_cannot_be_asked() -> None:
         times.advance(2.0)
         store: Gated = first.store
         store.read_error = Unavailable("away")
-        with pytest.raises(Unavailable, match="away"):
-            await make(first, 1)
+        await fails(make(first, 1), Unavailable, "away")
         store.read_error = None
         store.reads_held = True
         opening = [await begun(make(first, 1)) for _ in range(3)]
@@ -130,13 +124,11 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile() -> 
         making = await begun(make(first, 2))
         await store.until("commit", 2)
         times.advance(1.0)
-        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
-            await asyncio.wait_for(make(first, 1), WAIT_S)
+        await fails(asyncio.wait_for(make(first, 1), WAIT_S), QuotaExceeded, "there are 5, and 1 came")
         store.let_go()
         await making
         times.advance(1.0)
-        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
-            await make(first, 1)
+        await fails(make(first, 1), QuotaExceeded, "there are 5, and 1 came")
 
 
 async def test_what_ends_while_the_store_is_asked_makes_room_once() -> None:
@@ -152,16 +144,14 @@ async def test_what_ends_while_the_store_is_asked_makes_room_once() -> None:
         store.let_go()
         assert await closing == 2
         await make(first, 1)
-        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
-            await make(first, 1)
+        await fails(make(first, 1), QuotaExceeded, "there are 5, and 1 came")
 
 
 async def test_sessions_that_were_not_made_do_not_count() -> None:
     async with two_in_time(quotas=FIVE) as (first, _, _):
         store: Gated = first.store
         store.commit_error = Unavailable("away")
-        with pytest.raises(Unavailable, match="away"):
-            await make(first, 4)
+        await fails(make(first, 4), Unavailable, "away")
         store.commit_error = None
         await make(first, 5)
 
@@ -180,11 +170,9 @@ async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again
         await store.until("read", reads + 1)
         store.unknown[ACME + "unknown"] = True
         store.let_go_once("commit")
-        with pytest.raises(OutcomeUnknown):
-            await unknown
+        await fails(unknown, OutcomeUnknown)
         store.let_go()
-        with pytest.raises(QuotaExceeded, match="there are 5, and 1 came"):
-            await late
+        await fails(late, QuotaExceeded, "there are 5, and 1 came")
         # the next one asks at once, and the session is counted once
         await second.engine.close_session(ACME + "unknown")
         await first.open(ACME + "late")

@@ -13,7 +13,7 @@ from stepwell_server.engine.sessions import directory, lookup
 from stepwell_server.errors import RevisionConflict, ServerError, SessionNotFound, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
-from support.engine.harness import Harness, kinds, x
+from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import make_resident_on_both, two
 from support.stores.durable import begun, same_reply
 from support.stores.gates import Gated
@@ -22,36 +22,35 @@ from support.stores.kinds import SHARED
 pytestmark = SHARED
 
 
-async def test_a_revision_that_comes_twice_is_not_taken_for_the_first() -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        store: Gated = first.store
-        (before,) = await store.found("a")
-        await first.step("a", x(1, seed=1))
-        await store.put_back("a", before)
-        other = await second.step("a", x(1, seed=2), request_ids=7)
-        assert other.revision == 2
-        # the first server has a state of revision 2 as well: it is of the write that was lost
-        with pytest.raises(RevisionConflict) as refused:
-            await first.step("a", x(1), expected=1, request_ids=9)
-        assert (refused.value.expected, refused.value.actual) == (1, 2)
-        assert (await first.state("a"))["sum"].tobytes() == (await second.state("a"))["sum"].tobytes()
-        await first.step("a", x(1, seed=3), expected=2)
-        assert (await second.step("a", x(1), expected=3)).revision == 4
+async def test_a_revision_that_comes_twice_is_not_taken_for_the_first(
+    first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "a")
+    store: Gated = first.store
+    (before,) = await store.found("a")
+    await first.step("a", x(1, seed=1))
+    await store.put_back("a", before)
+    other = await second.step("a", x(1, seed=2), request_ids=7)
+    assert other.revision == 2
+    # the first server has a state of revision 2 as well: it is of the write that was lost
+    refused = await fails(first.step("a", x(1), expected=1, request_ids=9), RevisionConflict)
+    assert (refused.expected, refused.actual) == (1, 2)
+    assert (await first.state("a"))["sum"].tobytes() == (await second.state("a"))["sum"].tobytes()
+    await first.step("a", x(1, seed=3), expected=2)
+    assert (await second.step("a", x(1), expected=3)).revision == 4
 
 
-async def test_a_change_of_a_write_that_was_lost_is_not_kept() -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        store: Gated = first.store
-        (before,) = await store.found("a")
-        await first.step("a", x(1, seed=1))
-        await store.put_back("a", before)
-        await second.step("a", x(1, seed=2))
-        answer = await first.step("a", x(1, seed=3), expected=2)  # of what the store has
-        assert answer.revision == 3
-        wanted = await second.state("a")
-        assert wanted["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+async def test_a_change_of_a_write_that_was_lost_is_not_kept(first: Harness, second: Harness) -> None:
+    await make_resident_on_both(first, second, "a")
+    store: Gated = first.store
+    (before,) = await store.found("a")
+    await first.step("a", x(1, seed=1))
+    await store.put_back("a", before)
+    await second.step("a", x(1, seed=2))
+    answer = await first.step("a", x(1, seed=3), expected=2)  # of what the store has
+    assert answer.revision == 3
+    wanted = await second.state("a")
+    assert wanted["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
 
 
 async def test_a_commit_that_is_sent_again_is_kept_once() -> None:
@@ -74,18 +73,16 @@ async def test_a_commit_that_is_sent_again_is_kept_once() -> None:
         assert batches[0].stamps[0] != 0
 
 
-async def test_a_retry_is_answered_by_what_the_store_has_now() -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        applied = await first.step("a", x(1), expected=1, request_ids=9)
-        store: Gated = first.store
-        reads = len(store.asked("read"))
-        same_reply(await first.step("a", x(1), expected=1, request_ids=9), applied)
-        assert len(store.asked("read")) > reads
-        await second.step("a", x(1), expected=2, request_ids=10)
-        with pytest.raises(RevisionConflict) as refused:
-            await first.step("a", x(1), expected=1, request_ids=9)
-        assert refused.value.actual == 3
+async def test_a_retry_is_answered_by_what_the_store_has_now(first: Harness, second: Harness) -> None:
+    await make_resident_on_both(first, second, "a")
+    applied = await first.step("a", x(1), expected=1, request_ids=9)
+    store: Gated = first.store
+    reads = len(store.asked("read"))
+    same_reply(await first.step("a", x(1), expected=1, request_ids=9), applied)
+    assert len(store.asked("read")) > reads
+    await second.step("a", x(1), expected=2, request_ids=10)
+    refused = await fails(first.step("a", x(1), expected=1, request_ids=9), RevisionConflict)
+    assert refused.actual == 3
 
 
 async def step_while_read(first: Harness, second: Harness, **options: Any) -> tuple[Any, asyncio.Task[Any]]:
@@ -101,113 +98,107 @@ async def step_while_read(first: Harness, second: Harness, **options: Any) -> tu
 
 
 @pytest.mark.parametrize("with_state", [True, False])
-async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(with_state: bool) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        _, behind = await step_while_read(first, second, with_state=with_state)
-        read = await behind
-        assert read.revisions.tolist() == [2]
-        if with_state:
-            assert read.state["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(
+    with_state: bool, first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "a")
+    _, behind = await step_while_read(first, second, with_state=with_state)
+    read = await behind
+    assert read.revisions.tolist() == [2]
+    if with_state:
+        assert read.state["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
 
 
-async def test_a_fork_is_of_what_was_answered_before_it_began() -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        await first.step("a", x(1, seed=4))
-        forked = await second.engine.fork("a", new_session_id="b")
-        assert forked.session.revision == 2
-        assert (await second.state("b"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+async def test_a_fork_is_of_what_was_answered_before_it_began(first: Harness, second: Harness) -> None:
+    await make_resident_on_both(first, second, "a")
+    await first.step("a", x(1, seed=4))
+    forked = await second.engine.fork("a", new_session_id="b")
+    assert forked.session.revision == 2
+    assert (await second.state("b"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
 
 
 @pytest.mark.parametrize("call", ["describe", "resume"])
-async def test_a_session_with_something_under_way_is_described_as_the_store_has_it(call: str) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        store: Gated = second.store
-        store.commits_held = True
-        loses = second.submit("a", x(1), expected=1, request_ids=10)
-        await store.until("commit")
-        await first.step("a", x(1), expected=1, request_ids=9)
-        await first.step("a", x(1), expected=2, request_ids=10)
-        info = (
-            await second.engine.session_info("a")
-            if call == "describe"
-            else (await second.engine.open_session("plain", session_id="a")).session
-        )
-        assert (info.revision, info.position) == (3, 3)
-        store.let_go()
-        with pytest.raises(RevisionConflict):
-            await loses.only()
+async def test_a_session_with_something_under_way_is_described_as_the_store_has_it(
+    call: str, first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "a")
+    store: Gated = second.store
+    store.commits_held = True
+    loses = second.submit("a", x(1), expected=1, request_ids=10)
+    await store.until("commit")
+    await first.step("a", x(1), expected=1, request_ids=9)
+    await first.step("a", x(1), expected=2, request_ids=10)
+    info = (
+        await second.engine.session_info("a")
+        if call == "describe"
+        else (await second.engine.open_session("plain", session_id="a")).session
+    )
+    assert (info.revision, info.position) == (3, 3)
+    store.let_go()
+    await fails(loses.only(), RevisionConflict)
 
 
 @pytest.mark.parametrize("again", [True, False])
-async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(again: bool) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        store: Gated = second.store
-        store.commits_held = True
-        loses = second.submit("a", x(1))
-        await store.until("commit")
-        await first.engine.close_session("a")
-        if again:
-            opening = await begun(second.engine.open_session("plain", session_id="a", batch_size=2))
-            store.let_go()
-            opened = await opening
-            assert not opened.resumed
-            assert opened.session.batch_size == 2
-            assert opened.session.revision > 1
-        else:
-            with pytest.raises(SessionNotFound):
-                await second.engine.session_info("a")
-            store.let_go()
-        with pytest.raises(SessionNotFound):
-            await loses.only()
+async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(
+    again: bool, first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "a")
+    store: Gated = second.store
+    store.commits_held = True
+    loses = second.submit("a", x(1))
+    await store.until("commit")
+    await first.engine.close_session("a")
+    if again:
+        opening = await begun(second.engine.open_session("plain", session_id="a", batch_size=2))
+        store.let_go()
+        opened = await opening
+        assert not opened.resumed
+        assert opened.session.batch_size == 2
+        assert opened.session.revision > 1
+    else:
+        await fails(second.engine.session_info("a"), SessionNotFound)
+        store.let_go()
+    await fails(loses.only(), SessionNotFound)
 
 
 @pytest.mark.parametrize("said", [True, False])
-async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(said: bool) -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        await first.engine.close_session("a")
-        await first.engine.open_session("plain", session_id="a", batch_size=3)
-        sizes = {"batch_sizes": [3]} if said else {}
-        answer = await second.submit("a", x(3), sizes=[3], **sizes).only()
-        assert answer.outputs["y"].shape[0] == 3
-        with pytest.raises(ServerError, match="3"):
-            await second.submit("a", x(2), sizes=[2], **{k: [2] for k in sizes}).only()
+async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(
+    said: bool, first: Harness, second: Harness
+) -> None:
+    await make_resident_on_both(first, second, "a")
+    await first.engine.close_session("a")
+    await first.engine.open_session("plain", session_id="a", batch_size=3)
+    sizes = {"batch_sizes": [3]} if said else {}
+    answer = await second.submit("a", x(3), sizes=[3], **sizes).only()
+    assert answer.outputs["y"].shape[0] == 3
+    with pytest.raises(ServerError, match="3"):
+        await second.submit("a", x(2), sizes=[2], **{k: [2] for k in sizes}).only()
 
 
-async def test_what_is_undone_is_only_what_this_call_made() -> None:
-    async with two() as (first, second):
-        store: Gated = second.store
-        store.commits_held = True
-        opening = await begun(second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
-        await store.until("commit")
-        await first.open("b")
-        store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
-        await store.until("commit", 2)
-        await first.engine.close_session("a")
-        await first.engine.open_session("plain", session_id="a", batch_size=2)
-        store.let_go()
-        with pytest.raises(ServerError):
-            await opening
-        assert (await first.engine.session_info("a")).batch_size == 2
-        with pytest.raises(SessionNotFound):
-            await first.engine.session_info("c")
+async def test_what_is_undone_is_only_what_this_call_made(first: Harness, second: Harness) -> None:
+    store: Gated = second.store
+    store.commits_held = True
+    opening = await begun(second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
+    await store.until("commit")
+    await first.open("b")
+    store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
+    await store.until("commit", 2)
+    await first.engine.close_session("a")
+    await first.engine.open_session("plain", session_id="a", batch_size=2)
+    store.let_go()
+    await fails(opening, ServerError)
+    assert (await first.engine.session_info("a")).batch_size == 2
+    await fails(first.engine.session_info("c"), SessionNotFound)
 
 
-async def test_nothing_is_read_that_the_store_cannot_confirm() -> None:
-    async with two() as (first, second):
-        await make_resident_on_both(first, second, "a")
-        store: Gated = second.store
-        store.read_error = Unavailable("the store is away")
-        with pytest.raises(Unavailable):
-            await second.state("a")
-        with pytest.raises(Unavailable):
-            await second.engine.session_info("a")
-        store.read_error = None
-        assert (await second.state("a"))["sum"].shape == np.zeros((1, 2)).shape
+async def test_nothing_is_read_that_the_store_cannot_confirm(first: Harness, second: Harness) -> None:
+    await make_resident_on_both(first, second, "a")
+    store: Gated = second.store
+    store.read_error = Unavailable("the store is away")
+    await fails(second.state("a"), Unavailable)
+    await fails(second.engine.session_info("a"), Unavailable)
+    store.read_error = None
+    assert (await second.state("a"))["sum"].shape == np.zeros((1, 2)).shape
 
 
 async def test_a_change_that_does_not_fit_reads_its_session_once_and_leaves_no_error_behind() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from stepwell_server.errors import SessionExpired, SessionGone
 from stepwell_server.store.base import End
-from support.engine.harness import Harness, x
+from support.engine.harness import Harness, fails, x
 from support.stores.durable import DurableStore, new_durable_store
 from support.stores.kinds import DURABLE, ON_DISK
 
@@ -27,10 +27,9 @@ async def ids(at: Harness) -> list[str]:
 async def ends(at: Harness, *session_ids: str) -> list[str]:
     found = []
     for session_id in session_ids:
-        with pytest.raises(SessionGone) as error:
-            await at.state(session_id)
-        assert error.value.session_id == session_id
-        found.append(type(error.value).__name__)
+        error = await fails(at.state(session_id), SessionGone)
+        assert error.session_id == session_id
+        found.append(type(error).__name__)
     return found
 
 
@@ -86,8 +85,7 @@ async def test_time_that_the_server_was_away_ends_no_session(
         if (
             jump_s >= 0
         ):  # else the record says that it was used in the future: it counts from when it is named
-            with pytest.raises(SessionExpired):
-                await at.engine.session_info("untouched")
+            await fails(at.engine.session_info("untouched"), SessionExpired)
         await at.expire()
         assert await ids(at) == ["read", "used"]
         assert ("expired", "untouched") in at.events.sessions
@@ -153,10 +151,8 @@ async def test_sessions_are_counted_through_everything(durable_store: DurableSto
         await at.engine.close_session("e")
         at.clock.advance(IDLE_S + 1)
         await at.open("h")
-        with pytest.raises(SessionExpired):
-            await at.state("a")
-        with pytest.raises(SessionExpired):
-            await at.engine.fork("f")
+        await fails(at.state("a"), SessionExpired)
+        await fails(at.engine.fork("f"), SessionExpired)
         await at.expire()
         assert await ids(at) == ["h"]
         durable_store.kill()

@@ -16,7 +16,7 @@ from stepwell_server.errors import (
     StateCorrupt,
 )
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Harness, kinds, x
+from support.engine.harness import Harness, fails, kinds, x
 from support.stores.durable import DurableStore, damage
 from support.stores.kinds import DURABLE
 
@@ -38,21 +38,20 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
         at.engine.open_session("plain", session_id=session_id),
         at.engine.open_sessions("plain", session_ids=["new", session_id]),
     ):
-        with pytest.raises(kind, match=message):
-            await call
+        await fails(call, kind, message)
     # a damaged record does not even say that there is a session
-    with pytest.raises(kind if kind is StateCorrupt else SessionExists):
-        await at.engine.open_session("plain", session_id=session_id, must_be_new=True, request_id=5)
+    await fails(
+        at.engine.open_session("plain", session_id=session_id, must_be_new=True, request_id=5),
+        kind if kind is StateCorrupt else SessionExists,
+    )
     if kind is StateCorrupt:
-        with pytest.raises(kind, match=message):
-            await at.engine.session_info(session_id)
+        await fails(at.engine.session_info(session_id), kind, message)
     else:
         listed, _ = await at.engine.list_sessions(prefix=session_id)
         assert [(await at.engine.session_info(session_id))] == listed
     with pytest.raises(kind, match=message):
         await at.single(session_id, x(1)).only()
-    with pytest.raises(kind, match=message):
-        await at.engine.session_info(session_id, usable=True)
+    await fails(at.engine.session_info(session_id, usable=True), kind, message)
     answers = await at.submit([session_id, "fine"], x(2)).all()
     assert kinds(answers) == [kind.__name__, "Answer"]
     assert (await at.engine.session_info("fine")).revision == neighbour + 1
@@ -88,8 +87,7 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(
             assert await at.engine.close_session("a", request_id=7) is True
         else:
             assert await at.engine.close_sessions(["never", "a"]) == 1
-        with pytest.raises(SessionNotFound, match="session 'a' was closed"):
-            await at.engine.session_info("a")
+        await fails(at.engine.session_info("a"), SessionNotFound, "session 'a' was closed")
         assert (await at.sessions())[0] == 1
         assert (await at.engine.list_sessions())[1] == 1
         opened = (await at.engine.open_session("plain", session_id="a")).session
@@ -124,8 +122,7 @@ async def test_a_damaged_record_harms_its_session_alone(durable_store: DurableSt
         await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be as it was written")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("a", request_id=7) is True
-        with pytest.raises(SessionNotFound, match="was closed"):
-            await at.state("a")
+        await fails(at.state("a"), SessionNotFound, "was closed")
         assert (await at.engine.list_sessions())[1] == 1
         opened = await at.engine.open_session("plain", session_id="a")
         assert not opened.resumed
@@ -138,8 +135,7 @@ async def test_a_record_that_is_damaged_while_its_session_is_away(durable_store:
         assert not (await at.engine.session_info("a")).resident
         await damage(durable_store, "a")
         for call in (at.step("a", x(1)), at.state("a"), at.engine.fork("a"), at.step("a", x(1, 2))):
-            with pytest.raises(StateCorrupt, match="session 'a'"):
-                await call
+            await fails(call, StateCorrupt, "session 'a'")
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["StateCorrupt", "Answer"]
         assert (await at.sessions())[0] == 3
         assert await at.engine.close_session("a") is False

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import InvalidInput, RevisionConflict, SessionExists, SessionGone, SessionNotFound
-from support.engine.harness import Harness, x
+from support.engine.harness import Harness, fails, x
 from support.stores.durable import DurableStore, everything
 from support.stores.kinds import DURABLE
 
@@ -57,10 +57,16 @@ async def test_another_open_of_the_id_is_not_the_same(durable_store: DurableStor
         durable_store.kill()
     async with durable_store.engine() as at:
         for request_id in (0, 8):
-            with pytest.raises(SessionExists, match="session 'a' is open"):
-                await at.engine.open_session("plain", session_id="a", request_id=request_id, must_be_new=True)
-            with pytest.raises(SessionExists, match="got model 'plain' and batch_size 2"):
-                await at.engine.open_session("plain", session_id="a", request_id=request_id, batch_size=2)
+            await fails(
+                at.engine.open_session("plain", session_id="a", request_id=request_id, must_be_new=True),
+                SessionExists,
+                "session 'a' is open",
+            )
+            await fails(
+                at.engine.open_session("plain", session_id="a", request_id=request_id, batch_size=2),
+                SessionExists,
+                "got model 'plain' and batch_size 2",
+            )
             opened = await at.engine.open_session("plain", session_id="a", request_id=request_id)
             assert opened.resumed
             assert not opened.replayed
@@ -83,10 +89,16 @@ async def test_many_opened_again_are_the_same(durable_store: DurableStore, named
         assert (await everything(at)) == before
         if named:
             for request_id in (0, 8):
-                with pytest.raises(SessionExists, match="session_ids must be new; session 'c' is open"):
-                    await at.engine.open_sessions("plain", request_id=request_id, **fields)
-            with pytest.raises(InvalidInput, match=r"request_id must be new .* session 'a'"):
-                await at.engine.open_sessions("plain", request_id=7, session_ids=["new", "a"])
+                await fails(
+                    at.engine.open_sessions("plain", request_id=request_id, **fields),
+                    SessionExists,
+                    "session_ids must be new; session 'c' is open",
+                )
+            await fails(
+                at.engine.open_sessions("plain", request_id=7, session_ids=["new", "a"]),
+                InvalidInput,
+                r"request_id must be new .* session 'a'",
+            )
             assert await count(at) == 3, "nothing was made"
         else:
             other = await at.engine.open_sessions("plain", request_id=8, count=3)
@@ -110,12 +122,14 @@ async def test_a_fork_sent_again_means_the_session_it_made(durable_store: Durabl
         assert again.session.session_id == first.session.session_id
         assert (again.session.revision, again.session.position) == (1, 3)
         assert (await everything(at)) == before
-        with pytest.raises(SessionExists if named else RevisionConflict):
-            await at.engine.fork("a", **{**fields, "request_id": 8})
+        await fails(
+            at.engine.fork("a", **{**fields, "request_id": 8}), SessionExists if named else RevisionConflict
+        )
         await at.engine.close_session("a")
         assert (await at.engine.fork("a", **fields)).replayed, "the source is not needed any more"
-        with pytest.raises(SessionExists if named else SessionNotFound):
-            await at.engine.fork("a", **{**fields, "request_id": 8})
+        await fails(
+            at.engine.fork("a", **{**fields, "request_id": 8}), SessionExists if named else SessionNotFound
+        )
         assert await count(at) == 1
 
 
@@ -128,8 +142,7 @@ async def test_a_close_sent_again_succeeds(durable_store: DurableStore) -> None:
     async with durable_store.engine() as at:
         assert await at.engine.close_session("a", request_id=7) is True
         for name, request_id in (("a", 8), ("a", 0), ("b", 7), ("b", 0), ("never", 7)):
-            with pytest.raises(SessionNotFound):
-                await at.engine.close_session(name, request_id=request_id)
+            await fails(at.engine.close_session(name, request_id=request_id), SessionNotFound)
         assert await count(at) == 1
         assert await at.engine.close_sessions(["a", "b", "c", "never"]) == 1
         assert await count(at) == 0
@@ -152,8 +165,11 @@ async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(
     for _ in range(2):
         async with durable_store.engine() as at:
             assert await at.engine.close_session("a", request_id=7) is True
-            with pytest.raises(SessionNotFound, match="another one has its id now"):
-                await at.engine.close_session("b", request_id=9, uid=uid)
+            await fails(
+                at.engine.close_session("b", request_id=9, uid=uid),
+                SessionNotFound,
+                "another one has its id now",
+            )
             assert await at.engine.close_sessions(["group 1", "group 2"], request_id=8) == 2
             assert await count(at) == 3
             await at.step("a", x(1))
@@ -186,8 +202,7 @@ async def refuse_duplicates(at: Harness) -> None:
         at.engine.open_sessions("plain", request_id=8, count=3),
         at.engine.fork("source", request_id=9),
     ):
-        with pytest.raises(SessionGone, match="was closed"):
-            await call
+        await fails(call, SessionGone, "was closed")
     assert await count(at) == 1
 
 

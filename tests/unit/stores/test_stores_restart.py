@@ -11,7 +11,7 @@ from stepwell_server.engine.api import Select
 from stepwell_server.errors import InvalidInput, RevisionConflict
 from support.checks.model_of_sessions import ModelOfSessions, Reply
 from support.engine.fake_executor import PLAIN, RICH
-from support.engine.harness import Answer, kinds, x
+from support.engine.harness import Answer, fails, kinds, x
 from support.stores.durable import DurableStore, damage, everything, facts, same_reply
 from support.stores.kinds import DURABLE
 
@@ -81,20 +81,21 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
         same_reply(await at.step("a", value, **again), first)
         same_reply(await at.step("a", value, request_ids=22, **fields), first)
         for wrong in ({"expected": 1, "request_ids": 23}, {"expected": 0, "request_ids": 22}):
-            with pytest.raises(RevisionConflict) as error:
-                await at.step("a", value, **fields, **wrong)
-            assert error.value.actual == 2
+            error = await fails(at.step("a", value, **fields, **wrong), RevisionConflict)
+            assert error.actual == 2
         for expected in ({}, {"expected": 1}, {"expected": 2}):
-            with pytest.raises(InvalidInput, match="it stands for a step with other content"):
-                await at.step("a", value + 1, request_ids=22, **fields, **expected)
+            await fails(
+                at.step("a", value + 1, request_ids=22, **fields, **expected),
+                InvalidInput,
+                "it stands for a step with other content",
+            )
             with pytest.raises(InvalidInput, match="it stands for a step, and a reset came"):
                 await at.submit("a", reset=True, sizes=[batch_size], request_ids=22, **expected).only()
         assert (await at.state("a"))["sum"].tobytes() == state["sum"].tobytes()
         assert (await at.step("a", value, expected=2, request_ids=22, **fields)).revision == 3
         durable_store.kill()
     async with durable_store.engine() as at:
-        with pytest.raises(RevisionConflict):
-            await at.step("a", value, **again)
+        await fails(at.step("a", value, **again), RevisionConflict)
 
 
 async def test_outputs_of_several_kinds_come_back_as_they_were(durable_store: DurableStore) -> None:

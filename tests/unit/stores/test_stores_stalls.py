@@ -16,7 +16,7 @@ from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, 
 from stepwell_server.store.access import local_writes
 from stepwell_server.store.base import SMALL
 from support.engine.fake_executor import WAIT_S
-from support.engine.harness import STORES, CallbackAnswers, Harness, kinds, x
+from support.engine.harness import STORES, CallbackAnswers, Harness, fails, kinds, x
 from support.stores.durable import DurableStore, begun, everything, facts, stalled, until
 from support.stores.kinds import DURABLE, ON_DISK
 
@@ -99,8 +99,7 @@ async def test_nobody_hears_or_sees_what_is_not_kept(
         for answers in others:
             assert set(kinds(await answers.all())) == {"Answer"}
         if name == "close":
-            with pytest.raises(SessionNotFound):
-                await reading
+            await fails(reading, SessionNotFound)
         else:
             assert (await reading) is not None
         if new in (await asyncio.wait([new]))[0] and new.exception() is None:
@@ -189,8 +188,7 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(durable_sto
         durable_store.store.go_on()
         await waiting
         await expiring
-        with pytest.raises(SessionExpired):
-            await asked
+        await fails(asked, SessionExpired)
         assert (await again).session.revision == 2
         await many
         ended = sorted(name for event, name in at.events.sessions if event == "expired")
@@ -224,8 +222,7 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_done(
         call = await begun(cancellable[name](at))
         await stalled(durable_store.store)
         call.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call
+        await fails(call, asyncio.CancelledError)
         await turns()
         later = await begun(at.state("b"))
         durable_store.store.go_on()
@@ -272,8 +269,7 @@ async def test_who_waits_for_a_session_that_is_being_made_gets_it(durable_store:
         assert (await again).replayed
         assert (await other).resumed
         for task in (taken, among):
-            with pytest.raises(Exception, match="session 'new' is open"):
-                await task
+            await fails(task, Exception, "session 'new' is open")
         assert len(await shown(at)) == 4
 
 
@@ -286,8 +282,7 @@ async def test_when_it_could_not_be_made_the_next_one_tries(durable_store: Durab
         await stalled(durable_store.store)
         other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
         durable_store.store.go_on()
-        with pytest.raises(Unavailable, match="the test says no"):
-            await first
+        await fails(first, Unavailable, "the test says no")
         opened = await other
         assert not opened.resumed
         assert not opened.replayed
@@ -357,8 +352,7 @@ async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
             at.engine.open_sessions("plain", count=3),
             at.engine.fork("b"),
         ):
-            with pytest.raises(Overloaded, match="wait for the store must stay within 1"):
-                await call
+            await fails(call, Overloaded, "wait for the store must stay within 1")
         with pytest.raises(Overloaded) as refused:
             at.submit("b", reset=True)
         assert refused.value.retry_after_s > 0
@@ -382,9 +376,8 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
         ):
             closing = await begun(call)
             assert closing.done(), "it must not wait"
-            with pytest.raises(Overloaded, match="wait for the store must stay within 1") as refused:
-                await closing
-            assert refused.value.retry_after_s > 0
+            refused = await fails(closing, Overloaded, "wait for the store must stay within 1")
+            assert refused.retry_after_s > 0
         assert await shown(at) == before
         assert not at.internals.are_claimed("b", "c")
         durable_store.store.go_on()

@@ -9,7 +9,7 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
-from support.engine.harness import Answer, CallbackAnswers, Harness, kinds, x
+from support.engine.harness import Answer, CallbackAnswers, Harness, fails, kinds, x
 from support.stores.durable import DurableStore, begun, everything, stalled
 from support.stores.kinds import DURABLE
 
@@ -54,8 +54,7 @@ async def test_trouble_counts_neither_as_use_nor_as_idleness(
         assert await expired(at) == []
         at.clock.advance(0.1)
         for name in "ab":
-            with pytest.raises(SessionExpired):
-                await at.state(name)
+            await fails(at.state(name), SessionExpired)
 
 
 async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(durable_store: DurableStore) -> None:
@@ -82,8 +81,7 @@ async def test_what_was_dropped_and_never_named_again_expires(durable_store: Dur
         assert await expired(at) == []
         at.clock.advance(1)
         durable_store.store.read_error = AWAY
-        with pytest.raises(Unavailable):
-            await at.expire()
+        await fails(at.expire(), Unavailable)
         durable_store.store.read_error = None
         at.clock.advance(2)
         assert await expired(at) == ["a", "b"]
@@ -101,22 +99,19 @@ async def test_what_expired_and_could_not_be_deleted_is_deleted_later(
         await at.open("a")
         at.clock.advance(IDLE_S + 1)
         durable_store.store.fail(AWAY)
-        with pytest.raises(Unavailable):
-            await at.expire()
+        await fails(at.expire(), Unavailable)
         await at.settled()
         assert await durable_store.count() == (await at.sessions())[0] == 1
         at.clock.jump(-1000)  # it must not come back to life
         if by == "timer":
             assert await expired(at) == ["a"]
         else:
-            with pytest.raises(SessionExpired):
-                await at.state("a")
+            await fails(at.state("a"), SessionExpired)
             await at.settled()
         assert await durable_store.count() == (await at.sessions())[0] == 0
         durable_store.kill()
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
-        with pytest.raises(SessionExpired):
-            await at.state("a")
+        await fails(at.state("a"), SessionExpired)
 
 
 async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(
@@ -127,8 +122,7 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(
         await at.step("a", x(1))
         at.clock.advance(IDLE_S + 1)
         durable_store.store.fail(AWAY)
-        with pytest.raises(Unavailable):
-            await at.expire()
+        await fails(at.expire(), Unavailable)
         await at.settled()
         await at.open("a")
         await at.settled()
@@ -196,8 +190,7 @@ async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(
         durable_store.store.read_error = RuntimeError("a secret detail") if unexpected else AWAY
         calls: list[Any] = [at.step("a", x(1)), at.state("a"), at.step("a", x(1, 2))]
         for call in calls:
-            with pytest.raises(kind, match=r"the test says no|internal error [0-9a-f]{12}"):
-                await call
+            await fails(call, kind, r"the test says no|internal error [0-9a-f]{12}")
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == [kind.__name__, "Answer"]
         at.check_books()
         durable_store.store.read_error = None
@@ -221,13 +214,11 @@ async def test_who_is_not_in_the_table_is_not_said_to_be_gone(durable_store: Dur
             at.engine.open_sessions("plain", session_ids=["a", "c"]),
             at.engine.open_session("plain", request_id=5),
         ):
-            with pytest.raises(Unavailable, match="the test says no"):
-                await call
+            await fails(call, Unavailable, "the test says no")
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Unavailable", "Answer"]
         durable_store.store.read_error = None
         assert kinds(await at.submit(["a", "b"], x(2)).all()) == ["Answer", "Answer"]
-        with pytest.raises(SessionGone):
-            await at.state("c")
+        await fails(at.state("c"), SessionGone)
 
 
 async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_places_before(

@@ -25,7 +25,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Answer, Harness, x
+from support.engine.harness import Answer, Harness, fails, x
 from support.engine.versions import WIDE, after, serving, weights, widen
 from support.stores.durable import DurableStore, begun, stalled
 from support.stores.kinds import DURABLE, ON_DISK
@@ -117,15 +117,17 @@ async def test_a_load_that_cannot_become_the_default_leaves_nothing(
         known = dict(at.engine.catalogue().get("plain", Versions("plain")).known)
         if why == "store":
             durable_store.store.fail(Unavailable("the disk is full"))
-        with pytest.raises(ServerError):
-            await at.engine.load_version(
+        await fails(
+            at.engine.load_version(
                 "plain",
                 2,
                 WIDE if why == "specs" else weights(2),
                 labels=["new"],
                 becomes=DefaultChange(2, CARRY),
                 begin=stop if why == "stopped" else lambda: None,
-            )
+            ),
+            ServerError,
+        )
         own = at.engine.catalogue()["plain"]
         assert (own.known, own.labels, own.default, own.history.epoch) == (known, {}, 1, 0)
         assert [model.version for model in at.internals.models] == [1]
@@ -182,15 +184,13 @@ async def test_a_carry_that_the_store_cannot_keep_changes_nothing(durable_store:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
         durable_store.store.fail(Unavailable("the disk is full"))
-        with pytest.raises(Unavailable):
-            await at.engine.set_default("plain", 2, CARRY)
+        await fails(at.engine.set_default("plain", 2, CARRY), Unavailable)
         assert at.engine.model("plain").version == 1
         state = await expect(at, "a", 1, INITIAL, 1)
         await at.engine.set_default("plain", 2, CARRY)
         await expect(at, "a", 2, state, 2)
         durable_store.store.fail(Unavailable("the disk is full"))
-        with pytest.raises(Unavailable):
-            await at.engine.load_version("plain", 3, weights(3))
+        await fails(at.engine.load_version("plain", 3, weights(3)), Unavailable)
         with pytest.raises(VersionNotFound):
             at.engine.model("plain@3")
         await at.engine.load_version("plain", 3, weights(3))
@@ -282,8 +282,9 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: Dur
         durable_store.kill()
     async with on(durable_store) as at:  # version 1 alone
         assert at.engine.model("plain").version == 1
-        with pytest.raises(VersionNotFound, match="is on version 2 of model 'plain', which is not loaded"):
-            await at.step("a", x(1))
+        await fails(
+            at.step("a", x(1)), VersionNotFound, "is on version 2 of model 'plain', which is not loaded"
+        )
         catalogue = at.engine.catalogue()["plain"]
         assert catalogue.wanted == 2
         await at.engine.load_version("plain", 2, weights(2))
@@ -332,8 +333,11 @@ async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
         await at.engine.unload_version("plain", 1)
-        with pytest.raises(VersionExists, match=r"1 had other weights, .* load it as 3"):
-            await at.engine.load_version("plain", 1, weights(3))
+        await fails(
+            at.engine.load_version("plain", 1, weights(3)),
+            VersionExists,
+            r"1 had other weights, .* load it as 3",
+        )
         await at.engine.load_version("plain", 1, PLAIN)
 
 
@@ -342,8 +346,7 @@ async def test_the_file_of_a_version_was_replaced(durable_store: DurableStore) -
     async with on(durable_store) as at:
         await at.open("a")
     async with on(durable_store, {"plain": weights(5)}) as at:
-        with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
-            await at.step("a", x(1))
+        await fails(at.step("a", x(1)), ModelMismatch, "belongs to model 'plain' with fingerprint f-plain")
 
 
 @ON_DISK  # no server starts with another file
@@ -362,8 +365,9 @@ async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(
         durable_store.kill()
     replaced = {"plain@1": weights(5), "plain@2": weights(2)}
     async with on(durable_store, replaced) as at:
-        with pytest.raises(ModelMismatch, match="belongs to model 'plain' with fingerprint f-plain"):
-            await at.step("pinned", x(1))
+        await fails(
+            at.step("pinned", x(1)), ModelMismatch, "belongs to model 'plain' with fingerprint f-plain"
+        )
         await at.open("new")
         await at.engine.set_default("plain", 1, CARRY)
         await expect(at, "marked", 1, states["marked"], 3, weight=5)
