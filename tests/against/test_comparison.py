@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf.message import Message
@@ -34,10 +35,9 @@ def tensor(*numbers: int, name: str = "y", rows: int = 1) -> tensors_pb2.Tensor:
     return tensors_pb2.Tensor(name=name, dtype=tensors_pb2.DATA_TYPE_UINT8, shape=shape, data=bytes(numbers))
 
 
-def stepped() -> pb.StepResponse:
-    return pb.StepResponse(
-        outputs=[tensor(1, 2)], revision=4, position=9, states=[tensor(3, name="h")], model_version=1
-    )
+def stepped(**changed: Any) -> pb.StepResponse:
+    fields: dict[str, Any] = {"revision": 4, "position": 9, "model_version": 1} | changed
+    return pb.StepResponse(outputs=[tensor(1, 2)], states=[tensor(3, name="h")], **fields)
 
 
 def paths(base: Answer, tree: Answer) -> list[str]:
@@ -56,112 +56,78 @@ def failed(code: int = 10, text: str = "m", reason: str = "R", facts: str = "1",
     return answers.failed(code, text, status.SerializeToString())
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "path"),
-    [
-        ("revision", 5, "revision"),
-        ("position", 8, "position"),
-        ("replayed", True, "replayed"),
-        ("model_version", 2, "model_version"),
-    ],
-)
-def test_a_field_of_a_reply_that_differs_is_noticed(field: str, value: int, path: str) -> None:
-    other = stepped()
-    setattr(other, field, value)
-    assert paths(answers.succeeded(stepped()), answers.succeeded(other)) == [path]
-    assert paths(answers.succeeded(stepped()), answers.succeeded(stepped())) == []
+def with_output(output: tensors_pb2.Tensor) -> Message:
+    reply = stepped()
+    reply.outputs[0].CopyFrom(output)
+    return reply
 
 
-@pytest.mark.parametrize(
-    ("outputs", "path"),
-    [
-        (tensor(1, 3), "outputs[y]"),
-        (tensor(1, 2, rows=2), "outputs[y]"),
-        (
-            tensors_pb2.Tensor(name="y", dtype=tensors_pb2.DATA_TYPE_INT8, shape=[1, 2], data=b"\1\2"),
-            "outputs[y]",
-        ),
-    ],
-)
-def test_a_byte_a_shape_and_a_type_of_a_tensor_are_noticed(outputs: tensors_pb2.Tensor, path: str) -> None:
-    other = stepped()
-    other.outputs[0].CopyFrom(outputs)
-    assert paths(answers.succeeded(stepped()), answers.succeeded(other)) == [path]
+def with_outputs(names: str) -> Message:
+    return pb.StepResponse(outputs=[tensor(1, name=name) for name in names])
 
 
-def test_one_bit_far_inside_a_state_is_noticed() -> None:
-    zeros, other = bytes(5000), bytearray(5000)
-    other[4000] ^= 1
-    one, two = (
-        pb.GetStateResponse(state=[tensors_pb2.Tensor(name="h", shape=[5000], data=bytes(data))])
-        for data in (zeros, other)
-    )
-    assert paths(answers.succeeded(one), answers.succeeded(two)) == ["state[h]"]
+def with_state(changed: bytes) -> Message:
+    data = bytes(4000) + changed + bytes(999)
+    return pb.GetStateResponse(state=[tensors_pb2.Tensor(name="h", shape=[5000], data=data)])
 
 
-def test_an_output_that_is_missing_and_another_order_are_noticed() -> None:
-    both, swapped, one = (
-        pb.StepResponse(outputs=[tensor(1, name=name) for name in names]) for names in ("ab", "ba", "a")
-    )
-    assert paths(answers.succeeded(both), answers.succeeded(swapped)) == ["outputs in order"]
-    assert paths(answers.succeeded(both), answers.succeeded(one)) == ["outputs[b]", "outputs in order"]
-
-
-@pytest.mark.parametrize(
-    ("other", "path"),
-    [
-        (failed(code=9), "end"),
-        (failed(reason="S"), "end"),
-        (failed(text="n"), "error text"),
-        (failed(facts="2"), "metadata.revision"),
-        (failed(delay_s=1), "retry_after_ms"),
-    ],
-)
-def test_each_part_of_an_error_is_noticed(other: Answer, path: str) -> None:
-    assert paths(failed(), other) == [path]
-
-
-def test_of_an_error_with_another_status_nothing_else_is_listed() -> None:
-    assert paths(failed(), failed(code=3, text="n", reason="S", facts="2")) == ["end"]
-
-
-def test_a_delay_of_another_length_is_none() -> None:
-    assert paths(failed(delay_s=1), failed(delay_s=2)) == []
-
-
-def session(**fields: object) -> Message:
-    made = pb.Session(session_id="a", revision=3, uid=1)
-    made.created_time.FromSeconds(5)
-    for name, value in fields.items():
-        setattr(made, name, value)
+def session(session_id: str = "a", uid: int = 1, created_s: int | None = 5) -> Message:
+    made = pb.Session(session_id=session_id, revision=3, uid=uid)
+    if created_s is not None:
+        made.created_time.FromSeconds(created_s)
     return pb.GetSessionResponse(session=made)
 
 
-def test_a_field_that_the_tree_does_not_know_is_compared() -> None:
-    group, another = b"\xa3\x06\x08\x05\xa4\x06", b"\xa3\x06\x08\x06\xa4\x06"
-    one, again, two = (
-        answers.succeeded(pb.CloseSessionsResponse.FromString(raw)) for raw in (group, group, another)
-    )
-    assert paths(one, again) == []
-    assert paths(one, two) == ["unknown field 100"]
+def with_unknown_field(content: int) -> Message:
+    return pb.CloseSessionsResponse.FromString(bytes([0xA3, 6, 8, content, 0xA4, 6]))
 
 
-def test_what_is_random_or_from_the_clock_is_left_out() -> None:
-    other = session(uid=2)
-    assert isinstance(other, pb.GetSessionResponse)
-    other.session.created_time.FromSeconds(77)
-    assert paths(answers.succeeded(session()), answers.succeeded(other)) == []
-    other.session.ClearField("created_time")
-    assert paths(answers.succeeded(session()), answers.succeeded(other)) == ["session.created_time"]
+#: An id that a server made, and another one.
+OF_SERVERS = [f"s-0123abcd-{letter * 22}" for letter in "xy"]
+INT8 = tensors_pb2.Tensor(name="y", dtype=tensors_pb2.DATA_TYPE_INT8, shape=[1, 2], data=b"\1\2")
+#: Two replies or errors, and the paths of what differs.
+PAIRS: dict[str, tuple[Message | Answer, Message | Answer, list[str]]] = {
+    "nothing": (stepped(), stepped(), []),
+    "a revision": (stepped(), stepped(revision=5), ["revision"]),
+    "a position": (stepped(), stepped(position=8), ["position"]),
+    "a replay": (stepped(), stepped(replayed=True), ["replayed"]),
+    "a version": (stepped(), stepped(model_version=2), ["model_version"]),
+    "a byte of a tensor": (stepped(), with_output(tensor(1, 3)), ["outputs[y]"]),
+    "a shape": (stepped(), with_output(tensor(1, 2, rows=2)), ["outputs[y]"]),
+    "a type": (stepped(), with_output(INT8), ["outputs[y]"]),
+    "one bit far inside a state": (with_state(b"\0"), with_state(b"\1"), ["state[h]"]),
+    "the order of outputs": (with_outputs("ab"), with_outputs("ba"), ["outputs in order"]),
+    "a missing output": (with_outputs("ab"), with_outputs("a"), ["outputs[b]", "outputs in order"]),
+    "a status": (failed(), failed(code=9), ["end"]),
+    "a status and all else": (failed(), failed(code=3, text="n", reason="S", facts="2"), ["end"]),
+    "a reason": (failed(), failed(reason="S"), ["end"]),
+    "a message": (failed(), failed(text="n"), ["error text"]),
+    "a fact": (failed(), failed(facts="2"), ["metadata.revision"]),
+    "whether there is a delay": (failed(), failed(delay_s=1), ["retry_after_ms"]),
+    "how long a delay is": (failed(delay_s=1), failed(delay_s=2), []),
+    "a field that the tree does not know": (
+        with_unknown_field(5),
+        with_unknown_field(6),
+        ["unknown field 100"],
+    ),
+    "the same such field": (with_unknown_field(5), with_unknown_field(5), []),
+    "what is random or from the clock": (session(), session(uid=2, created_s=77), []),
+    "a time that is missing": (session(), session(created_s=None), ["session.created_time"]),
+    "an id": (session(), session("b"), ["session.session_id"]),
+    "ids that servers make": (session(OF_SERVERS[0]), session(OF_SERVERS[1]), []),
+    "such ids in messages": (
+        failed(text=f"no session {OF_SERVERS[0]!r}"),
+        failed(text=f"no session {OF_SERVERS[1]!r}"),
+        [],
+    ),
+}
 
 
-def test_ids_that_servers_make_are_left_out_and_others_are_not() -> None:
-    one, two = ("s-0123abcd-" + letter * 22 for letter in "xy")
-    assert paths(answers.succeeded(session(session_id=one)), answers.succeeded(session(session_id=two))) == []
-    assert paths(failed(text=f"no session {one!r}"), failed(text=f"no session {two!r}")) == []
-    assert paths(answers.succeeded(session()), answers.succeeded(session(session_id="b"))) == [
-        "session.session_id"
-    ]
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_differs_is_noticed(name: str) -> None:
+    *pair, expected = PAIRS[name]
+    base, tree = (answers.succeeded(one) if isinstance(one, Message) else one for one in pair)
+    assert paths(base, tree) == expected
 
 
 def test_every_field_that_is_left_out_has_a_reason_and_exists() -> None:

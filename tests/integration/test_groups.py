@@ -187,26 +187,6 @@ async def test_members_that_are_gone_fail_and_the_others_go_on(client: Any) -> N
         assert np.array_equal(await group.step(x, members=ready), await lives.expected(there, x))
 
 
-async def test_members_by_themselves_and_together(client: Any) -> None:
-    """Handles of members made at the same time as changes of all: each knows what the others have done."""
-    async with await client.open_sessions("seq", 8) as group:
-        x = draw(8, 1)
-        members = list(group)
-        for _ in range(3):
-            await asyncio.gather(
-                *(one.step(x[i : i + 1]) for i, one in enumerate(members)),
-                group.step(x),
-                group[::2].step(x[::2]),
-            )
-        assert group.revisions.tolist() == [9, 6] * 4
-        assert [one.position for one in members] == [9, 6] * 4
-        await members[2].reset_states()
-        async with await members[3].fork() as twin:
-            assert (twin.revision, twin.position) == (6, 6)
-        await group.step(x)
-        assert group.positions.tolist() == [10, 7, 1, 7, 10, 7, 10, 7]
-
-
 async def test_more_than_a_message_holds_is_read_in_several(server: LocalServer) -> None:
     async with connect("async", server.address, max_message_bytes=16 * 1024) as client:
         info = await client.model("seq")

@@ -109,14 +109,6 @@ def test_any_batch_size_equals_the_plain_keras_call(served: Served, batch_size: 
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
-def test_the_same_input_again_gives_the_same_output(served: Served, batch_size: int) -> None:
-    x = random_input(batch_size)
-    outputs, _ = predict(served.client, x)
-    again, _ = predict(served.client, x)
-    assert_same_bits(again, outputs)
-
-
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
 def test_ones_as_the_initial_state_give_another_output(served: Served, batch_size: int) -> None:
     x = random_input(batch_size)
     ones = np.ones((batch_size, NODES), np.float32)
@@ -145,15 +137,6 @@ def test_the_final_state_is_where_the_next_call_goes_on(served: Served) -> None:
     assert state == final
 
 
-def test_predict_disturbs_no_session(served: Served) -> None:
-    x = random_input(1)
-    with served.client.open_session("stateless") as session:
-        session.step(x)
-        before = session.get_state()
-        predict(served.client, random_input(64))
-        assert session.get_state() == before
-
-
 def test_trained_in_batches_then_served_one_sample_at_a_time(served: Served) -> None:
     x = np.random.default_rng(1).standard_normal((5, 40, article.INPUT_DIM)).astype(np.float32)
     whole_sequences = served.trained.predict(x, verbose=0)
@@ -162,12 +145,3 @@ def test_trained_in_batches_then_served_one_sample_at_a_time(served: Served) -> 
             stepped = np.concatenate([np.asarray(session.step(now[None])) for now in sample])
             assert session.position == len(sample)
         np.testing.assert_allclose(stepped, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_stepping_a_sample_and_predicting_its_sequence_give_the_same_bits(served: Served) -> None:
-    x = np.random.default_rng(2).standard_normal((1, 40, article.INPUT_DIM)).astype(np.float32)
-    predicted, final = served.client.predict("trained", x)
-    with served.client.open_session("trained") as session:
-        stepped = [np.asarray(session.step(x[:, time])) for time in range(x.shape[1])]
-        assert session.get_state() == final
-    np.testing.assert_array_equal(np.stack(stepped, axis=1), np.asarray(predicted))
