@@ -43,6 +43,7 @@ PYTHON_PAGES = {
     "docs/index.md": "tests/packaging/test_examples.py",
     "docs/operate/run.md": "tests/packaging/test_production_page.py",
     "docs/guides/steps.md": "tests/packaging/test_examples.py",
+    "docs/tutorials/first-steps.md": "tests/packaging/test_pages.py",
     "docs/tutorials/notebooks.md": "tests/packaging/test_pages.py",
     "docs/guides/testing.md": "tests/packaging/test_pages.py",
     "docs/tutorials/seed.md": "tests/integration/test_seed_docs.py",

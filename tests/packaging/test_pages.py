@@ -1,9 +1,10 @@
-"""The pages about notebooks and tests: their code runs as they say."""
+"""The first steps, and the pages about notebooks and tests: their code runs as they say."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -13,13 +14,56 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-BLOCK = re.compile(r"^```(python|ini)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|ini|sh|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, kind: str) -> list[str]:
     found = [code for language, code in BLOCK.findall(page.read_text()) if language == kind]
     assert found
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
+def test_the_first_steps(
+    root: Path,
+    compiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In order, in one namespace, with a server that is started, killed and started again where the page says so."""
+    from stepwell.testing import LocalServer
+
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    server: LocalServer | None = None
+    printed = ""
+    done = []
+    with contextlib.ExitStack() as stack:
+        for kind, code in BLOCK.findall((root / "docs" / "tutorials" / "first-steps.md").read_text()):
+            if kind == "text":
+                assert printed == code
+            elif kind == "python":
+                source = code.replace("127.0.0.1:50051", server.address) if server else code
+                exec(compile(source, "first-steps.md", "exec"), names)  # noqa: S102  our own documentation
+                printed = capsys.readouterr().out
+            elif code.startswith("kill -9 "):
+                assert server is not None
+                server.kill()
+            elif code == "stepwell serve forecast=forecast.keras\n" and server is None:
+                served = LocalServer(
+                    models={"forecast": Path("forecast.keras")},
+                    data_dir=tmp_path / "data",
+                    cache_dir=compiled,
+                )
+                server = stack.enter_context(served)
+            elif code.startswith("stepwell serve ") and server is not None:
+                server.restart()
+            else:
+                assert code.startswith("pip install ")
+            done.append(kind)
+    assert (done.count("sh"), done.count("text")) == (4, 4)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
