@@ -153,7 +153,7 @@ _HOMES = {
 """The module of each exported name that is no error."""
 
 
-if not TYPE_CHECKING:  # a checker that saw it would take every name for one of ours
+if not TYPE_CHECKING:  # with it, type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         """Imports what is asked for (PEP 562): the server and `stepwell --help` need little of this package."""

@@ -89,7 +89,7 @@ def local(
     """
     sources = model_files.named(models, name)
     arguments = serve_arguments(extra_args)
-    # bad values are refused while nothing has been started or ended
+    # rejects invalid values before anything is started or ended
     check_switch("coalesce", coalesce)
     config = ClientConfig(_NO_ADDRESS, timeout_s, max_message_bytes)
     with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
@@ -123,7 +123,9 @@ def local(
                     raise
                 message = error.refusal
                 for file in files.values():
-                    if not file.is_given:  # a temporary file of this call, whose name says nothing
+                    if (
+                        not file.is_given
+                    ):  # a temporary file of this call, whose name means nothing to the caller
                         message = message.replace(f"{file.path}: ", "")
                 raise ServerStartError(f"{message} (the server did not start)", refusal=message) from None
             return server
@@ -313,7 +315,7 @@ def _running_cell() -> _Cell | None:
     message = shell.get_parent() if hasattr(shell, "get_parent") else {}
     try:
         cell = _Cell(message["metadata"]["cellId"], message["header"]["msg_id"])
-    except (KeyError, TypeError):  # no notebook, or one that does not say
+    except (KeyError, TypeError):  # not a notebook, or one without cell ids
         return None
     _end_earlier_after(shell, cell)
     return cell

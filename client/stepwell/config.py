@@ -167,7 +167,7 @@ def check_timeout(name: str, timeout_s: float) -> float:
     """
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
         raise InvalidInputError(f"{name} must be a number of seconds; got {timeout_s!r}")
-    # Clocks and locks take no number of seconds beyond some 300 years; a limit of 30 years is none.
+    # Clocks and locks accept at most some 300 years; a limit of 30 years or more counts as none.
     if timeout_s > _LONGEST_S:
         return math.inf
     if math.isnan(timeout_s) or timeout_s <= 0:

@@ -120,7 +120,7 @@ def stepwell_client(stepwell_server: LocalServer) -> Iterator[Client]:
     if stepwell_server.pid is None:
         return
     try:
-        # Not by the test's client, which the test may have closed.
+        # Not with the test's client, which the test may have closed.
         with stepwell.connect(stepwell_server.address) as client:
             for info in client.sessions():
                 if info.session_id not in before:
@@ -128,7 +128,7 @@ def stepwell_client(stepwell_server: LocalServer) -> Iterator[Client]:
                         client.close_session(info.session_id)
     except stepwell.UnavailableError:
         if stepwell_server.pid is not None:
-            raise  # else it has ended in this moment, and its sessions with it
+            raise  # otherwise it has just ended, and its sessions with it
 
 
 @pytest.hookimpl(wrapper=True)

@@ -143,13 +143,13 @@ class LocalServer:
         """
         if self.pid is not None:
             raise ServerStartError(f"the server must be stopped before it is started; it runs as {self.pid}")
-        # nobody knows of its metrics, so they take no port unless they are asked for
+        # serves no metrics unless they are requested, because nobody would know their port
         environment = {"STEPWELL_METRICS_LISTEN": "off", **os.environ, **self._env}
         self._run = run = _Run(self._command(), environment)
         try:
             run.start()
             address = run.wait_ready(self._start_timeout_s, self._on_log)
-        except BaseException:  # Ctrl-C: what nobody waits for must not go on
+        except BaseException:  # Ctrl-C: a server that nobody waits for must not keep running
             run.end(signal.SIGTERM, _GIVE_UP_S)
             raise
         if address is None:
@@ -273,9 +273,9 @@ class _Run:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,  # the interrupt of a terminal or a notebook is not for it
+                start_new_session=True,  # so that Ctrl-C in a terminal or a notebook does not reach it
             )
-        except Exception as error:  # raised by `start`: nobody would see it here
+        except Exception as error:  # raised by `start`; in this thread nobody would see it
             self._failure = error
             return
         finally:

@@ -16,7 +16,7 @@ from stepwell._admin.admin import (
     SessionFilter,
     failures,
 )
-from stepwell._admin.calls import Progress, _tell
+from stepwell._admin.calls import Progress, _report
 from stepwell._admin.session_list import Page
 from stepwell._base.tracebacks import end_here
 from stepwell._base.unawaited import Unawaited
@@ -147,7 +147,7 @@ class AsyncAdminCalls:
                 closed += await self._driver.run(
                     self._driver.core.close_sessions(some, self._driver.core.deadline(timeout_s))
                 )
-                _tell(progress, closed)
+                _report(progress, closed)
             return closed
         request = self._admin.close_request(wanted, everything=everything or session_ids is not None)
         while True:
@@ -155,7 +155,7 @@ class AsyncAdminCalls:
                 self._admin.close_page(request, self._driver.core.deadline(timeout_s))
             )
             closed += count
-            _tell(progress, closed)
+            _report(progress, closed)
             if not request.page_token:
                 return closed
 
@@ -189,7 +189,7 @@ class AsyncAdminCalls:
                     await asyncio.to_thread(writer.add, page.sessions)
                     failed.update(failures(page.errors))
                     done += len(page.sessions)
-                    _tell(progress, done)
+                    _report(progress, done)
                     if not page.next_page_token:
                         break
         return ExportReport(done, failed)
@@ -219,5 +219,5 @@ class AsyncAdminCalls:
                 self._admin.import_some(request, self._driver.core.deadline(timeout_s))
             )
             done += len(request.sessions)
-            _tell(progress, done)
+            _report(progress, done)
         return report

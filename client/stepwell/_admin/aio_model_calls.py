@@ -65,7 +65,7 @@ class AsyncModelCalls:
         deadline = self._driver.core.deadline(timeout_s)
         is_on_this_machine = self._driver.core.is_on_this_machine
         placing = model_files.placed(name, model, upload=upload, is_on_this_machine=is_on_this_machine)
-        # To save a model of Keras takes its time.
+        # Saving a Keras model takes time.
         file = await asyncio.to_thread(placing.__enter__)
         try:
             return await self._driver.run(admin.load(request, file, deadline, progress))

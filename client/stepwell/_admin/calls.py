@@ -135,7 +135,7 @@ class AdminCalls:
                 closed += self._driver.run(
                     self._driver.core.close_sessions(some, self._driver.core.deadline(timeout_s))
                 )
-                _tell(progress, closed)
+                _report(progress, closed)
             return closed
         request = self._admin.close_request(wanted, everything=everything or session_ids is not None)
         while True:
@@ -143,7 +143,7 @@ class AdminCalls:
                 self._admin.close_page(request, self._driver.core.deadline(timeout_s))
             )
             closed += count
-            _tell(progress, closed)
+            _report(progress, closed)
             if not request.page_token:
                 return closed
 
@@ -192,7 +192,7 @@ class AdminCalls:
                     writer.add(page.sessions)
                     failed.update(failures(page.errors))
                     done += len(page.sessions)
-                    _tell(progress, done)
+                    _report(progress, done)
                     if not page.next_page_token:
                         break
         return ExportReport(done, failed)
@@ -236,10 +236,10 @@ class AdminCalls:
                 self._admin.import_some(request, self._driver.core.deadline(timeout_s))
             )
             done += len(request.sessions)
-            _tell(progress, done)
+            _report(progress, done)
         return report
 
 
-def _tell(progress: Progress | None, done: int) -> None:
+def _report(progress: Progress | None, done: int) -> None:
     if progress is not None:
         progress(done)

@@ -87,7 +87,7 @@ def _default_name(source: object) -> str:
     if isinstance(source, str | os.PathLike):
         return Path(source).stem
     given = getattr(source, "name", None)
-    # Keras's own names count: `sequential`, `sequential_1`, and would be others in each run of a cell.
+    # Keras generates names with a counter (`sequential`, `sequential_1`), which change with each run of a cell.
     kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", type(source).__name__).lower()
     made_up = not isinstance(given, str) or re.fullmatch(rf"{re.escape(kind)}(_\d+)?", given)
     return _DEFAULT_NAME if made_up else str(given)

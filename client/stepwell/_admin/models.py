@@ -56,7 +56,7 @@ _POLICIES: Mapping[str, models_pb2.SessionPolicy.ValueType] = {
 _MAX_VERSION = 2**63 - 1
 _LABEL = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LABEL_RULE = "1 to 64 letters, digits, _, - or ., not digits alone"
-#: Of a file that is sent.
+#: Size of the pieces of an uploaded file.
 _PIECE_BYTES = 1 << 18
 
 
@@ -163,7 +163,7 @@ class ModelAdmin:
                     yield models_pb2.UploadModelRequest(filename=filename, content=piece)
                     filename = ""
 
-        with open(path, "rb"):  # what cannot be read, or is a folder, is refused by its name
+        with open(path, "rb"):  # an unreadable file or a folder raises an error with its name
             pass
         reply: models_pb2.UploadModelResponse = yield from self._core.retrier.sent(
             "UploadModel", pieces, deadline, to=to
@@ -277,7 +277,7 @@ class Everywhere:
         request = models_pb2.LoadModelRequest(name=asked.name, version=asked.version, keep_default=True)
         if (
             not asked.keep_default
-        ):  # so that a version to which sessions cannot move is refused before it is loaded
+        ):  # so that the server rejects a version to which sessions cannot move before it loads it
             request.sessions, request.migration = asked.sessions, asked.migration
         loaded: LoadedModel | None = None
         there: ModelVersionExistsError | None = None
@@ -288,7 +288,7 @@ class Everywhere:
                     to, self._admin.load_one(request, file, self._deadline, report, to)
                 )
             except ModelVersionExistsError as error:
-                # of an earlier call that did not get to its end: replicas see to it that a number is one file
+                # from an earlier, incomplete call: replicas make sure that a number stands for one file
                 there = error
                 continue
             loaded = loaded or found
@@ -321,7 +321,7 @@ class Everywhere:
         except ModelInUseError as error:
             LOG.info("version %d of the model %r stays loaded: %s", version, name, error.message)
         except ModelNotFoundError:
-            pass  # what was never the default, or went away by itself
+            pass  # it was never the default, or is already unloaded
 
     def unload(self, request: models_pb2.UnloadModelRequest) -> Flow[None]:
         """Unloads a version on each replica that has it.

@@ -30,7 +30,7 @@ MAGIC = int.from_bytes(b"SWE2", "little")
 LENGTH = struct.Struct("<H")
 CHECKSUM_BYTES = 4
 ALIGNMENT = 8
-#: A larger record is damage: nobody writes one.
+#: A larger record is corrupt: no writer makes one.
 _MAX_RECORD_BYTES = 2**31
 _MAX_NAME_BYTES = LENGTH.size + 2**16 - 1
 _MAX_LINE_BYTES = 64
@@ -129,11 +129,11 @@ def read(file: IO[bytes], form: Format) -> Iterator[Entry]:
         entry, data = _entry(file, head, at, counts.total(), form)
         if (entry.kind is Kind.START) is not (not counts):
             raise form.damaged("it must have one start, which is its first entry", at)
-        said = content_of(entry, form) if entry.kind in (Kind.START, Kind.END) else None
+        content = content_of(entry, form) if entry.kind in (Kind.START, Kind.END) else None
         if entry.kind is Kind.END:
             wanted = _end(counts, digest.hexdigest())
-            if said != wanted:
-                raise form.damaged(f"it must have what its end says, {said}; it has {wanted}", at)
+            if content != wanted:
+                raise form.damaged(f"its end reports {content}; it has {wanted}", at)
             if file.read(1):
                 raise form.damaged("something follows its end", at + len(data))
             return
@@ -148,7 +148,7 @@ def _require_format(line: bytes, form: Format) -> None:
     if line == form.line:
         return
     name, _, number = line.rstrip(b"\n").rpartition(b" ")
-    if line == b"STPWLS1\n":  # what exported sessions began with before
+    if line == b"STPWLS1\n":  # the first line of an earlier format of exported sessions
         name, number = b"stepwell sessions", b"1"
     is_of_this_kind = name == f"stepwell {form.name}".encode() and number.isdigit()
     if not is_of_this_kind or int(number) == form.number:
@@ -166,8 +166,8 @@ def _entry(file: IO[bytes], head: bytes, at: int, sequence: int, form: Format) -
     """
     if len(head) < HEAD.size:
         raise form.damaged("an entry was cut off", at)
-    checksum, *said, names_bytes, tag, record_bytes = HEAD.unpack(head)
-    if said != [MAGIC, 0, sequence, 0, 1]:
+    checksum, *fixed, names_bytes, tag, record_bytes = HEAD.unpack(head)
+    if fixed != [MAGIC, 0, sequence, 0, 1]:
         raise form.damaged("an entry is not the one that was written there", at)
     if not LENGTH.size <= names_bytes <= _MAX_NAME_BYTES or record_bytes > _MAX_RECORD_BYTES:
         raise form.damaged("the head of an entry is wrong", at)

@@ -38,7 +38,7 @@ class Writer:
         self._file: IO[bytes] = os.fdopen(descriptor, "wb")
 
     def __enter__(self) -> Self:
-        from importlib import metadata  # brings twenty modules
+        from importlib import metadata  # imports twenty modules
 
         try:
             start = {"release": metadata.version("stepwell"), "created": dt.datetime.now(dt.UTC).isoformat()}

@@ -13,7 +13,7 @@ _RULE = "HOST:PORT, [IPv6]:PORT, unix:PATH, dns:///HOST:PORT, grpc://HOST:PORT o
 _HOST = re.compile(r"[^\s/:@?#\[\]\0-\x1f\x7f]+")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
-#: Bytes of a Unix socket's path, without the 0 at its end.
+#: Maximum length of a Unix socket's path in bytes, without the terminating 0.
 _MAX_PATH_BYTES = 107
 _RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
 """Prefixes that gRPC accepts before HOST:PORT."""
@@ -86,14 +86,15 @@ def parse_all(name: str, given: str) -> tuple[tuple[str, ...], bool | None]:
         raise InvalidInputError(f"{name} must have an address before and after each comma; got {given!r}")
     found = [parse(name, each) for each in pieces]
     targets = [each.target for each in found]
-    names = [target if target.startswith("unix:") else target.lower() for target in targets]  # as hosts are
+    # host names are case-insensitive
+    names = [target if target.startswith("unix:") else target.lower() for target in targets]
     again = [target for i, target in enumerate(targets) if names[i] in names[:i]]
     if again:
         raise InvalidInputError(f"{name} must name each replica once; got {again[0]!r} twice")
-    said = {each.tls for each in found} - {None}
-    if len(said) > 1:
+    schemes = {each.tls for each in found} - {None}
+    if len(schemes) > 1:
         raise InvalidInputError(f"{name} must be all grpc:// or all grpcs://; got {given!r}")
-    return tuple(targets), next(iter(said), None)
+    return tuple(targets), next(iter(schemes), None)
 
 
 def join(name: str, given: object) -> str:

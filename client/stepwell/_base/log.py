@@ -9,5 +9,5 @@ from __future__ import annotations
 import logging
 
 LOG = logging.getLogger("stepwell")
-# Where nobody has configured logging, nothing is printed.
+# Without a logging configuration, nothing is printed.
 LOG.addHandler(logging.NullHandler())

@@ -12,11 +12,11 @@ Metadata: TypeAlias = Mapping[str, str | bytes] | Sequence[tuple[str, str | byte
 """Headers of calls: values by their keys, or pairs of key and value."""
 Pairs: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
-#: Where it stands in W3C's `traceparent`: version, trace, span and flags in hexadecimal, with dashes between.
+#: Position of the flags in W3C's `traceparent`: version, trace, span and flags in hexadecimal, separated by dashes.
 _FLAGS = slice(53, 55)
 _KEY = re.compile(r"[0-9a-z_.-]+")
 _VALUE = re.compile(r"[ -~]*")
-# HTTP/2's and gRPC's own, and what this SDK sends or may send one day.
+# Keys of HTTP/2 and gRPC, and those that this SDK sends or may send in the future.
 _RESERVED = frozenset(
     {
         *("connection", "content-length", "content-type", "host", "keep-alive", "proxy-connection"),

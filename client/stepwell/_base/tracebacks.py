@@ -29,7 +29,7 @@ def shorten(error: StepwellError) -> None:
     if os.environ.get(VARIABLE) or not _is_own(error.__traceback__):
         return
     if error.__cause__ is None:
-        # What the SDK made the error of, such as that of one attempt.
+        # Hides the error from which the SDK made this one, such as that of one attempt.
         error.__suppress_context__ = True
     error.__traceback__ = None
 

@@ -21,7 +21,7 @@ class WaitingStep:
         self.answer = answer
 
     def settle(self, stepped: Stepped) -> None:
-        # The future is done if its task was cancelled; the other members are not concerned.
+        # The future is done if its task was cancelled; the other members are not affected.
         if not self.answer.done():
             self.answer.set_result(stepped)
 
@@ -84,9 +84,9 @@ class Coalescer:
         if frame in self._in_flight:
             waiting = [member.step.deadline for member in frame.members if not member.answer.done()]
             if not waiting:
-                self.over(frame)  # no caller waits for it any more
+                self.over(frame)  # no caller waits for it
                 return
-            # 0 if it has just passed: the timer ends those whose it is, and the others go on waiting
+            # 0 if a limit has just passed: the timer ends its members, and the others keep waiting
             next_s = min(deadline.remaining_s() for deadline in waiting)
             if next_s < float("inf"):
                 loop = asyncio.get_running_loop()

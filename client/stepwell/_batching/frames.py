@@ -192,7 +192,7 @@ class Frame:
         else:
             frame.session_ids.extend(self.ids)
         rows, expected, request_ids = self._rows, self._expected, self._request_ids
-        # As this side knows them, so that a member that is gone, or replaced, cannot shift the others' rows.
+        # The batch sizes that the client knows, so that a closed or replaced member cannot shift the others' rows.
         if _are_alike(rows):
             frame.batch_size = int(rows[0])
         else:
@@ -214,9 +214,9 @@ class Frame:
         """
         applied = self._applied(response)
         count = len(applied)
-        said = response.HasField
-        revisions = _same(response.revision, count) if said("revision") else _counts(response.revisions)
-        positions = _same(response.position, count) if said("position") else _counts(response.positions)
+        has = response.HasField
+        revisions = _same(response.revision, count) if has("revision") else _counts(response.revisions)
+        positions = _same(response.position, count) if has("position") else _counts(response.positions)
         if not len(applied) == len(revisions) == len(positions):
             raise errors.InternalError(
                 f"the server sent a part with {len(applied)} members, {len(revisions)} revisions and "

@@ -197,7 +197,7 @@ class Sender:
         now_s = self._clock()
         for frame in list(self._in_flight):
             if frame.deadline.remaining_s() <= 0:
-                self.over(frame)  # no caller waits for it any more
+                self.over(frame)  # no caller waits for it
             elif now_s < frame.sent_s + _RECENT_S:
                 return frame.sent_s + _RECENT_S - now_s
         return 0.0

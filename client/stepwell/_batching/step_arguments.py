@@ -79,7 +79,7 @@ def pack_reset(reset: Mask | None, inputs: Sequence[Packed]) -> bytes:
     if reset is None:
         return b""
     rows = inputs[0].shape[0]
-    # of (rows, n) alone it is not known here whether n is T or features: the server knows
+    # only the server knows whether n in (rows, n) is T or features
     rank = min(3, max(len(tensor.shape) for tensor in inputs))
     times = sorted({tensor.shape[1] for tensor in inputs if len(tensor.shape) >= rank > 1})
     try:

@@ -43,7 +43,7 @@ class Stepped(NamedTuple):
 SHARED_BYTES = 64 * 1024
 #: The inputs of a frame take at most this part of the message limit: outputs may be larger than inputs.
 FRAME_SHARE = 4
-#: Bytes of a member in a frame besides its inputs, roughly.
+#: Approximate size of a member in a frame in bytes, without its inputs.
 _MEMBER_BYTES = 64
 
 
@@ -185,7 +185,7 @@ def framed(members: Sequence[Member]) -> Frame:
         np.array([step.request_id for step in steps], np.uint64),
     )
     # A frame is of one trace: that of the first of its steps that has one.
-    frame.traceparent = next((said for step in steps if step.trace and (said := sampled(step.trace))), "")
+    frame.traceparent = next((parent for step in steps if step.trace and (parent := sampled(step.trace))), "")
     return frame
 
 

@@ -270,7 +270,7 @@ class Core:
             max_idle=arguments.check_max_idle(max_idle_s),
         )
         request.state.extend(to_messages((yield from self.states(model, "", state, rows, deadline))))
-        if isinstance(state, State):  # what it was checked against; the default may move meanwhile
+        if isinstance(state, State):  # the model it was checked against; the default may have moved since
             request.model_fingerprint = self._models[model].fingerprint
         reply: sessions_pb2.OpenSessionResponse = yield from self._open("OpenSession", request, deadline)
         return SessionTracker(reply.session, resumed=reply.resumed)

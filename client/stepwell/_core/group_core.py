@@ -44,7 +44,7 @@ from stepwell.v1 import sessions_pb2
 
 _SHOWN = 5
 """Members that a message names."""
-#: Bytes of a member in a reply beside its state, and of a reply beside its members.
+#: Size of a member in a reply without its state, and of a reply without its members, in bytes.
 _MEMBER_BYTES, _REPLY_BYTES = 48, 4096
 
 
@@ -238,7 +238,7 @@ class GroupCore:
         """The error to raise if some members failed; `failed` has their indexes among `some`."""
         members = [int(some.indexes[place]) for place in sorted(failed)]
         errors = [failed[place] for place in sorted(failed)]
-        # A copy: what is said of all members must not be read as the first member's own error.
+        # A copy: the message about all members must not change the first member's own error.
         error = copy.copy(errors[0])
         error.message = f"{len(failed)} of {len(some)} sessions failed, first: {error.message} ({self._name_of(members[0])})"
         error.args = (error.message,)
@@ -246,7 +246,7 @@ class GroupCore:
         error.outputs = outputs
         return error
 
-    # What changes nothing.
+    # Reads.
 
     def _info(self, deadline: Deadline) -> Flow[ModelInfo]:
         return (

@@ -69,7 +69,7 @@ class GroupTracker:
         self.model_versions = np.full(count, version, np.uint64)
         """0 if the server does not report it."""
         self.uids = np.zeros(count, np.uint64)
-        self.uids[:] = uids or 0  # a single one is that of all
+        self.uids[:] = uids or 0  # a single one stands for all
         """As in `SessionTracker`, of each member."""
         self.is_pinned = is_pinned
         self.resumed = np.zeros(count, np.bool_)

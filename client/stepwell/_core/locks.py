@@ -78,7 +78,7 @@ class Locks:
         left = []
         blocked = self._held.copy()
         for holder in self._queue:
-            if not holder.is_holding:  # else this was interrupted before the call of `wake`
+            if not holder.is_holding:  # otherwise this was interrupted before the call of `wake`
                 if blocked[holder.members].any():
                     left.append(holder)
                     blocked[holder.members] = True
@@ -123,7 +123,7 @@ class TaskHolder(Holder):
     def wake(self) -> None:
         if (
             self._woken is not None and not self._woken.done()
-        ):  # else its task was cancelled in the same moment
+        ):  # otherwise its task was cancelled at the same moment
             self._woken.set_result(None)
 
     async def wait(self) -> None:

@@ -53,11 +53,11 @@ class Observer:
             ask: Ask = next(flow)
             while True:
                 yield from lanes.ended()
-                if isinstance(ask, Notify | Lookup):  # the flow's own events and questions
+                if isinstance(ask, Notify | Lookup):  # the flow's own events and lookups
                     answer, error = yield from _answer(ask)
                 elif isinstance(ask, Pause):
                     request = lanes.requests.get(ask.to, request)
-                    if ask.is_reported and request is not None:  # else no replica was known yet
+                    if ask.is_reported and request is not None:  # otherwise no replica was known yet
                         yield from _notify(self._retries, RetryEvent(request, ask.error, ask.seconds))
                     attempt = ask.attempt + 1
                     answer, error = yield from _answer(ask)

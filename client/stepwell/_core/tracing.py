@@ -49,7 +49,7 @@ class Tracing:
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         span: Span | None = None
-        said: Pairs = ()
+        context: Pairs = ()
         attempts = 0
         try:
             ask: Ask = next(flow)
@@ -60,10 +60,10 @@ class Tracing:
                         span = self._tracer.start_span(
                             _name(ask), kind=SpanKind.CLIENT, attributes=self._facts(ask)
                         )
-                        said = _said(span)
+                        context = _context_of(span)
                     elif span.is_recording():
                         span.add_event("attempt", {"number": attempts})
-                    ask = _with(ask, said)
+                    ask = _with(ask, context)
                 try:
                     answer = yield ask
                 except StepwellError as error:
@@ -117,7 +117,7 @@ def _note(span: Span | None, error: StepwellError | None) -> None:
         span.add_event("failed", {"error.type": type(error).__name__, "message": str(error)})
 
 
-def _said(span: Span) -> Pairs:
+def _context_of(span: Span) -> Pairs:
     """The context of a span: `traceparent`, and the other headers of this process's propagators."""
     from opentelemetry import propagate, trace
 
@@ -126,12 +126,12 @@ def _said(span: Span) -> Pairs:
     return tuple(carrier.items())
 
 
-def _with(ask: Ask, said: Pairs) -> Ask:
+def _with(ask: Ask, context: Pairs) -> Ask:
     if isinstance(ask, Call):
-        return ask._replace(metadata=said)
+        return ask._replace(metadata=context)
     if isinstance(ask, Step):
-        return ask._replace(trace=said)
+        return ask._replace(trace=context)
     if isinstance(ask, Exchange):
         for lane in ask.lanes:
-            lane.frame.traceparent = sampled(said)
+            lane.frame.traceparent = sampled(context)
     return ask

@@ -36,7 +36,7 @@ def look_up(ask: Lookup, limit_s: float) -> list[str]:
         except OSError as error:
             answers.put(error)
 
-    # the system's own time limits are many seconds long, and there is no way to end it
+    # the system's own time limit is many seconds long, and a lookup cannot be cancelled
     threading.Thread(target=work, name="stepwell-lookup", daemon=True).start()
     try:
         answer = answers.get(timeout=limit_s)

@@ -18,9 +18,9 @@ from stepwell._routing.router import PROBE_TIMEOUT_S, Name, Router
 from stepwell._transport.connecting import ConnectError
 from stepwell.errors import StepwellError
 
-#: How long a name may take to be looked up beside the calls, in seconds.
+#: Time limit of a name lookup in the background, in seconds.
 _LOOKUP_TIMEOUT_S = 10.0
-#: How long the thread sleeps at the most, so that it ends soon after its client was collected.
+#: Longest sleep of the thread in seconds, so that it ends soon after its client was collected.
 _LONGEST_S = 60.0
 _probers: weakref.WeakSet[Prober] = weakref.WeakSet()
 
@@ -124,7 +124,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _work(prober: weakref.ref[Prober], woken: threading.Event) -> None:
-    # nothing refers to the client while the thread sleeps, so that one that nobody closed can be collected
+    # nothing refers to the client while the thread sleeps, so that an unclosed client can be collected
     while (wait_s := _look(prober)) is not None:
         woken.wait(wait_s)
 

@@ -33,20 +33,20 @@ from stepwell._transport.retry import Clock, RepliesTooLargeError
 from stepwell.errors import DeadlineExceededError, StepwellError, UnavailableError
 from stepwell.events import EventHooks, ReplicaEvent
 
-#: First delay before a replica that is down is looked at again, and the longest, in seconds.
+#: First and longest delay before a replica that is down is checked again, in seconds.
 PROBE_S, MAX_PROBE_S = 0.1, 2.0
-#: How long the answer to a health check may take.
+#: Time limit of a health check, in seconds.
 PROBE_TIMEOUT_S = 2.0
-#: A suspect is not looked at more often.
+#: Shortest time between two checks of a suspect replica, in seconds.
 _SUSPECT_S = 0.2
-#: In how many parts, and in what time, a replica that is there again gets its sessions back.
+#: The time in seconds, and the number of parts, in which a replica that is up again gets its sessions back.
 RETURN_S, _PARTS = 2.0, 8
-#: How often a name is looked up, and how often at the most where a replica of it is down.
+#: Time between lookups of a name in seconds, and the shortest time if one of its replicas is down.
 LOOKUP_S, LOOKUP_RETRY_S = 30.0, 1.0
-#: What gRPC says of a connection whose peer has answered no ping.
+#: gRPC's text for a connection whose peer has not answered a ping.
 _HUNG = "ping timeout"
-#: Replicas in the order in which a session prefers them: those that are there, those that are not given it back yet,
-#: those that are down.
+#: Ranks of replicas for a session: up, up but without the session so far,
+#: down.
 _UP, _RETURNING, _DOWN = 2, 1, 0
 
 
@@ -211,7 +211,7 @@ class Router:
         """Whether another replica is up."""
         return any(not each.is_down and each not in tried for each in self._replicas)
 
-    # What attempts and checks have found.
+    # Results of attempts and checks.
 
     def failed(self, replica: Replica, generation: int, error: StepwellError) -> bool:
         """An attempt has failed. Returns whether because of the replica, so that the call should go to another one."""
@@ -246,7 +246,7 @@ class Router:
                 if replica.address in name.found:
                     name.due_s = min(name.due_s, name.looked_up_s + LOOKUP_RETRY_S)
             self._set_lookup()
-            self._tell(replica)
+            self._notify(replica)
         LOG.info("replica %s is down: %s", replica.address, error.message)
         self._wake()
 
@@ -260,17 +260,17 @@ class Router:
             replica.error = None
             replica.due_s = math.inf
             self._begin(replica)
-            self._tell(replica)
+            self._notify(replica)
         LOG.info("replica %s is up again and takes back its sessions", replica.address)
 
     def _begin(self, replica: Replica) -> None:
-        # each client begins at a moment of its own, as its check has found it
+        # clients start at different times, each when its own check succeeds
         replica.back_s = self._clock()
         replica.parts = 1
         self._returning = True
         self.epoch += 1
 
-    def _tell(self, replica: Replica) -> None:
+    def _notify(self, replica: Replica) -> None:
         if self._hooks:
             self._events.append(ReplicaEvent(replica.address, not replica.is_down, replica.error))
 
@@ -290,7 +290,7 @@ class Router:
             return ""
         return "; ".join([f"{address}: {message}" for address, message in down])
 
-    # What is to be looked at.
+    # Checks and lookups that are due.
 
     def due(self) -> tuple[list[Replica], list[Name]]:
         """Replicas to check and names to look up now; report the results to `checked`, `found` or `not_found`."""
@@ -310,7 +310,7 @@ class Router:
         now_s = self._clock()
         with self._lock:
             dues = [each.due_s for each in self._replicas if not each.is_checked]
-            # a name alone keeps nobody awake: whoever chooses a replica looks whether it is due
+            # a name alone wakes no thread: choosing a replica checks whether the name is due
             dues += [each.due_s for each in self._names if not each.is_asked and each.due_s <= now_s]
         return max(0.0, min(dues, default=math.inf) - now_s)
 
@@ -339,7 +339,7 @@ class Router:
         with self._lock:
             self._looked_up(name)
             name.found = tuple(addresses)
-            # its connections were left until now, for what was under way
+            # its connections stayed open until now, for active calls
             dropped, self._gone = self._gone, []
             self._set()
         if self._watcher is not None:

@@ -57,7 +57,7 @@ def _with_rows(tensor: Packed, what: str, rows: int | None, count: str = "batch_
     """Checks the first axis of an input. The server, which knows the others, uses the same words."""
     if rows is not None and tensor.shape[0] != rows:
         many = "1 row" if rows == 1 else f"{rows} rows"
-        # With one row of several chosen, x holds rather too many rows than too few axes.
+        # If one of several rows is selected, x more likely has too many rows than too few axes.
         hint = ": did you mean x[None]?" if rows == 1 and count == "batch_size" else ""
         raise InvalidInputError(
             f"{what} must have {many} on its first axis ({count}), shape ({rows}, ...) or ({rows}, T, ...); "
@@ -83,7 +83,9 @@ def pack_states(states: States, info: ModelInfo, rows: int) -> tuple[Packed, ...
         _require_of(states, info)
         names = [spec.name for spec in info.state]
         if len(states) == len(names) and set(states) != set(names):
-            states = dict(zip(names, states.values(), strict=True))  # built again: Keras made up other names
+            states = dict(
+                zip(names, states.values(), strict=True)
+            )  # the model was built again, and Keras generated other names
     values = _by_name(states, [spec.name for spec in info.state], info.name)
     return tuple(_state_tensor(spec, values[spec.name], rows) for spec in info.state)
 

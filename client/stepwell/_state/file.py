@@ -18,7 +18,7 @@ from stepwell._state.tensors import Array, pack
 from stepwell.errors import InvalidInputError
 
 _FORMAT = "stepwell-state/2"
-#: Types of the file format that numpy has too, and that a session may be set to.
+#: Types of the file format that numpy has too and that a state may have.
 _DTYPES = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
 
 
@@ -67,7 +67,7 @@ def read(path: str) -> tuple[dict[str, Array], Header]:
     """
     from safetensors import SafetensorError
 
-    with open(path, "rb"):  # safe_open's own errors do not tell a missing file from a broken one
+    with open(path, "rb"):  # safe_open's own errors do not distinguish a missing file from a corrupt one
         pass
     try:
         return _read(path)
@@ -113,7 +113,7 @@ def _text(metadata: Mapping[str, str], key: str) -> str:
 
 def _number(metadata: Mapping[str, str], key: str) -> int:
     text = _text(metadata, key)
-    # `int` would take signs, spaces and the digits of other scripts too.
+    # `int` would accept signs, spaces and the digits of other scripts too.
     if not (text.isascii() and text.isdecimal() and len(text) <= 20):
         raise InvalidInputError(f"its {key} must be a whole number; got {text!r}")
     return int(text)
@@ -169,7 +169,7 @@ def _check_tensor(what: str, array: Array, batch_size: int) -> None:
         raise InvalidInputError(
             f"{what} must have batch_size = {batch_size} rows on its first axis; got shape {array.shape}"
         )
-    pack("", what, array[:1])  # the rules for what can be sent to a server
+    pack("", what, array[:1])  # the rules for tensors that can be sent to a server
     if array.dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
         raise InvalidInputError(f"{what} must hold booleans; got a byte that is neither 0 nor 1")
 
@@ -190,5 +190,5 @@ def _write_atomically(path: str, data: bytes) -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        # Not the temporary file's name: the caller knows only this one.
+        # Names the caller's file, not the temporary one.
         raise OSError(error.errno, error.strerror, path) from None

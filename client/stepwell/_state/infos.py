@@ -33,7 +33,7 @@ Rows: TypeAlias = Iterable[int] | npt.NDArray[np.bool_]
 Mask: TypeAlias = npt.ArrayLike
 """Booleans: one for each row, (rows,), or for each row and time step, (rows, T)."""
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-#: Of the times that a `datetime` can be: 0001-01-01 and 9999-12-31, in seconds since the epoch.
+#: The first and last times of a `datetime`, 0001-01-01 and 9999-12-31, in seconds since the epoch.
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
 
 

@@ -32,7 +32,7 @@ _BY_NAME: Mapping[str, int] = {
     "bfloat16": _pb.DATA_TYPE_BFLOAT16,
 }
 _NAMES: Mapping[int, str] = {number: name for name, number in _BY_NAME.items()}
-# By kind and size rather than by numpy's own names: C's long and long long are two types of one layout.
+# By kind and size and not by numpy's names, because C's long and long long are two types with one layout.
 _BY_LAYOUT: Mapping[tuple[str, int], int] = {
     (np.dtype(name).kind, np.dtype(name).itemsize): number
     for name, number in _BY_NAME.items()

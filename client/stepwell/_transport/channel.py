@@ -27,23 +27,23 @@ from stepwell.errors import (
 )
 from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
-#: gRPC's own limit of an attempt to connect.
+#: gRPC's own time limit of an attempt to connect, in seconds.
 _LONGEST_CONNECT_S = 20.0
-#: A replica that has sent nothing for so long while calls wait for it is asked whether it is there, and how long its
-#: answer may take. gRPC itself sends at most two such pings without a message between them, which every server takes.
+#: If calls wait and a replica has sent nothing for the first of these times, gRPC sends it a ping; the second is the time
+#: limit of the answer. gRPC sends at most two such pings without a message in between, which every server accepts.
 _KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 2000, 3000
 _HEALTH = "/grpc.health.v1.Health/Check"
 #: grpc.health.v1.HealthCheckResponse with the status SERVING.
 _SERVING = b"\x08\x01"
-#: The calls that are not of SessionService.
+#: Services of the calls that do not belong to SessionService.
 _SERVICES = {
     **dict.fromkeys(("ListModels", "GetModel", "ListSlowSessions", "Predict"), "ModelService"),
     **dict.fromkeys(
         ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"), "ModelAdminService"
     ),
 }
-# When a message could not be written, grpc.aio ends the call with a status that it makes itself, INTERNAL, instead of
-# the real one, which is mostly UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is known by this
+# If a message could not be written, grpc.aio ends the call with a status of its own, INTERNAL, instead of
+# the real one, usually UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is recognized by this
 # beginning of its debug string; that of a received status begins with its code.
 _FAILED_WRITE = 'Failed "execute_batch"'
 
@@ -80,10 +80,10 @@ def _for(config: ClientConfig, endpoint: Endpoint | None) -> tuple[ClientConfig,
     options = _options(config)
     if endpoint.authority and tls is None:
         options.append(("grpc.default_authority", endpoint.authority))
-    # what hangs, or is cut off, is found out while calls wait for it, and they go to another replica
+    # detects a hung or disconnected replica while calls wait for it, so that they go to another one
     options.append(("grpc.keepalive_time_ms", _KEEPALIVE_MS))
     options.append(("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
-    # of the pings by which gRPC measures bandwidth too: it sends no other while it waits for one, and does so for a minute
+    # also for gRPC's bandwidth pings: it sends no others while it waits for one of these, by default for a minute
     options.append(("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS))
     return config, options
 
@@ -94,24 +94,24 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.max_receive_message_length", config.max_message_bytes),
-        # The SDK decides what is tried again, and when.
+        # The SDK decides what to retry, and when.
         ("grpc.enable_retries", 0),
-        # A server that comes back is found again within a second; on this machine sooner, where trying is cheap.
+        # Reconnects within a second to a server that comes back; sooner on this machine, where attempts are cheap.
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 200 if is_on_this_machine else 1000),
-        # Despite its name: how long one attempt to connect may take, and a name server to answer.
+        # Despite its name, the time limit of one attempt to connect, and of a name server's answer.
         ("grpc.min_reconnect_backoff_ms", attempt_ms),
         ("grpc.dns_ares_query_timeout", attempt_ms),
         # One client's failed connections are not another's.
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if is_on_this_machine:
-        # Else a proxy of the environment (http_proxy) gets what is meant for this machine, tokens included.
+        # Otherwise a proxy of the environment (http_proxy) would get calls to this machine, including tokens.
         options.append(("grpc.enable_http_proxy", 0))
     if config.tls is not None and config.tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", config.tls.server_name))
     elif config.address.startswith("unix:"):
-        # gRPC would put the path there, which is no name of a host: many servers refuse it
+        # gRPC would use the path, which is not a host name and is rejected by many servers
         options.append(("grpc.default_authority", "localhost"))
     return options
 
@@ -119,8 +119,8 @@ def _options(config: ClientConfig) -> list[tuple[str, Any]]:
 def tokens(config: ClientConfig) -> Tokens:
     """The metadata of a client's calls."""
     tenant = () if config.tenant is None else (("stepwell-tenant", config.tenant),)
-    # An Envoy in front of replicas sends what has the same value to the same replica (`stepwell envoy-config`): stream and
-    # calls of a client find its sessions in memory there, also after the connection was made anew.
+    # An Envoy in front of replicas sends calls with the same value to the same replica (`stepwell envoy-config`). So the
+    # stream and calls of a client find its sessions in memory there, also after it has reconnected.
     affinity = ("stepwell-session", secrets.token_hex(8))
     return Tokens(config.token, (affinity, *tenant, *metadata.checked(config.metadata)))
 
@@ -283,7 +283,7 @@ class SyncTransport(_Transport):
                 self._ended() if self.is_closed else _refused(translate(error), self._tokens, metadata)
             ) from None
         except ValueError:
-            # What gRPC raises for a closed channel; anything else is a defect to be seen.
+            # gRPC raises this for a closed channel; otherwise it is a defect that must be seen.
             if self.is_closed:
                 raise self._ended() from None
             raise

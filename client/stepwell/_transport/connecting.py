@@ -10,11 +10,11 @@ from stepwell import errors
 from stepwell._base.log import LOG
 
 _RUNS = "is `stepwell serve` running there?"
-# How gRPC says that no connection was made, so that nothing was sent, and why.
+# gRPC's text if no connection was made, so that nothing was sent, and the reason.
 _FAILED = re.compile(
     r"failed to connect to all addresses(?:; last error: (?:[A-Z_]+: )?(?P<why>.*))?", re.DOTALL
 )
-# What stands before the reason proper: where the attempt went.
+# The address of the attempt, which precedes the reason.
 _WHERE = re.compile(
     r"(?:(?:ipv4|ipv6|unix):\S+: )?(?:Failed to connect to remote host: |connect failed: addr: \S+ error: )?"
 )
@@ -25,14 +25,14 @@ _NO_SUCH_NAME = (
     "Name or service not known",
     "nodename nor servname",
 )
-# What a peer that speaks no HTTP/2 makes gRPC say.
+# gRPC's texts for a peer that does not speak HTTP/2.
 _NOT_HTTP2 = ("Failed parsing HTTP/2", "http1.x server")
 
-# What accepts connections and says nothing may be a server on a machine that is busy.
+# A peer that accepts connections but does not answer may be a server on a busy machine.
 _SILENT = "before receiving SETTINGS frame"
 _PATIENCE = 10
 
-# What gRPC's text of a failed handshake holds, and what that means. None of it passes by itself.
+# Parts of gRPC's text of a failed handshake, and their meaning. No retry fixes these.
 _LASTING = {
     "WRONG_VERSION_NUMBER": "the client uses TLS, but the server does not",
     "CERTIFICATE_VERIFY_FAILED": (
@@ -47,7 +47,7 @@ _LASTING = {
         "certificate"
     ),
 }
-# A server that goes away does the same.
+# A server that stops does the same.
 _PERHAPS = (
     "if the server uses TLS, pass a TlsConfig; if it requires a client certificate, set TlsConfig.cert and "
     "TlsConfig.key to one that its CA has signed"

@@ -97,7 +97,7 @@ class RetryPolicy:
         if isinstance(error, errors.OverloadedError) and error.quota in _LASTING_QUOTAS:
             return None
         if isinstance(error, errors.OverloadedError) and error.retry_after_s > 0:
-            # Not before the server's delay, and spread out after it.
+            # Not before the server's delay, and with jitter after it.
             return error.retry_after_s + self.draw(0.0, min(backoff_s, error.retry_after_s))
         if isinstance(error, errors.OverloadedError | errors.UnavailableError):
             return self.draw(0.0, backoff_s)
@@ -174,7 +174,7 @@ class Attempts:
         return min(self._deadline.limit_s, self._contact.patience_s(error))
 
     def _remaining_s(self, error: errors.StepwellError) -> float:
-        if self._is_elsewhere:  # how long a server that nobody has reached is tried is that one's affair
+        if self._is_elsewhere:  # another replica has its own time limit before the first contact
             return self._deadline.remaining_s()
         return min(self._deadline.remaining_s(), self._limit_s(error) - self._deadline.elapsed_s())
 

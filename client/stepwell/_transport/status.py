@@ -29,10 +29,10 @@ class Status:
     retry_after_s: float = 0.0
 
 
-# How gRPC says that it was the answer, not the request, that one side's limit stopped.
+# gRPC's text if the answer, and not the request, exceeded a limit.
 _REPLY_OVER_LIMIT = re.compile(r"(CLIENT: Received|SERVER: Sent) message larger than max")
 
-#: How gRPC says that HTTP/2 alone ended a call, without a status.
+#: gRPC's text if HTTP/2 ended a call without a status.
 _CUT_OFF = "RST_STREAM"
 
 Maker = Callable[[Status], errors.StepwellError]
@@ -55,7 +55,7 @@ def _unavailable(status: Status) -> errors.StepwellError:
 
 
 def _open_ended(kind: type[errors.UnavailableError | errors.DeadlineExceededError]) -> Maker:
-    # With a reason the server itself answered, and it answers so only for what it did not apply; see OUTCOME_UNKNOWN.
+    # A reason means that the server itself answered, which it does only for changes that it did not apply; see OUTCOME_UNKNOWN.
     return lambda status: kind(
         status.message, outcome="not_applied" if status.reason else "unknown", reason=status.reason
     )
@@ -169,7 +169,7 @@ def from_rpc(
         if key == DETAILS_KEY and isinstance(value, bytes):
             return to_error(_with_details(Status(code, text), value))
     if code is Code.INTERNAL and _CUT_OFF in text:
-        # A proxy ends streams so whose server has gone. Without a proxy the connection would have been lost.
+        # A proxy ends streams like this if their server is gone. Without a proxy the connection would have been lost.
         code = Code.UNAVAILABLE
     return to_error(Status(code, text))
 
@@ -194,7 +194,7 @@ def _with_details(status: Status, encoded: bytes) -> Status:
         for detail in details:
             status = _with_detail(status, detail.type_url.rpartition("/")[2], detail.value)
     except DecodeError:
-        # Details are an extra: a proxy that garbles them must not hide the error itself.
+        # Details are optional: a proxy that garbles them must not hide the error itself.
         return status
     return status
 

@@ -11,7 +11,7 @@ import grpc
 if TYPE_CHECKING:
     from stepwell.config import TlsConfig
 
-#: Where systems keep all CAs in one file, if OpenSSL's own place has none: Debian and Alpine, Fedora.
+#: Files with the CAs of Debian and Alpine, and of Fedora, for systems where OpenSSL's default does not exist.
 _SYSTEM_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 
 
@@ -23,6 +23,6 @@ def credentials(config: TlsConfig) -> grpc.ChannelCredentials:
 
 def _system_roots() -> bytes | None:
     """The CAs of this system; None, which means those of gRPC, if there is no such file."""
-    own: str | None = ssl.get_default_verify_paths().cafile  # None if it is not there, which its type forgets
+    own: str | None = ssl.get_default_verify_paths().cafile  # may be None, which its type does not tell
     found = [path for path in (own or "", *_SYSTEM_ROOTS) if Path(path).is_file()]
     return Path(found[0]).read_bytes() if found else None

@@ -93,7 +93,7 @@ class Tokens:
             got = described(given) if isinstance(given, str) else type(given).__name__
             raise UnauthenticatedError(f"the token function {RULE.replace('be', 'return', 1)}; got {got}")
         now, expires = self._now(), _expires(given)
-        # One that is asked for again and is still the same is used to its end.
+        # If the function returns the same token again, it is used until it expires.
         early = 0.0 if given == self._token else min(RENEWED_S, max(0.0, expires - now) / 5)
         self._token = given
         self._metadata = self._with(given)
@@ -118,7 +118,7 @@ async def _awaited(given: Awaitable[Any]) -> Any:
 
 
 def _failed(error: Exception) -> UnauthenticatedError:
-    # Its own text may hold what it should not; it is the cause, for those who look.
+    # Its text may contain secrets, so it is only the cause of the error.
     return UnauthenticatedError(f"the token function raised {type(error).__name__}")
 
 

@@ -331,7 +331,7 @@ def _admin(text: str, listen: Address) -> dict[str, object] | None:
         address: Address = HostAndPort(any_port=True)(text)
     except click.BadParameter:
         raise click.UsageError(f"--admin must be HOST:PORT or off; got {text!r}") from None
-    # whoever reaches it can stop Envoy and read what passes
+    # anybody who reaches it can stop Envoy and read its traffic
     _require(
         address.is_loopback, f"--admin must be an address of this machine alone, or off; got {address.host}"
     )

@@ -129,7 +129,7 @@ def set_state(
     new = None if file is None else load_state(file)
     with target.connect("Setting the state") as client:
         session = attach(client, session_id)
-        # a state of many sessions has no position of its own
+        # a state of many sessions has no position
         position = 0 if new is None or rows else new.position or 0
         session.reset_states(new, rows=rows, position=position)
     if as_json:

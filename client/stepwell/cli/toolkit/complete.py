@@ -90,7 +90,7 @@ def answered(
     target = Target.of(dict(ctx.params))
     try:
         config = target.config()
-        config = dataclasses.replace(config, address=config.targets[0])  # of replicas any one knows
+        config = dataclasses.replace(config, address=config.targets[0])  # any replica can answer
         metadata = tokens(config).metadata()
         with open_channel(config) as channel:
             return [CompletionItem(value) for value in ask(channel, metadata)]

@@ -67,7 +67,7 @@ def listening_pid(port: int) -> int | None:
     """The process that listens on a TCP port, if this user may see it."""
     try:
         sockets = psutil.net_connections("tcp")
-    except psutil.Error:  # not every system tells those of all processes
+    except psutil.Error:  # not every system reports the connections of all processes
         return None
     return next(
         (

@@ -178,7 +178,7 @@ def new_console() -> Console:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on stderr that something is under way, if a person is watching.
+    """Show on stderr that something is running, if a person is watching.
 
     The body must not print: while it runs, rich takes what goes to stdout to stderr.
     """
@@ -227,7 +227,7 @@ def stages(what: str) -> Iterator[Callable[[str], None]]:
     began, now = time.monotonic(), ""
     with console.status(what) as status:
 
-        def tell(stage: str) -> None:
+        def show(stage: str) -> None:
             nonlocal began, now
             ended = time.monotonic()
             if now and stage != now:
@@ -236,7 +236,7 @@ def stages(what: str) -> Iterator[Callable[[str], None]]:
                 began, now = ended, stage
             status.update(f"{what}: {stage}")
 
-        yield tell
+        yield show
 
 
 def shape_text(spec: TensorInfo) -> str:

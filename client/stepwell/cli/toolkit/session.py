@@ -22,7 +22,7 @@ def attach(client: Client, session_id: str, model: str | None = None) -> Session
         version = f"@{known.model_version}" if "@" in model else ""
         raise ModelMismatchError(f"--model must be the session's model, {known.model}{version}; got {model}")
     session = client.open_session(known.model, batch_size=known.batch_size, session_id=session_id)
-    # Should the session have been closed since it was looked up, this one is new: it must not stand in for it.
+    # If the session was closed after the lookup, this one is new, and must not replace it.
     if client.session_info(session_id).created_time != known.created_time:
         session.close()
         client.session_info(session_id)

@@ -116,7 +116,7 @@ class Target:
             doing: What the body does, as "Reading".
             prints: Whether the body prints by itself.
         """
-        # its lines about a connection that fails would stand beside the one that the command prints
+        # gRPC would print lines of its own about a failed connection
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import stepwell
 

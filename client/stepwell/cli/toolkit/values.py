@@ -129,7 +129,7 @@ def from_npy(path: Path) -> Values:
     with path.open("rb") as file:
         try:
             return load_arrays(file)
-        except Exception as error:  # damaged files raise whatever zip, zlib, tokenize or numpy trip over
+        except Exception as error:  # corrupt files raise various errors of zip, zlib, tokenize and numpy
             raise ValueError(f"{path} is not a NumPy file: {error}") from None
 
 
