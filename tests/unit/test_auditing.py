@@ -43,6 +43,44 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+class Written:
+    """An audit log, and its lines once it is closed."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.clock, self.log = file, ManualClock(), AuditLog(file)
+        self.auditor = Auditor(self.log, "drop", self.clock.monotonic)
+
+    def lines(self) -> list[dict[str, Any]]:
+        self.log.close()
+        return _lines(self.file)
+
+
+@pytest.fixture
+def written(file: Path) -> Written:
+    return Written(file)
+
+
+def _call_of(name: str) -> FakeCall:
+    call = FakeCall()
+    call.who = Caller(name, "acme", Role.VIEWER)
+    return call
+
+
+class Stuck:
+    """The disk of the audit log, which takes nothing until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_stuck, self.release, write = threading.Event(), threading.Event(), os.write
+
+        def slow(descriptor: int, data: bytes) -> int:
+            if threading.current_thread().name == "stepwell-audit":
+                self.is_stuck.set()
+                self.release.wait(100)
+            return write(descriptor, data)
+
+        monkeypatch.setattr(os, "write", slow)
+
+
 def test_of_every_method_it_is_said_whether_it_is_audited() -> None:
     services = [
         sessions_pb2.DESCRIPTOR.services_by_name["SessionService"],
@@ -58,9 +96,8 @@ def test_of_every_method_it_is_said_whether_it_is_audited() -> None:
     assert not AUDITED.keys() & UNAUDITED.keys()
 
 
-async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> None:
-    log = AuditLog(file)
-    async with calls(auditor=Auditor(log, "drop")) as client:
+async def test_who_did_what_to_which_sessions_and_nothing_more(written: Written) -> None:
+    async with calls(auditor=written.auditor) as client:
         await client.call(pb.OpenSessionRequest(model="plain", session_id="a", request_id=7))
         opened = await client.call(pb.OpenSessionsRequest(model="plain", count=MAX_NAMED + 5))
         x = tensors({"x": np.full((1, 1, 2), 0.123456789, np.float32)})
@@ -78,8 +115,7 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
             await client.exchange(pb.StepStreamRequest(reset=pb.ResetFrame(session_ids=ids)))
         await client.refused(pb.CloseSessionRequest(session_id="nobody"))
         await client.refused(pb.GetSessionRequest(session_id="nobody"))
-    log.close()
-    lines = _lines(file)
+    lines = written.lines()
     found = [(line["action"], line["outcome"], line.get("sessions"), line.get("count")) for line in lines]
     assert found == [
         ("open", "OK", ["a"], 1),
@@ -129,9 +165,8 @@ async def test_who_did_what_to_which_sessions_and_nothing_more(file: Path) -> No
     assert "0.1234" not in json.dumps(lines)
 
 
-async def test_a_caller_is_named_and_a_refusal_of_any_method_is_written(file: Path) -> None:
-    log = AuditLog(file)
-    boundary = Boundary(Requests(), 1024, auditor=Auditor(log, "drop"))
+async def test_a_caller_is_named_and_a_refusal_of_any_method_is_written(written: Written) -> None:
+    boundary = Boundary(Requests(), 1024, auditor=written.auditor)
 
     async def refuse(_request: object, call: Any) -> pb.StepResponse:
         call.who = Caller("ada", "acme", Role.VIEWER)
@@ -143,8 +178,7 @@ async def test_a_caller_is_named_and_a_refusal_of_any_method_is_written(file: Pa
     call.metadata = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01", "authorization": "Bearer secret"}
     with pytest.raises(CallEnded):
         await boundary.unary("Step", refuse, pb.StepRequest)(call)
-    log.close()
-    (line,) = _lines(file)
+    (line,) = written.lines()
     del line["time"]
     assert line == {
         "action": "refused",
@@ -159,58 +193,47 @@ async def test_a_caller_is_named_and_a_refusal_of_any_method_is_written(file: Pa
     }
 
 
-def test_strangers_do_not_fill_the_disk(file: Path) -> None:
-    log, clock = AuditLog(file), ManualClock()
-    auditor, call = Auditor(log, "drop", clock.monotonic), FakeCall()
+def test_strangers_do_not_fill_the_disk(written: Written) -> None:
+    auditor, call = written.auditor, FakeCall()
     for _ in range(1005):
         auditor.refused("Step", call, Unauthenticated("nobody"))
-    known = FakeCall()
-    known.who = Caller("ada", "acme", Role.VIEWER)
+    known = _call_of("ada")
     for error in (Unauthenticated("revoked meanwhile"), PermissionDenied("no", role="viewer")):
         auditor.refused("Step", known, error)
-    clock.advance(0.1)
+    written.clock.advance(0.1)
     for _ in range(3):
         auditor.refused("Step", call, Unauthenticated("nobody"))
-    clock.advance(0.1)
+    written.clock.advance(0.1)
     auditor.refused("Step", call, Unauthenticated("nobody"))
-    log.close()
-    lines = _lines(file)
+    lines = written.lines()
     assert len(lines) == 1004
     assert [line.get("skipped") for line in lines[999:]] == [None, None, None, 5, 2]
 
 
-async def test_a_caller_who_is_refused_again_and_again_does_not_fill_the_disk(file: Path) -> None:
-    log, clock = AuditLog(file), ManualClock()
-    async with calls(auditor=Auditor(log, "drop", clock.monotonic)) as client:
+async def test_a_caller_who_is_refused_again_and_again_does_not_fill_the_disk(written: Written) -> None:
+    async with calls(auditor=written.auditor) as client:
         for _ in range(1005):
             await client.refused(pb.CloseSessionRequest(session_id="nobody"))
         await client.call(pb.OpenSessionRequest(model="plain", session_id="a"))
-        clock.advance(0.1)
+        written.clock.advance(0.1)
         await client.refused(pb.CloseSessionRequest(session_id="nobody"))
-    log.close()
-    lines = _lines(file)
+    lines = written.lines()
     assert [line["outcome"] for line in lines[999:]] == ["SESSION_NOT_FOUND", "OK", "SESSION_NOT_FOUND"]
     assert [line.get("skipped") for line in lines[999:]] == [None, None, 5]
 
 
-def test_callers_have_budgets_of_their_own(file: Path) -> None:
-    log, clock = AuditLog(file), ManualClock()
-    auditor, calls_of = Auditor(log, "drop", clock.monotonic), {}
-    for name in ("ann", "bob"):
-        calls_of[name] = FakeCall()
-        calls_of[name].who = Caller(name, "acme", Role.VIEWER)
+def test_callers_have_budgets_of_their_own(written: Written) -> None:
+    auditor, ann, bob = written.auditor, _call_of("ann"), _call_of("bob")
     for _ in range(1005):
-        auditor.refused("Step", calls_of["ann"], PermissionDenied("no", role="viewer"))
-    auditor.refused("Step", calls_of["bob"], PermissionDenied("no", role="viewer"))
+        auditor.refused("Step", ann, PermissionDenied("no", role="viewer"))
+    auditor.refused("Step", bob, PermissionDenied("no", role="viewer"))
     # what may have changed something has its line, whatever was refused before
-    auditor.failed("CloseSessions", calls_of["ann"], pb.CloseSessionsRequest(), StoreAway("away", 1.0))
-    log.close()
-    assert [line["who"] for line in _lines(file)[999:]] == ["ann", "bob", "ann"]
+    auditor.failed("CloseSessions", ann, pb.CloseSessionsRequest(), StoreAway("away", 1.0))
+    assert [line["who"] for line in written.lines()[999:]] == ["ann", "bob", "ann"]
 
 
-def test_names_are_cut_and_lines_are_bounded(file: Path) -> None:
-    log = AuditLog(file)
-    auditor, call = Auditor(log, "drop"), FakeCall()
+def test_names_are_cut_and_lines_are_bounded(written: Written) -> None:
+    auditor, call = written.auditor, FakeCall()
     wild = "\x01" * 900
     auditor.done(
         "ListSessions", call, pb.ListSessionsRequest(session_id_prefix=wild), pb.ListSessionsResponse()
@@ -219,10 +242,9 @@ def test_names_are_cut_and_lines_are_bounded(file: Path) -> None:
     auditor.done("CloseSessions", call, many, pb.CloseSessionsResponse(closed=3))
     call.certificate_names = [wild] * 2000
     auditor.done("ListSessions", call, pb.ListSessionsRequest(), pb.ListSessionsResponse())
-    log.write({"anything": "x" * 100_000})
-    log.close()
-    assert max(map(len, file.read_bytes().splitlines())) <= MAX_LINE_BYTES
-    prefix, closed, certificates, anything = _lines(file)
+    written.log.write({"anything": "x" * 100_000})
+    prefix, closed, certificates, anything = written.lines()
+    assert max(map(len, written.file.read_bytes().splitlines())) <= MAX_LINE_BYTES
     assert prefix["session_id_prefix"] == "\x01" * 256 + "... (900 characters)"
     assert (closed["count"], closed["cut"]) == (3, True)
     assert 0 < len(closed["sessions"]) < MAX_NAMED
@@ -231,15 +253,7 @@ def test_names_are_cut_and_lines_are_bounded(file: Path) -> None:
 
 
 def test_the_queue_is_bounded_in_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    goes_on, write = threading.Event(), os.write
-
-    def slow(descriptor: int, data: bytes) -> int:
-        if threading.current_thread().name == "stepwell-audit":
-            goes_on.wait(100)
-        return write(descriptor, data)
-
-    monkeypatch.setattr(os, "write", slow)
-    log = AuditLog(file)
+    disk, log = Stuck(monkeypatch), AuditLog(file)
     line = {"padding": "x" * (MAX_LINE_BYTES - 1000)}
     auditor = Auditor(log, "refuse")
     written = 0
@@ -253,14 +267,13 @@ def test_the_queue_is_bounded_in_bytes(file: Path, monkeypatch: pytest.MonkeyPat
     for _ in range(50):
         log.write(line)
     assert log.dropped > 0
-    goes_on.set()
+    disk.release.set()
     log.close()
     assert sum("padding" in each for each in _lines(file)) == log.written == written + 50 - log.dropped
 
 
-def test_sessions_of_one_call_are_gathered_in_a_moment(file: Path) -> None:
+def test_sessions_of_one_call_are_gathered_in_a_moment(written: Written) -> None:
     """Each id of a call was compared with each of its reply."""
-    log = AuditLog(file)
     ids = [f"session-{number:06}" for number in range(20_000)]
     request = pb.OpenSessionsRequest(model="plain", session_ids=ids)
     looked: list[int] = []
@@ -276,16 +289,14 @@ def test_sessions_of_one_call_are_gathered_in_a_moment(file: Path) -> None:
 
     reply = Mock(spec=["session_ids", "DESCRIPTOR"], session_ids=[Counted(each) for each in ids])
     reply.DESCRIPTOR = pb.OpenSessionsResponse.DESCRIPTOR
-    Auditor(log, "drop").done("OpenSessions", FakeCall(), request, reply)
-    log.close()
+    written.auditor.done("OpenSessions", FakeCall(), request, reply)
     assert len(looked) <= 2 * len(ids)
 
 
-async def test_steps_that_reset_or_read_states_have_lines(file: Path) -> None:
-    log = AuditLog(file)
+async def test_steps_that_reset_or_read_states_have_lines(written: Written) -> None:
     x = tensors({"x": np.full((1, 1, 2), 0.5, np.float32)})
     all_states = pb.STATE_SELECTION_ALL
-    async with calls(auditor=Auditor(log, "drop")) as client:
+    async with calls(auditor=written.auditor) as client:
         await client.call(pb.OpenSessionRequest(model="plain", session_id="a"))
         await client.call(pb.StepRequest(session_id="a", inputs=x))
         await client.call(pb.StepRequest(session_id="a", inputs=x, reset_mask=[False]))
@@ -295,8 +306,7 @@ async def test_steps_that_reset_or_read_states_have_lines(file: Path) -> None:
         for fields in ({}, {"reset_mask": [False]}, {"reset_mask": [True], "states": all_states}):
             step = pb.StepFrame(session_ids=["a"], inputs=x, **fields)
             await client.exchange(pb.StepStreamRequest(step=step))
-    log.close()
-    assert [(line["action"], line["method"], line["outcome"]) for line in _lines(file)[1:]] == [
+    assert [(line["action"], line["method"], line["outcome"]) for line in written.lines()[1:]] == [
         ("reset", "Step", "OK"),
         ("read_state", "Step", "OK"),
         ("reset", "Step", "SESSION_NOT_FOUND"),
@@ -316,10 +326,10 @@ async def test_a_step_that_must_have_a_line_is_refused_where_there_is_no_room(fi
         await client.call(pb.StepRequest(session_id="a", inputs=x))
 
 
-async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(file: Path) -> None:
-    log, known = AuditLog(file), KnownCaller(Caller("ann", "acme", Role.ADMIN), Credential("token", b"ann"))
+async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(written: Written) -> None:
+    known = KnownCaller(Caller("ann", "acme", Role.ADMIN), Credential("token", b"ann"))
     guard = Guard(Mock(identify=lambda _call: known), Mock(), ManualClock())
-    boundary = Boundary(Requests(), 1024, guard, Auditor(log, "drop"))
+    boundary = Boundary(Requests(), 1024, guard, written.auditor)
 
     async def listed(_request: object, call: Any) -> pb.ListSessionsResponse:
         assert (call.who.tenant, str(call.who)) == ("beta", "acme/ann")
@@ -332,22 +342,19 @@ async def test_who_acts_in_another_tenant_is_not_taken_for_a_caller_of_that(file
     known = known._replace(caller=Caller("ann", "acme", Role.USER))
     with pytest.raises(CallEnded):
         await serve(call)
-    log.close()
     keys = ("action", "who", "tenant", "own_tenant", "role")
-    assert [tuple(line.get(key) for key in keys) for line in _lines(file)] == [
+    assert [tuple(line.get(key) for key in keys) for line in written.lines()] == [
         ("list", "ann", "beta", "acme", "admin"),
         ("refused", "ann", "acme", None, "user"),
     ]
 
 
-def test_what_the_server_ends_by_itself_is_its_own_doing(file: Path) -> None:
-    log = AuditLog(file)
-    auditor = Auditor(log, "drop")
+def test_what_the_server_ends_by_itself_is_its_own_doing(written: Written) -> None:
+    auditor = written.auditor
     auditor.session_event("expired", "plain", ["acme\x1fa"], 1)
     auditor.session_event("expired", "plain", [], 300)
     auditor.session_event("opened", "plain", ["b"], 1)  # by a call, which has its own line
-    log.close()
-    one, many = _lines(file)
+    one, many = written.lines()
     assert (one["who"], one["tenant"], one["sessions"], one["count"]) == ("server", "acme", ["a"], 1)
     assert (many["who"], many["count"], "sessions" in many) == ("server", 300, False)
 
@@ -384,18 +391,9 @@ async def test_what_is_written_too_slowly_is_counted_and_told_later(tmp_path: Pa
 def test_who_asks_for_a_new_file_does_not_wait_for_the_disk_of_the_old_one(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_stuck, goes_on, write = threading.Event(), threading.Event(), os.write
-
-    def slow(descriptor: int, data: bytes) -> int:
-        if threading.current_thread().name == "stepwell-audit":
-            is_stuck.set()
-            goes_on.wait(100)
-        return write(descriptor, data)
-
-    monkeypatch.setattr(os, "write", slow)
-    log = AuditLog(file, most_waiting=4)
+    disk, log = Stuck(monkeypatch), AuditLog(file, most_waiting=4)
     log.write({"number": 0})
-    assert is_stuck.wait(100)
+    assert disk.is_stuck.wait(100)
     for number in range(1, 5):
         log.write({"number": number})
     assert log.is_full
@@ -404,7 +402,7 @@ def test_who_asks_for_a_new_file_does_not_wait_for_the_disk_of_the_old_one(
     asks.start()
     asks.join(100)
     assert not asks.is_alive()
-    goes_on.set()
+    disk.release.set()
     log.close()
     assert [line["number"] for line in _lines(tmp_path / "old") + _lines(file)] == [0, 1, 2, 3, 4]
 
@@ -436,11 +434,19 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
         return write(descriptor, data[:7])
 
     monkeypatch.setattr(os, "write", limited)
-    log = AuditLog(file, most_waiting=5)
-    log.write({"number": 1})
-    assert refused.wait(100)
-    while not log.is_full:
-        pass
+
+    def full(**limits: int) -> AuditLog:
+        """Return a log whose disk is full after a part of its first line."""
+        room.clear()
+        refused.clear()
+        log = AuditLog(file, **limits)
+        log.write({"number": 1})
+        assert refused.wait(100)
+        while not log.is_full:
+            pass
+        return log
+
+    log = full(most_waiting=5)
     with pytest.raises(Overloaded, match="must have room"):  # nothing that is to be seen goes on meanwhile
         Auditor(log, "refuse").started("OpenSession", FakeCall())
     for number in range(2, 9):
@@ -459,16 +465,10 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
     def failing(descriptor: int, size: int) -> None:
         raise OSError(errno.EIO, "gone")
 
-    room.clear()
-    refused.clear()
     file.rename(tmp_path / "before")
     with monkeypatch.context() as worse:
         worse.setattr(os, "ftruncate", failing)
-        log = AuditLog(file)
-        log.write({"number": 1})
-        assert refused.wait(100)
-        while not log.is_full:
-            pass
+        log = full()
         refused.clear()
         log.reopen()  # not even this may end the thread
         assert refused.wait(100), "it is tried again"
@@ -476,14 +476,8 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
         log.close()
     assert [line["number"] for line in _lines(file)] == [1]
 
-    room.clear()
-    refused.clear()
     file.unlink()
-    log = AuditLog(file)
-    log.write({"number": 1})
-    assert refused.wait(100)
-    while not log.is_full:
-        pass
+    log = full()
     file.rename(tmp_path / "cut off")
     room.set()
     log.reopen()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -136,26 +138,207 @@ def test_a_store_that_a_server_would_refuse(settings: Settings, tmp_path: Path) 
     )
 
 
-def test_functions_and_modules_that_are_not_there(settings: Settings, tmp_path: Path) -> None:
-    named = {"a": "json:dumps", "b": "json:gone", "c": "no_such_module:f"}
-    (line,) = wrong(dataclasses.replace(settings, migrations=named))
-    assert line.startswith("--migration: b=json:gone: json has no gone")
-    assert (
-        wrong(dataclasses.replace(settings, migrations={"a": "json:dumps"}, imports=("json.decoder",))) == []
-    )
-    (line,) = wrong(dataclasses.replace(settings, imports=("json", "no_such_module.layers")))
-    assert line.startswith("--import: there is no module no_such_module.layers")
+def zipped(*names: str) -> bytes:
+    """Return a zip archive with these files."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+    return file.getvalue()
 
 
-def test_quotas_that_a_shared_store_cannot_count(settings: Settings, tmp_path: Path) -> None:
-    quotas = tmp_path / "quotas.toml"
-    quotas.write_text('[callers."acme/ann"]\nrows = 5\n')
-    quotas.chmod(0o600)
-    assert wrong(dataclasses.replace(settings, quotas=quotas)) == []
-    shared = dataclasses.replace(
-        settings, quotas=quotas, store=parse("valkey://127.0.0.1:1/0", {}), data_dir=None
-    )
-    assert any(line.startswith("--quotas: ") for line in wrong(shared))
+SAVE = "save the model with model.save('name.keras')"
+KERAS, STEPWELL = {"models": {"m": "m.keras"}}, {"models": {"m": "m.stepwell"}}
+ANYWHERE = {"listen": Address("0.0.0.0", 0)}
+TLS = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), "tls")
+OTHER_CA = {"stepwell_server.start_files.CertificateFiles": lambda *files: None}
+SHARED = {"store": parse("valkey://127.0.0.1:1/0", {}), "data_dir": None}
+PYTHON_FRONT = {"stepwell_server.doctor.choose": lambda option: Choice(None, "there is none")}
+QUOTAS = b'[callers."acme/ann"]\nrows = 5\n'
+
+
+def usage(free: int, used: int = 0) -> dict[str, Any]:
+    return {"shutil.disk_usage": lambda folder: Usage(2**40, used, free)}
+
+
+def limit(number: int) -> dict[str, Any]:
+    return {"resource.getrlimit": lambda which: (number, number)}
+
+
+def given(name: str, value: Any) -> dict[str, Any]:
+    return {f"stepwell_server.doctor.{name}": lambda *_: value}
+
+
+@pytest.mark.parametrize(
+    ("changes", "machine", "files", "problems", "improvements"),
+    [
+        # disks and folders
+        (
+            {},
+            given("_file_system", "nfs4"),
+            {},
+            ["is on nfs4, a network file system; use a folder on a local"],
+            [],
+        ),
+        ({}, given("_file_system", "tmpfs"), {}, [], [r"is in memory \(tmpfs\)"]),
+        ({}, given("_flush_times_ms", [30.0]), {}, [], ["a flush to the disk takes 30.0 ms"]),
+        ({"durability": "async"}, given("_flush_times_ms", [30.0]), {}, [], []),
+        (
+            {"data_dir": "file/x", "cache_dir": "file"},
+            {},
+            {"file": b""},
+            [
+                "^--data-dir: {folder}/file is not writable: Not a directory; use another",
+                "^--cache-dir: {folder}/file is not writable: Not a directory; use another",
+            ],
+            [],
+        ),
+        ({}, usage(2**20, 2**40 - 2**20), {}, ["is full; 1048576 bytes are free; free some space"] * 2, []),
+        ({}, usage(2**34), {}, [], ["--data-dir: only 1.6% of the disk of", "--cache-dir: only 1.6%"]),
+        # limits
+        (
+            {},
+            limit(1024),
+            {},
+            ["files are limited to 1024 bytes"],
+            ["the limit of 1024 open files allows only 768 connections"],
+        ),
+        (
+            {},
+            given("_cgroup", "250000 100000"),
+            {},
+            [],
+            ["4 compute threads share 2.5 processors.*use --compute-threads 2"],
+        ),
+        # modules, functions and quotas
+        (
+            {"migrations": {"a": "json:dumps", "b": "json:gone", "c": "no_such_module:f"}},
+            {},
+            {},
+            ["^--migration: b=json:gone: json has no gone"],
+            [],
+        ),
+        ({"migrations": {"a": "json:dumps"}, "imports": ("json.decoder",)}, {}, {}, [], []),
+        (
+            {"imports": ("json", "no_such_module.layers")},
+            {},
+            {},
+            ["^--import: there is no module no_such_module.layers"],
+            [],
+        ),
+        ({"quotas": "quotas.toml"}, {}, {"quotas.toml": QUOTAS}, [], []),
+        (
+            {"quotas": "quotas.toml", **SHARED},
+            {},
+            {"quotas.toml": QUOTAS},
+            ["^--store: .*Connection refused", "^--quotas: "],
+            [],
+        ),
+        # reach
+        (ANYWHERE, {}, {}, ["^--listen: beyond loopback a server must speak TLS and know its callers"], []),
+        (ANYWHERE | {"insecure_listen": True}, {}, {}, [], []),
+        (
+            ANYWHERE | TLS,
+            PYTHON_FRONT | OTHER_CA,
+            {},
+            [
+                "^--listen: without the native front it must be a loopback address.*; there is none; for the native"
+            ],
+            ["^there is none: the Python front"],
+        ),
+        # files of the settings
+        (
+            {"models": {"m": "gone"}},
+            {},
+            {},
+            ["PATH must be a .keras or .stepwell file; {folder}/gone does not exist"],
+            [],
+        ),
+        (
+            STEPWELL,
+            {},
+            {"m.stepwell": b"PK"},
+            ["model m: {folder}/m.stepwell: not a .stepwell file, or a truncated one"],
+            [],
+        ),
+        (
+            {"tls_cert": "gone", "tls_key": "gone"},
+            {},
+            {},
+            ["--tls-cert: must be a readable file; {folder}/gone"],
+            [],
+        ),
+        (
+            KERAS,
+            {},
+            {"m.keras": b"junk"},
+            [f"not a .keras file, or a truncated one; {re.escape(SAVE)}; use"],
+            [],
+        ),
+        (KERAS, {}, {"m.keras": b""}, [f": is empty; {re.escape(SAVE)}; use another file$"], []),
+        (
+            KERAS,
+            {},
+            {"m.keras": b"\x89HDF\r\n\x1a\n"},
+            ["^model m: {folder}/m.keras: an HDF5 file: Stepwell serves .keras files of Keras 3"],
+            [],
+        ),
+        (
+            KERAS,
+            {},
+            {"m.keras": zipped("config.json")},
+            ["not a .keras file: it has no metadata.json, model.weights.h5; use another file$"],
+            [],
+        ),
+        (
+            KERAS,
+            {},
+            {"m.keras": zipped("config.json").replace(b"PK\x01\x02", b"PK\x01\x03")},
+            [": corrupt .keras file: "],
+            [],
+        ),
+        (KERAS, {}, {"m.keras": zipped("config.json", "metadata.json", "model.weights.h5")}, [], []),
+    ],
+)
+def test_problems_and_improvements(
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    machine: dict[str, Any],
+    files: dict[str, bytes],
+    problems: list[str],
+    improvements: list[str],
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).chmod(0o600)
+    for name, value in machine.items():
+        monkeypatch.setattr(name, value)
+    paths = {"data_dir", "cache_dir", "quotas", *TLS}
+    placed = {name: tmp_path / value for name, value in changes.items() if name in paths and value}
+    if models := changes.get("models"):
+        placed["models"] = {name: tmp_path / file for name, file in models.items()}
+    changed = dataclasses.replace(settings, **changes | placed)
+    for found, expected in ((wrong(changed), problems), (advice(changed), improvements)):
+        assert len(found) == len(expected), found
+        for line, pattern in zip(found, expected, strict=True):
+            assert re.search(pattern.replace("{folder}", str(tmp_path)), line), line
+
+
+def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
+    assert "the clock shows 2001-09-09T01:46:40Z; set the clock" in wrong(settings, now=1e9)[0]
+    (tmp_path / "data").mkdir(0o700)
+    (tmp_path / "data" / "file").touch()
+    os.utime(tmp_path / "data" / "file", (NOW + 3600,) * 2)
+    assert "files of the store were written at 2096-10-02T08:06:40Z; set the clock" in wrong(settings)[0]
+
+
+def test_folders_that_others_can_replace_are_wrong(settings: Settings, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for name, line in zip(("data", "cache"), wrong(settings), strict=True):
+        rule = "must be where no other user can replace it"
+        assert line.startswith(f"--{name}-dir: {tmp_path}/{name} {rule}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root looks after the server of another user")
@@ -223,30 +406,6 @@ def test_ports_and_sockets_that_are_taken(settings: Settings, tmp_path: Path, ta
     assert left.exists(), "a file that was left behind is the next server's to remove"
 
 
-def test_folders_that_cannot_be_used(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    lines = wrong(dataclasses.replace(settings, data_dir=tmp_path / "file/x", cache_dir=tmp_path / "file"))
-    assert lines[0].startswith(f"--data-dir: {tmp_path}/file is not writable: Not a directory; use another")
-    assert lines[1].startswith(f"--cache-dir: {tmp_path}/file is not writable: Not a directory; use another")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**40 - 2**20, 2**20))
-    assert "is full; 1048576 bytes are free; free some space" in wrong(settings)[0]
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 0, 2**34))
-    assert "--data-dir: only 1.6% of the disk of" in advice(settings)[0]
-
-
-def test_disks_that_are_none_or_slow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_file_system", lambda folder: "nfs4")
-    assert "is on nfs4, a network file system; use a folder on a local disk" in wrong(settings)[0]
-    monkeypatch.setattr(doctor, "_file_system", lambda folder: "tmpfs")
-    assert "is in memory (tmpfs)" in advice(settings)[0]
-    monkeypatch.setattr(doctor, "_file_system", lambda folder: "ext4")
-    monkeypatch.setattr(doctor, "_flush_times_ms", lambda folder: [30.0])
-    assert "a flush to the disk takes 30.0 ms" in advice(settings)[0]
-    assert advice(dataclasses.replace(settings, durability="async")) == []
-
-
 def test_a_store_that_is_shared(settings: Settings) -> None:
     def shared(url: str) -> Settings:
         return dataclasses.replace(settings, store=parse(url, {}), data_dir=None)
@@ -284,16 +443,6 @@ def test_a_store_that_is_shared(settings: Settings) -> None:
     assert f"--store: {valkey.address} cannot be connected to: Connection refused" in problem
 
 
-def test_limits_that_are_too_low(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
-    assert "files are limited to 1024 bytes" in wrong(settings)[0]
-    assert "the limit of 1024 open files allows only 768 connections" in advice(settings)[0]
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
-    monkeypatch.setattr(doctor, "_cgroup", lambda name: "250000 100000")
-    assert "4 compute threads share 2.5 processors" in advice(settings)[0]
-    assert "use --compute-threads 2" in advice(settings)[0]
-
-
 @pytest.mark.parametrize("option", ["auto", "native", "python"])
 def test_which_front_serves_and_how_to_get_the_native_one(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, option: Any
@@ -318,70 +467,6 @@ def test_which_front_serves_and_how_to_get_the_native_one(
     )
     reason = "stepwell-front is not installed" if option == "auto" else None
     assert found.facts["front"] == {"serves": "python", "reason": reason}
-
-
-def test_the_front_in_python_is_not_for_other_machines(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "choose", lambda option: Choice(None, "there is none"))
-    monkeypatch.setattr("stepwell_server.start_files.CertificateFiles", lambda *files: None)
-    files: dict[str, Any] = {name: Path(name) for name in ("tls_cert", "tls_key", "tls_client_ca")}
-    (said,) = wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0), **files))
-    assert said.startswith("--listen: without the native front it must be a loopback address")
-    assert "; there is none; for the native front, install cargo" in said
-
-
-def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
-    assert "the clock shows 2001-09-09T01:46:40Z; set the clock" in wrong(settings, now=1e9)[0]
-    (tmp_path / "data").mkdir(0o700)
-    (tmp_path / "data" / "file").touch()
-    os.utime(tmp_path / "data" / "file", (NOW + 3600,) * 2)
-    assert "files of the store were written at 2096-10-02T08:06:40Z; set the clock" in wrong(settings)[0]
-
-
-def test_files_of_the_settings_that_are_not_there(settings: Settings, tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    assert (
-        f"PATH must be a .keras or .stepwell file; {gone} does not exist"
-        in wrong(dataclasses.replace(settings, models={"m": gone}))[0]
-    )
-    damaged = tmp_path / "m.stepwell"
-    damaged.write_bytes(b"PK")
-    assert (
-        f"model m: {damaged}: not a .stepwell file, or a truncated one"
-        in wrong(dataclasses.replace(settings, models={"m": damaged}))[0]
-    )
-    assert (
-        f"--tls-cert: must be a readable file; {gone}"
-        in wrong(dataclasses.replace(settings, tls_cert=gone, tls_key=gone))[0]
-    )
-
-
-def test_files_that_are_no_models_of_keras(settings: Settings, tmp_path: Path) -> None:
-    model, save = tmp_path / "m.keras", "save the model with model.save('name.keras')"
-    served = dataclasses.replace(settings, models={"m": model})
-
-    def problem() -> str:
-        (found,) = wrong(served)
-        assert found.endswith("; use another file")
-        return found.removeprefix(f"model m: {model}: ").removesuffix("; use another file")
-
-    model.write_bytes(b"junk")
-    assert problem() == f"not a .keras file, or a truncated one; {save}"
-    model.write_bytes(b"")
-    assert problem() == f"is empty; {save}"
-    model.write_bytes(b"\x89HDF\r\n\x1a\n")
-    assert problem().startswith("an HDF5 file: Stepwell serves .keras files of Keras 3")
-    with zipfile.ZipFile(model, "w") as archive:
-        archive.writestr("config.json", "{}")
-    assert problem() == "not a .keras file: it has no metadata.json, model.weights.h5"
-    whole = model.read_bytes()
-    model.write_bytes(whole.replace(b"PK\x01\x02", b"PK\x01\x03"))
-    assert problem().startswith("corrupt .keras file: ")
-    with zipfile.ZipFile(model, "w") as archive:
-        for name in ("config.json", "metadata.json", "model.weights.h5"):
-            archive.writestr(name, "{}")
-    assert wrong(served) == []
 
 
 def test_a_folder_of_models_is_looked_at(settings: Settings, tmp_path: Path) -> None:
@@ -465,16 +550,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         in result.stdout
     )
     assert result.stdout.endswith("nothing is wrong\n")
-
-
-def test_what_others_could_reach_or_write_is_wrong(settings: Settings, tmp_path: Path) -> None:
-    (said,) = wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0)))
-    assert said.startswith("--listen: beyond loopback a server must speak TLS and know its callers")
-    assert not wrong(dataclasses.replace(settings, listen=Address("0.0.0.0", 0), insecure_listen=True))
-    tmp_path.chmod(0o777)
-    data, cache = wrong(settings)
-    assert data.startswith(f"--data-dir: {tmp_path}/data must be where no other user can replace it")
-    assert cache.startswith(f"--cache-dir: {tmp_path}/cache must be where no other user can replace it")
 
 
 def test_it_says_which_protection_compiling_has(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

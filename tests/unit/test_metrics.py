@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ def _scrape(*sources: Source) -> Scrape:
     return Scrape(generate_latest(registry).decode())
 
 
+def _expect(scrape: Scrape, *rows: tuple[Any, ...]) -> None:
+    """Check values of series; a row is a name, a value and the values of the labels."""
+    for name, value, *labels in rows:
+        assert scrape.value(f"stepwell_{name}", *labels) == value, (name, labels)
+
+
 def _serving(*models: str) -> PrometheusObserver:
     """An observer of a server of some models."""
     observer = PrometheusObserver()
@@ -67,24 +74,24 @@ def test_everything_told_is_counted() -> None:
     observer.pass_done("m", 5, 10, 0.002)
     observer.model_loaded("m", "compiled", 12.5)
     scrape = _scrape(observer.families, lambda: gauges.of_build({"version": "1"}))
-    for name, value, *labels in (
-        ("stepwell_session_events_total", 5, "m", "opened"),
-        ("stepwell_changes_total", 5, "m", "step"),
-        ("stepwell_row_steps_total", 50, "m", "step"),
-        ("stepwell_replays_total", 3, "m", "step"),
-        ("stepwell_store_conflicts_total", 2, "m"),
-        ("stepwell_paged_sessions_total", 8, "m", "in"),
-        ("stepwell_paging_seconds_count", 2, "m", "in"),
-        ("stepwell_paging_seconds_count", 0, "m", "out"),
-        ("stepwell_errors_total", 2, "m", "INVALID_INPUT"),
-        ("stepwell_errors_total", 1, "", "INVALID_INPUT"),
-        ("stepwell_pass_time_steps_total", 10, "m"),
-        ("stepwell_pass_rows_sum", 5, "m"),
-        ("stepwell_model_loads_total", 1, "m", "compiled"),
-        ("stepwell_model_loads_total", 0, "m", "cache"),
-        ("stepwell_model_load_seconds", 12.5, "m"),
-    ):
-        assert scrape.value(name, *labels) == value, name
+    _expect(
+        scrape,
+        ("session_events_total", 5, "m", "opened"),
+        ("changes_total", 5, "m", "step"),
+        ("row_steps_total", 50, "m", "step"),
+        ("replays_total", 3, "m", "step"),
+        ("store_conflicts_total", 2, "m"),
+        ("paged_sessions_total", 8, "m", "in"),
+        ("paging_seconds_count", 2, "m", "in"),
+        ("paging_seconds_count", 0, "m", "out"),
+        ("errors_total", 2, "m", "INVALID_INPUT"),
+        ("errors_total", 1, "", "INVALID_INPUT"),
+        ("pass_time_steps_total", 10, "m"),
+        ("pass_rows_sum", 5, "m"),
+        ("model_loads_total", 1, "m", "compiled"),
+        ("model_loads_total", 0, "m", "cache"),
+        ("model_load_seconds", 12.5, "m"),
+    )
     assert {"version": "1"} in scrape.series("stepwell_build_info")
 
 
@@ -103,20 +110,20 @@ def test_versions_are_counted_by_how_they_are() -> None:
     observer.model_failed("m")
     observer.model_failed("")
     scrape = _scrape(observer.families, lambda: gauges.of_versions(statuses, observer.models))
-    for name, value, *labels in (
-        ("stepwell_model_versions", 1, "m", "draining"),
-        ("stepwell_model_versions", 1, "m", "ready"),
-        ("stepwell_model_versions", 2, "m", "failed"),
-        ("stepwell_model_versions", 0, "m", "loading"),
-        ("stepwell_model_versions", 1, "new", "loading"),
-        ("stepwell_model_default_version", 3, "m"),
-        ("stepwell_model_default_version", 0, "new"),
-        ("stepwell_moved_sessions_total", 7, "m", "carry"),
-        ("stepwell_moved_sessions_total", 0, "m", "reset"),
-        ("stepwell_model_loads_total", 1, "m", "failed"),
-        ("stepwell_model_loads_total", 1, "", "failed"),
-    ):
-        assert scrape.value(name, *labels) == value, (name, labels)
+    _expect(
+        scrape,
+        ("model_versions", 1, "m", "draining"),
+        ("model_versions", 1, "m", "ready"),
+        ("model_versions", 2, "m", "failed"),
+        ("model_versions", 0, "m", "loading"),
+        ("model_versions", 1, "new", "loading"),
+        ("model_default_version", 3, "m"),
+        ("model_default_version", 0, "new"),
+        ("moved_sessions_total", 7, "m", "carry"),
+        ("moved_sessions_total", 0, "m", "reset"),
+        ("model_loads_total", 1, "m", "failed"),
+        ("model_loads_total", 1, "", "failed"),
+    )
     (about,) = scrape.series("stepwell_model_info")
     assert about == {"model": "m", "version": "3", "fingerprint": "f3", "executor": PLAIN.executor}
 
@@ -131,10 +138,13 @@ def test_what_may_come_stands_at_0_before_it_does() -> None:
     assert {"OVERLOADED", "SESSION_NOT_FOUND", "REVISION_CONFLICT", "INTERNAL"} < set(reasons())
     requests = [(labels["method"], labels["code"]) for labels in scrape.series("stepwell_requests_total")]
     assert sorted(requests) == sorted((m, code) for m in ("Step", "StepStream") for code in ANY_CODE)
-    assert scrape.value("stepwell_session_events_total", "n", "expired") == 0
-    assert scrape.value("stepwell_stage_seconds_count", "n", "commit") == 0
-    assert scrape.value("stepwell_request_seconds_count", "Step") == 0
-    assert scrape.value("stepwell_open_streams", "StepStream") == 0
+    _expect(
+        scrape,
+        ("session_events_total", 0, "n", "expired"),
+        ("stage_seconds_count", 0, "n", "commit"),
+        ("request_seconds_count", 0, "Step"),
+        ("open_streams", 0, "StepStream"),
+    )
 
 
 def test_what_callers_say_makes_no_series() -> None:
@@ -156,10 +166,13 @@ def test_a_stream_is_timed_by_its_messages_and_counted_while_it_is_open() -> Non
     observer.messages_done("StepStream", np.array([0.002, 0.003]))
     observer.stream_done("StepStream", "CANCELLED")
     scrape = _scrape(observer.families)
-    assert scrape.value("stepwell_open_streams", "StepStream") == 1
-    assert scrape.value("stepwell_request_seconds_count", "StepStream") == 2
-    assert scrape.value("stepwell_request_seconds_sum", "StepStream") == pytest.approx(0.005)
-    assert scrape.value("stepwell_requests_total", "StepStream", "CANCELLED") == 1
+    _expect(
+        scrape,
+        ("open_streams", 1, "StepStream"),
+        ("request_seconds_count", 2, "StepStream"),
+        ("request_seconds_sum", pytest.approx(0.005), "StepStream"),
+        ("requests_total", 1, "StepStream", "CANCELLED"),
+    )
 
 
 def test_histograms_count_each_change_of_a_batch() -> None:
@@ -168,31 +181,33 @@ def test_histograms_count_each_change_of_a_batch() -> None:
     observer.stage("m", "wait", 0.0006, 5)
     observer.stage("m", "wait", 100.0, 1)
     samples = _scrape(observer.families)
-    name = "stepwell_stage_seconds"
-    assert samples.value(f"{name}_bucket", "m", "wait", "0.00025") == 0
-    assert samples.value(f"{name}_bucket", "m", "wait", "0.0005") == 10
-    assert samples.value(f"{name}_bucket", "m", "wait", "0.001") == 15
-    assert (
-        samples.value(f"{name}_bucket", "m", "wait", "+Inf")
-        == samples.value(f"{name}_count", "m", "wait")
-        == 16
+    _expect(
+        samples,
+        *(
+            ("stage_seconds_bucket", count, "m", "wait", bound)
+            for bound, count in (("0.00025", 0), ("0.0005", 10), ("0.001", 15), ("+Inf", 16))
+        ),
+        ("stage_seconds_count", 16, "m", "wait"),
+        ("stage_seconds_sum", pytest.approx(100.008), "m", "wait"),
     )
-    assert abs(samples.value(f"{name}_sum", "m", "wait") - 100.008) < 1e-9
 
 
 def test_gauges_are_those_of_the_moment() -> None:
     samples = _scrape(lambda: gauges.of_engine(_STATS))
-    assert samples.value("stepwell_sessions", "m") == 3
-    assert samples.value("stepwell_resident_rows", "m") == 2
-    assert samples.value("stepwell_max_resident_rows", "m") == 8
-    assert samples.value("stepwell_queued_rows", "m") == 1
-    assert samples.value("stepwell_max_queued_rows", "m") == 64
-    assert samples.value("stepwell_max_pass_rows", "m") == 4
-    assert samples.value("stepwell_sessions", "n") == 0
-    assert samples.value("stepwell_queued_bytes") == 70
-    assert samples.value("stepwell_max_queued_bytes") == MAX_WAITING_BYTES
-    assert samples.value("stepwell_uncommitted_sessions") == 5
-    assert samples.value("stepwell_max_uncommitted_sessions") == MAX_WAITING
+    _expect(
+        samples,
+        ("sessions", 3, "m"),
+        ("resident_rows", 2, "m"),
+        ("max_resident_rows", 8, "m"),
+        ("queued_rows", 1, "m"),
+        ("max_queued_rows", 64, "m"),
+        ("max_pass_rows", 4, "m"),
+        ("sessions", 0, "n"),
+        ("queued_bytes", 70),
+        ("max_queued_bytes", MAX_WAITING_BYTES),
+        ("uncommitted_sessions", 5),
+        ("max_uncommitted_sessions", MAX_WAITING),
+    )
 
 
 def test_how_the_store_is_stands_there() -> None:
@@ -205,15 +220,21 @@ def test_how_the_store_is_stands_there() -> None:
     assert not in_memory.series("stepwell_store_write_seconds_count")
     writes.log_written(0.002, 3)
     samples = scrape(StoreHealth(), is_damaged=False)
-    assert samples.value("stepwell_store_write_seconds_count", "log") == 1
-    assert samples.value("stepwell_store_write_seconds_count", "data") == 0
-    assert samples.value("stepwell_store_log_records_total") == 3
-    assert samples.value("stepwell_store_ready") == 1
+    _expect(
+        samples,
+        ("store_write_seconds_count", 1, "log"),
+        ("store_write_seconds_count", 0, "data"),
+        ("store_log_records_total", 3),
+        ("store_ready", 1),
+    )
     samples = scrape(StoreHealth("full", reopened=3, lost_sessions=2), is_damaged=True)
-    assert samples.value("stepwell_store_ready") == 0
-    assert samples.value("stepwell_store_reopened_total") == 3
-    assert samples.value("stepwell_store_damaged") == 1
-    assert samples.value("stepwell_store_lost_sessions_total") == 2
+    _expect(
+        samples,
+        ("store_ready", 0),
+        ("store_reopened_total", 3),
+        ("store_damaged", 1),
+        ("store_lost_sessions_total", 2),
+    )
 
 
 def test_whether_it_is_ready_stands_there_from_the_first_scrape_on() -> None:
@@ -245,13 +266,16 @@ def test_the_front_is_shown() -> None:
         {"calls": 3, "held_bytes": 1000}, {"memory": 2, "silent": 0}, {"event_loop": 7, "thread": 5}
     )
     samples = _scrape(lambda: gauges.of_front(counts, limits))
-    assert samples.value("stepwell_front_calls") == 3
-    assert samples.value("stepwell_front_held_bytes") == 1000
-    assert samples.value("stepwell_front_refused_total", "memory") == 2
-    assert samples.value("stepwell_front_refused_total", "silent") == 0
-    assert samples.value("stepwell_front_taken_total", "event_loop") == 7
-    assert samples.value("stepwell_front_taken_total", "thread") == 5
-    assert samples.value("stepwell_front_max_connections") == 10
+    _expect(
+        samples,
+        ("front_calls", 3),
+        ("front_held_bytes", 1000),
+        ("front_refused_total", 2, "memory"),
+        ("front_refused_total", 0, "silent"),
+        ("front_taken_total", 7, "event_loop"),
+        ("front_taken_total", 5, "thread"),
+        ("front_max_connections", 10),
+    )
 
 
 async def test_servers_of_one_store_say_the_same_name_of_it_and_others_another() -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -50,116 +50,387 @@ def model(tmp_path: Path) -> str:
     return f"forecast={path}"
 
 
-def test_options_win_over_variables_and_variables_over_defaults(model: str) -> None:
-    environment = {"STEPWELL_LISTEN": "0.0.0.0:1", "STEPWELL_MAX_BATCH_ROWS": "7", "STEPWELL_STORE": ""}
-    settings = read_settings([model, "--listen", "[::1]:0"], environment)
-    assert settings.listen == Address("::1", 0)
-    assert str(settings.listen) == "[::1]:0"
-    assert settings.max_batch_rows == 7
-    assert settings.store == "disk"
-    assert settings.compute_threads >= 1
+JWKS = ["--auth-jwks", "j", "--auth-jwt-audience", "a", "--auth-jwt-issuer", "i"]
+FOLDER = ["--models", "{folder}", "--watch-models", "--sessions", "migrate", "--no-wait-for-models"]
+FOLDER += ["--version-policy", "latest 2", "--version-policy", "words=3,5", "--migration", "widen=a.b:c"]
+FOLDER_BY_VARIABLES = {
+    "STEPWELL_MODELS_DIR": "{folder}",
+    "STEPWELL_WATCH_MODELS": "1",
+    "STEPWELL_WAIT_FOR_MODELS": "no",
+    "STEPWELL_VERSION_POLICY": "all, words=3, 5 ,more=latest 3",
+    "STEPWELL_SESSIONS": "carry",
+}
+POLICIES = {"words": VersionPolicy(versions=frozenset({3, 5})), "more": VersionPolicy(latest=3)}
+HOME = {"HOME": "{folder}", "XDG_DATA_HOME": "", "STEPWELL_CACHE_DIR": "~/cache"}
+SHARED = StoreUrl(addresses=(("h", 1),), database=2, prefix="p:", tls=Tls())
+BOTH_STORES = {"STEPWELL_STORE": "disk", "STEPWELL_DATA_DIR": "/x"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        # options win over variables, variables over defaults
+        (
+            ["{model}", "--listen", "[::1]:0"],
+            {"STEPWELL_LISTEN": "0.0.0.0:1", "STEPWELL_MAX_BATCH_ROWS": "7", "STEPWELL_STORE": ""},
+            {"listen": Address("::1", 0), "max_batch_rows": 7, "store": "disk"},
+        ),
+        (["{model}", "--store", "memory"], {"STEPWELL_DATA_DIR": "/x"}, {"store": "memory"}),
+        (["{model}", "--store=memory"], BOTH_STORES, {"store": "memory"}),
+        (
+            ["{model}", "--data-dir", "/y"],
+            {"STEPWELL_STORE": "memory"},
+            {"store": "disk", "data_dir": Path("/y")},
+        ),
+        # addresses; without one for metrics, the server sees whether the default port is free
+        (["{model}", "--listen", "unix:/a/b"], {}, {"listen": UnixAddress("/a/b")}),
+        (["{model}", "--listen", "unix:///a/b"], {}, {"listen": UnixAddress("/a/b")}),
+        (["{model}"], {}, {"metrics_listen": None, "shared_store": None, "resident_rows": {}}),
+        (["{model}"], {"STEPWELL_METRICS_LISTEN": "off"}, {"metrics_listen": "off"}),
+        (["{model}", "--metrics-listen", "[::1]:0"], {}, {"metrics_listen": Address("::1", 0)}),
+        # TLS and callers
+        (
+            ["{model}", "--tls-cert", "c"],
+            {"STEPWELL_TLS_KEY": "k"},
+            {"tls_cert": Path("c"), "tls_key": Path("k"), "tls_client_ca": None},
+        ),
+        (
+            ["{model}", *JWKS],
+            {"STEPWELL_AUTH_TOKENS": "t"},
+            {"auth_tokens": Path("t"), "auth_jwt_tenant_claim": "tenant", "asks_callers": True},
+        ),
+        (
+            ["{model}", *JWKS, "--auth-jwt-tenant-claim", "org", "--auth-jwt-role-claim", "may"],
+            {},
+            {"auth_jwt_tenant_claim": "org", "auth_jwt_role_claim": "may"},
+        ),
+        # several values, between options and with commas
+        (
+            ["{model}", "--store", "memory", "v1.2_other-name={path}", "--import", "a.b", "--import", "c"],
+            {},
+            {"models": {"forecast": "{path}", "v1.2_other-name": "{path}"}, "imports": ("a.b", "c")},
+        ),
+        (
+            [],
+            {"STEPWELL_MODELS": "a={folder}/x, b={folder}/y", "STEPWELL_IMPORT": "m, n.o"},
+            {"models": {"a": "{folder}/x", "b": "{folder}/y"}, "imports": ("m", "n.o")},
+        ),
+        # of single models and versions
+        (
+            ["{model}", "--probe-steps=forecast=2000", "--trust-causality=forecast"],
+            {},
+            {"probe_steps": {"forecast": 2000}, "trust_causality": ("forecast",)},
+        ),
+        (
+            ["{model}", "--check-with", "forecast={folder}/x.npy"],
+            {},
+            {"check_with": {"forecast": "{folder}/x.npy"}},
+        ),
+        (
+            ["{model}", "forecast@2={path}", "words@7={path}"],
+            {},
+            {"versions": {"forecast": {1: "{path}", 2: "{path}"}, "words": {7: "{path}"}}},
+        ),
+        (["words@7={path}", "--probe-steps", "words=600"], {}, {"probe_steps": {"words": 600}}),
+        (["{model}", "--resident-rows", "7"], {}, {"resident_rows": {"": 7}}),
+        (
+            ["{model}", "--resident-rows", "7", "--resident-rows", "forecast=9"],
+            {},
+            {"resident_rows": {"": 7, "forecast": 9}},
+        ),
+        (
+            ["{model}"],
+            {"STEPWELL_RESIDENT_ROWS": "7, forecast=9"},
+            {"resident_rows": {"": 7, "forecast": 9}},
+        ),
+        # a folder of models
+        (
+            FOLDER,
+            {},
+            {"models": {}, "models_dir": "{folder}", "watch_models": True, "wait_for_models": False}
+            | {"sessions": "migrate", "migrations": {"widen": "a.b:c"}}
+            | {"version_policy": {"": VersionPolicy(latest=2), "words": POLICIES["words"]}},
+        ),
+        (
+            [],
+            FOLDER_BY_VARIABLES,
+            {"models_dir": "{folder}", "watch_models": True, "wait_for_models": False}
+            | {"sessions": "carry", "version_policy": {"": VersionPolicy(), **POLICIES}},
+        ),
+        (["{model}"], {}, {"watch_models": False, "wait_for_models": True, "sessions": "keep"}),
+        # stores
+        (
+            ["{model}", "--store", "rediss://u:hidden@h:1/2?prefix=p:"],
+            {},
+            {"shared_store": dataclasses.replace(SHARED, login=Login("u", "hidden"))}
+            | {"store_kind": "valkey", "data_dir": None},
+        ),
+        (["{model}", "--store", "valkey://h"], {"STEPWELL_DATA_DIR": "/x"}, {"data_dir": None}),
+        # homes and default folders
+        (
+            ["m=~/x", "--data-dir=~/data"],
+            HOME,
+            {"models": {"m": "{folder}/x"}, "data_dir": "{folder}/data", "cache_dir": "{folder}/cache"},
+        ),
+        (["{model}"], {"XDG_DATA_HOME": "/somewhere"}, {"data_dir": Path("/somewhere/stepwell")}),
+        (
+            ["{model}"],
+            {"XDG_DATA_HOME": "", "HOME": "/home/me"},
+            {"data_dir": Path("/home/me/.local/share/stepwell")},
+        ),
+        (
+            ["{model}", "--store", "memory", "--cache-dir", "/c"],
+            {"HOME": "", "XDG_DATA_HOME": "", "XDG_CACHE_HOME": ""},
+            {"store": "memory"},
+        ),
+    ],
+)
+def test_settings_are_read(
+    model: str, tmp_path: Path, arguments: list[str], environment: dict[str, str], expected: dict[str, Any]
+) -> None:
+    for name in ("x", "y", "x.npy"):
+        (tmp_path / name).touch()
+    fill = filler(model, tmp_path)
+    settings = read_settings(fill(arguments), fill(environment))
+    assert {name: getattr(settings, name) for name in expected} == fill(expected, Path)
+
+
+def filler(model: str, folder: Path) -> Callable[..., Any]:
+    """Put a model and a folder into the texts of a row. Texts of expected values that name one become paths."""
+    names = {"model": model, "path": model.partition("=")[2], "folder": folder}
+
+    def fill(value: Any, kind: Callable[[str], Any] = str) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(each, kind) for key, each in value.items()}
+        if isinstance(value, list):
+            return [fill(each, kind) for each in value]
+        return kind(value.format(**names)) if isinstance(value, str) and "{" in value else value
+
+    return fill
+
+
+def test_each_model_has_its_version_policy(model: str, tmp_path: Path) -> None:
+    settings = read_settings(filler(model, tmp_path)(FOLDER), {})
+    assert [str(settings.policy_of(name)) for name in ("forecast", "words")] == ["latest 2", "3,5"]
+    assert str(read_settings([model], {}).policy_of("forecast")) == "latest 1"
 
 
 def test_unix_sockets_have_absolute_paths(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for text, path in (("unix:/a/b", "/a/b"), ("unix:///a/b", "/a/b"), ("unix:b", f"{tmp_path}/b")):
-        listen = read_settings([model, "--listen", text], {}).listen
-        assert listen == UnixAddress(path)
-        assert str(listen) == f"unix:{path}"
+    assert str(read_settings([model, "--listen", "unix:b"], {}).listen) == f"unix:{tmp_path}/b"
 
 
-def test_metrics_are_off_only_if_one_says_so(model: str) -> None:
-    assert (
-        read_settings([model], {}).metrics_listen is None
-    )  # the server sees whether the default port is free
-    assert read_settings([model], {"STEPWELL_METRICS_LISTEN": "off"}).metrics_listen == "off"
-    assert read_settings([model, "--metrics-listen", "[::1]:0"], {}).metrics_listen == Address("::1", 0)
+NO_HOME = {"HOME": "", "XDG_DATA_HOME": "", "XDG_CACHE_HOME": ""}
+ONE_OF_TWO = ", which keeps nothing on disk; give only one of the two"
+TWICE = "must be given once for each name; got two values for"
+PATH_RULE = "PATH must be a .keras or .stepwell file"
 
 
-def test_the_files_of_tls_go_together(model: str) -> None:
-    settings = read_settings([model, "--tls-cert", "c"], {"STEPWELL_TLS_KEY": "k"})
-    assert (settings.tls_cert, settings.tls_key, settings.tls_client_ca) == (Path("c"), Path("k"), None)
-    for arguments, message in (
-        (["--tls-cert", "c"], "--tls-cert: must be given with --tls-key"),
-        (["--tls-key", "k"], "--tls-key: must be given with --tls-cert"),
-        (["--tls-client-ca", "a"], "--tls-client-ca: must be given with --tls-cert"),
-    ):
-        assert refused([model, *arguments], {}) == message
-
-
-def test_what_is_said_of_callers_goes_together(model: str) -> None:
-    jwks = ["--auth-jwks", "j", "--auth-jwt-audience", "a", "--auth-jwt-issuer", "i"]
-    settings = read_settings([model, *jwks], {"STEPWELL_AUTH_TOKENS": "t"})
-    assert (settings.auth_tokens, settings.auth_jwt_tenant_claim, settings.asks_callers) == (
-        Path("t"),
-        "tenant",
-        True,
-    )
-    named = read_settings(
-        [model, *jwks, "--auth-jwt-tenant-claim", "org", "--auth-jwt-role-claim", "may"], {}
-    )
-    assert (named.auth_jwt_tenant_claim, named.auth_jwt_role_claim) == ("org", "may")
-    for arguments, message in (
-        (["--auth-certificates", "c"], "--auth-certificates: must be given with --tls-client-ca"),
-        (jwks[:4], "--auth-jwks: must be given with --auth-jwt-issuer: without it, the server would accept"),
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        # settings that need another one
+        (["{model}", "--tls-cert", "c"], {}, "^--tls-cert: must be given with --tls-key$"),
+        (["{model}", "--tls-key", "k"], {}, "^--tls-key: must be given with --tls-cert$"),
+        (["{model}", "--tls-client-ca", "a"], {}, "^--tls-client-ca: must be given with --tls-cert$"),
         (
-            [*jwks[:2], *jwks[4:]],
+            ["{model}", "--auth-certificates", "c"],
+            {},
+            "--auth-certificates: must be given with --tls-client-ca",
+        ),
+        (
+            ["{model}", *JWKS[:4]],
+            {},
+            "--auth-jwks: must be given with --auth-jwt-issuer: without it, the server would accept",
+        ),
+        (
+            ["{model}", *JWKS[:2], *JWKS[4:]],
+            {},
             "--auth-jwks: must be given with --auth-jwt-audience: without it, the server",
         ),
-        ([*jwks[:2], "--auth-jwt-audience", "", *jwks[4:]], "must be given with --auth-jwt-audience"),
-        (jwks[2:4], "--auth-jwt-audience: must be given with --auth-jwks, the keys that sign the JWTs"),
-        (["--auth-jwt-audience", ""], "--auth-jwt-audience: must be given with --auth-jwks"),
-        (["--auth-jwt-tenant-claim", "org"], "--auth-jwt-tenant-claim: must be given with --auth-jwks"),
-        (["--auth-jwt-role-claim", "may"], "--auth-jwt-role-claim: must be given with --auth-jwks"),
-        ([*jwks, "--auth-jwt-role-claim", ""], "must be the name of a claim; got ''"),
-    ):
-        assert message in refused([model, *arguments], {})
+        (
+            ["{model}", *JWKS[:2], "--auth-jwt-audience", "", *JWKS[4:]],
+            {},
+            "must be given with --auth-jwt-audience",
+        ),
+        (
+            ["{model}", *JWKS[2:4]],
+            {},
+            "--auth-jwt-audience: must be given with --auth-jwks, the keys that sign the JWTs",
+        ),
+        (
+            ["{model}", "--auth-jwt-audience", ""],
+            {},
+            "--auth-jwt-audience: must be given with --auth-jwks",
+        ),
+        (
+            ["{model}", "--auth-jwt-tenant-claim", "org"],
+            {},
+            "--auth-jwt-tenant-claim: must be given with --auth-jwks",
+        ),
+        (
+            ["{model}", "--auth-jwt-role-claim", "may"],
+            {},
+            "--auth-jwt-role-claim: must be given with --auth-jwks",
+        ),
+        (["{model}", *JWKS, "--auth-jwt-role-claim", ""], {}, "must be the name of a claim; got ''"),
+        (
+            ["{model}", "--watch-models"],
+            {},
+            "--watch-models: must be given with --models-dir, the folder that it applies to",
+        ),
+        (
+            ["{model}", "--version-policy", "all"],
+            {},
+            "--version-policy: must be given with --models-dir, the folder that",
+        ),
+        (
+            ["{model}", "--sessions", "migrate"],
+            {},
+            "--sessions: migrate needs a function, given by --migration",
+        ),
+        # folders of models
+        (["{model}", "--models", "/nowhere"], {}, "--models: must be a folder; /nowhere does not exist"),
+        (["{model}", "--models", __file__], {}, f"--models: must be a folder; {__file__} is a file"),
+        (
+            ["{model}", "--models", ".", "--version-policy", "all", "--version-policy", "latest"],
+            {},
+            f"{TWICE} all models",
+        ),
+        (
+            ["{model}", "--models", ".", "--version-policy", "a=all", "--version-policy", "a=1"],
+            {},
+            f"{TWICE} 'a'",
+        ),
+        # settings of single models
+        (
+            ["{model}", "--resident-rows", "other=7"],
+            {},
+            "^--resident-rows: there is no model 'other'; the models are forecast$",
+        ),
+        (
+            ["{model}", "--trust-causality", "other"],
+            {},
+            "--trust-causality: there is no model 'other'; the models are forecast",
+        ),
+        (["{model}", "--probe-steps", "other=5"], {}, "--probe-steps: there is no model 'other'"),
+        (["{model}", "--resident-rows", "7", "--resident-rows", "8"], {}, f"{TWICE} all models$"),
+        (
+            ["{model}", "--resident-rows=forecast=7", "--resident-rows=forecast=8"],
+            {},
+            f"{TWICE} 'forecast'$",
+        ),
+        (
+            ["{model}", "forecast@1={path}"],
+            {},
+            "^models: each version must be given once; forecast@1 is given as .* and as forecast@1=",
+        ),
+        # stores
+        (
+            ["{model}", "--store", "memory", "--data-dir", "/x"],
+            {},
+            f"^'--data-dir': cannot be used with '--store' memory{ONE_OF_TWO}$",
+        ),
+        (
+            ["{model}"],
+            {"STEPWELL_STORE": "memory", "STEPWELL_DATA_DIR": "/x"},
+            f"^STEPWELL_DATA_DIR: cannot be used with STEPWELL_STORE memory{ONE_OF_TWO}$",
+        ),
+        (
+            ["{model}", "--store", "valkey://h?color=red"],
+            {},
+            "'--store': color is not a known option; the options are prefix, partitions",
+        ),
+        (
+            ["{model}", "--store", "valkey://u:hidden@h", "--data-dir", "/x"],
+            {},
+            "'--data-dir': cannot be used with '--store' valkey://u@h:6379/0, which keeps nothing on disk",
+        ),
+        # a password in a mistyped URL is not shown
+        (["{model}", "--store=valkey//u:s3cret@h/0"], {}, "^((?!s3c).)*$"),
+        (["{model}", "--store=valkey://u:s3cret/x@h/0"], {}, "^((?!s3c).)*$"),
+        (["{model}", "--store=valkey://u:s3cret?x=1@h/0"], {}, "^((?!s3c).)*$"),
+        # a variable that cannot be read stops the start although the option is given
+        (
+            ["{model}", "--listen", "127.0.0.1:0"],
+            {"STEPWELL_LISTEN": "nowhere"},
+            "^Invalid value for STEPWELL_LISTEN: .*'nowhere'",
+        ),
+        (
+            ["{model}", "--resident-rows", "7"],
+            {"STEPWELL_RESIDENT_ROWS": "many"},
+            "^Invalid value for STEPWELL_RESIDENT_ROWS: .*'many'",
+        ),
+        (
+            ["{model}", "--import", "m"],
+            {"STEPWELL_IMPORT": "not a module"},
+            "^Invalid value for STEPWELL_IMPORT: .*'not a module'",
+        ),
+        (
+            ["{model}"],
+            {"STEPWELL_MODELS": "forecast"},
+            "^Invalid value for STEPWELL_MODELS: .*'forecast'",
+        ),
+        (
+            ["{model}"],
+            {"STEPWELL_INSECURE_LISTEN": "maybe"},
+            "^Invalid value for STEPWELL_INSECURE_LISTEN: must be true or false; got 'maybe'$",
+        ),
+        # homes that do not exist
+        (
+            ["{model}", "--cache-dir", "/c"],
+            NO_HOME,
+            "^--data-dir: give a folder; there is no default because neither HOME nor",
+        ),
+        (
+            ["{model}", "--data-dir", "/d"],
+            NO_HOME,
+            "^--cache-dir: give a folder; there is no default because neither HOME nor",
+        ),
+        (
+            ["{model}", "--data-dir", "~/x", "--cache-dir", "/c"],
+            NO_HOME,
+            "'--data-dir': must be a path that exists: ~ has no home folder on this machine; got '~/x'",
+        ),
+        (
+            ["m=~nobody_here/m.keras"],
+            NO_HOME,
+            "with a path that exists: ~nobody_here has no home folder on this machine; got 'm=~nobody_here/m.keras'",
+        ),
+        # unknown and incomplete options
+        (["{model}", "--lissten", "x"], {}, "^No such option '--lissten'. .*--listen"),
+        (["{model}", "--listen"], {}, "^Option '--listen' requires an argument"),
+        (["{model}", "--max-batch", "3"], {}, "^No such option '--max-batch'"),
+        # models
+        ([], {}, "give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS"),
+        (["forecast"], {}, "for NAME=PATH...: must be NAME=PATH; got 'forecast'"),
+        (["=x.keras"], {}, "a name of 1 to 128 letters"),
+        (
+            ["a@0=x.keras"],
+            {},
+            "must be NAME=PATH with a name .*, or NAME@VERSION with a whole number from 1 to",
+        ),
+        (["a:b=x.keras"], {}, "or NAME@VERSION with a whole number from 1 to 9223372036854775807"),
+        (["a@2=x.keras", "a@2=y.keras"], {}, f"{TWICE} 'a@2'"),
+        (["a b=x.keras"], {}, "a name of 1 to 128 letters.*got 'a b=x.keras'"),
+        (["a" * 129 + "=x.keras"], {}, "a name of 1 to 128 letters"),
+        (["a=x.keras", "a=y.keras"], {}, f"{TWICE} 'a'"),
+        (["a=/nowhere/x.keras"], {}, f"model a: {PATH_RULE}; /nowhere/x.keras does not exist"),
+        (["a=/"], {}, f"model a: {PATH_RULE}; / is a folder"),
+    ],
+)
+def test_settings_are_refused(
+    model: str, tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    fill = filler(model, tmp_path)
+    assert re.search(message, refused(fill(arguments), environment))
 
 
-def test_models_may_stand_between_options_and_have_commas(model: str) -> None:
-    other = model.replace("forecast", "v1.2_other-name")
-    settings = read_settings([model, "--store", "memory", other, "--import", "a.b", "--import", "c"], {})
-    assert list(settings.models) == ["forecast", "v1.2_other-name"]
-    assert settings.models["forecast"].name == "a,b.keras"
-    assert settings.imports == ("a.b", "c")
-
-
-def test_variables_hold_several_values_with_commas(tmp_path: Path) -> None:
-    for name in ("x", "y"):
-        (tmp_path / name).write_bytes(b"")
-    environment = {"STEPWELL_MODELS": f"a={tmp_path}/x, b={tmp_path}/y", "STEPWELL_IMPORT": "m, n.o"}
-    settings = read_settings([], environment)
-    assert settings.models == {"a": tmp_path / "x", "b": tmp_path / "y"}
-    assert settings.imports == ("m", "n.o")
-
-
-def test_what_is_said_of_single_models(model: str, tmp_path: Path) -> None:
-    data = tmp_path / "x.npy"
-    data.write_bytes(b"")
-    arguments = ["--probe-steps", "forecast=2000", "--trust-causality", "forecast"]
-    settings = read_settings([model, *arguments, "--check-with", f"forecast={data}"], {})
-    assert settings.probe_steps == {"forecast": 2000}
-    assert settings.trust_causality == ("forecast",)
-    assert settings.check_with == {"forecast": data}
-    assert re.search(
-        r"--trust-causality: there is no model 'other'; the models are forecast",
-        refused([model, "--trust-causality", "other"], {}),
-    )
-    assert re.search(
-        r"--probe-steps: there is no model 'other'", refused([model, "--probe-steps", "other=5"], {})
-    )
-
-
-def test_a_model_may_have_several_versions(model: str, tmp_path: Path) -> None:
-    path = model.partition("=")[2]
-    settings = read_settings([model, f"forecast@2={path}", f"words@7={path}"], {})
-    assert settings.versions == {"forecast": {1: Path(path), 2: Path(path)}, "words": {7: Path(path)}}
-    assert read_settings([f"words@7={path}", "--probe-steps", "words=600"], {}).probe_steps == {"words": 600}
-    assert refused([model, f"forecast@1={path}"], {}) == (
-        f"models: each version must be given once; forecast@1 is given as {model} and as forecast@1={path}"
-    )
+def test_a_store_url_and_a_data_dir_exclude_each_other() -> None:
+    with pytest.raises(StartError, match="--data-dir: must be left out with --store URL"):
+        Settings(store=StoreUrl(addresses=(("h", 1),)), data_dir=Path("/x"))
 
 
 def test_a_path_in_a_folder_of_models_says_its_version(tmp_path: Path) -> None:
@@ -173,79 +444,6 @@ def test_a_path_in_a_folder_of_models_says_its_version(tmp_path: Path) -> None:
     assert versions == {"a": [3], "b": [5], "other": [1], "d": [1]}
     # what is said wins
     assert list(read_settings([f"a@1={tmp_path / 'a/3.keras'}"], {}).versions["a"]) == [1]
-
-
-def test_a_folder_of_models(model: str, tmp_path: Path) -> None:
-    options = ["--models", str(tmp_path), "--watch-models", "--sessions", "migrate", "--no-wait-for-models"]
-    policies = ["--version-policy", "latest 2", "--version-policy", "words=3,5"]
-    settings = read_settings([*options, *policies, "--migration", "widen=a.b:c"], {})
-    assert (settings.models, settings.models_dir, settings.watch_models) == ({}, tmp_path, True)
-    assert (settings.sessions, settings.migrations) == ("migrate", {"widen": "a.b:c"})
-    assert not settings.wait_for_models
-    assert [str(settings.policy_of(name)) for name in ("forecast", "words")] == ["latest 2", "3,5"]
-    environment = {
-        "STEPWELL_MODELS_DIR": str(tmp_path),
-        "STEPWELL_WATCH_MODELS": "1",
-        "STEPWELL_WAIT_FOR_MODELS": "no",
-        "STEPWELL_VERSION_POLICY": "all, words=3, 5 ,more=latest 3",
-        "STEPWELL_SESSIONS": "carry",
-    }
-    settings = read_settings([], environment)
-    assert (settings.models_dir, settings.watch_models, settings.wait_for_models) == (tmp_path, True, False)
-    assert settings.version_policy == {
-        "": VersionPolicy(),
-        "words": VersionPolicy(versions=frozenset({3, 5})),
-        "more": VersionPolicy(latest=3),
-    }
-    assert settings.sessions == "carry"
-    plain = read_settings([model], {})
-    assert (plain.watch_models, plain.wait_for_models, plain.sessions) == (False, True, "keep")
-    assert str(plain.policy_of("forecast")) == "latest 1"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (
-            ["--watch-models"],
-            "--watch-models: must be given with --models-dir, the folder that it applies to",
-        ),
-        (["--version-policy", "all"], "--version-policy: must be given with --models-dir, the folder that"),
-        (["--sessions", "migrate"], "--sessions: migrate needs a function, given by --migration"),
-        (["--models", "/nowhere"], "--models: must be a folder; /nowhere does not exist"),
-        (["--models", __file__], f"--models: must be a folder; {__file__} is a file"),
-        (
-            ["--models", ".", "--version-policy", "all", "--version-policy", "latest"],
-            "must be given once for each name; got two values for all models",
-        ),
-        (
-            ["--models", ".", "--version-policy", "a=all", "--version-policy", "a=1"],
-            "must be given once for each name; got two values for 'a'",
-        ),
-    ],
-)
-def test_what_is_said_of_a_folder_of_models_goes_together(
-    model: str, arguments: list[str], says: str
-) -> None:
-    assert says in refused([model, *arguments], {})
-
-
-def test_resident_rows_are_of_each_model_or_of_the_one_that_is_named(model: str) -> None:
-    assert read_settings([model], {}).resident_rows == {}
-    assert read_settings([model, "--resident-rows", "7"], {}).resident_rows == {"": 7}
-    both = {"": 7, "forecast": 9}
-    arguments = ["--resident-rows", "7", "--resident-rows", "forecast=9"]
-    assert read_settings([model, *arguments], {}).resident_rows == both
-    assert read_settings([model], {"STEPWELL_RESIDENT_ROWS": "7, forecast=9"}).resident_rows == both
-    assert refused([model, "--resident-rows", "other=7"], {}) == (
-        "--resident-rows: there is no model 'other'; the models are forecast"
-    )
-    assert refused([model, "--resident-rows", "7", "--resident-rows", "8"], {}).endswith(
-        "must be given once for each name; got two values for all models"
-    )
-    assert refused([model, "--resident-rows=forecast=7", "--resident-rows=forecast=8"], {}).endswith(
-        "must be given once for each name; got two values for 'forecast'"
-    )
 
 
 @pytest.mark.parametrize(
@@ -333,9 +531,6 @@ def test_a_variable_of_a_flag_is_true_or_false(model: str) -> None:
         environment = {"STEPWELL_WAIT_FOR_MODELS": text}
         assert read_settings([model], environment).wait_for_models is expected
         assert not read_settings([model, "--no-wait-for-models"], environment).wait_for_models
-    assert refused([model], {"STEPWELL_INSECURE_LISTEN": "maybe"}) == (
-        "Invalid value for STEPWELL_INSECURE_LISTEN: must be true or false; got 'maybe'"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,34 +574,6 @@ def test_a_new_field_is_a_setting_everywhere(tmp_path: Path) -> None:
     assert "--blocked NAME Model that is refused. May be given again. [env var: STEPWELL_BLOCKED]" in text
 
 
-def test_a_password_in_what_should_be_the_url_of_a_store_is_not_shown(model: str) -> None:
-    for text in ("valkey//u:s3cret@h/0", "valkey://u:s3cret/x@h/0", "valkey://u:s3cret?x=1@h/0"):
-        assert "s3c" not in refused([model, f"--store={text}"], {})
-
-
-@pytest.mark.parametrize(
-    ("models", "expected"),
-    [
-        ([], r"give at least one as NAME=PATH, such as forecast=model.keras, or in STEPWELL_MODELS"),
-        (["forecast"], r"for NAME=PATH...: must be NAME=PATH; got 'forecast'"),
-        (["=x.keras"], r"a name of 1 to 128 letters"),
-        (["a@0=x.keras"], r"must be NAME=PATH with a name .*, or NAME@VERSION with a whole number from 1 to"),
-        (["a:b=x.keras"], r"or NAME@VERSION with a whole number from 1 to 9223372036854775807"),
-        (["a@2=x.keras", "a@2=y.keras"], r"must be given once for each name; got two values for 'a@2'"),
-        (["a b=x.keras"], r"a name of 1 to 128 letters.*got 'a b=x.keras'"),
-        (["a" * 129 + "=x.keras"], r"a name of 1 to 128 letters"),
-        (["a=x.keras", "a=y.keras"], r"must be given once for each name; got two values for 'a'"),
-        (
-            ["a=/nowhere/x.keras"],
-            r"model a: PATH must be a .keras or .stepwell file; /nowhere/x.keras does not exist",
-        ),
-        (["a=/"], r"model a: PATH must be a .keras or .stepwell file; / is a folder"),
-    ],
-)
-def test_models_that_cannot_be_served(models: list[str], expected: str) -> None:
-    assert re.search(expected, refused(models, {}))
-
-
 def test_a_saved_model_folder_is_told_from_another(tmp_path: Path) -> None:
     (tmp_path / "saved_model.pb").touch()
     assert re.search(
@@ -416,115 +583,6 @@ def test_a_saved_model_folder_is_told_from_another(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"is a SavedModel folder of Keras 2: .*tf_keras") as caught:
         read_settings([f"a={tmp_path}"], {})
     assert f"load_model('{tmp_path.name}').save_weights('name.weights.h5')" in str(caught.value)
-
-
-def test_a_data_dir_and_the_memory_store_exclude_each_other(model: str) -> None:
-    rule = ", which keeps nothing on disk; give only one of the two"
-    assert re.search(
-        f"^'--data-dir': cannot be used with '--store' memory{rule}$",
-        refused([model, "--store", "memory", "--data-dir", "/x"], {}),
-    )
-    environment = {"STEPWELL_STORE": "memory", "STEPWELL_DATA_DIR": "/x"}
-    assert re.search(
-        f"^STEPWELL_DATA_DIR: cannot be used with STEPWELL_STORE memory{rule}$", refused([model], environment)
-    )
-
-
-def test_a_store_that_is_shared(model: str) -> None:
-    settings = read_settings([model, "--store", "rediss://u:hidden@h:1/2?prefix=p:"], {})
-    assert settings.shared_store == dataclasses.replace(
-        StoreUrl(addresses=(("h", 1),), database=2, prefix="p:", tls=Tls()), login=Login("u", "hidden")
-    )
-    assert (settings.store_kind, settings.data_dir) == ("valkey", None)
-    assert read_settings([model], {}).shared_store is None
-    refusal = refused([model, "--store", "valkey://h?color=red"], {})
-    assert "'--store': color is not a known option; the options are prefix, partitions" in refusal
-    refusal = refused([model, "--store", "valkey://u:hidden@h", "--data-dir", "/x"], {})
-    assert (
-        "'--data-dir': cannot be used with '--store' valkey://u@h:6379/0, which keeps nothing on disk"
-        in refusal
-    )
-    assert read_settings([model, "--store", "valkey://h"], {"STEPWELL_DATA_DIR": "/x"}).data_dir is None
-    with pytest.raises(StartError, match="--data-dir: must be left out with --store URL"):
-        Settings(store=StoreUrl(addresses=(("h", 1),)), data_dir=Path("/x"))
-
-
-def test_the_command_line_wins_over_a_variable_that_contradicts_it(model: str) -> None:
-    assert read_settings([model, "--store", "memory"], {"STEPWELL_DATA_DIR": "/x"}).store == "memory"
-    settings = read_settings([model, "--data-dir", "/y"], {"STEPWELL_STORE": "memory"})
-    assert (settings.store, settings.data_dir) == ("disk", Path("/y"))
-    both = {"STEPWELL_STORE": "disk", "STEPWELL_DATA_DIR": "/x"}
-    assert read_settings([model, "--store=memory"], both).store == "memory"
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "arguments"),
-    [
-        ("STEPWELL_LISTEN", "nowhere", ["--listen", "127.0.0.1:0"]),
-        ("STEPWELL_RESIDENT_ROWS", "many", ["--resident-rows", "7"]),
-        ("STEPWELL_IMPORT", "not a module", ["--import", "m"]),
-        ("STEPWELL_MODELS", "forecast", []),
-    ],
-)
-def test_a_variable_that_cannot_be_read_stops_the_start_though_the_option_is_given(
-    model: str, variable: str, value: str, arguments: list[str]
-) -> None:
-    assert re.search(
-        f"^Invalid value for {variable}: .*'{value}'", refused([model, *arguments], {variable: value})
-    )
-
-
-def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m.keras").touch()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    settings = read_settings(["m=~/m.keras", "--data-dir=~/data"], {"STEPWELL_CACHE_DIR": "~/cache"})
-    assert settings.models == {"m": tmp_path / "m.keras"}
-    assert (settings.data_dir, settings.cache_dir) == (tmp_path / "data", tmp_path / "cache")
-
-
-def test_a_home_that_is_not_there_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "")
-    for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    assert re.search(
-        r"^--data-dir: give a folder; there is no default because neither HOME nor",
-        refused([model, "--cache-dir", "/c"], {}),
-    )
-    assert re.search(
-        r"^--cache-dir: give a folder; there is no default because neither HOME nor",
-        refused([model, "--data-dir", "/d"], {}),
-    )
-    assert read_settings([model, "--store", "memory", "--cache-dir", "/c"], {}).store == "memory"
-    assert re.search(
-        r"'--data-dir': must be a path that exists: ~ has no home folder on this machine; got '~/x'",
-        refused([model, "--data-dir", "~/x", "--cache-dir", "/c"], {}),
-    )
-    assert re.search(
-        r"with a path that exists: ~nobody_here has no home folder on this machine; got 'm=~nobody_here/m.keras'",
-        refused(["m=~nobody_here/m.keras"], {}),
-    )
-
-
-def test_the_data_dir_has_a_default_in_the_users_data_folder(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", "/somewhere")
-    assert read_settings([model], {}).data_dir == Path("/somewhere/stepwell")
-    monkeypatch.delenv("XDG_DATA_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert read_settings([model], {}).data_dir == Path("/home/me/.local/share/stepwell")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--lissten", "x"], "No such option '--lissten'. .*--listen"),
-        (["--listen"], "Option '--listen' requires an argument"),
-        (["--max-batch", "3"], "No such option '--max-batch'"),
-    ],
-)
-def test_unknown_and_incomplete_options_are_one_line(model: str, arguments: list[str], says: str) -> None:
-    assert re.match(says, refused([model, *arguments], {}))
 
 
 def test_help_explains_every_option_and_names_its_variable() -> None:
