@@ -175,32 +175,6 @@ def test_sessions_are_carried_under_traffic(server: ServerProcess) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_refused_changes_nothing(server: ServerProcess, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.keras"
-    bad.write_bytes(b"no model")
-    with Caller(server) as caller:
-        model = caller.call(caller.models.GetModel, pb.GetModelRequest(name="forecast")).model
-        with refused("FAILED_PRECONDITION", "cannot be loaded", "not a .keras file"):
-            caller.load(bad, version=77)
-        with refused("INVALID_ARGUMENT", "path must be absolute"):
-            caller.load("bad.keras")
-        with refused("INVALID_ARGUMENT", "is a folder"):
-            folder = tmp_path / "folder.keras"
-            folder.mkdir()
-            caller.load(folder)
-        with refused("ALREADY_EXISTS", "it has 1"):
-            caller.load(retrained().path, version=1)
-        with refused("UNIMPLEMENTED", "--allow-model-upload"):
-            caller.upload(retrained().path)
-        after = caller.call(caller.models.GetModel, pb.GetModelRequest(name="forecast")).model
-        (failed,) = [one for one in after.versions if one.state == pb.MODEL_STATE_FAILED]
-        assert (failed.version, failed.path) == (77, str(bad))
-        caller.call(caller.admin.UnloadModel, pb.UnloadModelRequest(name="forecast", version=77))
-        after = caller.call(caller.models.GetModel, pb.GetModelRequest(name="forecast")).model
-        assert after == model
-
-
-@pytest.mark.slow
 def test_versions_and_default_survive_a_kill(tmp_path: Path) -> None:
     options = ("--data-dir", str(tmp_path / "data"), "--allow-model-upload")
     own = tmp_path / "own.keras"

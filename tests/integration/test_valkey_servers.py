@@ -57,41 +57,6 @@ def test_any_server_continues_any_session(valkey: Valkey, durability: str) -> No
         assert [info.session_id for info in b.sessions()] == ["alone"]
 
 
-def test_a_request_id_is_that_of_one_change_on_all_servers(valkey: Valkey) -> None:
-    """Refused by the server that made the change and by the other, also where the revision fits."""
-    with shares(valkey, "ids") as one, shares(valkey, "ids") as other:
-        (channel, stub), (other_channel, other_stub) = connect(one), connect(other)
-        with channel, other_channel:
-
-            def step(at: Any, x: Any, expected: int, request_id: int) -> Any:
-                fields: dict[str, Any] = {} if expected < 0 else {"expected_revision": expected}
-                request = sessions_pb2.StepRequest(
-                    session_id="s", inputs=[tensor(x)], request_id=request_id, **fields
-                )
-                return at.Step(request, timeout=100)
-
-            stub.OpenSession(sessions_pb2.OpenSessionRequest(model="forecast", session_id="s"), timeout=100)
-            first = step(stub, X, 0, 7)
-            for at in (other_stub, stub):
-                for expected in (-1, 0, 1):
-                    with pytest.raises(
-                        grpc.RpcError, match="it stands for a step with other content"
-                    ) as wrong:
-                        step(at, X + 1, expected, 7)
-                    assert wrong.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-                again = step(at, X, 0, 7)
-                assert (again.replayed, again.outputs[0].data) == (True, first.outputs[0].data)
-            # the copy of the first is older now: what the store has decides
-            assert step(other_stub, X + 1, 1, 8).revision == 2
-            with pytest.raises(grpc.RpcError) as late:
-                step(stub, X + 1, 1, 7)
-            assert late.value.code() is grpc.StatusCode.ABORTED
-            with pytest.raises(grpc.RpcError) as reused:
-                step(stub, X, 2, 8)
-            assert reused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert step(stub, X, 2, 9).revision == 3
-
-
 def test_a_server_says_what_is_wrong_with_its_store(valkey: Valkey, tmp_path: Path) -> None:
     url = valkey.url("?prefix=wrong:")
     cases = [

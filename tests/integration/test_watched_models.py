@@ -212,11 +212,17 @@ if any("stepwell_server.compile" in one for one in sys.orig_argv):
 """
 
 
-def test_a_model_is_served_while_others_load(tmp_path: Path) -> None:
-    fifo, bad = tmp_path / "fifo", tmp_path / "bad.keras"
-    os.mkfifo(fifo)
-    (tmp_path / "sitecustomize.py").write_text(_WAITING.format(fifo=str(fifo)))
-    kept = forecast()
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    """What compiling waits for, in servers whose PYTHONPATH has its folder."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    (tmp_path / "sitecustomize.py").write_text(_WAITING.format(fifo=str(path)))
+    return path
+
+
+def test_a_model_is_served_while_others_load(tmp_path: Path, fifo: Path) -> None:
+    kept, bad = forecast(), tmp_path / "bad.keras"
     bad.write_bytes(kept.path.read_bytes() + b"\0")  # another one, so that the cache has it not
     options = (f"bad={bad}", f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir))
     with (
@@ -250,10 +256,7 @@ def test_a_model_is_served_while_others_load(tmp_path: Path) -> None:
                 assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_sessions_of_a_model_that_is_still_loaded_are_told_to_come_back(tmp_path: Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    (tmp_path / "sitecustomize.py").write_text(_WAITING.format(fifo=str(fifo)))
+def test_sessions_of_a_model_that_is_still_loaded_are_told_to_come_back(tmp_path: Path, fifo: Path) -> None:
     kept, store = forecast(), ("--data-dir", str(tmp_path / "data"), "--listen", "127.0.0.1:0")
     with ServerProcess(f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), *store) as server:
         with stepwell.connect(server.address) as client:
@@ -351,46 +354,6 @@ def test_a_file_of_the_folder_that_is_no_version_of_it_is_loaded_again_too(
 
 
 @pytest.mark.slow
-def test_versions_that_were_loaded_by_a_call_are_there_after_a_restart(tmp_path: Path) -> None:
-    kept, new = forecast(), retrained()
-    options = (f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--listen", "127.0.0.1:0")
-    store = ("--data-dir", str(tmp_path / "data"))
-    file = tmp_path / "new.keras"
-    shutil.copy(new.path, file)
-    with ServerProcess(*options, *store) as server:
-        with stepwell.connect(server.address) as client:
-            client.open_session("forecast", session_id="named").step(np.ones((1, FEATURES), np.float32))
-        with grpc.insecure_channel(server.address) as channel:
-            admin = models_pb2_grpc.ModelAdminServiceStub(channel)
-            request = models_pb2.LoadModelRequest(
-                name="forecast", path=str(file), sessions=models_pb2.SESSION_POLICY_CARRY
-            )
-            *_, last = admin.LoadModel(request, timeout=_TIMEOUT_S)
-            assert last.version == 2
-        server.signal()
-        server.finish()
-    with ServerProcess(*options, *store) as server:
-        assert versions(server) == {1: "READY", 2: "READY"}
-        with stepwell.connect(server.address) as client:
-            session = client.open_session("forecast", session_id="named")
-            session.step(np.ones((1, FEATURES), np.float32))
-            assert (session.revision, session.model_version) == (2, 2)
-        server.signal()
-        server.finish()
-    file.write_bytes(b"no model")  # its sessions wait in the store, and the server is there for the others
-    with ServerProcess(*options, *store, "--bad-models", "skip") as server:
-        assert versions(server) == {1: "READY", 2: "FAILED"}
-        with stepwell.connect(server.address) as client:
-            with pytest.raises(
-                stepwell.ModelNotFoundError, match=r"'forecast@2' is not served: it could not be loaded"
-            ):
-                client.open_session("forecast", session_id="named")
-            client.open_session("forecast").step(np.ones((1, FEATURES), np.float32))
-        server.signal()
-        server.finish()
-
-
-@pytest.mark.slow
 def test_a_version_that_is_put_there_is_compared_with_keras_as_the_first_was(
     root: Path, tmp_path: Path
 ) -> None:
@@ -405,10 +368,9 @@ def test_a_version_that_is_put_there_is_compared_with_keras_as_the_first_was(
             two.wait_for(SERVING)
 
 
-def test_a_signal_while_a_model_is_loaded_beside_the_traffic_ends_the_server(tmp_path: Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    (tmp_path / "sitecustomize.py").write_text(_WAITING.format(fifo=str(fifo)))
+def test_a_signal_while_a_model_is_loaded_beside_the_traffic_ends_the_server(
+    tmp_path: Path, fifo: Path
+) -> None:
     options = ("--no-wait-for-models", "--listen", "127.0.0.1:0", "--cache-dir", str(tmp_path / "cache"))
     with (
         ServerProcess(
