@@ -17,8 +17,11 @@ import repository
 
 from stepwell import _install
 
-PAGE = {_install.SERVER: "docs/operate/run.md"}
-"""Run by test_production_page, with cargo."""
+PAGE = {
+    _install.SERVER: "docs/operate/run.md",
+    "pip install grpcio grpcio-tools googleapis-common-protos numpy": "docs/guides/other-languages.md",
+}
+"""Run by the page's own test: with cargo, or in an environment without Stepwell."""
 RUN = {
     _install.LIGHT: "import stepwell.client",
     _install.OTEL: "import opentelemetry.sdk, opentelemetry.exporter.otlp.proto.grpc",
@@ -31,7 +34,7 @@ RUN = {
 }
 """Run below, and what must work afterwards."""
 ARGUMENT = r"(?:'[^'\n]*'|\./[\w/-]+|\.(?=[`\s\"])|[a-z][\w-]*|\{\w+\})"
-COMMAND = re.compile(rf"pip install (?:--?\S+ )*({ARGUMENT}(?:\s(?:'[^'\n]*'|\./[\w/-]+))*)")
+COMMAND = re.compile(rf"pip install (?:--?\S+ )*({ARGUMENT}(?: (?:'[^'\n]*'|\./[\w/-]+|[a-z][\w-]*))*)")
 OPTIONAL = "pip install {package}"
 """Of client/stepwell/_state/tables.py, whose packages are pandas and xarray."""
 
