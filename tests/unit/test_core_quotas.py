@@ -1,4 +1,4 @@
-"""Quotas: the bucket, and the file that says whose they are."""
+"""Quotas and the callers they are for: token buckets, the quota file, names and namespaces of tenants."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwell_server.auth.quota_file import COUNTED_BY_TENANT, QuotaFile, parse
+from stepwell_server.core import namespaces
+from stepwell_server.core.callers import Caller, Role, is_name
 from stepwell_server.core.quotas import Buckets, Limits, QuotaTable, TokenBucket
-from stepwell_server.errors import StartError
+from stepwell_server.errors import PermissionDenied, StartError
+from stepwell_server.rpc.access import access_of, require
 
 FILE = """
 [default]
@@ -159,3 +162,56 @@ def test_callers_have_no_sessions_of_their_own_in_a_store_that_servers_share() -
         .steps_per_second
         == 9
     )
+
+
+@pytest.mark.parametrize("text", ["acme", "a", "robot-7@lab.example", "A" * 64])
+def test_names(text: str) -> None:
+    assert is_name(text)
+
+
+@pytest.mark.parametrize("text", ["", "-a", "a b", "a\x1fb", "a/b", "A" * 65, "acme\n", "ä"])
+def test_no_names(text: str) -> None:
+    assert not is_name(text)
+
+
+@pytest.mark.parametrize("session_id", ["user", "\\x1f", "a\x1fb", ""])
+def test_ids_go_into_a_namespace_and_come_back(session_id: str) -> None:
+    inner = namespaces.prefix_of("acme") + session_id
+    assert (namespaces.tenant_of(inner), namespaces.own(inner)) == ("acme", session_id)
+
+
+def test_without_tenants_ids_stay_as_they_are() -> None:
+    assert (namespaces.prefix_of(""), namespaces.tenant_of("user"), namespaces.own("user")) == (
+        "",
+        "",
+        "user",
+    )
+
+
+def test_messages_show_the_ids_that_callers_know() -> None:
+    inner = "acme\x1fit's \\x1f"
+    told = namespaces.without_tenants(f"session {inner!r} is open, and so is {inner}")
+    assert told == f"session {namespaces.own(inner)!r} is open, and so is {namespaces.own(inner)}"
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    [
+        ("Check", {Role.VIEWER, Role.USER, Role.ADMIN}),
+        ("GetState", {Role.VIEWER, Role.USER, Role.ADMIN}),
+        ("Step", {Role.USER, Role.ADMIN}),
+        ("ModelStreamInfer", {Role.USER, Role.ADMIN}),
+        ("AMethodThatNobodyThoughtOf", {Role.USER, Role.ADMIN}),
+    ],
+)
+def test_roles(method: str, allowed: set[Role]) -> None:
+    for role in Role:
+        caller = Caller("ann", "acme", role)
+        if role in allowed:
+            require(access_of(method), method, caller)
+            continue
+        with pytest.raises(PermissionDenied) as raised:
+            require(access_of(method), method, caller)
+        assert (
+            str(raised.value) == f"{method} needs the role admin or user; caller 'acme/ann' has {role.value}"
+        )

@@ -1,4 +1,4 @@
-"""Lists by every filter, and closing what fits: as if all sessions were sorted and looked at."""
+"""Lists and closes by every filter, resumes of many sessions, and generated ids."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stepwell_server.core import namespaces
-from stepwell_server.engine.api import SessionFilter, SessionInfo
+from stepwell_server.core.scheduler import LoopQueue
+from stepwell_server.engine.api import OpenManyResult, SessionFilter, SessionInfo
 from stepwell_server.engine.sessions import read
+from stepwell_server.engine.sessions.directory import MAX_ID_LENGTH, IdMaker, require_session_id, shown
+from stepwell_server.engine.threads import Pieces
+from stepwell_server.errors import InvalidInput, SessionExists
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.in_process import InProcessStore
+from stepwell_server.store.memory import MemoryStore
 from support.engine.fake_executor import PLAIN, RICH
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Harness, fails, running, x
 from support.engine.versions import serving, weights
 from support.stores.durable import Disk, begun
+from support.stores.fake_shared_store import RemoteStore
 from support.stores.kinds import IN_PROCESS
 
 PROGRAMS = {"plain": PLAIN, "rich": RICH}
@@ -296,3 +303,194 @@ async def test_many_that_end_together_are_told_together() -> None:
         await at.engine.close_session("three")
         ends = [event for event in at.events.sessions if event[0] == "closed"]
         assert ends == [("closed", "two"), ("closed", "three")]
+
+
+async def resume(at: Harness, ids: Sequence[str], **fields: Any) -> OpenManyResult:
+    return await at.engine.open_sessions("plain", session_ids=ids, resume=True, **fields)
+
+
+async def test_live_sessions_are_taken_up_where_they_are_and_the_others_opened(at: Harness) -> None:
+    await at.open("a", "b")
+    await at.step("a", x(1))
+    await at.step("a", x(1))
+    await at.step("b", x(1))
+    opened = await resume(at, ["b", "new", "a"])
+    assert list(opened.session_ids) == ["b", "new", "a"]
+    assert opened.revisions.tolist() == opened.positions.tolist() == [1, 0, 2]
+    assert opened.resumed is not None
+    assert opened.resumed.tolist() == [True, False, True]
+    assert opened.versions is None
+    assert (await at.step("a", x(1))).revision == 3
+    assert (await at.step("new", x(1))).revision == 1
+
+
+async def test_all_of_them_may_be_new_or_live(at: Harness) -> None:
+    assert (await resume(at, ["a", "b"])).resumed is None
+    again = await resume(at, ["a", "b"])
+    assert again.resumed is not None
+    assert again.resumed.all()
+
+
+async def test_the_same_request_again_says_what_it_opened(at: Harness) -> None:
+    """An answer was lost: what this very request opened was not there before."""
+    await at.open("a")
+    first = await resume(at, ["a", "b"], request_id=7)
+    again = await resume(at, ["a", "b"], request_id=7)
+    assert first.resumed is not None
+    assert again.resumed is not None
+    assert first.resumed.tolist() == again.resumed.tolist() == [True, False]
+    assert (await at.engine.list_sessions())[1] == 2
+
+
+@pytest.mark.engine({"plain": PLAIN, "rich": RICH})
+async def test_what_cannot_be_resumed_is_named_and_nothing_is_opened(at: Harness) -> None:
+    await at.open("a")
+    await at.engine.open_session("rich", session_id="b")
+    await at.engine.open_session("plain", session_id="c", batch_size=3)
+    caught = await fails(resume(at, ["a", "new", "b", "c"]), SessionExists)
+    assert str(caught) == (
+        "session_ids must name new sessions, or live ones to resume of model 'plain' with batch_size 1;"
+        " session 'b' (index 2) has model 'rich', version 1, and batch_size 1;"
+        " session 'c' (index 3) has model 'plain', version 1, and batch_size 3"
+    )
+    assert (await at.engine.list_sessions())[1] == 3
+
+
+async def test_without_ids_there_is_nothing_to_resume(at: Harness) -> None:
+    await fails(
+        at.engine.open_sessions("plain", count=2, resume=True),
+        InvalidInput,
+        r"^resume must come with session_ids; got none",
+    )
+
+
+async def test_a_session_that_ended_begins_anew_with_a_revision_of_its_own(at: Harness) -> None:
+    await at.open("a", "b")
+    await at.step("a", x(1))
+    await at.engine.close_session("a")
+    opened = await resume(at, ["a", "b"])
+    assert opened.resumed is not None
+    assert opened.resumed.tolist() == [False, True]
+    assert opened.positions.tolist() == [0, 0]
+    assert opened.revisions[0] > 1, "no handle of the closed one can step it"
+
+
+@pytest.mark.stores("fake_shared")
+async def test_what_another_server_changed_is_taken_up_as_it_is_there(
+    first: Harness, second: Harness
+) -> None:
+    await first.open("a", "b")
+    await first.step("a", x(1))
+    assert (await second.step("a", x(1))).revision == 2
+    opened = await resume(first, ["b", "a", "c"])
+    assert opened.revisions.tolist() == [0, 2, 0]
+    assert (await second.step("c", x(1))).revision == 1
+
+
+@pytest.mark.stores("fake_shared")
+async def test_one_that_another_server_opens_meanwhile_is_resumed(first: Harness, second: Harness) -> None:
+    second.store.commits_held = True
+    slow = await begun(resume(second, ["x", "a", "y"]))
+    await second.store.until("commit")
+    await first.open("a")
+    await first.step("a", x(1))
+    second.store.let_go()
+    opened = await slow
+    assert opened.resumed is not None
+    assert opened.resumed.tolist() == [False, True, False]
+    assert opened.revisions.tolist() == [0, 1, 0]
+
+
+async def test_calls_at_the_same_time_open_each_session_once(at: Harness) -> None:
+    ids = [f"s{number}" for number in range(40)]
+    every = await asyncio.gather(*(resume(at, ids[start:]) for start in range(0, 40, 10)))
+    made = np.zeros(40, np.intp)
+    for start, opened in zip(range(0, 40, 10), every, strict=True):
+        made[start:] += 1 if opened.resumed is None else ~opened.resumed
+    assert made.tolist() == [1] * 40
+
+
+NAMESPACES = ["", "acme\x1f"]
+FOREIGN = "s-00000000-" + "A" * 22
+
+
+@pytest.fixture
+def ids() -> IdMaker:
+    return IdMaker(RemoteStore(MemoryStore()))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("request_id", [0, 5])
+async def test_ids_of_one_call_lie_together_and_tell_nothing_of_each_other(
+    ids: IdMaker, namespace: str, request_id: int
+) -> None:
+    made = await ids.make_many(
+        request_id, 4096, Pieces(LoopQueue(asyncio.get_running_loop().call_soon)), namespace=namespace
+    )
+    assert made == sorted(set(made))
+    (common,) = {one[:-22] for one in made}
+    assert common.startswith(f"{namespace}s-")
+    parts = [one[-22:] for one in made]
+    # Of 4,096 random numbers of 128 bits no two are alike in their first 66 bits, or in their last 62: an
+    # exception is to be expected once in 100,000 million runs.
+    assert len({part[:11] for part in parts}) == len({part[-11:] for part in parts}) == 4096
+    assert all(ids.is_generated(one) and not ids.is_from_elsewhere(one) for one in made)
+    assert all(len(one) <= MAX_ID_LENGTH for one in made)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+async def test_ids_follow_from_the_request_the_namespace_and_the_sources(
+    ids: IdMaker, namespace: str
+) -> None:
+    pieces = Pieces(LoopQueue(asyncio.get_running_loop().call_soon))
+
+    async def made(
+        maker: IdMaker = ids,
+        request_id: int = 5,
+        count: int = 3,
+        sources: Sequence[str] = (),
+        whose: str = namespace,
+    ) -> set[str]:
+        one = maker.make(request_id, " ".join(sources), namespace=whose)
+        return {one, *await maker.make_many(request_id, count, pieces, sources, namespace=whose)}
+
+    first = await made()
+    assert await made() == first
+    assert first < await made(count=9)
+    others = [
+        await made(request_id=6),
+        await made(whose="zeta\x1f"),
+        await made(whose="5\x1f"),
+        await made(sources=["a"]),
+        await made(sources=["a", "b"]),
+        await made(IdMaker(RemoteStore(MemoryStore()))),
+        await made(request_id=0),
+        await made(request_id=0),
+    ]
+    assert len(set().union(first, *others)) == 4 * (1 + len(others))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_ids_of_earlier_releases_are_known(ids: IdMaker, namespace: str) -> None:
+    for made in (FOREIGN, f"{FOREIGN}-00ff", f"{FOREIGN}abcd"):
+        assert ids.is_generated(namespace + made)
+        assert ids.is_from_elsewhere(namespace + made)
+    for chosen in (
+        "s-00000000-short",
+        f"{FOREIGN}abc",
+        f"{FOREIGN}-00fg",
+        "user",
+        f"acme\x1f{namespace}{FOREIGN}x",
+    ):
+        assert not ids.is_generated(namespace + chosen)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_the_limits_are_those_of_what_the_caller_says(namespace: str) -> None:
+    require_session_id("session_id", namespace + "x" * MAX_ID_LENGTH)
+    for bad in ("", " a", "a ", "a\nb", "x" * (MAX_ID_LENGTH + 1), "a\x1fb"):
+        if not namespace and "\x1f" in bad:
+            continue  # what a caller without a tenant says so is in nobody's namespace: `namespaces.inner`
+        with pytest.raises(InvalidInput, match=r"^session_id must be 1 to 256 printable"):
+            require_session_id("session_id", namespace + bad)
+    assert shown(namespace + "x" * 300) == f"300 characters, {'x' * 32!r}..."
