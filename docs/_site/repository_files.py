@@ -1,16 +1,19 @@
 """Links of pages to files of the repository: each becomes a page of the site that shows the file.
 
-Sphinx would offer such a file as a download. A link to a file that does not exist is an error of MyST.
+Sphinx would offer such a file as a download. A link to a file that does not exist is an error of MyST. The path of a
+file in backticks, from the root, becomes a link too; `make check-repo` sees that it exists.
 """
 
 from __future__ import annotations
 
+import functools
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from repository import tracked_files
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -43,10 +46,28 @@ def show_files(app: Sphinx, doctree: nodes.document) -> None:
     for node in list(doctree.findall(addnodes.download_reference)):
         name, path = app.env.relfn2path(node["reftarget"], page)
         if is_text(Path(path)):
-            files_of(app.env).setdefault(page, set()).add(name)
-            target = app.builder.get_relative_uri(page, f"{FOLDER}/{name}")
-            link = nodes.reference("", "", *node.children, internal=True, refuri=target)
-            node.replace_self(link)
+            node.replace_self(link(app, name, *node.children))
+    for code in list(doctree.findall(nodes.literal)):
+        name = code.astext()
+        is_alone = not isinstance(code.parent, nodes.reference | nodes.title)
+        if is_alone and name in tracked() and is_text(Path(app.srcdir, name)):
+            code.replace_self(link(app, name, code.deepcopy()))
+
+
+@functools.cache
+def tracked() -> frozenset[str]:
+    """The files of the repository."""
+    return frozenset(tracked_files())
+
+
+def link(app: Sphinx, name: str, *shown: nodes.Node) -> nodes.reference:
+    """A link from the current page to that of a file, or to the page that the site makes of it."""
+    page = app.env.docname
+    target = str(Path(name).with_suffix(""))
+    if not name.endswith(".md") or target not in app.env.found_docs:
+        files_of(app.env).setdefault(page, set()).add(name)
+        target = f"{FOLDER}/{name}"
+    return nodes.reference("", "", *shown, internal=True, refuri=app.builder.get_relative_uri(page, target))
 
 
 def is_text(path: Path) -> bool:
@@ -73,7 +94,7 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         title = posixpath.basename(name)
         yield (
             f"{FOLDER}/{name}",
-            {"title": title, "body": f"<h1>{name}</h1>{code}", "parents": []},
+            {"title": title, "body": f"<h1>{title}</h1><p><code>{name}</code></p>{code}", "parents": []},
             "page.html",
         )
 
