@@ -46,6 +46,7 @@ autodoc_default_options = {
 }
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88
+smartquotes = False  # values in quotes stay as a program has them
 default_role = "stepwell-name"
 
 # --------------------------------------------------------------------------------------------------------------- links

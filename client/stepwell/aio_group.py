@@ -41,7 +41,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
     abandons the unfinished one. To abandon a change of unknown outcome, call `refresh`, which waits for the changes
     of each member that the server has already received.
 
-    **At the end of an `async with` block** a group opened without ids is closed. A group with ids, or a view, stays
+    **At the end of an async with block** a group opened without ids is closed. A group with ids, or a view, stays
     open.
 
     Example:

@@ -140,7 +140,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
     lands afterwards, and your next change raises `RevisionConflictError`. After a broken connection, a request may
     arrive even later. Only repeating the same call settles its outcome for certain.
 
-    **At the end of an `async with` block** a session opened without an id is closed. A named session stays open.
+    **At the end of an async with block** a session opened without an id is closed. A named session stays open.
 
     Example:
         >>> import asyncio

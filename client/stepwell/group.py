@@ -41,7 +41,7 @@ class SessionGroup(GroupFacts, Handle):
     abandons the unfinished one. To abandon a change of unknown outcome, call `refresh`, which waits for the changes
     of each member that the server has already received.
 
-    **At the end of a `with` block** a group opened without ids is closed. A group with ids, or a view, stays open.
+    **At the end of a with block** a group opened without ids is closed. A group with ids, or a view, stays open.
 
     Example:
         >>> with client.open_sessions("forecast", 8) as group:

@@ -95,7 +95,7 @@ class Session(SessionFacts, Handle):
     lands afterwards, and your next change raises `RevisionConflictError`. After a broken connection, a request may
     arrive even later. Only repeating the same call settles its outcome for certain.
 
-    **At the end of a `with` block** a session opened without an id is closed. A named session stays open.
+    **At the end of a with block** a session opened without an id is closed. A named session stays open.
 
     Example:
         >>> with client.open_session("forecast") as session:

@@ -12,7 +12,7 @@ from stepwell.errors import InvalidInputError
 Token: TypeAlias = str | Callable[[], str]
 """A bearer token, or a function that returns it."""
 AsyncToken: TypeAlias = str | Callable[[], str | Awaitable[str]]
-"""The same for asyncio: the function may also be a coroutine function."""
+"""A bearer token, or a function or coroutine function that returns it."""
 
 PLAIN = re.compile(r"[!-~]+")
 RULE = "must be a string of printable ASCII characters without spaces"
