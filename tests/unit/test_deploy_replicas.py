@@ -45,6 +45,23 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
             yield document["metadata"]["name"], document["spec"]["template"]
 
 
+def pod_of(name: str) -> dict[str, Any]:
+    (pod,) = [pod for each, pod in pods() if each == name]
+    return pod
+
+
+def container_of(name: str) -> dict[str, Any]:
+    """The only container of a pod."""
+    (container,) = pod_of(name)["spec"]["containers"]
+    found: dict[str, Any] = container
+    return found
+
+
+def compose_service(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"][name]
+    return found
+
+
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
 
@@ -124,18 +141,17 @@ def test_pods_are_without_rights_and_have_what_they_mount() -> None:
 
 
 def test_replicas_have_time_to_stop() -> None:
-    (pod,) = [pod for name, pod in pods() if name == "stepwell"]
-    (container,) = pod["spec"]["containers"]
+    container, pod = container_of("stepwell"), pod_of("stepwell")
     (drain_s,) = [field.default for field in dataclasses.fields(Settings) if field.name == "drain_timeout_s"]
     assert isinstance(drain_s, float)
     pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["spec"]["terminationGracePeriodSeconds"] > pause_s + drain_s
-    compose = yaml.safe_load(COMPOSE.read_text())["services"]["stepwell"]
+    compose = compose_service("stepwell")
     assert int(compose["stop_grace_period"].removesuffix("s")) > drain_s
 
 
 def test_every_option_of_serve_is_one() -> None:
-    commands: list[Sequence[str]] = [yaml.safe_load(COMPOSE.read_text())["services"]["stepwell"]["command"]]
+    commands: list[Sequence[str]] = [compose_service("stepwell")["command"]]
     commands += [
         container["args"] for _, pod in pods() for container in containers(pod) if "args" in container
     ]
@@ -163,7 +179,7 @@ def test_images_are_those_of_this_release_and_of_the_envoy_that_is_tried() -> No
 @pytest.mark.parametrize("where", ["compose", "kubernetes"])
 def test_envoy_takes_what_is_written_for_it(where: str, tmp_path: Path) -> None:
     if where == "compose":
-        words = yaml.safe_load(COMPOSE.read_text())["services"]["envoy-config"]["command"]
+        words = compose_service("envoy-config")["command"]
     else:
         ((words),) = [
             container["args"]
@@ -193,12 +209,11 @@ def test_envoy_takes_what_is_written_for_it(where: str, tmp_path: Path) -> None:
 def test_valkey_starts_with_its_password(where: str, tmp_path: Path) -> None:
     program("valkey-server")
     if where == "compose":
-        service = yaml.safe_load(COMPOSE.read_text())["services"]["valkey"]
+        service = compose_service("valkey")
         shell, (script,) = service["entrypoint"], service["command"]
         script = script.replace("$$", "$")
     else:
-        (pod,) = [pod for name, pod in pods() if name == "stepwell-valkey"]
-        (container,) = pod["spec"]["containers"]
+        container = container_of("stepwell-valkey")
         shell, (script,) = container["command"], container["args"]
     (tmp_path / "password").write_text("a secret\n".replace(" ", "-"))
     port = Port()
@@ -220,8 +235,7 @@ def test_valkey_starts_with_its_password(where: str, tmp_path: Path) -> None:
 
 def test_valkey_has_room_to_write_its_file_anew() -> None:
     """docs/operate/scale-out.md: twice what the sessions take, as pages that change meanwhile are copied."""
-    (pod,) = [pod for name, pod in pods() if name == "stepwell-valkey"]
-    (container,) = pod["spec"]["containers"]
+    container = container_of("stepwell-valkey")
     found = re.search(r"--maxmemory (\d+)gb", container["args"][0])
     room = re.fullmatch(r"(\d+)Gi", container["resources"]["limits"]["memory"])
     assert found
@@ -238,8 +252,7 @@ def _answers(port: int) -> bool:
 
 
 def test_envoy_is_told_to_drain_before_it_stops(tmp_path: Path) -> None:
-    (pod,) = [pod for name, pod in pods() if name == "stepwell-envoy"]
-    (container,) = pod["spec"]["containers"]
+    container = container_of("stepwell-envoy")
     bash, flag, script = container["lifecycle"]["preStop"]["exec"]["command"]
     with Envoy(tmp_path, ["127.0.0.1:1"]) as envoy:
         connection = http.client.HTTPConnection(envoy.address)

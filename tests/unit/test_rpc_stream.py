@@ -75,24 +75,28 @@ async def _call(limits: StreamLimits = _ROOMY, outputs: int = 2) -> AsyncIterato
     await asyncio.gather(call.task, return_exceptions=True)
 
 
-async def test_frames_are_answered_and_the_stream_ends_with_the_client() -> None:
-    async with _call() as call:
-        call.context.send(
-            _step(7, "a", "b"), pb.StepStreamRequest(frame_id=8, reset=pb.ResetFrame(session_ids=["a"]))
-        )
-        call.context.half_close()
-        step, reset = await call.reply(), await call.reply()
-        await call.ended()
+@pytest.fixture
+async def call() -> AsyncIterator[Call]:
+    async with _call() as found:
+        yield found
+
+
+async def test_frames_are_answered_and_the_stream_ends_with_the_client(call: Call) -> None:
+    call.context.send(
+        _step(7, "a", "b"), pb.StepStreamRequest(frame_id=8, reset=pb.ResetFrame(session_ids=["a"]))
+    )
+    call.context.half_close()
+    step, reset = await call.reply(), await call.reply()
+    await call.ended()
     assert (step.frame_id, step.all_members, step.last) == (7, True, True)
     assert (list(step.revisions), list(step.positions)) == ([1, 1], [1, 1])
     assert list(step.outputs[0].shape) == [2, 2]
     assert (reset.frame_id, list(reset.revisions), list(reset.outputs)) == (8, [2], [])
 
 
-async def test_members_fail_alone() -> None:
-    async with _call() as call:
-        call.context.send(_step(1, "a", "nobody", "b"))
-        failed, reply = await call.reply(), await call.reply()
+async def test_members_fail_alone(call: Call) -> None:
+    call.context.send(_step(1, "a", "nobody", "b"))
+    failed, reply = await call.reply(), await call.reply()
     assert (failed.last, reply.last) == (False, True)
     assert (reply.all_members, list(reply.members)) == (False, [0, 2])
     (error,) = failed.errors
@@ -100,12 +104,11 @@ async def test_members_fail_alone() -> None:
     assert call.observer.refusals == {"SESSION_NOT_FOUND": 1}
 
 
-async def test_a_bad_frame_fails_alone() -> None:
-    async with _call() as call:
-        bad = _step(3, "a", "b")
-        bad.step.expected_revisions.append(1)
-        call.context.send(pb.StepStreamRequest(frame_id=1), _step(2), bad, _step(4, "a"))
-        replies = [await call.reply() for _ in range(4)]
+async def test_a_bad_frame_fails_alone(call: Call) -> None:
+    bad = _step(3, "a", "b")
+    bad.step.expected_revisions.append(1)
+    call.context.send(pb.StepStreamRequest(frame_id=1), _step(2), bad, _step(4, "a"))
+    replies = [await call.reply() for _ in range(4)]
     assert [reply.frame_id for reply in replies] == [1, 2, 3, 4]
     assert all(reply.last for reply in replies)
     messages = [reply.errors[0].error.message for reply in replies[:3]]
@@ -117,11 +120,10 @@ async def test_a_bad_frame_fails_alone() -> None:
     assert call.observer.refusals == {"INVALID_INPUT": 3}
 
 
-async def test_overload_is_a_frame_error_with_a_delay() -> None:
-    async with _call() as call:
-        call.engine.next_error = Overloaded("full", 0.5)
-        call.context.send(_step(1, "a", "b"))
-        error = (await call.reply()).errors[0].error
+async def test_overload_is_a_frame_error_with_a_delay(call: Call) -> None:
+    call.engine.next_error = Overloaded("full", 0.5)
+    call.context.send(_step(1, "a", "b"))
+    error = (await call.reply()).errors[0].error
     assert (error.reason, error.retry_after_ms) == ("OVERLOADED", 500)
     assert call.observer.refusals == {"OVERLOADED": 2}
 
@@ -134,74 +136,68 @@ async def test_a_reply_over_the_limit_is_refused_before_anything_changes() -> No
         assert (await call.engine.session_info("a")).revision == 0
 
 
-async def test_the_id_of_an_unanswered_frame_is_refused() -> None:
-    async with _call() as call:
-        call.engine.held = True
-        call.context.send(_step(1, "a"), _step(1, "b"))
-        refused = await call.reply()
-        call.engine.release()
-        answered = await call.reply()
-        call.engine.held = False
-        call.context.send(_step(1, "b"))
-        again = await call.reply()
+async def test_the_id_of_an_unanswered_frame_is_refused(call: Call) -> None:
+    call.engine.held = True
+    call.context.send(_step(1, "a"), _step(1, "b"))
+    refused = await call.reply()
+    call.engine.release()
+    answered = await call.reply()
+    call.engine.held = False
+    call.context.send(_step(1, "b"))
+    again = await call.reply()
     assert "frame_id must differ from those of unanswered frames; got 1" in refused.errors[0].error.message
     assert answered.all_members
     assert again.all_members
 
 
-async def test_bytes_that_are_no_frame_end_the_stream() -> None:
-    async with _call() as call:
-        call.engine.held = True
-        call.context.send(_step(1, "a"), b"\xff\xff\xff")
-        with pytest.raises(InvalidInput, match=r"must be a stepwell\.v1\.StepStreamRequest; got 3 bytes"):
-            await call.ended()
-        assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"]]
+async def test_bytes_that_are_no_frame_end_the_stream(call: Call) -> None:
+    call.engine.held = True
+    call.context.send(_step(1, "a"), b"\xff\xff\xff")
+    with pytest.raises(InvalidInput, match=r"must be a stepwell\.v1\.StepStreamRequest; got 3 bytes"):
+        await call.ended()
+    assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"]]
 
 
-async def test_the_end_of_the_call_cancels_what_waits() -> None:
-    async with _call() as call:
-        call.engine.held = True
-        call.context.send(_step(1, "a"), _step(2, "b"))
-        await call.until(lambda: len(call.engine.changes) == 2)
-        call.task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call.ended()
-        assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"], ["b"]]
-        call.engine.release()  # a part that comes later goes nowhere
-        assert call.context.replies.empty()
+async def test_the_end_of_the_call_cancels_what_waits(call: Call) -> None:
+    call.engine.held = True
+    call.context.send(_step(1, "a"), _step(2, "b"))
+    await call.until(lambda: len(call.engine.changes) == 2)
+    call.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call.ended()
+    assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"], ["b"]]
+    call.engine.release()  # a part that comes later goes nowhere
+    assert call.context.replies.empty()
 
 
-async def test_a_half_closed_stream_ends_only_when_all_is_answered() -> None:
-    async with _call() as call:
-        call.engine.held = True
-        call.context.send(_step(1, "a"))
-        call.context.half_close()
-        await call.until(lambda: call.context.reads == 2)
-        assert not call.task.done()
-        call.engine.release()
-        await call.reply()
+async def test_a_half_closed_stream_ends_only_when_all_is_answered(call: Call) -> None:
+    call.engine.held = True
+    call.context.send(_step(1, "a"))
+    call.context.half_close()
+    await call.until(lambda: call.context.reads == 2)
+    assert not call.task.done()
+    call.engine.release()
+    await call.reply()
+    await call.ended()
+
+
+async def test_a_stopping_stream_answers_first(call: Call) -> None:
+    call.engine.held = True
+    call.context.send(_step(1, "a"))
+    await call.until(lambda: len(call.engine.changes) == 1)
+    call.stream.stop()
+    await asyncio.sleep(0)
+    assert not call.task.done()
+    call.engine.release()
+    assert (await call.reply()).all_members
+    with pytest.raises(Unavailable, match="stopping"):
         await call.ended()
 
 
-async def test_a_stopping_stream_answers_first() -> None:
-    async with _call() as call:
-        call.engine.held = True
-        call.context.send(_step(1, "a"))
-        await call.until(lambda: len(call.engine.changes) == 1)
-        call.stream.stop()
-        await asyncio.sleep(0)
-        assert not call.task.done()
-        call.engine.release()
-        assert (await call.reply()).all_members
-        with pytest.raises(Unavailable, match="stopping"):
-            await call.ended()
-
-
-async def test_an_idle_stream_stops_at_once() -> None:
-    async with _call() as call:
-        call.stream.stop()
-        with pytest.raises(Unavailable, match="stopping"):
-            await call.ended()
+async def test_an_idle_stream_stops_at_once(call: Call) -> None:
+    call.stream.stop()
+    with pytest.raises(Unavailable, match="stopping"):
+        await call.ended()
 
 
 @pytest.mark.parametrize(
@@ -235,12 +231,11 @@ async def test_unanswered_frames_hold_up_reading() -> None:
         assert [(await call.reply()).frame_id for _ in range(7)] == list(range(7))
 
 
-async def test_time_limits_of_frames() -> None:
-    async with _call() as call:
-        call.engine.held = True
-        before = SystemClock().monotonic()
-        call.context.send(_step(1, "a"), _step(2, "b", timeout_ms=60_000))
-        await call.until(lambda: len(call.engine.changes) == 2)
-        unlimited, limited = call.engine.changes
+async def test_time_limits_of_frames(call: Call) -> None:
+    call.engine.held = True
+    before = SystemClock().monotonic()
+    call.context.send(_step(1, "a"), _step(2, "b", timeout_ms=60_000))
+    await call.until(lambda: len(call.engine.changes) == 2)
+    unlimited, limited = call.engine.changes
     assert unlimited.deadline == float("inf")
     assert before + 60 <= limited.deadline <= SystemClock().monotonic() + 60

@@ -223,20 +223,25 @@ async def front(**options: Any) -> AsyncIterator[Front]:
         yield Front(client)
 
 
-async def test_steps_of_sequences_that_go_on_are_one_change() -> None:
-    async with front() as at:
-        await at.begin(*range(1, 13))
-        before = at.statistics()
-        batch = at.take(*range(1, 13))
-        await at.client.harness.settled()
-        assert [change.size for change in at.changes] == [12]
-        assert batch.done == dict.fromkeys(range(12), 2)
-        assert not batch.alone
-        assert at.observer.done == [("ModelInfer", "OK")] * 12
-        assert at.statistics().success.count - before.success.count == 12
-        alone = at.take(3)
-        await at.client.harness.settled()
-        assert alone.done == {0: 3}
+@pytest.fixture
+async def at() -> AsyncIterator[Front]:
+    async with front() as found:
+        yield found
+
+
+async def test_steps_of_sequences_that_go_on_are_one_change(at: Front) -> None:
+    await at.begin(*range(1, 13))
+    before = at.statistics()
+    batch = at.take(*range(1, 13))
+    await at.client.harness.settled()
+    assert [change.size for change in at.changes] == [12]
+    assert batch.done == dict.fromkeys(range(12), 2)
+    assert not batch.alone
+    assert at.observer.done == [("ModelInfer", "OK")] * 12
+    assert at.statistics().success.count - before.success.count == 12
+    alone = at.take(3)
+    await at.client.harness.settled()
+    assert alone.done == {0: 3}
 
 
 @pytest.mark.parametrize("why", ["no session", "not begun", "reset", "another model", "other rows"])
@@ -268,35 +273,33 @@ async def test_requests_of_a_sequence_that_they_do_not_fit_are_answered_as_calls
         assert at.observer.refusals == {"INVALID_INPUT": 4}
 
 
-async def test_requests_wait_for_another_one_of_their_sequence_and_keep_their_order() -> None:
+async def test_requests_wait_for_another_one_of_their_sequence_and_keep_their_order(at: Front) -> None:
     """As behind a START that is not answered: those of other sequences do not wait."""
-    async with front() as at:
-        await at.begin(1, 2, 3)
-        running = at.client.inference.sequences.enter("triton/plain/3")
-        first, second = at.take(1, 3, 2, 3), at.take(3, 1)
-        await at.client.harness.settled()
-        assert (first.done, second.done) == ({0: 2, 2: 2}, {1: 3})
-        idle = asyncio.create_task(at.client.inference.wait_idle())
-        await asyncio.sleep(0)
-        assert not idle.done()
-        running.leave()
-        await idle
-        assert (first.done, second.done) == ({0: 2, 1: 2, 2: 2, 3: 3}, {0: 4, 1: 3})
-        assert [output.name for output in second.outputs] == ["y", "y"]
-        assert at.observer.done == [("ModelInfer", "OK")] * 6
-        statistics = at.statistics()
-        assert (statistics.success.count, statistics.fail.count) == (3 + 6, 0)
+    await at.begin(1, 2, 3)
+    running = at.client.inference.sequences.enter("triton/plain/3")
+    first, second = at.take(1, 3, 2, 3), at.take(3, 1)
+    await at.client.harness.settled()
+    assert (first.done, second.done) == ({0: 2, 2: 2}, {1: 3})
+    idle = asyncio.create_task(at.client.inference.wait_idle())
+    await asyncio.sleep(0)
+    assert not idle.done()
+    running.leave()
+    await idle
+    assert (first.done, second.done) == ({0: 2, 1: 2, 2: 2, 3: 3}, {0: 4, 1: 3})
+    assert [output.name for output in second.outputs] == ["y", "y"]
+    assert at.observer.done == [("ModelInfer", "OK")] * 6
+    statistics = at.statistics()
+    assert (statistics.success.count, statistics.fail.count) == (3 + 6, 0)
 
 
-async def test_a_request_that_nobody_waits_for_is_not_served_when_its_turn_comes() -> None:
-    async with front() as at:
-        await at.begin(1)
-        running = at.client.inference.sequences.enter("triton/plain/1")
-        batch = at.take(1, 1)
-        batch.gone_members = [0]
-        running.leave()
-        await at.settled()
-        assert batch.done == {1: 2}
+async def test_a_request_that_nobody_waits_for_is_not_served_when_its_turn_comes(at: Front) -> None:
+    await at.begin(1)
+    running = at.client.inference.sequences.enter("triton/plain/1")
+    batch = at.take(1, 1)
+    batch.gone_members = [0]
+    running.leave()
+    await at.settled()
+    assert batch.done == {1: 2}
 
 
 async def test_a_server_that_stops_answers_requests_that_are_served_alone() -> None:
@@ -328,35 +331,33 @@ async def test_the_trace_of_each_request_ends_with_its_answer() -> None:
         ]
 
 
-async def test_one_whose_rows_are_wrong_keeps_its_sequences_later_requests_behind_it() -> None:
-    async with front() as at:
-        await at.begin(1, 2)
-        batch = at.take(1, 2, 1, sizes=[2, 1, 1])
-        await at.settled()
-        assert batch.alone == [0, 2]
-        assert (batch.done[1], batch.done[2]) == (2, 2)
-        assert "must specify batch-size 1" in batch.done[0][1]
-        many = at.take(1, 2, sizes=[1025, 1])
-        await at.settled()
-        assert many.done == {0: await at.refusal(many.requests[0]), 1: 3}
-        assert "batch-size must be <= 1024" in many.done[0][1]
+async def test_one_whose_rows_are_wrong_keeps_its_sequences_later_requests_behind_it(at: Front) -> None:
+    await at.begin(1, 2)
+    batch = at.take(1, 2, 1, sizes=[2, 1, 1])
+    await at.settled()
+    assert batch.alone == [0, 2]
+    assert (batch.done[1], batch.done[2]) == (2, 2)
+    assert "must specify batch-size 1" in batch.done[0][1]
+    many = at.take(1, 2, sizes=[1025, 1])
+    await at.settled()
+    assert many.done == {0: await at.refusal(many.requests[0]), 1: 3}
+    assert "batch-size must be <= 1024" in many.done[0][1]
 
 
-async def test_a_request_past_its_deadline_and_one_that_was_an_end_are_answered_so() -> None:
-    async with front() as at:
-        await at.begin(1, 2, 3)
-        now = at.client.harness.clock.monotonic()
-        late = at.take(1, 2, 3, deadlines=[np.inf, now, np.inf])
-        await at.settled()
-        assert (late.done[0], late.done[2]) == (2, 2)
-        assert late.done[1][0] == "UNAVAILABLE"
-        assert late.done[1][1].startswith("Request timeout expired: ")
-        numbers = {"stepwell_revision": 2, "stepwell_request_id": 7}
-        await at.client.infer(np.ones((1, 2), np.float32), sequence_id=1, end=True, **numbers)
-        expected, request_ids = np.full(2, 2, np.uint64), np.array([7, 8], np.uint64)
-        known = at.take(1, 3, expected=expected, request_ids=request_ids)
-        await at.settled()
-        assert (known.done, known.alone, known.replayed) == ({0: 3, 1: 3}, [0], [0])
+async def test_a_request_past_its_deadline_and_one_that_was_an_end_are_answered_so(at: Front) -> None:
+    await at.begin(1, 2, 3)
+    now = at.client.harness.clock.monotonic()
+    late = at.take(1, 2, 3, deadlines=[np.inf, now, np.inf])
+    await at.settled()
+    assert (late.done[0], late.done[2]) == (2, 2)
+    assert late.done[1][0] == "UNAVAILABLE"
+    assert late.done[1][1].startswith("Request timeout expired: ")
+    numbers = {"stepwell_revision": 2, "stepwell_request_id": 7}
+    await at.client.infer(np.ones((1, 2), np.float32), sequence_id=1, end=True, **numbers)
+    expected, request_ids = np.full(2, 2, np.uint64), np.array([7, 8], np.uint64)
+    known = at.take(1, 3, expected=expected, request_ids=request_ids)
+    await at.settled()
+    assert (known.done, known.alone, known.replayed) == ({0: 3, 1: 3}, [0], [0])
 
 
 @pytest.mark.parametrize(
@@ -374,13 +375,12 @@ async def test_a_request_past_its_deadline_and_one_that_was_an_end_are_answered_
         {"inputs": [InputColumn(name, FLOAT32, (2,), bytes(8)) for name in ("x", "q")]},
     ],
 )
-async def test_requests_that_fit_no_model_are_answered_as_calls_are(said: Any) -> None:
-    async with front() as at:
-        await at.begin(1)
-        batch = at.take(1, **said)
-        await at.settled()
-        assert batch.done == {0: await at.refusal(batch.requests[0])}
-        assert not at.changes
+async def test_requests_that_fit_no_model_are_answered_as_calls_are(at: Front, said: Any) -> None:
+    await at.begin(1)
+    batch = at.take(1, **said)
+    await at.settled()
+    assert batch.done == {0: await at.refusal(batch.requests[0])}
+    assert not at.changes
 
 
 async def test_outputs_are_those_that_were_asked_for() -> None:
@@ -407,57 +407,56 @@ async def test_outputs_are_those_that_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize("who", [ANYBODY, Caller("ann", "acme", Role.USER)], ids=str)
-async def test_each_failure_is_told_in_tritons_words(who: Caller) -> None:
-    async with front() as at:
-        at.client.who = who
-        await at.begin(1, 2, 3)
-        internals = at.client.harness.internals
-        x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
-        batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
-        name = tenancy.internal_id(who, "triton/plain/3")
-        internals.turns.forget(int(internals.handle(name)[0]), SessionNotFound(name, "gone"))
-        await at.client.harness.settled()
-        assert batch.done[0] == 2
-        assert batch.done[1][0] == batch.done[2][0] == "INVALID_ARGUMENT"
-        assert "index [0, 1]" in batch.done[1][1]
-        assert batch.done[2][1].startswith(
-            "inference request for sequence 3 to model 'plain' must specify the START"
-        )
-        assert at.observer.refusals == {"INVALID_INPUT": 2}
-        assert at.statistics().fail.count == 2
+async def test_each_failure_is_told_in_tritons_words(at: Front, who: Caller) -> None:
+    at.client.who = who
+    await at.begin(1, 2, 3)
+    internals = at.client.harness.internals
+    x = np.array([[1, 1], [1, np.nan], [1, 1]], np.float32)
+    batch = at.take(1, 2, 3, inputs=[InputColumn("x", FLOAT32, (2,), x.tobytes())])
+    name = tenancy.internal_id(who, "triton/plain/3")
+    internals.turns.forget(int(internals.handle(name)[0]), SessionNotFound(name, "gone"))
+    await at.client.harness.settled()
+    assert batch.done[0] == 2
+    assert batch.done[1][0] == batch.done[2][0] == "INVALID_ARGUMENT"
+    assert "index [0, 1]" in batch.done[1][1]
+    assert batch.done[2][1].startswith(
+        "inference request for sequence 3 to model 'plain' must specify the START"
+    )
+    assert at.observer.refusals == {"INVALID_INPUT": 2}
+    assert at.statistics().fail.count == 2
 
 
 @pytest.mark.parametrize("who", [ANYBODY, Caller("ann", "acme", Role.USER)], ids=str)
-async def test_too_much_is_refused_as_triton_does(monkeypatch: pytest.MonkeyPatch, who: Caller) -> None:
-    async with front() as at:
-        at.client.who = who
-        await at.begin(1, 2)
+async def test_too_much_is_refused_as_triton_does(
+    at: Front, monkeypatch: pytest.MonkeyPatch, who: Caller
+) -> None:
+    at.client.who = who
+    await at.begin(1, 2)
 
-        def full(change: Change) -> None:
-            raise Overloaded(f"too much waits, of {min(change.session_ids)!r}", retry_after_s=1.0)
+    def full(change: Change) -> None:
+        raise Overloaded(f"too much waits, of {min(change.session_ids)!r}", retry_after_s=1.0)
 
-        monkeypatch.setattr(at.client.harness.engine, "submit", full)
-        batch = at.take(1, 2)
-        assert batch.done == {
-            member: ("UNAVAILABLE", f"Exceeds maximum queue size: too much waits, of 'triton/plain/{one}'")
-            for member, one in enumerate((1, 2))
-        }
+    monkeypatch.setattr(at.client.harness.engine, "submit", full)
+    batch = at.take(1, 2)
+    assert batch.done == {
+        member: ("UNAVAILABLE", f"Exceeds maximum queue size: too much waits, of 'triton/plain/{one}'")
+        for member, one in enumerate((1, 2))
+    }
 
 
-async def test_a_defect_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with front() as at:
-        await at.begin(1, 2)
+async def test_a_defect_leaves_nobody_waiting(at: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    await at.begin(1, 2)
 
-        def broken(*_: Any) -> None:
-            raise RuntimeError("a defect")
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a defect")
 
-        monkeypatch.setattr(at.client.harness.engine, "submit", broken)
-        batch = at.take(1, 9, 2)
-        assert {code for code, _ in batch.done.values()} == {"INTERNAL"}
-        monkeypatch.setattr(at.client.inference.models, "find", broken)
-        batch = at.take(1, 2)
-        assert sorted(batch.done) == [0, 1]
-        assert batch.done[0][1].startswith("internal error")
+    monkeypatch.setattr(at.client.harness.engine, "submit", broken)
+    batch = at.take(1, 9, 2)
+    assert {code for code, _ in batch.done.values()} == {"INTERNAL"}
+    monkeypatch.setattr(at.client.inference.models, "find", broken)
+    batch = at.take(1, 2)
+    assert sorted(batch.done) == [0, 1]
+    assert batch.done[0][1].startswith("internal error")
 
 
 async def test_sequences_of_several_versions_are_answered_by_their_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from stepwell_server.rpc.triton.request import read_parameters
 from stepwell_server.rpc.triton.sequences import EndedReplies, session_id_of
 from support.engine.fake_executor import BAD, PLAIN
-from support.triton.triton_requests import Array, inference, request
+from support.triton.triton_requests import Array, Client, inference, request
 
 INITIAL = PLAIN.initial[0]
 
@@ -40,6 +41,12 @@ def replay(*xs: Array) -> list[Array]:
         outputs.append(after * np.float32(2) - before)
         before = after
     return outputs
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    async with inference() as found:
+        yield found
 
 
 async def refused(kind: type[ServerError], call: Any) -> str:
@@ -66,60 +73,55 @@ def test_ids_of_sessions() -> None:
     assert all(len(one) <= 256 for one in longest)
 
 
-async def test_start_steps_end() -> None:
+async def test_start_steps_end(client: Client) -> None:
     xs = [draw(i, 1, 2) for i in range(3)]
-    async with inference() as client:
-        for i, (x, right) in enumerate(zip(xs, replay(*xs), strict=True)):
-            response = await client.infer(x, sequence_id=5, start=i == 0, end=i == 2, request_id=f"r{i}")
-            assert (response.id, response.model_name, response.model_version) == (f"r{i}", "plain", "1")
-            assert response.parameters["stepwell_position"].int64_param == i + 1
-            assert response.raw_output_contents[0] == right.tobytes()
-            assert client.sessions() == ([] if i == 2 else ["triton/plain/5"])
-        assert await refused(InvalidInput, client.infer(xs[0], sequence_id=5)) == must_start(5)
-        assert client.sessions() == []
+    for i, (x, right) in enumerate(zip(xs, replay(*xs), strict=True)):
+        response = await client.infer(x, sequence_id=5, start=i == 0, end=i == 2, request_id=f"r{i}")
+        assert (response.id, response.model_name, response.model_version) == (f"r{i}", "plain", "1")
+        assert response.parameters["stepwell_position"].int64_param == i + 1
+        assert response.raw_output_contents[0] == right.tobytes()
+        assert client.sessions() == ([] if i == 2 else ["triton/plain/5"])
+    assert await refused(InvalidInput, client.infer(xs[0], sequence_id=5)) == must_start(5)
+    assert client.sessions() == []
 
 
-async def test_start_on_a_live_sequence_begins_anew() -> None:
+async def test_start_on_a_live_sequence_begins_anew(client: Client) -> None:
     xs = [draw(i, 1, 2) for i in range(3)]
-    async with inference() as client:
-        await client.infer(xs[0], sequence_id="a", start=True)
-        np.testing.assert_array_equal(await client.y(xs[1], sequence_id="a", start=True), replay(xs[1])[0])
-        np.testing.assert_array_equal(await client.y(xs[2], sequence_id="a"), replay(*xs[1:])[1])
-        wide = draw(9, 3, 2)  # the new sequence may have another batch size
-        np.testing.assert_array_equal(await client.y(wide, sequence_id="a", start=True), replay(wide)[0])
-        message = await refused(InvalidInput, client.infer(xs[0], sequence_id="a"))
-        assert "must specify batch-size 3 as its first request did; got 1" in message
+    await client.infer(xs[0], sequence_id="a", start=True)
+    np.testing.assert_array_equal(await client.y(xs[1], sequence_id="a", start=True), replay(xs[1])[0])
+    np.testing.assert_array_equal(await client.y(xs[2], sequence_id="a"), replay(*xs[1:])[1])
+    wide = draw(9, 3, 2)  # the new sequence may have another batch size
+    np.testing.assert_array_equal(await client.y(wide, sequence_id="a", start=True), replay(wide)[0])
+    message = await refused(InvalidInput, client.infer(xs[0], sequence_id="a"))
+    assert "must specify batch-size 3 as its first request did; got 1" in message
 
 
-async def test_integers_and_texts_are_different_sequences() -> None:
+async def test_integers_and_texts_are_different_sequences(client: Client) -> None:
     x, z = draw(1, 1, 2), draw(2, 1, 2)
-    async with inference() as client:
-        await client.infer(x, sequence_id=5, start=True)
-        assert await refused(InvalidInput, client.infer(x, sequence_id="5")) == must_start(5)
-        await client.infer(z, sequence_id="5", start=True)
-        np.testing.assert_array_equal(await client.y(x, sequence_id=5), replay(x, x)[1])
-        await client.infer(x, sequence_id=-1, start=True)
-        assert f"triton/plain/{2**64 - 1}" in client.sessions()
+    await client.infer(x, sequence_id=5, start=True)
+    assert await refused(InvalidInput, client.infer(x, sequence_id="5")) == must_start(5)
+    await client.infer(z, sequence_id="5", start=True)
+    np.testing.assert_array_equal(await client.y(x, sequence_id=5), replay(x, x)[1])
+    await client.infer(x, sequence_id=-1, start=True)
+    assert f"triton/plain/{2**64 - 1}" in client.sessions()
 
 
-async def test_a_start_whose_step_fails_leaves_nothing() -> None:
+async def test_a_start_whose_step_fails_leaves_nothing(client: Client) -> None:
     bad = np.array([[BAD, 0]], np.float32)
     x = draw(1, 1, 2)
-    async with inference() as client:
-        await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
-        assert client.sessions() == []
-        await client.infer(x, sequence_id=1, start=True)
-        await refused(
-            InvalidInput, client.infer(np.full((1, 2), np.nan, np.float32), sequence_id=1, start=True)
-        )
-        np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x)[1])
-        # so does what only the model finds out: reset and step are one change
-        await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
-        np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x, x)[2])
-        np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
+    await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
+    assert client.sessions() == []
+    await client.infer(x, sequence_id=1, start=True)
+    await refused(InvalidInput, client.infer(np.full((1, 2), np.nan, np.float32), sequence_id=1, start=True))
+    np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x)[1])
+    # so does what only the model finds out: reset and step are one change
+    await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
+    np.testing.assert_array_equal(await client.y(x, sequence_id=1), replay(x, x, x)[2])
+    np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
 
 
 async def test_a_start_whose_step_fails_says_so_even_if_its_session_cannot_be_closed(
+    client: Client,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bad, x = np.array([[BAD, 0]], np.float32), draw(1, 1, 2)
@@ -127,12 +129,11 @@ async def test_a_start_whose_step_fails_says_so_even_if_its_session_cannot_be_cl
     async def close_session(*_: Any, **__: Any) -> bool:
         raise Overloaded("no more may wait", retry_after_s=1.0)
 
-    async with inference() as client:
-        with monkeypatch.context() as patch:
-            patch.setattr(client.harness.engine, "close_session", close_session)
-            await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
-        assert await refused(InvalidInput, client.infer(x, sequence_id=1)) == must_start(1)
-        np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(client.harness.engine, "close_session", close_session)
+        await refused(InvalidInput, client.infer(bad, sequence_id=1, start=True))
+    assert await refused(InvalidInput, client.infer(x, sequence_id=1)) == must_start(1)
+    np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
 
 
 async def test_a_cancelled_start_leaves_nothing() -> None:
@@ -150,7 +151,7 @@ async def test_a_cancelled_start_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_requests_that_come_together_are_served_in_their_order(seed: int) -> None:
+async def test_requests_that_come_together_are_served_in_their_order(client: Client, seed: int) -> None:
     """Several lives of several sequences, all sent at once in a random order that keeps each one's own."""
     chance, rng = random.Random(seed), np.random.default_rng(seed)
     plans: dict[Any, list[tuple[Any, Array]]] = {}
@@ -165,100 +166,95 @@ async def test_requests_that_come_together_are_served_in_their_order(seed: int) 
     order = [one for one, plan in plans.items() for _ in plan]
     chance.shuffle(order)
     sent = [plans[one].pop(0) for one in order]
-    async with inference() as client:
-        responses = await asyncio.gather(*(client.send(message) for message, _ in sent))
-        for response, (_, right) in zip(responses, sent, strict=True):
-            assert response.raw_output_contents[0] == right.tobytes()
+    responses = await asyncio.gather(*(client.send(message) for message, _ in sent))
+    for response, (_, right) in zip(responses, sent, strict=True):
+        assert response.raw_output_contents[0] == right.tobytes()
 
 
-async def test_each_request_counts_once() -> None:
+async def test_each_request_counts_once(client: Client) -> None:
     x = draw(1, 1, 2)
     rights = replay(x, x, x)
-    async with inference() as client:
-        for i, right in enumerate(rights):
-            known: dict[str, Any] = {"stepwell_revision": i} if i else {}
-            said = request(x, sequence_id=3, start=i == 0, end=i == 2, stepwell_request_id=100 + i, **known)
-            for attempt in range(3):
-                response = await client.send(said)
-                assert response.raw_output_contents[0] == right.tobytes()
-                assert response.parameters["stepwell_revision"].int64_param == i + 1
-                assert ("stepwell_replayed" in response.parameters) is (attempt > 0)
-        assert client.sessions() == []
-        # another START is another sequence
-        again = request(x, sequence_id=3, start=True, stepwell_request_id=7)
-        assert (await client.send(again)).raw_output_contents[0] == rights[0].tobytes()
-        other = request(x, sequence_id=3, start=True, stepwell_request_id=8)
-        response = await client.send(other)
-        assert response.raw_output_contents[0] == rights[0].tobytes()
-        assert "stepwell_replayed" not in response.parameters
-        late = client.infer(x, sequence_id=3, stepwell_revision=0, stepwell_request_id=9)
-        await refused(RevisionConflict, late)
+    for i, right in enumerate(rights):
+        known: dict[str, Any] = {"stepwell_revision": i} if i else {}
+        said = request(x, sequence_id=3, start=i == 0, end=i == 2, stepwell_request_id=100 + i, **known)
+        for attempt in range(3):
+            response = await client.send(said)
+            assert response.raw_output_contents[0] == right.tobytes()
+            assert response.parameters["stepwell_revision"].int64_param == i + 1
+            assert ("stepwell_replayed" in response.parameters) is (attempt > 0)
+    assert client.sessions() == []
+    # another START is another sequence
+    again = request(x, sequence_id=3, start=True, stepwell_request_id=7)
+    assert (await client.send(again)).raw_output_contents[0] == rights[0].tobytes()
+    other = request(x, sequence_id=3, start=True, stepwell_request_id=8)
+    response = await client.send(other)
+    assert response.raw_output_contents[0] == rights[0].tobytes()
+    assert "stepwell_replayed" not in response.parameters
+    late = client.infer(x, sequence_id=3, stepwell_revision=0, stepwell_request_id=9)
+    await refused(RevisionConflict, late)
 
 
-async def test_an_end_whose_answer_is_lost_says_that_it_counted() -> None:
+async def test_an_end_whose_answer_is_lost_says_that_it_counted(client: Client) -> None:
     x = draw(1, 1, 2)
-    async with inference() as client:
-        await client.infer(x, sequence_id=3, start=True)
-        last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=5)
-        await client.send(last)
-        # as after a restart, which would end the engine too
-        client.inference.sequences._ended = EndedReplies()
-        message = await refused(InvalidInput, client.send(last))
-        assert message.startswith(must_start(3))
-        assert (
-            "ended with this very request, and its answer was in the memory of the server process" in message
-        )
+    await client.infer(x, sequence_id=3, start=True)
+    last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=5)
+    await client.send(last)
+    # as after a restart, which would end the engine too
+    client.inference.sequences._ended = EndedReplies()
+    message = await refused(InvalidInput, client.send(last))
+    assert message.startswith(must_start(3))
+    assert "ended with this very request, and its answer was in the memory of the server process" in message
 
 
-async def test_a_request_id_with_another_request_is_refused() -> None:
+async def test_a_request_id_with_another_request_is_refused(client: Client) -> None:
     """In the middle of a sequence, with START on it, and after its END. Nothing changes."""
     x = draw(1, 1, 2)
-    async with inference() as client:
-        begun = request(x, sequence_id=3, start=True, stepwell_request_id=5)
-        first = await client.send(begun)
-        others = [
-            request(x, sequence_id=3, stepwell_revision=1, stepwell_request_id=5),
-            request(x, sequence_id=3, stepwell_revision=0, stepwell_request_id=5),
-            request(2 * x, sequence_id=3, start=True, stepwell_request_id=5),
-            request(draw(1, 2, 2), sequence_id=3, start=True, stepwell_request_id=5),
-        ]
-        for other in others:
-            message = await refused(InvalidInput, client.send(other))
-            assert "it stands for a step with other content" in message
-        again = await client.send(begun)
-        assert again.parameters["stepwell_replayed"].bool_param
-        assert again.raw_output_contents == first.raw_output_contents
-        last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6)
-        ended = await client.send(last)
-        for other in (
-            request(2 * x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6),
-            request(x[:, None], sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6),
-            request(x, sequence_id=3, start=True, stepwell_request_id=6),
-            request(x, sequence_id=3, start=True, end=True, stepwell_request_id=6),
-        ):
-            message = await refused(InvalidInput, client.send(other))
-            assert "it stands for a step with other content" in message
-        again = await client.send(last)
-        assert again.parameters["stepwell_replayed"].bool_param
-        assert again.raw_output_contents == ended.raw_output_contents
+    begun = request(x, sequence_id=3, start=True, stepwell_request_id=5)
+    first = await client.send(begun)
+    others = [
+        request(x, sequence_id=3, stepwell_revision=1, stepwell_request_id=5),
+        request(x, sequence_id=3, stepwell_revision=0, stepwell_request_id=5),
+        request(2 * x, sequence_id=3, start=True, stepwell_request_id=5),
+        request(draw(1, 2, 2), sequence_id=3, start=True, stepwell_request_id=5),
+    ]
+    for other in others:
+        message = await refused(InvalidInput, client.send(other))
+        assert "it stands for a step with other content" in message
+    again = await client.send(begun)
+    assert again.parameters["stepwell_replayed"].bool_param
+    assert again.raw_output_contents == first.raw_output_contents
+    last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6)
+    ended = await client.send(last)
+    for other in (
+        request(2 * x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6),
+        request(x[:, None], sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=6),
+        request(x, sequence_id=3, start=True, stepwell_request_id=6),
+        request(x, sequence_id=3, start=True, end=True, stepwell_request_id=6),
+    ):
+        message = await refused(InvalidInput, client.send(other))
+        assert "it stands for a step with other content" in message
+    again = await client.send(last)
+    assert again.parameters["stepwell_replayed"].bool_param
+    assert again.raw_output_contents == ended.raw_output_contents
 
 
 @pytest.mark.parametrize("start", [False, True])
-async def test_an_end_that_is_sent_again_leaves_the_sequence_that_was_begun_since(start: bool) -> None:
+async def test_an_end_that_is_sent_again_leaves_the_sequence_that_was_begun_since(
+    client: Client, start: bool
+) -> None:
     x = draw(1, 1, 2)
-    async with inference() as client:
-        if not start:
-            await client.infer(x, sequence_id=3, start=True)
-        said: dict[str, Any] = {} if start else {"stepwell_revision": 1}
-        last = request(x, sequence_id=3, start=start, end=True, stepwell_request_id=5, **said)
-        await client.send(last)
-        client.inference.sequences._ended = EndedReplies()  # as after a restart, or on another replica
-        begun = await client.infer(x, sequence_id=3, start=True)
-        message = await refused(InvalidInput, client.send(last))
-        assert "ended with this very request" in message
-        following = await client.infer(x, sequence_id=3)
-        revisions = [each.parameters["stepwell_revision"].int64_param for each in (begun, following)]
-        assert revisions[1] == revisions[0] + 1
+    if not start:
+        await client.infer(x, sequence_id=3, start=True)
+    said: dict[str, Any] = {} if start else {"stepwell_revision": 1}
+    last = request(x, sequence_id=3, start=start, end=True, stepwell_request_id=5, **said)
+    await client.send(last)
+    client.inference.sequences._ended = EndedReplies()  # as after a restart, or on another replica
+    begun = await client.infer(x, sequence_id=3, start=True)
+    message = await refused(InvalidInput, client.send(last))
+    assert "ended with this very request" in message
+    following = await client.infer(x, sequence_id=3)
+    revisions = [each.parameters["stepwell_revision"].int64_param for each in (begun, following)]
+    assert revisions[1] == revisions[0] + 1
 
 
 async def test_an_expired_sequence_must_start_again() -> None:
@@ -325,33 +321,31 @@ def test_answers_to_ends_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("stepwell_revision", "string_param", "1", "invalid value type for 'stepwell_revision'"),
     ],
 )  # fmt: skip
-async def test_bad_parameters(field: str, kind: str, value: Any, message: str) -> None:
+async def test_bad_parameters(client: Client, field: str, kind: str, value: Any, message: str) -> None:
     x = draw(1, 1, 2)
-    async with inference() as client:
-        await client.infer(x, sequence_id=3, start=True)
-        bad = request(x, sequence_id=3)
-        setattr(bad.parameters[field], kind, value)
-        assert message in await refused(InvalidInput, client.send(bad))
-        np.testing.assert_array_equal(await client.y(x, sequence_id=3), replay(x, x)[1])
+    await client.infer(x, sequence_id=3, start=True)
+    bad = request(x, sequence_id=3)
+    setattr(bad.parameters[field], kind, value)
+    assert message in await refused(InvalidInput, client.send(bad))
+    np.testing.assert_array_equal(await client.y(x, sequence_id=3), replay(x, x)[1])
 
 
-async def test_parameters_that_do_not_go_together() -> None:
+async def test_parameters_that_do_not_go_together(client: Client) -> None:
     x = draw(1, 1, 2)
-    async with inference() as client:
-        for fields, message in (
-            ({"stepwell_revision": 1}, "need a 'sequence_id'"),
-            (
-                {"sequence_id": 1, "start": True, "stepwell_revision": 1},
-                "must not come with 'sequence_start'",
-            ),
-            ({"sequence_id": 1, "stepwell_request_id": 1}, "needs a 'stepwell_revision'"),
-        ):
-            assert message in await refused(InvalidInput, client.infer(x, **fields))
-        too_long = client.infer(x, sequence_id="x" * 129, start=True)
-        assert "cannot be longer than 128 characters" in await refused(Unsupported, too_long)
-        own = request(x)
-        own.parameters["temperature"].double_param = 0.5
-        await client.send(own)
+    for fields, message in (
+        ({"stepwell_revision": 1}, "need a 'sequence_id'"),
+        (
+            {"sequence_id": 1, "start": True, "stepwell_revision": 1},
+            "must not come with 'sequence_start'",
+        ),
+        ({"sequence_id": 1, "stepwell_request_id": 1}, "needs a 'stepwell_revision'"),
+    ):
+        assert message in await refused(InvalidInput, client.infer(x, **fields))
+    too_long = client.infer(x, sequence_id="x" * 129, start=True)
+    assert "cannot be longer than 128 characters" in await refused(Unsupported, too_long)
+    own = request(x)
+    own.parameters["temperature"].double_param = 0.5
+    await client.send(own)
 
 
 async def test_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,18 +368,19 @@ async def test_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sequence_id", [None, 0, ""])
 @pytest.mark.parametrize("start", [True, False])
-async def test_a_model_with_state_needs_a_sequence(sequence_id: int | str | None, start: bool) -> None:
+async def test_a_model_with_state_needs_a_sequence(
+    client: Client, sequence_id: int | str | None, start: bool
+) -> None:
     """A client that forgets the id must not get numbers of a state that nobody keeps."""
-    async with inference() as client:
-        bad = client.infer(draw(1, 1, 2), sequence_id=sequence_id, start=start, stateless=False)
-        message = await refused(InvalidInput, bad)
-        assert message.startswith(
-            "inference request to model 'plain' must specify a non-zero or non-empty correlation ID: "
-            "the model keeps state, and sequence_id is missing, 0 or empty."
-        )
-        for said in ("sequence_id", "sequence_start", "stepwell_stateless"):
-            assert said in message
-        assert client.sessions() == []
+    bad = client.infer(draw(1, 1, 2), sequence_id=sequence_id, start=start, stateless=False)
+    message = await refused(InvalidInput, bad)
+    assert message.startswith(
+        "inference request to model 'plain' must specify a non-zero or non-empty correlation ID: "
+        "the model keeps state, and sequence_id is missing, 0 or empty."
+    )
+    for said in ("sequence_id", "sequence_start", "stepwell_stateless"):
+        assert said in message
+    assert client.sessions() == []
 
 
 def test_a_model_without_state_needs_no_sequence() -> None:
@@ -403,28 +398,27 @@ def test_of_two_faults_the_same_one_is_said_whatever_the_order() -> None:
             read_parameters("plain", {name: faults[name] for name in names}, keeps_state=True)
 
 
-async def test_a_prediction_is_to_be_asked_for() -> None:
-    async with inference() as client:
-        for rows in (1, 3):
-            x = draw(rows, rows, 4, 2)
-            right = np.stack(replay(*x.swapaxes(0, 1)), 1)
-            for given in (x, x[:, 0]):
-                response = await client.infer(given, stateless=True)
-                assert response.raw_output_contents[0] == (right if given is x else right[:, 0]).tobytes()
-                assert not response.parameters
-        assert client.sessions() == []
-        x = draw(1, 1, 2)
-        for value in (True, False):
-            both = request(x, sequence_id=1, start=True)
-            both.parameters["stepwell_stateless"].bool_param = value
-            if value:
-                message = await refused(InvalidInput, client.send(both))
-                assert "'stepwell_stateless' must not come with a 'sequence_id'" in message
-            else:
-                await client.send(both)
-        number = request(x)
-        number.parameters["stepwell_stateless"].int64_param = 1
-        assert "expected bool_param" in await refused(InvalidInput, client.send(number))
+async def test_a_prediction_is_to_be_asked_for(client: Client) -> None:
+    for rows in (1, 3):
+        x = draw(rows, rows, 4, 2)
+        right = np.stack(replay(*x.swapaxes(0, 1)), 1)
+        for given in (x, x[:, 0]):
+            response = await client.infer(given, stateless=True)
+            assert response.raw_output_contents[0] == (right if given is x else right[:, 0]).tobytes()
+            assert not response.parameters
+    assert client.sessions() == []
+    x = draw(1, 1, 2)
+    for value in (True, False):
+        both = request(x, sequence_id=1, start=True)
+        both.parameters["stepwell_stateless"].bool_param = value
+        if value:
+            message = await refused(InvalidInput, client.send(both))
+            assert "'stepwell_stateless' must not come with a 'sequence_id'" in message
+        else:
+            await client.send(both)
+    number = request(x)
+    number.parameters["stepwell_stateless"].int64_param = 1
+    assert "expected bool_param" in await refused(InvalidInput, client.send(number))
 
 
 async def test_sequences_wait_for_rows_as_sessions_do() -> None:

@@ -84,79 +84,79 @@ async def stream(limits: StreamLimits = _ROOMY) -> AsyncIterator[Call]:
     await asyncio.gather(call.task, return_exceptions=True)
 
 
-async def test_replies_come_in_the_order_of_the_requests() -> None:
-    async with stream() as call:
-        call.send("a", "b", "c")
-        await call.at_work(3)
-        for one in ("c", "b", "a"):
-            call.answer(one)
-        assert [(await call.reply()).infer_response.id for _ in range(3)] == ["a", "b", "c"]
-        call.context.half_close()
-        await call.ends()
+@pytest.fixture
+async def call() -> AsyncIterator[Call]:
+    async with stream() as found:
+        yield found
 
 
-async def test_an_error_is_an_answer_and_the_stream_goes_on() -> None:
-    async with stream() as call:
-        call.send("a", "b", "c")
-        await call.at_work(3)
-        call.fail("a", InvalidInput("no good"))
-        call.fail("b", RuntimeError("a secret"))
-        call.answer("c")
-        first, second, third = [await call.reply() for _ in range(3)]
-        assert (first.error_message, first.infer_response) == ("no good", pb.ModelInferResponse(id="a"))
-        assert second.error_message.startswith("internal error")
-        assert "secret" not in second.error_message
-        assert (third.error_message, third.infer_response.id) == ("", "c")
-        assert call.observer.refusals == {"INVALID_INPUT": 1, "INTERNAL": 1}
+async def test_replies_come_in_the_order_of_the_requests(call: Call) -> None:
+    call.send("a", "b", "c")
+    await call.at_work(3)
+    for one in ("c", "b", "a"):
+        call.answer(one)
+    assert [(await call.reply()).infer_response.id for _ in range(3)] == ["a", "b", "c"]
+    call.context.half_close()
+    await call.ends()
 
 
-async def test_a_request_has_its_place_when_it_is_read() -> None:
+async def test_an_error_is_an_answer_and_the_stream_goes_on(call: Call) -> None:
+    call.send("a", "b", "c")
+    await call.at_work(3)
+    call.fail("a", InvalidInput("no good"))
+    call.fail("b", RuntimeError("a secret"))
+    call.answer("c")
+    first, second, third = [await call.reply() for _ in range(3)]
+    assert (first.error_message, first.infer_response) == ("no good", pb.ModelInferResponse(id="a"))
+    assert second.error_message.startswith("internal error")
+    assert "secret" not in second.error_message
+    assert (third.error_message, third.infer_response.id) == ("", "c")
+    assert call.observer.refusals == {"INVALID_INPUT": 1, "INTERNAL": 1}
+
+
+async def test_a_request_has_its_place_when_it_is_read(call: Call) -> None:
     """Not when its task begins: what the front reads by itself is done in between."""
-    async with stream() as call:
-        call.send("a", "b", "c")
-        await call.at_work(3)
-        assert call.begun_when_entered == [0, 0, 0]
-        assert call.queues.are_busy(["a", "d"]) is not None
-        for one in ("a", "b", "c"):
-            call.answer(one)
-            await call.reply()
-        assert call.queues.are_busy(["a", "b", "c"]) is None
+    call.send("a", "b", "c")
+    await call.at_work(3)
+    assert call.begun_when_entered == [0, 0, 0]
+    assert call.queues.are_busy(["a", "d"]) is not None
+    for one in ("a", "b", "c"):
+        call.answer(one)
+        await call.reply()
+    assert call.queues.are_busy(["a", "b", "c"]) is None
 
 
-async def test_a_request_that_is_cancelled_before_it_begins_leaves_its_place() -> None:
-    async with stream() as call:
-        call.on_enter = call.task.cancel
-        call.send("a")
-        with pytest.raises(asyncio.CancelledError):
-            await call.task
-        assert call.begun_when_entered == [0]
-        assert call.begun == []
-        assert call.queues.are_busy(["a"]) is None
+async def test_a_request_that_is_cancelled_before_it_begins_leaves_its_place(call: Call) -> None:
+    call.on_enter = call.task.cancel
+    call.send("a")
+    with pytest.raises(asyncio.CancelledError):
+        await call.task
+    assert call.begun_when_entered == [0]
+    assert call.begun == []
+    assert call.queues.are_busy(["a"]) is None
 
 
-async def test_the_final_flag_is_said_if_asked_for() -> None:
-    async with stream() as call:
-        for wanted in (True, False):
-            request = pb.ModelInferRequest(id=str(wanted))
-            request.parameters["triton_enable_empty_final_response"].bool_param = wanted
-            call.context.send(request)
-        await call.at_work(2)
-        call.answer("True")
-        call.answer("False")
-        first, second = await call.reply(), await call.reply()
-        assert first.infer_response.parameters["triton_final_response"].bool_param
-        assert not second.infer_response.parameters
+async def test_the_final_flag_is_said_if_asked_for(call: Call) -> None:
+    for wanted in (True, False):
+        request = pb.ModelInferRequest(id=str(wanted))
+        request.parameters["triton_enable_empty_final_response"].bool_param = wanted
+        call.context.send(request)
+    await call.at_work(2)
+    call.answer("True")
+    call.answer("False")
+    first, second = await call.reply(), await call.reply()
+    assert first.infer_response.parameters["triton_final_response"].bool_param
+    assert not second.infer_response.parameters
 
 
-async def test_what_was_sent_before_the_end_is_answered() -> None:
-    async with stream() as call:
-        call.send("a", "b")
-        call.context.half_close()
-        await call.at_work(2)
-        call.answer("a")
-        call.answer("b")
-        await call.ends()
-        assert call.context.replies.qsize() == 2
+async def test_what_was_sent_before_the_end_is_answered(call: Call) -> None:
+    call.send("a", "b")
+    call.context.half_close()
+    await call.at_work(2)
+    call.answer("a")
+    call.answer("b")
+    await call.ends()
+    assert call.context.replies.qsize() == 2
 
 
 @pytest.mark.parametrize("limits", [StreamLimits(2, 1 << 20), StreamLimits(100, 6)])
@@ -177,34 +177,31 @@ async def test_reading_stops_while_too_much_is_unanswered(limits: StreamLimits) 
         assert [(await call.reply()).infer_response.id for _ in range(3)] == ["a", "b", "c"]
 
 
-async def test_a_stopping_server_answers_and_ends_the_stream() -> None:
-    async with stream() as call:
-        call.send("a")
-        await call.at_work(1)
-        call.stream.stop()
-        call.answer("a")
-        assert (await call.reply()).infer_response.id == "a"
-        with pytest.raises(Unavailable, match="the server is stopping"):
-            await call.ends()
+async def test_a_stopping_server_answers_and_ends_the_stream(call: Call) -> None:
+    call.send("a")
+    await call.at_work(1)
+    call.stream.stop()
+    call.answer("a")
+    assert (await call.reply()).infer_response.id == "a"
+    with pytest.raises(Unavailable, match="the server is stopping"):
+        await call.ends()
 
 
-async def test_bytes_that_are_no_request_end_the_stream() -> None:
-    async with stream() as call:
-        call.send("a")
-        call.context.send(b"\xff\xff")
-        await call.at_work(1)
-        call.answer("a")
-        with pytest.raises(InvalidInput, match=r"must be a inference\.ModelInferRequest"):
-            await call.ends()
-        assert call.context.replies.qsize() == 1
+async def test_bytes_that_are_no_request_end_the_stream(call: Call) -> None:
+    call.send("a")
+    call.context.send(b"\xff\xff")
+    await call.at_work(1)
+    call.answer("a")
+    with pytest.raises(InvalidInput, match=r"must be a inference\.ModelInferRequest"):
+        await call.ends()
+    assert call.context.replies.qsize() == 1
 
 
-async def test_a_client_that_goes_away_takes_its_requests_along() -> None:
-    async with stream() as call:
-        call.send("a", "b")
-        await call.at_work(2)
-        call.task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await call.task
-        assert call.cancelled == ["a", "b"]
-        assert call.queues.are_busy(["a", "b"]) is None
+async def test_a_client_that_goes_away_takes_its_requests_along(call: Call) -> None:
+    call.send("a", "b")
+    await call.at_work(2)
+    call.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call.task
+    assert call.cancelled == ["a", "b"]
+    assert call.queues.are_busy(["a", "b"]) is None

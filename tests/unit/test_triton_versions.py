@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ from support.triton.triton_requests import Array, Client, NoPasses, outputs_of, 
 
 INITIAL = np.array([[0.5, -0.25]], np.float32)
 X = np.array([[1, 2]], np.float32)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    async with serving() as at:
+        yield Client(at)
 
 
 async def send(client: Client, *arrays: Any, version: str = "", **fields: Any) -> pb.ModelInferResponse:
@@ -62,162 +69,148 @@ def test_what_versions_may_be() -> None:
             read_version(text)
 
 
-async def test_requests_are_answered_by_the_version_that_they_name() -> None:
-    async with serving() as at:
-        client = Client(at)
-        await at.engine.load_version("plain", 2, weights(2))
-        for version, ran in (("", 1), ("1", 1), ("2", 2)):
-            np.testing.assert_array_equal(y(await send(client, X, version=version))[0], right(ran, 1))
-            for count in (1, 2):
-                said = await send(client, X, version=version, sequence_id=f"v{version}", start=count == 1)
-                np.testing.assert_array_equal(y(said)[0], right(ran, count))
-                assert said.model_version == str(ran)
-        on = {name: await at.engine.session_info(f'triton/plain/"{name}"') for name in ("v", "v1", "v2")}
-        assert {name: (info.version, info.is_pinned) for name, info in on.items()} == {
-            "v": (1, False),
-            "v1": (1, True),
-            "v2": (2, True),
-        }
-        assert await refused(client, ModelNotFound, version="3") == (
-            "Request for unknown model: 'plain' version 3 is not found"
-        )
-        assert await refused(client, ModelNotFound, version="3", sequence_id=1, start=True) == (
-            "Request for unknown model: 'plain' version 3 is not found"
-        )
-        assert "version should be an integral value > 0" in await refused(client, InvalidInput, version="x")
-        message = request(X)
-        message.model_name = "plain@2"
-        with pytest.raises(ModelNotFound, match="Request for unknown model: 'plain@2' is not found"):
-            await client.send(message)
+async def test_requests_are_answered_by_the_version_that_they_name(client: Client) -> None:
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    for version, ran in (("", 1), ("1", 1), ("2", 2)):
+        np.testing.assert_array_equal(y(await send(client, X, version=version))[0], right(ran, 1))
+        for count in (1, 2):
+            said = await send(client, X, version=version, sequence_id=f"v{version}", start=count == 1)
+            np.testing.assert_array_equal(y(said)[0], right(ran, count))
+            assert said.model_version == str(ran)
+    on = {
+        name: await client.harness.engine.session_info(f'triton/plain/"{name}"') for name in ("v", "v1", "v2")
+    }
+    assert {name: (info.version, info.is_pinned) for name, info in on.items()} == {
+        "v": (1, False),
+        "v1": (1, True),
+        "v2": (2, True),
+    }
+    assert await refused(client, ModelNotFound, version="3") == (
+        "Request for unknown model: 'plain' version 3 is not found"
+    )
+    assert await refused(client, ModelNotFound, version="3", sequence_id=1, start=True) == (
+        "Request for unknown model: 'plain' version 3 is not found"
+    )
+    assert "version should be an integral value > 0" in await refused(client, InvalidInput, version="x")
+    message = request(X)
+    message.model_name = "plain@2"
+    with pytest.raises(ModelNotFound, match="Request for unknown model: 'plain@2' is not found"):
+        await client.send(message)
 
 
-async def test_a_sequence_goes_on_on_its_version() -> None:
-    async with serving() as at:
-        client = Client(at)
-        await at.engine.load_version("plain", 2, weights(2))
-        await send(client, X, version="2", sequence_id=5, start=True)
-        for count, version in ((2, ""), (3, "2")):
-            answer, ran = y(await send(client, X, version=version, sequence_id=5))
-            assert ran == "2"
-            np.testing.assert_array_equal(answer, right(2, count))
-        said = await refused(client, InvalidInput, version="1", sequence_id=5)
-        assert said == (
-            "inference request for sequence 5 to model 'plain' must specify the START flag on the first request of the"
-            " sequence; the sequence is on version 2 of the model, and the request asks for version 1"
-        )
-        np.testing.assert_array_equal(y(await send(client, X, sequence_id=5))[0], right(2, 4))
-
-
-async def test_start_begins_on_the_version_that_it_names() -> None:
-    async with serving() as at:
-        client = Client(at)
-        await at.engine.load_version("plain", 2, weights(2))
-        ran = []
-        for version in ("", "2", "2", "1", ""):
-            await send(client, X, sequence_id=5, version=version, start=True)
-            answer, number = y(await send(client, X, sequence_id=5))
-            np.testing.assert_array_equal(answer, right(int(number), 2))
-            info = await at.engine.session_info("triton/plain/5")
-            ran.append((number, info.is_pinned))
-        assert ran == [("1", False), ("2", True), ("2", True), ("1", True), ("1", False)]
-        await at.engine.set_default("plain", 2, SessionPolicy.KEEP)
-        assert y(await send(client, X, sequence_id=5))[1] == "1"  # it stays
-        assert y(await send(client, X, sequence_id=5, start=True))[1] == "2"
-
-
-async def test_a_carry_in_the_middle_of_a_sequence() -> None:
-    async with serving() as at:
-        client = Client(at)
-        for one, version in ((1, ""), (2, "1")):
-            await send(client, X, sequence_id=one, start=True, version=version)
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, SessionPolicy.CARRY)
-        state = after(1, INITIAL, [X])[1]
-        answer, ran = y(await send(client, X, sequence_id=1))
+async def test_a_sequence_goes_on_on_its_version(client: Client) -> None:
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    await send(client, X, version="2", sequence_id=5, start=True)
+    for count, version in ((2, ""), (3, "2")):
+        answer, ran = y(await send(client, X, version=version, sequence_id=5))
         assert ran == "2"
-        np.testing.assert_array_equal(answer, after(2, state, [X])[0])
-        assert y(await send(client, X, sequence_id=2))[1] == "1"  # it was begun with its version
-        assert "is on version 2 of the model, and the request asks for version 1" in await refused(
-            client, InvalidInput, sequence_id=1, version="1"
-        )
+        np.testing.assert_array_equal(answer, right(2, count))
+    said = await refused(client, InvalidInput, version="1", sequence_id=5)
+    assert said == (
+        "inference request for sequence 5 to model 'plain' must specify the START flag on the first request of the"
+        " sequence; the sequence is on version 2 of the model, and the request asks for version 1"
+    )
+    np.testing.assert_array_equal(y(await send(client, X, sequence_id=5))[0], right(2, 4))
+
+
+async def test_start_begins_on_the_version_that_it_names(client: Client) -> None:
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    ran = []
+    for version in ("", "2", "2", "1", ""):
+        await send(client, X, sequence_id=5, version=version, start=True)
+        answer, number = y(await send(client, X, sequence_id=5))
+        np.testing.assert_array_equal(answer, right(int(number), 2))
+        info = await client.harness.engine.session_info("triton/plain/5")
+        ran.append((number, info.is_pinned))
+    assert ran == [("1", False), ("2", True), ("2", True), ("1", True), ("1", False)]
+    await client.harness.engine.set_default("plain", 2, SessionPolicy.KEEP)
+    assert y(await send(client, X, sequence_id=5))[1] == "1"  # it stays
+    assert y(await send(client, X, sequence_id=5, start=True))[1] == "2"
+
+
+async def test_a_carry_in_the_middle_of_a_sequence(client: Client) -> None:
+    for one, version in ((1, ""), (2, "1")):
+        await send(client, X, sequence_id=one, start=True, version=version)
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    await client.harness.engine.set_default("plain", 2, SessionPolicy.CARRY)
+    state = after(1, INITIAL, [X])[1]
+    answer, ran = y(await send(client, X, sequence_id=1))
+    assert ran == "2"
+    np.testing.assert_array_equal(answer, after(2, state, [X])[0])
+    assert y(await send(client, X, sequence_id=2))[1] == "1"  # it was begun with its version
+    assert "is on version 2 of the model, and the request asks for version 1" in await refused(
+        client, InvalidInput, sequence_id=1, version="1"
+    )
 
 
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("policy", [SessionPolicy.CARRY, SessionPolicy.KEEP])
 async def test_a_request_that_is_sent_again_over_a_move_counts_once(
-    policy: SessionPolicy, start: bool
+    client: Client, policy: SessionPolicy, start: bool
 ) -> None:
-    async with serving() as at:
-        client = Client(at)
-        first: dict[str, Any] = {"sequence_id": 1, "start": True, "stepwell_request_id": 6}
-        said = await send(client, X, **first)
-        again = first
-        if not start:
-            again = {"sequence_id": 1, "stepwell_request_id": 7, "stepwell_revision": 1, "version": "1"}
-            said = await send(client, X, **again)
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, policy)
-        answer = await send(client, X, **again)
-        assert answer.raw_output_contents == said.raw_output_contents
-        assert answer.parameters["stepwell_replayed"].bool_param
-        info = await at.engine.session_info("triton/plain/1")
-        assert (info.revision, info.position) == ((1, 1) if start else (2, 2))
-        # another one is not taken for it
-        if policy is SessionPolicy.CARRY and not start:
-            later = {**again, "stepwell_request_id": 8, "stepwell_revision": 2}
-            assert "asks for version 1" in await refused(client, InvalidInput, **later)
+    first: dict[str, Any] = {"sequence_id": 1, "start": True, "stepwell_request_id": 6}
+    said = await send(client, X, **first)
+    again = first
+    if not start:
+        again = {"sequence_id": 1, "stepwell_request_id": 7, "stepwell_revision": 1, "version": "1"}
+        said = await send(client, X, **again)
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    await client.harness.engine.set_default("plain", 2, policy)
+    answer = await send(client, X, **again)
+    assert answer.raw_output_contents == said.raw_output_contents
+    assert answer.parameters["stepwell_replayed"].bool_param
+    info = await client.harness.engine.session_info("triton/plain/1")
+    assert (info.revision, info.position) == ((1, 1) if start else (2, 2))
+    # another one is not taken for it
+    if policy is SessionPolicy.CARRY and not start:
+        later = {**again, "stepwell_request_id": 8, "stepwell_revision": 2}
+        assert "asks for version 1" in await refused(client, InvalidInput, **later)
 
 
-async def test_an_end_that_is_sent_again_after_its_version_is_gone_gets_its_answer() -> None:
-    async with serving() as at:
-        client = Client(at)
-        await send(client, X, sequence_id=1, start=True)
-        last: dict[str, Any] = {
-            "sequence_id": 1,
-            "end": True,
-            "stepwell_request_id": 7,
-            "stepwell_revision": 1,
-        }
-        said = await send(client, X, **last)
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, SessionPolicy.CARRY)
-        await at.engine.unload_version("plain", 1)
-        answer = await send(client, X, **last)
-        assert (answer.model_version, answer.raw_output_contents) == ("1", said.raw_output_contents)
-        await at.engine.load_version("plain", 3, WIDE)
-        await at.engine.set_default("plain", 3, SessionPolicy.RESET)
-        await at.engine.unload_version("plain", 2)
-        assert await refused(client, ModelNotFound, **last) == (
-            "Request for unknown model: 'plain' version 1 is not found"
-        )
+async def test_an_end_that_is_sent_again_after_its_version_is_gone_gets_its_answer(client: Client) -> None:
+    await send(client, X, sequence_id=1, start=True)
+    last: dict[str, Any] = {
+        "sequence_id": 1,
+        "end": True,
+        "stepwell_request_id": 7,
+        "stepwell_revision": 1,
+    }
+    said = await send(client, X, **last)
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    await client.harness.engine.set_default("plain", 2, SessionPolicy.CARRY)
+    await client.harness.engine.unload_version("plain", 1)
+    answer = await send(client, X, **last)
+    assert (answer.model_version, answer.raw_output_contents) == ("1", said.raw_output_contents)
+    await client.harness.engine.load_version("plain", 3, WIDE)
+    await client.harness.engine.set_default("plain", 3, SessionPolicy.RESET)
+    await client.harness.engine.unload_version("plain", 2)
+    assert await refused(client, ModelNotFound, **last) == (
+        "Request for unknown model: 'plain' version 1 is not found"
+    )
 
 
-async def test_a_version_with_other_tensors_has_its_own() -> None:
-    async with serving() as at:
-        client = Client(at)
-        await at.engine.load_version("plain", 2, WIDE)
-        await send(client, X, sequence_id=1, start=True)
-        await at.engine.set_default("plain", 2, SessionPolicy.KEEP)
-        assert list(outputs_of(await send(client, X, sequence_id=1))) == ["y"]
-        assert list(outputs_of(await send(client, X, sequence_id=2, start=True))) == ["z"]
-        bad = np.ones((1, 3), np.float32)
-        with pytest.raises(InvalidInput, match="unexpected shape for input 'x'"):
-            await send(client, bad, sequence_id=1)
-        with pytest.raises(
-            InvalidInput, match="unexpected shape for input 'x'"
-        ):  # as by Triton, before the START
-            await send(client, bad, sequence_id=3)
+async def test_a_version_with_other_tensors_has_its_own(client: Client) -> None:
+    await client.harness.engine.load_version("plain", 2, WIDE)
+    await send(client, X, sequence_id=1, start=True)
+    await client.harness.engine.set_default("plain", 2, SessionPolicy.KEEP)
+    assert list(outputs_of(await send(client, X, sequence_id=1))) == ["y"]
+    assert list(outputs_of(await send(client, X, sequence_id=2, start=True))) == ["z"]
+    bad = np.ones((1, 3), np.float32)
+    with pytest.raises(InvalidInput, match="unexpected shape for input 'x'"):
+        await send(client, bad, sequence_id=1)
+    with pytest.raises(
+        InvalidInput, match="unexpected shape for input 'x'"
+    ):  # as by Triton, before the START
+        await send(client, bad, sequence_id=3)
 
 
-async def test_a_start_replaces_a_sequence_whose_version_was_unloaded() -> None:
-    async with serving() as at:
-        client = Client(at)
-        await at.engine.load_version("plain", 2, weights(2))
-        await send(client, X, sequence_id=1, version="2", start=True)
-        await at.engine.unload_version("plain", 2, force=True)
-        with pytest.raises(ServerError):
-            await send(client, X, sequence_id=1)
-        assert y(await send(client, X, sequence_id=1, start=True))[1] == "1"
+async def test_a_start_replaces_a_sequence_whose_version_was_unloaded(client: Client) -> None:
+    await client.harness.engine.load_version("plain", 2, weights(2))
+    await send(client, X, sequence_id=1, version="2", start=True)
+    await client.harness.engine.unload_version("plain", 2, force=True)
+    with pytest.raises(ServerError):
+        await send(client, X, sequence_id=1)
+    assert y(await send(client, X, sequence_id=1, start=True))[1] == "1"
 
 
 class Served:

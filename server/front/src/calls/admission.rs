@@ -3,7 +3,7 @@
 use crate::calls::service::Service;
 use crate::clock;
 use crate::limits::bounds::{CallPlace, Held};
-use crate::limits::callers::CallerState;
+use crate::limits::callers::Caller;
 use crate::limits::peer::Peer;
 use crate::limits::places::Pool;
 use crate::limits::refusals::Refusal;
@@ -27,7 +27,7 @@ pub struct Begun {
     pub started: f64,
     /// The same; infinity if it has none.
     pub deadline: f64,
-    pub whose: CallerState,
+    pub whose: Caller,
     /// Whether Python need not authenticate its caller.
     pub is_admitted: bool,
     /// Bytes of its headers, and of what is made of it.
@@ -64,7 +64,7 @@ pub fn admitted(
         refuse(respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return None;
     };
-    let whose = CallerState::of_call(headers, peer.certificate(), service.callers.as_ref());
+    let whose = Caller::of_call(headers, peer.certificate(), service.callers.as_ref());
     let is_known = whose.is_known(service.callers.as_ref());
     let pool = Pool::of(method, is_known);
     let caller = whose.share().filter(|_| is_known && pool == Pool::Known);

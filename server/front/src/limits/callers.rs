@@ -198,7 +198,7 @@ impl Table {
 
 /// The caller of a call, as known to the front.
 #[derive(Debug)]
-pub enum CallerState {
+pub enum Caller {
     /// No authentication.
     Anybody,
     /// Python authenticates every message.
@@ -207,7 +207,7 @@ pub enum CallerState {
     Of(Credential, Mutex<Option<Arc<Known>>>),
 }
 
-impl CallerState {
+impl Caller {
     /// As the call's headers say it. `certificate`: what its connection has shown; `callers`: None: nobody is asked.
     pub fn of_call(
         headers: &HeaderMap,
@@ -216,30 +216,30 @@ impl CallerState {
     ) -> Self {
         let has_no_tenants = callers.is_none() && headers.contains_key(TENANT);
         if has_no_tenants || DECIDING.iter().any(|name| is_repeated(headers, name)) {
-            return CallerState::Unclear; // for Python to refuse
+            return Caller::Unclear; // for Python to refuse
         }
-        let Some(callers) = callers else { return CallerState::Anybody };
+        let Some(callers) = callers else { return Caller::Anybody };
         match Credential::of_call(headers, certificate) {
-            Some(credential) => CallerState::Of(credential, Mutex::new(callers.find(credential))),
-            None => CallerState::Unclear,
+            Some(credential) => Caller::Of(credential, Mutex::new(callers.find(credential))),
+            None => Caller::Unclear,
         }
     }
 
     /// Whether it is known who calls, or nobody is asked: else Python has to say whether the call is served.
     pub fn is_known(&self, callers: Option<&Arc<Callers>>) -> bool {
-        matches!(self, CallerState::Anybody) || self.caller(callers).is_ok()
+        matches!(self, Caller::Anybody) || self.caller(callers).is_ok()
     }
 
     /// Returns the share of its caller; None: not known.
     pub fn share(&self) -> Option<Arc<Share>> {
-        let CallerState::Of(_, own) = self else { return None };
+        let Caller::Of(_, own) = self else { return None };
         let own = own.lock().unwrap_or_else(PoisonError::into_inner);
         own.as_ref().map(|known| known.share().clone())
     }
 
     /// In whose name fast-path messages are taken, None: anybody's. Err: there are none.
     pub fn taken(&self, callers: Option<&Arc<Callers>>) -> Result<Option<Arc<Known>>, SlowPath> {
-        if matches!(self, CallerState::Anybody) {
+        if matches!(self, Caller::Anybody) {
             return Ok(None);
         }
         self.caller(callers).and_then(|known| if known.may_step { Ok(Some(known)) } else { Err(SlowPath) })
@@ -247,7 +247,7 @@ impl CallerState {
 
     /// Who makes it, as long as that holds.
     fn caller(&self, callers: Option<&Arc<Callers>>) -> Result<Arc<Known>, SlowPath> {
-        let CallerState::Of(credential, own) = self else { return Err(SlowPath) };
+        let Caller::Of(credential, own) = self else { return Err(SlowPath) };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
         let known = own.as_ref().ok_or(SlowPath)?;
         if known.is_valid() {
@@ -262,7 +262,7 @@ impl CallerState {
 
     /// Python has found out who makes the call: its next messages may be plain, if the front knows that caller.
     pub fn identified(&self, identity: &str, callers: Option<&Arc<Callers>>) {
-        let (CallerState::Of(credential, own), Some(callers)) = (self, callers) else { return };
+        let (Caller::Of(credential, own), Some(callers)) = (self, callers) else { return };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
         if own.is_none() {
             *own = callers.find(*credential).filter(|known| known.identity == identity);
@@ -290,18 +290,16 @@ mod tests {
 
     /// Know a caller of a tenant, which is all that is known of it.
     fn know(callers: &Callers, credential: Credential, tenant: &str, until: f64) {
-        callers.know(
-            credential,
-            Known::new(format!("{tenant}{SEPARATOR}"), tenant.to_owned(), true, None, until),
-        );
+        let prefix = format!("{tenant}{SEPARATOR}");
+        callers.know(credential, Known::new(prefix, tenant.to_owned(), true, None, until));
     }
 
-    fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> CallerState {
-        CallerState::of_call(&headers(lines), None, Some(callers))
+    fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Caller {
+        Caller::of_call(&headers(lines), None, Some(callers))
     }
 
     /// The tenant whose fast-path messages are taken; None: nobody.
-    fn tenant(call: &CallerState, callers: &Arc<Callers>) -> Option<String> {
+    fn tenant(call: &Caller, callers: &Arc<Callers>) -> Option<String> {
         call.taken(Some(callers)).ok().flatten().map(|known| known.identity.clone())
     }
 
@@ -309,22 +307,15 @@ mod tests {
         tenant(&whose(callers, lines), callers)
     }
 
-    fn some(tenant: &str) -> Option<String> {
-        Some(tenant.to_owned())
-    }
-
     const ANNA: &[(&str, &[u8])] = &[("authorization", b"Bearer anna")];
 
     #[test]
     fn nobody_is_asked_unless_somebody_is() {
-        assert!(CallerState::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
+        assert!(Caller::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
         let tenant = headers(&[(TENANT, b"x")]);
-        assert!(CallerState::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
+        assert!(Caller::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
         for twice in [[ANNA[0], ANNA[0]], [(TENANT, b"x"), (TENANT, b"x")]] {
-            assert!(
-                CallerState::of_call(&headers(&twice), None, None).taken(None).is_err(),
-                "Python refuses it"
-            );
+            assert!(Caller::of_call(&headers(&twice), None, None).taken(None).is_err(), "Python refuses it");
         }
         let callers = Arc::default();
         assert!(whose(&callers, &[]).taken(Some(&callers)).is_err());
@@ -338,7 +329,7 @@ mod tests {
         let known = whose(&callers, ANNA).taken(Some(&callers)).unwrap().unwrap();
         assert_eq!(known.prefix, "acme\u{1f}");
         for value in [&b"Bearer anna"[..], b"bearer anna", b"BEARER anna"] {
-            assert_eq!(tenant_of(&callers, &[("authorization", value)]), some("acme"));
+            assert_eq!(tenant_of(&callers, &[("authorization", value)]), Some("acme".to_owned()));
         }
         for value in [
             &b"Bearer ann"[..],
@@ -356,8 +347,7 @@ mod tests {
         ] {
             assert_eq!(tenant_of(&callers, &[("authorization", value)]), None, "{value:?}");
         }
-        let twice = [ANNA[0], ANNA[0]];
-        assert_eq!(tenant_of(&callers, &twice), None);
+        assert_eq!(tenant_of(&callers, &[ANNA[0], ANNA[0]]), None);
         assert_eq!(tenant_of(&callers, &[ANNA[0], (TENANT, b"acme")]), None);
     }
 
@@ -368,9 +358,9 @@ mod tests {
         let certificate = Credential::of_certificate(&names);
         know(&callers, certificate.unwrap(), "acme", f64::INFINITY);
         let tenant_of = |lines: &[(&'static str, &[u8])]| {
-            tenant(&CallerState::of_call(&headers(lines), certificate, Some(&callers)), &callers)
+            tenant(&Caller::of_call(&headers(lines), certificate, Some(&callers)), &callers)
         };
-        assert_eq!(tenant_of(&[]), some("acme"));
+        assert_eq!(tenant_of(&[]), Some("acme".to_owned()));
         assert_eq!(tenant_of(ANNA), None, "a token that nobody knows");
         assert_eq!(Credential::of_certificate(&[]), None);
         let joined = ["anna.examplespiffe://anna".to_owned()];
@@ -387,7 +377,7 @@ mod tests {
         callers.forget(token("anna"));
         assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, None));
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        assert_eq!(tenant(&open, &callers), some("acme"));
+        assert_eq!(tenant(&open, &callers), Some("acme".to_owned()));
     }
 
     #[test]
@@ -396,10 +386,10 @@ mod tests {
         know(&callers, token("anna"), "acme", f64::INFINITY);
         let open = whose(&callers, ANNA);
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        assert_eq!(tenant(&open, &callers), some("acme"), "said again");
+        assert_eq!(tenant(&open, &callers), Some("acme".to_owned()), "said again");
         know(&callers, token("anna"), "other", f64::INFINITY);
         open.identified("other", Some(&callers));
-        assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, some("other")));
+        assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, Some("other".to_owned())));
     }
 
     #[test]
@@ -410,7 +400,7 @@ mod tests {
         let open = whose(&callers, ANNA);
         assert_eq!(tenant(&open, &callers), None);
         know(&callers, token("anna"), "acme", now + 3600.0);
-        assert_eq!(tenant(&open, &callers), some("acme"));
+        assert_eq!(tenant(&open, &callers), Some("acme".to_owned()));
     }
 
     #[test]
@@ -422,7 +412,7 @@ mod tests {
         open.identified("other", Some(&callers));
         assert_eq!(tenant(&open, &callers), None, "it is somebody else's");
         open.identified("acme", Some(&callers));
-        assert_eq!(tenant(&open, &callers), some("acme"));
+        assert_eq!(tenant(&open, &callers), Some("acme".to_owned()));
     }
 
     #[test]
@@ -438,7 +428,7 @@ mod tests {
         know(&callers, numbered(0), "acme", f64::NEG_INFINITY);
         callers.table().full_until = 0.0; // an hour has passed
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        assert_eq!(tenant_of(&callers, ANNA), some("acme"));
+        assert_eq!(tenant_of(&callers, ANNA), Some("acme".to_owned()));
     }
 
     proptest! {

@@ -485,8 +485,8 @@ impl BatchHandle {
     ) -> Ended<'py> {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
-        let status = self::status(status);
-        self.send(Answer::Failed { members, status, error: Bytes::copy_from_slice(error) });
+        let error = Bytes::copy_from_slice(error);
+        self.send(Answer::Failed { members, status: self::status(status), error });
         ended
     }
 

@@ -1,6 +1,6 @@
 //! A call, shared by the task that serves it and the side that answers it.
 
-use crate::limits::callers::CallerState;
+use crate::limits::callers::Caller;
 use crate::limits::load::GENERAL;
 use crate::limits::peer::Peer;
 use crate::messages::grpc::{self, Status};
@@ -23,7 +23,7 @@ pub struct Call {
     /// Seconds on the monotonic clock; infinity if it has none.
     pub deadline: f64,
     pub metadata: Vec<(String, Vec<u8>)>,
-    pub whose: CallerState,
+    pub whose: Caller,
     /// When it began, seconds on the monotonic clock.
     pub started: f64,
     is_over: AtomicBool,
@@ -72,7 +72,7 @@ impl Call {
         started: f64,
         deadline: f64,
         metadata: Vec<(String, Vec<u8>)>,
-        whose: CallerState,
+        whose: Caller,
         unwritten: Arc<AtomicUsize>,
     ) -> Self {
         Call {
@@ -250,7 +250,7 @@ impl Call {
         let peer = Arc::new(Peer::numbered(number));
         let method =
             Method { index: 0, streams: false, fast_path: crate::method::FastPath::No, is_open: false };
-        Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), CallerState::Anybody, Arc::default())
+        Call::new(peer, method, 0.0, f64::INFINITY, Vec::new(), Caller::Anybody, Arc::default())
     }
 }
 

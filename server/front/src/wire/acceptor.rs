@@ -52,8 +52,7 @@ impl Acceptor {
         match accepted {
             Ok(socket) => {
                 self.pause = SHORTEST_PAUSE;
-                let entry = self.enter(address(&socket))?;
-                Some((socket, entry))
+                self.enter(address(&socket)).map(|entry| (socket, entry))
             }
             Err(error) if is_of_the_peer(&error) => None,
             Err(_) => {
