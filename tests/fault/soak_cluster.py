@@ -36,9 +36,9 @@ from stepwell.testing import ServerStartError
 from support.checks import history
 from support.checks.checker import Report
 from support.load import replica_faults
-from support.load.crowd import restart_under_load
 from support.load.driver import PlayerCounts
 from support.load.driver_process import DriverProcess, Loading, ReplicaDriverProcess
+from support.load.many_sessions import restart_under_load
 from support.peers.proxy import Proxy
 from support.servers.fault_servers import verdict, verdict_of_losses
 from support.servers.replica_processes import Replicas
@@ -61,7 +61,7 @@ KINDS = {
     "losses": ("sentinel-async",),
 }
 """Which trouble each kind of store can have: of those where it loses nothing, but for the last kind."""
-MIX = PlayerCounts(frames=40, calls=4, threads=4, bands=4, band_size=8)
+MIX = PlayerCounts(frames=40, calls=4, threads=4, groups=4, group_size=8)
 
 
 @dataclasses.dataclass
@@ -124,12 +124,12 @@ class Round:
         """Go through it; the reports say what the checker found."""
         self.folder.mkdir()
         if self._kind == "losses":
-            return [self._lose(self.folder / "rovers")]
-        rovers, sdk = self.folder / "rovers", self.folder / "sdk"
+            return [self._lose(self.folder / "by_protocol")]
+        by_protocol, sdk = self.folder / "by_protocol", self.folder / "sdk"
         with self._replicas() as (replicas, act):
             seeds = [self._chance.getrandbits(31) for _ in range(2)]
             with (
-                ReplicaDriverProcess(replicas.addresses, rovers, seeds[0], pause_s=0.03) as load,
+                ReplicaDriverProcess(replicas.addresses, by_protocol, seeds[0], pause_s=0.03) as load,
                 DriverProcess(replicas.address, sdk, seeds[1], mix=MIX, pause_s=0.4, hurry=False) as other,
             ):
                 try:
@@ -145,16 +145,18 @@ class Round:
         ops = history.load([sdk])
         self._total.waits_s += waits_after(ops, self._kills)
         self._total.quiet_s += waits_after(ops, [moment_s - 1.0 for moment_s in self._kills])
-        return [verdict(rovers), verdict(sdk)]
+        return [verdict(by_protocol), verdict(sdk)]
 
-    def _lose(self, rovers: Path) -> Report:
+    def _lose(self, by_protocol: Path) -> Report:
         """Fail-overs that lose something. Callers of the SDK would see it, so there are none."""
         chance = self._chance
         with (
             Sentinels(replicas=1) as watched,
             Replicas(watched.url(), REPLICAS, *ASYNC) as replicas,
-            ReplicaDriverProcess(replicas.addresses, rovers, chance.getrandbits(31), pause_s=0.03) as load,
-            contextlib.closing(history.Log(rovers, 0)) as log,
+            ReplicaDriverProcess(
+                replicas.addresses, by_protocol, chance.getrandbits(31), pause_s=0.03
+            ) as load,
+            contextlib.closing(history.Log(by_protocol, 0)) as log,
         ):
             try:
                 for _ in range(self._count):
@@ -164,7 +166,7 @@ class Round:
                 load.stop()
             finally:
                 (self.folder / "log").write_text(replicas.logs())
-        return verdict_of_losses(rovers)
+        return verdict_of_losses(by_protocol)
 
     @contextlib.contextmanager
     def _replicas(self) -> Iterator[tuple[Replicas, Callable[[Loading], None]]]:

@@ -24,15 +24,15 @@ def test_replicas_are_killed(tmp_path: Path) -> None:
     with (
         Valkey() as valkey,
         Replicas(valkey.url(), REPLICAS, "--durability", "async") as replicas,
-        ReplicaDriverProcess(replicas.addresses, history, seed=31) as rover,
+        ReplicaDriverProcess(replicas.addresses, history, seed=31) as driver,
     ):
         for replica in replicas:
-            rover.wait_acknowledged(chance.randrange(60, 150))
+            driver.wait_acknowledged(chance.randrange(60, 150))
             replica.kill()
-            rover.wait_acknowledged(60)
+            driver.wait_acknowledged(60)
             replica.start()
-        rover.wait_acknowledged(100)
-        rover.stop()
+        driver.wait_acknowledged(100)
+        driver.stop()
     report = verdict(history).require_clean()
     assert report.acknowledged > 450
     assert report.answered_again > 0
@@ -55,10 +55,10 @@ def test_a_replica_that_breaks_a_rule_is_caught(tmp_path: Path, defect: str, sor
     with (
         Valkey() as valkey,
         Replicas(valkey.url(), 2, "--durability", "async", defect=defect) as replicas,
-        ReplicaDriverProcess(replicas.addresses, history, seed=32) as rover,
+        ReplicaDriverProcess(replicas.addresses, history, seed=32) as driver,
     ):
-        rover.wait_acknowledged(400)
-        rover.kill()
+        driver.wait_acknowledged(400)
+        driver.kill()
     report = verdict(history)
     found = {one.sort for one in report.violations}
     assert found & sorts, report

@@ -13,15 +13,15 @@ import pytest
 
 from support.checks import history
 from support.load import replica_faults
-from support.load.crowd import restart_under_load
 from support.load.driver import PlayerCounts
 from support.load.driver_process import DriverProcess
+from support.load.many_sessions import restart_under_load
 from support.servers.fault_servers import verdict
 from support.servers.replica_processes import Replicas
 from support.servers.valkey_servers import Valkey
 
 ASYNC = ("--durability", "async")
-MIX = PlayerCounts(frames=12, calls=3, threads=3, bands=2, band_size=6)
+MIX = PlayerCounts(frames=12, calls=3, threads=3, groups=2, group_size=6)
 pytestmark = pytest.mark.plain("its crowd is of no tenant")
 
 

@@ -12,7 +12,7 @@ from support.load.driver import PlayerCounts
 from support.load.driver_process import DriverProcess
 from support.servers.fault_servers import local, verdict
 
-MIX = PlayerCounts(frames=6, calls=2, threads=2, bands=3, band_size=8)
+MIX = PlayerCounts(frames=6, calls=2, threads=2, groups=3, group_size=8)
 
 
 @pytest.mark.slow

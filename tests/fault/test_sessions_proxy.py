@@ -44,7 +44,7 @@ def doubled(server: LocalServer, history: Path) -> Report:
     with (
         server,
         Proxy(server.address, 3, ("double",)) as proxy,
-        DriverProcess(proxy.address, history, 3, mix=PlayerCounts(frames=4, bands=1)) as driver,
+        DriverProcess(proxy.address, history, 3, mix=PlayerCounts(frames=4, groups=1)) as driver,
     ):
         driver.wait_acknowledged(150)
         driver.stop()

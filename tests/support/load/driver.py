@@ -425,9 +425,9 @@ class PlayerCounts:
     """Sessions of the async client with a call for each step."""
     threads: int = 2
     """Sessions of the sync client."""
-    bands: int = 2
+    groups: int = 2
     """Groups, every other one of the sync client."""
-    band_size: int = 4
+    group_size: int = 4
 
 
 async def play(table: Table, address: str, mix: PlayerCounts, resume: dict[str, int]) -> None:
@@ -441,16 +441,16 @@ async def play(table: Table, address: str, mix: PlayerCounts, resume: dict[str, 
             for i in range(counts[shell]):
                 batch_size = chance.choice([1, 1, 2, 3])
                 states = table.draw_states(batch_size) if chance.random() < 0.3 else None
-                solo = SessionPlayer(table, client, can_cancel=table.hurry and shell != "sync")
+                player = SessionPlayer(table, client, can_cancel=table.hurry and shell != "sync")
                 name = f"{prefix}.{shell.replace(' ', '-')}.{i}"
-                players.create_task(solo.play(name, batch_size, states))
-        for i in range(mix.bands):
-            band = GroupPlayer(table, clients[shells[i % 2 * 2]])
-            players.create_task(band.play(f"{prefix}.band.{i}", mix.band_size))
+                players.create_task(player.play(name, batch_size, states))
+        for i in range(mix.groups):
+            group = GroupPlayer(table, clients[shells[i % 2 * 2]])
+            players.create_task(group.play(f"{prefix}.group.{i}", mix.group_size))
         known = list(resume.items())  # the others lie idle, which a session must survive as well
         for name, batch_size in chance.sample(known, min(len(known), _MOST_RESUMED)):
-            solo = SessionPlayer(table, clients["async"], can_cancel=False)
-            players.create_task(solo.play(name, batch_size, resume=True))
+            player = SessionPlayer(table, clients["async"], can_cancel=False)
+            players.create_task(player.play(name, batch_size, resume=True))
 
 
 async def audit(table: Table, address: str, sessions: dict[str, int]) -> None:

@@ -124,12 +124,12 @@ class ReplicaDriverProcess(Loading):
         history: Path,
         seed: int,
         *,
-        cast: ReplicaPlayerCounts | None = None,
+        counts: ReplicaPlayerCounts | None = None,
         pause_s: float = 0.02,
     ) -> None:
         arguments = _common(",".join(addresses), history, seed, pause_s)
         super().__init__(
-            "support.load.replica_driver", history, *arguments, *_options(cast or ReplicaPlayerCounts())
+            "support.load.replica_driver", history, *arguments, *_options(counts or ReplicaPlayerCounts())
         )
 
 

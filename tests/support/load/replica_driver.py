@@ -1,11 +1,12 @@
-"""A process that plays sessions over several replicas at once, and writes down what it asked and was told.
+"""A process that plays sessions over several replicas at once and writes down requests and answers.
 
-It speaks the protocol itself, so that it decides which replica gets which attempt: a change that has failed, was cut off
-or waits for too long is sent again, with the same request id, to another replica; some are sent to two at once; streams are
-cut in the middle of a frame and the frame goes on elsewhere. Rivals change the same session through different replicas,
-hunters read everybody's sessions anywhere, and look for those that are closed. It prints a dot for each acknowledged
-change. When its standard input ends it finishes what is under way, reads every session at every replica, and exits 0.
-`driver_process.ReplicaDriverProcess` starts it; `checker` judges the history.
+It speaks the protocol itself, to decide which replica gets which attempt. A change that failed, was cut off or waits for
+too long is sent again to another replica with the same request id. Some changes are sent to two replicas at once. Streams
+are cut in the middle of a frame, and another replica gets the frame. Rivals change the same session through different
+replicas. Stale readers read anybody's sessions at any replica and ask for closed ones.
+
+It prints a dot for each acknowledged change. At the end of its standard input it finishes what is under way, reads every
+session at every replica and exits with 0. `driver_process.ReplicaDriverProcess` starts it; `checker` judges the history.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class ReplicaRouter:
         self.table = table
         self.replicas = replicas
         self.living: list[LastSeen] = []
-        """Sessions that hunters may ask for; some of them may be closed."""
+        """Sessions that stale readers may ask for; some of them may be closed."""
         self.ids = random.Random(table.chance.getrandbits(64))
 
     def pick(self) -> Replica:
@@ -264,9 +265,9 @@ def _seen(session: sessions_pb2.Session) -> End:
 class Player:
     """Changes sessions one call at a time. Rivals have the same session."""
 
-    def __init__(self, roads: ReplicaRouter) -> None:
-        self._roads = roads
-        self._table = roads.table
+    def __init__(self, router: ReplicaRouter) -> None:
+        self._router = router
+        self._table = router.table
         self._sessions: list[LastSeen] = []
 
     async def play(self, name: str, rows: int, states: dict[str, Floats] | None, *, alone: bool) -> None:
@@ -275,7 +276,7 @@ class Player:
 
     async def _play(self, name: str, rows: int, states: dict[str, Floats] | None, *, alone: bool) -> None:
         table = self._table
-        self._sessions = [await self._roads.open(name, rows, states)]
+        self._sessions = [await self._router.open(name, rows, states)]
         while not table.stop.is_set():
             await self._turn(table.chance.choice(self._sessions), alone=alone)
             await table.rest()
@@ -287,14 +288,14 @@ class Player:
         elif dice < 0.88:
             await self._reset(session)
         elif dice < 0.94 or not alone:
-            self._note(session, await self._roads.read(session))
+            self._note(session, await self._router.read(session))
         elif len(self._sessions) < 3:
             self._table.forks += 1
             name = f"{session.name.split('/')[0]}/{self._table.prefix}-{self._table.forks}"
-            self._sessions.append(await self._roads.fork(session, name))
+            self._sessions.append(await self._router.fork(session, name))
         else:
             self._sessions.remove(session)
-            await self._roads.close(session)
+            await self._router.close(session)
             if not self._sessions:
                 raise Defect
 
@@ -304,7 +305,7 @@ class Player:
             session_id=session.name,
             inputs=[tensor(x)],
             expected_revision=session.revision,
-            request_id=self._roads.id(),
+            request_id=self._router.id(),
             outputs=_SELECTIONS[outputs],
         )
 
@@ -314,7 +315,7 @@ class Player:
             return End(outcome="acknowledged", revision=answer.revision, position=answer.position, y=found)
 
         call = Call(kind="step", session=session.name, expected=session.revision, x=x, outputs=outputs)
-        await self._changed(session, await self._roads.change(call, attempt))
+        await self._changed(session, await self._router.change(call, attempt))
 
     async def _reset(self, session: LastSeen) -> None:
         states = self._table.draw_states(session.rows) if self._table.chance.random() < 0.5 else None
@@ -322,7 +323,7 @@ class Player:
             session_id=session.name,
             state=tensors(states or {}),
             expected_revision=session.revision,
-            request_id=self._roads.id(),
+            request_id=self._router.id(),
         )
 
         async def attempt(at: Replica, limit_s: float) -> End:
@@ -330,11 +331,11 @@ class Player:
             return End(outcome="acknowledged", revision=answer.revision, position=answer.position)
 
         call = Call(kind="reset", session=session.name, expected=session.revision, states=states)
-        await self._changed(session, await self._roads.change(call, attempt))
+        await self._changed(session, await self._router.change(call, attempt))
 
     async def _changed(self, session: LastSeen, end: End) -> None:
         if end.revision is None and end.outcome in ("unknown", "not_applied"):
-            end = await self._roads.look(session)
+            end = await self._router.look(session)
         self._note(session, end)
 
     def _note(self, session: LastSeen, end: End) -> None:
@@ -346,16 +347,16 @@ class Player:
 class GroupPlayer:
     """Plays a group by frames on streams, which it cuts now and then."""
 
-    def __init__(self, roads: ReplicaRouter) -> None:
-        self._roads = roads
-        self._table = roads.table
+    def __init__(self, router: ReplicaRouter) -> None:
+        self._router = router
+        self._table = router.table
 
     async def play(self, name: str, size: int) -> None:
         """As `Player.play`."""
         await play_on(self._table, name, lambda one: self._play(one, size))
 
     async def _play(self, name: str, size: int) -> None:
-        members = [await self._roads.open(f"{name}.{i}", 1) for i in range(size)]
+        members = [await self._router.open(f"{name}.{i}", 1) for i in range(size)]
         while not self._table.stop.is_set():
             await self._frame(members)
             await self._table.rest()
@@ -364,7 +365,7 @@ class GroupPlayer:
         """One step of all, wherever each gets its answer."""
         table = self._table
         x, outputs = table.draw_step(len(members))
-        ids = [self._roads.id() for _ in members]
+        ids = [self._router.id() for _ in members]
         calls = [
             Call(kind="step", session=one.name, expected=one.revision, x=x[i : i + 1], outputs=outputs)
             for i, one in enumerate(members)
@@ -413,7 +414,7 @@ class GroupPlayer:
         limit_s = chance.uniform(0.0, 0.02) if cut else _ATTEMPT_S
         silence: stepwell.StepwellError | TimeoutError = TimeoutError("cut off in the middle of a frame")
         found: dict[int, Outcome] = {}
-        stream = self._roads.pick().stub.StepStream()
+        stream = self._router.pick().stub.StepStream()
         try:
             async with asyncio.timeout(limit_s):
                 await stream.write(frame)
@@ -432,7 +433,7 @@ class GroupPlayer:
         finally:
             stream.cancel()
         if len(found) < count:
-            await self._roads._breathe()
+            await self._router._breathe()
         return [found.get(place) or outcome_of(silence) for place in range(count)]
 
 
@@ -455,17 +456,17 @@ def _take(answer: sessions_pb2.StepStreamResponse, count: int, found: dict[int, 
 class StaleReader:
     """Reads sessions of everybody, to find a replica that does not know what another one has said."""
 
-    def __init__(self, roads: ReplicaRouter) -> None:
-        self._roads = roads
+    def __init__(self, router: ReplicaRouter) -> None:
+        self._router = router
 
     async def play(self) -> None:
         """Until it is time to stop."""
-        roads, chance = self._roads, self._roads.table.chance
-        while not roads.table.stop.is_set():
-            if roads.living:
-                prey = chance.choice(roads.living)
-                await (roads.read(prey) if chance.random() < 0.6 else roads.look(prey))
-            await roads.table.rest()
+        router, chance = self._router, self._router.table.chance
+        while not router.table.stop.is_set():
+            if router.living:
+                session = chance.choice(router.living)
+                await (router.read(session) if chance.random() < 0.6 else router.look(session))
+            await router.table.rest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,43 +476,43 @@ class ReplicaPlayerCounts:
     alone: int = 6
     rivals: int = 4
     """Sessions with two players each."""
-    bands: int = 2
-    band_size: int = 6
-    hunters: int = 4
+    groups: int = 2
+    group_size: int = 6
+    stale_readers: int = 4
 
 
-async def play(roads: ReplicaRouter, cast: ReplicaPlayerCounts) -> None:
+async def play(router: ReplicaRouter, counts: ReplicaPlayerCounts) -> None:
     """Let all players play until it is time to stop."""
-    table, prefix = roads.table, roads.table.prefix
+    table, prefix = router.table, router.table.prefix
     async with asyncio.TaskGroup() as players:
-        for i in range(cast.alone + cast.rivals):
-            alone, rows = i < cast.alone, table.chance.choice([1, 1, 2, 3])
+        for i in range(counts.alone + counts.rivals):
+            alone, rows = i < counts.alone, table.chance.choice([1, 1, 2, 3])
             states = table.draw_states(rows) if alone and table.chance.random() < 0.3 else None
             for _ in range(1 if alone else 2):
-                player = Player(roads)
-                players.create_task(player.play(f"{prefix}.rover.{i}", rows, states, alone=alone))
-        for i in range(cast.bands):
-            players.create_task(GroupPlayer(roads).play(f"{prefix}.roverband.{i}", cast.band_size))
-        for _ in range(cast.hunters):
-            players.create_task(StaleReader(roads).play())
+                player = Player(router)
+                players.create_task(player.play(f"{prefix}.session.{i}", rows, states, alone=alone))
+        for i in range(counts.groups):
+            players.create_task(GroupPlayer(router).play(f"{prefix}.group.{i}", counts.group_size))
+        for _ in range(counts.stale_readers):
+            players.create_task(StaleReader(router).play())
 
 
-async def audit(roads: ReplicaRouter, sessions: dict[str, int]) -> None:
+async def audit(router: ReplicaRouter, sessions: dict[str, int]) -> None:
     """Read every session that must be there, at every replica."""
     async with asyncio.TaskGroup() as auditors:
         for name, rows in sessions.items():
-            for replica in roads.replicas:
-                auditors.create_task(roads.read(LastSeen(name, rows), replica))
+            for replica in router.replicas:
+                auditors.create_task(router.read(LastSeen(name, rows), replica))
 
 
 async def run(arguments: argparse.Namespace) -> None:
     """Play until standard input ends, then read everything."""
     table = begin(arguments, random.Random(arguments.seed))
     replicas = [Replica(address) for address in arguments.address.split(",")]
-    roads = ReplicaRouter(table, replicas)
-    await play(roads, counts_of(ReplicaPlayerCounts, arguments))
+    router = ReplicaRouter(table, replicas)
+    await play(router, counts_of(ReplicaPlayerCounts, arguments))
     await table.stop.wait()  # all players may have broken off
-    await audit(roads, history.live(history.load([arguments.history])))
+    await audit(router, history.live(history.load([arguments.history])))
     table.log.close()
     for replica in replicas:
         await replica.close()
