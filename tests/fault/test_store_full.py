@@ -10,7 +10,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import decode_header
 from support.stores.records import Record
+from support.stores.small_disk import small_disk
 
 MIB = 2**20
 DISK_BYTES = 8 * MIB
@@ -35,8 +35,6 @@ REASON = re.compile(
     r"|new sessions must leave \d+ bytes free for closing sessions; the disk of .*/data/sessions has \d+ bytes free"
 )
 DiskOrLmdb = LmdbStore | DiskStore
-#: Mounts a small file system over a folder, in name spaces of its own, and runs the rest of the command there.
-MOUNTED = 'mount -t tmpfs -o size=8m none "$1" && shift && exec "$@"'
 
 
 def record(session_id: str, revision: int, row_bytes: int = 5000) -> bytes:
@@ -67,11 +65,8 @@ def test_a_limit_on_files(tmp_path: Path, kind: str, durability: str, what: str)
 @pytest.mark.parametrize("durability", ["sync", "async"])
 @pytest.mark.parametrize("kind", ["lmdb", "segments"])
 def test_a_small_disk(tmp_path: Path, kind: str, durability: str, what: str) -> None:
-    prefix = ["unshare", "--mount"] if os.getuid() == 0 else ["unshare", "--mount", "--map-root-user"]
-    probe = [*prefix, "sh", "-c", MOUNTED, "sh", os.fspath(tmp_path), "true"]
-    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
-        pytest.skip("no mount is allowed here; test_a_limit_on_files fills the disk in the other way")
-    _run([*probe[:-1], sys.executable, __file__, what, "disk", kind, durability, os.fspath(tmp_path)])
+    prefix = small_disk(tmp_path, "size=8m")
+    _run([*prefix, sys.executable, __file__, what, "disk", kind, durability, os.fspath(tmp_path)])
 
 
 def _run(command: list[str]) -> None:
