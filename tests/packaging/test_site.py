@@ -70,9 +70,9 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(root: Path, tmp_path: 
 
 def test_what_is_broken_fails_the_build(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for name in ("docs", "client", "scripts"):
+    for name in ("docs", "client", "scripts", "proto"):
         shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", *PAGES):
+    for name in ("pyproject.toml", "buf.yaml", *PAGES):
         shutil.copy(root / name, source / name)
     planted = source / "docs" / "guides" / "planted.md"
     planted.write_text("# Planted\n\n[page](gone.md) [anchor](steps.md#gone) [file](../../gone.py)\n")
