@@ -1,4 +1,4 @@
-"""Where a server listens."""
+"""The addresses that a server listens on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class UnixAddress(NamedTuple):
 
 
 def bind_problem(address: Address) -> str | None:
-    """Why nothing can listen on an address, in better words than gRPC's; None: something can."""
+    """Return why an address cannot be listened on, in clearer words than gRPC; None: it can."""
     try:
         candidates = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     except OSError as error:
         return error.strerror
     problems = [problem for family, _, _, _, where in candidates if (problem := _bound(family, where))]
-    # A name may also stand for an address that this machine lacks, say IPv6's: the others will do.
+    # A name may also resolve to an address that this machine lacks, such as an IPv6 one: the others are enough.
     for problem in problems:
         if problem.errno == errno.EADDRINUSE or len(problems) == len(candidates):
             return problem.strerror
@@ -43,7 +43,7 @@ def bind_problem(address: Address) -> str | None:
 
 def _bound(family: int, where: tuple[Any, ...]) -> OSError | None:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the servers will do it: connections of a predecessor that are closing do not count.
+        # As the servers do: closing connections of a predecessor are no problem.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(where)

@@ -1,4 +1,4 @@
-"""A call in the next turn of the event loop, however often it was asked for."""
+"""A callback in the next iteration of the event loop, however often it is requested."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Alarm:
-    """A call that is due in the next turn of the event loop, however often it is asked for before. Lives there."""
+    """Calls a listener once in the next iteration of the event loop. Used on the event loop."""
 
     def __init__(self, listener: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -15,7 +15,7 @@ class Alarm:
         self._is_due = False
 
     def ring(self) -> None:
-        """Have the listener called once."""
+        """Schedule the call, unless it is scheduled already."""
         if not self._is_due:
             self._is_due = True
             self._loop.call_soon(self._call)

@@ -480,7 +480,7 @@ async def _say_ready(
         open_files=open_files,
     )
     # The event loop and the threads of the store and of long passes take turns with Python's lock. At the default of
-    # 5 ms a commit that the disk has kept for long would wait to be told.
+    # 5 ms a commit that the disk has kept for long would wait for confirmation.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     # What is there now stays: the garbage collector need not look at it again and again.
     gc.collect()

@@ -1,4 +1,4 @@
-"""Where time comes from, so that tests can turn it."""
+"""The source of time, which tests can replace."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Two clocks: one for intervals, one for people."""
+    """A clock for intervals, and one for timestamps."""
 
     def monotonic(self) -> float:
-        """Seconds that never jump; for intervals and deadlines."""
+        """Return seconds that never jump, for intervals and deadlines."""
 
     def now(self) -> float:
-        """Seconds since the epoch; for timestamps that people read."""
+        """Return seconds since the epoch, for timestamps."""
 
 
 class SystemClock:

@@ -45,10 +45,10 @@ def require_closed(settings: Settings, *, front_problem: str) -> None:
 
 
 def beyond_loopback(address: Address | UnixAddress) -> list[str]:
-    """The addresses of a host that others than this machine can reach.
+    """Return the addresses of a host that other machines can reach.
 
-    A name may stand for several; one beyond loopback is enough to be reached. One that is none of this machine's cannot
-    be listened on, and counts all the same: whose it is may change.
+    A name may resolve to several; one beyond loopback is enough. Addresses that are not this machine's cannot be
+    listened on, but count as well, as that may change.
     """
     if isinstance(address, UnixAddress):
         return []
@@ -57,7 +57,7 @@ def beyond_loopback(address: Address | UnixAddress) -> list[str]:
 
 
 def _named(address: Address | UnixAddress, others: list[str]) -> str:
-    """An address for people, with what a name stands for."""
+    """Format an address, with what a name resolves to."""
     hosts = "" if isinstance(address, Address) and others == [address.host] else f" ({', '.join(others)})"
     return f"{address}{hosts}"
 

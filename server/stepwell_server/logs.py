@@ -1,11 +1,10 @@
 """Logs: one line per event on stderr, as ``key=value`` text or as JSON.
 
-A module gets its `Log` once and names what happened, with the facts as fields:
+A module creates its `Log` once and logs events with fields:
 
-    _log = Log("rpc")
-    _log.info("session opened", model="forecast", session="user-42")
+    _log = Log("rpc") _log.info("session opened", model="forecast", session="user-42")
 
-Records of other libraries come out through the same handler, without fields.
+Records of other libraries go through the same handler, without fields.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Log:
     """Writes events with fields to the logger ``stepwell_server.<name>``. Thread-safe."""
 
     is_debug: ClassVar[bool] = False
-    """Whether debug events are written, as `configure` said; ask before gathering costly fields."""
+    """Whether debug events are written; check it before computing expensive fields."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(f"{_ROOT}.{name}")
@@ -43,11 +42,11 @@ class Log:
         self._write(logging.INFO, event, fields)
 
     def warning(self, event: str, **fields: object) -> None:
-        """Write an event that someone should look at some day."""
+        """Write an event that should be looked at eventually."""
         self._write(logging.WARNING, event, fields)
 
     def error(self, event: str, **fields: object) -> None:
-        """Write an event that someone must look at now."""
+        """Write an event that must be looked at now."""
         self._write(logging.ERROR, event, fields)
 
     def defect(self, event: str, error: BaseException, **fields: object) -> None:
@@ -55,10 +54,10 @@ class Log:
         self._logger.error(event, exc_info=error, extra={"fields": fields})
 
     def internal(self, event: str, error: BaseException, **fields: object) -> ServerError:
-        """Write a defect, and return the opaque error that stands for it: its id is in the line.
+        """Write a defect, and return an opaque error for the client with the same id.
 
-        To run out of memory is no defect but too much at once, and is said so. The error lets go of its frames: the
-        line has what they say.
+        Running out of memory is not a defect but overload, and is reported as such. The error's frames are
+        released, as the log has the traceback.
         """
         if isinstance(error, MemoryError):
             self.warning("out of memory", at=event, **fields)

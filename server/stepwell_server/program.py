@@ -1,12 +1,12 @@
-"""The compiled artefact: a model made ready to step.
+"""The compiled form of a model.
 
-A program is one time step of a model as a pure function ``(inputs, state) -> (outputs, state)``, with
-its specs and fingerprint, how it was proven, and where it comes from. This module knows neither Keras nor
-any executor, nor how a program is stored (`program_file`).
+A program is one time step of a model as a pure function ``(inputs, state) -> (outputs, state)``, with its specs,
+fingerprint, proof and provenance. This module does not depend on Keras, an executor, or the file format
+(`program_file`).
 
-Tensors are found by fixed signature keys, never by order or by their Keras names (a name may hold
-characters that a signature does not allow): input i is ``in_<i>``, state i ``state_<i>``, output i
-``out_<i>``, the state after the step ``next_<i>``. The first dimension of each is the rows.
+Tensors are identified by fixed signature keys, not by order or by their Keras names (which may contain characters
+that a signature does not allow): input i is ``in_<i>``, state i ``state_<i>``, output i ``out_<i>``, and the state
+after the step ``next_<i>``. The first dimension of each is the rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 #: The file of a program that LiteRT runs, and the folder of one that TensorFlow runs.
 FLATBUFFER = "program.tflite"
 SAVED_MODEL = "saved_model/"
-#: So many digits of a fingerprint are shown to people.
+#: The number of digits of a fingerprint shown to people.
 FINGERPRINT_DIGITS = 12
 
 ExecutorKind = Literal["litert", "tensorflow"]
@@ -64,9 +64,9 @@ class StateSpec:
 
 
 def dtype_of(name: str) -> np.dtype[np.generic]:
-    """NumPy's type of a name."""
+    """Return the NumPy type of a name."""
     if name == "bfloat16":
-        # NumPy does not know it, and almost no model has it.
+        # NumPy lacks it, and few models use it.
         import ml_dtypes
 
         bfloat16: np.dtype[np.generic] = np.dtype(ml_dtypes.bfloat16)
@@ -76,24 +76,24 @@ def dtype_of(name: str) -> np.dtype[np.generic]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProofOptions:
-    """What the user says about the proof of one model."""
+    """The user's options for the proof of one model."""
 
     steps: int | None = None
-    """Time steps over which it is compared with Keras; None: enough for what its layers reach."""
+    """The number of time steps for the comparison with Keras; None: enough for the reach of its layers."""
     trust: bool = False
-    """Serve it also where its graph does not prove that it may be stepped."""
+    """Serve it even if its graph does not prove that it can be stepped."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proof:
-    """How it is known that stepping a model gives what one call of it over the sequence gives."""
+    """The evidence that stepping a model gives the same results as one call over the whole sequence."""
 
     steps: int
-    """Length of the sequences over which it was compared with Keras."""
+    """The length of the sequences in the comparison with Keras."""
     unproven: str = ""
-    """What the graph does not prove, as a clause; empty: it follows from the graph, for every length."""
+    """What the graph does not prove, as a clause; empty: it is proven from the graph for every length."""
     compared: float = 1.0
-    """Share of the rows and time steps of those sequences that rounding alone does not make meaningless."""
+    """The share of the compared rows and time steps that rounding errors do not make meaningless."""
 
     def __str__(self) -> str:
         samples = f"compared with Keras over {self.steps} time steps"
@@ -108,16 +108,16 @@ class Proof:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Known inputs and outputs: whoever runs the program elsewhere can see that it does the same there."""
+    """Known inputs and outputs, to check on another machine that the program behaves the same."""
 
     inputs: tuple[Array, ...]
     """Rows of one time step for each input, ``(rows, *spec.shape)``."""
     outputs: tuple[Array, ...]
-    """What `engine.executors.trial` gets of them for each output, where the program was compiled."""
+    """The outputs that `engine.executors.trial` got on the machine that compiled the program."""
     tolerance: float
-    """By how much they may differ on another processor, as a share of an output's largest value."""
+    """The allowed difference on another processor, as a share of an output's largest value."""
     sizes: tuple[int, ...]
-    """Batch sizes of which it was found out whether they give the same bits."""
+    """Batch sizes that were tested for giving the same bits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,49 +126,49 @@ class Layer:
 
     name: str
     kind: str
-    """Its class."""
+    """The name of its class."""
     output: str
-    """Shapes of what it returns, as Keras prints them; empty: not known."""
+    """The shapes of its outputs, as printed by Keras; empty: unknown."""
     parameters: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a program comes from, for people: nothing depends on it."""
+    """Where a program comes from. Informational: nothing depends on it."""
 
     source: str
-    """Name of the Keras model's file, without its folder."""
+    """The name of the Keras file, without its folder."""
     source_sha256: str
     compiled_time: int
     """When it was compiled, in seconds since 1970 (UTC)."""
     versions: Mapping[str, str]
-    """Versions of what compiled it, by distribution: stepwell, tensorflow, keras, ai-edge-litert."""
+    """The versions of the packages that compiled it: stepwell, tensorflow, keras, ai-edge-litert."""
     processor: str
-    """The kind of processor on which its bits were compared first, such as x86_64."""
+    """The processor architecture on which it was compiled, such as x86_64."""
     parameters: int
-    """Numbers in the model's weights."""
+    """The number of weights."""
     layers: tuple[Layer, ...]
-    """In the model's order, those of nested models after them."""
+    """In the model's order, each nested model followed by its layers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a model is apart from its weights and from the names that Keras made up (`architecture`)."""
+    """A model without its weights and without the names that Keras generated (`architecture`)."""
 
     structure: str
-    """Digest of it. Two programs with the same one have the same inputs, outputs and states, in the same order, whatever
-    these are called: a state of one is a state of the other."""
+    """Its digest. Programs with equal digests have the same inputs, outputs and states in the same order, whatever their
+    names: a state of one is valid for the other."""
     config: str = dataclasses.field(default="", repr=False)
-    """Its configuration in canonical form, as JSON, to say how two of them differ; empty: it is too large."""
+    """Its canonical configuration as JSON, for describing differences; empty: too large."""
     names: tuple[str, ...] = ()
-    """The names that Keras made up, by their numbers in ``config``."""
+    """The names that Keras generated, by their numbers in ``config``."""
     ambiguous: tuple[tuple[str, ...], ...] = ()
-    """Groups of layers that carry states, and that only their names tell apart: they are never renamed."""
+    """Groups of layers with states that differ only in their names: they are never renamed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Names:
-    """What the tensors of a program are called, each in its order."""
+    """The names of a program's tensors, each in order."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -177,49 +177,49 @@ class Names:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model made ready to step. Immutable; safe to share between threads."""
+    """A compiled model. Immutable; safe to share between threads."""
 
     fingerprint: str
-    """Hash of architecture and weights. States of another fingerprint are never run."""
+    """The hash of architecture and weights. States with another fingerprint are never run."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     state: tuple[StateSpec, ...]
-    """In the model's order: the order in which a list of states is read."""
+    """In the model's order, which is the order of a list of states."""
     initial: tuple[Array, ...]
-    """Initial value of one row for each state, of its spec's shape and dtype."""
+    """The initial value of one row for each state."""
     executor: ExecutorKind
     executor_reason: str
-    """Why this executor, as a sentence for people."""
+    """Why this executor was chosen, as a sentence."""
     batch_sizes: tuple[int, ...]
-    """Batch sizes that give the same bits for a row; empty means every one does."""
+    """Batch sizes that give the same bits for a row; empty: all do."""
     files: Mapping[str, bytes] = dataclasses.field(repr=False)
-    """What its executor loads, by name: `FLATBUFFER`, or what is in the folder `SAVED_MODEL`."""
+    """The files that its executor loads, by name: `FLATBUFFER`, or the contents of the folder `SAVED_MODEL`."""
     proof: Proof = Proof(steps=0, unproven="nothing is known of a proof")
-    """How it is known that stepping it gives what Keras's call of the model gives."""
+    """The evidence that stepping it gives the same results as Keras."""
     trial: Trial | None = dataclasses.field(default=None, repr=False)
-    """With what it is tried on the processor that is to run it; None: it cannot be."""
+    """The test for the processor that is to run it; None: there is none."""
     provenance: Provenance | None = None
-    """Where it comes from; None: nothing is known of that."""
+    """Where it comes from; None: unknown."""
     architecture: Architecture | None = None
-    """What it is apart from weights and made-up names; None: it is compared by its names alone."""
+    """The model without weights and generated names; None: programs are compared by names only."""
     file_names: Names | None = None
-    """What its tensors are called in its file, if it is served with other names (`called`)."""
+    """The names of its tensors in its file, if they differ from the served names (`called`)."""
 
     @property
     def structure(self) -> str:
-        """`Architecture.structure`; empty: not known."""
+        """`Architecture.structure`; empty: unknown."""
         return "" if self.architecture is None else self.architecture.structure
 
     @property
     def names(self) -> Names:
-        """What its tensors are called."""
+        """The names of its tensors."""
         inputs, outputs, state = (
             [spec.name for spec in specs] for specs in (self.inputs, self.outputs, self.state)
         )
         return Names(tuple(inputs), tuple(outputs), tuple(state))
 
     def called(self, names: Names) -> Program:
-        """The same program with other names of its tensors, as many of each. What runs it finds them by their place."""
+        """Return the same program with other names of its tensors. Executors identify them by position."""
         if names == self.names:
             return self
         return dataclasses.replace(
@@ -232,13 +232,13 @@ class Program:
 
     @functools.cached_property
     def output_bytes(self) -> tuple[int, int]:
-        """What a row of outputs takes: bytes for each time step, of the temporal ones, and once, of the others."""
+        """The size of a row of outputs in bytes: per time step (temporal outputs), and once (the others)."""
         temporal = sum(spec.row_bytes for spec in self.outputs if spec.temporal)
         return temporal, sum(spec.row_bytes for spec in self.outputs) - temporal
 
     @property
     def state_row_bytes(self) -> int:
-        """Size in bytes of the whole state of one row."""
+        """The size of the state of one row in bytes."""
         return sum(spec.row_bytes for spec in self.state)
 
 

@@ -47,18 +47,18 @@ VERSION = 2
 MANIFEST = "stepwell.json"
 SUFFIX = ".stepwell"
 MAX_BYTES = 2 * 1024**3
-"""Size of all that is in a file, where nothing else is said."""
+"""The default limit of the size of all members of a file."""
 _MAX_MANIFEST_BYTES = 16 * 1024**2
 _MAX_SIZES = 1024
-"""Of batch sizes: rows of the largest are run when the program is tried."""
+"""The maximum batch size: as many rows are run when the program is tried."""
 _LAST_TIME = 253_402_300_799
-"""The end of the year 9999, after which nobody can print a date."""
+"""The end of the year 9999, the last date that can be formatted."""
 _INITIAL, _TRIAL = "initial/", "trial/"
 _UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
 class ProgramFileError(ValueError):
-    """The file cannot be used. The message is one clause for people, without the file's name."""
+    """The file cannot be used. The message is a clause without the file's name."""
 
 
 class _Part(NamedTuple):
@@ -69,12 +69,12 @@ class _Part(NamedTuple):
 
 
 def save(program: Program, path: Path, *, is_kept: bool = True) -> None:
-    """Write ``program`` to ``path``, whole or not at all.
+    """Write ``program`` to ``path`` atomically.
 
     Args:
         program: the program.
-        path: the file, which is replaced if it is there.
-        is_kept: wait until the disk has it. Not needed for what is read soon, and by nobody later.
+        path: the file, which is replaced if it exists.
+        is_kept: sync the file to disk. Not needed for a file that is only used briefly.
 
     Raises:
         OSError: it cannot be written.
@@ -92,16 +92,16 @@ def save(program: Program, path: Path, *, is_kept: bool = True) -> None:
 
 
 def load(path: Path, max_bytes: int = MAX_BYTES, *, is_own: bool = False) -> Program:
-    """Read the program in ``path``, and check all of it against its manifest.
+    """Read the program in ``path``, and check everything against its manifest.
 
     Args:
         path: the file.
-        max_bytes: what it may hold.
-        is_own: it was written by this machine's compiler. Only such a one may be for TensorFlow, whose
-            graphs can read and write files.
+        max_bytes: the maximum size of its contents.
+        is_own: it was written by this machine's compiler. Only then may it be for TensorFlow, whose graphs can read and
+            write files.
 
     Raises:
-        ProgramFileError: it is no such file, or damaged, too large, of another version, or for TensorFlow.
+        ProgramFileError: it is not such a file, or corrupt, too large, of another version, or for TensorFlow.
         OSError: it cannot be read.
     """
     with _opened(path) as archive:
@@ -110,7 +110,7 @@ def load(path: Path, max_bytes: int = MAX_BYTES, *, is_own: bool = False) -> Pro
         try:
             program = _program(manifest, members, max_bytes)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError) as error:
-            raise ProgramFileError(f"damaged {SUFFIX} file: {MANIFEST}: {_clause(error)}") from error
+            raise ProgramFileError(f"corrupt {SUFFIX} file: {MANIFEST}: {_clause(error)}") from error
     if program.executor == "tensorflow" and not is_own:
         raise ProgramFileError(
             f"holds a graph for TensorFlow, and a {SUFFIX} file must be one for LiteRT: serve the .keras file itself"
@@ -148,7 +148,7 @@ def _write(program: Program, file: Any) -> None:
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """A member that says nothing of when and where it was made."""
+    """Return a member without information about when and where it was made."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.create_system = 3
     entry.external_attr = 0o644 << 16
@@ -183,7 +183,7 @@ def _document(program: Program) -> dict[str, Any]:
 
 def _arrays(program: Program) -> Iterator[tuple[str, Array]]:
     for i, value in enumerate(program.initial):
-        if np.any(value):  # What is not there is zero.
+        if np.any(value):  # missing arrays are zero
             yield f"{_INITIAL}state_{i}", value
     if program.trial is not None:
         yield from ((f"{_TRIAL}in_{i}", value) for i, value in enumerate(program.trial.inputs))
@@ -204,7 +204,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         archive = archive_rules.open_archive(path)
     except archive_rules.ArchiveError as error:
-        raise ProgramFileError(f"damaged {SUFFIX} file: {error}") from error
+        raise ProgramFileError(f"corrupt {SUFFIX} file: {error}") from error
     except _UNREADABLE as error:
         raise ProgramFileError(
             f"not a {SUFFIX} file, or a truncated one; make it with: stepwell compile MODEL.keras -o {path.name}"
@@ -217,8 +217,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         except (*_UNREADABLE, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
-            # EINVAL: the archive's directory points to a place before the file's begin.
-            raise ProgramFileError(f"damaged {SUFFIX} file: {_clause(error)}") from error
+                # EINVAL: the archive's directory points before the start of the file.
+            raise ProgramFileError(f"corrupt {SUFFIX} file: {_clause(error)}") from error
 
 
 def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -234,57 +234,57 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     entry = archive.getinfo(MANIFEST)
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MAX_MANIFEST_BYTES:
         raise ProgramFileError(
-            f"damaged {SUFFIX} file: {MANIFEST} must be stored as it is, in at most {_MAX_MANIFEST_BYTES} bytes"
+            f"corrupt {SUFFIX} file: {MANIFEST} must be stored as it is, in at most {_MAX_MANIFEST_BYTES} bytes"
         )
     try:
         manifest = json.loads(archive.read(entry))
     except (ValueError, RecursionError) as error:
-        raise ProgramFileError(f"damaged {SUFFIX} file: {MANIFEST} is not JSON") from error
+        raise ProgramFileError(f"corrupt {SUFFIX} file: {MANIFEST} is not JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ProgramFileError(f"not a {SUFFIX} file: {MANIFEST} does not say that its format is {FORMAT!r}")
     version = manifest.get("version")
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
-        way_on = (
+        advice = (
             "use a newer Stepwell, or compile the model with this one" if newer else "compile the model anew"
         )
         raise ProgramFileError(
-            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION}: {way_on}"
+            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION}: {advice}"
         )
     return manifest
 
 
 def _members(archive: zipfile.ZipFile, manifest: Mapping[str, Any], max_bytes: int) -> dict[str, bytes]:
-    """Read all members but the manifest, and check that they are what it says and no more than allowed."""
+    """Read all members except the manifest, and check their names, digests and total size."""
     entries = archive.infolist()
     size = sum(entry.file_size for entry in entries)
     if size > max_bytes:
         raise ProgramFileError(
             f"what it holds must be at most {max_bytes} bytes (--max-model-bytes); it is {size} bytes"
         )
-    told = manifest.get("members")
-    told = told if isinstance(told, dict) else {}
+    listed = manifest.get("members")
+    listed = listed if isinstance(listed, dict) else {}
     names = [entry.filename for entry in entries]
-    are_told = sorted(names) == sorted([MANIFEST, *told])
-    if not are_told or not all(map(_is_known, names)):
-        raise ProgramFileError(f"damaged {SUFFIX} file: its members are not those that {MANIFEST} names")
+    are_listed = sorted(names) == sorted([MANIFEST, *listed])
+    if not are_listed or not all(map(_is_known, names)):
+        raise ProgramFileError(f"corrupt {SUFFIX} file: its members are not those that {MANIFEST} names")
     found: dict[str, bytes] = {}
     for entry in entries:
         name = entry.filename
         if name == MANIFEST:
             continue
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ProgramFileError(f"damaged {SUFFIX} file: {name} must be stored as it is")
+            raise ProgramFileError(f"corrupt {SUFFIX} file: {name} must be stored as it is")
         content = archive.read(entry)
-        expected = told[name]
+        expected = listed[name]
         if not isinstance(expected, dict) or hashlib.sha256(content).hexdigest() != expected.get("sha256"):
-            raise ProgramFileError(f"damaged {SUFFIX} file: {name} does not match its digest")
+            raise ProgramFileError(f"corrupt {SUFFIX} file: {name} does not match its digest")
         found[name] = content
     return found
 
 
 def _is_known(name: str) -> bool:
-    """Whether a member has a name that a program's may have: none that leads out of a folder."""
+    """Whether the name of a member is valid in a program and does not lead out of the folder."""
     known = name in {MANIFEST, FLATBUFFER} or name.startswith((SAVED_MODEL, _INITIAL, _TRIAL))
     return known and not {"", ".", ".."} & set(name.split("/"))
 

@@ -1,4 +1,4 @@
-"""The files that settings name, as a server reads them before it starts anything. `stepwell doctor` reads the same."""
+"""Reads the files that the settings name, before a server starts anything, and for `stepwell doctor`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepwell_server.settings import Settings
 
 
 def readers(settings: Settings, clock: Clock) -> dict[str, Callable[[], Any]]:
-    """What reads the files, by what they contain. Each returns None if the settings name no such file.
+    """Return functions that read the files, by their content. Each returns None if the settings name no such file.
 
     `certificates` is a `CertificateFiles`, `quotas` a `QuotaFile`, `migrations` functions by name (modules are imported),
     `callers` a `Callers`, `metrics_token` a `MetricsToken`. Each raises a `StartError`, whose message is one line and

@@ -1,4 +1,4 @@
-"""Looks after the store while the server runs, and reports its health to probes, log and metrics."""
+"""Checks the store while the server runs, and reports its health to probes, log and metrics."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 
 _log = Log("app")
 CHECK_S = 2.0
-"""Time between two looks."""
+"""The time between checks, in seconds."""
 _WARNINGS = {
     "disk": ("the disk of the store is nearly full", "the disk of the store has room again"),
     "store": ("the store is not as it should be", "the store is as it should be again"),
 }
-"""What is said when a warning begins, and when it is over."""
+"""The events logged when a warning begins and when it ends."""
 
 
 class StoreMonitor:
-    """Looks after the store. Lives on the event loop."""
+    """Checks the store. Used on the event loop."""
 
     def __init__(self, store: Store, readiness: Readiness) -> None:
         self._store = store
         self._readiness = readiness
         self.health = StoreHealth()
-        """The last check's result."""
+        """The result of the last check."""
 
     async def run(self) -> None:
-        """Check the store from time to time; return when it is gone."""
+        """Check the store periodically; return when it is gone."""
         while True:
             await asyncio.sleep(CHECK_S)
             try:
@@ -47,7 +47,7 @@ class StoreMonitor:
             self.report(health)
 
     def report(self, health: StoreHealth) -> None:
-        """Report the store's health to probes; a line is logged when it changes."""
+        """Report the store's health to probes, and log changes."""
         self.health = health
         before = self._readiness.report
         is_ready = not health.problem

@@ -1,4 +1,4 @@
-"""Opens the store that the settings ask for, or says why the server cannot start."""
+"""Opens the store given in the settings, or reports why the server cannot start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _log = Log("app")
 WAIT_S = 30.0
-"""For so long a shared store may be away when the server starts."""
+"""How long the start waits for a shared store that does not answer, in seconds."""
 _PAUSE_S = 0.5
 _Found = TypeVar("_Found")
 
@@ -27,7 +27,7 @@ class Abandoned(Exception):
 
 
 def open_own(settings: Settings, clock: Clock, observer: WriteObserver) -> Store | None:
-    """The store that is this server's alone, whose writes to the disk `observer` gets; None if others use it too.
+    """Open a store that only this server uses; `observer` is notified of its writes to the disk. None if it is shared.
 
     Raises:
         StartError: it cannot be opened.
@@ -57,7 +57,7 @@ def open_own(settings: Settings, clock: Clock, observer: WriteObserver) -> Store
 
 
 async def open_shared(settings: Settings, clock: Clock, stop: asyncio.Event) -> Store:
-    """The store that others use too; one that does not answer is waited for.
+    """Open a shared store, waiting for it if it does not answer.
 
     Raises:
         StartError: it cannot be used, or did not answer in time.
@@ -82,15 +82,15 @@ async def open_shared(settings: Settings, clock: Clock, stop: asyncio.Event) -> 
 async def once_it_answers(
     ask: Callable[[], Coroutine[Any, Any, _Found]], settings: Settings, clock: Clock, stop: asyncio.Event
 ) -> _Found:
-    """What the store is asked at the start; a shared one that does not answer is asked again for a while.
+    """Call the store at the start; calls of a shared store that does not answer are retried for a while.
 
     Raises:
         StartError: it did not answer in time.
         Abandoned: `stop` was set.
-        Exception: whatever else `ask` raises.
+        Exception: any other error of `ask`.
     """
     end = clock.monotonic() + (0.0 if settings.shared_store is None else WAIT_S)
-    is_told = False
+    is_logged = False
     while True:
         try:
             return await unless_stopped(ask(), stop)
@@ -99,15 +99,15 @@ async def once_it_answers(
                 raise StartError(f"--data-dir: {error.message}") from error
             if clock.monotonic() >= end:
                 raise StartError(f"--store: {error.message}; it was waited for {WAIT_S:g} s") from error
-            if not is_told:
+            if not is_logged:
                 where = str(settings.shared_store)
                 _log.warning("the store does not answer yet", store=where, reason=error.message)
-                is_told = True
+                is_logged = True
         await unless_stopped(asyncio.sleep(_PAUSE_S), stop)
 
 
 async def unless_stopped(work: Coroutine[Any, Any, _Found], stop: asyncio.Event) -> _Found:
-    """Return what some work of the start returns; it is cancelled when `stop` is set.
+    """Await some work of the start, and cancel it when `stop` is set.
 
     Raises:
         Abandoned: `stop` was set.

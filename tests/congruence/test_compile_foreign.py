@@ -214,7 +214,7 @@ def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None
 
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.Dense(2, activation=lambda y: y)(x)).save(tmp_path / "model.keras")
-    assert "refused by Keras's safe mode: it holds a Lambda layer, a lambda" in refusal_of(
+    assert "refused by Keras's safe mode: it contains a Lambda layer, a lambda" in refusal_of(
         tmp_path / "model.keras"
     )
 

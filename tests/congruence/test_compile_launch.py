@@ -151,13 +151,13 @@ stepwell_server.compile.keras_file.archive.fingerprint = broken
         ),
         (
             "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-            r"was killed from outside in stage load \(SIGKILL\), as the system does when memory runs out",
+            r"was killed in stage load \(SIGKILL\), as the system does when memory runs out",
         ),
         ("import os\nos._exit(0)", r"ended without an answer in stage load \(exit code 0\)\. Does a module"),
         ("import os\nos._exit(7)", r"ended without an answer in stage load \(exit code 7\)\. Does a module"),
         (
             "import sys\nsys.exit('bye')",
-            r"code that --import has loaded failed on this model \(SystemExit: bye\) at .*ending\.py:4$",
+            r"code loaded by --import failed on this model \(SystemExit: bye\) at .*ending\.py:4$",
         ),
         (
             BREAK_THE_COMPILER,
@@ -168,9 +168,9 @@ stepwell_server.compile.keras_file.archive.fingerprint = broken
         ),
         (
             FAIL_IN_A_MODULE,
-            r"code that --import has loaded failed on this model \(LookupError: first line\) at .*ending\.py:7$",
+            r"code loaded by --import failed on this model \(LookupError: first line\) at .*ending\.py:7$",
         ),
-        (FAIL_IN_A_MODULE.replace("Lookup", "Memory"), r"memory ran out while it was compiled"),
+        (FAIL_IN_A_MODULE.replace("Lookup", "Memory"), r"the compiling process ran out of memory"),
     ],
     ids=["abort", "kill", "exit 0", "exit 7", "sys.exit", "defect", "module", "memory"],
 )

@@ -90,7 +90,9 @@ def test_a_size_that_is_too_small_is_found(lstm: Path, tmp_path: Path) -> None:
     lying_size(file, "assets/zeros", 1000)
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None  # zipfile itself is content
-    with pytest.raises(ModelError, match=r"corrupt \.keras file: assets/zeros is not of the size it says"):
+    with pytest.raises(
+        ModelError, match=r"corrupt \.keras file: assets/zeros does not have its declared size"
+    ):
         check_sizes(file, MIB)
 
 
@@ -112,7 +114,7 @@ def test_arrays_are_judged_by_what_they_unpack_to(
 
 
 def test_weights_in_another_file_are_refused(lstm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"must hold its weights itself; 'external' is in another file"):
+    with pytest.raises(ModelError, match=r"must contain its weights itself; 'external' is in another file"):
         check_sizes(with_weights(lstm, tmp_path, "external"), MIB)
 
 

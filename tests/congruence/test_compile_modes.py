@@ -94,7 +94,7 @@ def test_training_that_is_written_into_a_model_is_refused(kind: str, tmp_path: P
     said = _refused(_always(kind), tmp_path)
     assert "model(x) is not what predict() computes" in said
     assert "the layer 'on' (" in said
-    assert "is called with training=True: build the model without that" in said
+    assert "is called with training=True: build the model without it" in said
 
 
 def test_training_that_changes_nothing_is_served(tmp_path: Path) -> None:

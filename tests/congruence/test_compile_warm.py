@@ -204,7 +204,7 @@ def test_what_is_killed_in_the_middle_is_told_and_the_next_one_is_compiled(
         folder = home_of(server)
         os.kill(worker if who == "worker" else server, signal.SIGKILL)
         with pytest.raises(
-            ModelError, match=r"lstm_dense.keras: the compiling process was killed from outside in stage load"
+            ModelError, match=r"lstm_dense.keras: the compiling process was killed in stage load"
         ):
             compiling.result(HANG_S)
         until(lambda: not is_there(worker))
@@ -267,7 +267,7 @@ def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: 
         assert heard.wait(HANG_S)
         assert told == ["waiting"]
         gone.set()
-        with pytest.raises(ModelError, match="no caller waits for it any more"):
+        with pytest.raises(ModelError, match="no caller is waiting for it"):
             second.result(HANG_S)
         assert children(server) == [worker]  # the first one goes on
         heard.clear()
@@ -275,7 +275,7 @@ def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: 
         assert heard.wait(HANG_S)
         (waiting / "waiting.py").write_text("")
         first_gone.set()
-        with pytest.raises(ModelError, match="no caller waits for it any more"):
+        with pytest.raises(ModelError, match="no caller is waiting for it"):
             first.result(HANG_S)
         third.result(HANG_S)
         assert told == ["waiting", "waiting", *STAGES]
@@ -291,10 +291,10 @@ def test_closing_ends_what_is_under_way(lstm: Path, waiting: Path) -> None:
         folder = home_of(server)
         compiler.close()
         compiler.close()
-        with pytest.raises(ModelError, match="no caller waits for it any more"):
+        with pytest.raises(ModelError, match="no caller is waiting for it"):
             compiling.result(HANG_S)
     assert (compiler.pids, is_there(server), is_there(worker), folder.exists()) == ([], False, False, False)
-    with pytest.raises(ModelError, match="no caller waits for it any more"):
+    with pytest.raises(ModelError, match="no caller is waiting for it"):
         compiler.compile(lstm, keep=False)
 
 

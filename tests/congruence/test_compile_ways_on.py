@@ -168,7 +168,7 @@ def test_a_cast_beyond_the_range_of_its_integers(
     with pytest.raises(
         ModelError,
         match=rf"the operation 'cast\w*' \(Cast\) casts floats to {dtype}, which is undefined for numbers below {low} or "
-        rf"above {high}: Keras itself answers otherwise .* with keras\.ops\.clip\(x, {low}, {high}\) \(output ",
+        rf"above {high}: Keras itself gives other results .* with keras\.ops\.clip\(x, {low}, {high}\) \(output ",
     ):
         _compiled(built(lambda x: x), tmp_path)
     program = _compiled(built(lambda x: keras.ops.clip(x, low, high)), tmp_path)
@@ -204,7 +204,7 @@ def test_a_cell_whose_constants_nobody_passes(keras: Any) -> None:
     with pytest.raises(
         ModelError,
         match=r"the layer 'conditioned' \(Conditioned\) uses an argument of its call\(\) that is None.*Keras 3 passes no "
-        r"constants to a cell.*; give what it needs as features of each time step, or keep it in a weight",
+        r"constants to a cell.*; pass what it needs as features of each time step, or keep it in a weight",
     ):
         trace_and_probe(keras.Model(x, keras.layers.RNN(Conditioned())(x)))
 

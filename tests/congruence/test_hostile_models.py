@@ -124,11 +124,11 @@ ATTACKS: dict[str, tuple[Node, str]] = {
             "TorchModuleWrapper",
             module={"class_name": "__bytes__", "config": {"value": "gA=="}},
         ),
-        "TorchModuleWrapper loads something else",
+        "must contain only Keras's own layers that load nothing else; TorchModuleWrapper does",
     ),
     "a graph in another folder": (
         made("keras.layers", "TFSMLayer", filepath="{folder}"),
-        "TFSMLayer loads something else",
+        "must contain only Keras's own layers that load nothing else; TFSMLayer does",
     ),
     "code of JAX": (
         made("keras.layers", "JaxLayer", call_fn=LAMBDA),
@@ -275,8 +275,8 @@ def _huge_directory(file: Path) -> None:
 
 
 HARM: list[tuple[Callable[[Path], None], str]] = [
-    (_twice, "its members must have different names; 'config.json' is there twice"),
-    (_other_case, "its members must have different names; 'CONFIG.json' is there twice"),
+    (_twice, "its members must have different names; 'config.json' appears twice"),
+    (_other_case, "its members must have different names; 'CONFIG.json' appears twice"),
     (_link, "its members must be files; 'assets/link' is a link or a device"),
     (lambda file: patched(file, b"config.json", 8, "<H", 1), "must not be encrypted; 'config.json' is"),
     (_overlapping, "its members must not overlap"),
@@ -302,15 +302,15 @@ def test_an_archive_that_tools_read_differently_is_refused(
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_lead_elsewhere_are_refused(name: str, lstm: Path, tmp_path: Path) -> None:
     file = with_members(lstm, tmp_path, {name: b"x"})
-    assert "its members must have plain names, which lead nowhere else; got" in refused(file)
+    assert "its members must have plain names that do not lead outside; got" in refused(file)
 
 
 def test_an_archive_holds_what_keras_writes_and_no_other_archive(lstm: Path, tmp_path: Path) -> None:
     loaded(with_members(lstm, tmp_path, {"assets/": b"", "assets/vocabulary.txt": b"a\nb\n"}))
     file = with_members(lstm, tmp_path, {"layer.py": b"import os"})
-    assert "it must hold only what Keras writes; it holds 'layer.py'" in refused(file)
+    assert "it must contain only members that Keras writes; it contains 'layer.py'" in refused(file)
     file = with_members(lstm, tmp_path, {"assets/more": lstm.read_bytes()})
-    assert "it must hold no other archive; 'assets/more' is one" in refused(file)
+    assert "it must not contain another archive; 'assets/more' is one" in refused(file)
 
 
 # ------------------------------------------------------------------------------------------------------- its weights
@@ -348,12 +348,12 @@ def _filter(file: h5py.File, _secret: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (_external_link, "must hold its weights itself; 'layers/evil' is a link"),
-        (_soft_link, "must hold its weights itself; 'evil' is a link"),
-        (_external_storage, "must hold its weights itself; 'evil' is in another file"),
-        (_virtual, "must hold its weights itself; 'evil' is in another file"),
-        (_objects, "must hold plain numbers; 'evil' is something else"),
-        (_filter, "must hold plain numbers; 'evil' is something else"),
+        (_external_link, "must contain its weights itself; 'layers/evil' is a link"),
+        (_soft_link, "must contain its weights itself; 'evil' is a link"),
+        (_external_storage, "must contain its weights itself; 'evil' is in another file"),
+        (_virtual, "must contain its weights itself; 'evil' is in another file"),
+        (_objects, "must contain plain numbers; 'evil' is something else"),
+        (_filter, "must contain plain numbers; 'evil' is something else"),
     ],
 )
 def test_weights_that_are_elsewhere_or_no_numbers_are_refused(

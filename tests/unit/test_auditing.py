@@ -363,7 +363,7 @@ async def test_what_is_written_too_slowly_is_counted_and_told_later(tmp_path: Pa
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    log = AuditLog(pipe, most_waiting=20)
+    log = AuditLog(pipe, max_waiting=20)
     auditor = Auditor(log, "refuse")
     count = 0
     while not log.dropped:  # the pipe is full, and then the queue
@@ -391,7 +391,7 @@ async def test_what_is_written_too_slowly_is_counted_and_told_later(tmp_path: Pa
 def test_who_asks_for_a_new_file_does_not_wait_for_the_disk_of_the_old_one(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk, log = Stuck(monkeypatch), AuditLog(file, most_waiting=4)
+    disk, log = Stuck(monkeypatch), AuditLog(file, max_waiting=4)
     log.write({"number": 0})
     assert disk.is_stuck.wait(100)
     for number in range(1, 5):
@@ -446,7 +446,7 @@ def test_a_full_disk_cuts_no_line_off_and_loses_none(
             pass
         return log
 
-    log = full(most_waiting=5)
+    log = full(max_waiting=5)
     with pytest.raises(Overloaded, match="must have room"):  # nothing that is to be seen goes on meanwhile
         Auditor(log, "refuse").started("OpenSession", FakeCall())
     for number in range(2, 9):

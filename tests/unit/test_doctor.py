@@ -337,7 +337,7 @@ def test_a_clock_that_is_wrong(settings: Settings, tmp_path: Path) -> None:
 def test_folders_that_others_can_replace_are_wrong(settings: Settings, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     for name, line in zip(("data", "cache"), wrong(settings), strict=True):
-        rule = "must be where no other user can replace it"
+        rule = "must be in a place where no other user can replace it"
         assert line.startswith(f"--{name}-dir: {tmp_path}/{name} {rule}")
 
 

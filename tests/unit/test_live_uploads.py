@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.catalog.files.kept_programs import NOT_KEPT, ProgramStore
+from stepwell_server.catalog.files.program_store import NOT_KEPT, ProgramStore
 from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.errors import (

@@ -1,1 +1,1 @@
-"""What a Keras model is apart from its weights and from the names that Keras made up. Reads configurations; imports no Keras."""
+"""Compares Keras models without their weights and generated names. Reads configurations; does not import Keras."""

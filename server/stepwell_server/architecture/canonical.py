@@ -1,8 +1,8 @@
-"""The canonical form of a Keras configuration: names that Keras made up are replaced by numbers.
+"""The canonical form of a Keras configuration: names that Keras generated are replaced by numbers.
 
-Keras names a layer that the user did not name after its class (``lstm``), and counts from the second one of a process on
-(``lstm_1``). The configuration does not say which names are such. A name of this pattern counts as made up: so a user's own
-``lstm_1`` may be renamed too, but only where the graphs agree in everything else.
+Keras names an unnamed layer after its class (``lstm``), and numbers them from the second one in a process on
+(``lstm_1``). The configuration does not say which names were generated. Names of this pattern count as generated: a
+user's own ``lstm_1`` may be renamed too, but only if the graphs agree in everything else.
 
 Keras lists the layers of a graph in an order that follows from their wiring alone. So two models with the same wiring have
 the same canonical form.
@@ -29,9 +29,9 @@ _TRAINING = frozenset(
 )  # fmt: skip
 _COUNT = re.compile(r"(?:_([1-9][0-9]*))?")
 _WRAPPED = ("", "forward_", "backward_")
-"""What `Bidirectional` puts before the names of its layers."""
-_OF_CLONE = "keras_tensor"
-"""After what `clone_model` names an input that the user did not name."""
+"""The prefixes that `Bidirectional` adds to the names of its layers."""
+_CLONED_INPUT = "keras_tensor"
+"""The name that `clone_model` gives to an unnamed input."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,22 +39,22 @@ class Canonical:
     """A configuration in canonical form."""
 
     config: Any
-    """The configuration; a made-up name is ``#N``, its place in `names`."""
+    """The configuration, with generated names replaced by ``#N``, their index in `names`."""
     names: tuple[str, ...]
-    """The names that Keras made up, in the order of their first appearance."""
+    """The names that Keras generated, in order of first appearance."""
 
 
-def is_made_up(name: str, class_name: str) -> bool:
-    """Whether Keras gives this name to an object of a class that the user does not name."""
+def is_generated(name: str, class_name: str) -> bool:
+    """Whether Keras generates this name for an unnamed object of a class."""
     return count_of(name, class_name) is not None
 
 
 def count_of(name: str, class_name: str) -> int | None:
-    """Return the number at the end of a made-up name, 0 where there is none; None: the user gave the name."""
+    """Return the number at the end of a generated name, 0 if there is none; None: the user chose the name."""
     snake = _snake_case(class_name)
     stems = [prefix + snake for prefix in _WRAPPED]
     if class_name == "InputLayer":
-        stems.append(_OF_CLONE)
+        stems.append(_CLONED_INPUT)
     for stem in stems:
         if name.startswith(stem):
             found = _COUNT.fullmatch(name, len(stem))
@@ -68,14 +68,14 @@ def canonical(config: Any, *, of_training: bool = True) -> Canonical:
 
     Args:
         config: the configuration, nested at most as deep as `compile.configuration` allows.
-        of_training: keep what matters in training alone, and the model's own name.
+        of_training: keep what only matters for training, and the model's own name.
     """
     form = _Form(of_training)
     return Canonical(form.of(config, {}), tuple(form.names))
 
 
 def comparable(config: Any) -> bytes:
-    """Return what two models that differ in weights and made-up names alone have in common."""
+    """Return a text that is equal for two models that only differ in weights and generated names."""
     shapes = [each.get("build_config") for each in objects(config)]
     return json.dumps([canonical(config).config, shapes], sort_keys=True).encode()
 
@@ -93,7 +93,7 @@ def objects(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def is_named(config: Any) -> bool:
-    """Whether this is a layer, a cell, a model: an object with a name."""
+    """Whether this is a named object, such as a layer, a cell or a model."""
     return (
         isinstance(config, dict)
         and isinstance(config.get("class_name"), str)
@@ -103,13 +103,13 @@ def is_named(config: Any) -> bool:
 
 
 def kind(config: dict[str, Any]) -> str:
-    """Return what a layer is, as a text: without its own name, its wiring, and what matters in training alone."""
+    """Describe a layer as a text, without its name, its connections, and what only matters for training."""
     alone = {key: value for key, value in config.items() if key not in {"name", "inbound_nodes"}}
     return json.dumps(canonical(alone, of_training=False).config, sort_keys=True)
 
 
 def layers_of(config: Any) -> list[dict[str, Any]]:
-    """Return the layers of a model whose configuration lists them; none: the model is a class of the user's."""
+    """Return the layers that a model's configuration lists; none: the model is of the user's own class."""
     listed = config.get("config", {}).get("layers") if isinstance(config, dict) else None
     return [layer for layer in listed if is_named(layer)] if isinstance(listed, list) else []
 
@@ -120,7 +120,7 @@ def is_graph(config: Any) -> bool:
 
 
 def with_references(value: Any, renamed: Callable[[str], str]) -> Any:
-    """Return the arguments of a call, or the inputs or outputs of a graph, with other names of layers."""
+    """Return the arguments of a call, or the inputs or outputs of a graph, with layers renamed."""
     if isinstance(value, list):
         if len(value) == 3 and isinstance(value[0], str) and isinstance(value[1], int):
             return [renamed(value[0]), *value[1:]]
@@ -131,7 +131,7 @@ def with_references(value: Any, renamed: Callable[[str], str]) -> Any:
 
 
 def references(value: Any, place: str = "") -> Iterator[tuple[str, tuple[str, int, int]]]:
-    """Yield the tensors that a structure refers to (layer, call, output), and the place of each in it."""
+    """Yield the tensors that a structure refers to (layer, call, output), each with its position."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from references(item, f"{place}/{key}")
@@ -149,10 +149,10 @@ class _Form:
         self._of_training = of_training
         self._is_first = True
         self._shared: dict[Any, int] = {}
-        """Numbers of objects that are used in several places, by Keras's ids of them."""
+        """Numbers of objects that are used in several places, by their Keras ids."""
 
     def of(self, value: Any, local: dict[str, str]) -> Any:
-        """The canonical form of a value; `local` are new names of the layers of the graph that it is a layer of."""
+        """Return the canonical form of a value; `local` has the new names of layers of the graph that contains it."""
         if isinstance(value, list):
             return [self.of(item, local) for item in value]
         if not isinstance(value, dict):
@@ -167,13 +167,13 @@ class _Form:
         self._is_first = False
         if name in local:
             name = local[name]
-        elif is_made_up(name, class_name) or (is_model and not self._of_training):
+        elif is_generated(name, class_name) or (is_model and not self._of_training):
             name = self._numbered(name)
         inner: dict[str, str] = {}
         if is_graph(value):
             for layer in layers_of(value):
                 own = layer["config"]["name"]
-                inner[own] = self._numbered(own) if is_made_up(own, layer["class_name"]) else own
+                inner[own] = self._numbered(own) if is_generated(own, layer["class_name"]) else own
         form: dict[str, Any] = {}
         shared = value.get("shared_object_id")
         if isinstance(shared, int) and not class_name.endswith("DTypePolicy"):
@@ -217,7 +217,7 @@ def _is_keras(value: dict[str, Any]) -> bool:
 
 
 def _snake_case(name: str) -> str:
-    """As Keras makes a name of a class's."""
+    """Convert the name of a class as Keras does."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()

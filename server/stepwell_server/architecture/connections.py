@@ -1,4 +1,4 @@
-"""Layers that kept their made-up names from one model to another, but are connected in another way.
+"""Finds layers with the same generated names in two models, but with different connections.
 
 A made-up name is a count. Where two models differ, a layer ``lstm_1`` of one need not be the ``lstm_1`` of the other: two
 branches that are built in another order exchange their names. So each such layer is described by its anchors: the inputs,
@@ -19,7 +19,7 @@ from stepwell_server.program import Architecture, StateSpec
 
 _Layer = dict[str, Any]
 _Level = dict[str, list[int]]
-"""Layers of a graph that carry states, by their names in the configuration: the places of their states."""
+"""The layers of a graph that carry states, by name, with the indices of their states."""
 
 
 def moved(
@@ -96,7 +96,7 @@ def _level(
 
 
 class _Anchors:
-    """To what the layers of one graph are connected."""
+    """The connections between the layers of one graph."""
 
     def __init__(self, graph: Any, carrying: _Level, given: set[str]) -> None:
         self._sources: dict[str, set[str]] = defaultdict(set)
@@ -114,7 +114,7 @@ class _Anchors:
             self._labels[label] = label
 
     def of(self, name: str) -> tuple[set[str], set[str]]:
-        """The labels of what a layer reads, and of what reads it."""
+        """Return the labels of a layer's sources and of its targets."""
         return self._reached(name, self._sources), self._reached(name, self._targets)
 
     def _reached(self, name: str, edges: dict[str, set[str]]) -> set[str]:

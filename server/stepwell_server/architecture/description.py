@@ -1,4 +1,4 @@
-"""What a compiled model is apart from weights and made-up names, and whether another one is the same."""
+"""Describes a compiled model without weights and generated names, to recognize models of the same architecture."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stepwell_server.architecture.canonical import canonical, count_of, is_made_up, kind, objects
+from stepwell_server.architecture.canonical import canonical, count_of, is_generated, kind, objects
 from stepwell_server.architecture.symmetry import interchangeable
 from stepwell_server.program import Architecture, Program
 
 MAX_CONFIG_BYTES = 4 << 20
-"""Of a canonical configuration that is kept to explain differences."""
+"""The maximum size of a canonical configuration that is stored to explain differences."""
 
 
 def describe(
@@ -24,12 +24,12 @@ def describe(
     Args:
         config: the content of the Keras model's ``config.json``.
         weights: place, shape and dtype of each weight in the file.
-        program: with the names that its tensors have in the file.
+        program: the program, whose tensors have their names in the file.
     """
     form = canonical(config, of_training=False)
     carrying = {part.partition("#")[0] for spec in program.state for part in spec.name.split("/")[:-1]}
     ambiguous = [group for group in interchangeable(config) if carrying & set(group)]
-    told = [
+    identity = [
         form.config,
         [[place, list(shape), dtype] for place, shape, dtype in weights],
         _specs(program, set(form.names)),
@@ -38,7 +38,7 @@ def describe(
     ]
     text = json.dumps(form.config, separators=(",", ":"))
     return Architecture(
-        hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(),
+        hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         text if len(text) <= MAX_CONFIG_BYTES else "",
         form.names,
         tuple(ambiguous),
@@ -46,7 +46,7 @@ def describe(
 
 
 def _specs(program: Program, made_up: set[str]) -> list[Any]:
-    """Shapes and types of all tensors, and those names that are no layer's made-up one."""
+    """Return the shapes and types of all tensors, and their names without generated ones."""
     outside = [
         [_given(spec.name, made_up), list(spec.shape), spec.dtype, spec.temporal]
         for spec in (*program.inputs, *program.outputs)
@@ -63,7 +63,7 @@ def _specs(program: Program, made_up: set[str]) -> list[Any]:
 
 
 def _given(name: str, made_up: set[str]) -> str:
-    """A name, or nothing where Keras made it up; a layer with several outputs has numbers after its name."""
+    """Return a name, or nothing if Keras generated it; a layer with several outputs appends numbers."""
     stem, _, count = name.rpartition("_")
     return "" if name in made_up or (count.isdecimal() and stem in made_up) else name
 
@@ -77,6 +77,6 @@ def _order(config: Any, carrying: set[str]) -> list[int]:
     groups: dict[str, list[int]] = defaultdict(list)
     for each in objects(config):
         name, class_name = each["config"]["name"], each["class_name"]
-        if name in carrying and is_made_up(name, class_name):
+        if name in carrying and is_generated(name, class_name):
             groups[kind(each)].append(count_of(name, class_name) or 0)
     return [sorted(counts).index(count) for _, counts in sorted(groups.items()) for count in counts]

@@ -1,4 +1,4 @@
-"""In what two models differ, said of their layers."""
+"""Describes how two models differ, in terms of their layers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from stepwell_server.architecture.canonical import is_named, layers_of, with_ref
 from stepwell_server.program import Architecture
 
 _MAX_VALUE = 60
-"""Characters of a value that a clause shows."""
+"""The maximum number of characters of a value in a clause."""
 _MAX_NAME = 80
 _Layer = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Differences:
-    """In what one model differs from another."""
+    """How one model differs from another."""
 
     clauses: tuple[str, ...]
-    """Each names a layer, what differs, and both values. Empty: it is not known, or nothing does."""
+    """Each names a layer, what differs, and both values. Empty: nothing differs, or it is unknown."""
     is_of_names: bool
-    """The layers and their wiring are the same: they are called differently, and cannot be matched for sure."""
+    """The layers and their connections are the same, but with other names that cannot be matched reliably."""
 
 
 class _Clause(NamedTuple):
@@ -33,7 +33,7 @@ class _Clause(NamedTuple):
 
 
 def compare(old: Architecture, new: Architecture) -> Differences:
-    """Say in what ``new`` differs from ``old``, where their `Architecture.structure` does."""
+    """Describe how ``new`` differs from ``old``, given that their `Architecture.structure` differs."""
     try:
         before, after = json.loads(old.config or "null"), json.loads(new.config or "null")
         if before is None or after is None:
@@ -71,7 +71,7 @@ def _of_models(before: Any, after: Any, old: tuple[str, ...], new: tuple[str, ..
 def _paired(
     mine: list[_Layer], theirs: list[_Layer]
 ) -> tuple[list[tuple[_Layer, _Layer]], list[_Layer], list[_Layer]]:
-    """Layers of two models that stand for each other: by the names that the user gave, then by class and order."""
+    """The corresponding layers of two models, matched by names that the user chose, then by class and order."""
     given = {_own_name(layer): layer for layer in theirs if not _is_number(_own_name(layer))}
     pairs = [(one, given[_own_name(one)]) for one in mine if _own_name(one) in given]
     paired = {_own_name(one) for one, _ in pairs}
@@ -146,7 +146,7 @@ def _changes(one: Any, other: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
 def _wiring(
     pairs: list[tuple[_Layer, _Layer]], old: tuple[str, ...], new: tuple[str, ...]
 ) -> Iterator[_Clause]:
-    """Layers that are called on other ones; only asked of models with the same layers."""
+    """Return differences in what layers are called on; only for models with the same layers."""
     numbers = {_own_name(one): str(number) for number, (one, _) in enumerate(pairs)}
     others = {_own_name(other): str(number) for number, (_, other) in enumerate(pairs)}
     for one, other in pairs:
@@ -159,7 +159,7 @@ def _wiring(
 
 
 def _ends(before: Any, after: Any, pairs: list[tuple[_Layer, _Layer]]) -> Iterator[_Clause]:
-    """Inputs and outputs that have other names or come from other layers; only asked of models with the same wiring."""
+    """Return differences in the names and sources of inputs and outputs; only for models with the same connections."""
     numbers = {_own_name(one): str(number) for number, (one, _) in enumerate(pairs)}
     others = {_own_name(other): str(number) for number, (_, other) in enumerate(pairs)}
     for key, said in (("input_layers", "inputs"), ("output_layers", "outputs")):

@@ -1,4 +1,4 @@
-"""Layers of a graph that could change places: nothing but their names tells one from the other.
+"""Finds interchangeable layers of a graph, which only differ in their names.
 
 Only where the arguments of a call have no order (``Add``, ``Multiply``, ``Maximum``) can that be. The nodes of the graph are
 coloured by what they are, then again and again by the colours around them, until nothing changes (colour refinement).
@@ -11,7 +11,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stepwell_server.architecture.canonical import is_graph, is_made_up, kind, layers_of, objects, references
+from stepwell_server.architecture.canonical import (
+    is_generated,
+    is_graph,
+    kind,
+    layers_of,
+    objects,
+    references,
+)
 
 _UNORDERED = frozenset({"Add", "Average", "Maximum", "Minimum", "Multiply"})
 _MAX_ROUNDS = 512
@@ -23,11 +30,11 @@ class _Edge(NamedTuple):
     tensor: int
     target: _Node
     argument: str
-    """Which argument of the call it is; empty where the order says nothing."""
+    """The argument of the call; empty if the order does not matter."""
 
 
 def interchangeable(config: Any) -> list[tuple[str, ...]]:
-    """Return the groups of layers that could change places, by their names, of every graph in a model's configuration."""
+    """Return the names of interchangeable layers, in groups, for every graph in a model's configuration."""
     found: list[tuple[str, ...]] = []
     for each in objects(config):
         if is_graph(each):
@@ -87,9 +94,9 @@ def _refined(
 
 
 def _kind(layer: dict[str, Any]) -> str:
-    """What a layer is, without its wiring, and without a name that Keras made up."""
+    """Describe a layer without its connections and without generated names."""
     name = layer["config"]["name"]
-    said = "" if is_made_up(name, layer["class_name"]) else name
+    said = "" if is_generated(name, layer["class_name"]) else name
     return said + "/" + kind(layer)
 
 

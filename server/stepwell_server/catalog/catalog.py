@@ -1,7 +1,8 @@
-"""Loads versions of models while the server serves, and unloads them: one after the other, each whole or not at all.
+"""Loads and unloads versions of models while the server is running: one at a time, each completely or not at all.
 
-A load is compiled on threads (by a process of its own), made by the engine beside the traffic, and becomes the default
-by one commit of the engine's. Until that commit it can be stopped, and what fails leaves nothing but its reason.
+A model is compiled in a separate process, which a thread waits for. The engine then builds the version while it serves
+calls, and makes it the default in one commit. Until that commit a load can be stopped. A failed load leaves only its
+reason.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from stepwell_server.catalog.control import (
     no_version,
     require_label,
 )
-from stepwell_server.catalog.files.kept_programs import NOT_KEPT
 from stepwell_server.catalog.files.model_files import ModelFiles
+from stepwell_server.catalog.files.program_store import NOT_KEPT
 from stepwell_server.catalog.files.uploads import Upload
 from stepwell_server.catalog.interfaces import Compile, CompileResult, Engine, Observer, Quotas
 from stepwell_server.catalog.load import Load
@@ -46,35 +47,35 @@ from stepwell_server.program import FINGERPRINT_DIGITS, Program
 
 _log = Log("models")
 _DRAIN_CHECK_INTERVAL_S = 1.0
-"""Between two checks whether draining versions have sessions, in seconds."""
+"""The time between checks of whether draining versions still have sessions, in seconds."""
 _RETRY_INTERVAL_S = 60.0
-"""After this time a version is tried again that has no session in memory, and could not be unloaded as the store has some."""
+"""The delay before unloading is tried again for a version that only has sessions in the store, in seconds."""
 MAX_FAILED = 64
-"""Failed versions that are remembered, of all names together."""
+"""The maximum number of failed versions that are remembered, over all names."""
 _Key = tuple[str, int]
 
 
 @dataclasses.dataclass(slots=True)
 class _Version:
-    """A version, beside what the engine knows of it."""
+    """What the catalog knows about a version, beyond what the engine knows."""
 
     load: Load | None = None
-    """It is being loaded, or waits to be."""
+    """Its load, running or waiting."""
     failed: str = ""
-    """Why it could not be loaded when that was last tried."""
+    """Why the last load failed; empty if it did not."""
     path: str = ""
-    """The file of one that failed."""
+    """The file, if the load failed."""
     owner: str | None = None
-    """The tenant whose admin loaded it by a call."""
+    """The tenant whose admin loaded it with a call."""
     is_unkept: bool = False
-    """Its file was sent or is temporary, and no program is kept: it ends with this server."""
+    """Its file was uploaded or is temporary and no program is stored: it is gone when this server stops."""
     drains: bool = False
-    """It is unloaded when it has no sessions and no labels: `drain` was called."""
+    """`drain` was called: it is unloaded once it has no sessions and no labels."""
     not_before: float = 0.0
     """When to try again to unload it."""
 
     def state(self, info: VersionInfo | None) -> tuple[VersionState, str]:
-        """Its state and the reason; `info` is the engine's, None if it is not loaded."""
+        """Return its state and the reason; `info` comes from the engine and is None if the version is not loaded."""
         if self.load is not None:
             return VersionState.LOADING, self.load.stage
         if info is None:
@@ -101,46 +102,47 @@ class Catalog:
         readiness: Readiness,
         quotas: Quotas | None = None,
     ) -> None:
-        """Wire it.
+        """Initialize the catalog.
 
         Args:
-            engine: serves them.
-            compile_model: makes programs of files.
-            files: the files that calls name, send, or leave behind.
-            clock: says when to look again.
+            engine: serves the versions.
+            compile_model: compiles files into programs.
+            files: finds and stores the files of models.
+            clock: for retries.
             observer: counts loads.
-            readiness: reports how far each version is, and which defaults are on other servers alone.
-            quotas: how many versions tenants may load.
+            readiness: is given the progress of each version, and the defaults that only other servers have
+                loaded.
+            quotas: limit how many versions a tenant may load.
         """
         self._engine = engine
         self.compile = compile_model
-        """Makes programs of files."""
+        """Compiles files into programs."""
         self.files = files
-        """Where they come from."""
+        """The files of models."""
         self._clock = clock
         self._observer = observer
         self._quotas = quotas
         self._readiness = readiness
         self._versions: dict[_Key, _Version] = {}
-        """Of those that are loaded, only those of which there is something to know."""
+        """Holds a loaded version only if there is something to know about it."""
         self._turn = asyncio.Lock()
-        """One load at a time compiles, and one change of a name at a time is made."""
+        """Held by the load that compiles, and by every change of a name."""
         self._tasks: set[asyncio.Task[LoadedVersion]] = set()
 
     # ----------------------------------------------------------------------------------------------------------- loads
 
     async def load(self, request: LoadRequest, progress: Progress | None = None) -> LoadedVersion:
-        """Load a version beside the traffic, and make it the default if that is asked for.
+        """Load a version while the server serves calls, and make it the default if requested.
 
-        If the waiting task is cancelled, the load stops, unless its switch has begun: then it is finished.
+        If the calling task is cancelled, the load stops, unless the switch has begun: then it is completed.
 
         Raises:
             InvalidInput: a value breaks a rule.
-            VersionExists: there is such a version, or it is being loaded.
+            VersionExists: the version exists or is being loaded.
             QuotaExceeded: the tenant has too many versions loaded.
             ModelLoadFailed: the file cannot be served.
             SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
-            Unavailable: the store did not keep it.
+            Unavailable: the store did not save the change.
         """
         request.require_valid()
         path = Path(request.path)
@@ -171,11 +173,11 @@ class Catalog:
             raise
 
     def _number(self, request: LoadRequest) -> int:
-        """Its version, which nothing else has.
+        """Return the version number of a request, choosing an unused one if it names none.
 
         Raises:
-            VersionExists: something else has it.
-            QuotaExceeded: the tenant has too many.
+            VersionExists: the version exists or is being loaded.
+            QuotaExceeded: the tenant has too many versions.
         """
         name, version = request.name, request.version
         if not version:
@@ -232,7 +234,7 @@ class Catalog:
     def _fail(self, load: Load, why: str) -> None:
         name, version = load.request.name, load.version
         served = self._served(name)
-        # what callers send makes no series
+        # names that callers send must not create metric series
         self._observer.model_failed("" if load.request.is_charged and not served else name)
         if not load.request.is_fatal:
             _log.error("a model cannot be loaded", model=name, version=version, reason=why)
@@ -246,7 +248,7 @@ class Catalog:
             self._readiness.version(name, version, before and f"failed: {before}")
 
     def _remember_failure(self, load: Load, why: str) -> None:
-        """Remember that a version could not be loaded, until it can be or is unloaded."""
+        """Remember the failure of a version until it is loaded or unloaded."""
         name, version = load.request.name, load.version
         own = self._versions.pop((name, version), _Version())
         own.failed, own.path = why, str(load.path)
@@ -268,7 +270,8 @@ class Catalog:
         load.require_wanted()
         try:
             if load.request.is_before_start:
-                # Nothing is judged or written: the engine's start reads what the store has of all that are loaded then.
+                # Nothing is checked or written: at its start the engine reads the stored documents of
+                # all loaded models.
                 self._engine.begin_with(name, version, compiled.program)
                 moved = DefaultMove(0, 0)
             else:
@@ -363,10 +366,10 @@ class Catalog:
     # ---------------------------------------------------------------------------------------------- what else is asked
 
     async def unload(self, name: str, version: int, *, force: bool) -> None:
-        """Serve a version no longer (0: none of the name's), or stop loading it, or forget that it failed.
+        """Unload a version (0: all versions of the name), stop loading it, or forget that it failed.
 
         Raises:
-            ModelNotFound, VersionNotFound: there is none.
+            ModelNotFound, VersionNotFound: it does not exist.
             ModelInUse: it is the default, or has sessions, and `force` is not given.
         """
         if not version and not force:
@@ -420,17 +423,17 @@ class Catalog:
         *,
         keep_previous: bool = False,
     ) -> LoadedVersion:
-        """Make a loaded version the default. The one before is unloaded when its last session ends, if they stay on it.
+        """Make a loaded version the default. The previous default is unloaded once no sessions are left on it.
 
         Args:
-            name: of the model.
-            version: that is to be the default.
-            policy: what becomes of the sessions that follow the default.
+            name: the model's name.
+            version: the new default.
+            policy: what happens to the sessions that follow the default.
             migration: see `LoadRequest`.
-            keep_previous: the one before stays loaded in any case.
+            keep_previous: keep the previous default loaded.
 
         Raises:
-            ModelNotFound, VersionNotFound: there is none.
+            ModelNotFound, VersionNotFound: the version does not exist.
             SpecsDiffer, MigrationFailed: the sessions cannot be moved to it.
         """
         if migration and policy is not SessionPolicy.MIGRATE:
@@ -448,7 +451,7 @@ class Catalog:
         return LoadedVersion(version, moved.previous, moved.sessions)
 
     def _moved(self, name: str, version: int, policy: SessionPolicy, moved: DefaultMove) -> None:
-        """Report a default that is another version."""
+        """Log and count a change of the default."""
         self.drain(name, version, drains=False)
         self._observer.sessions_moved(name, policy.value, moved.sessions)
         _log.info(
@@ -461,11 +464,11 @@ class Catalog:
         )
 
     async def set_label(self, name: str, label: str, version: int) -> None:
-        """Give a label to a loaded version; 0 takes it away.
+        """Set a label on a loaded version; 0 removes the label.
 
         Raises:
-            InvalidInput: it cannot be a label.
-            ModelNotFound, VersionNotFound: there is no such version, or no such label to take away.
+            InvalidInput: it is not a valid label.
+            ModelNotFound, VersionNotFound: the version does not exist, or the label to remove does not.
         """
         require_label(label)
         known = self._known(name)
@@ -481,34 +484,34 @@ class Catalog:
         _log.info("a label of a model is that of another version", model=name, label=label, version=version)
 
     def drain(self, name: str, version: int, *, drains: bool = True) -> None:
-        """Unload a version as soon as it has no sessions, no label, and is not the default; or do so no longer."""
+        """Unload a version once it has no sessions and no label and is not the default, or cancel that."""
         self._own(name, version).drains = drains
         self._tidy(name, version)
 
     async def begin_upload(self, filename: str, tenant: str) -> Upload:
-        """Begin to take a file.
+        """Begin to receive a file.
 
         Raises:
-            UploadOff: the server takes none.
-            InvalidInput: it cannot be a model's name.
-            Overloaded: too many are there.
+            UploadOff: the server accepts no uploads.
+            InvalidInput: the file name is not that of a model.
+            Overloaded: there are too many uploads.
         """
         return await self.files.begin_upload(filename, tenant)
 
     # -------------------------------------------------------------------------------------------------------- states
 
     def default_elsewhere(self, name: str) -> int:
-        """The default of a name if it is not loaded here, where other servers share the store; else 0."""
+        """Return the default of a name if only other servers on the store have it loaded; else 0."""
         return self._engine.defaults_elsewhere().get(name, 0)
 
     def statuses(self) -> Mapping[str, Sequence[VersionStatus]]:
-        """The versions of each name in their order, those that are being loaded or failed among them."""
+        """Return the versions of each name in order, including those that are loading or have failed."""
         names = {info.name for info in self._engine.models()}
         names |= {name for (name, _), each in self._versions.items() if each.load or each.failed}
         return {name: self.status(name) for name in sorted(names)}
 
     def status(self, name: str) -> Sequence[VersionStatus]:
-        """The versions of one name; empty if there are none."""
+        """Return the versions of one name; empty if there are none."""
         served, own = self._served(name), {key[1]: each for key, each in self._of(name).items()}
         there = served.keys() | {version for version, each in own.items() if each.load or each.failed}
         return [self._status(v, served.get(v), own.get(v) or _Version()) for v in sorted(there)]
@@ -531,7 +534,7 @@ class Catalog:
         )
 
     def owned_before(self, name: str, version: int, tenant: str) -> None:
-        """A tenant's admin loaded it before the server was started again."""
+        """Record which tenant's admin had loaded a version before the restart."""
         self._own(name, version).owner = tenant
 
     # -------------------------------------------------------------------------------------------------------- draining
@@ -549,7 +552,7 @@ class Catalog:
                 _log.defect("models could not be looked after; the timer continues", error)
 
     async def look(self) -> int:
-        """Unload versions that drain and have no sessions; return how many. `run` does it at intervals."""
+        """Unload draining versions without sessions; return how many. `run` calls this at intervals."""
         self._readiness.defaults_elsewhere(self._engine.defaults_elsewhere())
         now, count = self._clock.monotonic(), 0
         for info in self._engine.models():
@@ -572,7 +575,7 @@ class Catalog:
         return count
 
     async def close(self) -> None:
-        """Stop the loads, wait for their ends, and delete uploads."""
+        """Stop all loads, wait for them to end, and delete uploads."""
         for load in self._loads():
             load.stop("the server stops")
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -581,22 +584,22 @@ class Catalog:
     # --------------------------------------------------------------------------------------------------------- helpers
 
     def _own(self, name: str, version: int) -> _Version:
-        """What is known of a version, to be changed."""
+        """Return the record of a version, creating it if needed."""
         return self._versions.setdefault((name, version), _Version())
 
     def _tidy(self, name: str, version: int) -> None:
-        """Keep nothing of a version of which there is nothing to know."""
+        """Remove the record of a version if it holds nothing."""
         if self._own(name, version) == _Version():
             del self._versions[name, version]
 
     def _of(self, name: str, version: int = 0) -> dict[_Key, _Version]:
-        """What is known of a version; 0: of all of a name."""
+        """Return the record of a version; 0: those of all versions of the name."""
         return {
             key: each for key, each in self._versions.items() if key[0] == name and version in (0, key[1])
         }
 
     def _loads(self, name: str = "", version: int = 0) -> list[Load]:
-        """The loads under way: of a version, of a name, or all."""
+        """Return the running loads of a version, of a name, or all."""
         known = self._of(name, version) if name else self._versions
         return [each.load for each in known.values() if each.load is not None]
 
@@ -618,7 +621,7 @@ class Catalog:
 
 
 def _leaves(policy: SessionPolicy, keep_previous: bool) -> bool:
-    """Whether the version that was the default is unloaded with its last session."""
+    """Whether the previous default is unloaded when its last session ends."""
     return policy is SessionPolicy.KEEP and not keep_previous
 
 

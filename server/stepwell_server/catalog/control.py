@@ -1,4 +1,4 @@
-"""What callers of the catalog ask for, what they get, and what is refused to them."""
+"""The requests and results of the catalog."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.errors import InvalidInput, VersionNotFound
 
 Progress = Callable[[str], None]
-"""Called on the event loop with each stage as it begins: `waiting`, those of compiling, `warm up`, `switch`."""
+"""Called on the event loop when a stage begins: `waiting`, the stages of compiling, `warm up`, `switch`."""
 _MAX_LABELS = 16
 WAITING, WARM_UP, SWITCH = "waiting", "warm up", "switch"
 
@@ -29,65 +29,65 @@ class VersionState(enum.Enum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
-    """It is served to the sessions that it has, and unloaded when they have ended."""
+    """It serves its remaining sessions and is unloaded when they have ended."""
     FAILED = "failed"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionStatus:
-    """A version as it is now, served or not."""
+    """The current status of a version, served or not."""
 
     version: int
     state: VersionState
     reason: str = ""
-    """The stage of a load, why one failed, or a remark on a served version; empty in the common case."""
+    """The stage of a load, the reason of a failure, or a remark on a served version; usually empty."""
     fingerprint: str = ""
-    """Empty as long as it is not known."""
+    """Empty if not known yet."""
     is_default: bool = False
     labels: Sequence[str] = ()
     sessions: int = 0
-    """Open sessions on it, of those in memory."""
+    """The number of its open sessions in memory."""
     path: str = ""
-    """The file that it came from."""
+    """The file that it was loaded from."""
     loaded: float = 0.0
-    """When it was loaded, in seconds since the epoch; 0: it is not."""
+    """When it was loaded, in seconds since the epoch; 0: it is not loaded."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """A version to load, from a file on the server's disk or one that was uploaded."""
+    """A version to load, from a file on the server's disk or an upload."""
 
     name: str
     version: int = 0
-    """0: one more than the highest that the name ever had."""
+    """0: one more than the highest version the name ever had."""
     path: str = ""
     upload: str = ""
-    """In place of a path: what an upload was called."""
+    """The token of an upload, instead of a path."""
     is_temporary: bool = False
-    """The file of the path will not be there after the load."""
+    """The file will be deleted after the load."""
     keep_default: bool = False
-    """It stays beside the default. Else, and if the name is served by nothing else, it becomes the default."""
+    """The default does not change. Otherwise, or if the name has no other version, this one becomes the default."""
     policy: SessionPolicy = SessionPolicy.KEEP
-    """What becomes of the sessions that follow the default. With `keep_default` it is only judged whether that could be."""
+    """What happens to the sessions that follow the default. With `keep_default`, only checked for being possible."""
     migration: str = ""
-    """For `MIGRATE`: the name of the function; empty: the only one there is."""
+    """For `MIGRATE`: the name of the function; empty: the only one."""
     labels: Sequence[str] = ()
     unload_previous: bool = False
-    """The version that was the default is unloaded once it has no sessions."""
+    """Unload the previous default once it has no sessions."""
     keep_previous: bool = False
-    """It stays loaded, also if it has no sessions."""
+    """Keep the previous default loaded even without sessions."""
     tenant: str = ""
-    """Whose admin asks: its quota of models is charged."""
+    """The tenant of the caller, whose quota of models is charged."""
     is_found: bool = False
-    """The server itself has found the path: it need not lie in `--models`."""
+    """The server itself found the path, which need not be in `--models`."""
     is_charged: bool = True
-    """A call asks for it. Else the server itself does: no quota counts, and the path is used as it is."""
+    """A call requested the load. Otherwise the server did: no quota applies, and the path is used unchanged."""
     is_before_start: bool = False
-    """The engine is not started yet: it reads what the store has of the version when it starts."""
+    """The engine has not started yet, and will read the stored document of the model when it does."""
     is_fatal: bool = False
-    """A failure ends the start, whose one line says why: it is not logged."""
+    """A failure ends the start, which prints the reason: it is not logged."""
     fingerprint: str = ""
-    """The server loads again what it had: from the path as it is, if that has the weights still."""
+    """The expected fingerprint, when the server reloads a version: the path is used unchanged if its weights match."""
 
     def require_valid(self) -> None:
         """Raises `InvalidInput` if an argument breaks its rule."""
@@ -113,22 +113,22 @@ class LoadRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedVersion:
-    """What came of a load."""
+    """The result of a load."""
 
     version: int
     previous: int
-    """The default before, if it moved; else 0."""
+    """The previous default if it changed; else 0."""
     sessions: int
-    """Sessions in memory that were moved to it, or will be when they are next used."""
+    """The number of sessions in memory that were moved to it, or will be on their next use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionCounts:
-    """What metrics say of the versions of a name."""
+    """The versions of a name, counted for metrics."""
 
     by_state: Mapping[VersionState, int]
     default: int
-    """0: none is served."""
+    """0: no version is served."""
 
 
 def counts_of(statuses: Mapping[str, Sequence[VersionStatus]]) -> dict[str, VersionCounts]:
@@ -143,17 +143,17 @@ def counts_of(statuses: Mapping[str, Sequence[VersionStatus]]) -> dict[str, Vers
 
 
 def require_label(label: str) -> None:
-    """Refuse what cannot be a label.
+    """Check a label.
 
     Raises:
-        InvalidInput: it cannot.
+        InvalidInput: it is not a valid label.
     """
     if not is_label(label):
         raise InvalidInput(f"label must be {LABEL_RULE}; got {label[:160]!r}")
 
 
 def no_version(name: str, version: int, known: Mapping[int, object]) -> VersionNotFound:
-    """A version is not loaded; `known` are."""
+    """Return the error for a version that is not loaded; `known` are the loaded ones."""
     return VersionNotFound(
         f"version of model {name!r} must be one that is loaded, {sorted(known)}; got {version}",
         model=name,

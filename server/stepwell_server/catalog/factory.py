@@ -1,4 +1,4 @@
-"""Makes the catalog and its compiler, as the settings say."""
+"""Creates the catalog and its compiler from the settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, Progress
-from stepwell_server.catalog.files import kept_programs, uploads
+from stepwell_server.catalog.files import program_store, uploads
 from stepwell_server.catalog.files.model_files import ModelFiles
 from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.catalog.interfaces import Compile, CompileResult, Engine, Observer, Quotas
@@ -34,12 +34,12 @@ _log = Log("app")
 
 
 def compiler_of(settings: Settings, clock: Clock) -> WarmCompiler:
-    """What compiles the models of a server, at its start and while it runs. Starts no process yet."""
+    """Return the compiler of a server, for its start and afterwards. Starts no process yet."""
     return WarmCompiler(settings.cache_dir, settings.imports, settings.compile_limits, clock)
 
 
 async def end_idle(compiler: WarmCompiler) -> None:
-    """End the compiler's processes whenever they have been idle for a while, until cancelled."""
+    """Stop the compiler's processes when they have been idle for a while, until cancelled."""
     while True:
         await asyncio.sleep(_IDLE_CHECK_INTERVAL_S)
         if compiler.pids:
@@ -56,13 +56,13 @@ def open_catalog(
     quotas: Quotas | None,
     readiness: Readiness,
 ) -> Catalog:
-    """Wire it. Blocking for a moment.
+    """Create the catalog. Blocks briefly.
 
     Raises:
-        OSError: there can be no folder for uploads.
+        OSError: the folder of uploads cannot be created.
     """
     folder = settings.data_dir if settings.store == "disk" else None
-    programs = None if folder is None else kept_programs.ProgramStore(folder / kept_programs.FOLDER)
+    programs = None if folder is None else program_store.ProgramStore(folder / program_store.FOLDER)
     taken = None
     if settings.allow_model_upload:
         place = (
@@ -81,16 +81,16 @@ def open_catalog(
 
 
 def _compiling(
-    settings: Settings, compiler: WarmCompiler, programs: kept_programs.ProgramStore | None
+    settings: Settings, compiler: WarmCompiler, programs: program_store.ProgramStore | None
 ) -> Compile:
-    """Makes programs of files: of `.keras` files by processes of the compiler's, if they are not in the cache."""
+    """Return the function that compiles files: `.keras` files that are not in the cache, in the compiler's processes."""
 
     async def compile_model(
         request: LoadRequest, path: Path, progress: Progress, abandoned: threading.Event
     ) -> CompileResult:
         if programs is not None and programs.holds(path):
             program = await asyncio.to_thread(programs.load, path)
-            if program.executor == "tensorflow":  # which a file must not be that others may have written
+            if program.executor == "tensorflow":  # not allowed in a file that others may have written
                 return CompileResult(program, "file")
         loop, stages = asyncio.get_running_loop(), list[str]()
 
@@ -113,10 +113,10 @@ def _compile(
     report: Progress,
     limits: Limits,
 ) -> Program:
-    """Return the program of a file, as the settings want models of that name to be compiled. Blocks.
+    """Return the program of a file, compiled with the settings for that name. Blocks.
 
     Raises:
-        ModelError: it cannot be served; the message is one line for people.
+        ModelError: it cannot be served; the message is a single line.
         OSError: the cache cannot be written.
     """
     name = request.name
@@ -139,7 +139,7 @@ def _compile(
 
 
 def _check(name: str, data: Path, report: Comparison) -> None:
-    """Refuse a program that differs from Keras on the user's own sequences."""
+    """Refuse a program whose outputs differ from Keras on the user's own sequences."""
     for output in report.outputs:
         _log.info("compared with Keras", model=name, data=str(data), **output.fields())
     worst = report.worst
@@ -152,7 +152,7 @@ def _check(name: str, data: Path, report: Comparison) -> None:
 
 
 def admin_refusal(settings: Settings) -> str:
-    """Why no call may load models; empty: admins may, and every caller where callers are not known."""
+    """Return why no call may load models; empty if admins may, or every caller where callers are not authenticated."""
     knows = settings.asks_callers or settings.tls_client_ca is not None
     if knows or not beyond_loopback(settings.listen):
         return ""

@@ -1,8 +1,8 @@
-"""Follows the folder of models: versions that are put there are loaded, versions that leave the policy are unloaded.
+"""Watches the folder of models: loads versions that appear in it, and unloads versions that the policy no longer selects.
 
-The policy chooses the versions to load. The highest of them becomes the default, unless a call made another version the
-default. A version that the policy no longer chooses is unloaded when its sessions have ended. If a version cannot be
-loaded, the next lower one is, and a version that works stays until another one does.
+The policy selects the versions to load. The highest of them becomes the default, unless a call chose another default. A
+version that is no longer selected is unloaded when its sessions have ended. If a version cannot be loaded, the next
+lower one is loaded instead, and a working version stays until another one works.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from stepwell_server.logs import Log
 
 _log = Log("models")
 SCAN_INTERVAL_S = 1.0
-"""Between two scans of the folder, in seconds."""
+"""The time between scans of the folder, in seconds."""
 _MIN_IDLE_RATIO = 100
-"""The time between two scans is at least this many times the processor time of one."""
+"""The time between scans is at least this many times the CPU time of one."""
 _RETRY_INTERVAL_S = 30.0
-"""After this time a load is tried again that failed as there was no room, or no answer of the store, in seconds."""
+"""The delay before a load that failed for lack of room or of the store is retried, in seconds."""
 _TRANSIENT = (Unavailable, Overloaded)
 
 
@@ -38,39 +38,39 @@ class FolderOptions:
     """The operator's settings of the folder."""
 
     policy_of: Callable[[str], VersionPolicy]
-    """Which versions of a name are served."""
+    """Returns the policy of a name."""
     sessions: SessionPolicy = SessionPolicy.KEEP
-    """What becomes of sessions that follow the default when it moves."""
+    """What happens to sessions that follow the default when it changes."""
     migration_of: Callable[[str], str] = lambda _name: ""
-    """For `MIGRATE`: the function for a name."""
+    """For `MIGRATE`: returns the function of a name."""
     excluded: Collection[str] = ()
-    """Names that the command line serves."""
+    """Names that are on the command line."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Name:
-    """The versions of a name that come from the folder."""
+    """The state of a name in the folder."""
 
     loaded: dict[int, Stamp] = dataclasses.field(default_factory=dict)
-    """Versions that are served, and the stamps of their files."""
+    """Served versions, with the stamps of their files."""
     failed: dict[int, Stamp] = dataclasses.field(default_factory=dict)
-    """Versions that cannot be served, until their files change."""
+    """Versions that failed to load, with the stamps of their files: retried when a file changes."""
     not_before: dict[int, float] = dataclasses.field(default_factory=dict)
-    """When to load again versions that failed for another reason."""
+    """When to retry versions that failed for a transient reason."""
     leaving: set[int] = dataclasses.field(default_factory=set)
-    """Versions that are unloaded when they have no sessions."""
+    """Draining versions."""
     default: int = 0
-    """The version that became the default here. Another default was chosen by a call."""
+    """The default set from the folder. If the current default is another one, a call chose it."""
     former_default: int = 0
-    """The default before the start, if that is not loaded any more: sessions that follow it still have to move."""
+    """The default before the start, if it is no longer loaded: the sessions that follow it still have to move."""
     refused: tuple[int, int] = (0, 0)
-    """A move of the default that failed: from which version to which."""
+    """A change of the default that failed: from and to."""
     logged: set[str] = dataclasses.field(default_factory=set)
-    """Warnings that were logged: each is logged once."""
+    """The warnings logged so far: each is logged once."""
 
 
 class FolderFollower:
-    """Lives on the event loop; `run` runs beside it."""
+    """Watches the folder. Used on the event loop; `run` is its background task."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class FolderFollower:
         clock: Clock,
         warn: Callable[[str], None] = lambda _problem: None,
     ) -> None:
-        """Wire it; `warn` gets what of the folder is not served, in a few words; an empty text if all is."""
+        """Initialize it; `warn` is called with what is not served from the folder, or with an empty text."""
         self._folder = folder
         self._warn = warn
         self._catalog = catalog
@@ -89,7 +89,7 @@ class FolderFollower:
         self._clock = clock
         self._names: dict[str, _Name] = {}
         self._look_s = 0.0
-        """Processor time of the last scan, in seconds."""
+        """The CPU time of the last scan, in seconds."""
 
     def begin_with(
         self,
@@ -100,14 +100,14 @@ class FolderFollower:
         default: int,
         former_default: int = 0,
     ) -> None:
-        """Follow a name from what was loaded at the start.
+        """Set the state of a name as it was loaded at the start.
 
         Args:
-            name: of the model.
-            loaded: versions that are.
-            failed: those that could not be.
-            default: the version that is the default because it is the highest; 0 if a call chose it.
-            former_default: the version that was, if it is not loaded any more; 0: it is.
+            name: the model's name.
+            loaded: the loaded versions.
+            failed: the versions that failed to load.
+            default: the default, if it is the default because it is the highest; 0 if a call chose it.
+            former_default: the default before the start if it is no longer loaded; else 0.
         """
         self._names[name] = _Name(
             {version: file.stamp for version, file in loaded.items()},
@@ -126,7 +126,7 @@ class FolderFollower:
                 _log.defect("the folder of models could not be followed; it is looked at again", error)
 
     async def settle(self) -> None:
-        """Make the changes that are due after the start: versions that came while no server ran are new, too."""
+        """Make the changes that are due after the start: versions that appeared while no server ran count as new."""
         for name, own in self._names.items():
             if name in self._options.excluded:
                 await self._choose_default(name, own, own.loaded)
@@ -134,7 +134,7 @@ class FolderFollower:
             await self.look()
 
     async def look(self) -> None:
-        """Scan once, and make the changes that are due. `run` does it at intervals."""
+        """Scan once, and make the changes that are due. `run` calls this at intervals."""
         assert self._folder is not None
         look = await asyncio.to_thread(self._look, self._folder)
         log_problems(look)
@@ -182,7 +182,7 @@ class FolderFollower:
                 )
 
     def _compare(self, name: str, own: _Name, files: Mapping[int, VersionFile]) -> None:
-        """Forget files that are gone or have changed, and versions that are not served any more."""
+        """Forget files that are gone or have changed, and versions that are no longer served."""
         served = self._served(name)
         left = own.leaving - served.keys()
         for version in own.loaded.keys() - served.keys():
@@ -213,7 +213,7 @@ class FolderFollower:
         return self._options.policy_of(name).choose([each for each in files if each not in own.failed])
 
     def _next(self, name: str, own: _Name, files: Mapping[int, VersionFile]) -> int | None:
-        """The lowest version to load: the one that becomes the default is loaded last."""
+        """Return the lowest version to load, so that the new default is loaded last."""
         now = self._clock.monotonic()
         missing = self._chosen(name, own, files) - own.loaded.keys()
         return min((each for each in missing if now >= own.not_before.get(each, 0.0)), default=None)
@@ -255,16 +255,16 @@ class FolderFollower:
                 own.former_default = 0
 
     def _is_ours(self, name: str, own: _Name) -> bool:
-        """Whether the default moves with what is in the folder."""
+        """Whether the default follows the folder."""
         return self._default(name) in (0, own.default)
 
     def _default(self, name: str) -> int:
-        """The default, even if only another server has it loaded."""
+        """Return the default, even if only another server has it loaded."""
         here = (version for version, is_default in self._served(name).items() if is_default)
         return self._catalog.default_elsewhere(name) or next(here, 0)
 
     async def _choose_default(self, name: str, own: _Name, chosen: Collection[int]) -> None:
-        """Make the highest version the default, unless a call chose another one."""
+        """Make the highest version the default, unless a call chose another default."""
         served, default = self._served(name), self._default(name)
         if default in chosen and default not in served:
             return  # another server has it, and this one will load it
@@ -305,7 +305,7 @@ class FolderFollower:
                 own.default, own.former_default = target, 0
 
     def _served(self, name: str) -> dict[int, bool]:
-        """The versions of a name that are served, and whether each is the default."""
+        """Return the served versions of a name, and whether each is the default."""
         return {
             each.version: each.is_default
             for each in self._catalog.status(name)

@@ -1,4 +1,4 @@
-"""What the catalog needs of the compiler, the engine, quotas and metrics."""
+"""The interfaces that the catalog needs: compiler, engine, quotas and metrics."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from stepwell_server.program import Program
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CompileResult:
-    """A program, and where it came from: `cache`, `compiled` or `file`."""
+    """A program and its origin: `cache`, `compiled` or `file`."""
 
     program: Program
     origin: str
 
 
 Compile = Callable[[LoadRequest, Path, Progress, threading.Event], Awaitable[CompileResult]]
-"""Makes the program of a model's file; reports stages on the event loop. When the event is set, the load was stopped.
+"""Compiles the file of a model; reports stages on the event loop. The event is set when the load is stopped.
 
 Raises `ModelError`, `OSError`.
 """
 
 
 class Engine(Protocol):
-    """What is asked of the engine."""
+    """The part of the engine that the catalog uses."""
 
     def models(self) -> list[ModelInfo]:
-        """Those that are served."""
+        """Return the served models."""
 
     def catalogue(self) -> Mapping[str, Versions]:
-        """What is known of all names, loaded or not."""
+        """Return the stored versions of all names, loaded or not."""
 
     def defaults_elsewhere(self) -> Mapping[str, int]:
-        """The defaults of names that are not loaded here, where other servers share the store and may have them."""
+        """Return the defaults that are not loaded here but may be on other servers that share the store."""
 
     def begin_with(self, name: str, version: int, program: Program) -> None:
         """Serve a version from the engine's start on."""
 
     def next_version(self, name: str, /) -> int:
-        """One more than the highest that the name ever had."""
+        """Return one more than the highest version the name ever had."""
 
     async def require_possible(
         self, name: str, version: int, program: Program, policy: SessionPolicy, migration: str = ""
     ) -> None:
-        """Judge whether a version could become the default in this way, before it is loaded."""
+        """Check that a version could become the default in this way, before it is loaded."""
 
     async def load_version(
         self,
@@ -64,10 +64,10 @@ class Engine(Protocol):
         becomes: DefaultChange | None = None,
         begin: Callable[[], None] = lambda: None,
     ) -> DefaultMove:
-        """Serve a version, with labels and as the default: all of it, or nothing. The first of a name is its default."""
+        """Serve a version and set its labels and the default, all or nothing. A name's first version is its default."""
 
     async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
-        """Serve it no longer."""
+        """Stop serving a version."""
 
     async def set_default(
         self,
@@ -78,27 +78,27 @@ class Engine(Protocol):
         *,
         leaves: bool | None = None,
     ) -> DefaultMove:
-        """Make it the default; the previous one is remembered as one that `leaves`, or not."""
+        """Make a version the default; `leaves` says whether the previous one is unloaded later."""
 
     async def set_label(self, name: str, label: str, version: int) -> None:
-        """Give it a label; 0 takes the label away."""
+        """Set a label; 0 removes it."""
 
 
 class Quotas(Protocol):
-    """Says how many versions a tenant may load."""
+    """Limits how many versions a tenant may load."""
 
     def require_model(self, tenant: str, has: int) -> None:
-        """Raises `QuotaExceeded` if it has as many as it may have."""
+        """Raise `QuotaExceeded` if the tenant has reached its limit."""
 
 
 class Observer(Protocol):
-    """Counts loads, and what they do to sessions."""
+    """Counts loads and the sessions they move."""
 
     def model_loaded(self, model: str, source: str, seconds: float) -> None:
-        """A version was loaded; its program came from `source`."""
+        """Count a loaded version; `source` is the origin of its program."""
 
     def model_failed(self, model: str) -> None:
-        """A version could not be loaded."""
+        """Count a failed load."""
 
     def sessions_moved(self, model: str, policy: str, count: int) -> None:
-        """The default moved, and `count` sessions in memory with it."""
+        """Count the sessions in memory that moved with the default."""

@@ -1,4 +1,4 @@
-"""Files that the server itself knows as versions of a model: to load one again by its number, or for the first time."""
+"""The files that the server knows as versions of a model, so that a call can load one by its number alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepwell_server.catalog.interfaces import Engine
 
 
 class KnownFiles:
-    """The files of the command line, of the folder of models, and those that were loaded before. On the event loop."""
+    """The files of the command line and of the folder, and those loaded before. Used on the event loop."""
 
     def __init__(
         self, engine: Engine, of_command_line: Mapping[str, Mapping[int, Path]], root: Path | None
@@ -22,7 +22,7 @@ class KnownFiles:
         self._root = root
 
     async def __call__(self, name: str) -> dict[int, str]:
-        """Absolute paths of those files of a name that are there, by version."""
+        """Return the absolute paths of the existing files of a name, by version."""
         own = self._engine.catalogue().get(name)
         found = {} if own is None else {v: known.source for v, known in own.known.items() if known.source}
         return await asyncio.to_thread(self._look, name, found)

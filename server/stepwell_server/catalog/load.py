@@ -1,4 +1,4 @@
-"""A running load: its stage, and whether it was stopped."""
+"""A running load: its stage, and whether it has been stopped."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ class Load:
         self.version = version
         self.stage = WAITING
         self.abandoned = threading.Event()
-        """It was stopped."""
+        """Set when it is stopped."""
         self.why = "it was stopped by its caller"
         self.path = path
         self._progress = progress
         self._stopped = asyncio.Event()
 
     def report(self, stage: str) -> None:
-        """A stage begins."""
+        """Begin a stage."""
         self.stage = stage
         _log.info("loading model", model=self.request.name, version=self.version, stage=stage)
         self._progress(stage)
 
     def stop(self, why: str = "") -> None:
-        """Stop it, unless its switch has begun."""
+        """Stop it, unless the switch has begun."""
         if self.stage != SWITCH:
             self.why = why or self.why
             self.abandoned.set()
             self._stopped.set()
 
     def require_wanted(self) -> None:
-        """Raises `ModelLoadFailed` if it was stopped."""
+        """Raise `ModelLoadFailed` if it was stopped."""
         if self.abandoned.is_set():
             raise ModelLoadFailed(
                 f"version {self.version} of model {self.request.name!r} was not loaded: {self.why}"
             )
 
     def begin(self) -> None:
-        """Begin the switch, from which it is not stopped any more.
+        """Begin the switch, after which it can no longer be stopped.
 
         Raises:
-            ModelLoadFailed: It was stopped before.
+            ModelLoadFailed: it was stopped before.
         """
         self.require_wanted()
         self.report(SWITCH)
 
     async def turn(self, lock: asyncio.Lock) -> None:
-        """Return with the lock, when its turn has come.
+        """Acquire the lock, or give up when the load is stopped.
 
         Raises:
-            ModelLoadFailed: it was stopped before; the lock is not taken.
+            ModelLoadFailed: it was stopped; the lock is not held.
         """
         taking, stopped = asyncio.create_task(lock.acquire()), asyncio.create_task(self._stopped.wait())
         try:

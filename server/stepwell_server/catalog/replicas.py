@@ -1,7 +1,7 @@
-"""Loads defaults and versions with labels that other servers on the same store have chosen, and this one does not have.
+"""Loads versions that other servers on the same store have made the default or labeled, and that are missing here.
 
-Each server loads versions for itself, and the choice is one for all. A server that does not have a chosen version
-refuses the calls that need it. If the file is in the same place here, now or later, the server loads it without a call.
+Each server loads versions itself, but defaults and labels are shared. A server that lacks a chosen version refuses the
+calls that need it. If the file exists here at the same path, now or later, the server loads it by itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from stepwell_server.logs import Log
 
 _log = Log("models")
 SCAN_INTERVAL_S = 2.0
-"""Between two checks, in seconds."""
+"""The time between checks, in seconds."""
 _RETRY_INTERVAL_S = 30.0
-"""After this time a load is tried again that failed as there was no room, or no answer of the store, in seconds."""
+"""The delay before a load that failed for lack of room or of the store is retried, in seconds."""
 _Key = tuple[str, int]
 
 
 class ReplicaFollower:
-    """Lives on the event loop; `run` runs in a task of its own."""
+    """Loads missing versions. Used on the event loop; `run` is its background task."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class ReplicaFollower:
         clock: Clock,
         is_left_out: Callable[[str, KnownVersion], bool] = lambda _name, _known: False,
     ) -> None:
-        """Wire it.
+        """Initialize it.
 
         Args:
-            engine: knows what was chosen.
-            catalog: loads it.
-            root: `--models`: files must lie in it; None: anywhere.
-            clock: says when to try again.
-            is_left_out: whether the folder of models has the file of a version. Blocking.
+            engine: has the defaults and labels.
+            catalog: loads the versions.
+            root: `--models`, where files must be; None: anywhere.
+            clock: for retries.
+            is_left_out: whether the file of a version is in the folder of models. Blocking.
         """
         self._engine = engine
         self._catalog = catalog
@@ -55,11 +55,11 @@ class ReplicaFollower:
         self._clock = clock
         self._is_left_out = is_left_out
         self._failed: dict[_Key, Stamp] = {}
-        """Files that cannot be loaded, until they change."""
+        """Versions that failed to load, with the stamps of their files: retried when a file changes."""
         self._not_before: dict[_Key, float] = {}
 
     async def run(self) -> None:
-        """Load what is missing at intervals, until cancelled."""
+        """Load missing versions at intervals, until cancelled."""
         while True:
             await asyncio.sleep(SCAN_INTERVAL_S)
             try:
@@ -70,14 +70,14 @@ class ReplicaFollower:
                 )
 
     async def look(self) -> int:
-        """Load what can be loaded; return how many versions that were. `run` does it at intervals."""
+        """Load the missing versions that can be loaded; return their number. `run` calls this at intervals."""
         missing = list(self._missing())
         for key in self._failed.keys() - {(name, known.version) for name, known in missing}:
             del self._failed[key]
         return sum([await self._load(name, known) for name, known in missing])
 
     def _missing(self) -> Iterator[tuple[str, KnownVersion]]:
-        """Chosen versions that come from a file and are not loaded here, defaults first."""
+        """Yield chosen versions that come from a file and are not loaded here, defaults first."""
         for name, own in sorted(self._engine.catalogue().items()):
             for known in own.missing():
                 if known.source:

@@ -1,4 +1,4 @@
-"""After a restart: versions that calls had loaded are loaded again, before the server takes calls."""
+"""Reloads the versions that calls had loaded before a restart, before the server accepts calls."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stepwell_server.errors import ServerError
 
 
 async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[str, str]:
-    """Load what was loaded by calls before the server ended, one after the other, the defaults first.
+    """Reload the versions that calls had loaded before the server stopped, one at a time, the defaults first.
 
-    What cannot be loaded is remembered as failed, and its sessions stay in the store.
+    A version that cannot be loaded is remembered as failed, and its sessions stay in the store.
 
     Args:
-        engine: knows what there was.
-        catalog: loads it.
-        root: `--models`, of whose files the policy says which are loaded.
+        engine: has the stored versions.
+        catalog: loads them.
+        root: `--models`; the policy selects which of its files are loaded.
 
     Returns:
-        By name, why the version that was the default is not there, or not as it was.
+        By name, why the former default is missing or differs.
     """
     real_root = None if root is None else await asyncio.to_thread(root.resolve)
     bad: dict[str, str] = {}
@@ -61,9 +61,9 @@ async def restore(engine: Engine, catalog: Catalog, root: Path | None) -> dict[s
 
 
 def is_of_folder(name: str, known: KnownVersion, root: Path | None) -> bool:
-    """Whether a version is one of those of `--models`, given without links: the policy says whether it is loaded.
+    """Whether a version is managed by the policy of `--models`, given as a resolved path.
 
-    Another file in the folder, which a call named, is not. Blocking.
+    Other files in the folder, which a call named, are not. Blocking.
     """
     if root is None:
         return False

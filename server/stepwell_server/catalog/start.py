@@ -1,4 +1,4 @@
-"""The models of a server from its start on: which are loaded, in which order, and from where they are followed."""
+"""Loads the models of a server at its start, and starts the tasks that keep them up to date."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _RETRY_S = 1.0
 
 
 async def stored_models(store: Store, root: Path | None) -> dict[str, StoredModel]:
-    """Return what the store has of versions, by name.
+    """Return the versions that the store lists as loaded, by name.
 
     Args:
-        store: of the server.
-        root: `--models`, of whose files the policy says which are loaded.
+        store: the server's store.
+        root: `--models`; the policy selects which of its files are loaded.
 
     Raises:
         DocumentError: a document cannot be read.
@@ -60,11 +60,11 @@ async def stored_models(store: Store, root: Path | None) -> dict[str, StoredMode
 
 
 def absence(readiness: Readiness, *, shows_reason: bool) -> Callable[[ModelRef], ServerError | None]:
-    """Return what says why a model is not loaded, for the engine.
+    """Return a function that explains why a model is not loaded.
 
     Args:
-        readiness: knows how far each version is.
-        shows_reason: the answer says why a file could not be loaded, which may name paths of the server.
+        readiness: has the progress of each version.
+        shows_reason: include the reason of a failed load, which may contain paths of the server.
     """
 
     def absent(ref: ModelRef) -> ServerError | None:
@@ -85,9 +85,9 @@ def absence(readiness: Readiness, *, shows_reason: bool) -> Callable[[ModelRef],
 
 
 class ModelLoader:
-    """Loads what a server begins with, and follows the folder of models. Lives on the event loop.
+    """Loads the initial models and watches the folder of models. Used on the event loop.
 
-    Either `load` and `begin` are called before the server takes calls, or `run` does both beside the traffic.
+    Either `load` and `begin` are called before the server accepts calls, or `run` does both while it serves.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class ModelLoader:
         )
         self._loaded: dict[str, set[int]] = {model.name: set() for model in wanted}
         self._failed: dict[str, dict[int, str]] = {model.name: {} for model in wanted}
-        """Why versions could not be loaded."""
+        """Why versions failed to load."""
         self._refuses = settings.wait_for_models and settings.bad_models == "refuse"
 
     def _is_followed(self, name: str, known: KnownVersion) -> bool:
-        """Whether a version is in the folder that is watched. Blocking."""
+        """Whether the file of a version is in the watched folder. Blocking."""
         root = self._settings.models_dir
         return self._settings.watch_models and root is not None and is_of_folder(name, known, root.resolve())
 
     async def run(self) -> None:
-        """Load what is not loaded yet, then follow the folder, if the settings say so, and other servers, until cancelled."""
+        """Load what is missing, then watch other servers and, depending on the settings, the folder, until cancelled."""
         if not self._settings.wait_for_models:
             await self.load()
             await self.begin()
@@ -144,13 +144,14 @@ class ModelLoader:
             group.create_task(self._replica_follower.run())
 
     async def load(self) -> None:
-        """Load what the command line and the folder have. If calls wait for that, the engine is not started yet.
+        """Load the models of the command line and the folder, before the engine starts if calls wait for the models.
 
         Raises:
-            StartError: calls wait, and a version cannot be served and the settings refuse the start then; or none can.
+            StartError: calls wait for the models, and either none can be loaded, or one cannot and the
+                settings require all.
         """
         waits = self._settings.wait_for_models
-        if waits:  # all of the files, before the first model takes its time
+        if waits:  # check all data files before compiling the first model
             self._require_data()
         place, total = 0, 0
         for name, kept in self._kept.items():
@@ -187,7 +188,7 @@ class ModelLoader:
                 raise StartError(f"model {name}: --check-with: {error}") from error
 
     async def _load(self, source: Source, place: str) -> str:
-        """Load a version; return why it cannot be, empty if it is loaded."""
+        """Load a version; return the problem, empty if there is none."""
         waits, name = self._settings.wait_for_models, source.name
 
         def report(stage: str) -> None:
@@ -216,10 +217,11 @@ class ModelLoader:
         return ""
 
     async def begin(self) -> None:
-        """Load what calls had loaded before the server ended, and let the folder be followed from here.
+        """Reload what calls had loaded before the restart, and hand the state over to the follower of the folder.
 
         Raises:
-            StartError: calls wait for it, a former default cannot be loaded, and the settings refuse the start then.
+            StartError: calls wait for it, a former default cannot be loaded, and the settings require all
+                models.
         """
         problems = await restore(self._engine, self._catalog, self._settings.models_dir)
         if problems and self._refuses:
@@ -262,12 +264,12 @@ class ModelLoader:
         await self._follower.settle()
 
     def _migration_of(self, name: str) -> str:
-        """The function that makes states for a name: the one of that name, else the only one."""
+        """Return the migration function of a name; empty: the only one."""
         return name if name in self._settings.migrations else ""
 
 
 def _problem(source: Source, error: ServerError) -> str:
-    """Why a version cannot be loaded, as the start says it: with the option where one is at fault."""
+    """Describe a failed load for the start, naming the option that is at fault if there is one."""
     cause = error.__cause__
     if isinstance(cause, OSError):
         return f"--cache-dir: {cause}"

@@ -1,4 +1,4 @@
-"""What came of holding a program against Keras: figures for people and programs. Imports no TensorFlow."""
+"""Results of comparing a program with Keras. Imports no TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from stepwell_server.compile.errors import quoted
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One output: where stepping differs most from Keras's call over the sequence, in terms of what is allowed."""
+    """The largest difference of one output between stepping and Keras's call, relative to the allowed difference."""
 
     output: str
     share: float
-    """Times the allowed difference: above 1 it is too large."""
+    """The difference divided by the allowed one: above 1 it is too large."""
     absolute: float
-    """The difference there."""
+    """The absolute difference."""
     allowed: float
-    """What rounding may make there."""
+    """The difference that rounding may cause there."""
     row: int
     time: int
-    """Time step, from 0; of an output without a time axis, the last one."""
+    """Time step, from 0; for an output without a time axis, the last one."""
     by_step: tuple[float, ...]
-    """Largest difference of each time step; of an output without a time axis, one."""
+    """Largest difference of each time step; a single one for an output without a time axis."""
     skipped: float = 0.0
-    """Share of rows and steps where nothing can be said: rounding alone moves Keras's own values too far."""
+    """Share of rows and steps that cannot be compared, because rounding alone moves Keras's own values too far."""
 
     @property
     def is_allowed(self) -> bool:
-        """It is no more than rounding makes."""
+        """Rounding explains the difference."""
         return self.share <= 1
 
     @property
@@ -41,7 +41,7 @@ class Difference:
         return largest, self.by_step.index(largest) if len(self.by_step) > 1 else self.time
 
     def fields(self) -> dict[str, Any]:
-        """Return it for a line of the log."""
+        """Return the fields for a log line."""
         largest, step = self.largest
         return {"output": self.output, "largest": largest, "time_step": step, "share_of_allowed": self.share}
 
@@ -64,11 +64,11 @@ class Comparison:
 
     @property
     def worst(self) -> Difference | None:
-        """The output that differs most, in terms of what is allowed; None of a model without outputs."""
+        """The output with the largest relative difference; None for a model without outputs."""
         return max(self.outputs, key=lambda output: output.share, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can carry it: infinity as null."""
+        """Return it for JSON, with infinity as null."""
         return {
             "rows": self.rows,
             "steps": self.steps,
@@ -81,12 +81,12 @@ class Comparison:
 
     @property
     def is_conclusive(self) -> bool:
-        """Something could be compared of each output."""
+        """A part of each output could be compared."""
         return all(output.skipped < 1 for output in self.outputs)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Comparison:
-        """Read what `to_json` made."""
+        """Read the result of `to_json`."""
         outputs = []
         for item in document["outputs"]:
             fields = {name: value for name, value in item.items() if name != "is_allowed"}

@@ -1,4 +1,4 @@
-"""The user's own sequences, as they are in their file: what can be said of them without a model. Imports no framework."""
+"""Reads the user's sequences and checks what needs no model. Imports no framework."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(file: Path) -> Array | Mapping[str, Array]:
     """Return the array of an ``.npy`` file, or the arrays of an ``.npz`` file by their names.
 
     Raises:
-        DataError: it cannot be read, or holds something else than finite numbers.
+        DataError: it cannot be read, or contains anything other than finite numbers.
     """
     if not file.is_file():
         raise DataError(f"{file}: {'is a folder' if file.is_dir() else 'there is no such file'}")
@@ -31,7 +31,7 @@ def load(file: Path) -> Array | Mapping[str, Array]:
                 content = {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"{file}: cannot be read as NumPy's .npy or .npz of numbers; it is damaged, or holds objects ({gist(error)})"
+            f"{file}: cannot be read as NumPy's .npy or .npz of numbers; it is corrupt, or contains objects ({gist(error)})"
         ) from error
     if isinstance(content, np.ndarray):
         _require_numbers(f"{file}: the array", content)

@@ -1,5 +1,5 @@
-"""What holds of files, whoever's they are: private to the server's user, changed or not, safe to unpack.
+"""Rules for files of any kind: private to the server's user, unchanged, safe to unpack.
 
-Here belongs what several parts ask of the disk and none of them owns. It may touch the operating system; it knows no
-settings, no models, no stores.
+This package has functions for files that several parts need. It may use the operating system; it knows nothing of
+settings, models or stores.
 """

@@ -1,7 +1,7 @@
-"""What every zip archive must keep to that somebody uploads: found out from its directory, before anything is unpacked.
+"""Rules for uploaded zip archives, checked from the directory before anything is unpacked.
 
-Tools do not agree on archives that break these rules: what one checks, another may not be the one to use. So members
-have one name each, lie one after the other, are plain files, and lead nowhere else.
+Tools disagree about archives that break these rules: one may check other content than another one uses. So members must
+have unique names, must not overlap, must be plain files, and must not lead outside.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _UNIX = 3
 
 
 class ArchiveError(ValueError):
-    """An archive breaks a rule. The message is one clause for people."""
+    """An archive breaks a rule. The message is a clause."""
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """Open an archive, unless its directory is so large that reading it alone is an attack.
+    """Open an archive, unless its directory is too large to read.
 
     Raises:
-        ArchiveError: it is.
+        ArchiveError: it is too large.
         OSError: it cannot be read.
-        zipfile.BadZipFile: it is none.
+        zipfile.BadZipFile: it is not an archive.
     """
     with path.open("rb") as file:
         _check_directory(file)
@@ -46,7 +46,7 @@ def open_archive(path: Path) -> zipfile.ZipFile:
 
 
 def open_archive_in(file: IO[bytes]) -> zipfile.ZipFile:
-    """Open an archive in an open file, which stays open; see `open_archive`."""
+    """As `open_archive`, for an open file, which stays open."""
     _check_directory(file)
     return zipfile.ZipFile(file)
 
@@ -58,28 +58,28 @@ def _check_directory(file: IO[bytes]) -> None:
 
 
 def _directory_bytes(file: IO[bytes]) -> int:
-    """Bytes of an archive's directory, by the same record that zipfile goes by; 0 if there is none."""
+    """Return the size of an archive's directory, from the record that zipfile uses; 0 if there is none."""
     size = file.seek(0, os.SEEK_END)
     start = max(0, size - _MAX_COMMENT - _END_RECORD.size)
     file.seek(start)
     tail = file.read()
-    # zipfile takes a record at the very end before it looks for one with a comment.
+    # zipfile first tries a record at the very end, then one with a comment.
     last = len(tail) - _END_RECORD.size
     has_no_comment = last >= 0 and tail[last : last + 4] == _END and tail.endswith(b"\0\0")
     at = last if has_no_comment else tail.rfind(_END)
     if at < 0 or at + _END_RECORD.size > len(tail):
         return 0
-    told: int = _END_RECORD.unpack_from(tail, at)[5]
+    declared: int = _END_RECORD.unpack_from(tail, at)[5]
     record = start + at - _END_64_LOCATOR.size - _END_64_RECORD.size
     if record < 0:
-        return told
+        return declared
     file.seek(record)
     found = _END_64_RECORD.unpack(file.read(_END_64_RECORD.size))
-    return max(told, found[8]) if found[0] == _END_64 else told
+    return max(declared, found[8]) if found[0] == _END_64 else declared
 
 
 def check_members(archive: zipfile.ZipFile) -> None:
-    """Check names, kinds and places of all members. Reads nothing but their headers.
+    """Check names, kinds and positions of all members. Reads only headers.
 
     Raises:
         ArchiveError: one breaks a rule.
@@ -92,10 +92,10 @@ def check_members(archive: zipfile.ZipFile) -> None:
         name = entry.filename
         if not _is_plain(name) or not _is_plain(entry.orig_filename):
             raise ArchiveError(
-                f"its members must have plain names, which lead nowhere else; got {name!r:.80}"
+                f"its members must have plain names that do not lead outside; got {name!r:.80}"
             )
         if name.lower() in seen:
-            raise ArchiveError(f"its members must have different names; {name!r:.80} is there twice")
+            raise ArchiveError(f"its members must have different names; {name!r:.80} appears twice")
         seen.add(name.lower())
         if entry.flag_bits & _ENCRYPTED:
             raise ArchiveError(f"its members must not be encrypted; {name!r:.80} is")
@@ -114,13 +114,13 @@ def _is_plain(name: str) -> bool:
 
 
 def _is_file(entry: zipfile.ZipInfo) -> bool:
-    """Whether a member is a file or a folder. Who made it may say so, and need not."""
+    """Whether a member is a file or a folder. Not every tool records the kind."""
     kind = stat.S_IFMT(entry.external_attr >> 16)
     return entry.create_system != _UNIX or kind in {0, stat.S_IFREG, stat.S_IFDIR}
 
 
 def _check_places(archive: zipfile.ZipFile, entries: Sequence[zipfile.ZipInfo]) -> None:
-    """Members that overlap make much out of little: a few bytes that are unpacked again under each name."""
+    """Refuse overlapping members, with which few bytes could unpack to many."""
     end = 0
     for entry in sorted(entries, key=lambda each: each.header_offset):
         if entry.header_offset < end:

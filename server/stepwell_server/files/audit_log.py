@@ -1,10 +1,10 @@
-"""The audit log: one JSON object a line, written by a thread, so that nobody waits for its disk.
+"""The audit log: one JSON object per line, written by a thread, so that no call waits for its disk.
 
-What is to be written waits in a bounded queue. What cannot be written is tried again every second, from the byte on
-where it stopped. If the queue is full, the disk being slow, full or gone, events are dropped and counted, and the next
-line that can be written says how many are missing; or calls are refused until there is room, as the settings say. Lines
-are handed to the system one batch at a time and not flushed to the disk: a loss of power can take the last second. The
-file is opened anew on request, so that it can be renamed away.
+Events wait in a bounded queue. A failed write is retried every second, from the byte where it stopped. If the queue
+is full because the disk is slow, full or missing, there are two options in the settings. Either events are dropped and
+counted, and the next written line has their number; or calls are refused until there is room. Lines are passed to the
+system in batches and not flushed, so a loss of power can lose the last second. The file is reopened on request, so that
+it can be rotated.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from stepwell_server.logs import Log
 
 _log = Log("audit")
 MAX_WAITING = 16_384
-"""Events. A line has some hundreds of bytes, or some thousands where it names sessions."""
+"""Maximum of queued events. A line has some hundreds of bytes, or some thousands if it names sessions."""
 MAX_WAITING_BYTES = 16 << 20
-"""Bytes of the lines that wait, those that are being written among them."""
+"""Maximum bytes of queued lines, including those being written."""
 MAX_LINE_BYTES = 32 << 10
-"""Bytes of a line; one that would be longer names fewer sessions, and says so."""
+"""Maximum bytes of a line; a longer one is shortened to fewer sessions and marked as cut."""
 _BATCH_BYTES = 1 << 20
 _SHORT = 64
-"""Characters that are left of each text where a line is too long without its lists, too."""
-_AT_ONCE = 512
+"""Characters of each text in a line that is too long even without its lists."""
+_BATCH_LINES = 512
 _RETRY_INTERVAL_S, _LAST_S = 1.0, 5.0
-"""Time between two tries, and how long the end waits for the last one."""
+"""Time between two attempts, and the maximum wait of `close`."""
 _STOP, _REOPEN = object(), object()
 
 
 class AuditLog:
-    """Writes events to a file. `write` is for any thread; the others for one."""
+    """Writes events to a file. `write` is for any thread, the other methods for one."""
 
-    def __init__(self, path: Path, most_waiting: int = MAX_WAITING) -> None:
-        """Open the file, which is made with mode 0600 if it is not there; `-` is standard error.
+    def __init__(self, path: Path, max_waiting: int = MAX_WAITING) -> None:
+        """Open the file, which is created with mode 0600 if missing; `-` is standard error.
 
         Raises:
             StartError: it cannot be written.
         """
         self._path = path
-        self._waiting: queue.Queue[object] = queue.Queue(most_waiting)
+        self._waiting: queue.Queue[object] = queue.Queue(max_waiting)
         self._counting = threading.Lock()
         self._waiting_bytes = 0
         self._missing = 0
-        """Events that no line has told of."""
+        """Dropped events that no line has reported yet."""
         self.written = self.dropped = 0
         self._is_failing = False
-        self._is_stopping = self._must_turn = False
+        self._is_stopping = self._must_rotate = False
         self._nudge = threading.Event()
-        """Something is to be done now by the thread, although it cannot write."""
+        """Wakes up the thread while it waits for the next attempt."""
         try:
             self._descriptor = self._open()
         except OSError as error:
@@ -70,12 +70,12 @@ class AuditLog:
 
     @property
     def is_full(self) -> bool:
-        """The next event would be dropped, or cannot be written now."""
+        """The next event would be dropped, or could not be written now."""
         has_no_room = self._waiting_bytes > MAX_WAITING_BYTES - MAX_LINE_BYTES
         return has_no_room or self._waiting.full() or self._is_failing
 
     def write(self, event: Mapping[str, object]) -> None:
-        """Have an event written, with the time that it is now. Never blocks."""
+        """Queue an event, with the current time. Never blocks."""
         moment = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
         line = _line({"time": moment, **event})
         with self._counting:
@@ -91,18 +91,18 @@ class AuditLog:
             self._drop(1)
 
     def reopen(self) -> None:
-        """Go on in a file of the same name: the one that is open may have been renamed. Never blocks."""
+        """Continue in a new file of the same name, after a rotation. Never blocks."""
         try:
             self._waiting.put_nowait(_REOPEN)
             is_queued = True
         except queue.Full:
             is_queued = False
         if self._is_failing or not is_queued:
-            self._must_turn = True
+            self._must_rotate = True
             self._nudge.set()
 
     def close(self) -> None:
-        """Write what waits, if it can be written, and end. Blocks, for some seconds if the disk hangs."""
+        """Write the queued events, if possible, and end. Blocks for some seconds if the disk hangs."""
         self._is_stopping = True
         self._nudge.set()
         try:
@@ -114,7 +114,7 @@ class AuditLog:
             os.close(self._descriptor)
 
     def _release(self, lines: Sequence[bytes]) -> None:
-        """They do not wait any more."""
+        """Account for lines that left the queue."""
         with self._counting:
             self._waiting_bytes -= sum(map(len, lines))
 
@@ -124,15 +124,15 @@ class AuditLog:
             self._missing += count
 
     def _run(self) -> None:
-        going_on = True
-        while going_on:
+        is_running = True
+        while is_running:
             last = self._waiting.get()
             lines: list[bytes] = []
             size = 0
             while isinstance(last, bytes):
                 lines.append(last)
                 size += len(last)
-                if len(lines) >= _AT_ONCE or size >= _BATCH_BYTES:
+                if len(lines) >= _BATCH_LINES or size >= _BATCH_BYTES:
                     break
                 try:
                     last = self._waiting.get_nowait()
@@ -140,9 +140,9 @@ class AuditLog:
                     break
             self._put(lines)
             self._release(lines)
-            going_on = last is not _STOP
-            if last is _REOPEN or self._must_turn:
-                self._turn()
+            is_running = last is not _STOP
+            if last is _REOPEN or self._must_rotate:
+                self._rotate()
 
     def _put(self, lines: list[bytes]) -> None:
         with self._counting:
@@ -166,34 +166,34 @@ class AuditLog:
                     self._drop(lost)
                     return
                 self._nudge.wait(_RETRY_INTERVAL_S)
-                if self._must_turn:
+                if self._must_rotate:
                     begin = data.rfind(b"\n", 0, done) + 1
                     if self._cut(done - begin):
                         done = begin
-                    self._turn()
+                    self._rotate()
         self.written += count
         if self._is_failing:
             _log.info("the audit log can be written again", path=str(self._path))
         self._is_failing = False
 
     def _cut(self, count: int) -> bool:
-        """Take the last bytes out of the file, so that their line can be written whole into another; a pipe has no such."""
-        with contextlib.suppress(OSError):  # a disk on which nothing goes: the thread must live all the same
+        """Remove the last bytes from the file, so that the next file gets the whole line; not possible for a pipe."""
+        with contextlib.suppress(OSError):  # even if the disk refuses everything, the thread must continue
             found = os.fstat(self._descriptor)
             if stat.S_ISREG(found.st_mode):
                 os.ftruncate(self._descriptor, found.st_size - count)
                 return True
         return False
 
-    def _turn(self) -> None:
-        self._must_turn = False
+    def _rotate(self) -> None:
+        self._must_rotate = False
         if not self._is_stopping:
             self._nudge.clear()
         try:
             descriptor = self._open()
         except OSError as error:
             _log.error(
-                "the audit log could not be opened anew, the old file goes on",
+                "the audit log could not be reopened, and continues in the old file",
                 path=str(self._path),
                 reason=error.strerror,
             )
@@ -209,13 +209,13 @@ class AuditLog:
         descriptor = os.open(self._path, flags, 0o600)
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISREG(mode) and mode & 0o077:
-            _log.warning("the audit log was open to other users, and is closed to them", path=str(self._path))
+            _log.warning("other users could read the audit log; now they cannot", path=str(self._path))
             os.fchmod(descriptor, 0o600)
         return descriptor
 
 
 def _line(event: Mapping[str, object]) -> bytes:
-    """An event as it stands in the file, within `MAX_LINE_BYTES`."""
+    """Return the line of an event, within `MAX_LINE_BYTES`."""
     line = _dumped(event)
     kept = 1 << 10
     while len(line) > MAX_LINE_BYTES and kept:
@@ -229,7 +229,7 @@ def _dumped(event: Mapping[str, object]) -> bytes:
 
 
 def _shortened(value: object, entries: int) -> object:
-    """A list with so many of its entries; other values are short, but for a text that somebody has sent."""
+    """Shorten lists to this many entries, and long texts; other values are short."""
     if isinstance(value, list):
         return [_shortened(each, entries) for each in value[:entries]]
     return value[:_SHORT] if isinstance(value, str) and entries < _SHORT else value

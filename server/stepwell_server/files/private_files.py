@@ -1,12 +1,12 @@
-"""Folders and files that are for the server's user alone: they are made so, closed to others, or refused.
+"""Private folders and files of the server's user: created as such, closed to others, or refused.
 
-Three rules. What another user could have *written* is never used: whoever can write the cache decides what runs, and
-whoever can write the token file decides who calls. What another user can *read* is closed to others where it is the
-server's own (data, cache); a secret of the user's is refused, or logged as a warning. Root may do all of that anyway,
-and is trusted.
+There are three rules. First, nothing that another user could have *written* is used: whoever can write the cache
+decides what runs, and whoever can write the token file decides who may call. Second, the server's own folders (data,
+cache) that another user can *read* are closed to others; a secret of the user is refused, or logged as a warning.
+Third, root is trusted, because it can do all of that anyway.
 
-Owner and mode decide, of the path and of all folders and links on the way to it: whoever can rename a folder above a
-file can put another in its place. Access lists (setfacl) are the operator's affair. Blocking, for any thread.
+The owners and modes of the path and of all folders and links above it decide, because whoever can rename a folder
+above a file can replace the file. Access lists (setfacl) are not checked. Blocking; for any thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 OF_DATA = ("sessions", "sessions.new", "wal", "server.lock", "readers.lock", "models", "uploads")
-"""Names of what is in a data folder."""
+"""Names of entries in a data folder."""
 _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 _READ, _WRITE = 4, 2
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -39,11 +39,11 @@ _as_user: ContextVar[int | None] = ContextVar("as_user", default=None)
 
 
 class NotPrivateError(PermissionError):
-    """A path cannot be used, as it is not private. The message is one line: the path, the rule, what it is, and the fix."""
+    """A path is not private and cannot be used. The message is one line: the path, the rule, the finding, and the fix."""
 
 
 class _Place(NamedTuple):
-    """A folder, link or file on the way to a path, itself included."""
+    """A folder, link or file on the way to a path, including the path."""
 
     path: Path
     found: os.stat_result
@@ -55,7 +55,7 @@ class _Place(NamedTuple):
 
 @contextlib.contextmanager
 def as_user(number: int) -> Iterator[None]:
-    """Judge files as those of a server that another user runs: for root, who looks after it."""
+    """Check files as the given user: for root, who manages another user's server."""
     before = _as_user.set(number)
     try:
         yield
@@ -64,7 +64,7 @@ def as_user(number: int) -> Iterator[None]:
 
 
 def server_user() -> int:
-    """The number of the user whose server is meant: who runs this, unless `as_user` says another."""
+    """Return the id of the server's user: the current user, unless `as_user` set another."""
     number = _as_user.get()
     return os.geteuid() if number is None else number
 
@@ -73,16 +73,16 @@ def server_user() -> int:
 
 
 def make_folder(path: Path, holds: Sequence[str]) -> None:
-    """Make a folder that nobody else can use, with those above it. One that is there is closed to others, with a warning.
+    """Create a private folder, with its parents. An existing folder is closed to others, with a warning.
 
     Args:
         path: the folder.
-        holds: patterns of the names that the server gives to what is in it. A wider folder that holds anything else is
-            not the server's alone, and is refused instead of being closed to its other users.
+        holds: patterns of the names that the server uses in it. A folder that is open to others and contains anything
+            else is refused instead of closed.
 
     Raises:
-        NotPrivateError: another user can write it, or owns it or a folder above it.
-        OSError: it cannot be made.
+        NotPrivateError: another user can write the folder, or owns it or a parent.
+        OSError: it cannot be created.
     """
     if problem := folder_problem(path, holds):
         raise NotPrivateError(problem)
@@ -93,16 +93,16 @@ def make_folder(path: Path, holds: Sequence[str]) -> None:
         return
     try:
         folder.chmod(place.mode & ~_OTHERS)
-        _log.warning("other users could read %s; only the user of the server can now", folder)
+        _log.warning("other users could read %s; now only the user of the server can", folder)
     except OSError as error:
-        _log.warning("other users can read %s, and that cannot be changed: %s", folder, error.strerror)
+        _log.warning("other users can read %s, and its mode cannot be changed: %s", folder, error.strerror)
 
 
 def folder_problem(path: Path, holds: Sequence[str]) -> str:
-    """Why the server's own folder cannot be used; empty: it can, or it can be made. Changes nothing.
+    """Return why a folder of the server cannot be used; empty: it can be used or created. Changes nothing.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: it cannot be checked.
     """
     places = list(_places(path))
     last = places[-1]
@@ -117,24 +117,24 @@ def folder_problem(path: Path, holds: Sequence[str]) -> str:
     for entry in _entries(last.path, holds):
         if problem := _owner_problem(entry):
             return f"{entry.path} must be the server's own; {problem}"
-        # Nobody else has written what is in a folder that is closed to others.
+        # In a folder that is closed to others, nobody else can have written anything.
         could_be = last.mode & _OTHERS_ENTER and not stat.S_ISLNK(entry.found.st_mode)
         if could_be and (problem := _write_problem(entry)):
-            return f"{entry.path} must be what no other user can have written; {problem}: if nobody has, chmod go-w it"
+            return f"no other user may have been able to write {entry.path}; {problem}: if nobody did, run chmod go-w on it"
     others = _others(last.path, holds) if _is_wide(last) else ""
     if others:
         return (
-            f"{path} must be a folder for this alone, or one that no other user can read; its mode is {last.mode:04o}, and"
-            f" it holds {others}: give a new folder, or chmod 700 {path}"
+            f"{path} must be a folder for this purpose only, or not readable by other users; its mode is {last.mode:04o}, and"
+            f" it contains {others}: give a new folder, or chmod 700 {path}"
         )
     return ""
 
 
 def create(path: Path) -> int:
-    """Make a file of mode 0600, whatever the umask is, and return a descriptor to write it.
+    """Create a file with mode 0600, whatever the umask, and return its descriptor for writing.
 
     Raises:
-        OSError: there is something of that name already, or it cannot be made.
+        OSError: the name exists already, or the file cannot be created.
     """
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
     os.fchmod(file, FILE_MODE)
@@ -142,10 +142,10 @@ def create(path: Path) -> int:
 
 
 def ensure_file(path: Path) -> None:
-    """Make an empty file of mode 0600 if there is none. It belongs to the folder's owner, even if root makes it.
+    """Create an empty file with mode 0600 if there is none. It belongs to the folder's owner, even if root creates it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     try:
         file = create(path)
@@ -153,14 +153,14 @@ def ensure_file(path: Path) -> None:
         return
     try:
         owner = os.stat(path.parent)
-        if os.geteuid() == 0:  # the file is new and no link: nobody else's is given away
+        if os.geteuid() == 0:  # the file is new and not a link, so this changes no other file
             os.fchown(file, owner.st_uid, owner.st_gid)
     finally:
         os.close(file)
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file of mode 0600, whole or not at all; what was there is replaced.
+    """Write a file with mode 0600 atomically, replacing an existing one.
 
     Raises:
         OSError: it cannot be written.
@@ -185,16 +185,16 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def require_secret(path: Path, *, may_be_read: bool = False, group_may_read: bool = False) -> None:
-    """Check a file that holds a secret of the user's. Nothing is changed: whoever made it decides.
+    """Check a file with a secret of the user. Changes nothing, because the file is the user's.
 
     Args:
-        path: the file; a link is followed. A file that is not there is no business of this function's.
-        may_be_read: a file that other users can read is only complained of, with a warning, and not at all if only
-            its group can (certificates' keys are often shared so).
-        group_may_read: a file that its group can read is taken, but not one that everybody can.
+        path: the file; links are followed. A missing file is not an error.
+        may_be_read: only log a warning if other users can read it, and nothing if only its group can (keys of
+            certificates are often shared that way).
+        group_may_read: accept a file that its group, but not everybody, can read.
 
     Raises:
-        NotPrivateError: another user can change it or put another in its place, or can read it.
+        NotPrivateError: another user can change, replace or read it.
     """
     file = _trusted(path)
     if file is None:
@@ -210,7 +210,7 @@ def require_secret(path: Path, *, may_be_read: bool = False, group_may_read: boo
 
 
 def require_trusted(path: Path) -> None:
-    """Check a file that decides something and that anybody may read, such as keys that are public. As `require_secret`.
+    """As `require_secret`, for a trusted file that anybody may read, such as public keys.
 
     Raises:
         NotPrivateError: another user can change it or put another in its place.
@@ -219,7 +219,7 @@ def require_trusted(path: Path) -> None:
 
 
 def _trusted(path: Path) -> _Place | None:
-    """A file that no other user can change; None: there is none, it is a folder, which cannot be read, or a credential.
+    """Return a file that no other user can change; None: it is missing, a folder, or a credential of systemd.
 
     Raises:
         NotPrivateError: another user can change it or put another in its place.
@@ -247,14 +247,15 @@ def _trusted(path: Path) -> _Place | None:
 
 
 def _way_problem(place: _Place, path: Path) -> str:
-    """Why a place above a path, or a link on the way, lets other users decide what is under that path."""
+    """Return why a parent of a path, or a link on the way, allows other users to replace the content of the path."""
     what = "link" if stat.S_ISLNK(place.found.st_mode) else "folder"
     problem = _owner_problem(place, is_above=True)
-    # Where the sticky bit is set, as on /tmp, nobody can rename or remove what is another's.
+    # With the sticky bit, as on /tmp, users cannot rename or remove files of others.
     if not problem and what == "folder" and not place.found.st_mode & stat.S_ISVTX:
         problem = _write_problem(place)
     return (
-        problem and f"{path} must be where no other user can replace it; the {what} {place.path}: {problem}"
+        problem
+        and f"{path} must be in a place where no other user can replace it; the {what} {place.path}: {problem}"
     )
 
 
@@ -274,20 +275,20 @@ def _write_problem(place: _Place) -> str:
 
 
 def _group_may(place: _Place, right: int) -> bool:
-    """Whether another user has a right as a member of the group."""
+    """Whether another user has this right as a member of the group."""
     return bool(place.mode & right << 3) and not _is_own_group(place.found.st_gid)
 
 
 def _is_credential(path: Path) -> bool:
-    """Whether systemd has made a file for this service (LoadCredential=): it is root's, 0440, and has an access list."""
+    """Whether systemd created a file for this service (LoadCredential=): owned by root, 0440, with an access list."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
     return folder != "" and Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def _is_own_group(number: int) -> bool:
-    """Whether no other user is in a group, as far as this system knows; root's is root.
+    """Whether a group has no other user, as far as this system knows. Root's group is trusted.
 
-    So it is with groups of one user, which many systems make, and with the groups that containers give to volumes.
+    This accepts the groups of single users, which many systems create, and the groups of container volumes.
     """
     if number == 0:
         return True
@@ -300,7 +301,7 @@ def _is_own_group(number: int) -> bool:
 
 
 def _is_unmapped(user: int) -> bool:
-    """Whether nobody knows who a user is: in a user namespace, where the system's folders belong to no one known."""
+    """Whether a user is unmapped: in a user namespace, the system's folders belong to an unknown user."""
     try:
         overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
         mapped = Path("/proc/self/uid_map").read_text().split()
@@ -317,7 +318,7 @@ def _name(user: int) -> str:
 
 
 def user_text(user: int) -> str:
-    """A user for people: the name, if there is one, and the number."""
+    """Describe a user: the name, if known, and the id."""
     name = _name(user)
     return f"user {name} ({user})" if name else f"user {user}"
 
@@ -333,7 +334,7 @@ def _group(group: int) -> str:
 
 
 def _places(path: Path) -> Iterator[_Place]:
-    """What is met on the way to a path, from the root on: folders, links, and it itself, as far as they are there.
+    """Yield the existing folders and links on the way to a path, from the root on, and the path itself.
 
     Raises:
         OSError: a folder cannot be searched, or links lead nowhere.
@@ -369,14 +370,14 @@ def _make(path: Path) -> None:
     _make(path.parent)
     try:
         path.mkdir(FOLDER_MODE)
-        path.chmod(FOLDER_MODE)  # a umask may have taken away what the owner needs
+        path.chmod(FOLDER_MODE)  # the umask may have removed rights that the owner needs
     except FileExistsError:
         if not path.is_dir():
             raise
 
 
 def _is_wide(place: _Place) -> bool:
-    """Whether others can use what is ours. How wide root has made its own is root's decision."""
+    """Whether others can access a path of ours. For paths of root, root decides."""
     return bool(place.mode & _OTHERS) and place.found.st_uid == server_user()
 
 
@@ -385,13 +386,13 @@ def _is_known(name: str, holds: Sequence[str]) -> bool:
 
 
 def _others(folder: Path, holds: Sequence[str]) -> str:
-    """The first thing in a folder that the server has not put there."""
+    """Return the first entry of a folder that the server did not create."""
     names = (name for name in sorted(os.listdir(folder)) if not _is_known(name, holds))
     return next((name for name in names if name != "lost+found"), "")
 
 
 def _entries(folder: Path, holds: Sequence[str]) -> Iterator[_Place]:
-    """All that the server has put into a folder; links are not followed."""
+    """Yield all entries of a folder that the server created; links are not followed."""
     for root, folders, files in os.walk(folder):
         names = [*folders, *files]
         if Path(root) == folder:

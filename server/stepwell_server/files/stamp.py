@@ -1,4 +1,4 @@
-"""Whether a file has changed, without reading it."""
+"""Detects changes of a file without reading it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Stamp = tuple[int, ...]
 
 
 def stamp(path: Path) -> Stamp:
-    """Another one for other contents, however they were put there."""
+    """Return a stamp of a file, which changes with its content, however it is changed."""
     try:
         return stamp_of(os.stat(path))
     except OSError as error:
@@ -17,5 +17,5 @@ def stamp(path: Path) -> Stamp:
 
 
 def stamp_of(found: os.stat_result) -> Stamp:
-    """As `stamp`, of a file that has been looked at."""
+    """As `stamp`, for the result of `os.stat`."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,4 +1,4 @@
-"""A file by which the operator says who callers are or what they may have: read at the start, and again when it has changed."""
+"""A configuration file of the operator that is read at the start, and again after a change."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _MAX_BYTES = 64 << 20
 
 
 class WatchedFile(Generic[T]):
-    """What a file says, as of its last change that could be used. For one thread at a time.
+    """The parsed content of a file, as of its last valid change. For one thread at a time.
 
     Args:
-        option: That names it, for messages.
-        path: Of the file.
-        parse: Makes the value of its text; a `ValueError` has the rule that the text breaks.
-        is_private: Nobody but its owner may read it. Nobody else may ever write it.
+        option: The option of the file, for messages.
+        path: The file.
+        parse: Parses its text; a `ValueError` names the broken rule.
+        is_private: Only its owner may read it. Only its owner may write it in any case.
 
     Raises:
         StartError: it cannot be used.
@@ -39,13 +39,13 @@ class WatchedFile(Generic[T]):
         """May be read by any thread."""
 
     def changed(self, *, at_once: bool = False) -> bool:
-        """Whether there is a new value: the file has changed, and two looks have found it the same, else it is being written.
+        """Check for a new value: the file has changed, and two checks found it equal. Otherwise it may still be written.
 
         Args:
-            at_once: Somebody says that it is whole: read it whatever the looks find.
+            at_once: Read it now, because the operator says that it is complete.
 
         Raises:
-            StartError: it has changed to what cannot be used, and the value stays; raised once for each change.
+            StartError: the changed file cannot be used, and the value stays; raised once per change.
         """
         now, seen = stamp(self._path), self._seen
         self._seen = now
@@ -57,7 +57,7 @@ class WatchedFile(Generic[T]):
         except StartError as error:
             found = error
         if stamp(self._path) != now:
-            return False  # what was looked at and what was read may be two things
+            return False  # it changed between the check and the read
         self._used = now
         if isinstance(found, StartError):
             raise found

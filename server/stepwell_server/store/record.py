@@ -1,13 +1,13 @@
-"""The stored form of a session: a header of fixed size, two texts, the rows, the arrays of a long reply, fields.
+"""The binary format of a stored session: a fixed-size header, two texts, the rows, the arrays of a long reply, and fields.
 
     checksum, schema, reply, lengths, revision, ... | fingerprint | model | rows | extra | fields
 
-Little-endian throughout. The checksum is CRC-32 (zlib's): it finds every change of up to 32 neighbouring bits
-for certain and any other but one in 4 billion. ISA-L computes it several times as fast as zlib does. It starts
-from the session's id, so that a record found under another id is damaged too. Every schema version keeps
-checksum and schema where they are now: a record of a later version can be told from a damaged one.
+All numbers are little-endian. The checksum is CRC-32 (as in zlib): it detects every change of up to 32 adjacent bits,
+and all but one in 4 billion of other changes. ISA-L computes it several times faster than zlib. It is seeded with the
+session's id, so that a record under another id counts as corrupt. All schema versions have checksum and schema at the
+same place, so that a record of a later version can be distinguished from a corrupt one.
 
-The extension fields (`fields`) are what later servers say of a session beside the columns of the header.
+The extension fields (`fields`) allow later servers to store more than the columns of the header.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from stepwell_server.store.fields import (
 )
 
 SCHEMA_VERSION = 4
-"""Of all records; others are refused."""
+"""The schema version of all records; others are refused."""
 MAX_COUNTER = 2**63 - 1
-"""Of revisions and positions: many clients read them as numbers with a sign."""
+"""The maximum of revisions and positions, as many clients read them as signed integers."""
 MAX_BATCH_SIZE = 2**31 - 1
 MAX_TIME = 253_402_300_800.0
-"""Seconds from the epoch to the end of the year 9999: times of records are from 0 up to it."""
+"""The end of the year 9999 in seconds since the epoch: the upper bound of times in records."""
 
 RecordBytes = bytes | bytearray | memoryview
 """An encoded record."""
@@ -68,14 +68,14 @@ HEADER = np.dtype(
         ("fields_bytes", "<u2"),
     ]
 )
-_STRUCT = struct.Struct("<IHBBQQQQddQQQIIIHH")  # the same, for one
+_STRUCT = struct.Struct("<IHBBQQQQddQQQIIIHH")  # the same, for a single record
 _NAMES = HEADER.names or ()
 _FINGERPRINT, _MODEL, _ROWS, _EXTRA, _FIELDS = (
     _NAMES.index(f"{part}_bytes") for part in ("fingerprint", "model", "rows", "extra", "fields")
 )
 _START = struct.Struct("<IH")
 _LENGTH = struct.Struct("<H")
-#: Ids whose encoding is kept: those of sessions that change again and again.
+#: The number of cached encoded ids, for sessions that change repeatedly.
 _IDS_KNOWN = 16_384
 _REVISION, _REVISION_AT = struct.Struct("<Q"), 8
 _MAX_IDLE, _MAX_IDLE_AT = struct.Struct("<Q"), HEADER.fields["max_idle_ms"][1]  # type: ignore[index]
@@ -88,39 +88,39 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a record says of a session, beside its state."""
+    """The metadata of a session in its record."""
 
     fingerprint: str
-    """Of the model that the rows belong to."""
+    """The fingerprint of the model that the rows belong to."""
     model: str
-    """The name it was served under."""
+    """The name of the model."""
     batch_size: int
     revision: int
     position: int
     request_id: int
-    """Of the last change, 0 for none."""
+    """The request id of the last change; 0: none."""
     opened_with: int
-    """Request id of the call that made the session, or a number that was drawn: see `SessionInfo.uid`."""
+    """The request id of the call that opened the session, or a random number: see `SessionInfo.uid`."""
     created: float
     """Seconds since the epoch."""
     last_used: float
     """Seconds since the epoch."""
     reply: int
-    """How the reply to the last change is kept: the engine's `Kept`."""
+    """How the reply to the last change is stored: see the engine's `Kept`."""
     digest: int = 0
-    """Of what the last change said (`core.exactly_once`), 0 for none."""
+    """The digest of the last change's request (`core.exactly_once`); 0: none."""
     opened_digest: int = 0
-    """The same of the call that made the session."""
+    """The same for the call that opened the session."""
     max_idle_ms: int = 0
-    """For how long it may be unused, 0 for no limit of its own: see `core.idle`."""
+    """How long it may be unused; 0: no limit of its own. See `core.idle`."""
     fields: bytes = b""
-    """Extension fields as `pack_fields` makes them; they are written again as they are."""
+    """Extension fields, as encoded by `pack_fields`; they are written back unchanged."""
     state_bytes: int = dataclasses.field(default=0, compare=False)
-    """Of the rows and of the arrays of a reply."""
+    """The size of the rows and the arrays of a reply."""
 
 
 class Texts:
-    """The texts of a model's records."""
+    """The texts in the records of a model."""
 
     __slots__ = ("data", "fingerprint_bytes", "model_bytes")
 
@@ -148,10 +148,10 @@ def encode(
     extra: bytes = b"",
     fields: bytes = b"",
 ) -> bytes:
-    """A record as bytes, bound to the session's id; the values are those of `Header`, if nothing else is said.
+    """Encode a record, bound to the session's id; see `Header` for the values.
 
-    `rows` are the session's, one after the other, each as `Arena.pack` lays it out; `extra` the arrays of a reply of
-    several time steps, opaque here.
+    `rows` are the concatenated rows of the session, each in the layout of `Arena.pack`; `extra` holds the arrays
+    of a reply of several time steps and is opaque here.
 
     Raises:
         ValueError: a part is too large to be stored.
@@ -169,12 +169,12 @@ def encode(
 
 
 def encode_ids(session_ids: Sequence[str]) -> bytes:
-    """Ids one after the other, each as UTF-8 behind its length in bytes (u2)."""
+    """Encode ids, each as its length in bytes (u2) and UTF-8."""
     return b"".join([_encoded(session_id)[0] for session_id in session_ids])
 
 
 class Puts(list[tuple[str, RecordBytes]]):
-    """Ids and records that lie one after the other, and may be put again: the same objects with other contents."""
+    """Ids and records in one buffer, which may be filled and put repeatedly."""
 
     def __init__(
         self, session_ids: Sequence[str], records: Sequence[RecordBytes], together: memoryview
@@ -182,15 +182,15 @@ class Puts(list[tuple[str, RecordBytes]]):
         super().__init__(zip(session_ids, records, strict=True))
         self.session_ids = session_ids
         self.sizes = [len(record) for record in records]
-        """Bytes of each record: all have the same."""
+        """The size of each record in bytes; all are equal."""
         self.together = together
-        """All records, one after the other."""
+        """All records, concatenated."""
         self.checksums = b""
         """The records' checksums, four bytes each."""
 
     @functools.cached_property
     def encoded_ids(self) -> bytes:
-        """As `encode_ids`: sessions that change together again and again are encoded once."""
+        """The result of `encode_ids`, cached for sessions that repeatedly change together."""
         return encode_ids(self.session_ids)
 
     @functools.cached_property
@@ -200,42 +200,41 @@ class Puts(list[tuple[str, RecordBytes]]):
 
     @functools.cached_property
     def seeds(self) -> list[int]:
-        """What the checksum of each record begins with."""
+        """The seed of each record's checksum."""
         return [crc32(key) for key in self.keys]
 
     def with_checksums(self, records: Sequence[RecordBytes], together: memoryview, checksums: bytes) -> Puts:
-        """Other records of the same sessions."""
+        """Return other records of the same sessions."""
         puts = Puts(self.session_ids, records, together)
         puts.checksums, puts.encoded_ids = checksums, self.encoded_ids
         return puts
 
 
 class JoinedPuts(Sequence[tuple[str, RecordBytes]]):
-    """Ids and records of several changes, as one sequence."""
+    """The ids and records of several changes as one sequence."""
 
     def __init__(self, parts: Sequence[Sequence[tuple[str, RecordBytes]]]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """Return the number of records."""
         return sum(map(len, self.parts))
 
     def __iter__(self) -> Iterator[tuple[str, RecordBytes]]:
-        """The records of one part after the other."""
+        """Iterate over all records."""
         return itertools.chain.from_iterable(self.parts)
 
     def __getitem__(self, index: Any) -> Any:
-        """As of a list."""
+        """Return an item or slice, as a list does."""
         return list(self)[index]
 
 
 class RecordTemplate:
-    """The records of some sessions of one model and batch size, laid out once and filled as often as they change.
+    """The records of sessions of one model and batch size, laid out once and filled whenever they change.
 
-    Extension fields, if there are any, have the same length in all of them. Other sessions have records of their own:
-    `encode`.
+    All must have the same length of extension fields. Use `encode` for other sessions.
 
-    What `fill` returns are views of the template: they hold until it is filled again. For one thread at a time.
+    `fill` returns views of the template, valid until the next `fill`. For one thread at a time.
     """
 
     def __init__(
@@ -250,17 +249,17 @@ class RecordTemplate:
         created: F64 | float,
         fields: Sequence[bytes] = (),
     ) -> None:
-        """Lay out n records.
+        """Lay out n records. Values that are constant from the opening on are `(n,)` arrays, or one for all.
 
         Args:
-            session_ids: n of them.
-            texts: Of their model.
-            shape: The batch size, and the bytes of a row as `Arena.pack` makes it.
-            opened_with: `(n,)`, or one for all, as all that their openings determine.
-            opened_digest: The same.
-            max_idle_ms: The same.
-            created: The same.
-            fields: Extension fields of each; empty for none.
+            session_ids: n ids.
+            texts: the texts of their model.
+            shape: the batch size and the size of a row as packed by `Arena.pack`.
+            opened_with: see `Header`.
+            opened_digest: see `Header`.
+            max_idle_ms: see `Header`.
+            created: see `Header`.
+            fields: the extension fields of each; empty: none.
         """
         batch_size, row_bytes = shape
         text = np.frombuffer(texts.data, np.uint8)
@@ -270,7 +269,7 @@ class RecordTemplate:
         buffer = np.zeros((len(session_ids), size), np.uint8)
         buffer[:, HEADER.itemsize : start] = text
         self.rows: U8 = buffer[:, start:end]
-        """`(n, batch_size * row_bytes)`: to be written before `fill`."""
+        """`(n, batch_size * row_bytes)`, to be written before `fill`."""
         heads = self._heads = buffer[:, : HEADER.itemsize].view(HEADER)[:, 0]
         heads["schema"], heads["batch_size"] = SCHEMA_VERSION, batch_size
         if fields:
@@ -297,10 +296,10 @@ class RecordTemplate:
         replies: U8 | int,
         digests: U64 | int = 0,
     ) -> Puts:
-        """Complete the records, whose rows have been written; `(n,)` or one for all, see `Header`.
+        """Complete the records after the rows have been written. Values are `(n,)` or one for all; see `Header`.
 
         Returns:
-            The ids and their records, equal to what `encode` returns.
+            The ids and their records, equal to those of `encode`.
         """
         heads = self._heads
         heads["revision"], heads["position"], heads["request_id"] = revisions, positions, request_ids
@@ -312,11 +311,10 @@ class RecordTemplate:
 
 
 def decode_header(session_id: str, stored: RecordBytes) -> Header:
-    """Read what a record says beside the state; the whole record is checked all the same.
+    """Decode the metadata of a record after checking the whole record.
 
     Raises:
-        StateCorrupt: it is damaged, encrypted, of a schema version that is not known here, or has a critical field that
-            is not.
+        StateCorrupt: it is corrupt, encrypted, of another schema version, or has an unknown critical field.
     """
     return _header(_checked(session_id, stored))
 
@@ -345,7 +343,7 @@ def _header(view: memoryview) -> Header:
 
 
 def header_or_none(session_id: str, stored: RecordBytes) -> Header | None:
-    """As `decode_header`, of encrypted records too; None if the record cannot be read."""
+    """Decode the metadata of a record, encrypted or not; None if it cannot be read."""
     try:
         return _header(_checked(session_id, stored, sealed=True))
     except StateCorrupt:
@@ -353,19 +351,19 @@ def header_or_none(session_id: str, stored: RecordBytes) -> Header | None:
 
 
 def size_of(head: RecordBytes) -> int:
-    """How many bytes a record has, by its header; nothing is checked."""
+    """Return the size of a record according to its header; nothing is checked."""
     facts = _STRUCT.unpack_from(head)
     sizes: int = facts[_FINGERPRINT] + facts[_MODEL] + facts[_ROWS] + facts[_EXTRA] + facts[_FIELDS]
     return HEADER.itemsize + sizes
 
 
 def max_idle_ms_of(record: RecordBytes) -> int:
-    """The limit of its own that a record says, 0 for none; nothing is checked."""
+    """Return a record's own idle limit; 0: none. Nothing is checked."""
     return 0 if len(record) < HEADER.itemsize else int(_MAX_IDLE.unpack_from(record, _MAX_IDLE_AT)[0])
 
 
 def is_sound(session_id: str, stored: RecordBytes) -> bool:
-    """Whether a record is as it was written, and this session's; a later server may have written it."""
+    """Whether a record is intact and belongs to the session, even if a later server wrote it."""
     try:
         _intact(session_id, stored)
     except StateCorrupt:
@@ -374,7 +372,7 @@ def is_sound(session_id: str, stored: RecordBytes) -> bool:
 
 
 def supersedes(newer: RecordBytes, older: RecordBytes) -> bool:
-    """Whether a record is of the same session as another, not only of the same id, and of a later change."""
+    """Whether a record is a later state of the same session, not of another session with that id."""
     if len(newer) < HEADER.itemsize or len(older) < HEADER.itemsize:
         return False
     a, b = _STRUCT.unpack_from(newer), _STRUCT.unpack_from(older)
@@ -384,26 +382,26 @@ def supersedes(newer: RecordBytes, older: RecordBytes) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodedRecords:
-    """Many records read at once. Those that could not be read are in `errors` and nowhere else."""
+    """Many records, decoded together. Those that could not be read are only in `errors`."""
 
     sound: npt.NDArray[np.intp]
-    """Which records could be read: their places among those given, ascending."""
+    """The indices of the records that could be read, ascending."""
     heads: npt.NDArray[np.void]
     """`(len(sound),)` of dtype `HEADER`: `heads["revision"]` and so on are the columns."""
     fingerprints: list[str]
-    """As long as `sound`."""
+    """One per entry of `sound`."""
     rows: bytes
-    """The rows of all sound records, one after the other; `heads["rows_bytes"]` of each."""
+    """The concatenated rows of all sound records, `heads["rows_bytes"]` bytes each."""
     extras: dict[int, bytes]
-    """Those that are not empty, by place."""
+    """The non-empty extras by index."""
     fields: dict[int, bytes]
-    """Extension fields, but those of encryption, of those that have any, by place."""
+    """The non-empty extension fields by index, without those of encryption."""
     errors: dict[int, StateCorrupt]
-    """By place."""
+    """The errors by index."""
 
 
 def decode_many(session_ids: Sequence[str], stored: Sequence[RecordBytes]) -> DecodedRecords:
-    """Read many records at once, for sessions that come back to the arena together."""
+    """Decode many records together, for sessions that return to the arena."""
     errors: dict[int, StateCorrupt] = {}
     sound: list[int] = []
     views: list[memoryview] = []
@@ -434,7 +432,7 @@ def decode_many(session_ids: Sequence[str], stored: Sequence[RecordBytes]) -> De
 
 
 def _cuts(heads: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
-    """Where each fingerprint ends, the rows begin, and the rows end."""
+    """Return the end of each fingerprint, and the start and end of the rows."""
     texts = HEADER.itemsize + heads["fingerprint_bytes"].astype(np.int64)
     rows = texts + heads["model_bytes"]
     ends = rows + heads["rows_bytes"]
@@ -443,7 +441,7 @@ def _cuts(heads: npt.NDArray[np.void]) -> list[tuple[int, int, int]]:
 
 @functools.lru_cache(_IDS_KNOWN)
 def _encoded(session_id: str) -> tuple[bytes, int]:
-    """An id as `encode_ids` writes it, and what the checksum of its record begins with."""
+    """Return an id as encoded by `encode_ids`, and the seed of its checksum."""
     key = session_id.encode()
     return _LENGTH.pack(len(key)) + key, crc32(key)
 
@@ -453,9 +451,9 @@ def _seed(session_id: str) -> int:
 
 
 def _intact(session_id: str, stored: RecordBytes) -> memoryview:
-    """The record, if its checksum is right and, as far as its schema is known, its header can be true.
+    """Return the record if its checksum is right and, for the known schema, its header is plausible.
 
-    A checksum says nothing of who made a record: whoever imports or restores one can make it anew.
+    A checksum does not authenticate a record: whoever imports or restores one can compute it.
     """
     view = memoryview(stored)
     if len(view) < HEADER.itemsize:
@@ -470,7 +468,7 @@ def _intact(session_id: str, stored: RecordBytes) -> memoryview:
 
 
 def _require_possible(session_id: str, view: memoryview) -> None:
-    """Refuse a record whose parts do not add up, or whose header has values that no session can have."""
+    """Refuse a record whose sizes are inconsistent or whose header has impossible values."""
     (_, _, _, fingerprint_bytes, revision, position, _, _, created, last_used, _, _,
      max_idle_ms, batch_size, rows_bytes, extra_bytes, model_bytes, fields_bytes) = _STRUCT.unpack_from(view)  # fmt: skip
     texts_end = _STRUCT.size + fingerprint_bytes + model_bytes
@@ -502,25 +500,25 @@ def _require_possible(session_id: str, view: memoryview) -> None:
 
 
 def checksums_of(bodies: Iterable[RecordBytes], seeds: Iterable[int]) -> npt.NDArray[np.uint32]:
-    """The checksums of records that go on with `bodies` behind it; see `Puts.seeds`."""
+    """Return the checksums of records from the bytes after them; see `Puts.seeds`."""
     return np.fromiter(map(crc32, bodies, seeds), np.dtype("<u4"))
 
 
 def with_checksum(session_id: str, record: RecordBytes) -> bytes:
-    """A record with the checksum that it must have, whatever stands in its place."""
+    """Return a record with its checksum replaced by the right one."""
     body = memoryview(record)[_CHECKSUM_BYTES:]
     return b"".join((crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little"), body))
 
 
 def with_revision(session_id: str, record: RecordBytes, revision: int) -> bytes:
-    """A record as of another revision."""
+    """Return a record with another revision."""
     changed = bytearray(record)
     _REVISION.pack_into(changed, _REVISION_AT, revision)
     return with_checksum(session_id, bytes(changed))
 
 
 def head_with(head: RecordBytes, fields_bytes: int) -> bytes:
-    """What stands before the rows of a record, as it is with so many bytes of fields; the checksum is not made."""
+    """Return the header and texts of a record with another size of fields; the checksum is not computed."""
     changed = bytearray(head)
     _START.pack_into(changed, 0, 0, SCHEMA_VERSION)
     _LENGTH.pack_into(changed, HEADER.itemsize - _LENGTH.size, fields_bytes)
@@ -528,18 +526,18 @@ def head_with(head: RecordBytes, fields_bytes: int) -> bytes:
 
 
 def state_at(record: RecordBytes) -> int:
-    """Where rows and extra of a record begin; nothing is checked."""
+    """Return the offset of rows and extra in a record; nothing is checked."""
     facts = _STRUCT.unpack_from(record)
     return int(HEADER.itemsize + facts[_FINGERPRINT] + facts[_MODEL])
 
 
 def fields_at(record: RecordBytes) -> int:
-    """Where the extension fields of a record begin; nothing is checked."""
+    """Return the offset of the extension fields in a record; nothing is checked."""
     return max(0, len(record) - int(_LENGTH.unpack_from(record, HEADER.itemsize - _LENGTH.size)[0]))
 
 
 def seal_end(record: RecordBytes) -> int:
-    """Where the extension fields begin that are not about encryption; nothing is checked."""
+    """Return the offset of the extension fields after that of encryption; nothing is checked."""
     at = fields_at(record)
     if at + FIELD.itemsize > len(record):
         return at
@@ -548,7 +546,7 @@ def seal_end(record: RecordBytes) -> int:
 
 
 def key_id_of(record: RecordBytes) -> str | None:
-    """The id of the key that a record is encrypted with; None if it is not. Nothing is checked."""
+    """Return the id of the key that a record is encrypted with; None if it is not. Nothing is checked."""
     if len(record) < HEADER.itemsize:
         return None
     start, end = fields_at(record), seal_end(record)
@@ -556,7 +554,7 @@ def key_id_of(record: RecordBytes) -> str | None:
 
 
 def _checked(session_id: str, stored: RecordBytes, *, sealed: bool = False) -> memoryview:
-    """The record, if it is intact and of a form that this server can use; an encrypted one only if it may be `sealed`."""
+    """Return the record if it is intact and this server can use it; encrypted ones only if `sealed` allows it."""
     view = _intact(session_id, stored)
     _, schema = _START.unpack_from(view)
     if schema != SCHEMA_VERSION:
@@ -587,7 +585,7 @@ def _checked(session_id: str, stored: RecordBytes, *, sealed: bool = False) -> m
 
 @functools.lru_cache(256)  # most records of a model have the same fields
 def _parsed(fields: bytes, known: frozenset[int]) -> tuple[bytes, bool, int]:
-    """Fields but that of encryption, whether there is that one, and the first critical tag that is not known, or 0."""
+    """Return the fields without that of encryption, whether that one exists, and the first unknown critical tag or 0."""
     tags = unpack_fields(fields)
     unknown = min((tag for tag in tags.keys() - known if tag & CRITICAL), default=0)
     rest = fields[FIELD_HEAD.size + len(tags[SEAL]) :] if SEAL in tags else fields  # it is the first one

@@ -10,8 +10,8 @@ from typing import Any
 
 from stepwell_server.catalog.catalog import Catalog
 from stepwell_server.catalog.control import LoadRequest, Progress
-from stepwell_server.catalog.files.kept_programs import ProgramStore
 from stepwell_server.catalog.files.model_files import ModelFiles
+from stepwell_server.catalog.files.program_store import ProgramStore
 from stepwell_server.catalog.files.uploads import Uploads
 from stepwell_server.catalog.interfaces import CompileResult
 from stepwell_server.compile.errors import ModelError

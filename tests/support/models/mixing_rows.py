@@ -80,24 +80,26 @@ UNTRACED = [
     before_rnn(
         "values_as_numpy",
         odd("values_as_numpy"),
-        untraced("values_as_numpy", "takes values out of tensors", "write it with keras.ops"),
+        untraced("values_as_numpy", "reads values of tensors", "write it with keras.ops"),
     ),
     before_rnn(
         "value_as_number",
         odd("value_as_number"),
-        untraced("value_as_number", "takes values out of tensors", "write it with keras.ops"),
+        untraced("value_as_number", "reads values of tensors", "write it with keras.ops"),
     ),
     before_rnn(
         "while_values_are_large",
         odd("while_values_are_large"),
         untraced(
-            "while_values_are_large", "decides in Python", r"compute both and choose with keras\.ops\.where"
+            "while_values_are_large",
+            "branches in Python",
+            r"compute both branches and select with keras\.ops\.where",
         ),
     ),
     before_rnn(
         "asserting",
         odd("asserting", 5),
-        r"the layer 'asserting' \(Apply\) asserts something of its values that does not hold.*; leave the assertion out",
+        r"the layer 'asserting' \(Apply\) contains an assertion that fails for some numbers.*; remove the assertion",
     ),
     before_rnn(
         "missing_key", odd("missing_key"), r"the layer 'missing_key' \(Apply\) fails \(KeyError: absent\)"

@@ -1,5 +1,5 @@
-"""Files of models: which there are, which may be loaded, and how one becomes a program.
+"""The files of models: finding them, checking them, and turning them into programs.
 
-`sources` names the files that a server begins with, those of the command line and those in a `folder`. `programs` makes a
-program of a file, or reads one. It knows neither the engine's parts nor the catalog.
+`sources` lists the files that a server loads at its start, from the command line and the `folder`. `programs`
+compiles a file or reads a compiled one. It uses neither the engine's internals nor the catalog.
 """

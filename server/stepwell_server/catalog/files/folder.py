@@ -1,7 +1,7 @@
 """A folder of models: `NAME/VERSION.keras`, or `NAME/VERSION/` with one file in it; `.stepwell` files likewise.
 
-It is scanned at intervals, while others write into it. So a file counts when two scans in a row find it the same. What is
-unclear (a folder that cannot be read, two files for one version) stays as it was.
+It is scanned at intervals while others write into it, so a file counts only when two scans in a row find it
+unchanged. What is unclear (a folder that cannot be read, two files for one version) keeps its last known state.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ SUFFIXES = (".keras", ".stepwell")
 LAYOUT = "NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"
 
 _SETTLE_S = 0.2
-"""Between the two looks at the folder: what is being written is another file by then."""
+"""The time between the two scans of the folder, in seconds: a file that is being written has changed by then."""
 _Key = tuple[str, int]
 
 
 class FolderError(Exception):
-    """A path is not what it must be to be read from the folder. The message is a rule and what came."""
+    """A path may not be read from the folder. The message states the rule and the actual value."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionFile:
-    """The file of a version, as it was when it was looked at."""
+    """The file of a version, as it was when scanned."""
 
     path: str
     stamp: Stamp
@@ -38,21 +38,21 @@ class VersionFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Look:
-    """What is in the folder."""
+    """The content of the folder."""
 
     versions: Mapping[str, Mapping[int, VersionFile]]
-    """The files of each name that has any."""
+    """The files by name and version."""
     problems: Mapping[str, str]
-    """What is left out, by its path, and why."""
+    """Why paths are left out."""
     new_problems: Mapping[str, str]
-    """Those of them that the look before did not have."""
+    """The problems that the previous scan did not have."""
 
 
 def require_inside(root: Path, path: Path) -> None:
-    """Check that a path leads, through all symlinks, to something in the folder.
+    """Check that a path is in the folder when all symlinks are resolved.
 
     Raises:
-        FolderError: it does not.
+        FolderError: it is not.
     """
     real_root, real = os.path.realpath(root), os.path.realpath(path)
     if os.path.commonpath((real_root, real)) != real_root:
@@ -60,7 +60,7 @@ def require_inside(root: Path, path: Path) -> None:
 
 
 class ModelFolder:
-    """Looks at a folder. For one thread at a time; a look reads directories and no file."""
+    """Scans a folder. For one thread at a time; reads directories but no files."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -71,17 +71,17 @@ class ModelFolder:
 
     @property
     def root(self) -> Path:
-        """Its path."""
+        """The path of the folder."""
         return self._root
 
     def settled(self) -> Look:
-        """Look twice, a moment apart, as a file counts that two looks find alike. Blocks for that moment."""
+        """Scan twice, a moment apart, as a file counts when two scans agree. Blocks for that time."""
         self.look()
         time.sleep(_SETTLE_S)
         return self.look()
 
     def look(self) -> Look:
-        """What is there, as far as this look and the one before agree on it: nothing at the first one."""
+        """Return what this scan and the previous one agree on: nothing at the first one."""
         now, before = _Scan(), self._before
         now.read(self._root)
         self._looks += 1
@@ -94,7 +94,7 @@ class ModelFolder:
                     self._settled.pop(key, None)
                 else:
                     self._settled[key] = found
-        # what is being copied may be no problem a moment later
+                # a file that is being copied may be complete a moment later
         problems = {path: why for path, why in now.problems.items() if path in before.problems}
         new = {path: why for path, why in problems.items() if path not in self._problems}
         self._before, self._problems = now, problems
@@ -105,25 +105,25 @@ class ModelFolder:
 
 
 class _Scan:
-    """What one look finds."""
+    """The result of one scan."""
 
     def __init__(self) -> None:
         self.files: dict[_Key, VersionFile] = {}
         self.unclear: set[_Key] = set()
-        """Versions of which it cannot be said which file they are."""
+        """Versions whose file cannot be determined."""
         self.unreadable: set[str] = set()
-        """Names of which it cannot be said which versions they have."""
+        """Names whose versions cannot be determined."""
         self.is_unreadable = False
-        """Nothing can be said."""
+        """The whole folder cannot be read."""
         self.problems: dict[str, str] = {}
         self._root = Path()
 
     def is_unclear(self, key: _Key) -> bool:
-        """It cannot be said whether there is such a version, or which file it is."""
+        """Whether the existence or the file of a version cannot be determined."""
         return self.is_unreadable or key[0] in self.unreadable or key in self.unclear
 
     def read(self, root: Path) -> None:
-        """Look at the folder of all models."""
+        """Scan the folder of all models."""
         self._root = root
         try:
             entries = _entries(root)
@@ -143,7 +143,7 @@ class _Scan:
                 self.problems[entry.path] = f"must be in a folder with the model's name: {LAYOUT}"
 
     def _read_name(self, folder: os.DirEntry[str]) -> None:
-        """Look at the folder of one model."""
+        """Scan the folder of one model."""
         try:
             entries = _entries(folder.path)
         except OSError as error:
@@ -166,7 +166,7 @@ class _Scan:
                 self._take((folder.name, version), entry)
 
     def _read_version(self, key: _Key, folder: os.DirEntry[str]) -> None:
-        """Look at the folder of one version."""
+        """Scan the folder of one version."""
         try:
             models = [entry for entry in _entries(folder.path) if entry.name.endswith(SUFFIXES)]
         except OSError as error:
@@ -204,7 +204,7 @@ class _Scan:
         self.problems[path] = why
 
     def _is_inside(self, entry: os.DirEntry[str]) -> bool:
-        """Whether it is in the folder of models; what is no symlink is."""
+        """Whether an entry is in the folder of models, as everything but a symlink is."""
         if not entry.is_symlink():
             return True
         try:
@@ -216,7 +216,7 @@ class _Scan:
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name, but for what is hidden or being written."""
+    """Return the entries of a folder by name, without hidden and temporary ones."""
     with os.scandir(folder) as entries:
         found = [each for each in entries if not each.name.startswith(".") and not each.name.endswith(".tmp")]
     return sorted(found, key=lambda entry: entry.name)

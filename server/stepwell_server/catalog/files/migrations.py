@@ -1,4 +1,4 @@
-"""The operator's functions that make states for another version of a model."""
+"""Imports the operator's functions that convert states to another version of a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAX_SHOWN = 100
 
 
 def load_migrations(named: Mapping[str, str]) -> dict[str, Migration]:
-    """Import functions, each written as MODULE:FUNCTION; modules are looked for in the current folder first.
+    """Import functions, given as MODULE:FUNCTION; the current folder is searched for modules first.
 
     Raises:
-        StartError: one is not there, its module cannot be imported, or it is no function.
+        StartError: one does not exist or is not a function, or its module cannot be imported.
     """
     if named and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -1,4 +1,4 @@
-"""The files of models that calls name, send, or leave behind."""
+"""The files of models: named by calls, uploaded, or stored as programs."""
 
 from __future__ import annotations
 
@@ -7,80 +7,80 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepwell_server.catalog.files import paths
-from stepwell_server.catalog.files.kept_programs import ProgramStore
+from stepwell_server.catalog.files.program_store import ProgramStore
 from stepwell_server.catalog.files.uploads import Upload, Uploads
 from stepwell_server.errors import UploadOff
 from stepwell_server.program import Program
 
 
 class ModelFiles:
-    """What the catalog asks for files. Lives on the event loop; threads use the disk."""
+    """The catalog's access to files. Used on the event loop; threads use the disk."""
 
     def __init__(
         self, root: Path | None = None, uploads: Uploads | None = None, kept: ProgramStore | None = None
     ) -> None:
-        """Wire it.
+        """Initialize it.
 
         Args:
-            root: `--models`: paths that calls name must lie in it; None: anywhere.
-            uploads: takes files; None: none are taken.
-            kept: keeps programs of files that will be gone; None: nothing outlives the server.
+            root: `--models`, where the paths of calls must be; None: anywhere.
+            uploads: receives files; None: uploads are refused.
+            kept: stores programs of files that will be gone; None: they do not outlive the server.
         """
         self._root = root
         self._uploads = uploads
         self._kept = kept
 
     async def named(self, path: str, *, is_found: bool) -> Path:
-        """The real path of a file. With `is_found` the server has found it itself, and it may lie anywhere.
+        """Return the resolved path of a file. With `is_found`, the server itself found it and it may be anywhere.
 
         Raises:
-            InvalidInput: there is no such file, or it must not be loaded.
+            InvalidInput: it does not exist or may not be loaded.
         """
         return await asyncio.to_thread(paths.checked, path, None if is_found else self._root)
 
     def sent(self, token: str, tenant: str) -> Path:
-        """The path of a file that a tenant has sent, to be loaded once.
+        """Return the path of a tenant's upload, which can be loaded once.
 
         Raises:
-            UploadOff: The server takes none.
-            InvalidInput: There is none of that name.
+            UploadOff: the server accepts no uploads.
+            InvalidInput: there is no such upload.
         """
         return self._taken().take(token, tenant)
 
     async def begin_upload(self, filename: str, tenant: str) -> Upload:
-        """Begin to take a file: see `Catalog.begin_upload`."""
+        """Begin to receive a file: see `Catalog.begin_upload`."""
         return await self._taken().begin(filename, tenant)
 
     async def delete_upload(self, token: str) -> None:
-        """Forget a file that was sent."""
+        """Delete an upload."""
         if self._uploads is not None:
             await self._uploads.delete(token)
 
     async def keep(self, name: str, version: int, program: Program) -> str:
-        """Keep the program of a file that will be gone; return the path of what is kept, empty if nothing is.
+        """Store the program of a file that will be gone; return its path, empty if programs are not stored.
 
         Raises:
-            Unavailable: the disk does not take it.
+            Unavailable: it cannot be written.
         """
         return "" if self._kept is None else str(await self._kept.keep(name, version, program))
 
     async def drop(self, source: str) -> None:
-        """Delete what was kept of a version; any other file stays."""
+        """Delete the stored program of a version; other files are left alone."""
         if self._kept is not None and source:
             await self._kept.drop(Path(source))
 
     async def drop_others(self, sources: Collection[str]) -> None:
-        """Delete what is kept of no version, after a start."""
+        """Delete stored programs without a version, after a start."""
         if self._kept is not None:
             await self._kept.drop_others(sources)
 
     async def expire(self) -> None:
-        """Delete what was sent long ago, and not loaded."""
+        """Delete uploads that have expired."""
         if self._uploads is not None:
             await self._uploads.expire()
 
     async def close(self) -> None:
-        """Delete what was sent."""
+        """Delete all uploads."""
         if self._uploads is not None:
             await self._uploads.close()
 

@@ -1,4 +1,4 @@
-"""Which files of the server's disk may be loaded by whoever asks for it in a call, wherever links lead."""
+"""Checks which files on the server's disk a call may load, with all links resolved."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MAX_SHOWN = 300
 
 
 def checked(text: str, root: Path | None) -> Path:
-    """The real path of a file that a call names. Blocking.
+    """Return the resolved path of a file that a call names. Blocking.
 
     Args:
-        text: what came.
-        root: `--models`: only what lies in it is loaded, wherever links lead; None: any file that the server can read.
+        text: the path in the call.
+        root: `--models`, where the resolved path must be; None: any file that the server can read.
 
     Raises:
         InvalidInput: it is not the absolute path of such a file.

@@ -1,6 +1,6 @@
-"""From the file that a user names to the program that is served: compiled here, or elsewhere before.
+"""Turns a file into the program to serve, compiling it unless it is compiled already.
 
-Imports no TensorFlow, and needs none for a ``.stepwell`` file.
+Does not import TensorFlow, and does not need it for ``.stepwell`` files.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def load_program(
     *,
     keep: bool = True,
 ) -> Program:
-    """Return the program of a ``.keras`` or of a ``.stepwell`` file, as it is to run on this processor.
+    """Return the program of a ``.keras`` or ``.stepwell`` file, prepared for this processor.
 
-    Whatever is read of the file by others' code, and whatever it makes run, happens in the compiler's processes: it may be
-    called, on a thread, while this process serves.
+    Third-party code reads and runs the file only in the compiler's processes, so this function may be called on a
+    thread while this process serves.
 
-    What its arguments mean, and what it raises, `WarmCompiler.compile` says; a ``.stepwell`` file has the stages load and check.
+    See `WarmCompiler.compile` for arguments and errors; a ``.stepwell`` file has the stages load and check.
     """
-    with opened(path):  # Or it is no file, which nothing below expects.
+    with opened(path):  # raises if it is not a file
         is_program = program_file.is_program(path)
     if not is_program:
         require_frameworks(path)
@@ -52,10 +52,10 @@ def load_program(
 
 
 def require_frameworks(path: Path) -> None:
-    """Check that what compiles a ``.keras`` file is installed.
+    """Check that the packages that compile ``.keras`` files are installed.
 
     Raises:
-        ModelError: it is not.
+        ModelError: they are not.
     """
     missing = [name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None]
     if missing:
@@ -68,7 +68,7 @@ def require_frameworks(path: Path) -> None:
 
 
 def _require_plain(path: Path, options: ProofOptions, data: Path | None) -> None:
-    """Refuse what can be said of a model only where it is compiled."""
+    """Refuse options that only apply when a model is compiled."""
     if options != ProofOptions():
         raise ModelError(
             f"{path}: is already compiled: --probe-steps and --trust-causality are for stepwell compile, which made it"

@@ -1,4 +1,4 @@
-"""Which files a server begins with: those of its command line, and those in its folder of models."""
+"""The files that a server loads at its start: those of the command line and of the folder of models."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ _log = Log("app")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """A version of a model, and the file that it is made from."""
+    """A version of a model, and its file."""
 
     name: str
     version: int
     path: Path
     display_name: str
-    """Its name in messages, with the version where there are others."""
+    """The name for messages, with the version if there are several."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredModel:
-    """What the store has of a name: the versions that were loaded when the server ended, and the default."""
+    """What the store has about a name: the versions that were loaded when the server stopped, and the default."""
 
     versions: Collection[int]
     default: int
     from_elsewhere: Collection[int] = ()
-    """Those that calls loaded, from files that neither the command line nor the folder has."""
+    """The versions that calls loaded from files that are neither on the command line nor in the folder."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidates:
-    """The files of a name, and which of them are served."""
+    """The files of a name, and which of them to serve."""
 
     name: str
     files: Mapping[int, VersionFile]
     policy: VersionPolicy
     default: int = 0
-    """The version that is the default before anything new becomes it; 0: the highest."""
+    """The default until a new version becomes it; 0: the highest."""
     is_default_chosen: bool = False
-    """A call made a version the default that is not the highest, or not among the files: new versions do not change that."""
+    """A call chose a default that is not the highest or not among the files: new versions do not change it."""
 
     def choice(self, failed: Collection[int]) -> list[int]:
-        """The versions to serve if those cannot be, the highest first."""
+        """Return the versions to serve without the failed ones, the highest first."""
         chosen = self.policy.choose([each for each in self.files if each not in failed])
         also = {self.default} & self.files.keys() - set(failed)
         return sorted(chosen | also, reverse=True)
 
     def source(self, version: int) -> Source:
-        """A version as it is loaded."""
+        """Return the source of a version."""
         display_name = self.name if len(self.files) == 1 else f"{self.name}@{version}"
         return Source(self.name, version, Path(self.files[version].path), display_name)
 
@@ -68,12 +68,13 @@ class Candidates:
 def begin_with(
     settings: Settings, folder: ModelFolder | None, kept: Mapping[str, StoredModel] | None = None
 ) -> list[Candidates]:
-    """All that a server is to load when it starts. Looks at the folder twice, which blocks for a moment.
+    """Return everything that a server should load at its start. Scans the folder twice, which blocks for a moment.
 
-    `kept` is what the store knows of versions, by name.
+    `kept` is what the store has about versions, by name.
 
     Raises:
-        StartError: the folder cannot be used, or an option is about a model that is not there, and none can come.
+        StartError: the folder cannot be used, or an option names a model that does not exist and cannot appear
+            later.
     """
     found = [
         Candidates(name, {version: _file(path) for version, path in versions.items()}, _ALL)
@@ -90,12 +91,12 @@ def begin_with(
 
 
 def _as_before(found: Candidates, kept: StoredModel | None) -> Candidates:
-    """With the default as it was, so that what is new becomes it as if the server had run meanwhile."""
+    """Restore the default, so that new versions become it as if the server had been running."""
     if kept is None:
         return found
     if kept.default not in found.files:
         news = [version for version in found.files if version not in kept.versions]
-        # else it was taken out of the folder, or off the command line
+        # else it was removed from the folder or the command line
         is_back = kept.default in kept.from_elsewhere and max(news, default=0) < kept.default
         return dataclasses.replace(found, is_default_chosen=True) if is_back else found
     had = max({*kept.versions, kept.default} & found.files.keys())
@@ -103,7 +104,7 @@ def _as_before(found: Candidates, kept: StoredModel | None) -> Candidates:
 
 
 def in_folder(settings: Settings, look: Look) -> list[Candidates]:
-    """What is in the folder, but for names that the command line has."""
+    """Return the models in the folder, without the names on the command line."""
     return [
         Candidates(name, versions, settings.policy_of(name))
         for name, versions in sorted(look.versions.items())
@@ -112,13 +113,13 @@ def in_folder(settings: Settings, look: Look) -> list[Candidates]:
 
 
 def log_problems(look: Look) -> None:
-    """Log what is left out of the folder, once."""
+    """Log new problems of the folder, each once."""
     for path, why in sorted(look.new_problems.items()):
         _log.warning("a part of --models is not served", path=path, reason=why)
 
 
 def _require_some(settings: Settings, folder: ModelFolder, look: Look, found: Collection[Candidates]) -> None:
-    """Refuse models and options that are missing; log them if the folder is watched, as they may come."""
+    """Refuse missing models and options for them; only log if the folder is watched, as models may appear."""
     problems = []
     both = sorted(look.versions.keys() & settings.versions.keys())
     if both:

@@ -1,7 +1,7 @@
-"""Files that admins send: taken into a folder of the server's own, loaded by a name that cannot be guessed, and deleted.
+"""Files that admins upload: stored in a private folder, loaded by a token that cannot be guessed, and then deleted.
 
-They are gone when they were loaded, an hour after they came, and when the server ends or begins. Lives on the event loop;
-disks are written by threads.
+They are deleted after being loaded, after an hour, and when the server stops or starts. Used on the event loop; threads
+write to the disk.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from stepwell_server.files import private_files
 from stepwell_server.logs import Log
 
 LIFETIME_S = 3600.0
-"""An upload that is not loaded is deleted after this time, in seconds."""
+"""The time after which an upload that is not loaded is deleted, in seconds."""
 MAX_UPLOADS = 8
-"""Uploads at a time, those among them that are being received."""
+"""The maximum number of uploads, including those being received."""
 FOLDER = "uploads"
-"""What the folder is called."""
+"""The name of the folder."""
 _RETRY_INTERVAL_S = 5.0
 _MAX_NAME_LENGTH = 100
 _TOKEN = re.compile(r"u-[0-9a-f]{32}")
@@ -38,27 +38,27 @@ _log = Log("uploads")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UploadResult:
-    """A file that is there."""
+    """A complete upload."""
 
     token: str
-    """Its name in a load."""
+    """Names the upload in a load."""
     sha256: str
 
 
 class Uploads:
-    """The files. `close` deletes them all."""
+    """The uploads. `close` deletes all of them."""
 
     def __init__(self, folder: Path, max_bytes: int, clock: Clock, *, is_temporary: bool = False) -> None:
-        """Make the folder, or empty it: uploads of an earlier server have no names any more.
+        """Create the folder or empty it: the tokens of an earlier server are no longer valid.
 
         Args:
-            folder: for uploads alone.
-            max_bytes: bytes of a file at most.
-            clock: says when one has been there for too long.
-            is_temporary: `close` deletes the folder, too.
+            folder: only for uploads.
+            max_bytes: the maximum size of a file.
+            clock: for expiry.
+            is_temporary: `close` deletes the folder too.
 
         Raises:
-            OSError: it cannot be made, or others can use it.
+            OSError: it cannot be created, or others can access it.
         """
         private_files.make_folder(folder, ["u-*"])
         self._folder = folder
@@ -71,7 +71,7 @@ class Uploads:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
     async def begin(self, filename: str, tenant: str) -> Upload:
-        """Begin to take a file: see `Catalog.begin_upload`."""
+        """Begin to receive a file: see `Catalog.begin_upload`."""
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", os.path.basename(filename))[-_MAX_NAME_LENGTH:]
         if not name.endswith(SUFFIXES) or name in SUFFIXES:
             raise InvalidInput(
@@ -93,10 +93,10 @@ class Uploads:
         return file
 
     def take(self, token: str, tenant: str) -> Path:
-        """A file that is whole, to be loaded; `delete` it afterwards.
+        """Return the path of a complete upload to load; call `delete` afterwards.
 
         Raises:
-            InvalidInput: there is none of that name that the tenant has sent.
+            InvalidInput: the tenant has no such upload.
         """
         file = self._files.get(token)
         if file is None or file.tenant != tenant or not file.is_whole or file.is_taken:
@@ -108,13 +108,13 @@ class Uploads:
         return file.path
 
     async def delete(self, token: str) -> None:
-        """Forget a file, whatever has come of it."""
+        """Delete an upload in any state."""
         file = self._files.pop(token, None)
         if file is not None:
             await asyncio.to_thread(file.remove)
 
     async def expire(self) -> None:
-        """Delete what has been there for too long."""
+        """Delete uploads that have expired."""
         now = self._clock.monotonic()
         for token, file in list(self._files.items()):
             if now - file.came >= LIFETIME_S and not file.is_taken:
@@ -130,12 +130,12 @@ class Uploads:
 
     @property
     def now(self) -> float:
-        """On the clock's monotonic time."""
+        """The clock's monotonic time."""
         return self._clock.monotonic()
 
 
 class Upload:
-    """A file that is being received. Ends by one of `finish` and `abort`. Lives on the event loop."""
+    """A file that is being received, until `finish` or `abort`. Used on the event loop."""
 
     def __init__(self, uploads: Uploads, token: str, path: Path, tenant: str, max_bytes: int) -> None:
         self._uploads = uploads
@@ -145,7 +145,7 @@ class Upload:
         self._size = 0
         self._descriptor = -1
         self._writing = threading.Lock()
-        """Held while the descriptor is used: the thread of a cancelled call continues to write."""
+        """Held while the descriptor is used, as the thread of a cancelled call continues to write."""
         self.path = path
         self.tenant = tenant
         self.came = uploads.now
@@ -154,13 +154,13 @@ class Upload:
         """It is being loaded."""
 
     def open(self) -> None:
-        """Make it. On a thread."""
+        """Create the file. Runs on a thread."""
         with _unavailable():
             os.mkdir(self.path.parent, private_files.FOLDER_MODE)
             self._descriptor = private_files.create(self.path)
 
     def remove(self) -> None:
-        """Close and delete it. On a thread."""
+        """Close and delete it. Runs on a thread."""
         self._close()
         shutil.rmtree(self.path.parent, ignore_errors=True)
 
@@ -171,11 +171,11 @@ class Upload:
                 os.close(descriptor)
 
     async def write(self, content: bytes) -> None:
-        """Take the next bytes.
+        """Write the next bytes.
 
         Raises:
-            MessageTooLarge: the file is larger than a model may be.
-            Unavailable: the disk does not take them.
+            MessageTooLarge: the file is too large.
+            Unavailable: they cannot be written.
         """
         self._require_there()
         self._size += len(content)
@@ -194,11 +194,11 @@ class Upload:
                 view = view[os.write(self._descriptor, view) :]
 
     async def finish(self) -> UploadResult:
-        """It is whole.
+        """Complete the file.
 
         Raises:
             InvalidInput: it is empty.
-            Unavailable: the disk does not take it.
+            Unavailable: it cannot be written.
         """
         self._require_there()
         if not self._size:
@@ -208,7 +208,7 @@ class Upload:
         return UploadResult(self._token, self._digest.hexdigest())
 
     async def abort(self) -> None:
-        """Forget what has come."""
+        """Delete the incomplete file."""
         await self._uploads.delete(self._token)
 
     def _require_there(self) -> None:

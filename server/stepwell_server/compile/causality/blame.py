@@ -14,7 +14,7 @@ from stepwell_server.compile.graph.interface import Interface
 from stepwell_server.compile.graph.samples import Sampler
 from stepwell_server.compile.graph.scopes import named
 from stepwell_server.compile.graph.tensorflow_setup import keras
-from stepwell_server.compile.graph.untraceable import habit_of
+from stepwell_server.compile.graph.untraceable import pattern_of
 from stepwell_server.compile.graph.watch import all_operations
 
 _STEP_BY_STEP = "model cannot be run step by step: "
@@ -87,10 +87,10 @@ def length_problem(interface: Interface, temporal: Sequence[bool], found: CutErr
         if timed and info.shape[1] is not None
     }
     who = "it" if found.layer is None else named(model, found.layer)
-    habit = habit_of(found.__cause__)
-    if habit is not None:
+    pattern = pattern_of(found.__cause__)
+    if pattern is not None:
         who = "the model" if found.layer is None else who
-        return ModelError(f"the model cannot be traced: {who} {habit.does}; {habit.way}")
+        return ModelError(f"the model cannot be traced: {who} {pattern.does}; {pattern.fix}")
     if not fixed:
         return ModelError(f"the model must run on sequences of any length: {who} fails ({found})")
     (steps,) = fixed if len(fixed) == 1 else ("a fixed number of",)

@@ -1,4 +1,4 @@
-"""Python code made into a TensorFlow graph."""
+"""Traces Python code into a TensorFlow graph."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from stepwell_server.compile.graph.tensorflow_setup import tf
 def concrete(run: Callable[..., Any], *signature: Any, **named: Any) -> Any:
     """Trace a function at a signature; `run` is called once or twice.
 
-    AutoGraph, which makes loops and decisions over tensors part of the graph, rewrites all code that is called, Keras's
-    too, and takes an eighth of the time of compiling. Without it such code raises, so it is used only then.
+    AutoGraph converts loops and branches over tensors into graph operations. It rewrites all called code, including
+    Keras's, and takes an eighth of the compile time. Code that needs it raises without it, so it is used only then.
 
     Raises:
         Exception: whatever `run` raises.
@@ -22,5 +22,5 @@ def concrete(run: Callable[..., Any], *signature: Any, **named: Any) -> Any:
         return tf.function(run, autograph=False).get_concrete_function(*signature, **named)
     except ModelError:
         raise
-    except Exception:  # Keras and user code raise whatever they like.
+    except Exception:  # Keras and user code may raise anything.
         return tf.function(run).get_concrete_function(*signature, **named)

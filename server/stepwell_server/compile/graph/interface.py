@@ -1,4 +1,4 @@
-"""The outside of a Keras model: its inputs and outputs by name, and how to call it."""
+"""The interface of a Keras model: its inputs and outputs by name, and how to call it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Input:
 
     name: str
     shape: tuple[int | None, ...]
-    """With batch, and with time if it has any; None where the model leaves it open."""
+    """Including batch and, if present, time; None: any size."""
     dtype: str
 
 
@@ -28,15 +28,15 @@ class Interface:
     inputs: tuple[Input, ...]
     _pack: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
     _output_names: tuple[str, ...] | None
-    """None: they are found when the model is called (subclassed models)."""
+    """None: known only after a call (subclassed models)."""
 
     @property
     def is_functional(self) -> bool:
-        """The model declares its inputs; a subclassed one only shows what it was first called with."""
+        """The model declares its inputs; for a subclassed model only the inputs of its first call are known."""
         return hasattr(getattr(self.model, "_functional", None) or self.model, "_inputs_struct")
 
     def call(self, tensors: Sequence[Any], *, training: bool | None = False) -> dict[str, Any]:
-        """Call the model as at inference; returns its outputs by name, in its order."""
+        """Call the model for inference; return its outputs by name, in its order."""
         args, kwargs = self._pack(tensors)
         result = self.model(*args, training=training, **kwargs)
         flat = keras.tree.flatten(result)
@@ -47,16 +47,16 @@ def describe(model: Any) -> Interface:
     """Return the interface of ``model``.
 
     Raises:
-        ModelError: the model does not know its input shapes, or an input has a type no tensor can carry.
+        ModelError: the model does not know its input shapes, or an input has an unsupported type.
     """
     graph = getattr(model, "_functional", None) or model
     interface = _of_graph(model, graph) if hasattr(graph, "_inputs_struct") else _of_subclass(model)
     for item in interface.inputs:
         if item.dtype == "string":
             raise ModelError(
-                f"input {quoted(item.name)} must have a numeric type; it has string. Leave the layer that reads text "
-                "(StringLookup, TextVectorization, Hashing) out of the model, run it where the text is, and send the "
-                "numbers that it makes"
+                f"input {quoted(item.name)} must have a numeric type; it has string. Remove the layer that reads text "
+                "(StringLookup, TextVectorization, Hashing) from the model, run it in the client, and send its "
+                "result"
             )
         if any(size is None for size in item.shape[2:]):
             raise ModelError(
@@ -83,7 +83,7 @@ def _of_graph(model: Any, graph: Any) -> Interface:
 def _of_subclass(model: Any) -> Interface:
     shapes = getattr(model, "_build_shapes_dict", None)
     if not shapes or not model.built:
-        raise ModelError("the model has no known input shape: call it once on data before saving it")
+        raise ModelError("the model has no known input shape: call it once on data before you save it")
     if len(shapes) > 1:
         return _of_arguments(model, {key.removesuffix("_shape"): value for key, value in shapes.items()})
     (structure,) = shapes.values()
@@ -104,7 +104,7 @@ def _of_arguments(model: Any, shapes: dict[str, Any]) -> Interface:
 
 
 def _guessed(name: str, shape: Any) -> Input:
-    # A subclassed model's file holds no input types. Inputs that feed an Embedding are found later.
+    # The file of a subclassed model has no input types. Inputs of an Embedding are found later.
     return Input(name, tuple(shape), "float32")
 
 
@@ -120,7 +120,7 @@ def _names_of(result: Any) -> tuple[str, ...]:
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    """Number repeated names: a layer that returns its state is named once for each of its tensors."""
+    """Number repeated names: a layer that returns its state appears once per tensor."""
     taken: list[str] = []
     for name in names:
         candidate, count = name, 0

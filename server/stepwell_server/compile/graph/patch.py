@@ -1,4 +1,4 @@
-"""Changes to a model's layers for a while, and back."""
+"""Temporary changes to a model's layers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stepwell_server.compile.graph.tensorflow_setup import keras
 
 @contextlib.contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give one object another attribute; afterwards it has again what it had, or none of its own.
+    """Set an attribute of one object, and restore it afterwards.
 
-    It goes past Keras's ``__setattr__``, which tracks what it sees and locks built layers.
+    This bypasses Keras's ``__setattr__``, which tracks values and locks built layers.
     """
     own = vars(owner)
     had, before = name in own, own.get(name)
@@ -29,11 +29,11 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def relaxed(model: Any, *, has_dropout: bool = False) -> Iterator[None]:
-    """Let a model run at any batch size and any number of time steps, statelessly.
+    """Allow a model to run at any batch size and number of time steps, without keeping state.
 
-    Checks against the saved input shape are off (a saved batch size or number of time steps is no part of
-    what the model computes), ``stateful`` layers start from their initial state and keep nothing, dropout
-    masks are not prepared (it changes a seed, which cannot be frozen) but for ``has_dropout``.
+    Checks against the saved input shape are disabled, because a saved batch size or number of time steps does not
+    affect the computation. ``stateful`` layers start from their initial state and keep nothing. Dropout masks are not
+    prepared, unless ``has_dropout``, because that changes a seed, which cannot be frozen.
     """
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():

@@ -1,7 +1,7 @@
-"""What a model is as a program: which of its tensors have a time axis, and which state it carries.
+"""Plans a program: which tensors of a model have a time axis, and which state it carries.
 
-Found by evidence: two calls of the whole model on sequences of different length. What is as long as the
-sequence in both has a time axis.
+This is derived from two calls of the whole model on sequences of different lengths: an axis that is as long as the
+sequence in both is the time axis.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Array = npt.NDArray[np.generic]
 
 @dataclasses.dataclass(frozen=True)
 class CarriedState:
-    """One call of a recurrent layer that follows the sequence: its state is carried from step to step."""
+    """A call of a recurrent layer that processes the sequence, so that its state is carried from step to step."""
 
     first: int
     """Position of its first tensor in the program's state."""
     dtypes: tuple[str, ...]
-    """Keras's types of its state; where the call is masked, then of its previous output."""
+    """Keras's types of its state and, if the call is masked, of its previous output."""
     keeps_output: bool
-    """Its last state tensor is its previous output, which Keras repeats at a masked time step."""
+    """Its last state tensor is its previous output, which Keras repeats at masked time steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All there is to know for tracing one time step."""
+    """All information for tracing one time step."""
 
     interface: Interface
     inputs: tuple[TensorSpec, ...]
@@ -46,7 +46,7 @@ class Plan:
     state: tuple[StateSpec, ...]
     initial: tuple[Array, ...]
     carried: Mapping[tuple[int, int], CarriedState]
-    """By the layer's `id` and the number of the call."""
+    """By `id` of the layer and number of the call."""
 
     @property
     def temporal(self) -> tuple[bool, ...]:
@@ -55,11 +55,11 @@ class Plan:
 
 
 def assignments(interface: Interface) -> Iterator[tuple[bool, ...]]:
-    """Yield the possible answers to "which inputs have a time axis", the likeliest first.
+    """Yield the possible sets of inputs with a time axis, the likeliest first.
 
-    An input whose second axis is open has one. One whose second axis is fixed may have one (the model was
-    saved with a fixed number of time steps) or not (a feature vector): with an open one beside it, or in a
-    model without recurrent layers, rather not. Inputs of different fixed lengths have no common time.
+    An input with a variable second axis has one. An input with a fixed second axis may have one, if the model was saved
+    with a fixed number of time steps, or may be a feature vector. The latter is likelier if another input has a
+    variable axis, or if the model has no recurrent layers. Inputs of different fixed lengths cannot share a time axis.
 
     Raises:
         ModelError: the fixed lengths of the inputs of recurrent layers differ.
@@ -75,11 +75,11 @@ def assignments(interface: Interface) -> Iterator[tuple[bool, ...]]:
         if len(lengths) < 2:
             found = True
             yield temporal
-    assert found  # That no input has a time axis is one of the choices, or all are open.
+    assert found  # Either "no input has a time axis" is a choice, or all are variable.
 
 
 def fixed_lengths(interface: Interface) -> dict[str, int]:
-    """Return the inputs that are sequences of a fixed length, or may be, and their lengths."""
+    """Return the lengths of inputs that are, or may be, sequences of a fixed length."""
     return {
         info.name: info.shape[1]
         for info in interface.inputs
@@ -98,10 +98,10 @@ def _choices(info: Input, some_open: bool, is_recurrent: bool) -> tuple[bool, ..
 
 
 def make_plan(interface: Interface, temporal: Sequence[bool], short: Observation, long: Observation) -> Plan:
-    """Make the plan from two observations with the same ``temporal`` inputs.
+    """Create the plan from two observations with the same ``temporal`` inputs.
 
     Raises:
-        ModelError: the model is none that can be stepped.
+        ModelError: the model cannot be stepped.
     """
     followed = [pair for pair in _pairs(short, long) if pair[0].steps == short.steps]
     _refuse_two_clocks(interface, temporal, short)
@@ -126,7 +126,7 @@ def make_plan(interface: Interface, temporal: Sequence[bool], short: Observation
 
 
 def _refuse_two_clocks(interface: Interface, temporal: Sequence[bool], seen: Observation) -> None:
-    """Refuse two series of different fixed lengths: a session has one time."""
+    """Refuse sequences of different fixed lengths: a session has one time axis."""
     fixed = fixed_lengths(interface)
     timed = {info.name for info, is_timed in zip(interface.inputs, temporal, strict=True) if is_timed}
     others = {name: steps for name, steps in fixed.items() if name not in timed}
@@ -136,14 +136,14 @@ def _refuse_two_clocks(interface: Interface, temporal: Sequence[bool], seen: Obs
         if any(call.steps == steps != seen.steps for call in seen.calls):
             known = ", ".join(f"{other!r} of {length}" for other, length in fixed.items())
             raise ModelError(
-                f"the inputs are sequences of different lengths ({known} time steps), and a session has one time: all of its "
-                f"sequences advance together. Give {quoted(name)} the length of the others, or serve its part of the model "
-                "as a model of its own"
+                f"the inputs are sequences of different lengths ({known} time steps), but all sequences of a "
+                f"session advance together. Give {quoted(name)} the length of the others, or serve its part of the model "
+                "as a separate model"
             )
 
 
 def _pairs(short: Observation, long: Observation) -> list[tuple[RecurrentCall, RecurrentCall]]:
-    """Match the calls that follow the sequence; the rest run inside one time step and carry nothing."""
+    """Match the calls that process the sequence; the others run inside one time step and carry no state."""
     by_key = {(id(call.layer), call.number): call for call in long.calls}
     pairs = []
     for call in short.calls:
@@ -167,7 +167,7 @@ def _constant_initial(first: RecurrentCall, second: RecurrentCall) -> Iterator[A
         if not np.array_equal(rows, np.broadcast_to(rows[0], rows.shape)):
             raise ModelError(
                 f"the initial state of layer {quoted(first.path)} is computed from the model's inputs "
-                "(initial_state=...): such a model is not stepped from a state of its own"
+                "(initial_state=...): such a model cannot be stepped from a session's state"
             )
         yield np.array(rows[0])
 

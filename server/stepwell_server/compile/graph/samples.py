@@ -1,4 +1,4 @@
-"""Random inputs that a model can take: indices within their tables, some time steps masked."""
+"""Random inputs that a model accepts: indices within their tables, and some masked time steps."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 
 Array = npt.NDArray[np.generic]
-#: Rows of a random batch: enough for a mask to differ between rows.
+#: Rows of a random batch, enough for masks that differ between rows.
 ROWS = 3
-#: Integers that index no known table are drawn below this, or below the size of the smallest table of any kind.
+#: Upper bound of integers that index no known table, unless a table of any kind is smaller.
 _INTEGERS = 4
-#: Layers that make indices of what they are given, within bounds of their own.
+#: Layers that compute indices within their own bounds.
 _INDEXING = (keras.layers.Discretization, keras.layers.Hashing, keras.layers.IntegerLookup)
-#: Rows of a hard batch, the scale of each, and the sizes of disturbances.
+#: Rows of a hard batch, their scales, and the sizes of disturbances.
 HARD_ROWS = 8
 _SCALES = (1.0, 1.0, 1e-3, 1e-3, 1e3, 10.0, 1.0, 1e3)
 _DISTURBANCES = (1.0, 10.0, 1e3, 1e-2)
-#: Share of time steps that are masked, or of indices that are 0 (which may mean masked).
+#: Share of masked time steps, or of indices that are 0, which may mean masked.
 _MASKED = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What an IntegerLookup knows."""
+    """The vocabulary of an IntegerLookup."""
 
     known: tuple[int, ...]
-    """Its vocabulary, and its mask token."""
+    """Its words and its mask token."""
     is_closed: bool
-    """It takes nothing else: it has no indices for what is out of vocabulary."""
+    """It accepts nothing else, because it has no out-of-vocabulary indices."""
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Numbers to draw: what is known, and one that is not where that is taken too."""
+        """Numbers to draw: the known ones and, if accepted, an unknown one."""
         return self.known if self.is_closed else (*self.known, max(self.known) + 1)
 
 
@@ -50,32 +50,32 @@ class Sampler:
 
     interface: Interface
     tables: Mapping[int, int]
-    """Inputs (by position) that are indices, and the size of the smallest table that they index."""
+    """For inputs (by position) that are indices, the size of the smallest table that they index."""
     mask_values: tuple[float, ...]
-    """Values that the model's Masking layers take for "no data"."""
+    """Values that the model's Masking layers mask."""
     compared: tuple[float, ...] = ()
-    """Numbers that the model's graph compares with: tokens that mean something, thresholds."""
+    """Numbers that the model's graph compares values with, such as tokens and thresholds."""
     vocabularies: Mapping[int, Vocabulary] = dataclasses.field(default_factory=dict)
-    """Inputs that are looked up as they are, and where."""
+    """Vocabularies of inputs that are looked up directly."""
     integers: int = _INTEGERS
-    """Integers that index no table that is known as one are drawn below this."""
+    """Upper bound of integers that index no known table."""
     is_guessed: bool = False
-    """``tables`` has every input, because some indices are computed: small ones are always taken, others may be."""
+    """``tables`` has every input, because some indices are computed: small values are always accepted, others may be."""
 
     @property
     def whole(self) -> frozenset[int]:
-        """Inputs that are whole numbers with a meaning, whatever their type."""
+        """Inputs that are meaningful integers, whatever their type."""
         return frozenset((*self.tables, *self.vocabularies))
 
     @property
     def exact(self) -> tuple[float, ...]:
-        """Numbers that mean something as they are: half a rounding beside them they do not."""
+        """Numbers with an exact meaning, which must not be perturbed."""
         return (*self.mask_values, *self.compared)
 
     def draw(
         self, rng: np.random.Generator, temporal: Sequence[bool], steps: int, rows: int = ROWS
     ) -> tuple[Array, ...]:
-        """Return one array for each input, with ``steps`` time steps where it is temporal."""
+        """Return one array per input, with ``steps`` time steps if it is temporal."""
         arrays = []
         for i, (info, timed) in enumerate(zip(self.interface.inputs, temporal, strict=True)):
             features = info.shape[2:] if timed else info.shape[1:]
@@ -88,10 +88,10 @@ class Sampler:
         return tuple(arrays)
 
     def hard(self, rng: np.random.Generator, temporal: Sequence[bool], steps: int) -> tuple[Array, ...]:
-        """Return ``HARD_ROWS`` rows of long sequences, each of which tries something else.
+        """Return ``HARD_ROWS`` rows of long sequences with different difficulties.
 
-        They differ in scale (0.001 to 1,000) and in which time steps hold special values: those that
-        masks or comparisons look for, and the borders of a vocabulary.
+        They differ in scale (0.001 to 1,000) and in the time steps with special values, which masks or comparisons look
+        for, or which are the bounds of a vocabulary.
         """
         drawn = self.draw(rng, temporal, steps, HARD_ROWS)
         special = [_special_steps(rng, row, steps) for row in range(HARD_ROWS)]
@@ -110,7 +110,7 @@ class Sampler:
         return tuple(arrays)
 
     def _place(self, rng: np.random.Generator, i: int, row: Array, places: Array) -> None:
-        """Put special values where they fit, the same one for all features of a time step."""
+        """Insert special values, the same one for all features of a time step."""
         values = self._special(i, row.dtype)
         if len(values):
             drawn = rng.choice(values, len(places))
@@ -130,7 +130,7 @@ class Sampler:
     def disturbed(
         self, rng: np.random.Generator, temporal: Sequence[bool], inputs: Sequence[Array]
     ) -> tuple[tuple[Array, ...], dict[int, int]]:
-        """Return hard rows with one time step changed in every second row, and which one, by row."""
+        """Return hard rows with one disturbed time step in every second row, and these time steps by row."""
         changed = tuple(np.array(value) for value in inputs)
         steps = next((value.shape[1] for value, timed in zip(inputs, temporal, strict=True) if timed), 1)
         rows = range(1, HARD_ROWS, 2)
@@ -144,7 +144,7 @@ class Sampler:
         return changed, times
 
     def _other(self, rng: np.random.Generator, i: int, value: Array, size: float) -> Array:
-        """Return another value for one time step: a number moved by ``size``, another index, a bit turned."""
+        """Return a different value for one time step: a number moved by ``size``, another index, a flipped boolean."""
         array: Any = np.asarray(value)
         if array.dtype == np.bool_:
             return np.asarray(np.logical_not(array), np.bool_)
@@ -173,7 +173,7 @@ class Sampler:
 
 
 def _special_steps(rng: np.random.Generator, row: int, steps: int) -> Array:
-    """Return which time steps of a hard row hold special values: masks of all kinds."""
+    """Return the time steps of a hard row with special values, in different patterns."""
     everything = np.arange(steps)
     third = max(steps // 3, 1)
     return (
@@ -189,18 +189,18 @@ def _special_steps(rng: np.random.Generator, row: int, steps: int) -> Array:
 
 
 def plain_dtype(dtype: str) -> str:
-    """Return the type in which a program carries ``dtype``: NumPy has no bfloat16, float32 holds it exactly."""
+    """Return the type that represents ``dtype`` in a program: NumPy has no bfloat16, but float32 holds it exactly."""
     return "float32" if dtype == "bfloat16" else dtype
 
 
 def fitted(sampler: Sampler, compared: Sequence[float], table_sizes: Sequence[int]) -> Sampler:
-    """Return a sampler that knows what the graph compares with, and how large its tables are."""
+    """Return a sampler that knows the values that the graph compares with, and the sizes of its tables."""
     integers = max(min((_INTEGERS, *table_sizes)), 1)
     return dataclasses.replace(sampler, compared=tuple(compared), integers=integers)
 
 
 def make_sampler(interface: Interface, temporal: Sequence[bool]) -> Sampler:
-    """Find out by one call of the model which inputs are indices into which tables, or looked up in which vocabulary."""
+    """Create a sampler. One call of the model shows which inputs are indices into tables or words of a vocabulary."""
     layers = interface.model._flatten_layers()
     masks = tuple(float(layer.mask_value) for layer in layers if isinstance(layer, keras.layers.Masking))
     sizes = {layer: _table_size(layer) for layer in layers if _table_size(layer)}
@@ -208,7 +208,7 @@ def make_sampler(interface: Interface, temporal: Sequence[bool]) -> Sampler:
     known = {layer: words for layer in lookups if (words := _vocabulary(layer)).known}
     if not sizes and not known:
         return Sampler(interface, {}, masks)
-    # Every input is drawn as indices that fit all tables; which of them arrive at a table, unchanged?
+    # Draw every input as indices that fit all tables, and find those that reach a table unchanged.
     everything = dict.fromkeys(range(len(interface.inputs)), min(sizes.values(), default=_INTEGERS))
     inputs = Sampler(interface, everything, ()).draw(np.random.default_rng(0), temporal, 9)
     arrived, made = _arrivals(interface, inputs, sizes, known)
@@ -222,9 +222,9 @@ def make_sampler(interface: Interface, temporal: Sequence[bool]) -> Sampler:
         elif source is not None:
             tables[source] = min(sizes[layer], tables.get(source, sizes[layer]))
         elif not any(np.array_equal(value, values) for value in made):
-            # Indices are computed: keep to what fits all tables.
+            # Indices are computed: use values that fit all tables.
             return Sampler(interface, everything, (), is_guessed=True)
-    for i in tables.keys() & looked_up.keys():  # Both: what each of them takes.
+    for i in tables.keys() & looked_up.keys():  # Both: use what each of them accepts.
         fits = tuple(word for word in looked_up[i].known if 0 <= word < tables[i])
         looked_up[i] = Vocabulary(fits or (0,), is_closed=True)
         del tables[i]
@@ -252,7 +252,7 @@ def _arrivals(
     sizes: Mapping[Any, int],
     known: Mapping[Any, Vocabulary],
 ) -> tuple[list[tuple[Any, Array]], list[Array]]:
-    """Call the model; return what arrives at which layer, and the indices that its layers made, which fit by themselves."""
+    """Call the model; return the values that reach each layer, and the indices that layers computed within bounds."""
     seen: list[tuple[Any, Array]] = []
     made: list[Array] = []
 
@@ -262,7 +262,7 @@ def _arrivals(
         def call(values: Any, *args: Any, **kwargs: Any) -> Any:
             if layer in sizes or layer in known:
                 seen.append((layer, np.asarray(values)))
-            if layer in known:  # Of what it knows: another number may be an error.
+            if layer in known:  # Use known words: another number may be an error.
                 words = np.array(known[layer].known)
                 values = tf.cast(words[np.asarray(values).astype(int) % len(words)], values.dtype)
             result = original(values, *args, **kwargs)
@@ -283,7 +283,7 @@ def _arrivals(
 
 
 def _with_index_types(interface: Interface, indices: Collection[int]) -> Interface:
-    """A subclassed model's file holds no input types: its index inputs are integers."""
+    """Set the type of index inputs to integer: the file of a subclassed model has no input types."""
     if hasattr(interface.model, "_inputs_struct") or getattr(interface.model, "_functional", None):
         return interface
     inputs = tuple(

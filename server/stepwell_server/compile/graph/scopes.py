@@ -1,6 +1,6 @@
-"""Layers in sentences: how each is called, and which one made an operation.
+"""Names of layers in messages, and the layer that created an operation.
 
-The second is read from the operation's name: Keras opens a scope that is named as the layer.
+The layer follows from the operation's name, because Keras opens a scope with the layer's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stepwell_server.compile.graph.watch import all_operations
 
 
 def layer_of(model: Any, operation: str) -> Any:
-    """Return the innermost layer in whose scope an operation is, or None. TensorFlow numbers scopes of one name."""
+    """Return the innermost layer whose scope contains an operation, or None. TensorFlow numbers repeated scopes."""
     layers = {layer.name: layer for layer in all_operations(model)}
     for scope in reversed(operation.split("/")[:-1]):
         found = layers.get(scope) or layers.get(re.sub(r"_\d+$", "", scope))
@@ -24,13 +24,13 @@ def layer_of(model: Any, operation: str) -> Any:
 
 
 def layer_in(model: Any, text: str) -> Any:
-    """Return the layer that made the first operation which an error of TensorFlow names, or None."""
+    """Return the layer that created the first operation in a TensorFlow error, or None."""
     found = (layer_of(model, name) for name in re.findall(r"[\w.]+(?:/[\w.]+)+", text))
     return next((layer for layer in found if layer is not None), None)
 
 
 def named(model: Any, layer: Any) -> str:
-    """Return how a layer, an operation or the model itself is called in a sentence."""
+    """Return the description of a layer, an operation or the model for a message."""
     if layer is None:
         return "the model"
     if layer is model:

@@ -1,13 +1,13 @@
-"""TensorFlow and Keras, set up for compiling. Other modules here take `tf` and `keras` from this one."""
+"""TensorFlow and Keras, configured for compiling. Other modules here import `tf` and `keras` from this one."""
 
 from __future__ import annotations
 
 import os
 
-# A user's ~/.keras/keras.json may name another backend; the compiler traces with TensorFlow.
+# The user's ~/.keras/keras.json may name another backend, but the compiler traces with TensorFlow.
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
-# The executor's module makes TensorFlow deterministic: what is checked here is what runs there.
+# The executor's module makes TensorFlow deterministic, so that checks here apply to the served program.
 from stepwell_server.engine.executors import tensorflow as _executor  # noqa: I001
 
 import keras

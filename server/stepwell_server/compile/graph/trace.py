@@ -1,8 +1,8 @@
 """One time step of a Keras model as a TensorFlow function.
 
-The whole model is called on a sequence of one time step. Each call of a recurrent layer that follows the
-sequence has its loop (`RNN.inner_loop`) replaced by one call of its cell on the state carried in; the new
-state is carried out. Everything else is what Keras does.
+The whole model is called on a sequence of one time step. For each call of a recurrent layer that processes the
+sequence, the loop (`RNN.inner_loop`) is replaced by one call of its cell on the input state, and the new state is
+returned. Everything else is done by Keras.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def trace(plan: Plan) -> Any:
 class _TimeAxis:
     """Adds and removes the time axis of one step.
 
-    What was added is not removed by an operation: the tensor from before is taken again. So no reshaping
-    stays in the graph between layers, which would cut LiteRT's fast kernels into pieces.
+    To remove an added axis, the original tensor is used again instead of an operation. So no reshape stays in the graph
+    between layers, which would break up LiteRT's fast kernels.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ def _results(plan: Plan, outputs: Sequence[Any], carrying: _StateCarrier, time: 
 
 
 class _StateCarrier:
-    """The state on its way through one traced step."""
+    """Carries the state through one traced step."""
 
     def __init__(self, plan: Plan, before: Sequence[Any], time: _TimeAxis) -> None:
         self._plan = plan
@@ -104,17 +104,17 @@ class _StateCarrier:
                 if isinstance(layer, keras.layers.Dense) and type(layer).call is keras.layers.Dense.call:
                     stack.enter_context(attribute(layer, "call", self._dense(layer.call)))
             for layer in recurrent_layers(self._plan.interface.model).values():
-                # A layer that runs over another axis runs whole inside the step. Unrolled, because a
-                # loop's tensor lists do not convert.
+                # A layer that processes another axis runs completely inside the step. It is unrolled, because
+                # tensor lists of a loop cannot be converted.
                 stack.enter_context(attribute(layer, "unroll", True))
                 if id(layer) in stepped:
                     stack.enter_context(attribute(layer, "inner_loop", self._loop(layer)))
             yield
 
     def _dense(self, original: Any) -> Any:
-        """Leave out a time axis of one step, which is nothing to a Dense layer.
+        """Drop a time axis of one step, which does not matter to a Dense layer.
 
-        With it, the product becomes a tensordot over shapes known only when it runs.
+        With it, the product would become a tensordot over shapes known only at run time.
         """
 
         def call(inputs: Any, **kwargs: Any) -> Any:
@@ -164,6 +164,6 @@ def _call_cell(cell: Any, now: Any, state: Any) -> tuple[Any, list[Any]]:
 
 
 def _choose(present: Any, new: Any, old: Any) -> Any:
-    """Rows of ``new`` where ``present``, else of ``old``: a masked time step changes nothing."""
+    """Return rows of ``new`` where ``present``, else of ``old``: a masked time step changes nothing."""
     present = tf.cast(present, tf.bool)
     return tf.where(tf.reshape(present, [-1] + [1] * (len(new.shape) - 1)), new, old)

@@ -1,4 +1,4 @@
-"""Why code in a layer's call cannot become part of a graph, read from what TensorFlow raises there."""
+"""Explains why code in a layer's call cannot be traced, from the error that TensorFlow raises."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from stepwell_server.compile.graph.scopes import layer_in, named
 
 
 @dataclasses.dataclass(frozen=True)
-class Habit:
-    """Something that works on values, and not in a graph."""
+class Pattern:
+    """Code that works on values, but not in a graph."""
 
-    pattern: str
-    """Found in the text of the error."""
+    regex: str
+    """Matches the text of the error."""
     does: str
-    """What the layer does: a clause."""
-    way: str
+    """What the layer does, as a clause."""
+    fix: str
     """What to do instead."""
 
 
-_HABITS = (
-    Habit(
+_PATTERNS = (
+    Pattern(
         r"to a numpy array|NumPy|has no attribute '(?:numpy|item|tolist)'|"
         r"(?:float|int)\(\) argument must be .*Tensor|Tensor' object cannot be interpreted as an integer|"
         r"len is not well defined",
-        "takes values out of tensors in its call() (NumPy, .numpy(), float(), int(), len()), and they have none while the "
-        "model is made a program",
+        "reads values of tensors in its call() (NumPy, .numpy(), float(), int(), len()), which do not exist while the "
+        "model is compiled",
         "write it with keras.ops, which become part of the model",
     ),
-    Habit(
+    Pattern(
         r"as a Python `?bool|Iterating over a symbolic|iterate over a (?:scalar )?tensor|as a Python bool",
-        "decides in Python (if, while, for, bool()) by values of tensors, and they have none while the model is made a "
-        "program",
-        "compute both and choose with keras.ops.where",
+        "branches in Python (if, while, for, bool()) on values of tensors, which do not exist while the model is "
+        "compiled",
+        "compute both branches and select with keras.ops.where",
     ),
-    Habit(
+    Pattern(
         r"'NoneType' object is not (?:subscriptable|iterable)",
         "uses an argument of its call() that is None, because nothing passes it (Keras 3 passes no constants to a cell)",
-        "give what it needs as features of each time step, or keep it in a weight",
+        "pass what it needs as features of each time step, or keep it in a weight",
     ),
-    Habit(
+    Pattern(
         r"assertion failed: \[",
-        "asserts something of its values that does not hold of all numbers, of which the samples hold large and small ones",
-        "leave the assertion out of the model, and look at the values before they are sent",
+        "contains an assertion that fails for some numbers; the samples contain large and small ones",
+        "remove the assertion from the model, and check the values before you send them",
     ),
 )
 
 
-def habit_of(error: BaseException | None) -> Habit | None:
-    """Return what is known to raise such an error; None if nothing is."""
+def pattern_of(error: BaseException | None) -> Pattern | None:
+    """Return the known cause of an error, or None."""
     text = str(error)
-    return next((habit for habit in _HABITS if re.search(habit.pattern, text)), None)
+    return next((each for each in _PATTERNS if re.search(each.regex, text)), None)
 
 
 def failed(model: Any, problem: str, error: Exception) -> ModelError:
-    """Return the error for a model that raised ``error``; ``problem`` says where."""
-    habit, layer = habit_of(error), layer_in(model, str(error))
-    if habit is not None:
-        return ModelError(f"{problem}: {named(model, layer)} {habit.does}; {habit.way}")
+    """Return the error for a model that raised ``error``; ``problem`` describes where."""
+    pattern, layer = pattern_of(error), layer_in(model, str(error))
+    if pattern is not None:
+        return ModelError(f"{problem}: {named(model, layer)} {pattern.does}; {pattern.fix}")
     who = "" if layer is None else f"{named(model, layer)} fails: "
     return ModelError(f"{problem}: {who}{type(error).__name__}: {gist(error)}")
 
 
 @contextlib.contextmanager
 def explained(model: Any, problem: str) -> Iterator[None]:
-    """Raise what Keras and user code raise in the block as a `ModelError`; ``problem`` says where it happened."""
+    """Convert errors of Keras and user code in the block into a `ModelError`; ``problem`` describes where."""
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # They raise whatever they like.
+    except Exception as error:  # They may raise anything.
         raise failed(model, problem, error) from error

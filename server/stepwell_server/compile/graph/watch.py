@@ -1,4 +1,4 @@
-"""One call of the whole model on a sequence, watched: its outputs and what its recurrent layers did."""
+"""Observes one call of the whole model on a sequence: its outputs and the calls of its recurrent layers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class RecurrentCall:
     layer: Any
     path: str
     number: int
-    """Which call of this layer it is, from 0."""
+    """Number of the call of this layer, from 0."""
     steps: int
-    """Length of the sequence that it was given."""
+    """Length of its input sequence."""
     initial: tuple[Array, ...]
-    """Its initial state, flat, ``(batch, ...)`` each."""
+    """Its initial state, flattened, ``(batch, ...)`` each."""
     state_dtypes: tuple[str, ...]
     masked: bool
     output_shape: tuple[int, ...]
-    """Of one row at one time step."""
+    """Shape of the output of one row at one time step."""
     output_dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What one call of the model showed."""
+    """The result of observing one call of the model."""
 
     steps: int
     inputs: tuple[Array, ...]
@@ -50,7 +50,7 @@ class Observation:
 
 
 def watch(interface: Interface, inputs: Sequence[Array], steps: int) -> Observation:
-    """Call the model on ``inputs``, whose temporal ones are ``steps`` long."""
+    """Call the model on ``inputs``, of which temporal ones have ``steps`` time steps."""
     calls: list[RecurrentCall] = []
     with relaxed(interface.model), _recording(interface.model, calls):
         tensors = [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
@@ -61,13 +61,13 @@ def watch(interface: Interface, inputs: Sequence[Array], steps: int) -> Observat
 
 
 def plain(tensor: Any) -> Array:
-    """Return a tensor as an array of a type that NumPy itself knows: bfloat16 becomes float32, exactly."""
+    """Return a tensor as an array of a NumPy type: bfloat16 becomes float32, exactly."""
     array = np.asarray(tensor)
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def recurrent_layers(model: Any) -> dict[str, Any]:
-    """Return every recurrent layer by its path: names of the layers around it, then its own."""
+    """Return every recurrent layer by its path: the names of the enclosing layers and its own."""
     found: dict[str, Any] = {}
     seen: set[int] = set()
 
@@ -87,7 +87,7 @@ def recurrent_layers(model: Any) -> dict[str, Any]:
 
 
 def all_operations(model: Any) -> list[Any]:
-    """Return everything with a ``call`` that a model is made of, each once; not the model itself."""
+    """Return all parts of a model that have a ``call``, each once, without the model itself."""
     found: dict[int, Any] = {}
 
     def walk(layer: Any) -> None:

@@ -1,10 +1,10 @@
-"""Compiles models next to a server, in warm processes. Imports no TensorFlow: the server has one of these.
+"""Compiles models for a server, in warm processes. Imports no TensorFlow, because the server uses this module.
 
-Importing TensorFlow takes seconds, compiling a model less than one. So one process imports it and is kept: the fork server
-(`processes`, `fork_server`). It forks a worker for each model. The worker gives up what may do harm (`sandbox`), gets a
-copy of the file (`source`), and is ended when it has answered. So no model meets anything of another one.
+Importing TensorFlow takes seconds, compiling a model less than one. So one process imports it and stays: the fork
+server (`processes`, `fork_server`). It forks a worker for each model. The worker enters a sandbox (`sandbox`), receives
+a copy of the file (`source`), and ends after its answer. So no model can affect another one.
 
-`concurrent.futures.ProcessPoolExecutor` would unpickle what workers send, and a model may control its worker.
+`concurrent.futures.ProcessPoolExecutor` is no alternative: it unpickles messages of workers, which a model may control.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from stepwell_server.program import Program, ProofOptions
 IDLE_S = 300.0
 _ABANDONED_INTERVAL_S = 0.05
 _PROGRAM = f"program{program_file.SUFFIX}"
-#: A worker is not kept once its memory has grown by more: TensorFlow does not give everything back.
+#: A worker whose memory has grown by more than this is not kept, because TensorFlow does not release everything.
 _MAX_GROWTH_BYTES = 256 << 20
 _log = Log("compile")
 
 
 class WarmCompiler:
-    """Compiles models, one after the other. Thread-safe; its methods block, so an event loop calls them on threads.
+    """Compiles models one after the other. Thread-safe; its methods block, so an event loop calls them on threads.
 
-    Its processes are started when they are first needed, and end with `close`, when this process ends, however it does, and by
-    `end_idle` when they have not been needed for a while. If one is killed, the next call starts another.
+    Its processes start when they are first needed. They end with `close`, with this process, however it ends, and with
+    `end_idle` after some idle time. If one is killed, the next call starts another.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class WarmCompiler:
         """Prepare; no process is started.
 
         Args:
-            cache_dir: folder of compiled programs; made when it is needed. Several processes may share it.
+            cache_dir: folder of compiled programs; created when needed. Several processes may share it.
             imports: modules that register the models' custom layers and functions; the current folder is searched first.
                 Their source is part of the cache's key, that of modules they import is not.
-            limits: what compiling a model may take, unless a call has limits of its own; by default those of `Limits`.
-            clock: against which the time is limited; by default the machine's.
-            idle_s: for how long idle processes are kept, in seconds; see `end_idle`.
+            limits: the limits of a compilation, unless a call has its own; `Limits()` by default.
+            clock: for the time limit; by default the machine's.
+            idle_s: how long idle processes are kept, in seconds; see `end_idle`.
         """
         self._cache_dir = cache_dir
         self._imports = tuple(imports)
@@ -92,21 +92,21 @@ class WarmCompiler:
         *,
         keep: bool = True,
     ) -> Program:
-        """Return the program of a ``.keras`` file, from the cache if it is there.
+        """Return the program of a ``.keras`` file, from the cache if possible.
 
         Args:
             model: the ``.keras`` file.
             progress: called with each stage as it begins: waiting, if another model is being compiled, then load, trace,
                 probe, convert, check. Not called when the program comes from the cache. Called on the caller's thread.
-            options: what the user chooses about the proof.
-            limits: what compiling it may take.
-            data: sequences on which the program will be compared: looked at before the model is compiled.
-            keep: keep its worker for the next model, if that may have the same configuration and other weights. Such a
-                one is compiled in less than half of the time, with the same result.
+            options: the user's options for the proof.
+            limits: the limits of the compilation.
+            data: sequences for a later comparison, which are checked before the model is compiled.
+            keep: keep its worker for the next model. If that differs only in its weights, compiling it takes less than
+                half of the time, with the same result.
 
         Raises:
-            DataError: the data do not fit the model, as far as that can be seen before.
-            ModelError: the model cannot be served; the message is one line for people.
+            DataError: the data do not fit the model, as far as can be checked in advance.
+            ModelError: the model cannot be served; the message is one line.
             OSError: the cache cannot be written, or others can write it.
         """
         if data is not None:
@@ -121,7 +121,7 @@ class WarmCompiler:
             if found is None:
                 limits = limits or self._limits
                 call = Call(model, progress or _silent, limits, self._closing, options, data, keep)
-                with self._turn(call):
+                with self._exclusive(call):
                     # Another caller may have compiled it meanwhile.
                     found = cache.load(target) or self._compiled(call, source, target)
         return _named(found, model.name)
@@ -129,20 +129,20 @@ class WarmCompiler:
     def compare(
         self, model: Path, program: Program, data: Path | None = None, limits: Limits | None = None
     ) -> Comparison:
-        """Return how stepping a program differs from Keras's own call of the model it was made from.
+        """Compare stepping a program with Keras's own call of its model.
 
         Args:
             model: the ``.keras`` file.
-            program: what was compiled from it.
+            program: its compiled program.
             data: an ``.npy`` or ``.npz`` file of sequences, (batch, T, features); None: those of the proof.
-            limits: what it may take.
+            limits: the limits of the comparison.
 
         Raises:
             DataError: the data do not fit the model.
             ModelError: Keras's call of it fails.
         """
         call = Call(model, _silent, limits or self._limits, self._closing)
-        with opened(model) as source, self._turn(call), self._job(call) as job:
+        with opened(model) as source, self._exclusive(call), self._job(call) as job:
             worker = job.fork(frameworks=True, imports=self._imports)
             file = worker.given / _PROGRAM
             program_file.save(program, file)
@@ -154,22 +154,22 @@ class WarmCompiler:
     def settle(
         self, model: Path, progress: Progress | None = None, limits: Limits | None = None
     ) -> tuple[Program, tuple[int, ...], tuple[int, ...]]:
-        """Read a ``.stepwell`` file, and try it on this processor. Needs no frameworks.
+        """Read a ``.stepwell`` file and test it on this processor. Needs no frameworks.
 
         Args:
             model: the file.
             progress: called with waiting, if another model is being compiled, then load and check.
-            limits: what it may take.
+            limits: the limits of the test.
 
         Returns:
-            The program as it is in the file, the batch sizes that were compared, and those that give a row the same bits
-            (see `trial.with_sizes`).
+            The program in the file, the batch sizes that were compared, and those that give a row the same bits (see
+            `trial.with_sizes`).
 
         Raises:
-            ModelError: it cannot be read, cannot run here, or computes something else here.
+            ModelError: it cannot be read, cannot run here, or gives other results here.
         """
         call = Call(model, progress or _silent, limits or self._limits, self._closing)
-        with opened(model) as source, self._turn(call), self._job(call) as job:
+        with opened(model) as source, self._exclusive(call), self._job(call) as job:
             worker = job.fork(frameworks=False)
             try:
                 program = program_file.load(job.give(worker, source), call.limits.model_bytes)
@@ -183,18 +183,18 @@ class WarmCompiler:
 
     @property
     def limits(self) -> Limits:
-        """What compiling a model may take, unless a call has limits of its own."""
+        """The limits of a compilation, unless a call has its own."""
         return self._limits
 
     @property
     def pids(self) -> list[int]:
-        """Numbers of the processes that are kept: of the fork server, and of a worker, if one is kept. Any thread may ask."""
+        """Process ids of the fork server and of a kept worker, if any. For any thread."""
         kept = self._kept
         pids = self._fork_server.pid, None if kept is None else kept.worker.pid
         return [pid for pid in pids if pid is not None]
 
     def end_idle(self) -> bool:
-        """End the processes if they have been idle for ``idle_s``; returns whether none is left. Call it from time to time."""
+        """End the processes if they have been idle for ``idle_s``; return whether none is left. Call it periodically."""
         if self._lock.acquire(blocking=False):
             try:
                 if self._clock.monotonic() - self._last_used >= self._idle_s:
@@ -216,7 +216,7 @@ class WarmCompiler:
             kept.worker.forget()
 
     def _compiled(self, call: Call, source: Source, target: Path) -> Program:
-        """Compile it, and put it into the cache."""
+        """Compile a model and store the program in the cache."""
         architecture = self._architecture(call, source)
         kept, self._kept = self._kept, None
         if kept is not None and kept.architecture == architecture and call.data is None:
@@ -246,7 +246,7 @@ class WarmCompiler:
             return program
 
     def _again(self, call: Call, kept: _Kept, source: Source, target: Path) -> Program | None:
-        """Compile it in the worker that compiled the same with other weights; None if it needs a worker of its own."""
+        """Compile a model in the worker that compiled it with other weights; None if it needs a new worker."""
         worker = kept.worker
         with self._job(call) as job:
             try:
@@ -257,7 +257,9 @@ class WarmCompiler:
             except (ModelError, OSError) as error:
                 if job.exceeded in {"abandoned", "time"}:
                     raise
-                _log.info("compiled anew, not only with other weights", model=str(call.model), reason=error)
+                _log.info(
+                    "compiled completely, not only with other weights", model=str(call.model), reason=error
+                )
                 return None
             if memory_of(worker.pid) <= kept.memory_bytes + _MAX_GROWTH_BYTES:
                 job.release(worker)
@@ -265,7 +267,7 @@ class WarmCompiler:
             return program
 
     def _architecture(self, call: Call, source: Source) -> bytes | None:
-        """A digest that two models share if they differ in their weights alone; None if that is unknown."""
+        """Return a digest that two models share if they differ only in their weights; None if unknown."""
         configuration = source.configuration()
         if configuration is None:
             return None
@@ -278,8 +280,8 @@ class WarmCompiler:
         return digest.digest()
 
     @contextlib.contextmanager
-    def _turn(self, call: Call) -> Iterator[None]:
-        """Wait until no other call is being served; others wait during the block."""
+    def _exclusive(self, call: Call) -> Iterator[None]:
+        """Wait for the calls before this one; later calls wait during the block."""
         if not self._lock.acquire(blocking=False):
             call.report("waiting")
             while not self._lock.acquire(timeout=_ABANDONED_INTERVAL_S):
@@ -302,7 +304,7 @@ def _require_wanted(call: Call) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """A worker that is kept for models of one architecture."""
+    """A worker kept for models of one architecture."""
 
     worker: Worker
     architecture: bytes
@@ -315,14 +317,14 @@ def _silent(_stage: str) -> None:
 
 
 def _published(worker: Worker, target: Path) -> Program:
-    """Put what a worker has made into the cache."""
+    """Move the program of a worker into the cache."""
     with cache.unfinished(target) as file:
         worker.take(_PROGRAM, file)
         return cache.publish(file, target)
 
 
 def _named(program: Program, source: str) -> Program:
-    """Return the program as that of this file: the same content may have been compiled under another name."""
+    """Return the program with this source name: the same content may have been compiled under another name."""
     if program.provenance is None:
         return program
     return dataclasses.replace(program, provenance=dataclasses.replace(program.provenance, source=source))

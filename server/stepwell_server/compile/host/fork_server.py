@@ -1,11 +1,13 @@
 """The fork server: ``python -m stepwell_server.compile.host.fork_server CONTROL FOLDER``, which imports TensorFlow once.
 
-It never sees a model. Each worker (`worker`) is a copy of it, made on request over the connection CONTROL, and gives up
-what may do harm before it reads anything. So one worker meets nothing of another, and none waits for an import.
-Requests are ``{"fork": terms}``, followed by the worker's ends of its channel and of its log, answered by ``{"pid": ...}``
+It never reads a model. Each worker (`worker`) is a fork of it, created on request over the connection CONTROL, and
+enters the sandbox before it reads anything. So workers do not affect each other, and none waits for an import.
+
+Requests are ``{"fork": terms}``, followed by the worker's ends of its channel and its log, answered by ``{"pid": ...}``
 or ``{"problem": ...}``; and ``{"reap": pid}``, which ends a worker, answered by ``{"status": ...}``.
 
-Only modules that start no threads are imported here: a copy has none. TensorFlow starts its own when it first computes.
+It imports only modules that start no threads, because a fork has none. TensorFlow starts its threads at the first
+computation.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 from stepwell_server.compile.host import worker
 from stepwell_server.compile.host.wire import Channel
 
-#: What workers need: to try compiled programs; and to compile, too.
+#: Modules that workers need to test compiled programs, and those to compile.
 _ALWAYS = ("stepwell_server.engine.executors.litert", "stepwell_server.engine.executors.trial")
 _FRAMEWORKS = (
     "stepwell_server.compile.keras_file.sizes",
@@ -38,18 +40,18 @@ _FRAMEWORKS = (
 
 
 def main() -> int:
-    """Make workers until the server closes its end, or has ended; returns the exit code."""
+    """Fork workers until the server closes its end or ends; return the exit code."""
     server, this = _ForkServer(Connection(int(sys.argv[1]))), os.getpid()
     try:
         return server.run()
     finally:
         if os.getpid() == this:
             server.end_all()
-            shutil.rmtree(sys.argv[2], ignore_errors=True)  # The server, whose it is, may have been killed.
+            shutil.rmtree(sys.argv[2], ignore_errors=True)  # Its owner, the server, may have been killed.
 
 
 class _ForkServer:
-    """The workers, by the numbers of their processes."""
+    """The workers, by process id."""
 
     def __init__(self, control: Connection) -> None:
         self._control = control
@@ -57,7 +59,7 @@ class _ForkServer:
         self._imported = set[str]()
 
     def run(self) -> int:
-        """Serve requests; returns an exit code, which in a worker is that of the worker."""
+        """Serve requests; return the exit code, in a worker that of the worker."""
         while (request := self._request()) is not None:
             if "reap" in request:
                 self._answer({"status": self._reap(int(request["reap"]))})
@@ -80,7 +82,7 @@ class _ForkServer:
             self._reap(pid)
 
     def _fork(self, terms: dict[str, Any]) -> int | None:
-        """Make a worker. Returns None; in the worker, its exit code when its work is over."""
+        """Fork a worker. Returns None or, in the worker, its exit code at the end."""
         channel, log = recv_handle(self._control), recv_handle(self._control)
         self._import(_ALWAYS)
         if terms["frameworks"]:
@@ -88,13 +90,15 @@ class _ForkServer:
         this = os.getpid()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # About threads: those of NumPy's sums are prepared for it.
+                warnings.simplefilter(
+                    "ignore"
+                )  # The warning about threads does not apply: those of NumPy's BLAS support forks.
                 pid = os.fork()
         except OSError as error:
             self._answer({"problem": str(error.strerror)})
             return None
         if pid == 0:
-            self._workers.clear()  # They are not its own.
+            self._workers.clear()  # They belong to the fork server.
             self._control.close()
             return worker.run(Channel(socket.socket(fileno=channel)), log, terms, this)
         os.close(channel)
@@ -112,17 +116,17 @@ class _ForkServer:
                 importlib.import_module(module)
         if new:
             gc.collect()
-            gc.freeze()  # Or collecting garbage would make a worker copy all that it shares.
+            gc.freeze()  # Otherwise garbage collection in a worker would copy all shared memory.
 
     def _reap(self, pid: int) -> int:
-        """End a worker and what it has started; returns its status, as `subprocess` has it."""
+        """End a worker and its processes; return its exit status in the form of `subprocess`."""
         if pid not in self._workers:
             return 0
         self._workers.discard(pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # It may not have a group of its own yet.
+            os.kill(pid, signal.SIGKILL)  # It may not have its own process group yet.
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

@@ -1,4 +1,4 @@
-"""One call of the compiler, done by a worker: what it is given and asked, and the errors where it does not answer."""
+"""One call of the compiler, executed by a worker, and the errors if the worker does not answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stepwell_server.logs import Log
 from stepwell_server.program import ProofOptions
 
 Progress = Callable[[str], None]
-ABANDONED = "it was cancelled: no caller waits for it any more"
+ABANDONED = "it was cancelled: no caller is waiting for it"
 _KINDS: dict[str, type[ModelError]] = {kind.__name__: kind for kind in (DataError, NotCausalError)}
 _log = Log("compile")
 _CHECKS_PER_DISK_CHECK = 10
@@ -29,7 +29,7 @@ _CHECKS_PER_DISK_CHECK = 10
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A model to compile, try or compare, and how."""
+    """A model to compile, test or compare, with options."""
 
     model: Path
     report: Progress
@@ -42,7 +42,7 @@ class Call:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether no caller waits for it any more."""
+        """Whether no caller is waiting for it."""
         abandoned = self.limits.abandoned
         return self.closing.is_set() or (abandoned is not None and abandoned.is_set())
 
@@ -52,10 +52,10 @@ class _ExceededError(Exception):
 
 
 class Job:
-    """One call, and the worker that does it within its limits. A context manager, which ends the worker."""
+    """One call and the worker that executes it within its limits. A context manager that ends the worker."""
 
     def __init__(self, call: Call, server: ForkServer, clock: Clock) -> None:
-        """Begin now."""
+        """The time limit starts now."""
         self._call = call
         self._server = server
         self._clock = clock
@@ -68,7 +68,7 @@ class Job:
         """The user's own sequences, and the copy of them."""
         self._stage = "load"
         self.exceeded: Limit | None = None
-        """The limit for which the worker was ended."""
+        """The exceeded limit because of which the worker was ended."""
 
     def __enter__(self) -> Self:
         return self
@@ -78,10 +78,10 @@ class Job:
             self._server.forget(self._worker)
 
     def fork(self, *, frameworks: bool, imports: Sequence[str] = ()) -> Worker:
-        """Make a worker for it, which ends with it; with ``imports`` it may read all files, as they may.
+        """Fork a worker, which ends with this job; with ``imports`` it may read all files, because modules may.
 
         Raises:
-            ModelError: it cannot be made.
+            ModelError: the worker cannot be started.
         """
         terms = {
             "frameworks": frameworks,
@@ -114,7 +114,7 @@ class Job:
         self._worker = None
 
     def give(self, worker: Worker, source: Source) -> Path:
-        """Give a worker its copy of the model; returns where that is.
+        """Give a worker its copy of the model; return the path of the copy.
 
         Raises:
             ModelError: the file was changed meanwhile, or cannot be copied.
@@ -156,12 +156,12 @@ class Job:
             **job,
         }
         try:
-            with contextlib.suppress(OSError):  # It has ended, which `receive` finds.
+            with contextlib.suppress(OSError):  # The worker has ended, which `receive` detects.
                 worker.channel.send(request)
             while (message := worker.channel.receive(self._check)) is not None:
                 if "protection" in message:
                     protection, missing = str(message["protection"]), str(message.get("missing", ""))
-                    _log.info("compiling in a process of its own", protection=protection, missing=missing)
+                    _log.info("compiling in a separate process", protection=protection, missing=missing)
                 elif "stage" in message:
                     self._stage = str(message["stage"])
                     self._call.report(self._stage)
@@ -181,7 +181,7 @@ class Job:
         raise ModelError(f"{self._call.model}: {self._problem(code)}", worker.last_words())
 
     def _check(self) -> None:
-        """Check the limits of the process that this waits for."""
+        """Check the limits of the process."""
         worker = self._worker
         pid, folder = (self._server.pid, None) if worker is None else (worker.pid, worker.home)
         self.exceeded = self._limit_exceeded_by(pid or 0, folder)
@@ -202,12 +202,12 @@ class Job:
         return "disk" if disk_of(pid, folder, limits.disk_bytes) > limits.disk_bytes else None
 
     def _shown(self, text: object) -> str:
-        """Text of a worker, with the names of the user's own files in place of those of the copies."""
+        """Replace the names of the copies in a worker's text by those of the user's files."""
         shown = str(text).replace(str(self._given), str(self._call.model))
         return shown if self._data is None else shown.replace(str(self._data[1]), str(self._data[0]))
 
     def _problem(self, code: int) -> str:
-        """Why a process ended without an answer, and what to do."""
+        """Explain why a process ended without an answer, and what to do."""
         match self.exceeded:
             case "abandoned":
                 return ABANDONED
@@ -225,13 +225,13 @@ class Job:
         if self.exceeded == "time" or code == -signal.SIGXCPU:
             return (
                 f"compiling it must take at most {self._call.limits.timeout_s:g} s (--compile-timeout-s); it was ended in "
-                f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and take "
-                "that one's --cache-dir"
+                f"stage {self._stage}. Allow more time, or compile it on a faster machine of the same kind and use "
+                "its --cache-dir"
             )
         if code == -signal.SIGKILL:
             return (
-                f"the compiling process was killed from outside in stage {self._stage} (SIGKILL), as the system does "
-                "when memory runs out. Give it more memory, or less than the system's to --max-compile-memory-bytes"
+                f"the compiling process was killed in stage {self._stage} (SIGKILL), as the system does "
+                "when memory runs out. Give it more memory, or set --max-compile-memory-bytes below the system's memory"
             )
         if code < 0:
             return (
@@ -240,7 +240,7 @@ class Job:
             )
         return (
             f"the compiling process ended without an answer in stage {self._stage} (exit code {code}). Does a module "
-            f"of --import end it? If not: {REPORT}"
+            f"of --import exit? If not: {REPORT}"
         )
 
 

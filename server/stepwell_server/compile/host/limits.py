@@ -1,4 +1,4 @@
-"""What the compiling process may take of memory, time and disk."""
+"""Limits of memory, time and disk for the compiling process."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Literal
 
 _FILES, MORE_BYTES = 2, 64 << 20
-"""Files that are written, the program and what it is made from; neither is much larger than the model."""
+"""Number of written files, the program and its input, neither much larger than the model; and bytes for the rest."""
 DETAIL_BYTES = 64 << 10
-"""Of the details that are logged about a refused model."""
+"""Maximum of logged details about a refused model."""
 _BLOCK_BYTES, _MIN_FILE_BYTES = 512, 4096
 _SHARE_OF_MEMORY = 3 / 4
-#: What a process cannot give back by itself: not the files that it has mapped, such as TensorFlow's libraries.
+#: Memory that the kernel cannot reclaim, without mapped files such as TensorFlow's libraries.
 _OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 
 def default_memory_bytes() -> int:
-    """Three quarters of the memory that there is."""
+    """Return three quarters of the available memory."""
     return int(memory_bytes() * _SHARE_OF_MEMORY)
 
 
 def memory_bytes() -> int:
-    """The memory that the machine has, or that the container may have."""
+    """Return the memory of the machine, or the limit of the container."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -39,20 +39,20 @@ def memory_bytes() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one model may take until it is compiled."""
+    """Limits of the compilation of one model."""
 
     model_bytes: int = 2 * 1024**3
-    """Of what the file holds, unpacked."""
+    """Maximum of the unpacked content of the file."""
     memory_bytes: int = dataclasses.field(default_factory=default_memory_bytes)
-    """Of the compiling process."""
+    """Maximum memory of the compiling process."""
     timeout_s: float = 1800.0
-    """Of the compiling process; 0: as long as it takes."""
+    """Maximum time of the compiling process; 0: unlimited."""
     abandoned: threading.Event | None = dataclasses.field(default=None, compare=False)
-    """Set, by any thread, when nobody waits for it any more: the compiling process is ended."""
+    """Set, by any thread, when no caller is waiting any more: the compiling process is ended."""
 
     @property
     def disk_bytes(self) -> int:
-        """Of each file that the compiling process writes, and of all of them together."""
+        """Maximum of each file that the compiling process writes, and of all together."""
         return _FILES * self.model_bytes + MORE_BYTES
 
 
@@ -60,9 +60,9 @@ Limit = Literal["memory", "disk", "time", "abandoned"]
 
 
 def disk_of(pid: int, folder: Path, most: int) -> int:
-    """Bytes on the disk that a process has in its folder, and in files that it has open and that have no name.
+    """Return the disk space of a process: its folder and its open unnamed files.
 
-    Each name counts as a block at least. Counting ends above ``most``.
+    Each name counts as at least a block. Counting stops above ``most``.
     """
     seen = set[tuple[int, int]]()
     total = 0
@@ -71,7 +71,7 @@ def disk_of(pid: int, folder: Path, most: int) -> int:
             break
         try:
             found = os.lstat(file) if isinstance(file, Path) else os.stat(file)
-        except OSError:  # it is gone
+        except OSError:  # it was deleted
             continue
         has_name = isinstance(file, Path)
         place = (found.st_dev, found.st_ino)
@@ -82,7 +82,7 @@ def disk_of(pid: int, folder: Path, most: int) -> int:
 
 
 def _written(pid: int, folder: Path) -> Iterator[Path | str]:
-    """Files in a folder, as paths, and those that a process has open, as the names that the system gives to them."""
+    """Yield the files in a folder, as paths, and the open files of a process, by their names in /proc."""
     for root, inner, names in os.walk(folder):
         yield from (Path(root, name) for name in (*inner, *names))
     opened = f"/proc/{pid}/fd"
@@ -91,10 +91,10 @@ def _written(pid: int, folder: Path) -> Iterator[Path | str]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes of memory that a process uses for itself; 0 if it has ended, or on other systems than Linux.
+    """Return the private memory of a process; 0 if it has ended, or on other systems than Linux.
 
-    The kernel could refuse more memory instead (RLIMIT_AS, RLIMIT_DATA). But TensorFlow maps many times what it uses, and
-    where it is refused memory it ends by SIGSEGV, SIGABRT or a MemoryError somewhere, which looks like a defect.
+    The kernel could limit memory instead (RLIMIT_AS, RLIMIT_DATA). But TensorFlow maps much more than it uses, and
+    without memory it fails with SIGSEGV, SIGABRT or a MemoryError somewhere, which looks like a defect.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -104,5 +104,5 @@ def memory_of(pid: int) -> int:
 
 
 def processor_s(timeout_s: float) -> float:
-    """The time of processors that fits into ``timeout_s`` seconds on this machine."""
+    """Return the processor time available in ``timeout_s`` seconds on this machine."""
     return timeout_s * (os.cpu_count() or 1)

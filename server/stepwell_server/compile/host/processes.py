@@ -1,7 +1,7 @@
 """The fork server and its workers, as the server sees them. Imports no framework.
 
-The fork server is not that of `multiprocessing`: that one inherits the server's environment with its secrets, gives every
-worker a pipe to a process outside of the sandbox (the resource tracker), and lives as long as any worker does.
+The fork server of `multiprocessing` is not used: it inherits the server's environment with its secrets, gives every
+worker a pipe to a process outside the sandbox (the resource tracker), and lives as long as any worker.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ if TYPE_CHECKING:
 
 _MODULE = "stepwell_server.compile.host.fork_server"
 _MAX_DETAIL_LINES = 40
-#: Variables of the environment that say how Python, its libraries and the language work, and nothing else.
+#: Environment variables that only configure Python, its libraries and the locale.
 _PASSED = frozenset(["LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "SOURCE_DATE_EPOCH", "TZ", "VIRTUAL_ENV"])
 _PASSED_PREFIXES = ("COVERAGE_", "KMP_", "LC_", "MKL_", "OMP_", "OPENBLAS_", "PYTHON", "TF_", "XLA_")
 
 
 class ForkServerError(Exception):
-    """The fork server has ended, or cannot make a worker."""
+    """The fork server has ended, or cannot fork a worker."""
 
     def __init__(self, problem: str, code: int | None = None, details: str = "") -> None:
         super().__init__(problem)
         self.code = code
-        """Its exit code, as `subprocess` has it; None if it continues."""
+        """Its exit code in the form of `subprocess`; None if it is still running."""
         self.details = details
 
 
 @dataclasses.dataclass
 class Worker:
-    """One worker, and the folder that is its own. For one thread at a time."""
+    """One worker and its folder. For one thread at a time."""
 
     folder: Path
     channel: Channel
     log: IO[bytes]
-    """Has what it prints."""
+    """Its output."""
     pid: int = 0
 
     @property
     def home(self) -> Path:
-        """What it may write. Anything in there may be a trap: see `take`."""
+        """The folder that it may write. Its content is not trusted: see `take`."""
         return self.folder / "home"
 
     @property
     def given(self) -> Path:
-        """What it may read, and not write."""
+        """The folder that it may only read."""
         return self.folder / "given"
 
     def take(self, name: str, target: Path) -> None:
-        """Copy a plain file that it has written to ``target``, and remove it.
+        """Copy a regular file that it has written to ``target``, and delete it.
 
         Raises:
-            OSError: it is no plain file, or cannot be copied.
+            OSError: it is not a regular file, or cannot be copied.
         """
         source = self.home / name
         descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -77,17 +77,17 @@ class Worker:
         source.unlink()
 
     def clear(self) -> None:
-        """Remove what it was given and what it has printed."""
+        """Delete its input files and its output."""
         os.ftruncate(self.log.fileno(), 0)
         for entry in self.given.iterdir():
             shutil.rmtree(entry)
 
     def last_words(self) -> str:
-        """The end of what it has printed."""
+        """Return the end of its output."""
         return last_lines(self.log)
 
     def forget(self) -> None:
-        """Close and remove all of it that is here. Idempotent."""
+        """Close its channel and log, and delete its folder. Idempotent."""
         self.channel.close()
         self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -95,7 +95,7 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class _Running:
-    """The process of a fork server, and what it shares with this one."""
+    """The process of a fork server, and its connections and files."""
 
     process: subprocess.Popen[bytes]
     control: Connection
@@ -104,34 +104,34 @@ class _Running:
 
 
 class ForkServer:
-    """The process that makes workers (`fork_server`). For one thread at a time, but for `pid`.
+    """The process that forks workers (`fork_server`). For one thread at a time, except `pid`.
 
-    It starts when it is first needed, and again if it was killed. It ends when `end` is called, and by itself when this
-    process ends, in whatever way; its workers end with it.
+    It starts when it is first needed, and again if it was killed. It ends with `end`, and when this process ends in any
+    way; its workers end with it.
     """
 
     def __init__(self) -> None:
-        """No process is started."""
+        """Starts no process."""
         self._running: _Running | None = None
         self._made = 0
 
     @property
     def pid(self) -> int | None:
-        """Number of its process, if there is one."""
+        """Its process id, if it is running."""
         running = self._running
         return None if running is None else running.process.pid
 
     def fork(self, terms: Mapping[str, Any], check: Callable[[], None]) -> Worker:
-        """Make a worker, after its modules are imported.
+        """Fork a worker, after importing its modules.
 
         Args:
             terms: see `worker.run`; its folders are added here.
-            check: called many times in a second while this waits; what it raises ends the fork server.
+            check: called many times per second while this waits; if it raises, the fork server is ended.
 
         Raises:
-            ForkServerError: the worker cannot be made.
+            ForkServerError: the worker cannot be forked.
         """
-        # Without waiting for it: until `end`, no other process can have its number.
+        # Without reaping it: until `end`, no other process can get its process id.
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         if self.pid is not None and os.waitid(os.P_PID, self.pid, ended) is not None:
             self.end()
@@ -156,9 +156,9 @@ class ForkServer:
             raise ForkServerError(str(error.strerror)) from error
 
     def reap(self, worker: Worker) -> int:
-        """End a worker, if it has not ended; returns its exit code as `subprocess` has it.
+        """End a worker, if it is running; return its exit code in the form of `subprocess`.
 
-        Where the fork server has ended, and the worker with it, it is that of the fork server.
+        If the fork server has ended, and the worker with it, return the exit code of the fork server.
         """
         try:
             return int(self._ask({"reap": worker.pid})["status"])
@@ -166,16 +166,16 @@ class ForkServer:
             return error.code or 0
 
     def forget(self, worker: Worker) -> None:
-        """End a worker, if it has not ended, and remove all of it that is here."""
+        """End a worker, if it is running, and delete its files."""
         self.reap(worker)
         worker.forget()
 
     def end(self) -> int:
-        """End it and its workers; returns its exit code as `subprocess` has it. Idempotent."""
+        """End the fork server and its workers; return its exit code in the form of `subprocess`. Idempotent."""
         running, self._running = self._running, None
         if running is None:
             return 0
-        # The processes that it has started, too. Until it is waited for, no other process can have its number.
+        # Including the processes that it has started. Until it is reaped, no other process can get its id.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()
@@ -202,13 +202,13 @@ class ForkServer:
         except (OSError, EOFError) as error:
             details = last_lines(running.log)
             raise ForkServerError("it has ended", self.end(), details) from error
-        except BaseException:  # Of `check`: the answer is not awaited any more.
+        except BaseException:  # Raised by `check`: nobody waits for the answer any more.
             self.end()
             raise
 
 
 def _started() -> _Running:
-    from multiprocessing import Pipe  # Takes milliseconds, which servers without this process do not spend.
+    from multiprocessing import Pipe  # Takes milliseconds, which servers without this process save.
 
     folder, log = (
         tempfile.TemporaryDirectory(prefix="stepwell-compile-", ignore_cleanup_errors=True),
@@ -230,22 +230,21 @@ def _started() -> _Running:
 
 
 def _log_file() -> IO[bytes]:
-    """A file without a name for what a process prints. It appends, even if the file is cut meanwhile."""
+    """Return an unnamed file for the output of a process. Writes append, even after a truncation."""
     return tempfile.TemporaryFile("a+b")
 
 
 def last_lines(log: IO[bytes]) -> str:
-    """The end of what was printed into a file, as text."""
+    """Return the end of a log file as text."""
     size = os.fstat(log.fileno()).st_size
     read = os.pread(log.fileno(), DETAIL_BYTES, max(0, size - DETAIL_BYTES))
     return "\n".join(read.decode(errors="replace").strip().splitlines()[-_MAX_DETAIL_LINES:])
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """The environment of the processes, without tokens, keys and passwords that the server's own may have.
+    """Return the environment of the processes, without the tokens, keys and passwords that the server's may contain.
 
-    They find this very package, installed or not, and the caller's modules. What they write goes into folders of their
-    own.
+    It makes them find this package, installed or not, and the caller's modules, and write to their own folders.
     """
     paths = [str(Path(stepwell_server.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     passed = {

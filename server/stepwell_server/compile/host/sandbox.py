@@ -1,10 +1,10 @@
-"""The sandbox that a worker enters before it reads a model. Nothing that runs in it can leave it.
+"""The sandbox that a worker enters before it reads a model. No code can leave it.
 
-A worker parses uploads with libraries written in C++, and runs them. If a model takes over one of them, it has no network,
-starts no other program, and sees no files of the user but those it needs. The kernel enforces this as far as it can;
-`Protection` has how far. Imports no framework.
+A worker parses and runs uploads with C++ libraries. A model that takes over one of them has no network, cannot start
+other programs, and can read only the files it needs. The kernel enforces this as far as it supports it; `Protection`
+describes how far. Imports no framework.
 
-Linux only. Other systems have the limits of `limits`, and an environment and folders of the worker's own.
+Linux only. On other systems a worker has the limits of `limits`, and its own environment and folders.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _CAPABILITY_VERSION, _CAP_DAC_READ_SEARCH = 0x20080522, 2
 _MAX_OPEN_FILES = 1024
 _TRY_S = 30.0
 
-# Berkeley packet filter, as seccomp takes it: code, constant, and how many instructions to skip if so and if not.
+# Berkeley packet filter for seccomp: code, constant, and the numbers of instructions to skip if true and if false.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
 _CLONE_THREAD = 0x10000
 _OTHER_NUMBERS = 0x40000000
-"""x86_64 has the same calls again from here on (x32)."""
+"""x86_64 repeats its calls from this number on (x32)."""
 
 
-#: Calls that are refused to a worker, by what they are for.
+#: Refused system calls, by purpose.
 REFUSED_CALLS = (
     # the network, and io_uring, which opens sockets without `socket`
     "socket",
@@ -95,7 +95,7 @@ REFUSED_CALLS = (
     "fremovexattr",
     "lremovexattr",
     "removexattrat",
-    # memory that no count has, or that stays after the process
+    # memory that is not counted, or that outlives the process
     "memfd_create",
     "memfd_secret",
     "shmget",
@@ -103,11 +103,12 @@ REFUSED_CALLS = (
     "msgget",
     "mq_open",
 )
-#: Calls that are allowed on the process itself only, not on others of the same user.
+#: System calls allowed on the process itself, but not on other processes of the same user.
 OWN_CALLS = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "prlimit64", "sched_setaffinity")
-#: Numbers of these calls, of clone (allowed for threads only: no process has others, so that its limits hold for all that it
-#: does) and of clone3, as the kernel has them: arch/x86/entry/syscalls/syscall_64.tbl; include/uapi/asm-generic/unistd.h,
-#: which is that of aarch64 and has no calls that newer ones replace.
+#: Numbers of these system calls, of clone (allowed for threads only, so that the limits of the process cover
+#: everything) and
+#: of clone3, from the kernel: arch/x86/entry/syscalls/syscall_64.tbl; include/uapi/asm-generic/unistd.h for aarch64,
+#: which lacks calls that have newer replacements.
 CALL_NUMBERS = {
     "x86_64": {
         "shmget": 29,
@@ -233,10 +234,10 @@ CALL_NUMBERS = {
         "removexattrat": 466,
     },
 }
-#: How the kernel names the architecture to a filter: AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64.
+#: The kernel's identifiers of architectures in a filter: AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64.
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
-# Landlock: rights on files that are given up everywhere and given back for some folders.
+# Landlock: rights on files, given up everywhere except for some folders.
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _LANDLOCK_VERSION, _LANDLOCK_PATH_BENEATH = 1, 1
 _EXECUTE, _READ_FILE, _READ_FOLDER, _WRITE_FILE, _TRUNCATE, _DEVICE = (
@@ -250,7 +251,7 @@ _EXECUTE, _READ_FILE, _READ_FOLDER, _WRITE_FILE, _TRUNCATE, _DEVICE = (
 _FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 """All rights on files, by the first version of Landlock that has them."""
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _DEVICE
-#: What libraries read of the system. Not /etc as a whole, nor homes, nor data.
+#: System files that libraries read, without the rest of /etc, homes and data.
 _SYSTEM = [
     "/usr",
     "/lib",
@@ -277,7 +278,7 @@ _SYSTEM = [
     "/etc/ssl/openssl.cnf",
     "/etc/mime.types",
 ]
-#: Not those of other processes, which have environment and memory in them.
+#: Files in /proc, without those of other processes, which reveal their environment and memory.
 _PROCESSES = [
     "/proc/self",
     "/proc/cpuinfo",
@@ -296,14 +297,14 @@ _WRITABLE = ("/dev/null",)
 
 @dataclasses.dataclass(frozen=True)
 class Protection:
-    """What the kernel protects from the process, and by which means."""
+    """What the kernel protects against the process, and by which means."""
 
     network: str = ""
-    """Means that take the network away: namespace, seccomp, both with a plus between them; empty if there is a network."""
+    """Means that block the network: namespace, seccomp, or both joined by a plus; empty: not blocked."""
     programs: str = ""
-    """Means that prevent other programs."""
+    """Means that block other programs; empty: not blocked."""
     files: str = ""
-    """Means by which only some files can be read and only its own folders written, or only the latter."""
+    """Means that restrict reading to some files and writing to its own folders, or only writing."""
 
     def __str__(self) -> str:
         means = {
@@ -316,7 +317,7 @@ class Protection:
 
     @property
     def missing(self) -> str:
-        """What is not protected, for messages; empty if all is."""
+        """What is not protected, for messages; empty: everything is."""
         means = {
             "the network": self.network,
             "other programs": self.programs,
@@ -340,16 +341,16 @@ def _lower(which: int, most: int) -> None:
 
 
 def enter(readable: Iterable[Path] | None, writable: Iterable[Path]) -> Protection:
-    """Give up network, other programs and files, as far as this kernel can take them away. Call it with one thread only.
+    """Give up network, other programs and files, as far as this kernel supports it. Call it with one thread only.
 
     Args:
-        readable: files and folders to read, besides those of Python and the system; None: all files.
+        readable: files and folders to read, in addition to Python and the system; None: all files.
         writable: folders to write.
     """
     if sys.platform != "linux":
         return Protection()
     libc = ctypes.CDLL(None, use_errno=True)
-    # The fork server may be killed; the worker must not continue without limits then.
+    # If the fork server is killed, the worker must not continue without limits.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     namespace = _leave_network(libc)
     _drop_capabilities(libc)
@@ -368,7 +369,7 @@ def _leave_network(libc: ctypes.CDLL) -> bool:
         return True
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
         return False
-    with contextlib.suppress(OSError):  # without it the user has no name in there, which does no harm
+    with contextlib.suppress(OSError):  # without it the user has no name in the namespace, which does no harm
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
@@ -376,10 +377,7 @@ def _leave_network(libc: ctypes.CDLL) -> bool:
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
-    """Give up the capabilities that root and creators of user namespaces have, except to read files of other owners.
-
-    A process without capabilities loses none.
-    """
+    """Drop the capabilities of root and of creators of user namespaces, except reading files of other owners."""
     header = struct.pack("<Ii", _CAPABILITY_VERSION, 0)
     kept = 1 << _CAP_DAC_READ_SEARCH
     sets = ctypes.create_string_buffer(struct.calcsize("<6I"))
@@ -393,7 +391,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter_calls(libc: ctypes.CDLL) -> bool:
-    """Make the kernel refuse some calls with EPERM, for this thread and all that it starts."""
+    """Make the kernel refuse some system calls with EPERM, for this thread and its future threads."""
     content = _filter_of(platform.machine())
     if not content:
         return False
@@ -403,9 +401,9 @@ def _filter_calls(libc: ctypes.CDLL) -> bool:
 
 
 def _filter_of(machine: str) -> bytes:
-    """The filter for an architecture; empty where its calls are not known here.
+    """Return the filter for an architecture; empty if its system calls are unknown here.
 
-    Its instructions go to the places "allow", "refuse", "unknown" or on to the next one ("").
+    Its instructions jump to "allow", "refuse" or "unknown", or continue with the next instruction ("").
     """
     numbers = CALL_NUMBERS.get(machine)
     if numbers is None:
@@ -424,7 +422,7 @@ def _filter_of(machine: str) -> bytes:
             numbers["clone3"],
             "unknown",
             "",
-        ),  # its flags cannot be seen: the C library takes clone then
+        ),  # its flags cannot be checked, and the C library falls back to clone
         *((_EQUAL, number, "of itself", "") for number in own),
         (_EQUAL, numbers["clone"], "", "allow"),
         (_LOAD, _FIRST_ARGUMENT, "", ""),
@@ -447,14 +445,14 @@ def _filter_of(machine: str) -> bytes:
 
 
 def _confine(libc: ctypes.CDLL, readable: Iterable[Path] | None, writable: Iterable[Path]) -> bool:
-    """Give up all rights on files, except to read ``readable`` and to write ``writable``."""
+    """Give up all rights on files, except reading ``readable`` and writing ``writable``."""
     version = libc.syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
     if version < 1:
         return False
     every = max(rights for first, rights in _FILE_RIGHTS.items() if first <= version)
     if readable is None:
         readable = [path for path in Path("/").iterdir() if path.name != "proc"]
-    # With later versions also what goes over the network, and to processes outside: signals, and sockets without a name.
+    # Later versions also restrict the network, signals, and abstract sockets to other processes.
     attributes = struct.pack("<3Q", every, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
     rules = libc.syscall(_LANDLOCK_CREATE, attributes, len(attributes), 0)
     if rules < 0:
@@ -484,7 +482,7 @@ def _allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
 
 
 def tried() -> Protection:
-    """Which protection a process started here has, tried by one that enters the sandbox."""
+    """Return the protection available here, found by a process that enters the sandbox."""
     command = [sys.executable, "-P", "-m", "stepwell_server.compile.host.sandbox"]
     package = str(Path(__file__).parents[3])
     try:
@@ -497,7 +495,7 @@ def tried() -> Protection:
 
 
 def main() -> None:
-    """Print which protection this process can have: ``python -m stepwell_server.compile.host.sandbox``."""
+    """Print the protection available to this process: ``python -m stepwell_server.compile.host.sandbox``."""
     sys.stdout.write(json.dumps(dataclasses.asdict(enter((), ()))))
 
 

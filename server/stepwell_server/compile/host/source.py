@@ -1,6 +1,6 @@
-"""A file of the user, which is copied for the worker that compiles it; the worker reads nothing else.
+"""A user's file, of which a worker gets a copy to compile; the worker reads nothing else.
 
-So the compiled content is the one that was looked up in the cache, even if the file changes meanwhile.
+So the compiled content is that whose hash was looked up in the cache, even if the file changes meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 class Source:
-    """An open file of the user. For one thread at a time."""
+    """An open user file. For one thread at a time."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -55,9 +55,9 @@ class Source:
         return self._sha256
 
     def configuration(self) -> bytes | None:
-        """Return its ``config.json``, if it holds that, weights and metadata as Keras writes them, and nothing else.
+        """Return its ``config.json``, if the file contains exactly the members that Keras writes.
 
-        Otherwise None: the worker reports what is wrong with it.
+        Otherwise None: the worker reports the problem.
         """
         try:
             with (
@@ -68,7 +68,7 @@ class Source:
                 if sorted(archive.namelist()) != _MEMBERS:
                     return None
                 member = archive.getinfo(_CONFIGURATION)
-                # Stored, so that it is as long as it says.
+                # Not compressed, so that its declared size is correct.
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size > configuration.MAX_BYTES:
                     return None
                 return archive.read(member)
@@ -79,7 +79,7 @@ class Source:
         """Copy the content whose digest `sha256` returned.
 
         Raises:
-            ModelError: it was changed since, or cannot be read, or not be copied.
+            ModelError: it was changed since, cannot be read, or cannot be copied.
         """
         wanted = self.sha256()
         try:
@@ -87,13 +87,13 @@ class Source:
                 found = self._read(file.fileno())
         except OSError as error:
             raise ModelError(
-                f"{self.path}: cannot be copied to {target.parent}, where it is to be compiled: {error.strerror}"
+                f"{self.path}: cannot be copied to {target.parent} for the compiler: {error.strerror}"
             ) from error
         if found != wanted:
             raise self._changed()
 
     def _read(self, target: int | None) -> bytes:
-        """Read all of it; write it to ``target`` too."""
+        """Read the whole file, and write it to ``target`` if that is given."""
         before = self._state()
         digest, place = hashlib.sha256(), 0
         while place < before[0] and (piece := self._piece(place)):  # It may grow faster than it is read.
@@ -118,16 +118,16 @@ class Source:
     def _changed(self) -> ModelError:
         return ModelError(
             f"{self.path}: the file changed while it was read; write a model under another name in the same folder, and "
-            "rename it when it is whole"
+            "rename it when it is complete"
         )
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Source]:
-    """Open a file that a user names, without waiting, even if it is a pipe or a device.
+    """Open a user's file, without blocking on a pipe or device.
 
     Raises:
-        ModelError: there is none, or it is no file, or cannot be read.
+        ModelError: it does not exist, is not a regular file, or cannot be read.
     """
     try:
         # Opening a pipe would wait for a writer.
@@ -152,6 +152,6 @@ def _open_problem(path: Path, error: OSError) -> str:
         return "there is no such file"
     if error.errno == errno.ELOOP:
         return "is a symbolic link that leads back to itself"
-    if error.errno == errno.ENXIO:  # what opening a socket gives
+    if error.errno == errno.ENXIO:  # from opening a socket
         return f"must be a file; it is {_KINDS[stat.S_IFSOCK]}"
     return f"cannot be read: {error.strerror}"

@@ -1,7 +1,7 @@
-"""Messages between the server and a worker: JSON objects, a line each, over a socket pair.
+"""Messages between the server and a worker: one JSON object per line, over a socket pair.
 
-Connections of `multiprocessing` are for the fork server, which is trusted. A worker may be under a model's control: its
-messages are bounded, nothing of them is unpickled, and whoever waits for the rest of one checks the limits meanwhile.
+The fork server is trusted and uses a connection of `multiprocessing`. A worker may be controlled by a model: its
+messages are bounded and never unpickled, and limits are checked while waiting for the rest of a message.
 
 The server sends jobs, ``{"job": kind, ...}``. A worker sends ``{"protection": ...}`` once (see `sandbox`), ``{"stage": ...}``
 as each stage begins, then ``{"done": ...}`` or ``{"error": ..., "kind": ...}``.
@@ -19,7 +19,7 @@ CHECK_INTERVAL_S = 0.02
 
 
 class GarbledError(Exception):
-    """What arrived is no message."""
+    """The received data is not a message."""
 
 
 class Channel:
@@ -38,13 +38,13 @@ class Channel:
         self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, check: Callable[[], None] | None = None) -> dict[str, Any] | None:
-        """Wait for a message. Returns None if the other end is closed, even in the middle of one.
+        """Wait for a message. Returns None if the other end is closed, even in the middle of a message.
 
         Args:
-            check: called many times in a second while this waits; what it raises ends the wait.
+            check: called many times per second while this waits; if it raises, the wait ends.
 
         Raises:
-            GarbledError: what arrived is no message, or too long.
+            GarbledError: the received data is not a message, or too long.
         """
         self._socket.settimeout(None if check is None else CHECK_INTERVAL_S)
         while (end := self._rest.find(b"\n")) < 0:

@@ -1,7 +1,7 @@
-"""A worker: a process that compiles or tries programs for the server, and can do little else (`sandbox`).
+"""A worker: a process that compiles or tests programs for the server, in a sandbox (`sandbox`).
 
-It is a fork of the fork server (`fork_server`). It does jobs from its channel (`wire`) until that is closed: one, and while
-it is kept others of the same configuration.
+It is a fork of the fork server (`fork_server`). It executes jobs from its channel (`wire`) until that is closed: one
+job, or several of the same configuration if it is kept.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
-    """Do jobs until the channel is closed; returns the exit code.
+    """Execute jobs until the channel is closed; return the exit code.
 
     Args:
-        channel: to the server.
-        log: an open file for all that is printed.
-        terms: see `ForkServer.fork`: the folders, and what may be taken.
-        parent: the process of the fork server; without it this one ends.
+        channel: the channel to the server.
+        log: an open file for all output.
+        terms: see `ForkServer.fork`: folders and limits.
+        parent: process id of the fork server; this process ends with it.
     """
     os.setsid()
     os.dup2(log, 1)
@@ -40,7 +40,7 @@ def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
     os.close(log)
     home = str(terms["home"])
     os.environ |= {"HOME": home, "TMPDIR": home}
-    tempfile.tempdir = None  # It was that of the fork server.
+    tempfile.tempdir = None  # Forget the folder of the fork server.
     if terms["imports"]:
         os.chdir(terms["cwd"])
         if terms["cwd"] not in sys.path:
@@ -57,14 +57,14 @@ def run(channel: Channel, log: int, terms: dict[str, Any], parent: int) -> int:
 
 
 def _protected(terms: dict[str, Any]) -> sandbox.Protection:
-    """Enter the sandbox. Modules of the operator may read all files: what they need is unknown."""
+    """Enter the sandbox. With modules of the operator all files are readable, because their needs are unknown."""
     sandbox.limit(int(terms["disk_bytes"]))
     readable = [Path(terms["given"]), *(Path(entry) for entry in sys.path if entry)]
     return sandbox.enter(None if terms["imports"] else readable, [Path(terms["home"])])
 
 
 def _allow_time(timeout_s: float) -> None:
-    """Allow the time of all processors that fits into the limit: a bound that the kernel keeps if the server cannot."""
+    """Set the processor time that fits into the time limit: a bound that the kernel enforces even without the server."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     most = math.ceil(used + limits.processor_s(timeout_s)) + 1 if timeout_s > 0 else resource.RLIM_INFINITY
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -74,17 +74,17 @@ def _allow_time(timeout_s: float) -> None:
 
 
 class _Jobs:
-    """What a worker can do."""
+    """The jobs of a worker."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._traced: TracedModel | None = None
-        """Of the model that was compiled last, if it may be compiled again with other weights."""
+        """The trace of the last model, if it can be reused for other weights."""
         self._architecture: Architecture | None = None
-        """Of the same model."""
+        """The architecture of the same model."""
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Do one job; returns the last message about it."""
+        """Execute one job; return the last message about it."""
         try:
             return {"done": self.do(job)}
         except ModelError as error:
@@ -96,7 +96,7 @@ class _Jobs:
         return {"error": str(found), "kind": type(found).__name__, "details": details}
 
     def do(self, job: dict[str, Any]) -> Any:
-        """Do one job; returns its result."""
+        """Execute one job; return its result."""
         kind, model, most = job["job"], Path(job["model"]), int(job["max_model_bytes"])
         if kind == "settle":
             return _settle(model, most)
@@ -108,7 +108,7 @@ class _Jobs:
         return self._again(job, model) if kind == "again" else self._compile(job, model)
 
     def _compile(self, job: dict[str, Any], model: Path) -> bool:
-        """Compile a model; returns whether it may be compiled `again`."""
+        """Compile a model; return whether it can be recompiled with other weights."""
         from stepwell_server.compile.program.pipeline import compile_traced
         from stepwell_server.compile.program.recompile import may_be_reused
 
@@ -128,7 +128,7 @@ class _Jobs:
         """Compile a model of the same configuration as the last one.
 
         Raises:
-            Exception: anything; the server has it compiled by a new worker then, which reports what is wrong.
+            Exception: anything; then the server starts a new worker, which reports the problem.
         """
         from stepwell_server.compile.program.recompile import compile_again
 
@@ -144,7 +144,7 @@ class _Jobs:
 
 
 def _compare(job: dict[str, Any], model: Path) -> Any:
-    """Hold a program against Keras."""
+    """Compare a program with Keras."""
     from stepwell_server.compile.probe.own_data import compare
     from stepwell_server.compile.program.pipeline import import_modules
 
@@ -154,7 +154,7 @@ def _compare(job: dict[str, Any], model: Path) -> Any:
 
 
 def _settle(model: Path, most: int) -> dict[str, Any]:
-    """Try a compiled program on this processor; returns which batch sizes were compared, and which agree."""
+    """Test a compiled program on this processor; return the compared batch sizes, and those that agree."""
     from stepwell_server.engine.executors import trial
 
     try:

@@ -1,4 +1,4 @@
-"""The ``.keras`` file: is it one, what is its fingerprint, and the model in it."""
+"""Checks and loads a ``.keras`` file, and computes its fingerprint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def load_model(path: Path) -> Any:
     """Load the Keras model in ``path``, with Keras's safe mode on.
 
     Raises:
-        ModelError: no such file, not a ``.keras`` file, damaged, Keras refuses it, or does not restore it whole.
+        ModelError: the file does not exist, is not a ``.keras`` file or is corrupt, or Keras refuses it or does not
+            restore it completely.
     """
     check_archive(path)
     try:
@@ -40,15 +41,15 @@ def load_model(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Check that ``path`` is a whole ``.keras`` archive.
+    """Check that ``path`` is a complete ``.keras`` archive.
 
     Raises:
         ModelError: it is not.
     """
     if not path.is_file():
         raise ModelError(f"{path}: {origin.no_file_problem(path)}")
-    # An archive stores its weights as they are: where they begin at 512 bytes or a power of two times that, which
-    # is a matter of chance, HDF5 finds its signature in it.
+    # Weights are not compressed in an archive. If they happen to begin at 512 bytes or a power of two times that, HDF5
+    # finds its signature there.
     if not zipfile.is_zipfile(path) and h5py.is_hdf5(path):
         raise ModelError(f"{path}: {_hdf5_problem(path)}")
     if problem := origin.archive_problem(path):
@@ -61,7 +62,7 @@ def check_archive(path: Path) -> None:
     if broken:
         raise ModelError(f"{path}: corrupt .keras file: {broken} does not match its checksum")
     _require_config(path)
-    # By another name Keras may take a file for something else: one that is HDF5 as well holds code that it runs.
+    # With another suffix Keras may use another format: a file that is also HDF5 may contain code that it runs.
     if path.suffix != ".keras":
         raise ModelError(
             f"{path}: a .keras file must have a name that ends in .keras: rename it to {path.stem}.keras"
@@ -108,12 +109,11 @@ def _hdf5_problem(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash architecture and weights: the same for every save of one model, another for other weights.
+    """Hash architecture and weights: equal for every save of one model, different for other weights.
 
-    Names that Keras made up are left out, so that a model which is built again with the same weights has the same one.
-    Weights are named by their place in the archive: Keras's own names of a subclassed model's variables
-    depend on what else the process has built. Seeds and the optimizer are left out: they do not change
-    what is computed.
+    Names that Keras generated are excluded, so that a rebuilt model with the same weights has the same hash. Weights
+    are identified by their position in the archive, because Keras's names of a subclassed model's variables depend on
+    what else the process has built. Seeds and the optimizer are excluded, because they do not affect the results.
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(canonical(configuration_of(path)).config, sort_keys=True).encode())
@@ -124,7 +124,7 @@ def fingerprint(path: Path) -> str:
 
 
 def architecture(path: Path, program: Program) -> Architecture:
-    """Describe the architecture of a program that was made from a ``.keras`` file, and has the names of that."""
+    """Describe the architecture of a program that was compiled from a ``.keras`` file and uses its names."""
     shapes = [(name, value.shape, value.dtype.name) for name, value in weights.saved_weights(path)]
     return describe(configuration_of(path), shapes, program)
 
@@ -137,7 +137,7 @@ def configuration_of(path: Path) -> Any:
 
 def _load_problem(error: Exception, version: str) -> str:
     text = str(error)
-    marshalled = "identifier: {'value': ["  # A lambda as an argument, as Keras saves it.
+    marshalled = "identifier: {'value': ["  # A lambda as an argument, in Keras's saved form.
     if "safe_mode" in text or "unsafe" in text.lower() or "Lambda" in text or marshalled in text:
         return configuration.CODE
     unknown = (
@@ -155,7 +155,7 @@ def _load_problem(error: Exception, version: str) -> str:
     if misfit:
         return (
             f"the weights in the file do not fit: {misfit[0].split(' during loading')[0].rstrip('.')}; the class must "
-            "be the one that the model was saved with (--import MODULE), and its build() must build all that it holds"
+            "be the one that the model was saved with (--import MODULE), and its build() must build all its layers"
         )
     shapes = re.search(
         r"object <(\w+) name=([\w.]+).*?variable\.shape=(\([\d, ]*\)), Received: value\.shape=(\([\d, ]*\))",
@@ -168,10 +168,10 @@ def _load_problem(error: Exception, version: str) -> str:
             f"{shapes[3]}, and the "
             f"file one of {shapes[4]}; the class must be the one that the model was saved with (--import MODULE)"
         )
-    text = text.rpartition("Exception encountered: ")[2]  # What was wrong, below where it was.
+    text = text.rpartition("Exception encountered: ")[2]  # The message follows the location.
     if version != keras.__version__:
         return (
             f"Keras {keras.__version__}, which is installed here, cannot load it ({type(error).__name__}: {gist(text)}); it "
-            f"was saved by Keras {version}: install that version, or save the model anew with this one"
+            f"was saved by Keras {version}: install that version, or save the model again with this one"
         )
     return f"Keras cannot load it: {type(error).__name__}: {gist(text)}"

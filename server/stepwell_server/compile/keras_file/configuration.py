@@ -1,10 +1,11 @@
-"""What `config.json` of a ``.keras`` file may name, found out before Keras makes anything of it.
+"""Checks the names in `config.json` of a ``.keras`` file, before Keras uses them.
 
-A configuration names classes and functions, and Keras makes or calls them while it loads the model. Attacks that
-were published name what is no part of a model: `keras.utils.get_file` (CVE-2025-8747), `os.system` (CVE-2025-1550),
+A configuration names classes and functions, which Keras instantiates or calls while it loads the model. Published
+attacks name things that are not parts of a model: `keras.utils.get_file` (CVE-2025-8747), `os.system` (CVE-2025-1550),
 `keras.config.enable_unsafe_deserialization` (CVE-2025-9906), layers that load files or pickles
-(TorchModuleWrapper, CVE-2025-49655; TFSMLayer), vocabularies in other files (CVE-2025-12058). Keras refuses those that it knows; here only what a
-model is made of is let through, whatever version of Keras is there. What `--import` registers is the operator's.
+(TorchModuleWrapper, CVE-2025-49655; TFSMLayer), vocabularies in other files (CVE-2025-12058). Keras refuses the attacks
+that it knows. This module allows only parts of models, for any version of Keras. The operator answers for objects that
+`--import` registers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from stepwell_server.compile.errors import ModelError
 
 MAX_BYTES = 32 << 20
 MAX_DEPTH = 200
-#: Parts of Keras that hold what models are made of, and nothing that acts.
+#: Parts of Keras that contain only parts of models.
 _CLASSES = frozenset(
     [
         "activations",
@@ -37,7 +38,7 @@ _CLASSES = frozenset(
     ]
 )
 _FUNCTIONS = _CLASSES - {"dtype_policies", "layers", "models", "optimizers", "quantizers"}
-#: Of the package itself.
+#: Names in the package itself.
 _TOP = frozenset(
     [
         "DTypePolicy",
@@ -70,15 +71,15 @@ _SPECIAL = frozenset(
         "function",
     ]
 )
-#: Layers that run or load something beside the model: code, graphs, pickles.
+#: Layers that run or load something outside the model: code, graphs, pickles.
 _FORBIDDEN = frozenset(["FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"])
-#: Packages from which Keras imports whatever a configuration names, if they are installed.
+#: Packages from which Keras imports any name in a configuration, if they are installed.
 _IMPORTED = frozenset(["keras_cv", "keras_hub", "keras_nlp"])
 _NOT_FUNCTIONS = re.compile(r"(de)?serialize(_.*)?|get(_.*)?|load(_.*)?|save(_.*)?")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _VOCABULARIES = ("vocabulary", "idf_weights")
 CODE = (
-    "refused by Keras's safe mode: it holds a Lambda layer, a lambda or other code; "
+    "refused by Keras's safe mode: it contains a Lambda layer, a lambda or other code; "
     "write it as a registered layer and name its module with --import MODULE"
 )
 
@@ -88,10 +89,11 @@ def check(text: bytes, is_registered: Callable[[str], bool]) -> None:
 
     Args:
         text: its content.
-        is_registered: whether a module of the operator's has registered a name.
+        is_registered: whether a module of the operator has registered a name.
 
     Raises:
-        ModelError: it is no configuration, or names what a model is not made of. The message is a clause.
+        ModelError: it is not a configuration, or names something that is not a part of models. The message is a
+            clause.
     """
     if len(text) > MAX_BYTES:
         raise ModelError(f"config.json must be at most {MAX_BYTES} bytes; it is {len(text)} bytes")
@@ -101,10 +103,10 @@ def check(text: bytes, is_registered: Callable[[str], bool]) -> None:
 
 
 def parsed(name: str, text: bytes) -> Any:
-    """What a member of a ``.keras`` file says in JSON.
+    """Parse a JSON member of a ``.keras`` file.
 
     Raises:
-        ModelError: it is none, or nested too deeply. The message is a clause.
+        ModelError: it is not JSON, or nested too deeply. The message is a clause.
     """
     try:
         return json.loads(text)
@@ -135,7 +137,7 @@ def _problem(node: Mapping[str, Any], is_registered: Callable[[str], bool]) -> s
         return CODE
     inner, module = node.get("config"), node.get("module")
     if kind in _FORBIDDEN:
-        return f"it must hold only layers of Keras's own making; {kind} loads something else"
+        return f"it must contain only Keras's own layers that load nothing else; {kind} does"
     if isinstance(inner, dict) and (problem := _file_problem(kind, inner)):
         return problem
     if module is None:
@@ -144,9 +146,9 @@ def _problem(node: Mapping[str, Any], is_registered: Callable[[str], bool]) -> s
         return f"its module names must be text; got {module!r:.40}"
     package = module.partition(".")[0]
     if package not in {"keras", "builtins", *_IMPORTED}:
-        return ""  # What --import has not registered Keras does not find: it imports no such module.
+        return ""  # Keras finds such an object only if --import has registered it, because it imports no such module.
     name = inner if kind == "function" else kind
-    # A function is looked up by its own name; what is said beside it as the registered one counts for classes only.
+    # A function is looked up by its own name; registered_name is for classes only.
     if is_registered(str(inner if kind == "function" else node.get("registered_name", kind))):
         return ""
     if package in _IMPORTED:
@@ -154,7 +156,7 @@ def _problem(node: Mapping[str, Any], is_registered: Callable[[str], bool]) -> s
     if kind in _SPECIAL - {"function"}:
         return ""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not _is_of_models(module, name):
-        return f"it must name only what models are made of; it names {module}.{name}"
+        return f"it must name only parts of models; it names {module}.{name}"
     return ""
 
 

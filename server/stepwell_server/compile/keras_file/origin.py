@@ -1,7 +1,7 @@
-"""Files and folders that hold a model in another form than Keras 3's: what they are, and the way on.
+"""Recognizes files and folders with a model in another format than Keras 3's, and explains how to convert them.
 
-Each way on has been tried on LSTM, GRU, stacked cells, nested and subclassed models that tf_keras 2.21 had
-saved: Keras 3 loads none of their files as models, and all of their weights. Imports no framework.
+Each conversion was tested with LSTM, GRU, stacked cells, nested and subclassed models saved by tf_keras 2.21: Keras 3
+loads none of these files as models, but all of their weights. Imports no framework.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _COMPARE = "compare what both models compute: some functions are not the same, s
 
 
 def keras2_problem(version: str, weights: str, first: str = "") -> str:
-    """What to say of a file that Keras 2 has saved.
+    """Describe a file that Keras 2 has saved.
 
     Args:
-        version: of Keras.
-        weights: the name by which Keras 3 can read its weights.
-        first: what is to be done before that, with a comma and a space.
+        version: version of Keras.
+        weights: the file name with which Keras 3 can read its weights.
+        first: an instruction to do before that, ending with a comma and a space.
     """
     return (
         f"saved by Keras {version}: {_SERVED}, which cannot load models of Keras 2, only their weights; "
@@ -32,17 +32,15 @@ def keras2_problem(version: str, weights: str, first: str = "") -> str:
 
 
 def hdf5_problem(name: str, version: str | None, *, is_model: bool) -> str:
-    """What to say of an HDF5 file.
+    """Describe an HDF5 file.
 
     Args:
         name: the file's name.
-        version: of the Keras that has saved it, if the file says so.
-        is_model: it holds a model, not only weights.
+        version: version of Keras in the file, if any.
+        is_model: it contains a model, not only weights.
     """
     rename = ""
-    if not name.endswith(
-        (".h5", ".hdf5")
-    ):  # Keras 2 wrote HDF5 under other names too; Keras 3 goes by the name.
+    if not name.endswith((".h5", ".hdf5")):  # Keras 2 wrote HDF5 with any suffix; Keras 3 requires this one.
         name = f"{name.removesuffix('.keras')}.h5"
         rename = f"rename it to {name}, "
     if is_model and version is not None and is_keras2(version):
@@ -59,12 +57,12 @@ def hdf5_problem(name: str, version: str | None, *, is_model: bool) -> str:
 
 
 def no_file_problem(path: Path) -> str:
-    """What to say of a path that is no file."""
+    """Describe a path that is not a file."""
     return folder_problem(path) if path.is_dir() else "there is no such file"
 
 
 def folder_problem(folder: Path) -> str:
-    """What to say of a folder."""
+    """Describe a folder."""
     if (folder / "keras_metadata.pb").is_file():
         return (
             f"is a SavedModel folder of Keras 2: {_SERVED}; where tf_keras is installed, "
@@ -81,7 +79,7 @@ def folder_problem(folder: Path) -> str:
 
 
 def archive_problem(file: Path) -> str:
-    """What to say of a file that is no archive of Keras, by the names in it; empty: it is one."""
+    """Describe a file that is not a Keras archive, by its members; empty: it is one."""
     if not zipfile.is_zipfile(file):
         return other_problem(file)
     try:
@@ -94,7 +92,7 @@ def archive_problem(file: Path) -> str:
 
 
 def other_problem(file: Path) -> str:
-    """What to say of a file that is neither a zip archive nor HDF5."""
+    """Describe a file that is neither a zip archive nor HDF5."""
     with file.open("rb") as stream:
         start = stream.read(8)
     save = "save the model with model.save('name.keras')"
@@ -104,7 +102,7 @@ def other_problem(file: Path) -> str:
         return f"an HDF5 file: {_SERVED}; {save}"
     if re.match(rb"\x80[\x02-\x05]", start):
         return (
-            "is a Python pickle, which is not read, because reading one runs what is in it; load it where it was made, and "
+            "is a Python pickle, which is never loaded, because loading one runs its code; load it where it was created, and "
             f"{save}"
         )
     if start[4:] == b"TFL3":

@@ -1,4 +1,4 @@
-"""Where a program comes from: the file, what compiled it and when, and the model's layers for people."""
+"""The provenance of a program: its file, compiler and time, and the model's layers, as information."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PACKAGES = ("stepwell", "tensorflow", "keras", "ai-edge-litert")
 
 
 def of(path: Path, model: Any) -> Provenance:
-    """Return the provenance of what is compiled now from ``model``, which was loaded from ``path``.
+    """Return the provenance of a program compiled now from ``model``, which was loaded from ``path``.
 
-    The time is that of SOURCE_DATE_EPOCH where this is set, as it is for builds that are to give the same bytes.
+    If SOURCE_DATE_EPOCH is set, as for reproducible builds, it is the time.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     return Provenance(
@@ -46,7 +46,7 @@ def _layers(model: Any) -> Iterator[Layer]:
 def _output_of(layer: Any) -> str:
     try:
         output = layer.output
-    except (AttributeError, ValueError):  # It has none of its own: called more than once, or inside a call.
+    except (AttributeError, ValueError):  # It has no single output: called more than once, or inside a call.
         return ""
     return ", ".join(str(tuple(tensor.shape)) for tensor in keras.tree.flatten(output))
 

@@ -1,4 +1,4 @@
-"""How large a ``.keras`` file becomes when it is unpacked, found out without unpacking it into memory."""
+"""Checks the unpacked size of a ``.keras`` file without unpacking it into memory."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.files import archive_rules
 
 OPTION = "--max-model-bytes"
-#: What zipfile raises for archives that are damaged, encrypted, or of a kind that it does not know.
+#: Errors of zipfile for archives that are corrupt, encrypted or of an unknown kind.
 UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 _WEIGHTS = "model.weights.h5"
 _KNOWN, _ASSETS = {"config.json", "metadata.json", _WEIGHTS}, "assets/"
 _ARCHIVE = b"PK\x03\x04"
-#: Filters that HDF5 brings along; it loads others as libraries, from wherever it is told.
+#: HDF5's built-in filters. It would load others as libraries, from any configured path.
 _FILTERS = frozenset(range(1, 7)) | {h5py.h5z.FILTER_LZF}
 _PIECE_BYTES = 1 << 20
 
 
 def check_sizes(path: Path, max_bytes: int) -> None:
-    """Check that all that ``path`` holds, unpacked, is within ``max_bytes``. Takes little memory, whatever the file says.
+    """Check that the unpacked content of ``path`` is within ``max_bytes``. Takes little memory, whatever the file declares.
 
-    Members must be those that Keras writes, and keep to the rules of `archive_rules`; the weights must be all in this file.
-
-    Nothing is said of a file that is no ``.keras`` file.
+    Members must be those that Keras writes, and follow `archive_rules`; all weights must be in this file. Files that
+    are not ``.keras`` files are not checked.
 
     Raises:
-        ModelError: it is not, or its sizes are untrue.
+        ModelError: it is too large, or its declared sizes are wrong.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -46,7 +45,7 @@ def check_sizes(path: Path, max_bytes: int) -> None:
             for member in archive.infolist():
                 if not _size_is_true(file, member):
                     raise ModelError(
-                        f"{path}: corrupt .keras file: {member.filename} is not of the size it says"
+                        f"{path}: corrupt .keras file: {member.filename} does not have its declared size"
                     )
             if _WEIGHTS in archive.namelist():
                 _check_weights(path, archive.read(_WEIGHTS), max_bytes)
@@ -58,39 +57,43 @@ def _check_known(archive: zipfile.ZipFile) -> None:
     for member in archive.infolist():
         name = member.filename
         if name not in _KNOWN and not name.startswith(_ASSETS):
-            raise archive_rules.ArchiveError(f"it must hold only what Keras writes; it holds {name!r:.80}")
+            raise archive_rules.ArchiveError(
+                f"it must contain only members that Keras writes; it contains {name!r:.80}"
+            )
         if name.startswith(_ASSETS) and member.file_size and not member.is_dir():
             with archive.open(member) as content:
                 if content.read(len(_ARCHIVE)) == _ARCHIVE:
-                    raise archive_rules.ArchiveError(f"it must hold no other archive; {name!r:.80} is one")
+                    raise archive_rules.ArchiveError(
+                        f"it must not contain another archive; {name!r:.80} is one"
+                    )
 
 
 def _check_limit(path: Path, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise ModelError(
-            f"{path}: what it holds must be at most {max_bytes} bytes when unpacked ({OPTION}); it is {size} bytes"
+            f"{path}: its content must be at most {max_bytes} bytes when unpacked ({OPTION}); it is {size} bytes"
         )
 
 
 def _size_is_true(file: IO[bytes], member: zipfile.ZipInfo) -> bool:
-    """Whether a member unpacks to as many bytes as it says.
+    """Whether a member unpacks to its declared size.
 
-    zipfile gives no more than that, but inflates whatever is there before it cuts it off.
+    zipfile returns at most that much, but inflates everything before truncating it.
     """
-    if member.compress_type == zipfile.ZIP_STORED:  # as Keras writes them
+    if member.compress_type == zipfile.ZIP_STORED:  # Keras does not compress members
         return member.file_size == member.compress_size
     if member.compress_type != zipfile.ZIP_DEFLATED:
-        raise zipfile.BadZipFile(f"{member.filename} is compressed in a way that Keras does not use")
+        raise zipfile.BadZipFile(f"{member.filename} is compressed by a method that Keras does not use")
     file.seek(member.header_offset)
     header = file.read(archive_rules.LOCAL_HEADER_BYTES)
     if len(header) < archive_rules.LOCAL_HEADER_BYTES:
-        raise zipfile.BadZipFile(f"{member.filename} is cut off")
+        raise zipfile.BadZipFile(f"{member.filename} is truncated")
     file.seek(sum(struct.unpack("<2H", header[26:])), io.SEEK_CUR)
     return _inflated_bytes(file, member.compress_size, member.file_size) == member.file_size
 
 
 def _inflated_bytes(file: IO[bytes], compressed: int, most: int) -> int:
-    """Bytes that ``compressed`` bytes from here inflate to; counting ends above ``most``."""
+    """Return the inflated size of the next ``compressed`` bytes; counting stops above ``most``."""
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     count = 0
     while not inflater.eof and count <= most:
@@ -105,28 +108,28 @@ def _inflated_bytes(file: IO[bytes], compressed: int, most: int) -> int:
 
 
 def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
-    """HDF5 compresses too, keeps only what was written of an array, and can point to other files."""
+    """Check the weights: HDF5 can compress, store arrays sparsely, and link to other files."""
     size = 0
 
     def look(name: str, item: object) -> None:
         nonlocal size
         if isinstance(item, h5py.Group):
-            # Links to other places and files are looked at here: nobody who walks through a file is shown them.
+            # Check links here, because `visititems` does not show them.
             for key in item:
                 if not isinstance(item.get(key, getlink=True), h5py.HardLink):
                     raise ModelError(
-                        f"{path}: {_WEIGHTS} must hold its weights itself; {f'{name}/{key}'.strip('/')!r:.80} is a link"
+                        f"{path}: {_WEIGHTS} must contain its weights itself; {f'{name}/{key}'.strip('/')!r:.80} is a link"
                     )
         if isinstance(item, h5py.Dataset):
             settings = item.id.get_create_plist()
             filters = {settings.get_filter(number)[0] for number in range(settings.get_nfilters())}
             if item.dtype.kind == "O" or not filters <= _FILTERS:
                 raise ModelError(
-                    f"{path}: {_WEIGHTS} must hold plain numbers; {name!r:.80} is something else"
+                    f"{path}: {_WEIGHTS} must contain plain numbers; {name!r:.80} is something else"
                 )
             if item.external or item.is_virtual:
                 raise ModelError(
-                    f"{path}: {_WEIGHTS} must hold its weights itself; {quoted(name)} is in another file"
+                    f"{path}: {_WEIGHTS} must contain its weights itself; {quoted(name)} is in another file"
                 )
             chunk = math.prod(item.chunks or ()) * item.dtype.itemsize
             size += max((item.size or 0) * item.dtype.itemsize, chunk)
@@ -137,6 +140,6 @@ def _check_weights(path: Path, content: bytes, max_bytes: int) -> None:
             file.visititems(look)
     except ModelError:
         raise
-    except Exception as error:  # h5py raises many kinds for damaged files.
+    except Exception as error:  # h5py raises many kinds of errors for corrupt files.
         raise ModelError(f"{path}: corrupt .keras file: {_WEIGHTS}: {error}") from error
     _check_limit(path, size, max_bytes)

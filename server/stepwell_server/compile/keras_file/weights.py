@@ -1,4 +1,4 @@
-"""The weights in a ``.keras`` file: read by their place in it, and whether Keras restored them all."""
+"""Reads the weights in a ``.keras`` file by position, and checks that Keras restored all of them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NAMED_LAYERS = 3
 
 
 def saved_weights(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the weights in the file as ``(place, array)``, in a fixed order; places are like ``layers/lstm/cell/vars/0``.
+    """Yield the weights in the file as ``(place, array)``, in a fixed order.
 
-    Left out is what does not change what the model computes: the optimizer, and seeds.
+    An example of a place is ``layers/lstm/cell/vars/0``. The optimizer and seeds are left out, because they do not affect the results.
     """
     with _weights_file(path) as file:
         for place in _places(file):
@@ -31,18 +31,18 @@ def saved_weights(path: Path) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def reads_recorded() -> Iterator[set[str]]:
-    """Collect the places of the weights that Keras reads from files meanwhile.
+    """Record the places of the weights that Keras reads from files.
 
-    Keras restores a layer by asking the file for what is at the layer's place, and a layer that has not
-    been built asks for nothing: Keras warns at most. What was read cannot be told from the model
-    afterwards: a variable that two layers share is in the file twice, and in the model once.
+    Keras restores a layer by reading the place of the layer in the file. A layer that was not built reads nothing, and
+    Keras only warns. The model does not show afterwards what was read: a variable shared by two layers is in the file
+    twice, but in the model once.
     """
     saving = keras.src.saving.saving_lib
     store: Any = saving.H5IOStore
     read: set[str] = set()
 
     class Recorder(store):
-        """Keras's view of the weights in a file, which remembers what it was asked for."""
+        """Keras's reader of weights in a file, which records what was read."""
 
         def get(self, path: str) -> Any:
             self._place = f"{path}/vars" if path else "vars"
@@ -58,10 +58,10 @@ def reads_recorded() -> Iterator[set[str]]:
 
 
 def check_restored(path: Path, read: set[str]) -> None:
-    """Check that each weight in the file is among those that Keras has read.
+    """Check that Keras has read each weight in the file.
 
     Raises:
-        ModelError: some are not. The model would run on weights of its own making.
+        ModelError: some were not read, so that the model would run with freshly initialized weights.
     """
     with _weights_file(path) as file:
         places = _places(file)
@@ -72,8 +72,8 @@ def check_restored(path: Path, read: set[str]) -> None:
     more = f" and {len(layers) - _NAMED_LAYERS} more" if len(layers) > _NAMED_LAYERS else ""
     raise ModelError(
         f"{path}: {len(lost)} of {len(places)} weights of the model were not restored, those of "
-        f"{', '.join(layers[:_NAMED_LAYERS])}{more}: Keras could not build what holds them while loading; give the "
-        "class that makes these layers a build() that builds each of them for its input shapes, or "
+        f"{', '.join(layers[:_NAMED_LAYERS])}{more}: Keras could not build their layers while loading; give the "
+        "class that creates these layers a build() that builds each of them for its input shapes, or "
         "build_from_config(), and save the model again"
     )
 
@@ -97,7 +97,7 @@ def _counts(parts: list[str]) -> bool:
 
 
 def _layer(file: h5py.File, place: str) -> str:
-    """The layer that a weight belongs to: by the name that it had when it was saved, and its place."""
+    """Return the layer of a weight: its saved name and its place."""
     group = place.rpartition("/")[0]
     where = group.removesuffix("vars").rstrip("/") or "the model itself"
     name = file[group].attrs.get("name")

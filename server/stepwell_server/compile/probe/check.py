@@ -1,4 +1,4 @@
-"""The proof that an artefact computes what Keras does."""
+"""Checks that an artefact computes what Keras does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from stepwell_server.engine.executors.step_function import Step
 
 
 class CheckError(Exception):
-    """The artefact does not compute what Keras does. The message is one clause for people."""
+    """The artefact does not compute what Keras does. The message is a clause."""
 
 
 class DiffersError(CheckError):
-    """What was traced gives other values over a long sequence than Keras's call does."""
+    """The traced function and Keras's call differ over a long sequence."""
 
 
 def check_against_keras(traced: TracedModel, step: Step) -> None:

@@ -1,13 +1,13 @@
-"""Long, hard sequences, and what Keras's own call over them gives: the samples that a program is held against.
+"""Long, hard sequences with the results of Keras's own call: the samples that a program is compared with.
 
-They add refusals, and admit nothing. Rows differ in what they try (see `samples.Sampler.hard`). Every
-second row is drawn anew with one time step disturbed, so that what looks ahead, or mixes rows, shows in
-Keras's call alone; what looks back where no state is carried shows beside the program.
+Samples can only refuse a model, never admit it. The rows have different difficulties (see `samples.Sampler.hard`).
+Every second row is repeated with one disturbed time step. So Keras's call alone reveals layers that look ahead or mix
+rows. The comparison with the program reveals layers that look back without carrying a state.
 
-The allowed difference follows Keras itself: its own call runs again with some roundings added to the inputs
-and to what each layer and cell gives, at each time step. What that moves until a time step, a program may move
-there too. So a chaotic or unbounded cell is not refused for its rounding, and where rounding has grown to the
-size of the values nothing is compared. Non-finite values end a row's comparison.
+The allowed difference is derived from Keras: its call is repeated with some roundings added to the inputs and to the
+result of each layer and cell, at each time step. A program may differ as much as that does up to a time step. So a
+chaotic or unbounded cell is not refused because of rounding, and nothing is compared where rounding is as large as the
+values. Non-finite values end the comparison of a row.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from stepwell_server.compile.probe.whole_call import WholeCall
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float64]
-#: How long the sequences are where nothing says that a layer reaches further.
+#: Length of the sequences, unless a layer is known to reach further.
 STEPS = 512
-#: Runs of Keras with roundings added, each with other signs: one alone may miss what a sign decides.
+#: Runs of Keras with added roundings, each with other signs: a single run may miss the effect of a sign.
 _PERTURBED_RUNS = 2
-#: Above this share of the values the effect of rounding is as large as they are: nothing to compare.
+#: Above this share of the values, the effect of rounding is too large for a comparison.
 _LOST = 0.1
 _RUNS_NOT = "the model does not run on a sequence of {} time steps"
 
@@ -48,15 +48,15 @@ class Evidence:
     inputs: tuple[Array, ...]
     outputs: Mapping[str, Array]
     noise: Mapping[str, Floats]
-    """How far added roundings move each output until a time step, ``(rows, time)`` or ``(rows, 1)``."""
+    """How far added roundings move each output up to a time step, ``(rows, time)`` or ``(rows, 1)``."""
 
 
 def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[Evidence]:
-    """Call the model on hard sequences of ``steps`` time steps, and look at what disturbances do.
+    """Call the model on hard sequences of ``steps`` time steps, and check the effect of disturbances.
 
     Raises:
-        NotCausalError: an output moves before the time step that was disturbed.
-        ModelError: two calls differ, a row moves when another one is disturbed, or Keras's call fails.
+        NotCausalError: an output changes before the disturbed time step.
+        ModelError: two calls differ, a row changes when another row is disturbed, or Keras's call fails.
     """
     rng = np.random.default_rng(17)
     temporal = plan.temporal
@@ -81,7 +81,7 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[E
 def compare(
     plan: Steppable, evidence: Evidence, stepped: Mapping[str, Array], tolerance: float
 ) -> Comparison:
-    """Return how what a program gives, stepped through the same inputs and shaped alike, differs from Keras."""
+    """Compare the outputs of a program, stepped through the same inputs, with Keras."""
     rows = len(evidence.inputs[0])
     found = [
         _difference(spec.name, spec.temporal, evidence, stepped[spec.name], tolerance)
@@ -115,7 +115,7 @@ def _difference(name: str, timed: bool, evidence: Evidence, stepped: Array, tole
 
 
 def compared_share(plan: Steppable, samples: Sequence[Evidence], tolerance: float) -> float:
-    """Return which share of the rows and time steps says something, of the output where it is least."""
+    """Return the share of rows and time steps that can be compared, for the output with the smallest share."""
     shares = [1.0]
     for spec in plan.outputs:
         ended = [
@@ -134,7 +134,7 @@ def observe(
     held: frozenset[int],
     kept: Sequence[float],
 ) -> Evidence:
-    """Call the model on given sequences, and again with roundings added: see `WholeCall.perturbed`.
+    """Call the model on given sequences, with and without added roundings: see `WholeCall.perturbed`.
 
     Raises:
         ModelError: Keras's call fails.
@@ -146,7 +146,7 @@ def observe(
 
 
 def reach(model: object, own_steps: Sequence[int | None]) -> int:
-    """Return how many time steps to try: more than any layer reaches as far as that can be read from it."""
+    """Return the number of time steps to try: more than the known reach of any layer."""
     total = max((steps or 0 for steps in own_steps), default=0)
     for layer in all_operations(model):
         sizes = [
@@ -167,7 +167,7 @@ def _largest(value: object) -> int:
 
 
 def _rows(value: Array, timed: bool) -> Floats:
-    """Return an output as ``(rows, time, all the rest)``; without a time axis, of one time step."""
+    """Reshape an output to ``(rows, time, rest)``, with one time step if it has no time axis."""
     shape = value.shape[: 2 if timed else 1]
     return value.reshape(*shape, *(() if timed else (1,)), -1).astype(np.float64)
 
@@ -180,13 +180,11 @@ def _noise(
     held: frozenset[int],
     kept: Sequence[float],
 ) -> dict[str, Floats]:
-    """Return how far added roundings move each output until each time step; infinity where Keras's call then fails."""
+    """Return how far added roundings move each output up to each time step; infinity if Keras's call then fails."""
     found: dict[str, Floats] = {}
     try:
         runs = [whole.perturbed(inputs, held, kept, run) for run in range(_PERTURBED_RUNS)]
-    except (
-        Exception
-    ):  # A computed index out of its table, say: nothing is known of rounding, so nothing is compared.
+    except Exception:  # For example a computed index out of range: the effect of rounding is unknown, so nothing is compared.
         runs = []
     for spec in plan.outputs:
         one = _rows(usual[spec.name], spec.temporal)
@@ -201,7 +199,7 @@ def _noise(
 
 
 def _allowed(usual: Floats, noise: Floats, tolerance: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Return the allowed difference by row and time, and from where on a row says nothing."""
+    """Return the allowed difference by row and time, and where a row cannot be compared any more."""
     size = np.max(np.abs(np.nan_to_num(usual, nan=0, posinf=0, neginf=0)), axis=2, initial=0)
     size = np.maximum(np.maximum.accumulate(size, axis=1), 0.1)
     ended = ~np.all(np.isfinite(usual), axis=2) | ~np.isfinite(noise) | (noise > _LOST * size)
@@ -213,7 +211,7 @@ def _same(one: Array, two: Array) -> bool:
 
 
 def _refuse_moves(name: str, timed: bool, usual: Array, moved: Array, times: Mapping[int, int]) -> None:
-    """Refuse what moves before the disturbance, and rows that were not disturbed."""
+    """Refuse changes before the disturbance, and in rows that were not disturbed."""
     one, two = _rows(usual, timed), _rows(moved, timed)
     tolerance = 1e-5 * np.maximum(np.max(np.abs(np.nan_to_num(one)), axis=(1, 2), initial=0), 1e-3)
     for row in range(len(one)):
@@ -221,7 +219,7 @@ def _refuse_moves(name: str, timed: bool, usual: Array, moved: Array, times: Map
         if until is not None and not timed:
             continue
         before = slice(0, until)
-        with np.errstate(invalid="ignore"):  # An infinity less itself.
+        with np.errstate(invalid="ignore"):  # Infinity minus infinity.
             apart = np.max(np.abs(np.nan_to_num(one[row, before] - two[row, before])), initial=0)
         if apart <= tolerance[row]:
             continue

@@ -1,7 +1,7 @@
-"""One step of an artefact at inputs of every size, held against TensorFlow's step of the same function.
+"""Compares one step of an artefact with TensorFlow at inputs of every magnitude.
 
-What the converter makes of an operation may overflow, or lose what is small, where TensorFlow's kernel does
-not: LiteRT's softplus is infinite from 89 on. Sequences of samples do not come there.
+A converted operation may overflow, or lose small values, where TensorFlow's kernel does not: LiteRT's softplus is
+infinite from 89 on. Sample sequences do not reach such values.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from stepwell_server.compile.probe.whole_call import perturbed_inputs
 from stepwell_server.engine.executors.step_function import Step, initial_rows
 
 Array = npt.NDArray[np.generic]
-#: Sizes of the inputs of each row, twice: for both signs.
+#: Magnitudes of the inputs of each row, twice, for both signs.
 _SIZES = np.repeat(10.0 ** np.arange(-6, 10), 2)
 
 
 def worst_at_extremes(traced: TracedModel, step: Step) -> str:
-    """Return where ``step`` differs from the traced function by more than rounding, as a clause, or ""."""
+    """Return where ``step`` differs from the traced function by more than rounding, as a clause; empty: nowhere."""
     rng = np.random.default_rng(29)
     usual = step_of_function(traced.plan, traced.function)
     states = initial_rows(traced.plan.initial, len(_SIZES))
     inputs = _inputs(traced, rng, are_wide=True)
     try:
         expected = usual(inputs, states)
-    except tf.errors.OpError:  # An integer was out of the range of something.
+    except tf.errors.OpError:  # An integer was out of range.
         inputs = _inputs(traced, rng, are_wide=False)
         expected = usual(inputs, states)
     model, held = traced.plan.interface.model, traced.sampler.whole
@@ -48,7 +48,7 @@ def worst_at_extremes(traced: TracedModel, step: Step) -> str:
 
 
 def _inputs(traced: TracedModel, rng: np.random.Generator, *, are_wide: bool) -> list[Any]:
-    """Return inputs of one time step, one size a row; integers are wide, or those that are always taken."""
+    """Return inputs of one time step, one magnitude per row; integers are wide, or small enough to be accepted always."""
     drawn = traced.sampler.draw(rng, traced.plan.temporal, 1, len(_SIZES))
     arrays: list[Any] = []
     for i, (value, timed) in enumerate(zip(drawn, traced.plan.temporal, strict=True)):
@@ -80,7 +80,7 @@ def _first_wrong(
     moved: npt.NDArray[np.float64],
     allowed: float,
 ) -> int | None:
-    """Return the first row where two results differ by more than rounding makes of the first."""
+    """Return the first row where two results differ by more than the effect of rounding."""
     with np.errstate(invalid="ignore", over="ignore"):
         effect = np.nan_to_num(np.max(np.abs(one - moved), axis=1, initial=0), nan=np.inf)
         size = np.maximum(np.max(np.abs(one), axis=1, initial=0), 0.1)

@@ -1,4 +1,4 @@
-"""Which layer of a model is the first whose outputs differ when it is stepped, and the cast that is to blame for it."""
+"""Finds the first layer whose outputs differ when the model is stepped, and an undefined cast that causes it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.sequences import Array, run, step_of_function, tolerance
 
 _LENGTHS = (5, 7)
-#: Integers that floats of an ordinary size do not fit.
+#: Integer types too small for ordinary floats.
 _SMALL = (tf.int8, tf.uint8, tf.int16, tf.uint16)
 
 
 @dataclasses.dataclass(frozen=True)
 class First:
-    """The first layer to differ, as far as it can be found."""
+    """The first layer that differs, if it can be found."""
 
     layer: Any = None
     clause: str = ""
-    """How it differs, with a semicolon; empty where it is not found."""
+    """How it differs, ending with a semicolon; empty if not found."""
 
 
 def first_to_differ(plan: Plan, sampler: Sampler, inputs: Sequence[Array], steps: int) -> First:
-    """Return the first layer to differ on a sequence.
+    """Return the first layer that differs on a sequence.
 
-    It can be found in a functional model, whose layers' outputs can be made outputs of another one.
+    Only functional models are supported, because the outputs of their layers can be outputs of another model.
     """
     if not plan.interface.is_functional:
         return First()
@@ -49,7 +49,7 @@ def first_to_differ(plan: Plan, sampler: Sampler, inputs: Sequence[Array], steps
         stepped = run(inner_plan, step_of_function(inner_plan, trace(inner_plan)), inputs, steps)
         whole = evidence.observe(inner_plan, inner, inputs, steps, sampler.whole, sampler.exact)
     except ModelError:
-        return First()  # What is between the layers need not be something that can be stepped by itself.
+        return First()  # Intermediate outputs need not be steppable.
     found = evidence.compare(inner_plan, whole, stepped, tolerance(model))
     by_name = {difference.output: difference for difference in found.outputs}
     for i, (layer, _) in enumerate(parts):
@@ -62,11 +62,11 @@ def first_to_differ(plan: Plan, sampler: Sampler, inputs: Sequence[Array], steps
 
 
 def undefined_cast(model: Any, function: Any, first: First, difference: str) -> ModelError | None:
-    """Return the error for a model whose steps differ because a cast of floats to small integers is undefined.
+    """Return the error for a model that differs because a cast of floats to small integers is undefined.
 
-    What such a cast gives beyond the range of the integers depends on where in a tensor the number is, so Keras's own
-    call answers otherwise for another number of time steps. None where the first layer to differ, or where that is not
-    known the whole model, has no such cast.
+    Out of range, the result of such a cast depends on the position in the tensor, so Keras's own call differs for
+    another number of time steps. None: the first layer that differs, or the whole model if that is unknown, has no such
+    cast.
 
     Args:
         model: the Keras model.
@@ -83,21 +83,21 @@ def undefined_cast(model: Any, function: Any, first: First, difference: str) -> 
         limits = np.iinfo(op.get_attr("DstT").as_numpy_dtype)
         return ModelError(
             f"{named(model, first.layer or layer)} casts floats to {limits.dtype}, which is undefined for numbers below "
-            f"{limits.min} or above {limits.max}: Keras itself answers otherwise for another number of time steps; clip them "
+            f"{limits.min} or above {limits.max}: Keras itself gives other results for another number of time steps; clip them "
             f"before the cast, with keras.ops.clip(x, {limits.min}, {limits.max}) ({difference})"
         )
     return None
 
 
 def _may_be(layer: Any, first: Any) -> bool:
-    """Whether what ``layer`` does may be what ``first`` does; an operation outside of layers is known to be in none."""
+    """Whether an operation of ``layer`` may belong to ``first``; None as ``layer`` means that it is in no layer."""
     if first is None:
         return True
     return layer in first._flatten_layers() if isinstance(first, keras.Layer) else layer is None
 
 
 def _parts(graph: Any) -> list[tuple[Any, Any]]:
-    """Return the layers in the order in which they are called, each with its first output."""
+    """Return the layers in call order, each with its first output."""
     return [
         (node.operation, node.outputs[0])
         for depth in sorted(graph._nodes_by_depth, reverse=True)

@@ -1,4 +1,4 @@
-"""Hold a compiled program against Keras: on the user's own sequences, or on the hard ones of the proof."""
+"""Compares a compiled program with Keras on the user's sequences, or on the hard sequences of the proof."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stepwell_server.program import Program, TensorSpec
 
 
 def compare(model: Path, program: Program, data: Path | None) -> Comparison:
-    """Return how stepping ``program`` differs from Keras's call of ``model``, whose modules are imported.
+    """Compare stepping ``program`` with Keras's call of ``model``, whose modules are already imported.
 
     Args:
         model: the ``.keras`` file that the program was made from.
@@ -53,11 +53,11 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
 
 
 def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None) -> tuple[list[Array], int]:
-    """Read sequences for the inputs of a model; returns them and the number of time steps.
+    """Read sequences for the inputs of a model; return them and the number of time steps.
 
-    An ``.npy`` file holds the one input of a model, an ``.npz`` file inputs by their names. Each is
-    ``(batch, T, features...)``; a single sequence may leave out the batch. ``sampler`` knows which inputs are
-    indices into tables, or are looked up in a vocabulary.
+    An ``.npy`` file contains the only input of a model, an ``.npz`` file inputs by name. Each is ``(batch, T,
+    features...)``; a single sequence may omit the batch. ``sampler`` knows which inputs are indices into tables, or
+    words of a vocabulary.
 
     Raises:
         DataError: it cannot be read, or does not fit.
@@ -95,10 +95,10 @@ def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None
 
 
 def look(file: Path, interface: Interface) -> None:
-    """Read sequences for a model that is not compiled yet, so that it need not be where they do not fit.
+    """Check sequences before the model is compiled.
 
     Raises:
-        DataError: they fit none of the ways in which its inputs may have a time axis.
+        DataError: they do not fit any choice of inputs with a time axis.
     """
     problems: list[DataError] = []
     for temporal in assignments(interface):
@@ -136,7 +136,7 @@ def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
 
 
 def _refuse_unknown(file: Path, spec: TensorSpec, array: Any, sampler: Sampler, i: int) -> None:
-    """Refuse indices and words that the model itself does not take."""
+    """Refuse indices and words that the model does not accept."""
     table, words = None if sampler.is_guessed else sampler.tables.get(i), sampler.vocabularies.get(i)
     if table is not None:
         rule = f"must be indices from 0 to {table - 1}"
@@ -147,7 +147,7 @@ def _refuse_unknown(file: Path, spec: TensorSpec, array: Any, sampler: Sampler, 
 
 
 def _refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: str) -> None:
-    """Refuse data by the first value that is wrong."""
+    """Refuse data, naming the first wrong value."""
     wrong = np.argwhere(is_wrong)
     if len(wrong):
         place = tuple(int(i) for i in wrong[0])

@@ -1,4 +1,4 @@
-"""The load-time proof that a model can be stepped: from its graph, and on samples, which only add refusals."""
+"""The load-time proof that a model can be stepped: from its graph, and on samples, which can only refuse it."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ from stepwell_server.compile.probe.sequences import run, step_of_function, toler
 from stepwell_server.compile.probe.whole_call import WholeCall, refuse_kept_states, refuse_training
 from stepwell_server.program import Proof, ProofOptions
 
-#: Two lengths that tell a time axis from a feature axis, and two that try the ends.
+#: Two lengths that distinguish a time axis from a feature axis, and two edge cases.
 LENGTHS = (5, 7)
 MORE_LENGTHS = (1, 2)
 SEED = 7
-#: What is refused also where the user answers for the rest: served sessions would share what is changed or drawn.
+#: Refused even with --trust-causality: for example, served sessions would share written variables and random numbers.
 _NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
 Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TracedModel:
-    """A model that can be stepped, with the evidence."""
+    """A traced model that can be stepped, with the evidence."""
 
     plan: Plan
     sampler: Sampler
     function: Any
     """The concrete function of one time step, with variables."""
     observations: tuple[Observation, ...]
-    """Short calls of the whole model, by Keras itself."""
+    """Short calls of the whole model by Keras."""
     evidence: tuple[Evidence, ...]
-    """Long ones on hard sequences."""
+    """Long calls on hard sequences."""
     proof: Proof
     whole: WholeCall
     options: ProofOptions
     is_of_weights: bool
-    """The proof has looked at weights: with others it may be another one."""
+    """The proof depends on weights: with other weights it may differ."""
 
 
 def trace_and_probe(
@@ -68,9 +68,9 @@ def trace_and_probe(
     """Trace one time step of ``model`` and prove that it is one.
 
     Raises:
-        NotCausalError: an output at one time step depends on later ones, or on earlier ones other than
-            through the state of a recurrent layer.
-        ModelError: the model cannot be traced, or it is not proven, for another reason.
+        NotCausalError: an output at a time step depends on later time steps, or on earlier ones other than through the
+            state of a recurrent layer.
+        ModelError: the model cannot be traced or proven for another reason.
     """
     interface = describe(model)
     problems: list[ModelError] = []
@@ -118,8 +118,8 @@ def _try(
     share = evidence.compared_share(plan, found, tolerance(interface.model))
     if unproven and share < 0.5:
         raise ModelError(
-            f"--trust-causality names the model, but samples can say something of {share:.0%} of their rows and time steps "
-            f"only: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
+            f"--trust-causality names the model, but samples can check only {share:.0%} of their rows and time "
+            f"steps: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
         )
     proof = Proof(steps=found[0].steps, unproven=unproven, compared=share)
     traced = TracedModel(
@@ -130,27 +130,27 @@ def _try(
 
 
 def steps_of(sampler: Sampler, temporal: Sequence[bool], options: ProofOptions) -> int:
-    """Return over how many time steps a model is compared with Keras."""
+    """Return the number of time steps of the comparison with Keras."""
     interface = sampler.interface
     steps = max(options.steps or 0, evidence.reach(interface.model, _own_steps(interface, temporal)))
     return steps if any(temporal) else 1
 
 
 def _refuse_complex(cuts: Cuts) -> None:
-    """Refuse what no tensor of the protocol carries."""
+    """Refuse complex outputs, which the protocol does not support."""
     for name, output in cuts.first.outputs.items():
         if output.dtype.is_complex:
             raise ModelError(
-                f"output {quoted(name)} must be of real numbers or booleans, which are what messages carry; it is of "
-                f"{output.dtype.name}: give its parts as real numbers, and put them together where they are used"
+                f"output {quoted(name)} must have real numbers or booleans; it has "
+                f"{output.dtype.name}: return its real and imaginary parts separately, and combine them in the client"
             )
 
 
 def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
-    """Return what the graph leaves open and the user answers for, or "" where it leaves nothing open.
+    """Return what the graph does not prove, but --trust-causality accepts; empty: everything is proven.
 
     Raises:
-        ModelError: it leaves something open that the user does not answer for.
+        ModelError: something is not proven and not trusted.
     """
     try:
         prove(cuts)
@@ -174,14 +174,14 @@ def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | Non
 
 
 def observe(sampler: Sampler, temporal: Sequence[bool], steps: int, rng: np.random.Generator) -> Observation:
-    """Call the model by Keras itself on a random sequence."""
+    """Call the Keras model on a random sequence."""
     return watch(sampler.interface, sampler.draw(rng, temporal, steps), steps)
 
 
 def _compare(traced: TracedModel) -> None:
-    """Step through the samples and compare: the short ones always, the long ones where the graph proves too little.
+    """Step through the samples and compare: the short ones always, the long ones if the graph does not prove everything.
 
-    Where it proves enough they are left to the check of the artefact, which is what will run.
+    Otherwise the check of the artefact, which is what will run, uses the long ones.
     """
     model = traced.plan.interface.model
     step, allowed = step_of_function(traced.plan, traced.function), tolerance(model)

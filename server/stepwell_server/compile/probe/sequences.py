@@ -1,4 +1,4 @@
-"""Run a sequence through a function of one time step, and compare it with one call of the whole model."""
+"""Runs a sequence through a function of one time step, and compares it with one call of the whole model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stepwell_server.engine.executors.step_function import Step, initial_rows
 from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]
-#: One rounding of each type, as a share of a value.
+#: One rounding of each type, relative to a value.
 ROUNDINGS = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 def step_of_function(plan: Plan, function: Any) -> Step:
-    """Return the traced function as a plain one."""
+    """Return the traced function as a function of arrays."""
 
     def step(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         named = {f"in_{i}": tf.constant(value) for i, value in enumerate(inputs)}
@@ -34,7 +34,7 @@ def step_of_function(plan: Plan, function: Any) -> Step:
 
 
 class Steppable(Protocol):
-    """What has to be known for stepping: a `Plan` or a `Program`."""
+    """The information needed for stepping: a `Plan` or a `Program`."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -58,7 +58,7 @@ def at(plan: Steppable, inputs: Sequence[Array], time: int) -> list[Array]:
 
 
 def run(plan: Steppable, step: Step, inputs: Sequence[Array], steps: int) -> dict[str, Array]:
-    """Step through a sequence; returns what one call over it would, by output name."""
+    """Step through a sequence; return the outputs by name, in the shape of one call over the sequence."""
     states: Sequence[Array] = initial_rows(plan.initial, len(inputs[0]))
     seen: list[Sequence[Array]] = []
     for time in range(steps):
@@ -71,7 +71,7 @@ def run(plan: Steppable, step: Step, inputs: Sequence[Array], steps: int) -> dic
 
 
 def rounding(model: Any) -> float:
-    """Return one rounding of the coarsest type that a layer of the model computes in, as a share of a value."""
+    """Return one rounding of the coarsest type in which a layer computes, relative to a value."""
     types = {layer.compute_dtype for layer in model._flatten_layers()}
     return max(
         (ROUNDINGS[name] for name in types & ROUNDINGS.keys() - {"float64"}), default=ROUNDINGS["float32"]
@@ -79,29 +79,29 @@ def rounding(model: Any) -> float:
 
 
 def added_roundings(model: Any) -> int:
-    """Return how many roundings are added to each value of Keras's call, to see what rounding does to it.
+    """Return how many roundings are added to each value of Keras's call, to measure the effect of rounding.
 
-    Stepping rounds at other places than one call over the sequence does, some tens of times in each time
-    step. Half-precision types round alike in both, and some tens of their roundings are as large as the values.
+    Stepping rounds at other places than one call over the sequence, some tens of times per time step. Half-precision
+    types round alike in both, and some tens of their roundings are as large as the values.
     """
     return 64 if rounding(model) < 2.0**-16 else 4
 
 
 def tolerance(model: Any) -> float:
-    """Return the difference that rounding may make, as a share of an output's largest value.
+    """Return the difference that rounding may cause, relative to an output's largest value.
 
-    One rounding of the coarsest type that a layer computes in, times what a sum of thousands of terms over
-    some steps can gather: its square root, 256. Half-precision types round their intermediate results
-    alike in both ways of computing, so 16 will do for them (256 would allow everything).
+    It is one rounding of the coarsest type in which a layer computes, times 256, which is what a sum of thousands of
+    terms over some steps can accumulate (its square root). Half-precision types round intermediate results alike in
+    both computations, so for them 16 suffices; 256 would allow everything.
     """
     one = rounding(model)
     return (256 if one < 2.0**-16 else 16) * one
 
 
 def difference(one: Array, two: Array) -> float:
-    """Return the largest difference, as a share of the largest value (at least 0.1: see `tolerance`).
+    """Return the largest difference, relative to the largest value (at least 0.1): see `tolerance`.
 
-    It is infinite where one is not finite and the other is, or another infinity.
+    It is infinite if only one value is finite, or if two infinities differ.
     """
     if one.shape != two.shape:
         return float("inf")
@@ -116,5 +116,5 @@ def difference(one: Array, two: Array) -> float:
 
 
 def worst(whole: Mapping[str, Array], stepped: Mapping[str, Array]) -> tuple[str, float]:
-    """Return the output that differs most, and by how much (as a share, see `difference`)."""
+    """Return the output with the largest relative difference, and that difference."""
     return max(((name, difference(whole[name], stepped[name])) for name in whole), key=lambda item: item[1])

@@ -1,8 +1,7 @@
-"""Keras's call of the whole model on sequences, and what of it no step can do alike.
+"""Keras's call of the whole model on sequences, and refusals of modes that a step cannot reproduce.
 
-Keras's layers have modes that a file keeps: ``stateful=True``, which keeps a state from one call to the next,
-and a ``training=True`` that is written into the model. Both are left out of what is served; here models are
-refused of which that would make something else.
+A file may contain modes of Keras's layers: ``stateful=True``, which keeps a state between calls, and a hard-coded
+``training=True``. Served models run without both, so models whose results would change are refused.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from stepwell_server.compile.graph.watch import all_operations, plain, recurrent
 from stepwell_server.compile.probe.sequences import ROUNDINGS, added_roundings, rounding
 
 _STEPS = 5
-#: Layers of Keras's own that run others' code.
+#: Keras layers that run foreign code.
 _FOREIGN = (keras.layers.Lambda, keras.layers.TFSMLayer, keras.layers.JaxLayer, keras.layers.FlaxLayer)
-#: Of the largest value: the same operations in another mode may round otherwise.
+#: Relative to the largest value: the same operations in another mode may round differently.
 _SAME = 1e-5
-#: Odd numbers. The top bit of a product with one of them depends on all bits of the other factor.
+#: Odd numbers: the top bit of a product depends on all bits of the other factor.
 _MULTIPLIERS = (2654435761, 2246822519)
 _Wrapper = Callable[[Any, Callable[..., Any]], Callable[..., Any]]
-#: What a cell makes beyond this has grown without bound. Soon it overflows, in one order of a sum and not in another,
-#: and LiteRT's sigmoid is not a number from 1e27 on.
+#: Larger results of a cell count as unbounded. They soon overflow, depending on the order of a sum, and LiteRT's
+#: sigmoid returns NaN from 1e27 on.
 _UNBOUNDED = 1e24
 
 
 class WholeCall:
-    """Keras's call of a model on whole sequences, compiled: eager, a loop over time takes seconds.
+    """Keras's call of a model on whole sequences, compiled, because an eager loop over time takes seconds.
 
-    It reads the model's variables each time.
+    It reads the model's variables in each call.
     """
 
     def __init__(self, interface: Interface) -> None:
@@ -53,7 +52,7 @@ class WholeCall:
         """Return the outputs by name.
 
         Raises:
-            Exception: whatever Keras and user code raise.
+            Exception: anything that Keras and user code raise.
         """
         tensors = self._tensors(inputs)
         key = tuple(tuple(tensor.shape) for tensor in tensors)
@@ -64,18 +63,19 @@ class WholeCall:
     def perturbed(
         self, inputs: Sequence[Array], held: frozenset[int], kept: Sequence[float], run: int
     ) -> dict[str, Array]:
-        """Return the outputs where some roundings (see `added_roundings`) are added to each value, up or down.
+        """Return the outputs after adding some roundings (see `added_roundings`) to each value, up or down.
 
-        They are added to the inputs and to what each layer and cell gives, states included, at each time step. What
-        a cell gives beyond 1e24 becomes "not a number".
-        The same ``run`` (from 0 to 1) adds the same ones.
+        They are added to the inputs and to the results of each layer and cell, including states, at each time step.
+        Results of a cell beyond 1e24 become NaN.
+
+        The same ``run`` (0 or 1) adds the same roundings.
 
         Args:
-            inputs: one array for each input.
-            held: inputs that are indices, which stay as they are.
-            kept: values that the model compares with, which stay too: a rounding would turn a masked time step
-                into one that counts.
-            run: decides about the signs.
+            inputs: one array per input.
+            held: inputs that are indices, which do not change.
+            kept: values that the model compares with, which do not change either: a rounding would unmask a masked
+                time step.
+            run: determines the signs.
 
         Raises:
             Exception: whatever Keras and user code raise.
@@ -101,7 +101,7 @@ class WholeCall:
             for layer in recurrent_layers(model).values():
                 stack.enter_context(attribute(layer, "unroll", False))
             for operation in all_operations(model):
-                # Keras would make a copy of the layer in a TimeDistributed for each time step.
+                # Keras would copy the layer in a TimeDistributed for each time step.
                 merged = time_distributed(operation)
                 if wrapper is not None:
                     call = wrapper(operation, merged or operation.call)
@@ -120,7 +120,7 @@ def perturbed_inputs(
 ) -> list[Array]:
     """Return inputs with some roundings added to each number, up or down.
 
-    Not to ``held`` inputs, to whole numbers (which may stand for something) and to ``kept`` values.
+    ``held`` inputs, integers (which may be codes) and ``kept`` values do not change.
     """
     rng, size = np.random.default_rng(seed), added_roundings(model) * rounding(model)
     found: list[Array] = []
@@ -136,7 +136,7 @@ def perturbed_inputs(
 
 
 def _perturbing(model: Any, kept: Sequence[float], multiplier: Any) -> _Wrapper:
-    """Return what wraps an operation's call, so that roundings are added to its results."""
+    """Return a wrapper that adds roundings to the results of an operation's call."""
     count = added_roundings(model)
     cells = {id(layer.cell) for layer in recurrent_layers(model).values()}
 
@@ -162,9 +162,9 @@ def _perturbing(model: Any, kept: Sequence[float], multiplier: Any) -> _Wrapper:
 
 
 def _moved(value: Any, count: int, kept: Sequence[float], multiplier: Any) -> Any:
-    """Return numbers with ``count`` roundings of their type added; a number's bits decide about up or down.
+    """Return numbers with ``count`` roundings of their type added; the bits of a number determine the direction.
 
-    None crosses a whole number: it may be a bound (of a share, an index), or stand for something by itself.
+    No number crosses an integer, which may be a bound (of a share, an index) or a code.
     """
     one = ROUNDINGS[value.dtype.name]
     wide = value if value.dtype == tf.float64 else tf.cast(value, tf.float32)
@@ -172,14 +172,14 @@ def _moved(value: Any, count: int, kept: Sequence[float], multiplier: Any) -> An
     up = tf.cast(tf.bitwise.right_shift(bits, tf.constant(31, tf.uint32)), wide.dtype)
     moved = wide * (1 + count * one * (2 * up - 1))
     bounded = tf.clip_by_value(moved, tf.floor(wide), tf.math.ceil(wide))
-    moved = tf.where(tf.abs(wide) < 1 / one, bounded, moved)  # Beyond it all numbers are whole.
+    moved = tf.where(tf.abs(wide) < 1 / one, bounded, moved)  # Larger numbers are all integers.
     for number in kept:
         moved = tf.where(wide == tf.constant(number, wide.dtype), wide, moved)
     return tf.cast(moved, value.dtype)
 
 
 def refuse_kept_states(interface: Interface, cuts: Cuts) -> None:
-    """Refuse ``stateful=True`` where Keras's call goes on, inside one sequence, from the state that it kept.
+    """Refuse ``stateful=True`` if Keras's call continues from a kept state within one sequence.
 
     Raises:
         ModelError: a stateful layer is inside a TimeDistributed, or called more than once.
@@ -192,20 +192,20 @@ def refuse_kept_states(interface: Interface, cuts: Cuts) -> None:
             if _is_stateful(layer):
                 raise ModelError(
                     f"{named(model, operation)} calls {named(model, layer)} once for each time step, and stateful=True "
-                    "makes that go on from the state that it kept of the step before; build it with stateful=False to "
-                    "have each step by itself, or without TimeDistributed to have a state that a session carries, and load the "
+                    "makes it continue from the state of the step before; build it with stateful=False for "
+                    "independent steps, or without TimeDistributed for a state that a session carries, and load the "
                     "weights into it"
                 )
     for call in cuts.first.calls:
         if call.number and _is_stateful(call.layer):
             raise ModelError(
-                f"{named(model, call.layer)} is called more than once, and stateful=True makes each call go on from where "
-                "the one before it ended; build it with stateful=False, and load the weights into it"
+                f"{named(model, call.layer)} is called more than once, and stateful=True makes each call continue from the "
+                "state of the one before; build it with stateful=False, and load the weights into it"
             )
 
 
 def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
-    """Refuse a model whose call, as it is written, is not what ``predict`` computes: with ``training=False``.
+    """Refuse a model whose default call differs from ``predict``, which uses ``training=False``.
 
     Raises:
         ModelError: they differ for the same inputs.
@@ -223,18 +223,20 @@ def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
         size = np.max(np.abs(np.nan_to_num(one)), initial=1e-3)
         if not np.allclose(one, two, rtol=0, atol=_SAME * size, equal_nan=True):
             raise ModelError(
-                f"model(x) is not what predict() computes: output {quoted(name)} is another with training=False; "
+                f"model(x) is not what predict() computes: output {quoted(name)} differs with training=False; "
                 f"{_culprit(interface.model)}, and load the weights into it"
             )
 
 
 def has_no_modes(model: Any) -> bool:
-    """Whether a model is made of Keras's own layers alone, which without being told do not train, and nothing tells them to."""
+    """Whether a model consists only of Keras's own layers, and none of them runs in training mode."""
     return all(
         type(operation).__module__.startswith("keras.src.")
         and not isinstance(operation, _FOREIGN)
         and not _trains_by_itself(operation)
-        and not (isinstance(operation, keras.Layer) and any(map(_is_told, operation._inbound_nodes)))
+        and not (
+            isinstance(operation, keras.Layer) and any(map(_has_mode_argument, operation._inbound_nodes))
+        )
         for operation in (model, *all_operations(model))
     )
 
@@ -244,20 +246,20 @@ def _trains_by_itself(operation: Any) -> bool:
     return training is not None and training.default not in {None, False}
 
 
-def _is_told(node: Any) -> bool:
-    """Whether a call says more than what it is called with: `training=True`, or what nobody here knows."""
-    told = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
-    return any(not (value is None or value is False or hasattr(value, "shape")) for value in told)
+def _has_mode_argument(node: Any) -> bool:
+    """Whether a call has arguments other than tensors: `training=True`, or unknown ones."""
+    arguments = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+    return any(not (value is None or value is False or hasattr(value, "shape")) for value in arguments)
 
 
 def _culprit(model: Any) -> str:
     for operation in all_operations(model):
         for node in getattr(operation, "_inbound_nodes", ()):
             if node.arguments.kwargs.get("training") is True:
-                return f"{named(model, operation)} is called with training=True: build the model without that"
+                return f"{named(model, operation)} is called with training=True: build the model without it"
     return (
-        "something in it is on unless it is told training=False: build it so that dropout and batch statistics are on in "
-        "training alone"
+        "one of its layers runs in training mode by default: build it so that dropout and batch statistics are active in "
+        "training only"
     )
 
 

@@ -1,4 +1,4 @@
-"""The traced step as an artefact: a LiteRT flatbuffer, or a SavedModel."""
+"""Converts the traced step into an artefact: a LiteRT flatbuffer or a SavedModel."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.program.rewrite import rewritten
 from stepwell_server.program import SAVED_MODEL
 
-#: LiteRT reduces the argument of these to a period in a way that loses digits from 1e7 on, and leaves [-1, 1] from 1e9
-#: on: a clock in seconds or milliseconds is such a number.
+#: LiteRT's argument reduction of these loses digits from 1e7 on, and its results leave [-1, 1] from 1e9 on.
+#: Timestamps in seconds or milliseconds are that large.
 _INEXACT = frozenset({"Sin", "Cos"})
 
 
-#: NumPy's names of the types that the converter names in its own way.
+#: NumPy's names of types by the converter's names.
 _TYPES = {"i1": "bool", "i8": "int8", "i16": "int16", "i32": "int32", "i64": "int64", "ui8": "uint8"}
 
 
 class ConversionError(Exception):
-    """The step cannot be converted. The message is one clause for people."""
+    """The step cannot be converted. The message is a clause."""
 
 
 def freeze(function: Any) -> Any:
-    """Return the function with its weights as constants: LiteRT packs them once, as those of FULLY_CONNECTED.
+    """Return the function with its weights as constants: LiteRT packs constants once, for example of FULLY_CONNECTED.
 
     Raises:
-        ConversionError: the function reads something else than variables, such as a lookup table.
+        ConversionError: the function reads anything other than variables, such as a lookup table.
     """
     try:
         frozen = rewritten(convert_variables_to_constants_v2(function))
@@ -43,7 +43,7 @@ def freeze(function: Any) -> Any:
     order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
     if not set(order) <= set(signature):
         raise ConversionError("it reads a lookup table, as IntegerLookup does, and LiteRT has none")
-    keys = sorted(function.structured_outputs)  # Freezing forgets the names; flattening sorted them.
+    keys = sorted(function.structured_outputs)  # Freezing drops the names, and flattening had sorted them.
 
     def step(**tensors: Any) -> dict[str, Any]:
         results = frozen(*(tensors[key] for key in order))
@@ -53,12 +53,12 @@ def freeze(function: Any) -> Any:
 
 
 def to_litert(function: Any, model: Any) -> bytes:
-    """Return the frozen ``function`` as a flatbuffer, of built-in operators only.
+    """Return the frozen ``function`` as a flatbuffer with built-in operators only.
 
-    ``model`` is what it was traced of: its layers are named where they cannot be converted.
+    ``model`` is its source, for the names of layers in messages.
 
     Raises:
-        ConversionError: LiteRT has no built-in operators for it, or some that are wrong for large numbers.
+        ConversionError: LiteRT has no built-in operators for it, or only some that are inaccurate for large numbers.
     """
     inexact = sorted(_INEXACT & _kinds(function.graph))
     if inexact:
@@ -70,12 +70,12 @@ def to_litert(function: Any, model: Any) -> bytes:
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     try:
         return bytes(converter.convert())
-    except Exception as error:  # The converter raises types of its own, and plain ones.
+    except Exception as error:  # The converter raises its own and built-in types.
         raise ConversionError(_complaint(str(error), function, model)) from error
 
 
 def to_tensorflow(function: Any, model: Any) -> dict[str, bytes]:
-    """Return the files of a SavedModel with the signature ``step``; ``model`` owns what the function reads.
+    """Return the files of a SavedModel with the signature ``step``; ``model`` owns the function's variables.
 
     Raises:
         ConversionError: TensorFlow cannot save it.
@@ -83,34 +83,34 @@ def to_tensorflow(function: Any, model: Any) -> dict[str, bytes]:
     holder = tf.Module()
     holder.step = function
     holder.model = model
-    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # Nobody trains it.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)  # It is never trained.
     with tempfile.TemporaryDirectory(prefix="stepwell-") as name:
         folder = Path(name)
         try:
             tf.saved_model.save(holder, name, signatures={"step": function}, options=options)
-        except Exception as error:  # TensorFlow raises whatever it likes here.
+        except Exception as error:  # TensorFlow may raise anything.
             raise ConversionError(gist(error)) from error
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return {f"{SAVED_MODEL}{file.relative_to(folder).as_posix()}": file.read_bytes() for file in files}
 
 
 def _kinds(graph: Any) -> set[str]:
-    """Return what kinds of operations there are, in functions that are called too."""
+    """Return the kinds of operations, including those in called functions."""
     return {kind for kind, _ in _operations(graph)}
 
 
 def _operations(graph: Any) -> Iterator[tuple[str, str]]:
-    """Yield kind and name of each operation, in functions that are called too."""
+    """Yield kind and name of each operation, including those in called functions."""
     yield from ((op.type, op.name) for op in graph.get_operations())
     for function in graph._functions.values():
         if hasattr(function, "graph"):
             yield from _operations(function.graph)
-        else:  # One of an imported graph has its definition only.
+        else:  # A function of an imported graph has only its definition.
             yield from ((node.op, node.name) for node in function.definition.node_def)
 
 
 def _complaint(text: str, function: Any, model: Any) -> str:
-    """Return what the converter says, as a clause for people."""
+    """Summarize the converter's error as a clause."""
     missing = re.search(r"(?:TF Select ops|Custom ops): ([\w, ]+)", text)
     if missing:
         kinds = missing[1].strip()
@@ -127,7 +127,7 @@ def _complaint(text: str, function: Any, model: Any) -> str:
 
 
 def _where(kinds: set[str], function: Any, model: Any) -> str:
-    """Return which layers make operations of these kinds, for the end of a clause."""
+    """Return the layers with operations of these kinds, for the end of a clause."""
     found = [layer_of(model, name) for kind, name in _operations(function.graph) if kind in kinds]
     layers = dict.fromkeys(named(model, layer) for layer in found if layer is not None)
     return f" ({', '.join(layers)})" if layers else ""

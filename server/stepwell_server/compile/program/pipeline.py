@@ -1,4 +1,4 @@
-"""The compiling process's work, start to end."""
+"""All stages of a compilation, in the compiling process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.executors.step_function import step_of_executor
 from stepwell_server.program import FLATBUFFER, Program, ProofOptions, Provenance, dtype_of
 
-#: Times what rounding may make where a program is compiled, it may make on another processor in a few time steps.
+#: On another processor, a few time steps may differ by this many times the difference allowed while compiling.
 _ELSEWHERE = 16
 
 
@@ -36,10 +36,10 @@ def compile_traced(
     options: ProofOptions | None = None,
     data: Path | None = None,
 ) -> tuple[Program, TracedModel]:
-    """Compile ``model``; return also what was traced of it, for `again.compile_again`.
+    """Compile ``model``; also return the traced model, for `recompile.compile_again`.
 
     Raises:
-        DataError: ``data``, on which it will be compared, do not fit it; told before the work is done.
+        DataError: ``data``, for a later comparison, do not fit the model. This is checked first.
         ModelError: the model cannot be served.
     """
     report = progress or _silent
@@ -66,7 +66,7 @@ def _silent(_stage: str) -> None:
 
 
 def import_modules(modules: Sequence[str]) -> None:
-    """Import the modules that register a model's own layers.
+    """Import the modules that register custom layers.
 
     Raises:
         ModelError: one of them cannot be imported.
@@ -74,7 +74,7 @@ def import_modules(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # A user's module raises whatever it likes.
+        except Exception as error:  # A user's module may raise anything.
             raise ModelError(
                 f"--import {module}: {type(error).__name__}: {gist(error)}", traceback.format_exc()
             ) from error
@@ -83,7 +83,7 @@ def import_modules(modules: Sequence[str]) -> None:
 def artefact(
     traced: TracedModel, fingerprint: str, origin: Provenance, report: Callable[[str], None]
 ) -> Program:
-    """Make the program of what was traced, and check it.
+    """Convert a traced model into a program, and check it.
 
     Raises:
         ModelError: neither LiteRT nor TensorFlow can run it.
@@ -124,14 +124,14 @@ def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]
         agreeing = trial.agreeing_sizes(program, known, step, sizes)
         allowed = min(0.1, _ELSEWHERE * tolerance(model))
         tried = trial.tried(program, known, step, allowed, sizes)
-    except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter's "I cannot run this".
+    except (ExecutionError, RuntimeError, ValueError) as error:  # The interpreter cannot run it.
         raise check.CheckError(gist(error)) from error
     return dataclasses.replace(trial.with_sizes(program, sizes, agreeing), trial=tried)
 
 
 def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Callable[[str], None]) -> Program:
-    told = f"{reason}; TensorFlow runs it, which takes longer per step"
-    program = dataclasses.replace(program, executor="tensorflow", executor_reason=told)
+    reason_shown = f"{reason}; TensorFlow runs it, which takes longer per step"
+    program = dataclasses.replace(program, executor="tensorflow", executor_reason=reason_shown)
     try:
         program = dataclasses.replace(program, files=convert.to_tensorflow(*_most_frozen(traced)))
         report("check")
@@ -157,7 +157,7 @@ def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Call
 
 
 def _known_inputs(traced: TracedModel) -> tuple[Array, ...]:
-    """Draw rows of one time step, in the types of the program."""
+    """Draw random rows of one time step, in the types of the program."""
     temporal, inputs = traced.plan.temporal, traced.plan.inputs
     rows = trial.rows_for(sum(spec.row_bytes for spec in inputs))
     drawn = traced.sampler.draw(np.random.default_rng(13), temporal, 1, rows)
@@ -168,7 +168,7 @@ def _known_inputs(traced: TracedModel) -> tuple[Array, ...]:
 
 
 def _most_frozen(traced: TracedModel) -> tuple[Any, Any]:
-    """Return the function to save and what it needs beside it: nothing, if its weights became constants."""
+    """Return the function to save and the model that it needs; None if its weights are constants."""
     try:
         return convert.freeze(traced.function), None
     except convert.ConversionError:

@@ -1,9 +1,9 @@
-"""A model that was compiled just now, compiled again with other weights: of the same architecture, so nothing is traced anew.
+"""Recompiles a model with other weights. Its architecture is the same, so nothing is traced again.
 
-What is known of the graph is known whatever the weights are: which axes there are, that it may be stepped, the function
-of one time step. What depends on the weights is done again as the first time, by the same code and on the same samples:
-initial states, Keras's calls, the conversion, all checks of the artefact. So what comes of it is what compiling the file
-anew would give, bit for bit. Where that is not sure, or anything at all is found wrong, the file is compiled anew.
+Facts about the graph do not depend on weights: the axes, the proof, and the function of one time step. Everything that
+depends on weights is repeated with the same code and samples: initial states, Keras's calls, the conversion, and all
+checks of the artefact. So the result equals a full compilation, bit for bit. If that is uncertain, or any problem is
+found, the file is compiled completely.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from stepwell_server.program import Architecture, Names, Program, Proof
 
 
 class RecompileError(Exception):
-    """It must be compiled anew."""
+    """The model must be compiled completely."""
 
 
 def may_be_reused(traced: TracedModel, program: Program) -> bool:
-    """Whether a model may be compiled again with other weights by what was traced of it.
+    """Whether the trace of a model can be reused for other weights.
 
-    Not one whose proof has looked at its weights, or is the user's word; nor one whose weights may be elsewhere than in its
-    variables, such as constants that a layer makes of them when it is loaded: so only of Keras's own layers, without
-    those for preprocessing, and not quantized.
+    Not if the proof depends on weights or was replaced by --trust-causality. Nor if weights may be outside the
+    variables, such as constants that a layer computes when it is loaded. So only models of Keras's own layers qualify,
+    without preprocessing layers and quantization.
     """
     model = traced.plan.interface.model
     parts = [model, *all_operations(model)]
@@ -60,19 +60,19 @@ def _may_hold_constants(part: Any) -> bool:
 def compile_again(
     traced: TracedModel, before: Architecture, path: Path, report: Callable[[str], None]
 ) -> Program:
-    """Compile the model in ``path``, whose configuration is that of the model that was ``traced`` and `may_be_reused`.
+    """Compile the model in ``path``, which has the configuration of the ``traced`` model that `may_be_reused`.
 
-    Names that Keras made up may differ. The model that was traced has other weights afterwards, whatever comes of it.
+    Names that Keras generated may differ. Afterwards the traced model has other weights, even after an error.
 
     Args:
-        traced: what was traced.
-        before: the architecture of the model that was traced.
+        traced: the traced model.
+        before: the architecture of the traced model.
         path: the ``.keras`` file.
         report: called with each stage.
 
     Raises:
-        RecompileError: the file must be compiled anew, which also says what is wrong with it.
-        ModelError: like that.
+        RecompileError: the file must be compiled completely, which also reports its problem, if any.
+        ModelError: likewise.
     """
     plan, sampler = traced.plan, traced.sampler
     report("trace")
@@ -88,7 +88,7 @@ def compile_again(
         plan.state,
         plan.carried,
     ):
-        raise RecompileError("what it takes and gives is something else")
+        raise RecompileError("its interface has changed")
     report("probe")
     seen += [observe(sampler, plan.temporal, steps, rng) for steps in MORE_LENGTHS]
     found = evidence.gather(now, sampler, steps_of(sampler, plan.temporal, traced.options), traced.whole)
@@ -103,16 +103,16 @@ def compile_again(
     program = _with_names_of(path, before, program)
     program = dataclasses.replace(program, architecture=archive.architecture(path, program))
     if program.structure != before.structure:
-        raise RecompileError("its layers cannot be matched for sure")
+        raise RecompileError("its layers cannot be matched reliably")
     return program
 
 
 def _with_names_of(path: Path, before: Architecture, program: Program) -> Program:
-    """Give a program the names that its file has, in place of those of the model that was traced."""
+    """Give a program the names in its file, instead of those of the traced model."""
     now = canonical(archive.configuration_of(path), of_training=False).names
     named = dict(zip(before.names, now, strict=True))
     if any(named[old] != new for old, new in zip(before.names, now, strict=True)):
-        raise RecompileError("layers of several of its models have one name")
+        raise RecompileError("layers of several of its models have the same name")
 
     def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
         paths = [[part.partition("#") for part in name.split("/")] for name in names]
@@ -126,18 +126,18 @@ def _with_names_of(path: Path, before: Architecture, program: Program) -> Progra
     called = program.called(Names(renamed(names.inputs), renamed(names.outputs), renamed(names.state)))
     return dataclasses.replace(
         called, provenance=origin, file_names=None
-    )  # these are the names of its own file
+    )  # these are already the names in its file
 
 
 def _load_weights(model: Any, path: Path) -> None:
-    """Give the model the weights in a file, all of them."""
+    """Load all weights of a file into the model."""
     archive.check_archive(path)
     before = [variable.path for variable in model.variables]
     try:
         with weights.reads_recorded() as read:
             keras.saving.load_weights(model, path)
-    except Exception as error:  # Keras raises whatever it likes here.
+    except Exception as error:  # Keras may raise anything.
         raise RecompileError("its weights cannot be loaded") from error
     weights.check_restored(path, read)
     if before != [variable.path for variable in model.variables]:
-        raise RecompileError("it has other variables now")
+        raise RecompileError("its variables have changed")

@@ -1,4 +1,4 @@
-"""Changes to a frozen graph before it is converted: what the converter stumbles over, or makes less of."""
+"""Changes to a frozen graph before its conversion, for operations that the converter does not handle well."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from tensorflow.core.framework import graph_pb2, node_def_pb2
 from tensorflow.python.eager import wrap_function
 
-#: A gradient of one's own (silu has one) keeps the converter from naming inputs and outputs. Nobody trains it.
+#: A custom gradient, such as that of silu, prevents the converter from naming inputs and outputs. It is never needed.
 _GRADIENT = "_gradient_op_type"
 
 
 def rewritten(frozen: Any) -> Any:
-    """Return a frozen function without gradients of its own, and with a softplus that does not overflow.
+    """Return a frozen function without custom gradients, and with a softplus that does not overflow.
 
-    LiteRT computes softplus as log(1 + exp(x)), which is infinite from 89 on. Here it is
-    max(x, 0) + log(1 + exp(-|x|)), which is the same and is not.
+    LiteRT computes softplus as log(1 + exp(x)), which is infinite from 89 on. It is replaced by max(x, 0) + log(1 +
+    exp(-|x|)), which is equal but does not overflow.
     """
     graph = frozen.graph.as_graph_def()
     functions = [node for function in graph.library.function for node in function.node_def]
@@ -33,7 +33,7 @@ def rewritten(frozen: Any) -> Any:
 
 
 def _softplus(node: Any) -> list[Any]:
-    """Return nodes that compute a softplus; the last one has its name."""
+    """Return nodes that compute a softplus; the last one has the original name."""
     name, kind = node.name, node.attr["T"]
 
     def made(suffix: str, op: str, *inputs: str) -> Any:

@@ -1,4 +1,4 @@
-"""Programs of models whose files are not there any more, such as uploads, kept in the data folder so that a restart finds them. Blocking work is on threads."""
+"""Stores the programs of models whose files are gone, such as uploads, in the data folder, so that a restart finds them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from stepwell_server.files import private_files
 from stepwell_server.program import Program
 
 FOLDER = "models"
-"""What the folder is called."""
+"""The name of the folder."""
 
 
 NOT_KEPT = "nothing is kept of its file, which was sent or is temporary: the version ends with this server"
-"""What is to be known of a version of a file that is gone, of which no program is kept either."""
+"""The remark on a version whose file is gone and whose program is not stored."""
 
 
 class ProgramStore:
-    """A folder of programs, for the server alone."""
+    """A folder of programs that only the server uses. Blocking work runs on threads."""
 
     def __init__(self, folder: Path) -> None:
-        """The folder is made with the first program."""
+        """Initialize it; the folder is created with the first program."""
         self._folder = folder
 
     async def keep(self, name: str, version: int, program: Program) -> Path:
         """Write a program; return its file.
 
         Raises:
-            Unavailable: the disk does not take it.
+            Unavailable: it cannot be written.
         """
         return await asyncio.to_thread(self._keep, name, version, program)
 
@@ -50,11 +50,11 @@ class ProgramStore:
         return path
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is one that was kept."""
+        """Whether a file is in this folder."""
         return path.parent == self._folder
 
     def load(self, path: Path) -> Program:
-        """Read a program that was kept, as it was. Blocking.
+        """Read a stored program. Blocking.
 
         Raises:
             ModelError: it cannot be read.
@@ -67,7 +67,7 @@ class ProgramStore:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
 
     async def drop_others(self, sources: Collection[str]) -> None:
-        """Delete what is kept of no version: what was left when a server ended in the middle of a load."""
+        """Delete programs without a version, left by a server that stopped during a load."""
         await asyncio.to_thread(self._drop_others, sources)
 
     def _drop_others(self, sources: Collection[str]) -> None:
@@ -77,7 +77,7 @@ class ProgramStore:
                     path.unlink(missing_ok=True)
 
     async def drop(self, path: Path) -> None:
-        """Delete the file of a version that is not served any more; a file elsewhere is not this folder's."""
+        """Delete the stored program of a version that is no longer served; files elsewhere are left alone."""
         if self.holds(path):
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(path.unlink, missing_ok=True)
