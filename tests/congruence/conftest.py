@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,21 @@ import pytest
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
     from support.servers.served import Served
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Keras calls NumPy in a way that NumPy 2 deprecates.
+    item.add_marker(pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"))
+
+
+@pytest.fixture(scope="module")
+def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a small model."""
+    from support.models import zoo
+
+    file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
+    zoo.build("lstm_dense").save(file)
+    return file
 
 
 @pytest.fixture(scope="session")

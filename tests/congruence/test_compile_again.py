@@ -23,9 +23,6 @@ from support.models import zoo
 from support.models.programs import compile_model
 from support.processes import descriptors, home_of, is_there, until
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 #: Of the zoo, each for its own reason: what the proof looks at weights for, layers of others, what is kept outside of
 #: variables, what LiteRT does not run.
 ANEW = {

@@ -10,9 +10,6 @@ import pytest
 
 from support.models import zoo
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def traced() -> Any:

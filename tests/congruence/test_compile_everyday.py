@@ -9,8 +9,6 @@ from stepwell_server.program import ProofOptions
 from support.models import everyday, programs
 from support.models.compiled import Compiled
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 TOLERANCE = 2e-5
 
 

@@ -14,9 +14,6 @@ from stepwell_server.engine.executors.padded import chunks
 from support.models.compiled import Compiled, compile_anew, zoo_model
 from support.models.programs import compile_model
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def tokens() -> Compiled:

@@ -15,9 +15,6 @@ from stepwell_server.program import ProofOptions
 from support.models import zoo
 from support.models.programs import compile_model
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def _compiled(model: Any, folder: Path, **options: Any) -> Any:
     zoo.randomize(model)

@@ -17,9 +17,6 @@ from stepwell_server.compile.errors import ModelError
 from support.models import zoo
 from support.models.warm_compiler import compile_program
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def refusal_of(path: Path) -> str:
     from stepwell_server.compile.keras_file.archive import load_model
@@ -139,7 +136,7 @@ def test_a_saved_model_folder_is_refused(tmp_path: Path) -> None:
         (b"", r"is empty; save the model with model\.save"),
         (
             pickle.dumps({"weights": [1, 2]}),
-            r"is a Python pickle, which is not read.*load it where it was made",
+            r"is a Python pickle, which is never loaded.*load it where it was created",
         ),
         (b"abcdTFL3rest", r"is a LiteRT file \(\.tflite\), which holds no Keras model; save the model"),
     ],

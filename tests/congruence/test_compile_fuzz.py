@@ -6,9 +6,6 @@ import pytest
 
 from congruence.fuzz_models import check
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 # Compiling takes two seconds on an idle machine, and many times that on a busy one.
 @pytest.mark.slow

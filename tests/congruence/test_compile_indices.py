@@ -11,9 +11,6 @@ import pytest
 from stepwell_server.compile.errors import ModelError
 from support.models.programs import compile_model
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def _looked_up(**options: Any) -> Any:
     """A model of words 10, 20 and 30."""

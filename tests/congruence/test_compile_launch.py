@@ -24,9 +24,6 @@ from stepwell_server.program import FLATBUFFER, Program
 from support.models import programs, zoo
 from support.models.warm_compiler import compile_program
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 STAGES = ["load", "trace", "probe", "convert", "check"]
 NOISY_MODULE = """
 import sys
@@ -35,13 +32,6 @@ print('{"stage": "not a stage"}', flush=True)
 sys.path.insert(0, __TESTS__)
 import support.models.custom_layers
 """
-
-
-@pytest.fixture(scope="module")
-def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
-    zoo.build("lstm_dense").save(file)
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,21 +19,10 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host.limits import Limits, default_memory_bytes, memory_of
 from stepwell_server.compile.keras_file.sizes import check_sizes
 from support.clock import ManualClock
-from support.models import zoo
 from support.models.warm_compiler import compile_program
-
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 MIB = 1 << 20
 ANY = Limits()
-
-
-@pytest.fixture(scope="module")
-def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
-    zoo.build("lstm_dense").save(file)
-    return file
 
 
 def with_member(model: Path, folder: Path, name: str, content: bytes, method: int) -> Path:
@@ -98,7 +89,7 @@ def test_a_size_that_is_too_small_is_found(lstm: Path, tmp_path: Path) -> None:
 
 def test_another_compression_is_refused(lstm: Path, tmp_path: Path) -> None:
     file = with_member(lstm, tmp_path, "assets/zeros", bytes(8 * MIB), zipfile.ZIP_LZMA)
-    with pytest.raises(ModelError, match="assets/zeros is compressed in a way that Keras does not use"):
+    with pytest.raises(ModelError, match="assets/zeros is compressed by a method that Keras does not use"):
         check_sizes(file, 9 * MIB)
 
 
@@ -154,44 +145,14 @@ def test_the_limit_holds_where_models_are_compiled(lstm: Path, tmp_path: Path) -
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_compilation_that_takes_too_long_is_ended(
-    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "waiting.py").write_text("import threading\nthreading.Event().wait()\n")
-    monkeypatch.chdir(tmp_path)
-    clock = ManualClock()
-    with pytest.raises(ModelError, match=r"at most 60 s \(--compile-timeout-s\); it was ended in stage load"):
-        compile_program(
-            lstm,
-            tmp_path / "cache",
-            ["waiting"],
-            lambda _stage: clock.advance(61),
-            limits=dataclasses.replace(ANY, timeout_s=60.0),
-            clock=clock,
-        )
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 def test_0_seconds_are_no_limit(lstm: Path, tmp_path: Path) -> None:
     clock = ManualClock()
     limits = dataclasses.replace(ANY, timeout_s=0.0)
     compile_program(lstm, tmp_path, (), lambda _stage: clock.advance(1e9), limits=limits, clock=clock)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process uses")
-def test_a_compilation_that_takes_too_much_memory_is_ended(
-    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "greedy.py").write_text(
-        "import threading\nkept = b'x' * (1 << 30)\nthreading.Event().wait()\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"at most 943718400 bytes of memory \(--max-compile-memory-bytes\)"):
-        compile_program(
-            lstm, tmp_path / "cache", ["greedy"], limits=dataclasses.replace(ANY, memory_bytes=900 * MIB)
-        )
-
-
+WAITS = "import threading\nthreading.Event().wait()\n"
+GREEDY = f"kept = b'x' * (1 << 30)\n{WAITS}"
 FILLS = """
 import os, tempfile, threading
 kept = []
@@ -202,22 +163,6 @@ for number in range(70):
     kept.append(file)
 threading.Event().wait()
 """
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process has open")
-def test_a_compilation_that_fills_the_disk_with_many_files_is_ended(
-    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "filling.py").write_text(FILLS)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"must write at most 69206016 bytes, twice --max-model-bytes and 67"
-    ):
-        compile_program(
-            lstm, tmp_path / "cache", ["filling"], limits=dataclasses.replace(ANY, model_bytes=MIB)
-        )
-
-
 SAYS = """
 import os
 for fd in os.listdir("/dev/fd"):
@@ -226,44 +171,68 @@ for fd in os.listdir("/dev/fd"):
 import threading
 threading.Event().wait()
 """
+STALLS = SAYS.replace("b'x' * (1 << 21)", """b'{"stage": "trace"}\\n{"stage": "pr'""")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it finds its channel as Linux shows it")
-def test_what_speaks_for_the_compiler_is_ended(
-    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+linux_only = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="only Linux shows what a process has"
+)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Write code into a module, and return what imports it into the compiling process."""
+
+    def write(code: str) -> list[str]:
+        (tmp_path / "hostile.py").write_text(code)
+        monkeypatch.chdir(tmp_path)
+        return ["hostile"]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("code", "stage"), [(WAITS, "load"), pytest.param(STALLS, "trace", marks=linux_only)]
+)
+def test_a_compilation_that_takes_too_long_is_ended(
+    lstm: Path, tmp_path: Path, hostile: Callable[[str], list[str]], code: str, stage: str
 ) -> None:
-    (tmp_path / "speaking.py").write_text(SAYS)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="sent an invalid message in stage load and was ended"):
-        compile_program(lstm, tmp_path / "cache", ["speaking"], limits=ANY)
+    """Also in the middle of a message."""
+    clock, limits = ManualClock(), dataclasses.replace(ANY, timeout_s=60.0)
 
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it finds its channel as Linux shows it")
-def test_time_is_limited_in_the_middle_of_a_message_too(
-    lstm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent = """b'{"stage": "trace"}\\n{"stage": "pr'"""
-    (tmp_path / "stalling.py").write_text(SAYS.replace("b'x' * (1 << 21)", sent))
-    monkeypatch.chdir(tmp_path)
-    clock = ManualClock()
-
-    def report(stage: str) -> None:
-        clock.advance(61 if stage == "trace" else 0)
+    def report(begun: str) -> None:
+        clock.advance(61 if begun == stage else 0)
 
     with pytest.raises(
-        ModelError, match=r"at most 60 s \(--compile-timeout-s\); it was ended in stage trace"
+        ModelError, match=rf"at most 60 s \(--compile-timeout-s\); it was ended in stage {stage}"
     ):
-        compile_program(
-            lstm,
-            tmp_path / "cache",
-            ["stalling"],
-            report,
-            limits=dataclasses.replace(ANY, timeout_s=60.0),
-            clock=clock,
-        )
+        compile_program(lstm, tmp_path / "cache", hostile(code), report, limits=limits, clock=clock)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what a process uses")
+@linux_only
+@pytest.mark.parametrize(
+    ("code", "limit", "says"),
+    [
+        (
+            GREEDY,
+            {"memory_bytes": 900 * MIB},
+            r"at most 943718400 bytes of memory \(--max-compile-memory-bytes\)",
+        ),
+        # a disk that many files fill
+        (FILLS, {"model_bytes": MIB}, "must write at most 69206016 bytes, twice --max-model-bytes and 67"),
+        # code that speaks for the compiler
+        (SAYS, {}, "sent an invalid message in stage load and was ended"),
+    ],
+)
+def test_a_compilation_that_takes_or_says_too_much_is_ended(
+    lstm: Path, tmp_path: Path, hostile: Callable[[str], list[str]], code: str, limit: Any, says: str
+) -> None:
+    with pytest.raises(ModelError, match=says):
+        compile_program(lstm, tmp_path / "cache", hostile(code), limits=dataclasses.replace(ANY, **limit))
+
+
+@linux_only
 def test_memory_that_is_used_counts() -> None:
     kept = np.ones(64 * MIB, np.uint8)
     assert memory_of(os.getpid()) > kept.nbytes

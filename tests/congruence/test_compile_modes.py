@@ -13,9 +13,6 @@ from stepwell_server.engine.executors import load_executor
 from support.models import zoo
 from support.models.programs import compile_model
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def _compiled(model: Any, folder: Path) -> Any:
     zoo.randomize(model)

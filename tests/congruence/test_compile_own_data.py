@@ -16,9 +16,6 @@ from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
 from support.models import trusted, zoo
 from support.models.programs import compile_model
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:

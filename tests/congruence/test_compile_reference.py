@@ -10,9 +10,6 @@ import pytest
 from support.checks.reference_cells import gru_step, lstm_step
 from support.models.compiled import zoo_model
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 ROWS, STEPS = 4, 9
 
 

@@ -10,8 +10,6 @@ from stepwell_server.compile.errors import ModelError
 from support.models import mixing_rows, mixing_steps
 from support.samples import one_in
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 CASES = {**mixing_steps.CASES, **mixing_rows.CASES}
 VARIANTS = {
     f"{name}-{steps or 'any'}": (case, steps) for name, case in CASES.items() for steps in case.lengths

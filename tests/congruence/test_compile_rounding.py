@@ -15,9 +15,6 @@ from support.models import zoo
 from support.models.programs import compile_model
 from support.samples import one_in, some
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def _frames(seed: int, last: str) -> Any:
     """Frames through a stack whose values grow until they overflow, some of them within twenty time steps."""

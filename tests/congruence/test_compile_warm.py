@@ -107,7 +107,7 @@ def test_a_model_that_is_refused_leaves_nothing_for_the_next_one(
     damaged.write_bytes(lstm.read_bytes()[:-200])
     with pytest.raises(ModelError, match=f"^{damaged}: not a .keras file, or a truncated one"):
         kept.compile(damaged)
-    with pytest.raises(ModelError, match=f"^{large}: what it holds must be at most 1000 bytes"):
+    with pytest.raises(ModelError, match=f"^{large}: its content must be at most 1000 bytes"):
         kept.compile(large, limits=Limits(1000))
     assert (kept.pids, children(server)) == ([server], [])
     kept.compile(touched(lstm, 3, tmp_path), keep=False)

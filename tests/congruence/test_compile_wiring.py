@@ -9,9 +9,6 @@ import pytest
 
 from stepwell_server.compile.errors import NotCausalError
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 
 def _swapping(keras: Any) -> Any:
     class Swapping(keras.Layer):

@@ -10,9 +10,6 @@ from support.models.compiled import Compiled, zoo_model
 from support.models.zoo import SERVED
 from support.samples import one_in
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 STATES = {
     "seed_model": ["rnn/h", "rnn/c"],
     "gru_reset_after": ["gru/h"],

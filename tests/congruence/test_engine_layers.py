@@ -13,9 +13,6 @@ from support.engine.harness import Harness, running
 from support.models.compiled import Compiled, zoo_model
 from support.samples import one_in
 
-# Keras calls numpy in a way that numpy 2 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 KINDS = [
     "lstm_dense",
     "lstm_all_options",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -104,6 +105,20 @@ def first(servers: tuple[Harness, Harness]) -> Harness:
 def second(servers: tuple[Harness, Harness]) -> Harness:
     """The other one."""
     return servers[1]
+
+
+@pytest.fixture(autouse=True)
+def stores_are_closed() -> Iterator[None]:
+    """Close what `support.stores.disk_store` has opened for a test."""
+    yield
+    if module := sys.modules.get("support.stores.disk_store"):
+        module.close_all()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a store may make its folder."""
+    return tmp_path / "data"
 
 
 @pytest.fixture

@@ -508,7 +508,7 @@ async def test_limits_outlive_a_restart_whose_time_ends_nothing(disk: Disk) -> N
     }
     assert list(stored.values()) == [60_000, 600_000, 0]
     # a server with other settings: what is stored counts
-    async with disk.engine(unnamed_session_idle_s=5.0) as at:
+    async with disk.engine(unnamed_session_idle_s=5.0, is_killed=True) as at:
         assert await ids(at) == {*group, *others, *named}
         await at.expire()
         await at.step(group[3], x(1))  # in the table from here on
@@ -530,18 +530,16 @@ async def test_limits_outlive_a_restart_whose_time_ends_nothing(disk: Disk) -> N
         at.clock.advance(545.0)
         await at.expire()
         assert await ids(at) == {*named}
-        disk.kill()
     async with disk.engine() as at:
         await refused(at, group[0], others[0])
 
 
 @ON_DISK
 async def test_the_records_are_looked_through_in_pages_when_a_limit_ends_and_then_no_more(disk: Disk) -> None:
-    async with disk.engine(resident_rows=4096) as at:
+    async with disk.engine(resident_rows=4096, is_killed=True) as at:
         long = (await at.engine.open_sessions("plain", count=1200, max_idle_ms=50_000)).session_ids
         await at.engine.open_sessions("plain", count=300, max_idle_ms=90_000)
         await at.engine.open_sessions("plain", session_ids=["named"])
-        disk.kill()
     async with disk.engine() as at:
         await at.state(long[0])
         at.clock.advance(5.5)
@@ -573,9 +571,8 @@ async def test_the_records_are_looked_through_in_pages_when_a_limit_ends_and_the
 
 @ON_DISK
 async def test_a_store_that_cannot_be_read_ends_nothing_and_is_asked_again(disk: Disk) -> None:
-    async with disk.engine() as at:
+    async with disk.engine(is_killed=True) as at:
         await opened(at, 50_000)
-        disk.kill()
     async with disk.engine() as at:
         at.clock.advance(51.0)
         disk.store.read_error = Unavailable("away")
@@ -635,9 +632,8 @@ async def test_the_timer_ends_what_is_due(monkeypatch: pytest.MonkeyPatch) -> No
 
 @ON_DISK
 async def test_a_session_whose_version_was_unloaded_ends_by_its_last_use(disk: Disk) -> None:
-    async with disk.engine() as at:
+    async with disk.engine(is_killed=True) as at:
         used, unused = await opened(at, 50_000, "used"), await opened(at, 50_000, "unused")
-        disk.kill()
     async with disk.engine() as at:
         at.clock.advance(40.0)
         await at.state(used)

@@ -170,10 +170,9 @@ async def test_a_tenants_sessions_are_counted_and_listed_without_reading_those_o
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync")
 async def test_every_filter_after_a_restart(disk: Disk) -> None:
-    async with disk.engine(PROGRAMS, resident_rows=20) as at:
+    async with disk.engine(PROGRAMS, resident_rows=20, is_killed=True) as at:
         await some_sessions(at, 60, seed=3)
         await at.step("s7", x(1))  # in the log, not yet in LMDB
-        disk.kill()
     async with disk.engine(PROGRAMS, resident_rows=20) as at:
         await check_lists(at)
         assert at.internals.loaded() == [], "a list is no use of a session"

@@ -331,7 +331,7 @@ async def test_what_was_imported_outlives_a_kill_and_a_store_that_fails_has_noth
         sessions = await exported(old, "a", "b")
     fields = pack_fields({2: b"tenant"})
     sessions[1] = ("b", dataclasses.replace(decode("b", sessions[1][1]), fields=fields).encode("b"))
-    async with disk.engine() as at:
+    async with disk.engine(is_killed=True) as at:
         disk.store.fail(Unavailable("no room"))
         results = await brought(at, sessions)
         assert [str(result) for result in results] == ["no room"] * 2
@@ -342,13 +342,11 @@ async def test_what_was_imported_outlives_a_kill_and_a_store_that_fails_has_noth
         assert str((await brought(at, sessions[1:], ExistingPolicy.REPLACE))[0]) == "no room"
         assert (await at.step("b", x(1))).revision == 2
         assert await brought(at, sessions[1:], ExistingPolicy.REPLACE) == [ImportOutcome.REPLACED]
-        disk.kill()
     assert unpack_fields(decode("b", disk.store.get("b")).fields)[2] == b"tenant"
-    async with disk.engine() as at:
+    async with disk.engine(is_killed=True) as at:
         assert (await at.engine.list_sessions())[1] == disk.store.count() == disk.store.count_of("plain") == 2
         assert (await at.engine.session_info("b")).revision == 0, "what the log has of it does not count"
         same_reply(await at.single("a", x(1, 2), expected=0, request_id=5).only(), answer)
-        disk.kill()
     async with disk.engine({"plain": dataclasses.replace(PLAIN, fingerprint="f-old")}) as at:
         assert isinstance(await refused(at, *sessions[0], existing=ExistingPolicy.SKIP), ModelMismatch)
         as_served = dataclasses.replace(decode("a", sessions[0][1]), fingerprint="f-old").encode("a")

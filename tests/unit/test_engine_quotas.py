@@ -464,13 +464,12 @@ async def test_a_caller_has_one_of_what_it_has_made() -> None:
 
 @pytest.mark.stores("async", "sync")
 async def test_it_is_counted_over_restarts_as_it_was(disk: Disk) -> None:
-    async with disk.engine(quotas=QuotaTable()) as at:
+    async with disk.engine(quotas=QuotaTable(), is_killed=True) as at:
         await at.open("a", batch_size=2)
         await at.open("b", "c")
         await at.step("a", x(2, 4))
         await at.step("b", x(1, 2))
         before = known(at)
-        disk.kill()
     async with disk.engine(quotas=QuotaTable()) as at:
         assert known(at) == before > 3 * SESSION + ROW
         for session_id in "abc":
@@ -480,9 +479,8 @@ async def test_it_is_counted_over_restarts_as_it_was(disk: Disk) -> None:
 
 @pytest.mark.stores("async")
 async def test_a_damaged_session_counts_until_it_is_closed(disk: Disk) -> None:
-    async with disk.engine(quotas=QuotaTable()) as at:
+    async with disk.engine(quotas=QuotaTable(), is_killed=True) as at:
         await at.open("a", "b")
-        disk.kill()
     await damage(disk, "a")
     async with disk.engine(quotas=QuotaTable()) as at:
         assert known(at) == 2 * SESSION

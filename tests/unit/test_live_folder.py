@@ -89,27 +89,32 @@ async def serving(
         await live.close()
 
 
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path) as found:
+        yield found
+
+
 async def test_a_new_version_becomes_the_default_and_the_old_one_ends_with_its_sessions(
-    tmp_path: Path,
+    served: Served,
 ) -> None:
-    async with serving(tmp_path) as served:
-        served.put("forecast/1.keras")
-        await served.look(1)
-        assert served.versions() == {}
-        await served.look(1)
-        assert served.versions() == {1: "READY"}
-        await served.at.open("old", model="forecast")
-        served.put("forecast/2.keras")
-        await served.look()
-        assert served.versions() == {1: "draining", 2: "READY"}
-        await served.at.open("new", model="forecast")
-        assert (await served.version_of("old"), await served.version_of("new")) == (1, 2)
-        await served.at.engine.close_session("old")
-        assert await served.live.look() == 1
-        assert served.versions() == {2: "READY"}
-        # it is not loaded again though its file is there
-        await served.look()
-        assert served.versions() == {2: "READY"}
+    served.put("forecast/1.keras")
+    await served.look(1)
+    assert served.versions() == {}
+    await served.look(1)
+    assert served.versions() == {1: "READY"}
+    await served.at.open("old", model="forecast")
+    served.put("forecast/2.keras")
+    await served.look()
+    assert served.versions() == {1: "draining", 2: "READY"}
+    await served.at.open("new", model="forecast")
+    assert (await served.version_of("old"), await served.version_of("new")) == (1, 2)
+    await served.at.engine.close_session("old")
+    assert await served.live.look() == 1
+    assert served.versions() == {2: "READY"}
+    # it is not loaded again though its file is there
+    await served.look()
+    assert served.versions() == {2: "READY"}
 
 
 async def test_sessions_do_what_the_operator_says(tmp_path: Path) -> None:
@@ -232,85 +237,76 @@ async def test_what_somebody_unloaded_or_loaded_stays_as_they_left_it(tmp_path: 
 
 
 async def test_a_version_that_is_written_over_is_served_as_it_was(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture, served: Served
 ) -> None:
-    async with serving(tmp_path) as served:
-        served.put("forecast/1.keras")
-        await served.look()
-        (served.root / "forecast/1.keras").write_bytes(b"others")
-        await served.look(4)
-        assert [told for told in served.loads.told if told[0] == "loaded"] == [
-            ("loaded", "forecast", "compiled")
-        ]
-        assert len([each for each in caplog.messages if "the file of a version has changed" in each]) == 1
+    served.put("forecast/1.keras")
+    await served.look()
+    (served.root / "forecast/1.keras").write_bytes(b"others")
+    await served.look(4)
+    assert [told for told in served.loads.told if told[0] == "loaded"] == [("loaded", "forecast", "compiled")]
+    assert len([each for each in caplog.messages if "the file of a version has changed" in each]) == 1
 
 
 async def test_the_last_version_stays_when_the_folder_is_emptied(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture, served: Served
 ) -> None:
-    async with serving(tmp_path) as served:
-        served.put("forecast/1.keras", "words/1.keras")
-        await served.look()
-        served.remove("forecast/1.keras")
-        served.remove("words/1.keras")
-        await served.look(4)
-        await served.live.look()
-        assert (served.versions(), served.versions("words")) == ({1: "READY"}, {1: "READY"})
-        assert len([each for each in caplog.messages if "a model is gone from --models" in each]) == 2
-        away = served.root.with_name("away")
-        os.rename(served.root, away)
-        await served.look()
-        assert served.versions() == {1: "READY"}
-        assert (
-            served.warnings[-1]
-            == f"not served of --models: {served.root} cannot be read: No such file or directory"
-        )
-        os.rename(away, served.root)
-        await served.look()
-        assert served.warnings[-1] == ""
+    served.put("forecast/1.keras", "words/1.keras")
+    await served.look()
+    served.remove("forecast/1.keras")
+    served.remove("words/1.keras")
+    await served.look(4)
+    await served.live.look()
+    assert (served.versions(), served.versions("words")) == ({1: "READY"}, {1: "READY"})
+    assert len([each for each in caplog.messages if "a model is gone from --models" in each]) == 2
+    away = served.root.with_name("away")
+    os.rename(served.root, away)
+    await served.look()
+    assert served.versions() == {1: "READY"}
+    assert (
+        served.warnings[-1]
+        == f"not served of --models: {served.root} cannot be read: No such file or directory"
+    )
+    os.rename(away, served.root)
+    await served.look()
+    assert served.warnings[-1] == ""
 
 
-async def test_names_of_the_command_line_are_let_alone(tmp_path: Path) -> None:
-    async with serving(tmp_path) as served:
-        served.put("plain/2.keras")
-        await served.look()
-        assert served.versions("plain") == {1: "READY"}
+async def test_names_of_the_command_line_are_let_alone(served: Served) -> None:
+    served.put("plain/2.keras")
+    await served.look()
+    assert served.versions("plain") == {1: "READY"}
 
 
-async def test_a_version_that_drains_is_kept_if_the_policy_wants_it_again(tmp_path: Path) -> None:
-    async with serving(tmp_path) as served:
-        served.put("forecast/1.keras")
-        await served.look()
-        await served.at.open("old", model="forecast")
-        served.put("forecast/2.keras")
-        await served.look()
-        served.remove("forecast/2.keras")
-        await served.look()
-        assert served.versions() == {1: "READY", 2: "draining"}
-        await served.at.engine.close_session("old")
-        await served.live.look()
-        assert served.versions() == {1: "READY"}
+async def test_a_version_that_drains_is_kept_if_the_policy_wants_it_again(served: Served) -> None:
+    served.put("forecast/1.keras")
+    await served.look()
+    await served.at.open("old", model="forecast")
+    served.put("forecast/2.keras")
+    await served.look()
+    served.remove("forecast/2.keras")
+    await served.look()
+    assert served.versions() == {1: "READY", 2: "draining"}
+    await served.at.engine.close_session("old")
+    await served.live.look()
+    assert served.versions() == {1: "READY"}
 
 
-async def test_what_was_loaded_at_the_start_is_known(tmp_path: Path) -> None:
-    async with serving(tmp_path) as served:
-        served.put("forecast/1.keras", "forecast/2.keras")
-        folder = ModelFolder(served.root)
-        folder.look()
-        files = folder.look().versions["forecast"]
-        for version in (1, 2):
-            path = str(served.root / f"forecast/{version}.keras")
-            await served.live.load(
-                LoadRequest(name="forecast", version=version, path=path, keep_default=True)
-            )
-        served.follower.begin_with("forecast", files, {}, default=1)
-        await served.follower.look()
-        await served.follower.settle()
-        await served.live.look()
-        assert served.versions() == {2: "READY"}
-        assert [told for told in served.loads.told if told[0] == "loaded"] == 2 * [
-            ("loaded", "forecast", "compiled")
-        ]
+async def test_what_was_loaded_at_the_start_is_known(served: Served) -> None:
+    served.put("forecast/1.keras", "forecast/2.keras")
+    folder = ModelFolder(served.root)
+    folder.look()
+    files = folder.look().versions["forecast"]
+    for version in (1, 2):
+        path = str(served.root / f"forecast/{version}.keras")
+        await served.live.load(LoadRequest(name="forecast", version=version, path=path, keep_default=True))
+    served.follower.begin_with("forecast", files, {}, default=1)
+    await served.follower.look()
+    await served.follower.settle()
+    await served.live.look()
+    assert served.versions() == {2: "READY"}
+    assert [told for told in served.loads.told if told[0] == "loaded"] == 2 * [
+        ("loaded", "forecast", "compiled")
+    ]
 
 
 class Busy:
@@ -330,17 +326,16 @@ class Busy:
         return await self.live.load(request, progress)
 
 
-async def test_a_load_that_fails_for_want_of_room_is_tried_again_later(tmp_path: Path) -> None:
-    async with serving(tmp_path) as served:
-        options = FolderOptions(lambda _name: VersionPolicy.parse("latest"), excluded={"plain"})
-        control: Any = Busy(served.live)
-        served.follower = FolderFollower(ModelFolder(served.root), control, options, clock=served.at.clock)
-        served.put("forecast/1.keras", "forecast/2.keras")
-        await served.look(4)
-        assert served.versions() == {}  # nor is the lower one, which the policy does not choose
-        served.at.clock.advance(29)
-        await served.look()
-        assert served.versions() == {}
-        served.at.clock.advance(1)
-        await served.look()
-        assert served.versions() == {2: "READY"}
+async def test_a_load_that_fails_for_want_of_room_is_tried_again_later(served: Served) -> None:
+    options = FolderOptions(lambda _name: VersionPolicy.parse("latest"), excluded={"plain"})
+    control: Any = Busy(served.live)
+    served.follower = FolderFollower(ModelFolder(served.root), control, options, clock=served.at.clock)
+    served.put("forecast/1.keras", "forecast/2.keras")
+    await served.look(4)
+    assert served.versions() == {}  # nor is the lower one, which the policy does not choose
+    served.at.clock.advance(29)
+    await served.look()
+    assert served.versions() == {}
+    served.at.clock.advance(1)
+    await served.look()
+    assert served.versions() == {2: "READY"}

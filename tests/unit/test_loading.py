@@ -178,7 +178,10 @@ def test_a_file_that_changes_in_the_middle_of_reading_is_refused(
 
 
 def test_a_copy_for_which_there_is_no_room_is_refused(file: Path) -> None:
-    with opened(file) as source, pytest.raises(ModelError, match=r"cannot be copied to /dev, .*: .+"):
+    with (
+        opened(file) as source,
+        pytest.raises(ModelError, match=r"cannot be copied to /dev for the compiler: .+"),
+    ):
         source.copy(Path("/dev/full"))
 
 

@@ -76,20 +76,18 @@ async def test_another_structure_keeps_its_own_names(structure: str) -> None:
 
 @pytest.mark.stores("async", "sync")
 async def test_names_stay_over_restarts(disk: Disk) -> None:
-    async with disk.engine({"plain": FIRST}, run=serving) as at:
+    async with disk.engine({"plain": FIRST}, run=serving, is_killed=True) as at:
         await at.open("a")
         state = await expect(at, 1, INITIAL, 1)
         await at.engine.load_version("plain", 2, retrained(2))
         await at.engine.set_default("plain", 2, CARRY)
         state = await expect(at, 2, state, 2)
-        disk.kill()
     # The first version is gone, and the second one's file has its own names.
-    async with disk.engine({"plain@2": retrained(2)}, run=serving) as at:
+    async with disk.engine({"plain@2": retrained(2)}, run=serving, is_killed=True) as at:
         assert at.engine.model("plain").program.names == FIRST.names
         state = await expect(at, 2, state, 3)
         await at.engine.load_version("plain", 3, retrained(3))
         await at.engine.set_default("plain", 3, CARRY)
-        disk.kill()
     # One file was written anew, with the same weights, and has other names again.
     async with disk.engine({"plain@3": retrained(3, suffix="_9")}, run=serving) as at:
         assert at.engine.model("plain").program.names == FIRST.names

@@ -37,12 +37,6 @@ from support.stores.disk_store import (
 )
 from support.stores.records import decode, scan_local
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 # ------------------------------------------------------------------------------------------------ as the one in memory
 
 KNOWN = ["a", "aa", "ab", "b", "ä", "é" * 256]
@@ -182,7 +176,6 @@ def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durabilit
             assert revisions(store) == wanted
             store = killed(store, durability)
             assert revisions(store) == wanted
-    store.close()
 
 
 def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
@@ -193,7 +186,6 @@ def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
     store = killed(store)
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
-    store.close()
 
 
 def test_what_is_read_while_segments_rotate_never_goes_back(path: Path) -> None:
@@ -265,7 +257,6 @@ def test_a_segment_is_not_truncated_while_someone_reads_in_it(
     go_on.set()
     reader.join(100)
     assert found == [record(changed[0], 1)]
-    store.close()
 
 
 # -------------------------------------------------------------------------------------------------- ended, and reopened
@@ -283,7 +274,6 @@ def test_what_is_ended_never_comes_back(path: Path, durability: Durability) -> N
         assert revisions(store) == {"b": 7}
         assert store.count() == 1
         store = killed(store, durability)
-    store.close()
 
 
 @pytest.mark.parametrize("facts", [{"created": 8.0}, {"opened_with": 8}])
@@ -304,7 +294,6 @@ def test_a_session_that_is_opened_under_the_id_of_an_old_one_is_the_new_one(
     store.close()
     store = opened(store.path)
     assert store.get("a") == record("a", 1, **facts)
-    store.close()
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -322,7 +311,6 @@ def test_what_is_in_both_journals_is_that_of_the_later_one(path: Path) -> None:
     store.close()
     store = opened(store.path)
     assert in_lmdb(store) == revisions(store) == wanted
-    store.close()
 
 
 def test_it_needs_a_checkpoint_until_all_is_checkpointed(path: Path) -> None:
@@ -340,7 +328,6 @@ def test_it_needs_a_checkpoint_until_all_is_checkpointed(path: Path) -> None:
         "but what changed again is not"
     )
     assert revisions(store)[changed[0]] == revision
-    store.close()
 
 
 def test_closing_checkpoints_everything(path: Path) -> None:
@@ -358,7 +345,6 @@ def test_closing_checkpoints_everything(path: Path) -> None:
     shutil.rmtree(path / "wal")
     store = opened(path)
     assert revisions(store) == wanted | {changed[0]: 2}
-    store.close()
 
 
 @pytest.mark.parametrize("size", [SEGMENT_BYTES // 2 - 200, SEGMENT_BYTES - 200, 3 * SEGMENT_BYTES])
@@ -374,7 +360,6 @@ def test_what_is_large_for_a_segment_is_kept_as_well(path: Path, size: int) -> N
         again = opened(crash_copy(store))
         assert revisions(again) == wanted
         again.close()
-    store.close()
 
 
 @pytest.mark.parametrize("sizes", [(4096, 65536), (65536, 4096)])
@@ -392,4 +377,3 @@ def test_a_segment_of_another_size_or_durability_is_read(
     put(store, *names, revision=30)
     store = killed(store, durabilities[0])
     assert revisions(store) == dict.fromkeys(names, 30)
-    store.close()

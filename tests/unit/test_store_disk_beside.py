@@ -37,11 +37,6 @@ from support.stores.records import decode
 WAIT_S = 60.0
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 def append(store: DiskStore, *session_ids: str, revision: int) -> bool:
     return store.append([(session_id, record(session_id, revision)) for session_id in session_ids])
 
@@ -90,7 +85,6 @@ def test_it_is_kept_while_a_transaction_is_under_way(
     store.close()
     again = opened(path, durability)
     assert revisions(again) == {"a": 2, "b": 2, "c": 0}
-    again.close()
 
 
 @DURABILITIES
@@ -111,7 +105,6 @@ def test_it_is_kept_while_a_checkpoint_is_under_way(
     assert revisions(store) == expected
     store = killed(store, durability)
     assert revisions(store) == expected
-    store.close()
 
 
 def test_large_changes_leave_room_for_small_ones(path: Path) -> None:
@@ -124,7 +117,6 @@ def test_large_changes_leave_room_for_small_ones(path: Path) -> None:
         pass
     assert append(store, "a", revision=1)
     assert sum(append(store, "a", revision=revision) for revision in range(2, 300)) > 200
-    store.close()
 
 
 def test_without_room_it_says_so_and_a_commit_makes_some(path: Path) -> None:
@@ -135,7 +127,6 @@ def test_without_room_it_says_so_and_a_commit_makes_some(path: Path) -> None:
     assert revisions(store)[name] == 0, "nothing of it is there"
     store.commit(Batch(puts=[(name, record(name, 1))]))
     assert revisions(store) == {each: int(at <= place) for at, each in enumerate(names)}
-    store.close()
 
 
 @DURABILITIES
@@ -164,7 +155,6 @@ def test_it_waits_for_a_large_write_that_is_under_way(
         writing.result(WAIT_S)
         assert appending is None or appending.result(WAIT_S)
     assert revisions(store) == {"a": 1, "b": int(durability == "sync")}
-    store.close()
 
 
 @DURABILITIES
@@ -192,7 +182,6 @@ def test_where_a_transaction_is_flushed_a_checkpoint_is_made_in_pieces(
     assert sum(sizes) > 1000
     assert (max(sizes) <= 256) == (durability == "sync")
     assert revisions(store) == before
-    store.close()
 
 
 @pytest.mark.parametrize("error", [OSError("no disk"), Unavailable("no room"), StoreGone("no folder")])
@@ -223,7 +212,6 @@ def test_a_segment_is_rotated_only_onto_an_empty_one(path: Path) -> None:
         ids, _ = wal.to_checkpoint()
         wal.checkpointed(ids)
     assert wal.rotate()
-    store.close()
 
 
 def test_nothing_is_behind_once_no_checkpoint_is_needed(path: Path) -> None:
@@ -235,7 +223,6 @@ def test_nothing_is_behind_once_no_checkpoint_is_needed(path: Path) -> None:
         put(store, "a", revision=next(later))
     store.checkpoint(briefly=True)
     assert (store.needs_checkpoint, store.behind) == (False, 0)
-    store.close()
 
 
 @pytest.mark.parametrize("error", [Unavailable("no room"), StoreGone("no folder")])
@@ -261,7 +248,6 @@ def test_to_keep_up_twice_as_much_is_checkpointed_as_is_written(
     monkeypatch.setattr(base_of(store), "commit", lambda _: (_ for _ in ()).throw(error))
     store.checkpoint(briefly=True)
     assert store.behind == 0, "not again and again where it fails"
-    store.close()
 
 
 @DURABILITIES
@@ -306,4 +292,3 @@ def test_two_threads_lose_nothing(path: Path, durability: Durability) -> None:
     store.close()
     store = opened(store.path, durability)
     assert revisions(store) == expected
-    store.close()

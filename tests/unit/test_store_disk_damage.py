@@ -35,11 +35,6 @@ from support.stores.records import scan_local
 RECORD_PARTS = {"schema": 4, "revision": 8, "opened with": 32, "created": 44, "rows": 90}
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 def flip(path: Path, at: int) -> None:
     """Flip a bit of a file."""
     data = bytearray(path.read_bytes())
@@ -73,7 +68,6 @@ def test_a_damaged_segment_stops_a_start_that_must_lose_nothing(path: Path) -> N
     opened(copy, "async").close()
     store = opened(copy, "sync")
     assert revisions(store) == {"a": 2, "b": 0}
-    store.close()
 
 
 def test_a_damaged_segment_is_a_warning_where_the_power_may_take_changes(
@@ -88,7 +82,6 @@ def test_a_damaged_segment_is_a_warning_where_the_power_may_take_changes(
     store = opened(copy, "async")
     assert not warnings(caplog)
     assert revisions(store) == {"a": 2, "b": 0}
-    store.close()
 
 
 def test_what_lies_behind_damage_never_comes_back(path: Path) -> None:
@@ -98,7 +91,6 @@ def test_what_lies_behind_damage_never_comes_back(path: Path) -> None:
     for _ in range(2):
         assert revisions(store) == {"a": 2, "b": 1}
         store = killed(store)
-    store.close()
 
 
 @DURABILITIES
@@ -120,7 +112,6 @@ def test_a_file_that_is_no_segment(
         put(store, "a", revision=revision)
     store = killed(store)
     assert revisions(store) == {"a": 199}
-    store.close()
 
 
 def test_damage_at_the_end_of_a_segment_is_no_write_that_was_cut_off_if_the_other_has_later_ones(
@@ -163,7 +154,6 @@ def test_a_damaged_record_in_a_segment_harms_its_session_alone(
     end(store, "b")
     begin(store, "b", created=2.0)
     assert revisions(store) == {"a": 4, "b": 0, "c": 4}
-    store.close()
 
 
 @pytest.mark.parametrize("what", ["cut off", "first sector"])
@@ -248,7 +238,6 @@ def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
         if chance.random() < 0.5:
             store.checkpoint()
     assert torn > 150
-    store.close()
 
 
 def gone_on(path: Path, session_id: str, *, revision: int, size: int) -> dict[str, int]:

@@ -18,11 +18,6 @@ from stepwell_server.store.record import RecordBytes
 from support.stores.disk_store import begin, crash_copy, fill_one, killed, opened, put, record, revisions
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 def fail(*_: Any) -> Any:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -59,7 +54,6 @@ def test_what_is_read_after_a_failed_commit_is_what_the_next_start_reads(
     again = opened(crash_copy(store))
     store.close()
     assert again.get("a") == found
-    again.close()
 
 
 def test_what_was_read_is_what_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +63,6 @@ def test_what_was_read_is_what_goes_on(path: Path, monkeypatch: pytest.MonkeyPat
         assert revisions(store) == {"a": revision, "b": 0}
         store = killed(store)
         assert revisions(store) == {"a": revision, "b": 0}
-    store.close()
 
 
 @pytest.mark.parametrize("is_read", [True, False])
@@ -84,7 +77,6 @@ def test_what_goes_on_unread_is_kept_as_well(
     store.close()
     store = opened(path)
     assert revisions(store)["a"] == 3
-    store.close()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +93,6 @@ def test_a_session_that_has_ended_all_the_same_is_not_checkpointed_again(
     store = opened(path)
     assert revisions(store) == {"b": 0}
     assert store.count() == 1
-    store.close()
 
 
 def test_a_reader_forgets_nothing_that_is_later_than_what_it_looked_at(
@@ -149,4 +140,3 @@ def test_a_segment_that_was_truncated_though_that_failed_is_no_damage(
         assert failures == [0], "there was room for a small one"
     store = killed(store, "sync")
     assert revisions(store) == wanted
-    store.close()

@@ -33,11 +33,6 @@ from support.stores.disk_store import (
 )
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 def fail(*_: Any) -> Any:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -68,7 +63,6 @@ def test_where_a_segment_has_no_room_every_change_is_a_transaction(
     store = opened(path)
     put(store, "b", revision=1)
     assert in_lmdb(store)["b"] == 0, "there is a segment now"
-    store.close()
 
 
 def test_a_segment_takes_no_more_than_its_share_of_the_room(
@@ -76,9 +70,8 @@ def test_a_segment_takes_no_more_than_its_share_of_the_room(
 ) -> None:
     usage = shutil.disk_usage(path.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=64 * 100_000))
-    store = opened(path, "sync", segment_bytes=2**20)
+    opened(path, "sync", segment_bytes=2**20)
     assert [(path / "wal" / name).stat().st_size for name in "01"] == [100_000] * 2
-    store.close()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +121,6 @@ def test_without_a_segment_that_was_deleted_sessions_are_as_lmdb_and_the_other_h
     wanted |= dict.fromkeys(changed[:5], 39)
     store = killed(store, durability)
     assert revisions(store) == wanted
-    store.close()
 
 
 def test_a_folder_of_the_log_that_is_none_is_done_without(
@@ -139,7 +131,6 @@ def test_a_folder_of_the_log_that_is_none_is_done_without(
     store = opened(path)
     assert warnings(caplog)[0].startswith("there is no write-ahead log, every change is a transaction: ")
     begin(store, "a")
-    store.close()
 
 
 @DURABILITIES
@@ -157,7 +148,6 @@ def test_a_segment_that_cannot_be_read_stops_the_start(
     monkeypatch.undo()
     store = opened(copy, durability)
     assert revisions(store) == {"a": 1}
-    store.close()
 
 
 @DURABILITIES
@@ -169,7 +159,6 @@ def test_after_a_clean_stop_the_log_is_not_needed(path: Path, durability: Durabi
     shutil.rmtree(path / "wal")
     store = opened(path, durability)
     assert revisions(store) == {"a": 1}
-    store.close()
 
 
 def test_the_log_of_another_store_are_told(path: Path) -> None:
@@ -208,7 +197,6 @@ def test_what_a_segment_does_not_take_goes_to_lmdb(
     assert in_lmdb(store)["b"] == 0, "the segment is used again"
     store = killed(store)
     assert revisions(store) == {"a": 3, "b": 2}
-    store.close()
 
 
 def test_where_lmdb_fails_too_nothing_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +219,6 @@ def test_where_lmdb_fails_too_nothing_changes(path: Path, monkeypatch: pytest.Mo
         again.close()
     put(store, "a", revision=2)
     assert revisions(store) == {"a": 2, "b": 0}
-    store.close()
 
 
 def opened_well(path: Path, monkeypatch: pytest.MonkeyPatch) -> DiskStore:
@@ -265,7 +252,6 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_log_has_room(
     again.close()
     put(store, names[0], revision=9)
     assert revisions(store) == kept | {names[0]: 9}
-    store.close()
 
 
 def test_what_could_not_be_checkpointed_at_the_end_is_there_at_the_next_start(
@@ -280,7 +266,6 @@ def test_what_could_not_be_checkpointed_at_the_end_is_there_at_the_next_start(
     assert warnings(caplog)[0].startswith("the write-ahead log keeps what could not be checkpointed: ")
     store = opened(path)
     assert revisions(store) == wanted
-    store.close()
 
 
 def test_a_segment_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +282,6 @@ def test_a_segment_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: p
             with pytest.raises(Unavailable, match="the write-ahead log must be readable; got "):
                 read()
     assert revisions(store) == {"a": 1}
-    store.close()
 
 
 @DURABILITIES
@@ -317,7 +301,6 @@ def test_a_change_waits_for_the_disk_only_if_it_must(
     put(store, "a", revision=1)
     put(store, "a", "b", revision=2)
     assert flags == [os.RWF_DSYNC if durability == "sync" else 0] * 2
-    store.close()
 
 
 def test_a_closed_store_says_so(path: Path) -> None:

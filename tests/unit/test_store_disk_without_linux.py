@@ -48,11 +48,6 @@ def flushes(monkeypatch: pytest.MonkeyPatch) -> Flushes:
     return Flushes(monkeypatch)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 @DURABILITIES
 def test_it_keeps_sessions(path: Path, flushes: Flushes, durability: Durability) -> None:
     store = opened(path, durability)
@@ -64,7 +59,6 @@ def test_it_keeps_sessions(path: Path, flushes: Flushes, durability: Durability)
     assert (path / "sessions" / "reserve").stat().st_blocks > 0
     again = killed(store, durability)
     assert revisions(again) == kept
-    again.close()
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -76,7 +70,6 @@ def test_a_change_waits_for_the_medium(path: Path, flushes: Flushes, refuses: bo
     put(store, "a", revision=1)
     put(store, "a", "b", revision=2)
     assert (flushes.full, flushes.plain) == ((0, 2) if refuses else (2, 0))
-    store.close()
 
 
 def test_a_change_that_need_not_wait_does_not(path: Path, flushes: Flushes) -> None:
@@ -85,4 +78,3 @@ def test_a_change_that_need_not_wait_does_not(path: Path, flushes: Flushes) -> N
     flushes.full = flushes.plain = 0
     put(store, "a", revision=1)
     assert (flushes.full, flushes.plain) == (0, 0)
-    store.close()

@@ -40,6 +40,7 @@ from support.stores.disk_store import (
     end,
     killed,
     opened,
+    opened_base,
     put,
     record,
     revisions,
@@ -133,14 +134,13 @@ def test_no_batch_has_one_that_is_too_large_or_has_no_name(
 
 
 def test_the_map_grows_for_them(tmp_path: Path) -> None:
-    store = LmdbStore(tmp_path, durability="async", clock=ManualClock(), first_map_bytes=256 * 1024)
+    store = opened_base(tmp_path, first_map_bytes=256 * 1024)
     contents = {f"n{n}": bytes([n]) * MAX_DOCUMENT_BYTES for n in range(3)}
     store.commit(Batch(documents=list(contents.items())))
     assert store.documents() == contents
     more = {f"m{n}": bytes([n]) * MAX_DOCUMENT_BYTES for n in range(9)}
     store.put_documents([in_lmdb.item(name, content) for name, content in more.items()])
     assert store.documents() == more | contents
-    store.close()
 
 
 # ------------------------------------------------------------------------------------------------ together with sessions
@@ -161,7 +161,6 @@ def test_both_are_kept_whatever_is_in_the_log(tmp_path: Path, durability: Durabi
     for _ in range(2):
         store = killed(store, durability)
         assert (revisions(store), store.documents()) == ({"a": 3, "b": 1}, {"of": b"2"})
-    store.close()
 
 
 @DURABILITIES
@@ -188,7 +187,6 @@ def test_they_go_with_a_batch_that_goes_back(tmp_path: Path) -> None:
     store.commit(Batch(puts=[("a", record("a", 2))], documents=[("of", b"2")], goes_back=True))
     store = killed(store)
     assert (revisions(store), store.documents()) == ({"a": 2}, {"of": b"2"})
-    store.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -272,7 +270,6 @@ def test_no_bit_of_it_can_change_unnoticed(path: Path, at: int) -> None:
     store = opened(path)
     assert store.documents() == {n: c for n, c in DOCUMENTS.items() if kept or n != "model/a"}
     assert store.documents("model/a") == ({"model/a": b"content of a"} if kept else {})
-    store.close()
 
 
 def test_one_written_anew_beside_a_damaged_key_is_not_mixed_up_with_it(path: Path) -> None:
@@ -287,7 +284,6 @@ def test_one_written_anew_beside_a_damaged_key_is_not_mixed_up_with_it(path: Pat
     assert repair.repair(path, CLOCK).lost_documents == []
     store = opened(path)
     assert store.documents() == DOCUMENTS | {"model/a": b"anew"}
-    store.close()
 
 
 def test_one_that_is_missing_is_missed(path: Path, tmp_path: Path) -> None:
@@ -346,7 +342,6 @@ def test_all_of_them_missing_leaves_the_sessions(path: Path, what: str) -> None:
     store = opened(path)
     assert store.documents() == {}
     assert revisions(store) == SESSIONS | {"new": 0}
-    store.close()
 
 
 # ------------------------------------------------------------------------------------------------ backups, and the rest
@@ -378,7 +373,6 @@ def test_a_damaged_one_is_in_a_backup_as_it_is(path: Path, tmp_path: Path) -> No
         store.documents()
     assert error.value.names == ["model/a"]
     assert len(error.value.sound) == 3
-    store.close()
 
 
 def test_a_backup_without_some_of_them_is_refused(path: Path, tmp_path: Path) -> None:

@@ -12,9 +12,7 @@ import pytest
 
 from stepwell_server.store import verification
 from stepwell_server.store.base import Batch
-from stepwell_server.store.disk.lmdb import LmdbStore
-from support.clock import ManualClock
-from support.stores.disk_store import begin, put, record
+from support.stores.disk_store import begin, opened_base, put, record
 
 READ = """
 import pathlib, sys
@@ -37,13 +35,9 @@ def data_of(path: Path) -> Path:
     return path / "sessions" / "data.mdb"
 
 
-def opened(path: Path) -> LmdbStore:
-    return LmdbStore(path, durability="async", clock=ManualClock())
-
-
 def with_holes(path: Path, kind: str) -> tuple[set[str], int]:
     """Make a store whose last pages were never written; its sessions, and how many pages it has."""
-    store = opened(path)
+    store = opened_base(path)
     names = [f"s{n}" for n in range(5 if kind == "few" else 1500)]
     begin(store, *names, size=5000)
     if len(names) > 5:
@@ -72,10 +66,10 @@ def test_pages_that_were_never_written_are_holes(tmp_path: Path, kind: str) -> N
     names, _ = with_holes(tmp_path, kind)
     assert verification.verify(tmp_path, None).problems == []
     for _ in range(2):
-        store = opened(tmp_path)
+        store = opened_base(tmp_path)
         assert {key.decode() for key in store.heads(limit=10_000).keys} == names
         store.close()
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     begin(store, *(f"t{n}" for n in range(2000)), size=5000)
     store.close()
     assert verification.verify(tmp_path, None).problems == []

@@ -22,7 +22,7 @@ from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.processes import opened_below
-from support.stores.disk_store import begin, fill_one, opened, put, revisions
+from support.stores.disk_store import begin, fill_one, opened, opened_base, put, revisions
 
 PARTS = ["", "server.lock", "sessions/data.mdb", "wal/0", "wal/1"]
 
@@ -43,11 +43,6 @@ def replace(path: Path) -> None:
     copy.rename(path)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("how", [remove, rename, replace])
 def test_what_is_not_in_its_place_any_more_ends_the_store(
@@ -63,7 +58,6 @@ def test_what_is_not_in_its_place_any_more_ends_the_store(
         put(store, "a", revision=1)
     with pytest.raises(StoreGone, match=str(path / part)):
         begin(store, "b")
-    store.close()
 
 
 def test_what_came_back_to_its_place_does_not_count(path: Path) -> None:
@@ -78,7 +72,6 @@ def test_what_came_back_to_its_place_does_not_count(path: Path) -> None:
         store.check()
     with pytest.raises(StoreGone):
         put(store, "a", revision=1)
-    store.close()
 
 
 def test_what_was_acknowledged_before_it_was_noticed_is_in_the_folder_that_was_renamed(path: Path) -> None:
@@ -93,7 +86,6 @@ def test_what_was_acknowledged_before_it_was_noticed_is_in_the_folder_that_was_r
     again = opened(path.with_name("elsewhere"))
     assert revisions(again) == kept
     assert kept["s0"] == 7
-    again.close()
 
 
 def test_a_segment_is_not_turned_in_a_folder_that_is_gone(path: Path) -> None:
@@ -105,7 +97,6 @@ def test_a_segment_is_not_turned_in_a_folder_that_is_gone(path: Path) -> None:
     refusals = [error for revision in range(2, 200) if (error := refused(store, revision))]
     assert 1 < len(refusals) < 198
     assert str(path) in refusals[0].message
-    store.close()
 
 
 def refused(store: DiskStore, revision: int) -> StoreGone | None:
@@ -124,7 +115,6 @@ def test_looking_after_a_store_that_is_well_changes_nothing(path: Path) -> None:
     for _ in range(100):
         assert store.check().reopened == 0
     assert opened_below(path) == before
-    store.close()
 
 
 def test_a_folder_that_cannot_be_looked_at_is_not_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +128,6 @@ def test_a_folder_that_cannot_be_looked_at_is_not_gone(path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "stat", refuse)
     assert not store.check().problem
-    store.close()
 
 
 def test_a_closed_store_lets_all_descriptors_go(path: Path) -> None:
@@ -167,23 +156,21 @@ def test_another_server_cannot_begin_under_the_name_before_the_first_has_noticed
 
 @linux_only
 def test_others_with_the_same_name_elsewhere_are_no_concern(tmp_path: Path) -> None:
-    stores = [opened(tmp_path / parent / "data") for parent in ("a", "b")]
-    for store in stores:
-        store.close()
+    for parent in ("a", "b"):
+        opened(tmp_path / parent / "data")
 
 
 @linux_only
 def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = opened(path)
+    opened(path)
     path.rename(path.with_name("elsewhere"))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     # a process of another user would be needed
     monkeypatch.setattr("stepwell_server.store.disk.lock._owner", lambda _: (17, 54321))
     opened(path).close()
     assert "process 17 of user 54321 holds the name of" in caplog.text
-    store.close()
 
 
 @linux_only
@@ -193,10 +180,9 @@ def test_the_name_of_a_mount_point_is_not_locked(path: Path, monkeypatch: pytest
     assert lock_module._is_mount_point(Path("/proc"))
     assert not lock_module._is_mount_point(path)
     monkeypatch.setattr(lock_module, "_is_mount_point", lambda _: True)
-    store = opened(path)
+    opened(path)
     path.rename(path.with_name("elsewhere"))
     opened(path).close()
-    store.close()
 
 
 def test_a_lock_file_that_was_replaced_while_it_was_locked_is_none(
@@ -268,10 +254,9 @@ def test_who_changes_something_on_a_full_disk_is_told_that_it_is_full(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    store = LmdbStore(path, durability="async", clock=ManualClock())
+    store = opened_base(path)
     monkeypatch.setattr(LmdbStore, "_commit", full)
     with pytest.raises(
         Unavailable, match=rf"the disk of {path}/sessions is full, \d+ bytes are free \(.*No space left"
     ):
         begin(store, "a")
-    store.close()

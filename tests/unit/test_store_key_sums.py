@@ -11,18 +11,12 @@ from stepwell_server.errors import SessionNotFound, StateCorrupt
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.key_sums import KeyCheck
-from stepwell_server.store.disk.lmdb import LmdbStore
-from support.clock import ManualClock
 from support.engine.harness import x
 from support.samples import examples
-from support.stores.disk_store import begin, end, put, record
+from support.stores.disk_store import begin, end, opened_base, put, record
 from support.stores.durable import Disk, Troubled
 
 IDS = [f"session-{n:04d}" for n in range(300)]
-
-
-def opened(path: Path) -> LmdbStore:
-    return LmdbStore(path, durability="async", clock=ManualClock())
 
 
 def change_key(path: Path, session_id: str, places: slice = slice(None)) -> None:
@@ -36,26 +30,25 @@ def change_key(path: Path, session_id: str, places: slice = slice(None)) -> None
 
 
 def test_what_a_damaged_key_hides_is_missed(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     begin(store, *IDS)
     end(store, IDS[7])
     assert store.damage == ""
     store.close()
-    opened(tmp_path).close()
+    opened_base(tmp_path).close()
     change_key(tmp_path, IDS[151])
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     assert store.get(IDS[151]) is None, "as if it had never been"
     assert store.damage == "keys or pages are corrupt, and 1 of 299 sessions are missing"
     put(store, IDS[151])  # a checkpoint of it makes it no better
     store.close()
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     assert "corrupt" in store.damage
-    store.close()
 
 
 def test_a_page_above_the_records_that_leads_elsewhere_is_noticed(tmp_path: Path) -> None:
     """Whoever goes through all keys one after the other meets all of them, and only searching goes wrong."""
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     begin(store, *IDS)
     store.close()
     file = tmp_path / "sessions" / "data.mdb"
@@ -65,12 +58,11 @@ def test_a_page_above_the_records_that_leads_elsewhere_is_noticed(tmp_path: Path
     for at in filter(lambda at: at >= 0, changed):
         data[at] = ord("!")  # all that is behind this key is looked for before it
     file.write_bytes(data)
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     assert store.count() == len(store.heads(limit=1000)) == len(IDS)
     lost = [i for i in IDS if store.get(i) is None]
     assert lost
     assert store.damage == f"keys or pages are corrupt, and {len(lost)} of {len(IDS)} sessions are missing"
-    store.close()
 
 
 @pytest.mark.parametrize("seed", range(examples(20)))
@@ -79,10 +71,10 @@ def test_changes_while_it_looks_are_no_damage(
 ) -> None:
     monkeypatch.setattr(KeyCheck, "start", lambda _self, _check_keys: None)
     monkeypatch.setattr(module, "BATCH_SIZE", 3)
-    store, chance = opened(tmp_path), random.Random(seed)
+    store, chance = opened_base(tmp_path), random.Random(seed)
     begin(store, *IDS[:60:2])
     store.close()
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     there = set(IDS[:60:2])
     while not store._check_keys():
         for session_id in chance.sample(IDS[:60], 4):
@@ -103,11 +95,10 @@ def test_changes_while_it_looks_are_no_damage(
     assert store.damage == ""
     assert store.count() == len(there)
     store.close()
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     while not store._check_keys():
         pass
     assert store.damage == ""
-    store.close()
 
 
 @pytest.mark.stores("async")

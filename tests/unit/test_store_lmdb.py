@@ -21,15 +21,10 @@ from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import decode_header
-from support.clock import ManualClock
-from support.stores.disk_store import put, record
+from support.stores.disk_store import opened_base, put, record
 from support.stores.records import decode, scan_local
 
 ODD_IDS = ["a", "b", "ä", "z" * 256, "é" * 255 + "1", "é" * 256, "\U0001f600" * 256, "\U0001f600" * 255 + "a"]
-
-
-def opened(path: Path, durability: Durability = "async", **options: Any) -> LmdbStore:
-    return LmdbStore(path, durability=durability, clock=ManualClock(), **options)
 
 
 def ids(store: LocalStore, **options: Any) -> list[str]:
@@ -44,25 +39,23 @@ def revision(store: LocalStore, session_id: str) -> int:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[LmdbStore]:
-    found = opened(tmp_path / "data")
+    found = opened_base(tmp_path / "data")
     yield found
     found.close()
 
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_what_is_committed_is_there_after_opening_again(tmp_path: Path, durability: Durability) -> None:
-    first = opened(tmp_path, durability)
+    first = opened_base(tmp_path, durability)
     stone = Tombstone("gone", End.CLOSED, 12.5, closes=(2**64 - 1, 1), revision=3)
     first.commit(Batch(puts=[(i, record(i)) for i in ODD_IDS], tombstones=[stone]))
     first.sync()
     first.close()
-    second = opened(tmp_path, durability)
+    second = opened_base(tmp_path, durability)
     assert second.count() == len(ODD_IDS)
     assert all(second.get(i) == record(i) for i in ODD_IDS)
     assert second.tombstones(["gone"])[0] == stone
     assert second.incarnation == first.incarnation
-    second.close()
-    second.close()
 
 
 def test_records_are_replaced_deleted_and_missed(store: LmdbStore) -> None:
@@ -158,7 +151,7 @@ BATCH = st.builds(
 @given(st.lists(BATCH, max_size=8))
 def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batches: list[Batch]) -> None:
     known = ["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"]
-    disk = opened(tmp_path_factory.mktemp("store"), tombstones=100)
+    disk = opened_base(tmp_path_factory.mktemp("store"), tombstones=100)
     memory = MemoryStore(tombstones=100)
     for batch in batches:
         disk.commit(batch)
@@ -171,20 +164,18 @@ def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batc
         assert sorted(ids(disk, prefix="a", after="a")) == ids(memory, prefix="a", after="a")
         assert sorted(ids(disk)) == ids(memory)
         assert sorted(disk.heads(limit=9).keys) == memory.heads(limit=9).keys
-    disk.close()
 
 
 def test_tombstones_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
-    store = opened(tmp_path, tombstones=3)
+    store = opened_base(tmp_path, tombstones=3)
     for i, session_id in enumerate(["a", "b", "c", "a", "d"]):
         store.commit(Batch(tombstones=[Tombstone(session_id, End.EXPIRED, float(i))]))
     # a's first burial is forgotten, not its second
     assert [i for i in "abcd" if store.tombstones([i])[0]] == ["a", "c", "d"]
     store.close()
-    store = opened(tmp_path, tombstones=3)
+    store = opened_base(tmp_path, tombstones=3)
     store.commit(Batch(tombstones=[Tombstone(i, End.EXPIRED, 9.0) for i in "efgh"]))
     assert [i for i in "abcdefgh" if store.tombstones([i])[0]] == ["f", "g", "h"]
-    store.close()
 
 
 def test_a_tombstone_is_forgotten_when_its_id_is_opened_anew(store: LmdbStore) -> None:
@@ -194,7 +185,7 @@ def test_a_tombstone_is_forgotten_when_its_id_is_opened_anew(store: LmdbStore) -
 
 
 def test_the_map_grows_while_others_read(tmp_path: Path) -> None:
-    store = opened(tmp_path, first_map_bytes=128 * 1024)
+    store = opened_base(tmp_path, first_map_bytes=128 * 1024)
     put(store, "first", revision=7)
     done, problems = threading.Event(), list[BaseException]()
 
@@ -218,15 +209,14 @@ def test_the_map_grows_while_others_read(tmp_path: Path) -> None:
     put(store, "big", size=2**24)
     assert len(store.get("big") or b"") > 2**24
     store.close()
-    store = opened(tmp_path, first_map_bytes=128 * 1024)
+    store = opened_base(tmp_path, first_map_bytes=128 * 1024)
     assert store.count() == 102
-    store.close()
 
 
 def test_a_map_that_cannot_grow_is_unavailable_and_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = opened(tmp_path, first_map_bytes=128 * 1024)
+    store = opened_base(tmp_path, first_map_bytes=128 * 1024)
     put(store, "a", revision=1)
     map_bytes = store._map_bytes
     store._map_bytes = 2**62  # no address space for twice as much; no test has the room to get there
@@ -241,7 +231,6 @@ def test_a_map_that_cannot_grow_is_unavailable_and_no_damage(
     assert store._map_bytes == map_bytes
     put(store, "c", size=2**20)
     assert ids(store) == ["a", "c"]
-    store.close()
 
 
 def test_an_environment_that_gave_up_is_opened_anew(store: LmdbStore) -> None:
@@ -277,7 +266,7 @@ def test_opening_anew_is_tried_until_it_works(store: LmdbStore, monkeypatch: pyt
 
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     store.close()
     for use in (store.count, store.sync, lambda: store.get("a"), lambda: put(store, "a")):
         with pytest.raises(Unavailable, match="must be open; it is closed"):
@@ -326,18 +315,18 @@ def test_pages_of_closed_sessions_are_used_again(store: LmdbStore, tmp_path: Pat
 
 
 def test_a_file_that_is_cut_off_or_no_store_stops_the_start(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+    store = opened_base(tmp_path)
     put(store, *[f"s{i}" for i in range(500)], size=1000)
     data = tmp_path / "sessions" / "data.mdb"
     store.close()
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(StoreError, match="it was truncated to"):
-        opened(tmp_path)
+        opened_base(tmp_path)
     data.write_bytes(b"not LMDB" * 2000)
     with pytest.raises(StoreError, match="must hold a store that can be opened"):
-        opened(tmp_path)
+        opened_base(tmp_path)
     data.unlink()
-    opened(tmp_path).close()
+    opened_base(tmp_path).close()
 
 
 def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
@@ -347,4 +336,4 @@ def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
     for path, file in (("file", "file"), ("file/under", "file"), ("data", "data/sessions")):
         rule = f"the data directory {tmp_path / path} must be a folder; {tmp_path / file} is not"
         with pytest.raises(StoreError, match=f"^{re.escape(rule)}$"):
-            opened(tmp_path / path)
+            opened_base(tmp_path / path)

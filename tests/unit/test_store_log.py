@@ -29,11 +29,6 @@ from support.stores.disk_store import (
 from support.stores.records import decode
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
 def append(store: DiskStore, *session_ids: str, revision: int) -> bool:
     return store.append([(session_id, record(session_id, revision)) for session_id in session_ids])
 
@@ -66,7 +61,6 @@ def test_sessions_that_are_changed_beside_commits_and_by_them_lose_nothing(
     store.close()
     store = opened(store.path, durability)
     assert revisions(store) == in_lmdb(store) == wanted
-    store.close()
 
 
 def test_a_damaged_record_is_reported_although_an_earlier_one_is_there(path: Path) -> None:
@@ -85,7 +79,6 @@ def test_a_damaged_record_is_reported_although_an_earlier_one_is_there(path: Pat
     assert decode("b", store.get("b") or b"").revision == 2
     with pytest.raises(Exception, match="checksum"):
         decode("a", store.get("a") or b"")
-    store.close()
 
 
 def test_a_mark_is_read_as_it_was_written() -> None:
@@ -108,7 +101,6 @@ def test_another_durability_goes_on_with_the_log_that_is_there(path: Path, first
     assert append(store, "b", revision=2)
     store = killed(store, first)
     assert revisions(store) == {"a": 2, "b": 2}
-    store.close()
 
 
 def test_a_log_that_cannot_be_opened_leaves_no_file_open(path: Path, tmp_path: Path) -> None:

@@ -23,11 +23,6 @@ CLOCK = ManualClock()
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def store(path: Path) -> Iterator[DiskStore]:
     """One that has a session, and of which a transaction has just failed for good."""
     found = DiskStore(path, durability="sync", clock=CLOCK, segment_bytes=64 * 1024)

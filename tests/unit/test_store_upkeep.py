@@ -326,7 +326,6 @@ def test_a_reader_that_was_killed_is_forgotten(tmp_path: Path) -> None:
     assert str(reader.pid) in base_of(store)._environment.readers()
     store.check()
     assert str(reader.pid) not in base_of(store)._environment.readers()
-    store.close()
 
 
 # ----------------------------------------------------------------------------------------------------------- mending
@@ -355,7 +354,6 @@ def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
     assert content(path) == EXPECTED | {"a": 5}
     store = opened(path)
     assert not store.key_checks
-    store.close()
 
 
 def test_what_is_left_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) -> None:
@@ -373,7 +371,6 @@ def test_what_is_left_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) 
     assert {i: r for i, r in ((i, store.get(i)) for i in ("a", "b", LONG)) if r != record(i, 3)} == {}
     assert store.tombstones(["gone"])[0] == Tombstone("gone", End.CLOSED, 1.0)
     store.commit(Batch(deletes=["s050"], counts=[("m", -1)]))
-    store.close()
 
 
 def test_a_damaged_page_of_tombstones_costs_no_session(path: Path) -> None:
@@ -405,7 +402,6 @@ def test_a_session_whose_key_cannot_be_told_is_lost_and_counted(path: Path, bit:
     store = opened(path)
     assert not store.damage
     assert store.first_revision > 10**12, "what was lost is begun anew above all that its clients hold"
-    store.close()
 
 
 # ------------------------------------------------------------------------------------------------------ command line

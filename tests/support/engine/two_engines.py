@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ from stepwell_server.store.base import Tombstone
 from support.clock import ManualClock
 from support.engine.harness import STORES, Harness, running, x
 from support.engine.versions import serving
+from support.stores.durable import begun
 from support.stores.gates import Gated
 
 
@@ -71,6 +73,17 @@ async def make_resident_on_both(first: Harness, second: Harness, *session_ids: s
     await first.submit(list(session_ids), x(len(session_ids))).all()
     for session_id in session_ids:
         await second.state(session_id)
+
+
+async def held(at: Harness, begin: Callable[[], Any]) -> Any:
+    """Begin a change whose commit waits until `at.store.let_go()`; a coroutine begins as a task."""
+    store: Gated = at.store
+    store.commits_held, before = True, len(store.asked("commit"))
+    change = begin()
+    if inspect.iscoroutine(change):
+        change = await begun(change)
+    await store.until("commit", before + 1)
+    return change
 
 
 async def ended(*servers: Harness) -> int:

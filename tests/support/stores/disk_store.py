@@ -27,6 +27,7 @@ from support.clock import ManualClock
 from support.stores.records import Record, decode, scan_local
 
 SEGMENT_BYTES = 4096
+_OPENED: list[DiskStore | LmdbStore] = []
 
 
 DURABILITIES = pytest.mark.parametrize("durability", ["sync", "async"])
@@ -89,8 +90,24 @@ def put_all(parts: Sequence[Any]) -> dict[str, bytes]:
 
 
 def opened(path: Path, durability: Durability = "async", **options: Any) -> DiskStore:
+    """A store, which the unit tests close after each test."""
     options = {"segment_bytes": SEGMENT_BYTES, **options}
-    return DiskStore(path, durability=durability, clock=ManualClock(), **options)
+    store = DiskStore(path, durability=durability, clock=ManualClock(), **options)
+    _OPENED.append(store)
+    return store
+
+
+def opened_base(path: Path, durability: Durability = "async", **options: Any) -> LmdbStore:
+    """The part in LMDB alone, which the unit tests close, too."""
+    store = LmdbStore(path, durability=durability, clock=ManualClock(), **options)
+    _OPENED.append(store)
+    return store
+
+
+def close_all() -> None:
+    """Close the stores of a test, whatever it has closed itself."""
+    while _OPENED:
+        _OPENED.pop().close()
 
 
 def crash_copy(store: DiskStore) -> Path:

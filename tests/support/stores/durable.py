@@ -138,7 +138,12 @@ class Disk:
 
     @asynccontextmanager
     async def engine(
-        self, programs: Mapping[str, Program] | None = None, run: Running = running, **options: Any
+        self,
+        programs: Mapping[str, Program] | None = None,
+        run: Running = running,
+        *,
+        is_killed: bool = False,
+        **options: Any,
     ) -> AsyncIterator[Harness]:
         """A server process. What it does after `kill` is not on the disk that the next one finds."""
         mine = self.store
@@ -146,6 +151,8 @@ class Disk:
             async with run(programs, store=mine, clock=self.clock, **options) as at:
                 try:
                     yield at
+                    if is_killed:
+                        self.kill()
                 finally:
                     mine.go_on()
         finally:
@@ -215,7 +222,12 @@ class Database:
 
     @asynccontextmanager
     async def engine(
-        self, programs: Mapping[str, Program] | None = None, run: Running = running, **options: Any
+        self,
+        programs: Mapping[str, Program] | None = None,
+        run: Running = running,
+        *,
+        is_killed: bool = False,
+        **options: Any,
     ) -> AsyncIterator[Harness]:
         """A server process. What it does after `kill` is not in the store that the next one finds."""
         if self.store.is_killed:
@@ -223,6 +235,8 @@ class Database:
         async with run(programs, store=self.store, clock=self.clock, **options) as at:
             try:
                 yield at
+                if is_killed:
+                    self.kill()
             finally:
                 at.store.go_on()
 

@@ -21,7 +21,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import Batch
 from support.checks.model_of_sessions import traced
 from support.engine.harness import Answer, Harness, fails, kinds, running, x
-from support.engine.two_engines import make_resident_on_both, tombstone, two
+from support.engine.two_engines import held, make_resident_on_both, tombstone, two
 from support.stores.durable import begun, same_reply
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
@@ -152,14 +152,11 @@ async def test_states_are_those_of_the_members_that_were_kept(states: Select) ->
 async def test_what_waits_behind_a_conflict_keeps_its_order(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     await first.step("a", x(1), expected=1, request_ids=9)
-    store: Gated = second.store
-    store.commits_held = True
-    loses = second.submit("a", x(1), expected=1, request_ids=10)
-    await store.until("commit")
+    loses = await held(second, lambda: second.submit("a", x(1), expected=1, request_ids=10))
     behind = second.submit("a", x(1), expected=2, request_ids=11)
     read = await begun(second.engine.get_state("a"))
     last = second.submit("a", x(1), expected=3, request_ids=12)
-    store.let_go()
+    second.store.let_go()
     assert kinds(await loses.all()) == ["RevisionConflict"]
     assert (await behind.only()).revision == 3
     assert (await read).session.revision == 3
@@ -233,10 +230,7 @@ async def test_a_session_that_was_opened_anew_with_other_rows_is_another(
 
 async def opening_both(first: Harness, second: Harness, **fields: Any) -> tuple[Any, Any]:
     """Both read that there is no session, then both make it; the second is slower."""
-    second.store.commits_held = True
-    before = len(second.store.asked("commit"))
-    slow = await begun(second.engine.open_session("plain", session_id="a", **fields))
-    await second.store.until("commit", before + 1)
+    slow = await held(second, lambda: second.engine.open_session("plain", session_id="a", **fields))
     made = await first.engine.open_session("plain", session_id="a", **fields)
     await first.step("a", x(1))
     second.store.let_go()
@@ -270,9 +264,7 @@ async def test_the_same_call_on_both_means_one_session(first: Harness, second: H
 async def test_many_are_opened_or_none_where_another_server_was_faster_with_one(
     first: Harness, second: Harness
 ) -> None:
-    second.store.commits_held = True
-    slow = await begun(second.engine.open_sessions("plain", session_ids=["x", "a", "y"]))
-    await second.store.until("commit")
+    slow = await held(second, lambda: second.engine.open_sessions("plain", session_ids=["x", "a", "y"]))
     await first.open("a")
     second.store.let_go()
     await fails(slow, SessionExists, "session 'a' is open")
@@ -301,9 +293,9 @@ async def test_an_opening_that_is_not_answered_stays_if_it_was_kept(
 async def test_an_opening_that_was_slow_does_not_bring_a_session_back(
     first: Harness, second: Harness
 ) -> None:
-    second.store.commits_held = True
-    slow = await begun(second.engine.open_session("plain", session_id="a", request_id=4, must_be_new=True))
-    await second.store.until("commit")
+    slow = await held(
+        second, lambda: second.engine.open_session("plain", session_id="a", request_id=4, must_be_new=True)
+    )
     assert not (await first.engine.open_session("plain", session_id="a", request_id=4)).replayed
     await first.engine.close_session("a")
     second.store.let_go()
@@ -318,9 +310,7 @@ async def test_an_opening_that_is_tried_again_begins_as_the_store_says_then(
     await first.open("a")
     await first.step("a", x(1))
     await first.engine.close_session("a")
-    second.store.commits_held = True
-    slow = await begun(second.engine.open_session("plain", session_id="a"))
-    await second.store.until("commit")
+    slow = await held(second, lambda: second.engine.open_session("plain", session_id="a"))
     first.store.shared.commit(Batch(forgets=["a"]))
     first.store.stamps.pop("a", None)
     second.store.let_go()
@@ -330,9 +320,7 @@ async def test_an_opening_that_is_tried_again_begins_as_the_store_says_then(
 async def test_a_session_that_is_being_made_here_may_be_there_already(
     first: Harness, second: Harness
 ) -> None:
-    second.store.commits_held = True
-    slow = await begun(second.engine.open_session("plain", session_id="a"))
-    await second.store.until("commit")
+    slow = await held(second, lambda: second.engine.open_session("plain", session_id="a"))
     await first.open("a")
     step = second.submit("a", x(1))
     read = await begun(second.engine.session_info("a"))
@@ -367,22 +355,16 @@ async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "source")
-    second.store.commits_held = True
-    slow = await begun(second.engine.fork("source", new_session_id="a"))
-    await second.store.until("commit")
+    slow = await held(second, lambda: second.engine.fork("source", new_session_id="a"))
     await first.open("a")
     second.store.let_go()
     await fails(slow, SessionExists, "session 'a' is open")
     assert (await second.step("source", x(1))).revision == 2, "it is free again"
 
 
-async def closing_slowly(second: Harness, **fields: Any) -> asyncio.Task[Any]:
+async def closing_slowly(second: Harness, **fields: Any) -> Any:
     """A closing whose commit waits for the store."""
-    second.store.commits_held = True
-    before = len(second.store.asked("commit"))
-    closing = await begun(second.engine.close_session("a", **fields))
-    await second.store.until("commit", before + 1)
-    return closing
+    return await held(second, lambda: second.engine.close_session("a", **fields))
 
 
 @pytest.mark.parametrize("request_id", [5, 6, 0])
@@ -411,10 +393,7 @@ async def test_a_closing_that_waited_for_a_session_which_was_replaced_is_to_come
     await make_resident_on_both(first, second, "a")
     await first.engine.close_session("a")
     await first.open("a", batch_size=2)
-    second.store.commits_held = True
-    before = len(second.store.asked("commit"))
-    step = second.submit("a", x(1))
-    await second.store.until("commit", before + 1)
+    step = await held(second, lambda: second.submit("a", x(1)))
     closing = await begun(second.engine.close_session("a"))
     second.store.let_go()
     assert kinds(await step.all()) == ["SessionReplaced"]
@@ -509,9 +488,7 @@ async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free
 ) -> None:
     await make_resident_on_both(first, second, "a")
     await first.step("a", x(1))
-    second.store.commits_held = True
-    closing = await begun(second.engine.close_session("a"))
-    await second.store.until("commit")
+    closing = await held(second, lambda: second.engine.close_session("a"))
     closing.cancel()
     second.store.let_go()
     await fails(closing, asyncio.CancelledError)

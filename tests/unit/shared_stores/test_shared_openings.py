@@ -17,9 +17,8 @@ from stepwell_server.errors import (
 )
 from stepwell_server.store.base import Batch
 from support.engine.harness import Answers, Harness, fails, x
-from support.engine.two_engines import make_resident_on_both
+from support.engine.two_engines import held, make_resident_on_both
 from support.stores.durable import begun
-from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 from support.stores.valkey_store import stamps
 
@@ -65,13 +64,10 @@ async def test_a_call_that_cannot_come_again_is_undone(first: Harness, second: H
     assert len((await make_many(second, "open", ["x", "y"], 0)).session_ids) == 2
 
 
-async def beaten(first: Harness, second: Harness, how: str) -> asyncio.Task[Any]:
+async def beaten(first: Harness, second: Harness, how: str) -> Any:
     """A call of the second for three sessions, one of which the first has meanwhile; its answer is held back."""
     await make_resident_on_both(first, second, "source")
-    before = len(second.store.asked("commit"))
-    second.store.commits_held = True
-    slow = await begun(make_many(second, how, ["x", "taken", "y"], 7))
-    await second.store.until("commit", before + 1)
+    slow = await held(second, lambda: make_many(second, how, ["x", "taken", "y"], 7))
     await first.open("taken")
     second.store.answers_held, second.store.commits_held = True, False
     second.store.let_go_once("commit")
@@ -113,10 +109,7 @@ async def test_two_servers_that_do_the_same_call_make_its_sessions_once(
     how: str, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "source")
-    before = len(second.store.asked("commit"))
-    second.store.commits_held = True
-    slow = await begun(make_many(second, how, ["x", "y"], 7))
-    await second.store.until("commit", before + 1)
+    slow = await held(second, lambda: make_many(second, how, ["x", "y"], 7))
     first.store.unknown["y"] = False
     await fails(make_many(first, how, ["x", "y"], 7), OutcomeUnknown)
     second.store.let_go()
@@ -216,24 +209,18 @@ async def test_what_changes_while_it_is_taken_over_is_looked_at_again(
     first: Harness, second: Harness
 ) -> None:
     await make_many(second, "open", ["x", "y"], 4)
-    first.store.commits_held = True
-    again = await begun(make_many(first, "open", ["x", "y"], 4))
-    await first.store.until("commit")
+    again = await held(first, lambda: make_many(first, "open", ["x", "y"], 4))
     await second.step("x", x(1), expected=0, request_ids=9)
     first.store.let_go()
     assert (await asyncio.wait_for(again, 60)).replayed
     assert (await first.step("x", x(1), expected=1)).revision == 2
 
 
-async def closed_behind(first: Harness, second: Harness) -> Answers:
+async def closed_behind(first: Harness, second: Harness) -> Any:
     """The first closes a session for which a step of the second waits for the store: its answers."""
     if "a" not in second.internals.loaded():
         await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    before = len(store.asked("commit"))
-    store.commits_held = True
-    step = second.submit("a", x(1))
-    await store.until("commit", before + 1)
+    step = await held(second, lambda: second.submit("a", x(1)))
     await first.engine.close_session("a")
     return step
 

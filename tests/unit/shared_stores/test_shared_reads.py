@@ -24,7 +24,7 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, fails, kinds, x
-from support.engine.two_engines import make_resident_on_both, two, two_in_time
+from support.engine.two_engines import held, make_resident_on_both, two, two_in_time
 from support.stores.durable import begun, same_reply
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
@@ -132,10 +132,7 @@ async def test_a_session_with_something_under_way_is_described_as_the_store_has_
     call: str, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    store.commits_held = True
-    loses = second.submit("a", x(1), expected=1, request_ids=10)
-    await store.until("commit")
+    loses = await held(second, lambda: second.submit("a", x(1), expected=1, request_ids=10))
     await first.step("a", x(1), expected=1, request_ids=9)
     await first.step("a", x(1), expected=2, request_ids=10)
     info = (
@@ -144,7 +141,7 @@ async def test_a_session_with_something_under_way_is_described_as_the_store_has_
         else (await second.engine.open_session("plain", session_id="a")).session
     )
     assert (info.revision, info.position) == (3, 3)
-    store.let_go()
+    second.store.let_go()
     await fails(loses.only(), RevisionConflict)
 
 
@@ -153,21 +150,18 @@ async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(
     again: bool, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    store.commits_held = True
-    loses = second.submit("a", x(1))
-    await store.until("commit")
+    loses = await held(second, lambda: second.submit("a", x(1)))
     await first.engine.close_session("a")
     if again:
         opening = await begun(second.engine.open_session("plain", session_id="a", batch_size=2))
-        store.let_go()
+        second.store.let_go()
         opened = await opening
         assert not opened.resumed
         assert opened.session.batch_size == 2
         assert opened.session.revision > 1
     else:
         await fails(second.engine.session_info("a"), SessionNotFound)
-        store.let_go()
+        second.store.let_go()
     await fails(loses.only(), SessionNotFound)
 
 
@@ -186,16 +180,13 @@ async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(
 
 
 async def test_what_is_undone_is_only_what_this_call_made(first: Harness, second: Harness) -> None:
-    store: Gated = second.store
-    store.commits_held = True
-    opening = await begun(second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
-    await store.until("commit")
+    opening = await held(second, lambda: second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
     await first.open("b")
-    store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
-    await store.until("commit", 2)
+    second.store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
+    await second.store.until("commit", 2)
     await first.engine.close_session("a")
     await first.engine.open_session("plain", session_id="a", batch_size=2)
-    store.let_go()
+    second.store.let_go()
     await fails(opening, ServerError)
     assert (await first.engine.session_info("a")).batch_size == 2
     await fails(first.engine.session_info("c"), SessionNotFound)
@@ -453,9 +444,7 @@ async def test_an_import_that_another_server_overtakes_is_judged_again(
 ) -> None:
     await first.open("a")
     records = [await exported(first, "a", to=name) for name in ("b", "c")]
-    second.store.commits_held = True
-    importing = await begun(second.engine.import_sessions(records, ExistingPolicy.REFUSE))
-    await second.store.until("commit")
+    importing = await held(second, lambda: second.engine.import_sessions(records, ExistingPolicy.REFUSE))
     await first.open("b", batch_size=2)
     second.store.let_go()
     refused, imported = await importing

@@ -51,7 +51,7 @@ async def elsewhere(durable_store: DurableStore) -> str:
 
 
 async def test_how_a_session_ended_is_remembered(durable_store: DurableStore, elsewhere: str) -> None:
-    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
+    async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
         await at.open("idle", "closed")
         mine = (await at.engine.open_session("plain")).session.session_id
         await at.engine.close_session("closed")
@@ -61,7 +61,6 @@ async def test_how_a_session_ended_is_remembered(durable_store: DurableStore, el
         wanted = ["SessionExpired", "SessionNotFound", "SessionNotFound", "SessionNotFound", "SessionLost"]
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
         await at.settled()
-        durable_store.kill()
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         assert await ends(at, "idle", "closed", mine, "never", elsewhere) == wanted
         stone = await durable_store.tombstone("idle")
@@ -105,11 +104,10 @@ async def test_time_that_the_server_was_away_ends_no_session(
 
 @ON_DISK  # the server alone looks through the records
 async def test_what_nobody_names_expires_by_the_sweep_alone(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.engine.open_sessions("plain", session_ids=[f"s{i:04}" for i in range(1200)])
         await at.open("z")
-        durable_store.kill()
-    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
+    async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
         await at.state("s0700")
         at.clock.advance(IDLE_S)
         await at.expire()
@@ -123,7 +121,6 @@ async def test_what_nobody_names_expires_by_the_sweep_alone(durable_store: Durab
         assert at.internals.loaded() == ["s0001", "s1199x", "z"], "to expire sessions loads none"
         assert await ids(at) == ["s0001", "s1199x", "z"]
         assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
-        durable_store.kill()
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         assert await ids(at) == ["s0001", "s1199x", "z"]
         assert await ends(at, "s0002", "s0700", "s1199") == ["SessionExpired"] * 3
@@ -145,15 +142,14 @@ async def test_a_clock_that_is_set_ends_no_session(durable_store: DurableStore, 
 
 
 async def test_sessions_are_counted_through_everything(durable_store: DurableStore) -> None:
-    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
+    async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
         await at.open("a", "b", "c", "d")
         await at.engine.open_sessions("plain", session_ids=["e", "f"])
         await at.engine.fork("a", new_session_id="g")
         await at.engine.close_session("b")
         await at.engine.close_sessions(["c", "d", "never"])
         assert await ids(at) == ["a", "e", "f", "g"]
-        durable_store.kill()
-    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
+    async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
         assert (await at.sessions())[0] == 4
         await at.engine.close_session("e")
         at.clock.advance(IDLE_S + 1)
@@ -162,7 +158,6 @@ async def test_sessions_are_counted_through_everything(durable_store: DurableSto
         await fails(at.engine.fork("f"), SessionExpired)
         await at.expire()
         assert await ids(at) == ["h"]
-        durable_store.kill()
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         assert (await at.sessions())[0] == 1
         await at.open("a")
@@ -217,7 +212,7 @@ async def test_a_reply_comes_back_with_its_session(
 
 
 async def test_a_fork_of_a_session_that_is_away_is_kept(durable_store: DurableStore) -> None:
-    async with durable_store.engine(resident_rows=2) as at:
+    async with durable_store.engine(resident_rows=2, is_killed=True) as at:
         await at.open("a")
         await at.step("a", x(1, 3))
         at.clock.advance(1)
@@ -225,7 +220,6 @@ async def test_a_fork_of_a_session_that_is_away_is_kept(durable_store: DurableSt
         assert not (await at.engine.session_info("a")).resident
         await at.engine.fork("a", new_session_id="d")
         state = await at.state("a")
-        durable_store.kill()
     async with durable_store.engine(resident_rows=2) as at:
         for name in "da":
             assert (await at.state(name))["sum"].tobytes() == state["sum"].tobytes()
@@ -256,11 +250,10 @@ async def fields_of(durable_store: DurableStore, session_id: str) -> bytes:
 @pytest.mark.parametrize("names", [["s3"], NAMES])
 async def test_a_change_keeps_them(durable_store: DurableStore, names: list[str], steps: int) -> None:
     """Of one session and of a group, of one time step and of several, when the session was paged out in between."""
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open(*NAMES)
-        durable_store.kill()
     await give_fields(durable_store, "s3", FIELDS)
-    async with durable_store.engine(resident_rows=len(NAMES)) as at:
+    async with durable_store.engine(resident_rows=len(NAMES), is_killed=True) as at:
         for revision in (2, 3):
             rows = x(len(names), *([steps] if steps else []))
             await at.submit(names, rows).all()
@@ -272,16 +265,14 @@ async def test_a_change_keeps_them(durable_store: DurableStore, names: list[str]
         await at.submit("s3", reset=True).all()
         assert await fields_of(durable_store, "s3") == FIELDS
         assert await fields_of(durable_store, "s4") == b""
-        durable_store.kill()
     async with durable_store.engine() as at:
         await at.step("s3", x(1))
         assert await fields_of(durable_store, "s3") == FIELDS
 
 
 async def test_they_go_with_their_session(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("s")
-        durable_store.kill()
     await give_fields(durable_store, "s", FIELDS)
     async with durable_store.engine() as at:
         await at.step("s", x(1))
@@ -294,10 +285,9 @@ async def test_they_go_with_their_session(durable_store: DurableStore) -> None:
 async def test_a_session_with_a_critical_one_is_not_stepped_and_not_changed(
     durable_store: DurableStore,
 ) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("s", "t")
         await at.step("t", x(1))
-        durable_store.kill()
     await give_fields(durable_store, "s", pack_fields({9 | CRITICAL: b"key"}))
     stored = await durable_store.record("s")
     async with durable_store.engine() as at:

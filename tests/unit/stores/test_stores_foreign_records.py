@@ -71,11 +71,10 @@ async def refused(at: Harness, session_id: str, kind: type[ServerError], message
 async def test_a_session_of_another_model_can_be_listed_and_closed(
     durable_store: DurableStore, close: str
 ) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a")
         await at.step("a", x(1, 3))
-        durable_store.kill()
-    async with durable_store.engine({"plain": NEWER}) as at:
+    async with durable_store.engine({"plain": NEWER}, is_killed=True) as at:
         await at.open("fine")
         await refused(
             at, "a", ModelMismatch, "session 'a' belongs to model 'plain' with fingerprint f-plain;"
@@ -84,10 +83,8 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(
         assert (info.model, info.fingerprint, info.batch_size) == ("plain", "f-plain", 1)
         assert (info.revision, info.position, info.resident) == (1, 3, False)
         assert (await at.sessions())[0] == 2
-        durable_store.kill()
-    async with durable_store.engine() as at:  # the old model again
+    async with durable_store.engine(is_killed=True) as at:  # the old model again
         assert (await at.step("a", x(1), expected=1)).revision == 2
-        durable_store.kill()
     async with durable_store.engine({"plain": NEWER}) as at:
         if close == "one":
             assert await at.engine.close_session("a", request_id=7) is False
@@ -104,10 +101,9 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(
 async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(
     durable_store: DurableStore,
 ) -> None:
-    async with durable_store.engine({"plain": PLAIN, "old": PLAIN}) as at:
+    async with durable_store.engine({"plain": PLAIN, "old": PLAIN}, is_killed=True) as at:
         await at.open("a", model="old")
-        durable_store.kill()
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("fine")
         message = r"session 'a' belongs to model 'old', which is not loaded; model must be one of \['plain'\]"
         await refused(at, "a", ModelNotFound, message)
@@ -115,16 +111,14 @@ async def test_a_session_of_a_model_that_is_not_served_can_be_listed_and_closed(
         assert [info.model for info in (await at.engine.list_sessions(prefix="a"))[0]] == ["old"]
         assert await at.engine.close_session("a") is False
         assert (await at.engine.list_sessions())[1] == await durable_store.count() == 1
-        durable_store.kill()
     async with durable_store.engine({"plain": PLAIN, "old": PLAIN}) as at:
         assert await at.sessions() == [0, 1]
 
 
 async def test_a_damaged_record_harms_its_session_alone(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "fine")
         await damage(durable_store, "a")
-        durable_store.kill()
     async with durable_store.engine() as at:
         await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be as it was written")
         assert await at.engine.close_session("a", request_id=7) is False
@@ -151,10 +145,9 @@ async def test_a_record_that_is_damaged_while_its_session_is_away(durable_store:
 
 
 async def test_a_damaged_session_is_closed_among_others(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b", "c")
         await damage(durable_store, "b")
-        durable_store.kill()
     async with durable_store.engine() as at:
         assert await at.engine.close_sessions(["c", "b", "a", "never"]) == 3
         assert await at.engine.list_sessions() == ([], 0)
@@ -163,9 +156,8 @@ async def test_a_damaged_session_is_closed_among_others(durable_store: DurableSt
 async def test_one_of_two_closes_at_once_deletes_what_cannot_be_stepped(
     durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b")
-        durable_store.kill()
     async with durable_store.engine({"plain": NEWER}) as at:
         at.internals.commit_on_a_thread(monkeypatch)
         closes = [at.engine.close_session("a", request_id=7), at.engine.close_session("a", request_id=7)]

@@ -71,13 +71,12 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
 ) -> None:
     value = x(batch_size, *([steps] if steps else []), seed=7)
     again = {"expected": 1, "request_ids": 22, **fields}
-    async with durable_store.engine(threads=threads) as at:
+    async with durable_store.engine(threads=threads, is_killed=True) as at:
         await at.open("a", batch_size=batch_size)
         await at.step("a", x(batch_size, 2), expected=0, request_ids=11)
         first = await at.step("a", value, **again)
         state = await at.state("a")
-        durable_store.kill()
-    async with durable_store.engine(threads=threads) as at:
+    async with durable_store.engine(threads=threads, is_killed=True) as at:
         same_reply(await at.step("a", value, **again), first)
         same_reply(await at.step("a", value, request_ids=22, **fields), first)
         for wrong in ({"expected": 1, "request_ids": 23}, {"expected": 0, "request_ids": 22}):
@@ -93,7 +92,6 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
                 await at.submit("a", reset=True, sizes=[batch_size], request_ids=22, **expected).only()
         assert (await at.state("a"))["sum"].tobytes() == state["sum"].tobytes()
         assert (await at.step("a", value, expected=2, request_ids=22, **fields)).revision == 3
-        durable_store.kill()
     async with durable_store.engine() as at:
         await fails(at.step("a", value, **again), RevisionConflict)
 
@@ -103,13 +101,12 @@ async def test_outputs_of_several_kinds_come_back_as_they_were(durable_store: Du
         token = np.arange(rows * steps, dtype=np.int32).reshape(rows, steps)
         return {"x": x(rows, steps), "token": token, "gain": np.linspace(1, 2, rows, dtype=np.float32)}
 
-    async with durable_store.engine(programs={"rich": RICH}) as at:
+    async with durable_store.engine(programs={"rich": RICH}, is_killed=True) as at:
         sizes = [1, 3, 2]
         for name, size in zip("abc", sizes, strict=True):
             await at.open(name, batch_size=size, model="rich")
         fields: dict[str, Any] = {"inputs": inputs(6, 4), "expected": [0] * 3, "request_ids": [1, 2, 3]}
         first = await at.submit(list("abc"), sizes=sizes, **fields).all()
-        durable_store.kill()
     async with durable_store.engine(programs={"rich": RICH}) as at:
         again = await at.submit(list("abc"), sizes=sizes, **fields).all()
         for found, wanted in zip(again, first, strict=True):
@@ -162,13 +159,14 @@ async def test_a_fork_goes_on_apart_from_its_source(durable_store: DurableStore)
 
 async def test_each_member_of_a_frame_gets_its_own_answer(durable_store: DurableStore) -> None:
     names = ["loaded", "stored", "closed", "never", "other", "damaged", "away", "unserved"]
-    async with durable_store.engine(programs={"plain": PLAIN, "other": PLAIN, "gone": PLAIN}) as at:
+    async with durable_store.engine(
+        programs={"plain": PLAIN, "other": PLAIN, "gone": PLAIN}, is_killed=True
+    ) as at:
         await at.open("loaded", "stored", "closed", "damaged", "away")
         await at.open("other", model="other")
         await at.open("unserved", model="gone")
         await at.engine.close_session("closed")
         await damage(durable_store, "damaged")
-        durable_store.kill()
     new = {"plain": PLAIN, "other": RICH}
     async with durable_store.engine(programs=new, resident_rows=6) as at:
         await at.step("loaded", x(1))
@@ -185,14 +183,15 @@ async def test_each_member_of_a_frame_gets_its_own_answer(durable_store: Durable
 
 async def test_a_thousand_sessions_come_back_by_one_frame(durable_store: DurableStore) -> None:
     model = ModelOfSessions(0)
-    async with durable_store.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
+    async with durable_store.engine(
+        resident_rows=2000, max_batch_rows=300, threads=True, is_killed=True
+    ) as at:
         ids = list((await at.engine.open_sessions("plain", count=1000)).session_ids)
         value = x(1000, 2)
         await at.submit(ids, value).all()
         for i, session_id in enumerate(ids):
             model.open(session_id, 1, None, 0)
             model.step(session_id, value[i : i + 1], "ALL", None, 0, 0)
-        durable_store.kill()
     async with durable_store.engine(resident_rows=2000, max_batch_rows=300, threads=True) as at:
         value = x(1000, seed=1)
         answers = await at.submit(ids, value, expected=[1] * 1000, request_ids=range(1, 1001)).all()
@@ -241,9 +240,8 @@ async def test_an_open_sent_again_means_the_session_it_made(
 
 
 async def test_another_open_of_the_id_is_not_the_same(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.engine.open_session("plain", session_id="a", request_id=7, must_be_new=True)
-        durable_store.kill()
     async with durable_store.engine() as at:
         for request_id in (0, 8):
             await fails(
@@ -323,11 +321,10 @@ async def test_a_fork_sent_again_means_the_session_it_made(durable_store: Durabl
 
 
 async def test_a_close_sent_again_succeeds(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b", "c")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("b") is False
-        durable_store.kill()
     async with durable_store.engine() as at:
         assert await at.engine.close_session("a", request_id=7) is True
         for name, request_id in (("a", 8), ("a", 0), ("b", 7), ("b", 0), ("never", 7)):
@@ -340,19 +337,17 @@ async def test_a_close_sent_again_succeeds(durable_store: DurableStore) -> None:
 async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(
     durable_store: DurableStore,
 ) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b", "group 1", "group 2")
         uid = (await at.engine.session_info("b")).uid
         await at.engine.close_session("a", request_id=7)
         await at.engine.close_session("b")
         await at.engine.close_sessions(["group 1", "group 2"], request_id=8)
-        durable_store.kill()
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b", "group 2")
         await at.step("a", x(1))
-        durable_store.kill()
     for _ in range(2):
-        async with durable_store.engine() as at:
+        async with durable_store.engine(is_killed=True) as at:
             assert await at.engine.close_session("a", request_id=7) is True
             await fails(
                 at.engine.close_session("b", request_id=9, uid=uid),
@@ -362,7 +357,6 @@ async def test_a_close_sent_again_after_restarts_closes_only_what_it_closed(
             assert await at.engine.close_sessions(["group 1", "group 2"], request_id=8) == 2
             assert await count(at) == 3
             await at.step("a", x(1))
-            durable_store.kill()
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -396,16 +390,14 @@ async def refuse_duplicates(at: Harness) -> None:
 
 
 async def test_an_id_that_was_closed_may_be_opened_anew(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.engine.open_session("plain", session_id="a", request_id=7)
         await at.step("a", x(1))
         await at.engine.close_session("a", request_id=8)
-        durable_store.kill()
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         opened = await at.engine.open_session("plain", session_id="a", request_id=9)
         assert not opened.resumed
         assert (opened.session.revision, opened.session.position) == (2, 0)
-        durable_store.kill()
     async with durable_store.engine() as at:
         assert (await at.engine.session_info("a")).revision == 2
         assert await count(at) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,12 @@ CHANGES: dict[str, Callable[[Harness], Awaitable[Any]]] = {
 @pytest.fixture(params=[False, True], ids=["here", "threads"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return {"threads": request.param}
+
+
+@pytest.fixture
+async def at(durable_store: DurableStore) -> AsyncIterator[Harness]:
+    async with durable_store.engine() as found:
+        yield found
 
 
 async def turns() -> None:
@@ -247,85 +253,83 @@ def single(at: Harness) -> Awaitable[Any]:
     return answer.get()
 
 
-async def test_who_waits_for_a_session_that_is_being_made_gets_it(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
-        await begin(at)
-        durable_store.store.stall(kept=True)
-        ask = at.engine.open_session
-        first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
-        await stalled(durable_store.store)
-        again = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
-        other = await begun(ask("plain", session_id="new", request_id=2))
-        taken = await begun(at.engine.fork("a", new_session_id="new", request_id=3))
-        among = await begun(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
-        await turns()
-        assert not any(task.done() for task in (first, again, other, taken, among))
-        info = await begun(at.engine.session_info("new"))
-        await turns()
-        assert not info.done(), "the store has it, but nobody was told"
-        durable_store.store.go_on()
-        assert (await info).session_id == "new"
-        assert not (await first).replayed
-        assert (await again).replayed
-        assert (await other).resumed
-        for task in (taken, among):
-            await fails(task, Exception, "session 'new' is open")
-        assert len(await shown(at)) == 4
+async def test_who_waits_for_a_session_that_is_being_made_gets_it(
+    durable_store: DurableStore, at: Harness
+) -> None:
+    await begin(at)
+    durable_store.store.stall(kept=True)
+    ask = at.engine.open_session
+    first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
+    await stalled(durable_store.store)
+    again = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
+    other = await begun(ask("plain", session_id="new", request_id=2))
+    taken = await begun(at.engine.fork("a", new_session_id="new", request_id=3))
+    among = await begun(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
+    await turns()
+    assert not any(task.done() for task in (first, again, other, taken, among))
+    info = await begun(at.engine.session_info("new"))
+    await turns()
+    assert not info.done(), "the store has it, but nobody was told"
+    durable_store.store.go_on()
+    assert (await info).session_id == "new"
+    assert not (await first).replayed
+    assert (await again).replayed
+    assert (await other).resumed
+    for task in (taken, among):
+        await fails(task, Exception, "session 'new' is open")
+    assert len(await shown(at)) == 4
 
 
-async def test_when_it_could_not_be_made_the_next_one_tries(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
-        await begin(at)
-        durable_store.store.fail(AWAY)
-        durable_store.store.stall()
-        first = await begun(at.engine.open_session("plain", session_id="new", request_id=1))
-        await stalled(durable_store.store)
-        other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
-        durable_store.store.go_on()
-        await fails(first, Unavailable, "the test says no")
-        opened = await other
-        assert not opened.resumed
-        assert not opened.replayed
+async def test_when_it_could_not_be_made_the_next_one_tries(durable_store: DurableStore, at: Harness) -> None:
+    await begin(at)
+    durable_store.store.fail(AWAY)
+    durable_store.store.stall()
+    first = await begun(at.engine.open_session("plain", session_id="new", request_id=1))
+    await stalled(durable_store.store)
+    other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
+    durable_store.store.go_on()
+    await fails(first, Unavailable, "the test says no")
+    opened = await other
+    assert not opened.resumed
+    assert not opened.replayed
 
 
-async def test_sessions_keep_their_order_through_a_stall(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
-        await at.open("a")
-        durable_store.store.stall()
-        first = at.submit("a", x(1), expected=0, request_ids=1)
-        await stalled(durable_store.store)
-        again = at.submit("a", x(1), expected=0, request_ids=1)
-        second = at.submit("a", x(1), expected=1, request_ids=2)
-        twin = await begun(at.engine.fork("a", new_session_id="twin"))
-        third = at.submit("a", x(1), expected=2, request_ids=3)
-        close = await begun(at.engine.close_session("a"))
-        fourth = at.submit("a", x(1), expected=3, request_ids=4)
-        durable_store.store.go_on()
-        assert [(await answers.only()).revision for answers in (first, again, second, third)] == [1, 1, 2, 3]
-        assert (await again.only()).replayed
-        assert (await twin).session.revision == 2
-        assert await close is False
-        assert kinds(await fourth.all()) == ["SessionNotFound"]
+async def test_sessions_keep_their_order_through_a_stall(durable_store: DurableStore, at: Harness) -> None:
+    await at.open("a")
+    durable_store.store.stall()
+    first = at.submit("a", x(1), expected=0, request_ids=1)
+    await stalled(durable_store.store)
+    again = at.submit("a", x(1), expected=0, request_ids=1)
+    second = at.submit("a", x(1), expected=1, request_ids=2)
+    twin = await begun(at.engine.fork("a", new_session_id="twin"))
+    third = at.submit("a", x(1), expected=2, request_ids=3)
+    close = await begun(at.engine.close_session("a"))
+    fourth = at.submit("a", x(1), expected=3, request_ids=4)
+    durable_store.store.go_on()
+    assert [(await answers.only()).revision for answers in (first, again, second, third)] == [1, 1, 2, 3]
+    assert (await again.only()).replayed
+    assert (await twin).session.revision == 2
+    assert await close is False
+    assert kinds(await fourth.all()) == ["SessionNotFound"]
 
 
 async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(
-    durable_store: DurableStore,
+    durable_store: DurableStore, at: Harness
 ) -> None:
-    async with durable_store.engine() as at:
-        await at.open("a", "b")
-        durable_store.store.stall()
-        answers = at.submit("a", x(1), expected=0, request_ids=np.array([1]))
-        await stalled(durable_store.store)
-        drain = await begun(at.engine.drain())
-        await turns()
-        assert not drain.done()
-        assert not answers.ended
-        assert await at.engine.close(timeout_s=0.01) is False
-        durable_store.store.go_on()
-        await drain
-        assert at.engine.stats()[0].uncommitted == 0
-        assert kinds(await answers.all()) == ["Answer"]
-        assert await at.engine.close() is True
+    await at.open("a", "b")
+    durable_store.store.stall()
+    answers = at.submit("a", x(1), expected=0, request_ids=np.array([1]))
+    await stalled(durable_store.store)
+    drain = await begun(at.engine.drain())
+    await turns()
+    assert not drain.done()
+    assert not answers.ended
+    assert await at.engine.close(timeout_s=0.01) is False
+    durable_store.store.go_on()
+    await drain
+    assert at.engine.stats()[0].uncommitted == 0
+    assert kinds(await answers.all()) == ["Answer"]
+    assert await at.engine.close() is True
 
 
 async def too_much_waits(
@@ -341,50 +345,48 @@ async def too_much_waits(
 
 
 async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
-    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch, at: Harness
 ) -> None:
-    async with durable_store.engine() as at:
-        await begin(at)
-        before = await shown(at)
-        first = await too_much_waits(durable_store, at, monkeypatch)
-        for call in (
-            at.engine.open_session("plain", session_id="new"),
-            at.engine.open_sessions("plain", count=3),
-            at.engine.fork("b"),
-        ):
-            await fails(call, Overloaded, "wait for the store must stay within 1")
-        with pytest.raises(Overloaded) as refused:
-            at.submit("b", reset=True)
-        assert refused.value.retry_after_s > 0
-        assert await shown(at) == before
-        durable_store.store.go_on()
-        await first
-        assert (await at.submit("b", reset=True).only()).revision == 2
+    await begin(at)
+    before = await shown(at)
+    first = await too_much_waits(durable_store, at, monkeypatch)
+    for call in (
+        at.engine.open_session("plain", session_id="new"),
+        at.engine.open_sessions("plain", count=3),
+        at.engine.fork("b"),
+    ):
+        await fails(call, Overloaded, "wait for the store must stay within 1")
+    with pytest.raises(Overloaded) as refused:
+        at.submit("b", reset=True)
+    assert refused.value.retry_after_s > 0
+    assert await shown(at) == before
+    durable_store.store.go_on()
+    await first
+    assert (await at.submit("b", reset=True).only()).revision == 2
 
 
 async def test_no_session_is_closed_behind_a_store_that_has_too_much(
-    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
+    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch, at: Harness
 ) -> None:
-    async with durable_store.engine() as at:
-        await begin(at)
-        before = await shown(at)
-        first = await too_much_waits(durable_store, at, monkeypatch)
-        for call in (
-            at.engine.close_session("b", request_id=5),
-            at.engine.close_session("a", request_id=5),
-            at.engine.close_sessions(["b", "c", "a", "never"]),
-        ):
-            closing = await begun(call)
-            assert closing.done(), "it must not wait"
-            refused = await fails(closing, Overloaded, "wait for the store must stay within 1")
-            assert refused.retry_after_s > 0
-        assert await shown(at) == before
-        assert not at.internals.are_claimed("b", "c")
-        durable_store.store.go_on()
-        await first
-        assert await at.engine.close_session("b", request_id=5) is False
-        assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
-        assert await shown(at) == []
+    await begin(at)
+    before = await shown(at)
+    first = await too_much_waits(durable_store, at, monkeypatch)
+    for call in (
+        at.engine.close_session("b", request_id=5),
+        at.engine.close_session("a", request_id=5),
+        at.engine.close_sessions(["b", "c", "a", "never"]),
+    ):
+        closing = await begun(call)
+        assert closing.done(), "it must not wait"
+        refused = await fails(closing, Overloaded, "wait for the store must stay within 1")
+        assert refused.retry_after_s > 0
+    assert await shown(at) == before
+    assert not at.internals.are_claimed("b", "c")
+    durable_store.store.go_on()
+    await first
+    assert await at.engine.close_session("b", request_id=5) is False
+    assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
+    assert await shown(at) == []
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -432,20 +434,21 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         assert at.store.count() == 0
 
 
-async def test_a_lone_step_is_under_way_until_the_store_has_it(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
-        await begin(at)
-        durable_store.store.stall()
-        ran = len(at.hooks.rows)
-        lone = at.single("a", x(1))
-        await turns()
-        assert len(at.hooks.rows) == ran + 1
-        second, other = at.single("a", x(1)), at.single("b", x(1))
-        await turns()
-        assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
-        assert not any(answer.ended for answer in (lone, second, other))
-        durable_store.store.go_on()
-        assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
+async def test_a_lone_step_is_under_way_until_the_store_has_it(
+    durable_store: DurableStore, at: Harness
+) -> None:
+    await begin(at)
+    durable_store.store.stall()
+    ran = len(at.hooks.rows)
+    lone = at.single("a", x(1))
+    await turns()
+    assert len(at.hooks.rows) == ran + 1
+    second, other = at.single("a", x(1)), at.single("b", x(1))
+    await turns()
+    assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
+    assert not any(answer.ended for answer in (lone, second, other))
+    durable_store.store.go_on()
+    assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
 
 
 async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(

@@ -94,7 +94,7 @@ async def test_what_was_dropped_and_never_named_again_expires(durable_store: Dur
 async def test_what_expired_and_could_not_be_deleted_is_deleted_later(
     durable_store: DurableStore, by: str
 ) -> None:
-    async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
+    async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
         at.clock.advance(IDLE_S + 1)
         assert await expired(at) == []
         await at.open("a")
@@ -110,7 +110,6 @@ async def test_what_expired_and_could_not_be_deleted_is_deleted_later(
             await fails(at.state("a"), SessionExpired)
             await at.settled()
         assert await durable_store.count() == (await at.sessions())[0] == 0
-        durable_store.kill()
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         await fails(at.state("a"), SessionExpired)
 
@@ -200,9 +199,8 @@ async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(
 
 
 async def test_who_is_not_in_the_table_is_not_said_to_be_gone(durable_store: DurableStore) -> None:
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b")
-        durable_store.kill()
     async with durable_store.engine() as at:
         await at.state("b")
         durable_store.store.read_error = AWAY
@@ -239,12 +237,11 @@ async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_pla
                 assert await at.engine.close_sessions(group) == 20
         before = await everything(at)
         durable_store.kill(away_s=0)
-    async with durable_store.engine() as at:
+    async with durable_store.engine(is_killed=True) as at:
         assert (await everything(at)) == before
         answers = at.submit(ids[2], x(20, seed=2), expected=[2] * 20, request_ids=np.arange(1, 21) + 200)
         found = await answers.all()
         assert all(getattr(answer, "replayed", False) for answer in found)
-        durable_store.kill()
 
 
 EngineCall = Callable[[Harness], Awaitable[Any]]

@@ -61,7 +61,7 @@ async def expect(at: Harness, name: str, version: int, state: Any, seed: int, *,
 
 
 async def test_a_carry_is_one_commit_and_records_follow(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("stepped", "idle")
         state = await expect(at, "stepped", 1, INITIAL, 1)
         await at.engine.load_version("plain", 2, weights(2), source="two.keras")
@@ -70,8 +70,7 @@ async def test_a_carry_is_one_commit_and_records_follow(durable_store: DurableSt
         assert len(durable_store.store.tried) == commits + 1
         assert not durable_store.store.tried[-1].puts
         assert await marks(durable_store, "stepped", "idle") == [Mark(1, 0, is_pinned=False)] * 2
-        durable_store.kill()
-    async with on(durable_store, BOTH) as at:
+    async with on(durable_store, BOTH, is_killed=True) as at:
         assert at.engine.model("plain").version == 2
         assert at.engine.model("plain").versions[1].source == "two.keras"
         state = await expect(at, "stepped", 2, state, 2)
@@ -79,14 +78,13 @@ async def test_a_carry_is_one_commit_and_records_follow(durable_store: DurableSt
             Mark(2, 1, is_pinned=False),
             Mark(1, 0, is_pinned=False),
         ]
-        durable_store.kill()
     async with on(durable_store, BOTH) as at:
         await expect(at, "stepped", 2, state, 3)
         await expect(at, "idle", 2, INITIAL, 4)
 
 
 async def test_a_load_that_moves_the_default_is_one_commit(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("a")
         state = await expect(at, "a", 1, INITIAL, 1)
         commits = len(durable_store.store.tried)
@@ -95,7 +93,6 @@ async def test_a_load_that_moves_the_default_is_one_commit(durable_store: Durabl
         assert (moved.previous, moved.sessions) == (1, 1)
         assert len(durable_store.store.tried) == commits + 1
         state = await expect(at, "a", 2, state, 2)
-        durable_store.kill()
     async with on(durable_store, BOTH) as at:
         versions = at.engine.model("plain").versions
         assert [(v.is_default, v.is_draining, list(v.labels)) for v in versions] == [
@@ -138,7 +135,7 @@ async def test_a_load_that_cannot_become_the_default_leaves_nothing(
 
 
 async def test_a_limit_for_being_idle_goes_along(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         for name in ("stepped", "idle"):
             await at.engine.open_session("plain", session_id=name, max_idle_ms=60_000)
         await at.step("stepped", x(1))
@@ -147,7 +144,6 @@ async def test_a_limit_for_being_idle_goes_along(durable_store: DurableStore) ->
         assert (await at.step("stepped", x(1))).version == 2
         (exported,) = await at.engine.export_sessions(["idle"], deadline=float("inf"))
         assert decode_header("idle", exported).max_idle_ms == 60_000  # type: ignore[arg-type]
-        durable_store.kill()
     async with on(durable_store, BOTH) as at:
         for name in ("stepped", "idle"):
             assert (await at.engine.session_info(name)).max_idle_s == 60.0
@@ -201,14 +197,13 @@ async def test_what_is_to_move_moves_when_it_is_read(
     policy: SessionPolicy, durable_store: DurableStore
 ) -> None:
     options: dict[str, Any] = {"migrations": {"widen": widen}}
-    async with on(durable_store, **options) as at:
+    async with on(durable_store, **options, is_killed=True) as at:
         await at.open("a", "b")
         state = await expect(at, "a", 1, INITIAL, 1)
         told = await at.step("a", x(1, seed=2), request_ids=7)
         state = after(1, state, [x(1, seed=2)])[1]
         await at.engine.load_version("plain", 2, WIDE)
         await at.engine.set_default("plain", 2, policy)
-        durable_store.kill()
     wide = WIDE.initial[0][None] if policy is RESET else np.concatenate([state, -state], axis=1)
     async with on(durable_store, {"plain@2": WIDE}, **options) as at:
         info = await at.engine.session_info("a")
@@ -227,7 +222,7 @@ async def test_what_is_to_move_moves_when_it_is_read(
 
 
 async def test_kept_and_pinned_sessions_are_where_they_were(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.open_session("plain@1", session_id="pinned")
         await at.open("kept")
@@ -236,7 +231,6 @@ async def test_kept_and_pinned_sessions_are_where_they_were(durable_store: Durab
         await at.engine.load_version("plain", 3, weights(3))
         await at.engine.set_default("plain", 3, CARRY)
         await at.engine.set_label("plain", "canary", 2)
-        durable_store.kill()
     async with on(durable_store, {**BOTH, "plain@3": weights(3)}) as at:
         assert at.engine.model("plain:canary").version == 2
         await expect(at, "pinned", 1, INITIAL, 1)
@@ -250,7 +244,7 @@ async def test_what_drains_drains_after_a_restart_too(durable_store: DurableStor
     def draining(at: Harness) -> list[bool]:
         return [version.is_draining for version in at.engine.model("plain").versions]
 
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("a")
         for version, policy, leaves in ((2, KEEP, None), (3, CARRY, None), (4, CARRY, True)):
             await at.engine.load_version("plain", version, weights(version), source=f"{version}.keras")
@@ -259,7 +253,6 @@ async def test_what_drains_drains_after_a_restart_too(durable_store: DurableStor
         await at.engine.set_label("plain", "old", 3)
         assert draining(at) == [True, False, False, False]
         await at.engine.set_label("plain", "old", 0)
-        durable_store.kill()
     programs = {f"plain@{version}": PLAIN if version == 1 else weights(version) for version in range(1, 5)}
     async with on(durable_store, programs if at_start else {"plain@1": PLAIN}) as at:
         if not at_start:
@@ -275,12 +268,11 @@ async def test_what_drains_drains_after_a_restart_too(durable_store: DurableStor
 
 @ON_DISK  # another server may have it
 async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
-        durable_store.kill()
-    async with on(durable_store) as at:  # version 1 alone
+    async with on(durable_store, is_killed=True) as at:  # version 1 alone
         assert at.engine.model("plain").version == 1
         await fails(
             at.step("a", x(1)), VersionNotFound, "is on version 2 of model 'plain', which is not loaded"
@@ -290,7 +282,6 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: Dur
         await at.engine.load_version("plain", 2, weights(2))
         assert at.engine.model("plain").version == 2
         await expect(at, "a", 2, INITIAL, 1)
-        durable_store.kill()
     async with on(durable_store) as at:  # or the sessions come back
         await at.engine.set_default("plain", 1, CARRY)
         state = after(2, INITIAL, [x(1, seed=1)])[1]
@@ -298,14 +289,13 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: Dur
 
 
 async def test_what_is_opened_on_a_version_that_others_have_left_stays(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("moved")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
         await at.engine.set_default("plain", 1, KEEP)
         await at.open("a")
         state = await expect(at, "a", 1, INITIAL, 1)
-        durable_store.kill()
     async with on(durable_store, BOTH) as at:
         await expect(at, "a", 1, state, 2)
         assert (await at.engine.session_info("moved")).version == 2
@@ -313,13 +303,12 @@ async def test_what_is_opened_on_a_version_that_others_have_left_stays(durable_s
 
 @ON_DISK  # another server may have it
 async def test_what_is_opened_after_the_default_was_unloaded_stays(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, RESET)
         await at.engine.unload_version("plain", 2, force=True)
         await at.open("a")
         state = await expect(at, "a", 1, INITIAL, 1)
-        durable_store.kill()
     async with on(durable_store) as at:
         await expect(at, "a", 1, state, 2)
 
@@ -353,7 +342,7 @@ async def test_the_file_of_a_version_was_replaced(durable_store: DurableStore) -
 async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(
     durable_store: DurableStore,
 ) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("plain", "marked")
         await at.engine.open_session("plain@1", session_id="pinned")
         await at.engine.load_version("plain", 2, weights(2))
@@ -362,9 +351,8 @@ async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(
         states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("plain", "marked")}
         await at.engine.set_default("plain", 2, CARRY)
         states["marked"] = await expect(at, "marked", 2, states["marked"], 2)
-        durable_store.kill()
     replaced = {"plain@1": weights(5), "plain@2": weights(2)}
-    async with on(durable_store, replaced) as at:
+    async with on(durable_store, replaced, is_killed=True) as at:
         await fails(
             at.step("pinned", x(1)), ModelMismatch, "belongs to model 'plain' with fingerprint f-plain"
         )
@@ -372,21 +360,18 @@ async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(
         await at.engine.set_default("plain", 1, CARRY)
         await expect(at, "marked", 1, states["marked"], 3, weight=5)
         await expect(at, "plain", 1, states["plain"], 3, weight=5)
-        durable_store.kill()
 
 
 @ON_DISK  # no server starts with another file
 async def test_a_file_that_was_replaced_comes_back(durable_store: DurableStore) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("a", "b")
         states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("a", "b")}
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
-        durable_store.kill()
-    async with on(durable_store, {"plain@1": weights(5), "plain@2": weights(2)}) as at:
+    async with on(durable_store, {"plain@1": weights(5), "plain@2": weights(2)}, is_killed=True) as at:
         states["b"] = await expect(at, "b", 2, states["b"], 2)
         await at.engine.set_label("plain", "kept", 2)  # the store says what is known now
-        durable_store.kill()
     async with on(durable_store, BOTH) as at:
         known = at.engine.catalogue()["plain"].known
         assert {version: each.fingerprint for version, each in known.items()} == {
@@ -401,7 +386,7 @@ async def test_moves_that_nobody_makes_are_forgotten(
     durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "MAX_KNOWN_VERSIONS", 8)
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("asleep", "active")
         asleep = await expect(at, "asleep", 1, INITIAL, 0)
         active = INITIAL
@@ -415,7 +400,6 @@ async def test_moves_that_nobody_makes_are_forgotten(
         assert len(own.known) <= 8
         assert len(at.internals.models) == 1
         asleep = await expect(at, "asleep", 41, asleep, 1)
-        durable_store.kill()
     async with on(durable_store, {"plain@41": weights(41)}) as at:
         await expect(at, "asleep", 41, asleep, 2)
         await expect(at, "active", 41, active, 3)
@@ -426,7 +410,7 @@ async def test_what_ends_behind_a_move_is_carried_after_a_kill(
     durable_store: DurableStore, count: int
 ) -> None:
     names = [f"s{i}" for i in range(count)]
-    async with on(durable_store, threads=True) as at:
+    async with on(durable_store, threads=True, is_killed=True) as at:
         await at.open(*names)
         await at.engine.load_version("plain", 2, weights(2))
         under_way = await at.begin_pass(names, x(count))
@@ -435,7 +419,6 @@ async def test_what_ends_behind_a_move_is_carried_after_a_kill(
         answers = await under_way.all()
         assert [answer.version for answer in answers if isinstance(answer, Answer)] == [1] * count
         assert set(await marks(durable_store, *names)) == {Mark(1, 0, is_pinned=False)}
-        durable_store.kill()
     async with on(durable_store, BOTH) as at:
         assert await at.internals.sessions_by_version("plain") == {2: count}
         assert (await at.step(names[-1], x(1))).version == 2
@@ -444,18 +427,16 @@ async def test_what_ends_behind_a_move_is_carried_after_a_kill(
 async def test_sessions_follow_the_default_after_the_document_of_their_last_move_was_lost(
     durable_store: DurableStore,
 ) -> None:
-    async with on(durable_store) as at:
+    async with on(durable_store, is_killed=True) as at:
         await at.open("a")
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, CARRY)
         state = await expect(at, "a", 2, INITIAL, 1)
-        durable_store.kill()
     await durable_store.write(Batch(documents=[(document.name_of("plain"), None)]))
-    async with on(durable_store, BOTH) as at:
+    async with on(durable_store, BOTH, is_killed=True) as at:
         state = await expect(at, "a", 2, state, 2)
         await at.engine.load_version("plain", 3, weights(3))
         await at.engine.set_default("plain", 3, CARRY)
         state = await expect(at, "a", 3, state, 3)
-        durable_store.kill()
     async with on(durable_store, {**BOTH, "plain@3": weights(3)}) as at:
         await expect(at, "a", 3, state, 4)
