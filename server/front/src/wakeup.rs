@@ -54,7 +54,7 @@ impl Wakeup {
         }
         let one: u64 = 1;
         // SAFETY: eight bytes of a number that lives until the call returns, written to an eventfd that is ours.
-        // It cannot fail but for a counter that is full, and then it is readable already.
+        // It can only fail if the counter is full, and then the eventfd is readable already.
         let _ = unsafe { libc::write(self.event.as_raw_fd(), std::ptr::from_ref(&one).cast(), 8) };
     }
 

@@ -4,8 +4,8 @@ isort:skip_file
 The KServe v2 (Open Inference) protocol, with the extensions of Triton Inference Server that Stepwell
 serves: sequence, sequence(string_id), statistics, model_configuration.
 
-Written from the public description of the protocol. Names and field numbers are the protocol's, so that
-its clients work unchanged; what Stepwell neither reads nor says is left out, and old numbers stay unused.
+Written from the public description of the protocol. Names and field numbers are those of the protocol, so
+existing clients work unchanged. Fields that Stepwell does not use are left out, and old numbers stay unused.
 """
 
 from collections import abc as _abc
@@ -57,7 +57,7 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     TYPE_FP64: _DataType.ValueType  # 12
     """Float, 64 bits."""
     TYPE_STRING: _DataType.ValueType  # 13
-    """Texts; no model here has them."""
+    """Texts, which no model here uses."""
     TYPE_BF16: _DataType.ValueType  # 14
     """Brain float, 16 bits."""
 
@@ -91,14 +91,14 @@ TYPE_FP32: DataType.ValueType  # 11
 TYPE_FP64: DataType.ValueType  # 12
 """Float, 64 bits."""
 TYPE_STRING: DataType.ValueType  # 13
-"""Texts; no model here has them."""
+"""Texts, which no model here uses."""
 TYPE_BF16: DataType.ValueType  # 14
 """Brain float, 16 bits."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final
 class ServerLiveRequest(_message.Message):
-    """Asks whether the server process runs."""
+    """Request of ServerLive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -137,7 +137,7 @@ Global___ServerLiveResponse: _TypeAlias = ServerLiveResponse  # noqa: Y015
 
 @_typing.final
 class ServerReadyRequest(_message.Message):
-    """Asks whether the server takes requests."""
+    """Request of ServerReady."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -154,7 +154,7 @@ Global___ServerReadyRequest: _TypeAlias = ServerReadyRequest  # noqa: Y015
 
 @_typing.final
 class ServerReadyResponse(_message.Message):
-    """Whether the server takes requests."""
+    """Whether the server accepts requests."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -176,16 +176,16 @@ Global___ServerReadyResponse: _TypeAlias = ServerReadyResponse  # noqa: Y015
 
 @_typing.final
 class ModelReadyRequest(_message.Message):
-    """Asks whether a model takes requests."""
+    """Request of ModelReady."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     version: _builtins.str
-    """"": the default version; else its number."""
+    """Number of the version. "": the default version."""
     def __init__(
         self,
         *,
@@ -202,7 +202,7 @@ Global___ModelReadyRequest: _TypeAlias = ModelReadyRequest  # noqa: Y015
 
 @_typing.final
 class ModelReadyResponse(_message.Message):
-    """Whether a model takes requests."""
+    """Whether a model accepts requests."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -224,7 +224,7 @@ Global___ModelReadyResponse: _TypeAlias = ModelReadyResponse  # noqa: Y015
 
 @_typing.final
 class ServerMetadataRequest(_message.Message):
-    """Asks about the server."""
+    """Request of ServerMetadata."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -254,7 +254,7 @@ class ServerMetadataResponse(_message.Message):
     """Version of the distribution."""
     @_builtins.property
     def extensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Extensions of the protocol that the server has."""
+        """Extensions of the protocol that the server supports."""
 
     def __init__(
         self,
@@ -273,16 +273,16 @@ Global___ServerMetadataResponse: _TypeAlias = ServerMetadataResponse  # noqa: Y0
 
 @_typing.final
 class ModelMetadataRequest(_message.Message):
-    """Asks about a model."""
+    """Request of ModelMetadata."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     version: _builtins.str
-    """"": the default version; else its number."""
+    """Number of the version. "": the default version."""
     def __init__(
         self,
         *,
@@ -318,7 +318,7 @@ class ModelMetadataResponse(_message.Message):
         """FP32, INT32, ..."""
         @_builtins.property
         def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-            """Of one time step, with the batch dimension (-1) in front. A time axis may follow the batch dimension."""
+            """Shape of one time step, after the batch dimension (-1). A time axis may follow the batch dimension."""
 
         def __init__(
             self,
@@ -339,20 +339,20 @@ class ModelMetadataResponse(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     platform: _builtins.str
-    """"stepwell_" and what runs the model."""
+    """"stepwell_" and the name of the executor."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The numbers of all that are loaded; of a request that names a version, that one."""
+        """Numbers of the loaded versions, or of the requested version alone."""
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelMetadataResponse.TensorMetadata]:
-        """What goes in."""
+        """The inputs."""
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelMetadataResponse.TensorMetadata]:
-        """What comes out."""
+        """The outputs."""
 
     def __init__(
         self,
@@ -391,7 +391,7 @@ class InferParameter(_message.Message):
     double_param: _builtins.float
     """A number."""
     uint64_param: _builtins.int
-    """A whole number that is not negative."""
+    """A non-negative whole number."""
     def __init__(
         self,
         *,
@@ -455,7 +455,7 @@ class InferTensorContents(_message.Message):
 
     @_builtins.property
     def bytes_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """For BYTES, which no model here takes."""
+        """For BYTES, which no model here uses."""
 
     def __init__(
         self,
@@ -518,18 +518,18 @@ class ModelInferRequest(_message.Message):
         name: _builtins.str
         """Name."""
         datatype: _builtins.str
-        """FP32, INT32, ...: the model's."""
+        """Type of the elements, such as FP32 or INT32: that of the model."""
         @_builtins.property
         def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """[B, features...], or [B, T, features...] for T time steps."""
 
         @_builtins.property
         def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
-            """None that Stepwell reads."""
+            """Not used by Stepwell."""
 
         @_builtins.property
         def contents(self) -> Global___InferTensorContents:
-            """The elements; absent if they are in raw_input_contents."""
+            """The elements. Absent if they are in raw_input_contents."""
 
         def __init__(
             self,
@@ -548,7 +548,7 @@ class ModelInferRequest(_message.Message):
 
     @_typing.final
     class InferRequestedOutputTensor(_message.Message):
-        """An output that shall come back."""
+        """A requested output."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -579,7 +579,7 @@ class ModelInferRequest(_message.Message):
         """Name."""
         @_builtins.property
         def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
-            """None that Stepwell reads."""
+            """Not used by Stepwell."""
 
         def __init__(
             self,
@@ -622,11 +622,11 @@ class ModelInferRequest(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     RAW_INPUT_CONTENTS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
-    """Name the model is served under."""
+    """Name of the model."""
     model_version: _builtins.str
-    """"": the default version, or for a sequence that goes on the one that it is on; else its number."""
+    """Number of the version. "": the version of a sequence that continues, else the default version."""
     id: _builtins.str
-    """Comes back in the reply. Absent: none."""
+    """Id of the request, which the reply repeats. Absent: none."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
         """sequence_id, sequence_start, sequence_end, priority (not used), timeout (microseconds),
@@ -635,15 +635,15 @@ class ModelInferRequest(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInferRequest.InferInputTensor]:
-        """Each of the model's inputs once."""
+        """All inputs of the model, each once."""
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInferRequest.InferRequestedOutputTensor]:
-        """Outputs that shall come back, in this order. None: all."""
+        """Requested outputs, in this order. Empty: all."""
 
     @_builtins.property
     def raw_input_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Elements of the inputs in their order, little-endian and row-major; then no input has contents."""
+        """Elements of the inputs in order, little-endian and row-major. No input then has contents."""
 
     def __init__(
         self,
@@ -666,7 +666,7 @@ Global___ModelInferRequest: _TypeAlias = ModelInferRequest  # noqa: Y015
 
 @_typing.final
 class ModelInferResponse(_message.Message):
-    """What a run gave."""
+    """Response of ModelInfer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -708,7 +708,7 @@ class ModelInferResponse(_message.Message):
         """FP32, INT32, ..."""
         @_builtins.property
         def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-            """[B, features...], or with T after B if the inputs had it and the output has one value per time step."""
+            """[B, features...]; with T after B if the inputs have T and the output has one value per time step."""
 
         @_builtins.property
         def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
@@ -716,7 +716,7 @@ class ModelInferResponse(_message.Message):
 
         @_builtins.property
         def contents(self) -> Global___InferTensorContents:
-            """Absent: the elements are in raw_output_contents."""
+            """Absent, because the elements are in raw_output_contents."""
 
         def __init__(
             self,
@@ -761,15 +761,15 @@ class ModelInferResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     RAW_OUTPUT_CONTENTS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
-    """The request's."""
+    """The same as in the request."""
     model_version: _builtins.str
-    """The number of the version that ran."""
+    """Number of the version that ran the request."""
     id: _builtins.str
-    """The request's."""
+    """The same as in the request."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, Global___InferParameter]:
-        """Of a sequence: stepwell_revision (int64) and stepwell_position (int64) after the step, and
-        stepwell_replayed (bool) if this is an earlier answer once more.
+        """For a sequence: stepwell_revision (int64) and stepwell_position (int64) after the step, and
+        stepwell_replayed (bool) if this is a remembered reply.
         """
 
     @_builtins.property
@@ -778,7 +778,7 @@ class ModelInferResponse(_message.Message):
 
     @_builtins.property
     def raw_output_contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Elements of the outputs in their order, little-endian and row-major."""
+        """Elements of the outputs in order, little-endian and row-major."""
 
     def __init__(
         self,
@@ -800,17 +800,17 @@ Global___ModelInferResponse: _TypeAlias = ModelInferResponse  # noqa: Y015
 
 @_typing.final
 class ModelStreamInferResponse(_message.Message):
-    """The answer to one request of a stream."""
+    """Response to one request of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ERROR_MESSAGE_FIELD_NUMBER: _builtins.int
     INFER_RESPONSE_FIELD_NUMBER: _builtins.int
     error_message: _builtins.str
-    """What went wrong; "" if nothing did. The stream goes on."""
+    """Error message; "": no error. The stream continues after an error."""
     @_builtins.property
     def infer_response(self) -> Global___ModelInferResponse:
-        """The reply; after an error only its id is set."""
+        """The response. After an error, only its id is set."""
 
     def __init__(
         self,
@@ -828,16 +828,16 @@ Global___ModelStreamInferResponse: _TypeAlias = ModelStreamInferResponse  # noqa
 
 @_typing.final
 class ModelConfigRequest(_message.Message):
-    """Asks how a model is configured."""
+    """Request of ModelConfig."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     version: _builtins.str
-    """"": the default version; else its number."""
+    """Number of the version. "": the default version."""
     def __init__(
         self,
         *,
@@ -854,7 +854,7 @@ Global___ModelConfigRequest: _TypeAlias = ModelConfigRequest  # noqa: Y015
 
 @_typing.final
 class ModelConfigResponse(_message.Message):
-    """How a model is configured."""
+    """Configuration of a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -878,16 +878,16 @@ Global___ModelConfigResponse: _TypeAlias = ModelConfigResponse  # noqa: Y015
 
 @_typing.final
 class ModelStatisticsRequest(_message.Message):
-    """Asks for statistics."""
+    """Request of ModelStatistics."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under. "": all models."""
+    """Name of the model. "": all models."""
     version: _builtins.str
-    """"": all versions; else its number."""
+    """Number of the version. "": all versions."""
     def __init__(
         self,
         *,
@@ -904,16 +904,16 @@ Global___ModelStatisticsRequest: _TypeAlias = ModelStatisticsRequest  # noqa: Y0
 
 @_typing.final
 class StatisticDuration(_message.Message):
-    """How often something happened, and how long it took in all."""
+    """Number of events and their total duration."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     COUNT_FIELD_NUMBER: _builtins.int
     NS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """How often."""
+    """Number of events."""
     ns: _builtins.int
-    """Nanoseconds in all."""
+    """Total duration in nanoseconds."""
     def __init__(
         self,
         *,
@@ -944,15 +944,15 @@ class InferStatistics(_message.Message):
     CACHE_MISS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def success(self) -> Global___StatisticDuration:
-        """Requests that were answered, from their arrival to their answer."""
+        """Successful requests, from arrival to reply."""
 
     @_builtins.property
     def fail(self) -> Global___StatisticDuration:
-        """Requests that were refused."""
+        """Refused requests."""
 
     @_builtins.property
     def queue(self) -> Global___StatisticDuration:
-        """Until the pass: for the sequence's turn, for the pass, for the store."""
+        """Waiting before the pass: for the sequence, for the pass, for the store."""
 
     @_builtins.property
     def compute_input(self) -> Global___StatisticDuration:
@@ -960,19 +960,19 @@ class InferStatistics(_message.Message):
 
     @_builtins.property
     def compute_infer(self) -> Global___StatisticDuration:
-        """Passes of the model that took the request's rows along."""
+        """Passes of the model that contained the request's rows."""
 
     @_builtins.property
     def compute_output(self) -> Global___StatisticDuration:
-        """Making the reply."""
+        """Creating the reply."""
 
     @_builtins.property
     def cache_hit(self) -> Global___StatisticDuration:
-        """There is no cache: 0."""
+        """Always 0: there is no cache."""
 
     @_builtins.property
     def cache_miss(self) -> Global___StatisticDuration:
-        """There is no cache: 0."""
+        """Always 0: there is no cache."""
 
     def __init__(
         self,
@@ -1005,7 +1005,7 @@ class InferBatchStatistics(_message.Message):
     COMPUTE_INFER_FIELD_NUMBER: _builtins.int
     COMPUTE_OUTPUT_FIELD_NUMBER: _builtins.int
     batch_size: _builtins.int
-    """Rows that ran together."""
+    """Number of rows in the pass."""
     @_builtins.property
     def compute_input(self) -> Global___StatisticDuration:
         """Passes; copying inputs is part of compute_infer."""
@@ -1048,22 +1048,22 @@ class ModelStatistics(_message.Message):
     INFERENCE_STATS_FIELD_NUMBER: _builtins.int
     BATCH_STATS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     version: _builtins.str
     """Its number."""
     last_inference: _builtins.int
-    """Milliseconds since the epoch of the last request. 0: none yet."""
+    """Time of the last request, in milliseconds since the epoch. 0: none yet."""
     inference_count: _builtins.int
-    """Rows of the requests that were answered."""
+    """Number of rows of successful requests."""
     execution_count: _builtins.int
-    """Passes of the model, of all its versions and for requests of whichever protocol."""
+    """Number of passes of the model, over all versions and protocols."""
     @_builtins.property
     def inference_stats(self) -> Global___InferStatistics:
         """Durations."""
 
     @_builtins.property
     def batch_stats(self) -> _containers.RepeatedCompositeFieldContainer[Global___InferBatchStatistics]:
-        """Passes by their rows, of all versions and for requests of whichever protocol."""
+        """Passes by number of rows, over all versions and protocols."""
 
     def __init__(
         self,
@@ -1093,7 +1093,7 @@ class ModelStatisticsResponse(_message.Message):
     MODEL_STATS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model_stats(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatistics]:
-        """Of the model that was asked for, or of all."""
+        """Statistics of the requested model, or of all models."""
 
     def __init__(
         self,
@@ -1110,7 +1110,7 @@ Global___ModelStatisticsResponse: _TypeAlias = ModelStatisticsResponse  # noqa: 
 
 @_typing.final
 class ModelTensorReshape(_message.Message):
-    """The shape that the model itself has where it differs from `dims`."""
+    """The model's own shape, if it differs from `dims`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1148,11 +1148,11 @@ class ModelInput(_message.Message):
     """Type of its elements."""
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of one time step, without the batch dimension."""
+        """Shape of one time step, without the batch dimension."""
 
     @_builtins.property
     def reshape(self) -> Global___ModelTensorReshape:
-        """Present if the model takes one number a row and time step, which dims calls [1]."""
+        """Present if the model takes one number per row and time step, for which dims is [1]."""
 
     def __init__(
         self,
@@ -1186,11 +1186,11 @@ class ModelOutput(_message.Message):
     """Type of its elements."""
     @_builtins.property
     def dims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Of one time step, without the batch dimension."""
+        """Shape of one time step, without the batch dimension."""
 
     @_builtins.property
     def reshape(self) -> Global___ModelTensorReshape:
-        """Present if the model gives one number a row and time step, which dims calls [1]."""
+        """Present if the model returns one number per row and time step, for which dims is [1]."""
 
     def __init__(
         self,
@@ -1210,7 +1210,7 @@ Global___ModelOutput: _TypeAlias = ModelOutput  # noqa: Y015
 
 @_typing.final
 class ModelVersionPolicy(_message.Message):
-    """Which versions of a model are served."""
+    """The served versions of a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1264,7 +1264,7 @@ class ModelVersionPolicy(_message.Message):
 
     @_builtins.property
     def specific(self) -> Global___ModelVersionPolicy.Specific:
-        """Those that are loaded now."""
+        """The versions that are loaded now."""
 
     def __init__(
         self,
@@ -1284,7 +1284,7 @@ Global___ModelVersionPolicy: _TypeAlias = ModelVersionPolicy  # noqa: Y015
 
 @_typing.final
 class ModelInstanceGroup(_message.Message):
-    """What runs a model."""
+    """An instance group of a model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1321,7 +1321,7 @@ class ModelInstanceGroup(_message.Message):
     name: _builtins.str
     """Name."""
     count: _builtins.int
-    """How many passes of the model run at the same time."""
+    """Number of concurrent passes of the model."""
     kind: Global___ModelInstanceGroup.Kind.ValueType
     """Where it runs."""
     def __init__(
@@ -1341,7 +1341,7 @@ Global___ModelInstanceGroup: _TypeAlias = ModelInstanceGroup  # noqa: Y015
 
 @_typing.final
 class ModelDynamicBatching(_message.Message):
-    """Requests are batched, and have nothing to do with each other."""
+    """Requests are batched, and are independent of each other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1358,13 +1358,13 @@ Global___ModelDynamicBatching: _TypeAlias = ModelDynamicBatching  # noqa: Y015
 
 @_typing.final
 class ModelSequenceBatching(_message.Message):
-    """Requests belong to sequences, whose states the server keeps."""
+    """Requests belong to sequences, and the server keeps the states of these."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class InitialState(_message.Message):
-        """What a state is when a sequence starts."""
+        """Initial value of a state."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1404,7 +1404,7 @@ class ModelSequenceBatching(_message.Message):
 
     @_typing.final
     class State(_message.Message):
-        """A tensor that is kept between the requests of a sequence."""
+        """A state tensor of a sequence."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1425,7 +1425,7 @@ class ModelSequenceBatching(_message.Message):
 
         @_builtins.property
         def initial_state(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSequenceBatching.InitialState]:
-            """What it is when a sequence starts."""
+            """Its initial value."""
 
         def __init__(
             self,
@@ -1450,7 +1450,7 @@ class ModelSequenceBatching(_message.Message):
 
         MAX_CANDIDATE_SEQUENCES_FIELD_NUMBER: _builtins.int
         max_candidate_sequences: _builtins.int
-        """Sequences that may run together; 0: no limit of its own."""
+        """Limit of sequences that run together; 0: no limit."""
         def __init__(
             self,
             *,
@@ -1466,14 +1466,14 @@ class ModelSequenceBatching(_message.Message):
     MAX_SEQUENCE_IDLE_MICROSECONDS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     max_sequence_idle_microseconds: _builtins.int
-    """Microseconds after which a sequence without a request ends. 0: never."""
+    """Time without a request after which a sequence ends, in microseconds. 0: never."""
     @_builtins.property
     def oldest(self) -> Global___ModelSequenceBatching.StrategyOldest:
-        """Those that have waited longest."""
+        """The requests that have waited longest."""
 
     @_builtins.property
     def state(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSequenceBatching.State]:
-        """What is kept of a sequence."""
+        """The states of a sequence."""
 
     def __init__(
         self,
@@ -1576,9 +1576,9 @@ class ModelConfig(_message.Message):
     BACKEND_FIELD_NUMBER: _builtins.int
     MODEL_TRANSACTION_POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     platform: _builtins.str
-    """"stepwell_" and what runs the model."""
+    """"stepwell_" and the name of the executor."""
     max_batch_size: _builtins.int
     """Rows of a request at most."""
     backend: _builtins.str
@@ -1589,11 +1589,11 @@ class ModelConfig(_message.Message):
 
     @_builtins.property
     def input(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInput]:
-        """What goes in."""
+        """The inputs."""
 
     @_builtins.property
     def output(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelOutput]:
-        """What comes out."""
+        """The outputs."""
 
     @_builtins.property
     def instance_group(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInstanceGroup]:
@@ -1684,7 +1684,7 @@ class RepositoryIndexResponse(_message.Message):
         STATE_FIELD_NUMBER: _builtins.int
         REASON_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """Name it is served under."""
+        """Name of the model."""
         version: _builtins.str
         """Its number."""
         state: _builtins.str
@@ -1792,7 +1792,7 @@ class RepositoryModelLoadRequest(_message.Message):
     repository_name: _builtins.str
     """"": there is one repository, without a name."""
     model_name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, Global___ModelRepositoryParameter]:
         """`config`: a model configuration as JSON, of which version_policy is read. `file:VERSION/NAME.keras`: a file."""
@@ -1862,7 +1862,7 @@ class RepositoryModelUnloadRequest(_message.Message):
     repository_name: _builtins.str
     """"": there is one repository, without a name."""
     model_name: _builtins.str
-    """Name it is served under."""
+    """Name of the model."""
     @_builtins.property
     def parameters(self) -> _containers.MessageMap[_builtins.str, Global___ModelRepositoryParameter]:
         """`unload_dependents`: nothing depends on a model here. `stepwell_force`: also if it has sessions."""
