@@ -6,6 +6,7 @@ A register in numpy stands for the server; each test lets it break one rule, or 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from support.checks.replay import LstmDense, LstmState
 from support.samples import examples
 
 UNITS, FEATURES, OUTPUTS = 4, 3, 2
+Forge = Callable[["World"], None]
 
 
 def _model() -> LstmDense:
@@ -128,12 +130,21 @@ def world() -> World:
     return world
 
 
-def caught(world: World, sort: str, session: str, revision: int, what: str) -> None:
-    """Exactly this session is reported, for this."""
-    found = world.check().violations
-    assert [(one.sort, one.session, one.revision) for one in found] == [(sort, session, revision)], found
-    assert f"session {session!r}, revision {revision}" in str(found[0])
-    assert what in str(found[0])
+def caught(sort: str, session: str, revision: int, what: str) -> Callable[[Forge], Forge]:
+    """Exactly this session is reported, for this, of the world that a test has forged."""
+
+    def decorated(forged: Forge) -> Forge:
+        @functools.wraps(forged)
+        def checked(world: World) -> None:
+            forged(world)
+            found = world.check().violations
+            assert [(one.sort, one.session, one.revision) for one in found] == [(sort, session, revision)]
+            assert f"session {session!r}, revision {revision}" in str(found[0])
+            assert what in str(found[0])
+
+        return checked
+
+    return decorated
 
 
 def forge(op: Op, **changes: object) -> None:
@@ -145,6 +156,7 @@ def forge(op: Op, **changes: object) -> None:
 # ---------------------------------------------------------------------------------------------------- what is caught
 
 
+@caught("twice", "a", 5, "it is right if step 0:8 is applied twice")
 def test_a_step_applied_twice(world: World) -> None:
     first = world.step("a")
     assert first.call.x is not None
@@ -152,44 +164,43 @@ def test_a_step_applied_twice(world: World) -> None:
     _, kept.state = MODEL.step(kept.state, first.call.x)
     kept.state = dataclasses.replace(kept.state, position=kept.state.position - 1)  # so that the value tells
     world.step("a")
-    caught(world, "twice", "a", 5, "it is right if step 0:8 is applied twice")
 
 
+@caught("twice", "a", 5, "expected revision 3")
 def test_a_step_applied_twice_and_counted_twice(world: World) -> None:
     world.sessions["a"].revision += 1
     op = world.step("a")
     op.call = dataclasses.replace(op.call, expected=3)
-    caught(world, "twice", "a", 5, "expected revision 3")
 
 
+@caught("twice", "a", 4, "no change that was asked for can have made it")
 def test_a_change_that_nobody_asked_for(world: World) -> None:
     world.sessions["a"].revision += 1
     world.step("a")
-    caught(world, "twice", "a", 4, "no change that was asked for can have made it")
 
 
+@caught("lost", "a", 3, "told after revision 4 was")
 def test_an_acknowledged_step_lost(world: World) -> None:
     before = dataclasses.replace(world.sessions["a"])
     world.step("a")
     world.sessions["a"] = before
     world.read("a")
-    caught(world, "lost", "a", 3, "told after revision 4 was")
 
 
+@caught("lost", "a", 4, "both made it")
 def test_an_acknowledged_step_lost_and_the_next_made_in_its_place(world: World) -> None:
     before = dataclasses.replace(world.sessions["a"])
     world.step("a")
     world.sessions["a"] = before
     world.step("a")
-    caught(world, "lost", "a", 4, "both made it")
 
 
+@caught("lost", "a", 5, "it is right if the change before it is left out")
 def test_an_acknowledged_state_lost_and_the_revision_kept(world: World) -> None:
     before = world.sessions["a"].state
     world.step("a")
     world.sessions["a"].state = dataclasses.replace(before, position=before.position + 1)
     world.step("a")
-    caught(world, "lost", "a", 5, "it is right if the change before it is left out")
 
 
 def test_outputs_of_two_sessions_swapped(world: World) -> None:
@@ -201,21 +212,22 @@ def test_outputs_of_two_sessions_swapped(world: World) -> None:
     assert [(v.sort, v.session, v.revision) for v in found] == [("wrong", "a", 4), ("wrong", "b", 4)]
 
 
+@caught("wrong", "a", 4, "step 0:8")
 def test_the_output_of_another_input(world: World) -> None:
     op = world.step("a")
     op.call = dataclasses.replace(op.call, x=world.x("a"))
-    caught(world, "wrong", "a", 4, "step 0:8")
 
 
+@caught("wrong", "wide", 1, "step")
 def test_rows_that_change_places(world: World) -> None:
     world.open("wide", batch_size=2)
     op = world.step("wide", 2)
     y = op.ends[0][1].y
     assert y is not None
     forge(op, y=y[::-1])
-    caught(world, "wrong", "wide", 1, "step")
 
 
+@caught("lost", "a", 5, "position 6")
 def test_a_reset_lost(world: World) -> None:
     world.reset("a", happens=False)
     world.sessions["a"].revision += 1
@@ -223,21 +235,20 @@ def test_a_reset_lost(world: World) -> None:
     before = Call(kind="reset", session="a", expected=3)
     world.told(before, End(outcome="acknowledged", revision=4, position=0))
     world.step("a")
-    caught(world, "lost", "a", 5, "position 6")
 
 
+@caught("wrong", "a", 4, "position 5")
 def test_a_reset_acknowledged_at_a_wrong_position(world: World) -> None:
     forge(world.reset("a"), position=5)
-    caught(world, "wrong", "a", 4, "position 5")
 
 
+@caught("wrong", "twin", 5, "step")
 def test_a_fork_of_a_wrong_revision(world: World) -> None:
     old = dataclasses.replace(world.sessions["a"])
     world.step("a")
     world.fork("a", "twin")
     world.sessions["twin"].state = dataclasses.replace(old.state, position=old.state.position + 1)
     world.step("twin")
-    caught(world, "wrong", "twin", 5, "step")
 
 
 def test_a_fork_behind_what_was_acknowledged(world: World) -> None:
@@ -248,66 +259,66 @@ def test_a_fork_behind_what_was_acknowledged(world: World) -> None:
     assert [(v.sort, v.session, v.revision) for v in found] == [("lost", "a", 3)]
 
 
+@caught("wrong", "a", 3, "the state were read")
 def test_a_state_read_that_the_session_never_had(world: World) -> None:
     states = world.read("a").ends[0][1].states
     assert states is not None
     forge(world.ops[-1], states={name: array + np.float32(1e-3) for name, array in states.items()})
-    caught(world, "wrong", "a", 3, "the state were read")
 
 
+@caught("wrong", "a", 3, "different bits")
 def test_two_reads_that_differ_in_a_bit(world: World) -> None:
     world.read("a")
     states = world.read("a").ends[0][1].states
     assert states is not None
     forge(world.ops[-1], states={name: np.nextafter(array, np.float32(9)) for name, array in states.items()})
-    caught(world, "wrong", "a", 3, "different bits")
 
 
+@caught("twice", "a", 4, "was answered again in another way")
 def test_another_answer_to_a_change_sent_again(world: World) -> None:
     op = world.step("a")
     at, end = op.ends[0]
     assert end.y is not None
     op.ends.append((at + 1, dataclasses.replace(end, y=np.nextafter(end.y, np.float32(9)))))
-    caught(world, "twice", "a", 4, "was answered again in another way")
 
 
+@caught("twice", "a", 4, "step 0:8 had failed as not_applied")
 def test_a_change_that_failed_as_not_applied_and_was(world: World) -> None:
     forge(world.step("a"), outcome="not_applied", revision=None, position=None, y=None)
     world.read("a")
-    caught(world, "twice", "a", 4, "step 0:8 had failed as not_applied")
 
 
+@caught("twice", "a", 5, "no change that was asked for")
 def test_an_unknown_change_fills_one_gap_only(world: World) -> None:
     world.step("a", told=False)
     world.sessions["a"].revision += 1
     world.read("a")
-    caught(world, "twice", "a", 5, "no change that was asked for")
 
 
+@caught("lost", "a", 4, "told after revision 4 was")
 def test_a_revision_told_before_anything_can_have_made_it(world: World) -> None:
     world.sessions["a"].revision += 1
     early = world.told(Call(kind="look", session="a"), End(outcome="acknowledged", revision=4))
     world.sessions["a"].revision -= 1
     world.step("a")
     assert early.ends[0][0] < world.ops[-1].called_at
-    caught(world, "lost", "a", 4, "told after revision 4 was")
 
 
+@caught("gone", "a", 3, "SessionNotFoundError")
 def test_a_session_that_is_gone(world: World) -> None:
     world.told(Call(kind="read", session="a"), End(outcome="gone", error="SessionNotFoundError: a"))
-    caught(world, "gone", "a", 3, "SessionNotFoundError")
 
 
+@caught("gone", "b", 3, "SessionLostError")
 def test_a_fork_whose_parent_is_gone(world: World) -> None:
     world.told(
         Call(kind="fork", session="twin", parent="b"), End(outcome="gone", error="SessionLostError: b")
     )
-    caught(world, "gone", "b", 3, "SessionLostError")
 
 
+@caught("error", "b", 3, "InternalError: 77")
 def test_an_error_that_nothing_can_cause(world: World) -> None:
     forge(world.step("b", happens=False), outcome="error", revision=None, error="InternalError: 77")
-    caught(world, "error", "b", 3, "InternalError: 77")
 
 
 # ----------------------------------------------------------------------------------- what is caught of several replicas
@@ -326,13 +337,13 @@ def look(session: str) -> Call:
     return Call(kind="look", session=session)
 
 
+@caught("lost", "a", 3, "told after revision 4 was")
 def test_a_replica_that_reads_what_it_remembers(world: World) -> None:
     """Its copy is right, but older than what another replica had acknowledged before it was asked."""
     stale = world.answer("a")
     world.step("a")
     begin_late = begin(world, look("a"))
     finish(world, begin_late, stale)
-    caught(world, "lost", "a", 3, "told after revision 4 was")
 
 
 def test_a_read_under_way_may_show_either_side_of_a_change(world: World) -> None:
@@ -345,23 +356,24 @@ def test_a_read_under_way_may_show_either_side_of_a_change(world: World) -> None
     world.check().require_clean()
 
 
+@caught("lost", "a", 3, "told after revision 4 was")
 def test_two_reads_one_after_the_other_that_go_back(world: World) -> None:
     """The change is not acknowledged; but who reads after somebody has seen it must see it too."""
     before = world.answer("a")
     world.step("a", told=False)
     finish(world, begin(world, look("a")), world.answer("a"))
     finish(world, begin(world, look("a")), before)
-    caught(world, "lost", "a", 3, "told after revision 4 was")
 
 
+@caught("lost", "a", 3, "told after revision 4 was")
 def test_a_conflict_told_from_an_old_copy(world: World) -> None:
     old = world.sessions["a"].revision
     world.step("a")
     late = Call(kind="step", session="a", expected=old + 1, x=world.x("a"))
     world.told(late, End(outcome="not_applied", revision=old))
-    caught(world, "lost", "a", 3, "told after revision 4 was")
 
 
+@caught("lost", "a", 4, "both made it")
 def test_two_owners_whose_changes_are_both_acknowledged(world: World) -> None:
     """Each replica made its own revision 4."""
     state = world.sessions["a"].state
@@ -371,7 +383,6 @@ def test_two_owners_whose_changes_are_both_acknowledged(world: World) -> None:
         assert op.call.x is not None
         y, after = MODEL.step(state, op.call.x)
         finish(world, op, End(outcome="acknowledged", revision=4, position=after.position, y=single(y)))
-    caught(world, "lost", "a", 4, "both made it")
 
 
 def test_rivals_of_whom_one_wins(world: World) -> None:
@@ -382,6 +393,7 @@ def test_rivals_of_whom_one_wins(world: World) -> None:
     world.check().require_clean()
 
 
+@caught("lost", "a", 5, "it is right if the change before it is left out")
 def test_the_output_of_a_state_that_another_replica_had_moved_on(world: World) -> None:
     """The loser computed from its old copy, and was acknowledged at the right revision all the same."""
     old = world.sessions["a"].state
@@ -389,7 +401,6 @@ def test_the_output_of_a_state_that_another_replica_had_moved_on(world: World) -
     position = world.sessions["a"].state.position
     world.sessions["a"].state = dataclasses.replace(old, position=position)
     world.step("a")
-    caught(world, "lost", "a", 5, "it is right if the change before it is left out")
 
 
 def test_a_change_sent_to_two_and_answered_by_both(world: World) -> None:
@@ -398,11 +409,11 @@ def test_a_change_sent_to_two_and_answered_by_both(world: World) -> None:
     assert world.check().require_clean().answered_again == 1
 
 
+@caught("wrong", "a", 4, "was refused when it was sent again")
 def test_a_change_refused_by_the_replica_that_did_not_make_it(world: World) -> None:
     """It knows the revision, and not that this very change has made it."""
     op = world.step("a")
     finish(world, op, End(outcome="not_applied", revision=4))
-    caught(world, "wrong", "a", 4, "was refused when it was sent again")
 
 
 def test_a_change_sent_again_when_others_have_followed(world: World) -> None:
@@ -417,25 +428,25 @@ def close(world: World, session: str) -> Op:
     return world.told(Call(kind="close", session=session), End(outcome="acknowledged"))
 
 
+@caught("wrong", "a", 3, "closed or gone")
 def test_a_closed_session_that_a_replica_still_serves(world: World) -> None:
     kept = world.answer("a")
     close(world, "a")
     finish(world, begin(world, look("a")), kept)
-    caught(world, "wrong", "a", 3, "closed or gone")
 
 
+@caught("wrong", "a", 3, "closed or gone")
 def test_a_session_that_is_gone_for_one_replica_only(world: World) -> None:
     """Nobody knows whether it was closed, but when one says so it was."""
     world.told(Call(kind="close", session="a"), End(outcome="unknown"))
     world.told(look("a"), End(outcome="gone", error="SessionNotFoundError: a"))
     world.read("a")
-    caught(world, "wrong", "a", 3, "closed or gone")
 
 
+@caught("gone", "a", 3, "SessionNotFoundError")
 def test_a_session_that_is_gone_before_anybody_closes_it(world: World) -> None:
     world.told(look("a"), End(outcome="gone", error="SessionNotFoundError: a"))
     close(world, "a")
-    caught(world, "gone", "a", 3, "SessionNotFoundError")
 
 
 def test_what_is_told_while_a_session_is_closed(world: World) -> None:
