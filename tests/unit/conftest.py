@@ -15,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
     from support.engine.harness import Harness
+    from support.engine.two_engines import Times
     from support.stores.durable import Disk, DurableStore
 
 # What a flush to disk costs is no concern of these tests.
@@ -87,22 +88,23 @@ async def at(request: pytest.FixtureRequest, store_kind: str) -> AsyncIterator[H
 
 
 @pytest.fixture
-async def servers(request: pytest.FixtureRequest, store_kind: str) -> AsyncIterator[tuple[Harness, Harness]]:
-    """Two servers on one store of that kind, made by `two`."""
-    from support.engine.two_engines import two
+async def servers(request: pytest.FixtureRequest, store_kind: str) -> AsyncIterator[Sequence[Any]]:
+    """Two servers on one store of that kind; with clocks of their own, if the test asks for `times`."""
+    from support.engine.two_engines import two, two_in_time
 
-    async with two(**made_with(request).kwargs) as found:
+    make: Any = two_in_time if "times" in request.fixturenames else two
+    async with make(**made_with(request).kwargs) as found:
         yield found
 
 
 @pytest.fixture
-def first(servers: tuple[Harness, Harness]) -> Harness:
+def first(servers: Sequence[Harness]) -> Harness:
     """One of two servers."""
     return servers[0]
 
 
 @pytest.fixture
-def second(servers: tuple[Harness, Harness]) -> Harness:
+def second(servers: Sequence[Harness]) -> Harness:
     """The other one."""
     return servers[1]
 
@@ -119,6 +121,13 @@ def stores_are_closed() -> Iterator[None]:
 def path(tmp_path: Path) -> Path:
     """Where a store may make its folder."""
     return tmp_path / "data"
+
+
+@pytest.fixture
+def times(servers: Sequence[Any]) -> Times:
+    """The clocks of two servers and of their store."""
+    found: Times = servers[2]
+    return found
 
 
 @pytest.fixture

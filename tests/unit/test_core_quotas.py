@@ -213,5 +213,6 @@ def test_roles(method: str, allowed: set[Role]) -> None:
         with pytest.raises(PermissionDenied) as raised:
             require(access_of(method), method, caller)
         assert (
-            str(raised.value) == f"{method} needs the role admin or user; caller 'acme/ann' has {role.value}"
+            str(raised.value)
+            == f"{method} needs the role admin or user; caller 'acme/ann' has the role {role.value}"
         )

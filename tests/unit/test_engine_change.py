@@ -41,8 +41,7 @@ async def test_with_all_rows_in_the_mask_the_position_begins_anew_and_a_retry_is
     threads: bool,
 ) -> None:
     async with running(threads=threads) as at:
-        await at.open("a")
-        await at.step("a", x(1, 5))
+        await at.open_and_step("a", x(1, 5))
         said: dict[str, Any] = {"reset_rows": np.ones(1, np.bool_), "expected": 1, "request_ids": 9}
         first = await at.step("a", x(1, 3, seed=2), **said)
         again = await at.step("a", x(1, 3, seed=2), **said)
@@ -459,7 +458,6 @@ async def test_another_opening_with_a_request_id_is_refused(other: str) -> None:
 
 
 async def test_errors_of_members_are_those_of_the_server(at: Harness) -> None:
-    await at.open("a")
-    await at.step("a", x(1), request_ids=np.array([7], np.uint64))
+    await at.open_and_step("a", x(1), request_ids=np.array([7], np.uint64))
     caught = await fails(at.step("a", x(1) + 1, request_ids=np.array([7], np.uint64)), ServerError)
     assert caught.reason == "INVALID_INPUT"

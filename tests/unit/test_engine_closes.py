@@ -70,8 +70,7 @@ async def test_a_close_is_remembered_over_sessions_that_end_in_other_ways(betwee
     if between == "close":
         await at.engine.close_session("a")
     else:
-        at.clock.advance(20.0)
-        await at.expire()
+        await at.expire(after_s=20.0)
     assert await at.engine.close_session("a", request_id=30) is True, "its own session is closed"
     await fails(at.engine.close_session("a", request_id=31), SessionGone)
     await lived(at, "a")
@@ -230,10 +229,8 @@ async def test_a_session_that_is_idle_too_long_expires(at: Harness) -> None:
     await at.step("a", x(1))
     at.clock.advance(40)
     await at.state("b")
-    at.clock.advance(20)
-    assert (await at.internals.expire_idle()) == 0, "idle for 60 s is not longer than 60 s"
-    at.clock.advance(1)
-    assert (await at.internals.expire_idle()) == 2
+    assert await at.expired_after(20) == 0, "idle for 60 s is not longer than 60 s"
+    assert await at.expired_after(1) == 2
     assert at.events.sessions[-2:] == [("expired", "a"), ("expired", "c")]
     assert await gone(at, "a") == "SessionExpired"
     assert await gone(at, "never") == "SessionNotFound"
@@ -258,8 +255,7 @@ async def test_a_session_that_is_due_is_gone_even_before_the_timer_comes(at: Har
 async def test_whoever_has_the_revision_of_a_session_that_ended_does_not_step_the_next_of_its_id(
     end: str, begin: str, at: Harness
 ) -> None:
-    await at.open("x")
-    await at.step("x", x(1), expected=0, request_ids=1)
+    await at.open_and_step("x", x(1), expected=0, request_ids=1)
     if end == "close":
         await at.engine.close_session("x")
     at.clock.advance(61)
@@ -294,8 +290,7 @@ async def test_ids_that_servers_make_cannot_be_chosen() -> None:
 @pytest.mark.engine(max_session_idle_s=60)
 async def test_an_expired_session_may_be_opened_anew_and_then_is_no_longer_expired(at: Harness) -> None:
     for open_again in ("one", "many"):
-        await at.open("a")
-        await at.step("a", x(1))
+        await at.open_and_step("a", x(1))
         at.clock.advance(61)
         if open_again == "one":
             opened = await at.engine.open_session("plain", session_id="a")
@@ -312,8 +307,7 @@ async def test_an_expired_session_may_be_opened_anew_and_then_is_no_longer_expir
 async def test_a_session_with_something_under_way_does_not_expire(at: Harness) -> None:
     await at.open("a", "b")
     await blocked(at, "a")
-    at.clock.advance(100)
-    assert (await at.internals.expire_idle()) == 1
+    assert await at.expired_after(100) == 1
     waiting = at.submit("a", x(1))
     at.hooks.open_gate()
     assert (await waiting.only()).revision == 2
@@ -401,11 +395,9 @@ async def test_the_limit_of_the_server_is_an_upper_bound(at: Harness) -> None:
         (None, "", 60.0),
     ):
         assert await limit_s(at, await opened(at, asked, name)) == limit
-    at.clock.advance(30.5)
-    assert await at.internals.expire_idle() == 1
+    assert await at.expired_after(30.5) == 1
     await refused(at, "c")
-    at.clock.advance(30.0)
-    assert await at.internals.expire_idle() == 3
+    assert await at.expired_after(30.0) == 3
     assert await ids(at) == set()
 
 
@@ -465,15 +457,12 @@ async def test_what_has_something_under_way_is_used(at: Harness) -> None:
     name, other = await opened(at, 60_000), await opened(at, 60_000)
     await at.state(name)
     answer = await at.begin_pass(name, x(1))
-    at.clock.advance(70.0)
-    assert await at.internals.expire_idle() == 1
+    assert await at.expired_after(70.0) == 1
     at.hooks.open_gate()
     assert (await answer.only()).revision == 1
     await refused(at, other)
-    at.clock.advance(60.0)
-    assert await at.internals.expire_idle() == 0
-    at.clock.advance(0.5)
-    assert await at.internals.expire_idle() == 1
+    assert await at.expired_after(60.0) == 0
+    assert await at.expired_after(0.5) == 1
 
 
 async def test_whoever_names_it_finds_it_expired_before_the_timer_comes(at: Harness) -> None:
@@ -512,12 +501,10 @@ async def test_limits_outlive_a_restart_whose_time_ends_nothing(disk: Disk) -> N
         assert await ids(at) == {*group, *others, *named}
         await at.expire()
         await at.step(group[3], x(1))  # in the table from here on
-        at.clock.advance(59.0)
-        await at.expire()
+        await at.expire(after_s=59.0)
         assert await ids(at) == {*group, *others, *named}
         await at.state(group[4])
-        at.clock.advance(1.5)
-        await at.expire()
+        await at.expire(after_s=1.5)
         assert await ids(at) == {group[4], *others, *named}, "the others, in the table and not"
         await refused(at, group[0], group[3])
         assert [await limit_s(at, each) for each in (group[4], others[0], named[0])] == [
@@ -527,8 +514,7 @@ async def test_limits_outlive_a_restart_whose_time_ends_nothing(disk: Disk) -> N
         ]
         stone = disk.store.tombstones(group[:1])[0]
         assert (stone.end, stone.revision) == (End.EXPIRED, 4)
-        at.clock.advance(545.0)
-        await at.expire()
+        await at.expire(after_s=545.0)
         assert await ids(at) == {*named}
     async with disk.engine() as at:
         await refused(at, group[0], others[0])
@@ -552,16 +538,13 @@ async def test_the_records_are_looked_through_in_pages_when_a_limit_ends_and_the
         at.store.heads = counted
         await at.expire()
         assert len(searches) == 5, "four pages, and the end"
-        at.clock.advance(44.0)
-        await at.expire()
+        await at.expire(after_s=44.0)
         assert len(searches) == 5, "no limit has ended"
         await at.state(long[1])
-        at.clock.advance(1.0)
-        await at.expire()
+        await at.expire(after_s=1.0)
         assert at.internals.loaded() == [long[1]], "to expire sessions loads none"
         assert len(await ids(at)) == 302
-        at.clock.advance(40.0)
-        await at.expire()
+        await at.expire(after_s=40.0)
         assert await ids(at) == {long[1], "named"}
         at.clock.advance(1e6)
         searches.clear()
@@ -579,8 +562,7 @@ async def test_a_store_that_cannot_be_read_ends_nothing_and_is_asked_again(disk:
         await fails(at.expire(), Unavailable)
         disk.store.read_error = None
         assert disk.store.count() == 1
-        at.clock.advance(2.0)
-        await at.expire()
+        await at.expire(after_s=2.0)
         assert await ids(at) == set()
 
 
@@ -594,12 +576,10 @@ async def test_a_session_that_is_paged_out_or_dropped_ends_by_its_last_use(disk:
         assert [type(answer) for answer in await at.submit(names[:1], x(1)).all()] == [Unavailable]
         await at.settled()
         assert names[0] not in at.internals.loaded()
-        at.clock.advance(20.0)
-        await at.expire()
+        await at.expire(after_s=20.0)
         assert await ids(at) == {names[0]}
         assert (await at.step(names[0], x(1))).revision == 1
-        at.clock.advance(50.5)
-        await at.expire()
+        await at.expire(after_s=50.5)
         assert await ids(at) == set()
 
 
@@ -639,12 +619,10 @@ async def test_a_session_whose_version_was_unloaded_ends_by_its_last_use(disk: D
         await at.state(used)
         await at.engine.unload_version("plain", 1, force=True)
         assert at.internals.loaded() == []
-        at.clock.advance(11.0)
-        await at.expire()
+        await at.expire(after_s=11.0)
         assert disk.store.get(used) is not None
         assert disk.store.tombstones([unused])[0].end is End.EXPIRED
-        at.clock.advance(40.0)
-        await at.expire()
+        await at.expire(after_s=40.0)
         assert disk.store.tombstones([used])[0].end is End.EXPIRED
 
 
@@ -660,5 +638,4 @@ async def test_many_sessions_of_an_unloaded_version_end_in_pieces(disk: Disk) ->
         await at.settled()
         assert disk.store.count() == 300
         assert disk.store.tombstones(made[:1])[0].end is End.EXPIRED
-        at.clock.advance(40.0)
-        assert await at.internals.expire_idle() == 300
+        assert await at.expired_after(40.0) == 300

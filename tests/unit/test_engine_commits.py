@@ -126,6 +126,19 @@ async def inside(store: Slow) -> None:
     assert await asyncio.to_thread(store.inside.wait, WAIT_S)
 
 
+async def hold_up(store: Slow, told: Told, name: str) -> None:
+    """Have a large batch under way that does not end."""
+    store.gate.clear()
+    told.submit(name, size=HUGE)
+    await inside(store)
+
+
+async def let_go(store: Slow, commits: Commits) -> None:
+    """Let all batches end."""
+    store.gate.set()
+    await commits.idle()
+
+
 async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
     slow: tuple[Slow, Commits, Told],
 ) -> None:
@@ -186,28 +199,22 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     store, commits, told = slow
     store.needs_checkpoint = True
     told.submit("a")
-    store.gate.clear()
-    told.submit("b", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "b")
     for _ in range(3):
         await asyncio.sleep(0)
     assert not any("MainThread" in who for who in store.tended)
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
 
 
 async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
-    store.gate.clear()
-    told.submit("a", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "a")
     for name in "bcdef":
         told.submit(name, Batch(puts=[("x", name.encode())]))
     assert not commits.may_commit_here(1)
     await asyncio.sleep(0)
     assert told.told == []
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert told.names == "abcdef"
     assert store.get("x") == b"f"
     assert len(store.batches) == 2, "what came meanwhile is kept together"
@@ -240,9 +247,7 @@ async def logged(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Logged, 
     store = Logged(waits_for_disk=request.param)
     commits = Commits(store)
     told = Told(commits, store)
-    store.gate.clear()
-    told.submit("L", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "L")
     yield store, commits, told
     store.gate.set()
     await asyncio.wait_for(commits.idle(), WAIT_S)
@@ -259,8 +264,7 @@ async def test_small_changes_pass_what_is_large(logged: tuple[Logged, Commits, T
     assert store.appended == [("a", who), ("b", who), ("c", who)]
     told.submit("d")
     told.submit("e", size=HUGE, is_change=True)
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert told.names == "abcLde", "what may not pass, or is large, has its turn"
     assert len(store.appended) == 3
 
@@ -273,8 +277,7 @@ async def test_what_finds_no_room_in_the_log_has_its_turn(
     told.submit("a", is_change=True)
     told.submit("b", is_change=True)
     assert told.names == ""
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert sorted(told.names) == sorted("Lab")
     assert store.get("a") == store.get("b") == b"record"
 
@@ -311,8 +314,7 @@ async def test_none_that_cannot_be_made_keeps_small_changes_from_passing(
     commits.submit(broken, 1, lambda told_of: told.told.append(("broken", error_of(told_of))), is_change=True)
     told.submit("a", is_change=True)
     await until(lambda: told.names == "a")
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert [type(error) for name, error in told.told if name == "broken"] == [Internal]
 
 
@@ -333,8 +335,7 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     store.gate.clear()
     store.inside.clear()
     store.waits_for_disk = True
@@ -347,8 +348,7 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     told.submit("c", is_change=True, is_latency_sensitive=True)
     told.submit("d", size=SMALL + 1, is_change=True, is_latency_sensitive=True)
     await until(lambda: told.names == "Lc")
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert told.names == "Lcmabnd"
 
 
@@ -356,8 +356,7 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
     logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     await until(
         lambda: bool(store.tended)
     )  # the checkpoint after the first, which may come when that has been told
@@ -388,9 +387,7 @@ async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
     store = Logged(waits_for_disk=True)
     commits = Commits(store)
     told = Told(commits, store)
-    store.gate.clear()
-    told.submit("L", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "L")
     store.needs_checkpoint = True
     told.submit("a", is_change=True)
     await until(lambda: told.names)
@@ -431,22 +428,17 @@ async def test_a_transaction_takes_only_so_much(
 ) -> None:
     monkeypatch.setattr(thread, "MAX_RECORDS", 10)
     store, commits, told = slow
-    store.gate.clear()
-    told.submit("a", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "a")
     for name, size in (("b", 4), ("c", 5), ("d", 1), ("e", 25), ("f", 0), ("g", 9), ("h", 9)):
         told.submit(name, size=size)
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == ["a", "bcd", "e", "fgh"]
     assert told.names == "abcdefgh"
 
 
 async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
-    store.gate.clear()
-    told.submit("a", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "a")
 
     def broken() -> Batch:
         raise ZeroDivisionError
@@ -454,8 +446,7 @@ async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told])
     told.submit("b")
     commits.submit(broken, 1, lambda told_of: told.told.append(("broken", error_of(told_of))))
     told.submit("c")
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert told.names == "abc"
     assert [type(error) for name, error in told.told if name == "broken"] == [Internal]
 
@@ -465,16 +456,13 @@ async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
     slow: tuple[Slow, Commits, Told], error: Exception
 ) -> None:
     store, commits, told = slow
-    store.gate.clear()
-    told.submit("a", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "a")
     told.submit("b", Batch(deletes=["x"]))
     told.submit("c")
     told.submit("d", Batch(puts=[("x", b"1")]))  # not together with what deletes it
     told.submit("e")
     store.error = error
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     store.error = None
     assert [name for name, _ in told.told] == [*"abcde"]
     said = [why for _, why in told.told]
@@ -489,9 +477,7 @@ async def test_what_could_not_be_kept_together_is_tried_one_by_one(
     slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, commits, told = slow
-    store.gate.clear()
-    told.submit("a", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "a")
     told.submit("b", Batch(deletes=["x"]))
     told.submit("c", Batch(puts=[("y", b"1")]))
     told.submit("d", Batch(deletes=["z"]))
@@ -504,8 +490,7 @@ async def test_what_could_not_be_kept_together_is_tried_one_by_one(
         kept.append(batch.deletes)
 
     monkeypatch.setattr(store, "commit", full)
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert kept[-2:] == [["x"], ["z"]]
     assert [(name, type(why)) for name, why in told.told] == [
         ("a", type(None)),
@@ -530,17 +515,14 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     told.submit("b", size=0)
     full.append(commits.is_full)
     assert full == [False, True], "one of no records counts as well"
-    store.gate.set()
-    await commits.idle()
+    await let_go(store, commits)
     assert rooms == [False]
     assert commits.is_idle
 
 
 async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
-    store.gate.clear()
-    told.submit("a", size=HUGE)
-    await inside(store)
+    await hold_up(store, told, "a")
     told.submit("b")
     assert commits.close(0.01) is False
     store.gate.set()

@@ -48,8 +48,7 @@ async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[s
 
 
 async def test_what_comes_after_a_fork_of_many_is_not_in_it(at: Harness) -> None:
-    await at.open("a")
-    await at.step("a", x(1))
+    await at.open_and_step("a", x(1))
     forking = await begun(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
     later = [at.submit("a", x(1)) for _ in range(3)]
     assert (await forking).revisions.tolist() == [1]

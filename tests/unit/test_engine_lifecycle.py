@@ -48,8 +48,7 @@ async def test_a_new_session_begins_at_the_initial_state(at: Harness) -> None:
 
 @pytest.mark.engine(resident_rows=1)
 async def test_a_reused_row_does_not_show_what_was_there(at: Harness) -> None:
-    await at.open("a")
-    await at.step("a", x(1, 3))
+    await at.open_and_step("a", x(1, 3))
     await at.engine.close_session("a")
     await at.open("b")
     assert (await at.state("b"))["sum"].tobytes() == initial(1).tobytes()

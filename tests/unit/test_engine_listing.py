@@ -391,8 +391,7 @@ async def test_one_that_another_server_opens_meanwhile_is_resumed(first: Harness
     second.store.commits_held = True
     slow = await begun(resume(second, ["x", "a", "y"]))
     await second.store.until("commit")
-    await first.open("a")
-    await first.step("a", x(1))
+    await first.open_and_step("a", x(1))
     second.store.let_go()
     opened = await slow
     assert opened.resumed is not None

@@ -195,16 +195,13 @@ async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None
         assert await brought(new, sessions, ExistingPolicy.REPLACE) == [ImportOutcome.REPLACED]
         assert (await new.engine.session_info("other")).max_idle_s == 90.0
         await new.step(name, x(1))
-        new.clock.advance(60.5)
-        assert await new.internals.expire_idle() == 1
-        new.clock.advance(30.0)
-        assert await new.internals.expire_idle() == 1
+        assert await new.expired_after(60.5) == 1
+        assert await new.expired_after(30.0) == 1
 
 
 async def test_bad_records_change_nothing() -> None:
     async with two(resident_rows=4) as (old, new):
-        await old.open("a")
-        await old.step("a", x(1, 3))
+        await old.open_and_step("a", x(1, 3))
         ((_, record),) = await exported(old, "a")
         good = decode("a", record)
 

@@ -160,8 +160,7 @@ async def test_closing_and_expiring_reach_sessions_that_are_away(at: Harness) ->
 
 @pytest.mark.engine(resident_rows=2)
 async def test_a_fork_of_a_session_that_is_away_brings_it_back(at: Harness) -> None:
-    await at.open("a")
-    await at.step("a", x(1, 3))
+    await at.open_and_step("a", x(1, 3))
     before = (await at.state("a"))["sum"].tobytes()
     await at.open("b", "c")
     await at.engine.fork("a", new_session_id="d")

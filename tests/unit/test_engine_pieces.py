@@ -381,8 +381,7 @@ async def test_a_session_that_takes_the_place_of_another_is_not_read_for_it(at: 
     read = await begun(at.engine.get_states(names))
     await asyncio.sleep(0)
     await at.engine.close_session(names[0])
-    await at.open("other")
-    await at.step("other", x(1))
+    await at.open_and_step("other", x(1))
     states = await read
     if 0 in states.members.tolist():
         assert states.revisions[0] == 0, "its own, read before it was closed"

@@ -35,8 +35,7 @@ async def test_states_come_back_as_asked_for_and_to_a_retry_too(
                 if states is Select.NONE:
                     said["state_rows"] = None
                 first = await at.step(name, value, expected=0, request_ids=9, **said)
-                await at.open("other")
-                await at.step("other", x(1))
+                await at.open_and_step("other", x(1))
                 await at.state("other")
                 again = await at.step(name, value, expected=0, request_ids=9, **said)
                 assert not first.replayed
@@ -327,8 +326,7 @@ def _x(*shape: int) -> np.ndarray:
 async def test_time_steps_count() -> None:
     assert all(spec.temporal for spec in PLAIN.outputs)
     async with running() as at:
-        await at.open("a")
-        await at.step("a", _x(1, _FITS), reply_limit=_LIMIT, reply_bytes=100)
+        await at.open_and_step("a", _x(1, _FITS), reply_limit=_LIMIT, reply_bytes=100)
         with pytest.raises(
             MessageTooLarge, match=r"the reply to the step must be at most 4096 bytes; it would be"
         ):

@@ -126,8 +126,7 @@ async def test_a_retry_gets_the_first_answer(change: dict[str, Any], how: str, a
 async def test_a_remembered_answer_says_the_revision_it_had_even_if_the_next_change_follows_at_once(
     at: Harness,
 ) -> None:
-    await at.open("a")
-    one = await at.step("a", drawn(1), expected=0, request_ids=5)
+    one = await at.open_and_step("a", drawn(1), expected=0, request_ids=5)
     again = at.submit("a", drawn(1), expected=0, request_ids=5)
     following = at.submit("a", drawn(1), expected=1, request_ids=6)
     assert (await following.only()).revision == 2
@@ -143,8 +142,7 @@ async def test_another_kind_of_answer_replaces_the_remembered_one(at: Harness) -
 
 
 async def test_a_stale_revision_is_refused_and_says_which_one_it_is(at: Harness) -> None:
-    await at.open("a")
-    await at.step("a", drawn(1), request_ids=5)
+    await at.open_and_step("a", drawn(1), request_ids=5)
     before = (await at.state("a"))["sum"].tobytes()
     for expected in (0, 2, 2**64 - 1):
         for change in ({"x": drawn(1)}, {"reset": True}):
@@ -405,8 +403,7 @@ async def test_a_step_whose_session_expired_while_it_waited_is_told_so(at: Harne
     at.clock.advance(6)
     await at.begin_pass("busy", x(1))
     step, frame = at.single("a", x(1)), at.submit(["a"], x(1, 3))
-    at.clock.advance(5)
-    assert (await at.internals.expire_idle()) == 1, "nobody else has its handle now"
+    assert await at.expired_after(5) == 1, "nobody else has its handle now"
     at.hooks.open_gate()
     for answers in (step, frame):
         await fails(answers.only(), SessionExpired)

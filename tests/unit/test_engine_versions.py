@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from stepwell_server.errors import (
 )
 from support.engine.fake_executor import PLAIN, WAIT_S
 from support.engine.harness import Harness, fails, x
-from support.engine.versions import WIDE, after, serving, weights, widen
+from support.engine.versions import WIDE, after, carry_to, serving, weights, widen
 from support.stores.durable import begun
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
@@ -33,160 +34,164 @@ MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
 INITIAL = np.array([[0.5, -0.25]], np.float32)
 
 
+@pytest.fixture
+async def at(request: pytest.FixtureRequest, store_kind: str) -> AsyncIterator[Harness]:
+    """An engine that serves versions, made by `serving`."""
+    mark = request.node.get_closest_marker("engine") or pytest.mark.engine.mark
+    async with serving(*mark.args, **mark.kwargs) as found:
+        yield found
+
+
 async def at_version(at: Harness, session_id: str) -> tuple[int, bool]:
     info = await at.engine.session_info(session_id)
     return info.version, info.is_pinned
 
 
-async def test_references_mean_versions(store_kind: str) -> None:
-    async with serving() as at:
-        await at.engine.load_version("plain", 2, weights(2), source="two.keras")
-        await at.engine.load_version("plain", 7, weights(7))
-        await at.engine.set_label("plain", "canary", 7)
-        for ref, version in (("plain", 1), ("plain@2", 2), ("plain@7", 7), ("plain:canary", 7)):
-            assert at.engine.model(ref).version == version
-            opened = await at.engine.open_session(ref, session_id=ref)
-            assert (opened.session.version, opened.session.is_pinned) == (version, ref != "plain")
-            answer = await at.step(ref, x(1))
-            start = weights(version).initial[0][None]
-            np.testing.assert_array_equal(answer.outputs["y"], after(version, start, [x(1)])[0])
+async def test_references_mean_versions(store_kind: str, at: Harness) -> None:
+    await at.engine.load_version("plain", 2, weights(2), source="two.keras")
+    await at.engine.load_version("plain", 7, weights(7))
+    await at.engine.set_label("plain", "canary", 7)
+    for ref, version in (("plain", 1), ("plain@2", 2), ("plain@7", 7), ("plain:canary", 7)):
+        assert at.engine.model(ref).version == version
+        opened = await at.engine.open_session(ref, session_id=ref)
+        assert (opened.session.version, opened.session.is_pinned) == (version, ref != "plain")
+        answer = await at.step(ref, x(1))
+        start = weights(version).initial[0][None]
+        np.testing.assert_array_equal(answer.outputs["y"], after(version, start, [x(1)])[0])
+        assert answer.version == version
+    for ref, error, said in (
+        ("plain@3", VersionNotFound, r"version of model 'plain' must be .* \[1, 2, 7\]; got 3"),
+        (
+            "plain:nothing",
+            VersionNotFound,
+            r"label of model 'plain' must be .* \['canary'\]; got 'nothing'",
+        ),
+        ("other@1", ModelNotFound, "model must be one of"),
+        ("plain@x", InvalidInput, "model must be NAME, NAME@VERSION"),
+    ):
+        await fails(at.engine.open_session(ref, session_id="new"), error, said)
+    info = at.engine.model("plain")
+    assert [(v.version, v.is_default, list(v.labels), v.source) for v in info.versions] == [
+        (1, True, [], ""),
+        (2, False, [], "two.keras"),
+        (7, False, ["canary"], ""),
+    ]
+    assert at.engine.next_version("plain") == 8
+
+
+@pytest.mark.engine(resident_rows=3)
+async def test_a_carried_session_goes_on_with_its_state_under_the_new_weights(
+    store_kind: str, at: Harness
+) -> None:
+    names = [f"s{i}" for i in range(7)]  # more than there are rows: some are paged out
+    await at.open(*names)
+    before = {name: await at.step(name, x(1, seed=i), request_ids=9) for i, name in enumerate(names)}
+    await at.engine.load_version("plain", 2, weights(2))
+    moved = await at.engine.set_default("plain", 2, CARRY)
+    assert (moved.previous, moved.sessions) == (1, 7)
+    for i, name in enumerate(names):
+        state = after(1, INITIAL, [x(1, seed=i)])[1]
+        info = await at.engine.session_info(name)
+        assert (info.version, info.revision, info.position) == (2, 1, 1)
+        np.testing.assert_array_equal((await at.state(name))["sum"], state)
+        again = await at.step(name, x(1, seed=i), request_ids=9, expected=0)
+        assert again.replayed
+        assert again.version == 2
+        np.testing.assert_array_equal(again.outputs["y"], before[name].outputs["y"])
+        answer = await at.step(name, x(1, seed=50 + i), expected=1)
+        assert (answer.version, answer.revision, answer.position) == (2, 2, 2)
+        np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [x(1, seed=50 + i)])[0])
+    answer = await at.open_and_step("new", x(1))
+    np.testing.assert_array_equal(answer.outputs["y"], after(2, weights(2).initial[0][None], [x(1)])[0])
+
+
+@pytest.mark.engine(threads=True)
+async def test_what_is_under_way_ends_on_the_version_where_it_began(store_kind: str, at: Harness) -> None:
+    await at.open("a", "b")
+    await at.engine.load_version("plain", 2, weights(2))
+    first = await at.begin_pass("a", x(1, 3))  # three time steps
+    second = at.submit("a", x(1, seed=1))  # waits in the session's line
+    third = at.submit("b", x(1, seed=2))  # waits in the inbox
+    await at.engine.set_default("plain", 2, CARRY)
+    last = at.submit("a", x(1, seed=3))
+    at.hooks.open_gate()
+    _, state = after(1, INITIAL, list(np.moveaxis(x(1, 3), 1, 0)))
+    one = await first.only()
+    assert one.version == 1
+    two, state = await second.only(), after(1, state, [x(1, seed=1)])[1]
+    assert (two.version, two.revision) == (1, 2)
+    other = await third.only()
+    assert other.version == 1
+    three = await last.only()
+    assert (three.version, three.revision) == (2, 3)
+    np.testing.assert_array_equal(three.outputs["y"], after(2, state, [x(1, seed=3)])[0])
+    b = after(1, INITIAL, [x(1, seed=2)])[1]
+    np.testing.assert_array_equal(
+        (await at.step("b", x(1, seed=4))).outputs["y"], after(2, b, [x(1, seed=4)])[0]
+    )
+
+
+async def test_kept_sessions_stay_until_they_end(store_kind: str, at: Harness) -> None:
+    await at.open("old")
+    await at.engine.load_version("plain", 2, weights(2))
+    moved = await at.engine.set_default("plain", 2, KEEP)
+    assert moved == type(moved)(1, 0)
+    await at.open("new")
+    assert await at_version(at, "old") == (1, False)
+    assert await at_version(at, "new") == (2, False)
+    np.testing.assert_array_equal((await at.step("old", x(1))).outputs["y"], after(1, INITIAL, [x(1)])[0])
+    assert at.engine.model("plain").versions[0].is_draining
+    assert await at.internals.sessions_by_version("plain") == {1: 1, 2: 1}
+    await fails(
+        at.engine.unload_version("plain", 1),
+        ModelInUse,
+        r"version 1 of model 'plain' must have no sessions .* it has 1",
+    )
+    await at.engine.close_session("old")
+    await at.engine.unload_version("plain", 1)
+    with pytest.raises(VersionElsewhere if store_kind in {"fake_shared", "valkey"} else VersionNotFound):
+        at.engine.model("plain@1")
+    assert [model.version for model in at.internals.models] == [2]
+    # what moved once is not what is kept: those on 1 would go nowhere, those on 2 go to 3
+    await carry_to(at, 3)
+    assert await at_version(at, "new") == (3, False)
+
+
+async def test_pinned_sessions_stay_whatever_the_others_do(store_kind: str, at: Harness) -> None:
+    await at.engine.open_session("plain@1", session_id="pinned")
+    await at.open("follows")
+    await at.step("pinned", x(1))
+    await carry_to(at, 2)
+    assert await at_version(at, "pinned") == (1, True)
+    assert await at_version(at, "follows") == (2, False)
+    state = after(1, INITIAL, [x(1)])[1]
+    answer = await at.step("pinned", x(1, seed=1))
+    np.testing.assert_array_equal(answer.outputs["y"], after(1, state, [x(1, seed=1)])[0])
+    opened = await at.engine.fork("pinned", new_session_id="fork")
+    assert (opened.session.version, opened.session.is_pinned) == (1, True)
+    await fails(
+        at.engine.open_session("plain@2", session_id="pinned"),
+        SessionExists,
+        "is open on version 1 of model 'plain'; got version 2",
+    )
+    assert (await at.engine.open_session("plain@1", session_id="pinned")).resumed
+    assert (await at.engine.open_session("plain", session_id="pinned")).resumed
+
+
+@pytest.mark.engine(resident_rows=2)
+async def test_there_and_back(store_kind: str, at: Harness) -> None:
+    await at.open("a", "b", "c")
+    states = dict.fromkeys("abc", INITIAL)
+    await at.engine.load_version("plain", 2, weights(2))
+    version = 1
+    for turn in range(6):
+        for name in "abc" if turn % 2 else "a":
+            answer = await at.step(name, x(1, seed=turn))
+            y, states[name] = after(version, states[name], [x(1, seed=turn)])
+            np.testing.assert_array_equal(answer.outputs["y"], y)
             assert answer.version == version
-        for ref, error, said in (
-            ("plain@3", VersionNotFound, r"version of model 'plain' must be .* \[1, 2, 7\]; got 3"),
-            (
-                "plain:nothing",
-                VersionNotFound,
-                r"label of model 'plain' must be .* \['canary'\]; got 'nothing'",
-            ),
-            ("other@1", ModelNotFound, "model must be one of"),
-            ("plain@x", InvalidInput, "model must be NAME, NAME@VERSION"),
-        ):
-            await fails(at.engine.open_session(ref, session_id="new"), error, said)
-        info = at.engine.model("plain")
-        assert [(v.version, v.is_default, list(v.labels), v.source) for v in info.versions] == [
-            (1, True, [], ""),
-            (2, False, [], "two.keras"),
-            (7, False, ["canary"], ""),
-        ]
-        assert at.engine.next_version("plain") == 8
-
-
-async def test_a_carried_session_goes_on_with_its_state_under_the_new_weights(store_kind: str) -> None:
-    async with serving(resident_rows=3) as at:
-        names = [f"s{i}" for i in range(7)]  # more than there are rows: some are paged out
-        await at.open(*names)
-        before = {name: await at.step(name, x(1, seed=i), request_ids=9) for i, name in enumerate(names)}
-        await at.engine.load_version("plain", 2, weights(2))
-        moved = await at.engine.set_default("plain", 2, CARRY)
-        assert (moved.previous, moved.sessions) == (1, 7)
-        for i, name in enumerate(names):
-            state = after(1, INITIAL, [x(1, seed=i)])[1]
-            info = await at.engine.session_info(name)
-            assert (info.version, info.revision, info.position) == (2, 1, 1)
-            np.testing.assert_array_equal((await at.state(name))["sum"], state)
-            again = await at.step(name, x(1, seed=i), request_ids=9, expected=0)
-            assert again.replayed
-            assert again.version == 2
-            np.testing.assert_array_equal(again.outputs["y"], before[name].outputs["y"])
-            answer = await at.step(name, x(1, seed=50 + i), expected=1)
-            assert (answer.version, answer.revision, answer.position) == (2, 2, 2)
-            np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [x(1, seed=50 + i)])[0])
-        await at.open("new")
-        answer = await at.step("new", x(1))
-        np.testing.assert_array_equal(answer.outputs["y"], after(2, weights(2).initial[0][None], [x(1)])[0])
-
-
-async def test_what_is_under_way_ends_on_the_version_where_it_began(store_kind: str) -> None:
-    async with serving(threads=True) as at:
-        await at.open("a", "b")
-        await at.engine.load_version("plain", 2, weights(2))
-        first = await at.begin_pass("a", x(1, 3))  # three time steps
-        second = at.submit("a", x(1, seed=1))  # waits in the session's line
-        third = at.submit("b", x(1, seed=2))  # waits in the inbox
-        await at.engine.set_default("plain", 2, CARRY)
-        last = at.submit("a", x(1, seed=3))
-        at.hooks.open_gate()
-        _, state = after(1, INITIAL, list(np.moveaxis(x(1, 3), 1, 0)))
-        one = await first.only()
-        assert one.version == 1
-        two, state = await second.only(), after(1, state, [x(1, seed=1)])[1]
-        assert (two.version, two.revision) == (1, 2)
-        other = await third.only()
-        assert other.version == 1
-        three = await last.only()
-        assert (three.version, three.revision) == (2, 3)
-        np.testing.assert_array_equal(three.outputs["y"], after(2, state, [x(1, seed=3)])[0])
-        b = after(1, INITIAL, [x(1, seed=2)])[1]
-        np.testing.assert_array_equal(
-            (await at.step("b", x(1, seed=4))).outputs["y"], after(2, b, [x(1, seed=4)])[0]
-        )
-
-
-async def test_kept_sessions_stay_until_they_end(store_kind: str) -> None:
-    async with serving() as at:
-        await at.open("old")
-        await at.engine.load_version("plain", 2, weights(2))
-        moved = await at.engine.set_default("plain", 2, KEEP)
-        assert moved == type(moved)(1, 0)
-        await at.open("new")
-        assert await at_version(at, "old") == (1, False)
-        assert await at_version(at, "new") == (2, False)
-        np.testing.assert_array_equal((await at.step("old", x(1))).outputs["y"], after(1, INITIAL, [x(1)])[0])
-        assert at.engine.model("plain").versions[0].is_draining
-        assert await at.internals.sessions_by_version("plain") == {1: 1, 2: 1}
-        await fails(
-            at.engine.unload_version("plain", 1),
-            ModelInUse,
-            r"version 1 of model 'plain' must have no sessions .* it has 1",
-        )
-        await at.engine.close_session("old")
-        await at.engine.unload_version("plain", 1)
-        with pytest.raises(VersionElsewhere if store_kind in {"fake_shared", "valkey"} else VersionNotFound):
-            at.engine.model("plain@1")
-        assert [model.version for model in at.internals.models] == [2]
-        # what moved once is not what is kept: those on 1 would go nowhere, those on 2 go to 3
-        await at.engine.load_version("plain", 3, weights(3))
-        await at.engine.set_default("plain", 3, CARRY)
-        assert await at_version(at, "new") == (3, False)
-
-
-async def test_pinned_sessions_stay_whatever_the_others_do(store_kind: str) -> None:
-    async with serving() as at:
-        await at.engine.open_session("plain@1", session_id="pinned")
-        await at.open("follows")
-        await at.step("pinned", x(1))
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
-        assert await at_version(at, "pinned") == (1, True)
-        assert await at_version(at, "follows") == (2, False)
-        state = after(1, INITIAL, [x(1)])[1]
-        answer = await at.step("pinned", x(1, seed=1))
-        np.testing.assert_array_equal(answer.outputs["y"], after(1, state, [x(1, seed=1)])[0])
-        opened = await at.engine.fork("pinned", new_session_id="fork")
-        assert (opened.session.version, opened.session.is_pinned) == (1, True)
-        await fails(
-            at.engine.open_session("plain@2", session_id="pinned"),
-            SessionExists,
-            "is open on version 1 of model 'plain'; got version 2",
-        )
-        assert (await at.engine.open_session("plain@1", session_id="pinned")).resumed
-        assert (await at.engine.open_session("plain", session_id="pinned")).resumed
-
-
-async def test_there_and_back(store_kind: str) -> None:
-    async with serving(resident_rows=2) as at:
-        await at.open("a", "b", "c")
-        states = dict.fromkeys("abc", INITIAL)
-        await at.engine.load_version("plain", 2, weights(2))
-        version = 1
-        for turn in range(6):
-            for name in "abc" if turn % 2 else "a":
-                answer = await at.step(name, x(1, seed=turn))
-                y, states[name] = after(version, states[name], [x(1, seed=turn)])
-                np.testing.assert_array_equal(answer.outputs["y"], y)
-                assert answer.version == version
-            version = 3 - version
-            await at.engine.set_default("plain", version, CARRY)
+        version = 3 - version
+        await at.engine.set_default("plain", version, CARRY)
 
 
 @pytest.mark.parametrize("policy", [RESET, MIGRATE])
@@ -228,20 +233,20 @@ async def test_other_tensors(policy: SessionPolicy, resident_rows: int, store_ki
             assert answer.position == (1 if policy is RESET else position + 1)
 
 
-async def test_what_is_busy_when_sessions_are_reset(store_kind: str) -> None:
-    async with serving(threads=True) as at:
-        await at.open("a", "b")
-        await at.engine.load_version("plain", 2, WIDE)
-        first = await at.begin_pass("a", x(1))
-        waits = at.submit("a", x(1, seed=1))
-        await at.engine.set_default("plain", 2, RESET)
-        at.hooks.open_gate()
-        assert (await first.only()).version == 1
-        await fails(waits.only(), Exception, "moved to version 2 of model 'plain' while the request waited")
-        info = await at.engine.session_info("a")
-        assert (info.version, info.revision, info.position) == (2, 1, 0)
-        answer = await at.step("a", x(1, seed=2), expected=1)
-        assert (answer.version, answer.revision, answer.position) == (2, 2, 1)
+@pytest.mark.engine(threads=True)
+async def test_what_is_busy_when_sessions_are_reset(store_kind: str, at: Harness) -> None:
+    await at.open("a", "b")
+    await at.engine.load_version("plain", 2, WIDE)
+    first = await at.begin_pass("a", x(1))
+    waits = at.submit("a", x(1, seed=1))
+    await at.engine.set_default("plain", 2, RESET)
+    at.hooks.open_gate()
+    assert (await first.only()).version == 1
+    await fails(waits.only(), Exception, "moved to version 2 of model 'plain' while the request waited")
+    info = await at.engine.session_info("a")
+    assert (info.version, info.revision, info.position) == (2, 1, 0)
+    answer = await at.step("a", x(1, seed=2), expected=1)
+    assert (answer.version, answer.revision, answer.position) == (2, 2, 1)
 
 
 async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
@@ -259,8 +264,7 @@ async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
 
     given = {"raises": raises, "short": short, "nothing": nothing, "nan": not_a_number}
     async with serving(migrations=given) as at:
-        await at.open("a")
-        await at.step("a", x(1))
+        await at.open_and_step("a", x(1))
         await at.engine.load_version("plain", 2, WIDE)
         for name, said in (
             ("raises", "'raises' raised RuntimeError: no such state"),
@@ -275,85 +279,81 @@ async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
             assert at.engine.model("plain").version == 1
 
 
-async def test_what_cannot_be(store_kind: str) -> None:
-    async with serving() as at:
-        await at.open("a")
-        await fails(
-            at.engine.load_version("plain", 1, weights(2)),
-            VersionExists,
-            "must be new; 1 is loaded: load it as 2",
-        )
-        await fails(at.engine.load_version("pl@in", 1, weights(2)), InvalidInput, "name of a model must be")
-        await fails(at.engine.load_version("plain", 0, weights(2)), InvalidInput, "version must be 1 to")
-        await fails(at.engine.set_default("plain", 2, CARRY), VersionNotFound, r"\[1\]; got 2")
-        await fails(at.engine.set_label("plain", "canary", 2), VersionNotFound, r"\[1\]; got 2")
-        await fails(
-            at.engine.set_label("plain", "canary", 0),
-            VersionNotFound,
-            r"label to remove .* \[\]; got 'canary'",
-        )
-        await fails(at.engine.set_label("plain", "12", 1), InvalidInput, "label must be")
-        await fails(at.engine.unload_version("plain", 1), ModelInUse, "it has 1")
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.close_session("a")
-        await fails(at.engine.unload_version("plain", 1), ModelInUse, "must not be the default")
-        await fails(at.engine.unload_version("other", 1), ModelNotFound)
-        assert at.engine.model("plain").version == 1
+async def test_what_cannot_be(store_kind: str, at: Harness) -> None:
+    await at.open("a")
+    await fails(
+        at.engine.load_version("plain", 1, weights(2)),
+        VersionExists,
+        "must be new; 1 is loaded: load it as 2",
+    )
+    await fails(at.engine.load_version("pl@in", 1, weights(2)), InvalidInput, "name of a model must be")
+    await fails(at.engine.load_version("plain", 0, weights(2)), InvalidInput, "version must be 1 to")
+    await fails(at.engine.set_default("plain", 2, CARRY), VersionNotFound, r"\[1\]; got 2")
+    await fails(at.engine.set_label("plain", "canary", 2), VersionNotFound, r"\[1\]; got 2")
+    await fails(
+        at.engine.set_label("plain", "canary", 0),
+        VersionNotFound,
+        r"label to remove .* \[\]; got 'canary'",
+    )
+    await fails(at.engine.set_label("plain", "12", 1), InvalidInput, "label must be")
+    await fails(at.engine.unload_version("plain", 1), ModelInUse, "it has 1")
+    await at.engine.load_version("plain", 2, weights(2))
+    await at.engine.close_session("a")
+    await fails(at.engine.unload_version("plain", 1), ModelInUse, "must not be the default")
+    await fails(at.engine.unload_version("other", 1), ModelNotFound)
+    assert at.engine.model("plain").version == 1
 
 
-async def test_versions_share_rows_where_they_can(store_kind: str) -> None:
-    async with serving(resident_rows=4) as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.load_version("plain", 3, WIDE)
-        one, two, three = at.internals.models
-        assert one.arena is two.arena
-        assert one.slots is two.slots
-        assert three.arena is not one.arena
+@pytest.mark.engine(resident_rows=4)
+async def test_versions_share_rows_where_they_can(store_kind: str, at: Harness) -> None:
+    await at.engine.load_version("plain", 2, weights(2))
+    await at.engine.load_version("plain", 3, WIDE)
+    one, two, three = at.internals.models
+    assert one.arena is two.arena
+    assert one.slots is two.slots
+    assert three.arena is not one.arena
+    for i in range(3):
+        await at.engine.open_session("plain@1", session_id=f"one{i}")
+        await at.engine.open_session("plain@2", session_id=f"two{i}")
+    states: dict[str, Any] = {}
+    for turn in range(3):  # six sessions on four rows: those of one version push those of the other out
         for i in range(3):
-            await at.engine.open_session("plain@1", session_id=f"one{i}")
-            await at.engine.open_session("plain@2", session_id=f"two{i}")
-        states: dict[str, Any] = {}
-        for turn in range(3):  # six sessions on four rows: those of one version push those of the other out
-            for i in range(3):
-                for version, name in ((1, f"one{i}"), (2, f"two{i}")):
-                    start = states.get(name, weights(version).initial[0][None])
-                    answer = await at.step(name, x(1, seed=turn * 10 + i))
-                    y, states[name] = after(version, start, [x(1, seed=turn * 10 + i)])
-                    np.testing.assert_array_equal(answer.outputs["y"], y)
-        assert one.slots.resident <= 4
+            for version, name in ((1, f"one{i}"), (2, f"two{i}")):
+                start = states.get(name, weights(version).initial[0][None])
+                answer = await at.step(name, x(1, seed=turn * 10 + i))
+                y, states[name] = after(version, start, [x(1, seed=turn * 10 + i)])
+                np.testing.assert_array_equal(answer.outputs["y"], y)
+    assert one.slots.resident <= 4
 
 
-async def test_members_of_several_versions_are_read_together(store_kind: str) -> None:
-    async with serving() as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.open_session("plain@2", session_id="b")
-        await at.open("a", "c")
-        read = await at.engine.get_states(["a", "b", "c"])
-        np.testing.assert_array_equal(read.members, [0, 1, 2])
-        np.testing.assert_array_equal(
-            read.state["sum"], np.concatenate([INITIAL, weights(2).initial[0][None], INITIAL])
-        )
-        assert read.version == 0
+async def test_members_of_several_versions_are_read_together(store_kind: str, at: Harness) -> None:
+    await at.engine.load_version("plain", 2, weights(2))
+    await at.engine.open_session("plain@2", session_id="b")
+    await at.open("a", "c")
+    read = await at.engine.get_states(["a", "b", "c"])
+    np.testing.assert_array_equal(read.members, [0, 1, 2])
+    np.testing.assert_array_equal(
+        read.state["sum"], np.concatenate([INITIAL, weights(2).initial[0][None], INITIAL])
+    )
+    assert read.version == 0
 
 
-async def test_sessions_of_several_versions_are_not_forked_together(store_kind: str) -> None:
-    async with serving() as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.open_session("plain@2", session_id="b")
-        await at.open("a", "c")
-        message = "session_ids must be sessions of one version of their model; got sessions of several"
-        await fails(
-            at.engine.fork_sessions(["a", "b", "c"], new_session_ids=["x", "y", "z"]), InvalidInput, message
-        )
-        forked = await at.engine.fork_sessions(["a", "c"], new_session_ids=["x", "z"])
-        assert forked.version == 1
-        assert (await at.engine.fork_sessions(["b"], new_session_ids=["y"])).version == 2
+async def test_sessions_of_several_versions_are_not_forked_together(store_kind: str, at: Harness) -> None:
+    await at.engine.load_version("plain", 2, weights(2))
+    await at.engine.open_session("plain@2", session_id="b")
+    await at.open("a", "c")
+    message = "session_ids must be sessions of one version of their model; got sessions of several"
+    await fails(
+        at.engine.fork_sessions(["a", "b", "c"], new_session_ids=["x", "y", "z"]), InvalidInput, message
+    )
+    forked = await at.engine.fork_sessions(["a", "c"], new_session_ids=["x", "z"])
+    assert forked.version == 1
+    assert (await at.engine.fork_sessions(["b"], new_session_ids=["y"])).version == 2
 
 
 async def test_a_model_ends_and_begins_again() -> None:
     async with serving({"plain": PLAIN, "other": weights(2)}) as at:
-        await at.open("a")
-        await at.step("a", x(1))
+        await at.open_and_step("a", x(1))
         await at.engine.unload_version("plain", 1, force=True)
         assert at.engine.model_names() == ["other"]
         await fails(at.engine.open_session("plain"), ModelNotFound)
@@ -395,62 +395,59 @@ async def test_what_is_exported_is_of_the_version_by_now(
         np.testing.assert_array_equal((await at.state("copy"))["sum"], wanted)
 
 
-async def test_sessions_that_are_made_while_the_default_moves_move_too(store_kind: str) -> None:
-    async with serving() as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        moving = await begun(at.engine.set_default("plain", 2, CARRY))
-        await at.open("a", "b")
-        await moving
-        assert await at_version(at, "a") == (2, False)
-        assert (await at.step("a", x(1))).version == 2
+async def test_sessions_that_are_made_while_the_default_moves_move_too(store_kind: str, at: Harness) -> None:
+    await at.engine.load_version("plain", 2, weights(2))
+    moving = await begun(at.engine.set_default("plain", 2, CARRY))
+    await at.open("a", "b")
+    await moving
+    assert await at_version(at, "a") == (2, False)
+    assert (await at.step("a", x(1))).version == 2
 
 
-async def test_a_session_that_ends_while_it_is_late_for_a_move_holds_up_no_other(store_kind: str) -> None:
-    async with serving() as at:
-        await at.open("a")
-        await at.engine.load_version("plain", 2, weights(2))
-        moving = await begun(at.engine.set_default("plain", 2, RESET))
-        await at.engine.close_session("a")
-        await moving
-        await asyncio.wait_for(at.engine.set_default("plain", 1, CARRY), WAIT_S)
+async def test_a_session_that_ends_while_it_is_late_for_a_move_holds_up_no_other(
+    store_kind: str, at: Harness
+) -> None:
+    await at.open("a")
+    await at.engine.load_version("plain", 2, weights(2))
+    moving = await begun(at.engine.set_default("plain", 2, RESET))
+    await at.engine.close_session("a")
+    await moving
+    await asyncio.wait_for(at.engine.set_default("plain", 1, CARRY), WAIT_S)
 
 
-async def test_the_default_that_is_wanted_outlives_other_versions(store_kind: str) -> None:
-    async with serving() as at:
-        await at.engine.unload_version("plain", 1)
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.load_version("plain", 3, weights(3))
-        await at.engine.unload_version("plain", 3)
-        own = at.engine.catalogue()["plain"]
-        assert (own.default, own.wanted) == (2, 1)
-        assert (await at.engine.set_default("plain", 2, CARRY)).previous == 1
+async def test_the_default_that_is_wanted_outlives_other_versions(store_kind: str, at: Harness) -> None:
+    await at.engine.unload_version("plain", 1)
+    await at.engine.load_version("plain", 2, weights(2))
+    await at.engine.load_version("plain", 3, weights(3))
+    await at.engine.unload_version("plain", 3)
+    own = at.engine.catalogue()["plain"]
+    assert (own.default, own.wanted) == (2, 1)
+    assert (await at.engine.set_default("plain", 2, CARRY)).previous == 1
 
 
 @pytest.mark.parametrize("others", [[2], [2, 3]])
 async def test_the_default_that_is_wanted_outlives_what_stands_in_for_it(
-    others: list[int], store_kind: str
+    others: list[int], store_kind: str, at: Harness
 ) -> None:
-    async with serving() as at:
-        await at.engine.unload_version("plain", 1)
-        for version in others:
-            await at.engine.load_version("plain", version, weights(version))
-        await at.engine.unload_version("plain", 2, force=True)
-        own = at.engine.catalogue()["plain"]
-        assert (own.default, own.wanted) == (max({*others} - {2}, default=0), 1)
-        await at.engine.load_version("plain", 4, weights(4))
-        assert (await at.engine.set_default("plain", 4, CARRY)).previous == 1
+    await at.engine.unload_version("plain", 1)
+    for version in others:
+        await at.engine.load_version("plain", version, weights(version))
+    await at.engine.unload_version("plain", 2, force=True)
+    own = at.engine.catalogue()["plain"]
+    assert (own.default, own.wanted) == (max({*others} - {2}, default=0), 1)
+    await at.engine.load_version("plain", 4, weights(4))
+    assert (await at.engine.set_default("plain", 4, CARRY)).previous == 1
 
 
-async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_kind: str) -> None:
-    async with serving(resident_rows=1) as at:
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
-        await at.engine.set_default("plain", 1, KEEP)
-        await at.open("a", "b")
-        await at.state("a")
-        await at.state("b")
-        assert await at_version(at, "a") == (1, False)
-        assert (await at.step("a", x(1))).version == 1
+@pytest.mark.engine(resident_rows=1)
+async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_kind: str, at: Harness) -> None:
+    await carry_to(at, 2)
+    await at.engine.set_default("plain", 1, KEEP)
+    await at.open("a", "b")
+    await at.state("a")
+    await at.state("b")
+    assert await at_version(at, "a") == (1, False)
+    assert (await at.step("a", x(1))).version == 1
 
 
 @pytest.mark.engine(threads=True)
@@ -473,16 +470,14 @@ async def test_who_reads_on_several_versions_never_reads_another_session_of_a_ha
     assert isinstance(error, SessionGone)
 
 
-async def test_a_session_that_is_paged_out_makes_moves_that_others_need_no_more() -> None:
-    async with serving() as at:
-        await at.open("asleep")
-        await at.step("asleep", x(1))
-        at.internals.page_out("asleep")
-        for version in range(2, 8):
-            await at.engine.load_version("plain", version, weights(version))
-            await at.engine.set_default("plain", version, RESET)
-            await at.engine.unload_version("plain", version - 1)
-        await at.internals.forget_unused("plain")
-        answer = await at.step("asleep", x(1))
-        assert answer.version == 7
-        np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [x(1)])[0])
+async def test_a_session_that_is_paged_out_makes_moves_that_others_need_no_more(at: Harness) -> None:
+    await at.open_and_step("asleep", x(1))
+    at.internals.page_out("asleep")
+    for version in range(2, 8):
+        await at.engine.load_version("plain", version, weights(version))
+        await at.engine.set_default("plain", version, RESET)
+        await at.engine.unload_version("plain", version - 1)
+    await at.internals.forget_unused("plain")
+    answer = await at.step("asleep", x(1))
+    assert answer.version == 7
+    np.testing.assert_array_equal(answer.outputs["y"], after(7, weights(7).initial[0][None], [x(1)])[0])

@@ -20,7 +20,7 @@ from stepwell_server.store.base import Batch
 from support.engine.harness import Harness, x
 from support.engine.two_engines import make_resident_on_both
 from support.engine.version_changes import fails_exactly, hold_commits, load_2, stored_versions, two_versions
-from support.engine.versions import after, weights
+from support.engine.versions import after, carry_to, weights
 from support.stores.durable import begun
 from support.stores.fake_shared_store import RemoteStore
 
@@ -48,8 +48,7 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
         await held
         opening = await begun(second.engine.open_session("plain", session_id="new"))
         for version in range(3, 30):
-            await first.engine.load_version("plain", version, weights(version))
-            await first.engine.set_default("plain", version, CARRY)
+            await carry_to(first, version)
             await first.engine.unload_version("plain", version - 1)
         await first.engine.unload_version("plain", 1)
         await first.internals.forget_unused("plain")
@@ -89,8 +88,7 @@ async def test_versions_that_sessions_are_on_or_somebody_wants_are_not_forgotten
     async with two_versions() as (first, second):
         await load_2(first)
         await first.open("pinned", model="plain@2")
-        await first.engine.load_version("plain", 3, weights(3))
-        await first.engine.set_default("plain", 3, CARRY)
+        await carry_to(first, 3)
         await first.engine.unload_version("plain", 2, force=True)
         await first.internals.forget_unused("plain")
         assert [each["version"] for each in (await stored_versions(first))["versions"]] == [1, 2, 3]

@@ -348,6 +348,11 @@ class Harness:
         x = np.asarray(x, np.float32)
         return await self.submit(session_id, x, sizes=[len(x)], **fields).only()
 
+    async def open_and_step(self, session_id: str, x: Any, **fields: Any) -> Answer:
+        """Open a session, step it and wait."""
+        await self.open(session_id)
+        return await self.step(session_id, x, **fields)
+
     async def state(self, session_id: str) -> dict[str, Array]:
         return dict((await self.engine.get_state(session_id)).state)
 
@@ -362,9 +367,14 @@ class Harness:
         """Return when a run waits at the closed gate."""
         assert await asyncio.to_thread(self.hooks.inside.wait, WAIT_S), "no run has begun"
 
-    async def expire(self) -> None:
-        """End all sessions that are due, as the timer does; return when the store knows."""
-        await self.internals.expire_idle()
+    async def expired_after(self, seconds: float) -> int:
+        """How many sessions the timer ends when so much time has passed."""
+        self.clock.advance(seconds)
+        return await self.internals.expire_idle()
+
+    async def expire(self, after_s: float = 0.0) -> None:
+        """End all sessions that are due then, as the timer does; return when the store knows."""
+        await self.expired_after(after_s)
         await self.settled()
 
     def run_in_place(self) -> None:

@@ -91,6 +91,12 @@ async def ended(*servers: Harness) -> int:
     return sum([await at.internals.expire_idle() for at in servers])
 
 
+async def ended_later(times: Times, seconds: float, *servers: Harness) -> int:
+    """How many sessions end that way when so much time has passed."""
+    times.advance(seconds)
+    return await ended(*servers)
+
+
 async def tombstone(at: Harness, session_id: str) -> Tombstone:
     """What the store remembers of a session that is gone."""
     (found,) = await at.store.found(session_id)

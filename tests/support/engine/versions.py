@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwell_server.engine.api import SessionPolicy
 from stepwell_server.program import Program, StateSpec, TensorSpec
 from support.engine.fake_executor import PLAIN, FakeExecutor, Hooks
 from support.engine.harness import Harness, running
@@ -85,3 +86,9 @@ async def serving(programs: Mapping[str, Program] | None = None, **options: Any)
             yield at
         finally:
             hooks.open_gate()
+
+
+async def carry_to(at: Harness, version: int) -> None:
+    """Load a version, and carry the sessions of the default to it."""
+    await at.engine.load_version("plain", version, weights(version))
+    await at.engine.set_default("plain", version, SessionPolicy.CARRY)

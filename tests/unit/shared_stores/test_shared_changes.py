@@ -174,8 +174,7 @@ async def test_a_commit_that_is_not_answered_is_not_known(
     answer = await change(second, shape, expected=1, request_ids=9).only()
     assert (answer.revision, answer.replayed) == (2, kept), "what the store holds is the truth"
     async with running() as other:
-        await other.open("a")
-        await other.step("a", x(1))
+        await other.open_and_step("a", x(1))
         same_reply(answer, await change(other, shape, expected=1, request_ids=9).only(), replayed=kept)
         assert (await second.state("a"))["sum"].tobytes() == (await other.state("a"))["sum"].tobytes()
 
@@ -307,8 +306,7 @@ async def test_an_opening_that_was_slow_does_not_bring_a_session_back(
 async def test_an_opening_that_is_tried_again_begins_as_the_store_says_then(
     first: Harness, second: Harness
 ) -> None:
-    await first.open("a")
-    await first.step("a", x(1))
+    await first.open_and_step("a", x(1))
     await first.engine.close_session("a")
     slow = await held(second, lambda: second.engine.open_session("plain", session_id="a"))
     first.store.shared.commit(Batch(forgets=["a"]))
@@ -376,8 +374,7 @@ async def test_a_closing_does_not_end_a_session_that_was_opened_after_it(
     slow = await closing_slowly(second, request_id=request_id)
     await first.engine.close_session("a", request_id=5)
     first.clock.advance(1.0)
-    await first.open("a")
-    await first.step("a", x(1))
+    await first.open_and_step("a", x(1))
     second.store.let_go()
     if request_id == 5:
         assert await slow is True

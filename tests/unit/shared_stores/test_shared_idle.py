@@ -15,7 +15,7 @@ from stepwell_server.errors import ServerError, SessionExpired, Unavailable
 from stepwell_server.store.base import End
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import Harness, fails, kinds, x
-from support.engine.two_engines import Times, ended, sweeping, tombstone, two_in_time
+from support.engine.two_engines import Times, ended, ended_later, sweeping, tombstone, two_in_time
 from support.stores.durable import begun
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
@@ -84,8 +84,7 @@ async def test_an_unused_session_ends_once_by_the_clock_of_the_store(limited: Li
         times.advance(99.0)
         await second.step("b", x(1))
         assert await ended(first, second) == 0
-        times.advance(2.0)
-        assert await ended(first, second) == 1
+        assert await ended_later(times, 2.0, first, second) == 1
         for at in (first, second):
             await fails(at.state("a"), SessionExpired, "idle for longer than its limit")
             assert (await at.step("b", x(1))).revision
@@ -197,31 +196,35 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(
         assert (await first.step("used", x(1))).revision == 3
 
 
-async def test_one_server_at_a_time_looks_through_the_store() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S) as (first, second, times):
-        await first.open(*[f"s{number}" for number in range(3)])
-        assert await ended(first, second) == 0
-        assert first.store.asked("unused")
-        assert not second.store.asked("unused")
-        times.advance(80.0)
-        assert await ended(second) == 0
-        assert second.store.asked("unused") == [], "the first one has the task still"
-        times.advance(21.0)
-        assert await ended(second) == 3, "it has not said so for too long"
-        assert await ended(first) == 0
+@pytest.mark.engine(max_session_idle_s=IDLE_S)
+async def test_one_server_at_a_time_looks_through_the_store(
+    first: Harness, second: Harness, times: Times
+) -> None:
+    await first.open(*[f"s{number}" for number in range(3)])
+    assert await ended(first, second) == 0
+    assert first.store.asked("unused")
+    assert not second.store.asked("unused")
+    times.advance(80.0)
+    assert await ended(second) == 0
+    assert second.store.asked("unused") == [], "the first one has the task still"
+    times.advance(21.0)
+    assert await ended(second) == 3, "it has not said so for too long"
+    assert await ended(first) == 0
 
 
-async def test_the_store_is_looked_through_by_pages_while_others_go_on() -> None:
-    async with two_in_time(max_session_idle_s=IDLE_S, resident_rows=4096) as (first, second, times):
-        await second.engine.open_sessions("plain", count=1700)
-        await second.open("a")
-        times.advance(101.0)
-        sweep = asyncio.create_task(first.internals.expire_idle())
-        await first.store.until("unused")
-        await first.open("b")
-        assert await asyncio.wait_for(sweep, WAIT_S) == 1701
-        assert len(first.store.asked("unused")) >= 4
-        assert len(await first.store.ids()) == 1
+@pytest.mark.engine(max_session_idle_s=IDLE_S, resident_rows=4096)
+async def test_the_store_is_looked_through_by_pages_while_others_go_on(
+    first: Harness, second: Harness, times: Times
+) -> None:
+    await second.engine.open_sessions("plain", count=1700)
+    await second.open("a")
+    times.advance(101.0)
+    sweep = asyncio.create_task(first.internals.expire_idle())
+    await first.store.until("unused")
+    await first.open("b")
+    assert await asyncio.wait_for(sweep, WAIT_S) == 1701
+    assert len(first.store.asked("unused")) >= 4
+    assert len(await first.store.ids()) == 1
 
 
 async def test_what_has_something_under_way_for_long_counts_as_used(limited: Limited) -> None:
@@ -247,10 +250,8 @@ async def test_no_more_is_lost_than_a_use_when_the_store_cannot_be_told(limited:
         times.advance(40.0)
         await second.state("a")
         await turns()
-        times.advance(90.0)
-        assert await ended(first, second) == 0
-        times.advance(20.0)
-        assert await ended(first, second) == 1
+        assert await ended_later(times, 90.0, first, second) == 0
+        assert await ended_later(times, 20.0, first, second) == 1
 
 
 @pytest.mark.parametrize("where", ["claim", "page", "deletion"])
@@ -296,17 +297,14 @@ async def test_time_in_which_nobody_could_use_it_ends_no_session(limited: Limite
         first.store.service.is_constant = False
         assert await ended(first, second) == 0
         for _ in range(6):  # they run, and say so
-            times.advance(15.0)
-            assert await ended(first, second) == 0
+            assert await ended_later(times, 15.0, first, second) == 0
         times.advance(5000.0)  # the store is away, or no server runs
         if named:
             assert (await second.state("a"))["sum"].shape
         assert await ended(first, second) == 0
         for _ in range(6):
-            times.advance(15.0)
-            assert await ended(first, second) == 0
-        times.advance(12.0)
-        assert await ended(first, second) == 1
+            assert await ended_later(times, 15.0, first, second) == 0
+        assert await ended_later(times, 12.0, first, second) == 1
         await fails(first.state("a"), SessionExpired)
 
 
@@ -315,82 +313,79 @@ async def opened(at: Harness, max_idle_ms: int | None = 60_000, name: str = "") 
     return made.session.session_id
 
 
-async def test_sessions_of_several_limits_end_whoever_opened_them() -> None:
-    async with two_in_time(unnamed_session_idle_s=90.0) as (first, second, times):
-        gone = [
-            await opened(first),
-            *(await second.engine.open_sessions("plain", count=3, max_idle_ms=59_500)).session_ids,
-        ]
-        stays = [await opened(first, None), await opened(second, 30_000_000), await opened(second, 0)]
-        await first.open("named")
-        times.advance(59.0)
-        assert await ended(first, second) == 0
-        times.advance(2.0)
-        assert await ended(first, second) == 4, "in one look"
-        for at in (first, second):
-            await fails(at.state(gone[0]), SessionExpired, "idle for longer than its limit")
-        assert {info.session_id for info in (await second.engine.list_sessions())[0]} == {*stays, "named"}
-        assert [(await second.engine.session_info(name)).max_idle_s for name in (*stays, "named")] == [
-            90.0, 30_000.0, math.inf, math.inf,
-        ]  # fmt: skip
-        assert (await tombstone(first, gone[-1])).end is End.EXPIRED
-        times.advance(30.0)
-        assert await ended(first, second) == 1
+@pytest.mark.engine(unnamed_session_idle_s=90.0)
+async def test_sessions_of_several_limits_end_whoever_opened_them(
+    first: Harness, second: Harness, times: Times
+) -> None:
+    gone = [
+        await opened(first),
+        *(await second.engine.open_sessions("plain", count=3, max_idle_ms=59_500)).session_ids,
+    ]
+    stays = [await opened(first, None), await opened(second, 30_000_000), await opened(second, 0)]
+    await first.open("named")
+    assert await ended_later(times, 59.0, first, second) == 0
+    assert await ended_later(times, 2.0, first, second) == 4, "in one look"
+    for at in (first, second):
+        await fails(at.state(gone[0]), SessionExpired, "idle for longer than its limit")
+    assert {info.session_id for info in (await second.engine.list_sessions())[0]} == {*stays, "named"}
+    assert [(await second.engine.session_info(name)).max_idle_s for name in (*stays, "named")] == [
+        90.0, 30_000.0, math.inf, math.inf,
+    ]  # fmt: skip
+    assert (await tombstone(first, gone[-1])).end is End.EXPIRED
+    assert await ended_later(times, 30.0, first, second) == 1
 
 
 @pytest.mark.parametrize("who", ["opened", "has seen it", "has not"])
-async def test_whoever_names_it_finds_it_expired_before_the_look(who: str) -> None:
-    async with two_in_time() as (first, second, times):
-        name = await opened(first, 5000)
-        if who == "has seen it":
-            await second.state(name)
-        times.advance(5.5)
-        at = first if who == "opened" else second
-        answers = await at.submit(name, x(1)).all()
-        assert type(answers[0]) is SessionExpired
-        assert (await tombstone(first, name)).end is End.EXPIRED
-        assert (await first.engine.list_sessions())[0] == []
-
-
-async def test_a_session_of_the_table_that_ended_by_its_limit_is_not_listed_or_exported() -> None:
-    async with two_in_time() as (first, second, times):
-        name = await opened(first, 5000, "a")
+async def test_whoever_names_it_finds_it_expired_before_the_look(
+    who: str, first: Harness, second: Harness, times: Times
+) -> None:
+    name = await opened(first, 5000)
+    if who == "has seen it":
         await second.state(name)
-        times.advance(5.5)
-        assert (await second.engine.list_sessions())[0] == []
-        (found,) = await second.engine.export_sessions([name], deadline=math.inf)
-        assert type(found) is SessionExpired
+    times.advance(5.5)
+    at = first if who == "opened" else second
+    answers = await at.submit(name, x(1)).all()
+    assert type(answers[0]) is SessionExpired
+    assert (await tombstone(first, name)).end is End.EXPIRED
+    assert (await first.engine.list_sessions())[0] == []
 
 
-async def test_a_tenants_sessions_end_as_others_do() -> None:
-    async with two_in_time() as (first, second, times):
-        names = (
-            await first.engine.open_sessions(
-                "plain", count=2, max_idle_ms=60_000, namespace=f"acme{SEPARATOR}"
-            )
-        ).session_ids
-        times.advance(61.0)
-        assert await ended(second) == 2
-        assert (await tombstone(first, names[0])).session_id.startswith("acme")
-        assert await first.store.count_of(f"acme{SEPARATOR}") == 0
+async def test_a_session_of_the_table_that_ended_by_its_limit_is_not_listed_or_exported(
+    first: Harness, second: Harness, times: Times
+) -> None:
+    name = await opened(first, 5000, "a")
+    await second.state(name)
+    times.advance(5.5)
+    assert (await second.engine.list_sessions())[0] == []
+    (found,) = await second.engine.export_sessions([name], deadline=math.inf)
+    assert type(found) is SessionExpired
+
+
+async def test_a_tenants_sessions_end_as_others_do(first: Harness, second: Harness, times: Times) -> None:
+    names = (
+        await first.engine.open_sessions("plain", count=2, max_idle_ms=60_000, namespace=f"acme{SEPARATOR}")
+    ).session_ids
+    times.advance(61.0)
+    assert await ended(second) == 2
+    assert (await tombstone(first, names[0])).session_id.startswith("acme")
+    assert await first.store.count_of(f"acme{SEPARATOR}") == 0
 
 
 @pytest.mark.parametrize("by", ["step", "read", "describe"])
-async def test_a_session_that_begins_anew_elsewhere_has_the_limit_of_its_new_opening(by: str) -> None:
-    async with two_in_time() as (first, second, times):
-        await opened(first, 100_000, "a")
-        await first.state("a")
-        await second.engine.close_session("a")
-        await opened(second, 600_000, "a")
-        if by == "step":
-            await first.step("a", x(1))
-        elif by == "read":
-            await first.state("a")
-        else:
-            await first.engine.session_info("a")
+async def test_a_session_that_begins_anew_elsewhere_has_the_limit_of_its_new_opening(
+    by: str, first: Harness, second: Harness, times: Times
+) -> None:
+    await opened(first, 100_000, "a")
+    await first.state("a")
+    await second.engine.close_session("a")
+    await opened(second, 600_000, "a")
+    if by == "step":
         await first.step("a", x(1))
-        assert [(await at.engine.session_info("a")).max_idle_s for at in (second, first)] == [600.0, 600.0]
-        times.advance(300.0)
-        assert await ended(first, second) == 0
-        times.advance(301.0)
-        assert await ended(first, second) == 1
+    elif by == "read":
+        await first.state("a")
+    else:
+        await first.engine.session_info("a")
+    await first.step("a", x(1))
+    assert [(await at.engine.session_info("a")).max_idle_s for at in (second, first)] == [600.0, 600.0]
+    assert await ended_later(times, 300.0, first, second) == 0
+    assert await ended_later(times, 301.0, first, second) == 1

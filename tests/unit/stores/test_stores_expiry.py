@@ -109,8 +109,7 @@ async def test_what_nobody_names_expires_by_the_sweep_alone(durable_store: Durab
         await at.open("z")
     async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
         await at.state("s0700")
-        at.clock.advance(IDLE_S)
-        await at.expire()
+        await at.expire(after_s=IDLE_S)
         assert (await at.sessions())[0] == 1201
         await at.state("z")
         at.clock.advance(0.5)
@@ -135,8 +134,7 @@ async def test_a_clock_that_is_set_ends_no_session(durable_store: DurableStore, 
         await at.state("b")
         await durable_store.knows_use_of("b")
         at.clock.jump(jump_s)
-        at.clock.advance(IDLE_S / 2)
-        await at.expire()
+        await at.expire(after_s=IDLE_S / 2)
         assert await ids(at) == ["a", "b"]
         assert (await at.engine.session_info("a")).last_used == at.clock.now() - IDLE_S / 2
 
@@ -213,8 +211,7 @@ async def test_a_reply_comes_back_with_its_session(
 
 async def test_a_fork_of_a_session_that_is_away_is_kept(durable_store: DurableStore) -> None:
     async with durable_store.engine(resident_rows=2, is_killed=True) as at:
-        await at.open("a")
-        await at.step("a", x(1, 3))
+        await at.open_and_step("a", x(1, 3))
         at.clock.advance(1)
         await at.open("b", "c")
         assert not (await at.engine.session_info("a")).resident
@@ -277,8 +274,7 @@ async def test_they_go_with_their_session(durable_store: DurableStore) -> None:
     async with durable_store.engine() as at:
         await at.step("s", x(1))
         await at.engine.close_session("s")
-        await at.open("s")
-        await at.step("s", x(1))
+        await at.open_and_step("s", x(1))
         assert await fields_of(durable_store, "s") == b""
 
 

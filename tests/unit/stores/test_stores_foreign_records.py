@@ -72,8 +72,7 @@ async def test_a_session_of_another_model_can_be_listed_and_closed(
     durable_store: DurableStore, close: str
 ) -> None:
     async with durable_store.engine(is_killed=True) as at:
-        await at.open("a")
-        await at.step("a", x(1, 3))
+        await at.open_and_step("a", x(1, 3))
     async with durable_store.engine({"plain": NEWER}, is_killed=True) as at:
         await at.open("fine")
         await refused(

@@ -297,8 +297,7 @@ async def test_many_opened_again_are_the_same(durable_store: DurableStore, named
 async def test_a_fork_sent_again_means_the_session_it_made(durable_store: DurableStore, named: bool) -> None:
     fields: dict[str, Any] = {"new_session_id": "b" if named else "", "request_id": 7, "expected": 1}
     async with durable_store.engine() as at:
-        await at.open("a")
-        await at.step("a", x(1, 3))
+        await at.open_and_step("a", x(1, 3))
         first = await at.engine.fork("a", **fields)
         await at.step("a", x(1))
         before = await everything(at)

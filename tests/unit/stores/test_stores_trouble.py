@@ -118,8 +118,7 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(
     durable_store: DurableStore,
 ) -> None:
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
-        await at.open("a")
-        await at.step("a", x(1))
+        await at.open_and_step("a", x(1))
         at.clock.advance(IDLE_S + 1)
         durable_store.store.fail(AWAY)
         await fails(at.expire(), Unavailable)

@@ -26,7 +26,7 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Answer, Harness, fails, x
-from support.engine.versions import WIDE, after, serving, weights, widen
+from support.engine.versions import WIDE, after, carry_to, serving, weights, widen
 from support.stores.durable import DurableStore, begun, stalled
 from support.stores.kinds import DURABLE, ON_DISK
 
@@ -149,8 +149,7 @@ async def test_a_limit_for_being_idle_goes_along(durable_store: DurableStore) ->
             assert (await at.engine.session_info(name)).max_idle_s == 60.0
         at.clock.advance(50.0)
         assert (await at.step("idle", x(1))).version == 2
-        at.clock.advance(10.5)
-        await at.expire()
+        await at.expire(after_s=10.5)
         assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["idle"]
 
 
@@ -228,8 +227,7 @@ async def test_kept_and_pinned_sessions_are_where_they_were(durable_store: Durab
         await at.open("kept")
         await at.engine.set_default("plain", 2, KEEP)
         await at.open("new")
-        await at.engine.load_version("plain", 3, weights(3))
-        await at.engine.set_default("plain", 3, CARRY)
+        await carry_to(at, 3)
         await at.engine.set_label("plain", "canary", 2)
     async with on(durable_store, {**BOTH, "plain@3": weights(3)}) as at:
         assert at.engine.model("plain:canary").version == 2
@@ -270,8 +268,7 @@ async def test_what_drains_drains_after_a_restart_too(durable_store: DurableStor
 async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: DurableStore) -> None:
     async with on(durable_store, is_killed=True) as at:
         await at.open("a")
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
+        await carry_to(at, 2)
     async with on(durable_store, is_killed=True) as at:  # version 1 alone
         assert at.engine.model("plain").version == 1
         await fails(
@@ -291,8 +288,7 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: Dur
 async def test_what_is_opened_on_a_version_that_others_have_left_stays(durable_store: DurableStore) -> None:
     async with on(durable_store, is_killed=True) as at:
         await at.open("moved")
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
+        await carry_to(at, 2)
         await at.engine.set_default("plain", 1, KEEP)
         await at.open("a")
         state = await expect(at, "a", 1, INITIAL, 1)
@@ -319,8 +315,7 @@ async def test_a_number_has_one_set_of_weights_while_sessions_may_have_them(
 ) -> None:
     async with on(durable_store) as at:
         await at.open("a")
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
+        await carry_to(at, 2)
         await at.engine.unload_version("plain", 1)
         await fails(
             at.engine.load_version("plain", 1, weights(3)),
@@ -345,8 +340,7 @@ async def test_the_file_of_a_version_that_sessions_have_left_was_replaced(
     async with on(durable_store, is_killed=True) as at:
         await at.open("plain", "marked")
         await at.engine.open_session("plain@1", session_id="pinned")
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
+        await carry_to(at, 2)
         await at.engine.set_default("plain", 1, CARRY)
         states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("plain", "marked")}
         await at.engine.set_default("plain", 2, CARRY)
@@ -367,8 +361,7 @@ async def test_a_file_that_was_replaced_comes_back(durable_store: DurableStore) 
     async with on(durable_store, is_killed=True) as at:
         await at.open("a", "b")
         states = {name: await expect(at, name, 1, INITIAL, 1) for name in ("a", "b")}
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
+        await carry_to(at, 2)
     async with on(durable_store, {"plain@1": weights(5), "plain@2": weights(2)}, is_killed=True) as at:
         states["b"] = await expect(at, "b", 2, states["b"], 2)
         await at.engine.set_label("plain", "kept", 2)  # the store says what is known now
@@ -391,8 +384,7 @@ async def test_moves_that_nobody_makes_are_forgotten(
         asleep = await expect(at, "asleep", 1, INITIAL, 0)
         active = INITIAL
         for version in range(2, 42):
-            await at.engine.load_version("plain", version, weights(version))
-            await at.engine.set_default("plain", version, CARRY)
+            await carry_to(at, version)
             await at.engine.unload_version("plain", version - 1)
             active = await expect(at, "active", version, active, version)
         own = at.engine.catalogue()["plain"]
@@ -429,14 +421,12 @@ async def test_sessions_follow_the_default_after_the_document_of_their_last_move
 ) -> None:
     async with on(durable_store, is_killed=True) as at:
         await at.open("a")
-        await at.engine.load_version("plain", 2, weights(2))
-        await at.engine.set_default("plain", 2, CARRY)
+        await carry_to(at, 2)
         state = await expect(at, "a", 2, INITIAL, 1)
     await durable_store.write(Batch(documents=[(document.name_of("plain"), None)]))
     async with on(durable_store, BOTH, is_killed=True) as at:
         state = await expect(at, "a", 2, state, 2)
-        await at.engine.load_version("plain", 3, weights(3))
-        await at.engine.set_default("plain", 3, CARRY)
+        await carry_to(at, 3)
         state = await expect(at, "a", 3, state, 3)
     async with on(durable_store, {**BOTH, "plain@3": weights(3)}) as at:
         await expect(at, "a", 3, state, 4)
