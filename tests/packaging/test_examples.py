@@ -168,7 +168,7 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
     ("document", "section"),
     [
         ("README.md", ""),
-        (pytest.param("docs/index.md", marks=pytest.mark.slow), ""),
+        pytest.param("docs/index.md", "", marks=pytest.mark.slow),
         ("docs/guides/client.md", ""),
         ("docs/guides/many-users.md", ""),
         ("docs/guides/sessions.md", ""),
