@@ -224,7 +224,7 @@ def test_a_session_that_is_not_there_is_never_made(run: Run, client: stepwell.Cl
     assert client.sessions() == []
 
 
-def test_open_goes_on_with_a_session_whatever_its_batch_size(run: Run, client: stepwell.Client) -> None:
+def test_open_continues_a_session_whatever_its_batch_size(run: Run, client: stepwell.Client) -> None:
     client.open_session("forecast", batch_size=2, session_id="pair")
     x = "[[1, 2, 3], [4, 5, 6]]"
 

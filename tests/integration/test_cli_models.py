@@ -90,7 +90,7 @@ def test_a_version_is_loaded_and_shown(run: Run, server: ScriptedModels, file: s
     assert "2* b canary" in said(run("show", f"{MODEL}:canary"))
 
 
-def test_a_load_is_told_to_programs(run: Run, server: ScriptedModels, file: str) -> None:
+def test_load_with_json(run: Run, server: ScriptedModels, file: str) -> None:
     assert document(run("load", f"{MODEL}@7", file, "--no-default", "--json")) == {
         "name": MODEL,
         "version": 7,
@@ -105,7 +105,7 @@ def test_a_load_is_told_to_programs(run: Run, server: ScriptedModels, file: str)
     assert server.requests("LoadModel")[-1].path == os.path.relpath(file)
 
 
-def test_a_file_where_a_name_belongs_is_told_its_commands(run: Run, tmp_path: Path) -> None:
+def test_a_file_where_a_name_belongs_shows_the_commands_for_it(run: Run, tmp_path: Path) -> None:
     for name in ("model.keras", str(tmp_path / "m").rpartition("/")[2] + ".keras"):
         result = run("show", name)
         assert f"stepwell check {name}, or stepwell compile {name} -o {name[:-6]}.stepwell" in result.stderr

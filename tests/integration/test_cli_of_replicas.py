@@ -104,7 +104,7 @@ def test_top_shows_the_sum_and_counts_sessions_once(cluster: _Cluster) -> None:
         group.close()
 
 
-def test_top_goes_on_without_one_that_is_gone(cluster: _Cluster) -> None:
+def test_top_continues_without_a_replica_that_is_gone(cluster: _Cluster) -> None:
     metrics = cluster.metrics
     gone = "127.0.0.1:1"
     shown = cluster.run(
@@ -141,7 +141,7 @@ def test_bench_steps_on_all_of_them(cluster: _Cluster, mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_bench_goes_on_where_a_replica_dies(cluster: _Cluster) -> None:
+def test_bench_continues_where_a_replica_dies(cluster: _Cluster) -> None:
     """Calls that it makes without the SDK go to another replica, as the SDK's would."""
     arguments = ("--mode", "unary", "--sessions", "12", "--warm-up-s", "0", "--json")
     victim = cluster.replicas[2]

@@ -381,7 +381,7 @@ async def test_closed_client(client: Any, session: Any, server: ScriptedServer) 
 
 
 @pytest.mark.parametrize("who", ["session", "group", "call", "pause"])
-async def test_closing_the_client_ends_what_is_under_way(
+async def test_closing_the_client_ends_its_calls(
     client: Any, session: Any, server: ScriptedServer, who: str
 ) -> None:
     group = await client.open_sessions(MODEL, 2)

@@ -138,7 +138,7 @@ async def test_a_replica_that_is_gone_fails_nobody(client: Any, replicas: Script
     assert any(session.id in ids for ids in [requests, *frames])
 
 
-async def test_steps_under_way_are_sent_again_and_applied_once(
+async def test_steps_without_a_reply_are_sent_again_and_applied_once(
     client: Any, replicas: ScriptedReplicas
 ) -> None:
     group = await client.open_sessions(MODEL, 24, session_ids=replicas.spread(24))
@@ -282,7 +282,7 @@ async def test_all_are_gone(shell: str, replicas: ScriptedReplicas) -> None:
 
 
 @pytest.mark.parametrize("shell", ["sync", "async"])
-async def test_hooks_are_told(shell: str, replicas: ScriptedReplicas) -> None:
+async def test_hooks_are_called(shell: str, replicas: ScriptedReplicas) -> None:
     seen: list[Any] = []
     names = ("request", "response", "retry", "replica")
     hooks: Any = {name: [lambda event, name=name: seen.append((name, event))] for name in names}

@@ -105,7 +105,7 @@ def test_a_stream_that_breaks_is_made_up_for(server: ScriptedServer) -> None:
     assert server.applied == 16 * STEPS
 
 
-def test_closing_ends_what_waits_and_what_is_under_way(held: Held, server: ScriptedServer) -> None:
+def test_closing_ends_waiting_and_running_calls(held: Held, server: ScriptedServer) -> None:
     steps = [held.stand(held.client.open_session(MODEL)) for _ in range(5)]
     mine = {
         t for t in threading.enumerate() if t.name in ("stepwell-sender", "stepwell-stream")

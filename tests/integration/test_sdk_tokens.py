@@ -58,7 +58,7 @@ async def test_a_change_whose_token_is_revoked_is_sent_again_with_another(
 
 
 @pytest.mark.parametrize("shell", ["sync", "async"])
-async def test_a_token_that_is_no_function_is_told_at_once(shell: str, server: ScriptedServer) -> None:
+async def test_a_token_that_is_no_function_fails_without_a_retry(shell: str, server: ScriptedServer) -> None:
     x = np.random.default_rng(4).random((4, 2), np.float32)
     async with connect(shell, server.address, token="t1") as client:
         group = await client.open_sessions(MODEL, 4)

@@ -152,7 +152,7 @@ async def test_outputs_of_several_kinds_are_no_array(client: Any, server: Script
     assert server.applied == 12
 
 
-async def test_members_that_fail_beside_several_kinds_are_told_of(
+async def test_members_that_fail_beside_several_kinds_are_reported(
     client: Any, server: ScriptedServer
 ) -> None:
     group = await client.open_sessions(MODEL, 4)

@@ -247,7 +247,7 @@ def test_a_server_that_is_gone_holds_up_nothing(busy: tuple[ServerProcess, str],
 
 
 @pytest.mark.slow
-def test_on_a_terminal_it_goes_on_until_q_is_pressed(busy: tuple[ServerProcess, str]) -> None:
+def test_on_a_terminal_it_runs_until_q_is_pressed(busy: tuple[ServerProcess, str]) -> None:
     server, metrics = busy
     seen = b""
     with _working(server), _in_terminal(_command(server, metrics)) as (running, ours):

@@ -124,7 +124,7 @@ async def test_replies_that_are_too_large_together_make_smaller_frames() -> None
     assert wire.sent == [["a"], ["b"], ["c"]], "it is remembered"
 
 
-async def test_a_reply_that_is_too_large_by_itself_is_told_to_its_caller_alone() -> None:
+async def test_a_reply_that_is_too_large_by_itself_fails_its_caller_alone() -> None:
     answers = await step_all(Wire(too_large="c"), "abcd")
     assert [i for i, one in enumerate(answers) if isinstance(one, BaseException)] == [2]
     assert isinstance(answers[2], errors.ReplyTooLargeError)
@@ -236,7 +236,7 @@ async def test_a_time_limit_passes_by_itself() -> None:
     assert not wire.coalescer._in_flight
 
 
-async def test_closing_ends_what_waits_and_what_is_under_way() -> None:
+async def test_closing_ends_waiting_and_running_calls() -> None:
     wire = Wire(answers=False)
     under_way = asyncio.ensure_future(wire.step(one_step(0, "a", Deadline(60.0))))
     await asyncio.sleep(0)

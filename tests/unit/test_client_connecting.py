@@ -1,4 +1,4 @@
-"""Addresses, what a client is told, and how long it tries to reach a server that it never reached. The clock is a fake."""
+"""Addresses and options of a client, and how long it tries to reach a server that it never reached. The clock is a fake."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_addresses(given: str) -> None:
     target, tls = ADDRESSES[given]
     assert addresses.parse("address", given) == (target, tls)
     assert config.server_address(given) == given
-    told = ClientConfig(given)
-    assert (told.address, told.tls is not None) == (target, tls is True)
+    known = ClientConfig(given)
+    assert (known.address, known.tls is not None) == (target, tls is True)
 
 
 @pytest.mark.parametrize("given", REFUSALS)
@@ -168,7 +168,7 @@ async def coroutine_hook(_event: object) -> None:
     pass
 
 
-TOLD: dict[str, tuple[dict[str, Any], str]] = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no time": ({"connect_timeout_s": 0}, "connect_timeout_s must be above 0"),
     "text for time": ({"connect_timeout_s": "1"}, "connect_timeout_s must be a number of seconds"),
     "text for a switch": ({"coalesce": "no"}, "coalesce must be True or False; got 'no'"),
@@ -207,15 +207,15 @@ TOLD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_what_a_client_is_told_is_checked(name: str) -> None:
-    told, words = TOLD[name]
+@pytest.mark.parametrize("name", WRONG)
+def test_options_of_a_client_are_checked(name: str) -> None:
+    options, words = WRONG[name]
     for connect in (stepwell.connect, stepwell.aio.connect):
         with pytest.raises(errors.InvalidInputError, match=words):
-            connect(ADDRESS, **told)
+            connect(ADDRESS, **options)
 
 
-def test_what_a_client_is_told_is_kept() -> None:
+def test_options_of_a_client_are_kept() -> None:
     secret = ClientConfig(ADDRESS, metadata={"Authorization": "Bearer x", "trace-bin": b"\0"})
     assert secret.metadata == (("authorization", "Bearer x"), ("trace-bin", b"\0"))
     assert "Bearer" not in repr(secret)
@@ -346,9 +346,9 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def observer_of(server: Server, **hooks: Any) -> Observer:
-    told = ClientConfig(ADDRESS, event_hooks=hooks).event_hooks  # type: ignore[arg-type]
-    assert told is not None
-    return Observer(told, ADDRESS, server.clock)
+    known = ClientConfig(ADDRESS, event_hooks=hooks).event_hooks  # type: ignore[arg-type]
+    assert known is not None
+    return Observer(known, ADDRESS, server.clock)
 
 
 def test_events() -> None:

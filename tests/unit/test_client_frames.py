@@ -130,7 +130,7 @@ def test_all_members_at_once(one: Frame) -> None:
     assert one.round_over
 
 
-def test_members_the_server_left_out_are_told(one: Frame) -> None:
+def test_members_the_server_left_out_are_named(one: Frame) -> None:
     part = one.accept(reply([0], last=True))
     assert {i: type(error) for i, error in part.failures.items()} == dict.fromkeys(
         [1, 2], errors.InternalError

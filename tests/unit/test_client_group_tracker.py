@@ -207,7 +207,7 @@ def test_locks_are_acquired_in_order_and_only_changes_of_the_same_members_wait()
     assert are_free(locks, slice(0, 4)), "who gives up in the moment of waking releases the locks"
 
 
-def test_who_gives_up_lets_those_behind_go() -> None:
+def test_a_cancelled_request_frees_those_behind_it() -> None:
     locks, woken = Locks(2), list[str]()
     assert locks.acquire(Named("0", slice(0, 1), woken))
     everyone = Named("all", slice(0, 2), woken)

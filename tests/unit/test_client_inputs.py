@@ -235,7 +235,7 @@ def test_where_the_address_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.server_address("unix:/run/stepwell") == "unix:/run/stepwell"
 
 
-def test_counts_beyond_32_bits_are_told_the_range() -> None:
+def test_counts_beyond_32_bits_get_the_range_in_the_error() -> None:
     for count in (2**32, 2**63, 10**30):
         with pytest.raises(
             errors.InvalidInputError, match=f"batch_size must be 1 to 4294967295; got {count}"

@@ -118,7 +118,7 @@ def test_anything_else_takes_its_place(
     assert stepwell.local(path, **more) is second
 
 
-def test_a_client_that_is_told_something_else_has_the_same_server(path: Path, made: list[FakeServer]) -> None:
+def test_a_client_with_other_options_has_the_same_server(path: Path, made: list[FakeServer]) -> None:
     first = stepwell.local(path)
     second = stepwell.local(path, timeout_s=5.0, max_message_bytes=4096, coalesce=False)
     assert second is not first

@@ -80,7 +80,7 @@ def test_overload_without_advice_backs_off() -> None:
 
 
 @pytest.mark.parametrize("quota", ["models", "sessions"])
-def test_a_quota_that_waiting_does_not_free_ends_the_call_at_once(quota: str) -> None:
+def test_a_quota_that_waiting_does_not_free_is_not_retried(quota: str) -> None:
     with pytest.raises(errors.OverloadedError, match="too many"):
         drive([errors.OverloadedError("too many", retry_after_s=0.1, quota=quota), None])
 
@@ -105,7 +105,7 @@ def test_a_server_that_is_down_is_tried_often_for_a_while(error: errors.Stepwell
     assert pauses[20:] == [2.0, 2.0], "not for ever: many clients may wait for it"
 
 
-def test_overload_whose_delay_passes_the_limit_is_told_at_once() -> None:
+def test_overload_whose_delay_passes_the_limit_is_not_retried() -> None:
     with pytest.raises(errors.OverloadedError, match="full") as caught:
         drive([errors.OverloadedError("full", retry_after_s=20.0)])
     assert caught.value.retry_after_s == 20.0

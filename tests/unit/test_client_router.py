@@ -202,7 +202,7 @@ def test_of_those_that_are_down_each_is_asked_in_turn(at: At) -> None:
     assert [replica.is_down for replica in at.router.replicas].count(False) == 1
 
 
-def test_hooks_are_told_once() -> None:
+def test_hooks_are_called_once() -> None:
     at = At("a:1", "b:1", hooks={"replica": [print]})
     at.router.failed(at.a, 0, REFUSED)
     at.router.up(at.a)

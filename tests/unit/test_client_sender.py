@@ -186,7 +186,7 @@ def test_a_large_step_is_a_call_of_its_own(bench: Bench) -> None:
     assert result(bench.go("large", features=20_000)) == Stepped(1, 1, {}, {})
 
 
-def test_while_a_frame_is_under_way_the_next_gathers(bench: Bench) -> None:
+def test_while_a_frame_waits_for_its_reply_the_next_gathers(bench: Bench) -> None:
     first, posted = bench.first()
     waiting = [
         bench.stand(name, value=value, rows=rows)[0]

@@ -105,7 +105,7 @@ def test_bfloat16_of_ml_dtypes_is_sent() -> None:
 
 
 @pytest.mark.parametrize("dtype", [tensors_pb2.DATA_TYPE_FLOAT32, tensors_pb2.DATA_TYPE_BFLOAT16, 0, 77])
-def test_a_reply_that_contradicts_itself_is_told(dtype: int) -> None:
+def test_a_reply_that_contradicts_itself_is_an_error(dtype: int) -> None:
     tensor = tensors_pb2.Tensor(name="y", shape=[2, 2], data=b"123")
     tensor.dtype = dtype  # type: ignore[assignment]
     with pytest.raises(errors.InternalError, match="'y'"):

@@ -51,7 +51,7 @@ def web_token(expires: float, mark: str = "") -> str:
         ),
     ],
 )
-def test_a_token_stays_on_this_machine_unless_told_otherwise(address: str, stays_here: bool) -> None:
+def test_a_token_stays_on_this_machine_by_default(address: str, stays_here: bool) -> None:
     assert is_on_this_machine(address) is stays_here
     if stays_here:
         ClientConfig(address, token="stw_x")

@@ -74,7 +74,7 @@ def test_a_time_limit_is_named_as_people_set_it() -> None:
         Source("127.0.0.1:1", client, None, 1.0).read()
 
 
-def test_it_goes_on_over_a_restart_of_the_server(
+def test_it_continues_after_a_restart_of_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = iter(["seen", Failure("refused", SERVER_ERROR), UnavailableError("is starting"), "back"])
