@@ -121,19 +121,15 @@ COMMIT = _script(
     """
 -- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions. ARGV: a letter for each
 -- session, required stamps, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), the offset
--- of
--- ids in keys, the lifetime of tombstones (ms), the minimum and maximum idle time of each session that ends (ms, 8
--- bytes
--- each; empty: no limit). Returns the numbers of sessions that do not match. If the mark is missing, the partition
--- may have
--- been emptied: then no session is created, and the first number is 0.
+-- of ids in keys, the lifetime of tombstones (ms), the minimum and maximum idle time of each session that ends (ms, 8
+-- bytes each; empty: no limit). Returns the numbers of sessions that do not match. If the mark is missing, the
+-- partition may have been emptied: then no session is created, and the first number is 0.
 --   P  put: replace the record with the stamp, or create the session if the tombstone has the stamp; without a stamp,
--- create
---      it if there is neither and the id is not listed; with the highest stamp, create it if the id is listed (it was
--- lost)
+--      create it if there is neither and the id is not listed; with the highest stamp, create it if the id is listed
+--      (it was lost)
 --   D  delete the record with the stamp, or without a stamp any record; put the tombstone if one is given
 --   U  as D, for a session that an attempt with the stamp may have created: late requests of that attempt create
--- nothing
+--      nothing
 --   T  put a tombstone if there is no record
 --   F  delete a tombstone
 --   L  put a tombstone if there is neither and the id is listed
@@ -315,10 +311,9 @@ FETCH = _script(
     _COMMON,
     """
 -- Reads sessions. KEYS: the sessions. ARGV: known stamps (8 bytes each; empty: none); '1': write something if a value
--- is
--- not known, '2': always write; the maximum of bytes. Returns the time (ms), then each value, or only its head if its
--- stamp
--- is known. There are fewer values than keys, but at least one, if they exceed the maximum. One byte replaces a value:
+-- is not known, '2': always write; the maximum of bytes. Returns the time (ms), then each value, or only its head if
+-- its stamp is known. There are fewer values than keys, but at least one, if they exceed the maximum. One byte replaces
+-- a value:
 --   3  there is none, and the id is listed: the session was lost
 --   4  the key has another type
 --   5  there is none, and the mark of the partition is missing: it may have been emptied
@@ -370,8 +365,7 @@ HEADS = _script(
     RECORD,
     """
 -- Reads headers of records. KEYS: the sessions. ARGV: minimum idle time (ms). Returns the time (ms), then each value
--- without
--- rows and extra; empty if there is no record or it was used recently; one byte, 3, if there is no key.
+-- without rows and extra; empty if there is no record or it was used recently; one byte, 3, if there is no key.
 local now, idle_ms = now_ms(), tonumber(ARGV[1])
 local found = {now}
 for i, key in ipairs(KEYS) do
@@ -410,9 +404,8 @@ return 0
 CLAIM = _script(
     _COMMON,
     """
--- Claims a task for one server at a time. KEYS: the claim. ARGV: the claimant, the duration (ms). Returns for how
--- long it has
--- held the claim (ms); -1: another holds it.
+-- Claims a task for one server at a time. KEYS: the claim. ARGV: the claimant, the duration (ms). Returns for how long
+-- it has held the claim (ms); -1: another holds it.
 local has, now = pcall('GET', KEYS[1]), now_ms()
 local since = now
 if type(has) == 'string' then
@@ -427,11 +420,9 @@ return math.max(0, now - since)
 
 DOCUMENTS = _script(
     """
--- Writes documents. KEYS: documents, the fence. ARGV: for each its name, its required value ('': any, '0': absent,
--- '1' and
--- the value) and its new value ('0': absent, '1' and the value). Returns the names of documents that do not match.
--- One that
--- already has its new value was written by an earlier attempt, and is written again.
+-- Writes documents. KEYS: documents, the fence. ARGV: for each its name, its required value ('': any, '0': absent, '1'
+-- and the value) and its new value ('0': absent, '1' and the value). Returns the names of documents that do not match.
+-- One that already has its new value was written by an earlier attempt, and is written again.
 local call, sub = redis.call, string.sub
 local stale = {}
 for i = 1, #ARGV, 3 do
@@ -452,8 +443,7 @@ return stale
 MAKE = _script(
     """
 -- Returns the description of the store, which is created if missing. KEYS: the store. ARGV: names and values of a new
--- one.
--- Returns 1 if it was created, else 0, then names and values.
+-- one. Returns 1 if it was created, else 0, then names and values.
 local made = redis.call('EXISTS', KEYS[1]) == 0 and 1 or 0
 if made == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
 return {made, redis.call('HGETALL', KEYS[1])}
@@ -463,9 +453,8 @@ return {made, redis.call('HGETALL', KEYS[1])}
 MARK = _script(
     _COMMON,
     """
--- Returns the mark of a partition, which is created if missing. KEYS: its mark, its ids. ARGV: the store's
--- incarnation, the
--- token of the known mark (empty: none), a token for a new one, '1' if there must have been one. The mark is the
+-- Returns the mark of a partition, which is created if missing. KEYS: its mark, its ids. ARGV: the store's incarnation,
+-- the token of the known mark (empty: none), a token for a new one, '1' if there must have been one. The mark is the
 -- incarnation, a token, and when the partition was found empty (ms), 0: never.
 local has = pcall('GET', KEYS[1])
 if type(has) == 'string' then return has end
