@@ -113,7 +113,7 @@ def load(path: Path, max_bytes: int = MAX_BYTES, *, is_own: bool = False) -> Pro
             raise ProgramFileError(f"corrupt {SUFFIX} file: {MANIFEST}: {_clause(error)}") from error
     if program.executor == "tensorflow" and not is_own:
         raise ProgramFileError(
-            f"holds a graph for TensorFlow, and a {SUFFIX} file must be one for LiteRT: serve the .keras file itself"
+            f"contains a TensorFlow graph, but a {SUFFIX} file must contain a LiteRT model: serve the .keras file instead"
         )
     return program
 
@@ -227,14 +227,14 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     if MANIFEST not in names:
         if "config.json" in names:
             raise ProgramFileError(
-                "holds a Keras model, which is not compiled: name it NAME.keras and run: stepwell compile NAME.keras -o "
+                "contains a Keras model that is not compiled: name it NAME.keras and run: stepwell compile NAME.keras -o "
                 f"NAME{SUFFIX}"
             )
         raise ProgramFileError(f"not a {SUFFIX} file: it has no {MANIFEST}")
     entry = archive.getinfo(MANIFEST)
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MAX_MANIFEST_BYTES:
         raise ProgramFileError(
-            f"corrupt {SUFFIX} file: {MANIFEST} must be stored as it is, in at most {_MAX_MANIFEST_BYTES} bytes"
+            f"corrupt {SUFFIX} file: {MANIFEST} must be stored without compression, in at most {_MAX_MANIFEST_BYTES} bytes"
         )
     try:
         manifest = json.loads(archive.read(entry))
@@ -246,7 +246,7 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     if version != VERSION:
         newer = isinstance(version, int) and version > VERSION
         advice = (
-            "use a newer Stepwell, or compile the model with this one" if newer else "compile the model anew"
+            "use a newer Stepwell, or compile the model with this one" if newer else "compile the model again"
         )
         raise ProgramFileError(
             f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION}: {advice}"
@@ -260,7 +260,7 @@ def _members(archive: zipfile.ZipFile, manifest: Mapping[str, Any], max_bytes: i
     size = sum(entry.file_size for entry in entries)
     if size > max_bytes:
         raise ProgramFileError(
-            f"what it holds must be at most {max_bytes} bytes (--max-model-bytes); it is {size} bytes"
+            f"its content must be at most {max_bytes} bytes (--max-model-bytes); it is {size} bytes"
         )
     listed = manifest.get("members")
     listed = listed if isinstance(listed, dict) else {}
@@ -274,7 +274,7 @@ def _members(archive: zipfile.ZipFile, manifest: Mapping[str, Any], max_bytes: i
         if name == MANIFEST:
             continue
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ProgramFileError(f"corrupt {SUFFIX} file: {name} must be stored as it is")
+            raise ProgramFileError(f"corrupt {SUFFIX} file: {name} must be stored without compression")
         content = archive.read(entry)
         expected = listed[name]
         if not isinstance(expected, dict) or hashlib.sha256(content).hexdigest() != expected.get("sha256"):

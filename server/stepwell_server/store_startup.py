@@ -98,7 +98,9 @@ async def once_it_answers(
             if settings.shared_store is None:
                 raise StartError(f"--data-dir: {error.message}") from error
             if clock.monotonic() >= end:
-                raise StartError(f"--store: {error.message}; it was waited for {WAIT_S:g} s") from error
+                raise StartError(
+                    f"--store: {error.message}; the server waited {WAIT_S:g} s for it"
+                ) from error
             if not is_logged:
                 where = str(settings.shared_store)
                 _log.warning("the store does not answer yet", store=where, reason=error.message)

@@ -168,7 +168,7 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
             lambda m: m.update(version=3),
             r"is of version 3 of its format, and this Stepwell reads 2: use a newer",
         ),
-        (lambda m: m.update(version=1), r"is of version 1 .*: compile the model anew"),
+        (lambda m: m.update(version=1), r"is of version 1 .*: compile the model again"),
         (lambda m: m.update(version="1"), r"is of version '1'"),
         (lambda m: m.update(version="1" * 999), r"^is of version '1{39} of its format"),
         (lambda m: m["proof"].update(compared=math.nan), r"a number from 0 to 1 was expected; got nan"),
@@ -225,7 +225,7 @@ def test_another_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
     ):
         program_file.load(path)
     for name, message in (
-        ("config.json", r"holds a Keras model, which is not compiled: .*stepwell compile NAME.keras"),
+        ("config.json", r"contains a Keras model that is not compiled: .*stepwell compile NAME.keras"),
         ("other", r"it has no stepwell.json"),
     ):
         with zipfile.ZipFile(path, "w") as archive:
@@ -244,7 +244,7 @@ def test_what_inflates_or_is_too_large_is_refused_before_it_is_read(file: Path, 
     with pytest.raises(ProgramFileError, match=r"must be at most 100 bytes \(--max-model-bytes\); it is"):
         program_file.load(file, 100)
     rewritten(file, lambda _members: None, compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(ProgramFileError, match=r"stepwell.json must be stored as it is"):
+    with pytest.raises(ProgramFileError, match=r"stepwell.json must be stored without compression"):
         program_file.load(file)
     program_file.save(program(1), file)
     with zipfile.ZipFile(file) as archive:
@@ -252,7 +252,7 @@ def test_what_inflates_or_is_too_large_is_refused_before_it_is_read(file: Path, 
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == "program.tflite" else None)
-    with pytest.raises(ProgramFileError, match=r"program.tflite must be stored as it is"):
+    with pytest.raises(ProgramFileError, match=r"program.tflite must be stored without compression"):
         program_file.load(file)
 
 
@@ -263,7 +263,7 @@ def test_a_graph_for_tensorflow_is_loaded_by_the_cache_only(tmp_path: Path) -> N
     )
     program_file.save(on_tensorflow, path)
     assert program_file.load(path, is_own=True).files == on_tensorflow.files
-    with pytest.raises(ProgramFileError, match=r"must be one for LiteRT: serve the .keras file itself"):
+    with pytest.raises(ProgramFileError, match=r"must contain a LiteRT model: serve the .keras file instead"):
         program_file.load(path)
 
 

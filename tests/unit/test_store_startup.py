@@ -48,7 +48,7 @@ async def test_it_is_asked_until_it_answers() -> None:
 async def test_it_is_not_waited_for_for_ever() -> None:
     clock = ManualClock()
     ask = Asked(clock, away=1000, seconds=10.0)
-    with pytest.raises(StartError, match="--store: it does not answer; it was waited for 30 s"):
+    with pytest.raises(StartError, match="--store: it does not answer; the server waited 30 s for it"):
         await once_it_answers(ask, SHARED, clock, asyncio.Event())
     assert ask.times == 3
 
