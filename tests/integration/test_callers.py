@@ -214,8 +214,8 @@ def _those_who_are_not_known_are_refused(asking: Asking) -> None:
         "none": (None, "callers must send a token in the metadata"),
         "unknown": (bearer("stw_" + "a" * 43), "must be known to this server"),
         "cut off": (bearer(good[:-1]), "must be known to this server"),
-        "another scheme": ((("authorization", "Basic YTpi"),), "got another authorization"),
-        "nothing": ((("authorization", "Bearer "),), "got another authorization"),
+        "another scheme": ((("authorization", "Basic YTpi"),), "got another kind of authorization"),
+        "nothing": ((("authorization", "Bearer "),), "got another kind of authorization"),
         "expired": (bearer(signed(exp=now - dt.timedelta(minutes=1))), "the JWT has expired"),
         "for ever": (bearer(signed(exp=None)), "it has no claim exp"),
         "not yet": (bearer(signed(nbf=now + dt.timedelta(minutes=1))), "is not valid yet"),
@@ -227,7 +227,7 @@ def _those_who_are_not_known_are_refused(asking: Asking) -> None:
         "shared secret": (bearer(forged()), "its algorithm (alg) does not fit its key"),
         "no tenant": (bearer(signed(tenant=None)), "the claim tenant must name the tenant"),
         "separator": (bearer(signed(tenant="a\x1fb")), "the claim tenant must name the tenant"),
-        "no role": (bearer(signed(role="root")), "the claim role must be or hold one of"),
+        "no role": (bearer(signed(role="root")), "the claim role must be or contain one of"),
         "no json": (bearer("a.b.c"), "it is not a JWT"),
         "deep": (bearer(f"{deep}.{deep}.x"), "it is not a JWT"),
     }
@@ -314,7 +314,7 @@ def _roles_and_tenants(asking: Asking) -> None:
         asking.server.address, tls=asking.tls(x509.DNSName("w7.workers.acme.example"))
     ) as worker:
         worker.models()
-        with pytest.raises(stepwell.PermissionDeniedError, match="caller 'acme/worker' has viewer"):
+        with pytest.raises(stepwell.PermissionDeniedError, match="caller 'acme/worker' has the role viewer"):
             worker.open_session("forecast")
     for tenant in ("beta", "*"):
         with (

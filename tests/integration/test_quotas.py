@@ -49,7 +49,7 @@ def test_quotas_of_a_file_are_kept_told_read_again_and_counted(tmp_path: Path) -
         server.wait_for_log("the changed quotas cannot be used")
         other.write_text("[default]\nsessions = 3\n")
         os.replace(other, path)
-        server.wait_for_log("quotas read")
+        server.wait_for_log("reloaded the quotas")
         client.open_session("forecast", session_id="four")
 
 

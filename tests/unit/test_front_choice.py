@@ -56,8 +56,8 @@ def test_a_front_built_from_other_sources_is_not_used(
     monkeypatch.delitem(sys.modules, NATIVE)
     expect(
         front,
-        f"stepwell-front must have interface {native._INTERFACE}; the installed one, {native.VERSION}, has {installed},"
-        " as it was built from other sources",
+        f"stepwell-front must have interface {native._INTERFACE}; the installed one, {native.VERSION}, has {installed}, because it was"
+        " built from other sources",
     )
 
 

@@ -379,7 +379,7 @@ async def test_an_admin_lists_exports_and_closes_what_is_everybodys(at: Calls) -
                     pb.GetStatesRequest(session_ids=[MINE]),
                     pb.ExportSessionsRequest(session_ids=[MINE]), infer(X, sequence_id=7)):  # fmt: skip
         (await everybody.refused(request)).expect(
-            "INVALID_ARGUMENT", "INVALID_INPUT", "must be one tenant", "'*'"
+            "INVALID_ARGUMENT", "INVALID_INPUT", "must name one tenant", "'*'"
         )
     (await everybody.refused(pb.ListSessionsRequest(session_id_prefix="m"))).expect(
         "INVALID_ARGUMENT", "INVALID_INPUT", "session_id_prefix must be empty", "'m'"
