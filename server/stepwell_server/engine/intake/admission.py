@@ -479,13 +479,13 @@ class Admission(Starter):
         )
 
         def answer(error: ServerError | None, places: Members | None) -> None:
-            own, told = (members, outcome) if places is None else (members[places], outcome.part(places))
+            own, applied = (members, outcome) if places is None else (members[places], outcome.part(places))
             if error is not None:
                 change.fail(own, error)
                 return
             row_count = len(change.rows) if change.rows is not None else int(change.sizes[own].sum())
             self._observer.applied(model.name, "reset", len(own), row_count)
-            change.succeed(own, Reply(told.revisions, told.positions, {}, NO_STATES))
+            change.succeed(own, Reply(applied.revisions, applied.positions, {}, NO_STATES))
 
         self._committer.commit(outcome, answer, lambda places: self.on_conflict(change, members[places]))
 

@@ -47,7 +47,7 @@ PageInErrors = dict[int, ServerError]
 """Why sessions stay paged out, by handle: `NoRows`, `SessionGone`, `StateCorrupt`, `Overloaded`, `Unavailable`,
 `Internal`."""
 OnPagedIn = Callable[[Handles, PageInErrors], None]
-"""Called with sessions that were being read, and the errors of those that stay paged out."""
+"""Called with sessions that were being read, and the errors for sessions that stay paged out."""
 
 
 class PageIn(NamedTuple):

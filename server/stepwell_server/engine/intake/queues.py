@@ -330,7 +330,7 @@ class SessionQueues:
         if self._clock.monotonic() >= deadline:
             raise too_late()
         if self._table.claimed[handle]:
-            await self._await_turn(handle, deadline)
+            await self._await_claim(handle, deadline)
         else:
             self._claims.claim(np.array([handle]))
         if not rows:
@@ -347,7 +347,7 @@ class SessionQueues:
             self.release(np.array([handle]))
             raise
 
-    async def _await_turn(self, handle: int, deadline: float) -> None:
+    async def _await_claim(self, handle: int, deadline: float) -> None:
         """Wait in a claimed session's queue until the claim is passed on."""
         granted = self.request_claim(handle, deadline)
         try:

@@ -202,20 +202,20 @@ class Validation:
         Their sessions have other rows than the message says, or do not continue as `continued_model` demands. All
         of them are in the table.
         """
-        table, said = self._table, change.batch_sizes
+        table, given_sizes = self._table, change.batch_sizes
         own = table.batch_size[handles]
         if not change.continued_model:
-            return _NO_MEMBERS if said is None else np.flatnonzero(own != said)
+            return _NO_MEMBERS if given_sizes is None else np.flatnonzero(own != given_sizes)
         model = self._models.find(change.continued_model)
         indexes = [] if model is None else [each.index for each in model.among(change.continued_versions)]
         if len(handles) == 1:  # a comparison of arrays would cost as much
             handle = handles[0]
             fits_all = table.position[handle] > 0 and table.model[handle] in indexes
-            return _NO_MEMBERS if fits_all and said is not None and said[0] == own[0] else _ONLY
+            return _NO_MEMBERS if fits_all and given_sizes is not None and given_sizes[0] == own[0] else _ONLY
         fits: Mask = table.position[handles] > 0
         models = table.model[handles]
         fits &= models == indexes[0] if len(indexes) == 1 else np.isin(models, indexes)
-        fits &= own == said
+        fits &= own == given_sizes
         return _NO_MEMBERS if fits.all() else np.flatnonzero(~fits)
 
     def look(self, change: Change, handles: Handles) -> Members:
@@ -296,9 +296,9 @@ class Validation:
 
     @staticmethod
     def _sizes(change: Change, own: Rows, there: Mask, *, all_there: bool) -> Rows:
-        said = change.batch_sizes
-        if said is not None:
-            return said  # a member with a wrong size is refused, but its rows are where it says
+        given_sizes = change.batch_sizes
+        if given_sizes is not None:
+            return given_sizes  # a member with a wrong size is refused, but its rows are where it says
         if all_there:
             return own
         sizes = np.where(there, own, 0)
@@ -579,10 +579,10 @@ def _shape_error(name: str, wanted: str, array: Array, instead: str = "") -> Inv
 
 def _unlike_times(program: Program, times: Sequence[int | None]) -> InvalidInput:
     names = [spec.name for spec in program.inputs if spec.temporal]
-    said = ", ".join(
+    listed = ", ".join(
         f"{name!r}: {'none' if time is None else time}" for name, time in zip(names, times, strict=True)
     )
-    return InvalidInput(f"inputs must have the same number of time steps; got {said}")
+    return InvalidInput(f"inputs must have the same number of time steps; got {listed}")
 
 
 def _check_state_tensor(spec: StateSpec, given: Array, rows: int) -> Array:

@@ -122,9 +122,9 @@ def _resets(jobs: Sequence[Job], steps: int) -> list[Mask | None]:
     nothing = [np.zeros(job.row_count, np.bool_) for job in jobs]
     resets: list[Mask | None] = []
     for step in range(steps):
-        said = [job.resets_at(step) for job in jobs]
-        if any(mask is not None and mask.any() for mask in said):
-            masks = zip(said, nothing, strict=True)
+        of_jobs = [job.resets_at(step) for job in jobs]
+        if any(mask is not None and mask.any() for mask in of_jobs):
+            masks = zip(of_jobs, nothing, strict=True)
             resets.append(join([none if mask is None else mask for mask, none in masks]))
         else:
             resets.append(None)

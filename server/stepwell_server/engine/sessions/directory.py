@@ -556,8 +556,8 @@ class IdMaker:
     def _token(self, request_id: int, source: str, namespace: str) -> bytes:
         if not request_id:
             return secrets.token_bytes(_TOKEN_BYTES)
-        said = f"{namespace}{request_id} {source}".encode()
-        return hmac.digest(self._secret, said, "sha256")[:_TOKEN_BYTES]
+        content = f"{namespace}{request_id} {source}".encode()
+        return hmac.digest(self._secret, content, "sha256")[:_TOKEN_BYTES]
 
     @staticmethod
     def is_generated(session_id: str) -> bool:

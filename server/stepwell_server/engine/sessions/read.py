@@ -255,7 +255,7 @@ class _GroupRead:
             while self._lines:
                 await self._has_come.wait()
                 self._has_come.clear()
-                await self._read_in_pieces(np.array(self._take_turns(), np.intp))
+                await self._read_in_pieces(np.array(self._granted_places(), np.intp))
         finally:
             for place, line in self._lines.items():
                 self._queues.withdraw(int(self._handles[place]), line)
@@ -279,7 +279,7 @@ class _GroupRead:
         self._came.append(place)
         self._has_come.set()
 
-    def _take_turns(self) -> list[int]:
+    def _granted_places(self) -> list[int]:
         """The places of sessions whose claims were granted."""
         granted = []
         while self._came:

@@ -257,8 +257,8 @@ def check_reply(
 
 def pack_foreign(arrays: ReplyArrays) -> bytes:
     """`ReplyMemory.pack` with a description of the tensors, for a version with other ones."""
-    told = [[[name, a.dtype.name, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
-    head = json.dumps(told).encode()
+    described = [[[name, a.dtype.name, a.shape] for name, a in tensors.items()] for tensors in arrays[:2]]
+    head = json.dumps(described).encode()
     parts = [a.tobytes() for tensors in arrays[:2] for a in tensors.values()]
     return b"".join([_FOREIGN, struct.pack("<I", len(head)), head, *parts])
 
@@ -266,9 +266,9 @@ def pack_foreign(arrays: ReplyArrays) -> bytes:
 def _unpack_foreign(packed: bytes) -> ReplyArrays:
     (size,) = struct.unpack_from("<I", packed, 1)
     at, found = 5 + size, list[dict[str, Array]]()
-    for told in json.loads(packed[5:at]):
+    for described in json.loads(packed[5:at]):
         tensors: dict[str, Array] = {}
-        for name, dtype, shape in told:
+        for name, dtype, shape in described:
             if not isinstance(name, str) or not all(type(size) is int and size >= 0 for size in shape):
                 raise ValueError("tensors of a reply must have a name, and sizes of at least 0")
             kind = dtype_of(dtype) if isinstance(dtype, str) else None
