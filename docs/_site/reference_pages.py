@@ -148,7 +148,9 @@ def row_of_reason(reason: str, kinds: list[tuple[type, str]], page: str) -> tupl
     from stepwell._transport.retry import RetryPolicy
     from stepwell._transport.status import Status, to_error
 
-    kind = min((kind for kind, _ in kinds), key=lambda each: len(each.__mro__))
+    # the base of all errors has a reason too, and says nothing of it
+    described = [kind for kind, _ in kinds if kind.__base__ is not Exception]
+    kind = min(described, key=lambda each: len(each.__mro__))
     error = to_error(Status(grpc.StatusCode[kinds[0][1]], "text", reason))
     retried = "" if RetryPolicy().delay_s(1, error) is None else " The SDK retries the call."
     codes = ", ".join(f"`{code}`" for code in sorted({code for _, code in kinds}))
