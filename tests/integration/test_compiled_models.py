@@ -78,7 +78,7 @@ def test_refusals_leave_nothing_behind(file: Path, tmp_path: Path, monkeypatch: 
     done = run("compile", model, "-o", str(target))
     assert done.exit_code == 2
     assert (
-        "its sin is wrong for large numbers, only TensorFlow can; a .stepwell file is for servers without it"
+        "its sin is wrong for large numbers, only TensorFlow can; a .stepwell file is for servers without TensorFlow"
         in done.stderr
     )
     assert list(tmp_path.iterdir()) == []

@@ -244,7 +244,7 @@ def test_files_of_tls_that_cannot_be_used_stop_the_start(front: str, authority: 
         "auto": (
             own.cert,
             own.cert,
-            f"must be a private key in PEM that is not encrypted; {own.cert} cannot",
+            f"must be a private key in PEM that is not encrypted; {own.cert} is not such a key",
         ),
     }[front]
     files = ("--tls-cert", str(certificate), "--tls-key", str(key))
