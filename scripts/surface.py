@@ -89,9 +89,9 @@ def sdk() -> list[str]:
 
 def commands() -> list[str]:
     """The commands and their options."""
-    import cli_reference
+    import command_facts
 
-    return cli_reference.lines()
+    return command_facts.lines()
 
 
 def protocol() -> list[str]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 import click
-from cli_reference import commands
+from command_facts import commands
 
 from stepwell.cli import main
 
