@@ -22,7 +22,7 @@ from support.stores.kinds import IN_PROCESS
 
 @BOTH_WAYS
 @pytest.mark.parametrize("steps", [0, 1, 4])
-async def test_rows_of_the_mask_begin_anew_and_the_others_go_on(threads: bool, steps: int) -> None:
+async def test_rows_of_the_mask_restart_and_the_others_continue(threads: bool, steps: int) -> None:
     shape = (3, steps) if steps else (3,)
     async with running(threads=threads) as at:
         await at.open("a", batch_size=3)
@@ -37,7 +37,7 @@ async def test_rows_of_the_mask_begin_anew_and_the_others_go_on(threads: bool, s
 
 
 @BOTH_WAYS
-async def test_with_all_rows_in_the_mask_the_position_begins_anew_and_a_retry_is_the_same_change(
+async def test_a_mask_of_all_rows_restarts_the_position_and_a_retry_is_the_same_change(
     threads: bool,
 ) -> None:
     async with running(threads=threads) as at:
@@ -104,7 +104,7 @@ async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
 
 @IN_PROCESS  # Valkey may answer a later pass first
 @pytest.mark.engine(threads=True, max_batch_rows=4, resident_rows=64)
-async def test_a_modest_caller_is_in_the_next_pass_whatever_a_greedy_one_has_sent(at: Harness) -> None:
+async def test_a_modest_caller_is_in_the_next_pass_despite_a_greedy_one(at: Harness) -> None:
     greedy = [f"g{i}" for i in range(20)]
     await at.open(*greedy, "modest", "busy")
     await at.begin_pass("busy", x(1))
@@ -179,7 +179,7 @@ async def test_to_run_out_of_memory_is_too_much_at_once_and_harms_no_session(
         assert (await at.engine.session_info("a")).revision == 1
 
 
-async def test_a_caller_who_cannot_be_told_of_a_reset_costs_nobody_else() -> None:
+async def test_a_failing_callback_of_a_reset_affects_no_other_caller() -> None:
     def raises(_answer: object) -> None:
         raise RuntimeError("nobody is there")
 

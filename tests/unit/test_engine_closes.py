@@ -252,7 +252,7 @@ async def test_a_session_that_is_due_is_gone_even_before_the_timer_comes(at: Har
 @pytest.mark.parametrize("end", ["close", "expire"])
 @pytest.mark.parametrize("begin", ["open", "open many", "fork"])
 @pytest.mark.engine(max_session_idle_s=60)
-async def test_whoever_has_the_revision_of_a_session_that_ended_does_not_step_the_next_of_its_id(
+async def test_the_revision_of_an_ended_session_does_not_step_the_next_one_of_its_id(
     end: str, begin: str, at: Harness
 ) -> None:
     await at.open_and_step("x", x(1), expected=0, request_ids=1)
@@ -288,7 +288,7 @@ async def test_ids_that_servers_make_cannot_be_chosen() -> None:
 
 
 @pytest.mark.engine(max_session_idle_s=60)
-async def test_an_expired_session_may_be_opened_anew_and_then_is_no_longer_expired(at: Harness) -> None:
+async def test_an_expired_session_can_be_reopened_and_then_is_no_longer_expired(at: Harness) -> None:
     for open_again in ("one", "many"):
         await at.open_and_step("a", x(1))
         at.clock.advance(61)
@@ -453,7 +453,7 @@ async def test_use_puts_the_end_off_and_a_look_at_the_session_does_not(at: Harne
 
 @OWN
 @pytest.mark.engine(threads=True)
-async def test_what_has_something_under_way_is_used(at: Harness) -> None:
+async def test_a_session_with_a_request_under_way_counts_as_used(at: Harness) -> None:
     name, other = await opened(at, 60_000), await opened(at, 60_000)
     await at.state(name)
     answer = await at.begin_pass(name, x(1))
@@ -465,7 +465,7 @@ async def test_what_has_something_under_way_is_used(at: Harness) -> None:
     assert await at.expired_after(0.5) == 1
 
 
-async def test_whoever_names_it_finds_it_expired_before_the_timer_comes(at: Harness) -> None:
+async def test_a_call_finds_a_session_expired_before_the_timer(at: Harness) -> None:
     names = [await opened(at, 5000) for _ in range(3)]
     at.clock.advance(5.5)
     answers = await at.submit(names[:2], x(2)).all()
@@ -584,7 +584,7 @@ async def test_a_session_that_is_paged_out_or_dropped_ends_by_its_last_use(disk:
 
 
 @OWN
-async def test_the_timer_ends_what_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_timer_ends_expired_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """It wakes by itself, whatever the limits are."""
     pauses: list[float] = []
     sleep = asyncio.sleep

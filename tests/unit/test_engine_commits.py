@@ -173,7 +173,7 @@ async def test_records_for_the_thread_are_made_on_the_loop_unless_they_are_many(
     assert (made, store.threads) == ([where], ["stepwell-store"])
 
 
-async def test_what_can_wait_is_done_when_callers_have_been_told(
+async def test_deferred_work_runs_after_callers_are_answered(
     slow: tuple[Slow, Commits, Told],
 ) -> None:
     store, commits, told = slow
@@ -254,7 +254,7 @@ async def logged(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Logged, 
     assert commits.close(WAIT_S)
 
 
-async def test_small_changes_pass_what_is_large(logged: tuple[Logged, Commits, Told]) -> None:
+async def test_small_changes_overtake_large_ones(logged: tuple[Logged, Commits, Told]) -> None:
     store, commits, told = logged
     for name in "abc":
         told.submit(name, is_change=True)
@@ -269,7 +269,7 @@ async def test_small_changes_pass_what_is_large(logged: tuple[Logged, Commits, T
     assert len(store.appended) == 3
 
 
-async def test_what_finds_no_room_in_the_log_has_its_turn(
+async def test_a_change_without_room_in_the_log_is_committed_in_order(
     logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
@@ -383,7 +383,7 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
     assert told.names == "Lmabc"
 
 
-async def test_what_was_put_after_a_wake_up_is_done_before_the_end() -> None:
+async def test_work_added_after_a_wake_up_is_done_before_the_end() -> None:
     store = Logged(waits_for_disk=True)
     commits = Commits(store)
     told = Told(commits, store)
@@ -436,7 +436,7 @@ async def test_a_transaction_takes_only_so_much(
     assert told.names == "abcdefgh"
 
 
-async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told]) -> None:
+async def test_a_batch_that_cannot_be_built_fails_alone(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
     await hold_up(store, told, "a")
 
@@ -452,7 +452,7 @@ async def test_what_cannot_be_made_fails_alone(slow: tuple[Slow, Commits, Told])
 
 
 @pytest.mark.parametrize("error", [Unavailable("no room"), ValueError("a secret detail")])
-async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
+async def test_a_failed_transaction_is_reported_to_all_its_changes(
     slow: tuple[Slow, Commits, Told], error: Exception
 ) -> None:
     store, commits, told = slow
@@ -473,7 +473,7 @@ async def test_a_transaction_that_fails_is_told_to_all_that_are_in_it(
     assert told.names == "f", "it goes on"
 
 
-async def test_what_could_not_be_kept_together_is_tried_one_by_one(
+async def test_changes_that_fail_together_are_tried_one_by_one(
     slow: tuple[Slow, Commits, Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, commits, told = slow
@@ -607,7 +607,7 @@ def test_so_it_is_on_disk(runs: list[list[Batch]]) -> None:
         store.close()
 
 
-def test_what_has_nothing_to_do_with_each_other_is_one_transaction() -> None:
+def test_unrelated_changes_are_one_transaction() -> None:
     made = [Batch(puts=[(f"s{i}", b"1")], forgets=[f"s{i}"], counts=[("m", 1)]) for i in range(100)]
     ended = [Batch(deletes=[f"t{i}"], tombstones=[Tombstone(f"t{i}", End.CLOSED, 1.0)]) for i in range(100)]
     assert len(together([*made, *ended])) == 1

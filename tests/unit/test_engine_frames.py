@@ -111,7 +111,7 @@ async def test_members_with_numbers_that_are_not_finite_fail_alone(at: Harness) 
     assert bytes_of(answers[2]) == stepped(initial(2), value[4:6]).tobytes()
 
 
-async def test_members_with_numbers_that_are_too_large_fail_alone_and_are_told_which(at: Harness) -> None:
+async def test_members_with_numbers_that_are_too_large_fail_alone_by_name(at: Harness) -> None:
     await opened(at)
     value = x(7, 2).astype(np.float64)
     value[2, 1, 0] = 1e39
@@ -220,7 +220,7 @@ async def test_two_models_do_not_share_passes_or_rows(at: Harness) -> None:
 
 
 @pytest.mark.engine(max_session_idle_s=60, resident_rows=256)
-async def test_many_that_are_gone_alike_share_an_error_and_each_is_told_which(at: Harness) -> None:
+async def test_members_gone_for_the_same_reason_share_an_error_that_names_each(at: Harness) -> None:
     expired = [f"e{i}" for i in range(40)]
     await at.open(*expired)
     at.clock.advance(61)

@@ -47,7 +47,7 @@ async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[s
     return states
 
 
-async def test_what_comes_after_a_fork_of_many_is_not_in_it(at: Harness) -> None:
+async def test_a_fork_of_many_has_no_later_changes(at: Harness) -> None:
     await at.open_and_step("a", x(1))
     forking = await begun(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
     later = [at.submit("a", x(1)) for _ in range(3)]
@@ -75,7 +75,7 @@ async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch:
 
 
 @pytest.mark.engine(threads=True)
-async def test_each_is_read_after_what_came_before_and_before_what_comes_later(at: Harness) -> None:
+async def test_each_session_is_read_between_earlier_and_later_requests(at: Harness) -> None:
     await at.open(*"abc")
     first = await blocked(at, "a", "b")
     waiting = at.submit("a", x(1))
@@ -260,7 +260,7 @@ async def test_a_fork_that_fails_makes_nothing(at: Harness) -> None:
 
 
 @pytest.mark.stores("fake_shared")
-async def test_what_another_server_has_changed_is_read_from_the_store(at: Harness) -> None:
+async def test_sessions_changed_by_another_server_are_read_from_the_store(at: Harness) -> None:
     """Sessions that are resident here and went on there, and one that was closed there."""
     assert isinstance(at.store, RemoteStore)
     await at.open(*"abc")

@@ -47,7 +47,7 @@ async def test_a_new_session_begins_at_the_initial_state(at: Harness) -> None:
 
 
 @pytest.mark.engine(resident_rows=1)
-async def test_a_reused_row_does_not_show_what_was_there(at: Harness) -> None:
+async def test_a_reused_row_does_not_show_its_old_content(at: Harness) -> None:
     await at.open_and_step("a", x(1, 3))
     await at.engine.close_session("a")
     await at.open("b")
@@ -70,7 +70,7 @@ async def test_ids_made_here_are_new_each_time(at: Harness) -> None:
 
 
 @pytest.mark.engine({"plain": PLAIN, "other": PLAIN})
-async def test_resuming_goes_on_where_the_session_was(at: Harness) -> None:
+async def test_resuming_continues_from_the_last_state_of_the_session(at: Harness) -> None:
     """A state that the opening brings is for a new session."""
     await at.open("a", batch_size=2)
     await at.step("a", x(2, 3))
@@ -206,7 +206,7 @@ async def test_two_forks_to_one_name_that_wait_make_one_session(at: Harness) -> 
 
 
 @pytest.mark.engine(threads=True)
-async def test_closing_refuses_who_waits_and_forgets_the_session(at: Harness) -> None:
+async def test_closing_refuses_waiting_requests_and_forgets_the_session(at: Harness) -> None:
     await at.open("a", "b")
     first = await blocked(at, "a", "b")
     before = at.submit("a", x(1))
@@ -386,7 +386,7 @@ async def test_a_reset_to_a_state_may_take_its_position_over(at: Harness) -> Non
     assert (await at.submit("b", reset=True).only()).position == 0
 
 
-async def test_what_is_known_of_a_session(at: Harness) -> None:
+async def test_session_info_describes_a_session(at: Harness) -> None:
     await at.open("a")
     created = at.clock.now()
     at.clock.advance(5)
@@ -397,7 +397,7 @@ async def test_what_is_known_of_a_session(at: Harness) -> None:
     assert (info.revision, info.position) == (1, 4)
 
 
-async def test_what_is_read_does_not_change_afterwards(at: Harness) -> None:
+async def test_a_state_that_was_read_does_not_change_afterwards(at: Harness) -> None:
     await at.open("a")
     read = await at.engine.get_state("a")
     before = read.state["sum"].tobytes()
@@ -407,7 +407,7 @@ async def test_what_is_read_does_not_change_afterwards(at: Harness) -> None:
 
 
 @pytest.mark.engine(resident_rows=2048)
-async def test_others_get_a_turn_while_many_sessions_are_closed(at: Harness) -> None:
+async def test_other_tasks_run_while_many_sessions_are_closed(at: Harness) -> None:
     opened = await at.engine.open_sessions("plain", count=2000)
     turns = 0
 

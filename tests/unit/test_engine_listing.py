@@ -204,7 +204,7 @@ async def test_a_session_that_is_there_all_the_time_is_listed_once() -> None:
 
 @IN_PROCESS  # Valkey itself takes seconds to make so many
 @pytest.mark.engine(resident_rows=8)
-async def test_the_event_loop_goes_on_while_many_are_listed(at: Harness) -> None:
+async def test_the_event_loop_runs_while_many_sessions_are_listed(at: Harness) -> None:
     ids = (await at.engine.open_sessions("plain", count=8000)).session_ids
     listed = await begun(at.engine.list_sessions(limit=len(ids)))
     turns = 0
@@ -226,7 +226,7 @@ async def close_all(at: Harness, limit: int, **wanted: Any) -> int:
 
 @pytest.mark.parametrize("wanted", FILTERS)
 @pytest.mark.engine(PROGRAMS, resident_rows=20)
-async def test_closing_what_fits(wanted: dict[str, Any], at: Harness) -> None:
+async def test_closing_by_a_filter_closes_matching_sessions(wanted: dict[str, Any], at: Harness) -> None:
     await some_sessions(at, 30, seed=4)
     fitting, _ = await whole(at, 1000, **wanted)
     everyone, _ = await whole(at, 1000)
@@ -236,7 +236,7 @@ async def test_closing_what_fits(wanted: dict[str, Any], at: Harness) -> None:
     assert left == [info for info in everyone if info.session_id not in gone]
 
 
-async def test_what_is_new_or_used_since_the_first_page_stays(at: Harness) -> None:
+async def test_sessions_that_are_new_or_used_since_the_first_page_stay(at: Harness) -> None:
     await at.open(*"abcdef")
     at.clock.advance(60.0)
     closed, place = await at.engine.close_matching(SessionFilter(idle_longer_s=30.0), limit=2)
@@ -281,7 +281,7 @@ async def test_sessions_of_an_unloaded_version_are_listed_and_closed_by_a_filter
 
 
 @IN_PROCESS  # Valkey is looked through in parts
-async def test_many_that_end_together_are_told_together() -> None:
+async def test_sessions_that_end_together_are_reported_together() -> None:
     told: list[tuple[str, str, int]] = []
     async with running(PROGRAMS, max_session_idle_s=60.0) as at:
         at.events.session_events = lambda *event: told.append(event)  # type: ignore[method-assign]
@@ -342,7 +342,7 @@ async def test_the_same_request_again_says_what_it_opened(at: Harness) -> None:
 
 
 @pytest.mark.engine({"plain": PLAIN, "rich": RICH})
-async def test_what_cannot_be_resumed_is_named_and_nothing_is_opened(at: Harness) -> None:
+async def test_sessions_that_cannot_be_resumed_are_named_and_nothing_is_opened(at: Harness) -> None:
     await at.open("a")
     await at.engine.open_session("rich", session_id="b")
     await at.engine.open_session("plain", session_id="c", batch_size=3)
@@ -363,7 +363,7 @@ async def test_without_ids_there_is_nothing_to_resume(at: Harness) -> None:
     )
 
 
-async def test_a_session_that_ended_begins_anew_with_a_revision_of_its_own(at: Harness) -> None:
+async def test_an_ended_session_reopens_with_a_revision_of_its_own(at: Harness) -> None:
     await at.open("a", "b")
     await at.step("a", x(1))
     await at.engine.close_session("a")

@@ -55,7 +55,7 @@ async def test_sessions_of_another_server_are_loaded_when_they_are_named() -> No
         assert len(store.asked("read")) == reads, "it is here now"
 
 
-async def test_nothing_overtakes_what_waits_for_one_of_its_sessions() -> None:
+async def test_nothing_overtakes_a_request_that_waits_for_one_of_its_sessions() -> None:
     async with after("away") as (at, store):
         await at.open("here")
         store.reads_held = True
@@ -76,7 +76,7 @@ async def test_nothing_overtakes_what_waits_for_one_of_its_sessions() -> None:
         assert (await third.only()).revision == 3
 
 
-async def test_what_is_compared_once_it_is_looked_up_keeps_its_place() -> None:
+async def test_a_request_checked_after_its_lookup_keeps_its_place() -> None:
     async with after("a", "b") as (at, store):
         store.reads_held = True
         first = at.submit(
@@ -104,7 +104,7 @@ async def test_a_session_that_leaves_the_table_lets_nobody_overtake() -> None:
         assert [(await first.only()).revision, (await second.only()).revision] == [2, 3]
 
 
-async def test_others_go_on_while_some_are_loaded() -> None:
+async def test_other_sessions_run_while_some_are_loaded() -> None:
     async with after("away") as (at, store):
         await at.open("here")
         store.reads_held = True
@@ -139,7 +139,7 @@ async def test_every_call_waits_for_the_sessions_it_names(call: str) -> None:
         assert kinds([answer]) == ["SessionNotFound" if call == "close" else "Answer"]
 
 
-async def test_a_caller_who_gives_up_while_it_waits_lets_nobody_overtake() -> None:
+async def test_a_waiting_call_that_is_cancelled_lets_nobody_overtake() -> None:
     async with after("a") as (at, store):
         store.reads_held = True
         first = at.submit("a", x(1), expected=1)
@@ -156,7 +156,7 @@ async def test_a_caller_who_gives_up_while_it_waits_lets_nobody_overtake() -> No
 
 
 @pytest.mark.parametrize("how", ["late", "cancelled"])
-async def test_what_nobody_waits_for_any_more_is_not_applied_once_it_is_loaded(how: str) -> None:
+async def test_an_abandoned_request_is_not_applied_after_its_session_is_loaded(how: str) -> None:
     async with after("a") as (at, store):
         store.reads_held = True
         reset = at.submit("a", reset=True, deadline=at.clock.monotonic() + 5)
@@ -177,7 +177,7 @@ async def test_what_nobody_waits_for_any_more_is_not_applied_once_it_is_loaded(h
 
 
 @pytest.mark.parametrize("call", ["read", "fork", "close"])
-async def test_a_call_whose_time_is_over_when_its_session_is_loaded_does_nothing(call: str) -> None:
+async def test_a_call_past_its_deadline_when_its_session_is_loaded_does_nothing(call: str) -> None:
     async with after("a") as (at, store):
         store.reads_held = True
         deadline = at.clock.monotonic() + 5
@@ -267,7 +267,7 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
 
 
 @pytest.mark.engine(resident_rows=2)
-async def test_passes_go_on_while_sessions_are_paged_in(at: Harness) -> None:
+async def test_passes_run_while_sessions_are_paged_in(at: Harness) -> None:
     store: RemoteStore = at.store
     for name in "abc":  # a has to go
         at.clock.advance(1.0)
@@ -287,7 +287,7 @@ async def test_passes_go_on_while_sessions_are_paged_in(at: Harness) -> None:
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.engine(resident_rows=1)
-async def test_what_waits_for_a_page_in_is_dropped_when_nobody_wants_it(reset: bool, at: Harness) -> None:
+async def test_an_abandoned_request_that_waits_for_a_page_in_is_dropped(reset: bool, at: Harness) -> None:
     store: RemoteStore = at.store
     await at.open("a")
     await at.open("b")

@@ -93,7 +93,7 @@ async def rich(at: Harness, session_id: str, steps: int, request_id: int) -> Any
     return await at.single(session_id, None, inputs=inputs, expected=0, request_id=request_id).only()
 
 
-async def test_what_moves_goes_on_and_a_retry_is_answered_once() -> None:
+async def test_a_moved_session_continues_and_answers_a_retry_once() -> None:
     async with two(resident_rows=12) as (old, new):
         answers = {}
         for name, steps in (("one", 0), ("three", 3), ("away", 2)):
@@ -131,7 +131,7 @@ async def test_what_moves_goes_on_and_a_retry_is_answered_once() -> None:
         assert (await new.engine.list_sessions())[1] == len(names)
 
 
-async def test_what_is_there_is_left_unless_it_is_to_be_replaced() -> None:
+async def test_an_existing_session_stays_unless_it_is_to_be_replaced() -> None:
     async with two(threads=True) as (old, new):
         await old.open("a", "b", "c")
         await old.step("a", x(1))

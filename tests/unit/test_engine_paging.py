@@ -41,7 +41,7 @@ async def away(at: Harness) -> int:
     return sum(not info.resident for info in infos)
 
 
-def test_packed_rows_come_back_bit_for_bit_whatever_their_types() -> None:
+def test_packed_rows_of_all_types_come_back_bit_for_bit() -> None:
     rng = np.random.default_rng(1)
     program = dataclasses.replace(
         RICH,
@@ -235,7 +235,7 @@ async def test_a_session_of_many_rows_is_not_passed_by_those_that_come_after_it(
 
 
 @pytest.mark.engine(resident_rows=2, threads=True)
-async def test_what_waits_for_rows_is_dropped_when_its_time_is_over_or_its_caller_has_left(
+async def test_a_request_that_waits_for_rows_is_dropped_when_it_is_late_or_cancelled(
     at: Harness,
 ) -> None:
     busy = await crowded(at, "late", "left", "stays")
@@ -283,7 +283,7 @@ async def test_no_more_waits_for_rows_than_may_wait_at_all(at: Harness) -> None:
 
 
 @pytest.mark.engine(resident_rows=2, threads=True)
-async def test_a_server_that_stops_finishes_what_waits_for_rows(at: Harness) -> None:
+async def test_a_stopping_server_finishes_requests_that_wait_for_rows(at: Harness) -> None:
     await crowded(at, "c", "d")
     waiting = at.submit(["c", "d"], x(2))
     at.engine.stop_accepting()
@@ -294,7 +294,7 @@ async def test_a_server_that_stops_finishes_what_waits_for_rows(at: Harness) -> 
 
 @pytest.mark.stores("memory")  # a commit on the store's thread would let others in before it has ended
 @pytest.mark.engine(resident_rows=2)
-async def test_who_was_let_in_and_did_not_fit_keeps_its_place(at: Harness) -> None:
+async def test_an_admitted_request_that_did_not_fit_keeps_its_place(at: Harness) -> None:
     for name in ("first", "second", "third", "fourth", "a", "b"):
         at.clock.advance(1)
         await at.open(name)

@@ -88,7 +88,7 @@ async def test_a_session_with_a_row_at_fault_fails_whole_and_its_neighbours_do_n
 
 
 @BOTH_WAYS
-async def test_a_pass_that_breaks_changes_nothing_and_the_loop_goes_on(
+async def test_a_pass_that_breaks_changes_nothing_and_the_loop_continues(
     threads: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(threads=threads) as at:
@@ -207,7 +207,7 @@ async def test_a_change_cancelled_while_its_pass_runs_is_applied_and_a_retry_fin
 
 
 @pytest.mark.engine(threads=True, max_batch_rows=8, compute_threads=1)
-async def test_what_waits_together_runs_together_up_to_max_batch_rows(at: Harness) -> None:
+async def test_waiting_requests_run_together_up_to_max_batch_rows(at: Harness) -> None:
     ids = await open_all(at, 21)
     await at.begin_pass(ids[20], x(1))
     waiting = [at.submit(ids[i], x(1)) for i in range(20)]
@@ -323,7 +323,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.engine(threads=True)
-async def test_stopping_refuses_what_comes_and_finishes_what_came(at: Harness) -> None:
+async def test_stopping_refuses_new_requests_and_finishes_earlier_ones(at: Harness) -> None:
     await at.open("a", "b")
     first = await at.begin_pass("a", x(1))
     in_queue, in_line = at.submit("b", x(1, 3)), at.submit("a", x(1))

@@ -430,7 +430,7 @@ async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.stores("async", "sync", "fake_shared")
-async def test_what_is_too_late_when_it_was_looked_for_is_not_applied(at: Harness) -> None:
+async def test_a_request_past_its_deadline_after_its_lookup_is_not_applied(at: Harness) -> None:
     await at.open("a")
     ids = ["a", *(f"never{number}" for number in range(COUNT))]
     reset = at.submit(ids, reset=True, batch_sizes=[1] * len(ids), deadline=at.clock.monotonic() + 5)

@@ -434,7 +434,7 @@ async def test_a_session_grows_with_its_model_when_it_is_next_changed() -> None:
         assert known(at) == SESSION + wide - ROW
 
 
-async def test_of_many_callers_who_is_over_it_is_refused_alone() -> None:
+async def test_only_the_callers_over_the_limit_are_refused() -> None:
     acme, beta = prefix_of("acme") + "s", prefix_of("beta") + "s"
     quotas = QuotaTable(tenants={"acme": Limits(bytes=SESSION)})
     async with running(quotas=quotas) as at:

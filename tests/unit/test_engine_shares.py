@@ -103,7 +103,7 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
     share.leave()
 
 
-async def test_what_is_done_in_a_turn_needs_no_other() -> None:
+async def test_a_ring_from_within_a_finished_callback_calls_it_once() -> None:
     turns: list[int] = []
     share = Share(shares_of(ManualClock()), "m")
 

@@ -227,7 +227,7 @@ async def test_what_no_message_can_ask_for_is_refused_too(
     assert (await at.engine.session_info("a")).revision == 0
 
 
-async def test_what_the_program_refuses_changes_nothing_and_says_so(at: Harness) -> None:
+async def test_a_refusal_of_the_program_changes_nothing_and_is_reported(at: Harness) -> None:
     await at.open("a")
     before = (await at.state("a"))["sum"].tobytes()
     for value in ([[BAD, 0]], [[[0, 0], [0, 0], [0, 0], [BAD, 0], [0, 0]]]):
@@ -355,7 +355,7 @@ KINDS = ["plain", "long", "last", "frame", "reset", "get", "fork"]
 
 @BOTH_WAYS
 @pytest.mark.parametrize("seed", range(12))
-async def test_whatever_a_session_is_sent_is_applied_in_the_order_received(threads: bool, seed: int) -> None:
+async def test_requests_of_a_session_are_applied_in_the_order_received(threads: bool, seed: int) -> None:
     """Each change expects the revision after the one before: whichever is out of order is refused."""
     rng = np.random.default_rng(seed)
     async with running(threads=threads, compute_threads=1) as at:
@@ -398,7 +398,7 @@ def change_of(at: Harness, kind: str, expected: int) -> Any:
 
 
 @pytest.mark.engine(threads=True, max_session_idle_s=10)
-async def test_a_step_whose_session_expired_while_it_waited_is_told_so(at: Harness) -> None:
+async def test_a_step_whose_session_expired_while_it_waited_fails_with_that_error(at: Harness) -> None:
     await at.open("a", "busy")
     at.clock.advance(6)
     await at.begin_pass("busy", x(1))
@@ -542,7 +542,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.engine(threads=True, resident_rows=4, max_batch_rows=4, steps=1)
-async def test_who_waits_for_rows_to_work_in_gets_those_of_a_request_that_is_cancelled(at: Harness) -> None:
+async def test_a_request_that_waits_for_rows_gets_those_of_a_cancelled_one(at: Harness) -> None:
     await at.open("a", batch_size=2)
     long = await at.begin_pass("a", np.zeros((2, 5, 2), np.float32), sizes=[2])
     predict = asyncio.create_task(at.engine.predict("plain", {"": np.zeros((3, 2), np.float32)}))

@@ -80,7 +80,7 @@ async def test_references_mean_versions(store_kind: str, at: Harness) -> None:
 
 
 @pytest.mark.engine(resident_rows=3)
-async def test_a_carried_session_goes_on_with_its_state_under_the_new_weights(
+async def test_a_carried_session_continues_with_its_state_under_the_new_weights(
     store_kind: str, at: Harness
 ) -> None:
     names = [f"s{i}" for i in range(7)]  # more than there are rows: some are paged out
@@ -106,7 +106,7 @@ async def test_a_carried_session_goes_on_with_its_state_under_the_new_weights(
 
 
 @pytest.mark.engine(threads=True)
-async def test_what_is_under_way_ends_on_the_version_where_it_began(store_kind: str, at: Harness) -> None:
+async def test_requests_under_way_end_on_the_version_where_they_began(store_kind: str, at: Harness) -> None:
     await at.open("a", "b")
     await at.engine.load_version("plain", 2, weights(2))
     first = await at.begin_pass("a", x(1, 3))  # three time steps
@@ -157,7 +157,7 @@ async def test_kept_sessions_stay_until_they_end(store_kind: str, at: Harness) -
     assert await at_version(at, "new") == (3, False)
 
 
-async def test_pinned_sessions_stay_whatever_the_others_do(store_kind: str, at: Harness) -> None:
+async def test_pinned_sessions_stay_when_others_move(store_kind: str, at: Harness) -> None:
     await at.engine.open_session("plain@1", session_id="pinned")
     await at.open("follows")
     await at.step("pinned", x(1))
@@ -179,7 +179,7 @@ async def test_pinned_sessions_stay_whatever_the_others_do(store_kind: str, at: 
 
 
 @pytest.mark.engine(resident_rows=2)
-async def test_there_and_back(store_kind: str, at: Harness) -> None:
+async def test_sessions_move_to_a_version_and_back(store_kind: str, at: Harness) -> None:
     await at.open("a", "b", "c")
     states = dict.fromkeys("abc", INITIAL)
     await at.engine.load_version("plain", 2, weights(2))
@@ -196,7 +196,9 @@ async def test_there_and_back(store_kind: str, at: Harness) -> None:
 
 @pytest.mark.parametrize("policy", [RESET, MIGRATE])
 @pytest.mark.parametrize("resident_rows", [64, 2])
-async def test_other_tensors(policy: SessionPolicy, resident_rows: int, store_kind: str) -> None:
+async def test_sessions_are_reset_or_migrated_to_a_version_with_other_tensors(
+    policy: SessionPolicy, resident_rows: int, store_kind: str
+) -> None:
     async with serving(resident_rows=resident_rows, migrations={"widen": widen}) as at:
         names = ["a", "b", "c", "d"]
         await at.open(*names)
@@ -234,7 +236,9 @@ async def test_other_tensors(policy: SessionPolicy, resident_rows: int, store_ki
 
 
 @pytest.mark.engine(threads=True)
-async def test_what_is_busy_when_sessions_are_reset(store_kind: str, at: Harness) -> None:
+async def test_a_busy_session_is_reset_after_its_pass_and_refuses_waiting_steps(
+    store_kind: str, at: Harness
+) -> None:
     await at.open("a", "b")
     await at.engine.load_version("plain", 2, WIDE)
     first = await at.begin_pass("a", x(1))
@@ -279,7 +283,7 @@ async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
             assert at.engine.model("plain").version == 1
 
 
-async def test_what_cannot_be(store_kind: str, at: Harness) -> None:
+async def test_impossible_changes_of_versions_are_refused(store_kind: str, at: Harness) -> None:
     await at.open("a")
     await fails(
         at.engine.load_version("plain", 1, weights(2)),
@@ -375,7 +379,7 @@ async def test_a_session_of_a_version_that_is_not_loaded_expires() -> None:
 
 @pytest.mark.parametrize("policy", [CARRY, MIGRATE])
 @pytest.mark.parametrize("resident_rows", [64, 1])
-async def test_what_is_exported_is_of_the_version_by_now(
+async def test_an_export_is_of_the_current_version(
     policy: SessionPolicy, resident_rows: int, store_kind: str
 ) -> None:
     def add_one(states: dict[str, Any]) -> dict[str, Any]:
@@ -426,7 +430,7 @@ async def test_the_default_that_is_wanted_outlives_other_versions(store_kind: st
 
 
 @pytest.mark.parametrize("others", [[2], [2, 3]])
-async def test_the_default_that_is_wanted_outlives_what_stands_in_for_it(
+async def test_the_default_that_is_wanted_outlives_its_substitute(
     others: list[int], store_kind: str, at: Harness
 ) -> None:
     await at.engine.unload_version("plain", 1)
@@ -451,7 +455,7 @@ async def test_a_default_that_comes_back_by_keep_keeps_its_new_sessions(store_ki
 
 
 @pytest.mark.engine(threads=True)
-async def test_who_reads_on_several_versions_never_reads_another_session_of_a_handle(at: Harness) -> None:
+async def test_a_read_of_several_versions_never_reads_another_session_of_a_handle(at: Harness) -> None:
     await at.engine.load_version("plain", 2, weights(2))
     await at.engine.open_session("plain@1", session_id="a")
     await at.engine.open_session("plain@2", session_id="b")

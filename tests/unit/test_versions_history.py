@@ -123,7 +123,7 @@ def test_a_default_that_goes_there_and_back_keeps_few_moves(how: MoveKind) -> No
     assert len(history.moves) <= 4
 
 
-def test_what_was_reset_before_a_carry_is_reset() -> None:
+def test_a_session_reset_before_a_carry_is_reset() -> None:
     history = History().with_move(1, 2, MoveKind.RESET).with_move(2, 3, MoveKind.CARRY)
     assert history.of(1, 0) == Move(1, 1, 3, MoveKind.RESET)
     assert history.of(2, 1) == Move(2, 2, 3)

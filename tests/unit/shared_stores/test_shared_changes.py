@@ -41,7 +41,7 @@ def change(at: Harness, shape: str, **fields: Any) -> Any:
 
 
 @SHAPES
-async def test_who_retries_on_another_server_gets_the_first_answer(shape: str) -> None:
+async def test_a_retry_on_another_server_gets_the_first_answer(shape: str) -> None:
     async with two(threads=shape == "frame") as (first, second):
         await make_resident_on_both(first, second, "a")
         applied = await change(first, shape, expected=1, request_ids=9).only()
@@ -92,7 +92,7 @@ async def test_an_older_copy_refuses_no_request_id_by_itself(shape: str) -> None
         assert refused.actual == 3
 
 
-async def test_what_expects_no_revision_is_applied_to_what_the_store_has(
+async def test_a_change_without_an_expected_revision_applies_to_the_stored_session(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
@@ -149,7 +149,7 @@ async def test_states_are_those_of_the_members_that_were_kept(states: Select) ->
             assert answer.states.get("sum", np.zeros(0)).tobytes() == wanted
 
 
-async def test_what_waits_behind_a_conflict_keeps_its_order(first: Harness, second: Harness) -> None:
+async def test_requests_behind_a_conflict_keep_their_order(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     await first.step("a", x(1), expected=1, request_ids=9)
     loses = await held(second, lambda: second.submit("a", x(1), expected=1, request_ids=10))
@@ -217,9 +217,7 @@ async def test_a_session_that_ended_elsewhere_has_ended(shape: str, first: Harne
     await fails(second.state("a"), SessionNotFound, "session 'a' was closed")
 
 
-async def test_a_session_that_was_opened_anew_with_other_rows_is_another(
-    first: Harness, second: Harness
-) -> None:
+async def test_a_session_reopened_with_other_rows_is_another(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     await first.engine.close_session("a")
     await first.open("a", batch_size=2)
@@ -236,7 +234,7 @@ async def opening_both(first: Harness, second: Harness, **fields: Any) -> tuple[
     return made, slow
 
 
-async def test_who_opens_a_session_that_another_server_has_just_made_resumes_it(
+async def test_opening_a_session_that_another_server_has_just_made_resumes_it(
     first: Harness, second: Harness
 ) -> None:
     made, slow = await opening_both(first, second)
@@ -247,7 +245,7 @@ async def test_who_opens_a_session_that_another_server_has_just_made_resumes_it(
     assert (await second.step("a", x(1))).revision == 2
 
 
-async def test_who_must_have_a_new_one_is_refused(first: Harness, second: Harness) -> None:
+async def test_an_opening_that_must_be_new_is_refused(first: Harness, second: Harness) -> None:
     _, slow = await opening_both(first, second, must_be_new=True)
     await fails(slow, SessionExists, "session 'a' is open")
 
@@ -416,7 +414,7 @@ async def test_a_closing_of_one_session_finds_it_though_another_server_ended_the
 
 
 @pytest.mark.parametrize("call", ["step", "state", "states"])
-async def test_what_waited_behind_a_closing_meets_the_session_that_was_opened_after_it(
+async def test_a_request_behind_a_closing_meets_the_session_that_was_opened_after_it(
     call: str, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
@@ -493,7 +491,7 @@ async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free
     assert (await second.step("a", x(1), request_ids=3)).revision == 3
 
 
-async def test_a_caller_who_comes_back_goes_on_from_where_the_other_server_left_it(
+async def test_a_returning_caller_continues_from_the_revision_on_the_other_server(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a", "b")
@@ -505,9 +503,7 @@ async def test_a_caller_who_comes_back_goes_on_from_where_the_other_server_left_
 
 
 @pytest.mark.parametrize("call", ["state", "info", "resume", "fork"])
-async def test_who_asks_is_told_what_other_servers_made_of_a_session(
-    call: str, first: Harness, second: Harness
-) -> None:
+async def test_reads_show_the_changes_of_other_servers(call: str, first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     await first.step("a", x(1))
     if call == "state":
@@ -524,7 +520,7 @@ async def test_who_asks_is_told_what_other_servers_made_of_a_session(
 
 
 @pytest.mark.engine(threads=True)
-async def test_who_asks_keeps_its_place_behind_what_came_before(first: Harness, second: Harness) -> None:
+async def test_a_read_keeps_its_place_behind_earlier_requests(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a", "busy")
     await first.step("a", x(1))
     busy = await second.begin_pass("busy", x(1))

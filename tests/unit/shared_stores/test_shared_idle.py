@@ -114,7 +114,7 @@ async def test_a_session_that_is_used_on_one_server_ends_on_none(
         assert "a" not in await first.store.ids()
 
 
-async def test_the_store_is_told_of_reads_at_most_every_tenth_of_the_limit(limited: Limited) -> None:
+async def test_reads_are_reported_to_the_store_at_most_every_tenth_of_the_limit(limited: Limited) -> None:
     async with limited("a", "b") as (_, second, times):
         store: Gated = second.store
         for _ in range(50):
@@ -213,7 +213,7 @@ async def test_one_server_at_a_time_looks_through_the_store(
 
 
 @pytest.mark.engine(max_session_idle_s=IDLE_S, resident_rows=4096)
-async def test_the_store_is_looked_through_by_pages_while_others_go_on(
+async def test_the_store_is_searched_by_pages_while_other_requests_run(
     first: Harness, second: Harness, times: Times
 ) -> None:
     await second.engine.open_sessions("plain", count=1700)
@@ -227,7 +227,7 @@ async def test_the_store_is_looked_through_by_pages_while_others_go_on(
     assert len(await first.store.ids()) == 1
 
 
-async def test_what_has_something_under_way_for_long_counts_as_used(limited: Limited) -> None:
+async def test_a_session_with_a_long_running_request_counts_as_used(limited: Limited) -> None:
     async with limited("a", threads=True) as (first, second, times):
         answers = await second.begin_pass("a", x(1), sizes=[1])
         for _ in range(4):
@@ -239,7 +239,7 @@ async def test_what_has_something_under_way_for_long_counts_as_used(limited: Lim
         assert (await answers.only()).revision == 2
 
 
-async def test_no_more_is_lost_than_a_use_when_the_store_cannot_be_told(limited: Limited) -> None:
+async def test_only_a_use_is_lost_when_it_cannot_be_reported_to_the_store(limited: Limited) -> None:
     async with limited("a") as (first, second, times):
         store: Gated = second.store
         store.told_error = Unavailable("away")
@@ -274,7 +274,7 @@ async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(limited:
         assert await ended(first, second) == 1
 
 
-async def test_an_end_that_the_store_does_not_confirm_is_not_told(limited: Limited) -> None:
+async def test_an_end_that_the_store_does_not_confirm_is_not_reported(limited: Limited) -> None:
     async with limited("a") as (first, _, times):
         times.advance(101.0)
         store: Gated = first.store
@@ -314,7 +314,7 @@ async def opened(at: Harness, max_idle_ms: int | None = 60_000, name: str = "") 
 
 
 @pytest.mark.engine(unnamed_session_idle_s=90.0)
-async def test_sessions_of_several_limits_end_whoever_opened_them(
+async def test_sessions_with_different_limits_end_on_any_server(
     first: Harness, second: Harness, times: Times
 ) -> None:
     gone = [
@@ -336,7 +336,7 @@ async def test_sessions_of_several_limits_end_whoever_opened_them(
 
 
 @pytest.mark.parametrize("who", ["opened", "has seen it", "has not"])
-async def test_whoever_names_it_finds_it_expired_before_the_look(
+async def test_a_call_finds_a_session_expired_before_the_sweep(
     who: str, first: Harness, second: Harness, times: Times
 ) -> None:
     name = await opened(first, 5000)
@@ -372,7 +372,7 @@ async def test_a_tenants_sessions_end_as_others_do(first: Harness, second: Harne
 
 
 @pytest.mark.parametrize("by", ["step", "read", "describe"])
-async def test_a_session_that_begins_anew_elsewhere_has_the_limit_of_its_new_opening(
+async def test_a_session_reopened_elsewhere_has_the_limit_of_its_new_opening(
     by: str, first: Harness, second: Harness, times: Times
 ) -> None:
     await opened(first, 100_000, "a")

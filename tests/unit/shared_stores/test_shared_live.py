@@ -181,7 +181,9 @@ async def test_who_sees_a_version_late_takes_no_later_one_back(first: Replica, s
     assert (await second.at.engine.open_session("plain")).session.version == 3
 
 
-async def test_what_was_left_drains_on_each(tmp_path: Path, first: Replica, second: Replica) -> None:
+async def test_a_version_without_new_sessions_drains_on_each_server(
+    tmp_path: Path, first: Replica, second: Replica
+) -> None:
     await first.at.open("old")
     for each in (first, second):
         await each.live.load(

@@ -36,7 +36,7 @@ HOW = pytest.mark.parametrize("how", ["open", "fork"])
 
 @HOW
 @pytest.mark.parametrize("kept", [True, False])
-async def test_what_may_have_been_kept_stays_and_the_rest_is_made_when_the_call_comes_again(
+async def test_a_retried_opening_keeps_stored_sessions_and_makes_the_rest(
     how: str, kept: bool, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "source")
@@ -86,7 +86,7 @@ async def test_a_call_that_is_refused_leaves_nothing(how: str, first: Harness, s
 
 
 @HOW
-async def test_what_another_server_has_taken_over_is_not_taken_back(
+async def test_sessions_that_another_server_took_over_are_not_taken_back(
     how: str, first: Harness, second: Harness
 ) -> None:
     slow = await beaten(first, second, how)
@@ -145,7 +145,7 @@ async def test_a_session_that_was_closed_is_not_made_again_with_the_others(
 
 
 @HOW
-async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(
+async def test_sessions_taken_over_are_deleted_when_the_call_is_refused(
     how: str, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "source")
@@ -164,7 +164,7 @@ async def test_what_was_taken_over_is_deleted_when_the_call_is_refused(
     assert await first.store.count_of("plain") == 2
 
 
-async def test_what_was_taken_over_is_deleted_when_there_is_nothing_to_fork(
+async def test_sessions_taken_over_are_deleted_when_there_is_nothing_to_fork(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "source")
@@ -205,7 +205,7 @@ async def test_a_step_that_is_under_way_is_judged_again_when_its_session_is_take
     await fails(first.step("x", x(1), expected=0, request_ids=10), RevisionConflict)
 
 
-async def test_what_changes_while_it_is_taken_over_is_looked_at_again(
+async def test_a_session_that_changes_while_it_is_taken_over_is_read_again(
     first: Harness, second: Harness
 ) -> None:
     await make_many(second, "open", ["x", "y"], 4)

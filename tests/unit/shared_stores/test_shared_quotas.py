@@ -44,7 +44,7 @@ def known(at: Harness) -> tuple[int, int]:
 
 
 @pytest.mark.engine(quotas=FIVE)
-async def test_a_limit_holds_for_what_all_servers_have_made(
+async def test_a_limit_counts_the_sessions_of_all_servers(
     first: Harness, second: Harness, times: Times
 ) -> None:
     names = await make(first, 3)
@@ -85,7 +85,7 @@ async def test_rows_are_counted_by_the_store(first: Harness, second: Harness, ti
 
 
 @pytest.mark.engine(quotas=FIVE, max_session_idle_s=100.0)
-async def test_sessions_that_expire_are_given_back_whoever_ends_them(
+async def test_expired_sessions_no_longer_count_whichever_server_ends_them(
     first: Harness, second: Harness, times: Times
 ) -> None:
     await make(first, 5)
@@ -94,7 +94,7 @@ async def test_sessions_that_expire_are_given_back_whoever_ends_them(
     await make(first, 5)
 
 
-async def test_what_was_made_before_the_start_counts_and_nothing_is_looked_through() -> None:
+async def test_sessions_from_before_the_start_count_without_a_search_of_the_store() -> None:
     async with shared_by_two() as (store, other):
         async with running(store=store) as at:
             await make(at, 4)
@@ -151,7 +151,9 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile(
 
 
 @pytest.mark.engine(quotas=FIVE)
-async def test_what_ends_while_the_store_is_asked_makes_room_once(first: Harness, times: Times) -> None:
+async def test_a_session_that_ends_during_a_query_of_the_store_makes_room_once(
+    first: Harness, times: Times
+) -> None:
     store: Gated = first.store
     names = await make(first, 5)
     store.answers_held = True
@@ -200,7 +202,7 @@ async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again
     assert known(first) == (5, 5)
 
 
-async def test_who_gives_up_while_the_store_is_asked_leaves_no_error_behind() -> None:
+async def test_a_call_cancelled_during_a_query_of_the_store_leaves_no_error() -> None:
     left: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
     async with two_in_time(quotas=FIVE) as (first, _, times):
@@ -359,7 +361,7 @@ async def test_few_changes_wait_for_a_store_that_does_not_answer(monkeypatch: py
         assert (await second.step(names[4], x(1))).revision == 1
 
 
-async def test_what_is_late_when_the_store_answers_is_not_applied(
+async def test_a_request_past_its_deadline_when_the_store_answers_is_not_applied(
     first: Harness, second: Harness, times: Times
 ) -> None:
     store = await prepared(first, second)
@@ -376,7 +378,7 @@ async def test_what_is_late_when_the_store_answers_is_not_applied(
 
 
 @pytest.mark.engine(max_session_idle_s=IDLE_S)
-async def test_steps_go_on_after_a_store_that_was_away_for_long(
+async def test_steps_continue_after_a_long_outage_of_the_store(
     first: Harness, second: Harness, times: Times
 ) -> None:
     await second.open(*NAMES)

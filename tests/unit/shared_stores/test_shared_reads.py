@@ -82,7 +82,7 @@ async def test_a_commit_that_is_sent_again_is_kept_once(first: Harness) -> None:
     assert batches[0].stamps[0] != 0
 
 
-async def test_a_retry_is_answered_by_what_the_store_has_now(first: Harness, second: Harness) -> None:
+async def test_a_retry_is_answered_from_the_current_stored_session(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     applied = await first.step("a", x(1), expected=1, request_ids=9)
     store: Gated = first.store
@@ -178,7 +178,7 @@ async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(
         await second.submit("a", x(2), sizes=[2], **{k: [2] for k in sizes}).only()
 
 
-async def test_what_is_undone_is_only_what_this_call_made(first: Harness, second: Harness) -> None:
+async def test_a_failed_call_undoes_only_its_own_changes(first: Harness, second: Harness) -> None:
     opening = await held(second, lambda: second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
     await first.open("b")
     second.store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
@@ -217,7 +217,7 @@ async def test_a_change_that_does_not_fit_reads_its_session_once_and_leaves_no_e
     assert left == []
 
 
-async def test_records_of_sessions_that_others_opened_anew_say_so() -> None:
+async def test_records_of_sessions_that_others_reopened_show_it() -> None:
     names = [f"s{number}" for number in range(64)]
     async with two() as (first, second):
         await make_resident_on_both(first, second, *names)
@@ -282,7 +282,7 @@ async def test_a_table_that_is_too_large_forgets_what_is_paged_out_and_long_unus
 
 
 @pytest.mark.engine(resident_rows=2, threads=True)
-async def test_what_has_something_under_way_stays_in_the_table(first: Harness) -> None:
+async def test_sessions_with_requests_under_way_stay_in_the_table(first: Harness) -> None:
     await first.open("a", "b", "c", "d")
     answers = await first.begin_pass("a", x(1), sizes=[1])
     waiting = first.submit("a", x(1), sizes=[1])
@@ -295,7 +295,7 @@ async def test_what_has_something_under_way_stays_in_the_table(first: Harness) -
 
 
 @pytest.mark.parametrize("wanted", [{}, {"idle_longer_s": -1.0}])
-async def test_lists_say_what_the_store_has(
+async def test_lists_show_the_sessions_in_the_store(
     wanted: dict[str, Any], first: Harness, second: Harness, times: Times
 ) -> None:
     await make_resident_on_both(first, second, "a", "b")

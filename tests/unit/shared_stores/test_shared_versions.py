@@ -144,7 +144,9 @@ async def test_what_a_session_waits_for_in_a_migration_follows() -> None:
 # --------------------------------------------------------------------------------------------- who has not heard of it
 
 
-async def test_who_has_not_heard_of_a_change_goes_on_before_it(first: Harness, second: Harness) -> None:
+async def test_a_server_that_has_not_seen_a_change_continues_as_before(
+    first: Harness, second: Harness
+) -> None:
     await load_2(first, second)
     await second.open("a")
     await first.engine.set_default("plain", 2, CARRY)
@@ -167,7 +169,7 @@ async def test_a_session_of_a_later_epoch_waits_for_its_document(first: Harness,
     assert second.engine.version("plain") == 2
 
 
-async def test_a_copy_of_before_is_never_used_for_what_comes_after(first: Harness, second: Harness) -> None:
+async def test_an_outdated_copy_is_never_used_for_later_requests(first: Harness, second: Harness) -> None:
     """It loses its commit, and what the store has then is not made on the version that it knows."""
     await load_2(first, second)
     await make_resident_on_both(first, second, "a")
@@ -262,7 +264,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
     assert (await second.step("a", SECOND)).version == 2
 
 
-async def test_a_session_that_is_opened_by_who_has_not_heard_moves_as_well(
+async def test_a_session_opened_by_a_server_unaware_of_the_move_moves_as_well(
     first: Harness, second: Harness
 ) -> None:
     await load_2(first, second)
@@ -394,7 +396,9 @@ async def test_two_make_the_same_version_the_default(first: Harness, second: Har
     assert await second.engine.set_default("plain", 2, CARRY) == DefaultMove(2, 0)
 
 
-async def test_a_change_is_judged_again_by_what_others_made(first: Harness, second: Harness) -> None:
+async def test_a_change_is_checked_again_against_the_changes_of_others(
+    first: Harness, second: Harness
+) -> None:
     await load_2(first, second)
     for at in (first, second):
         await at.engine.load_version("plain", 3, WIDE)
@@ -409,9 +413,7 @@ async def test_a_change_is_judged_again_by_what_others_made(first: Harness, seco
     assert (await second.step("a", x(1))).version == 3
 
 
-async def test_who_asks_for_a_default_that_it_only_thinks_is_there_makes_it(
-    first: Harness, second: Harness
-) -> None:
+async def test_a_default_that_only_seems_set_is_set_in_the_store(first: Harness, second: Harness) -> None:
     await load_2(first, second)
     await first.engine.set_default("plain", 2, CARRY)
     assert await second.engine.set_default("plain", 1, CARRY) == DefaultMove(2, 0)
@@ -437,7 +439,7 @@ async def test_changes_that_are_always_too_late_are_given_up(first: Harness, sec
     assert "canary" not in (await stored_versions(first))["labels"]
 
 
-async def test_a_write_whose_answer_is_lost_is_looked_for(first: Harness, second: Harness) -> None:
+async def test_a_write_whose_answer_is_lost_is_read_back(first: Harness, second: Harness) -> None:
     await load_2(first, second)
     first.store.fail(Unavailable("the connection broke"), kept=True)
     assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 0)

@@ -103,7 +103,7 @@ async def test_time_that_the_server_was_away_ends_no_session(
 
 
 @ON_DISK  # the server alone looks through the records
-async def test_what_nobody_names_expires_by_the_sweep_alone(durable_store: DurableStore) -> None:
+async def test_unnamed_sessions_expire_by_the_sweep_alone(durable_store: DurableStore) -> None:
     async with durable_store.engine(is_killed=True) as at:
         await at.engine.open_sessions("plain", session_ids=[f"s{i:04}" for i in range(1200)])
         await at.open("z")

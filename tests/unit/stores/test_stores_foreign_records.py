@@ -152,7 +152,7 @@ async def test_a_damaged_session_is_closed_among_others(durable_store: DurableSt
         assert await at.engine.list_sessions() == ([], 0)
 
 
-async def test_one_of_two_closes_at_once_deletes_what_cannot_be_stepped(
+async def test_one_of_two_simultaneous_closes_deletes_a_session_that_cannot_be_stepped(
     durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with durable_store.engine(is_killed=True) as at:
@@ -249,7 +249,7 @@ async def test_replies_beyond_their_share_of_the_memory_are_only_in_the_store(
         assert not replies.is_over_limit
 
 
-async def test_who_knows_no_states_in_a_record_reads_its_outputs(durable_store: DurableStore) -> None:
+async def test_a_reader_without_states_in_records_reads_their_outputs(durable_store: DurableStore) -> None:
     """Servers before there were any, on the same data."""
     async with durable_store.engine() as at:
         replies = at.internals.model("plain").replies

@@ -138,7 +138,7 @@ async def test_a_reset_is_kept_and_sent_again_is_answered_again(
             await at.submit("a", **{**again, "request_ids": 23}).only()
 
 
-async def test_a_fork_goes_on_apart_from_its_source(durable_store: DurableStore) -> None:
+async def test_a_fork_continues_independently_of_its_source(durable_store: DurableStore) -> None:
     async with durable_store.engine() as at:
         await at.open("a", batch_size=2)
         await at.step("a", x(2, 3), expected=0, request_ids=11)
@@ -388,7 +388,7 @@ async def refuse_duplicates(at: Harness) -> None:
     assert await count(at) == 1
 
 
-async def test_an_id_that_was_closed_may_be_opened_anew(durable_store: DurableStore) -> None:
+async def test_a_closed_id_can_be_opened_again(durable_store: DurableStore) -> None:
     async with durable_store.engine(is_killed=True) as at:
         await at.engine.open_session("plain", session_id="a", request_id=7)
         await at.step("a", x(1))

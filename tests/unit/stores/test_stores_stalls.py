@@ -74,7 +74,7 @@ async def shown(at: Harness) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-async def test_nobody_hears_or_sees_what_is_not_kept(
+async def test_no_caller_is_answered_or_shown_a_change_before_it_is_kept(
     durable_store: DurableStore, options: dict[str, Any], name: str
 ) -> None:
     async with durable_store.engine(**options) as at:
@@ -117,7 +117,7 @@ async def test_nobody_hears_or_sees_what_is_not_kept(
 
 
 @ON_DISK  # changes are appended to a log beside the commit
-async def test_what_comes_during_a_stall_is_kept_together(durable_store: DurableStore) -> None:
+async def test_changes_that_arrive_during_a_stall_are_committed_together(durable_store: DurableStore) -> None:
     ids = [f"s{i:02}" for i in range(40)]
     async with durable_store.engine(resident_rows=200) as at:
         await begin(at)
@@ -253,7 +253,7 @@ def single(at: Harness) -> Awaitable[Any]:
     return answer.get()
 
 
-async def test_who_waits_for_a_session_that_is_being_made_gets_it(
+async def test_calls_for_a_session_that_is_being_made_wait_for_it(
     durable_store: DurableStore, at: Harness
 ) -> None:
     await begin(at)
@@ -344,7 +344,7 @@ async def too_much_waits(
     return first
 
 
-async def test_what_would_wait_for_a_store_that_has_too_much_is_refused(
+async def test_changes_are_refused_while_the_store_has_too_much_to_commit(
     durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch, at: Harness
 ) -> None:
     await begin(at)
@@ -390,7 +390,7 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-async def test_who_waits_for_rows_of_sessions_that_are_being_made_is_let_in_when_that_has_ended(
+async def test_a_step_that_waits_for_rows_of_new_sessions_runs_once_they_are_made_or_refused(
     durable_store: DurableStore, kept: bool
 ) -> None:
     async with durable_store.engine(resident_rows=2) as at:
@@ -451,7 +451,7 @@ async def test_a_lone_step_is_under_way_until_the_store_has_it(
     assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
 
 
-async def test_a_caller_who_cannot_be_told_of_a_lone_step_costs_nobody_else(
+async def test_a_failing_callback_of_a_lone_step_affects_no_other_caller(
     durable_store: DurableStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raises(_answer: object) -> None:

@@ -58,7 +58,7 @@ async def test_trouble_counts_neither_as_use_nor_as_idleness(
             await fails(at.state(name), SessionExpired)
 
 
-async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(durable_store: DurableStore) -> None:
+async def test_the_sweep_keeps_dropped_sessions_that_were_used(durable_store: DurableStore) -> None:
     async with durable_store.engine() as at:
         await at.open("a", "b")
         durable_store.kill(away_s=0)
@@ -72,7 +72,7 @@ async def test_the_sweep_leaves_alone_what_was_used_and_then_dropped(durable_sto
         assert (await at.step("a", x(1))).revision == 1
 
 
-async def test_what_was_dropped_and_never_named_again_expires(durable_store: DurableStore) -> None:
+async def test_dropped_sessions_that_are_never_named_again_expire(durable_store: DurableStore) -> None:
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
         at.clock.advance(IDLE_S + 1)
         assert await expired(at) == [], "the sweep of the start is over"
@@ -91,7 +91,7 @@ async def test_what_was_dropped_and_never_named_again_expires(durable_store: Dur
 
 
 @pytest.mark.parametrize("by", ["timer", "name"])
-async def test_what_expired_and_could_not_be_deleted_is_deleted_later(
+async def test_expired_sessions_that_could_not_be_deleted_are_deleted_later(
     durable_store: DurableStore, by: str
 ) -> None:
     async with durable_store.engine(max_session_idle_s=IDLE_S, is_killed=True) as at:
@@ -114,7 +114,7 @@ async def test_what_expired_and_could_not_be_deleted_is_deleted_later(
         await fails(at.state("a"), SessionExpired)
 
 
-async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(
+async def test_an_id_whose_old_session_could_not_be_deleted_can_be_opened_again(
     durable_store: DurableStore,
 ) -> None:
     async with durable_store.engine(max_session_idle_s=IDLE_S) as at:
@@ -130,7 +130,7 @@ async def test_an_id_whose_old_session_could_not_be_deleted_is_opened_anew(
         assert await durable_store.count() == (await at.sessions())[0] == 1
 
 
-async def test_who_sends_again_from_within_an_answer_is_answered_too(durable_store: DurableStore) -> None:
+async def test_a_retry_sent_from_within_an_answer_is_answered(durable_store: DurableStore) -> None:
     told: list[Answer | ServerError] = []
     async with durable_store.engine() as at:
         await at.open("a")
@@ -153,7 +153,7 @@ async def test_who_sends_again_from_within_an_answer_is_answered_too(durable_sto
         assert (await at.engine.session_info("a")).revision == 1
 
 
-async def test_who_sends_again_when_a_session_is_closed_is_answered_too(durable_store: DurableStore) -> None:
+async def test_a_retry_sent_when_a_session_is_closed_is_answered(durable_store: DurableStore) -> None:
     refused: list[str] = []
     async with durable_store.engine() as at:
         await at.open("a")
@@ -197,7 +197,7 @@ async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(
         assert (await at.step("a", x(1), expected=0)).revision == 1
 
 
-async def test_who_is_not_in_the_table_is_not_said_to_be_gone(durable_store: DurableStore) -> None:
+async def test_a_session_outside_the_table_is_not_reported_as_gone(durable_store: DurableStore) -> None:
     async with durable_store.engine(is_killed=True) as at:
         await at.open("a", "b")
     async with durable_store.engine() as at:
@@ -287,7 +287,7 @@ async def store_refuses(call: Awaitable[Any], kind: type[ServerError] = Unavaila
 
 @pytest.mark.parametrize("name", [*CHANGES, *ENDS_AND_BEGINNINGS])
 @pytest.mark.parametrize("unexpected", [False, True])
-async def test_what_is_not_kept_has_not_happened(
+async def test_a_change_that_is_not_kept_has_no_effect(
     durable_store: DurableStore, options: dict[str, Any], name: str, unexpected: bool
 ) -> None:
     call = (CHANGES | ENDS_AND_BEGINNINGS)[name]
@@ -326,7 +326,7 @@ async def test_a_change_that_was_kept_though_the_store_failed_is_answered_when_i
 
 
 @pytest.mark.parametrize("kept", [False, True])
-async def test_the_server_does_not_try_again_by_itself_what_may_have_been_kept(
+async def test_the_server_does_not_retry_a_change_that_may_have_been_kept(
     durable_store: DurableStore, options: dict[str, Any], kept: bool
 ) -> None:
     async with durable_store.engine(**options) as at:
@@ -348,7 +348,7 @@ async def undisturbed(call: EngineCall) -> Answer:
 
 
 @pytest.mark.parametrize("name", ENDS_AND_BEGINNINGS)
-async def test_what_was_made_or_ended_though_the_store_failed_is_so_when_it_is_sent_again(
+async def test_a_retry_finds_a_session_that_was_made_or_ended_although_the_store_failed(
     durable_store: DurableStore, name: str
 ) -> None:
     call = ENDS_AND_BEGINNINGS[name]
@@ -393,7 +393,7 @@ async def test_a_frame_that_is_not_kept_fails_whole_and_alone(
 
 
 @ON_DISK  # what is behind a failed commit of a shared store looks its session up again
-async def test_what_waits_in_line_is_answered_when_its_session_is_dropped(
+async def test_waiting_requests_are_answered_when_their_session_is_dropped(
     durable_store: DurableStore, options: dict[str, Any]
 ) -> None:
     async with durable_store.engine(**options) as at:

@@ -192,7 +192,7 @@ async def test_a_carry_that_the_store_cannot_keep_changes_nothing(durable_store:
 
 
 @pytest.mark.parametrize("policy", [RESET, MIGRATE])
-async def test_what_is_to_move_moves_when_it_is_read(
+async def test_a_session_with_a_pending_move_moves_when_it_is_read(
     policy: SessionPolicy, durable_store: DurableStore
 ) -> None:
     options: dict[str, Any] = {"migrations": {"widen": widen}}
@@ -238,7 +238,9 @@ async def test_kept_and_pinned_sessions_are_where_they_were(durable_store: Durab
 
 
 @pytest.mark.parametrize("at_start", [True, False])
-async def test_what_drains_drains_after_a_restart_too(durable_store: DurableStore, *, at_start: bool) -> None:
+async def test_a_draining_version_drains_after_a_restart_too(
+    durable_store: DurableStore, *, at_start: bool
+) -> None:
     def draining(at: Harness) -> list[bool]:
         return [version.is_draining for version in at.engine.model("plain").versions]
 
@@ -285,7 +287,7 @@ async def test_a_default_that_is_not_loaded_yet_is_waited_for(durable_store: Dur
         await expect(at, "a", 1, state, 2)
 
 
-async def test_what_is_opened_on_a_version_that_others_have_left_stays(durable_store: DurableStore) -> None:
+async def test_a_session_opened_on_a_version_that_others_left_stays(durable_store: DurableStore) -> None:
     async with on(durable_store, is_killed=True) as at:
         await at.open("moved")
         await carry_to(at, 2)
@@ -298,7 +300,7 @@ async def test_what_is_opened_on_a_version_that_others_have_left_stays(durable_s
 
 
 @ON_DISK  # another server may have it
-async def test_what_is_opened_after_the_default_was_unloaded_stays(durable_store: DurableStore) -> None:
+async def test_a_session_opened_after_the_default_was_unloaded_stays(durable_store: DurableStore) -> None:
     async with on(durable_store, is_killed=True) as at:
         await at.engine.load_version("plain", 2, weights(2))
         await at.engine.set_default("plain", 2, RESET)
