@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -13,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from click.testing import CliRunner
 
 import stepwell
 from bench import disk, harness, loads
-from bench.attacks.case import attacks
-from bench.floods import floods, floods_on_disk
-from bench.harness import HERE, MODELS, OUT, Key, Measure, Point, Result, measured
+from bench.floods import floods, floods_on_disk, new_token
+from bench.harness import MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
 from bench.shared_store import valkey
-from bench.updates import updates
-from stepwell.cli import main
 from stepwell.testing import LocalServer
 from stepwell_server.compile.host.compiler import WarmCompiler
 from support.certificates import Authority
@@ -33,11 +28,7 @@ GROUPS = (32, 256, 1024, 4096)
 WIDTH_SESSIONS = (1, 32, 256)
 MANY = 256
 GATHERED = 1000
-READ = 1024
-"""Sessions of a group, or rows of a session, whose states are read."""
 PROFILE_S = 3.0
-SEED_WARM_UP_S = 3.0
-"""Each stream makes a model of its own first."""
 LONG_STEPS = 10_000
 BESIDE_LONG = 8
 """Streams that are watched while another client runs long requests."""
@@ -107,21 +98,6 @@ def sdk(plan: Plan) -> list[Point]:
         times = Times(min(PROFILE_S, 2 * plan.times.run_s))
         found = loads.sdk(server, "gather", times, sessions=GATHERED, profile=True)
         return [*points, {"front": front, "how": "profile", **found}]
-
-
-def states(plan: Plan) -> list[Point]:
-    """`SessionGroup.get_states` beside `Session.get_state` of as many rows; ratios are to it."""
-    with on_each_front("small") as servers:
-
-        def read(server: LocalServer, how: str) -> Measure:
-            return lambda: loads.sdk(server, "states", plan.times, how=how, sessions=READ)
-
-        measures: dict[Key, Measure] = {
-            (front, how): read(server, how)
-            for how in ("session", "group")
-            for front, server in servers.items()
-        }
-        return measured(("front", "how"), measures, plan.repeats, lambda key: (key[0], "session"))
 
 
 def width(plan: Plan) -> list[Point]:
@@ -196,8 +172,7 @@ def tls(plan: Plan) -> list[Point]:
         plain = stack.enter_context(harness.serve("small"))
         secured = stack.enter_context(harness.serve("small", extra_args=options))
         tokens = Path(folder) / "callers.tokens"
-        added = ["tokens", "add", "bench", "--tenant", "bench", "--file", str(tokens), "--json"]
-        token = json.loads(CliRunner().invoke(main, added, catch_exceptions=False).stdout)["token"]
+        token = new_token(tokens, "bench")
         asking = stack.enter_context(
             harness.serve("small", extra_args=(*options, "--auth-tokens", str(tokens)))
         )
@@ -310,33 +285,17 @@ def reload(plan: Plan) -> list[Point]:
             return measured(("what",), measures, plan.repeats, lambda _key: ("the first one",))
 
 
-def seed(plan: Plan) -> list[Point]:
-    """A stateful Keras model for each session, called eagerly in a grpc.aio server; ratios are to it."""
-    script = (str(HERE / "seed_server.py"), str(harness.model_path("small")))
-    slow = Times(plan.times.run_s, SEED_WARM_UP_S)
-    with harness.serve("small") as server, harness.started(*script) as (_, address):
-        measures: dict[Key, Measure] = {}
-        for count in (1, 32):
-            measures["the seed's way", count] = lambda count=count: loads.seed(address, count, slow)  # type: ignore[misc]
-            measures["Stepwell", count] = single(server, "small", "stream", count, plan.times)
-        return measured(
-            ("server", "sessions"), measures, plan.repeats, lambda key: ("the seed's way", key[1])
-        )
-
-
 CASES: Mapping[str, Case] = {
     case.__name__: case
     for case in (
         sessions,
         groups,
-        states,
         sdk,
         width,
         durability,
         valkey,
         triton,
         long,
-        attacks,
         floods,
         floods_on_disk,
         tls,
@@ -344,7 +303,5 @@ CASES: Mapping[str, Case] = {
         models,
         start,
         reload,
-        updates,
-        seed,
     )
 }

@@ -54,20 +54,19 @@ class Flood:
     """That it needs."""
     requests: Callable[[Sequence[str]], Sequence[bytes]]
     """Those that are under way at a time, of the sessions' ids."""
-    model: str = _MODEL
 
 
-def frame(ids: Sequence[str], model: str = _MODEL) -> bytes:
+def frame(ids: Sequence[str]) -> bytes:
     """A frame with a step of each session."""
     step = sessions_pb2.StepFrame(
-        session_ids=ids, inputs=[loads.tensor(len(ids), MODELS[model][1])], batch_sizes=[1] * len(ids)
+        session_ids=ids, inputs=[loads.tensor(len(ids), MODELS[_MODEL][1])], batch_sizes=[1] * len(ids)
     )
     return sessions_pb2.StepStreamRequest(frame_id=1, step=step).SerializeToString()
 
 
-def long_request(session_id: str, model: str = _MODEL, steps: int = LONG_STEPS) -> bytes:
+def long_request(session_id: str) -> bytes:
     """A request of many time steps."""
-    values = np.random.default_rng(1).standard_normal((1, steps, MODELS[model][1]), np.float32)
+    values = np.random.default_rng(1).standard_normal((1, LONG_STEPS, MODELS[_MODEL][1]), np.float32)
     tensor = tensors_pb2.Tensor(
         dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=values.shape, data=values.tobytes()
     )
@@ -107,7 +106,7 @@ def flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float)
     """While the block runs a client floods; afterwards what came of it is in the result."""
     found: dict[str, float] = {}
     with stepwell.connect(server.address, token=token) as client:
-        ids = client.open_sessions(flood.model, flood.sessions).ids if flood.sessions else []
+        ids = client.open_sessions(_MODEL, flood.sessions).ids if flood.sessions else []
     path = OUT / "flood.bin"
     path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in flood.requests(ids)))
     command = [str(loads.generator()), server.address, _STEPS + flood.method, flood.kind, str(path)]

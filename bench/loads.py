@@ -114,14 +114,10 @@ def counted(server: LocalServer, run: Callable[[], Result], made: Callable[[], i
     after_s, steps = process.cpu_s(), made() - before_steps
     if steps < result["calls"]:
         raise RuntimeError(f"{result['calls']} replies came, but only {steps} steps were made")
-    kept = _without_count(result)
+    kept = {name: value for name, value in result.items() if name != "calls"}
     if before_s is not None and after_s is not None:
         kept["server_us"] = (after_s - before_s) / steps * 1e6
     return kept
-
-
-def _without_count(result: Result) -> dict[str, Any]:
-    return {name: value for name, value in result.items() if name != "calls"}
 
 
 # --- single steps ---
@@ -213,12 +209,6 @@ def _inference(model: str, name: str) -> service_pb2.ModelInferRequest:
     request.raw_input_contents.append(values.tobytes())
     request.parameters["sequence_id"].string_param = f"bench-{next(_sequences)}"
     return request
-
-
-def seed(address: str, sessions: int, times: Times) -> Result:
-    """The seed's way; see `seed_server`."""
-    body = np.zeros(MODELS["small"][1], np.float32).tobytes()
-    return _without_count(generate(address, "/bench.Seed/Stream", "stream", [body] * sessions, times))
 
 
 # --- the SDK ---

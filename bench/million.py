@@ -364,8 +364,14 @@ def main() -> int:
         options.memory_sessions,
         options.seconds,
     )
-    if plan.sessions < 100 or 0 < plan.memory_sessions < 100 or plan.resident_rows < 4 * FRAME:
-        parser.error(f"--sessions must be 100 or more, --resident-rows {4 * FRAME} or more")
+    minimum = 4 * FRAME  # A quarter of the sessions is the hot set, and a frame has no session twice.
+    for option, count, exempt in (
+        ("--sessions", plan.sessions, ""),
+        ("--memory-sessions", plan.memory_sessions, "0, or "),
+        ("--resident-rows", plan.resident_rows, ""),
+    ):
+        if count < minimum and (count or not exempt):
+            parser.error(f"{option} must be {exempt}{minimum} or more; got {count}")
     console = Console(width=None if sys.stdout.isatty() else 160)
     OUT.mkdir(parents=True, exist_ok=True)
     harness.save_models()

@@ -4,7 +4,6 @@ sync     one session of the blocking SDK, `session.step` in a loop
 async    one session of the async SDK, `await session.step` in a loop
 gather   N sessions of the async SDK, all stepped in one asyncio.gather, again and again
 group    a SessionGroup of the blocking SDK, `group.step` in a loop
-states   the states of N sessions of a group, or of the N rows of one session, read in a loop by the blocking SDK
 long     one session that runs requests of many time steps until stdin ends; prints a line when it begins
 
 With "profile" `gather` says where the client's processor time went: shares by file, from samples.
@@ -137,27 +136,6 @@ def group(
         return meter.result()
 
 
-def states(
-    address: str, model: str, pid: int, how: str, sessions: int, warm_up_s: float, run_s: float
-) -> dict[str, Any]:
-    with stepwell.connect(address) as client:
-        read: Callable[[], stepwell.State]
-        if how == "group":
-            group = client.open_sessions(model, sessions)
-            opened: stepwell.SessionGroup | stepwell.Session = group
-            read = group.get_states
-        else:
-            opened = session = client.open_session(model, batch_size=sessions)
-            read = session.get_state
-        with opened:
-            opened.step(rows(client.model(model).inputs[0].shape[0], sessions))
-            meter = Meter(pid, sessions, warm_up_s, run_s)
-            while meter.more():
-                read()
-                meter.answered()
-            return meter.result()
-
-
 async def async_(address: str, model: str, pid: int, warm_up_s: float, run_s: float) -> dict[str, Any]:
     async with aio.connect(address) as client, client.open_session(model) as session:
         x = rows((await client.model(model)).inputs[0].shape[0], 1)
@@ -223,7 +201,6 @@ CASES: dict[str, Callable[..., Any]] = {
     "async": async_,
     "gather": gather,
     "group": group,
-    "states": states,
     "long": long,
 }
 

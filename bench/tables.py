@@ -80,22 +80,6 @@ def groups_table(points: Sequence[Point]) -> str:
     return table(["sessions of the group", "front", *RATE_AND_LATENCY, PER_STEP], rows)
 
 
-def states_table(points: Sequence[Point]) -> str:
-    ways = {"session": "`session.get_state` of 1,024 rows", "group": "`group.get_states` of 1,024 sessions"}
-    rows = [
-        [
-            ways[point["how"]],
-            FRONTS[point["front"]],
-            cell(point, "p50_ms", "p99_ms"),
-            cell(point, "client_us", "server_us"),
-            cell(point, "p50_ms", of="ratios"),
-        ]
-        for point in points
-    ]
-    heads = ["read", "front", "p50 / p99, ms", "client / server, µs a state", "p50 against the session's"]
-    return table(heads, rows)
-
-
 def sdk_table(points: Sequence[Point]) -> str:
     ways = {
         "sync": "`session.step` in a loop",
@@ -211,23 +195,6 @@ def floods_table(points: Sequence[Point], by: str = "callers") -> str:
     return table([*heads, "p99 against alone", "the flood's calls or frames/s"], rows)
 
 
-def attacks_table(points: Sequence[Point]) -> str:
-    rows = [
-        [
-            point["attack"],
-            cell(point, "alone_p50_ms", "alone_p99_ms"),
-            cell(point, "sink_p50_ms", "sink_p99_ms"),
-            cell(point, "attacked_p50_ms", "attacked_p99_ms"),
-            cell(point, "p99_against_sink"),
-            cell(point, "p99_against_alone"),
-            cell(point, "grown_mib"),
-        ]
-        for point in points
-    ]
-    heads = ["attack", "p50 / p99 alone, ms", "during an attack on a sink, ms", "attacked, ms"]
-    return table([*heads, "p99 against the sink", "p99 against alone", "memory grew by, MiB"], rows)
-
-
 def memory_table(points: Sequence[Point]) -> str:
     rows = [[FRONTS[one["front"]], cell(one, "resident_mib"), cell(one, "session_bytes")] for one in points]
     return table(["front", "resident memory, MiB", "a session beyond its state, bytes"], rows)
@@ -259,33 +226,9 @@ def reload_table(points: Sequence[Point]) -> str:
     )
 
 
-def updates_table(points: Sequence[Point]) -> str:
-    names = ("before_ms", "meanwhile_ms")
-    return table(
-        [
-            "the server",
-            "updated, s",
-            "p99 of a frame before / meanwhile, ms",
-            "meanwhile against before",
-            "around the switch",
-        ],
-        [
-            [
-                one["server"],
-                cell(one, "updated_s"),
-                cell(one, *names) if "before_ms" in one else "",
-                cell(one, "meanwhile_ratio") if "before_ms" in one else "",
-                cell(one, "switch_ratio") if "before_ms" in one else "",
-            ]
-            for one in points
-        ],
-    )
-
-
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "sessions": ("sessions", sessions_table),
     "groups": ("groups", groups_table),
-    "states": ("states", states_table),
     "sdk": ("sdk", sdk_table),
     "profile": ("sdk", profile_table),
     "width": ("width", width_table),
@@ -297,7 +240,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     ),
     "models": ("models", models_table),
     "long": ("long", ratios_table("when", heads=("8 streams", "p99 against alone"), key="p99_ms")),
-    "attacks": ("attacks", attacks_table),
     "floods": ("floods", floods_table),
     "floods on disk": ("floods_on_disk", lambda points: floods_table(points, "durability")),
     "tls": (
@@ -307,11 +249,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "memory": ("memory", memory_table),
     "start": ("start", start_table),
     "reload": ("reload", reload_table),
-    "updates": ("updates", updates_table),
-    "seed": (
-        "seed",
-        ratios_table("server", "sessions", heads=("", "sessions", "rate against the seed's way")),
-    ),
 }
 """By the name of its block on the page: the case, and what makes its table."""
 
