@@ -271,19 +271,6 @@ async def test_group_with_batch_size_and_parts(client: Any, server: ScriptedServ
     assert server.sessions == {}
 
 
-async def test_group_whose_stream_breaks(client: Any, server: ScriptedServer) -> None:
-    server.parts = 2
-    group = await client.open_sessions(MODEL, 4)
-    x = np.random.default_rng(2).random((4, 2), np.float32)
-    server.fail("StepStream", LOST, 2)
-    assert np.array_equal(await group.step(x), x)
-    assert server.applied == 4
-    assert group.revisions.tolist() == [1] * 4
-    # The first part got through each time, so less and less was sent again.
-    sizes = [len(ids) for _, ids in changes(server, "StepStream")]
-    assert sizes == [4, 2, 1]
-
-
 async def test_group_whose_members_fail(client: Any, server: ScriptedServer) -> None:
     group = await client.open_sessions(MODEL, 3)
     x = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
@@ -299,16 +286,6 @@ async def test_group_whose_members_fail(client: Any, server: ScriptedServer) -> 
     assert np.array_equal(await group.step(x), x)
     assert group.revisions.tolist() == [1, 1, 1]
     assert server.applied == 3
-
-
-async def test_members_that_are_overloaded_are_sent_again(client: Any, server: ScriptedServer) -> None:
-    group = await client.open_sessions(MODEL, 3)
-    x = np.ones((3, 2), np.float32)
-    server.fail(
-        "StepStream", Fault(Code.RESOURCE_EXHAUSTED, "full", "OVERLOADED", member=2, retry_after_s=0.01)
-    )
-    assert np.array_equal(await group.step(x), x)
-    assert [len(ids) for _, ids in changes(server, "StepStream")] == [3, 1]
 
 
 async def test_group_time_limit(client: Any, server: ScriptedServer) -> None:
@@ -405,13 +382,6 @@ async def test_closing_the_client_ends_its_calls(
         await asyncio.wait_for(under_way, WAIT_S)
 
 
-async def test_server_that_is_not_there() -> None:
-    for shell in SHELLS:
-        async with connect(shell, "127.0.0.1:1") as client:
-            ended = await give_up(client.models, lambda error: isinstance(error, errors.UnavailableError))
-            assert isinstance(ended, errors.UnavailableError)
-
-
 async def test_states_are_checked_by_what_the_server_says_now(client: Any, server: ScriptedServer) -> None:
     await client.model(MODEL)
     state = await (await client.open_session(MODEL)).get_state()
@@ -468,13 +438,6 @@ async def test_a_reply_over_the_limit_may_have_been_applied(server: ScriptedServ
                 await session.step(X)
             await session.refresh()
             assert np.array_equal(await session.step(X), 901 * X)
-
-
-async def test_a_handle_says_whether_it_resumed(client: Any) -> None:
-    first = await client.open_session(MODEL, session_id="user-42")
-    again = await client.open_session(MODEL, session_id="user-42")
-    twin = await again.fork()
-    assert (first.resumed, again.resumed, twin.resumed) == (False, True, False)
 
 
 async def test_connections_that_break_while_frames_are_written(server: ScriptedServer) -> None:

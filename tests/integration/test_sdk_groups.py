@@ -20,6 +20,7 @@ from support.sdk.scripted_server import MODEL, Fault, ScriptedServer
 
 LOST = Fault(after_work=True)
 """The work is done, the answer is lost."""
+FULL = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "OVERLOADED", member=2, retry_after_s=0.01)
 GONE = Fault(grpc.StatusCode.INTERNAL, "broken", "INTERNAL", member=1)
 X = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
 
@@ -63,6 +64,50 @@ async def test_members_that_are_ready_are_reset_and_stepped_once_though_the_answ
     assert list(first.reset_mask) == list(again.reset_mask) == [False, True, False]
     assert list(first.request_ids) == list(again.request_ids)
     assert list(first.session_ids) == [group.ids[i] for i in (0, 2, 3)]
+
+
+async def test_groups_at_the_same_time_are_not_mistaken_for_each_other(
+    client: Any, server: ScriptedServer
+) -> None:
+    server.parts = 2
+    groups = [await client.open_sessions(MODEL, 4) for _ in range(6)]
+    for _ in range(4):
+        await asyncio.gather(*(group.step(X + at) for at, group in enumerate(groups)))
+    for at, group in enumerate(groups):
+        assert np.array_equal(states(server, group), 4 * (X + at))
+
+
+async def test_a_member_that_is_sent_again_alone_has_its_own_ids(group: Any, server: ScriptedServer) -> None:
+    await group.step(X)
+    server.fail("StepStream", FULL)
+    assert np.array_equal(await group.step(X), 2 * X)
+    everyone, alone = (request.step for request in server.requests("StepStream")[1:])
+    assert (list(everyone.session_ids), everyone.batch_size) == (list(group.ids), 1)
+    assert list(alone.session_ids) == [group.ids[2]]
+    assert list(alone.request_ids) == [everyone.request_id_base + 2]
+    assert list(alone.expected_revisions) == [1]
+    assert server.applied == 8
+
+
+@pytest.mark.parametrize(
+    ("parts", "times", "sizes"),
+    # The first half gets through each time, so less and less is sent again.
+    [(1, 1, [4, 4, 4, 4]), (2, 1, [4, 4, 2, 4]), (2, 2, [4, 4, 2, 1, 4])],
+)
+async def test_a_frame_whose_answer_is_lost_is_sent_again(
+    group: Any, server: ScriptedServer, parts: int, times: int, sizes: list[int]
+) -> None:
+    """The stream breaks after all, or the first half, of a frame was answered; everything is applied once."""
+    server.parts = parts
+    await group.step(X)
+    server.fail("StepStream", LOST, times)
+    assert np.array_equal(await group.step(X), 2 * X)
+    assert np.array_equal(await group.step(X), 3 * X)
+    sent = frames(server)
+    assert [len(frame.session_ids) for frame in sent] == sizes
+    assert (server.applied, group.revisions.tolist()) == (12, [3] * 4)
+    for again in sent[2:-1]:
+        assert list(again.request_ids) == list(sent[1].request_ids)[-len(again.session_ids) :]
 
 
 async def test_views_count_with_their_group(client: Any, server: ScriptedServer) -> None:
