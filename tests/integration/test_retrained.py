@@ -212,51 +212,6 @@ def test_equal_names_of_layers_that_are_connected_in_another_way_are_no_proof(
     assert client.update_model(name, keras.Model(deeper.input, y)).version == 2  # the same connections
 
 
-def test_a_clone_is_the_same_model(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
-    import keras
-
-    name, info = load(unnamed())
-    clone = keras.models.clone_model(unnamed())
-    assert clone.layers[0].name.startswith("keras_tensor")
-    assert client.update_model(name, clone).version == 2
-    assert client.model(name).state == info.state
-
-
-def test_an_initial_bias_may_differ(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
-    import keras
-
-    name, info = load(unnamed())
-    x = keras.Input((None, 3))
-    y = keras.layers.LSTM(4, return_sequences=True, unit_forget_bias=False)(x)
-    assert client.update_model(name, keras.Model(x, keras.layers.Dense(2)(y))).version == 2
-    assert client.model(name).state == info.state
-
-
-def test_real_differences_are_named(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
-    import keras
-
-    def model(dtype: str = "float32", key: str = "q", inner: str = "encoder") -> Any:
-        steps = keras.Input((None, 3))
-        encoder = keras.Model(
-            steps, keras.layers.LSTM(4, return_sequences=True, dtype=dtype)(steps), name=inner
-        )
-        x = keras.Input((None, 3))
-        return keras.Model(
-            x, {"p": keras.layers.Dense(2)(encoder(x)), key: keras.layers.Dense(1)(encoder(x))}
-        )
-
-    name, _ = load(model())
-    for wrong, says in (
-        (model("mixed_bfloat16"), r"\(LSTM\): dtype was 'float32' and is 'mixed_bfloat16'; "),
-        (model(key="r"), r"the outputs were \['p', 'q'\] and are \['p', 'r'\]; "),
-        (model(inner="decoder"), r"layer 'encoder' \(Functional\) is called 'decoder' now; "),
-    ):
-        with pytest.raises(errors.ModelMismatchError, match=says) as caught:
-            client.update_model(name, wrong)
-        assert "made in another order" not in caught.value.message
-        assert ("clear_session" in caught.value.message) == ("decoder" in caught.value.message)
-
-
 def test_layers_that_could_change_places_are_named(
     client: stepwell.Client, load: Callable[[Any], Any]
 ) -> None:
