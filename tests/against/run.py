@@ -95,8 +95,8 @@ def _pair(
 
 def _models() -> Mapping[str, Path]:
     """The files of the models; each build compiles them itself."""
-    found = {name: models.zoo(served.MODELS[name]).path for name in MODELS[1:]}
-    first, second = models.zoo(served.MODELS[MODELS[0]]), server_process.retrained()
+    found = {name: models.saved(served.MODELS[name]).path for name in MODELS[1:]}
+    first, second = models.saved(served.MODELS[MODELS[0]]), server_process.retrained()
     return {f"{MODELS[0]}@1": first.path, f"{MODELS[0]}@2": second.path, **found}
 
 

@@ -19,13 +19,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="module")
-def lstm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lstm() -> Path:
     """The file of a small model."""
-    from support.models import zoo
+    from support.models import programs
 
-    file = tmp_path_factory.mktemp("lstm") / "lstm.keras"
-    zoo.build("lstm_dense").save(file)
-    return file
+    return programs.saved("lstm_dense").path
 
 
 @pytest.fixture(scope="session")

@@ -55,13 +55,13 @@ def _compare(seed: int, drawn: random_models.RandomModel, program: Any, rng: np.
     from support.models.compiled import Compiled
 
     whole = tf.function(lambda x: drawn.model(x, training=False), autograph=False)
-    zoo = Compiled(f"seed {seed}", drawn.model, program)
+    compiled = Compiled(f"seed {seed}", drawn.model, program)
     for steps in (1, 3, STEPS):
         x = random_models.series(rng, ROWS, steps)
         expected = np.asarray(whole(x), np.float64)
         nudged = x * (1 + rng.choice([-1.0, 1.0], x.shape) * 2.0**-23)
         noise = np.max(np.abs(np.asarray(whole(nudged.astype(np.float32)), np.float64) - expected), initial=0)
-        stepped = zoo.stepped([x], steps)[program.outputs[0].name]
+        stepped = compiled.stepped([x], steps)[program.outputs[0].name]
         scale = max(1.0, float(np.max(np.abs(expected))))
         apart = float(np.max(np.abs(stepped - expected)))
         assert apart <= TOLERANCE * scale + NOISES * noise, (

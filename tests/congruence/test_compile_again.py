@@ -19,7 +19,7 @@ from stepwell_server.compile.host import compiler
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.program import Architecture, Program
 from support import samples
-from support.models import zoo
+from support.models import programs, zoo
 from support.models.programs import compile_model
 from support.processes import descriptors, home_of, is_there, until
 
@@ -184,8 +184,7 @@ def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: W
     assert stages == ["load", "trace", "probe", "convert", "check"]
     assert kept.pids == [server, worker]
     kept.compile(lstm / "1.keras")  # from the cache
-    zoo.build("gru_reset_after").save(lstm / "gru.keras")
-    kept.compile(lstm / "gru.keras")
+    kept.compile(programs.saved("gru_reset_after").path)
     assert kept.pids[0] == server
     assert kept.pids[1] != worker
     assert_same(kept.compile(lstm / "3.keras"), known[2])  # compiled anew: another one was in between
@@ -197,10 +196,10 @@ def test_where_it_cannot_be_done_so_it_is_compiled_anew_and_that_says_why(
 ) -> None:
     kept.compile(lstm / "1.keras")
     server, _ = kept.pids
-    other = zoo.build("gru_reset_after")
-    other.save(lstm / "gru.keras")
     mixed = lstm / "mixed.keras"
-    _mix(lstm / "2.keras", lstm / "gru.keras", mixed)  # the configuration of one, the weights of another
+    _mix(
+        lstm / "2.keras", programs.saved("gru_reset_after").path, mixed
+    )  # the configuration of one, the weights of another
     with pytest.raises(ModelError) as caught:
         kept.compile(mixed)
     with WarmCompiler(tmp_path / "cache") as cold, pytest.raises(ModelError) as known:

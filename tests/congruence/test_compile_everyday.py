@@ -17,16 +17,18 @@ TOLERANCE = 2e-5
 def test_everyday_models_are_served_and_equal_keras(first: str) -> None:
     names = everyday.groups()[first]
     model = everyday.build(names, steps=20 if len(first) % 2 else None)
-    program = programs.zoo_program(f"everyday-{first}", lambda: model, ProofOptions(steps=48))
+    program = programs.program(
+        f"everyday-{first}", lambda: model, ProofOptions(steps=48), kept=programs.kept_folder()
+    )
     assert not program.proof.unproven
-    zoo = Compiled(first, model, program)
+    compiled = Compiled(first, model, program)
     for rows, steps in ((3, 20), (1, 20), (2, 1)):
-        if steps == 1 and zoo.shape[1] == 20:
+        if steps == 1 and compiled.shape[1] == 20:
             continue  # Keras itself takes no other length.
-        inputs = zoo.draw(rows, rows, steps)
+        inputs = compiled.draw(rows, rows, steps)
         inputs[0] *= 10.0 ** np.arange(-1, rows - 1, dtype=np.float32)[:, None, None]
         inputs[0][:, steps // 2] = 0.0  # What Masking takes for nothing.
-        whole, stepped = zoo.keras(inputs), zoo.stepped(inputs, steps)
+        whole, stepped = compiled.keras(inputs), compiled.stepped(inputs, steps)
         for name, expected in whole.items():
             scale = max(1.0, float(np.max(np.abs(expected))))
             np.testing.assert_allclose(stepped[name], expected, rtol=0, atol=TOLERANCE * scale, err_msg=name)

@@ -11,7 +11,8 @@ import pytest
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import chunks
-from support.models.compiled import Compiled, compile_anew, zoo_model
+from support.models import programs
+from support.models.compiled import Compiled, zoo_model
 from support.models.programs import compile_model
 
 
@@ -21,7 +22,7 @@ def tokens() -> Compiled:
 
 
 @pytest.fixture(scope="module")
-def tokens_on_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def tokens_on_tensorflow(tokens: Compiled) -> Compiled:
     from stepwell_server.compile.program import convert
 
     def refuse(*_: Any) -> None:
@@ -29,7 +30,8 @@ def tokens_on_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "to_litert", refuse)
-        return compile_anew("fixed_length_tokens", tmp_path_factory.mktemp("tf"))
+        program = compile_model(programs.saved(tokens.name).path)
+    return Compiled(tokens.name, tokens.model, program)
 
 
 def _token_step(executor: Executor, tokens: list[int]) -> list[Any]:

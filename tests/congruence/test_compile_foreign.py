@@ -1,4 +1,4 @@
-"""Files of Keras 2, and models in other forms than a ``.keras`` file: each is named, with a way on that works."""
+"""Files of Keras 2, and models in other forms than a ``.keras`` file: the refusal names each form and a fix that works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from support.models import zoo
+from support.models import programs, zoo
 from support.models.warm_compiler import compile_program
 
 
@@ -40,11 +40,10 @@ def as_keras2_writes(layer: dict[str, Any]) -> dict[str, Any]:
     return {**layer, "config": config}
 
 
-def keras2_file(folder: Path, name: str, version: str = "2.15.0") -> Path:
+def keras2_file(folder: Path, version: str = "2.15.0") -> Path:
     """A small ``.keras`` file with what tf_keras writes, made from one of Keras 3."""
-    zoo.build(name).save(folder / "new.keras")
     old = folder / "old.keras"
-    with zipfile.ZipFile(folder / "new.keras") as source, zipfile.ZipFile(old, "w") as target:
+    with zipfile.ZipFile(programs.saved("lstm_dense").path) as source, zipfile.ZipFile(old, "w") as target:
         config = json.loads(source.read("config.json"))
         config["config"]["layers"] = [as_keras2_writes(layer) for layer in config["config"]["layers"]]
         config["module"] = "tf_keras.src.engine.functional"
@@ -56,7 +55,7 @@ def keras2_file(folder: Path, name: str, version: str = "2.15.0") -> Path:
 
 @pytest.mark.parametrize("version", ["2.15.0", "2.21.0"])
 def test_a_file_of_keras_2_is_refused_before_it_is_loaded(version: str, tmp_path: Path) -> None:
-    said = refusal_of(keras2_file(tmp_path, "lstm_dense", version))
+    said = refusal_of(keras2_file(tmp_path, version))
     assert f"saved by Keras {version}: Stepwell serves .keras files of Keras 3" in said
     assert "model.load_weights('old.keras')" in said
     assert "time_major" not in said
@@ -65,7 +64,7 @@ def test_a_file_of_keras_2_is_refused_before_it_is_loaded(version: str, tmp_path
 def test_the_way_on_from_keras_2_works(tmp_path: Path) -> None:
     from stepwell_server.compile.keras_file.archive import load_model
 
-    old = keras2_file(tmp_path, "lstm_dense")
+    old = keras2_file(tmp_path)
     rebuilt = zoo.build("lstm_dense", seed=1)
     rebuilt.load_weights(old)
     rebuilt.save(tmp_path / "name.keras")
@@ -75,8 +74,8 @@ def test_the_way_on_from_keras_2_works(tmp_path: Path) -> None:
 
 
 def test_a_file_that_does_not_say_its_version_is_refused(tmp_path: Path) -> None:
-    old = keras2_file(tmp_path, "lstm_dense")
-    with zipfile.ZipFile(tmp_path / "new.keras") as source, zipfile.ZipFile(old, "w") as target:
+    old = keras2_file(tmp_path)
+    with zipfile.ZipFile(programs.saved("lstm_dense").path) as source, zipfile.ZipFile(old, "w") as target:
         for member in source.namelist():
             target.writestr(member, b"[]" if member == "metadata.json" else source.read(member))
     assert "metadata.json does not say keras_version" in refusal_of(old)
@@ -152,10 +151,9 @@ def test_a_folder_is_refused_with_the_way_on(tmp_path: Path) -> None:
 
 
 def _edited(folder: Path, config: Any = None, version: str = "") -> Path:
-    """A small ``.keras`` file of which the configuration, or what is said of Keras, is another."""
-    zoo.build("lstm_dense").save(folder / "whole.keras")
+    """A small ``.keras`` file with another configuration or another version of Keras."""
     with (
-        zipfile.ZipFile(folder / "whole.keras") as source,
+        zipfile.ZipFile(programs.saved("lstm_dense").path) as source,
         zipfile.ZipFile(folder / "x.keras", "w") as target,
     ):
         for member in source.namelist():

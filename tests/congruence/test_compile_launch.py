@@ -21,7 +21,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.limits import Limits
 from stepwell_server.program import FLATBUFFER, Program
-from support.models import programs, zoo
+from support.models import programs
 from support.models.warm_compiler import compile_program
 
 STAGES = ["load", "trace", "probe", "convert", "check"]
@@ -34,11 +34,9 @@ import support.models.custom_layers
 """
 
 
-@pytest.fixture(scope="module")
-def custom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("custom") / "custom.keras"
-    zoo.build("accumulator").save(file)
-    return file
+@pytest.fixture
+def custom() -> Path:
+    return programs.saved("accumulator").path
 
 
 @pytest.mark.slow
@@ -213,8 +211,7 @@ def test_the_key_is_of_content_and_of_the_modules_source(
 
 
 def test_the_caller_never_loads_tensorflow() -> None:
-    saved = programs.zoo("lstm_dense")
-    program = programs.program_of(saved)
+    saved, program = programs.saved("lstm_dense"), programs.program("lstm_dense")
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(stepwell_server.__file__).parents[1])!r})

@@ -13,16 +13,14 @@ from stepwell_server import program_file
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.program import Program, Proof, ProofOptions, TensorSpec
-from support.models import trusted, zoo
+from support.models import programs, trusted, zoo
 from support.models.programs import compile_model
 
 
-@pytest.fixture(scope="module")
-def forecast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
+@pytest.fixture
+def forecast(lstm: Path) -> tuple[Path, Program]:
     """A model's file and its program."""
-    folder = tmp_path_factory.mktemp("forecast")
-    zoo.build("lstm_dense").save(folder / "model.keras")
-    return folder / "model.keras", compile_model(folder / "model.keras")
+    return lstm, programs.program("lstm_dense")
 
 
 def _with(value: float) -> Any:
@@ -104,12 +102,13 @@ def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp
         (np.zeros((2, 1, 3)), r"x\.npy: must have at least 2 time steps"),
     ],
 )
-def test_data_are_looked_at_before_the_model_is_compiled(array: Any, says: str, tmp_path: Path) -> None:
-    zoo.build("lstm_dense").save(tmp_path / "model.keras")
+def test_data_are_looked_at_before_the_model_is_compiled(
+    array: Any, says: str, lstm: Path, tmp_path: Path
+) -> None:
     np.save(tmp_path / "x.npy", array)
     stages: list[str] = []
     with pytest.raises(DataError, match=says):
-        compile_model(tmp_path / "model.keras", progress=stages.append, data=tmp_path / "x.npy")
+        compile_model(lstm, progress=stages.append, data=tmp_path / "x.npy")
     assert stages == ["load", "trace"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,57 +49,41 @@ def test_the_model_is_as_it_was_after_tracing(name: str) -> None:
         assert (one.get("stateful"), one.get("unroll")) == (two.get("stateful"), two.get("unroll"))
 
 
-def _saved(tmp_path: Path) -> Path:
-    zoo.build("lstm_dense").save(tmp_path / "whole.keras")
-    return tmp_path / "whole.keras"
+def _flipped(whole: bytes) -> bytes:
+    middle = len(whole) // 2
+    return whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.keras_file.archive import load_model
-
-    with pytest.raises(ModelError, match="there is no such file"):
-        load_model(tmp_path / "none.keras")
-
-
-@pytest.mark.parametrize("content", [np.random.default_rng(1).bytes(5000), b"hello\n" * 100])
-def test_a_file_of_anything_is_refused(content: bytes, tmp_path: Path) -> None:
-    from stepwell_server.compile.keras_file.archive import load_model
-
-    file = tmp_path / "noise.keras"
-    file.write_bytes(content)
-    with pytest.raises(ModelError, match=r"not a \.keras file"):
-        load_model(file)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
-    from stepwell_server.compile.keras_file.archive import load_model
-
-    content = _saved(tmp_path).read_bytes()
-    file = tmp_path / "cut.keras"
-    file.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ModelError, match=r"truncated|corrupt"):
-        load_model(file)
-
-
-def test_a_file_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.keras_file.archive import load_model
-
-    file = _saved(tmp_path)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ModelError, match="corrupt"):
-        load_model(file)
-
-
-def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.keras_file.archive import load_model
-
-    file = tmp_path / "other.keras"
+def _other_archive(_whole: bytes) -> bytes:
+    file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(ModelError, match=r"it has no config\.json"):
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda _: np.random.default_rng(1).bytes(5000), r"not a \.keras file"),
+        (lambda _: b"hello\n" * 100, r"not a \.keras file"),
+        (lambda whole: whole[: len(whole) // 10], r"truncated|corrupt"),
+        (lambda whole: whole[: len(whole) // 2], r"truncated|corrupt"),
+        (lambda whole: whole[: int(len(whole) * 0.99)], r"truncated|corrupt"),
+        (_flipped, "corrupt"),
+        (_other_archive, r"it has no config\.json"),
+        (None, "there is no such file"),
+    ],
+    ids=["noise", "text", "a tenth", "half", "almost all", "a flipped bit", "another archive", "no file"],
+)
+def test_a_damaged_file_is_refused(
+    damage: Callable[[bytes], bytes] | None, says: str, lstm: Path, tmp_path: Path
+) -> None:
+    from stepwell_server.compile.keras_file.archive import load_model
+
+    file = tmp_path / "damaged.keras"
+    if damage is not None:
+        file.write_bytes(damage(lstm.read_bytes()))
+    with pytest.raises(ModelError, match=says):
         load_model(file)
 
 

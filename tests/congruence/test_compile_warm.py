@@ -47,15 +47,10 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCompiler]:
 
 
 @pytest.fixture
-def lstm() -> Path:
-    return programs.zoo("lstm_dense").path
-
-
-@pytest.fixture
 def compiled(tmp_path: Path) -> Path:
     """A compiled model: to try it, processes import no framework, and are there soon."""
     file = tmp_path / "lstm.stepwell"
-    program_file.save(programs.program_of(programs.zoo("lstm_dense")), file)
+    program_file.save(programs.program("lstm_dense"), file)
     return file
 
 
@@ -87,8 +82,8 @@ def test_one_process_imports_and_each_model_has_a_worker_of_its_own(kept: WarmCo
     stages: list[str] = []
     servers = []
     for name in ("lstm_dense", "gru_reset_after"):
-        known = programs.program_of(programs.zoo(name))
-        program = kept.compile(programs.zoo(name).path, stages.append, keep=False)
+        known = programs.program(name)
+        program = kept.compile(programs.saved(name).path, stages.append, keep=False)
         servers += kept.pids
         assert (program.fingerprint, program.files) == (known.fingerprint, known.files)
         assert (program.batch_sizes, program.proof) == (known.batch_sizes, known.proof)
@@ -182,7 +177,7 @@ def test_what_a_worker_leaves_in_its_folder_is_no_trap(lstm: Path, waiting: Path
         "import stepwell_server.program_file as file, stepwell_server.compile.host.worker as worker\n"
         "worker.program_file.save = lambda *_arguments, **_options: None\n"
     )
-    known = programs.zoo("gru_reset_after")
+    known = programs.saved("gru_reset_after")
     entry = next(known.cache_dir.glob("*.stepwell"))
     (waiting / "waiting.py").write_text(trap.format(secret=str(entry)) + break_out)
     with (
@@ -211,10 +206,7 @@ def test_what_is_killed_in_the_middle_is_told_and_the_next_one_is_compiled(
         assert is_there(server) == (who == "worker")
         assert list(folder.glob("*/home")) == []
         (waiting / "waiting.py").write_text("")
-        assert (
-            compiler.compile(lstm, keep=False).fingerprint
-            == programs.program_of(programs.zoo("lstm_dense")).fingerprint
-        )
+        assert compiler.compile(lstm, keep=False).fingerprint == programs.program("lstm_dense").fingerprint
         assert (compiler.pids == [server]) == (who == "worker")
 
 
@@ -299,7 +291,7 @@ def test_closing_ends_what_is_under_way(lstm: Path, waiting: Path) -> None:
 
 
 def test_processes_that_nobody_needs_end(compiled: Path) -> None:
-    clock, known = ManualClock(), programs.zoo("lstm_dense")
+    clock, known = ManualClock(), programs.saved("lstm_dense")
     with WarmCompiler(known.cache_dir, clock=clock, idle_s=60.0) as compiler:
         assert compiler.end_idle()
         compiler.settle(compiled)
@@ -340,7 +332,7 @@ def test_all_of_it_ends_with_the_server_however_that_ends(lstm: Path, waiting: P
 
 
 def test_a_compiled_model_is_tried_by_a_worker_without_frameworks(compiled: Path, tmp_path: Path) -> None:
-    known, file = programs.program_of(programs.zoo("lstm_dense")), compiled
+    known, file = programs.program("lstm_dense"), compiled
     stages: list[str] = []
     with WarmCompiler(tmp_path / "cache") as compiler:
         program = load_program(file, compiler, stages.append)

@@ -20,11 +20,14 @@ def build() -> Any:
 
 
 def test_a_program_is_taken_from_an_earlier_run_if_it_is_whole(tmp_path: Path) -> None:
-    known = programs.zoo("lstm_dense")
+    known = programs.saved("lstm_dense")
     for name in ("whole", "damaged", "of_others"):
         programs._keep(known.path, None, tmp_path / name)
     taken = programs.saved("whole", build, kept=tmp_path)
-    assert programs.program_of(taken).fingerprint == programs.program_of(known).fingerprint
+    assert (
+        programs.program("whole", build, kept=tmp_path).fingerprint
+        == programs.program("lstm_dense").fingerprint
+    )
     assert taken.path.read_bytes() == known.path.read_bytes()
 
     (entry,) = (path for path in (tmp_path / "damaged").iterdir() if path.name != "model.keras")
@@ -51,10 +54,10 @@ def test_nothing_is_kept_for_other_sources(tmp_path: Path, monkeypatch: pytest.M
     folders = []
     for text in ("one", "other"):
         source.write_text(text)
-        folder = programs._kept_folder.__wrapped__()
+        folder = programs.kept_folder.__wrapped__()
         assert folder is not None
         assert list(folder.parent.iterdir()) == [folder]
         folders.append(folder)
     assert folders[0] != folders[1]
     monkeypatch.delenv("TEST_KEEP_PROGRAMS")
-    assert programs._kept_folder.__wrapped__() is None
+    assert programs.kept_folder.__wrapped__() is None

@@ -29,7 +29,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    paths = {name: programs.zoo(kind).path for name, kind in MODELS.items()}
+    paths = {name: programs.saved(kind).path for name, kind in MODELS.items()}
     options = ["--front", FRONT]
     with LocalServer(
         models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, extra_args=options
@@ -562,7 +562,7 @@ def test_ctrl_c_is_quiet() -> None:
 
 def test_serve_and_stop(address: str, tmp_path: Path) -> None:
     arguments = [
-        f"m={programs.zoo(MODELS['forecast']).path}",
+        f"m={programs.saved(MODELS['forecast']).path}",
         "--listen",
         "127.0.0.1:0",
         "--cache-dir",

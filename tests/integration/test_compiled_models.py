@@ -28,7 +28,7 @@ def run(*arguments: str) -> Result:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "seq.stepwell"
-    done = run("compile", str(programs.zoo("lstm_dense").path), "-o", str(path))
+    done = run("compile", str(programs.saved("lstm_dense").path), "-o", str(path))
     assert done.exit_code == 0, done.stderr
     return path
 
@@ -37,7 +37,7 @@ def test_it_is_told_where_it_went_and_what_was_done(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = run("compile", str(programs.zoo("lstm_dense").path))
+    done = run("compile", str(programs.saved("lstm_dense").path))
     assert done.stdout.splitlines() == [
         "proof: proven from its graph, compared with Keras over 512 time steps",
         "executor: litert (LiteRT converts every operation of the model)",
@@ -47,7 +47,7 @@ def test_it_is_told_where_it_went_and_what_was_done(
         "serve it: stepwell serve lstm_dense=lstm_dense.stepwell",
     ]
     assert Path("lstm_dense.stepwell").read_bytes() == file.read_bytes()
-    document = json.loads(run("compile", str(programs.zoo("lstm_dense").path), "--json").stdout)
+    document = json.loads(run("compile", str(programs.saved("lstm_dense").path), "--json").stdout)
     keys = [key for text, _ in main.commands["compile"].load().json_keys for key in text.split(", ")]  # type: ignore[attr-defined]
     assert list(document) == keys
     assert (document["bytes"], document["batch_sizes"], document["cached"]) == (file.stat().st_size, [], True)
@@ -56,7 +56,7 @@ def test_it_is_told_where_it_went_and_what_was_done(
 def test_refusals_leave_nothing_behind(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stepwell_server.cli import compile as command
 
-    model, target = str(programs.zoo("lstm_dense").path), tmp_path / "out.stepwell"
+    model, target = str(programs.saved("lstm_dense").path), tmp_path / "out.stepwell"
     for arguments, says in (
         ((str(file),), "is already compiled; serve it, or show it with: stepwell models show"),
         ((model, "-o", "x.keras"), "'-o' must be a file that ends in .stepwell; got 'x.keras'"),
@@ -87,7 +87,7 @@ def test_refusals_leave_nothing_behind(file: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_sessions_go_on_from_the_keras_file_to_the_compiled_one(file: Path, tmp_path: Path) -> None:
     """And the second server serves both kinds."""
-    saved, other = programs.zoo("lstm_dense"), programs.zoo("gru_reset_after")
+    saved, other = programs.saved("lstm_dense"), programs.saved("gru_reset_after")
     x = np.random.default_rng(5).standard_normal((2, 6, 3)).astype(np.float32)
     options: dict[str, Any] = {"data_dir": tmp_path, "cache_dir": saved.cache_dir, "start_timeout_s": 100}
 

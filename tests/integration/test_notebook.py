@@ -26,7 +26,7 @@ START = "client = stepwell.local(MODEL)\nprint(client.server.pid)"
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
     folder = tmp_path_factory.mktemp("notebook")
-    saved = programs.zoo("lstm_dense")
+    saved = programs.saved("lstm_dense")
     with notebook(folder, {"STEPWELL_CACHE_DIR": str(saved.cache_dir)}) as running:
         yield running
 
@@ -34,7 +34,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
 @pytest.fixture
 def cells(kernel: Notebook) -> Notebook:
     """The kernel with what each test begins with."""
-    path, gru = programs.zoo("lstm_dense").path, programs.zoo("gru_reset_after").path
+    path, gru = programs.saved("lstm_dense").path, programs.saved("gru_reset_after").path
     kernel.run(f"import numpy as np, stepwell, threading\nMODEL, OTHER = {str(path)!r}, {str(gru)!r}")
     return kernel
 
@@ -118,7 +118,7 @@ def test_no_server_outlives_its_kernel(cells: Notebook) -> None:
     )
     cells.restart()
     watched.wait()
-    kept = f"import stepwell\nclient = stepwell.local({str(programs.zoo('gru_reset_after').path)!r}, data_dir='kept')\n"
+    kept = f"import stepwell\nclient = stepwell.local({str(programs.saved('gru_reset_after').path)!r}, data_dir='kept')\n"
     watched = Watched(pid_of(cells, f"{kept}print(client.server.pid)"))
     cells.kill()
     watched.wait()
@@ -140,7 +140,7 @@ sys.stdin.read()
 
 
 def test_a_server_ends_with_its_script_and_not_with_a_fork_of_it() -> None:
-    saved = programs.zoo("lstm_dense")
+    saved = programs.saved("lstm_dense")
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(saved.path), str(saved.cache_dir)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as script:
         assert script.stdout is not None

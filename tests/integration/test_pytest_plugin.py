@@ -64,7 +64,7 @@ def test_it_is_back(stepwell_server, stepwell_client):
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A folder for a run, which finds compiled models in the tests' cache."""
-    seq, gru = programs.zoo("lstm_dense"), programs.zoo("gru_reset_after")
+    seq, gru = programs.saved("lstm_dense"), programs.saved("gru_reset_after")
     (pytester.path / "models").mkdir()
     (pytester.path / "models" / "seq.keras").symlink_to(seq.path)
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(seq.cache_dir))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,12 +81,5 @@ class Compiled:
 
 @functools.cache
 def zoo_model(name: str) -> Compiled:
-    """The zoo model ``name``, compiled once per test run. Who changes the Keras model builds one of their own."""
-    return Compiled(name, zoo.build(name), programs.program_of(programs.zoo(name)))
-
-
-def compile_anew(name: str, folder: Path) -> Compiled:
-    """Build, save and compile the zoo model ``name`` in ``folder``."""
-    model = zoo.build(name)
-    model.save(folder / "model.keras")
-    return Compiled(name, model, programs.compile_model(folder / "model.keras"))
+    """The zoo model ``name``, compiled once per test run. A test that changes the Keras model builds its own."""
+    return Compiled(name, zoo.build(name), programs.program(name))

@@ -25,6 +25,7 @@ import numpy as np
 from stepwell_server import program_file
 from stepwell_server.program import Program, ProofOptions
 from support import samples
+from support.models import zoo
 
 #: Names the run's folder to the processes among which pytest-xdist divides the tests.
 _FOLDER = "TEST_RUN_FOLDER"
@@ -79,19 +80,6 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
     return folder
 
 
-@functools.cache
-def zoo(name: str) -> Saved:
-    """A model of the zoo."""
-    from support.models.zoo import build
-
-    return saved(name, lambda: build(name), kept=_kept_folder())
-
-
-def built_here(name: str, build: Callable[[], Any], imports: Sequence[str] = ()) -> Saved:
-    """A model that something else in this folder builds; see `saved`."""
-    return saved(name, build, imports, kept=_kept_folder())
-
-
 def cache_key(model: Path, imports: Sequence[str] = (), options: ProofOptions | None = None) -> str:
     """Under which key the cache has the program of a file."""
     from stepwell_server.compile import cache
@@ -99,34 +87,35 @@ def cache_key(model: Path, imports: Sequence[str] = (), options: ProofOptions | 
     return cache.key_of(hashlib.sha256(model.read_bytes()).digest(), imports, options)
 
 
-def program_of(saved: Saved, imports: Sequence[str] = (), options: ProofOptions | None = None) -> Program:
-    """The program of a saved model."""
+def program(
+    name: str, build: Callable[[], Any] | None = None, options: ProofOptions | None = None, **saving: Any
+) -> Program:
+    """The program of a model: see `saved`."""
     from stepwell_server.compile import cache
 
-    program = cache.load(cache.entry(saved.cache_dir, cache_key(saved.path, imports, options)))
-    assert program is not None
-    return program
-
-
-def zoo_program(name: str, build: Callable[[], Any], options: ProofOptions) -> Program:
-    """The program of a model that something else in this folder builds, made with these options."""
-    return program_of(saved(name, build, options=options, kept=_kept_folder()), options=options)
+    path = saved(name, build, options=options, **saving).path
+    found = cache.load(cache.entry(cache_dir(), cache_key(path, (), options)))
+    assert found is not None
+    return found
 
 
 def saved(
     name: str,
-    build: Callable[[], Any],
+    build: Callable[[], Any] | None = None,
     imports: Sequence[str] = (),
     options: ProofOptions | None = None,
     kept: Path | None = None,
 ) -> Saved:
-    """The model that `build` makes, under a name that no other model has.
+    """The file of the model `name` of the zoo, or of the one that `build` makes under a name of its own.
 
-    It is compiled in this process, which has TensorFlow for the reference anyway. `imports` are those of the
-    server that will look for it in the cache. Where earlier runs have `kept` it, it comes from there; else it is kept.
+    This process compiles it: it has TensorFlow for the reference anyway. `imports` are those of the server that
+    reads the cache. `kept` is the folder that keeps the model for the next run; the zoo has one. Pass
+    `kept_folder()` if tests/support builds the model.
     """
     from stepwell_server.compile import cache
 
+    if build is None:
+        build, kept = functools.partial(zoo.build, name), kept_folder()
     folder, programs = run_folder(), cache_dir()
     path = folder / f"{name}.keras"
     with _alone(folder / f"{name}.lock"):
@@ -145,7 +134,7 @@ def saved(
 
 
 @functools.cache
-def _kept_folder() -> Path | None:
+def kept_folder() -> Path | None:
     """Where programs of these sources are kept; None if none are."""
     if _KEEP not in os.environ or samples.ALL:
         return None

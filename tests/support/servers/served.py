@@ -40,7 +40,7 @@ def keras_model(name: str) -> Any:
 
 def local_server(*names: str, **options: Any) -> Server:
     """A server of some of the models, or of all; it finds their programs in its cache."""
-    found = {name: programs.zoo(MODELS[name]) for name in names or MODELS}
+    found = {name: programs.saved(MODELS[name]) for name in names or MODELS}
     paths = {name: one.path for name, one in found.items()}
     return Server(models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, **options)
 

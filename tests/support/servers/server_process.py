@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import select
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
 from support import secured
-from support.models import programs
+from support.models import programs, zoo
 from support.models.programs import Saved
 
 _START_S = 100.0
@@ -35,18 +36,13 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 def forecast() -> Saved:
     """An LSTM with a dense layer, made and compiled once per test run."""
-    return programs.zoo("lstm_dense")
+    return programs.saved("lstm_dense")
 
 
 def retrained() -> Saved:
     """The model of `forecast` with other weights."""
-
-    def build() -> Any:
-        from support.models import zoo
-
-        return zoo.build("lstm_dense", seed=1)
-
-    return programs.built_here("lstm_dense_retrained", build)
+    build = functools.partial(zoo.build, "lstm_dense", seed=1)
+    return programs.saved("lstm_dense_retrained", build, kept=programs.kept_folder())
 
 
 class ServerProcess:

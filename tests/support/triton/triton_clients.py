@@ -123,9 +123,9 @@ def accumulator(dtype: str, features: int) -> Any:
 
 def saved(name: str) -> programs.Saved:
     """The model that is served under a name, and the cache that has its program."""
-    return programs.built_here(
-        ZOO.get(name, name), lambda: keras_model(name), ("support.models.custom_layers",)
-    )
+    imports = ["support.models.custom_layers"]
+    build = functools.partial(keras_model, name)
+    return programs.saved(ZOO.get(name, name), build, imports, kept=programs.kept_folder())
 
 
 @contextmanager
