@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,14 +28,34 @@ pytestmark = pytest.mark.stores("fake_shared")
 
 
 @asynccontextmanager
-async def after(*session_ids: str, **options: Any) -> AsyncIterator[tuple[Harness, RemoteStore]]:
+async def after(
+    *session_ids: str, reads_held: bool = False, **options: Any
+) -> AsyncIterator[tuple[Harness, RemoteStore]]:
     """A server on a store in which another one has opened sessions, each stepped once."""
     store, clock = RemoteStore(MemoryStore()), ManualClock()
     async with running(store=store.replica(), clock=clock) as at:
         await at.open(*session_ids)
         await at.submit(list(session_ids), x(len(session_ids)), request_ids=[7] * len(session_ids)).all()
     async with running(store=store, clock=clock, **options) as at:
+        store.reads_held = reads_held
         yield at, store
+
+
+@pytest.fixture
+def store(at: Harness) -> RemoteStore:
+    """The store of the fixture `at`."""
+    found: RemoteStore = at.store
+    return found
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "read": lambda at, **fields: at.engine.get_state("a", **fields),
+    "fork": lambda at, **fields: at.engine.fork("a", **fields),
+    "close": lambda at, **fields: at.engine.close_session("a", **fields),
+    "info": lambda at: at.engine.session_info("a"),
+    "reset": lambda at: at.submit("a", reset=True).only(),
+    "resume": lambda at: at.engine.open_session("plain", session_id="a"),
+}
 
 
 async def turns(count: int = 8) -> None:
@@ -77,8 +97,7 @@ async def test_nothing_overtakes_a_request_that_waits_for_one_of_its_sessions() 
 
 
 async def test_a_request_checked_after_its_lookup_keeps_its_place() -> None:
-    async with after("a", "b") as (at, store):
-        store.reads_held = True
+    async with after("a", "b", reads_held=True) as (at, store):
         first = at.submit(
             ["a", "b"], x(3), sizes=[1, 2], batch_sizes=[1, 2]
         )  # another "b" might have two rows
@@ -116,19 +135,10 @@ async def test_other_sessions_run_while_some_are_loaded() -> None:
         assert (await waits.only()).revision == 2
 
 
-@pytest.mark.parametrize("call", ["read", "fork", "close", "info", "reset", "resume"])
+@pytest.mark.parametrize("call", CALLS)
 async def test_every_call_waits_for_the_sessions_it_names(call: str) -> None:
-    async with after("a") as (at, store):
-        store.reads_held = True
-        calls: dict[str, Any] = {
-            "read": lambda: at.engine.get_state("a"),
-            "fork": lambda: at.engine.fork("a", new_session_id="b"),
-            "close": lambda: at.engine.close_session("a"),
-            "info": lambda: at.engine.session_info("a"),
-            "reset": lambda: at.submit("a", reset=True).only(),
-            "resume": lambda: at.engine.open_session("plain", session_id="a"),
-        }
-        task = await begun(calls[call]())
+    async with after("a", reads_held=True) as (at, store):
+        task = await begun(CALLS[call](at))
         await store.until("read")
         step = at.submit("a", x(1), expected=2 if call == "reset" else 1)
         await turns()
@@ -140,8 +150,7 @@ async def test_every_call_waits_for_the_sessions_it_names(call: str) -> None:
 
 
 async def test_a_waiting_call_that_is_cancelled_lets_nobody_overtake() -> None:
-    async with after("a") as (at, store):
-        store.reads_held = True
+    async with after("a", reads_held=True) as (at, store):
         first = at.submit("a", x(1), expected=1)
         await store.until("read")
         gives_up = await begun(at.engine.get_state("a"))
@@ -157,8 +166,7 @@ async def test_a_waiting_call_that_is_cancelled_lets_nobody_overtake() -> None:
 
 @pytest.mark.parametrize("how", ["late", "cancelled"])
 async def test_an_abandoned_request_is_not_applied_after_its_session_is_loaded(how: str) -> None:
-    async with after("a") as (at, store):
-        store.reads_held = True
+    async with after("a", reads_held=True) as (at, store):
         reset = at.submit("a", reset=True, deadline=at.clock.monotonic() + 5)
         step = at.submit("a", x(1), deadline=at.clock.monotonic() + 5)
         await store.until("read")
@@ -178,15 +186,8 @@ async def test_an_abandoned_request_is_not_applied_after_its_session_is_loaded(h
 
 @pytest.mark.parametrize("call", ["read", "fork", "close"])
 async def test_a_call_past_its_deadline_when_its_session_is_loaded_does_nothing(call: str) -> None:
-    async with after("a") as (at, store):
-        store.reads_held = True
-        deadline = at.clock.monotonic() + 5
-        calls: dict[str, Any] = {
-            "read": at.engine.get_state,
-            "fork": at.engine.fork,
-            "close": at.engine.close_session,
-        }
-        task = await begun(calls[call]("a", deadline=deadline))
+    async with after("a", reads_held=True) as (at, store):
+        task = await begun(CALLS[call](at, deadline=at.clock.monotonic() + 5))
         await store.until("read")
         at.clock.advance(6)
         store.let_go()
@@ -214,39 +215,33 @@ async def test_a_store_that_breaks_while_it_is_read_fails_those_that_need_it() -
         assert "secret" not in str(answer)
 
 
-async def test_no_more_waits_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LOADING_ROWS", 3)
-    async with after("a", "b") as (at, store):
-        store.reads_held = True
-        waiting = [at.submit("a", x(1)), at.submit(["a", "b"], x(2))]
-        with pytest.raises(Overloaded, match="must stay within 3; 3 wait and 1 came") as refused:
+@pytest.mark.parametrize(
+    ("limit", "most", "waiting", "message", "revision"),
+    [
+        ("MAX_LOADING_ROWS", 3, ["a", ["a", "b"]], "must stay within 3; 3 wait and 1 came", 3),
+        ("MAX_WAITING_BYTES", 20, ["b", "b"], "bytes waiting must stay within 20; 16 wait and 8 came", 4),
+    ],
+)
+async def test_only_a_limited_amount_waits_for_loading(
+    limit: str, most: int, waiting: list[Any], message: str, revision: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, limit, most)
+    async with after("a", "b", reads_held=True) as (at, store):
+        accepted = [at.submit(ids, x(len(ids))) for ids in waiting]
+        with pytest.raises(Overloaded, match=message) as refused:
             at.submit("b", x(1))
         assert refused.value.retry_after_s > 0
         store.let_go()
-        for answers in waiting:
-            await answers.all()
-        assert (await at.step("b", x(1))).revision == 3
-
-
-async def test_no_more_bytes_wait_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_WAITING_BYTES", 20)
-    async with after("a") as (at, store):
-        store.reads_held = True
-        first = at.submit("a", x(1))
-        second = at.submit("a", x(1))
-        with pytest.raises(Overloaded, match="bytes waiting must stay within 20; 16 wait and 8 came"):
-            at.submit("a", x(1))
-        store.let_go()
-        await first.only()
-        await second.only()
+        for answers in accepted:
+            await answers.require_all_applied()
+        assert (await at.step("b", x(1))).revision == revision
 
 
 async def test_sessions_are_read_many_at_once_and_with_few_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_reads, "MAX_READ_SIZE", 8)
     monkeypatch.setattr(remote_reads, "MAX_CONCURRENT_READS", 2)
     names = [f"s{number:02}" for number in range(24)]
-    async with after(*names) as (at, store):
-        store.reads_held = True
+    async with after(*names, reads_held=True) as (at, store):
         steps = [at.submit(name, x(1)) for name in names]
         await store.until("read", 2)
         await turns()
@@ -267,8 +262,7 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered() -> None:
 
 
 @pytest.mark.engine(resident_rows=2)
-async def test_passes_run_while_sessions_are_paged_in(at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_passes_run_while_sessions_are_paged_in(at: Harness, store: RemoteStore) -> None:
     for name in "abc":  # a has to go
         at.clock.advance(1.0)
         await at.open(name)
@@ -287,8 +281,9 @@ async def test_passes_run_while_sessions_are_paged_in(at: Harness) -> None:
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.engine(resident_rows=1)
-async def test_an_abandoned_request_that_waits_for_a_page_in_is_dropped(reset: bool, at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_an_abandoned_request_that_waits_for_a_page_in_is_dropped(
+    reset: bool, at: Harness, store: RemoteStore
+) -> None:
     await at.open("a")
     await at.open("b")
     store.reads_held = True
@@ -303,8 +298,9 @@ async def test_an_abandoned_request_that_waits_for_a_page_in_is_dropped(reset: b
 
 
 @pytest.mark.engine(resident_rows=1)
-async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it(at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it(
+    at: Harness, store: RemoteStore
+) -> None:
     await at.open("a")
     await at.open("b")
     store.reads_held = True
@@ -320,8 +316,9 @@ async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it(a
 
 
 @pytest.mark.engine(resident_rows=2)
-async def test_a_page_in_that_fails_costs_its_members_and_nobody_else(at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_a_page_in_that_fails_costs_its_members_and_nobody_else(
+    at: Harness, store: RemoteStore
+) -> None:
     await at.open("a", "b", "c")
     store.read_error = Unavailable("the store is away")
     answers = await at.submit(["a", "c"], x(2)).all()
@@ -349,15 +346,15 @@ async def test_the_engine_has_ended_when_loads_have() -> None:
 
 
 @pytest.mark.engine(resident_rows=1)
-async def test_the_engine_has_ended_when_page_ins_have(at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_the_engine_has_ended_when_page_ins_have(at: Harness, store: RemoteStore) -> None:
     await at.open("a")
     await at.open("b")
     await drains_when_read(at, store)
 
 
-async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over(at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over(
+    at: Harness, store: RemoteStore
+) -> None:
     await at.open("here")
     store.commits_held = True
     step = at.submit("here", x(1))
@@ -463,8 +460,9 @@ async def test_few_commits_are_under_way_at_once_and_never_two_of_a_session() ->
 
 
 @pytest.mark.engine(max_session_idle_s=10.0)
-async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_store(at: Harness) -> None:
-    store: RemoteStore = at.store
+async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_store(
+    at: Harness, store: RemoteStore
+) -> None:
     await at.open("a")
     at.clock.advance(11.0)
     store.commits_held = True

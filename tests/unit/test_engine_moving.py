@@ -528,41 +528,32 @@ async def harmless(at: Harness, answer: Answer) -> None:
     assert (await at.step("fine", step)).revision == 2
 
 
+@pytest.mark.parametrize("is_imported", [True, False], ids=["imported", "in the store"])
 @pytest.mark.stores("memory", "fake_shared")
 @given(some=mutations)
 @settings(max_examples=examples(240))
-def test_any_record_is_imported_or_refused_alone(some: list[Mutation], store_kind: str) -> None:
-    async def tried() -> None:
+def test_a_damaged_record_harms_no_other_session(
+    is_imported: bool, some: list[Mutation], store_kind: str
+) -> None:
+    async def run() -> None:
         STORES.kind = store_kind
         good = await sample()
+        damaged = _applied(some, good)
         async with running(resident_rows=4, check=False) as at:
             answer = await open_fine(at)
-            first, second = await at.engine.import_sessions(
-                [SessionRecord("a", "a", _applied(some, good)), SessionRecord("b", "a", good)],
-                ExistingPolicy.REFUSE,
-            )
-            assert second is ImportOutcome.IMPORTED, "it is not the other's fault"
-            assert first is ImportOutcome.IMPORTED or isinstance(first, ServerError)
-            assert not isinstance(first, Internal)
+            if is_imported:
+                first, second = await at.engine.import_sessions(
+                    [SessionRecord("a", "a", damaged), SessionRecord("b", "a", good)], ExistingPolicy.REFUSE
+                )
+                assert second is ImportOutcome.IMPORTED, "the other record is good"
+                assert first is ImportOutcome.IMPORTED or isinstance(first, ServerError)
+                assert not isinstance(first, Internal)
+            else:
+                store = at.store.shared if isinstance(at.store, RemoteStore) else at.store
+                store.commit(Batch(puts=[("a", damaged)], counts=[("plain", 1)]))
             await harmless(at, answer)
 
-    asyncio.run(tried())
-
-
-@pytest.mark.stores("memory", "fake_shared")
-@given(some=mutations)
-@settings(max_examples=examples(240))
-def test_any_record_in_the_store_harms_nobody_else(some: list[Mutation], store_kind: str) -> None:
-    async def tried() -> None:
-        STORES.kind = store_kind
-        good = await sample()
-        async with running(resident_rows=4, check=False) as at:
-            answer = await open_fine(at)
-            store = at.store.shared if isinstance(at.store, RemoteStore) else at.store
-            store.commit(Batch(puts=[("a", _applied(some, good))], counts=[("plain", 1)]))
-            await harmless(at, answer)
-
-    asyncio.run(tried())
+    asyncio.run(run())
 
 
 def _with_rows(record: bytes, rows: int) -> bytes:

@@ -584,7 +584,8 @@ def rows_of(at: Harness) -> list[int]:
 
 
 async def two_halves(at: Harness, **fields: Any) -> None:
-    """The first half is answered, and the second waits."""
+    """Open four sessions and step them in two halves: the first is answered, and the second waits."""
+    await open_wide(at)
     first = await at.begin_pass(["a", "b"], x(2), connection="me")
     at.submit(["c", "d"], x(2), connection="me", **fields)
     at.clock.advance(Wide.fixed_s)
@@ -593,10 +594,7 @@ async def two_halves(at: Harness, **fields: Any) -> None:
 
 
 @pytest.mark.engine(threads=True)
-async def test_those_who_wait_and_those_who_were_just_answered_have_the_next_pass_together(
-    at: Harness,
-) -> None:
-    await open_wide(at)
+async def test_waiting_and_just_answered_callers_share_the_next_pass(at: Harness) -> None:
     await two_halves(at)
     await at.submit(["a", "b"], x(2), connection="me").require_all_applied()
     await at.settled()
@@ -604,10 +602,14 @@ async def test_those_who_wait_and_those_who_were_just_answered_have_the_next_pas
 
 
 @pytest.mark.engine(threads=True)
-async def test_a_pass_goes_without_those_who_do_not_come_back_in_time(at: Harness) -> None:
-    await open_wide(at)
-    await two_halves(at)
-    at.clock.advance(Wide.fixed_s / 2)
+@pytest.mark.parametrize("is_due", [False, True])
+async def test_a_pass_leaves_out_absent_callers_after_the_wait_or_near_a_deadline(
+    is_due: bool, at: Harness
+) -> None:
+    fields = {"deadline": at.clock.monotonic() + 1.3 * Wide.fixed_s} if is_due else {}
+    await two_halves(at, **fields)
+    if not is_due:
+        at.clock.advance(Wide.fixed_s / 2)
     await at.settled()
     assert rows_of(at) == [2, 2]
 
@@ -625,7 +627,6 @@ async def test_an_alarm_that_is_heard_late_has_no_second_one_set_for_the_next_wa
 
     monkeypatch.setattr(Threads, "wake", held_back)
     async with running(threads=True) as at:
-        await open_wide(at)
         await two_halves(at)
         heard = await asyncio.wait_for(alarms.get(), WAIT_S)
         assert await asyncio.to_thread(rang.wait, WAIT_S)
@@ -656,16 +657,7 @@ async def test_nobody_waits_for_others(at: Harness) -> None:
 
 
 @pytest.mark.engine(threads=True)
-async def test_a_step_whose_deadline_is_near_does_not_wait(at: Harness) -> None:
-    await open_wide(at)
-    await two_halves(at, deadline=at.clock.monotonic() + 1.3 * Wide.fixed_s)
-    await at.settled()  # the clock stands still
-    assert rows_of(at) == [2, 2]
-
-
-@pytest.mark.engine(threads=True)
-async def test_what_a_read_has_let_in_does_not_wait(at: Harness) -> None:
-    await open_wide(at)
+async def test_a_step_that_a_read_has_let_in_does_not_wait(at: Harness) -> None:
     await two_halves(at)
     state = await at.state("c")
     await at.settled()

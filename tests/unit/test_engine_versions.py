@@ -285,22 +285,25 @@ async def test_a_migration_that_fails_changes_nothing(store_kind: str) -> None:
 
 async def test_impossible_changes_of_versions_are_refused(store_kind: str, at: Harness) -> None:
     await at.open("a")
-    await fails(
-        at.engine.load_version("plain", 1, weights(2)),
-        VersionExists,
-        "must be new; 1 is loaded: load it as 2",
-    )
-    await fails(at.engine.load_version("pl@in", 1, weights(2)), InvalidInput, "name of a model must be")
-    await fails(at.engine.load_version("plain", 0, weights(2)), InvalidInput, "version must be 1 to")
-    await fails(at.engine.set_default("plain", 2, CARRY), VersionNotFound, r"\[1\]; got 2")
-    await fails(at.engine.set_label("plain", "canary", 2), VersionNotFound, r"\[1\]; got 2")
-    await fails(
-        at.engine.set_label("plain", "canary", 0),
-        VersionNotFound,
-        r"label to remove .* \[\]; got 'canary'",
-    )
-    await fails(at.engine.set_label("plain", "12", 1), InvalidInput, "label must be")
-    await fails(at.engine.unload_version("plain", 1), ModelInUse, "it has 1")
+    for call, error, message in (
+        (
+            at.engine.load_version("plain", 1, weights(2)),
+            VersionExists,
+            "must be new; 1 is loaded: load it as 2",
+        ),
+        (at.engine.load_version("pl@in", 1, weights(2)), InvalidInput, "name of a model must be"),
+        (at.engine.load_version("plain", 0, weights(2)), InvalidInput, "version must be 1 to"),
+        (at.engine.set_default("plain", 2, CARRY), VersionNotFound, r"\[1\]; got 2"),
+        (at.engine.set_label("plain", "canary", 2), VersionNotFound, r"\[1\]; got 2"),
+        (
+            at.engine.set_label("plain", "canary", 0),
+            VersionNotFound,
+            r"label to remove .* \[\]; got 'canary'",
+        ),
+        (at.engine.set_label("plain", "12", 1), InvalidInput, "label must be"),
+        (at.engine.unload_version("plain", 1), ModelInUse, "it has 1"),
+    ):
+        await fails(call, error, message)
     await at.engine.load_version("plain", 2, weights(2))
     await at.engine.close_session("a")
     await fails(at.engine.unload_version("plain", 1), ModelInUse, "must not be the default")
@@ -419,28 +422,22 @@ async def test_a_session_that_ends_while_it_is_late_for_a_move_holds_up_no_other
     await asyncio.wait_for(at.engine.set_default("plain", 1, CARRY), WAIT_S)
 
 
-async def test_the_default_that_is_wanted_outlives_other_versions(store_kind: str, at: Harness) -> None:
-    await at.engine.unload_version("plain", 1)
-    await at.engine.load_version("plain", 2, weights(2))
-    await at.engine.load_version("plain", 3, weights(3))
-    await at.engine.unload_version("plain", 3)
-    own = at.engine.catalogue()["plain"]
-    assert (own.default, own.wanted) == (2, 1)
-    assert (await at.engine.set_default("plain", 2, CARRY)).previous == 1
-
-
-@pytest.mark.parametrize("others", [[2], [2, 3]])
-async def test_the_default_that_is_wanted_outlives_its_substitute(
-    others: list[int], store_kind: str, at: Harness
+@pytest.mark.parametrize(
+    ("others", "unloaded", "default", "new_default"), [([2, 3], 3, 2, 2), ([2], 2, 0, 4), ([2, 3], 2, 3, 4)]
+)
+async def test_the_default_that_is_wanted_outlives_other_versions(
+    others: list[int], unloaded: int, default: int, new_default: int, store_kind: str, at: Harness
 ) -> None:
+    """A version other than the default is unloaded, or the substitute for the default."""
     await at.engine.unload_version("plain", 1)
     for version in others:
         await at.engine.load_version("plain", version, weights(version))
-    await at.engine.unload_version("plain", 2, force=True)
+    await at.engine.unload_version("plain", unloaded, force=unloaded == 2)
     own = at.engine.catalogue()["plain"]
-    assert (own.default, own.wanted) == (max({*others} - {2}, default=0), 1)
-    await at.engine.load_version("plain", 4, weights(4))
-    assert (await at.engine.set_default("plain", 4, CARRY)).previous == 1
+    assert (own.default, own.wanted) == (default, 1)
+    if new_default not in others:
+        await at.engine.load_version("plain", new_default, weights(new_default))
+    assert (await at.engine.set_default("plain", new_default, CARRY)).previous == 1
 
 
 @pytest.mark.engine(resident_rows=1)

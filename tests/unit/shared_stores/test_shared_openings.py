@@ -175,20 +175,15 @@ async def test_sessions_taken_over_are_deleted_when_there_is_nothing_to_fork(
     assert await first.store.ids() == set()
 
 
-async def test_sessions_that_were_used_are_not_taken_for_a_part_of_what_is_to_be_made(
-    first: Harness, second: Harness
+@pytest.mark.parametrize(("is_used", "request_id"), [(True, 4), (False, 5)])
+async def test_an_opening_takes_over_no_session_that_was_used_or_is_of_another_call(
+    is_used: bool, request_id: int, first: Harness, second: Harness
 ) -> None:
     second.store.unknown["y"] = False
     await fails(make_many(second, "open", ["x", "y"], 4), OutcomeUnknown)
-    await first.step("x", x(1), expected=0, request_ids=9)
-    await fails(make_many(first, "open", ["x", "y"], 4), SessionExists, "session 'x' is open")
-    assert await first.store.ids() == {"x"}
-
-
-async def test_a_part_of_another_call_is_not_taken_over(first: Harness, second: Harness) -> None:
-    second.store.unknown["y"] = False
-    await fails(make_many(second, "open", ["x", "y"], 4), OutcomeUnknown)
-    await fails(make_many(first, "open", ["x", "y"], 5), SessionExists, "session 'x' is open")
+    if is_used:
+        await first.step("x", x(1), expected=0, request_ids=9)
+    await fails(make_many(first, "open", ["x", "y"], request_id), SessionExists, "session 'x' is open")
     assert await first.store.ids() == {"x"}
 
 
@@ -225,8 +220,8 @@ async def closed_behind(first: Harness, second: Harness) -> Any:
     return step
 
 
-async def told(second: Harness, call: Any, step: Answers) -> Any:
-    """What a call is told, when what is under way has ended."""
+async def result_of(second: Harness, call: Any, step: Answers) -> Any:
+    """The result of a call, after the step under way has ended."""
     before = len(second.store.asked("read"))
     task: asyncio.Task[Any] = await begun(call)
     await second.store.until("read", before + 1)
@@ -239,25 +234,26 @@ async def told(second: Harness, call: Any, step: Answers) -> Any:
 
 async def test_many_are_opened(first: Harness, second: Harness) -> None:
     step = await closed_behind(first, second)
-    opened = await told(
+    opened = await result_of(
         second, second.engine.open_sessions("plain", session_ids=["a", "b"], request_id=3), step
     )
     assert opened.revisions.tolist() == [2, 0]
     assert (await first.step("a", x(1), expected=2)).revision == 3
 
 
-async def test_it_may_be_forked_to(first: Harness, second: Harness) -> None:
-    await first.open("source")
-    step = await closed_behind(first, second)
-    fork = second.engine.fork("source", new_session_id="a", request_id=3)
-    assert (await told(second, fork, step)).session.revision == 2
+def fork_of(at: Harness, source: str, *new_ids: str) -> Any:
+    """A fork by the call for one session, or by that for many."""
+    if len(new_ids) == 1:
+        return at.engine.fork(source, new_session_id=new_ids[0], request_id=3)
+    return at.engine.fork_sessions([source] * len(new_ids), new_session_ids=list(new_ids), request_id=3)
 
 
-async def test_many_may_be_forked_to(first: Harness, second: Harness) -> None:
+@pytest.mark.parametrize("ids", [["a"], ["a", "b"]])
+async def test_a_closed_id_may_be_forked_to(ids: list[str], first: Harness, second: Harness) -> None:
     await first.open("source")
     step = await closed_behind(first, second)
-    fork = second.engine.fork_sessions(["source", "source"], new_session_ids=["a", "b"], request_id=3)
-    assert (await told(second, fork, step)).revisions.tolist() == [2, 0]
+    found = await result_of(second, fork_of(second, "source", *ids), step)
+    assert (found.revisions.tolist() if len(ids) > 1 else [found.session.revision]) == [2, 0][: len(ids)]
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -267,7 +263,7 @@ async def test_it_is_not_forked(many: bool, first: Harness, second: Harness) -> 
         fork: Any = second.engine.fork("a", new_session_id="b", request_id=3)
     else:
         fork = second.engine.fork_sessions(["a"], new_session_ids=["b"], request_id=3)
-    await fails(told(second, fork, step), SessionNotFound, "session 'a' was closed")
+    await fails(result_of(second, fork, step), SessionNotFound, "session 'a' was closed")
 
 
 async def test_the_session_is_forked_that_has_the_id_now(first: Harness, second: Harness) -> None:
@@ -275,7 +271,7 @@ async def test_the_session_is_forked_that_has_the_id_now(first: Harness, second:
     step = await closed_behind(first, second)
     await first.open("a", batch_size=2)
     fork = second.engine.fork("a", new_session_id="b", request_id=3)
-    assert (await told(second, fork, step)).session.batch_size == 2
+    assert (await result_of(second, fork, step)).session.batch_size == 2
 
 
 @pytest.mark.parametrize("existing", list(ExistingPolicy))
@@ -285,7 +281,7 @@ async def test_it_is_imported(existing: ExistingPolicy, first: Harness, second: 
     assert not isinstance(record, ServerError)
     step = await closed_behind(first, second)
     arriving = [SessionRecord("a", "a", bytes(record))]
-    assert await told(second, second.engine.import_sessions(arriving, existing), step) == [
+    assert await result_of(second, second.engine.import_sessions(arriving, existing), step) == [
         ImportOutcome.IMPORTED
     ]
     assert (await first.engine.session_info("a")).revision == 1
@@ -295,7 +291,7 @@ async def test_it_is_imported(existing: ExistingPolicy, first: Harness, second: 
 async def test_it_is_not_exported_and_it_is_said_why(is_busy: bool, first: Harness, second: Harness) -> None:
     if is_busy:
         step = await closed_behind(first, second)
-        (why,) = await told(second, second.engine.export_sessions(["a"], deadline=float("inf")), step)
+        (why,) = await result_of(second, second.engine.export_sessions(["a"], deadline=float("inf")), step)
     else:
         await make_resident_on_both(first, second, "a")
         await first.engine.close_session("a")
