@@ -1,42 +1,42 @@
-"""What can go wrong, in the server's own terms.
+"""The errors that the server raises.
 
     ServerError
-    ├── InvalidInput          a value the caller sent breaks a rule
-    ├── MessageTooLarge       so does its size
-    ├── SessionGone           there is no such session (any more)
-    │   ├── SessionNotFound   closed, or never opened here
-    │   ├── SessionExpired    idle for longer than its limit
-    │   └── SessionLost       it was there, its state cannot be recovered
-    ├── SessionExists         the id is taken
+    ├── InvalidInput          a value of the request breaks a rule
+    ├── MessageTooLarge       the request or its reply exceeds the size limit
+    ├── SessionGone           the session does not exist, or no longer exists
+    │   ├── SessionNotFound   it was closed, or never opened on this server
+    │   ├── SessionExpired    it was idle for longer than its limit and was deleted
+    │   └── SessionLost       it existed, but its state cannot be recovered
+    ├── SessionExists         the session id is in use
     ├── RevisionConflict      the session is at another revision than expected
-    ├── ModelNotFound         no model is served under that name
-    │   ├── VersionNotFound   it has no such version, or no such label
-    │   └── ModelLoading      not yet: it is being loaded (also a Starting)
+    ├── ModelNotFound         the server has no model of that name
+    │   ├── VersionNotFound   the model has no such version or label
+    │   └── ModelLoading      it is being loaded (also a Starting)
     │       └── VersionElsewhere  another server on the same store may have the version
     ├── ModelMismatch         the state belongs to another model
     ├── VersionExists         the model has that version, or it is being loaded
     ├── ModelInUse            the version is the default, or has sessions
-    ├── SpecsDiffer           sessions cannot be carried to a version of other states or outputs
-    ├── MigrationFailed       the function that makes new states of old ones is not there, or has failed
-    ├── ModelLoadFailed       the file cannot be served
-    ├── Overloaded            no room now; come back after retry_after_s
-    │   └── NoRows            the rows belong to sessions with something under way
-    ├── Unavailable           the server cannot do it now (stopping, store away)
-    │   ├── Stopping          the server is about to end
-    │   ├── StoreAway         the store does not answer now; come back after retry_after_s
-    │   ├── OutcomeUnknown    it was tried, and nobody knows whether it was applied
-    │   ├── StoreGone         what is kept cannot be reached any more: the server ends
-    │   └── Starting          its models are not loaded yet; come back after retry_after_s
-    ├── DeadlineExceeded      the caller's time limit passed before the change was applied
-    ├── StateCorrupt          the stored record is damaged
-    ├── Unauthenticated       the server asks who calls, and does not know this caller
-    ├── PermissionDenied      the caller's role does not allow it
-    ├── Unsupported           no model and no setting makes it possible
-    │   ├── ServiceNotFound   no such service is offered here
-    │   └── UploadOff         the server takes no files
-    └── Internal              a defect; the log has the details under error_id
+    ├── SpecsDiffer           sessions cannot be carried to a version with other states or outputs
+    ├── MigrationFailed       the function that converts old states does not exist, or failed
+    ├── ModelLoadFailed       the model cannot be loaded or served
+    ├── Overloaded            the server has no capacity now; retry after retry_after_s
+    │   └── NoRows            all rows are held by sessions with changes in progress
+    ├── Unavailable           the server cannot serve the call now
+    │   ├── Stopping          the server is shutting down
+    │   ├── StoreAway         the store does not answer now; retry after retry_after_s
+    │   ├── OutcomeUnknown    the change may have been applied
+    │   ├── StoreGone         the store can no longer be reached: the server shuts down
+    │   └── Starting          its models are not loaded yet; retry after retry_after_s
+    ├── DeadlineExceeded      the call's time limit passed before the change was applied
+    ├── StateCorrupt          the stored record is corrupt
+    ├── Unauthenticated       the server authenticates callers and does not know this one
+    ├── PermissionDenied      the caller's role does not allow the call
+    ├── Unsupported           this server does not offer the call
+    │   ├── ServiceNotFound   this server does not offer the service
+    │   └── UploadOff         the server does not accept model files
+    └── Internal              a defect; search the log for error_id
 
-Every message names the argument, the rule and what came. How an error travels is `rpc.status`'s affair.
+Every message names the argument, the rule and the given value. `rpc.status` converts errors to gRPC statuses.
 """
 
 from __future__ import annotations
@@ -45,51 +45,51 @@ from typing import ClassVar
 
 MAX_MESSAGE_CHARACTERS = 4096
 MAX_FACT_CHARACTERS = 1024
-"""Of an error's message, and of each of its facts: what a caller has sent may be part of them."""
+"""Limits of an error's message and of each of its facts, which may quote a request."""
 
 
 class StartError(Exception):
-    """A server cannot start with what it was given, or use a file that has changed since.
+    """The server cannot start with these settings and files, or cannot use a file that has changed.
 
     The message is one line and names the option, or the model.
     """
 
 
 class ServerError(Exception):
-    """Base of every error that a caller may see."""
+    """Base class of every error that callers receive."""
 
     reason: ClassVar[str] = "INTERNAL"
-    """Machine-readable reason, sent along as the reason of ErrorInfo."""
+    """Machine-readable reason, sent in ErrorInfo."""
     may_go_elsewhere: ClassVar[bool] = False
-    """Nothing of the call was done, for a reason that another server on the same store need not have."""
+    """Nothing was done, and another server on the same store may be able to serve the call."""
     model = ""
-    """Of what failed, where that is known: for metrics, not for callers."""
+    """The model of the failed call, if known. For metrics, not for callers."""
 
     def __init__(self, message: str, **metadata: str) -> None:
-        # once and here: a status, a log line, a metric and the audit log take it as it is
+        # shortened once, for the status, log lines, metrics and the audit log
         self.message = shorten(message, MAX_MESSAGE_CHARACTERS)
         self.metadata = {key: shorten(value, MAX_FACT_CHARACTERS) for key, value in metadata.items()}
         super().__init__(self.message)
 
 
 class InvalidInput(ServerError):
-    """A value the caller sent breaks a rule; nothing changed."""
+    """A value of the request breaks a rule. Nothing changed."""
 
     reason = "INVALID_INPUT"
 
 
 class MessageTooLarge(InvalidInput):
-    """The request or its reply is over the size limit; nothing changed."""
+    """The request or its reply exceeds the size limit. Nothing changed."""
 
     reason = "MESSAGE_TOO_LARGE"
 
 
 class RequestTooLarge(MessageTooLarge):
-    """The request is over the size limit, which was seen before it was read."""
+    """The request exceeds the size limit, and was not read."""
 
 
 class SessionGone(ServerError):
-    """There is no such session (any more)."""
+    """The session does not exist, or no longer exists."""
 
     reason = "SESSION_NOT_FOUND"
 
@@ -99,33 +99,33 @@ class SessionGone(ServerError):
 
 
 class SessionNotFound(SessionGone):
-    """Closed, or never opened here."""
+    """The session was closed, or was never opened on this server."""
 
 
 class SessionReplaced(SessionNotFound):
-    """Closed on another server, where another session was opened under its id, which may have been long ago."""
+    """The session was closed on another server, possibly long ago, and another one was opened with its id."""
 
 
 class SessionExpired(SessionGone):
-    """Idle for longer than its limit, and therefore deleted."""
+    """The session was idle for longer than its limit and was deleted."""
 
     reason = "SESSION_EXPIRED"
 
 
 class SessionLost(SessionGone):
-    """It was there, and its state cannot be recovered."""
+    """The session existed, but its state cannot be recovered."""
 
     reason = "SESSION_LOST"
 
 
 class SessionExists(ServerError):
-    """The session id is taken."""
+    """The session id is in use."""
 
     reason = "SESSION_EXISTS"
 
 
 class RevisionConflict(ServerError):
-    """The session is at another revision than the caller expected; nothing changed."""
+    """The session is at another revision than the caller expected. Nothing changed."""
 
     reason = "REVISION_CONFLICT"
 
@@ -141,55 +141,55 @@ class RevisionConflict(ServerError):
 
 
 class ModelNotFound(ServerError):
-    """No model is served under that name."""
+    """The server has no model of that name."""
 
     reason = "MODEL_NOT_FOUND"
 
 
 class ModelMismatch(ServerError):
-    """The state belongs to a model of another fingerprint."""
+    """The state belongs to a model with another fingerprint."""
 
     reason = "MODEL_MISMATCH"
 
 
 class VersionNotFound(ModelNotFound):
-    """The model has no such version, or no such label."""
+    """The model has no such version or label."""
 
     reason = "MODEL_VERSION_NOT_FOUND"
 
 
 class VersionExists(ServerError):
-    """The model has a version of that number, or it is being loaded; nothing changed."""
+    """The model has a version of that number, or it is being loaded. Nothing changed."""
 
     reason = "MODEL_VERSION_EXISTS"
 
 
 class ModelInUse(ServerError):
-    """The version cannot be unloaded: it is the default, or has sessions; nothing changed."""
+    """The version cannot be unloaded: it is the default, or has sessions. Nothing changed."""
 
     reason = "MODEL_IN_USE"
 
 
 class SpecsDiffer(ServerError):
-    """Sessions cannot be carried to a version whose states or outputs are others; nothing changed."""
+    """Sessions cannot be carried to a version with other states or outputs. Nothing changed."""
 
     reason = "MODEL_SPECS_DIFFER"
 
 
 class MigrationFailed(ServerError):
-    """The function that makes new states of old ones is not there, or has failed; nothing changed."""
+    """The function that converts old states does not exist, or failed. Nothing changed."""
 
     reason = "MIGRATION_FAILED"
 
 
 class ModelLoadFailed(ServerError):
-    """The file cannot be served, or was not; nothing changed."""
+    """The model cannot be loaded or served. Nothing changed."""
 
     reason = "MODEL_LOAD_FAILED"
 
 
 class Overloaded(ServerError):
-    """No room now; nothing changed. Come back after `retry_after_s` seconds."""
+    """The server has no capacity now. Nothing changed. Retry after `retry_after_s` seconds."""
 
     reason = "OVERLOADED"
 
@@ -199,11 +199,11 @@ class Overloaded(ServerError):
 
 
 class NoRows(Overloaded):
-    """The rows that sessions need belong to others with something under way: a change waits for them. As `Overloaded`."""
+    """All rows are held by sessions with changes in progress, so a change must wait. Nothing changed."""
 
 
 class QuotaExceeded(Overloaded):
-    """A quota of the tenant or of the caller is used up; nothing changed. As `Overloaded`."""
+    """A quota of the tenant or of the caller is used up. Nothing changed."""
 
     reason = "QUOTA_EXCEEDED"
 
@@ -214,19 +214,19 @@ class QuotaExceeded(Overloaded):
 
 
 class Unavailable(ServerError):
-    """The server cannot do it now; it was not applied."""
+    """The server cannot serve the call now. Nothing changed."""
 
     reason = "UNAVAILABLE"
 
 
 class Stopping(Unavailable):
-    """The server is about to end and takes no more of this; nothing of the call was done."""
+    """The server is shutting down and did not start the call."""
 
     may_go_elsewhere = True
 
 
 class StoreAway(Unavailable):
-    """The store does not answer now. Come back after `retry_after_s` seconds."""
+    """The store does not answer now. Retry after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -234,7 +234,7 @@ class StoreAway(Unavailable):
 
 
 class StoreRefuses(Unavailable):
-    """The store does not do what it is asked, for want of a right say. `why` is for people who run the server."""
+    """The store rejects a request, for example because a permission is missing. `why` is for operators."""
 
     def __init__(self, message: str, why: str) -> None:
         super().__init__(message)
@@ -242,17 +242,17 @@ class StoreRefuses(Unavailable):
 
 
 class StoreGone(Unavailable):
-    """What is kept cannot be reached any more, and will not be: changes are refused and the server must end."""
+    """The store can no longer be reached: the server refuses changes and must shut down."""
 
 
 class OutcomeUnknown(Unavailable):
-    """The store, which others keep, did not say whether it has the change: it may have been applied."""
+    """The external store did not confirm the change: it may have been applied."""
 
     reason = "OUTCOME_UNKNOWN"
 
 
 class Starting(Unavailable):
-    """The server listens, and its models are not loaded yet; nothing changed. Come back after `retry_after_s` seconds."""
+    """The server's models are not loaded yet. Nothing changed. Retry after `retry_after_s` seconds."""
 
     reason = "STARTING"
     may_go_elsewhere = True
@@ -263,7 +263,7 @@ class Starting(Unavailable):
 
 
 class ModelLoading(ModelNotFound, Starting):
-    """The model, or this version of it, is not served yet: it is being loaded. Come back after `retry_after_s` seconds."""
+    """The model, or this version of it, is being loaded. Retry after `retry_after_s` seconds."""
 
     reason = "STARTING"
 
@@ -273,54 +273,54 @@ class ModelLoading(ModelNotFound, Starting):
 
 
 class VersionElsewhere(ModelLoading):
-    """A version is not loaded here, or not known yet, and may be on another server that shares the store.
+    """The version is not loaded or not known on this server. Another server on the same store may have it.
 
-    Nothing changed. Ask there, or come back after `retry_after_s` seconds.
+    Nothing changed. Ask that server, or retry after `retry_after_s` seconds.
     """
 
 
 class DeadlineExceeded(ServerError):
-    """The caller's time limit passed while the change waited; it was not applied."""
+    """The call's time limit passed while the change waited. It was not applied."""
 
     reason = "DEADLINE_EXCEEDED"
 
 
 class StateCorrupt(ServerError):
-    """The stored record of this session is damaged; others are not concerned."""
+    """The stored record of this session is corrupt. Other sessions are not affected."""
 
     reason = "STATE_CORRUPT"
 
 
 class Unauthenticated(ServerError):
-    """The server asks who calls, and does not know this caller; nothing changed."""
+    """The server authenticates callers and does not know this one. Nothing changed."""
 
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(ServerError):
-    """The caller is known, and its role does not allow the call; nothing changed."""
+    """The role of this caller does not allow the call. Nothing changed."""
 
     reason = "PERMISSION_DENIED"
 
 
 class Unsupported(ServerError):
-    """The protocol has it, this server does not; nothing changed."""
+    """The protocol has this call, but this server does not offer it. Nothing changed."""
 
     reason = "UNSUPPORTED"
 
 
 class ServiceNotFound(Unsupported):
-    """No service of that name is offered here."""
+    """This server does not offer the service."""
 
 
 class UploadOff(Unsupported):
-    """The server takes no files (`--allow-model-upload`); nothing changed."""
+    """The server does not accept model files (see `--allow-model-upload`). Nothing changed."""
 
     reason = "MODEL_UPLOAD_OFF"
 
 
 class Internal(ServerError):
-    """A defect. The text is opaque; the log has the details under the same id."""
+    """A defect. The caller gets only an id; the log has the details under it."""
 
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error {error_id}; the server's log has the details", error_id=error_id)
@@ -328,7 +328,7 @@ class Internal(ServerError):
 
 
 def reasons() -> list[str]:
-    """Every reason that an error may have."""
+    """All reasons of errors."""
     kinds, found = [ServerError], {ServerError.reason}
     while kinds:
         more = kinds.pop().__subclasses__()
@@ -338,7 +338,7 @@ def reasons() -> list[str]:
 
 
 def shorten(text: str, limit: int) -> str:
-    """A text within so many characters; one that is longer has its beginning and says its length."""
+    """Shorten a text to `limit` characters, followed by its full length. Shorter texts stay as they are."""
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 
