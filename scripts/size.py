@@ -72,7 +72,7 @@ WORDS = re.compile(
 DOCUMENTS = re.compile(
     r"(?:README|CONTRIBUTING|ARCHITECTURE|CHANGELOG|SECURITY)\.md|docs/.+\.md|proto/(?:stepwell|inference)/.+\.proto"
 )
-GENERATED_DOCUMENTS = re.compile(r"docs/(?:surface/|(?:reference/)?cli\.md)")
+GENERATED_DOCUMENTS = re.compile(r"docs/(?:surface/|reference/cli\.md)")
 #: The table of plain words, which quotes the others.
 GLOSSARY = re.compile(r"^\| instead of \|.*?(?:\n\n|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE)
 #: The end of a line and what marks the next one as part of the same comment or quotation.

@@ -1,4 +1,4 @@
-"""Refusals that point to a way on: the message has it, and it works."""
+"""Refusals that name a fix: it is in the message, and it works."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_a_file_of_keras_2_is_refused_before_it_is_loaded(version: str, tmp_path
     assert "time_major" not in said
 
 
-def test_the_way_on_from_keras_2_works(tmp_path: Path) -> None:
+def test_the_fix_for_keras_2_files_works(tmp_path: Path) -> None:
     from stepwell_server.compile.keras_file.archive import load_model
 
     old = keras2_file(tmp_path)
@@ -81,7 +81,7 @@ def test_a_file_that_does_not_say_its_version_is_refused(tmp_path: Path) -> None
     assert "metadata.json does not say keras_version" in refusal_of(old)
 
 
-def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
+def test_a_legacy_hdf5_file_is_refused_with_a_fix(tmp_path: Path) -> None:
     from stepwell_server.compile.graph.tensorflow_setup import keras
     from stepwell_server.compile.keras_file.archive import load_model
 
@@ -90,7 +90,7 @@ def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
     said = refusal_of(file)
     assert "a legacy HDF5 file: " in said
     assert "keras.models.load_model('model.h5').save('name.keras')" in said
-    keras.models.load_model(file, compile=False).save(tmp_path / "name.keras")  # the way on
+    keras.models.load_model(file, compile=False).save(tmp_path / "name.keras")  # the fix
     load_model(tmp_path / "name.keras")
     with h5py.File(file, "a") as content:
         content.attrs["keras_version"] = "2.15.0"
@@ -98,7 +98,7 @@ def test_a_legacy_hdf5_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
     assert "a legacy HDF5 file, saved by Keras 2.15.0: " in said
     assert "model.load_weights('model.h5')" in said
     rebuilt = zoo.build("lstm_dense", seed=1)
-    rebuilt.load_weights(file)  # the way on
+    rebuilt.load_weights(file)  # the fix
     for one, two in zip(rebuilt.get_weights(), zoo.build("lstm_dense").get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -146,7 +146,7 @@ def test_other_files_are_called_what_they_are(content: bytes, says: str, tmp_pat
     assert re.search(says, refusal_of(tmp_path / "model.keras"))
 
 
-def test_a_folder_is_refused_with_the_way_on(tmp_path: Path) -> None:
+def test_a_folder_is_refused_with_a_fix(tmp_path: Path) -> None:
     assert "is a folder; give the file in it that model.save('name.keras') wrote" in refusal_of(tmp_path)
 
 

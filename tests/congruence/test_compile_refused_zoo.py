@@ -1,4 +1,4 @@
-"""What mixes time steps or rows is refused with the layer, the reason and the way on, however far it reaches."""
+"""Models that mix time steps or rows are refused with the layer, the reason and a fix, however far they reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a file to the program that is served: which way it goes, and what is refused with the way on."""
+"""From a file to a served program: how each file is loaded, and which files are refused with a fix."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_copy_for_which_there_is_no_room_is_refused(file: Path) -> None:
         source.copy(Path("/dev/full"))
 
 
-def test_without_the_frameworks_a_keras_file_is_refused_with_both_ways_on(
+def test_without_the_frameworks_a_keras_file_is_refused_with_two_fixes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "forecast.keras").write_bytes(b"PK")

@@ -215,7 +215,7 @@ def test_a_manifest_that_says_something_else_is_refused(
         program_file.load(file)
 
 
-def test_another_file_is_refused_with_the_way_on(tmp_path: Path) -> None:
+def test_another_file_is_refused_with_a_fix(tmp_path: Path) -> None:
     path = tmp_path / "forecast.stepwell"
     with pytest.raises(ProgramFileError, match=r"there is no such file"):
         program_file.load(path)

@@ -154,7 +154,6 @@ def test_what_makes_code_heavy_is_counted() -> None:
             1,
         ),
         ("docs/surface/sdk.txt", "It goes on.\n", 0, 0),
-        ("docs/cli.md", "It goes on.\n", 0, 0),
         ("docs/reference/cli.md", "It goes on.\n", 0, 0),
         ("proto/google/api/http.proto", "// It goes on.\n", 0, 0),
         ("tests/support/README.md", "It goes on.\n", 0, 0),

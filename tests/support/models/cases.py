@@ -56,7 +56,7 @@ def behind_rnn(name: str, layer: Layer, refused: str = "", *, fixed: bool = Fals
     return Case(name, make, refused, (None, 40) if fixed else (None,))
 
 
-# Patterns of the refusals by kind: the layer, what it does, and the way on.
+# Patterns of the refusals by kind: the layer, what it does, and the fix.
 
 
 def _who(layer: str) -> str:
