@@ -201,4 +201,4 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
     assert (proof.is_trusted, proof.compared_steps) == (True, 600)
     assert "Svd" in proof.unproven
     assert "TRUSTED, not proven; compared with Keras over 600 time steps" in listed
-    assert "warning model is trusted, not proven model=svd" in err
+    assert "warning the model is served without a proof, as --trust-causality asks model=svd" in err

@@ -104,7 +104,7 @@ async def test_with_a_folder_of_models_nothing_else_is_loaded_nor_told_of(tmp_pa
         with pytest.raises(InvalidInput) as raised:
             await at.load(path=path)
         assert raised.value.message == (
-            f"path must be that of a file in --models, {root}, also through links; got {path!r}"
+            f"path must lead to a file in --models, {root}, after links are followed; got {path!r}"
         )
     assert (await at.load(path=str(root / "in.keras"))).version == 1
 
@@ -409,9 +409,7 @@ async def test_defaults_and_labels_of_what_is_not_there(at: CatalogHarness) -> N
         with pytest.raises(VersionNotFound) as raised:
             await wrong
         assert raised.value.message == "version of model 'm' must be one that is loaded, [1]; got 9"
-    with pytest.raises(
-        VersionNotFound, match="label must be one that model 'm' has, to be taken away; got 'a'"
-    ):
+    with pytest.raises(VersionNotFound, match="label to remove must be one that model 'm' has; got 'a'"):
         await at.live.set_label("m", "a", 0)
     with pytest.raises(InvalidInput, match="label must be"):
         await at.live.set_label("m", "1", 1)

@@ -59,7 +59,7 @@ async def test_an_upload_is_loaded_deleted_and_its_program_kept_until_it_is_unlo
         0o600,
     )
     for token, tenant in (("u-1", "acme"), (sent.token, "zeta")):
-        with pytest.raises(InvalidInput, match="upload must be what UploadModel has returned"):
+        with pytest.raises(InvalidInput, match="upload must be a token that UploadModel returned"):
             await at.load(path="", upload=token, tenant=tenant)
     await at.load(path="", upload=sent.token, tenant="acme")
     assert at.compiler.done == ["my_model.keras"]

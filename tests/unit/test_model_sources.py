@@ -66,7 +66,7 @@ def test_all_versions_of_the_command_line_are_served_beside_the_folder(
         ("more", 2, "3.stepwell", "more"),
         ("forecast", 10, "10.keras", "forecast@10"),
     ]
-    told = "models are served from the command line, not from --models, which has them too"
+    told = "models of the command line replace those of the same name in --models"
     assert logged(caplog)[told] == {"models": "words"}
 
 

@@ -296,7 +296,12 @@ class Catalog:
         )
         if program.proof.unproven:
             unproven = program.proof.unproven
-            _log.warning("model is trusted, not proven", model=name, version=version, unproven=unproven)
+            _log.warning(
+                "the model is served without a proof, as --trust-causality asks",
+                model=name,
+                version=version,
+                unproven=unproven,
+            )
         await self.look()
         return LoadedVersion(version, moved.previous, moved.sessions)
 
@@ -309,7 +314,7 @@ class Catalog:
             )
             if wanted and compiled.program.fingerprint != request.fingerprint:
                 raise ModelError(
-                    f"{load.path} must be the file that it was when it was loaded; its fingerprint is {found}, "
+                    f"{load.path} must hold the same model as when it was first loaded; its fingerprint is {found}, "
                     f"and was {wanted}"
                 )
             return compiled
@@ -455,7 +460,7 @@ class Catalog:
         self.drain(name, version, drains=False)
         self._observer.sessions_moved(name, policy.value, moved.sessions)
         _log.info(
-            "the default of a model is another version",
+            "the default version of a model has changed",
             model=name,
             version=version,
             previous=moved.previous,
@@ -476,12 +481,12 @@ class Catalog:
             raise no_version(name, version, known)
         if not version and not any(label in info.labels for info in known.values()):
             raise VersionNotFound(
-                f"label must be one that model {name!r} has, to be taken away; got {label!r}", model=name
+                f"label to remove must be one that model {name!r} has; got {label!r}", model=name
             )
         async with self._turn:
             await self._engine.set_label(name, label, version)
         self.drain(name, version, drains=False)
-        _log.info("a label of a model is that of another version", model=name, label=label, version=version)
+        _log.info("a label of a model has moved to another version", model=name, label=label, version=version)
 
     def drain(self, name: str, version: int, *, drains: bool = True) -> None:
         """Unload a version once it has no sessions and no label and is not the default, or cancel that."""
@@ -549,7 +554,7 @@ class Catalog:
                         await self.look()
                 await self.files.expire()
             except Exception as error:
-                _log.defect("models could not be looked after; the timer continues", error)
+                _log.defect("draining versions could not be checked; the timer continues", error)
 
     async def look(self) -> int:
         """Unload draining versions without sessions; return how many. `run` calls this at intervals."""
@@ -567,7 +572,7 @@ class Catalog:
                 except ServerError as error:
                     self._own(info.name, each.version).not_before = now + _RETRY_INTERVAL_S
                     _log.info(
-                        "a version stays for its sessions in the store",
+                        "a version cannot be unloaded yet, because the store has sessions of it",
                         model=info.name,
                         version=each.version,
                         reason=error.message,

@@ -147,7 +147,7 @@ def _check(name: str, data: Path, report: Comparison) -> None:
         raise ModelError(f"--check-with {data}: {worst}")
     if not report.is_conclusive:
         raise ModelError(
-            f"--check-with {data}: nothing can be said of an output: rounding alone moves Keras's own values too far"
+            f"--check-with {data}: no verdict on an output is possible, because rounding alone changes Keras's own values too much"
         )
 
 
@@ -157,6 +157,6 @@ def admin_refusal(settings: Settings) -> str:
     if knows or not beyond_loopback(settings.listen):
         return ""
     return (
-        "a server that other machines reach must know its callers (--auth-tokens, --auth-certificates or --auth-jwks) to let"
-        " them change its models"
+        "a server that other machines reach must authenticate callers (--auth-tokens, --auth-certificates or --auth-jwks)"
+        " before they may change its models"
     )

@@ -123,7 +123,7 @@ class FolderFollower:
             try:
                 await self.look()
             except Exception as error:
-                _log.defect("the folder of models could not be followed; it is looked at again", error)
+                _log.defect("the folder of models could not be scanned; the scan is repeated", error)
 
     async def settle(self) -> None:
         """Make the changes that are due after the start: versions that appeared while no server ran count as new."""
@@ -158,7 +158,7 @@ class FolderFollower:
             if own.loaded.keys() & self._served(name).keys():
                 self._warn_once(
                     own,
-                    "a model is gone from --models and is served on; stepwell models unload ends it",
+                    "a model is gone from --models and is still served; stepwell models unload removes it",
                     model=name,
                 )
             elif not own.former_default:
@@ -178,7 +178,9 @@ class FolderFollower:
                 own.leaving.add(version)
                 self._catalog.drain(name, version)
                 _log.info(
-                    "a version is not served any more when its sessions end", model=name, version=version
+                    "a version is unloaded when its last session ends, because its file is gone or the policy excludes it",
+                    model=name,
+                    version=version,
                 )
 
     def _compare(self, name: str, own: _Name, files: Mapping[int, VersionFile]) -> None:
@@ -202,8 +204,8 @@ class FolderFollower:
             else:
                 self._warn_once(
                     own,
-                    "the file of a version has changed; the version is served as it was: versions do not change, give the new "
-                    "one the next number",
+                    "the file of a version has changed, and the old content is still served; give the new file the next version "
+                    "number",
                     model=name,
                     version=version,
                     path=file.path,

@@ -65,9 +65,7 @@ class ReplicaFollower:
             try:
                 await self.look()
             except Exception as error:
-                _log.defect(
-                    "versions that other servers have could not be looked for; the timer continues", error
-                )
+                _log.defect("the versions of other servers could not be read; the timer continues", error)
 
     async def look(self) -> int:
         """Load the missing versions that can be loaded; return their number. `run` calls this at intervals."""

@@ -90,7 +90,8 @@ def load(file: Path) -> Program | None:
             sealed = archive.comment, _seal(file, archive.read(program_file.MANIFEST))
         if not hmac.compare_digest(*sealed):
             _log.warning(
-                "a cache entry was not written here, or was changed: it is compiled again", entry=str(file)
+                "an entry of the compile cache was changed or comes from elsewhere; the model is compiled again",
+                entry=str(file),
             )
             return None
         return program_file.load(file, sys.maxsize, is_own=True)

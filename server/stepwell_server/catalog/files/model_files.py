@@ -87,7 +87,7 @@ class ModelFiles:
     def _taken(self) -> Uploads:
         if self._uploads is None:
             raise UploadOff(
-                "the server takes no files: it must be started with --allow-model-upload; or give the path of a "
+                "the server accepts no uploads: start it with --allow-model-upload, or give the path of a "
                 "file on its disk"
             )
         return self._uploads

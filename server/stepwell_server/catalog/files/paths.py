@@ -32,7 +32,7 @@ def checked(text: str, root: Path | None) -> Path:
     # First, so that the answer does not reveal which other files exist.
     if root is not None and not real.is_relative_to(os.path.realpath(root)):
         raise InvalidInput(
-            f"path must be that of a file in --models, {root}, also through links; got {shown!r}"
+            f"path must lead to a file in --models, {root}, after links are followed; got {shown!r}"
         )
     try:
         found = os.stat(real)

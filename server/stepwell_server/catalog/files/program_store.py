@@ -18,7 +18,7 @@ FOLDER = "models"
 """The name of the folder."""
 
 
-NOT_KEPT = "nothing is kept of its file, which was sent or is temporary: the version ends with this server"
+NOT_KEPT = "its file was uploaded or is temporary, and is not kept: after a restart the server does not have this version"
 """The remark on a version whose file is gone and whose program is not stored."""
 
 
@@ -44,7 +44,7 @@ class ProgramStore:
             program_file.save(program, path)
         except OSError as error:
             raise Unavailable(
-                f"the server's disk did not take the program of version {version} of model {name!r}, which is not loaded:"
+                f"the server cannot write to its disk the program of version {version} of model {name!r}, which is not loaded:"
                 f" {error.strerror or error}"
             ) from error
         return path

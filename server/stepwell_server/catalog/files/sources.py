@@ -124,7 +124,7 @@ def _require_some(settings: Settings, folder: ModelFolder, look: Look, found: Co
     both = sorted(look.versions.keys() & settings.versions.keys())
     if both:
         _log.warning(
-            "models are served from the command line, not from --models, which has them too",
+            "models of the command line replace those of the same name in --models",
             models=", ".join(both),
         )
     if not found:

@@ -101,7 +101,7 @@ class Uploads:
         file = self._files.get(token)
         if file is None or file.tenant != tenant or not file.is_whole or file.is_taken:
             raise InvalidInput(
-                "upload must be what UploadModel has returned, not longer ago than an hour and not loaded since;"
+                "upload must be a token that UploadModel returned less than an hour ago and that no load has used;"
                 f" got {token[:80]!r}"
             )
         file.is_taken = True
@@ -181,7 +181,7 @@ class Upload:
         self._size += len(content)
         if self._size > self._max_bytes:
             raise MessageTooLarge(
-                f"content must be at most {self._max_bytes} bytes in all (--max-model-bytes); at least {self._size} came"
+                f"content must be at most {self._max_bytes} bytes in all (--max-model-bytes); got at least {self._size}"
             )
         await asyncio.to_thread(self._write, content)
 
@@ -222,5 +222,5 @@ def _unavailable() -> Iterator[None]:
         yield
     except OSError as error:
         raise Unavailable(
-            f"the server's disk did not take the upload: {error.strerror}; nothing is kept of it"
+            f"the server cannot write the upload to its disk: {error.strerror}; nothing is kept of it"
         ) from error
