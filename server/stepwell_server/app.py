@@ -175,7 +175,7 @@ def _require_closed(settings: Settings) -> None:
     front = choose(settings.front)
     require_closed(settings, front_problem=front.advice)
     if front.problem:
-        _log.warning(f"the front in Python serves, which is slower: {front.advice}")
+        _log.warning(f"the server uses the Python front, which is slower: {front.advice}")
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -293,7 +293,7 @@ async def _run(
         if engine is None or await engine.close(settings.drain_timeout_s):
             await store.close()
         else:
-            _log.warning("the store did not come back from a commit; what was not acknowledged may be lost")
+            _log.warning("the store did not finish a commit in time; unacknowledged changes may be lost")
         if audit is not None:
             await asyncio.to_thread(audit.close)
         notifier.close()
@@ -421,7 +421,7 @@ def _reload(audit: AuditLog | None, *files: CertificateFiles | Callers | None) -
     for one in known:
         one.asked.set()
     if not known and audit is None:
-        _log.info("there is nothing to read anew: the server has no certificates, and asks nobody who calls")
+        _log.info("nothing to reload: the server has no certificates and does not authenticate callers")
 
 
 def _serve_metrics(
@@ -440,7 +440,7 @@ def _serve_metrics(
         if settings.metrics_listen is None:
             # nobody asked for this address: another server of this machine has it, say
             _log.warning(
-                "metrics are not served: --metrics-listen gives them another address, or off",
+                "metrics are not served: give another address with --metrics-listen, or off",
                 address=str(address),
                 reason=error.strerror,
             )

@@ -334,15 +334,15 @@ class Examination:
         try:
             require_closed(self._settings, front_problem=front.advice)
         except (StartError, OSError) as error:
-            self.wrong(str(error), "docs/operate/secure.md has a set-up that is closed")
+            self.wrong(str(error), "set it up as docs/operate/secure.md describes")
 
     def _compiling(self) -> Facts:
         """The protection of the machine from the process that compiles a model."""
         protection = sandbox.tried()
         if protection.missing:
             self.advise(
-                f"the process that compiles models cannot be denied {protection.missing}",
-                "on a kernel with seccomp and Landlock it is (docs/operate/secure.md); compile models elsewhere, or only your own",
+                f"this machine cannot deny the process that compiles models access to {protection.missing}",
+                "use a kernel with seccomp and Landlock (docs/operate/secure.md), compile models elsewhere, or compile only your own",
             )
         return {name: by or None for name, by in dataclasses.asdict(protection).items()}
 

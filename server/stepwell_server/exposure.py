@@ -35,11 +35,11 @@ def require_closed(settings: Settings, *, front_problem: str) -> None:
     if not isinstance(metrics, Address) or settings.metrics_token_file is not None:
         return
     if others := beyond_loopback(metrics):
-        problem = f"everybody who reaches {_named(metrics, others)} reads the metrics, which name models and tenants"
+        problem = f"anybody who reaches {_named(metrics, others)} can read the metrics, which name models and tenants"
         if not settings.insecure_listen:
             raise StartError(
-                "--metrics-listen: beyond loopback it must be given with --metrics-token-file, or with --insecure-listen,"
-                f" which allows it to be without; {problem}"
+                "--metrics-listen: beyond loopback it must be given with --metrics-token-file, or with --insecure-listen"
+                f" to accept the risk; {problem}"
             )
         _log.warning(f"--insecure-listen: {problem}")
 
@@ -74,16 +74,16 @@ def _require_known(settings: Settings, others: list[str]) -> None:
     knows = settings.asks_callers or settings.tls_client_ca is not None
     problems = []
     if not has_tls:
-        problems.append("it does not speak TLS (--tls-cert, --tls-key)")
+        problems.append("it does not use TLS (--tls-cert, --tls-key)")
     if not knows:
-        problems.append("it serves whoever calls (--auth-tokens, --auth-jwks or --tls-client-ca)")
+        problems.append("it does not authenticate callers (--auth-tokens, --auth-jwks or --tls-client-ca)")
     if not problems:
         return
     what = " and ".join(problems)
     if not settings.insecure_listen:
         raise StartError(
-            "--listen: beyond loopback a server must speak TLS and know its callers, or be given --insecure-listen, which"
-            f" allows it to be without; {what}; got {_named(settings.listen, others)}"
+            "--listen: beyond loopback the server must use TLS and authenticate callers, or be given --insecure-listen to"
+            f" accept the risk; {what}; got {_named(settings.listen, others)}"
         )
     _log.warning(
         f"--insecure-listen: other machines reach this server, and {what}", listen=str(settings.listen)
@@ -93,10 +93,12 @@ def _require_known(settings: Settings, others: list[str]) -> None:
 def _require_bounds(settings: Settings, front_problem: str) -> None:
     """Let the front in Python, which cannot bound what clients take, be reached from elsewhere only if it was asked for."""
     if settings.front == "python":
-        _log.warning("the front in Python does not bound what clients take", listen=str(settings.listen))
+        _log.warning(
+            "the Python front does not limit the resources that clients use", listen=str(settings.listen)
+        )
     elif front_problem:
         raise StartError(
-            "--listen: without the native front it must be a loopback address, because the front in Python does not bound"
-            f" what clients take; {front_problem}; or accept that with --front python (docs/operate/run.md);"
+            "--listen: without the native front it must be a loopback address, because the Python front does not limit"
+            f" the resources that clients use; {front_problem}; or accept that with --front python (docs/operate/run.md);"
             f" got {settings.listen}"
         )

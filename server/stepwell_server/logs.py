@@ -62,7 +62,9 @@ class Log:
         if isinstance(error, MemoryError):
             self.warning("out of memory", at=event, **fields)
             release_frames(error)
-            return Overloaded("there must be memory for what is asked; there was not enough, just now", 1.0)
+            return Overloaded(
+                "the server must have enough memory for this call; it has too little just now", 1.0
+            )
         opaque = Internal(secrets.token_hex(6))
         self.defect(event, error, error_id=opaque.error_id, **fields)
         release_frames(error)

@@ -225,7 +225,7 @@ def test_without_the_native_front_it_says_how_to_get_it(without_module: Path) ->
         logs = server.logs()
         models = CliRunner().invoke(main, ["models", "--server", server.address])
     assert (
-        f"warning the front in Python serves, which is slower: {reason}; for the native front, install cargo"
+        f"warning the server uses the Python front, which is slower: {reason}; for the native front, install cargo"
         in logs
     )
     assert re.search(
@@ -264,8 +264,8 @@ def test_the_front_in_python_is_reached_from_elsewhere_only_if_it_is_asked_for(w
     )
     with ServerProcess(*asked, "--listen", "0.0.0.0:0", "--insecure-listen", ready=False) as server:
         _, _, err = server.finish()
-    assert "warning --insecure-listen: other machines reach this server, and it does not speak TLS" in err
-    assert "warning the front in Python does not bound what clients take" in err
+    assert "warning --insecure-listen: other machines reach this server, and it does not use TLS" in err
+    assert "warning the Python front does not limit the resources that clients use" in err
     assert "--listen: " not in err
 
 

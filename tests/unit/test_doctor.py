@@ -235,7 +235,13 @@ def given(name: str, value: Any) -> dict[str, Any]:
             [],
         ),
         # reach
-        (ANYWHERE, {}, {}, ["^--listen: beyond loopback a server must speak TLS and know its callers"], []),
+        (
+            ANYWHERE,
+            {},
+            {},
+            ["^--listen: beyond loopback the server must use TLS and authenticate callers"],
+            [],
+        ),
         (ANYWHERE | {"insecure_listen": True}, {}, {}, [], []),
         (
             ANYWHERE | TLS,
@@ -558,7 +564,7 @@ def test_it_says_which_protection_compiling_has(settings: Settings, monkeypatch:
     monkeypatch.setattr(sandbox, "tried", lambda: Protection(programs="seccomp"))
     (said,) = advice(settings)
     assert said.startswith(
-        "the process that compiles models cannot be denied the network and files of this user"
+        "this machine cannot deny the process that compiles models access to the network and files of this user"
     )
     monkeypatch.undo()
     assert isinstance(sandbox.tried(), Protection)

@@ -54,20 +54,20 @@ def test_beyond_loopback_a_server_needs_tls_and_known_callers(
     host: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = refused(settings(host))
-    assert message.startswith("--listen: beyond loopback a server must speak TLS and know its callers")
+    assert message.startswith("--listen: beyond loopback the server must use TLS and authenticate callers")
     assert "be given --insecure-listen" in message
-    assert "it does not speak TLS (--tls-cert, --tls-key) and it serves whoever calls" in message
+    assert "it does not use TLS (--tls-cert, --tls-key) and it does not authenticate callers" in message
     assert f"got {Address(host, 1)}" in message
-    assert "it serves whoever calls" in refused(settings(host, **TLS))
+    assert "it does not authenticate callers" in refused(settings(host, **TLS))
     assert "TLS (--tls" not in refused(settings(host, **TLS))
     assert not refused(settings(host, **MUTUAL))
     assert not caplog.records
     monkeypatch.setattr(Settings, "asks_callers", property(lambda _self: True))
-    assert "it does not speak TLS" in refused(settings(host))
+    assert "it does not use TLS" in refused(settings(host))
     assert not refused(settings(host, **TLS))
     assert not refused(settings(host, insecure_listen=True))
     said = caplog.text
-    assert said.count("--insecure-listen: other machines reach this server, and it does not speak") == 1
+    assert said.count("--insecure-listen: other machines reach this server, and it does not use TLS") == 1
 
 
 def test_a_name_says_which_addresses_it_stands_for() -> None:
@@ -84,8 +84,8 @@ def test_loopback_and_unix_sockets_need_nothing(host: str, caplog: pytest.LogCap
 
 def test_the_front_in_python_has_to_be_asked_for_as_well() -> None:
     assert refused(settings("0.0.0.0", **MUTUAL), PROBLEM) == (
-        "--listen: without the native front it must be a loopback address, because the front in Python does not bound what"
-        f" clients take; {PROBLEM}; or accept that with --front python (docs/operate/run.md); got 0.0.0.0:1"
+        "--listen: without the native front it must be a loopback address, because the Python front does not limit the"
+        f" resources that clients use; {PROBLEM}; or accept that with --front python (docs/operate/run.md); got 0.0.0.0:1"
     )
     assert not refused(settings("0.0.0.0", front="python", **MUTUAL))
 
@@ -101,7 +101,7 @@ def test_metrics_beyond_loopback_need_a_token(host: str, caplog: pytest.LogCaptu
     assert not refused(Settings(**asked, metrics_token_file=Path("t")))
     assert not caplog.records
     assert not refused(Settings(**asked, insecure_listen=True))
-    assert "--insecure-listen: everybody who reaches" in caplog.text
+    assert "--insecure-listen: anybody who reaches" in caplog.text
 
 
 TOKEN = "b1946ac92492d2347c6235b4d2611184"

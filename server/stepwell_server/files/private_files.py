@@ -116,7 +116,7 @@ def folder_problem(path: Path, holds: Sequence[str]) -> str:
         return f"{path} must be a folder that no other user can write; {problem}"
     for entry in _entries(last.path, holds):
         if problem := _owner_problem(entry):
-            return f"{entry.path} must be the server's own; {problem}"
+            return f"{entry.path} must belong to the user of the server; {problem}"
         # In a folder that is closed to others, nobody else can have written anything.
         could_be = last.mode & _OTHERS_ENTER and not stat.S_ISLNK(entry.found.st_mode)
         if could_be and (problem := _write_problem(entry)):

@@ -410,7 +410,7 @@ class NativeFront:
     def _end(self, front: stepwell_front.Front, error: RuntimeError) -> None:
         # a server that looks ready but answers nobody is worse than none
         self._loop.remove_reader(front.fd())
-        _log.defect("the front has ended, and so does the server", error)
+        _log.defect("the native front has failed, the server ends", error)
         signal.raise_signal(signal.SIGTERM)
 
     def _add(self, arrival: tuple[Any, ...], *, is_all: bool = False) -> None:

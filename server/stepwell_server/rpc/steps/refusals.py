@@ -37,7 +37,7 @@ class Refusals:
         """See `base.Steps`."""
         return to_status(
             Overloaded(
-                "all running calls, requests and replies must fit into the server's memory; there is no room for this one",
+                "running calls must fit into the server's memory with their requests and replies; there is no room for this one",
                 retry_after_s=_RETRY_AFTER_S,
             )
         )
