@@ -153,6 +153,6 @@ def test_the_first_answer_is_given_again_after_a_kill(tmp_path: Path, durability
                     assert again == answer
                     other = {**request, "outputs": 3 - request.get("outputs", 0)}
                     for revision in revisions:
-                        with pytest.raises(grpc.RpcError, match="it stands for a step with other content"):
+                        with pytest.raises(grpc.RpcError, match="it belongs to a step with other content"):
                             wire.step(name, request_id=6, **other, **revision)
                     assert wire.session(name).revision == 2

@@ -485,7 +485,7 @@ def test_sessions_are_saved_and_come_back(run: Run, client: stepwell.Client, tmp
     assert run("sessions", "export", "-o", str(file)).stdout == f"exported 3 sessions to {file}\n"
     file.write_bytes(file.read_bytes()[:-1])
     for arguments, text, code in (
-        (("import", str(file)), "as it was written; at byte", 1),
+        (("import", str(file)), "unchanged; at byte", 1),
         (("export", "-o", str(tmp_path / "no" / "where")), "cannot write -o", 2),
         (("export", "saved-a", "--prefix", "saved-b", "-o", str(file)), "either", 2),
     ):

@@ -206,7 +206,7 @@ def test_a_request_id_with_another_change_is_refused_alike(both: Mapping[str, Wi
         refused = {member for member, answer in native[0][number].items() if "INVALID_INPUT" in answer}
         assert refused == set(range(0, 1024, 3))
     (message,) = {answer[2] for answer in native[0][4].values()}
-    assert "it stands for a step, and a reset came" in message
+    assert "it belongs to a step; got a reset" in message
     for one in both.values():
         assert {one.session(name).revision for name in ids[:60:3]} == {1}
         assert {one.session(name).revision for name in ids[1:60:3]} == {2}

@@ -189,7 +189,7 @@ async def test_a_failing_callback_of_a_reset_affects_no_other_caller() -> None:
         assert (await at.submit("a", reset=True).only()).revision == 2
 
 
-KIND, CONTENT = "it stands for a step, and a reset came", "it stands for a step with other content"
+KIND, CONTENT = "it belongs to a step; got a reset", "it belongs to a step with other content"
 X = x(4, seed=1)
 FIRST = {"inputs": {"": X}}
 MASK = np.array([True, False, True, False])
@@ -216,26 +216,26 @@ OTHERS: dict[str, tuple[Mapping[str, Any], Mapping[str, Any], str]] = {
     "an output by its name": (FIRST, {"inputs": {"": X}, "output_names": ["y"]}, CONTENT),
     "states": (FIRST, {"inputs": {"": X}, "states": Select.LAST}, CONTENT),
     "zeros of another sign": ({"inputs": {"": 0 * X}}, {"inputs": {"": -0.0 * X}}, CONTENT),
-    "a step": ({"reset": True}, FIRST, "it stands for a reset, and a step came"),
+    "a step": ({"reset": True}, FIRST, "it belongs to a reset; got a step"),
     "other states": (
         {"reset": True, "state": {"": X}},
         {"reset": True, "state": {"": X + 1}},
-        "it stands for a reset with other content",
+        "it belongs to a reset with other content",
     ),
     "the initial state": (
         {"reset": True, "state": {"": X}},
         {"reset": True},
-        "it stands for a reset with other content",
+        "it belongs to a reset with other content",
     ),
     "other rows reset": (
         {"reset": True, "rows": [0]},
         {"reset": True, "rows": [1]},
-        "it stands for a reset with other content",
+        "it belongs to a reset with other content",
     ),
     "another position": (
         {"reset": True, "position": 4},
         {"reset": True, "position": 5},
-        "it stands for a reset with other content",
+        "it belongs to a reset with other content",
     ),
 }
 
@@ -412,7 +412,7 @@ OPENINGS: dict[str, tuple[Call, Call, str]] = {
     "a fork": (
         opening(),
         lambda at: at.engine.fork("a", new_session_id="b", request_id=5),
-        "an opening, and a fork came",
+        "an opening; got a fork",
     ),
     "an opening of many": (
         opening(batch_size=2),
@@ -422,7 +422,7 @@ OPENINGS: dict[str, tuple[Call, Call, str]] = {
     "forks": (
         opening(),
         lambda at: at.engine.fork_sessions(["a"], new_session_ids=["b"], request_id=5),
-        "an opening, and a fork came",
+        "an opening; got a fork",
     ),
     "a fork of another one": (
         lambda at: at.engine.fork("a", new_session_id="b", request_id=5),
@@ -437,7 +437,7 @@ OPENINGS: dict[str, tuple[Call, Call, str]] = {
     "an opening in place of a fork": (
         lambda at: at.engine.fork("a", new_session_id="b", request_id=5),
         opening(),
-        "a fork, and an opening came",
+        "a fork; got an opening",
     ),
 }
 
@@ -449,7 +449,7 @@ async def test_another_opening_with_a_request_id_is_refused(other: str) -> None:
         await at.open("a", "c")
         made = await first(at)
         caught = await fails(second(at), InvalidInput)
-        assert f"of session 'b': it stands for {message}" in caught.message
+        assert f"of session 'b': it belongs to {message}" in caught.message
         again = await first(at)
         assert again.replayed
         if isinstance(made, OpenResult):

@@ -317,7 +317,7 @@ async def test_a_session_of_another_server_process_is_lost_and_not_unknown() -> 
     async with running() as first:
         session_id = (await first.engine.open_session("plain")).session.session_id
         async with running() as second:
-            await fails(second.step(session_id, x(1)), SessionLost, "lost with the store that held it")
+            await fails(second.step(session_id, x(1)), SessionLost, "was lost with its store")
             assert await gone(second, session_id) == "SessionLost"
         await first.engine.close_session(session_id)
         assert await gone(first, session_id) == "SessionNotFound"

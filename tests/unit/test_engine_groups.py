@@ -225,7 +225,9 @@ async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyP
         await blocked(at, "a")
         waiting = await begun(at.engine.fork_sessions(list("abc")))
         await fails(
-            at.engine.fork_sessions(list("bc")), Overloaded, "must stay within 32; 24 are and 16 came"
+            at.engine.fork_sessions(list("bc")),
+            Overloaded,
+            "must stay within 32; 24 are, and this call adds 16",
         )
         at.hooks.open_gate()
         await waiting

@@ -209,7 +209,7 @@ async def test_bad_records_change_nothing() -> None:
             return dataclasses.replace(good, **changes).encode(session_id)
 
         for given, error, message in [
-            (record[:-1], StateCorrupt, "must be as it was written"),
+            (record[:-1], StateCorrupt, "must be intact"),
             (b"", StateCorrupt, "it has 0 bytes"),
             (record[:30] + bytes([record[30] ^ 1]) + record[31:], StateCorrupt, "checksum"),
             (dataclasses.replace(good).encode("b"), StateCorrupt, "checksum"),

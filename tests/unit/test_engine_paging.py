@@ -128,7 +128,11 @@ async def test_a_session_with_something_under_way_keeps_its_rows(at: Harness) ->
     assert await resident(at, "zabc") == "bc"
     busy = await at.begin_pass(["b", "c"], x(2))
     for refused in (at.state("z"), at.open("d"), at.engine.fork("z")):
-        error = await fails(refused, Overloaded, "must leave 1 free of resident_rows 2 of model 'plain'")
+        error = await fails(
+            refused,
+            Overloaded,
+            "model 'plain' must have 1 free rows within resident_rows 2; active sessions use them",
+        )
         assert error.retry_after_s > 0
     waiting = at.submit("a", x(1))
     at.hooks.open_gate()

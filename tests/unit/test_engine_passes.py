@@ -292,12 +292,12 @@ async def test_too_many_rows_waiting_are_refused_and_nothing_changes(at: Harness
     first = await at.begin_pass(ids[0], x(1))
     waiting = at.submit(ids[1:61], x(60))
     with pytest.raises(
-        Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait and 5 came"
+        Overloaded, match="rows waiting for model 'plain' must stay within 64; 60 wait, and this call adds 5"
     ) as error:
         at.submit(ids[61:66], x(5))
     assert error.value.retry_after_s > 0
     fits = at.submit(ids[61:65], x(4))
-    with pytest.raises(Overloaded, match="64 wait and 1 came"):
+    with pytest.raises(Overloaded, match="64 wait, and this call adds 1"):
         at.submit(ids[66], x(1))
     at.hooks.open_gate()
     await first.only()
@@ -314,7 +314,9 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
         at.hooks.close_gate()
         first = at.submit(ids[0], x(1, 50))  # 400 bytes, but nothing waits yet
         await at.in_flight()
-        with pytest.raises(Overloaded, match="input bytes waiting must stay within 100; 400 wait and 8 came"):
+        with pytest.raises(
+            Overloaded, match="input bytes waiting must stay within 100; 400 wait, and this call adds 8"
+        ):
             at.submit(ids[1], x(1))
         assert at.engine.stats()[0].queued_bytes == 400
         at.hooks.open_gate()

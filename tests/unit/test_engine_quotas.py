@@ -70,7 +70,10 @@ async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait()
         error = refused.value
         assert isinstance(error, Overloaded)
         assert error.retry_after_s == pytest.approx(0.6)
-        assert error.message == "steps_per_second of caller 'acme/ann' must stay within 5, 5 at once; 3 came"
+        assert (
+            error.message
+            == "steps_per_second of caller 'acme/ann' must stay within 5, with at most 5 at once; this call has 3"
+        )
         told = to_proto(error)
         assert (told.reason, dict(told.metadata)) == (
             "QUOTA_EXCEEDED",
@@ -186,13 +189,13 @@ async def test_the_last_place_is_given_once_also_while_others_begin_and_end(disk
         disk.store.stall()
         beginning = await begun(at.open("c"))
         await stalled(disk.store)
-        await fails(at.open("d"), QuotaExceeded, "there are 3, and 1 came")
+        await fails(at.open("d"), QuotaExceeded, "there are 3, and this call adds 1")
         closing = await begun(at.engine.close_session("a"))
-        await fails(at.open("d"), QuotaExceeded, "there are 3, and 1 came")
+        await fails(at.open("d"), QuotaExceeded, "there are 3, and this call adds 1")
         disk.store.go_on()
         await asyncio.gather(beginning, closing)
         await at.open("d")
-        await fails(at.engine.fork("b"), QuotaExceeded, "there are 3, and 1 came")
+        await fails(at.engine.fork("b"), QuotaExceeded, "there are 3, and this call adds 1")
 
 
 @pytest.mark.engine(quotas=QuotaTable(default=Limits(rows=7)))
@@ -210,7 +213,9 @@ async def test_an_import_makes_no_session_larger_than_its_tenant_may_have_rows(a
     await at.engine.open_session("plain", session_id="a", batch_size=1)
     await at.engine.open_session("plain", session_id="b", batch_size=3)
     assert isinstance(error := await brought(), QuotaExceeded)
-    assert "rows of all callers together must stay within 7; there are 4, and 5 came" in error.message
+    assert (
+        "rows of all callers together must stay within 7; there are 4, and this call adds 5" in error.message
+    )
     await at.submit("a", x(1)).only()  # it is there as it was
     assert dict(at.quotas.tenants()) == await recount(at)
     assert without_bytes(at.quotas.tenants()) == {"": (2, 4)}
@@ -265,13 +270,13 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
         await fails(
             opened(at, ANN, 2, 2),
             QuotaExceeded,
-            "rows of caller 'acme/ann' must stay within 5; there are 2, and 4 came",
+            "rows of caller 'acme/ann' must stay within 5; there are 2, and this call adds 4",
         )
         forked = await at.engine.fork(first, caller=ANN)
         told = await fails(
             at.engine.fork_sessions([first], caller=ANN),
             QuotaExceeded,
-            "rows of caller 'acme/ann' must stay within 5; there are 4, and 2 came",
+            "rows of caller 'acme/ann' must stay within 5; there are 4, and this call adds 2",
         )
         assert dict(to_proto(told).metadata) == {"quota": "rows", "limit": "5"}
         # it does not matter who closes it
@@ -281,7 +286,7 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
         await fails(
             opened(at, ANN),
             QuotaExceeded,
-            "sessions of caller 'acme/ann' must stay within 3; there are 3, and 1",
+            "sessions of caller 'acme/ann' must stay within 3; there are 3, and this call adds 1",
         )
         # who brings a session has it, whatever its record says
         (record,) = await at.engine.export_sessions([first], deadline=float("inf"))
@@ -364,7 +369,7 @@ async def test_sessions_begin_within_it_however_they_begin() -> None:
         error = await refused(at.engine.open_session("plain", session_id="c", batch_size=2))
         assert error.message == (
             f"bytes of all callers together must stay within {3 * SESSION + ROW}; there are {2 * SESSION + ROW},"
-            f" and {SESSION + ROW} came"
+            f" and this call adds {SESSION + ROW}"
         )
         await refused(at.engine.open_sessions("plain", count=2))
         await refused(at.engine.fork("b"))

@@ -517,7 +517,9 @@ async def test_too_much_waiting_is_refused(at: Harness) -> None:
     first = asyncio.create_task(at.engine.predict("plain", {"": x(61)}))
     await at.in_flight()
     error = await fails(
-        at.engine.predict("plain", {"": x(5)}), Overloaded, "must stay within 64; 60 wait and 5 came"
+        at.engine.predict("plain", {"": x(5)}),
+        Overloaded,
+        "must stay within 64; 60 wait, and this call adds 5",
     )
     assert error.retry_after_s > 0
     at.hooks.open_gate()
@@ -534,7 +536,7 @@ async def test_too_many_bytes_waiting_are_refused(monkeypatch: pytest.MonkeyPatc
         await fails(
             at.engine.predict("plain", {"": x(3)}),
             Overloaded,
-            "input bytes waiting must stay within 100; 80 wait and 24 came",
+            "input bytes waiting must stay within 100; 80 wait, and this call adds 24",
         )
         at.hooks.open_gate()
         await first

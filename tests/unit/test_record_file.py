@@ -91,7 +91,7 @@ def test_a_start_is_an_object(start: object) -> None:
         (b"stepwell other 7\n", "; it begins otherwise"),
         (b"stepwell things x\n", "; it begins otherwise"),
         (b"\xff" * 100, "; it begins otherwise"),
-        (b"stepwell things 7\n", ", as it was written; at byte 18: its end is missing"),
+        (b"stepwell things 7\n", ", unchanged; at byte 18: its end is missing"),
     ],
 )
 def test_another_line_is_another_file(line: bytes, problem: str) -> None:

@@ -228,7 +228,7 @@ def value_of(name: str) -> bytes:
 def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) -> None:
     flip(path, b"content of a", 3)
     store = opened(path)
-    rule = "^document 'model/a' must be as it was written; it is damaged: stepwell store verify gives details"
+    rule = "^document 'model/a' must be intact; it is corrupt: stepwell store verify gives details"
     for prefix in ("", "model/", "model/a"):
         with pytest.raises(DocumentsCorrupt, match=rule) as error:
             store.documents(prefix)
@@ -382,7 +382,7 @@ def test_a_backup_without_some_of_them_is_refused(path: Path, tmp_path: Path) ->
         changed = bytearray(whole)
         changed[at] ^= 1
         (tmp_path / "changed").write_bytes(changed)
-        with pytest.raises(BackupError, match="as it was written; at byte"):
+        with pytest.raises(BackupError, match="unchanged; at byte"):
             backup.restore(tmp_path / "changed", tmp_path / "to", CLOCK, None, moved=True)
     assert not (tmp_path / "to").exists()
 

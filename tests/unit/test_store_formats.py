@@ -184,7 +184,7 @@ def test_a_backup_whose_head_cannot_be_is_damaged(head: dict[str, object], tmp_p
     writer.begin(about)
     writer.finish()
     writer.close()
-    with pytest.raises(BackupError, match=r"as it was written; at byte \d+: its start cannot be read"):
+    with pytest.raises(BackupError, match=r"unchanged; at byte \d+: its start cannot be read"):
         backup.restore(tmp_path / "forged", tmp_path / "new", CLOCK, None, moved=False)
 
 

@@ -152,7 +152,7 @@ def test_a_change_of_any_byte_is_found() -> None:
             damaged = bytearray(stored)
             damaged[at] ^= change
             for read in (decode, decode_header):
-                with pytest.raises(StateCorrupt, match="session 's' must be as it was written"):
+                with pytest.raises(StateCorrupt, match="session 's' must be intact"):
                     read("s", damaged)
 
 
@@ -233,7 +233,7 @@ def test_a_critical_field_that_is_not_known_is_refused(monkeypatch: pytest.Monke
 def test_fields_that_make_no_sense_are_damage(fields: bytes) -> None:
     with pytest.raises(ValueError, match="must have"):
         unpack_fields(fields)
-    with pytest.raises(StateCorrupt, match="'s' must be as it was written: "):
+    with pytest.raises(StateCorrupt, match="'s' must be intact: "):
         decode("s", a_record(fields=fields).encode("s"))
 
 

@@ -449,7 +449,7 @@ async def test_a_damaged_document_is_named(valkey: Valkey) -> None:
     store = await opened(valkey.url(f"?prefix={prefix}"))
     await store.apply(Batch(documents=[("a", b"x"), ("b", b"y")]))
     valkey.ask("HSET", f"{prefix}{{meta}}documents", "a", b"nonsense")
-    with pytest.raises(DocumentsCorrupt, match="document 'a' must be as it was written") as caught:
+    with pytest.raises(DocumentsCorrupt, match="document 'a' must be intact") as caught:
         await store.documents()
     assert caught.value.sound == {"b": b"y"}
     await store.close()
@@ -497,7 +497,7 @@ async def test_two_servers_have_one_store(valkey: Valkey) -> None:
     [
         ("layout", "2", "the layout of the store with prefix .* must be 5; it is 2: another release"),
         ("layout", "0", "the layout of the store with prefix .* must be 5; it is 0: another release"),
-        ("layout", "", "layout in key '.*{meta}store' must be as it was written; it is damaged"),
+        ("layout", "", "layout in key '.*{meta}store' must be intact; it is corrupt"),
         ("partitions", "0", "partitions in key .* it is damaged"),
         ("secret", "x", "secret in key .* it is damaged"),
         ("incarnation", "x", "incarnation in key .* it is damaged"),

@@ -219,7 +219,7 @@ async def test_a_request_id_with_another_request_is_refused(client: Client) -> N
     ]
     for other in others:
         message = await refused(InvalidInput, client.send(other))
-        assert "it stands for a step with other content" in message
+        assert "it belongs to a step with other content" in message
     again = await client.send(begun)
     assert again.parameters["stepwell_replayed"].bool_param
     assert again.raw_output_contents == first.raw_output_contents
@@ -232,7 +232,7 @@ async def test_a_request_id_with_another_request_is_refused(client: Client) -> N
         request(x, sequence_id=3, start=True, end=True, stepwell_request_id=6),
     ):
         message = await refused(InvalidInput, client.send(other))
-        assert "it stands for a step with other content" in message
+        assert "it belongs to a step with other content" in message
     again = await client.send(last)
     assert again.parameters["stepwell_replayed"].bool_param
     assert again.raw_output_contents == ended.raw_output_contents

@@ -80,11 +80,9 @@ def require_same_opening(
 def reused_request(session_id: str, known: Kind | None, own: Kind) -> InvalidInput:
     """The error for a change whose request id belongs to another change of the session, of kind `known`."""
     noun = "another kind of change" if known is None else _NOUNS[known]
-    differs = f"it stands for {noun}, and {_NOUNS[own]} came"
+    differs = f"it belongs to {noun}; got {_NOUNS[own]}"
     if known is own:
-        differs = (
-            f"it stands for {_NOUNS[own]} with other content (values, rows, masks or what is to be returned)"
-        )
+        differs = f"it belongs to {_NOUNS[own]} with other content (values, rows, masks or requested results)"
     return InvalidInput(
         f"request_id must be new for a different change of session {session_id!r}: {differs}; nothing changed"
     )

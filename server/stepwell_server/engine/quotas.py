@@ -203,7 +203,7 @@ class Quotas:
                         tenant,
                         quota,
                         most,
-                        f"{quota} of {whose} must stay within {most}; there are {found}, and {wanted} came",
+                        f"{quota} of {whose} must stay within {most}; there are {found}, and this call adds {wanted}",
                         _SESSIONS_RETRY_S,
                     )
 
@@ -239,7 +239,9 @@ class Quotas:
         """
         most = self._table.of_tenant(tenant).models
         if most is not None and has >= most:
-            what = f"models of {_named(tenant)} must stay within {most}; there are {has}, and 1 came"
+            what = (
+                f"models of {_named(tenant)} must stay within {most}; there are {has}, and this call adds 1"
+            )
             raise self._exceeded(tenant, "models", most, what, _SESSIONS_RETRY_S)
 
     # ---------------------------------------------------------------------------------------------------------- steps
@@ -269,7 +271,7 @@ class Quotas:
                     caller.tenant,
                     "bytes_in_flight",
                     most,
-                    f"bytes_in_flight of {what} must stay within {most}; {self._bytes[name]} are, and {byte_count} came",
+                    f"bytes_in_flight of {what} must stay within {most}; {self._bytes[name]} are in flight, and this call adds {byte_count}",
                     _BYTES_RETRY_S,
                 )
         taken: list[TokenBucket] = []
@@ -286,7 +288,7 @@ class Quotas:
                     caller.tenant,
                     "steps_per_second",
                     rate,
-                    f"steps_per_second of {what} must stay within {rate:g}, {limits.max_steps} at once; {steps} came",
+                    f"steps_per_second of {what} must stay within {rate:g}, with at most {limits.max_steps} at once; this call has {steps}",
                     delay_s,
                 )
             taken.append(bucket)

@@ -252,12 +252,12 @@ class Submission:
         if self.loading_rows and self.loading_rows + rows > MAX_LOADING_ROWS:
             raise Overloaded(
                 f"rows waiting for their sessions to be loaded must stay within {MAX_LOADING_ROWS};"
-                f" {self.loading_rows} wait and {rows} came",
+                f" {self.loading_rows} wait, and this call adds {rows}",
                 retry_after_s=_RETRY_AFTER_S,
             )
         if held.bytes and held.bytes + count > MAX_WAITING_BYTES:
             raise Overloaded(
-                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait and {count} came",
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held.bytes} wait, and this call adds {count}",
                 retry_after_s=_RETRY_AFTER_S,
             )
         self._count_loading(rows, count)

@@ -73,7 +73,7 @@ async def test_a_request_id_of_another_change_elsewhere_is_refused(shape: str, e
             await fails(
                 change(at, shape, expected=expected, request_ids=9).only(),
                 InvalidInput,
-                "it stands for a step",
+                "it belongs to a step",
             )
             assert (await at.engine.session_info("a")).revision == 2
             assert (await at.state("a"))["sum"].tobytes() == state

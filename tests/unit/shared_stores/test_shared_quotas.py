@@ -50,12 +50,12 @@ async def test_a_limit_counts_the_sessions_of_all_servers(
     names = await make(first, 3)
     times.advance(1.0)
     await fails(
-        make(second, 3), QuotaExceeded, "sessions of tenant 'acme' must stay within 5; there are 3, and 3"
+        make(second, 3), QuotaExceeded, "sessions of tenant 'acme' must stay within 5; there are 3, and this call adds 3"
     )
     names += await make(second, 2)
     times.advance(1.0)
     for at in (first, second):
-        await fails(make(at, 1), QuotaExceeded, "there are 5, and 1 came")
+        await fails(make(at, 1), QuotaExceeded, "there are 5, and this call adds 1")
     await make(first, 8, name="other" + SEPARATOR)
     # those that one has closed may be made on the other, and at once where they were closed
     assert await first.engine.close_sessions(names[2:4]) == 2
@@ -63,7 +63,7 @@ async def test_a_limit_counts_the_sessions_of_all_servers(
     times.advance(1.0)
     await make(second, 1)
     assert known(second)[0] == 5
-    await fails(make(first, 1), QuotaExceeded, "there are 5, and 1 came")
+    await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
 
 
 @pytest.mark.engine(quotas=FIVE)
@@ -73,7 +73,7 @@ async def test_rows_are_counted_by_the_store(first: Harness, second: Harness, ti
     await fails(
         make(second, 2, rows=2),
         QuotaExceeded,
-        "rows of tenant 'acme' must stay within 12; there are 10, and 4 came",
+        "rows of tenant 'acme' must stay within 12; there are 10, and this call adds 4",
     )
     (name,) = await make(second, 1, rows=2)
     assert known(second) == (3, 12)
@@ -99,7 +99,7 @@ async def test_sessions_from_before_the_start_count_without_a_search_of_the_stor
         async with running(store=store) as at:
             await make(at, 4)
         async with running(store=other, clock=at.clock, quotas=FIVE) as later:
-            await fails(make(later, 2), QuotaExceeded, "there are 4, and 2 came")
+            await fails(make(later, 2), QuotaExceeded, "there are 4, and this call adds 2")
 
 
 @pytest.mark.engine(quotas=FIVE)
@@ -143,11 +143,11 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile(
     making = await begun(make(first, 2))
     await store.until("commit", 2)
     times.advance(1.0)
-    await fails(asyncio.wait_for(make(first, 1), WAIT_S), QuotaExceeded, "there are 5, and 1 came")
+    await fails(asyncio.wait_for(make(first, 1), WAIT_S), QuotaExceeded, "there are 5, and this call adds 1")
     store.let_go()
     await making
     times.advance(1.0)
-    await fails(make(first, 1), QuotaExceeded, "there are 5, and 1 came")
+    await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
 
 
 @pytest.mark.engine(quotas=FIVE)
@@ -165,7 +165,7 @@ async def test_a_session_that_ends_during_a_query_of_the_store_makes_room_once(
     store.let_go()
     assert await closing == 2
     await make(first, 1)
-    await fails(make(first, 1), QuotaExceeded, "there are 5, and 1 came")
+    await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
 
 
 @pytest.mark.engine(quotas=FIVE)
@@ -195,7 +195,7 @@ async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again
     store.let_go_once("commit")
     await fails(unknown, OutcomeUnknown)
     store.let_go()
-    await fails(late, QuotaExceeded, "there are 5, and 1 came")
+    await fails(late, QuotaExceeded, "there are 5, and this call adds 1")
     # the next one asks at once, and the session is counted once
     await second.engine.close_session(ACME + "unknown")
     await first.open(ACME + "late")

@@ -119,7 +119,7 @@ async def test_a_damaged_record_harms_its_session_alone(durable_store: DurableSt
         await at.open("a", "fine")
         await damage(durable_store, "a")
     async with durable_store.engine() as at:
-        await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be as it was written")
+        await refused(at, "a", StateCorrupt, "the stored record of session 'a' must be intact")
         assert await at.engine.close_session("a", request_id=7) is False
         assert await at.engine.close_session("a", request_id=7) is True
         await fails(at.state("a"), SessionNotFound, "was closed")

@@ -86,9 +86,9 @@ async def test_the_last_step_sent_again_gets_its_first_answer(
             await fails(
                 at.step("a", value + 1, request_ids=22, **fields, **expected),
                 InvalidInput,
-                "it stands for a step with other content",
+                "it belongs to a step with other content",
             )
-            with pytest.raises(InvalidInput, match="it stands for a step, and a reset came"):
+            with pytest.raises(InvalidInput, match="it belongs to a step; got a reset"):
                 await at.submit("a", reset=True, sizes=[batch_size], request_ids=22, **expected).only()
         assert (await at.state("a"))["sum"].tobytes() == state["sum"].tobytes()
         assert (await at.step("a", value, expected=2, request_ids=22, **fields)).revision == 3

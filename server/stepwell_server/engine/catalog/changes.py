@@ -612,8 +612,8 @@ def _require_same(own: Versions, stored: Versions) -> None:
         known = stored.known.get(version)
         if known is not None and known.fingerprint != model.program.fingerprint:
             raise document.DocumentError(
-                f"version {version} of model {own.name!r} must be the file that it is for the servers that share the store: its"
-                f" fingerprint is {model.program.fingerprint[:FINGERPRINT_DIGITS]}, and"
+                f"version {version} of model {own.name!r} must be the same file on all servers that share the store; its"
+                f" fingerprint is {model.program.fingerprint[:FINGERPRINT_DIGITS]} here and"
                 f" {known.fingerprint[:FINGERPRINT_DIGITS]} there. Serve another file as another version:"
                 f" {own.name}@{stored.highest + 1}=PATH"
             )

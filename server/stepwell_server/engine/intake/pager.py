@@ -115,8 +115,8 @@ class Pager:
     @staticmethod
     def _no_rows(model: Model, count: int) -> NoRows:
         return NoRows(
-            f"rows of active sessions must leave {count} free of"
-            f" resident_rows {model.slots.resident_limit} of model {model.name!r}",
+            f"model {model.name!r} must have {count} free rows within resident_rows {model.slots.resident_limit};"
+            " active sessions use them: send the call again later, or raise --resident-rows",
             retry_after_s=max(0.05, model.expected_wait_s),
         )
 

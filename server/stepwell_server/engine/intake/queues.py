@@ -101,12 +101,12 @@ class Inbox:
         limit = self.max_waiting
         if waiting and waiting + rows > limit:
             raise Overloaded(
-                f"rows waiting for model {model.name!r} must stay within {limit}; {waiting} wait and {rows} came",
+                f"rows waiting for model {model.name!r} must stay within {limit}; {waiting} wait, and this call adds {rows}",
                 retry_after_s=max(0.01, model.expected_wait_s / 2),
             )
         if held and held + byte_count > MAX_WAITING_BYTES:
             raise Overloaded(
-                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held} wait and {byte_count} came",
+                f"input bytes waiting must stay within {MAX_WAITING_BYTES}; {held} wait, and this call adds {byte_count}",
                 retry_after_s=max(0.01, model.expected_wait_s / 2),
             )
 

@@ -427,7 +427,9 @@ def _whole_numbers(work: Pass, low: int, high: int) -> str:
         for spec, array in zip(work.program.inputs, work.inputs, strict=True)
         if array.dtype.kind in "iu"
     ]
-    return f" (an Embedding's indexes within its range, for one); {', '.join(held)}" if held else ""
+    return (
+        f" (for example, indexes must be in the range of their Embedding); {', '.join(held)}" if held else ""
+    )
 
 
 def _collect(work: Pass, index: int, job: Job) -> None:

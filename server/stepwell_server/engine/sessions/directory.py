@@ -358,8 +358,8 @@ class Directory:
         if self.ids.is_from_elsewhere(session_id):
             return SessionLost(
                 session_id,
-                f"session {session_id!r} was lost with the store that held it: it belongs to another server process"
-                " with --store memory, or of another --data-dir",
+                f"session {session_id!r} was lost with its store: it was opened on another server process with"
+                " --store memory, or with another --data-dir",
             )
         damage = self.store.damage_of(session_id)
         if damage:

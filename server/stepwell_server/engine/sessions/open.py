@@ -528,7 +528,7 @@ class Forker:
             if self._copied_bytes + copies > MAX_FORK_BYTES and self._copied_bytes:
                 raise Overloaded(
                     f"bytes of states that are being copied must stay within {MAX_FORK_BYTES};"
-                    f" {self._copied_bytes} are and {copies} came",
+                    f" {self._copied_bytes} are, and this call adds {copies}",
                     retry_after_s=_RETRY_S,
                 )
             own = copies

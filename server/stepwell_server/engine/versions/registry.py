@@ -425,9 +425,9 @@ class Models:
         whose = f"session {session_id!r} is on" if session_id else "the call needs"
         own = self._by_name.get(name)
         return VersionElsewhere(
-            f"{whose} version {version} of model {name!r}, which is not loaded on this server, where"
-            f" {sorted(own.loaded) if own else []} are; {self._elsewhere}: ask that one, or again"
-            f" when an admin has loaded it here (stepwell models load {name}@{version} PATH --no-default)",
+            f"{whose} version {version} of model {name!r}, which must be loaded on this server; versions"
+            f" {sorted(own.loaded) if own else []} are; {self._elsewhere}: call that server, or call again"
+            f" after an admin has loaded it here (stepwell models load {name}@{version} PATH --no-default)",
             _RETRY_INTERVAL_S,
             model=name,
             version=str(version),
