@@ -18,7 +18,7 @@ CHECK_S = 2.0
 """The time between checks, in seconds."""
 _WARNINGS = {
     "disk": ("the disk of the store is nearly full", "the disk of the store has room again"),
-    "store": ("the store is not as it should be", "the store is as it should be again"),
+    "store": ("the store has a problem", "the store has no problem any more"),
 }
 """The events logged when a warning begins and when it ends."""
 

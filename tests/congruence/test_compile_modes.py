@@ -70,7 +70,7 @@ def test_a_layer_that_goes_on_from_its_own_first_call_is_refused(tmp_path: Path)
 
     x = keras.Input(batch_shape=(2, None, 3))
     layer = keras.layers.GRU(3, stateful=True, return_sequences=True, name="twice")
-    assert "the layer 'twice' (GRU) is called more than once, and stateful=True" in _refused(
+    assert "the layer 'twice' (GRU) is called more than once, and with stateful=True" in _refused(
         keras.Model(x, layer(layer(x))), tmp_path
     )
 

@@ -84,7 +84,8 @@ def test_nothing_that_was_acknowledged_is_missing(tmp_path: Path) -> None:
         driver.stop()
     backups.append((backup.back_up(data, tmp_path / "killed", clock).file, acknowledged(file)))
     with pytest.raises(
-        ServerStartError, match=r"--encryption-key-file: the store in .* is encrypted, with key k: their file"
+        ServerStartError,
+        match=r"--encryption-key-file: the store in .* is encrypted with key k: give the key file",
     ):
         local(data).start()
     ops = history.load([file])

@@ -123,7 +123,7 @@ async def test_what_is_encrypted_stays_so(valkey: Valkey, tmp_path: Path) -> Non
     await filled(was, old)
     done = run(upkeep.back_up, was, tmp_path / "backup", CLOCK)
     assert done.keys == ["old"]
-    with pytest.raises(KeyFileError, match="is encrypted, with old, and revisions in it are to change"):
+    with pytest.raises(KeyFileError, match="is encrypted with old, and a restore changes its revisions"):
         run(upkeep.restore, tmp_path / "backup", new, CLOCK, None, moved=False)
     run(upkeep.restore, tmp_path / "backup", new, CLOCK, RING, moved=True)
     found = run(upkeep.verify, new, RING, CLOCK)

@@ -122,7 +122,7 @@ def test_a_store_that_a_server_would_refuse(settings: Settings, tmp_path: Path) 
     asyncio.run(store.close())
     assert wrong(dataclasses.replace(settings, encryption_key_file=keys)) == []
     (line,) = wrong(settings)
-    assert line.startswith(f"--encryption-key-file: the store in {settings.data_dir} is encrypted, with key")
+    assert line.startswith(f"--encryption-key-file: the store in {settings.data_dir} is encrypted with key")
     other = tmp_path / "other keys"
     add_key(other, "two")
     (line,) = wrong(dataclasses.replace(settings, encryption_key_file=other))

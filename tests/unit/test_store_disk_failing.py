@@ -190,7 +190,9 @@ def test_what_a_segment_does_not_take_goes_to_lmdb(
         put(store, "a", revision=2)
         put(store, "a", revision=3)
     (warning,) = warnings(caplog)
-    assert warning.startswith("a change could not be written to the write-ahead log, and goes to LMDB: ")
+    assert warning.startswith(
+        "a change could not be written to the write-ahead log; it is written to data.mdb instead: "
+    )
     assert revisions(store) == {"a": 3, "b": 1}
     assert in_lmdb(store) == {"a": 3, "b": 0}
     put(store, "b", revision=2)

@@ -247,7 +247,7 @@ def test_a_store_opens_with_all_its_keys_only(tmp_path: Path) -> None:
     start(None)
     start("a")
     start("b a")
-    with pytest.raises(KeyFileError, match="is encrypted, with keys a, b: their file must be given"):
+    with pytest.raises(KeyFileError, match="is encrypted with keys a, b: give the key file"):
         start(None)
     with pytest.raises(KeyFileError, match=r"it lacks a$"):
         start("b")

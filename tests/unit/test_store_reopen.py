@@ -130,7 +130,9 @@ def test_what_cannot_be_opened_for_long_is_given_up(
         assert store.check().problem
         CLOCK.advance(1.0)
     CLOCK.advance(1.0)
-    with pytest.raises(StoreGone, match=r"/sessions must be a store again within 30 s; .*the disk is away"):
+    with pytest.raises(
+        StoreGone, match=r"/sessions must hold a usable store again within 30 s; .*the disk is away"
+    ):
         store.check()
     monkeypatch.undo()
     with pytest.raises(StoreGone):

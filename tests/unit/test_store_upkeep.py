@@ -103,7 +103,7 @@ def test_a_backup_becomes_the_same_store_or_one_ahead(path: Path, tmp_path: Path
         store.close()
     # again, of the one that went back: ahead of that
     backup.back_up(tmp_path / "back", tmp_path / "backup2", CLOCK)
-    with pytest.raises(KeyFileError, match="is encrypted, with new, and revisions in it are to change"):
+    with pytest.raises(KeyFileError, match="is encrypted with new, and a restore changes its revisions"):
         backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, None, moved=False)
     with pytest.raises(KeyFileError, match=r"it lacks new$"):
         backup.restore(tmp_path / "backup2", tmp_path / "back2", CLOCK, OLD, moved=False)
@@ -301,7 +301,7 @@ def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:
     store.close()
     before = (tmp_path / "sessions" / "data.mdb").stat()
     with read_lock(tmp_path):
-        with pytest.raises(StoreError, match="no other process may read the store"):
+        with pytest.raises(StoreError, match="must not be in use; another process reads it"):
             repair.repair(tmp_path, CLOCK)
         assert (tmp_path / "sessions" / "data.mdb").stat().st_ino == before.st_ino
     repair.repair(tmp_path, CLOCK)

@@ -536,7 +536,7 @@ async def test_states_are_encrypted(valkey: Valkey) -> None:
     assert [header.revision for _, header in await scan(store, limit=9) if header] == [4, 4, 4]
     assert [header["revision"] for header in (await store.heads(limit=9)).heads] == [4, 4, 4]
     await store.close()
-    with pytest.raises(KeyFileError, match="is encrypted, with key new: their file must be given"):
+    with pytest.raises(KeyFileError, match="is encrypted with key new: give the key file"):
         await opened(url)
     with pytest.raises(KeyFileError, match="it lacks new"):
         await opened(url, keyring=Keyring({"other": bytes(32)}))

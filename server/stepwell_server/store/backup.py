@@ -135,8 +135,8 @@ def checked(file: Path, clock: Clock, keyring: Keyring | None, *, moved: bool) -
         keyring.require(about.key_checks)
     elif about.key_checks and not moved:
         raise KeyFileError(
-            f"the backup is encrypted, with {', '.join(sorted(about.key_checks))}, and revisions in it are to change:"
-            " its keys must be given"
+            f"the backup is encrypted with {', '.join(sorted(about.key_checks))}, and a restore changes its revisions:"
+            " give the key file"
         )
     first_revision = (
         about.first_revision if moved else meta.later_first_revision(about.first_revision, clock.now())

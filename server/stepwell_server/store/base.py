@@ -64,8 +64,8 @@ def require_no_keys(where: str, known: Collection[str]) -> None:
     """
     if known:
         raise KeyFileError(
-            f"the store {where} is encrypted, with {'key' if len(known) == 1 else 'keys'}"
-            f" {', '.join(sorted(known))}: their file must be given"
+            f"the store {where} is encrypted with {'key' if len(known) == 1 else 'keys'} {', '.join(sorted(known))}:"
+            " give the key file"
         )
 
 

@@ -594,6 +594,6 @@ def _parsed(fields: bytes, known: frozenset[int]) -> tuple[bytes, bool, int]:
 
 def _corrupt(session_id: str, problem: str) -> StateCorrupt:
     return StateCorrupt(
-        f"the stored record of session {session_id!r} must be as it was written: {problem}",
+        f"the stored record of session {session_id!r} must be intact: {problem}",
         session_id=session_id,
     )

@@ -166,7 +166,7 @@ class RecordUpgrader:
                 made = [np.repeat(value[None], sum(sizes), axis=0) for value in model.program.initial]
             except ValueError as error:
                 broken = StateCorrupt(
-                    f"the stored record of a session of version {version} must be as it was: {error}"
+                    f"the stored record of a session of version {version} must be intact: {error}"
                 )
                 forwarded.refused.update(dict.fromkeys(places, broken))
                 made = [np.repeat(value[None], sum(sizes), axis=0) for value in model.program.initial]

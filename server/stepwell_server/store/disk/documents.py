@@ -106,7 +106,7 @@ class DocumentSet:
         damaged = [name for name in self.damaged if name.startswith(prefix)]
         if not damaged and not self.problem:
             return sound
-        problems = [f"document {name!r} must be as it was written; it is damaged" for name in damaged]
+        problems = [f"document {name!r} must be intact; it is corrupt" for name in damaged]
         if self.problem:
             problems.append(f"the store must have all its documents; {self.problem}")
         rule = "stepwell store verify gives details, stepwell store repair removes them"

@@ -271,7 +271,9 @@ class LmdbStore(LocalStore):
             pass  # each session reports it
         since = self._failing_since
         if since is not None and self._clock.monotonic() - since >= GIVE_UP_S:
-            self.files.give_up(f"{self._folder} must be a store again within {GIVE_UP_S:g} s; {problem}")
+            self.files.give_up(
+                f"{self._folder} must hold a usable store again within {GIVE_UP_S:g} s; {problem}"
+            )
             self.files.require()
         return StoreHealth(problem, self._reopened)
 
@@ -531,7 +533,7 @@ class LmdbStore(LocalStore):
                         return read(transaction)
                 except _DAMAGE as error:
                     raise StateCorrupt(
-                        f"the page that holds session {session_id!r} must be as it was written: {error}",
+                        f"the page that holds session {session_id!r} must be intact: {error}",
                         session_id=session_id,
                     ) from error
                 except (lmdb.Error, OSError) as error:

@@ -202,7 +202,12 @@ def _claim(directory: Path) -> socket.socket | None:
         return claim
     pid, user = _owner(address)
     if user not in (-1, 0, os.geteuid()):
-        _log.warning("process %d of user %d holds the name of %s, but is no server", pid, user, directory)
+        _log.warning(
+            "process %d of user %d holds the lock name of data directory %s, but is not a server",
+            pid,
+            user,
+            directory,
+        )
         return None
     raise StoreBusy(
         f"data directory {directory} must be used by one server at a time; process {pid if pid > 0 else '?'}"

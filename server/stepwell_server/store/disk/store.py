@@ -121,7 +121,10 @@ class DiskStore(LocalStore):
             return self._log(wal, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
         except (Unavailable, OSError) as error:
             # `commit` keeps it, or raises the reason
-            self._warn("a change could not be written to the write-ahead log, and goes to LMDB", error)
+            self._warn(
+                "a change could not be written to the write-ahead log; it is written to data.mdb instead",
+                error,
+            )
             return False
 
     @property
@@ -342,7 +345,10 @@ class DiskStore(LocalStore):
         except StoreGone:
             raise
         except (Unavailable, OSError) as error:
-            self._warn("a change could not be written to the write-ahead log, and goes to LMDB", error)
+            self._warn(
+                "a change could not be written to the write-ahead log; it is written to data.mdb instead",
+                error,
+            )
             return False
 
     def _log(self, wal: WriteAheadLog, parts: Parts, patience_s: float = -1.0) -> bool:

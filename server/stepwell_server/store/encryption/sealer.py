@@ -116,7 +116,7 @@ class Sealer:
         )
 
     def _refused(self, session_id: str, record: RecordBytes) -> StateCorrupt:
-        rule = f"the stored record of session {session_id!r} must be as it was written"
+        rule = f"the stored record of session {session_id!r} must be intact"
         key_id = key_id_of(record)
         if not is_sound(session_id, record):
             problem = "its checksum does not match"

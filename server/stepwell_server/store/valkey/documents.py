@@ -58,9 +58,7 @@ def found_in(reply: Reply, prefix: str) -> dict[str, bytes]:
             else:
                 sound[name] = content
     if damaged:
-        problems = "; ".join(
-            f"document {name!r} must be as it was written; it is damaged" for name in damaged
-        )
+        problems = "; ".join(f"document {name!r} must be intact; it is corrupt" for name in damaged)
         raise DocumentsCorrupt(problems, damaged, sound)
     return sound
 

@@ -105,8 +105,8 @@ def _sync(facts: Mapping[str, str], settings: Mapping[str, str], replicas: int, 
     if replicas and timeout_s * WAIT_SHARE < _REPLICA_REPORT_S:
         min_ms = math.ceil(_REPLICA_REPORT_S / WAIT_SHARE * 1000)
         warnings.append(
-            f"a replica may report a change on its disk a second late: with replicas={replicas} timeout_ms must be at"
-            f" least {min_ms}; got {timeout_s * 1000:.0f}: changes that were kept will be answered with OUTCOME_UNKNOWN"
+            f"with replicas={replicas} timeout_ms must be at least {min_ms}, because a replica may report a change on its disk"
+            f" a second late; got {timeout_s * 1000:.0f}: some stored changes will be answered with OUTCOME_UNKNOWN"
         )
     connected = int(facts.get("connected_slaves", "0"))
     if connected < replicas:

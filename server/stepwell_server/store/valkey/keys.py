@@ -114,6 +114,6 @@ def unpack_tombstone(session_id: str, stored: bytes) -> Tombstone:
         if end in set(End):
             return Tombstone(session_id, End(end), at, unpack_closes(closes), revision)
     raise StateCorrupt(
-        f"the tombstone of session {session_id!r} must be as it was written; it is damaged",
+        f"the tombstone of session {session_id!r} must be intact; it is corrupt",
         session_id=session_id,
     )

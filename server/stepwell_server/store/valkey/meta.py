@@ -183,4 +183,4 @@ def _number(prefix: str, fields: Mapping[bytes, bytes], name: bytes) -> int:
 
 def _damaged(prefix: str, name: bytes) -> StoreError:
     key = store_key(prefix).decode()
-    return StoreError(f"{name.decode()} in key {key!r} must be as it was written; it is damaged")
+    return StoreError(f"{name.decode()} in key {key!r} must be intact; it is corrupt")

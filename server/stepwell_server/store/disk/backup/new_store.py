@@ -149,7 +149,7 @@ def rebuild(
             )
         with try_write_lock(path) as may_replace:
             if not may_replace:
-                raise StoreError(f"no other process may read the store in {path} now; one does")
+                raise StoreError(f"the store in {path} must not be in use; another process reads it")
             flush(aside / DATA)
             os.replace(aside / DATA, path / DATA)
             flush(path / DATA.parent)

@@ -32,7 +32,7 @@ _MIN_REMAINING_S = 0.01
 _LATE = ConnectionLost("time was up", sent=False)
 _log = Log("store.valkey")
 _PAUSES_S = (0.0, 0.02, 0.05, 0.1, 0.2)
-_WRONG_TYPE, _OTHER_TYPE = "WRONGTYPE", "a key of the store is of another type than it must be"
+_WRONG_TYPE, _OTHER_TYPE = "WRONGTYPE", "a key of the store has the wrong type"
 _KEYS_SHOWN = 4
 _REDIRECTIONS = frozenset({"MOVED", "ASK"})
 #: Error replies for which nothing was done, and a retry may succeed soon.
@@ -374,7 +374,7 @@ class Requests:
             self._log_refusal(reply)
         if reply.code == "OOM":
             return Overloaded("the store must have free memory; it has none", retry_after_s=_RETRY_AFTER_S)
-        refuses = "the store must do what it is asked; it refuses"
+        refuses = "the store must accept the request; it refuses"
         return StoreRefuses(f"{refuses}: {reply.code}", why=f"{refuses}: {reply}")
 
     def _log_refusal(self, reply: ErrorReply) -> None:
