@@ -36,7 +36,7 @@ async def test_a_list_is_read_as_it_is_used_and_is_a_list_all_the_same(served: S
     with stepwell.connect(served.address) as client, client.open_sessions("seq", 2300) as group:
         prefix = group.ids[0][: len("s-12345678-made")]  # what the ids of one call begin with
         found = client.sessions(prefix=prefix)
-        assert "1000 sessions, more are read when they are used" in repr(found)
+        assert "1000 sessions, more are read as you iterate" in repr(found)
         first = next(iter(found))
         assert (first.session_id, bool(found)) == (group.ids[0], True)
         assert [info.session_id for info in found] == sorted(group.ids)

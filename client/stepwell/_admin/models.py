@@ -170,7 +170,7 @@ class ModelAdmin:
         )
         if reply.sha256 != digest.hexdigest():
             raise InternalError(
-                f"the file {path} was changed on its way: SHA-256 {digest.hexdigest()} became {reply.sha256}"
+                f"the file {path} changed during the upload: SHA-256 {digest.hexdigest()} became {reply.sha256}"
             )
         return reply.upload
 

@@ -81,7 +81,7 @@ class Format(NamedTuple):
 
     def damaged(self, problem: str, at: int) -> RecordFileError:
         """The error of a file that is corrupt from a byte on."""
-        return RecordFileError(f"must be {self.noun}, as it was written; at byte {at}: {problem}")
+        return RecordFileError(f"must be {self.noun}, unchanged; at byte {at}: {problem}")
 
 
 class Writer:

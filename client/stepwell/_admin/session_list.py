@@ -1,4 +1,4 @@
-"""Lists of sessions that read page after page when they are used."""
+"""Lists of sessions that read page after page as you iterate."""
 
 from __future__ import annotations
 
@@ -89,7 +89,5 @@ class SessionList(Sequence[SessionInfo]):
         if self._all is not None:
             return repr(self._all)
         shown = self._shown.sessions[: self._limit]
-        more = (
-            "" if not self._shown.token or len(shown) == self._limit else ", more are read when they are used"
-        )
+        more = "" if not self._shown.token or len(shown) == self._limit else ", more are read as you iterate"
         return f"<{type(self).__name__} of {len(shown)} sessions{more}>"

@@ -376,7 +376,7 @@ def url_of(server: str, info: ServerInfo) -> str:
     problem = addresses.host_and_port_problem(info.metrics_address)
     if problem:
         raise Failure(
-            f"the server at {server} (--server) must have its metrics at HOST:PORT; it says {info.metrics_address!r}:"
+            f"the server at {server} (--server) must have its metrics at HOST:PORT; it reports {info.metrics_address!r}:"
             f" {problem}. Set --metrics to their address",
             SERVER_ERROR,
         )

@@ -34,7 +34,7 @@ _FRONT = {
     "watches": "Running health watches, which end only when their clients end them.",
     "held_bytes": "Bytes of requests and replies in memory.",
     "queued_bytes": "Bytes of steps that wait for the event loop.",
-    "window_bytes": "Bytes that clients may send before the server reads on.",
+    "window_bytes": "Bytes that clients may send before the server reads more.",
     "unwritten_replies": "Replies that are not yet written to the network.",
 }
 #: Name and help of the metric of each limit of the front (`FrontLimits`).
@@ -51,14 +51,17 @@ _FRONT_LIMITS = {
     "receive_s": ("receive_timeout_seconds", "Longest pause while a message arrives, in seconds."),
     "receive_bytes_per_s": (
         "min_receive_bytes_per_second",
-        "Lowest rate at which a message may arrive after that time.",
+        "Lowest rate at which a message may arrive after the receive timeout.",
     ),
     "streams": ("max_connection_calls", "Limit of running calls of one connection."),
     "budget_bytes": (
         "max_held_bytes",
         "Bytes of requests and replies in memory, above which calls are refused.",
     ),
-    "connection_bytes": ("max_connection_held_bytes", "The same for one connection."),
+    "connection_bytes": (
+        "max_connection_held_bytes",
+        "Limit of bytes of requests and replies in memory, for one connection.",
+    ),
     "connection_steps": ("max_connection_steps", "Limit of unanswered steps of one connection."),
     "frames": ("max_stream_frames", "Limit of unanswered frames of one stream."),
     "queued_bytes": ("max_queued_bytes", "Limit of bytes of steps that wait for the event loop."),
@@ -66,14 +69,17 @@ _FRONT_LIMITS = {
     "open_message_bytes": ("max_open_message_bytes", "Largest health check, in bytes."),
     "header_bytes": ("max_header_bytes", "Largest headers of a call, in bytes."),
     "keepalive_s": ("keepalive_seconds", "Silence of a client after which it is pinged, in seconds."),
-    "keepalive_timeout_s": ("keepalive_timeout_seconds", "Longest time to answer such a ping, in seconds."),
+    "keepalive_timeout_s": ("keepalive_timeout_seconds", "Longest time to answer a ping, in seconds."),
     "handshake_s": ("handshake_timeout_seconds", "Longest handshake of a connection, in seconds."),
     "unread_s": (
         "unread_timeout_seconds",
         "Longest time that a client may leave replies unread before its call ends, in seconds.",
     ),
     "age_s": ("max_connection_age_seconds", "Time during which a connection takes calls; 0: no limit."),
-    "age_grace_s": ("max_connection_age_grace_seconds", "Time that its calls then have to end, in seconds."),
+    "age_grace_s": (
+        "max_connection_age_grace_seconds",
+        "Time that calls have to end after the age limit of their connection, in seconds.",
+    ),
 }
 
 
