@@ -164,15 +164,14 @@ class Settings:
     ] = 30.0
     front: Annotated[
         Literal["auto", "native", "python"],
-        "Network front: native, written in Rust; python, based on grpc.aio and slower; auto, native if it is "
-        "installed.",
+        "Network front. native: in Rust. python: based on grpc.aio, and slower. auto: native if it is installed.",
     ] = "auto"
     store: Annotated[
         Literal["disk", "memory"] | StoreUrl,
         STORE,
-        "Where to keep sessions: disk, under --data-dir; memory, where they are lost when the server stops; or "
-        "the URL of a Valkey that several servers share, valkey://HOST[:PORT][,HOST[:PORT]...]/DB?..., or "
-        "valkeys:// over TLS: see docs/operate/scale-out.md. Valkey needs the extra valkey.",
+        "Where to keep sessions. disk: under --data-dir. memory: lost when the server stops. URL: in a Valkey that "
+        "several servers share, valkey://HOST[:PORT][,HOST[:PORT]...]/DB?..., or valkeys:// over TLS; see "
+        "docs/operate/scale-out.md. Valkey needs the extra valkey.",
     ] = "disk"
     data_dir: Annotated[
         Path | None,
@@ -181,8 +180,8 @@ class Settings:
     ] = None
     durability: Annotated[
         Literal["sync", "async"],
-        "What an acknowledged change survives: sync, a power failure of the machine that stores it; async, "
-        "kill -9 of this server.",
+        "What an acknowledged change survives. sync: a power failure of the machine that stores it. async: kill -9 "
+        "of this server.",
     ] = "sync"
     encryption_key_file: Annotated[
         Path | None,
@@ -244,13 +243,13 @@ class Settings:
     ] = None
     audit_when_full: Annotated[
         Literal["drop", "refuse"],
-        "If the audit log's disk is too slow: drop, lines are dropped, and their number is logged later; "
-        "refuse, calls that need a line are refused until there is room.",
+        "What to do if the audit log's disk is too slow. drop: drop lines, and log their number later. refuse: "
+        "refuse calls that need a line until there is room.",
     ] = "drop"
     bad_models: Annotated[
         Literal["refuse", "skip"],
-        "If a model cannot be loaded: refuse, the server does not start; skip, it serves the others, and the "
-        "log, /readyz and metrics report the failed one.",
+        "What to do if a model cannot be loaded. refuse: the server does not start. skip: the server serves the "
+        "others, and reports the failed one in the log, /readyz and metrics.",
     ] = "refuse"
     models_dir: Annotated[
         Path | None,
@@ -272,9 +271,9 @@ class Settings:
     ] = dataclasses.field(default_factory=dict)
     sessions: Annotated[
         Literal["keep", "carry", "migrate", "reset"],
-        "How to treat the sessions that follow a model's default version when the folder changes it: keep, they "
-        "stay on their version until they end; carry, they continue with their states; migrate, a --migration "
-        "computes their new states; reset, they restart from the initial state.",
+        "How to treat the sessions that follow a model's default version when the folder changes it. keep: they "
+        "stay on their version until they end. carry: they continue with their states. migrate: a --migration "
+        "computes their new states. reset: they restart from the initial state.",
     ] = "keep"
     migrations: Annotated[
         Mapping[str, str],
