@@ -134,7 +134,7 @@ def test_data_that_do_not_fit_are_found_before_the_model_is_compiled(tmp_path: P
         code, _, err = server.finish()
     assert code == 2
     assert err.splitlines()[-1].startswith(
-        f"stepwell: error: model m: --check-with: {tmp_path}/bad.npy: cannot be read"
+        f"stepwell: error: model m: --check-with: {tmp_path}/bad.npy: must be a NumPy .npy"
     )
 
 

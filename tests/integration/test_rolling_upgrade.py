@@ -212,5 +212,7 @@ def test_a_replica_whose_file_is_another_says_so_and_does_not_start() -> None:
         with ServerProcess(*arguments, *cache, ready=False) as server:
             code, _, err = server.finish()
     assert code == 2, err
-    assert "stepwell: error: --store: version 1 of model 'forecast' must be the file that it is" in err
+    assert (
+        "stepwell: error: --store: version 1 of model 'forecast' must be the same file on all servers" in err
+    )
     assert "forecast@2=PATH" in err

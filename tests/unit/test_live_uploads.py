@@ -67,7 +67,7 @@ async def test_an_upload_is_loaded_deleted_and_its_program_kept_until_it_is_unlo
     kept = tmp_path / "kept" / "m@1.stepwell"
     assert at.engine.told[0] == ("load", "m", 1, str(kept), "acme")
     assert kept.is_file()
-    with pytest.raises(InvalidInput, match="not loaded since"):
+    with pytest.raises(InvalidInput, match="that no load has used"):
         await at.load(path="", upload=sent.token, tenant="acme")
     await at.live.unload("m", 0, force=False)
     assert not kept.exists()

@@ -170,7 +170,7 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
     # a process of another user would be needed
     monkeypatch.setattr("stepwell_server.store.disk.lock._owner", lambda _: (17, 54321))
     opened(path).close()
-    assert "process 17 of user 54321 holds the name of" in caplog.text
+    assert "process 17 of user 54321 holds the lock name of data directory" in caplog.text
 
 
 @linux_only

@@ -435,7 +435,7 @@ def test_the_commands(path: Path, tmp_path: Path) -> None:
     assert "decrypted" in run("verify", path, "--encryption-key-file", keys)
     said = json.loads(run("backup", path, tmp_path / "backup2", "--json"))
     assert said["keys"] == ["k2"]
-    assert "its keys must be given" in run("restore", tmp_path / "backup2", tmp_path / "to2", code=2)
+    assert "give the key file" in run("restore", tmp_path / "backup2", tmp_path / "to2", code=2)
     said = json.loads(run("restore", tmp_path / "backup2", tmp_path / "to2", "--moved", "--json"))
     assert (said["sessions"], said["first_revision"]) == (len(IDS), 0)
     assert "0 lost" in run("repair", path)

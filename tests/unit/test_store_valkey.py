@@ -498,9 +498,9 @@ async def test_two_servers_have_one_store(valkey: Valkey) -> None:
         ("layout", "2", "the layout of the store with prefix .* must be 5; it is 2: another release"),
         ("layout", "0", "the layout of the store with prefix .* must be 5; it is 0: another release"),
         ("layout", "", "layout in key '.*{meta}store' must be intact; it is corrupt"),
-        ("partitions", "0", "partitions in key .* it is damaged"),
-        ("secret", "x", "secret in key .* it is damaged"),
-        ("incarnation", "x", "incarnation in key .* it is damaged"),
+        ("partitions", "0", "partitions in key .* it is corrupt"),
+        ("secret", "x", "secret in key .* it is corrupt"),
+        ("incarnation", "x", "incarnation in key .* it is corrupt"),
     ],
 )
 async def test_a_store_that_is_not_ours_is_refused(

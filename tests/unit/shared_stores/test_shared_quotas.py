@@ -50,7 +50,9 @@ async def test_a_limit_counts_the_sessions_of_all_servers(
     names = await make(first, 3)
     times.advance(1.0)
     await fails(
-        make(second, 3), QuotaExceeded, "sessions of tenant 'acme' must stay within 5; there are 3, and this call adds 3"
+        make(second, 3),
+        QuotaExceeded,
+        "sessions of tenant 'acme' must stay within 5; there are 3, and this call adds 3",
     )
     names += await make(second, 2)
     times.advance(1.0)

@@ -466,7 +466,7 @@ async def test_the_first_to_come_says_the_default() -> None:
 async def test_a_server_whose_file_is_another_does_not_start(first: Harness) -> None:
     store = await first.store.another()
     with pytest.raises(
-        document.DocumentError, match=r"version 1 of model 'plain' must be the file .*plain@2=PATH"
+        document.DocumentError, match=r"version 1 of model 'plain' must be the same file .*plain@2=PATH"
     ):
         async with serving({"plain": weights(2)}, store=store):
             raise AssertionError("it started")
