@@ -119,7 +119,7 @@ def test_a_file_of_weights_is_refused(tmp_path: Path) -> None:
     assert "model.load_weights('model.weights.h5')" in said
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
-    assert "a damaged HDF5 file: " in refusal_of(file)
+    assert "a corrupt HDF5 file: " in refusal_of(file)
 
 
 def test_a_saved_model_folder_is_refused(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def test_data_are_looked_at_before_the_model_is_compiled(
     ("content", "says"),
     [
         (None, "there is no such file"),
-        (b"1,2,3\n", r"cannot be read as NumPy's \.npy or \.npz of numbers"),
-        (b"", r"cannot be read as NumPy's \.npy or \.npz of numbers"),
+        (b"1,2,3\n", r"must be a NumPy \.npy or \.npz file of numbers"),
+        (b"", r"must be a NumPy \.npy or \.npz file of numbers"),
     ],
     ids=["missing", "text", "empty"],
 )
@@ -143,7 +143,7 @@ def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match=r"the model has the inputs 'x', 'z': give an \.npz file"):
         read(tmp_path / "x.npy", specs)
     np.save(tmp_path / "objects.npy", np.array([object()]), allow_pickle=True)
-    with pytest.raises(ModelError, match="cannot be read as NumPy's"):
+    with pytest.raises(ModelError, match="must be a NumPy"):
         read(tmp_path / "objects.npy", specs[:1])
 
 
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_its_users_affair(content: bytes, tmp_path: Path) -> N
     from stepwell_server.compile.probe.own_data import read
 
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(ModelError, match=r"x\.npz: cannot be read as NumPy's"):
+    with pytest.raises(ModelError, match=r"x\.npz: must be a NumPy"):
         read(tmp_path / "x.npz", [TensorSpec("x", (3,), "float32", temporal=True)])
 
 

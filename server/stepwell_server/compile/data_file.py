@@ -31,7 +31,7 @@ def load(file: Path) -> Array | Mapping[str, Array]:
                 content = {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
-            f"{file}: cannot be read as NumPy's .npy or .npz of numbers; it is corrupt, or contains objects ({gist(error)})"
+            f"{file}: must be a NumPy .npy or .npz file of numbers; it is corrupt, or contains objects ({gist(error)})"
         ) from error
     if isinstance(content, np.ndarray):
         _require_numbers(f"{file}: the array", content)

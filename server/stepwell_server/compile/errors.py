@@ -7,7 +7,7 @@ import re
 from stepwell_server.errors import MAX_MESSAGE_CHARACTERS, shorten
 
 _MAX_NAME_CHARACTERS, _MAX_GIST_CHARACTERS = 100, 1000
-REPORT = "Report it with the config.json in the file, which is a zip archive, and what the log says"
+REPORT = "Report it with the config.json in the file, which is a zip archive, and the log"
 """The advice for a defect of Stepwell."""
 
 

@@ -104,7 +104,7 @@ def _hdf5_problem(path: Path) -> str:
         with h5py.File(path, "r") as file:
             version, is_model = file.attrs.get("keras_version"), "model_config" in file.attrs
     except OSError as error:
-        return f"a damaged HDF5 file: {gist(error)}"
+        return f"a corrupt HDF5 file: {gist(error)}"
     return origin.hdf5_problem(path.name, None if version is None else str(version), is_model=is_model)
 
 
