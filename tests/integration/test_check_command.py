@@ -197,7 +197,7 @@ def test_trust_is_shown_wherever_the_model_is(tmp_path: Path) -> None:
         server.signal()
         _, _, err = server.finish()
     (refused,) = (line for line in err.splitlines() if "a model cannot be loaded model=strict" in line)
-    assert "--trust-causality NAME serves the model" in refused
+    assert "--trust-causality NAME serves it" in refused
     assert (proof.is_trusted, proof.compared_steps) == (True, 600)
     assert "Svd" in proof.unproven
     assert "TRUSTED, not proven; compared with Keras over 600 time steps" in listed

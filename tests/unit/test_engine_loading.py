@@ -219,7 +219,13 @@ async def test_a_store_that_breaks_while_it_is_read_fails_those_that_need_it() -
     ("limit", "most", "waiting", "message", "revision"),
     [
         ("MAX_LOADING_ROWS", 3, ["a", ["a", "b"]], "must stay within 3; 3 wait, and this call adds 1", 3),
-        ("MAX_WAITING_BYTES", 20, ["b", "b"], "bytes waiting must stay within 20; 16 wait, and this call adds 8", 4),
+        (
+            "MAX_WAITING_BYTES",
+            20,
+            ["b", "b"],
+            "bytes waiting must stay within 20; 16 wait, and this call adds 8",
+            4,
+        ),
     ],
 )
 async def test_only_a_limited_amount_waits_for_loading(

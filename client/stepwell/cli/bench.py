@@ -753,10 +753,9 @@ def bench(
 ) -> None:
     """Load a server with steps of many sessions, and measure throughput and latency.
 
-    The command opens sessions of its own, and steps them with random inputs that it made before the run. Each call
-    follows as soon as the previous one is answered. The command closes the sessions at the end, also after Ctrl-C,
-    SIGTERM and SIGHUP, which all exit with 130. A step is one time step of one session. Other users of the server will
-    notice the load.
+    The command opens its own sessions and steps them with random inputs made before the run. Each call follows as soon
+    as the previous one is answered. At the end the sessions are closed, also after Ctrl-C, SIGTERM and SIGHUP, which all
+    exit with 130. A step is one time step of one session. Other users of the server will notice the load.
 
     If the server does not answer the calls that are active at the end, the result counts them as unanswered, and the
     exit code is 1.
