@@ -6,18 +6,18 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-/// Sockets that are in the set at the same time; while there are more, the loop does not drive.
+/// Limit of sockets in the set. While there are more, the loop does not drive.
 const MAX_SOCKETS: usize = 64;
 
-/// Any thread may ring.
+/// Wakes Python's event loop. Any thread may ring.
 #[derive(Debug)]
 pub struct Wakeup {
     event: OwnedFd,
-    /// It has been rung and not quieted.
+    /// Whether it was rung and not quieted.
     is_rung: AtomicBool,
-    /// The sockets, as a set of epoll.
+    /// The epoll set of the sockets.
     sockets: OwnedFd,
-    /// The set of the eventfd and, at times, of `sockets`: readable when one of them is.
+    /// The epoll set of the eventfd and, while the loop drives, of `sockets`: readable if one of them is.
     all: OwnedFd,
     counts: Arc<SocketCounts>,
 }
@@ -50,7 +50,7 @@ impl Wakeup {
     #[allow(unsafe_code)]
     pub fn ring(&self) {
         if self.is_rung.swap(true, Ordering::SeqCst) {
-            return; // what was added before this is taken with what it was rung for: that is taken after `quiet`
+            return; // Python takes this arrival too, because it takes arrivals after `quiet`
         }
         let one: u64 = 1;
         // SAFETY: eight bytes of a number that lives until the call returns, written to an eventfd that is ours.
@@ -58,7 +58,7 @@ impl Wakeup {
         let _ = unsafe { libc::write(self.event.as_raw_fd(), std::ptr::from_ref(&one).cast(), 8) };
     }
 
-    /// The event loop is awake, and takes what has come after this.
+    /// Reset the signal, before the event loop takes the arrivals.
     #[allow(unsafe_code)]
     pub fn quiet(&self) {
         if !self.is_rung.load(Ordering::SeqCst) {
@@ -69,10 +69,10 @@ impl Wakeup {
         let size = unsafe { libc::read(self.event.as_raw_fd(), std::ptr::from_mut(&mut count).cast(), 8) };
         if size == 8 {
             self.is_rung.store(false, Ordering::SeqCst);
-        } // else who rings is about to write it
+        } // otherwise a ringing thread is about to write it
     }
 
-    /// A socket is open, until what this returns is dropped.
+    /// Count an open socket until the returned guard is dropped.
     pub fn watch(&self, socket: &impl AsRawFd) -> Watched {
         let is_watched = self.counts.watched.load(Ordering::Relaxed) < MAX_SOCKETS
             && control(&self.sockets, libc::EPOLL_CTL_ADD, socket.as_raw_fd()).is_ok();
@@ -86,18 +86,18 @@ impl Wakeup {
         self.counts.unwatched.load(Ordering::Relaxed) == 0
     }
 
-    /// From now on the event loop is woken by the sockets, too; whether that can be.
+    /// Wake the event loop for the sockets too. Returns whether that is possible.
     pub fn add_sockets(&self) -> bool {
         control(&self.all, libc::EPOLL_CTL_ADD, self.sockets.as_raw_fd()).is_ok()
     }
 
-    /// It is not any more.
+    /// Stop waking the event loop for the sockets.
     pub fn remove_sockets(&self) {
         let _ = control(&self.all, libc::EPOLL_CTL_DEL, self.sockets.as_raw_fd());
     }
 }
 
-/// A socket that is counted while this lives. It leaves the set when it is closed.
+/// A socket that counts while this guard lives. It leaves the set when it is closed.
 #[derive(Debug)]
 pub struct Watched {
     counts: Arc<SocketCounts>,
@@ -122,13 +122,13 @@ impl Drop for Watched {
 
 #[allow(unsafe_code)]
 fn eventfd() -> io::Result<OwnedFd> {
-    // SAFETY: the call takes no memory of ours.
+    // SAFETY: the call takes no pointer.
     owned(unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) })
 }
 
 #[allow(unsafe_code)]
 fn epoll() -> io::Result<OwnedFd> {
-    // SAFETY: the call takes no memory of ours.
+    // SAFETY: the call takes no pointer.
     owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })
 }
 
@@ -137,7 +137,7 @@ fn owned(fd: i32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is new, and nobody else's.
+    // SAFETY: it is new, and owned by nothing else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -145,7 +145,7 @@ fn owned(fd: i32) -> io::Result<OwnedFd> {
 #[allow(unsafe_code)]
 fn control(set: &OwnedFd, change: i32, fd: i32) -> io::Result<()> {
     let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
-    // SAFETY: an event that lives until the call returns; that a descriptor is none is an error and nothing else.
+    // SAFETY: an event that lives until the call returns; an invalid descriptor only causes an error.
     if unsafe { libc::epoll_ctl(set.as_raw_fd(), change, fd, std::ptr::from_mut(&mut event)) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_rung_until_it_is_quieted() {
+    fn it_rings_until_it_is_quieted() {
         let wakeup = Wakeup::new().unwrap();
         assert!(!is_readable(&wakeup));
         for _ in 0..2 {
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_wake_only_while_they_are_asked_to() {
+    fn sockets_wake_the_loop_only_while_they_are_in_the_set() {
         let wakeup = Wakeup::new().unwrap();
         let (mut here, mut there) = UnixStream::pair().unwrap();
         let watched = wakeup.watch(&here);
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn more_sockets_than_it_watches_are_counted() {
+    fn sockets_beyond_the_limit_are_counted() {
         let wakeup = Wakeup::new().unwrap();
         let pairs: Vec<_> = (0..=MAX_SOCKETS).map(|_| UnixStream::pair().unwrap()).collect();
         let mut watched: Vec<_> = pairs.iter().map(|(here, _)| wakeup.watch(here)).collect();

@@ -27,7 +27,7 @@ pub struct Begun {
     pub started: f64,
     /// The same; infinity if it has none.
     pub deadline: f64,
-    pub whose: Caller,
+    pub caller: Caller,
     /// Whether Python need not authenticate its caller.
     pub is_admitted: bool,
     /// Bytes of its headers, and of what is made of it.
@@ -64,17 +64,17 @@ pub fn admitted(
         refuse(respond, &Status::new(grpc::UNIMPLEMENTED, "Method not found!"));
         return None;
     };
-    let whose = Caller::of_call(headers, peer.certificate(), service.callers.as_ref());
-    let is_known = whose.is_known(service.callers.as_ref());
+    let caller = Caller::of_call(headers, peer.certificate(), service.callers.as_ref());
+    let is_known = caller.is_known(service.callers.as_ref());
     let pool = Pool::of(method, is_known);
-    let caller = whose.share().filter(|_| is_known && pool == Pool::Known);
-    let Some(place) = CallPlace::take(bounds, &peer.load.share, caller.clone(), pool) else {
+    let share = caller.share().filter(|_| is_known && pool == Pool::Known);
+    let Some(place) = CallPlace::take(bounds, &peer.load.share, share.clone(), pool) else {
         bounds.counts.refuse(pool.refusal());
         refuse(respond, &limits.overloaded);
         return None;
     };
     let own_bytes = if method.streams { STREAM_BYTES } else { CALL_BYTES };
-    let held = Held::new(bounds, &peer.load.share, caller, header_bytes + own_bytes);
+    let held = Held::new(bounds, &peer.load.share, share, header_bytes + own_bytes);
     if !method.is_open && held.may_not_begin() {
         bounds.counts.refuse(Refusal::Memory);
         refuse(respond, &limits.overloaded);
@@ -97,7 +97,7 @@ pub fn admitted(
         }
     };
     let is_admitted = is_known || method.is_open;
-    Some(Begun { method, encoding, started, deadline, whose, is_admitted, held, place })
+    Some(Begun { method, encoding, started, deadline, caller, is_admitted, held, place })
 }
 
 /// End a call without a reply.

@@ -48,7 +48,7 @@ pub fn begin(
         begun.started,
         deadline,
         metadata,
-        begun.whose,
+        begun.caller,
         service.unwritten.clone(),
     ));
     let served = Served {
@@ -160,7 +160,7 @@ impl Served {
     async fn answer(&mut self, respond: &mut SendResponse<Bytes>) -> Result<Bytes, Early> {
         self.admit(respond).await?;
         let message = self.only_message().await?;
-        poll_fn(|cx| self.poll_turn(cx, respond)).await?;
+        poll_fn(|cx| self.poll_may_begin(cx, respond)).await?;
         let message = match message {
             Ok(Whole { bytes, compressed: None }) => Message::Whole(bytes),
             Err(size) => Message::TooLarge(size),
@@ -222,8 +222,8 @@ impl Served {
         if self.service.all_general.load(Ordering::Relaxed) {
             return Err(SlowPath);
         }
-        let whose = self.call.whose.taken(self.service.callers.as_ref())?;
-        Ok(Step { whose, ..read()? })
+        let caller = self.call.caller.taken(self.service.callers.as_ref())?;
+        Ok(Step { caller, ..read()? })
     }
 
     fn put_into_columns(&self, frame_id: Option<u64>, step: &Step<'_>, size: usize) {

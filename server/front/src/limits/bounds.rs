@@ -1,4 +1,4 @@
-//! Bounds of the memory that peers can use, per connection and in total. Beyond them, the server waits or refuses.
+//! Limits of the memory that peers can use, per connection and in total. Beyond them, the server waits or refuses.
 
 use crate::limits::places::{Places, Pool, Share};
 use crate::limits::refusals::{Refusal, REFUSALS};
@@ -7,12 +7,12 @@ use bytes::Bytes;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-/// How much there is now, and how often something was refused.
+/// Current counts, and the number of refusals by reason.
 #[derive(Debug, Default)]
 pub struct Counts {
     pub connections: AtomicUsize,
     pub calls: Places,
-    /// Bytes that peers may send before they are read: the windows of all connections.
+    /// Total size of the flow-control windows of all connections, in bytes.
     pub windows: AtomicUsize,
     refused: [AtomicU64; REFUSALS.len()],
 }
@@ -30,7 +30,7 @@ impl Counts {
     }
 }
 
-/// What all connections together may hold and do, and what they do.
+/// The limits and current counts of all connections together.
 #[derive(Debug)]
 pub struct Bounds {
     pub limits: Limits,
@@ -50,7 +50,7 @@ impl Bounds {
     }
 }
 
-/// So much of a count is taken until this is dropped.
+/// A part of a count, taken until this is dropped.
 #[derive(Debug)]
 pub struct Slot {
     bounds: Arc<Bounds>,
@@ -59,7 +59,7 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// Take so much of a count, if it stays within the limit.
+    /// Add `size` to a count, if it stays within the limit.
     pub fn take(
         bounds: &Arc<Bounds>,
         of: fn(&Counts) -> &AtomicUsize,
@@ -85,16 +85,16 @@ impl Drop for Slot {
 #[derive(Debug)]
 pub struct Held {
     bounds: Arc<Bounds>,
-    /// That of its connection.
+    /// Share of its connection.
     own: Arc<Share>,
-    /// None: nobody is asked, or it is not known.
+    /// Share of its caller; None: no authentication, or an unknown caller.
     caller: Option<Arc<Share>>,
     bytes: usize,
 }
 
-/// A call that holds no more than this continues where its connection, or its caller, holds too much.
+/// A call that holds at most this continues even if its connection or caller holds too much.
 const SMALL_BYTES: usize = 64 << 10;
-/// This part of a limit more is for calls that hold little.
+/// Calls that hold little may exceed a limit by this fraction of it.
 const SMALL_PART: usize = 8;
 
 impl Held {
@@ -108,7 +108,7 @@ impl Held {
         self.bytes
     }
 
-    /// It is so many bytes now.
+    /// Set the current number of bytes.
     pub fn set(&mut self, bytes: usize) {
         let caller = self.caller.as_ref().map(|caller| &caller.bytes);
         for count in [&*self.bounds.held, &self.own.bytes].into_iter().chain(caller) {
@@ -121,7 +121,7 @@ impl Held {
         self.bytes = bytes;
     }
 
-    /// It is of this caller, as is known now.
+    /// Count the bytes for this caller, who is now known.
     pub fn belongs_to(&mut self, caller: Option<Arc<Share>>) {
         let bytes = self.bytes;
         self.set(0);
@@ -129,8 +129,8 @@ impl Held {
         self.set(bytes);
     }
 
-    /// Whether it must be given up: its connection or its caller holds more than is left for the others, and this is one
-    /// that hold much; or all together hold so much that nobody may hold more.
+    /// Whether the call must be refused: its connection or caller holds more than is left for the others and the call
+    /// itself is large, or all together hold more than the extended limit.
     pub fn is_too_much(&self) -> bool {
         let limits = &self.bounds.limits;
         let (held, own) = (self.bounds.held.load(Ordering::Relaxed), self.own());
@@ -141,7 +141,7 @@ impl Held {
                 && self.bytes > 0
     }
 
-    /// The same for a call that begins: beside others of its connection, which hold more than is left, there is no room.
+    /// Whether a new call must be refused, because its connection or caller already holds more than is left.
     pub fn may_not_begin(&self) -> bool {
         let limits = &self.bounds.limits;
         let (held, own) = (self.bounds.held.load(Ordering::Relaxed), self.own());
@@ -151,7 +151,7 @@ impl Held {
                 && (own > limits.connection_bytes || own > limits.budget_bytes.saturating_sub(held))
     }
 
-    /// Bytes of its connection, or of its caller, whichever are more.
+    /// Bytes of its connection or of its caller, whichever is larger.
     fn own(&self) -> usize {
         let caller = self.caller.as_ref().map_or(0, |caller| caller.bytes.load(Ordering::Relaxed));
         self.own.bytes.load(Ordering::Relaxed).max(caller)
@@ -164,7 +164,7 @@ impl Drop for Held {
     }
 }
 
-/// A reply that is counted until it is written to the socket or given up, wherever it waits.
+/// A reply that counts as held until it is written to the socket or dropped.
 pub fn counted(reply: Bytes, bounds: &Arc<Bounds>, own: &Arc<Share>) -> Bytes {
     struct Counted {
         reply: Bytes,
@@ -183,15 +183,15 @@ pub fn counted(reply: Bytes, bounds: &Arc<Bounds>, own: &Arc<Share>) -> Bytes {
 #[derive(Debug)]
 pub struct CallPlace {
     bounds: Arc<Bounds>,
-    /// That of its connection.
+    /// Share of its connection.
     own: Arc<Share>,
-    /// That of its caller, if it is known.
+    /// Share of its caller, if known.
     caller: Option<Arc<Share>>,
     pool: Pool,
 }
 
 impl CallPlace {
-    /// None: there is none for this connection, or this caller.
+    /// Take a place. None: no place is left for this connection or caller.
     pub fn take(
         bounds: &Arc<Bounds>,
         own: &Arc<Share>,
@@ -212,7 +212,7 @@ impl CallPlace {
         Some(place)
     }
 
-    /// Its caller is known now: it takes a place among those instead; whether there is one.
+    /// Move to a place among the calls of known callers. Returns whether there was one.
     pub fn know(&mut self, caller: Option<Arc<Share>>) -> bool {
         if self.pool != Pool::Unknown {
             return true;
@@ -240,7 +240,7 @@ impl Drop for CallPlace {
 mod tests {
     use super::*;
     #[test]
-    fn a_reply_counts_until_the_last_part_of_it_is_dropped() {
+    fn a_reply_counts_until_its_last_part_is_dropped() {
         let bounds = Arc::new(Bounds::for_test());
         let peer = Arc::<Share>::default();
         let mut reply = counted(Bytes::from_static(b"0123456789"), &bounds, &peer);
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_much_is_given_up_first() {
+    fn large_calls_are_refused_first() {
         let bounds = Arc::new(Bounds::for_test());
         let (one, other) = (Arc::<Share>::default(), Arc::<Share>::default());
         let limit = bounds.limits.connection_bytes;
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_holds_more_than_is_left_for_the_others() {
+    fn no_connection_holds_more_than_is_left_for_the_others() {
         let mut bounds = Bounds::for_test();
         bounds.limits.connection_bytes = usize::MAX / 2;
         let bounds = Arc::new(bounds);
@@ -279,16 +279,16 @@ mod tests {
         let mut first = Held::new(&bounds, &peers[0], None, budget / 2);
         assert!(!first.is_too_much());
         let second = Held::new(&bounds, &peers[1], None, budget / 4);
-        assert!(first.is_too_much() && !second.is_too_much(), "who holds most is refused first");
+        assert!(first.is_too_much() && !second.is_too_much(), "the largest holder is refused first");
         first.set(budget / 4 * 3);
         let small = Held::new(&bounds, &peers[2], None, SMALL_BYTES);
         assert!(!small.is_too_much() && !small.may_not_begin());
         first.set(budget / 8 * 7);
-        assert!(small.is_too_much() && small.may_not_begin(), "nobody may hold more");
+        assert!(small.is_too_much() && small.may_not_begin(), "the extended limit applies to all");
     }
 
     #[test]
-    fn a_caller_holds_what_all_of_its_connections_hold() {
+    fn a_caller_holds_the_bytes_of_all_its_connections() {
         let bounds = Arc::new(Bounds::for_test());
         let caller = Arc::<Share>::default();
         let peers: Vec<_> = (0..3).map(|_| Arc::<Share>::default()).collect();
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_are_given_back() {
+    fn slots_are_released() {
         let bounds = Arc::new(Bounds::for_test());
         let take = || Slot::take(&bounds, |counts| &counts.connections, 1, 2);
         let (first, second) = (take(), take());
@@ -327,30 +327,30 @@ mod tests {
         CallPlace::take(bounds, own, caller.cloned(), Pool::Known)
     }
 
-    /// As many as there are for a connection.
+    /// Take all places that a connection can get.
     fn fill(bounds: &Arc<Bounds>, own: &Arc<Share>, caller: Option<&Arc<Share>>) -> Vec<CallPlace> {
         std::iter::from_fn(|| take(bounds, own, caller)).collect()
     }
 
     #[test]
-    fn nobody_has_more_places_than_are_left_for_the_others() {
+    fn no_connection_has_more_places_than_are_left_for_the_others() {
         let bounds = Arc::new(Bounds::for_test()); // 10 places
         let peers: Vec<_> = (0..4).map(|_| Arc::<Share>::default()).collect();
         let first = fill(&bounds, &peers[0], None);
         assert_eq!(first.len(), 5);
         let second = fill(&bounds, &peers[1], None);
         assert_eq!(second.len(), 3);
-        assert!(take(&bounds, &peers[0], None).is_none(), "it holds most");
+        assert!(take(&bounds, &peers[0], None).is_none(), "it is the largest holder");
         let one = take(&bounds, &peers[2], None);
         let last = take(&bounds, &peers[3], None);
-        assert!(one.is_some() && last.is_some(), "those that hold nothing");
+        assert!(one.is_some() && last.is_some(), "connections without a place get one");
         assert!(take(&bounds, &peers[3], None).is_none(), "none is left");
         drop((first, second, one, last));
         assert_eq!((bounds.counts.calls.all(), peers[0].places.all()), (0, 0));
     }
 
     #[test]
-    fn a_caller_has_one_share_over_all_of_its_connections() {
+    fn a_caller_has_one_share_for_all_its_connections() {
         let bounds = Arc::new(Bounds::for_test());
         let caller = Arc::default();
         let peers: Vec<_> = (0..5).map(|_| Arc::<Share>::default()).collect();
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_moves_when_its_caller_is_known() {
+    fn a_call_changes_pools_when_its_caller_is_known() {
         let bounds = Arc::new(Bounds::for_test());
         let peer = Arc::<Share>::default();
         let unknown = || CallPlace::take(&bounds, &peer, None, Pool::Unknown);
@@ -369,13 +369,13 @@ mod tests {
         assert_eq!((bounds.counts.calls.of(Pool::Unknown), bounds.counts.calls.of(Pool::Known)), (0, 1));
         let _others = fill(&bounds, &peer, None);
         let mut late = unknown().unwrap();
-        assert!(!late.know(None), "there is no place");
+        assert!(!late.know(None), "no place is left");
         drop(late);
         assert_eq!(bounds.counts.calls.of(Pool::Unknown), 0);
     }
 
     #[test]
-    fn health_has_room_when_calls_have_none() {
+    fn health_checks_have_places_when_calls_have_none() {
         let bounds = Arc::new(Bounds::for_test());
         let peer = Arc::<Share>::default();
         let _all = fill(&bounds, &peer, None);

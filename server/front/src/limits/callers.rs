@@ -14,16 +14,16 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-/// Between a tenant and what it calls a session: namespaces.py. A client's id with it goes to Python, which refuses it.
+/// Separates tenant and session id: see namespaces.py. Python refuses ids of clients that contain it.
 pub const SEPARATOR: char = '\u{1f}';
-/// Says for which tenant an admin works: that is for Python to allow.
+/// Header with the tenant that an admin acts for, which Python must allow.
 const TENANT: &str = "stepwell-tenant";
-/// What says who calls, and for whom: sent once, for whoever reads another one than we do would be deceived.
+/// Headers that identify caller and tenant. Each may occur once, since another reader may use another occurrence.
 const DECIDING: [&str; 2] = ["authorization", TENANT];
-/// Credentials that are known at the same time; more of them are Python's. Signed tokens are as many as their issuer likes.
+/// Limit of known credentials; Python handles further ones. Issuers of signed tokens can make any number.
 const MAX_KNOWN: usize = 65_536;
 
-/// How a caller shows who it is. A token may have any bytes, so its digest never stands for a certificate.
+/// A caller's credential. A token may have any bytes, so its digest never stands for a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Credential {
     /// SHA-256 of a bearer token.
@@ -33,7 +33,7 @@ pub enum Credential {
 }
 
 impl Credential {
-    /// None: SHA-256 has another length.
+    /// None: not the length of a SHA-256 digest.
     pub fn of_digest(token: &[u8]) -> Option<Self> {
         token.try_into().ok().map(Credential::Token)
     }
@@ -48,7 +48,7 @@ impl Credential {
         (!names.is_empty()).then_some(Credential::Certificate(found))
     }
 
-    /// What a call shows, each of which it sends once. `certificate`: that of its connection.
+    /// The credential of a call. `certificate`: that of its connection.
     fn of_call(headers: &HeaderMap, certificate: Option<Credential>) -> Option<Self> {
         if headers.contains_key(TENANT) {
             return None;
@@ -80,11 +80,11 @@ pub struct Known {
     pub identity: String,
     /// Whether its role may step. Otherwise Python gets all of its messages.
     pub may_step: bool,
-    /// What it holds, by whichever credential.
+    /// Its places and bytes, over all of its credentials.
     share: OnceLock<Arc<Share>>,
     /// Python's object of the caller.
     pub who: Option<Box<dyn Any + Send + Sync>>,
-    /// Until when, seconds on the monotonic clock: the bits of a number, which others look at while it changes.
+    /// Expiry in seconds on the monotonic clock, as bits, because other threads read it while it changes.
     until: AtomicU64,
 }
 
@@ -126,21 +126,21 @@ impl Known {
     }
 }
 
-/// All that are known.
+/// All known callers.
 #[derive(Debug, Default)]
 pub struct Callers(Mutex<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
     known: HashMap<Credential, Arc<Known>>,
-    /// Of each caller, by its identity: while there are calls, or a credential is known.
+    /// Share of each caller by identity, while it has calls or a known credential.
     shares: HashMap<String, Weak<Share>>,
-    /// When it was full the last time, the first of them to leave had so long.
+    /// Earliest expiry of a credential when the table was last full.
     full_until: f64,
 }
 
 impl Callers {
-    /// Know a caller by this. Who is known by it already stays if it is the same, and is forgotten else.
+    /// Add a caller's credential. If it belonged to another caller, that caller's entry is forgotten.
     pub fn know(&self, credential: Credential, caller: Arc<Known>) {
         let mut table = self.table();
         if let Some(known) = table.known.get(&credential) {
@@ -172,7 +172,7 @@ impl Callers {
 }
 
 impl Table {
-    /// A caller has one share, whatever it is known by.
+    /// Give a caller its share, which is the same for all of its credentials.
     fn give_share(&mut self, caller: &Known) {
         if self.shares.len() > 2 * self.known.len() + 16 {
             self.shares.retain(|_, share| share.strong_count() > 0);
@@ -182,7 +182,7 @@ impl Table {
         let _ = caller.share.set(share);
     }
 
-    /// Whether there is room for one more, when those whose time is over have left.
+    /// Whether there is room for one more, after removing expired credentials.
     fn has_room(&mut self) -> bool {
         if self.known.len() < MAX_KNOWN {
             return true;
@@ -208,7 +208,7 @@ pub enum Caller {
 }
 
 impl Caller {
-    /// As the call's headers say it. `certificate`: what its connection has shown; `callers`: None: nobody is asked.
+    /// Read the caller from the headers. `certificate`: that of the connection; `callers` None: no authentication.
     pub fn of_call(
         headers: &HeaderMap,
         certificate: Option<Credential>,
@@ -225,19 +225,19 @@ impl Caller {
         }
     }
 
-    /// Whether it is known who calls, or nobody is asked: else Python has to say whether the call is served.
+    /// Whether the caller is known or needs no authentication. Otherwise Python decides whether to serve the call.
     pub fn is_known(&self, callers: Option<&Arc<Callers>>) -> bool {
         matches!(self, Caller::Anybody) || self.caller(callers).is_ok()
     }
 
-    /// Returns the share of its caller; None: not known.
+    /// Returns the share of the caller; None: not known.
     pub fn share(&self) -> Option<Arc<Share>> {
         let Caller::Of(_, own) = self else { return None };
         let own = own.lock().unwrap_or_else(PoisonError::into_inner);
         own.as_ref().map(|known| known.share().clone())
     }
 
-    /// In whose name fast-path messages are taken, None: anybody's. Err: there are none.
+    /// Returns the caller of fast-path messages; None: no authentication. Err: Python must serve the messages.
     pub fn taken(&self, callers: Option<&Arc<Callers>>) -> Result<Option<Arc<Known>>, SlowPath> {
         if matches!(self, Caller::Anybody) {
             return Ok(None);
@@ -245,7 +245,7 @@ impl Caller {
         self.caller(callers).and_then(|known| if known.may_step { Ok(Some(known)) } else { Err(SlowPath) })
     }
 
-    /// Who makes it, as long as that holds.
+    /// Returns the caller, while its credential is valid.
     fn caller(&self, callers: Option<&Arc<Callers>>) -> Result<Arc<Known>, SlowPath> {
         let Caller::Of(credential, own) = self else { return Err(SlowPath) };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
@@ -253,14 +253,14 @@ impl Caller {
         if known.is_valid() {
             return Ok(known.clone());
         }
-        // it may be known again
+        // the credential may have been renewed
         let again = callers.and_then(|callers| callers.find(*credential));
         let again = again.filter(|again| again.is_same(known) && again.is_valid()).ok_or(SlowPath)?;
         *own = Some(again.clone());
         Ok(again)
     }
 
-    /// Python has found out who makes the call: its next messages may be plain, if the front knows that caller.
+    /// Python has authenticated the caller. Further messages may take the fast path, if the front knows that caller.
     pub fn identified(&self, identity: &str, callers: Option<&Arc<Callers>>) {
         let (Caller::Of(credential, own), Some(callers)) = (self, callers) else { return };
         let mut own = own.lock().unwrap_or_else(PoisonError::into_inner);
@@ -288,29 +288,29 @@ mod tests {
         Credential::of_digest(digest(&SHA256, text.as_bytes()).as_ref()).unwrap()
     }
 
-    /// Know a caller of a tenant, which is all that is known of it.
+    /// Add a caller of a tenant, identified by the tenant alone.
     fn know(callers: &Callers, credential: Credential, tenant: &str, until: f64) {
         let prefix = format!("{tenant}{SEPARATOR}");
         callers.know(credential, Known::new(prefix, tenant.to_owned(), true, None, until));
     }
 
-    fn whose(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Caller {
+    fn caller_of(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Caller {
         Caller::of_call(&headers(lines), None, Some(callers))
     }
 
-    /// The tenant whose fast-path messages are taken; None: nobody.
+    /// The tenant of fast-path messages; None: they go to Python.
     fn tenant(call: &Caller, callers: &Arc<Callers>) -> Option<String> {
         call.taken(Some(callers)).ok().flatten().map(|known| known.identity.clone())
     }
 
     fn tenant_of(callers: &Arc<Callers>, lines: &[(&'static str, &[u8])]) -> Option<String> {
-        tenant(&whose(callers, lines), callers)
+        tenant(&caller_of(callers, lines), callers)
     }
 
     const ANNA: &[(&str, &[u8])] = &[("authorization", b"Bearer anna")];
 
     #[test]
-    fn nobody_is_asked_unless_somebody_is() {
+    fn callers_are_authenticated_only_if_configured() {
         assert!(Caller::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
         let tenant = headers(&[(TENANT, b"x")]);
         assert!(Caller::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
@@ -318,15 +318,15 @@ mod tests {
             assert!(Caller::of_call(&headers(&twice), None, None).taken(None).is_err(), "Python refuses it");
         }
         let callers = Arc::default();
-        assert!(whose(&callers, &[]).taken(Some(&callers)).is_err());
-        assert!(whose(&callers, ANNA).taken(Some(&callers)).is_err());
+        assert!(caller_of(&callers, &[]).taken(Some(&callers)).is_err());
+        assert!(caller_of(&callers, ANNA).taken(Some(&callers)).is_err());
     }
 
     #[test]
-    fn a_known_token_is_its_callers_and_whatever_is_odd_is_nobodys() {
+    fn a_known_token_identifies_its_caller_and_odd_headers_identify_none() {
         let callers = Arc::default();
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        let known = whose(&callers, ANNA).taken(Some(&callers)).unwrap().unwrap();
+        let known = caller_of(&callers, ANNA).taken(Some(&callers)).unwrap().unwrap();
         assert_eq!(known.prefix, "acme\u{1f}");
         for value in [&b"Bearer anna"[..], b"bearer anna", b"BEARER anna"] {
             assert_eq!(tenant_of(&callers, &[("authorization", value)]), Some("acme".to_owned()));
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_counts_where_no_token_is_shown_and_is_never_taken_for_one() {
+    fn a_certificate_counts_without_a_token_and_never_stands_for_one() {
         let callers = Arc::default();
         let names = ["anna.example".to_owned(), "spiffe://anna".to_owned()];
         let certificate = Credential::of_certificate(&names);
@@ -361,7 +361,7 @@ mod tests {
             tenant(&Caller::of_call(&headers(lines), certificate, Some(&callers)), &callers)
         };
         assert_eq!(tenant_of(&[]), Some("acme".to_owned()));
-        assert_eq!(tenant_of(ANNA), None, "a token that nobody knows");
+        assert_eq!(tenant_of(ANNA), None, "an unknown token");
         assert_eq!(Credential::of_certificate(&[]), None);
         let joined = ["anna.examplespiffe://anna".to_owned()];
         assert_ne!(Credential::of_certificate(&joined), certificate);
@@ -370,10 +370,10 @@ mod tests {
     }
 
     #[test]
-    fn who_is_forgotten_is_so_on_open_calls_too_until_it_is_known_again() {
+    fn a_forgotten_caller_is_unknown_on_open_calls_too_until_it_is_added_again() {
         let callers = Arc::default();
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        let open = whose(&callers, ANNA);
+        let open = caller_of(&callers, ANNA);
         callers.forget(token("anna"));
         assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, None));
         know(&callers, token("anna"), "acme", f64::INFINITY);
@@ -381,42 +381,42 @@ mod tests {
     }
 
     #[test]
-    fn an_open_call_stays_that_of_who_it_was() {
+    fn an_open_call_keeps_its_caller() {
         let callers = Arc::default();
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        let open = whose(&callers, ANNA);
+        let open = caller_of(&callers, ANNA);
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        assert_eq!(tenant(&open, &callers), Some("acme".to_owned()), "said again");
+        assert_eq!(tenant(&open, &callers), Some("acme".to_owned()), "added again");
         know(&callers, token("anna"), "other", f64::INFINITY);
         open.identified("other", Some(&callers));
         assert_eq!((tenant(&open, &callers), tenant_of(&callers, ANNA)), (None, Some("other".to_owned())));
     }
 
     #[test]
-    fn time_ends_what_is_known_and_python_may_give_more() {
+    fn credentials_expire_and_python_may_extend_them() {
         let callers = Arc::default();
         let now = clock::now();
         know(&callers, token("anna"), "acme", now);
-        let open = whose(&callers, ANNA);
+        let open = caller_of(&callers, ANNA);
         assert_eq!(tenant(&open, &callers), None);
         know(&callers, token("anna"), "acme", now + 3600.0);
         assert_eq!(tenant(&open, &callers), Some("acme".to_owned()));
     }
 
     #[test]
-    fn a_call_may_become_known_while_it_is_open() {
+    fn the_caller_of_an_open_call_may_become_known() {
         let callers = Arc::default();
-        let open = whose(&callers, ANNA);
+        let open = caller_of(&callers, ANNA);
         know(&callers, token("anna"), "acme", f64::INFINITY);
-        assert_eq!(tenant(&open, &callers), None, "Python has not said whose call it is");
+        assert_eq!(tenant(&open, &callers), None, "Python has not identified the caller");
         open.identified("other", Some(&callers));
-        assert_eq!(tenant(&open, &callers), None, "it is somebody else's");
+        assert_eq!(tenant(&open, &callers), None, "another caller");
         open.identified("acme", Some(&callers));
         assert_eq!(tenant(&open, &callers), Some("acme".to_owned()));
     }
 
     #[test]
-    fn more_than_may_be_are_not_known_until_the_time_of_others_is_over() {
+    fn credentials_beyond_the_limit_are_unknown_until_others_expire() {
         let callers = Arc::default();
         let numbered =
             |number: usize| Credential::Token(std::array::from_fn(|at| (number >> (at % 8 * 8)) as u8));
@@ -433,7 +433,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_other_header_is_taken_for_a_known_one(value in prop::collection::vec(0x20u8..0x7f, 0..20)) {
+        fn no_other_header_identifies_a_known_caller(value in prop::collection::vec(0x20u8..0x7f, 0..20)) {
             let callers = Arc::default();
             know(&callers, token("anna"), "acme", f64::INFINITY);
             let is_known = tenant_of(&callers, &[("authorization", &value)]).is_some();

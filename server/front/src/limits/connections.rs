@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-/// Connections that are looked at for each new one that finds no room.
+/// Limit of connections to check when a new one finds no room.
 const LOOKS: usize = 64;
 
 /// All of them.
@@ -14,16 +14,16 @@ pub struct Connections(Mutex<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
-    /// About from the oldest to the newest.
+    /// Roughly from oldest to newest.
     all: VecDeque<Weak<Peer>>,
-    /// How many there are from each address.
+    /// Number of connections from each address.
     addresses: HashMap<IpAddr, usize>,
 }
 
 impl Connections {
     pub fn add(&self, peer: &Arc<Peer>) {
         let mut table = self.table();
-        // one that has ended is dropped for each new one, so that what is kept stays as large as what there is
+        // drops ended connections as new ones are added, so that the list does not grow
         for _ in 0..2 {
             match table.all.pop_front() {
                 Some(old) if old.strong_count() > 0 => table.all.push_back(old),
@@ -33,8 +33,8 @@ impl Connections {
         table.all.push_back(Arc::downgrade(peer));
     }
 
-    /// Let a connection leave that does nothing, or whose callers are not known; whether there was one. `asks`: callers are
-    /// asked who they are.
+    /// Close an idle connection, or one without a known caller. Returns whether there was one. `asks`: callers are
+    /// authenticated.
     pub fn make_room(&self, asks: bool) -> bool {
         let mut table = self.table();
         let mut idle = None;
@@ -54,8 +54,8 @@ impl Connections {
         idle.inspect(|peer| peer.leave()).is_some()
     }
 
-    /// End a connection of which bytes are kept that no window counts, one that no known caller has used first; of others
-    /// the one of which most are kept. Not all are looked at once there is one. Returns whether there was one.
+    /// Close the connection with the most bytes outside the flow-control windows, first those without a known caller. It
+    /// stops after `LOOKS` connections once it has found one. Returns whether there was one.
     pub fn end_largest(&self) -> bool {
         let mut table = self.table();
         let mut largest: Option<Arc<Peer>> = None;
@@ -76,7 +76,7 @@ impl Connections {
         true
     }
 
-    /// A connection from an address, until what is returned is dropped; None: there are as many from there as may be.
+    /// Count a connection from an address until the result is dropped; None: the address has reached its limit.
     pub fn come(self: &Arc<Self>, address: IpAddr, limit: usize) -> Option<FromAddress> {
         let address = address.to_canonical();
         let mut table = self.table();
@@ -132,7 +132,7 @@ mod tests {
     use std::future::Future;
 
     #[test]
-    fn what_does_nothing_leaves_first() {
+    fn idle_connections_are_closed_first() {
         let bounds = Arc::new(Bounds::for_test());
         let connections = Connections::default();
         let peers: Vec<_> = (0..3).map(|_| Arc::new(Peer::numbered(0))).collect();
@@ -140,14 +140,14 @@ mod tests {
         peers.iter().for_each(|peer| peer.know());
         let place = CallPlace::take(&bounds, &peers[0].load.share, None, Pool::Known);
         assert!(place.is_some() && connections.make_room(true) && connections.make_room(true));
-        assert!(!connections.make_room(true), "the other one has a call");
+        assert!(!connections.make_room(true), "the other connection has a call");
         assert_eq!(peers.iter().map(|peer| has_left(peer)).collect::<Vec<_>>(), [false, true, true]);
         drop(place);
         assert!(connections.make_room(true) && has_left(&peers[0]));
     }
 
     #[test]
-    fn callers_that_are_not_known_leave_whatever_they_do_where_callers_are_asked() {
+    fn with_authentication_connections_of_unknown_callers_are_closed_even_if_busy() {
         let bounds = Arc::new(Bounds::for_test());
         let connections = Connections::default();
         let (idle, stranger) = (Arc::new(Peer::numbered(0)), Arc::new(Peer::numbered(0)));
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn of_those_that_end_no_frame_strangers_leave_first() {
+    fn of_connections_with_incomplete_frames_unknown_callers_are_closed_first() {
         let connections = Connections::default();
         let peers: Vec<_> = (0..4).map(|_| Arc::new(Peer::numbered(0))).collect();
         peers.iter().for_each(|peer| connections.add(peer));
@@ -176,7 +176,7 @@ mod tests {
         idle.iter().for_each(|peer| connections.add(peer));
         let last = idle.last().unwrap();
         last.quota.set_kept(1);
-        assert!(connections.end_largest() && has_left(last), "it is found wherever it stands");
+        assert!(connections.end_largest() && has_left(last), "it is found at any position");
     }
 
     #[test]

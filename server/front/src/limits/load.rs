@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 
-/// What a message counts that Python reads, in fast-path steps: about as many cost the same.
+/// The cost of a message that Python reads, in fast-path steps.
 pub const GENERAL: usize = 8;
 
-/// Tasks that wait for room, each of them once.
+/// Tasks that wait for room, each at most once.
 #[derive(Debug, Default)]
 pub struct Waiters(Mutex<Waiting>);
 
@@ -23,7 +23,7 @@ struct Waiting {
 pub struct Place(Option<u64>);
 
 impl Waiters {
-    /// Be woken with the others; `place` is the task's own, and not to be shared with another list.
+    /// Wake this task with the others. `place` belongs to the task and to this list only.
     pub fn add(&self, cx: &Context<'_>, place: &mut Place) {
         let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if place.0 != Some(waiting.round) {
@@ -45,15 +45,15 @@ impl Waiters {
     }
 }
 
-/// What a connection has under way.
+/// The running work of a connection.
 #[derive(Debug)]
 pub struct Load {
     /// Its calls, and bytes of messages and replies in memory.
     pub share: Arc<Share>,
-    /// Steps that Python was handed and has not answered; what is no fast-path step counts `GENERAL`.
+    /// Steps that Python has not answered; each other message counts as `GENERAL` steps.
     steps: AtomicUsize,
     most_steps: usize,
-    /// They were as many as may be, and not half of them have ended: what is let in comes in numbers, not one by one.
+    /// Whether the limit was reached and not half of the steps have ended since, so that new ones come in groups.
     is_full: AtomicBool,
     waiters: Waiters,
 }
@@ -69,17 +69,17 @@ impl Load {
         }
     }
 
-    /// Whether the connection may begin more: else the task is woken when it may.
+    /// Whether the connection may begin more. Otherwise the task is woken when it may.
     pub fn may_begin(&self, cx: &Context<'_>, place: &mut Place) -> bool {
         if !self.is_full.load(Ordering::SeqCst) {
             return true;
         }
         self.waiters.add(cx, place);
-        // some may have ended meanwhile, and have seen nobody waiting
+        // steps may have ended before the task was added
         !self.is_full.load(Ordering::SeqCst)
     }
 
-    /// Whether so much is under way that the connection's calls had better take turns.
+    /// Whether so many steps run that the connection's calls should alternate.
     pub fn is_busy(&self) -> bool {
         self.steps.load(Ordering::Relaxed) > self.most_steps / 4
     }
@@ -87,7 +87,7 @@ impl Load {
     pub fn begin(&self, steps: usize) {
         if self.steps.fetch_add(steps, Ordering::SeqCst) + steps >= self.most_steps {
             self.is_full.store(true, Ordering::SeqCst);
-            self.end(0); // others may have ended theirs before that was seen
+            self.end(0); // other steps may have ended before the flag was set
         }
     }
 
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_room_is_woken_when_there_is_some() {
+    fn tasks_that_wait_for_room_are_woken_when_there_is_some() {
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(woken.clone());
         let cx = Context::from_waker(&waker);
@@ -125,7 +125,7 @@ mod tests {
         assert!(!load.may_begin(&cx, &mut place) && !load.may_begin(&cx, &mut place));
         assert_eq!(load.waiters.0.lock().unwrap().wakers.len(), 1, "each waits once");
         load.end(8);
-        assert!(!woken.0.load(Ordering::Relaxed), "more than half are under way");
+        assert!(!woken.0.load(Ordering::Relaxed), "more than half are running");
         load.end(1);
         assert!(woken.0.load(Ordering::Relaxed) && load.may_begin(&cx, &mut place));
     }

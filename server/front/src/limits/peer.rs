@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{Notify, Semaphore};
 
-/// Calls of one connection of which Python is asked at the same time who makes them. Asking takes as long as ten steps.
+/// Limit of a connection's calls that Python authenticates concurrently. Each takes as long as ten steps.
 const MAX_JUDGED: usize = 8;
 
 /// What all calls of a connection share.
@@ -17,10 +17,10 @@ pub struct Peer {
     pub name: String,
     /// Tells connections apart.
     pub number: u64,
-    /// Of the certificate with which its client has shown who it is; and the same, as what calls are known by.
+    /// The names in the client's certificate, and the credential that they form.
     shown: OnceLock<(Vec<String>, Option<Credential>)>,
     pub load: Load,
-    /// A caller who is known, or need not be, has made a call over it.
+    /// Whether a known caller, or one that needs no authentication, has made a call over it.
     is_known: AtomicBool,
     leave: Notify,
     pub quota: Arc<ReadQuota>,
@@ -31,7 +31,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// One that has shown no certificate.
+    /// A connection without a certificate.
     pub fn new(name: String, number: u64, load: Load, quota: Arc<ReadQuota>) -> Self {
         Peer {
             name,
@@ -46,7 +46,7 @@ impl Peer {
         }
     }
 
-    /// It has shown a certificate with these names.
+    /// Set the names in the client's certificate.
     pub fn show(&self, certificate_names: Vec<String>) {
         let certificate = Credential::of_certificate(&certificate_names);
         let _ = self.shown.set((certificate_names, certificate));
@@ -60,7 +60,7 @@ impl Peer {
         self.shown.get().and_then(|(_, certificate)| *certificate)
     }
 
-    /// A caller who is known, or need not be, makes a call over it.
+    /// Mark the connection as used by a known caller, or by one that needs no authentication.
     pub fn know(&self) {
         self.is_known.store(true, Ordering::Relaxed);
     }
@@ -69,13 +69,13 @@ impl Peer {
         self.is_known.load(Ordering::Relaxed)
     }
 
-    /// Make the connection leave for another. It is read no further.
+    /// Close the connection in favour of another, and stop reading it.
     pub fn leave(&self) {
         self.quota.give_up();
         self.leave.notify_one();
     }
 
-    /// Return when the connection is to leave for another.
+    /// Return when the connection must be closed in favour of another.
     pub async fn left(&self) {
         self.leave.notified().await;
     }

@@ -1,7 +1,7 @@
 //! Places of calls: each kind of call has a number of places, which connections and callers share.
 //!
-//! Nobody may hold more places than are left for the others. So the largest holder is refused first, however many there
-//! are, and one that holds nothing gets a place while there is any.
+//! No holder may have more places than are left for the others. So the largest holder is refused first, and one without a
+//! place gets one while any is left.
 
 use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
@@ -11,18 +11,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Kinds of calls that take no places from each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pool {
-    /// Calls of known callers; where nobody is asked who calls, all but those of the next two kinds.
+    /// Calls of known callers; without authentication, all calls except health checks and watches.
     Known,
-    /// Calls whose caller is not known, or not yet.
+    /// Calls of callers that are not known yet.
     Unknown,
-    /// Whether the server is there: for everybody, and answered when nothing else is.
+    /// Health checks, which every client may make and which are answered even under overload.
     Health,
-    /// The same, for as long as the client likes.
+    /// Health watches, which last as long as the client wants.
     Watch,
 }
 
 pub const POOLS: usize = 4;
-/// Of one connection: what asks for health needs few.
+/// Limits per connection. Health checkers need few calls.
 const MAX_HEALTH_CALLS: usize = 64;
 const MAX_WATCHES: usize = 8;
 
@@ -36,7 +36,7 @@ impl Pool {
         }
     }
 
-    /// Places of all, and of one connection or caller.
+    /// The limits of places in total, and per connection or caller.
     pub fn limits(self, limits: &Limits) -> (usize, usize) {
         match self {
             Pool::Known => (limits.calls, usize::MAX),
@@ -56,7 +56,7 @@ impl Pool {
     }
 }
 
-/// What there is of each kind.
+/// The number of places taken, by kind.
 #[derive(Debug, Default)]
 pub struct Places([AtomicUsize; POOLS]);
 
@@ -78,7 +78,7 @@ impl Places {
     }
 }
 
-/// What one connection holds, or one caller over all of its connections.
+/// The places and bytes of a connection, or of a caller over all of its connections.
 #[derive(Debug, Default)]
 pub struct Share {
     pub places: Places,

@@ -1,7 +1,7 @@
-//! A connection's read quota: how much is read from it before the others, and how many control frames it may send.
+//! A connection's read quota: the bytes read before other connections get a slot, and the control frames it may send.
 //!
-//! h2 reads a connection while there is something to read. A client with many small frames would occupy the front's
-//! thread alone, and frames that carry no call (pings, settings) would not be limited at all.
+//! h2 reads a connection while it has data. A client with many small frames would occupy the front's thread, and frames
+//! outside calls (pings, settings) would have no limit.
 
 use fields::Fields;
 use std::future::Future;
@@ -18,31 +18,31 @@ mod gate;
 
 pub use gate::Gate;
 
-/// Bytes read of a connection in one quota, at most and at least. Between them each connection has as many as it can be
-/// served with in the time of a quota: headers cost a hundred times as much as data.
-const MAX_TURN_BYTES: usize = 64 << 10;
-const MIN_TURN_BYTES: usize = 1 << 10;
-const TURN_TIME: Duration = Duration::from_micros(100);
-/// Fields of one call's headers. As many are over what h2 takes, since HTTP/2 counts 32 bytes for each.
+/// Largest and smallest quota in bytes. Each connection's quota adapts to what can be served in `QUOTA_TIME`, because
+/// headers cost a hundred times as much as data.
+const MAX_QUOTA_BYTES: usize = 64 << 10;
+const MIN_QUOTA_BYTES: usize = 1 << 10;
+const QUOTA_TIME: Duration = Duration::from_micros(100);
+/// Limit of fields in one call's headers. It exceeds h2's own limit, since HTTP/2 counts 32 bytes for each field.
 const MAX_FIELDS: usize = 2048;
-/// What headers without an end take in memory: so many times their bytes, and this for each field.
+/// Memory of incomplete headers: this many times their bytes, plus `FIELD_BYTES` per field.
 const HEADER_COPIES: usize = 4;
 const FIELD_BYTES: usize = 128;
-/// What the table of a connection may keep before it counts: a client that calls a dozen methods keeps no more.
+/// Uncounted bytes of a connection's header table. A client that calls a dozen methods needs no more.
 const FREE_TABLE_BYTES: usize = 128 << 10;
-/// A frame of data smaller than this takes more memory while it waits than its bytes, which flow control bounds.
+/// A data frame smaller than this uses more memory while it waits than its bytes, which flow control limits.
 pub const SMALL_BYTES: usize = 256;
-/// Those of one connection that wait to be read; and where those of all are many, fewer.
+/// Limit of unread small frames per connection. The lower limit applies while all connections together have `MANY_SMALL`.
 const MAX_SMALL: i64 = 16_384;
 const MAX_SMALL_OF_MANY: i64 = 512;
 const MANY_SMALL: i64 = 131_072;
-/// Small frames of calls that have ended are not counted back. This time makes up for one.
+/// Small frames of calls that ended unread stay counted. One is forgotten in each interval.
 const FORGET_EVERY: Duration = Duration::from_millis(50);
-/// Frames that carry no call, in a burst; each frame that does allows one more.
+/// Burst of frames outside calls. Each frame of a call allows one more.
 const MAX_CONTROL: usize = 1000;
-/// And so many more as time passes.
+/// Interval at which one more is allowed.
 const CONTROL_EVERY: Duration = Duration::from_millis(10);
-/// SETTINGS, which may change something of each call of the connection: a burst, and one more as time passes.
+/// Burst and interval of SETTINGS frames, each of which may affect every call of the connection.
 const MAX_SETTINGS: usize = 100;
 const SETTINGS_INTERVAL: Duration = Duration::from_millis(100);
 const PREFACE_BYTES: usize = 24;
@@ -51,18 +51,18 @@ const HEAD_BYTES: usize = 9;
 /// Shared by the socket and the task that serves the connection.
 #[derive(Debug)]
 pub struct ReadQuota {
-    /// Bytes of a quota, and those left of this one.
+    /// Bytes of a full quota, and bytes left of the current one.
     size: AtomicUsize,
     left: AtomicUsize,
     is_flooded: AtomicBool,
-    /// Small frames of data that wait to be read.
+    /// Small data frames that wait to be read.
     small: AtomicI64,
     /// See `Control::kept`.
     kept: AtomicUsize,
     all: Arc<Received>,
 }
 
-/// What all connections together have sent that is not done with.
+/// Totals of unprocessed data of all connections.
 #[derive(Debug, Default)]
 pub struct Received {
     small: AtomicI64,
@@ -70,7 +70,7 @@ pub struct Received {
 }
 
 impl Received {
-    /// Bytes that h2 keeps of all connections, though no window counts them.
+    /// Bytes that h2 keeps for all connections, outside the flow-control windows.
     pub fn kept(&self) -> usize {
         self.kept.load(Ordering::Relaxed)
     }
@@ -79,7 +79,7 @@ impl Received {
 impl Default for ReadQuota {
     fn default() -> Self {
         ReadQuota {
-            size: AtomicUsize::new(MAX_TURN_BYTES),
+            size: AtomicUsize::new(MAX_QUOTA_BYTES),
             left: AtomicUsize::new(0),
             is_flooded: AtomicBool::new(false),
             small: AtomicI64::new(0),
@@ -104,17 +104,17 @@ impl ReadQuota {
         quota
     }
 
-    /// Bytes that h2 keeps of the connection, though no window counts them.
+    /// Bytes that h2 keeps for the connection, outside the flow-control windows.
     pub fn kept(&self) -> usize {
         self.kept.load(Ordering::Relaxed)
     }
 
-    /// Whether the connection is about to leave.
+    /// Whether the connection is about to be closed.
     pub fn is_given_up(&self) -> bool {
         self.is_flooded.load(Ordering::Relaxed)
     }
 
-    /// The connection is about to leave: what it has sent counts no longer.
+    /// Mark the connection for closing. Its data no longer counts.
     pub fn give_up(&self) {
         self.is_flooded.store(true, Ordering::Relaxed);
         self.set_kept(0);
@@ -129,16 +129,16 @@ impl ReadQuota {
         }
     }
 
-    /// Data of a call was read.
+    /// Count data of a call as read.
     pub fn read(&self, bytes: usize) {
         if bytes < SMALL_BYTES {
             self.add_small(-1);
         }
     }
 
-    /// So many small frames more, or fewer, wait; whether that may be.
+    /// Change the number of waiting small frames. Returns whether it is within the limit.
     fn add_small(&self, count: i64) -> bool {
-        // never below none: frames that were read are not all small ones that were counted
+        // never below 0: some of the frames that were read had been forgotten
         let add = |small: i64| Some((small + count).max(0));
         let before = self.small.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).unwrap_or(0);
         let now = (before + count).max(0);
@@ -146,25 +146,25 @@ impl ReadQuota {
         now <= if all > MANY_SMALL { MAX_SMALL_OF_MANY } else { MAX_SMALL }
     }
 
-    /// The task of the connection is polled: it may read again.
+    /// Start a new quota, when the connection's task is polled.
     pub fn begin(&self) {
         self.left.store(self.size.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// The poll has ended after this time: the next quota is as large as this one's pace allows.
+    /// End the poll, which took this long, and adapt the size of the next quota.
     pub fn end(&self, took: Duration) {
         let size = self.size.load(Ordering::Relaxed);
-        let next = if took > TURN_TIME {
-            (size / 2).max(MIN_TURN_BYTES)
-        } else if self.left.load(Ordering::Relaxed) == 0 && took < TURN_TIME / 2 {
-            (size * 2).min(MAX_TURN_BYTES)
+        let next = if took > QUOTA_TIME {
+            (size / 2).max(MIN_QUOTA_BYTES)
+        } else if self.left.load(Ordering::Relaxed) == 0 && took < QUOTA_TIME / 2 {
+            (size * 2).min(MAX_QUOTA_BYTES)
         } else {
             return;
         };
         self.size.store(next, Ordering::Relaxed);
     }
 
-    /// Ready when the peer has sent more frames without a call than it may.
+    /// Ready when the peer has exceeded a limit.
     pub fn poll_flooded(&self) -> Poll<()> {
         if self.is_given_up() {
             Poll::Ready(())
@@ -195,8 +195,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for QuotaSocket<S> {
     ) -> Poll<io::Result<()>> {
         let left = self.quota.left.load(Ordering::Relaxed);
         if left == 0 || self.quota.poll_flooded().is_ready() {
-            // behind all that is ready, and behind a look at the sockets: a task that only wakes itself keeps tokio from
-            // looking at them for 61 tasks
+            // runs after all ready tasks and a poll of the sockets: if a task only wakes itself, tokio does not poll them
+            // for 61 tasks
             let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
             return Poll::Pending;
         }
@@ -204,7 +204,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for QuotaSocket<S> {
         if buf.remaining() <= left {
             ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
         } else {
-            let mut part = ReadBuf::new(buf.initialize_unfilled_to(left)); // which costs time: it is written first
+            let mut part = ReadBuf::new(buf.initialize_unfilled_to(left)); // zeroes the bytes, which costs time
             ready!(Pin::new(&mut self.socket).poll_read(cx, &mut part))?;
             let read = part.filled().len();
             buf.advance(read);
@@ -220,7 +220,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for QuotaSocket<S> {
         }
         if !may_send {
             self.quota.give_up();
-            buf.set_filled(before); // h2 does not see it
+            buf.set_filled(before); // hidden from h2
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -254,23 +254,23 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for QuotaSocket<S> {
     }
 }
 
-/// Counts frames that carry no call: pings, settings, priorities, empty data, and what is not known.
+/// Counts frames outside calls: pings, settings, priorities, empty data, and unknown types.
 struct Control {
-    /// Bytes before the next head of a frame.
+    /// Bytes before the next frame header.
     skip: usize,
     head: [u8; HEAD_BYTES],
-    /// How much of it has come.
+    /// Received bytes of `head`.
     known: usize,
     control: Bucket,
     settings: Bucket,
-    /// Fields and bytes of the headers that come; whether some do, and whether their end is in this frame.
+    /// Fields and bytes of the headers being received; whether a frame has headers, and whether it ends them.
     fields: Fields,
     header_bytes: usize,
     is_in_headers: bool,
     ends_headers: bool,
-    /// Small frames of data that were not looked at.
+    /// Small data frames that are not yet counted in the quota.
     small: i64,
-    /// Small ones that ended unread are forgotten up to then.
+    /// Time up to which small frames that ended unread are forgotten.
     forgotten: Instant,
 }
 
@@ -291,14 +291,14 @@ impl Control {
         }
     }
 
-    /// Small frames that may have ended unread since this was asked last.
+    /// Number of small frames to forget since the last call.
     fn forget(&mut self, now: Instant) -> i64 {
         let passed = now.saturating_duration_since(self.forgotten);
         self.forgotten = now;
         (passed.as_millis() / FORGET_EVERY.as_millis()) as i64
     }
 
-    /// Whether a peer that has sent this may continue.
+    /// Whether a peer that sent these bytes is within its limits.
     fn may_send(&mut self, mut bytes: &[u8], now: impl Fn() -> Instant) -> bool {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
@@ -322,19 +322,19 @@ impl Control {
         true
     }
 
-    /// Whether one call's headers may have this many fields.
+    /// Add bytes of headers. Returns whether the call's headers are within the limit of fields.
     fn may_send_fields(&mut self, bytes: &[u8]) -> bool {
         self.fields.push(bytes);
         self.header_bytes += bytes.len();
         self.fields.count() <= MAX_FIELDS
     }
 
-    /// Bytes that h2 keeps of what has come, at most: a frame or headers without an end, and entries of its table.
+    /// Upper bound of the bytes that h2 keeps: an incomplete frame or incomplete headers, and entries of its table.
     fn kept(&self) -> usize {
         let [high, mid, low, ..] = self.head;
         let size = u32::from_be_bytes([0, high, mid, low]) as usize;
         let unfinished = if self.is_in_headers {
-            // h2 decodes each frame of headers as it comes, and keeps what it has read as well
+            // h2 decodes each frame of headers as it arrives, and also keeps the bytes
             HEADER_COPIES * self.header_bytes + FIELD_BYTES * self.fields.count()
         } else if self.skip > 0 {
             size.saturating_sub(self.skip)
@@ -365,14 +365,14 @@ impl Control {
         self.ends_headers = flags & END_HEADERS != 0;
         match kind {
             DATA if self.skip == 0 && flags & END_STREAM == 0 => {}
-            // data; headers, and more of them; of a stream that is there: its end, and room for its replies
+            // data and headers of calls; 3 and 8 (reset and window update) apply to existing streams
             DATA | HEADERS | CONTINUATION => {
                 self.small += i64::from(kind == DATA && flags & END_STREAM == 0 && self.skip < SMALL_BYTES);
                 self.control.give();
                 return true;
             }
             3 | 8 => return true,
-            PUSH_PROMISE => return false, // no client sends it
+            PUSH_PROMISE => return false, // clients never send it
             SETTINGS => return self.settings.take(now),
             _ => {}
         }
@@ -424,7 +424,7 @@ mod tests {
     fn frame(kind: u8, flags: u8, size: usize) -> Vec<u8> {
         let mut bytes = (size as u32).to_be_bytes()[1..].to_vec();
         bytes.extend_from_slice(&[kind, flags, 0, 0, 0, 1]);
-        bytes.resize(HEAD_BYTES + size, PING); // whatever is in it is no head
+        bytes.resize(HEAD_BYTES + size, PING); // the content is not parsed as a frame header
         bytes
     }
 
@@ -436,7 +436,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_are_counted_in_whatever_pieces(sizes in prop::collection::vec(0usize..40, 0..50), piece in 1usize..30) {
+        fn frames_are_counted_in_pieces_of_any_size(sizes in prop::collection::vec(0usize..40, 0..50), piece in 1usize..30) {
             let start = Instant::now();
             let mut control = Control::new(start);
             let mut bytes = hello();
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_is_noticed_and_calls_and_time_allow_more() {
+    fn a_flood_is_detected_and_calls_and_time_allow_more() {
         let start = Instant::now();
         let mut control = Control::new(start);
         assert!(control.may_send(&hello(), || start));
@@ -471,20 +471,20 @@ mod tests {
     }
 
     #[test]
-    fn small_frames_that_nobody_reads_are_a_flood() {
+    fn unread_small_frames_are_a_flood() {
         let start = Instant::now();
         let mut control = Control::new(start);
         assert!(control.may_send(&hello(), || start));
         for size in [1, SMALL_BYTES - 1, SMALL_BYTES] {
             assert!(control.may_send(&frame(0, 0, size), || start));
         }
-        assert!(control.may_send(&frame(0, 1, 1), || start), "the last one of a call");
+        assert!(control.may_send(&frame(0, 1, 1), || start), "the last frame of a call");
         assert_eq!(control.small, 2);
         assert_eq!(control.forget(start + 3 * FORGET_EVERY), 3);
         let quota = ReadQuota::default();
         assert!(quota.add_small(MAX_SMALL) && !quota.add_small(1));
         quota.read(SMALL_BYTES);
-        assert!(!quota.add_small(0), "that was a large one");
+        assert!(!quota.add_small(0), "it was a large frame");
         quota.read(1);
         assert!(quota.add_small(0));
         quota.add_small(-2 * MAX_SMALL);
@@ -492,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_is_as_large_as_its_time_allows() {
+    fn a_quota_is_as_large_as_its_time_allows() {
         let quota = ReadQuota::default();
         let size_after = |took: Duration, left: usize| {
             quota.begin();
@@ -501,34 +501,34 @@ mod tests {
             quota.begin();
             quota.left.load(Ordering::Relaxed)
         };
-        assert_eq!(size_after(TURN_TIME, 0), MAX_TURN_BYTES);
-        assert_eq!(size_after(2 * TURN_TIME, 0), MAX_TURN_BYTES / 2);
-        assert_eq!(size_after(TURN_TIME / 4, 1), MAX_TURN_BYTES / 2, "it had less to read than it might");
-        assert_eq!(size_after(TURN_TIME / 4, 0), MAX_TURN_BYTES);
+        assert_eq!(size_after(QUOTA_TIME, 0), MAX_QUOTA_BYTES);
+        assert_eq!(size_after(2 * QUOTA_TIME, 0), MAX_QUOTA_BYTES / 2);
+        assert_eq!(size_after(QUOTA_TIME / 4, 1), MAX_QUOTA_BYTES / 2, "it read less than its quota");
+        assert_eq!(size_after(QUOTA_TIME / 4, 0), MAX_QUOTA_BYTES);
         for _ in 0..20 {
-            size_after(2 * TURN_TIME, 0);
+            size_after(2 * QUOTA_TIME, 0);
         }
-        assert_eq!(size_after(2 * TURN_TIME, 0), MIN_TURN_BYTES);
+        assert_eq!(size_after(2 * QUOTA_TIME, 0), MIN_QUOTA_BYTES);
     }
 
     #[tokio::test]
-    async fn no_more_is_read_than_a_turn_has() {
+    async fn no_more_is_read_than_the_quota() {
         use tokio::io::AsyncReadExt;
-        let sent = [hello(), frame(0, 0, MAX_TURN_BYTES)].concat();
+        let sent = [hello(), frame(0, 0, MAX_QUOTA_BYTES)].concat();
         let quota = Arc::new(ReadQuota::default());
         let mut socket = QuotaSocket::new(&sent[..], quota.clone());
-        let mut buffer = vec![0; 2 * MAX_TURN_BYTES];
+        let mut buffer = vec![0; 2 * MAX_QUOTA_BYTES];
         quota.begin();
-        assert_eq!(socket.read(&mut buffer).await.unwrap(), MAX_TURN_BYTES);
+        assert_eq!(socket.read(&mut buffer).await.unwrap(), MAX_QUOTA_BYTES);
         assert_eq!(quota.left.load(Ordering::Relaxed), 0);
         quota.begin();
         let rest = socket.read(&mut buffer).await.unwrap();
-        assert_eq!(rest, sent.len() - MAX_TURN_BYTES);
-        assert_eq!(buffer[..rest], sent[MAX_TURN_BYTES..]);
+        assert_eq!(rest, sent.len() - MAX_QUOTA_BYTES);
+        assert_eq!(buffer[..rest], sent[MAX_QUOTA_BYTES..]);
     }
 
     #[test]
-    fn settings_have_their_own_number_whatever_calls_come() {
+    fn settings_have_their_own_limit() {
         let start = Instant::now();
         let mut control = Control::new(start);
         assert!(control.may_send(&hello(), || start));
@@ -541,7 +541,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_of_very_many_fields_are_a_flood() {
+    fn headers_with_too_many_fields_are_a_flood() {
         let start = Instant::now();
         let of = |kind, flags, fields: usize| {
             let mut bytes = frame(kind, flags, fields);
@@ -560,12 +560,12 @@ mod tests {
         let mut control = new();
         assert!(control.may_send(&of(1, 1, MAX_FIELDS / 2), || start));
         assert!(control.may_send(&of(9, 0, MAX_FIELDS / 2), || start));
-        assert!(!control.may_send(&of(9, 4, 1), || start), "they go on in frames of their own");
-        assert!(!new().may_send(&of(5, 4, 1), || start), "a promise");
+        assert!(!control.may_send(&of(9, 4, 1), || start), "continuation frames count too");
+        assert!(!new().may_send(&of(5, 4, 1), || start), "PUSH_PROMISE");
     }
 
     #[test]
-    fn bytes_without_an_end_are_counted() {
+    fn bytes_of_incomplete_frames_are_counted() {
         let start = Instant::now();
         let mut control = Control::new(start);
         assert!(control.may_send(&hello(), || start) && control.kept() == 0);
@@ -583,7 +583,7 @@ mod tests {
             assert_eq!(control.kept(), 0);
             assert!(control.may_send(&path, || start));
         }
-        assert!(control.may_send(&path, || start) && control.kept() > 0, "more entries than are free");
+        assert!(control.may_send(&path, || start) && control.kept() > 0, "more bytes than are free");
         let all = Arc::<Received>::default();
         let quotas = [ReadQuota::new(all.clone()), ReadQuota::new(all.clone())];
         quotas.iter().for_each(|quota| quota.set_kept(600));
@@ -595,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_small_frames_each_connection_has_few() {
+    fn each_connection_has_a_lower_limit_while_all_have_many_small_frames() {
         let all = Arc::<Received>::default();
         let quotas: Vec<_> = (0..8).map(|_| ReadQuota::new(all.clone())).collect();
         assert!(quotas.iter().all(|quota| quota.add_small(MAX_SMALL)));

@@ -1,13 +1,13 @@
 //! Reasons of refusals.
 
-/// Why a peer was refused something. The names are those of the metric's label.
+/// Why a peer was refused. The names are values of the metric's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// A connection: there are as many as may be.
+    /// A connection beyond the limit of connections.
     Connections,
-    /// The same, from its address.
+    /// A connection beyond the limit of its address.
     AddressConnections,
-    /// A connection that did nothing, or whose callers were not known, for a new one.
+    /// An idle connection, or one without a known caller, that was closed for a new one.
     Evicted,
     /// A connection could not be accepted, because file descriptors had run out.
     OpenFiles,
@@ -15,27 +15,27 @@ pub enum Refusal {
     Handshake,
     /// A connection did not answer a ping in time.
     Silent,
-    /// A connection sent very many frames that carry no call.
+    /// A connection sent too many frames outside calls.
     ControlFrames,
     /// A connection broke HTTP/2's rules, or h2's own limits.
     Protocol,
-    /// A call: there are as many as may be, of all or of this caller, or Python has not looked at many.
+    /// A call beyond the limit of all calls or of its caller, or while Python has too many new calls to take.
     Calls,
-    /// A call whose caller is not known: there are as many of these as may be.
+    /// A call of an unknown caller beyond the limit of such calls.
     UnknownCalls,
-    /// A call that asks how the server is, likewise.
+    /// A health check beyond the limit of health checks.
     HealthCalls,
-    /// The same, for as long as the client likes.
+    /// A health watch beyond the limit of watches.
     Watches,
-    /// A message that took too long to come.
+    /// A message that took too long to arrive.
     SlowMessage,
-    /// A compressed message that is not one stream, or becomes too large.
+    /// A compressed message that is not one stream, or inflates to too many bytes.
     Compressed,
     /// A call whose headers are too large.
     Headers,
-    /// A call, because too many bytes are in memory.
+    /// A call, because messages and replies use too much memory.
     Memory,
-    /// A call whose replies nobody took for too long.
+    /// A call whose client did not read its replies in time.
     UnreadReplies,
 }
 

@@ -1,66 +1,66 @@
-//! Limits of clients, which Python sets.
+//! Limits for clients, which Python sets.
 
 use crate::messages::grpc::Status;
 use crate::method::Method;
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// How the wire behaves.
+/// The limits.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Of a message, inflated or not.
+    /// Limit of a message, inflated or not.
     pub message_bytes: usize,
-    /// The same, of a method that everybody may call.
+    /// Limit of a message to a method that needs no authentication.
     pub open_message_bytes: usize,
-    /// At the same time: for more of them, others leave that do nothing, or they are closed as soon as they are accepted.
+    /// Concurrent connections. Beyond the limit, idle ones are closed, or new ones are closed once accepted.
     pub connections: usize,
-    /// The same, from one address; 0: no limit.
+    /// Concurrent connections from one address; 0: no limit.
     pub address_connections: usize,
-    /// Calls of all connections at the same time; more are refused.
+    /// Concurrent calls of all connections; more are refused.
     pub calls: usize,
-    /// The same, of callers that are not known.
+    /// Concurrent calls of unknown callers.
     pub unknown_calls: usize,
-    /// The same, for health checks.
+    /// Concurrent health checks.
     pub health_calls: usize,
     pub watches: usize,
-    /// Calls of one connection at the same time; more of them wait at the client.
+    /// Concurrent calls of a connection; more wait in the client.
     pub streams: u32,
-    /// Of the headers of a call, as HTTP/2 counts them: 32 bytes for each beside name and value.
+    /// Size of a call's headers as HTTP/2 counts it: name, value and 32 bytes for each.
     pub header_bytes: usize,
-    /// How they are refused that are larger.
+    /// Status that refuses larger headers.
     pub headers_too_large: Status,
-    /// Bytes of messages and replies of all calls together; then those that hold much are refused.
+    /// Bytes of messages and replies of all calls. Beyond it, large calls are refused.
     pub budget_bytes: usize,
-    /// The same, of the calls of one connection.
+    /// Bytes of messages and replies of a connection's calls.
     pub connection_bytes: usize,
-    /// Steps of one connection that Python was handed and has not answered, before it is read no further.
+    /// Unanswered steps of a connection at which reading it pauses.
     pub connection_steps: usize,
-    /// How long a reply may wait for its client to make room. Meanwhile its stream is not read.
+    /// Time that a reply may wait until its client has room. Its stream is not read meanwhile.
     pub unread: Duration,
-    /// Bytes of fast-path messages that may wait for Python before streams are read no further.
+    /// Bytes of fast-path messages waiting for Python at which reading of streams pauses.
     pub queued_bytes: usize,
-    /// A message may pause for this time while it comes.
+    /// Longest pause within a message.
     pub receive: Duration,
-    /// And must come at this rate, or faster, after this time.
+    /// Minimum rate of a message after that time.
     pub receive_bytes_per_s: usize,
-    /// How calls are refused for which there is no room.
+    /// Status that refuses calls for lack of room.
     pub overloaded: Status,
-    /// Fast-path frames of one stream that are not answered, before reading stops.
+    /// Unanswered fast-path frames of a stream at which reading it pauses.
     pub frames: usize,
-    /// The server asks so often whether a silent client is there.
+    /// Interval of pings to a silent client.
     pub keepalive: Duration,
-    /// And gives up after this.
+    /// Time limit of the answer to a ping.
     pub keepalive_timeout: Duration,
-    /// A connection takes calls for about so long.
+    /// Approximate time for which a connection accepts calls.
     pub age: Option<Duration>,
-    /// And then has so long to finish them.
+    /// Time to finish them afterwards.
     pub age_grace: Duration,
-    /// The time that a connection has to begin to speak HTTP/2.
+    /// Time limit of the HTTP/2 handshake.
     pub handshake: Duration,
 }
 
 impl Limits {
-    /// Of a message of this method.
+    /// Returns the size limit of messages to a method.
     pub fn message_bytes_of(&self, method: Method) -> usize {
         if method.is_open {
             self.message_bytes.min(self.open_message_bytes)
@@ -69,7 +69,7 @@ impl Limits {
         }
     }
 
-    /// Of numbers by their names, times in seconds. Err: the name of one that is missing.
+    /// Read limits by name, times in seconds. Err: the name of a missing one.
     pub fn read(
         numbers: &HashMap<String, f64>,
         overloaded: Status,

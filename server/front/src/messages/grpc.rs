@@ -12,7 +12,7 @@ pub const UNAVAILABLE: u32 = 14;
 pub const UNIMPLEMENTED: u32 = 12;
 pub const INTERNAL: u32 = 13;
 const PREFIX: usize = 5;
-/// Tells a proxy that it may send a call to another server: see status.py.
+/// Trailer that lets a proxy send the call to another server: see status.py.
 const GO_ELSEWHERE: (&str, &str) = ("stepwell-retry", "other-replica");
 
 /// How a call ends.
@@ -22,7 +22,7 @@ pub struct Status {
     pub message: String,
     /// A serialized google.rpc.Status; empty: none.
     pub details: Bytes,
-    /// The call had no effect, and another server may do it. Sent if the call ends without a reply.
+    /// Whether the call had no effect and another server may serve it. Sent if the call ends without a reply.
     pub may_go_elsewhere: bool,
 }
 
@@ -35,12 +35,12 @@ impl Status {
         Status { code, message: message.to_owned(), details: Bytes::new(), may_go_elsewhere: false }
     }
 
-    /// A stream ends so whatever of it is under way; with others when its frames are answered.
+    /// Whether a stream ends at once with this status. Otherwise it ends when its frames are answered.
     pub fn is_at_once(&self) -> bool {
         !matches!(self.code, OK | UNAVAILABLE)
     }
 
-    /// The trailers that say it.
+    /// Returns the trailers of this status.
     pub fn trailers(&self) -> HeaderMap {
         let mut trailers = HeaderMap::with_capacity(3);
         trailers.insert("grpc-status", HeaderValue::from(self.code));
@@ -58,14 +58,14 @@ impl Status {
     }
 }
 
-/// Why a message cannot be had.
+/// Why a message cannot be read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Unreadable {
-    /// More bytes than a message may have.
+    /// The message exceeds the size limit.
     TooLarge(usize),
-    /// An encoding that was not announced or is not known.
+    /// The encoding was not announced or is unknown.
     Encoding,
-    /// No gRPC.
+    /// The data is not gRPC.
     Malformed,
 }
 
@@ -78,7 +78,7 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    /// What `grpc-encoding` says; None: not known.
+    /// The encoding in `grpc-encoding`; None: unknown.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
         match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
             None | Some(b"identity") => Some(Encoding::Identity),
@@ -89,7 +89,7 @@ impl Encoding {
     }
 }
 
-/// Puts the data of a call together to messages.
+/// Assembles the data of a call into messages.
 pub struct Messages {
     buffer: BytesMut,
     encoding: Encoding,
@@ -103,7 +103,7 @@ impl Messages {
 
     pub fn push(&mut self, data: Bytes) {
         if self.buffer.is_empty() {
-            // most messages come in one piece, which need not be copied
+            // most messages arrive in one piece, which need not be copied
             self.buffer = BytesMut::from(data);
         } else {
             self.buffer.extend_from_slice(&data);
@@ -116,12 +116,12 @@ impl Messages {
         }
     }
 
-    /// Bytes of messages that have not come whole.
+    /// Bytes of incomplete messages.
     pub fn size(&self) -> usize {
         self.buffer.len()
     }
 
-    /// A part of a message is left over.
+    /// Whether an incomplete message is left.
     pub fn is_cut_off(&self) -> bool {
         !self.buffer.is_empty()
     }
@@ -133,7 +133,7 @@ impl Messages {
         flag > 1 || size > self.limit || self.buffer.len() >= PREFIX + size
     }
 
-    /// The next complete message; None: none yet.
+    /// Returns the next complete message; None: none yet.
     pub fn next(&mut self) -> Result<Option<Whole>, Unreadable> {
         let Some(prefix) = self.buffer.get(..PREFIX) else {
             return Ok(None);
@@ -164,7 +164,7 @@ impl Messages {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Whole {
     pub bytes: Bytes,
-    /// How; None: it is as it was meant.
+    /// Its encoding; None: not compressed.
     pub compressed: Option<Encoding>,
 }
 
@@ -187,7 +187,7 @@ pub fn put_prefix(out: &mut BytesMut, size: usize) {
 #[derive(Debug, PartialEq, Eq)]
 pub struct NoTimeout;
 
-/// Of a `grpc-timeout`.
+/// Limit of digits in a `grpc-timeout`.
 const MAX_DIGITS: usize = 8;
 
 /// Reads `grpc-timeout`; None: no limit.
@@ -198,7 +198,7 @@ pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
         return Err(NoTimeout);
     }
     if number.len() > MAX_DIGITS {
-        return Ok(None); // longer than anybody waits, as gRPC's own servers take it
+        return Ok(None); // gRPC's own servers treat such times as no limit too
     }
     let number = number.iter().fold(0, |number, digit| number * 10 + u64::from(digit - b'0'));
     Ok(Some(match unit {
@@ -211,7 +211,7 @@ pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
     }))
 }
 
-/// The size of a call's headers as HTTP/2 counts it, without the pseudo-headers that are short.
+/// Returns the size of a call's headers as HTTP/2 counts it, without the short pseudo-headers.
 pub fn size(path: &str, headers: &HeaderMap) -> usize {
     const EACH: usize = 32;
     let fields = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + EACH);
@@ -271,7 +271,7 @@ fn percent_encoded(text: &str) -> Vec<u8> {
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
-/// Base64 without padding, as gRPC's binary headers have it.
+/// Encode bytes as base64 without padding, as in gRPC's binary headers.
 fn base64(bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes.len().div_ceil(3) * 4);
     for chunk in bytes.chunks(3) {
@@ -285,7 +285,7 @@ fn base64(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The bytes of a binary header, padded or not; None: it is none.
+/// Decode a binary header, padded or not; None: invalid.
 fn from_base64(text: &[u8]) -> Option<Vec<u8>> {
     let text = text.strip_suffix(b"==").or_else(|| text.strip_suffix(b"=")).unwrap_or(text);
     if text.len() % 4 == 1 {
@@ -316,17 +316,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn binary_headers_come_back(bytes: Vec<u8>) {
+        fn binary_headers_are_decoded_as_encoded(bytes: Vec<u8>) {
             prop_assert_eq!(from_base64(&base64(&bytes)), Some(bytes));
         }
 
         #[test]
-        fn any_text_is_a_binary_header_or_none(text: Vec<u8>) {
+        fn any_text_is_decoded_or_rejected(text: Vec<u8>) {
             let _ = from_base64(&text);
         }
 
         #[test]
-        fn messages_come_back_in_whatever_pieces(bodies: Vec<Vec<u8>>, size in 1usize..20) {
+        fn messages_are_read_in_pieces_of_any_size(bodies: Vec<Vec<u8>>, size in 1usize..20) {
             let stream: Vec<u8> = bodies.iter().flat_map(|body| framed(body).to_vec()).collect();
             let mut messages = Messages::new(Encoding::Identity, 1 << 20);
             let mut found = Vec::new();
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn that_a_call_may_go_elsewhere_is_said_only_where_nothing_else_is() {
+    fn the_retry_trailer_is_sent_only_without_a_reply() {
         let mut status = Status::new(UNAVAILABLE, "not now");
         assert!(!status_only(&status).headers().contains_key(GO_ELSEWHERE.0));
         status.may_go_elsewhere = true;
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_over_the_limit_is_refused_before_it_has_come() {
+    fn a_message_over_the_limit_is_refused_before_it_has_arrived() {
         let mut messages = Messages::new(Encoding::Identity, 10);
         messages.push(Bytes::from_static(&[0, 0, 0, 0, 11]));
         assert_eq!(messages.next(), Err(Unreadable::TooLarge(11)));
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn time_limits_are_read() {
+    fn timeouts_are_parsed() {
         for (text, wanted) in [
             ("5S", Ok(Duration::from_secs(5))),
             ("250m", Ok(Duration::from_millis(250))),

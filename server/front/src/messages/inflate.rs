@@ -1,6 +1,6 @@
-//! Inflates compressed messages in pieces of bounded time, so that the front's thread serves others in between.
+//! Inflates compressed messages in short slices, so that the front's thread serves other calls in between.
 //!
-//! A message is one gzip member or one zlib stream, with nothing after it. Its size is bounded by the needs of tensors.
+//! A message is one gzip member or one zlib stream, with nothing after it. Its size limit suits tensors.
 
 use crate::messages::grpc::Encoding;
 use bytes::Bytes;
@@ -11,24 +11,24 @@ use std::time::{Duration, Instant};
 use tokio::sync::MutexGuard;
 use tokio::time::sleep;
 
-/// What a small compressed message may become; of a larger one, each byte this many.
+/// Limit of a small compressed message once inflated, and limit of the compression ratio of a larger one.
 pub const MIN_INFLATED_BYTES: usize = 4 << 20;
 pub const MAX_RATIO: usize = 8;
-/// Of one piece. Input is bounded as well: it may stand for nothing, and still take time.
+/// Limits of one piece. Input has one too, because input without output also takes time.
 const PIECE_INPUT_BYTES: usize = 4 << 10;
 const PIECE_OUTPUT_BYTES: usize = 64 << 10;
-/// Pieces are done one after the other for this time.
+/// Duration of a slice, which inflates pieces one after the other.
 const SLICE: Duration = Duration::from_micros(200);
 const TRAILER_BYTES: usize = 8;
-/// Of the name, and of the comment, that a gzip header may have.
+/// Limit of the name and of the comment in a gzip header.
 const MAX_FIELD_BYTES: usize = 64 << 10;
 
 /// Why a compressed message is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Problem {
-    /// It is larger than any message may be: it had this many bytes when inflating stopped.
+    /// It exceeds the message limit: it had this many bytes when inflating stopped.
     TooLarge(usize),
-    /// It is larger than a compressed message of its size may be.
+    /// It exceeds this limit for compressed messages of its size.
     Inflates(usize),
     CutOff,
     Trailing,
@@ -50,7 +50,7 @@ impl fmt::Display for Problem {
             Problem::CutOff => write!(out, "{rule}; this one is cut off"),
             Problem::Trailing => write!(out, "{rule}; bytes stand behind this one"),
             Problem::Checksum => write!(out, "{rule}; the checksum of this one is wrong"),
-            Problem::Malformed => write!(out, "{rule}; this one is none"),
+            Problem::Malformed => write!(out, "{rule}; this one is malformed"),
         }
     }
 }
@@ -58,20 +58,20 @@ impl fmt::Display for Problem {
 /// A message that is being inflated.
 pub struct Inflation {
     input: Bytes,
-    /// How much of it is done.
+    /// Inflated bytes of the input.
     at: usize,
-    /// Where its deflated bytes end, at most.
+    /// Upper bound of the end of the deflated bytes.
     end: usize,
     output: Vec<u8>,
     limit: usize,
     is_over_message_limit: bool,
     decoder: Decompress,
-    /// Of gzip's output.
+    /// Checksum of the output, for gzip.
     crc: Option<Crc>,
 }
 
 impl Inflation {
-    /// `message_limit`: bytes of any message.
+    /// `message_limit`: limit of every message, in bytes.
     pub fn new(input: Bytes, encoding: Encoding, message_limit: usize) -> Result<Self, Problem> {
         let own = MIN_INFLATED_BYTES.max(input.len().saturating_mul(MAX_RATIO));
         let is_gzip = encoding == Encoding::Gzip;
@@ -92,7 +92,7 @@ impl Inflation {
         })
     }
 
-    /// Bytes in memory for it.
+    /// Bytes in memory.
     pub fn size(&self) -> usize {
         self.input.len() + self.output.capacity()
     }
@@ -140,7 +140,7 @@ impl Inflation {
         }
         match status {
             Flate::StreamEnd => self.end().map(Some),
-            // nothing moves any more, though there is room
+            // no progress, although there is room for output
             _ if read == 0 && written == 0 => Err(Problem::CutOff),
             _ => Ok(None),
         }
@@ -165,7 +165,7 @@ impl Inflation {
     }
 }
 
-/// How long the header of a gzip member is.
+/// Length of a gzip member's header.
 fn gzip_header(input: &[u8]) -> Result<usize, Problem> {
     const FIXED_BYTES: usize = 10;
     const CHECKSUM: u8 = 2;
@@ -195,8 +195,8 @@ fn gzip_header(input: &[u8]) -> Result<usize, Problem> {
     if flags & CHECKSUM != 0 {
         let mut crc = Crc::new();
         crc.update(input.get(..at).ok_or(Problem::CutOff)?);
-        let said = input.get(at..at + 2).ok_or(Problem::CutOff)?;
-        if said != &crc.sum().to_le_bytes()[..2] {
+        let given = input.get(at..at + 2).ok_or(Problem::CutOff)?;
+        if given != &crc.sum().to_le_bytes()[..2] {
             return Err(Problem::Checksum);
         }
         at += 2;
@@ -207,14 +207,14 @@ fn gzip_header(input: &[u8]) -> Result<usize, Problem> {
     Ok(at)
 }
 
-/// One part of this many of the wire's time is for inflating.
+/// Inflating may use one of this many parts of the wire's time.
 const TIME_PARTS: u32 = 3;
-/// Time that may be saved up for it.
+/// Limit of the time that inflating can save up.
 const MAX_SAVED: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// When slices are done: one at a time of all connections, in the order in which they ask, with a turn of the other tasks
-/// between, and for a part of the wire's time.
+/// Schedules slices: one at a time over all connections, in the order of requests, with a run of the other tasks between
+/// them, within a fraction of the wire's time.
 #[derive(Debug)]
 pub struct Pace {
     lane: tokio::sync::Mutex<()>,
@@ -223,7 +223,7 @@ pub struct Pace {
 
 #[derive(Debug)]
 struct Saved {
-    /// Until then it has been spent: what was spent too much lies in the future.
+    /// Time up to which the budget is spent; in the future if it is exceeded.
     spent: Instant,
 }
 
@@ -234,8 +234,8 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// Wait until a slice may be done. The lane is held until it is.
-    pub async fn turn(&self) -> MutexGuard<'_, ()> {
+    /// Wait for the next slot. It is held until the returned guard is dropped.
+    pub async fn slot(&self) -> MutexGuard<'_, ()> {
         let lane = self.lane.lock().await;
         tokio::task::yield_now().await;
         while !self.has_time() {
@@ -306,14 +306,14 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(32))]
 
         #[test]
-        fn what_was_compressed_comes_back(some in prop::collection::vec(0u8..4, 0..1000), times in 1usize..150) {
+        fn compressed_messages_are_restored(some in prop::collection::vec(0u8..4, 0..1000), times in 1usize..150) {
             let bytes = some.repeat(times);
             prop_assert_eq!(inflated(&gzip(&bytes), Encoding::Gzip, LIMIT), Ok(bytes.clone()));
             prop_assert_eq!(inflated(&zlib(&bytes), Encoding::Deflate, LIMIT), Ok(bytes));
         }
 
         #[test]
-        fn what_is_cut_off_or_goes_on_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..300), cut in 0usize..400) {
+        fn streams_that_are_cut_off_or_too_long_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..300), cut in 0usize..400) {
             for (whole, encoding) in [(gzip(&bytes), Encoding::Gzip), (zlib(&bytes), Encoding::Deflate)] {
                 let cut = cut % whole.len();
                 prop_assert!(inflated(&whole[..cut], encoding, LIMIT).is_err());
@@ -324,7 +324,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_end(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+        fn any_bytes_are_read_to_the_end(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
             for encoding in [Encoding::Gzip, Encoding::Deflate] {
                 let _ = inflated(&bytes, encoding, LIMIT);
                 let _ = inflated(&[&gzip(b"")[..10], &bytes].concat(), encoding, LIMIT);
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_one_member() {
+    fn only_one_member_is_accepted() {
         let two = [gzip(b"one"), gzip(b"two")].concat();
         assert_eq!(inflated(&two, Encoding::Gzip, LIMIT), Err(Problem::Trailing));
         let empty = gzip(b"").repeat(1000);
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn checksum_and_size_must_be_right() {
+    fn checksum_and_size_must_match() {
         let whole = gzip(&[7; 1000]);
         for at in whole.len() - TRAILER_BYTES..whole.len() {
             let mut wrong = whole.clone();
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_may_have_more_fields() {
+    fn a_header_may_have_optional_fields() {
         let mut encoder = GzBuilder::new()
             .filename("a name")
             .comment("a comment")
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_few_bytes_do_not_become_very_many() {
+    fn the_compression_ratio_is_limited() {
         let most = MIN_INFLATED_BYTES;
         assert_eq!(inflated(&gzip(&vec![0; most]), Encoding::Gzip, LIMIT).unwrap().len(), most);
         let found = inflated(&zlib(&vec![0; most + 1]), Encoding::Deflate, LIMIT);
@@ -380,8 +380,8 @@ mod tests {
     }
 
     #[test]
-    fn a_piece_is_bounded_by_what_it_reads_too() {
-        // stored blocks of no content, one after the other: much input, no output
+    fn a_piece_limits_its_input_too() {
+        // empty stored blocks: much input, no output
         let mut input = gzip(b"")[..10].to_vec();
         input.extend([0, 0, 0, 0xff, 0xff].repeat(100_000));
         let mut inflation = Inflation::new(input.into(), Encoding::Gzip, LIMIT).unwrap();

@@ -2,11 +2,11 @@
 
 use bytes::{BufMut, BytesMut};
 
-/// Bytes that are no message, or a message that is not plain: Python is to look at it.
+/// Invalid bytes, or a message that is not on the fast path: Python must handle it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SlowPath;
 
-/// What a field holds.
+/// The value of a field.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Value<'a> {
     Varint(u64),
@@ -14,7 +14,7 @@ pub enum Value<'a> {
     Bytes(&'a [u8]),
 }
 
-/// Reads the fields of one message, in their order.
+/// Reads the fields of a message in order.
 pub struct Fields<'a> {
     left: &'a [u8],
 }
@@ -24,9 +24,9 @@ impl<'a> Fields<'a> {
         Fields { left: message }
     }
 
-    /// The next field's number and what it holds; None at the end.
+    /// Returns the number and value of the next field; None at the end.
     ///
-    /// Deprecated groups and 32-bit fields, which no message here has, are not plain.
+    /// Groups and 32-bit fields, which no message here has, are not on the fast path.
     pub fn next(&mut self) -> Result<Option<(u32, Value<'a>)>, SlowPath> {
         if self.left.is_empty() {
             return Ok(None);
@@ -51,7 +51,7 @@ impl<'a> Fields<'a> {
         Ok(Some((number, value)))
     }
 
-    /// The next varint of a packed field; None at the end.
+    /// Returns the next varint of a packed field; None at the end.
     pub fn packed(&mut self) -> Result<Option<u64>, SlowPath> {
         if self.left.is_empty() {
             return Ok(None);
@@ -82,7 +82,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Bytes that a varint takes.
+/// Size of a varint in bytes.
 pub fn varint_size(value: u64) -> usize {
     (70 - (value | 1).leading_zeros() as usize) / 7
 }
@@ -95,7 +95,7 @@ pub fn put_varint(out: &mut BytesMut, mut value: u64) {
     out.put_u8(value as u8);
 }
 
-/// A varint field, which proto3 leaves out where it is 0.
+/// Write a varint field, which proto3 omits if it is 0.
 pub fn put_number(out: &mut BytesMut, field: u32, value: u64) {
     if value != 0 {
         put_varint(out, u64::from(field << 3));
@@ -103,7 +103,7 @@ pub fn put_number(out: &mut BytesMut, field: u32, value: u64) {
     }
 }
 
-/// A varint field that says whether it is there, so that 0 is written as well.
+/// Write an optional varint field, even if it is 0.
 pub fn put_optional(out: &mut BytesMut, field: u32, value: Option<u64>) {
     if let Some(value) = value {
         put_varint(out, u64::from(field << 3));
@@ -111,7 +111,7 @@ pub fn put_optional(out: &mut BytesMut, field: u32, value: Option<u64>) {
     }
 }
 
-/// The key and the size of a field of bytes.
+/// Write the key and size of a bytes field.
 pub fn put_header(out: &mut BytesMut, field: u32, size: usize) {
     put_varint(out, u64::from(field << 3 | 2));
     put_varint(out, size as u64);
@@ -122,7 +122,7 @@ pub fn put_bytes(out: &mut BytesMut, field: u32, bytes: &[u8]) {
     out.put_slice(bytes);
 }
 
-/// A packed field of numbers, which is left out where there are none.
+/// Write a packed field of numbers, which is omitted if it is empty.
 pub fn put_packed(out: &mut BytesMut, field: u32, values: &[u64]) {
     if values.is_empty() {
         return;
@@ -140,7 +140,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_varint_comes_back(value: u64) {
+        fn varints_are_read_as_written(value: u64) {
             let mut out = BytesMut::new();
             put_varint(&mut out, value);
             prop_assert_eq!(out.len(), varint_size(value));
@@ -148,7 +148,7 @@ mod tests {
         }
 
         #[test]
-        fn fields_come_back(number in 1u32..1000, value: u64, bytes: Vec<u8>) {
+        fn fields_are_read_as_written(number in 1u32..1000, value: u64, bytes: Vec<u8>) {
             let mut out = BytesMut::new();
             put_number(&mut out, number, value);
             put_bytes(&mut out, number + 1, &bytes);
@@ -161,7 +161,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_end(bytes: Vec<u8>) {
+        fn any_bytes_are_read_to_the_end(bytes: Vec<u8>) {
             let mut fields = Fields::new(&bytes);
             let mut count = 0;
             while let Ok(Some(_)) = fields.next() {
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_is_not_plain() {
+    fn truncated_fields_are_slow() {
         let mut out = BytesMut::new();
         put_bytes(&mut out, 1, b"session");
         for size in 1..out.len() {
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_varint_of_more_than_64_bits_is_not_plain() {
+    fn a_varint_of_more_than_64_bits_is_slow() {
         let bytes = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02];
         assert_eq!(Fields::new(&bytes).packed(), Err(SlowPath));
     }

@@ -6,20 +6,20 @@
 
 /// A message of at most this many bytes breaks no rule: no limit of `rpc/fronts/shape.py` is smaller.
 pub const FREE_BYTES: usize = 1024;
-/// Bytes of a message beside its lists and large fields.
+/// Limit of a message's bytes outside its lists and large fields.
 pub const MAX_SMALL_BYTES: usize = 1 << 20;
-/// In place of a rule's index: the message has more than `MAX_SMALL_BYTES`; its bytes are no message.
+/// Values in place of a rule's index: the message exceeds `MAX_SMALL_BYTES`; the bytes are not a valid message.
 pub const SMALL: i64 = -1;
 pub const MALFORMED: i64 = -2;
 
-/// What a field holds. The numbers are those of `rpc/fronts/shape.py`.
+/// The kind of a field. The numbers are those of `rpc/fronts/shape.py`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Text or bytes of a bounded size.
+    /// Text or bytes of limited size.
     Name,
     /// Bytes of any size: a tensor, a record, a part of a file.
     Large,
-    /// Another message, whose rules are those of the node with this index.
+    /// A message with the rules of the node with this index.
     Message(usize),
     Varints,
     Fixed32,
@@ -34,21 +34,21 @@ struct Rule {
     number: u32,
     kind: Kind,
     max_bytes: usize,
-    /// Entries in the whole message; 0: the field is no list.
+    /// Limit of entries in the whole message; 0: not a list.
     max_entries: usize,
-    /// Among all rules of the shape.
+    /// Its index among all rules of the shape.
     index: usize,
 }
 
-/// Which rule a message breaks: its index or one of the numbers above, and the bytes of the name or of what is no message;
-/// 0: a list has too many entries.
+/// The broken rule: its index or one of the values above, and the size of the name or of the invalid message; 0: a list
+/// has too many entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Breach {
     pub rule: i64,
     pub size: usize,
 }
 
-/// The rules of a method's requests. Without nodes: there are none.
+/// The rules of a method's requests; without nodes: no rules.
 #[derive(Debug, Default)]
 pub struct Shape {
     nodes: Vec<Vec<Rule>>,
@@ -56,7 +56,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// None: the rules make no sense.
+    /// None: the rules are inconsistent.
     pub fn new(given: Vec<Vec<Given>>) -> Option<Self> {
         let count = given.len();
         let mut rules = 0;
@@ -67,7 +67,7 @@ impl Shape {
                 let kind = match kind {
                     0 => Kind::Name,
                     1 => Kind::Large,
-                    // a child comes after its parent: no shape goes round in circles
+                    // a child comes after its parent, so that a shape has no cycles
                     2 if nodes.len() < limit && limit < count => Kind::Message(limit),
                     3 => Kind::Varints,
                     4 => Kind::Fixed32,
@@ -82,7 +82,7 @@ impl Shape {
         Some(Shape { nodes, rules })
     }
 
-    /// The first rule that a message breaks.
+    /// Returns the first rule that a message breaks.
     pub fn check(&self, message: &[u8]) -> Option<Breach> {
         if message.len() <= FREE_BYTES || self.nodes.is_empty() {
             return None;
@@ -93,18 +93,18 @@ impl Shape {
     }
 }
 
-/// What has been seen of a message.
+/// Counts of the visited part of a message.
 struct Scan {
     /// Entries of each list, by the index of its rule.
     entries: Vec<usize>,
-    /// Bytes beside lists and large fields.
+    /// Bytes outside lists and large fields.
     small: usize,
 }
 
 const NOT_A_MESSAGE: Breach = Breach { rule: MALFORMED, size: 0 };
 
 impl Scan {
-    /// Look at a message, or at a part of one. It goes as deep as the shape does.
+    /// Visit a message or a nested one, to the depth of the shape.
     fn message(&mut self, shape: &Shape, message: &[u8], node: usize) -> Result<(), Breach> {
         let rules = &shape.nodes[node];
         let mut left = message;
@@ -144,7 +144,7 @@ impl Scan {
         Ok(())
     }
 
-    /// Count entries of a list, or bytes of a field that is none.
+    /// Count entries of a list, or bytes of another field.
     fn add(&mut self, rule: &Rule, entries: usize, bytes: usize) -> Result<(), Breach> {
         if rule.max_entries == 0 {
             return self.add_small(bytes);
@@ -171,7 +171,7 @@ impl Rule {
         Breach { rule: self.index as i64, size }
     }
 
-    /// Whether the field may come with this wire type; else protobuf takes it for an unknown one.
+    /// Whether the field can have this wire type. Otherwise protobuf treats it as unknown.
     fn takes(&self, wire_type: u64) -> bool {
         match self.kind {
             Kind::Name | Kind::Large | Kind::Message(_) => wire_type == 2,
@@ -181,7 +181,7 @@ impl Rule {
         }
     }
 
-    /// Entries of a packed list, or any number above the limit.
+    /// Returns the entries of a packed list, or any number above the limit.
     fn packed(&self, value: &[u8]) -> usize {
         match self.kind {
             Kind::Fixed32 => value.len() / 4,
@@ -192,7 +192,7 @@ impl Rule {
     }
 }
 
-/// The bytes of the next field's value.
+/// Returns the bytes of the next field's value.
 fn value<'a>(left: &mut &'a [u8], wire_type: u64) -> Result<&'a [u8], Breach> {
     let size = match wire_type {
         0 => {
@@ -202,7 +202,7 @@ fn value<'a>(left: &mut &'a [u8], wire_type: u64) -> Result<&'a [u8], Breach> {
         1 => 8,
         2 => usize::try_from(varint(left)?).map_err(|_| NOT_A_MESSAGE)?,
         5 => 4,
-        _ => return Err(NOT_A_MESSAGE), // groups are none of this protocol's
+        _ => return Err(NOT_A_MESSAGE), // this protocol has no groups
     };
     let (value, rest) = left.split_at_checked(size).ok_or(NOT_A_MESSAGE)?;
     *left = rest;
@@ -234,7 +234,7 @@ mod tests {
 
     const MANY: usize = 2000;
 
-    /// A name, names, data, tensors of a name, data and a shape, and numbers of each kind.
+    /// A name, names, data, tensors with name, data and shape, and numbers of each kind.
     fn shape() -> Shape {
         Shape::new(vec![
             vec![
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_large_by_right_passes() {
+    fn large_data_within_the_limits_passes() {
         let mut out = BytesMut::new();
         put_bytes(&mut out, 1, &[b'a'; FREE_BYTES]);
         (0..MANY).for_each(|_| put_bytes(&mut out, 2, &[b'b'; FREE_BYTES]));
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_name_is_found_wherever_it_stands() {
+    fn a_long_name_is_found_at_any_depth() {
         let long = vec![b'a'; FREE_BYTES + 1];
         let mut tensor = BytesMut::new();
         put_bytes(&mut tensor, 1, &long);
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_is_bounded_in_all() {
+    fn all_other_bytes_together_are_limited() {
         let mut unknown = BytesMut::new();
         put_bytes(&mut unknown, 99, &vec![0; MAX_SMALL_BYTES]);
         let mut again = BytesMut::new();
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_is_refused() {
+    fn invalid_messages_are_refused() {
         let zeros = vec![0; FREE_BYTES + 1];
         let group = [&b"\x9b\x06"[..], &zeros].concat();
         let cut_off = [&b"\x1a\xff\xff\x7f"[..], &zeros].concat();
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_that_make_no_sense_are_refused() {
+    fn inconsistent_rules_are_refused() {
         for given in [vec![vec![(1, 9, 0, 0)]], vec![vec![(1, 2, 0, 0)]], vec![vec![(1, 2, 1, 0)]]] {
             assert!(Shape::new(given).is_none());
         }
@@ -345,7 +345,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_end(bytes in proptest::collection::vec(any::<u8>(), FREE_BYTES + 1..4096)) {
+        fn any_bytes_are_checked_to_the_end(bytes in proptest::collection::vec(any::<u8>(), FREE_BYTES + 1..4096)) {
             let _ = check(&bytes);
         }
     }

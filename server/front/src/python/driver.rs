@@ -27,40 +27,40 @@ const EMPTY: u32 = 8;
 const READING: usize = 2;
 const WRITING: usize = 1;
 
-/// For the event loop's thread, except `drive`.
+/// All methods except `drive` are for the event loop's thread.
 pub struct Driver {
     pub queue: Arc<Queue>,
     /// Commands of Python that have not run.
     commands: AtomicUsize,
     sender: mpsc::UnboundedSender<Command>,
     state: Mutex<State>,
-    /// The wire's thread is to lend the runtime.
+    /// Asks the front's thread to lend the runtime.
     asked: Notify,
     given_back: Condvar,
 }
 
 struct State {
-    /// Of the front's thread, while it serves.
+    /// The runtime of the front's thread, while it serves.
     runtime: Option<Arc<Runtime>>,
     /// Whether the event loop drives. The driver holds this lock.
     is_lent: bool,
     may_lend: bool,
-    /// How often the event loop has taken what had come, while it drove and while the front's thread did.
-    turns: u64,
-    other_turns: u64,
+    /// How often the event loop took arrivals while it drove, and while the front's thread drove.
+    loop_takes: u64,
+    thread_takes: u64,
     pace: Pace,
 }
 
 impl Driver {
-    /// One that is to `drive`, and what it is asked to do, which its wire carries out while it drives itself.
+    /// Returns a driver, and the receiver of commands to run on the front's thread while that thread drives.
     pub fn new(queue: Arc<Queue>) -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (sender, waiting) = mpsc::unbounded_channel();
         let state = State {
             runtime: None,
             is_lent: false,
             may_lend: true,
-            turns: 0,
-            other_turns: 0,
+            loop_takes: 0,
+            thread_takes: 0,
             pace: Pace::default(),
         };
         let driver = Driver {
@@ -86,7 +86,7 @@ impl Driver {
         loop {
             let has_ended = runtime.block_on(async {
                 tokio::select! {
-                    _ = &mut serving => true, // a panic of it has been printed
+                    _ = &mut serving => true, // its panic was printed
                     () = self.asked.notified() => false,
                 }
             });
@@ -108,13 +108,13 @@ impl Driver {
             return;
         }
         state.is_lent = true;
-        turn(runtime, || (), WRITING); // what was asked for until now
+        run_ready(runtime, || (), WRITING); // run pending requests
         while state.is_lent {
-            let turns = state.turns;
+            let loop_takes = state.loop_takes;
             let waited = self.given_back.wait_timeout(state, LOOK);
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-            if state.turns == turns {
-                self.take_back(&mut state); // nobody steps any more, or the loop is busy
+            if state.loop_takes == loop_takes {
+                self.take_back(&mut state); // no more steps, or the loop is busy
             }
         }
     }
@@ -139,12 +139,12 @@ impl Driver {
     pub fn take(&self) -> Vec<Arrival> {
         let mut state = self.state();
         if state.is_lent {
-            state.turns += 1;
+            state.loop_takes += 1;
             self.queue.is_taking.store(true, Ordering::Relaxed);
-            state.turn(|| (), READING);
+            state.run_ready(|| (), READING);
             self.queue.is_taking.store(false, Ordering::Relaxed);
         } else {
-            state.other_turns += 1;
+            state.thread_takes += 1;
         }
         let taken = self.queue.take();
         state.pace.took(&taken, Instant::now());
@@ -169,37 +169,37 @@ impl Driver {
         self.commands.load(Ordering::Acquire)
     }
 
-    /// How often `take` was called, by who drove the wire.
-    pub fn turns(&self) -> [(&'static str, u64); 2] {
+    /// How often `take` was called, by the driving thread.
+    pub fn takes(&self) -> [(&'static str, u64); 2] {
         let state = self.state();
-        [("event_loop", state.turns), ("thread", state.other_turns)]
+        [("event_loop", state.loop_takes), ("thread", state.thread_takes)]
     }
 
     /// Run a command now if this thread drives. Otherwise send it, and count it until it has run.
     pub fn send(&self, command: Command) {
         let state = self.state();
         if state.is_lent {
-            return state.turn(|| carry_out(command), WRITING);
+            return state.run_ready(|| carry_out(command), WRITING);
         }
         self.commands.fetch_add(1, Ordering::Release);
-        // it fails where the front's thread has ended, and then there is nobody to hear of it
+        // fails only if the front's thread has ended, and then the command has no effect
         let _ = self.sender.send(command);
     }
 }
 
 impl State {
-    fn turn(&self, work: impl FnOnce(), looks: usize) {
+    fn run_ready(&self, work: impl FnOnce(), polls: usize) {
         if let Some(runtime) = &self.runtime {
-            turn(runtime, work, looks);
+            run_ready(runtime, work, polls);
         }
     }
 }
 
 /// Run some work, and everything that can then run without waiting.
-fn turn(runtime: &Runtime, work: impl FnOnce(), looks: usize) {
+fn run_ready(runtime: &Runtime, work: impl FnOnce(), polls: usize) {
     runtime.block_on(async {
         work();
-        for _ in 0..looks {
+        for _ in 0..polls {
             tokio::task::yield_now().await; // run tasks until none can continue, and poll the sockets
         }
     });
@@ -268,7 +268,7 @@ mod tests {
         arrivals.take(usize::MAX).0
     }
 
-    /// A driver of a wire whose messages are the names of sessions that step; a client of it; and what it serves by.
+    /// A driver of a wire whose messages are names of sessions to step, its client, and its server's socket.
     struct Wire {
         driver: Arc<Driver>,
         client: StdUnixStream,
@@ -297,13 +297,13 @@ mod tests {
         }
     }
 
-    /// Wait for the wire as Python's event loop does, and take what has come.
+    /// Wait for the wire as Python's event loop does, and take the arrivals.
     #[allow(unsafe_code)]
     fn next(driver: &Driver) -> Vec<Arrival> {
         loop {
             let mut polled = libc::pollfd { fd: driver.queue.wakeup.fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one entry, which lives until the call returns.
-            assert_eq!(unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, 60_000) }, 1, "nothing comes");
+            assert_eq!(unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, 60_000) }, 1, "no arrival");
             let found = driver.take();
             if !found.is_empty() {
                 return found;
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn lone_steps_are_one_at_a_time_and_back_to_back() {
+    fn steps_are_lone_if_they_come_one_by_one_and_back_to_back() {
         let start = Instant::now();
         let lone = || {
             let mut pace = Pace::default();
@@ -336,21 +336,21 @@ mod tests {
         assert!(pace.is_lone());
         pace.took(&taken(b"a"), start);
         (0..=EMPTY).for_each(|_| pace.took(&[], start));
-        assert!(!pace.is_lone(), "nothing any more");
+        assert!(!pace.is_lone(), "no more steps");
     }
 
     #[test]
-    fn the_event_loop_drives_until_others_come() {
+    fn the_event_loop_drives_until_another_client_sends() {
         let Wire { driver, mut client, runtime, served } = wire();
         drop(runtime.spawn(serve(driver.queue.clone(), served)));
-        turn(&runtime, || (), READING);
+        run_ready(&runtime, || (), READING);
         {
             let mut state = driver.state();
             state.runtime = Some(Arc::new(runtime));
             state.is_lent = true;
             state.pace.lone = LONE;
             state.pace.latest = Some(Instant::now() + Duration::from_secs(3600));
-            // whatever it takes is quick
+            // every step counts as quick
         }
         assert!(driver.queue.wakeup.add_sockets());
         client.write_all(b"a").unwrap();
@@ -359,21 +359,21 @@ mod tests {
         assert!(driver.state().is_lent);
         let call = Arc::new(Call::for_test());
         driver.send(Command::Finish(call.clone(), Bytes::from_static(b"answered")));
-        assert_eq!(call.state().replies.len(), 1, "it is done at once");
+        assert_eq!(call.state().replies.len(), 1, "it runs at once");
         client.write_all(b"bc").unwrap();
         assert!(matches!(&next(&driver)[..], [Arrival::Batch(batch)] if batch.entries.len() == 2));
         assert!(!driver.state().is_lent);
-        let [(_, own), (_, others)] = driver.turns();
+        let [(_, own), (_, others)] = driver.takes();
         assert!(own >= 2);
         assert_eq!(others, 0);
         driver.take();
-        assert_eq!(driver.turns(), [("event_loop", own), ("thread", 1)]);
+        assert_eq!(driver.takes(), [("event_loop", own), ("thread", 1)]);
         driver.send(Command::Finish(call.clone(), Bytes::from_static(b"answered")));
-        assert_eq!((call.state().replies.len(), driver.waiting()), (1, 1), "another thread is to do it");
+        assert_eq!((call.state().replies.len(), driver.waiting()), (1, 1), "it waits for the other thread");
     }
 
     #[test]
-    fn the_wire_has_it_back_when_nothing_comes_any_more() {
+    fn the_front_takes_the_runtime_back_when_no_more_steps_come() {
         let Wire { driver, mut client, runtime, served } = wire();
         let serving = serve(driver.queue.clone(), served);
         let own = driver.clone();

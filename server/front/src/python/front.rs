@@ -182,7 +182,7 @@ impl Front {
         let service = &self.server.service;
         let mut now = HashMap::from(service.now());
         now.insert("unwritten_replies", self.unwritten());
-        (now, service.bounds.counts.refusals(), self.driver.turns())
+        (now, service.bounds.counts.refusals(), self.driver.takes())
     }
 
     /// Turn the fast path off, so that Python gets every message as bytes, or on.
@@ -306,7 +306,7 @@ impl Front {
         );
         let signature = &batch.signature;
         let asked =
-            (signature.select, signature.output_names.clone(), signature.says_sizes, signature.model.clone());
+            (signature.select, signature.output_names.clone(), signature.has_sizes, signature.model.clone());
         let tensors = kinds.into_py(py);
         let handle = BatchHandle { batch: Arc::new(batch), driver: self.driver.clone(), seen };
         let tuple: PyObject = (0, handle, ids, callers, whos, columns, asked, tensors).into_py(py);
@@ -374,7 +374,7 @@ impl CallHandle {
 
     /// Python has authenticated the caller, whose identity in `KnownCallers` is this.
     fn identified(&self, identity: &str) {
-        self.call.whose.identified(identity, self.service.callers.as_ref());
+        self.call.caller.identified(identity, self.service.callers.as_ref());
         // a call of one message is admitted by whoever judges it: its caller is known also where it is refused
         if self.call.streams && !self.call.state().is_admitted {
             self.admit();

@@ -38,17 +38,17 @@ pub fn callers_of<'py>(
 /// authentication.
 pub fn whos_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Option<Bound<'py, PyList>>> {
     let entries = &batch.entries;
-    let Some(first) = entries.first().and_then(|entry| entry.whose.as_ref()) else { return Ok(None) };
+    let Some(first) = entries.first().and_then(|entry| entry.caller.as_ref()) else { return Ok(None) };
     let whos = PyList::empty_bound(py);
     let add = |known: &Arc<Known>, count: u32| -> PyResult<()> {
         let who = known.who.as_ref().and_then(|who| who.downcast_ref::<PyObject>());
         (0..count).try_for_each(|_| whos.append(who))
     };
-    let is_one = |entry: &Entry| entry.whose.as_ref().is_some_and(|known| Arc::ptr_eq(known, first));
+    let is_one = |entry: &Entry| entry.caller.as_ref().is_some_and(|known| Arc::ptr_eq(known, first));
     if entries.iter().all(is_one) {
         add(first, 1)?;
     } else {
-        for (entry, known) in entries.iter().filter_map(|entry| Some((entry, entry.whose.as_ref()?))) {
+        for (entry, known) in entries.iter().filter_map(|entry| Some((entry, entry.caller.as_ref()?))) {
             add(known, entry.count)?;
         }
     }

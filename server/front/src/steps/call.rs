@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
-/// A call on its way.
+/// A running call.
 #[derive(Debug)]
 pub struct Call {
     pub peer: Arc<Peer>,
@@ -23,43 +23,43 @@ pub struct Call {
     /// Seconds on the monotonic clock; infinity if it has none.
     pub deadline: f64,
     pub metadata: Vec<(String, Vec<u8>)>,
-    pub whose: Caller,
-    /// When it began, seconds on the monotonic clock.
+    pub caller: Caller,
+    /// Start time, in seconds on the monotonic clock.
     pub started: f64,
     is_over: AtomicBool,
     is_late: AtomicBool,
     state: Mutex<State>,
-    /// Replies of all calls that are not on their way.
+    /// Number of unwritten replies of all calls.
     unwritten: Arc<AtomicUsize>,
 }
 
-/// What the task that serves the call looks at when it is woken.
+/// The state that the call's task checks when it is woken.
 #[derive(Debug, Default)]
 pub struct State {
-    /// Framed replies, and how many bytes of fast-path frames are done with when they are written; None: Python's own.
+    /// Framed replies, each with the bytes of fast-path frames to release once it is written; None: Python's replies.
     pub replies: VecDeque<Reply>,
-    /// Those of a stream whose replies leave in the order of its messages.
+    /// Replies of a stream that must leave in the order of its messages.
     pub ordered: ReplyOrder,
-    /// Bytes of replies that wait.
+    /// Bytes of waiting replies.
     pub reply_bytes: usize,
     pub end: Option<Status>,
-    /// Nothing is sent any more: its task has ended.
+    /// Whether its task has ended, so that nothing more is sent.
     is_closed: bool,
-    /// Ids of fast-path frames that are not answered.
+    /// Ids of unanswered fast-path frames.
     pub frames: HashSet<u64>,
-    /// Ids of frames that Python was handed and has not answered.
+    /// Ids of unanswered frames that Python serves.
     pub general_frames: HashSet<u64>,
-    /// Bytes of fast-path frames that are not answered.
+    /// Bytes of unanswered fast-path frames.
     pub held: usize,
-    /// Sizes of messages that were handed to Python, which has not looked at them.
+    /// Sizes of messages in Python's queue that it has not read.
     pub unread: VecDeque<usize>,
-    /// Python knows who makes it, and that this caller may.
+    /// Whether Python has authenticated the caller and allows the call.
     pub is_admitted: bool,
     pub waker: Option<Waker>,
 }
 
 impl State {
-    /// Bytes of a stream's messages, from when they have come whole until they are done with.
+    /// Bytes of a stream's complete messages and their replies, until the replies are written.
     pub fn held_bytes(&self) -> usize {
         self.held + self.reply_bytes + self.unread.iter().sum::<usize>()
     }
@@ -72,7 +72,7 @@ impl Call {
         started: f64,
         deadline: f64,
         metadata: Vec<(String, Vec<u8>)>,
-        whose: Caller,
+        caller: Caller,
         unwritten: Arc<AtomicUsize>,
     ) -> Self {
         Call {
@@ -81,7 +81,7 @@ impl Call {
             streams: method.streams,
             deadline,
             metadata,
-            whose,
+            caller,
             started,
             is_over: AtomicBool::new(false),
             is_late: AtomicBool::new(false),
@@ -91,11 +91,11 @@ impl Call {
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
-        // what a panic left behind is at worst a call of one client
+        // after a panic, at worst one client's call is inconsistent
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether its client says that it is traced; None: it says nothing of it.
+    /// Whether the client traces the call; None: not stated.
     ///
     /// That is the last bit of W3C's `traceparent`: version, trace, span and flags in hexadecimal, with dashes between.
     pub fn is_traced(&self) -> Option<bool> {
@@ -104,12 +104,12 @@ impl Call {
         Some(u8::from_str_radix(flags, 16).ok()? & 1 == 1)
     }
 
-    /// Nobody waits for it any more.
+    /// Whether the call has ended.
     pub fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Relaxed)
     }
 
-    /// It is over because its time was.
+    /// Whether the call ended at its deadline.
     pub fn is_late(&self) -> bool {
         self.is_late.load(Ordering::Relaxed)
     }
@@ -119,7 +119,7 @@ impl Call {
         self.is_over.store(true, Ordering::Relaxed);
     }
 
-    /// Send a framed reply; `frame_id` is that of the fast-path frame that it is the last part of.
+    /// Send a framed reply. `frame_id`: the fast-path frame that it completes.
     pub fn reply(&self, framed: Bytes, frame_id: Option<u64>, held: Option<usize>) {
         let waker = {
             let mut state = self.state();
@@ -127,7 +127,7 @@ impl Call {
                 state.frames.remove(&id);
             }
             if state.is_closed {
-                return; // its client has left, and nobody shall wait until it is written
+                return; // the client is gone, so nothing must wait for this reply
             }
             state.reply_bytes += framed.len();
             self.unwritten.fetch_add(1, Ordering::Relaxed);
@@ -137,7 +137,7 @@ impl Call {
         wake(waker);
     }
 
-    /// Send the framed reply to a message when those before it have theirs.
+    /// Send the framed reply to a message once all earlier messages are answered.
     pub fn reply_in_order(&self, number: u64, framed: Bytes, held: Option<usize>) {
         let waker = {
             let mut state = self.state();
@@ -156,13 +156,13 @@ impl Call {
         wake(waker);
     }
 
-    /// Python gets a message of a stream, and says when it has looked at it.
+    /// Count a message for Python until Python has read it.
     pub fn hand_over(&self, state: &mut State, size: usize) {
         state.unread.push_back(size);
         self.peer.load.begin(GENERAL);
     }
 
-    /// Send a reply that Python has made; `number` is that of the message which it is for, where their order counts.
+    /// Send a reply from Python. `number`: that of its message, if replies are ordered.
     pub fn write(&self, message: &[u8], number: Option<u64>) {
         if let Some(number) = number {
             return self.reply_in_order(number, grpc::framed(message), None);
@@ -175,7 +175,7 @@ impl Call {
         self.reply(grpc::framed(message), None, None);
     }
 
-    /// The only reply of a call that does not stream, and its end.
+    /// Send the reply of a unary call, and end it.
     pub fn finish(&self, framed: Bytes) {
         let waker = {
             let mut state = self.state();
@@ -190,7 +190,7 @@ impl Call {
         wake(waker);
     }
 
-    /// Python knows who makes it.
+    /// Admit the call: Python has authenticated its caller.
     pub fn admit(&self) {
         let waker = {
             let mut state = self.state();
@@ -209,12 +209,12 @@ impl Call {
         wake(waker);
     }
 
-    /// A reply is on its way, or nobody will have it.
+    /// Count a reply as written or dropped.
     pub fn written(&self) {
         self.unwritten.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Its task has ended: what is not written is given up, and so is what comes.
+    /// Drop the unwritten replies and all later ones, because the task has ended.
     pub fn close(&self) {
         let mut state = self.state();
         state.is_closed = true;
@@ -228,7 +228,7 @@ impl Call {
         state.general_frames.clear();
     }
 
-    /// Python has looked at so many messages.
+    /// Count messages that Python has read.
     pub fn read(&self, count: usize) {
         let waker = {
             let mut state = self.state();
@@ -254,7 +254,7 @@ impl Call {
     }
 }
 
-/// The id of the frame that a `StepStreamResponse` is the last part for.
+/// Returns the id of the frame that a `StepStreamResponse` completes, if any.
 fn answered_frame(message: &[u8]) -> Option<u64> {
     let mut fields = Fields::new(message);
     let (mut frame_id, mut is_last) = (0, false);
@@ -279,7 +279,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_client_says_in_the_last_flag_whether_a_call_is_traced() {
+    fn the_last_flag_of_traceparent_shows_whether_a_call_is_traced() {
         let said = |value: &str| {
             let mut call = Call::for_test();
             call.metadata.push(("traceparent".to_owned(), value.as_bytes().to_vec()));
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_for_replies_to_who_has_gone() {
+    fn no_reply_waits_for_a_client_that_is_gone() {
         let call = Call::for_test();
         call.reply(Bytes::from_static(b"answered"), None, None);
         assert_eq!(call.unwritten.load(Ordering::Relaxed), 1);

@@ -14,25 +14,25 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
-/// Sessions of one batch, and of what Python takes at a time: about a pass, so that passes run in between.
+/// Limit of sessions in a batch, and in what Python takes at a time: about one pass, so that passes run in between.
 pub const MAX_IN_BATCH: usize = 1024;
-/// Sessions of a step that shares no batch with other connections' steps: these would wait for it.
+/// A step of this many sessions shares no batch with steps of other connections, which would wait for it.
 pub const LARGE: usize = 64;
-/// Calls that have begun since Python looked last.
+/// Limit of new calls that Python has not taken.
 const MAX_CALLS: usize = 10_000;
-/// Batches of different signatures that are filled at the same time.
+/// Limit of batches with different signatures that are open for more steps.
 const MAX_OPEN: usize = 16;
 
-/// What steps must have in common to stand in the same columns.
+/// The properties that all steps of a batch share.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Signature {
-    /// Name and version of the model as Triton's requests say them; None: these are steps of Stepwell's own protocol.
+    /// Name and version of the model in Triton's requests; None: steps of Stepwell's own protocol.
     pub model: Option<(String, String)>,
     pub select: u8,
     pub output_names: Vec<String>,
     pub has_expected: bool,
     pub has_request_ids: bool,
-    pub says_sizes: bool,
+    pub has_sizes: bool,
     pub tensors: Vec<TensorKind>,
 }
 
@@ -52,7 +52,7 @@ impl Signature {
             output_names: step.output_names.iter().map(|name| (*name).to_owned()).collect(),
             has_expected: !step.expected.is_empty(),
             has_request_ids: !step.request_ids.is_empty(),
-            says_sizes: step.says_sizes,
+            has_sizes: step.has_sizes,
             tensors: step
                 .tensors
                 .iter()
@@ -70,7 +70,7 @@ impl Signature {
             && self.model.as_ref().map(|(name, version)| (name.as_str(), version.as_str())) == step.model
             && self.has_expected != step.expected.is_empty()
             && self.has_request_ids != step.request_ids.is_empty()
-            && self.says_sizes == step.says_sizes
+            && self.has_sizes == step.has_sizes
             && self.output_names.iter().map(String::as_str).eq(step.output_names.iter().copied())
             && self.tensors.len() == step.tensors.len()
             && self.tensors.iter().zip(&step.tensors).all(|(kind, tensor)| {
@@ -83,35 +83,35 @@ impl Signature {
 #[derive(Debug)]
 pub struct Entry {
     pub call: Arc<Call>,
-    /// Who asks for it; None: anybody.
-    pub whose: Option<Arc<Known>>,
-    /// Tells it from the stream's others; None: the call is unary.
+    /// The caller; None: no authentication.
+    pub caller: Option<Arc<Known>>,
+    /// Identifies the message in its stream; None: the call is unary.
     pub frame_id: Option<u64>,
-    /// None: it is of Stepwell's own protocol.
+    /// None: a step of Stepwell's own protocol.
     pub request: Option<Request>,
-    /// Its first session in the columns.
+    /// Index of its first session in the columns.
     pub first: u32,
     pub count: u32,
-    /// When it came, seconds on the monotonic clock.
+    /// Time of arrival, in seconds on the monotonic clock.
     pub arrived: f64,
-    /// Sessions without an answer on its way.
+    /// Sessions without an answer.
     pub left: AtomicU32,
-    /// Sessions that Python has not answered.
+    /// Sessions that Python has not answered yet.
     pub unanswered: AtomicU32,
-    /// One number may stand for all sessions in its answer.
+    /// Whether one number may stand for all sessions in its answer.
     pub is_short: bool,
     /// Bytes of the message.
     pub held: usize,
 }
 
 impl Entry {
-    /// All of its sessions have their answers.
+    /// Whether all its sessions are answered.
     pub fn is_answered(&self) -> bool {
         self.left.load(Ordering::Relaxed) == 0
     }
 }
 
-/// Steps that nobody will answer any more: the server ends, or they were dropped with their call.
+/// Ends steps without an answer: the server is shutting down, or they were dropped with their call.
 impl Drop for Entry {
     fn drop(&mut self) {
         self.call.peer.load.end(*self.left.get_mut() as usize);
@@ -126,14 +126,14 @@ pub struct Batch {
     pub sizes: Vec<u32>,
     pub expected: Vec<u64>,
     pub request_ids: Vec<u64>,
-    /// Of each session, on the monotonic clock.
+    /// Deadline of each session, in seconds on the monotonic clock.
     pub deadlines: Vec<f64>,
-    /// Of each tensor of the signature.
+    /// The data of each tensor in the signature.
     pub data: Vec<Vec<u8>>,
     pub entries: Vec<Entry>,
-    /// The number of the connection that all of it has come over; None: of several.
+    /// Number of the connection of all entries; None: several connections.
     connection: Option<u64>,
-    /// One of its steps is `LARGE`.
+    /// Whether one of its steps is `LARGE`.
     is_large: bool,
 }
 
@@ -153,7 +153,7 @@ impl Batch {
         }
     }
 
-    /// A step of so many sessions that has come over a connection may stand here.
+    /// Whether a step of `count` sessions from this connection fits.
     fn takes(&self, count: usize, connection: u64) -> bool {
         let alone = self.connection == Some(connection);
         self.sizes.len() + count <= MAX_IN_BATCH && (alone || !(self.is_large || count >= LARGE))
@@ -170,7 +170,7 @@ impl Batch {
         let arrived = if frame_id.is_none() { call.started } else { clock::now() };
         self.entries.push(Entry {
             call,
-            whose: step.whose.clone(),
+            caller: step.caller.clone(),
             frame_id,
             request: step.request.clone(),
             first: self.sizes.len() as u32,
@@ -190,52 +190,52 @@ impl Batch {
         }
     }
 
-    /// The ids, in their order.
+    /// The session ids, in order.
     pub fn session_ids(&self) -> impl Iterator<Item = &str> {
         self.ids.iter()
     }
 }
 
-/// What Python is to know of.
+/// An arrival for Python.
 #[derive(Debug)]
 pub enum Arrival {
-    /// Steps that need nothing but columns.
+    /// Fast-path steps.
     Batch(Box<Batch>),
-    /// A call has begun; with its request if it does not stream.
+    /// A new call, with its request if it is unary.
     Call(Arc<Call>, Option<Bytes>),
-    /// A unary call has begun: is its caller known, and may it? Its message is not taken in before that is answered.
+    /// A new unary call whose caller Python must authenticate. Its message is not read before the answer.
     Judge(Arc<Call>),
-    /// A message of a stream, and the number of its reply where those leave in the order of the messages.
+    /// A message of a stream, and the number of its reply if replies leave in the order of the messages.
     Message(Arc<Call>, Bytes, Option<u64>),
-    /// A message was too large: so many bytes.
+    /// A message that was too large, and its size in bytes.
     TooLarge(Arc<Call>, usize),
-    /// A message breaks a rule of its shape: the only one of a call, which begins with it, or one of a stream.
+    /// A message that breaks a rule of its shape: of a stream, or the only one of a new call.
     Breach(Arc<Call>, Breach),
-    /// A frame has the id of another that is not answered.
+    /// A frame with the id of an unanswered frame.
     Duplicate(Arc<Call>, u64),
     /// The client has sent its last message.
     HalfClosed(Arc<Call>),
-    /// Replies of a stream are on their way: so many bytes.
+    /// Bytes of a stream's replies that were written.
     Written(Arc<Call>, usize),
-    /// Nobody waits for the call any more.
+    /// The call has ended.
     Ended(Arc<Call>),
-    /// The log shall say that connections are refused.
+    /// A refusal of connections to log.
     Refused(Refusal),
 }
 
-/// What has come since Python looked last.
+/// The arrivals that Python has not taken.
 #[derive(Debug, Default)]
 pub struct Arrivals {
     all: VecDeque<Arrival>,
-    /// Batches that may still be filled, with the hashes of their sessions' ids if there are several.
+    /// Indexes of the open batches, with hashes of their session ids if several are open.
     open: Vec<(usize, HashSet<u64>)>,
     hasher: RandomState,
-    /// Calls among them.
+    /// Number of calls among the arrivals.
     calls: usize,
 }
 
 impl Arrivals {
-    /// So many calls have begun that Python does not know of that more of them are refused.
+    /// Whether new calls must be refused, because Python has not taken too many others.
     pub fn has_many_calls(&self) -> bool {
         self.calls >= MAX_CALLS
     }
@@ -244,7 +244,7 @@ impl Arrivals {
         self.all.is_empty()
     }
 
-    /// The first of what has come, up to so many steps, as `GENERAL` counts them; and the bytes of fast-path messages.
+    /// Take the first arrivals, up to `most` steps as `GENERAL` counts them. Also returns the bytes of fast-path messages.
     pub fn take(&mut self, most: usize) -> (Vec<Arrival>, usize) {
         self.open.clear();
         let (mut taken, mut steps, mut bytes) = (Vec::new(), 0, 0);
@@ -267,14 +267,14 @@ impl Arrivals {
         (taken, bytes)
     }
 
-    /// Add what is no fast-path step. What comes later stays behind it.
+    /// Add an arrival other than a fast-path step. Later arrivals stay behind it.
     pub fn push(&mut self, arrival: Arrival) {
         self.open.clear();
         self.calls += usize::from(matches!(arrival, Arrival::Call(..)));
         self.all.push_back(arrival);
     }
 
-    /// Add a fast-path step to the batch of its signature, unless it would overtake an earlier one of its sessions there.
+    /// Add a fast-path step to the batch of its signature, unless it would overtake an earlier step of its sessions.
     pub fn push_step(
         &mut self,
         call: Arc<Call>,
@@ -300,7 +300,7 @@ impl Arrivals {
         hashes
     }
 
-    /// The place in `open` of the batch that a step goes to.
+    /// Returns the index in `open` of the batch for a step.
     fn batch_for(&mut self, step: &Step<'_>, connection: u64) -> usize {
         let count = step.count();
         let found = self.open.iter().position(|(index, _)| match &self.all[*index] {
@@ -318,7 +318,7 @@ impl Arrivals {
         } else if self.open.len() == MAX_OPEN {
             self.open.clear();
         } else if self.open.len() == 1 {
-            // from now on it matters who is in which
+            // from now on the sessions of each batch matter
             let (index, hashes) = &mut self.open[0];
             if let Arrival::Batch(batch) = &self.all[*index] {
                 hashes.extend(batch.session_ids().map(|id| self.hasher.hash_one(id)));
@@ -343,14 +343,14 @@ mod tests {
             tensors: vec![Tensor { name: "", dtype: 8, shape: vec![1], data: &data }],
             sizes: vec![1],
             select: select / 2,
-            // of either protocol: they may name the same session
+            // of either protocol, since both may name the same session
             model: (select % 2 == 1).then_some(("m", "")),
             ..Step::default()
         };
         arrivals.push_step(Arc::new(Call::for_test()), None, &step, f64::INFINITY, 0);
     }
 
-    /// Sessions and numbers in the order in which Python will see them.
+    /// Sessions and numbers in the order in which Python takes them.
     fn order(arrivals: &mut Arrivals) -> Vec<(String, u64)> {
         let mut found = Vec::new();
         for arrival in arrivals.take(usize::MAX).0 {
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn steps_that_are_alike_share_a_batch() {
+    fn steps_of_one_signature_share_a_batch() {
         let mut arrivals = Arrivals::default();
         for number in 0..10 {
             push(&mut arrivals, &format!("s{number}"), (number % 2 * 4) as u8, number);
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_step_shares_no_batch_with_other_connections_and_nothing_overtakes() {
+    fn a_large_step_shares_no_batch_with_other_connections_and_is_not_overtaken() {
         let mut arrivals = Arrivals::default();
         let ids: Vec<String> = (0..LARGE).map(|number| format!("s{number}")).collect();
         let mut push = |connection: u64, from: usize, count: usize| {
@@ -387,10 +387,10 @@ mod tests {
             arrivals.push_step(Arc::new(Call::of_connection(connection)), Some(1), &step, f64::INFINITY, 0);
         };
         push(1, 0, LARGE - 1);
-        push(2, LARGE - 1, 1); // small ones share
+        push(2, LARGE - 1, 1); // small steps share a batch
         push(3, 0, LARGE);
-        push(3, 0, LARGE); // as do all of one connection
-        push(3, 0, 1); // would overtake in the first one
+        push(3, 0, LARGE); // so do all steps of a connection
+        push(3, 0, 1); // would overtake in the first batch
         push(2, 5, 1);
         push(1, 6, 1);
         let connections: Vec<Vec<u64>> = std::iter::from_fn(|| match arrivals.take(1).0.pop()? {
@@ -402,23 +402,23 @@ mod tests {
     }
 
     #[test]
-    fn tenants_share_a_batch_and_no_names() {
+    fn tenants_share_a_batch_but_no_session_ids() {
         let mut arrivals = Arrivals::default();
         let mut push = |tenant: &str, id: &str, select: u8| {
-            let whose = Known::new(format!("{tenant}\u{1f}"), tenant.to_owned(), true, None, f64::INFINITY);
+            let caller = Known::new(format!("{tenant}\u{1f}"), tenant.to_owned(), true, None, f64::INFINITY);
             let step = Step {
                 session_ids: vec![id],
                 tensors: vec![Tensor { name: "", dtype: 9, shape: vec![1], data: &[0] }],
                 sizes: vec![1],
                 select,
-                whose: Some(whose),
+                caller: Some(caller),
                 ..Step::default()
             };
             arrivals.push_step(Arc::new(Call::for_test()), None, &step, f64::INFINITY, 0);
         };
         push("a", "s", 0);
         push("a", "s", 2);
-        push("b", "s", 0); // overtakes nothing of its own
+        push("b", "s", 0); // overtakes no step of its tenant
         push("a", "s", 0);
         let found: Vec<(Vec<String>, Vec<String>)> =
             std::iter::from_fn(|| match arrivals.take(1).0.pop()? {
@@ -427,7 +427,7 @@ mod tests {
                     batch
                         .entries
                         .iter()
-                        .map(|entry| entry.whose.as_ref().unwrap().identity.clone())
+                        .map(|entry| entry.caller.as_ref().unwrap().identity.clone())
                         .collect(),
                 )),
                 _ => None,
@@ -445,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_added_before_an_event() {
+    fn no_step_overtakes_an_event() {
         let mut arrivals = Arrivals::default();
         push(&mut arrivals, "a", 0, 1);
         arrivals.push(Arrival::HalfClosed(Arc::new(Call::for_test())));
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_at_a_time_is_about_a_pass() {
+    fn python_takes_about_one_pass_at_a_time() {
         let mut arrivals = Arrivals::default();
         for number in 0..3 * MAX_IN_BATCH as u64 {
             push(&mut arrivals, &format!("s{number}"), 0, number);
@@ -462,7 +462,7 @@ mod tests {
         let (taken, bytes) = arrivals.take(MAX_IN_BATCH);
         assert_eq!((taken.len(), bytes), (1, 0));
         push(&mut arrivals, "s0", 0, 9);
-        assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "what comes now is behind what waits");
+        assert_eq!(arrivals.take(usize::MAX).0.len(), 3, "new steps are behind waiting ones");
         assert!(arrivals.is_empty());
         for _ in 0..MAX_IN_BATCH {
             arrivals.push(Arrival::Call(Arc::new(Call::for_test()), None));
@@ -472,7 +472,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_session_keeps_its_order(steps in prop::collection::vec((0u8..5, 0u8..8), 0..200)) {
+        fn steps_of_a_session_keep_their_order(steps in prop::collection::vec((0u8..5, 0u8..8), 0..200)) {
             let mut arrivals = Arrivals::default();
             for (number, (session, select)) in steps.iter().enumerate() {
                 push(&mut arrivals, &format!("s{session}"), *select, number as u64);

@@ -14,7 +14,7 @@ pub const MAX_MEMBERS: usize = 65_536;
 const MAX_RANK: usize = 32;
 /// Limit of tensors of a fast-path message. Each is compared with the others.
 const MAX_TENSORS: usize = 256;
-/// The revision that stands for "any" in Python's columns, so no session has it.
+/// Means "any revision" in Python's columns, so no session has it.
 const ANY_REVISION: u64 = u64::MAX;
 
 /// A tensor of a message, `data` within it.
@@ -29,9 +29,9 @@ pub struct Tensor<'a> {
 /// One of Triton's requests.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// Its id, which comes back.
+    /// Its id, which the reply repeats.
     pub id: Bytes,
-    /// The whole message, since Python may serve it like those that are not on the fast path.
+    /// The whole message, since Python may serve the request itself.
     pub message: Bytes,
 }
 
@@ -47,7 +47,7 @@ pub struct Step<'a> {
     /// Rows of each session, from the message or from the tensors.
     pub sizes: Vec<u32>,
     /// Whether the message contains them.
-    pub says_sizes: bool,
+    pub has_sizes: bool,
     /// OutputSelection.
     pub select: u8,
     pub output_names: Vec<&'a str>,
@@ -55,12 +55,12 @@ pub struct Step<'a> {
     pub timeout_us: u64,
     /// Whether it has one number for all sessions, so that its sender accepts one for all in the answer.
     pub is_short: bool,
-    /// It is one of Triton's.
+    /// Triton's request, if it is one.
     pub request: Option<Request>,
-    /// Name and version of the model, where the message says them: see `triton`.
+    /// Name and version of the model, if the message has them: see `triton`.
     pub model: Option<(&'a str, &'a str)>,
     /// The caller, in whose namespace `session_ids` are; None: no authentication.
-    pub whose: Option<Arc<Known>>,
+    pub caller: Option<Arc<Known>>,
 }
 
 impl<'a> Step<'a> {
@@ -71,7 +71,7 @@ impl<'a> Step<'a> {
         while let Some((number, value)) = fields.next()? {
             match (number, value) {
                 (1, Value::Bytes(id)) => {
-                    step.session_ids.clear(); // the last one counts
+                    step.session_ids.clear(); // the last value counts
                     step.session_ids.push(id_of(id)?);
                 }
                 (2, Value::Bytes(tensor)) => step.add_tensor(Tensor::of(tensor)?)?,
@@ -158,7 +158,7 @@ impl<'a> Step<'a> {
             step.sizes.resize(step.count(), batch_size);
         }
         let rows = step.rows()?;
-        step.says_sizes = !step.sizes.is_empty();
+        step.has_sizes = !step.sizes.is_empty();
         if step.sizes.is_empty() && rows == step.count() {
             step.sizes.resize(rows, 1);
         } else if step.sizes.is_empty() && step.count() == 1 {
@@ -196,14 +196,14 @@ impl<'a> Step<'a> {
         Ok(())
     }
 
-    /// Sessions that it names.
+    /// Number of sessions.
     pub fn count(&self) -> usize {
         self.session_ids.len()
     }
 
-    /// The sessions, as the server names them.
+    /// Call `then` with the server's id of each session.
     pub fn for_each_id(&self, mut then: impl FnMut(&str)) {
-        let prefix = self.whose.as_ref().map_or("", |known| known.prefix.as_str());
+        let prefix = self.caller.as_ref().map_or("", |known| known.prefix.as_str());
         if prefix.is_empty() {
             return self.session_ids.iter().copied().for_each(then);
         }
@@ -215,7 +215,7 @@ impl<'a> Step<'a> {
         }
     }
 
-    /// Rows of its tensors.
+    /// Returns the rows of its tensors.
     pub fn rows(&self) -> Result<usize, SlowPath> {
         let first = self.tensors.first().ok_or(SlowPath)?;
         first.shape.first().copied().ok_or(SlowPath)
@@ -226,7 +226,7 @@ impl<'a> Step<'a> {
         (1..tensors.len()).any(|at| tensors[..at].iter().any(|other| other.name == tensors[at].name))
     }
 
-    /// As it is, if its parts fit each other.
+    /// Returns the step if its parts are consistent.
     pub fn checked(self) -> Result<Self, SlowPath> {
         let count = self.count();
         let rows = self.rows()?;
@@ -266,7 +266,7 @@ impl<'a> Tensor<'a> {
         Ok(tensor)
     }
 
-    /// Add what a packed field holds of the shape: the field may come in parts.
+    /// Add axes from a packed field, which may come in parts.
     pub fn add_axes(&mut self, packed: &[u8]) -> Result<(), SlowPath> {
         let mut axes = Fields::new(packed);
         while let Some(axis) = axes.packed()? {
@@ -278,7 +278,7 @@ impl<'a> Tensor<'a> {
         Ok(())
     }
 
-    /// There is data, and as much of it as shape and dtype say.
+    /// Require data of the size that shape and dtype imply.
     pub fn require_size(&self) -> Result<(), SlowPath> {
         let size = self
             .shape
@@ -292,7 +292,7 @@ impl<'a> Tensor<'a> {
     }
 }
 
-/// Bytes of one element of a `DataType`. Booleans are not on the fast path, because their bytes have a rule of their own.
+/// Bytes per element of a `DataType`. Booleans are not on the fast path, because their values are restricted.
 pub fn element_size(dtype: u8) -> Result<usize, SlowPath> {
     match dtype {
         5 | 9 => Ok(1),
@@ -320,7 +320,7 @@ pub fn push<T>(list: &mut Vec<T>, entry: T) -> Result<(), SlowPath> {
     Ok(())
 }
 
-/// The id of a session, as its client has it.
+/// Reads a session id, as its client wrote it.
 fn id_of(bytes: &[u8]) -> Result<&str, SlowPath> {
     text(bytes).and_then(|id| if id.contains(SEPARATOR) { Err(SlowPath) } else { Ok(id) })
 }
@@ -375,7 +375,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_request_is_read() {
+    fn a_request_is_parsed() {
         let mut message = request("user-1", 3, 2);
         put_number(&mut message, 3, 9);
         message.put_slice(&[0x21]);
@@ -392,7 +392,7 @@ pub mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_beyond_a_step_is_not_plain() {
+    fn requests_for_more_than_a_step_are_slow() {
         for (field, value) in [(6, 1), (8, 2), (9, 1), (11, 2), (12, 1)] {
             let mut message = request("a", 1, 2);
             put_number(&mut message, field, value);
@@ -401,7 +401,7 @@ pub mod tests {
     }
 
     #[test]
-    fn elements_said_as_numbers_are_not_plain() {
+    fn elements_as_numbers_are_slow() {
         let mut numbers = tensor(1, 2, &[0; 8]);
         put_bytes(&mut numbers, 5, &1f64.to_le_bytes());
         let mut message = BytesMut::new();
@@ -411,7 +411,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_shape_may_come_in_parts_up_to_the_most_axes() {
+    fn a_shape_may_come_in_parts_up_to_the_limit_of_axes() {
         let in_parts = |axes: usize| {
             let mut tensor = BytesMut::new();
             put_number(&mut tensor, 2, 1);
@@ -425,14 +425,14 @@ pub mod tests {
     }
 
     #[test]
-    fn two_tensors_of_one_name_are_not_plain() {
+    fn two_tensors_of_one_name_are_slow() {
         let mut message = request("a", 1, 2);
         put_bytes(&mut message, 2, &tensor(1, 2, &[0; 8]));
         assert!(Step::of_request(&message).is_err());
     }
 
     #[test]
-    fn a_missing_or_empty_part_is_not_plain() {
+    fn a_missing_or_empty_part_is_slow() {
         assert!(Step::of_request(&[]).is_err());
         let mut no_tensor = BytesMut::new();
         put_bytes(&mut no_tensor, 1, b"a");
@@ -453,7 +453,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_frame_is_read() {
+    fn a_frame_is_parsed() {
         let mut body = BytesMut::new();
         for id in ["a", "b", "c"] {
             put_bytes(&mut body, 1, id.as_bytes());
@@ -472,7 +472,7 @@ pub mod tests {
     }
 
     #[test]
-    fn an_id_with_a_tenants_mark_is_not_plain() {
+    fn an_id_with_the_tenant_separator_is_slow() {
         for (id, is_plain) in [("acme.a", true), ("acme\u{1f}a", false), ("\u{1f}", false)] {
             let mut body = BytesMut::new();
             put_bytes(&mut body, 1, b"b");
@@ -483,7 +483,7 @@ pub mod tests {
     }
 
     #[test]
-    fn rows_of_unknown_owners_are_not_plain() {
+    fn rows_that_fit_no_session_are_slow() {
         let mut body = BytesMut::new();
         for id in ["a", "b"] {
             put_bytes(&mut body, 1, id.as_bytes());
@@ -493,7 +493,7 @@ pub mod tests {
     }
 
     #[test]
-    fn numbers_for_others_are_not_plain() {
+    fn lists_of_another_length_are_slow() {
         let mut body = BytesMut::new();
         for id in ["a", "b"] {
             put_bytes(&mut body, 1, id.as_bytes());
@@ -518,7 +518,7 @@ pub mod tests {
     }
 
     #[test]
-    fn one_number_stands_for_one_of_each_session() {
+    fn one_number_stands_for_those_of_all_sessions() {
         let message = frame(&pair());
         assert!(!Step::of_frame(&message).unwrap().1.is_short);
         let mut body = pair();
@@ -527,14 +527,14 @@ pub mod tests {
         put_number(&mut body, 17, 1);
         let message = frame(&body);
         let (_, step) = Step::of_frame(&message).unwrap();
-        assert_eq!((&step.sizes[..], step.says_sizes), (&[1, 1][..], true));
+        assert_eq!((&step.sizes[..], step.has_sizes), (&[1, 1][..], true));
         assert_eq!(step.expected, [9, 9]);
         assert_eq!(step.request_ids, [u64::MAX - 1, u64::MAX]);
         assert!(step.is_short);
     }
 
     #[test]
-    fn what_is_said_twice_is_not_plain() {
+    fn values_that_are_given_twice_are_slow() {
         let read = |change: &dyn Fn(&mut BytesMut)| {
             let mut body = pair();
             change(&mut body);
@@ -564,13 +564,13 @@ pub mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_or_not(bytes: Vec<u8>) {
+        fn any_bytes_are_parsed_or_rejected(bytes: Vec<u8>) {
             let _ = Step::of_request(&bytes);
             let _ = Step::of_frame(&bytes);
         }
 
         #[test]
-        fn a_cut_off_request_is_not_taken_for_another(cut in 1usize..40) {
+        fn a_truncated_request_is_not_parsed_as_another(cut in 1usize..40) {
             let message = request("user-1", 2, 2);
             let kept = message.len().saturating_sub(cut);
             prop_assert!(Step::of_request(&message[..kept]).is_err());

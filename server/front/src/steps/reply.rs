@@ -9,18 +9,18 @@ use bytes::{BufMut, Bytes, BytesMut};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-/// One output of the members that are answered.
+/// One output of the answered members.
 pub struct Output {
     pub name: String,
     pub dtype: u8,
     /// The shape without the rows.
     pub tail: Vec<u64>,
     pub row_bytes: usize,
-    /// The rows, one after the other: whoever made them keeps them, so they need not be copied.
+    /// The rows, one after the other. Their owner keeps them alive, so they need not be copied.
     pub data: Box<dyn AsRef<[u8]> + Send + Sync>,
 }
 
-/// What became of members of a batch, ascending; None: of all.
+/// The result of some members of a batch, in ascending order. `members` None: all of them.
 pub enum Answer {
     Applied {
         members: Option<Vec<u32>>,
@@ -28,7 +28,7 @@ pub enum Answer {
         positions: Vec<u64>,
         outputs: Vec<Output>,
         replayed: bool,
-        /// Of the model that ran it; 0: answers of Stepwell's own protocol do not say it.
+        /// Version of the model that ran it; 0: omitted from answers of Stepwell's own protocol.
         model_version: u64,
     },
     Failed {
@@ -40,8 +40,7 @@ pub enum Answer {
 }
 
 impl Answer {
-    /// Call `then` with each entry that has some of the members that were applied: what they were answered, and their
-    /// indexes in it.
+    /// Call `then` with each entry that has applied members, their part of the answer, and their indexes in the entry.
     fn for_each_part(&self, batch: &Batch, mut then: impl FnMut(&Entry, Part<'_>, &[u32])) {
         let Answer::Applied { members, revisions, positions, outputs, replayed, model_version } = self else {
             return;
@@ -64,20 +63,20 @@ impl Answer {
     }
 }
 
-/// Writes the answers to the messages of one protocol, each with gRPC's prefix: those of calls, and those of streams, which
-/// have a `frame_id`.
+/// Writes the answers of one protocol, each with gRPC's prefix. Messages of streams have a `frame_id`, those of calls do
+/// not.
 pub trait Writer {
-    /// The replies of a stream leave in the order of its messages, of which each has one session.
+    /// Whether a stream's replies leave in the order of its messages, each of which then has one session.
     const IS_ORDERED: bool;
 
-    /// The answer to some sessions of a message.
+    /// The answer to applied sessions of a message.
     fn applied(&self, entry: &Entry, part: &Part<'_>, places: &[u32]) -> Bytes;
 
-    /// The same for sessions of a stream's message that failed; `error` is Python's.
+    /// The answer to failed sessions of a stream's message; `error` comes from Python.
     fn failed(&self, entry: &Entry, error: &[u8], places: &[u32]) -> Bytes;
 }
 
-/// Send an answer to the calls whose members it is for.
+/// Send an answer to the calls of its members.
 pub fn deliver<W: Writer>(writer: &W, batch: &Batch, answer: &Answer) {
     match answer {
         Answer::Applied { .. } => answer.for_each_part(batch, |entry, part, places| {
@@ -133,7 +132,7 @@ fn member_at(members: &Option<Vec<u32>>, place: usize) -> usize {
     members.as_ref().map_or(place, |some| some[place] as usize)
 }
 
-/// Call `then` with each entry that has some of the members: their places in the answer, and their indexes in it.
+/// Call `then` with each entry that has some of the members, their range in the answer, and their indexes in the entry.
 fn for_each_entry(
     batch: &Batch,
     members: Option<&[u32]>,
@@ -163,13 +162,13 @@ fn for_each_entry(
     }
 }
 
-/// So many sessions of a message are being answered.
+/// Count sessions of a message as answered.
 fn answered(entry: &Entry, count: usize) {
     entry.left.fetch_sub(count as u32, Ordering::Relaxed);
     entry.call.peer.load.end(count);
 }
 
-/// What members of one entry were answered.
+/// The part of an answer for members of one entry.
 pub struct Part<'a> {
     pub revisions: &'a [u64],
     pub positions: &'a [u64],
@@ -200,7 +199,7 @@ impl Part<'_> {
         } else if run.is_none() {
             put_indexes(&mut out, 2, places);
         }
-        let (revisions, positions) = (alike(entry, self.revisions), alike(entry, self.positions));
+        let (revisions, positions) = (common(entry, self.revisions), common(entry, self.positions));
         if revisions.is_none() {
             put_packed(&mut out, 4, self.revisions);
         }
@@ -222,7 +221,7 @@ impl Part<'_> {
         with_prefix(out)
     }
 
-    /// Room for the message, and before it for its prefix.
+    /// Returns a buffer for the message, with room for its prefix at the start.
     fn buffer(&self, more: usize) -> BytesMut {
         let size: usize = self
             .outputs
@@ -240,7 +239,7 @@ impl Part<'_> {
         }
     }
 
-    /// Its rows of an output.
+    /// The rows of an output that belong to this part.
     pub fn data_of<'a>(&self, output: &'a Output) -> &'a [u8] {
         &(*output.data).as_ref()[self.rows.start * output.row_bytes..self.rows.end * output.row_bytes]
     }
@@ -266,14 +265,14 @@ fn put_tensor(out: &mut BytesMut, field: u32, output: &Output, rows: u64, data: 
     }
 }
 
-/// What ascending members are from first to last, if none of those between is missing.
+/// The range of ascending members, if it has no gaps.
 fn run_of(members: &[u32]) -> Option<Range<u32>> {
     let run = *members.first()?..*members.last()? + 1;
     (run.len() == members.len()).then_some(run)
 }
 
-/// The number that may stand for all of them.
-fn alike(entry: &Entry, numbers: &[u64]) -> Option<u64> {
+/// The one number that may stand for all, if they are equal and the entry accepts it.
+fn common(entry: &Entry, numbers: &[u64]) -> Option<u64> {
     let first = *numbers.first()?;
     (entry.is_short && numbers.iter().all(|number| *number == first)).then_some(first)
 }
@@ -285,7 +284,7 @@ fn put_indexes(out: &mut BytesMut, field: u32, indexes: &[u32]) {
     }
 }
 
-/// Say in the prefix how long the message has become.
+/// Write the size of the message into its prefix.
 pub fn with_prefix(mut out: BytesMut) -> Bytes {
     let size = out.len() - 5;
     let mut prefix = &mut out[..5];
@@ -303,7 +302,7 @@ mod tests {
     use crate::steps::parse::{Step, Tensor};
     use std::sync::Arc;
 
-    /// A batch of two frames of 3 and 2 sessions and a call, whose session has two rows.
+    /// A batch of two frames with 3 and 2 sessions, and a call whose session has two rows.
     fn batch() -> (Batch, Vec<Arc<Call>>) {
         let mut arrivals = Arrivals::default();
         let calls: Vec<Arc<Call>> = (0..3).map(|_| Arc::new(Call::for_test())).collect();
@@ -344,7 +343,7 @@ mod tests {
         }
     }
 
-    /// The fields of a call's replies: number, and the value or the bytes.
+    /// The fields of a call's replies: number, and value or bytes.
     fn replies(call: &Call) -> Vec<Vec<(u32, Vec<u8>)>> {
         let replies: Vec<_> = call.state().replies.drain(..).collect();
         replies
@@ -374,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn all_are_answered_with_their_own_rows() {
+    fn each_message_is_answered_with_its_own_rows() {
         let (batch, calls) = batch();
         deliver(&StepReplies, &batch, &applied(None, (1..=6).collect(), (10..17).collect()));
         let whole = |id, revisions: &[u8], rows: &[u8]| {
@@ -394,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_a_frame_come_as_they_are_answered() {
+    fn a_frame_is_answered_in_parts() {
         let (batch, calls) = batch();
         deliver(&StepReplies, &batch, &applied(Some(vec![1, 4, 5]), vec![1, 2, 3], vec![20, 21, 22, 23]));
         let part = |id, index, revision, row: u8, last: bool| {
@@ -428,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_say_which_version_of_the_model_ran_them() {
+    fn answers_have_the_model_version() {
         let (batch, calls) = batch();
         let answers = [(vec![0, 1], 2), (vec![2, 3, 4, 5], 9)];
         for (members, number) in answers {
@@ -438,19 +437,19 @@ mod tests {
             *model_version = number;
             deliver(&StepReplies, &batch, &answer);
         }
-        let said = |call, field| -> Vec<_> {
+        let versions = |call, field| -> Vec<_> {
             let of_reply = |fields: Vec<(u32, Vec<u8>)>| {
                 fields.into_iter().find(|(number, _)| *number == field).map(|(_, value)| value[0])
             };
             replies(call).into_iter().map(of_reply).collect()
         };
-        assert_eq!(said(&calls[0], 16), [Some(2), Some(9)]);
-        assert_eq!(said(&calls[1], 16), [Some(9)]);
-        assert_eq!(said(&calls[2], 6), [Some(9)]);
+        assert_eq!(versions(&calls[0], 16), [Some(2), Some(9)]);
+        assert_eq!(versions(&calls[1], 16), [Some(9)]);
+        assert_eq!(versions(&calls[2], 6), [Some(9)]);
     }
 
     #[test]
-    fn one_number_and_a_run_of_members_answer_a_frame_of_single_numbers() {
+    fn short_frames_are_answered_with_one_number_and_ranges_of_members() {
         let call = Arc::new(Call::for_test());
         let batch = || {
             let mut arrivals = Arrivals::default();
@@ -503,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_failed_ends_with_the_status() {
+    fn a_failed_call_ends_with_the_status() {
         let (batch, calls) = batch();
         let status = Status::new(5, "gone");
         deliver(

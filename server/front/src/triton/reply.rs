@@ -7,7 +7,7 @@ use crate::steps::reply::{with_prefix, Part, Writer};
 use crate::triton::request::datatype;
 use bytes::{Bytes, BytesMut};
 
-/// Of requests for a model of this name.
+/// Writes replies for the model of this name.
 pub struct InferReplies<'a> {
     pub model: &'a str,
 }
@@ -74,12 +74,12 @@ fn put_parameter(out: &mut BytesMut, name: &[u8], field: u32, value: u64) {
     put_header(out, 4, name.len() + size + 4);
     put_bytes(out, 1, name);
     put_header(out, 2, size);
-    // a choice is there also where it is 0
+    // a oneof field is written even if it is 0
     put_varint(out, u64::from(field << 3));
     put_varint(out, value);
 }
 
-/// A text, which proto3 leaves out where it is empty.
+/// Write a text, which proto3 omits if it is empty.
 fn put_text(out: &mut BytesMut, field: u32, text: &[u8]) {
     if !text.is_empty() {
         put_bytes(out, field, text);
@@ -101,7 +101,7 @@ mod tests {
     use crate::triton::request::{read, tests::request as message_of};
     use std::sync::Arc;
 
-    /// Requests of two rows each: two of a stream, and a call.
+    /// Requests with two rows each: two of a stream, and a unary one.
     fn batch() -> (Batch, Arc<Call>, Arc<Call>) {
         let (stream, unary) = (Arc::new(Call::for_test()), Arc::new(Call::for_test()));
         let mut arrivals = Arrivals::default();
@@ -129,7 +129,7 @@ mod tests {
         }
     }
 
-    /// Numbers and bytes of a message's fields.
+    /// The numbers and bytes of a message's fields.
     fn fields(message: &[u8]) -> Vec<(u32, Vec<u8>)> {
         let mut left = Fields::new(message);
         let mut found = Vec::new();
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn each_is_answered_with_its_own_rows() {
+    fn each_request_is_answered_with_its_own_rows() {
         let (batch, stream, unary) = batch();
         deliver(&REPLIES, &batch, &applied(None, vec![4, 0, 6], (10..16).collect()));
         let streamed: Vec<_> = replies(&stream)
@@ -185,7 +185,7 @@ mod tests {
     fn a_stream_is_answered_in_the_order_of_its_requests() {
         let (batch, stream, unary) = batch();
         deliver(&REPLIES, &batch, &applied(Some(vec![1]), vec![5], vec![12, 13]));
-        assert!(replies(&stream).is_empty(), "the first one has no answer yet");
+        assert!(replies(&stream).is_empty(), "the first request has no answer yet");
         let status = Status::new(3, "no good");
         let error = Bytes::from_static(b"no good");
         deliver(

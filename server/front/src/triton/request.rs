@@ -9,25 +9,25 @@ use crate::steps::parse::{push as add, text, Request, Step, Tensor};
 use bytes::Bytes;
 use std::fmt::Write;
 
-/// Characters of a session's id at most.
+/// Limit of characters in a session id.
 const MAX_ID: usize = 256;
-/// Bytes of a text that is a sequence's id at most.
+/// Limit of bytes in a sequence id that is a text.
 const MAX_SEQUENCE: usize = 128;
-/// Bytes of a request's id at most: it comes back, and Python says how large a reply may be.
+/// Limit of bytes in a request id. The reply contains it, and Python limits the reply.
 const MAX_REQUEST_ID_BYTES: usize = 256;
 
-/// The types of elements by their `DataType`, from 1 on.
+/// Names of the element types by `DataType`, starting at 1.
 const DATATYPES: [&str; 13] = [
     "FP32", "FP64", "FP16", "BF16", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64",
     "BOOL",
 ];
 
-/// What Triton calls a `DataType`.
+/// Triton's name of a `DataType`.
 pub fn datatype(dtype: u8) -> &'static str {
     DATATYPES.get(usize::from(dtype).wrapping_sub(1)).copied().unwrap_or_default()
 }
 
-/// A plain `ModelInferRequest`. `session_id` has room for the id of its sequence's session.
+/// Parse a fast-path `ModelInferRequest`. `session_id` receives the id of its sequence's session.
 pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'a>, SlowPath> {
     let (mut model, mut version, mut id) = ("", "", "");
     let mut parameters = Parameters::default();
@@ -67,15 +67,15 @@ pub fn read<'a>(message: &'a Bytes, session_id: &'a mut String) -> Result<Step<'
     step.checked()
 }
 
-/// Which sequence.
+/// A sequence's id.
 #[derive(Clone, Copy, Debug)]
 enum Sequence<'a> {
     Number(u64),
     Text(&'a str),
 }
 
-/// The id of a sequence's session, as `session_id_of` in rpc/triton/sequences.py has it; where that one takes a text's
-/// digest, the request is not plain.
+/// Write the id of a sequence's session, as `session_id_of` in rpc/triton/sequences.py does. If that function uses a
+/// digest, the request is not on the fast path.
 fn write_session_id(into: &mut String, model: &str, sequence: Sequence<'_>) -> Result<(), SlowPath> {
     into.clear();
     match sequence {
@@ -109,7 +109,7 @@ const MAX_INT64: u64 = i64::MAX as u64;
 
 #[derive(Default)]
 struct Parameters<'a> {
-    /// Those of `NAMES` that were there.
+    /// Which of `NAMES` were present.
     seen: [bool; NAMES.len()],
     sequence: Option<Sequence<'a>>,
     revision: Option<u64>,
@@ -133,7 +133,7 @@ impl<'a> Parameters<'a> {
         let mut fields = Fields::new(parameter);
         let (Some((kind, value)), None) = (fields.next()?, fields.next()?) else { return Err(SlowPath) };
         match (NAMES[place], kind, value) {
-            // a signed number stands for the unsigned one of the same bits
+            // a signed number stands for the unsigned number with the same bits
             ("sequence_id", INT64 | UINT64, Value::Varint(number)) if number != 0 => {
                 self.sequence = Some(Sequence::Number(number));
             }
@@ -146,7 +146,7 @@ impl<'a> Parameters<'a> {
                 Value::Varint(0),
             ) => {}
             ("timeout", INT64, Value::Varint(us)) if us <= MAX_INT64 => self.timeout_us = us,
-            // the others are whole numbers that are not negative
+            // the others are integers and not negative
             ("priority" | "stepwell_revision" | "stepwell_request_id", INT64, Value::Varint(number))
                 if number > MAX_INT64 =>
             {
@@ -163,7 +163,7 @@ impl<'a> Parameters<'a> {
     }
 }
 
-/// Whether a text may be a part of a session's id as it is. Python knows of more that may.
+/// Whether a text can be part of a session id unchanged. Python accepts further texts.
 fn is_plain_name(name: &[u8]) -> bool {
     !name.is_empty() && name.len() <= MAX_SEQUENCE && name.iter().all(|byte| (b' '..=b'~').contains(byte))
 }
@@ -204,7 +204,7 @@ pub mod tests {
     use bytes::{BufMut, BytesMut};
     use proptest::prelude::*;
 
-    /// An entry of the map with a number, also where it is 0.
+    /// Add a parameter with a number, even if it is 0.
     fn put_parameter(out: &mut BytesMut, name: &str, kind: u32, number: u64) {
         let mut parameter = BytesMut::new();
         put_varint(&mut parameter, u64::from(kind << 3));
@@ -227,7 +227,7 @@ pub mod tests {
         out
     }
 
-    /// Without a sequence.
+    /// A request without a sequence.
     fn body() -> BytesMut {
         let mut out = BytesMut::new();
         put_bytes(&mut out, 1, b"lstm");
@@ -250,7 +250,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_request_is_read() {
+    fn a_request_is_parsed() {
         let mut message = request(5);
         put_bytes(&mut message, 2, b"1");
         put_bytes(&mut message, 6, &[0x0a, 1, b'y']);
@@ -286,13 +286,13 @@ pub mod tests {
     }
 
     #[test]
-    fn what_is_not_a_step_of_a_sequence_is_not_plain() {
+    fn requests_other_than_steps_of_a_sequence_are_slow() {
         assert!(is_plain(&request(5)));
         assert!(!is_plain(&body()), "no sequence");
-        assert!(!is_plain(&request(0)), "nor is 0 one");
+        assert!(!is_plain(&request(0)), "0 is no sequence id");
         for (name, kind, number) in [
             ("sequence_start", BOOL, 1),
-            ("sequence_start", BOOL, 0), // twice: the last one counts, which is for protobuf to say
+            ("sequence_start", BOOL, 0), // repeated, which protobuf resolves
             ("sequence_end", INT64, 0),
             ("triton_enable_empty_final_response", BOOL, 1),
             ("timeout", INT64, u64::MAX),
@@ -323,7 +323,7 @@ pub mod tests {
     }
 
     #[test]
-    fn inputs_that_are_not_raw_numbers_are_not_plain() {
+    fn inputs_other_than_raw_numbers_are_slow() {
         for (given, raw) in [
             (input("z", "BOOL", &[2, 3]), 6),
             (input("z", "BYTES", &[2, 3]), 6),
@@ -343,30 +343,30 @@ pub mod tests {
         put_bytes(&mut given, 5, b"");
         put_bytes(&mut typed, 5, &given);
         put_bytes(&mut typed, 7, &[0; 24]);
-        assert!(!is_plain(&typed), "it has contents, though they are empty");
+        assert!(!is_plain(&typed), "it has contents, although they are empty");
         let mut more = request(5);
         put_bytes(&mut more, 7, &[0; 24]);
-        assert!(!is_plain(&more), "contents of no input");
+        assert!(!is_plain(&more), "contents without an input");
         let mut shared = request(5);
         put_bytes(&mut shared, 6, b"\x0a\x01y\x12\x00");
         assert!(!is_plain(&shared), "an output with a parameter");
     }
 
     #[test]
-    fn a_model_with_a_tenants_mark_is_not_plain() {
+    fn a_model_with_the_tenant_separator_is_slow() {
         let mut message = request(5);
         put_bytes(&mut message, 1, b"lstm\x1fa"); // the last one counts
         assert!(!is_plain(&message));
     }
 
     #[test]
-    fn a_field_that_nobody_knows_is_not_plain() {
+    fn an_unknown_field_is_slow() {
         let mut message = request(5);
         put_number(&mut message, 9, 1);
         assert!(!is_plain(&message));
         let mut message = request(5);
         put_header(&mut message, 1, 1);
-        message.put_u8(0xff); // no text
+        message.put_u8(0xff); // not UTF-8
         assert!(!is_plain(&message));
     }
 
@@ -380,12 +380,12 @@ pub mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_or_not(bytes: Vec<u8>) {
+        fn any_bytes_are_parsed_or_rejected(bytes: Vec<u8>) {
             let _ = is_plain(&bytes);
         }
 
         #[test]
-        fn a_request_that_is_cut_off_is_not_taken_for_another(cut in 1usize..110) {
+        fn a_truncated_request_is_not_parsed_as_another(cut in 1usize..110) {
             let message = request(5);
             let kept = message.len().saturating_sub(cut);
             let mut name = String::new();

@@ -16,7 +16,7 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Connections above the limit, until as many idle ones have closed for them.
-const LEAVING: usize = 64;
+const EVICTION_SLACK: usize = 64;
 
 /// A connection's place among all.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Acceptor {
         Acceptor { bounds, queue, open, asks, pause: SHORTEST_PAUSE, logged: Vec::new() }
     }
 
-    /// Returns the socket of an accepted connection and its place among all; None: it is closed, or there was none.
+    /// Returns the socket of an accepted connection and its place among all; None: it was refused, or accepting failed.
     /// `address`: the peer's address, if it is limited.
     pub async fn admit<S>(
         &mut self,
@@ -79,7 +79,7 @@ impl Acceptor {
         let take = |most| Slot::take(&self.bounds, |counts| &counts.connections, 1, most);
         let mut slot = take(most);
         if slot.is_none() && self.open.make_room(self.asks) {
-            slot = take(most + LEAVING);
+            slot = take(most + EVICTION_SLACK);
             self.refuse(Refusal::Evicted);
         }
         if slot.is_none() {
@@ -99,7 +99,7 @@ impl Acceptor {
     }
 }
 
-/// Whether accepting failed because the peer has closed the connection meanwhile.
+/// Whether accepting failed because the peer closed the connection.
 fn is_of_the_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, TimedOut};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | TimedOut)

@@ -29,15 +29,15 @@ use tokio::sync::watch;
 #[derive(Debug)]
 pub struct Server {
     pub service: Arc<Service>,
-    /// What new connections get; None: plain text.
+    /// TLS configuration of new connections; None: plain text.
     pub tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
-    /// What connections have sent that is not done with.
+    /// Totals of unprocessed data of all connections.
     received: Arc<Received>,
-    /// Of connections that no known caller has used.
+    /// The gate for connections without a known caller.
     gate: Gate,
-    /// Those that are there.
+    /// The open connections.
     open: Arc<Connections>,
-    /// Connections so far: each has its number.
+    /// Number of connections so far, from which each gets its number.
     connections: AtomicU64,
 }
 
@@ -72,10 +72,10 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// A listening socket that Python has made and given away: `Front.start`'s caller says of which kind it is.
+    /// A listening socket that Python created and handed over. The caller of `Front.start` names its kind.
     #[allow(unsafe_code)]
     pub fn given(fd: i32, is_unix: bool) -> Self {
-        // SAFETY: it is open, and nobody else's any more.
+        // SAFETY: the descriptor is open, and only this socket owns it.
         unsafe {
             if is_unix {
                 Listener::Unix(FromRawFd::from_raw_fd(fd))
@@ -116,7 +116,7 @@ pub async fn run(listeners: Vec<Listener>, server: Arc<Server>, stage: watch::Re
     }
 }
 
-/// Return when the server is at this stage, or nobody can say any more.
+/// Return when the server reaches this stage, or the sender is dropped.
 async fn reached(stage: &mut watch::Receiver<Stage>, wanted: Stage) {
     let _ = stage.wait_for(|stage| *stage >= wanted).await;
 }
@@ -172,7 +172,7 @@ fn tcp_name(address: SocketAddr) -> String {
     }
 }
 
-/// Serve a connection in a task of its own. `name` makes its name of its number.
+/// Serve a connection in its own task. `name` returns the connection's name for its number.
 fn begin<S>(
     socket: S,
     entry: Entry,
@@ -187,8 +187,8 @@ fn begin<S>(
     let bounds = &server.service.bounds;
     let number = server.connections.fetch_add(1, Ordering::Relaxed);
     let load = Load::new(bounds.limits.connection_steps);
-    let turn = Arc::new(ReadQuota::new(server.received.clone()));
-    let peer = Arc::new(Peer::new(name(number), number, load, turn.clone()));
+    let quota = Arc::new(ReadQuota::new(server.received.clone()));
+    let peer = Arc::new(Peer::new(name(number), number, load, quota.clone()));
     server.open.add(&peer);
     let own = peer.clone();
     let (server, mut stage, done) = (server.clone(), stage.clone(), done.clone());
@@ -198,8 +198,8 @@ fn begin<S>(
         let mut serving = std::pin::pin!(async {
             let tls = server.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let Some(config) = tls else {
-                let socket = QuotaSocket::new(socket, turn.clone());
-                return connection(socket, &turn, peer, &server.service, stage).await;
+                let socket = QuotaSocket::new(socket, quota.clone());
+                return connection(socket, &quota, peer, &server.service, stage).await;
             };
             let secured = tokio::select! {
                 secured = tls::accept(config, socket) => secured,
@@ -208,18 +208,18 @@ fn begin<S>(
             };
             let Some((socket, names)) = secured else { return bounds.counts.refuse(Refusal::Handshake) };
             peer.show(names);
-            let socket = QuotaSocket::new(socket, turn.clone());
-            connection(socket, &turn, peer, &server.service, stage).await;
+            let socket = QuotaSocket::new(socket, quota.clone());
+            connection(socket, &quota, peer, &server.service, stage).await;
         });
         loop {
             let pass = match own.is_known() {
                 true => None,
-                false => server.gate.pass(|| turn.is_given_up()).await,
+                false => server.gate.pass(|| quota.is_given_up()).await,
             };
-            turn.begin();
+            quota.begin();
             let began = Instant::now();
             let served = std::future::poll_fn(|cx| Poll::Ready(serving.as_mut().poll(cx))).await;
-            turn.end(began.elapsed());
+            quota.end(began.elapsed());
             while server.received.kept() > max_kept && server.open.end_largest() {
                 bounds.counts.refuse(Refusal::Evicted);
             }
@@ -235,7 +235,7 @@ fn begin<S>(
     });
 }
 
-/// Return when this task, of which a future has just been polled, is woken.
+/// Return when this task is woken, after one of its futures was polled.
 async fn woken() {
     let mut is_polled = false;
     std::future::poll_fn(|_| {
@@ -248,29 +248,29 @@ async fn woken() {
     .await;
 }
 
-/// Headers that are refused with a status. h2 answers larger ones with HTTP's 431, and ends connections that go on.
+/// Limit of headers that are refused with a status. h2 answers larger ones with HTTP 431, then closes the connection.
 const LARGEST_HEADER_BYTES: u32 = 64 << 10;
-/// What a connection may send that is not read: until its first call of a caller who may make it, and from then on if there
-/// is enough for it. All of them have this part of the bytes that may be held.
+/// Flow-control window of a connection: until its first admitted call, and afterwards if enough is left. All windows
+/// together are limited to this part of the memory budget.
 const FIRST_WINDOW_BYTES: u32 = 64 << 10;
 const WINDOW_BYTES: u32 = 4 << 20;
 const WINDOWS_PART: usize = 4;
-/// What h2 keeps beside that (frames and headers without an end, entries of tables) has this part of them: a connection ends
-/// where it is more.
+/// Part of the memory budget for other data in h2 (incomplete frames and headers, table entries). Beyond it, connections
+/// are closed.
 const KEPT_PART: usize = 4;
-/// The same, of one call.
+/// Flow-control window of a call.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-/// What h2 takes of a call's replies, as the client makes room, before they are written to the socket.
+/// Limit of a call's replies in h2's buffer before they are written to the socket.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
-/// Calls of one connection that end before they were looked at: a client that begins and cancels them as fast as it can.
+/// Limit of a connection's calls that were cancelled before they were accepted, as in a rapid-reset attack.
 const MAX_RESET: usize = 1000;
-/// Calls of one connection that break HTTP/2's rules.
+/// Limit of a connection's calls that break HTTP/2's rules.
 const MAX_MISTAKES: usize = 1000;
-/// Calls that we have ended, of which h2 still knows for a moment: what their clients had sent meanwhile is no mistake.
+/// Limit and duration of reset calls that h2 remembers. Data that clients sent before the reset is no error.
 const REMEMBERED_RESETS: usize = 1000;
 const REMEMBER_RESETS: Duration = Duration::from_secs(5);
 
-/// The settings of HTTP/2. All of h2's bounds are set here, and none is left to its default.
+/// The settings of HTTP/2. All limits of h2 are set here.
 fn http2(limits: &Limits) -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
@@ -289,7 +289,7 @@ fn http2(limits: &Limits) -> h2::server::Builder {
 
 async fn connection<S>(
     socket: S,
-    turn: &ReadQuota,
+    quota: &ReadQuota,
     peer: Arc<Peer>,
     service: &Arc<Service>,
     mut stage: watch::Receiver<Stage>,
@@ -305,7 +305,7 @@ async fn connection<S>(
     };
     let mut connection = match handshake {
         Ok(Ok(connection)) => connection,
-        Ok(Err(error)) if error.is_io() => return, // it has gone
+        Ok(Err(error)) if error.is_io() => return, // the client has gone
         _ => return bounds.counts.refuse(Refusal::Handshake),
     };
     let mut window = None;
@@ -327,7 +327,7 @@ async fn connection<S>(
                 return cut_off(&mut connection, h2::Reason::CANCEL).await;
             }
             () = peer.left() => return cut_off(&mut connection, h2::Reason::NO_ERROR).await,
-            () = std::future::poll_fn(|_| turn.poll_flooded()) => {
+            () = std::future::poll_fn(|_| quota.poll_flooded()) => {
                 bounds.counts.refuse(Refusal::ControlFrames);
                 return cut_off(&mut connection, h2::Reason::ENHANCE_YOUR_CALM).await;
             }
@@ -369,7 +369,7 @@ async fn connection<S>(
     }
 }
 
-/// What a connection may send unread while this is left for all: the less there is left, the less it gets of it.
+/// Returns a connection's window. It shrinks as less is left for all.
 fn window_for(left: usize) -> u32 {
     (left / WINDOWS_PART).min(WINDOW_BYTES as usize) as u32
 }
@@ -405,7 +405,7 @@ mod tests {
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0pingpong";
 
-    /// What the server has sent, if anything.
+    /// Returns the bytes that the server has sent, if any.
     fn received(client: &mut Client) -> Vec<u8> {
         let mut bytes = vec![0; 1 << 16];
         match client.read(&mut bytes) {
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_known_connection_does_not_wait_for_all_strangers() {
+    async fn a_known_connection_does_not_wait_for_unknown_ones() {
         let server = Arc::new(Server::new(Arc::new(Service::for_test())));
         let (_stage, watched) = watch::channel(Stage::Serving);
         let (done, _) = tokio::sync::mpsc::channel(1);

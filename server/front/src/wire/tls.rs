@@ -24,7 +24,7 @@ pub enum Unusable {
     ClientCa(String),
 }
 
-/// What new connections get. All are PEM; with `client_ca` callers need a certificate that one of these has signed.
+/// TLS configuration of new connections. All files are PEM. With `client_ca`, clients need a certificate signed by it.
 pub fn configuration(
     chain: &[u8],
     key: &[u8],
@@ -66,7 +66,7 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-/// A connection whose other side is known, and the names in its certificate. None: the handshake failed or took too long.
+/// Returns the encrypted connection and the names in the client's certificate; None: the handshake failed or timed out.
 pub async fn accept<S>(config: Arc<ServerConfig>, socket: S) -> Option<(TlsStream<S>, Vec<String>)>
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -118,7 +118,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::time::Instant;
 
-    /// For handshakes that do not come so far.
+    /// For tests without a handshake.
     #[derive(Debug)]
     struct NoCertificate;
 
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_said_of_what_it_is() {
+    fn the_error_names_the_unusable_file() {
         let key = b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
         let certificate = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
         assert!(matches!(configuration(b"", key, None), Err(Unusable::Certificate(_))));
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_certificate_has_no_names() {
+    fn invalid_certificates_have_no_names() {
         assert!(names(b"").is_empty());
         assert!(names(&[0x30, 0x84, 0xff, 0xff, 0xff, 0xff]).is_empty());
     }

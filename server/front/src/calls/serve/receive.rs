@@ -66,7 +66,7 @@ impl Served {
             return Ok(());
         }
         self.await_judge(|cx| respond.poll_reset(cx).is_ready()).await?;
-        poll_fn(|cx| self.poll_turn(cx, respond)).await?;
+        poll_fn(|cx| self.poll_may_begin(cx, respond)).await?;
         self.place = Place::default();
         self.begin_general();
         self.service.queue.push(Arrival::Judge(self.call.clone()));
@@ -117,7 +117,7 @@ impl Served {
     }
 
     /// Ready when the connection may run one more step.
-    pub(super) fn poll_turn(
+    pub(super) fn poll_may_begin(
         &mut self,
         cx: &mut Context<'_>,
         respond: &mut SendResponse<Bytes>,
@@ -146,7 +146,7 @@ impl Served {
         self.is_admitted = true;
         self.judging = None;
         self.call.peer.know();
-        let caller = self.call.whose.share();
+        let caller = self.call.caller.share();
         self.held.belongs_to(caller.clone());
         if self.call_place.know(caller) {
             return Ok(());
@@ -246,7 +246,7 @@ impl Served {
             if let Some(early) = early.await {
                 return Err(early);
             }
-            let lane = service.pace.turn().await;
+            let lane = service.pace.slot().await;
             found = service.pace.spending(|| inflation.slice());
             drop(lane);
         }

@@ -1,23 +1,23 @@
-//! Counts the fields of a block of headers before h2 decodes it, since one byte can stand for a field of 4 KiB. Also
-//! counts the memory that h2's table of fields keeps.
+//! Counts the fields of a header block before h2 decodes it, since one byte can stand for a field of 4 KiB. Also counts
+//! the memory of h2's table of fields.
 
 use std::collections::VecDeque;
 
-/// Walks blocks of headers (RFC 7541, 6) in whatever pieces they come. It decodes no text.
+/// Walks header blocks (RFC 7541, section 6) in pieces of any size. It decodes no text.
 ///
-/// Where a block is malformed the count may be wrong: h2 ends the connection for it.
+/// The count of a malformed block may be wrong: h2 closes the connection for it.
 #[derive(Debug, Default)]
 pub struct Fields {
     part: Part,
-    /// Bytes before the next part: a string, or what stands before the block.
+    /// Bytes before the next part: a string, or padding and priority before the block.
     skip: usize,
-    /// Strings of the field that are still to come.
+    /// Strings of the field that are still missing.
     strings: u8,
-    /// The field goes into the table.
+    /// Whether the field is added to the table.
     is_inserted: bool,
-    /// Of the block so far.
+    /// Fields of the block so far.
     count: usize,
-    /// Bytes of the block's frames, and those of them that entries of the table are known to keep.
+    /// Bytes of the block's frames, and how many of them are already counted for table entries.
     size: usize,
     kept: usize,
     table: Table,
@@ -27,19 +27,19 @@ pub struct Fields {
 enum Part {
     #[default]
     Field,
-    /// More bytes of the index of a field or of a name.
+    /// Further bytes of the index of a field or name.
     Index {
         index: usize,
         shift: u32,
     },
-    /// The size of a string, and more bytes of one.
+    /// The size of a string, and further bytes of one.
     Size,
     MoreSize {
         size: usize,
         shift: u32,
         is_huffman: bool,
     },
-    /// The first byte of a name that goes into the table.
+    /// The first byte of a name that is added to the table.
     Name {
         size: usize,
         is_huffman: bool,
@@ -48,21 +48,21 @@ enum Part {
 
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
-/// The last pseudo-header that a request has in the static table, and the last index of that table.
+/// Index of a request's last pseudo-header in the static table, and the last index of that table.
 const LAST_PSEUDO: usize = 7;
 const LAST_STATIC: usize = 61;
-/// Entries that a table of 4 KiB may have: each takes 33 bytes or more.
+/// Limit of entries in a table of 4 KiB, in which each takes at least 33 bytes.
 const TABLE_ENTRIES: u64 = 128;
-/// What h2 allocates to read the next frame.
+/// Size of the buffer that h2 allocates to read the next frame.
 const READ_BUFFER_BYTES: usize = 8 << 10;
 
-/// h2 copies what goes into its table, except the values of pseudo-headers: such an entry keeps the whole buffer in which
-/// it was read.
+/// h2 copies the fields in its table, except the values of pseudo-headers: such an entry keeps the whole buffer that it
+/// was read into.
 #[derive(Debug, Default)]
 struct Table {
-    /// Entries so far.
+    /// Number of insertions so far.
     inserted: u64,
-    /// The pseudo-headers that may still be there: their numbers and the bytes that they keep.
+    /// Pseudo-headers that may still be in the table: their insertion numbers and the bytes that they keep.
     pseudo: VecDeque<(u64, usize)>,
     bytes: usize,
 }
@@ -83,7 +83,7 @@ impl Table {
         }
     }
 
-    /// Whether the name with this index is that of a pseudo-header.
+    /// Whether the name at this index is a pseudo-header's.
     fn is_pseudo(&self, index: usize) -> bool {
         if index <= LAST_STATIC {
             return index <= LAST_PSEUDO;
@@ -94,7 +94,7 @@ impl Table {
 }
 
 impl Fields {
-    /// A frame begins a block; `flags` are its own.
+    /// Begin a block; `flags` are those of its first frame.
     pub fn begin(&mut self, flags: u8) {
         let padding = usize::from(flags & PADDED != 0);
         let priority = if flags & PRIORITY == 0 { 0 } else { 5 };
@@ -102,7 +102,7 @@ impl Fields {
         *self = Fields { skip: padding + priority, table, ..Fields::default() };
     }
 
-    /// The block has a frame of this size.
+    /// Count a frame of the block.
     pub fn add_frame(&mut self, size: usize) {
         self.size += size;
     }
@@ -112,12 +112,12 @@ impl Fields {
         self.count
     }
 
-    /// Bytes that entries of h2's table keep, at most.
+    /// Upper bound of the bytes that entries of h2's table keep.
     pub fn table_bytes(&self) -> usize {
         self.table.bytes
     }
 
-    /// More of the block. Padding behind it counts as fields, a third of its bytes at most.
+    /// Read more of the block. Trailing padding counts as fields, at most one per three bytes.
     pub fn push(&mut self, mut bytes: &[u8]) {
         loop {
             let skipped = self.skip.min(bytes.len());
@@ -149,7 +149,7 @@ impl Fields {
                     }
                 }
                 Part::Name { size, is_huffman } => {
-                    // a colon, of which Huffman's code has seven bits
+                    // a colon; its Huffman code has seven bits
                     self.insert(if is_huffman { byte >> 1 == 0x5c } else { byte == b':' });
                     self.skip = size - 1;
                     self.part = Part::Size;
@@ -163,7 +163,7 @@ impl Fields {
         let (mask, has_strings) = match byte {
             0x80.. => (0x7f, false),
             0x40.. => (0x3f, true),
-            0x20.. => (0x1f, false), // a new size of the table
+            0x20.. => (0x1f, false), // a table size update
             _ => (0x0f, true),
         };
         self.is_inserted = mask == 0x3f;
@@ -176,7 +176,7 @@ impl Fields {
         }
     }
 
-    /// The index of the field, or of its name, is known; 0: its name comes as a string.
+    /// Handle the index of the field or of its name. 0: the name follows as a string.
     fn indexed(&mut self, index: usize) {
         if self.is_inserted && index > 0 {
             self.insert(self.table.is_pseudo(index));
@@ -185,7 +185,7 @@ impl Fields {
     }
 
     fn insert(&mut self, is_pseudo: bool) {
-        // entries of one block share its buffers; that of headers in several frames grows by doubling
+        // entries of a block share its buffers; the buffer of headers in several frames grows by doubling
         let bytes = if is_pseudo { READ_BUFFER_BYTES + 2 * self.size - self.kept } else { 0 };
         self.kept += bytes;
         self.table.insert(is_pseudo, bytes);
@@ -216,7 +216,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A literal field with a name and a value of these sizes; `first` says what becomes of it.
+    /// A literal field with a name and a value of these sizes; `first` sets its kind.
     fn literal(first: u8, name: usize, value: usize) -> Vec<u8> {
         let mut block = vec![first];
         for size in [name, value] {
@@ -225,14 +225,14 @@ mod tests {
             } else {
                 block.extend([127, ((size - 127) % 128) as u8 | 128, ((size - 127) / 128) as u8]);
             }
-            block.extend(vec![0xbe; size]); // as bytes of their own they would be fields
+            block.extend(vec![0xbe; size]); // parsed as fields, each of these bytes would count
         }
         block
     }
 
     proptest! {
         #[test]
-        fn fields_are_counted_in_whatever_pieces(
+        fn fields_are_counted_in_pieces_of_any_size(
             sizes in prop::collection::vec((0usize..300, 0usize..9000, 0usize..3), 0..20),
             indexed in 0usize..50,
             piece in 1usize..100,
@@ -241,8 +241,8 @@ mod tests {
                 sizes.iter().flat_map(|(name, value, kind)| literal([0x40, 0x00, 0x10][*kind], *name, *value)).collect();
             (0..indexed).for_each(|_| block.push(0xbe));
             block.extend([0xff, 0x80, 0x00]); // an index of three bytes
-            block.extend([0x3f, 0xe1, 0x1f]); // a size of the table
-            block.extend([0x41, 0x01, b'v', 0x0f, 0x10, 0x01, b'v']); // names by their index
+            block.extend([0x3f, 0xe1, 0x1f]); // a table size update
+            block.extend([0x41, 0x01, b'v', 0x0f, 0x10, 0x01, b'v']); // names by index
             let mut fields = Fields::default();
             for (flags, before) in [(0, 0), (PADDED, 1), (PRIORITY, 5), (PADDED | PRIORITY, 6)] {
                 fields.begin(flags);
@@ -253,12 +253,12 @@ mod tests {
         }
 
         #[test]
-        fn pseudo_headers_in_the_table_are_counted_in_whatever_pieces(
+        fn pseudo_headers_in_the_table_are_counted_in_pieces_of_any_size(
             kinds in prop::collection::vec(0usize..8, 0..100),
             piece in 1usize..20,
         ) {
-            // whether they go into the table as pseudo-headers: by static names, by names of their own, plain and Huffman's
-            let ways: [(&[u8], bool); 8] = [
+            // blocks and whether they add a pseudo-header: static names, literal names, plain and Huffman-coded
+            let cases: [(&[u8], bool); 8] = [
                 (b"\x44\x01/", true),
                 (b"\x41\x01a", true),
                 (b"\x40\x05:path\x01/", true),
@@ -266,20 +266,20 @@ mod tests {
                 (b"\x50\x01a", false),
                 (b"\x40\x01a\x01:", false),
                 (b"\x40\x81\x1f\x01:", false),
-                (b"\x04\x01/", false), // of the call alone
+                (b"\x04\x01/", false), // not added to the table
             ];
-            let block: Vec<u8> = kinds.iter().flat_map(|kind| ways[*kind].0).copied().collect();
+            let block: Vec<u8> = kinds.iter().flat_map(|kind| cases[*kind].0).copied().collect();
             let mut fields = Fields::default();
             fields.begin(0);
             block.chunks(piece).for_each(|part| fields.push(part));
-            let count = kinds.iter().filter(|kind| ways[**kind].1).count();
+            let count = kinds.iter().filter(|kind| cases[**kind].1).count();
             let bytes = count.min(1) * READ_BUFFER_BYTES; // they share it
             let found = (fields.count(), fields.table.pseudo.len(), fields.table_bytes());
             prop_assert_eq!(found, (kinds.len(), count, bytes));
         }
 
         #[test]
-        fn any_bytes_end(bytes: Vec<u8>) {
+        fn any_bytes_are_read_to_the_end(bytes: Vec<u8>) {
             let mut fields = Fields::default();
             fields.push(&bytes);
             prop_assert!(fields.count() <= bytes.len());
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_keeps_the_frames_of_its_block_until_others_have_taken_its_place() {
+    fn an_entry_keeps_the_frames_of_its_block_until_it_is_evicted() {
         let mut fields = Fields::default();
         let mut push = |block: &[u8], size| {
             fields.begin(0);
@@ -299,7 +299,7 @@ mod tests {
         assert_eq!(push(b"\x44\x01/", 1000), one);
         assert_eq!(push(b"\x40\x01a\x01b", 1000), one);
         assert_eq!(push(b"\x7e\x01b", 1000), one, "the name of the newest entry");
-        assert_eq!(push(b"\x7f\x01\x01/", 1000), 2 * one, "and of the oldest one");
+        assert_eq!(push(b"\x7f\x01\x01/", 1000), 2 * one, "the name of the oldest entry");
         let others: Vec<u8> = b"\x40\x01a\x01b".repeat(TABLE_ENTRIES as usize - 4);
         assert_eq!(push(&others, 1000), 2 * one);
         assert_eq!(push(b"\x40\x01a\x01b", 1000), one);

@@ -1,11 +1,11 @@
-//! A gate lets its connections read one at a time, so many of them cost the others no more than one does.
+//! A gate lets its connections read one at a time, so that many of them cost other connections no more than one.
 
 use std::future::{poll_fn, Future};
 use std::sync::Arc;
 use std::task::Poll;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Lets one permit pass for each time that the thread has looked at everything else, in the order in which they came.
+/// Grants permits in the order of the requests. Between two permits, the thread runs all other tasks.
 #[derive(Clone, Debug)]
 pub struct Gate(Arc<Semaphore>);
 
@@ -22,7 +22,7 @@ pub struct Pass {
 }
 
 impl Gate {
-    /// Return when it is this connection's permit. None: it is to leave, and need not wait for that.
+    /// Wait for this connection's permit. None: the connection is about to be closed, so it need not wait.
     pub async fn pass(&self, is_leaving: impl Fn() -> bool) -> Option<Pass> {
         let mut permit = std::pin::pin!(self.0.clone().acquire_owned());
         poll_fn(|cx| {
@@ -36,7 +36,7 @@ impl Gate {
 }
 
 impl Pass {
-    /// The permit has ended: the next one follows behind all tasks that can continue, and behind a look at the sockets.
+    /// Release the permit. The next one is granted after all ready tasks have run and the sockets were polled.
     pub fn end(self) {
         tokio::spawn(async move {
             tokio::task::yield_now().await;
@@ -52,7 +52,7 @@ mod tests {
     use tokio::task::yield_now;
 
     #[tokio::test]
-    async fn between_two_turns_all_others_are_looked_at() {
+    async fn all_other_tasks_run_between_two_permits() {
         const BUSY: usize = 50;
         const ROUNDS: usize = 4;
         let (gate, order) = (Gate::default(), Arc::new(Mutex::new(Vec::new())));
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_that_leaves_does_not_wait() {
+    async fn a_connection_about_to_close_does_not_wait() {
         let gate = Gate::default();
         let first = gate.pass(|| false).await;
         assert!(first.is_some() && gate.pass(|| true).await.is_none());
