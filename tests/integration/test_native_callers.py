@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 
 from stepwell.v1 import sessions_pb2
-from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential, Role
-from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
-from stepwell_server.core.scheduler import Source
 from stepwell_server.rpc.fronts.base import Call, CallEnded, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from support import secured
 from support.peers.http2 import Http2
 from support.rpc import streams
+from support.rpc.native_steps import NativeSteps
 from support.servers.both_fronts import needs_native
 from support.stores.durable import until
 from support.triton import triton_requests
@@ -48,48 +46,22 @@ def credential(token: str) -> Credential:
     return Credential("token", hashlib.sha256(token.encode()).digest())
 
 
-class Server:
-    """A native front that asks who calls. What is plain is answered at once, and so is what is not. `base.Steps`."""
-
-    traces = False
+class Server(NativeSteps):
+    """A native front that asks who calls. What is plain is answered at once, and so is what is not."""
 
     def __init__(self, *, asks: bool = True) -> None:
-        from stepwell_server.rpc.fronts.native import NativeFront
-
-        self.front = NativeFront(SystemClock(), FrontLimits(1 << 20))
+        super().__init__()
         if asks:
             self.front.ask_callers()
         self.tells = True
         """What Python finds out it tells the front."""
         self.plain: list[tuple[list[str], list[Caller]]] = []
         self.general: list[Caller] = []
-        self.address = ""
 
     async def start(self) -> None:
         methods = [Method(*KINDS[kind], self.unary) for kind in ("step", "infer")]
         methods += [Method(*KINDS[kind], self.stream, streams=True) for kind in ("frames", "infer_stream")]
-        self.address = secured.named(
-            await self.front.start(Address("127.0.0.1", 0), methods, self, secured.certificates())
-        )
-        self.front.set_fast_path(enabled=True)
-
-    def go(self) -> None:
-        """What was taken is done already."""
-
-    def add_part(self, _source: Source, part: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_soon(part)
-
-    def too_large(self, size: int, limit: int | None = None) -> Status:
-        raise AssertionError(size)
-
-    def overloaded(self) -> Status:
-        return Status(Code.RESOURCE_EXHAUSTED, "overloaded", ())
-
-    def headers_too_large(self, limit: int) -> Status:
-        return Status(Code.RESOURCE_EXHAUSTED, str(limit), ())
-
-    def duplicate(self, frame_id: int) -> bytes:
-        raise AssertionError(frame_id)
+        await self.serve(methods)
 
     def take(self, columns: StepColumns) -> None:
         self.plain.append((columns.session_ids, list(columns.whos)))

@@ -11,16 +11,14 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.core.scheduler import Source
 from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputColumn, StepColumns
-from stepwell_server.rpc.status import Code, Status
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support import secured
 from support.peers.http2 import PREFACE, Http2, data, settings
+from support.rpc.native_steps import NativeSteps
 from support.servers.both_fronts import needs_native
 from support.stores.durable import until
 from support.triton.triton_requests import request
@@ -30,40 +28,20 @@ SERVICE = "inference.GRPCInferenceService"
 _PATIENCE_S = 100.0
 
 
-class Server:
-    """A native front, whose plain requests and calls the test looks at. `base.Steps`."""
+class Server(NativeSteps):
+    """A native front, whose plain requests and calls the test looks at."""
 
-    traces = False
-
-    def __init__(self) -> None:
+    def __init__(self, limits: FrontLimits | None = None) -> None:
+        super().__init__(limits)
         self.taken: asyncio.Queue[StepColumns] = asyncio.Queue()
         self.on_take: Callable[[StepColumns], None] = self.taken.put_nowait
         self.general: asyncio.Queue[pb.ModelInferRequest] = asyncio.Queue()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.address = ""
-        self.counts: Callable[[], FrontCounts]
+        self.counts: Callable[[], FrontCounts] = self.front.counts
 
     def take(self, columns: StepColumns) -> None:
         self.on_take(columns)
-
-    def go(self) -> None:
-        """What was taken is done already."""
-
-    def add_part(self, _source: Source, part: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_soon(part)
-
-    def too_large(self, size: int, limit: int | None = None) -> Status:
-        return Status(Code.RESOURCE_EXHAUSTED, f"{size} bytes", ())
-
-    def overloaded(self) -> Status:
-        return Status(Code.RESOURCE_EXHAUSTED, "overloaded", ())
-
-    def headers_too_large(self, limit: int) -> Status:
-        return Status(Code.RESOURCE_EXHAUSTED, f"{limit} bytes of headers", ())
-
-    def duplicate(self, frame_id: int) -> bytes:
-        raise AssertionError("requests have no ids that must differ")
 
     async def unary(self, call: Call) -> bytes:
         asked = pb.ModelInferRequest.FromString(call.request)
@@ -89,23 +67,16 @@ class Server:
 
 @pytest.fixture
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
-    from stepwell_server.rpc.fronts.native import NativeFront
-
-    server = Server()
-    front = NativeFront(SystemClock(), getattr(request, "param", FrontLimits(1 << 20)))
-    server.counts = front.counts
+    server = Server(getattr(request, "param", None))
     methods = [
         Method(SERVICE, "ModelInfer", server.unary),
         Method(SERVICE, "ModelStreamInfer", server.stream, streams=True),
     ]
-    server.address = secured.named(
-        await front.start(Address("127.0.0.1", 0), methods, server, secured.certificates())
-    )
-    front.set_fast_path(enabled=True)
+    await server.serve(methods)
     try:
         yield server
     finally:
-        await front.stop(0)
+        await server.front.stop(0)
 
 
 def asked(number: int, *, sequence_id: int | str = 5, **fields: Any) -> bytes:

@@ -1,0 +1,61 @@
+"""What takes a native front's steps where no engine is behind it: a test says how it answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from stepwell_server.addresses import Address
+from stepwell_server.clock import SystemClock
+from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.core.scheduler import Source
+from stepwell_server.rpc.fronts.base import Method, StepColumns
+from stepwell_server.rpc.status import Code, Status
+from support import secured
+
+if TYPE_CHECKING:
+    from stepwell_server.rpc.fronts.native import NativeFront
+
+
+def _refused(message: str) -> Status:
+    return Status(Code.RESOURCE_EXHAUSTED, message, ())
+
+
+class NativeSteps:
+    """`base.Steps` with a native front of its own. Subclasses have `take` and the handlers of the methods."""
+
+    traces = False
+
+    def __init__(self, limits: FrontLimits | None = None) -> None:
+        from stepwell_server.rpc.fronts import native
+
+        self.front: NativeFront = native.NativeFront(SystemClock(), limits or FrontLimits(1 << 20))
+        self.address = ""
+
+    async def serve(self, methods: Sequence[Method]) -> None:
+        """Start the front; it takes plain requests as columns."""
+        listening = await self.front.start(Address("127.0.0.1", 0), methods, self, secured.certificates())
+        self.address = secured.named(listening)
+        self.front.set_fast_path(enabled=True)
+
+    def take(self, columns: StepColumns) -> None:
+        raise NotImplementedError
+
+    def go(self) -> None:
+        """Do nothing: `take` has answered, or the test will."""
+
+    def add_part(self, _source: Source, part: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(part)
+
+    def too_large(self, size: int, limit: int | None = None) -> Status:
+        return _refused(f"{size} bytes")
+
+    def overloaded(self) -> Status:
+        return _refused("overloaded")
+
+    def headers_too_large(self, limit: int) -> Status:
+        return _refused(f"{limit} bytes of headers")
+
+    def duplicate(self, frame_id: int) -> bytes:
+        raise AssertionError(f"no test sends a frame with a used id, but {frame_id} came")
