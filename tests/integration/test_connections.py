@@ -12,6 +12,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -67,20 +68,10 @@ def _cli(server: ServerProcess, *arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def _why_not(address: str, tls: stepwell.TlsConfig) -> str:
-    """Why no client of this kind gets through, said at once."""
+def _why_not(address: str, tls: stepwell.TlsConfig | None, **options: Any) -> str:
+    """Why no client of this kind gets through."""
     with (
-        stepwell.connect(address, tls=tls) as client,
-        pytest.raises(stepwell.UnavailableError) as failed,
-    ):
-        client.models(timeout_s=100)
-    return failed.value.message
-
-
-def _why_not_yet(address: str, tls: stepwell.TlsConfig | None) -> str:
-    """The same where a client makes more attempts: of the first."""
-    with (
-        stepwell.connect(address, timeout_s=100, connect_timeout_s=0.001, tls=tls) as client,
+        stepwell.connect(address, timeout_s=100, tls=tls, **options) as client,
         pytest.raises(stepwell.UnavailableError) as failed,
     ):
         client.models()
@@ -151,7 +142,7 @@ def test_what_is_wrong_with_a_connection_is_said(front: str, authority: Authorit
             stepwell.TlsConfig(authority.cert, *stranger),
         )
         for tls in closed:
-            why = _why_not_yet(server.address, tls)
+            why = _why_not(server.address, tls, connect_timeout_s=0.001)  # It would try again.
             assert "if the server uses TLS, pass a TlsConfig" in why
             assert "TlsConfig.key to one that its CA has signed" in why
         code, out = _cli(server, "models", "--tls-ca", other.cert)

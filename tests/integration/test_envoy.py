@@ -29,6 +29,7 @@ from support.peers.http2 import Http2
 from support.peers.proxy import Proxy
 from support.peers.wire import Wire, tensor
 from support.processes import until
+from support.sdk.client_kinds import connect
 from support.secured import Server, host_and_port
 from support.servers.envoy import Envoy
 from support.servers.replica_servers import started
@@ -225,25 +226,19 @@ def test_a_session_has_one_replica_whoever_calls(envoy: Envoy, replicas: Sequenc
     assert all(shares)
 
 
-def test_the_sdk_finds_its_sessions_again(envoy: Envoy) -> None:
+@pytest.mark.parametrize("shell", ["sync", "async"])
+async def test_the_sdk_finds_its_sessions_again(envoy: Envoy, shell: str) -> None:
     x = np.array([X], np.float32)
-    with stepwell.connect(envoy.address) as client, client.open_session("seq") as session:
-        first = session.step(x)
-        state = session.get_state()
-        session.reset_states()
-        np.testing.assert_array_equal(session.step(x), first)
+    async with connect(shell, envoy.address) as client, await client.open_session("seq") as session:
+        first = await session.step(x)
+        state = await session.get_state()
+        await session.reset_states()
+        np.testing.assert_array_equal(await session.step(x), first)
         assert state.revision == 1
-        with client.open_sessions("seq", 50) as group:
-            np.testing.assert_allclose(group.step(np.repeat(x, 50, 0)), np.repeat(first, 50, 0), rtol=1e-6)
-        assert session.fork().revision == 3
-
-
-async def test_the_sdk_for_tasks_finds_its_sessions_again(envoy: Envoy) -> None:
-    x = np.array([X], np.float32)
-    async with stepwell.aio.connect(envoy.address) as client:
-        session = await client.open_session("seq")
-        await session.step(x)
-        assert (await session.get_state()).revision == 1
+        async with await client.open_sessions("seq", 50) as group:
+            wanted = np.repeat(first, 50, 0)
+            np.testing.assert_allclose(await group.step(np.repeat(x, 50, 0)), wanted, rtol=1e-6)
+        assert (await session.fork()).revision == 3
 
 
 def test_a_browser_may_call(envoy: Envoy) -> None:

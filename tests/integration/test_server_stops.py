@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -42,6 +43,15 @@ def _open(stub: Any, *session_ids: str) -> None:
     stub.OpenSessions(pb.OpenSessionsRequest(model="forecast", session_ids=session_ids), timeout=_TIMEOUT_S)
 
 
+@contextlib.contextmanager
+def _busy(server: ServerProcess, *others: str) -> Iterator[tuple[grpc.Channel, Any, Any]]:
+    """A channel, its stub, and a long step of session a, which is under way."""
+    channel, stub = connect(server)
+    with channel:
+        _open(stub, "a", *others)
+        yield channel, stub, begin_long_step(stub, "a", _LONG)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signals) -> None:
     server.signal(signal.SIGHUP)
@@ -54,12 +64,9 @@ def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signa
 
 @pytest.mark.slow
 def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> None:
-    channel, stub = connect(server)
-    with channel:
-        _open(stub, "a", "b")
+    with _busy(server, "b") as (channel, stub, long):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         assert next(watch).status == _SERVING
-        long = begin_long_step(stub, "a", _LONG)
         server.signal()
         assert next(watch).status == _NOT_SERVING
         for refused in (
@@ -82,10 +89,7 @@ def test_a_terminal_that_is_closed_stops_it_with_a_drain() -> None:
         os.close(secondary)
         server.signal(signal.SIGHUP)  # somebody's, while the terminal is there
         server.wait_for_log(HUNG_UP)
-        channel, stub = connect(server)
-        with channel:
-            _open(stub, "a")
-            long = begin_long_step(stub, "a", _LONG)
+        with _busy(server) as (_, _, long):
             os.close(primary)
             assert long.result().revision == 1
             code, _, err = server.finish()
@@ -155,24 +159,17 @@ def test_it_stops_under_load_and_every_answer_was_applied_in_order(server: Serve
 
 
 def test_a_stop_waits_no_longer_than_it_was_told() -> None:
-    with serve("--drain-timeout-s", "0.1") as server:
-        channel, stub = connect(server)
-        with channel:
-            _open(stub, "a")
-            long = begin_long_step(stub, "a", _LONG)
-            server.signal()
-            with pytest.raises(grpc.RpcError):
-                long.result()
-            code, _, err = server.finish()
+    with serve("--drain-timeout-s", "0.1") as server, _busy(server) as (_, _, long):
+        server.signal()
+        with pytest.raises(grpc.RpcError):
+            long.result()
+        code, _, err = server.finish()
     assert code == 0
     assert "some work was not finished in time drain_timeout_s=0.1" in err
 
 
 def test_a_signal_that_a_wrapper_sends_twice_is_one(server: ServerProcess) -> None:
-    channel, stub = connect(server)
-    with channel:
-        _open(stub, "a")
-        long = begin_long_step(stub, "a", _LONG)
+    with _busy(server) as (_, _, long):
         for _ in range(3):
             server.signal()
         code, _, err = server.finish()
@@ -182,10 +179,7 @@ def test_a_signal_that_a_wrapper_sends_twice_is_one(server: ServerProcess) -> No
 
 
 def test_a_second_signal_ends_it_at_once(server: ServerProcess) -> None:
-    channel, stub = connect(server)
-    with channel:
-        _open(stub, "a")
-        long = begin_long_step(stub, "a", _LONG)
+    with _busy(server) as (_, _, long):
         server.signal()
         server.wait_for_log("stopping")
         server.signal(signal.SIGINT)
