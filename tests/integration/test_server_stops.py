@@ -15,6 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stepwell.v1 import sessions_pb2 as pb
+from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from support import secured
 from support.servers.server_process import (
     FEATURES,
@@ -44,7 +45,7 @@ def _open(stub: Any, *session_ids: str) -> None:
 
 
 @contextlib.contextmanager
-def _busy(server: ServerProcess, *others: str) -> Iterator[tuple[grpc.Channel, Any, Any]]:
+def _busy(server: ServerProcess, *others: str) -> Iterator[tuple[grpc.Channel, SessionServiceStub, Any]]:
     """A channel, its stub, and a long step of session a, which is under way."""
     channel, stub = connect(server)
     with channel:
