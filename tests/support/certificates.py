@@ -1,4 +1,4 @@
-"""Certificates of the tests' own: an authority, and what it signs. Only their makers trust them.
+"""The tests' own certificates: an authority and the certificates that it signs. Only their makers trust them.
 
 They have what RFC 5280 asks of them: Python verifies that since 3.13.
 """

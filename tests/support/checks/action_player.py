@@ -26,7 +26,7 @@ OF_A_STEP = ("select", "reset_rows", "rows", "states", "state_rows")
 
 @dataclasses.dataclass
 class Sent:
-    """A change that was sent, and what the model says to it when its turn comes."""
+    """A sent change, and the model's answer when its turn comes."""
 
     names: Sequence[str]
     answers: Answers | list[ServerError]
@@ -41,7 +41,7 @@ class Asked:
     task: asyncio.Task[Any]
     check: Callable[[Any], None]
     lost: Callable[[Container[str]], None]
-    """What the model makes of it if the server died first: the argument is who is there afterwards."""
+    """The model's answer if the server died first; the argument lists the sessions that are left."""
 
 
 @dataclasses.dataclass
@@ -53,7 +53,7 @@ class Repeatable:
 
 
 class Play:
-    """Does to an engine what a program says, and keeps a log to hold against the model."""
+    """Plays a program of calls on an engine and keeps a log to compare with the model."""
 
     def __init__(self, at: Harness, shape: Shape) -> None:
         self.at = at

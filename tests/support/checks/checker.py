@@ -57,7 +57,7 @@ class Violation(Exception):
 
 @dataclasses.dataclass
 class Report:
-    """What was checked, and what is wrong: of each session the first thing only, what follows from it is noise."""
+    """What was checked, and the first fault of each session; later ones follow from it."""
 
     sessions: int = 0
     acknowledged: int = 0
@@ -118,7 +118,7 @@ def check(ops: Sequence[Op], model: LstmDense) -> Report:
 
 @dataclasses.dataclass(frozen=True)
 class _Observation:
-    """That somebody was told a revision."""
+    """An answer that reported a revision."""
 
     revision: int
     called_at: int
@@ -220,7 +220,7 @@ class _Register:
                     raise Violation(sort, self._session, known, f"{op.call.kind} {op.number}: {end.error}")
 
     def _check_end(self) -> None:
-        """Rule 5, what is told after the end."""
+        """Rule 5: answers after the end."""
         ends = [at for op in self._of_itself("close") for at, end in op.ends if end.outcome == "acknowledged"]
         told = ((op, at, end) for op in self._ops for at, end in op.ends if end.outcome == "gone")
         ends += [at for op, at, _ in told if (op.call.parent or op.call.session) == self._session]
@@ -275,7 +275,7 @@ class _Register:
             raise Violation("wrong", self._session, first.revision or 0, what)
 
     def _check_time(self, start: int) -> None:
-        """Rule 3, what is told: it never goes back."""
+        """Rule 3: reported revisions never decrease."""
         highest, told = start, iter(self._sights)
         pending = next(told, None)
         for sight in sorted(self._sights, key=lambda sight: sight.called_at):

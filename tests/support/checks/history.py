@@ -1,4 +1,4 @@
-"""What a driver asked of its sessions and what it was told: one line per call and per end, in a file.
+"""The calls of a driver and their answers: one line per call and per end, in a file.
 
 Several processes may write the same file, each its own lives. A call's line is in the file before the call is made, and an end's line is written after the answer came. So the
 numbers of the lines are a clock that never shows an answer before it was given nor a call after it was made,
@@ -38,7 +38,7 @@ class Call:
     expected: int = 0
     """Of a change: the revision that it expects to find, or `ANY`."""
     request_id: int = 0
-    """Of an opening: who opens it, as the session remembers it; 0: nobody knows."""
+    """Of an opening: the caller that the session remembers; 0: unknown."""
     must_be_new: bool = False
     """Of an opening."""
     x: Floats | None = None
@@ -58,7 +58,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class End:
-    """What was told."""
+    """The answer."""
 
     outcome: Outcome
     revision: int | None = None
@@ -87,12 +87,12 @@ class Op:
 
     @property
     def acknowledged(self) -> End | None:
-        """The first answer that says it is done."""
+        """The first answer that confirms the change."""
         return next((end for _, end in self.ends if end.outcome == "acknowledged"), None)
 
     @property
     def may_have_happened(self) -> bool:
-        """Nobody was told whether it did."""
+        """No answer reported whether it took effect."""
         return self.acknowledged is None and (not self.ends or self.ends[-1][1].outcome == "unknown")
 
 

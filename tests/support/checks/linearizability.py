@@ -1,4 +1,4 @@
-"""Whether what callers were told of a session is what some order of their calls gives: linearizability, session by session.
+"""Whether some order of the calls explains all answers about a session: linearizability, session by session.
 
 `checker` judges sessions of which one driver at a time asks, each change of which expects a revision. This one judges
 any history of `history.Op`: several callers at the same time, through any replica, changes that expect nothing,
@@ -331,7 +331,7 @@ class _Search:
         return [place for place in found if self._items_of[place].low <= bound], left, horizon
 
     def _is_too_late(self, done: int, left: Sequence[int], value: Value) -> bool:
-        """Whether something told a revision that is over: nothing but a fail-over brings one back."""
+        """Whether an answer reported a past revision: only a fail-over brings one back."""
         now = self._now(done)
         back = min(
             (low for low, high, bit in self._backs if not done & bit and high >= now), default=math.inf
@@ -379,7 +379,7 @@ class _Search:
             self._forked[op.number].append((value.revision, value.state))
 
     def _after(self, place: int, value: Value) -> Iterable[Value]:
-        """What the register may be when something has taken effect; nothing if it cannot at this moment."""
+        """The possible values of the register after a call took effect; none if it cannot take effect now."""
         item = self._items_of[place]
         if item.kind == "look":
             if self._sees(item, value):  # it was not settled, as it is later than what may still happen

@@ -44,7 +44,7 @@ class ModelSession:
     position: int = 0
     request: int = 0
     said: object = None
-    """What the last change said, for which its request id stands."""
+    """The answer to the last change, which a call with its request id gets again."""
     outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     states: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     """Of the reply to its last change."""

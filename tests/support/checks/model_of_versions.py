@@ -39,7 +39,7 @@ def to_plain(states: dict[str, Array]) -> Mapping[str, Array]:
 
 
 def migrated(state: Array, target: int) -> Array:
-    """What the right one of the migrations makes of a state, `(rows, 2)` or `(rows, 4)`."""
+    """The state after the right migration, `(rows, 2)` or `(rows, 4)`."""
     named = {"wide" if state.shape[1] == 4 else "sum": state}
     return next(iter((to_wide if is_wide(target) else to_plain)(named).values()))
 
@@ -170,7 +170,7 @@ class ModelOfVersions:
     """With which revision the next session of an id begins, where there was one before."""
 
     def version_of(self, ref: str) -> int | None:
-        """What a reference means; None: nothing that is loaded."""
+        """The version that a reference names; None: no loaded one."""
         _, at, number = ref.partition("@")
         _, colon, label = ref.partition(":")
         default = self.wanted or self.default if self.is_shared else self.default

@@ -11,7 +11,7 @@ from support.checks.history import End, Op
 
 Life = Literal["absent", "live", "closed", "expired"]
 State: TypeAlias = Any
-"""What a model computes with; it has a position."""
+"""The state of a model, with its position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Rollback:
     writes: int
     """How many of the session's."""
     life: Life
-    """What it is afterwards."""
+    """The state afterwards."""
     revision: int = 0
     """Of a session that is live afterwards."""
 
@@ -45,7 +45,7 @@ class PermittedEvents:
     """What may happen to sessions besides what callers ask for."""
 
     idle_s: float = math.inf
-    """After so many seconds without a change a session may expire."""
+    """Seconds without a change after which a session may expire."""
     time_of: Callable[[int], float] = float
     """Seconds, by the clock of the history."""
     rollbacks: Sequence[Rollback] = ()
@@ -113,11 +113,11 @@ class Value:
             yield dataclasses.replace(self, undone_by=None, trail=hash((self.trail, "stays")))
 
     def with_old(self, old: Value) -> Value:
-        """What is there, with something else at the old primary."""
+        """The current value, with another one at the old primary."""
         return dataclasses.replace(self, trail=hash((self.trail, old.trail)), old=old)
 
     def old_for(self, item: Item) -> Value | None:
-        """What the old primary has, if it may have been asked for something."""
+        """The value at the old primary, if a call may have reached it."""
         return self.old if item.low < self.old_until else None
 
     def stale_for(self, item: Item) -> Iterator[Value]:
@@ -145,7 +145,7 @@ class Value:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Item:
-    """What the order must have."""
+    """Calls that the order must contain."""
 
     kind: Literal["effect", "look", "rollback", "loss", "undo"]
     low: int

@@ -1,4 +1,4 @@
-"""Who loads models, around an engine of a test: it compiles nothing, a file's program is the one that the test names."""
+"""A catalog around an engine of a test. It compiles nothing: the test names the program of each file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.clock import ManualClock
 
 
 class FakeLoads:
-    """Programs by the names of files; remembers what is told of loads."""
+    """Programs by the names of files; keeps the reports of loads."""
 
     def __init__(self) -> None:
         self.programs: dict[str, Program] = {}
@@ -43,7 +43,7 @@ class FakeLoads:
         return CompileResult(self.programs[path.name], "compiled")
 
     def file(self, folder: Path, name: str, program: Program, **changes: Any) -> str:
-        """The path of a file whose program this is, with what is changed in it."""
+        """The path of a file with this program and these changes."""
         path = folder / name
         path.write_bytes(b"a model")
         self.programs[name] = dataclasses.replace(program, fingerprint=f"of {name}", **changes)

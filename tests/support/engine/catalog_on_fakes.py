@@ -56,7 +56,7 @@ class Compiler:
 
 
 class Watcher:
-    """Keeps what is told of loads."""
+    """Keeps the reports of loads."""
 
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
@@ -73,7 +73,7 @@ class Watcher:
 
 
 class ModelQuota:
-    """Lets a tenant have so many."""
+    """A fixed quota for a tenant."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -84,7 +84,7 @@ class ModelQuota:
 
 
 class _Readiness(Readiness):
-    """Keeps what is reported of versions."""
+    """Keeps the reports of versions."""
 
     def __init__(self, how: list[tuple[str, int, str]]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class CatalogHarness:
         self.engine, self.compiler, self.watcher = FakeVersions(), Compiler(), Watcher()
         self.clock = ManualClock()
         self.how: list[tuple[str, int, str]] = []
-        """What readiness is told."""
+        """The reports to readiness."""
         self.live = Catalog(
             self.engine,
             self.compiler,

@@ -63,7 +63,7 @@ def advance(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Arra
 
 
 class Hooks:
-    """What a test sees and does while programs run. Shared by the executors of an engine."""
+    """Hooks for a test while programs run. The executors of an engine share them."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []

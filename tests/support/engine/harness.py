@@ -56,7 +56,7 @@ BOTH_WAYS = pytest.mark.parametrize("threads", [False, True], ids=["in place", "
 
 
 def x(*shape: int, seed: int = 0) -> Array:
-    """Random inputs of the plain program: of so many rows, and time steps if they are given."""
+    """Random inputs of the plain program, with this number of rows and, if given, of time steps."""
     return np.random.default_rng(seed).standard_normal((*shape, 2)).astype(np.float32)
 
 
@@ -68,7 +68,7 @@ async def fails(call: Awaitable[object], kind: type[E], match: str | None = None
 
 
 class FixedCost(Cost):
-    """Says of every pass that it takes `seconds`, and that `steps` time steps fit into a slice."""
+    """Estimates `seconds` for every pass and `steps` time steps for a slice."""
 
     def __init__(self, seconds: float, steps: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class PassCounter:
 
 
 class Events(Observer):
-    """Keeps what it is told."""
+    """Keeps its reports."""
 
     def __init__(self) -> None:
         self.sessions: list[tuple[str, str]] = []
@@ -334,7 +334,7 @@ class Harness:
         return answers
 
     async def begin_pass(self, session_ids: Sequence[str] | str, x: Any = None, **fields: Any) -> Answers:
-        """Submit what is in flight when this returns, until the gate opens. The fields are those of `submit`."""
+        """Submit a pass that is in flight when this returns, until the gate opens. The fields are those of `submit`."""
         self.hooks.close_gate()
         answers = self.submit(session_ids, x, **fields)
         await self.in_flight()

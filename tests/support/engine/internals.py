@@ -1,4 +1,4 @@
-"""What of a running engine no caller sees: which sessions are in its table, who holds a claim, what must add up.
+"""The inside of a running engine: the sessions in its table, the holders of claims, the counts that must add up.
 
 Tests speak to an engine's face. Where the face cannot say what a test is about, the test asks here: nowhere else in
 the tests is an engine's private attribute named, so that a part may be renamed or moved by changing this module.
@@ -38,7 +38,7 @@ class Internals:
 
     @property
     def turns(self) -> SessionQueues:
-        """Claims, and who waits for them."""
+        """Claims, and the calls that wait for them."""
         return self._engine._queues
 
     @property
@@ -74,12 +74,12 @@ class Internals:
 
     @property
     def remembering_store(self) -> Any:
-        """What is asked why a session is not there."""
+        """The component that explains why a session is not open."""
         return self._engine._directory.here
 
     @staticmethod
     def turn_of(model: Model) -> Callable[[], bool]:
-        """What is called when there is work for a model."""
+        """The callback for new work of a model."""
         assert model.work._listener is not None
         return model.work._listener
 
@@ -94,7 +94,7 @@ class Internals:
         return [loop.runner for loop in self._engine._loops.values()]
 
     def use_pool(self, pool: Any) -> None:
-        """Have passes run by what is no pool of threads."""
+        """Run passes on another executor than a pool of threads."""
         self._engine._threads._pool.shutdown()
         self._engine._threads._pool = pool
 

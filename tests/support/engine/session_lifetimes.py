@@ -1,4 +1,4 @@
-"""What tests of the lives of sessions share: a pass in flight, and what is told of a session that is gone."""
+"""Shared by tests of the lives of sessions: a pass in flight, and the error of every call to a session that ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def blocked(at: Harness, *session_ids: str) -> Any:
 
 
 async def gone(at: Harness, session_id: str) -> str:
-    """What everybody is told about a session that is not there, by every call."""
+    """Require the same error of every call to a session that is not open, and return its class's name."""
     told = set()
     for call in (
         at.step(session_id, x(1)),

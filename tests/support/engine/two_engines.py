@@ -27,7 +27,7 @@ class Times:
         self.second = ManualClock(9e6, self.store.now() + 9 * 3600.0)
 
     def advance(self, seconds: float) -> None:
-        """Time goes on."""
+        """Advance the clocks of all servers."""
         for clock in (self.store, self.first, self.second):
             clock.advance(seconds)
 
@@ -87,18 +87,18 @@ async def held(at: Harness, begin: Callable[[], Any]) -> Any:
 
 
 async def ended(*servers: Harness) -> int:
-    """How many sessions ended by what the timers of servers do."""
+    """Run the timers of the servers; return how many sessions they ended."""
     return sum([await at.internals.expire_idle() for at in servers])
 
 
 async def ended_later(times: Times, seconds: float, *servers: Harness) -> int:
-    """How many sessions end that way when so much time has passed."""
+    """The same after `seconds` more."""
     times.advance(seconds)
     return await ended(*servers)
 
 
 async def tombstone(at: Harness, session_id: str) -> Tombstone:
-    """What the store remembers of a session that is gone."""
+    """The store's tombstone of an ended session."""
     (found,) = await at.store.found(session_id)
     assert found.tombstone is not None
     stone: Tombstone = found.tombstone
@@ -106,7 +106,7 @@ async def tombstone(at: Harness, session_id: str) -> Tombstone:
 
 
 async def sweeping(store: Gated, sweep: Coroutine[Any, Any, int]) -> asyncio.Task[int]:
-    """A look for sessions to end that has judged them, and whose commit is on its way."""
+    """A sweep for idle sessions that has chosen them and whose commit is held back."""
     store.commits_held = True
     task = asyncio.create_task(sweep)
     commit = asyncio.create_task(store.until("commit", len(store.asked("commit")) + 1))
@@ -125,7 +125,7 @@ async def serving_two(
     others: Mapping[str, Program] | None = None,
     **options: Any,
 ) -> AsyncIterator[tuple[Harness, Harness]]:
-    """Two servers of versions of `plain`, started; `others` are those of the second, the same if nothing is said.
+    """Two servers of versions of `plain`, started; `others` are those of the second; by default the same.
 
     Neither is told of what the other does to versions: `internals.look` asks.
     """

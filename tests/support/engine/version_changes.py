@@ -26,20 +26,20 @@ async def load_2(*servers: Harness) -> None:
 
 
 def hold_commits(store: Gated) -> Any:
-    """Hold commits back; what is returned waits for the next one."""
+    """Hold commits back; return a wait for the next one."""
     store.commits_held = True
     return store.until("commit", len(store.asked("commit")) + 1)
 
 
 async def stored_versions(at: Harness) -> dict[str, Any]:
-    """What the store has of the model."""
+    """The model's entry in the store."""
     content = (await at.store.inner.documents())[document.name_of("plain")]
     found: dict[str, Any] = json.loads(content)
     return found
 
 
 async def record_of(at: Harness, session_id: str) -> Mark | None:
-    """What the store has of a session's version."""
+    """A session's version in the store."""
     stored = (await at.store.found(session_id))[0].record
     assert stored is not None
     return mark_of(decode_header(session_id, stored).fields)

@@ -73,7 +73,7 @@ class VersionExecutor(FakeExecutor):
 
 @asynccontextmanager
 async def serving(programs: Mapping[str, Program] | None = None, **options: Any) -> AsyncIterator[Harness]:
-    """An engine that serves versions of `plain`, started; version 1 if nothing else is said."""
+    """A started engine that serves versions of `plain`; by default version 1."""
     hooks = Hooks()
     async with running(
         programs or {"plain": PLAIN},

@@ -1,4 +1,4 @@
-"""A process that keeps many sessions busy through the SDK and writes down what it asked and was told.
+"""A process that steps many sessions through the SDK and records its calls and their answers.
 
 It plays single steps, chunks, frames, resets to zeros, to given states and of single rows, forks, reads and closings,
 drawn from a seed, over every kind of client. A call that fails is made again, or given up for another, as the SDK says
@@ -169,7 +169,7 @@ class SessionPlayer:
             await table.rest()
 
     async def audit(self, name: str, batch_size: int) -> None:
-        """Read what is there."""
+        """Read all sessions."""
         with contextlib.suppress(Defect):
             call = Call(kind="open", session=name, batch_size=batch_size)
             await self._read(await self._opened(call, name, batch_size, resume=True))
@@ -381,7 +381,7 @@ class GroupPlayer:
     async def _settle(
         self, group: Any, numbers: dict[int, str], verdicts: dict[int, Outcome], unknown: set[int]
     ) -> None:
-        """Write down who has failed, and look where the members are."""
+        """Record the members that failed, and read where the members are."""
         for member, verdict in verdicts.items():
             may = member in unknown and verdict.may_try_again
             end = End(outcome="unknown", error=verdict.end.error) if may else verdict.end

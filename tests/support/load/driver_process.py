@@ -48,7 +48,7 @@ class Loading:
         return self._acknowledged
 
     def wait_acknowledged(self, more: int, timeout_s: float = 200.0) -> None:
-        """Wait until so many more changes are acknowledged."""
+        """Wait until this many more changes are acknowledged."""
         wanted = self._acknowledged + more
         with self._more:
             there = self._more.wait_for(lambda: self._acknowledged >= wanted or self._ended, timeout_s)
@@ -59,7 +59,7 @@ class Loading:
         assert not self._ended, "the driver has ended by itself"
 
     def stop(self) -> None:
-        """Let it finish what is under way and read everything; fail if it cannot."""
+        """Let it finish its calls and read everything; fail if it cannot."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

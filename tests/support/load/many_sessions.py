@@ -63,7 +63,7 @@ class ManySessions:
             raise AssertionError(f"an error reached a caller: {self.error!r}") from self.error
 
     def wait_steps(self, more: int) -> None:
-        """Wait until so many more steps are answered."""
+        """Wait until this many more steps are answered."""
         with self._more:
             wanted = self.steps + more
             there = self._more.wait_for(

@@ -148,7 +148,7 @@ class Reference:
 
 
 class MovingDefaults:
-    """The sessions and who moves them. Its threads end with the block."""
+    """The sessions and the thread that moves them. Its threads end with the block."""
 
     def __init__(self, server: LocalServer, seed: int, *, busy: int, idle: int) -> None:
         self._server = server
@@ -206,7 +206,7 @@ class MovingDefaults:
             raise AssertionError(f"{self._errors[0]}\n{self._server.logs()[-3000:]}") from self._errors[0]
 
     def wait(self, *, moves: int, frames: int) -> None:
-        """Return when so many more of them are answered."""
+        """Return when this many more of them are answered."""
         moves, frames = self.moved + moves, self.steps + frames
         while self.moved < moves or self.steps < frames:
             self.raise_errors()

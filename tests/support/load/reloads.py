@@ -31,7 +31,7 @@ reload left behind would be twenty."""
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a process has at one moment."""
+    """The resources of a process at one moment."""
 
     rss_bytes: int
     threads: int

@@ -1,4 +1,4 @@
-"""What the larger zoo is made of: a model, and how it is refused, or that it is served."""
+"""One case of the larger zoo: a model, and its refusal or that it is served."""
 
 from __future__ import annotations
 

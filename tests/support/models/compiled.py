@@ -13,7 +13,7 @@ from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program
 from support.models import programs, zoo
 
-#: What each masked model takes for "no data".
+#: The value that each masked model reads as "no data".
 _MASK_VALUES = {"masking": -1.0, "mask_with_zero_output": 0.0, "mask_over_stacked_cells": 0.0}
 
 

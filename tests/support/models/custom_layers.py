@@ -1,4 +1,4 @@
-"""Custom layers of the model zoo, registered for loading: what a user names with ``--import MODULE``."""
+"""Custom layers of the model zoo, registered for loading: the module that a user names with ``--import MODULE``."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Reversing(keras.layers.RNN):
 
 @keras.saving.register_keras_serializable(package="zoo")
 class InTraining(keras.layers.Wrapper):
-    """Calls its layer as in training, whatever it is told."""
+    """Calls its layer as in training, whatever its argument `training`."""
 
     def call(self, inputs: Any) -> Any:
         return self.layer(inputs, training=True)

@@ -1,4 +1,4 @@
-"""Models that are saved and compiled once per test run, whichever tests and processes of it ask for them.
+"""Models that are saved and compiled once per test run, for all its tests and processes.
 
 `make test` keeps those that this folder builds for its next run, as long as nothing changes of which they are made: the
 compiler, the code that builds them (all of this folder), the frameworks, the processor. Whatever is tested of a program
@@ -53,7 +53,7 @@ class Saved(NamedTuple):
 
 @functools.cache
 def run_folder() -> Path:
-    """The folder of this test run. Who asks first makes it, and removes it in the end."""
+    """The folder of this test run. The first process that asks makes it and removes it at its end."""
     if _FOLDER not in os.environ:
         os.environ[_FOLDER] = tempfile.mkdtemp(prefix="stepwell-tests-")
         atexit.register(shutil.rmtree, os.environ[_FOLDER], ignore_errors=True)
@@ -203,7 +203,7 @@ def _compile(path: Path, options: ProofOptions | None) -> None:
         made = compile_model(path, options=options)
         program_file.save(made, file)
         loaded = cache.publish(file, target)
-    # what is loaded from now on, by whomever, is what was made
+    # every later load returns the program that was made
     assert (loaded.inputs, loaded.outputs, loaded.state) == (made.inputs, made.outputs, made.state)
     assert (loaded.executor, loaded.executor_reason) == (made.executor, made.executor_reason)
     assert (loaded.fingerprint, loaded.batch_sizes) == (made.fingerprint, made.batch_sizes)

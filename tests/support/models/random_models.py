@@ -114,7 +114,7 @@ BAD: dict[str, Maker] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandomModel:
-    """A model and what it is made of."""
+    """A model and its blocks."""
 
     model: Any
     blocks: tuple[str, ...]

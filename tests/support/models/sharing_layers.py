@@ -63,7 +63,7 @@ class ForgetsItsHead(keras.Model):
 
 @_register
 class Scale(keras.Layer):
-    """A layer of ``variables`` weights, as many as the class says when it is built."""
+    """A layer of ``variables`` weights, the number that the class has when it is built."""
 
     variables = 1
 

@@ -1,4 +1,4 @@
-"""A model that steps well, of which the graph does not prove it. Keras is imported inside the function only."""
+"""A model that steps well although its graph does not prove it. Keras is imported inside the function only."""
 
 from __future__ import annotations
 

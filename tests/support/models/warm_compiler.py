@@ -12,7 +12,7 @@ from stepwell_server.compile.host.limits import Limits
 from stepwell_server.compile.host.processes import ForkServer
 from stepwell_server.program import Program, ProofOptions
 
-#: It imports TensorFlow once. What a worker may see of tests before is nothing: the fork server never sees a model.
+#: It imports TensorFlow once. A worker sees nothing of earlier tests: the fork server never sees a model.
 _FORK_SERVER = ForkServer()
 atexit.register(_FORK_SERVER.end)
 
@@ -29,9 +29,9 @@ def compile_program(
 ) -> Program:
     """See `WarmCompiler.compile`; for one thread at a time.
 
-    Who tests the fork server, or what it has of this process's environment, has a compiler of their own.
+    Tests of the fork server, or of the environment that it inherits, make their own compiler.
     """
     compiler = WarmCompiler(cache_dir, imports, limits, clock)
-    # Private, because servers have one compiler each: nobody but tests has several that may share one.
+    # Private, because a server has one compiler: only tests have several that may share a fork server.
     compiler._fork_server = _FORK_SERVER
     return compiler.compile(model, progress, options, data=data, keep=False)

@@ -43,14 +43,14 @@ def randomize(model: Any, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         if "int" in weight.dtype:
-            continue  # Quantized: what the quantizer made of a float kernel.
+            continue  # The quantizer made it of a float kernel.
         value = rng.standard_normal(weight.shape) * 0.4
         if "variance" in weight.path:
             value = np.abs(value) + 0.5
         weight.assign(value.astype("float32"))
     for layer in model._flatten_layers():
         if hasattr(layer, "finalize_state"):
-            layer.finalize_state()  # Normalization keeps what it computed from the old ones.
+            layer.finalize_state()  # Normalization keeps values computed from the old weights.
 
 
 def random_inputs(model_inputs: Any, rows: int, steps: int, seed: int = 0) -> list[Any]:
@@ -322,7 +322,7 @@ def lookup_table(keras: Any) -> Any:
 
 @served
 def int8_dense(keras: Any) -> Any:
-    # What the quantizer makes of it stays: it must be the same each time.
+    # The quantizer's result stays: it must be the same each time.
     dense = keras.layers.Dense(2, kernel_initializer=keras.initializers.GlorotUniform(seed=1))
     model = keras.Sequential([keras.Input((None, 3)), keras.layers.LSTM(4, name="lstm"), dense])
     dense.quantize("int8")

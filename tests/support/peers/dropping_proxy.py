@@ -1,4 +1,4 @@
-"""A way to a server on the loopback that loses answers when it is told to. Lives on the event loop of the test."""
+"""A proxy on the loopback that loses answers on request. It runs on the event loop of the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DroppingProxy:
     def __init__(self, port: int) -> None:
         self._target = port
         self.losses = 0
-        """So many of the next answers are lost, each with its connection."""
+        """The number of next answers to lose, each with its connection."""
         self.lost = 0
         """How many were."""
         self._tasks: set[asyncio.Task[None]] = set()

@@ -201,7 +201,7 @@ class Http2:
         return found
 
     def frames(self) -> Iterable[Frame]:
-        """What the server sends until it closes the connection."""
+        """All bytes from the server until it closes the connection."""
         with contextlib.suppress(Gone):
             while True:
                 yield self.frame()
@@ -227,7 +227,7 @@ class Http2:
                 return found
 
     def goodbye(self) -> tuple[int, bytes]:
-        """Code and text of the GOAWAY with which the server closes the connection; (-1, b"") if it says nothing."""
+        """Code and text of the GOAWAY with which the server closes the connection; (-1, b"") if it sends none."""
         said = (-1, b"")
         for frame in self.frames():
             if isinstance(frame, GoAwayFrame):

@@ -34,7 +34,7 @@ class Refusal:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def expect(self, code: str, reason: str, *words: str) -> None:
-        """Check the status, the machine-readable reason, and that the message says all `words`."""
+        """Check the status, the machine-readable reason, and that the message contains all `words`."""
         assert (self.code, self.reason) == (code, reason), self
         missing = [word for word in words if word not in self.message]
         assert not missing, f"{missing} are not in {self.message!r}"

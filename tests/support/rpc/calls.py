@@ -95,7 +95,7 @@ class Front:
         """Nothing is on its way."""
 
     async def stop(self, grace_s: float) -> None:
-        """Nothing was begun."""
+        """No change was started."""
 
 
 class Calls:
@@ -144,11 +144,11 @@ class Calls:
         raise AssertionError(f"it was not refused but answered: {str(answer)[:300]}")
 
     async def exchange(self, *frames: sessions_pb2.StepStreamRequest) -> list[Answer]:
-        """What a stream of these frames is answered with."""
+        """The answers to a stream of these frames."""
         return [Answer.FromString(reply) for reply in await self.streamed("StepStream", *frames)]
 
     async def streamed(self, name: str, *requests: Any) -> list[bytes]:
-        """What a stream of these requests is answered with."""
+        """The answers to a stream of these requests."""
         call = self.new_call()
         call.send(*requests)
         call.half_close()

@@ -1,4 +1,4 @@
-"""A call without a front: what a servicer reads and writes."""
+"""A call without a front, as a servicer reads and writes it."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class FakeVersions:
         self.names: dict[str, dict[int, VersionInfo]] = {}
         self.highest: dict[str, int] = {}
         self.refusal: ServerError | MemoryError | None = None
-        """What the next change of a default, or of a label, fails with."""
+        """The error of the next change of a default or of a label."""
         self.move_refusal: ServerError | None = None
         """With what moves of a default are judged impossible before a load."""
         self.told: list[tuple[Any, ...]] = []
@@ -167,7 +167,7 @@ class FakeVersions:
         return self.highest.get(name, 0) + 1
 
     def give(self, name: str, version: int, **values: Any) -> None:
-        """Change what is said of a version."""
+        """Change the description of a version."""
         self.names[name][version] = dataclasses.replace(self.names[name][version], **values)
 
     def begin_with(self, name: str, version: int, program: Program) -> None:

@@ -1,4 +1,4 @@
-"""A real Jupyter kernel, and what a front end does with it: cells, the stop button, restarts."""
+"""A real Jupyter kernel and the actions of a front end: cells, the stop button, restarts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 WAIT_S = 200.0
-"""Only a hang takes so long."""
+"""Only a hang takes this long."""
 
 
 class CellFailedError(AssertionError):
@@ -26,7 +26,7 @@ class CellFailedError(AssertionError):
 
 @dataclasses.dataclass
 class CellResult:
-    """What a cell has printed and shown, and the name of the error it ended with."""
+    """The output of a cell and the name of the error that ended it."""
 
     out: str = ""
     err: str = ""

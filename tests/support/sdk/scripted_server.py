@@ -89,7 +89,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         """What came with the last call of each method."""
         self.sessions: dict[str, Session] = shares.sessions if shares else {}
         self.is_serving = True
-        """What its health check says."""
+        """The answer to its health check."""
         self.parts = 1
         self.most_states = 1_000_000
         self.busy: set[str] = set()

@@ -37,7 +37,7 @@ class SenderQueue(collections.deque[Any]):
         self.arrived.release()
 
     def limit_frames(self, most_bytes: int) -> None:
-        """Let a frame have so many bytes at most."""
+        """Set the largest size of a frame in bytes."""
         self._sender._max_frame_bytes = most_bytes
 
     @property

@@ -1,4 +1,4 @@
-"""A server that peers attack, and a client of it that goes on beside them."""
+"""A server that peers attack, and a client that keeps calling it meanwhile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = tensor(np.zeros((1, FEATURES), np.float32))
 
 
 class AttackedServer:
-    """A server, a client that goes on whatever others do, and what the server counts."""
+    """A server, a client that keeps calling whatever the others do, and the server's counters."""
 
     def __init__(self, front: str, server: ServerProcess, metrics: str) -> None:
         self.front = front
@@ -65,7 +65,7 @@ class AttackedServer:
         return self.count("refused_total", reason)
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Ask again and again; only a hang is not told in time. The other client goes on."""
+        """Ask repeatedly until it is so; only a hang reaches the limit. The other client keeps calling."""
         while not holds():
             self.require_service()
 

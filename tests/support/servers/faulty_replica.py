@@ -69,7 +69,7 @@ def forget_requests() -> None:
 
 
 def answer_early() -> None:
-    """Every third commit is said to be kept, and is not sent."""
+    """Every third commit is reported as kept and is not sent."""
     from stepwell_server.store.base import ALL_KEPT
     from stepwell_server.store.valkey.store import ValkeyStore
 

@@ -56,7 +56,7 @@ class Faults:
         threading.Thread(target=self._obey, daemon=True).start()
 
     def before_commit(self) -> None:
-        """Fail, or wait, if told to."""
+        """Fail or wait if the test asks for it."""
         if self._fails:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not self._well.is_set():
@@ -139,7 +139,7 @@ def judge_nothing() -> None:
 
 
 def drop_commits() -> None:
-    """Every other commit is said to be kept and is not."""
+    """Every other commit is reported as kept and is not."""
     commit: Commit = DiskStore.commit
     count = 0
 
@@ -154,7 +154,7 @@ def drop_commits() -> None:
 
 
 def commit_late() -> None:
-    """Commits are said to be kept a little before they are: the order is right, the reply is too early."""
+    """Commits are reported as kept a little before they are: the order is right, the reply is too early."""
     commit: Commit = DiskStore.commit
     waiting: queue.SimpleQueue[tuple[float, DiskStore, Any]] = queue.SimpleQueue()
 

@@ -61,7 +61,7 @@ class Replica(Server):
 
 
 class Replicas:
-    """So many of them, started at the same time. Leaving the block ends them.
+    """This many of them, started at the same time. Leaving the block ends them.
 
     Args:
         urls: of the Valkey, the same for all or one for each.

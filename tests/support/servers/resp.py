@@ -90,7 +90,7 @@ class Connection:
 
 
 def fields(info: bytes) -> dict[str, str]:
-    """What INFO or CLUSTER INFO says, by name."""
+    """The fields of INFO or CLUSTER INFO by name."""
     pairs = (line.partition(":") for line in info.decode().splitlines() if ":" in line)
     return {name: value for name, _, value in pairs}
 

@@ -14,7 +14,7 @@ from stepwell_server.store.disk.store import DiskStore
 
 
 def main() -> NoReturn:
-    """Replace how large segments are unless someone says so, and serve."""
+    """Set the size of segments unless an argument does, and serve."""
     segment_bytes, *arguments = sys.argv[1:]
     defaults = DiskStore.__init__.__kwdefaults__
     assert defaults is not None

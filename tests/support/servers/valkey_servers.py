@@ -123,7 +123,7 @@ class Process:
         return self._process is not None and self._process.poll() is None
 
     def log(self) -> str:
-        """What it has written, over all its lives."""
+        """Its output over all its lives."""
         path = self.folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -275,7 +275,7 @@ class Valkey(Process):
         return Connection(HOST, self.port, password=self._password, ca=self._ca)
 
     def info(self, section: str) -> dict[str, str]:
-        """What it says of itself, by name."""
+        """Its own report, by field."""
         return fields(self.ask("INFO", section))
 
     def role(self) -> str:
@@ -343,7 +343,7 @@ class Sentinel(Process):
         return host.decode(), int(port)
 
     def is_ready(self, others: int, replicas: int) -> bool:
-        """Whether it knows of so many others and could fail over to so many replicas."""
+        """Whether it knows this many other Sentinels and could fail over to this many replicas."""
         seen = by_name(self.ask("SENTINEL", "PRIMARY", NAME))
         able = [by_name(one) for one in self.ask("SENTINEL", "REPLICAS", NAME)]
         able = [one for one in able if one["flags"] == "slave" and one["master-link-status"] == "ok"]
@@ -407,7 +407,7 @@ class Sentinels:
         return next(one for one in self.servers if one.port == port)
 
     def wait_ready(self, replicas: int) -> None:
-        """Wait until every Sentinel could fail over to so many replicas."""
+        """Wait until every Sentinel could fail over to this many replicas."""
         count = len(self.sentinels) - 1
         for one in self.sentinels:
             until(functools.partial(one.is_ready, count, replicas), "the Sentinels do not agree", one.log)
@@ -508,7 +508,7 @@ class Cluster:
         return new
 
     def wait_ok(self) -> None:
-        """Wait until every node that runs says that all is well."""
+        """Wait until every running node reports a healthy cluster."""
         for node in self.nodes:
             if node.is_running:
                 until(functools.partial(self._is_ok, node), "the Cluster does not come up", node.log)

@@ -1,4 +1,4 @@
-"""Who asks: callers that switch replicas, send again, and write down what they asked for and what they were told."""
+"""Callers that switch replicas, retry, and record their calls and the answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Lost(Exception):
 
 @dataclasses.dataclass
 class History:
-    """What was asked and told, by all callers."""
+    """The calls of all callers and their answers."""
 
     world: World
     ops: list[Op] = dataclasses.field(default_factory=list)
@@ -86,7 +86,7 @@ class Callers:
         """Changes that were applied though their caller had used their request id for its session's last change."""
 
     def request_id(self) -> int:
-        """A number that nobody else says."""
+        """A number that no other caller uses."""
         self.request_ids += 1
         return self.request_ids
 
@@ -102,7 +102,7 @@ class Callers:
         return random.choice(others)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait about so long."""
+        """Wait about this long."""
         await asyncio.sleep(seconds * (0.5 + self.world.random.random()))
 
     async def ask(self, replica: Replica, work: Work) -> Any:
@@ -286,7 +286,7 @@ def is_open(end: End) -> bool:
 
 
 def end_of(error: Exception) -> End:
-    """What an error says."""
+    """The outcome that an error reports."""
     name, text = type(error).__name__, f"{type(error).__name__}: {error}"
     match error:
         case Lost() | OutcomeUnknown():
@@ -305,7 +305,7 @@ def end_of(error: Exception) -> End:
 
 
 def end_of_one(session: str, error: Exception) -> End:
-    """What an error of a call for many sessions says of one of them."""
+    """The outcome that an error of a call for many sessions reports for one of them."""
     end = end_of(error)
     if isinstance(error, ServerError) and error.metadata.get("session_id", session) != session:
         return End(outcome="not_applied", error=f"another one: {end.error}")
@@ -313,7 +313,7 @@ def end_of_one(session: str, error: Exception) -> End:
 
 
 def changed(answer: Answer | ServerError) -> End:
-    """What a change was answered."""
+    """The answer to a change."""
     if isinstance(answer, ServerError):
         return end_of(answer)
     return End(
@@ -346,14 +346,14 @@ def opened_many(result: OpenManyResult, *, is_found: bool = False) -> list[End]:
 
 
 def read(result: StateResult) -> End:
-    """What a reader was told."""
+    """The answer to a reader."""
     info = result.session
     states = {name: np.array(array, np.float32) for name, array in result.state.items()}
     return End(outcome="acknowledged", revision=info.revision, position=info.position, states=states)
 
 
 def read_each(result: StatesResult, count: int) -> list[End]:
-    """What a reader was told of each of many sessions."""
+    """The answer to a reader for each of many sessions."""
     ends: dict[int, End] = {}
     row = 0
     for place, member in enumerate(result.members.tolist()):
@@ -371,10 +371,10 @@ def read_each(result: StatesResult, count: int) -> list[End]:
 
 
 def looked(info: SessionInfo) -> End:
-    """What somebody was told who only looked."""
+    """The answer to a call that only reads."""
     return End(outcome="acknowledged", revision=info.revision, position=info.position)
 
 
 def closed(_before: bool) -> End:
-    """What was told about a closing."""
+    """The answer to a closing."""
     return End(outcome="acknowledged")

@@ -1,4 +1,4 @@
-"""Who opens and forks many sessions with one call, all of them or none, and sends it again to another replica."""
+"""A caller that opens and forks many sessions with one call, all or none, and retries it at another replica."""
 
 from __future__ import annotations
 

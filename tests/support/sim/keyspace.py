@@ -22,7 +22,7 @@ class Keyspace:
         self._kept: dict[bytes, tuple[Value, float]] = {}
 
     def kept(self, key: bytes) -> Kept:
-        """What is under a key now."""
+        """The current value of a key."""
         kept = self._kept.get(key)
         if kept is not None and kept[1] <= self._now_ms():
             del self._kept[key]
@@ -41,7 +41,7 @@ class Keyspace:
         return [key for key in sorted(self._kept) if self.kept(key) is not None]
 
     def call(self, command: bytes, *words: bytes) -> Any:
-        """Do a command; what it answers."""
+        """Run a command and return its reply."""
         return getattr(self, f"_{command.decode().lower()}")(*words)
 
     def _value(self, key: bytes) -> Any:

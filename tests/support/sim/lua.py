@@ -12,7 +12,7 @@ from lupa import lua51
 from stepwell_server.store.valkey import scripts
 
 Call = Callable[..., Any]
-"""`redis.call`: a command and its words; what it answers."""
+"""`redis.call`: a command and its arguments; returns the reply."""
 Defects = Mapping[str, tuple[str, str]]
 """What is wrong with scripts on purpose: by what a script is called in `scripts`, a part of its text and what stands there instead."""
 
@@ -80,11 +80,11 @@ class Scripts:
 
     @staticmethod
     def name(sha: bytes) -> str:
-        """What a script is called."""
+        """The name of a script."""
         return _NAMES[sha]
 
     def run(self, sha: bytes, call: Call, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Any:
-        """What a script answers."""
+        """The reply of a script."""
         return _lua().run(self._sources[sha], call, keys, arguments)
 
 
@@ -98,7 +98,7 @@ def word_of(word: bytes | str | float) -> bytes:
 
 
 def _reply(value: Any) -> Any:
-    """What a script returned, as Valkey answers it."""
+    """The value that a script returned, as Valkey's reply."""
     if value is False or value is None:
         return None
     if isinstance(value, float):

@@ -77,7 +77,7 @@ class ModelNode:
         scripts: Scripts,
         waits: bool = True,
     ) -> None:
-        """`waits` False is a bug to be found: it says of everything that it is on the disk."""
+        """`waits` False is a bug to be found: it reports everything as written to disk."""
         self.world = world
         self.number = number
         self.name = f"shard-{number}"
@@ -88,7 +88,7 @@ class ModelNode:
         self.generation = 0
         """Of primaries: requests to an earlier one are never answered."""
         self.owners: dict[bytes, ModelNode] = {}
-        """Who has which tag, as far as it knows."""
+        """The owner of each tag, as this node knows it."""
         self.epochs: dict[bytes, int] = collections.defaultdict(int)
         """Of what it knows: the highest is right."""
         self.migrating: dict[bytes, ModelNode] = {}

@@ -230,7 +230,7 @@ class Owner:
     # ------------------------------------------------------------------------------------------------------ changes
 
     async def step(self, own: Own) -> None:
-        """One step, which expects what the session is at."""
+        """One step, which expects the session's current revision."""
         await self._change([own], [])
 
     async def steps(self, own: Own) -> None:
@@ -238,7 +238,7 @@ class Owner:
         await self._change([own], [self.world.random.randint(1, 4)])
 
     async def reset(self, own: Own) -> None:
-        """Begin anew."""
+        """Start the session again."""
         await self._change([own], None)
 
     async def frame(self, _own: Own) -> None:
@@ -361,7 +361,7 @@ class Owner:
         await self.callers.sleep(self.mix.rest)
 
     def learn(self, own: Own, end: End) -> None:
-        """Remember what was told of a session."""
+        """Remember the answer about a session."""
         if end.outcome == "gone":
             own.is_there, own.revision = False, None
         elif end.outcome in ("unknown", "error"):
@@ -437,7 +437,7 @@ async def _read(name: str, engine: Engine) -> StateResult:
 
 
 def floats(owner: Owner, rows: int, *times: int) -> Floats:
-    """Random values of so many rows, and time steps if they are given."""
+    """Random values with this number of rows and, if given, of time steps."""
     random, count = owner.world.random, rows * int(np.prod(times, dtype=int)) * 2
     values = np.array([random.uniform(-1, 1) for _ in range(count)], np.float32)
     return values.reshape(rows, *times, 2)

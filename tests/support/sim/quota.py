@@ -60,7 +60,7 @@ class WatchedQuotas(Quotas):
                     break
 
     async def known(self) -> int:
-        """How many sessions the tenant has, as the store says now."""
+        """The tenant's sessions as the store counts them now."""
         await self.refresh([PREFIX])
         return self.tenants().get(TENANT, NOTHING).sessions
 

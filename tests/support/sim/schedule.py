@@ -35,7 +35,7 @@ _MOST_NODES, _MOST_BLIND = 20_000, 2_000
 
 @dataclasses.dataclass
 class Plan:
-    """What a schedule is like."""
+    """The kind of a schedule."""
 
     replicas: int
     shards: int
@@ -142,7 +142,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Result:
-    """What a schedule came to."""
+    """The outcome of a schedule."""
 
     seed: int
     trace: str

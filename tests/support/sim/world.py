@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
 _TURN_S = 30e-6
-"""A turn of an event loop takes about so long."""
+"""The approximate length of a turn of an event loop."""
 
 
 class Hang(AssertionError):
@@ -58,7 +58,7 @@ class World:
         return self._times[moment]
 
     def after(self, delay: float, call: Callable[..., object], *args: Any) -> None:
-        """Call something in so many seconds."""
+        """Call a function after this many seconds."""
         heapq.heappush(self._events, (self.now + max(0.0, delay), next(self._numbers), call, args))
 
     def note(self, *words: object) -> None:
@@ -152,7 +152,7 @@ class NodeLoop(asyncio.BaseEventLoop):
         return float(scheduled[0].when())
 
     def turn(self) -> None:
-        """What is due now, and nothing that comes of it."""
+        """Run the calls that are due now, and none that they schedule."""
         self._own._thread_id = threading.get_ident()
         asyncio._set_running_loop(self)
         try:

@@ -76,7 +76,7 @@ def template(session_ids: Sequence[str], revision: int = 0, size: int = 20) -> P
 
 
 def is_damaged(session_id: str, stored: RecordBytes) -> bool:
-    """Whether whoever reads a record is told that it is not as it was written."""
+    """Whether reading a record reports that it was changed after it was written."""
     try:
         decode(session_id, stored)
     except StateCorrupt:
@@ -111,7 +111,7 @@ def close_all() -> None:
 
 
 def crash_copy(store: DiskStore) -> Path:
-    """What the next process finds if this one is killed now: a copy of it."""
+    """A copy of the files that the next process finds if this one is killed now."""
     numbers = itertools.count()
     copy = next(at for n in numbers if not (at := store.path.with_name(f"{store.path.name}-{n}")).exists())
     copy_files(store, copy)
@@ -119,7 +119,7 @@ def crash_copy(store: DiskStore) -> Path:
 
 
 def copy_files(store: DiskStore, to: Path) -> None:
-    """Copy what is in the files of a store now to a new directory."""
+    """Copy the files of a store as they are now to a new directory."""
     to.mkdir(mode=0o700)  # what the store makes is its user's alone, and it warns of what is not
     (to / "sessions").mkdir(mode=0o700)
     # The segment first: what is checkpointed meanwhile is then in both, and not in neither.

@@ -32,7 +32,7 @@ _NUMBERS = itertools.count()
 
 
 class Troubled:
-    """A store that fails, stalls and counts as a test says."""
+    """A store that fails, stalls and counts for a test."""
 
     def __init__(self, store: DiskStore) -> None:
         self.store = store
@@ -47,7 +47,7 @@ class Troubled:
         """Commits that fail, whichever others share them."""
         self._errors: deque[tuple[Exception, bool]] = deque()
         self._alone = threading.Lock()
-        """Held by who commits or checkpoints."""
+        """Held during a commit or a checkpoint."""
         self._open = threading.Event()
         self._open.set()
         self._stalls_behind = False
@@ -168,7 +168,7 @@ class Disk:
         self.store = Troubled(self._opened(folder))
 
     async def record(self, session_id: str) -> RecordBytes | None:
-        """What is stored of a session now."""
+        """The stored record of a session."""
         return self.store.store.get(session_id)
 
     async def tombstone(self, session_id: str) -> Tombstone | None:
@@ -248,7 +248,7 @@ class Database:
         self._began = now + max(0.0, away_s) - self.clock.monotonic()
 
     async def record(self, session_id: str) -> RecordBytes | None:
-        """What is stored of a session now."""
+        """The stored record of a session."""
         return (await self.store.found(session_id))[0].record
 
     async def tombstone(self, session_id: str) -> Tombstone | None:
@@ -303,7 +303,7 @@ async def until(is_so: Callable[[], object]) -> None:
 
 
 async def begun(call: Awaitable[Any]) -> asyncio.Task[Any]:
-    """A task that has begun: it has taken its place in line."""
+    """Start a task and let it take its place in line."""
 
     async def run() -> Any:
         return await call
@@ -334,7 +334,7 @@ def same_reply(found: Answer, wanted: Answer, *, replayed: bool = True) -> None:
 
 
 def facts(info: SessionInfo) -> tuple[Any, ...]:
-    """What a restart must not change."""
+    """The facts that a restart must not change."""
     return (
         info.session_id, info.model, info.fingerprint, info.batch_size, info.revision, info.position,
         info.created, info.last_used,

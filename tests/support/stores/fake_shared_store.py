@@ -38,7 +38,7 @@ _MISSING = Header(
 
 @dataclasses.dataclass(slots=True)
 class _Kept:
-    """What a shared store has beside the records: one for all servers."""
+    """The contents of a shared store besides the records: one for all servers."""
 
     clock: Clock | None = None
     stamps: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -48,7 +48,7 @@ class _Kept:
     used: dict[str, float] = dataclasses.field(default_factory=dict)
     """When they were last used."""
     claims: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
-    """Who has them, since when and until when."""
+    """Their holders, with begin and end."""
     undone: set[int] = dataclasses.field(default_factory=set)
     """Stamps of openings that were undone."""
     followers: set[FakeShared] = dataclasses.field(default_factory=set)

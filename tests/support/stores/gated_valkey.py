@@ -52,7 +52,7 @@ def _set(script: scripts.Script, source: str) -> None:
 
 @dataclasses.dataclass(slots=True)
 class _Database:
-    """What the servers on one store share."""
+    """Shared by the servers on one store."""
 
     valkey: Valkey
     prefix: str

@@ -1,4 +1,4 @@
-"""A store that several servers share, whose answers come when the test lets them, are lost, or are errors."""
+"""A store that several servers share. The test holds its answers back, loses them or makes them errors."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Gated(Store):
         self._stalled_at = len(self.asked("answer" if kept else "commit"))
 
     def kill(self) -> None:
-        """Keep nothing more of what the server does."""
+        """Keep no more changes of the server."""
         self.is_killed = True
         self.commit_error = self.told_error = Unavailable("the server was killed")
 
@@ -122,12 +122,12 @@ class Gated(Store):
         await self.until("answer" if self.answers_held else "commit", self._stalled_at + 1)
 
     def let_go(self) -> None:
-        """Let what is held back, and what comes, be answered."""
+        """Release all answers that are held back, and hold no more."""
         self.reads_held = self.commits_held = self.answers_held = False
         self.let_go_once()
 
     def let_go_once(self, *kinds: str) -> None:
-        """Let what is held back be answered, of these kinds or of all; what comes is held as before."""
+        """Release the answers held back now, of these kinds or of all; later ones are held as before."""
         gates, self._gates = self._gates, []
         for kind, gate in gates:
             if kinds and kind not in kinds:
@@ -154,7 +154,7 @@ class Gated(Store):
     # ------------------------------------------------------------------------------------ what the test sees at any time
 
     async def found(self, *session_ids: str) -> list[StoredSession]:
-        """What the store has of sessions now; no gate and no error is in the way."""
+        """The stored sessions, read past all gates and errors."""
         return list(await self.inner.read(list(session_ids)))
 
     async def ids(self) -> set[str]:
@@ -299,7 +299,7 @@ def _raise(error: Exception | None) -> None:
 
 
 def _without(batch: Batch, names: Collection[str]) -> Batch:
-    """A batch without what it has of some sessions."""
+    """A batch without its changes to some sessions."""
     if not names:
         return batch
     puts = [place for place, (name, _) in enumerate(batch.puts) if name not in names]

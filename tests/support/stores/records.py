@@ -1,4 +1,4 @@
-"""A stored session as one value: what a test writes into a store, and what it finds there."""
+"""A stored session as one value that a test writes into a store or reads from it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _MOUNT = 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"'
 
 
 def small_disk(folder: Path, options: str) -> list[str]:
-    """What a command begins with that runs on such a file system. Skips the test where no mount is allowed."""
+    """The first words of a command that runs on such a file system. Skips the test where no mount is allowed."""
     unshare = [shutil.which("unshare") or "", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
     prefix = [*unshare, "sh", "-c", _MOUNT, "sh", options, os.fspath(folder)]
     if not unshare[0] or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:

@@ -24,12 +24,12 @@ SESSIONS = 40
 
 
 class Kind(NamedTuple):
-    """A store, and what is done with it."""
+    """A store and the changes to it."""
 
     segment_bytes: int
     """0 for LMDB alone."""
     period: int
-    """Every so many commits one session takes another's place; the others change those that are there."""
+    """At this interval of commits one session replaces another; the others change those that are there."""
     growth_bytes: int
 
 

@@ -19,7 +19,7 @@ _TYPES = {"counter", "gauge", "histogram", "summary"}
 
 
 class Scrape:
-    """What a server answers to a scrape."""
+    """The answer of a server to a scrape."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -54,7 +54,7 @@ class Scrape:
         return len(self._samples)
 
     def faults(self) -> list[str]:
-        """What is against Prometheus's rules for names, as `promtool check metrics` knows them."""
+        """Names that break Prometheus's rules, as `promtool check metrics` checks them."""
         texts = dict(_HELP.findall(self.text))
         return [
             f"{name}: {fault}"

@@ -1,4 +1,4 @@
-"""A collector of traces: a real receiver of OTLP over gRPC, which keeps what it gets."""
+"""A collector of traces: a real receiver of OTLP over gRPC, which keeps the traces."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def scenario(name: str, address: str, *arguments: str) -> Iterator[subprocess.Po
 
 
 def result_of(process: subprocess.Popen[str]) -> Any:
-    """What a scenario returns."""
+    """The result of a scenario."""
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, f"{stdout}\n{stderr}"
     return json.loads(stdout.splitlines()[-1])

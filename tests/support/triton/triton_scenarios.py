@@ -345,7 +345,7 @@ def typed(stub: Any, name: str, datatype: str, x: Any) -> None:
 
 @scenario
 def with_token(address: str, token: str, ca: str, cert: str, key: str) -> list[str]:
-    """A server that asks who calls: how it refuses a client without a token, and one on a stream; then one with it."""
+    """A server that asks for tokens: its refusals of a client without one, unary and on a stream; then a client with one."""
     tls = {"ssl": True, "root_certificates": ca, "certificate_chain": cert, "private_key": key}
     client = triton.InferenceServerClient(address, **tls)
     headers = {"authorization": f"Bearer {token}"}
@@ -455,7 +455,7 @@ def is_gone(address: str, sequence_id: str) -> None:
 
 @scenario
 def statistics(address: str) -> dict[str, Any]:
-    """What the counters say before and after 10 good requests of 2 rows and 3 bad ones."""
+    """The counters before and after 10 good requests of 2 rows and 3 bad ones."""
     with connect(address) as client:
         before = client.get_inference_statistics("plain", as_json=True)["model_stats"][0]
         about = client.get_model_metadata("plain").inputs[0]
