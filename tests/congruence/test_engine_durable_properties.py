@@ -103,7 +103,7 @@ class Killing(Play):
                 await self.expire()  # else a session that is idle for too long is there again after a kill
 
     async def open(self, action: Open) -> None:
-        self.disk.store.go_on()
+        self.disk.store.release()
         try:
             await super().open(action)
         except Unavailable:
@@ -114,7 +114,7 @@ class Killing(Play):
             super().cancel(number)
 
     async def settle(self) -> None:
-        self.disk.store.go_on()
+        self.disk.store.release()
         for entry in self.log:
             if isinstance(entry, Asked):
                 entry.check = self.unless_unavailable(entry.check)
@@ -140,7 +140,7 @@ class Killing(Play):
         self.disk.kill()
         self.at.hooks.open_gate()
         self.at.store.fail_no_more()
-        self.at.store.go_on()
+        self.at.store.release()
         results = [await _answers(entry) for entry in log]
         await self.stack.aclose()
         there = {

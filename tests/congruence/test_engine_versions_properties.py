@@ -35,7 +35,7 @@ from support.engine.fake_executor import WAIT_S
 from support.engine.harness import STORES, Answer, FixedCost, Harness
 from support.engine.versions import serving
 from support.samples import examples
-from support.stores.durable import Disk, begun, stalled
+from support.stores.durable import Disk, stalled, start_task
 from support.stores.fake_shared_store import RemoteStore
 
 SETTINGS = settings(max_examples=examples(120))
@@ -141,7 +141,7 @@ class Play:
         old = self.disk.store
         self.disk.kill()
         self.at.hooks.open_gate()
-        old.go_on()
+        old.release()
         await self.stack.aclose()
         old.store.close()
         await self.again(number)
@@ -359,7 +359,7 @@ class Play:
         for _ in range(2):
             for name in names:
                 sent[name].append(self.send(name, 3))
-        task = await begun(self.moving(do))
+        task = await start_task(self.moving(do))
         for name in names:
             sent[name].append(self.send(name, 1))
         others = [name for name in NAMES if name not in names]
@@ -367,8 +367,8 @@ class Play:
         if not model.version_of("plain"):
             born = ""
         dies = next((name for name in others if name in model.sessions), "") if do.number % 3 else ""
-        opening = await begun(self.at.engine.open_session("plain", session_id=born)) if born else None
-        closing = await begun(self.at.engine.close_session(dies)) if dies else None
+        opening = await start_task(self.at.engine.open_session("plain", session_id=born)) if born else None
+        closing = await start_task(self.at.engine.close_session(dies)) if dies else None
         if do.flag:  # it is not known to have happened until the gate opens
             await asyncio.sleep(0)
         self.at.hooks.open_gate()
@@ -479,7 +479,7 @@ class Play:
         store.stall(kept=do.flag)
         for name in names[:2]:
             sent[name].append(self.send(name, 2))
-        task = await begun(self.moving(do))
+        task = await start_task(self.moving(do))
         for name in names[1:]:
             sent[name].append(self.send(name, 1))
         await stalled(store)
@@ -489,7 +489,7 @@ class Play:
         before = {name: session.copy() for name, session in model.sessions.items()}
         self.disk.kill()
         self.at.hooks.open_gate()
-        store.go_on()
+        store.release()
         await asyncio.gather(task, return_exceptions=True)
         for name in names:
             for _, answers in sent[name]:

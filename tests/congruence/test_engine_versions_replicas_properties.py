@@ -157,7 +157,7 @@ class Play:
             await self.check()
         finally:
             for at in self.servers:
-                at.store.let_go()
+                at.store.release()
             for stack in self.stacks:
                 await stack.aclose()
 
@@ -317,7 +317,7 @@ class Play:
         await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done():  # it is refused without the store
             asked.cancel()
-            store.let_go()
+            store.release()
             (answer,) = ended.result()
             assert isinstance(answer, (VersionElsewhere, SessionNotFound)), answer
             return
@@ -328,7 +328,7 @@ class Play:
         stopped, self.stopped = self.stopped, None
         if stopped is None:
             return
-        self.servers[stopped.server].store.let_go()
+        self.servers[stopped.server].store.release()
         (answer,) = await stopped.answers.all()
         await self.servers[stopped.server].settled()
         ways = self.ways.get(stopped.name)

@@ -154,11 +154,11 @@ def test_a_function_is_called_when_its_token_is_needed() -> None:
 
 
 def test_many_threads_wait_for_one_call_of_the_function() -> None:
-    let_go, calls = threading.Event(), []
+    release, calls = threading.Event(), []
 
     def function() -> str:
         calls.append(1)
-        assert let_go.wait(100)
+        assert release.wait(100)
         return "stw_x"
 
     tokens = Tokens(function)
@@ -166,7 +166,7 @@ def test_many_threads_wait_for_one_call_of_the_function() -> None:
     threads = [threading.Thread(target=lambda: found.append(sent(tokens))) for _ in range(8)]
     for thread in threads:
         thread.start()
-    let_go.set()
+    release.set()
     for thread in threads:
         thread.join(100)
     assert (found, len(calls)) == (["Bearer stw_x"] * 8, 1)

@@ -25,8 +25,8 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import End
 from support.checks.model_of_sessions import initial
 from support.engine.harness import Harness, fails, running, x
-from support.engine.session_lifetimes import blocked, gone
-from support.stores.durable import Disk, begun, until
+from support.engine.session_lifetimes import error_of_all_calls, pass_in_flight
+from support.stores.durable import Disk, start_task, until
 from support.stores.records import decode
 
 
@@ -210,11 +210,13 @@ async def test_many_idle_sessions_expire_a_few_at_a_time(
     await at.open(*[f"s{i}" for i in range(10)])
     at.clock.advance(61)
     monkeypatch.setattr(end, "BATCH_SIZE", 4)
-    expiring = await begun(at.internals.expire_idle())
+    expiring = await start_task(at.internals.expire_idle())
     await until(lambda: len(at.internals.loaded()) < 10)
     assert len(at.internals.loaded()) == 6
-    assert await gone(at, "s0") == "SessionExpired"
-    assert await gone(at, "s9") == "SessionExpired", "whoever names it need not wait for its turn"
+    assert await error_of_all_calls(at, "s0") == "SessionExpired"
+    assert await error_of_all_calls(at, "s9") == "SessionExpired", (
+        "whoever names it need not wait for its turn"
+    )
     assert await expiring == 9
     assert sorted(name for what, name in at.events.sessions if what == "expired") == [
         f"s{i}" for i in range(10)
@@ -232,8 +234,8 @@ async def test_a_session_that_is_idle_too_long_expires(at: Harness) -> None:
     assert await at.expired_after(20) == 0, "idle for 60 s is not longer than 60 s"
     assert await at.expired_after(1) == 2
     assert at.events.sessions[-2:] == [("expired", "a"), ("expired", "c")]
-    assert await gone(at, "a") == "SessionExpired"
-    assert await gone(at, "never") == "SessionNotFound"
+    assert await error_of_all_calls(at, "a") == "SessionExpired"
+    assert await error_of_all_calls(at, "never") == "SessionNotFound"
     assert (await at.engine.session_info("b")).revision == 0
     await fails(at.step("a", x(1)), SessionExpired, "idle for longer than its limit")
 
@@ -300,13 +302,13 @@ async def test_an_expired_session_can_be_reopened_and_then_is_no_longer_expired(
             await at.engine.open_sessions("plain", session_ids=["a"])
         assert (await at.state("a"))["sum"].tobytes() == initial(1).tobytes()
         await at.engine.close_session("a")
-        assert await gone(at, "a") == "SessionNotFound"
+        assert await error_of_all_calls(at, "a") == "SessionNotFound"
 
 
 @pytest.mark.engine(max_session_idle_s=60, threads=True)
 async def test_a_session_with_something_under_way_does_not_expire(at: Harness) -> None:
     await at.open("a", "b")
-    await blocked(at, "a")
+    await pass_in_flight(at, "a")
     assert await at.expired_after(100) == 1
     waiting = at.submit("a", x(1))
     at.hooks.open_gate()
@@ -318,9 +320,9 @@ async def test_a_session_of_another_server_process_is_lost_and_not_unknown() -> 
         session_id = (await first.engine.open_session("plain")).session.session_id
         async with running() as second:
             await fails(second.step(session_id, x(1)), SessionLost, "was lost with its store")
-            assert await gone(second, session_id) == "SessionLost"
+            assert await error_of_all_calls(second, session_id) == "SessionLost"
         await first.engine.close_session(session_id)
-        assert await gone(first, session_id) == "SessionNotFound"
+        assert await error_of_all_calls(first, session_id) == "SessionNotFound"
 
 
 HOUR_S = 3600.0

@@ -133,7 +133,7 @@ async def hold_up(store: Slow, told: Told, name: str) -> None:
     await inside(store)
 
 
-async def let_go(store: Slow, commits: Commits) -> None:
+async def release(store: Slow, commits: Commits) -> None:
     """Let all batches end."""
     store.gate.set()
     await commits.idle()
@@ -203,7 +203,7 @@ async def test_nothing_is_done_in_place_while_the_thread_has_the_store(
     for _ in range(3):
         await asyncio.sleep(0)
     assert not any("MainThread" in who for who in store.tended)
-    await let_go(store, commits)
+    await release(store, commits)
 
 
 async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) -> None:
@@ -214,7 +214,7 @@ async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) 
     assert not commits.may_commit_here(1)
     await asyncio.sleep(0)
     assert told.told == []
-    await let_go(store, commits)
+    await release(store, commits)
     assert told.names == "abcdef"
     assert store.get("x") == b"f"
     assert len(store.batches) == 2, "what came meanwhile is kept together"
@@ -264,7 +264,7 @@ async def test_small_changes_overtake_large_ones(logged: tuple[Logged, Commits, 
     assert store.appended == [("a", who), ("b", who), ("c", who)]
     told.submit("d")
     told.submit("e", size=HUGE, is_change=True)
-    await let_go(store, commits)
+    await release(store, commits)
     assert told.names == "abcLde", "what may not pass, or is large, has its turn"
     assert len(store.appended) == 3
 
@@ -277,7 +277,7 @@ async def test_a_change_without_room_in_the_log_is_committed_in_order(
     told.submit("a", is_change=True)
     told.submit("b", is_change=True)
     assert told.names == ""
-    await let_go(store, commits)
+    await release(store, commits)
     assert sorted(told.names) == sorted("Lab")
     assert store.get("a") == store.get("b") == b"record"
 
@@ -314,7 +314,7 @@ async def test_none_that_cannot_be_made_keeps_small_changes_from_passing(
     commits.submit(broken, 1, lambda told_of: told.told.append(("broken", error_of(told_of))), is_change=True)
     told.submit("a", is_change=True)
     await until(lambda: told.names == "a")
-    await let_go(store, commits)
+    await release(store, commits)
     assert [type(error) for name, error in told.told if name == "broken"] == [Internal]
 
 
@@ -335,7 +335,7 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
-    await let_go(store, commits)
+    await release(store, commits)
     store.gate.clear()
     store.inside.clear()
     store.waits_for_disk = True
@@ -348,7 +348,7 @@ async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_wh
     told.submit("c", is_change=True, is_latency_sensitive=True)
     told.submit("d", size=SMALL + 1, is_change=True, is_latency_sensitive=True)
     await until(lambda: told.names == "Lc")
-    await let_go(store, commits)
+    await release(store, commits)
     assert told.names == "Lcmabnd"
 
 
@@ -356,7 +356,7 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
     logged: tuple[Logged, Commits, Told],
 ) -> None:
     store, commits, told = logged
-    await let_go(store, commits)
+    await release(store, commits)
     await until(
         lambda: bool(store.tended)
     )  # the checkpoint after the first, which may come when that has been told
@@ -431,7 +431,7 @@ async def test_a_transaction_takes_only_so_much(
     await hold_up(store, told, "a")
     for name, size in (("b", 4), ("c", 5), ("d", 1), ("e", 25), ("f", 0), ("g", 9), ("h", 9)):
         told.submit(name, size=size)
-    await let_go(store, commits)
+    await release(store, commits)
     assert ["".join(i for i, _ in batch.puts) for batch in store.batches] == ["a", "bcd", "e", "fgh"]
     assert told.names == "abcdefgh"
 
@@ -446,7 +446,7 @@ async def test_a_batch_that_cannot_be_built_fails_alone(slow: tuple[Slow, Commit
     told.submit("b")
     commits.submit(broken, 1, lambda told_of: told.told.append(("broken", error_of(told_of))))
     told.submit("c")
-    await let_go(store, commits)
+    await release(store, commits)
     assert told.names == "abc"
     assert [type(error) for name, error in told.told if name == "broken"] == [Internal]
 
@@ -462,7 +462,7 @@ async def test_a_failed_transaction_is_reported_to_all_its_changes(
     told.submit("d", Batch(puts=[("x", b"1")]))  # not together with what deletes it
     told.submit("e")
     store.error = error
-    await let_go(store, commits)
+    await release(store, commits)
     store.error = None
     assert [name for name, _ in told.told] == [*"abcde"]
     said = [why for _, why in told.told]
@@ -490,7 +490,7 @@ async def test_changes_that_fail_together_are_tried_one_by_one(
         kept.append(batch.deletes)
 
     monkeypatch.setattr(store, "commit", full)
-    await let_go(store, commits)
+    await release(store, commits)
     assert kept[-2:] == [["x"], ["z"]]
     assert [(name, type(why)) for name, why in told.told] == [
         ("a", type(None)),
@@ -515,7 +515,7 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     told.submit("b", size=0)
     full.append(commits.is_full)
     assert full == [False, True], "one of no records counts as well"
-    await let_go(store, commits)
+    await release(store, commits)
     assert rooms == [False]
     assert commits.is_idle
 

@@ -33,7 +33,7 @@ async def test_a_document_is_never_in_two_commits_at_a_time() -> None:
     assert [ids for kind, ids in store.calls if kind == "commit"] == [(), ("a",)], (
         "a session of its name is another thing"
     )
-    store.let_go()
+    store.release()
     await asyncio.wait_for(commits.idle(), WAIT_S)
     assert store.max_commits == 2
     assert sorted(told[:2]) == ["first", "session"]
@@ -50,7 +50,7 @@ async def test_one_commit_begins_at_once_and_the_next_ones_together() -> None:
         commits.submit(functools.partial(_ending, name), 1, told.append)
     await store.until("commit", 2)
     assert [ids for kind, ids in store.calls if kind == "commit"] == [("a",), ("b", "c")]
-    store.let_go()
+    store.release()
     await asyncio.wait_for(commits.idle(), WAIT_S)
     assert told == [ALL_KEPT] * 3
 

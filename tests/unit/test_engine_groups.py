@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,13 @@ from stepwell_server.errors import (
 )
 from support.engine.fake_executor import RICH
 from support.engine.harness import Harness, fails, kinds, running, x
-from support.engine.session_lifetimes import blocked
+from support.engine.session_lifetimes import pass_in_flight
+from support.stores.durable import start_task
 from support.stores.fake_shared_store import RemoteStore
 
 pytestmark = pytest.mark.stores("memory", "fake_shared", "sync")
-
-
-async def begun(call: Any) -> asyncio.Task[Any]:
-    """A task whose call has taken its place in line."""
-    task = asyncio.create_task(call)
-    for _ in range(3):
-        await asyncio.sleep(0)
-    return task
+#: Calls for several sessions take their places after some turns of the event loop.
+in_line = functools.partial(start_task, turns=3)
 
 
 async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[str, bytes]:
@@ -49,7 +45,7 @@ async def stepped(at: Harness, *session_ids: str, batch_size: int = 1) -> dict[s
 
 async def test_a_fork_of_many_has_no_later_changes(at: Harness) -> None:
     await at.open_and_step("a", x(1))
-    forking = await begun(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
+    forking = await in_line(at.engine.fork_sessions(["a"], new_session_ids=["z"]))
     later = [at.submit("a", x(1)) for _ in range(3)]
     assert (await forking).revisions.tolist() == [1]
     assert [(await answers.only()).revision for answers in later] == [2, 3, 4]
@@ -77,9 +73,9 @@ async def test_states_come_in_the_order_asked_for_wherever_they_are(monkeypatch:
 @pytest.mark.engine(threads=True)
 async def test_each_session_is_read_between_earlier_and_later_requests(at: Harness) -> None:
     await at.open(*"abc")
-    first = await blocked(at, "a", "b")
+    first = await pass_in_flight(at, "a", "b")
     waiting = at.submit("a", x(1))
-    reading_ = await begun(at.engine.get_states(list("abc")))
+    reading_ = await in_line(at.engine.get_states(list("abc")))
     later = at.submit("a", x(1))
     # c has nothing under way: it is read, and not held up while the others are waited for
     await at.engine.fork("c")
@@ -94,9 +90,9 @@ async def test_each_session_is_read_between_earlier_and_later_requests(at: Harne
 @pytest.mark.engine(threads=True)
 async def test_two_that_read_the_same_sessions_do_not_wait_for_each_other(at: Harness) -> None:
     await at.open(*"ab")
-    pass_ = await blocked(at, "a", "b")
-    both = [await begun(at.engine.get_states(ids)) for ids in (["a", "b"], ["b", "a"])]
-    gone = await begun(at.engine.get_states(["a", "b"]))
+    pass_ = await pass_in_flight(at, "a", "b")
+    both = [await in_line(at.engine.get_states(ids)) for ids in (["a", "b"], ["b", "a"])]
+    gone = await in_line(at.engine.get_states(["a", "b"]))
     gone.cancel()
     at.hooks.open_gate()
     reads = await asyncio.wait_for(asyncio.gather(*both), 100)
@@ -109,9 +105,9 @@ async def test_a_session_that_cannot_be_read_fails_alone(at: Harness) -> None:
     """Closed while it was waited for, never there, closed before."""
     states = await stepped(at, *"abcd")
     await at.engine.close_session("c")
-    await blocked(at, "b")
-    closing = await begun(at.engine.close_session("b"))
-    read_ = await begun(at.engine.get_states(["d", "b", "nobody", "c", "a"]))
+    await pass_in_flight(at, "b")
+    closing = await in_line(at.engine.close_session("b"))
+    read_ = await in_line(at.engine.get_states(["d", "b", "nobody", "c", "a"]))
     at.hooks.open_gate()
     await closing
     read = await read_
@@ -129,7 +125,7 @@ async def test_one_that_is_closed_between_two_pieces_was_not_read(monkeypatch: p
     monkeypatch.setattr(reading, "COPY_BATCH_ROWS", 1)
     async with running(resident_rows=300) as at:
         ids = list((await at.engine.open_sessions("plain", count=200)).session_ids)
-        reading_ = await begun(at.engine.get_states(ids))
+        reading_ = await in_line(at.engine.get_states(ids))
         await at.engine.close_session(ids[-1])
         await at.open("another")
         assert not reading_.done(), "this test needs more pieces"
@@ -200,8 +196,8 @@ async def test_a_fork_under_given_ids_waits_for_its_sources_and_is_found_after_a
     await at.step("b", x(1))
     await at.engine.close_session("b")
     await at.open("b2")
-    await blocked(at, "a")
-    forking = await begun(at.engine.fork_sessions(["a", "b2"], new_session_ids=["b", "z"]))
+    await pass_in_flight(at, "a")
+    forking = await in_line(at.engine.fork_sessions(["a", "b2"], new_session_ids=["b", "z"]))
     assert not forking.done()
     at.hooks.open_gate()
     forked = await forking
@@ -222,8 +218,8 @@ async def test_no_more_is_copied_at_once_than_may_be(monkeypatch: pytest.MonkeyP
             "at most 32 bytes together; got 5 sessions, whose copies need 40",
         )
         await fails(at.engine.fork_sessions(["a"] * 5), MessageTooLarge)
-        await blocked(at, "a")
-        waiting = await begun(at.engine.fork_sessions(list("abc")))
+        await pass_in_flight(at, "a")
+        waiting = await in_line(at.engine.fork_sessions(list("abc")))
         await fails(
             at.engine.fork_sessions(list("bc")),
             Overloaded,

@@ -20,14 +20,8 @@ from stepwell_server.errors import (
 from support.checks.model_of_sessions import initial
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.harness import Answer, Harness, fails, x
-from support.engine.session_lifetimes import blocked, gone
-
-
-async def task_of(call: Any) -> asyncio.Task[Any]:
-    """A task that has begun: it has taken its place in line."""
-    task = asyncio.create_task(call)
-    await asyncio.sleep(0)
-    return task
+from support.engine.session_lifetimes import error_of_all_calls, pass_in_flight
+from support.stores.durable import start_task
 
 
 @pytest.mark.engine({"rich": RICH})
@@ -125,7 +119,7 @@ async def test_more_sessions_are_opened_at_once_than_there_are_rows(at: Harness)
 @pytest.mark.engine(resident_rows=4, threads=True)
 async def test_many_may_be_opened_while_the_rows_are_taken_and_begin_paged_out(at: Harness) -> None:
     await at.open(*"abc")
-    await blocked(at, *"abc")
+    await pass_in_flight(at, *"abc")
     opened = await at.engine.open_sessions("plain", count=3, batch_size=2)
     assert (await at.engine.list_sessions())[1] == 6
     assert [(await at.engine.session_info(i)).resident for i in opened.session_ids] == [False] * 3
@@ -158,8 +152,8 @@ async def test_a_fork_has_the_state_and_goes_its_own_way(at: Harness) -> None:
 @pytest.mark.engine(threads=True)
 async def test_a_fork_waits_for_its_turn_and_is_refused_with_a_reason(at: Harness) -> None:
     await at.open("a", "b")
-    await blocked(at, "a")
-    fork = await task_of(at.engine.fork("a", new_session_id="c"))
+    await pass_in_flight(at, "a")
+    fork = await start_task(at.engine.fork("a", new_session_id="c"))
     after = at.submit("a", x(1))
     at.hooks.open_gate()
     assert (await fork).session.revision == 1
@@ -186,8 +180,8 @@ async def test_a_fork_sent_again_is_the_same_fork(new: str, at: Harness) -> None
     again = await at.engine.fork("a", new_session_id=new, request_id=4, expected=0)
     assert again.replayed
     assert again.session.session_id == first.session.session_id
-    await blocked(at, "a")
-    both = [await task_of(at.engine.fork("a", new_session_id=new and "d", request_id=5)) for _ in range(2)]
+    await pass_in_flight(at, "a")
+    both = [await start_task(at.engine.fork("a", new_session_id=new and "d", request_id=5)) for _ in range(2)]
     at.hooks.open_gate()
     one, two = await both[0], await both[1]
     assert (one.replayed, two.replayed) == (False, True)
@@ -198,8 +192,8 @@ async def test_a_fork_sent_again_is_the_same_fork(new: str, at: Harness) -> None
 @pytest.mark.engine(threads=True)
 async def test_two_forks_to_one_name_that_wait_make_one_session(at: Harness) -> None:
     await at.open("a")
-    await blocked(at, "a")
-    both = [await task_of(at.engine.fork("a", new_session_id="c", request_id=r)) for r in (5, 6)]
+    await pass_in_flight(at, "a")
+    both = [await start_task(at.engine.fork("a", new_session_id="c", request_id=r)) for r in (5, 6)]
     at.hooks.open_gate()
     assert (await both[0]).session.session_id == "c"
     await fails(both[1], SessionExists)
@@ -208,11 +202,11 @@ async def test_two_forks_to_one_name_that_wait_make_one_session(at: Harness) -> 
 @pytest.mark.engine(threads=True)
 async def test_closing_refuses_waiting_requests_and_forgets_the_session(at: Harness) -> None:
     await at.open("a", "b")
-    first = await blocked(at, "a", "b")
+    first = await pass_in_flight(at, "a", "b")
     before = at.submit("a", x(1))
-    closing = await task_of(at.engine.close_session("a", request_id=5))
+    closing = await start_task(at.engine.close_session("a", request_id=5))
     late_step, late_reset = at.submit(["a", "b"], x(2)), at.submit("a", reset=True)
-    late_read = await task_of(at.state("a"))
+    late_read = await start_task(at.state("a"))
     at.hooks.open_gate()
     assert await closing is False
     assert [type(answer) for answer in await first.all()] == [Answer, Answer]
@@ -224,16 +218,16 @@ async def test_closing_refuses_waiting_requests_and_forgets_the_session(at: Harn
     for call in (late_reset.only(), late_read):
         await fails(call, SessionNotFound, "was closed")
     assert await at.engine.close_session("a", request_id=5) is True
-    assert await gone(at, "a") == "SessionNotFound"
+    assert await error_of_all_calls(at, "a") == "SessionNotFound"
     assert at.events.sessions[-1] == ("closed", "a")
 
 
 @pytest.mark.engine(threads=True)
 async def test_a_closing_sent_again_while_the_first_one_waits_succeeds(at: Harness) -> None:
     await at.open("a")
-    await blocked(at, "a")
-    both = [await task_of(at.engine.close_session("a", request_id=5)) for _ in range(2)]
-    other = await task_of(at.engine.close_session("a", request_id=6))
+    await pass_in_flight(at, "a")
+    both = [await start_task(at.engine.close_session("a", request_id=5)) for _ in range(2)]
+    other = await start_task(at.engine.close_session("a", request_id=6))
     at.hooks.open_gate()
     assert [await task for task in both] == [False, True]
     await fails(other, SessionNotFound)
@@ -254,8 +248,8 @@ async def test_a_closing_that_is_answered_does_not_close_the_next_session_of_tha
 @pytest.mark.engine(threads=True)
 async def test_closing_many_counts_those_that_were_there(at: Harness) -> None:
     await at.open("a", "b", "c")
-    await blocked(at, "b")
-    closing = await task_of(at.engine.close_sessions(["a", "gone", "b", "a"]))
+    await pass_in_flight(at, "b")
+    closing = await start_task(at.engine.close_sessions(["a", "gone", "b", "a"]))
     at.hooks.open_gate()
     assert await closing == 2
     assert [info.session_id for info in (await at.engine.list_sessions())[0]] == ["c"]
@@ -265,9 +259,9 @@ async def test_closing_many_counts_those_that_were_there(at: Harness) -> None:
 async def test_a_session_without_rows_is_closed_even_if_all_rows_are_busy(at: Harness) -> None:
     await at.open("away", "a", "b")
     assert not (await at.engine.session_info("away")).resident
-    await blocked(at, "a", "b")
+    await pass_in_flight(at, "a", "b")
     assert await at.engine.close_session("away") is False
-    assert await gone(at, "away") == "SessionNotFound"
+    assert await error_of_all_calls(at, "away") == "SessionNotFound"
     at.hooks.open_gate()
 
 
@@ -275,10 +269,10 @@ async def test_a_session_without_rows_is_closed_even_if_all_rows_are_busy(at: Ha
 @pytest.mark.engine(threads=True)
 async def test_a_turn_that_comes_after_the_deadline_is_not_taken(what: str, at: Harness) -> None:
     await at.open("a")
-    await blocked(at, "a")
+    await pass_in_flight(at, "a")
     deadline = at.clock.monotonic() + 5
     call: Any = {"read": at.engine.get_state, "fork": at.engine.fork, "close": at.engine.close_session}[what]
-    late, in_time = await task_of(call("a", deadline=deadline)), at.submit("a", x(1))
+    late, in_time = await start_task(call("a", deadline=deadline)), at.submit("a", x(1))
     at.clock.advance(5)
     at.hooks.open_gate()
     await fails(late, DeadlineExceeded, "deadline passed while it waited")
@@ -289,8 +283,8 @@ async def test_a_turn_that_comes_after_the_deadline_is_not_taken(what: str, at: 
 @pytest.mark.engine(threads=True)
 async def test_a_reader_that_is_cancelled_in_line_gives_its_turn_away(at: Harness) -> None:
     await at.open("a")
-    await blocked(at, "a")
-    reading = await task_of(at.state("a"))
+    await pass_in_flight(at, "a")
+    reading = await start_task(at.state("a"))
     following = at.submit("a", x(1))
     reading.cancel()
     at.hooks.open_gate()
@@ -303,8 +297,8 @@ async def test_a_reader_that_is_cancelled_as_its_turn_comes_gives_it_away(
     monkeypatch: pytest.MonkeyPatch, at: Harness
 ) -> None:
     await at.open("a")
-    await blocked(at, "a")
-    reading = await task_of(at.state("a"))
+    await pass_in_flight(at, "a")
+    reading = await start_task(at.state("a"))
     following = at.submit("a", x(1))
     lines = at.internals.turns
     for _ in range(100):  # an awaited store is asked before the reader is in line
@@ -328,9 +322,9 @@ async def test_a_reader_that_is_cancelled_as_the_session_goes_takes_nothing_from
     monkeypatch: pytest.MonkeyPatch, at: Harness
 ) -> None:
     await at.open("a")
-    await blocked(at, "a")
-    closing = await task_of(at.engine.close_session("a"))
-    reading = await task_of(at.state("a"))
+    await pass_in_flight(at, "a")
+    closing = await start_task(at.engine.close_session("a"))
+    reading = await start_task(at.state("a"))
     turns, table = at.internals.turns, at.internals.table
     handle, remove = table.find("a"), turns.remove
 

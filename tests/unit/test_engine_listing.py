@@ -23,7 +23,7 @@ from stepwell_server.store.memory import MemoryStore
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.harness import Harness, fails, running, x
 from support.engine.versions import serving, weights
-from support.stores.durable import Disk, begun
+from support.stores.durable import Disk, start_task
 from support.stores.fake_shared_store import RemoteStore
 from support.stores.kinds import IN_PROCESS
 
@@ -206,7 +206,7 @@ async def test_a_session_that_is_there_all_the_time_is_listed_once() -> None:
 @pytest.mark.engine(resident_rows=8)
 async def test_the_event_loop_runs_while_many_sessions_are_listed(at: Harness) -> None:
     ids = (await at.engine.open_sessions("plain", count=8000)).session_ids
-    listed = await begun(at.engine.list_sessions(limit=len(ids)))
+    listed = await start_task(at.engine.list_sessions(limit=len(ids)))
     turns = 0
     while not listed.done():
         await asyncio.sleep(0)
@@ -256,7 +256,7 @@ async def test_a_session_in_use_is_not_idle_and_is_closed_by_its_prefix_after_it
     answer = await at.begin_pass("a", x(1))
     at.clock.advance(60.0)
     assert await close_all(at, 10, idle_longer_s=30.0) == 1
-    closing = await begun(close_all(at, 10, prefix="a"))
+    closing = await start_task(close_all(at, 10, prefix="a"))
     at.hooks.open_gate()
     assert (await answer.only()).revision == 1
     assert await closing == 1
@@ -389,10 +389,10 @@ async def test_what_another_server_changed_is_taken_up_as_it_is_there(
 @pytest.mark.stores("fake_shared")
 async def test_one_that_another_server_opens_meanwhile_is_resumed(first: Harness, second: Harness) -> None:
     second.store.commits_held = True
-    slow = await begun(resume(second, ["x", "a", "y"]))
+    slow = await start_task(resume(second, ["x", "a", "y"]))
     await second.store.until("commit")
     await first.open_and_step("a", x(1))
-    second.store.let_go()
+    second.store.release()
     opened = await slow
     assert opened.resumed is not None
     assert opened.resumed.tolist() == [False, True, False]

@@ -21,7 +21,7 @@ from stepwell_server.store.access import remote_reads
 from stepwell_server.store.memory import MemoryStore
 from support.clock import ManualClock
 from support.engine.harness import Answers, Harness, fails, kinds, running, x
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.fake_shared_store import RemoteStore
 
 pytestmark = pytest.mark.stores("fake_shared")
@@ -82,13 +82,13 @@ async def test_nothing_overtakes_a_request_that_waits_for_one_of_its_sessions() 
         first = at.submit(["here", "away"], x(2), expected=[0, 1])
         second = at.submit("here", x(1), expected=1)
         other = at.submit("away", x(1, seed=1), expected=2)
-        read = await begun(at.engine.get_state("here"))
+        read = await start_task(at.engine.get_state("here"))
         third = at.submit("here", x(1), expected=2)
         await store.until("read")
         await turns()
         assert not any(answers.ended for answers in (first, second, other, third))
         assert at.hooks.rows == []
-        store.let_go()
+        store.release()
         assert [answer.revision for answer in await first.all()] == [1, 2]  # type: ignore[union-attr]
         assert (await second.only()).revision == 2
         assert (await other.only()).revision == 3
@@ -103,7 +103,7 @@ async def test_a_request_checked_after_its_lookup_keeps_its_place() -> None:
         )  # another "b" might have two rows
         second = at.submit("a", x(1, seed=1))
         await store.until("read")
-        store.let_go()
+        store.release()
         answers = await first.all()
         assert kinds(answers) == ["Answer", "InvalidInput"]
         assert [answers[0].revision, (await second.only()).revision] == [2, 3]  # type: ignore[union-attr]
@@ -131,19 +131,19 @@ async def test_other_sessions_run_while_some_are_loaded() -> None:
         await store.until("read")
         assert (await at.step("here", x(1))).revision == 1
         assert not waits.ended
-        store.let_go()
+        store.release()
         assert (await waits.only()).revision == 2
 
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_every_call_waits_for_the_sessions_it_names(call: str) -> None:
     async with after("a", reads_held=True) as (at, store):
-        task = await begun(CALLS[call](at))
+        task = await start_task(CALLS[call](at))
         await store.until("read")
         step = at.submit("a", x(1), expected=2 if call == "reset" else 1)
         await turns()
         assert not task.done()
-        store.let_go()
+        store.release()
         await task
         (answer,) = await step.all()
         assert kinds([answer]) == ["SessionNotFound" if call == "close" else "Answer"]
@@ -153,12 +153,12 @@ async def test_a_waiting_call_that_is_cancelled_lets_nobody_overtake() -> None:
     async with after("a", reads_held=True) as (at, store):
         first = at.submit("a", x(1), expected=1)
         await store.until("read")
-        gives_up = await begun(at.engine.get_state("a"))
+        gives_up = await start_task(at.engine.get_state("a"))
         last = at.submit("a", x(1), expected=2)
         gives_up.cancel()
         await turns()
         assert len(store.asked("read")) == 1, "the last one does not look before the first has"
-        store.let_go()
+        store.release()
         assert (await first.only()).revision == 2
         assert (await last.only()).revision == 3
         await fails(gives_up, asyncio.CancelledError)
@@ -175,7 +175,7 @@ async def test_an_abandoned_request_is_not_applied_after_its_session_is_loaded(h
         else:
             at.cancel(step)
             at.cancel(reset)
-        store.let_go()
+        store.release()
         error = DeadlineExceeded if how == "late" else Unavailable
         for answers in (step, reset):
             (answer,) = await answers.all()
@@ -187,10 +187,10 @@ async def test_an_abandoned_request_is_not_applied_after_its_session_is_loaded(h
 @pytest.mark.parametrize("call", ["read", "fork", "close"])
 async def test_a_call_past_its_deadline_when_its_session_is_loaded_does_nothing(call: str) -> None:
     async with after("a", reads_held=True) as (at, store):
-        task = await begun(CALLS[call](at, deadline=at.clock.monotonic() + 5))
+        task = await start_task(CALLS[call](at, deadline=at.clock.monotonic() + 5))
         await store.until("read")
         at.clock.advance(6)
-        store.let_go()
+        store.release()
         await fails(task, DeadlineExceeded)
         assert store.shared.count() == 1
 
@@ -237,7 +237,7 @@ async def test_only_a_limited_amount_waits_for_loading(
         with pytest.raises(Overloaded, match=message) as refused:
             at.submit("b", x(1))
         assert refused.value.retry_after_s > 0
-        store.let_go()
+        store.release()
         for answers in accepted:
             await answers.require_all_applied()
         assert (await at.step("b", x(1))).revision == revision
@@ -252,7 +252,7 @@ async def test_sessions_are_read_many_at_once_and_with_few_reads(monkeypatch: py
         await store.until("read", 2)
         await turns()
         assert [len(ids) for ids in store.asked("read")] == [8, 8], "no third while two are under way"
-        store.let_go()
+        store.release()
         for answers in steps:
             assert (await answers.only()).revision == 2
         loads = store.asked("read")[:3]
@@ -277,10 +277,10 @@ async def test_passes_run_while_sessions_are_paged_in(at: Harness, store: Remote
     waits = [at.submit("a", x(1)), at.submit("a", x(1))]
     await store.until("read")
     assert (await at.step("c", x(1))).revision == 1
-    read = await begun(at.engine.get_state("a"))
+    read = await start_task(at.engine.get_state("a"))
     await turns()
     assert not any(answers.ended for answers in waits)
-    store.let_go()
+    store.release()
     assert [(await answers.only()).revision for answers in waits] == [1, 2]
     assert (await read).session.revision == 2
 
@@ -298,7 +298,7 @@ async def test_an_abandoned_request_that_waits_for_a_page_in_is_dropped(
     await store.until("read")
     behind = at.submit("a", x(1))
     at.clock.advance(6)
-    store.let_go()
+    store.release()
     assert kinds(await late.all()) == ["DeadlineExceeded"]
     assert (await behind.only()).revision == 1
 
@@ -310,14 +310,14 @@ async def test_a_read_that_is_cancelled_while_its_session_is_paged_in_frees_it(
     await at.open("a")
     await at.open("b")
     store.reads_held = True
-    read = await begun(at.engine.get_state("a"))
+    read = await start_task(at.engine.get_state("a"))
     await store.until("read")
-    store.let_go_once()  # it has not changed; now it is to come back
+    store.release_once()  # it has not changed; now it is to come back
     await store.until("read", 2)
     read.cancel()
     await turns()
     step = at.submit("a", x(1))
-    store.let_go()
+    store.release()
     assert (await step.only()).revision == 1
 
 
@@ -338,10 +338,10 @@ async def drains_when_read(at: Harness, store: RemoteStore) -> None:
     store.reads_held = True
     step = at.submit("a", x(1))
     await store.until("read")
-    drain = await begun(at.engine.drain())
+    drain = await start_task(at.engine.drain())
     await turns(20)
     assert not drain.done()
-    store.let_go()
+    store.release()
     await drain
     assert step.ended
 
@@ -366,10 +366,10 @@ async def test_the_engine_is_closed_when_commits_have_ended_or_its_time_is_over(
     step = at.submit("here", x(1))
     await store.until("commit", 2)
     assert await at.engine.close(0.01) is False
-    closing = await begun(at.engine.close(20.0))
+    closing = await start_task(at.engine.close(20.0))
     await turns(20)
     assert not closing.done()
-    store.let_go()
+    store.release()
     assert await closing is True
     assert step.ended
 
@@ -383,13 +383,13 @@ async def test_a_session_that_ends_while_others_are_read_has_ended() -> None:
         answers = at.submit(["away", "gone"], x(2), batch_sizes=[1, 1])
         await store.until("read", reads + 1)
         store.reads_held = False
-        store.let_go_once("read")
+        store.release_once("read")
         await store.until("commit", 2)
         assert store.asked("commit")[-1] == ("gone",), "the store knows of no use elsewhere"
-        store.let_go_once("commit")
+        store.release_once("commit")
         await store.until("commit", 3)
         assert store.asked("commit")[-1] == ("away",)
-        store.let_go()
+        store.release()
         assert kinds(await answers.all()) == ["SessionExpired"] * 2
 
 
@@ -459,7 +459,7 @@ async def test_few_commits_are_under_way_at_once_and_never_two_of_a_session() ->
                 await store.until("commit", before + count + 1)
         await turns()
         assert [len(ids) for ids in store.asked("commit")[before:]] == [1] * 8
-        store.let_go()
+        store.release()
         for answers in steps:
             assert (await answers.only()).revision == 1
         assert len(store.asked("commit")[before:]) == 9, "what came meanwhile is kept together"
@@ -472,10 +472,10 @@ async def test_an_id_is_used_again_only_when_its_last_session_is_gone_from_the_s
     await at.open("a")
     at.clock.advance(11.0)
     store.commits_held = True
-    opening = await begun(at.engine.open_session("plain", session_id="a"))
+    opening = await start_task(at.engine.open_session("plain", session_id="a"))
     await store.until("commit", 2)
     await turns()
     assert len(store.asked("commit")) == 2, "the opening waits for the end"
-    store.let_go()
+    store.release()
     assert (await opening).session.revision == 1
     assert (await at.step("a", x(1))).revision == 2

@@ -43,7 +43,7 @@ from stepwell_server.store.record import HEADER, header_or_none, with_checksum
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.harness import STORES, Answer, Harness, fails, running, x
 from support.samples import examples
-from support.stores.durable import Disk, begun, same_reply
+from support.stores.durable import Disk, same_reply, start_task
 from support.stores.fake_shared_store import RemoteStore
 from support.stores.records import decode
 
@@ -152,7 +152,7 @@ async def test_an_existing_session_stays_unless_it_is_to_be_replaced() -> None:
         ]
         assert (await new.engine.session_info("a")).batch_size == 2
         pending = await new.begin_pass("a", x(2), sizes=[2])
-        replacing = await begun(brought(new, sessions, ExistingPolicy.REPLACE))
+        replacing = await start_task(brought(new, sessions, ExistingPolicy.REPLACE))
         new.hooks.open_gate()
         assert await replacing == [ImportOutcome.REPLACED, *[ImportOutcome.IMPORTED] * 2]
         assert (await pending.only()).revision == 3, "it was under way before"

@@ -27,7 +27,7 @@ from stepwell_server.store.memory import MemoryStore
 from support.checks.model_of_sessions import ModelOfSessions, Reply, initial
 from support.engine.fake_executor import PLAIN, RICH
 from support.engine.harness import Answer, Answers, CallbackAnswers, Harness, fails, kinds, running, x
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.fake_shared_store import RemoteStore
 
 
@@ -177,10 +177,10 @@ async def test_rows_of_the_first_sessions_are_theirs_while_these_are_made() -> N
     store = RemoteStore(MemoryStore())
     async with running(store=store, resident_rows=1) as at:
         store.commits_held = True
-        first = await begun(at.open("a"))
+        first = await start_task(at.open("a"))
         await store.until("commit")
         await fails(at.open("b"), Overloaded)
-        store.let_go()
+        store.release()
         await first
         assert await resident(at, "a") == "a"
 

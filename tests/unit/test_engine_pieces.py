@@ -31,7 +31,7 @@ from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from support.engine.harness import Answer, Answers, Harness, fails, kinds, running, x
 from support.rpc.calls import calls
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.fake_shared_store import RemoteStore
 from support.stores.kinds import IN_PROCESS
 
@@ -193,7 +193,7 @@ async def test_if_one_piece_is_not_kept_none_is() -> None:
 @pytest.mark.usefixtures("small_pieces")
 async def test_ids_that_are_being_opened_in_pieces_are_taken(at: Harness) -> None:
     names = [f"s{number:03}" for number in range(COUNT)]
-    many = await begun(at.engine.open_sessions("plain", session_ids=names))
+    many = await start_task(at.engine.open_sessions("plain", session_ids=names))
     while names[-1] not in at.internals.removal:
         assert not many.done()
         await asyncio.sleep(0)
@@ -208,7 +208,7 @@ async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
     for turns in range(0, 135, 6):
         async with running() as at:
             names = [f"s{number:03}" for number in range(COUNT)]
-            many = await begun(at.engine.open_sessions("plain", session_ids=names))
+            many = await start_task(at.engine.open_sessions("plain", session_ids=names))
             for _ in range(turns):
                 await asyncio.sleep(0)
             one = await at.engine.open_session("plain", session_id=names[0])
@@ -224,7 +224,7 @@ async def test_a_session_that_somebody_opens_meanwhile_is_noticed() -> None:
 async def test_a_call_that_is_cancelled_between_pieces_leaves_no_id_taken(at: Harness) -> None:
     names = [f"s{number:03}" for number in range(COUNT)]
     for turns in range(0, 135, 3):
-        many = await begun(at.engine.open_sessions("plain", session_ids=names))
+        many = await start_task(at.engine.open_sessions("plain", session_ids=names))
         for _ in range(turns):
             await asyncio.sleep(0)
         many.cancel()
@@ -259,7 +259,7 @@ async def test_steps_of_others_are_answered_between_the_pieces(
 ) -> None:
     names = [f"s{number:03}" for number in range(COUNT)]
     await at.open(f"beta{SEPARATOR}quiet", *(names if are_there else ()))
-    large = await begun(_calls(at, names)[call]())
+    large = await start_task(_calls(at, names)[call]())
     for _ in range(3):
         assert (await at.submit(f"beta{SEPARATOR}quiet", x(1)).only()).revision
         assert not large.done(), "it was done in one piece"
@@ -378,7 +378,7 @@ async def test_a_close_of_many_that_is_sent_again_is_done_in_pieces(at: Harness)
 async def test_a_session_that_takes_the_place_of_another_is_not_read_for_it(at: Harness) -> None:
     names = [f"s{number:03}" for number in range(COUNT)]
     await at.open(*names)
-    read = await begun(at.engine.get_states(names))
+    read = await start_task(at.engine.get_states(names))
     await asyncio.sleep(0)
     await at.engine.close_session(names[0])
     await at.open_and_step("other", x(1))
@@ -397,7 +397,7 @@ async def test_a_close_that_is_cancelled_between_pieces_holds_no_session(at: Har
     names = [f"s{number:03}" for number in range(COUNT)]
     for turns in range(0, 30, 3):
         await at.engine.open_sessions("plain", session_ids=names)
-        many = await begun(at.engine.close_sessions(names))
+        many = await start_task(at.engine.close_sessions(names))
         for _ in range(turns):
             await asyncio.sleep(0)
         many.cancel()
@@ -421,7 +421,7 @@ async def test_a_step_waits_while_a_large_state_is_read(monkeypatch: pytest.Monk
     monkeypatch.setattr(read, "COPY_BATCH_ROWS", 1)
     async with running() as at:
         await at.open("a", batch_size=8)
-        reading = await begun(at.engine.get_state("a"))
+        reading = await start_task(at.engine.get_state("a"))
         step = at.submit("a", x(8), sizes=[8])
         state = (await reading).state["sum"]
         assert (state == state[0]).all(), "as before the step, every row of it"

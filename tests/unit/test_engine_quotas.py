@@ -30,7 +30,7 @@ from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, fails, running, x
 from support.engine.two_engines import two_in_time
 from support.engine.versions import WIDE, serving, widen
-from support.stores.durable import Disk, begun, damage, stalled
+from support.stores.durable import Disk, damage, stalled, start_task
 from support.stores.records import decode
 
 ANN, BOB = Caller("ann", "acme", Role.USER), Caller("bob", "beta", Role.USER)
@@ -187,12 +187,12 @@ async def test_the_last_place_is_given_once_also_while_others_begin_and_end(disk
     async with disk.engine(quotas=QuotaTable(Limits(sessions=3))) as at:
         await at.open("a", "b")
         disk.store.stall()
-        beginning = await begun(at.open("c"))
+        beginning = await start_task(at.open("c"))
         await stalled(disk.store)
         await fails(at.open("d"), QuotaExceeded, "there are 3, and this call adds 1")
-        closing = await begun(at.engine.close_session("a"))
+        closing = await start_task(at.engine.close_session("a"))
         await fails(at.open("d"), QuotaExceeded, "there are 3, and this call adds 1")
-        disk.store.go_on()
+        disk.store.release()
         await asyncio.gather(beginning, closing)
         await at.open("d")
         await fails(at.engine.fork("b"), QuotaExceeded, "there are 3, and this call adds 1")

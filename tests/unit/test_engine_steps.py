@@ -240,7 +240,7 @@ async def test_a_refusal_of_the_program_changes_nothing_and_is_reported(at: Harn
     assert (await at.step("a", drawn(1), expected=0, request_ids=4)).replayed is False
 
 
-async def blocked(at: Harness) -> Any:
+async def pass_in_flight(at: Harness) -> Any:
     """A pass in flight with the session `busy`."""
     await at.open("busy")
     return await at.begin_pass("busy", drawn(1))
@@ -249,7 +249,7 @@ async def blocked(at: Harness) -> Any:
 @pytest.mark.engine(threads=True)
 async def test_a_deadline_that_passes_in_the_queue_or_in_line_drops_the_change(at: Harness) -> None:
     await at.open("a")
-    running_one = await blocked(at)
+    running_one = await pass_in_flight(at)
     deadline = at.clock.monotonic() + 5
     in_queue = at.submit("a", drawn(1), deadline=deadline)
     in_line = at.submit("busy", drawn(1), deadline=deadline)
@@ -292,7 +292,7 @@ async def test_a_cancelled_long_request_leaves_nothing_and_gives_its_rows_back(a
 
 @pytest.mark.engine(threads=True)
 async def test_a_line_has_a_bound_and_the_rest_of_it_is_served(at: Harness) -> None:
-    await blocked(at)
+    await pass_in_flight(at)
     in_line = [at.submit("busy", drawn(1)) for _ in range(256)]
     too_many = [at.submit("busy", drawn(1)), at.submit("busy", reset=True)]
     await fails(at.engine.get_state("busy"), Overloaded, "session 'busy' must stay within 256")

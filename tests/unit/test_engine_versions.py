@@ -27,7 +27,7 @@ from stepwell_server.errors import (
 from support.engine.fake_executor import PLAIN, WAIT_S
 from support.engine.harness import Harness, fails, x
 from support.engine.versions import WIDE, after, carry_to, serving, weights, widen
-from support.stores.durable import begun
+from support.stores.durable import start_task
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
 MIGRATE, RESET = SessionPolicy.MIGRATE, SessionPolicy.RESET
@@ -404,7 +404,7 @@ async def test_an_export_is_of_the_current_version(
 
 async def test_sessions_that_are_made_while_the_default_moves_move_too(store_kind: str, at: Harness) -> None:
     await at.engine.load_version("plain", 2, weights(2))
-    moving = await begun(at.engine.set_default("plain", 2, CARRY))
+    moving = await start_task(at.engine.set_default("plain", 2, CARRY))
     await at.open("a", "b")
     await moving
     assert await at_version(at, "a") == (2, False)
@@ -416,7 +416,7 @@ async def test_a_session_that_ends_while_it_is_late_for_a_move_holds_up_no_other
 ) -> None:
     await at.open("a")
     await at.engine.load_version("plain", 2, weights(2))
-    moving = await begun(at.engine.set_default("plain", 2, RESET))
+    moving = await start_task(at.engine.set_default("plain", 2, RESET))
     await at.engine.close_session("a")
     await moving
     await asyncio.wait_for(at.engine.set_default("plain", 1, CARRY), WAIT_S)

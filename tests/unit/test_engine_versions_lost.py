@@ -21,7 +21,7 @@ from support.engine.harness import Harness, x
 from support.engine.two_engines import make_resident_on_both
 from support.engine.version_changes import fails_exactly, hold_commits, load_2, stored_versions, two_versions
 from support.engine.versions import after, carry_to, weights
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.fake_shared_store import RemoteStore
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
@@ -46,7 +46,7 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
         held = hold_commits(store)
         slow = second.submit("a", FIRST)
         await held
-        opening = await begun(second.engine.open_session("plain", session_id="new"))
+        opening = await start_task(second.engine.open_session("plain", session_id="new"))
         for version in range(3, 30):
             await carry_to(first, version)
             await first.engine.unload_version("plain", version - 1)
@@ -54,7 +54,7 @@ async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_under
         await first.internals.forget_unused("plain")
         assert [each["version"] for each in (await stored_versions(first))["versions"]] == [28, 29]
         assert len((await stored_versions(first))["moves"]) == 1
-        store.let_go()
+        store.release()
         assert (await slow.only()).version == 2
         assert (await opening).session.version == 2
         answer = await first.step("a", SECOND)

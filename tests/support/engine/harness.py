@@ -459,7 +459,7 @@ async def running(
     finally:
         hooks.open_gate()
         if isinstance(store, Gated):
-            store.let_go()
+            store.release()
         await harness.settled()
         await engine.close()
         if own and isinstance(store, Gated):

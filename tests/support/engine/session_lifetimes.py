@@ -10,12 +10,12 @@ from stepwell_server.errors import SessionGone
 from support.engine.harness import Harness, x
 
 
-async def blocked(at: Harness, *session_ids: str) -> Any:
+async def pass_in_flight(at: Harness, *session_ids: str) -> Any:
     """A pass in flight with some sessions."""
     return await at.begin_pass(list(session_ids), x(len(session_ids)))
 
 
-async def gone(at: Harness, session_id: str) -> str:
+async def error_of_all_calls(at: Harness, session_id: str) -> str:
     """Require the same error of every call to a session that is not open, and return its class's name."""
     told = set()
     for call in (

@@ -14,7 +14,7 @@ from stepwell_server.store.base import Tombstone
 from support.clock import ManualClock
 from support.engine.harness import STORES, Harness, running, x
 from support.engine.versions import serving
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.gates import Gated
 
 
@@ -76,12 +76,12 @@ async def make_resident_on_both(first: Harness, second: Harness, *session_ids: s
 
 
 async def held(at: Harness, begin: Callable[[], Any]) -> Any:
-    """Begin a change whose commit waits until `at.store.let_go()`; a coroutine begins as a task."""
+    """Begin a change whose commit waits until `at.store.release()`; a coroutine begins as a task."""
     store: Gated = at.store
     store.commits_held, before = True, len(store.asked("commit"))
     change = begin()
     if inspect.iscoroutine(change):
-        change = await begun(change)
+        change = await start_task(change)
     await store.until("commit", before + 1)
     return change
 
@@ -115,7 +115,7 @@ async def sweeping(store: Gated, sweep: Coroutine[Any, Any, int]) -> asyncio.Tas
         claim = asyncio.create_task(store.until("claim sweep", claims := claims + 1))
         await asyncio.wait({commit, claim}, return_when=asyncio.FIRST_COMPLETED)
         claim.cancel()
-        store.let_go_once("claim sweep")
+        store.release_once("claim sweep")
     return task
 
 

@@ -94,7 +94,7 @@ def pause_valkey(valkey: Valkey, load: Loading, chance: random.Random) -> None:
 
 
 @contextlib.contextmanager
-def gone(valkey: Valkey, how: str) -> Iterator[None]:
+def unavailable(valkey: Valkey, how: str) -> Iterator[None]:
     """It is killed meanwhile, or paused, or all is well with it."""
     if how == "kill":
         valkey.kill()
@@ -114,7 +114,7 @@ def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
     """
     at_random(load, chance)
     old, how = watched.primary(), chance.choice(["kill", "pause", "replace"])
-    with gone(old, how):
+    with unavailable(old, how):
         pass_s(chance.uniform(0, 0.3))
         watched.fail_over()
     watched.wait_ready(len(watched.servers) - 1)
@@ -134,7 +134,7 @@ def lose(watched: Sentinels, load: Loading, chance: random.Random, log: Log, how
     assert old.ask("WAIT", 1, _REPLICATED_MS) >= 1, "the replica does not get what is written"
     at_random(load, chance)
     log.mark(BEGINS)
-    with gone(old, how):
+    with unavailable(old, how):
         watched.fail_over()
     watched.wait_ready(len(watched.servers) - 1)
     pass_s(_LOOKED_S)

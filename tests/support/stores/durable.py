@@ -63,7 +63,7 @@ class Troubled:
         self._errors.clear()
 
     def stall(self, *, kept: bool = False) -> None:
-        """Commits that begin from now on do not come back, until `go_on`; `kept`: but they are kept before.
+        """Commits that begin from now on do not come back, until `release`; `kept`: but they are kept before.
 
         None is made in place any more.
         """
@@ -72,7 +72,7 @@ class Troubled:
         self.inside.clear()
         self._open.clear()
 
-    def go_on(self) -> None:
+    def release(self) -> None:
         self._open.set()
 
     async def stalled(self) -> None:
@@ -154,7 +154,7 @@ class Disk:
                     if is_killed:
                         self.kill()
                 finally:
-                    mine.go_on()
+                    mine.release()
         finally:
             if self.store is not mine:
                 mine.store.close()
@@ -238,7 +238,7 @@ class Database:
                 if is_killed:
                     self.kill()
             finally:
-                at.store.go_on()
+                at.store.release()
 
     def kill(self, *, away_s: float = 3.0) -> None:
         """End the process as `kill -9` does: the next one has another clock."""
@@ -302,14 +302,15 @@ async def until(is_so: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-async def begun(call: Awaitable[Any]) -> asyncio.Task[Any]:
+async def start_task(call: Awaitable[Any], turns: int = 1) -> asyncio.Task[Any]:
     """Start a task and let it take its place in line."""
 
     async def run() -> Any:
         return await call
 
     task = asyncio.create_task(run())
-    await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
     return task
 
 

@@ -108,7 +108,7 @@ class Gated(Store):
         self._errors.extend([(error, kept)] * times)
 
     def stall(self, *, kept: bool = False) -> None:
-        """Hold commits back from now on, until `go_on`; `kept`: after they were kept."""
+        """Hold commits back from now on, until `release`; `kept`: after they were kept."""
         self.commits_held, self.answers_held = not kept, kept
         self._stalled_at = len(self.asked("answer" if kept else "commit"))
 
@@ -121,12 +121,12 @@ class Gated(Store):
         """Return when a commit is held back."""
         await self.until("answer" if self.answers_held else "commit", self._stalled_at + 1)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Release all answers that are held back, and hold no more."""
         self.reads_held = self.commits_held = self.answers_held = False
-        self.let_go_once()
+        self.release_once()
 
-    def let_go_once(self, *kinds: str) -> None:
+    def release_once(self, *kinds: str) -> None:
         """Release the answers held back now, of these kinds or of all; later ones are held as before."""
         gates, self._gates = self._gates, []
         for kind, gate in gates:
@@ -134,8 +134,6 @@ class Gated(Store):
                 self._gates.append((kind, gate))
             elif not gate.done():
                 gate.set_result(None)
-
-    go_on = let_go
 
     def asked(self, kind: str) -> list[tuple[str, ...]]:
         """The names in each call of a kind so far."""
@@ -290,7 +288,7 @@ class Gated(Store):
         return cast("StoreHealth", await self.inner.check())
 
     async def close(self) -> None:
-        self.let_go()
+        self.release()
 
 
 def _raise(error: Exception | None) -> None:

@@ -22,7 +22,7 @@ from stepwell_server.store.base import Batch
 from support.checks.model_of_sessions import traced
 from support.engine.harness import Answer, Harness, fails, kinds, running, x
 from support.engine.two_engines import held, make_resident_on_both, tombstone, two
-from support.stores.durable import begun, same_reply
+from support.stores.durable import same_reply, start_task
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
@@ -154,9 +154,9 @@ async def test_requests_behind_a_conflict_keep_their_order(first: Harness, secon
     await first.step("a", x(1), expected=1, request_ids=9)
     loses = await held(second, lambda: second.submit("a", x(1), expected=1, request_ids=10))
     behind = second.submit("a", x(1), expected=2, request_ids=11)
-    read = await begun(second.engine.get_state("a"))
+    read = await start_task(second.engine.get_state("a"))
     last = second.submit("a", x(1), expected=3, request_ids=12)
-    second.store.let_go()
+    second.store.release()
     assert kinds(await loses.all()) == ["RevisionConflict"]
     assert (await behind.only()).revision == 3
     assert (await read).session.revision == 3
@@ -191,13 +191,13 @@ async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on(
         await store.until("commit", tries + 1)
         await first.step("a", x(1))
         tries += 1
-        store.let_go_once()
+        store.release_once()
         asked = asyncio.create_task(store.until("commit", tries + 1))
         await asyncio.wait({asked, asyncio.create_task(step.all())}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
     assert kinds(await step.all()) == ["Unavailable"]
     assert 1 < tries < 20
-    store.let_go()
+    store.release()
     assert (await second.step("a", x(1))).revision == tries + 2
 
 
@@ -230,7 +230,7 @@ async def opening_both(first: Harness, second: Harness, **fields: Any) -> tuple[
     slow = await held(second, lambda: second.engine.open_session("plain", session_id="a", **fields))
     made = await first.engine.open_session("plain", session_id="a", **fields)
     await first.step("a", x(1))
-    second.store.let_go()
+    second.store.release()
     return made, slow
 
 
@@ -263,7 +263,7 @@ async def test_many_are_opened_or_none_where_another_server_was_faster_with_one(
 ) -> None:
     slow = await held(second, lambda: second.engine.open_sessions("plain", session_ids=["x", "a", "y"]))
     await first.open("a")
-    second.store.let_go()
+    second.store.release()
     await fails(slow, SessionExists, "session 'a' is open")
     assert [info.session_id for info in (await first.engine.list_sessions())[0]] == ["a"]
     assert await first.store.count_of("plain") == 1
@@ -295,7 +295,7 @@ async def test_an_opening_that_was_slow_does_not_bring_a_session_back(
     )
     assert not (await first.engine.open_session("plain", session_id="a", request_id=4)).replayed
     await first.engine.close_session("a")
-    second.store.let_go()
+    second.store.release()
     await fails(slow, Unavailable, "was opened on another server meanwhile, and has ended")
     await fails(second.state("a"), SessionNotFound, "session 'a' was closed")
 
@@ -309,7 +309,7 @@ async def test_an_opening_that_is_tried_again_begins_as_the_store_says_then(
     slow = await held(second, lambda: second.engine.open_session("plain", session_id="a"))
     first.store.shared.commit(Batch(forgets=["a"]))
     first.store.stamps.pop("a", None)
-    second.store.let_go()
+    second.store.release()
     assert (await slow).session.revision == 0, "the store has lost the end of the session before"
 
 
@@ -319,8 +319,8 @@ async def test_a_session_that_is_being_made_here_may_be_there_already(
     slow = await held(second, lambda: second.engine.open_session("plain", session_id="a"))
     await first.open("a")
     step = second.submit("a", x(1))
-    read = await begun(second.engine.session_info("a"))
-    second.store.let_go()
+    read = await start_task(second.engine.session_info("a"))
+    second.store.release()
     assert (await step.only()).revision == 1
     assert (await read).session_id == "a", "as of its last completed change"
     assert (await slow).resumed
@@ -332,7 +332,7 @@ async def test_a_session_that_has_been_made_here_may_have_been_changed_already(
 ) -> None:
     """The store has kept it, but this server has not heard of it yet, as it was paused."""
     second.store.answers_held = True
-    slow = await begun(second.engine.open_session("plain", session_id="a"))
+    slow = await start_task(second.engine.open_session("plain", session_id="a"))
     await second.store.until("commit")
     await first.step("a", x(1))
     asked: dict[str, Any] = {
@@ -340,8 +340,8 @@ async def test_a_session_that_has_been_made_here_may_have_been_changed_already(
         "state": lambda: second.engine.get_state("a"),
         "resume": lambda: second.engine.open_session("plain", session_id="a"),
     }
-    told = await begun(asked[call]())
-    second.store.let_go()
+    told = await start_task(asked[call]())
+    second.store.release()
     found = await told
     assert (found if call == "info" else found.session).revision == 1
     assert (await slow).session.session_id == "a"
@@ -353,7 +353,7 @@ async def test_a_fork_to_an_id_that_another_server_has_just_given_is_refused(
     await make_resident_on_both(first, second, "source")
     slow = await held(second, lambda: second.engine.fork("source", new_session_id="a"))
     await first.open("a")
-    second.store.let_go()
+    second.store.release()
     await fails(slow, SessionExists, "session 'a' is open")
     assert (await second.step("source", x(1))).revision == 2, "it is free again"
 
@@ -373,7 +373,7 @@ async def test_a_closing_does_not_end_a_session_that_was_opened_after_it(
     await first.engine.close_session("a", request_id=5)
     first.clock.advance(1.0)
     await first.open_and_step("a", x(1))
-    second.store.let_go()
+    second.store.release()
     if request_id == 5:
         assert await slow is True
     else:
@@ -389,8 +389,8 @@ async def test_a_closing_that_waited_for_a_session_which_was_replaced_is_to_come
     await first.engine.close_session("a")
     await first.open("a", batch_size=2)
     step = await held(second, lambda: second.submit("a", x(1)))
-    closing = await begun(second.engine.close_session("a"))
-    second.store.let_go()
+    closing = await start_task(second.engine.close_session("a"))
+    second.store.release()
     assert kinds(await step.all()) == ["SessionReplaced"]
     await fails(closing, Unavailable, "changed by other calls")
     assert (await first.engine.session_info("a")).batch_size == 2
@@ -424,15 +424,15 @@ async def test_a_request_behind_a_closing_meets_the_session_that_was_opened_afte
     await first.open("a")
     if call == "step":
         step = second.submit("a", x(1))
-        second.store.let_go()
+        second.store.release()
         assert (await step.only()).revision == 3
     elif call == "state":
-        read = await begun(second.engine.get_state("a"))
-        second.store.let_go()
+        read = await start_task(second.engine.get_state("a"))
+        second.store.release()
         assert (await read).session.revision == 2
     else:
-        states = await begun(second.engine.get_states(["a"]))
-        second.store.let_go()
+        states = await start_task(second.engine.get_states(["a"]))
+        second.store.release()
         assert [type(error) for _, error in (await states).errors] in ([], [Unavailable])
     assert await slow is True, "this very request, sent to the other server, ended the session before"
 
@@ -485,7 +485,7 @@ async def test_a_closing_that_is_cancelled_in_a_conflict_leaves_the_session_free
     await first.step("a", x(1))
     closing = await held(second, lambda: second.engine.close_session("a"))
     closing.cancel()
-    second.store.let_go()
+    second.store.release()
     await fails(closing, asyncio.CancelledError)
     await second.settled()
     assert (await second.step("a", x(1), request_ids=3)).revision == 3
@@ -525,7 +525,7 @@ async def test_a_read_keeps_its_place_behind_earlier_requests(first: Harness, se
     await first.step("a", x(1))
     busy = await second.begin_pass("busy", x(1))
     step = second.submit("a", x(1))  # waits in the inbox as long as a pass runs
-    read = await begun(second.engine.get_state("a"))
+    read = await start_task(second.engine.get_state("a"))
     await second.store.until("read", 3)
     for _ in range(10):
         await asyncio.sleep(0)

@@ -16,7 +16,7 @@ from stepwell_server.store.base import End
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import Times, ended, ended_later, sweeping, tombstone, two_in_time
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
@@ -173,7 +173,7 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end(limited:
         # the second server takes the session for one that is used: its clock says so as well
         second.internals.table.used[second.internals.handle("a")] = times.second.monotonic()
         assert (await second.step("a", x(1))).revision == 2
-        store.let_go()
+        store.release()
         assert await asyncio.wait_for(sweep, WAIT_S) == 0
         assert (await first.step("a", x(1), expected=2)).revision == 3
 
@@ -190,7 +190,7 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(
         # the second server takes the session for one that is used: its clock says so as well
         second.internals.table.used[second.internals.handle("used")] = times.second.monotonic()
         assert (await second.step("used", x(1))).revision == 2
-        store.let_go()
+        store.release()
         assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
         assert await ended(first) == int(pause_s > 5.0), "it is judged again"
         assert (await first.step("used", x(1))).revision == 3
@@ -286,7 +286,7 @@ async def test_an_end_that_the_store_does_not_confirm_is_not_reported(limited: L
 async def test_a_session_that_is_over_and_is_asked_for_by_many_ends_once(limited: Limited) -> None:
     async with limited("a") as (first, second, times):
         times.advance(101.0)
-        asked = [await begun(at.state("a")) for at in (first, second, first, second)]
+        asked = [await start_task(at.state("a")) for at in (first, second, first, second)]
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(each) for each in found] == [SessionExpired] * 4
 

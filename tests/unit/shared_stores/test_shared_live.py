@@ -26,7 +26,7 @@ from support.engine.harness import Harness, fails, x
 from support.engine.two_engines import held, make_resident_on_both, serving_two
 from support.engine.version_changes import stored_versions
 from support.engine.versions import weights
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.kinds import SHARED
 
 pytestmark = SHARED
@@ -139,10 +139,10 @@ async def test_a_close_behind_a_step_that_must_go_elsewhere_ends_what_the_store_
     await first.look()
     moved = await first.at.step("a", x(1))
     assert moved.version == 2
-    closing = await begun(second.at.engine.close_session("a"))
+    closing = await start_task(second.at.engine.close_session("a"))
     for _ in range(20):  # it waits for the step
         await asyncio.sleep(0)
-    second.at.store.let_go()
+    second.at.store.release()
     await fails(step.only(), VersionElsewhere)
     await asyncio.wait_for(closing, 60)
     opened = await first.at.engine.open_session("plain", session_id="a", batch_size=1)

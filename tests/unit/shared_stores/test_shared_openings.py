@@ -18,7 +18,7 @@ from stepwell_server.errors import (
 from stepwell_server.store.base import Batch
 from support.engine.harness import Answers, Harness, fails, x
 from support.engine.two_engines import held, make_resident_on_both
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.kinds import SHARED
 from support.stores.valkey_store import stamps
 
@@ -70,7 +70,7 @@ async def beaten(first: Harness, second: Harness, how: str) -> Any:
     slow = await held(second, lambda: make_many(second, how, ["x", "taken", "y"], 7))
     await first.open("taken")
     second.store.answers_held, second.store.commits_held = True, False
-    second.store.let_go_once("commit")
+    second.store.release_once("commit")
     await second.store.until("answer")
     return slow
 
@@ -79,7 +79,7 @@ async def beaten(first: Harness, second: Harness, how: str) -> Any:
 async def test_a_call_that_is_refused_leaves_nothing(how: str, first: Harness, second: Harness) -> None:
     slow = await beaten(first, second, how)
     assert await first.store.ids() == {"source", "taken", "x", "y"}
-    second.store.let_go()
+    second.store.release()
     await fails(slow, SessionExists, "session 'taken' is open")
     assert await first.store.ids() == {"source", "taken"}
     assert await first.store.count_of("plain") == 2
@@ -92,12 +92,12 @@ async def test_sessions_that_another_server_took_over_are_not_taken_back(
     slow = await beaten(first, second, how)
     before = len(second.store.asked("commit"))
     second.store.answers_held, second.store.commits_held = False, True
-    second.store.let_go_once("answer")
+    second.store.release_once("answer")
     await second.store.until("commit", before + 1)  # which takes back what was made
     # of a call that was refused itself: nothing is remembered of it
     await first.store.inner.apply(Batch(deletes=["taken"], delete_follows=stamps(0)))
     opened = await make_many(first, how, ["x", "taken", "y"], 7)
-    second.store.let_go()
+    second.store.release()
     await fails(slow, SessionExists, "session 'taken' is open")
     assert await first.store.ids() == {"source", "taken", "x", "y"}, "they were acknowledged"
     for session_id in ("x", "taken", "y"):
@@ -112,7 +112,7 @@ async def test_two_servers_that_do_the_same_call_make_its_sessions_once(
     slow = await held(second, lambda: make_many(second, how, ["x", "y"], 7))
     first.store.unknown["y"] = False
     await fails(make_many(first, how, ["x", "y"], 7), OutcomeUnknown)
-    second.store.let_go()
+    second.store.release()
     assert (await slow).replayed, "one of them was there"
     assert (await make_many(first, how, ["x", "y"], 7)).replayed
     assert await first.store.count_of("plain") == 3
@@ -123,13 +123,13 @@ async def test_an_answer_to_a_call_that_came_again_cannot_be_taken_back(
 ) -> None:
     """Each attempt that answers gives the sessions a stamp of its own, also where it made nothing."""
     second.store.answers_held = True
-    slow = await begun(make_many(second, "open", ["x", "y"], 7))
+    slow = await start_task(make_many(second, "open", ["x", "y"], 7))
     await second.store.until("answer")
     made = await first.store.found("x", "y")
     assert (await make_many(first, "open", ["x", "y"], 7)).replayed
     again = await first.store.found("x", "y")
     assert all(now.stamp not in (0, before.stamp) for now, before in zip(again, made, strict=True))
-    second.store.let_go()
+    second.store.release()
     assert not (await slow).replayed
     assert (await second.step("x", x(1))).revision == 1, "it looks again when its stamp is an old one"
     assert (await first.step("y", x(1))).revision == 1
@@ -153,12 +153,12 @@ async def test_sessions_taken_over_are_deleted_when_the_call_is_refused(
     await fails(make_many(second, how, ["x", "y"], 4), OutcomeUnknown)
     first.store.commits_held = True
     before = len(first.store.asked("commit"))
-    slow = await begun(make_many(first, how, ["x", "y"], 4))
+    slow = await start_task(make_many(first, how, ["x", "y"], 4))
     await first.store.until("commit", before + 1)
-    first.store.let_go_once("commit")  # it has taken "x" over
+    first.store.release_once("commit")  # it has taken "x" over
     await first.store.until("commit", before + 2)
     await second.open("y")
-    first.store.let_go()
+    first.store.release()
     await fails(slow, SessionExists, "session 'y' is open")
     assert await first.store.ids() == {"source", "y"}
     assert await first.store.count_of("plain") == 2
@@ -195,7 +195,7 @@ async def test_a_step_that_is_under_way_is_judged_again_when_its_session_is_take
     step = second.submit("x", x(1), expected=0, request_ids=9)
     await second.store.until("commit", 2)
     assert (await make_many(first, "open", ["x", "y"], 4)).replayed
-    second.store.let_go()
+    second.store.release()
     assert (await step.only()).revision == 1
     await fails(first.step("x", x(1), expected=0, request_ids=10), RevisionConflict)
 
@@ -206,7 +206,7 @@ async def test_a_session_that_changes_while_it_is_taken_over_is_read_again(
     await make_many(second, "open", ["x", "y"], 4)
     again = await held(first, lambda: make_many(first, "open", ["x", "y"], 4))
     await second.step("x", x(1), expected=0, request_ids=9)
-    first.store.let_go()
+    first.store.release()
     assert (await asyncio.wait_for(again, 60)).replayed
     assert (await first.step("x", x(1), expected=1)).revision == 2
 
@@ -223,11 +223,11 @@ async def closed_behind(first: Harness, second: Harness) -> Any:
 async def result_of(second: Harness, call: Any, step: Answers) -> Any:
     """The result of a call, after the step under way has ended."""
     before = len(second.store.asked("read"))
-    task: asyncio.Task[Any] = await begun(call)
+    task: asyncio.Task[Any] = await start_task(call)
     await second.store.until("read", before + 1)
     for _ in range(20):  # it has seen what the store says, and goes on as far as it can
         await asyncio.sleep(0)
-    second.store.let_go()
+    second.store.release()
     await fails(step.only(), SessionNotFound)
     return await asyncio.wait_for(task, 60)
 

@@ -23,7 +23,7 @@ from stepwell_server.errors import (
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import Answer, Harness, fails, kinds, running, x
 from support.engine.two_engines import Times, shared_by_two, two_in_time
-from support.stores.durable import begun
+from support.stores.durable import start_task
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
@@ -128,8 +128,8 @@ async def test_nobody_gets_more_while_the_store_cannot_be_asked(first: Harness, 
     await fails(make(first, 1), Unavailable, "away")
     store.read_error = None
     store.reads_held = True
-    opening = [await begun(make(first, 1)) for _ in range(3)]
-    store.let_go()
+    opening = [await start_task(make(first, 1)) for _ in range(3)]
+    store.release()
     await asyncio.gather(*opening)
     assert known(first)[0] == 3
 
@@ -142,11 +142,11 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile(
     store: Gated = first.store
     await make(first, 3)
     store.commits_held = True
-    making = await begun(make(first, 2))
+    making = await start_task(make(first, 2))
     await store.until("commit", 2)
     times.advance(1.0)
     await fails(asyncio.wait_for(make(first, 1), WAIT_S), QuotaExceeded, "there are 5, and this call adds 1")
-    store.let_go()
+    store.release()
     await making
     times.advance(1.0)
     await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
@@ -159,12 +159,12 @@ async def test_a_session_that_ends_during_a_query_of_the_store_makes_room_once(
     store: Gated = first.store
     names = await make(first, 5)
     store.answers_held = True
-    closing = await begun(first.engine.close_sessions(names[:2]))
+    closing = await start_task(first.engine.close_sessions(names[:2]))
     await store.until("answer", 1)
     times.advance(1.0)
     store.answers_held = False
     await make(first, 1)  # the store says that there are three
-    store.let_go()
+    store.release()
     assert await closing == 2
     await make(first, 1)
     await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
@@ -186,17 +186,17 @@ async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again
     store: Gated = first.store
     await make(first, 4)
     store.commits_held = True
-    unknown = await begun(first.open(ACME + "unknown"))
+    unknown = await start_task(first.open(ACME + "unknown"))
     await store.until("commit", 2)
     store.reads_held = True
     reads = len(store.asked("read"))
     # this one asks for no counts, as they are fresh; it waits for what the store has of its id
-    late = await begun(first.open(ACME + "late"))
+    late = await start_task(first.open(ACME + "late"))
     await store.until("read", reads + 1)
     store.unknown[ACME + "unknown"] = True
-    store.let_go_once("commit")
+    store.release_once("commit")
     await fails(unknown, OutcomeUnknown)
-    store.let_go()
+    store.release()
     await fails(late, QuotaExceeded, "there are 5, and this call adds 1")
     # the next one asks at once, and the session is counted once
     await second.engine.close_session(ACME + "unknown")
@@ -211,11 +211,11 @@ async def test_a_call_cancelled_during_a_query_of_the_store_leaves_no_error() ->
         times.advance(2.0)
         store: Gated = first.store
         store.reads_held = True
-        making = await begun(make(first, 1))
+        making = await start_task(make(first, 1))
         await store.until("count", 2)
         making.cancel()
         store.read_error = Unavailable("away")
-        store.let_go()
+        store.release()
         for _ in range(20):
             await asyncio.sleep(0)
         store.read_error = None
@@ -319,13 +319,13 @@ async def test_a_call_waits_for_a_slow_store_and_harms_nobody_when_it_is_given_u
 ) -> None:
     store = await prepared(first, second)
     store.reads_held = store.commits_held = True
-    given_up = await begun(CALLS[call](second))
-    waits = await begun(CALLS[call](second))
+    given_up = await start_task(CALLS[call](second))
+    waits = await start_task(CALLS[call](second))
     for _ in range(30):
         await asyncio.sleep(0)
     assert not waits.done()
     given_up.cancel()
-    store.let_go()
+    store.release()
     await asyncio.gather(given_up, waits, return_exceptions=True)
     await second.settled()
     await asyncio.wait_for(second.engine.predict("plain", {"": x(1)}), WAIT_S)
@@ -337,13 +337,13 @@ async def test_few_calls_wait_for_a_store_that_does_not_answer(monkeypatch: pyte
     async with two_in_time() as (first, second, _):
         store = await prepared(first, second)
         store.reads_held = True
-        waiting = [await begun(second.state("away")) for _ in range(5)]
+        waiting = [await start_task(second.state("away")) for _ in range(5)]
         for _ in range(3):
             refused = await fails(
                 second.state("here"), Overloaded, "calls that wait for the store must stay within 5; 5 wait"
             )
             assert refused.retry_after_s > 0
-        store.let_go()
+        store.release()
         await asyncio.wait_for(asyncio.gather(*waiting), WAIT_S)
         assert (await second.state("here"))["sum"].shape
 
@@ -358,7 +358,7 @@ async def test_few_changes_wait_for_a_store_that_does_not_answer(monkeypatch: py
         waiting = [second.submit(name, x(1)) for name in names[:4]]
         with pytest.raises(Overloaded, match="rows waiting for their sessions to be loaded"):
             second.submit(names[4], x(1))
-        store.let_go()
+        store.release()
         assert [(await answers.only()).revision for answers in waiting] == [1] * 4
         assert (await second.step(names[4], x(1))).revision == 1
 
@@ -373,7 +373,7 @@ async def test_a_request_past_its_deadline_when_the_store_answers_is_not_applied
     in_time = second.submit("moves", x(1))
     await store.until("read")
     times.advance(6.0)
-    store.let_go()
+    store.release()
     await fails(late.only(), DeadlineExceeded)
     assert (await in_time.only()).revision == 3
     assert (await second.step("away", x(1))).revision == 2
@@ -410,12 +410,12 @@ async def test_steps_keep_their_order_when_their_session_leaves_the_table_betwee
     await store.stalled()
     other = await at.begin_pass("other", x(1))
     first = at.submit("a", x(1))  # waits in the inbox until the pass has ended
-    store.go_on()
+    store.release()
     assert kinds(await lost.all()) == ["Unavailable"]
     store.reads_held = True
     second = at.submit("a", x(1))
     await store.until("read")
     at.hooks.open_gate()
     await other.require_all_applied()
-    store.let_go()
+    store.release()
     assert [(await answers.only()).revision for answers in (first, second)] == [1, 2]

@@ -25,7 +25,7 @@ from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import Times, held, make_resident_on_both, two
-from support.stores.durable import begun, same_reply
+from support.stores.durable import same_reply, start_task
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
@@ -98,11 +98,11 @@ async def step_while_read(first: Harness, second: Harness, **options: Any) -> tu
     """A read on the second server that has its turn, and waits for the store; another that waits behind it."""
     store: Gated = second.store
     store.reads_held = True
-    held = await begun(second.engine.get_states(["a"], **options))
+    held = await start_task(second.engine.get_states(["a"], **options))
     await store.until("read", len(store.asked("read")))
     await first.step("a", x(1, seed=4))
-    behind = await begun(second.engine.get_states(["a"], **options))
-    store.let_go()
+    behind = await start_task(second.engine.get_states(["a"], **options))
+    store.release()
     return await held, behind
 
 
@@ -140,7 +140,7 @@ async def test_a_session_with_something_under_way_is_described_as_the_store_has_
         else (await second.engine.open_session("plain", session_id="a")).session
     )
     assert (info.revision, info.position) == (3, 3)
-    second.store.let_go()
+    second.store.release()
     await fails(loses.only(), RevisionConflict)
 
 
@@ -152,15 +152,15 @@ async def test_a_session_that_was_closed_elsewhere_while_something_is_under_way(
     loses = await held(second, lambda: second.submit("a", x(1)))
     await first.engine.close_session("a")
     if again:
-        opening = await begun(second.engine.open_session("plain", session_id="a", batch_size=2))
-        second.store.let_go()
+        opening = await start_task(second.engine.open_session("plain", session_id="a", batch_size=2))
+        second.store.release()
         opened = await opening
         assert not opened.resumed
         assert opened.session.batch_size == 2
         assert opened.session.revision > 1
     else:
         await fails(second.engine.session_info("a"), SessionNotFound)
-        second.store.let_go()
+        second.store.release()
     await fails(loses.only(), SessionNotFound)
 
 
@@ -181,11 +181,11 @@ async def test_a_step_that_fits_the_session_which_has_the_id_now_is_applied(
 async def test_a_failed_call_undoes_only_its_own_changes(first: Harness, second: Harness) -> None:
     opening = await held(second, lambda: second.engine.open_sessions("plain", session_ids=["a", "b", "c"]))
     await first.open("b")
-    second.store.let_go_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
+    second.store.release_once("commit")  # `a` and `c` are made, `b` is taken: the call undoes its own
     await second.store.until("commit", 2)
     await first.engine.close_session("a")
     await first.engine.open_session("plain", session_id="a", batch_size=2)
-    second.store.let_go()
+    second.store.release()
     await fails(opening, ServerError)
     assert (await first.engine.session_info("a")).batch_size == 2
     await fails(first.engine.session_info("c"), SessionNotFound)
@@ -244,14 +244,14 @@ async def test_a_session_that_leaves_the_table_between_the_parts_of_a_long_looku
         await make_resident_on_both(first, second, "a", "b")
         store: Gated = second.store
         store.reads_held, so_far = True, len(store.asked("read"))
-        read = await begun(second.engine.get_states(["a", "b"]))
+        read = await start_task(second.engine.get_states(["a", "b"]))
         await store.until("read", so_far + 1)
-        store.let_go_once()
+        store.release_once()
         await store.until("read", so_far + 2)
         store.commit_error = Unavailable("the store is away")
         assert kinds(await second.submit("a", x(1)).all()) == ["Unavailable"]
         assert second.internals.loaded() == ["b"]
-        store.let_go()
+        store.release()
         ((members, error),) = (await read).errors
         assert (members.tolist(), type(error)) == ([0], Unavailable), "nobody has closed it"
 
@@ -364,7 +364,7 @@ async def test_a_session_that_is_used_while_it_is_closed_for_being_idle_stays(
     closing = asyncio.create_task(first.engine.close_matching(SessionFilter(idle_longer_s=50.0), limit=10))
     await first.store.until("commit", len(first.store.asked("commit")) + 1)
     assert (await second.step("a", x(1))).revision == 2
-    first.store.let_go()
+    first.store.release()
     closed, _ = await closing
     assert closed == 1
     for at in (first, second):
@@ -387,10 +387,10 @@ async def test_a_session_is_replaced_in_one_commit_also_after_another_server_cha
     await second.state("a")
     second.store.commits_held = True
     before = len(second.store.asked("commit"))
-    replacing = await begun(second.engine.import_sessions([record], ExistingPolicy.REPLACE))
+    replacing = await start_task(second.engine.import_sessions([record], ExistingPolicy.REPLACE))
     await second.store.until("commit", before + 1)
     await first.step("a", x(1, seed=3))
-    second.store.let_go()
+    second.store.release()
     assert await replacing == [ImportOutcome.REPLACED]
     assert len(second.store.asked("commit")) == before + 2, "the first one met the other server's change"
     assert not any(batch.deletes for batch in second.store.tried), "the session never was away"
@@ -434,7 +434,7 @@ async def test_a_session_that_leaves_the_table_before_its_turn_is_replaced_witho
     records = [await exported(first, name) for name in "ab"]
     await first.submit(["a", "b"], x(2)).all()
     blocked = await second.begin_pass("a", x(1))
-    replacing = await begun(second.engine.import_sessions(records, ExistingPolicy.REPLACE))
+    replacing = await start_task(second.engine.import_sessions(records, ExistingPolicy.REPLACE))
     assert second.internals.removal.forget_idle(["b"]) == 1
     second.hooks.open_gate()
     assert await replacing == [ImportOutcome.REPLACED] * 2
@@ -449,7 +449,7 @@ async def test_an_import_that_another_server_overtakes_is_judged_again(
     records = [await exported(first, "a", to=name) for name in ("b", "c")]
     importing = await held(second, lambda: second.engine.import_sessions(records, ExistingPolicy.REFUSE))
     await first.open("b", batch_size=2)
-    second.store.let_go()
+    second.store.release()
     refused, imported = await importing
     assert isinstance(refused, SessionExists)
     assert imported is ImportOutcome.IMPORTED

@@ -32,7 +32,7 @@ from support.engine.version_changes import (
     two_versions,
 )
 from support.engine.versions import WIDE, after, serving, weights, widen
-from support.stores.durable import begun, until
+from support.stores.durable import start_task, until
 from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
@@ -130,7 +130,7 @@ async def test_what_a_session_waits_for_in_a_migration_follows() -> None:
         await make_resident_on_both(first, second, "a")
         slow = await second.begin_pass("a", FIRST)
         await first.engine.set_default("plain", 2, MIGRATE, "widen")
-        looking = await begun(second.internals.look())
+        looking = await start_task(second.internals.look())
         second.hooks.open_gate()
         assert (await slow.only()).version == 1
         await asyncio.wait_for(looking, WAIT_S)
@@ -243,9 +243,9 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
     await first.engine.set_default("plain", 2, policy)
     if is_faster:
         await first.step("a", SECOND, expected=1, request_ids=8)
-    looking = await begun(second.internals.look())
+    looking = await start_task(second.internals.look())
     await until(lambda: second.engine.version("plain") == 2)
-    store.let_go()
+    store.release()
     (answer,) = await slow.all()
     await asyncio.wait_for(looking, WAIT_S)
     if is_faster:
@@ -340,7 +340,7 @@ async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here(
     behind = second.submit("a", SECOND)
     await first.engine.set_default("plain", 2, CARRY)
     await second.internals.look()
-    store.let_go()
+    store.release()
     assert (await slow.only()).version == 1
     await fails_exactly(behind.only(), VersionElsewhere)
     await second.settled()
@@ -375,10 +375,10 @@ async def test_of_two_that_load_other_files_under_one_number_one_is_refused(
     first: Harness, second: Harness
 ) -> None:
     held = hold_commits(second.store)
-    slow = await begun(second.engine.load_version("plain", 2, weights(3)))
+    slow = await start_task(second.engine.load_version("plain", 2, weights(3)))
     await held
     await load_2(first)
-    second.store.let_go()
+    second.store.release()
     await fails_exactly(slow, VersionExists, "another file")
     await second.open("a", model="plain@1")
 
@@ -387,10 +387,10 @@ async def test_two_make_the_same_version_the_default(first: Harness, second: Har
     await load_2(first, second)
     await make_resident_on_both(first, second, "a")
     held = hold_commits(second.store)
-    slow = await begun(second.engine.set_default("plain", 2, CARRY))
+    slow = await start_task(second.engine.set_default("plain", 2, CARRY))
     await held
     assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 1)
-    second.store.let_go()
+    second.store.release()
     assert (await slow).sessions <= 1
     assert (await stored_versions(first))["epoch"] == 1, "it is one move"
     assert await second.engine.set_default("plain", 2, CARRY) == DefaultMove(2, 0)
@@ -404,10 +404,10 @@ async def test_a_change_is_checked_again_against_the_changes_of_others(
         await at.engine.load_version("plain", 3, WIDE)
     await second.open("a")
     held = hold_commits(second.store)
-    slow = await begun(second.engine.set_default("plain", 2, CARRY))
+    slow = await start_task(second.engine.set_default("plain", 2, CARRY))
     await held
     await first.engine.set_default("plain", 3, RESET)
-    second.store.let_go()
+    second.store.release()
     await fails_exactly(slow, SpecsDiffer, "from version 3 of model 'plain' to 2")
     assert second.engine.version("plain") == 3
     assert (await second.step("a", x(1))).version == 3
@@ -426,14 +426,14 @@ async def test_changes_that_are_always_too_late_are_given_up(first: Harness, sec
     store: Gated = second.store
     tries, before = 0, len(store.asked("commit"))
     store.commits_held = True
-    labelling = await begun(second.engine.set_label("plain", "canary", 2))
+    labelling = await start_task(second.engine.set_label("plain", "canary", 2))
     while not labelling.done():
         asked = asyncio.ensure_future(store.until("commit", before + tries + 1))
         await asyncio.wait({asked, labelling}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         tries += 1
         await first.engine.set_label("plain", f"other-{tries}", 1)
-        store.let_go_once()
+        store.release_once()
     await fails_exactly(labelling, Unavailable, "being changed by other servers again and again")
     assert 1 < tries < 50
     assert "canary" not in (await stored_versions(first))["labels"]

@@ -17,7 +17,7 @@ from stepwell_server.store.access import local_writes
 from stepwell_server.store.base import SMALL
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import STORES, CallbackAnswers, Harness, fails, kinds, x
-from support.stores.durable import DurableStore, begun, everything, facts, stalled, until
+from support.stores.durable import DurableStore, everything, facts, stalled, start_task, until
 from support.stores.kinds import DURABLE, ON_DISK
 
 pytestmark = DURABLE
@@ -81,12 +81,12 @@ async def test_no_caller_is_answered_or_shown_a_change_before_it_is_kept(
         await begin(at)
         before = await shown(at)
         durable_store.store.stall()
-        call = await begun(CHANGES[name](at))
+        call = await start_task(CHANGES[name](at))
         await stalled(durable_store.store)
         ran = len(at.hooks.rows)
         at.hooks.inside.clear()
         others: list[Any] = [at.submit(["b", "c"], x(2)), at.single("c", x(1))]
-        reading = await begun(at.state("a"))
+        reading = await start_task(at.state("a"))
         if not options["threads"]:
             await turns()
             assert len(at.hooks.rows) == ran + 1, "others are stepped meanwhile"
@@ -98,9 +98,9 @@ async def test_no_caller_is_answered_or_shown_a_change_before_it_is_kept(
         begins = name in {"open", "open many", "fork"}
         assert await has_ended(reading, is_due=begins) is begins, "it is read as it will be, not as it was"
         assert await shown(at) == before
-        new = await begun(at.engine.session_info("new"))
+        new = await start_task(at.engine.session_info("new"))
         assert await has_ended(new, is_due=not begins) is not begins, "it is seen when it has been made"
-        durable_store.store.go_on()
+        durable_store.store.release()
         await call
         for answers in others:
             assert set(kinds(await answers.all())) == {"Answer"}
@@ -130,10 +130,10 @@ async def test_changes_that_arrive_during_a_stall_are_committed_together(durable
         for session_id in ids:
             asked.append(at.single(session_id, x(1)) if len(asked) % 2 else at.submit(session_id, reset=True))
             await turns()
-        calls = [await begun(at.engine.open_session("plain", session_id=f"n{i}")) for i in range(10)]
-        calls += [await begun(at.engine.fork("b")), await begun(at.engine.close_session("c"))]
+        calls = [await start_task(at.engine.open_session("plain", session_id=f"n{i}")) for i in range(10)]
+        calls += [await start_task(at.engine.fork("b")), await start_task(at.engine.close_session("c"))]
         await turns()
-        durable_store.store.go_on()
+        durable_store.store.release()
         for answers in (first, *asked):
             assert kinds(await answers.all()) == ["Answer"]
         await asyncio.gather(*calls)
@@ -158,14 +158,14 @@ async def test_passes_wait_while_too_much_waits_for_the_store(
             at.single("f", x(1)),
             at.single("f", x(1)),
         ]
-        predict = await begun(at.engine.predict("plain", {"": x(4, 2)}))
+        predict = await start_task(at.engine.predict("plain", {"": x(4, 2)}))
         await turns()
         assert len(at.hooks.rows) == ran
         assert not predict.done()
-        drain = await begun(at.engine.drain())
+        drain = await start_task(at.engine.drain())
         await turns()
         assert not drain.done()
-        durable_store.store.go_on()
+        durable_store.store.release()
         for answers in (first, *later):
             assert set(kinds(await answers.all())) == {"Answer"}
         await predict
@@ -179,19 +179,19 @@ async def test_an_expired_id_that_is_opened_at_once_is_a_new_session(durable_sto
         await at.step("a", x(1))
         at.clock.advance(51)
         durable_store.store.stall()
-        waiting = await begun(at.engine.open_session("plain", session_id="c"))
+        waiting = await start_task(at.engine.open_session("plain", session_id="c"))
         await stalled(durable_store.store)
         expiring, asked = (
-            await begun(at.internals.expire_idle()),
-            await begun(at.engine.session_info("a")),
+            await start_task(at.internals.expire_idle()),
+            await start_task(at.engine.session_info("a")),
         )
         await turns()
         assert not asked.done(), "the store has not said that it has expired"
         assert (await at.engine.list_sessions())[0] == []
-        again = await begun(at.engine.open_session("plain", session_id="a", must_be_new=True))
-        many = await begun(at.engine.open_sessions("plain", session_ids=["d", "b"]))
+        again = await start_task(at.engine.open_session("plain", session_id="a", must_be_new=True))
+        many = await start_task(at.engine.open_sessions("plain", session_ids=["d", "b"]))
         await turns()
-        durable_store.store.go_on()
+        durable_store.store.release()
         await waiting
         await expiring
         await fails(asked, SessionExpired)
@@ -225,13 +225,13 @@ async def test_a_caller_that_goes_away_leaves_nothing_half_done(
         if not kept:
             durable_store.store.fail(AWAY)
         durable_store.store.stall()
-        call = await begun(cancellable[name](at))
+        call = await start_task(cancellable[name](at))
         await stalled(durable_store.store)
         call.cancel()
         await fails(call, asyncio.CancelledError)
         await turns()
-        later = await begun(at.state("b"))
-        durable_store.store.go_on()
+        later = await start_task(at.state("b"))
+        durable_store.store.release()
         await at.settled()
         await later
         at.check_books()
@@ -259,18 +259,18 @@ async def test_calls_for_a_session_that_is_being_made_wait_for_it(
     await begin(at)
     durable_store.store.stall(kept=True)
     ask = at.engine.open_session
-    first = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
+    first = await start_task(ask("plain", session_id="new", request_id=1, must_be_new=True))
     await stalled(durable_store.store)
-    again = await begun(ask("plain", session_id="new", request_id=1, must_be_new=True))
-    other = await begun(ask("plain", session_id="new", request_id=2))
-    taken = await begun(at.engine.fork("a", new_session_id="new", request_id=3))
-    among = await begun(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
+    again = await start_task(ask("plain", session_id="new", request_id=1, must_be_new=True))
+    other = await start_task(ask("plain", session_id="new", request_id=2))
+    taken = await start_task(at.engine.fork("a", new_session_id="new", request_id=3))
+    among = await start_task(at.engine.open_sessions("plain", session_ids=["newer", "new"]))
     await turns()
     assert not any(task.done() for task in (first, again, other, taken, among))
-    info = await begun(at.engine.session_info("new"))
+    info = await start_task(at.engine.session_info("new"))
     await turns()
     assert not info.done(), "the store has it, but nobody was told"
-    durable_store.store.go_on()
+    durable_store.store.release()
     assert (await info).session_id == "new"
     assert not (await first).replayed
     assert (await again).replayed
@@ -284,10 +284,10 @@ async def test_when_it_could_not_be_made_the_next_one_tries(durable_store: Durab
     await begin(at)
     durable_store.store.fail(AWAY)
     durable_store.store.stall()
-    first = await begun(at.engine.open_session("plain", session_id="new", request_id=1))
+    first = await start_task(at.engine.open_session("plain", session_id="new", request_id=1))
     await stalled(durable_store.store)
-    other = await begun(at.engine.open_session("plain", session_id="new", request_id=2))
-    durable_store.store.go_on()
+    other = await start_task(at.engine.open_session("plain", session_id="new", request_id=2))
+    durable_store.store.release()
     await fails(first, Unavailable, "the test says no")
     opened = await other
     assert not opened.resumed
@@ -301,11 +301,11 @@ async def test_sessions_keep_their_order_through_a_stall(durable_store: DurableS
     await stalled(durable_store.store)
     again = at.submit("a", x(1), expected=0, request_ids=1)
     second = at.submit("a", x(1), expected=1, request_ids=2)
-    twin = await begun(at.engine.fork("a", new_session_id="twin"))
+    twin = await start_task(at.engine.fork("a", new_session_id="twin"))
     third = at.submit("a", x(1), expected=2, request_ids=3)
-    close = await begun(at.engine.close_session("a"))
+    close = await start_task(at.engine.close_session("a"))
     fourth = at.submit("a", x(1), expected=3, request_ids=4)
-    durable_store.store.go_on()
+    durable_store.store.release()
     assert [(await answers.only()).revision for answers in (first, again, second, third)] == [1, 1, 2, 3]
     assert (await again.only()).replayed
     assert (await twin).session.revision == 2
@@ -320,12 +320,12 @@ async def test_to_stop_waits_for_the_store_and_says_if_it_does_not_come_back(
     durable_store.store.stall()
     answers = at.submit("a", x(1), expected=0, request_ids=np.array([1]))
     await stalled(durable_store.store)
-    drain = await begun(at.engine.drain())
+    drain = await start_task(at.engine.drain())
     await turns()
     assert not drain.done()
     assert not answers.ended
     assert await at.engine.close(timeout_s=0.01) is False
-    durable_store.store.go_on()
+    durable_store.store.release()
     await drain
     assert at.engine.stats()[0].uncommitted == 0
     assert kinds(await answers.all()) == ["Answer"]
@@ -339,7 +339,7 @@ async def too_much_waits(
     monkeypatch.setattr(commits, "MAX_WAITING", 1)
     at.internals.commit_on_a_thread(monkeypatch)
     durable_store.store.stall()
-    first = await begun(at.submit("a", reset=True).only())
+    first = await start_task(at.submit("a", reset=True).only())
     await stalled(durable_store.store)
     return first
 
@@ -360,7 +360,7 @@ async def test_changes_are_refused_while_the_store_has_too_much_to_commit(
         at.submit("b", reset=True)
     assert refused.value.retry_after_s > 0
     assert await shown(at) == before
-    durable_store.store.go_on()
+    durable_store.store.release()
     await first
     assert (await at.submit("b", reset=True).only()).revision == 2
 
@@ -376,13 +376,13 @@ async def test_no_session_is_closed_behind_a_store_that_has_too_much(
         at.engine.close_session("a", request_id=5),
         at.engine.close_sessions(["b", "c", "a", "never"]),
     ):
-        closing = await begun(call)
+        closing = await start_task(call)
         assert closing.done(), "it must not wait"
         refused = await fails(closing, Overloaded, "wait for the store must stay within 1")
         assert refused.retry_after_s > 0
     assert await shown(at) == before
     assert not at.internals.are_claimed("b", "c")
-    durable_store.store.go_on()
+    durable_store.store.release()
     await first
     assert await at.engine.close_session("b", request_id=5) is False
     assert await at.engine.close_sessions(["b", "c", "a", "never"]) == 2
@@ -399,14 +399,14 @@ async def test_a_step_that_waits_for_rows_of_new_sessions_runs_once_they_are_mad
             # what makes sessions, and not the step: they may share a commit, or not
             durable_store.store.refuses = lambda batch: bool(batch.counts)
         durable_store.store.stall()
-        making = [await begun(at.engine.open_session("plain", session_id="b"))]
+        making = [await start_task(at.engine.open_session("plain", session_id="b"))]
         await stalled(durable_store.store)
-        making.append(await begun(at.engine.open_session("plain", session_id="c")))
+        making.append(await start_task(at.engine.open_session("plain", session_id="c")))
         await until(lambda: not at.internals.has_row("a"))
         step = at.submit("a", x(1))
         await until(at.internals.someone_waits_for_rows)
         assert not step.ended
-        durable_store.store.go_on()
+        durable_store.store.release()
         made = await asyncio.gather(*making, return_exceptions=True)
         assert [isinstance(one, Unavailable) for one in made] == [not kept] * 2
         assert (await step.only()).revision == 1
@@ -424,11 +424,11 @@ async def test_the_timer_does_not_queue_behind_a_store_that_has_too_much(
         durable_store.clock.advance(6.0)
         durable_store.store.stall()
         monkeypatch.setattr(end, "_MIN_REST_S", 0)
-        expiring = await begun(at.internals.expire_idle())
+        expiring = await start_task(at.internals.expire_idle())
         for _ in range(5):
             await turns()
         assert at.engine.stats()[0].uncommitted == 2
-        durable_store.store.go_on()
+        durable_store.store.release()
         assert await expiring == 40
         await at.settled()
         assert at.store.count() == 0
@@ -447,7 +447,7 @@ async def test_a_lone_step_is_under_way_until_the_store_has_it(
     await turns()
     assert len(at.hooks.rows) == ran + 2, "the session's next one waits, another's does not"
     assert not any(answer.ended for answer in (lone, second, other))
-    durable_store.store.go_on()
+    durable_store.store.release()
     assert [(await answer.only()).revision for answer in (lone, second, other)] == [2, 3, 2]
 
 
@@ -462,7 +462,7 @@ async def test_a_failing_callback_of_a_lone_step_affects_no_other_caller(
         durable_store.store.stall()
         at.engine.submit(Change(["a"], CallbackAnswers(raises), inputs={"": x(1)}))
         after = at.single("a", x(1))
-        durable_store.store.go_on()
+        durable_store.store.release()
         assert (await after.only()).revision == 3
         assert "could not be delivered" in caplog.text
 
@@ -500,6 +500,6 @@ async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
         await until(lambda: len(durable_store.store.tried) > so_far)
         assert [len(batch.puts) for batch in durable_store.store.tried[so_far:]] == [1]
         assert not many.ended
-        durable_store.store.go_on()
+        durable_store.store.release()
         assert (await lone.only()).revision == 2
         assert set(kinds(await many.all())) == {"Answer"}

@@ -11,7 +11,14 @@ import pytest
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
 from support.engine.harness import Answer, CallbackAnswers, Harness, fails, kinds, x
-from support.stores.durable import DurableStore, begun, everything, new_durable_store, same_reply, stalled
+from support.stores.durable import (
+    DurableStore,
+    everything,
+    new_durable_store,
+    same_reply,
+    stalled,
+    start_task,
+)
 from support.stores.kinds import DURABLE, ON_DISK
 
 pytestmark = DURABLE
@@ -146,7 +153,7 @@ async def test_a_retry_sent_from_within_an_answer_is_answered(durable_store: Dur
 
         at.engine.submit(Change(["a"], CallbackAnswers(again), inputs={"": x(1)}))
         at.internals.drain_inboxes()
-        durable_store.store.go_on()
+        durable_store.store.release()
         assert kinds(await first.all()) == ["Unavailable"]
         await at.settled()
         assert kinds(told) == ["Unavailable", "Answer"]
@@ -158,7 +165,7 @@ async def test_a_retry_sent_when_a_session_is_closed_is_answered(durable_store: 
     async with durable_store.engine() as at:
         await at.open("a")
         durable_store.store.stall()
-        close = await begun(at.engine.close_session("a"))
+        close = await start_task(at.engine.close_session("a"))
         await stalled(durable_store.store)
 
         def again(answer: Answer | ServerError) -> None:
@@ -169,7 +176,7 @@ async def test_a_retry_sent_when_a_session_is_closed_is_answered(durable_store: 
 
         at.engine.submit(Change(["a"], CallbackAnswers(again), inputs={"": x(1)}))
         at.internals.drain_inboxes()
-        durable_store.store.go_on()
+        durable_store.store.release()
         assert await close is False
         await at.settled()
         assert refused == ["SessionNotFound"] * 2
@@ -408,8 +415,8 @@ async def test_waiting_requests_are_answered_when_their_session_is_dropped(
             at.submit("a", reset=True, expected=2, request_ids=5),
         ]
         calls = [at.state("a"), at.engine.fork("a"), at.engine.close_session("a")]
-        tasks = [await begun(call) for call in calls]
-        durable_store.store.go_on()
+        tasks = [await start_task(call) for call in calls]
+        durable_store.store.release()
         for answers in (first, *waiting):
             assert "Unavailable" in kinds(await answers.all())
         assert kinds(await waiting[1].all()) == ["Answer", "Unavailable"]

@@ -27,7 +27,7 @@ from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Answer, Harness, fails, x
 from support.engine.versions import WIDE, after, carry_to, serving, weights, widen
-from support.stores.durable import DurableStore, begun, stalled
+from support.stores.durable import DurableStore, stalled, start_task
 from support.stores.kinds import DURABLE, ON_DISK
 
 CARRY, KEEP = SessionPolicy.CARRY, SessionPolicy.KEEP
@@ -163,7 +163,7 @@ async def test_a_carry_that_is_cut_off_has_happened_for_all_or_for_none(
         states = {name: await expect(at, name, 1, INITIAL, i) for i, name in enumerate(names)}
         await at.engine.load_version("plain", 2, weights(2))
         durable_store.store.stall(kept=kept)
-        moving = await begun(at.engine.set_default("plain", 2, CARRY))
+        moving = await start_task(at.engine.set_default("plain", 2, CARRY))
         await stalled(durable_store.store)
         durable_store.kill()
         moving.cancel()
