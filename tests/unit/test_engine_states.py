@@ -234,12 +234,6 @@ async def test_all_rows_in_another_order_are_all_rows(at: Harness) -> None:
     assert (await at.state("a"))["sum"].tobytes() == traced(initial(3), x(3, 2))[1][[1, 2, 0], -1].tobytes()
 
 
-async def test_rows_of_several_sessions_are_refused(at: Harness) -> None:
-    await at.open("a", "b")
-    with pytest.raises(InvalidInput, match="rows must come with a single session; got 2 sessions"):
-        await at.submit(["a", "b"], x(2), rows=[0]).require_all_applied()
-
-
 @pytest.mark.engine(steps=1)
 async def test_a_failed_step_of_some_rows_changes_none(at: Harness) -> None:
     await at.open("a", batch_size=3)

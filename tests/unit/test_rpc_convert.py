@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 
 from stepwell.v1 import sessions_pb2, tensors_pb2
 from stepwell_server.engine.api import ModelInfo, Select, SessionInfo
-from stepwell_server.errors import InvalidInput
 from stepwell_server.rpc import convert, tensors
 from stepwell_server.rpc.steps import messages
 from support.rpc.fake_engine import program
@@ -81,8 +80,6 @@ def test_selections() -> None:
         Select.LAST,
         Select.NONE,
     ]
-    with pytest.raises(InvalidInput, match="OutputSelection; got 7"):
-        messages.to_select(7)
 
 
 def test_numbers_are_one_per_session() -> None:
@@ -90,10 +87,6 @@ def test_numbers_are_one_per_session() -> None:
     numbers = convert.to_numbers([1, 2**64 - 1], np.uint64, "request_ids", 2)
     assert numbers is not None
     assert numbers.tolist() == [1, 2**64 - 1]
-    with pytest.raises(
-        InvalidInput, match=r"request_ids must be empty or have one entry per session \(3\); got 2"
-    ):
-        convert.to_numbers([1, 2], np.uint64, "request_ids", 3)
 
 
 def test_sessions_and_models_say_everything() -> None:
