@@ -10,32 +10,30 @@ import tensorflow as tf
 _register = keras.saving.register_keras_serializable(package="zoo")
 
 
-@_register
-class Accumulator(keras.Layer):
-    """A cell that sums its inputs: no weights, the state is the sum."""
+class _Cell(keras.Layer):
+    """A cell whose state and output have `units` numbers."""
 
     def __init__(self, units: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.units = units
-        self.state_size = units
-        self.output_size = units
-
-    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
-        total = states[0] + keras.ops.cast(inputs, states[0].dtype)
-        return total, [total]
+        self.units = self.output_size = units
+        self.state_size: int | list[int] = units
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "units": self.units}
 
 
 @_register
-class LearnedStart(keras.Layer):
-    """A cell whose initial state is a weight."""
+class Accumulator(_Cell):
+    """A cell that sums its inputs: no weights, the state is the sum."""
 
-    def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.units = units
-        self.state_size = units
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        total = states[0] + keras.ops.cast(inputs, states[0].dtype)
+        return total, [total]
+
+
+@_register
+class LearnedStart(_Cell):
+    """A cell whose initial state is a weight."""
 
     def build(self, shape: Any) -> None:
         self.kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
@@ -48,35 +46,22 @@ class LearnedStart(keras.Layer):
         after = keras.ops.tanh(keras.ops.matmul(inputs, self.kernel) + 0.7 * states[0])
         return after, [after]
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "units": self.units}
-
 
 @_register
-class Swapper(keras.Layer):
+class Swapper(_Cell):
     """A cell that only moves tensors: the output is the older of two remembered inputs."""
 
     def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.units = units
+        super().__init__(units, **kwargs)
         self.state_size = [units, units]
-        self.output_size = units
 
     def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
         return states[1], [inputs, states[0]]
 
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "units": self.units}
-
 
 @_register
-class BetaCell(keras.Layer):
+class BetaCell(_Cell):
     """A cell with an operation that LiteRT does not have (the incomplete beta function)."""
-
-    def __init__(self, units: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.units = units
-        self.state_size = units
 
     def build(self, shape: Any) -> None:
         self.kernel = self.add_weight(shape=(shape[-1], self.units), name="kernel")
@@ -85,9 +70,6 @@ class BetaCell(keras.Layer):
         mixed = keras.ops.sigmoid(keras.ops.matmul(inputs, self.kernel) + states[0])
         after = tf.math.betainc(2.0 * tf.ones_like(mixed), 3.0 * tf.ones_like(mixed), mixed)
         return after, [after]
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "units": self.units}
 
 
 @_register
