@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 def pytest_itemcollected(item: pytest.Item) -> None:
     # Keras calls NumPy in a way that NumPy 2 deprecates.
     item.add_marker(pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"))
+
+
+@pytest.fixture(scope="session")
+def keras() -> Any:
+    """Keras, set up as the compiler uses it."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    return keras
+
+
+@pytest.fixture(scope="session")
+def trace_and_probe() -> Any:
+    from stepwell_server.compile.probe.probe import trace_and_probe
+
+    return trace_and_probe
 
 
 @pytest.fixture(scope="module")

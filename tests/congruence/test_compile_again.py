@@ -1,4 +1,4 @@
-"""A model compiled again with other weights, without a new trace: just what compiling it anew gives, or it is compiled anew."""
+"""Recompiling a model with other weights, without a new trace, equals a fresh compilation, or becomes one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def silent(_stage: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(AGAIN))
-def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
+def test_a_recompiled_model_equals_a_fresh_compilation(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.program.pipeline import compile_traced
     from stepwell_server.compile.program.recompile import compile_again, may_be_reused
 
@@ -92,7 +92,7 @@ def test_it_is_what_compiling_it_anew_gives(name: str, tmp_path: Path) -> None:
 
 
 def unnamed() -> Any:
-    """A model whose layers Keras names, in another way each time."""
+    """A model whose layers Keras names, differently each time."""
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     layers = keras.layers
@@ -125,7 +125,7 @@ def architecture_of(program: Program) -> Architecture:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", samples.some(list(ANEW)))
-def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
+def test_some_models_must_be_traced_again(name: str, tmp_path: Path) -> None:
     from stepwell_server.compile.program.pipeline import compile_traced
     from stepwell_server.compile.program.recompile import may_be_reused
 
@@ -135,7 +135,7 @@ def test_what_must_be_traced_anew_is(name: str, tmp_path: Path) -> None:
 
 
 def by_position(scale: float) -> Any:
-    """A model whose outputs depend on the number of the time step, but for a weight that is 0."""
+    """A model whose outputs depend on the number of the time step, except for a weight that is 0."""
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 3), name="x")
@@ -187,11 +187,11 @@ def test_one_worker_compiles_what_has_the_same_configuration(lstm: Path, kept: W
     kept.compile(programs.saved("gru_reset_after").path)
     assert kept.pids[0] == server
     assert kept.pids[1] != worker
-    assert_same(kept.compile(lstm / "3.keras"), known[2])  # compiled anew: another one was in between
+    assert_same(kept.compile(lstm / "3.keras"), known[2])  # a fresh compilation: another model was in between
 
 
 @pytest.mark.slow
-def test_where_it_cannot_be_done_so_it_is_compiled_anew_and_that_says_why(
+def test_a_failed_recompilation_falls_back_to_a_fresh_one(
     lstm: Path, kept: WarmCompiler, tmp_path: Path
 ) -> None:
     kept.compile(lstm / "1.keras")
@@ -206,7 +206,7 @@ def test_where_it_cannot_be_done_so_it_is_compiled_anew_and_that_says_why(
         cold.compile(mixed)
     assert str(caught.value) == str(known.value)
     assert str(mixed) in str(caught.value)
-    assert kept.pids == [server]  # and nobody goes on with the worker that has seen it
+    assert kept.pids == [server]  # the worker that has seen it is not used again
     kept.compile(lstm / "3.keras")
     assert kept.pids[0] == server
 
@@ -263,7 +263,7 @@ def test_a_kept_worker_that_is_gone_is_replaced(who: str, lstm: Path, kept: Warm
 
 
 @pytest.mark.slow
-def test_what_takes_ever_more_memory_is_not_kept(
+def test_a_worker_that_keeps_growing_is_not_kept(
     lstm: Path, kept: WarmCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept.compile(lstm / "1.keras")

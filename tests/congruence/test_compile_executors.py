@@ -1,7 +1,8 @@
-"""Executors behind one face: padding, failures, tensors that pass through, many of one program."""
+"""Executors behind one interface: padding, failures, tensors that pass through, many of one program."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
         ),
     ],
 )
-def test_what_the_converter_says_becomes_a_clause(text: str, says: str) -> None:
+def test_a_message_of_the_converter_becomes_a_clause(text: str, says: str) -> None:
     from stepwell_server.compile.graph.tensorflow_setup import tf
     from stepwell_server.compile.program.convert import _complaint
 
@@ -155,8 +156,6 @@ def test_a_view_kept_over_a_step_is_a_mistake_of_the_caller(tokens: Compiled) ->
 
 
 def test_a_damaged_artefact_is_a_value_error(tokens: Compiled) -> None:
-    import dataclasses
-
     damaged = dataclasses.replace(tokens.program, files={"program.tflite": b"nonsense"})
     with pytest.raises(ValueError, match=r"."):
         load_executor(damaged)
@@ -165,8 +164,6 @@ def test_a_damaged_artefact_is_a_value_error(tokens: Compiled) -> None:
 
 
 def test_padding_runs_only_the_listed_sizes() -> None:
-    import dataclasses
-
     compiled = zoo_model("lstm_dense")
     plain = load_executor(compiled.program)
     padded = load_executor(dataclasses.replace(compiled.program, batch_sizes=(2, 8)))

@@ -22,8 +22,7 @@ def _compiled(model: Any, folder: Path, **options: Any) -> Any:
     return compile_model(folder / "model.keras", options=ProofOptions(**options))
 
 
-def test_softplus_does_not_overflow(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_softplus_does_not_overflow(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input((None, 1), dtype="int32")
     hidden = keras.ops.softplus(keras.ops.cast(x, "float32"))
@@ -42,8 +41,7 @@ def test_softplus_does_not_overflow(tmp_path: Path) -> None:
         np.testing.assert_allclose(two, one, rtol=2e-6, atol=2e-6)
 
 
-def test_what_has_a_gradient_of_its_own_runs_on_litert(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_what_has_a_gradient_of_its_own_runs_on_litert(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input((None, 3))
     model = keras.Model(x, keras.layers.LSTM(3)(keras.activations.silu(0.01 * x)))
@@ -51,9 +49,8 @@ def test_what_has_a_gradient_of_its_own_runs_on_litert(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
+def test_a_step_that_overflows_for_large_inputs_is_found(trace_and_probe: Any) -> None:
     from stepwell_server.compile.probe.extremes import worst_at_extremes
-    from stepwell_server.compile.probe.probe import trace_and_probe
     from stepwell_server.compile.probe.sequences import step_of_function
 
     traced = trace_and_probe(zoo.build("lstm_dense"))
@@ -72,10 +69,8 @@ def test_a_step_that_overflows_for_large_inputs_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_tokens_given_as_floats_are_compared_and_not_only_trusted(tmp_path: Path) -> None:
-    """Noise on an index would make another one of it, and then nothing could be said of any sequence."""
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-
+def test_tokens_given_as_floats_are_compared_and_not_only_trusted(keras: Any, tmp_path: Path) -> None:
+    """Noise would change an index into another one, and no sequence could be compared."""
     tokens = keras.Input((None,))
     embedded = keras.layers.Embedding(10, 4)(tokens)
     good = keras.Model(tokens, keras.layers.LSTM(3, return_sequences=True)(embedded))

@@ -16,14 +16,6 @@ from support.models import zoo
 from support.models.programs import compile_model
 
 
-@pytest.fixture(scope="module")
-def keras() -> Any:
-    """Keras, set up as the compiler has it."""
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-
-    return keras
-
-
 def _compiled(model: Any, folder: Path) -> Program:
     zoo.randomize(model)
     model.save(folder / "model.keras")
@@ -130,9 +122,8 @@ def test_a_model_without_recurrent_layers_takes_its_fixed_axes_as_features(
     assert [(spec.shape, spec.temporal) for spec in program.outputs] == [((1,), False)]
 
 
-def test_a_chaotic_cell_is_not_refused_for_rounding(keras: Any, tmp_path: Path) -> None:
+def test_a_chaotic_cell_is_not_refused_for_rounding(trace_and_probe: Any, keras: Any, tmp_path: Path) -> None:
     """The logistic map doubles a rounding with every step: after some forty there is nothing to compare."""
-    from stepwell_server.compile.probe.probe import trace_and_probe
 
     class Logistic(keras.Layer):
         """A cell of one number."""
@@ -185,8 +176,7 @@ def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: 
     assert "undefined" not in str(caught.value)
 
 
-def test_a_cell_whose_constants_nobody_passes(keras: Any) -> None:
-    from stepwell_server.compile.probe.probe import trace_and_probe
+def test_a_cell_without_its_constants_is_refused(trace_and_probe: Any, keras: Any) -> None:
 
     class Conditioned(keras.Layer):
         """A cell for Keras 2, which passed constants."""
@@ -206,8 +196,7 @@ def test_a_cell_whose_constants_nobody_passes(keras: Any) -> None:
         trace_and_probe(keras.Model(x, keras.layers.RNN(Conditioned())(x)))
 
 
-def test_weights_of_a_bidirectional_cannot_be_kept(keras: Any) -> None:
-    from stepwell_server.compile.probe.probe import trace_and_probe
+def test_weights_of_a_bidirectional_cannot_be_kept(trace_and_probe: Any, keras: Any) -> None:
 
     x = keras.Input((None, 4))
     both = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))
@@ -218,8 +207,7 @@ def test_weights_of_a_bidirectional_cannot_be_kept(keras: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Conv1D", "Bidirectional", "Flatten", "output"])
-def test_a_refusal_shortens_long_names(keras: Any, kind: str) -> None:
-    from stepwell_server.compile.probe.probe import trace_and_probe
+def test_a_refusal_shortens_long_names(trace_and_probe: Any, keras: Any, kind: str) -> None:
 
     name = "n" * 200_000
     x = keras.Input((None, 4))

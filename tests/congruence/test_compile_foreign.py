@@ -81,8 +81,7 @@ def test_a_file_that_does_not_say_its_version_is_refused(tmp_path: Path) -> None
     assert "metadata.json does not say keras_version" in refusal_of(old)
 
 
-def test_a_legacy_hdf5_file_is_refused_with_a_fix(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_a_legacy_hdf5_file_is_refused_with_a_fix(keras: Any, tmp_path: Path) -> None:
     from stepwell_server.compile.keras_file.archive import load_model
 
     file = tmp_path / "model.h5"
@@ -195,7 +194,7 @@ def _changed(place: int = 1, **options: Any) -> Any:
     ],
     ids=["no_json", "a_list", "class", "activation", "shapes", "newer"],
 )
-def test_what_keras_does_not_load_is_said_in_words(
+def test_errors_of_keras_are_reported_in_plain_words(
     config: Any, version: str, says: str, tmp_path: Path
 ) -> None:
     said = refusal_of(_edited(tmp_path, config, version))
@@ -204,8 +203,7 @@ def test_what_keras_does_not_load_is_said_in_words(
 
 
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
-def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_a_lambda_among_the_arguments_of_a_layer_is_code(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.Dense(2, activation=lambda y: y)(x)).save(tmp_path / "model.keras")
@@ -214,8 +212,7 @@ def test_a_lambda_among_the_arguments_of_a_layer_is_code(tmp_path: Path) -> None
     )
 
 
-def test_weights_that_begin_where_hdf5_looks_make_no_hdf5_file(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_weights_that_begin_where_hdf5_looks_make_no_hdf5_file(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.LSTM(2, return_sequences=True)(x)).save(tmp_path / "saved.keras")

@@ -87,9 +87,7 @@ def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
     assert compare(tmp_path / "model.keras", program, tmp_path / "x.npy").outputs[0].is_allowed
 
 
-def test_samples_fit_a_small_table_of_a_layer_of_ones_own() -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-    from stepwell_server.compile.probe.probe import trace_and_probe
+def test_samples_fit_a_small_table_of_a_layer_of_ones_own(keras: Any, trace_and_probe: Any) -> None:
 
     class Rows(keras.Layer):
         """A table of three rows that Keras does not know as one."""

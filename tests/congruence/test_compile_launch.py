@@ -162,7 +162,7 @@ stepwell_server.compile.keras_file.archive.fingerprint = broken
     ],
     ids=["abort", "kill", "exit 0", "exit 7", "sys.exit", "defect", "module", "memory"],
 )
-def test_whatever_ends_the_compiler_is_told_in_one_line_with_the_rest_as_details(
+def test_failures_of_the_compiler_are_one_line_and_details(
     module: str,
     expected: str,
     lstm: Path,

@@ -87,12 +87,6 @@ def test_a_size_that_is_too_small_is_found(lstm: Path, tmp_path: Path) -> None:
         check_sizes(file, MIB)
 
 
-def test_another_compression_is_refused(lstm: Path, tmp_path: Path) -> None:
-    file = with_member(lstm, tmp_path, "assets/zeros", bytes(8 * MIB), zipfile.ZIP_LZMA)
-    with pytest.raises(ModelError, match="assets/zeros is compressed by a method that Keras does not use"):
-        check_sizes(file, 9 * MIB)
-
-
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("change", ["gzip", "chunk"])
 def test_arrays_are_judged_by_what_they_unpack_to(
@@ -104,15 +98,33 @@ def test_arrays_are_judged_by_what_they_unpack_to(
         check_sizes(file, 32 * MIB)
 
 
-def test_weights_in_another_file_are_refused(lstm: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"must contain its weights itself; 'external' is in another file"):
-        check_sizes(with_weights(lstm, tmp_path, "external"), MIB)
-
-
-def test_damaged_weights_are_a_damaged_file(lstm: Path, tmp_path: Path) -> None:
-    file = with_member(lstm, tmp_path, "model.weights.h5", b"no HDF5", zipfile.ZIP_STORED)
-    with pytest.raises(ModelError, match=r"corrupt .keras file: model\.weights\.h5: "):
-        check_sizes(file, MIB)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda model, folder: with_member(
+                model, folder, "assets/zeros", bytes(8 * MIB), zipfile.ZIP_LZMA
+            ),
+            "assets/zeros is compressed by a method that Keras does not use",
+        ),
+        (
+            lambda model, folder: with_weights(model, folder, "external"),
+            r"must contain its weights itself; 'external' is in another file",
+        ),
+        (
+            lambda model, folder: with_member(
+                model, folder, "model.weights.h5", b"no HDF5", zipfile.ZIP_STORED
+            ),
+            r"corrupt .keras file: model\.weights\.h5: ",
+        ),
+    ],
+    ids=["compression", "external weights", "damaged weights"],
+)
+def test_invalid_members_are_refused(
+    make: Callable[[Path, Path], Path], message: str, lstm: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        check_sizes(make(lstm, tmp_path), 9 * MIB)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

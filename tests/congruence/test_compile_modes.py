@@ -28,10 +28,8 @@ def _refused(model: Any, folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sin", "cos"])
-def test_a_period_is_as_keras_has_it_for_a_clock(name: str, tmp_path: Path) -> None:
+def test_a_period_is_as_keras_has_it_for_a_clock(keras: Any, name: str, tmp_path: Path) -> None:
     """LiteRT's leave [-1, 1] for numbers as large as seconds since 1970."""
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-
     x = keras.Input((None, 1))
     model = keras.Model(
         x, getattr(keras.ops, name)(keras.layers.SimpleRNN(1, return_sequences=True)(x) * 0 + x)
@@ -52,8 +50,7 @@ def test_a_period_is_as_keras_has_it_for_a_clock(name: str, tmp_path: Path) -> N
     np.testing.assert_allclose(found, whole, atol=2e-5)
 
 
-def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input(batch_shape=(2, 6, 5, 3))
     inner = keras.layers.LSTM(4, stateful=True, name="inner")
@@ -65,8 +62,7 @@ def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(tmp_path: Pat
     assert "build it with stateful=False" in said
 
 
-def test_a_layer_that_goes_on_from_its_own_first_call_is_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_a_layer_that_continues_from_its_own_first_call_is_refused(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input(batch_shape=(2, None, 3))
     layer = keras.layers.GRU(3, stateful=True, return_sequences=True, name="twice")
@@ -94,8 +90,7 @@ def test_training_that_is_written_into_a_model_is_refused(kind: str, tmp_path: P
     assert "is called with training=True: build the model without it" in said
 
 
-def test_training_that_changes_nothing_is_served(tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_training_that_changes_nothing_is_served(keras: Any, tmp_path: Path) -> None:
 
     x = keras.Input((None, 4))
     _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(x, training=True)), tmp_path)
@@ -103,18 +98,15 @@ def test_training_that_changes_nothing_is_served(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [-1.0, -999.0, 1e6])
-def test_rounding_is_not_tried_on_what_a_mask_looks_for(value: float, tmp_path: Path) -> None:
+def test_rounding_is_not_tried_on_what_a_mask_looks_for(keras: Any, value: float, tmp_path: Path) -> None:
     """A masked time step with another last digit is one that counts: nothing could be compared behind it."""
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-
     x = keras.Input((None, 2))
     masked = keras.layers.Masking(value)(x)
     program = _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(masked)), tmp_path)
     assert program.proof.compared > 0.95
 
 
-def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on() -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on(keras: Any) -> None:
     from stepwell_server.compile.probe.whole_call import has_no_modes
     from support.models.odd_cells import OwnLoop
 
@@ -125,7 +117,7 @@ def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on() -> None
     assert has_no_modes(keras.Sequential([keras.Input((None, 8, 3)), plain]))
     for layer in (
         keras.layers.Lambda(lambda value: value),
-        keras.layers.RandomBrightness(0.1),  # which trains unless it is told not to
+        keras.layers.RandomBrightness(0.1),  # which trains by default
         keras.layers.TimeDistributed(OwnLoop(keras.layers.SimpleRNNCell(3))),
     ):
         assert not has_no_modes(keras.Model(x, layer(x)))

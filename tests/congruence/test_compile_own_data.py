@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def _sampler(size: int) -> Any:
 def _saved(folder: Path, **arrays: Any) -> Path:
     np.savez(folder / "data.npz", **arrays)
     return folder / "data.npz"
+
+
+SPECS = [TensorSpec("x", (3,), "float32", temporal=True)]
+
+
+def read(file: Path, specs: Sequence[TensorSpec] = SPECS, *sampler: Any) -> Any:
+    from stepwell_server.compile.probe.own_data import read
+
+    return read(file, specs, *sampler)
 
 
 @pytest.mark.slow
@@ -89,10 +99,8 @@ def test_a_program_of_other_weights_is_found_out(forecast: tuple[Path, Program],
     ],
 )
 def test_data_that_do_not_fit_are_refused(arrays: dict[str, Any], says: str, tmp_path: Path) -> None:
-    from stepwell_server.compile.probe.own_data import read
-
     with pytest.raises(ModelError, match=says):
-        read(_saved(tmp_path, **arrays), [TensorSpec("x", (3,), "float32", temporal=True)])
+        read(_saved(tmp_path, **arrays))
 
 
 @pytest.mark.parametrize(
@@ -133,8 +141,6 @@ def test_files_that_hold_no_arrays_are_refused_before_a_process_starts(
 
 
 def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.probe.own_data import read
-
     specs = [TensorSpec(name, (3,), "float32", temporal=True) for name in ("x", "z")]
     file = _saved(tmp_path, x=np.zeros((2, 5, 3)), z=np.zeros((2, 6, 3)))
     with pytest.raises(ModelError, match="all inputs must have the same rows and time steps"):
@@ -148,8 +154,6 @@ def test_inputs_of_unlike_lengths_and_objects_are_refused(tmp_path: Path) -> Non
 
 
 def test_indices_that_no_table_has_are_refused(tmp_path: Path) -> None:
-    from stepwell_server.compile.probe.own_data import read
-
     specs = [TensorSpec("tokens", (), "int32", temporal=True)]
     np.save(tmp_path / "x.npy", np.array([[0, 9], [3, 10]]))
     with pytest.raises(
@@ -162,11 +166,9 @@ def test_indices_that_no_table_has_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"", b"\x93NUMPY\x01"])
 def test_a_damaged_file_is_its_users_affair(content: bytes, tmp_path: Path) -> None:
-    from stepwell_server.compile.probe.own_data import read
-
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(ModelError, match=r"x\.npz: must be a NumPy"):
-        read(tmp_path / "x.npz", [TensorSpec("x", (3,), "float32", temporal=True)])
+        read(tmp_path / "x.npz")
 
 
 def test_a_comparison_of_nothing_is_not_conclusive() -> None:
@@ -178,15 +180,13 @@ def test_a_comparison_of_nothing_is_not_conclusive() -> None:
 
 
 def test_one_sequence_may_leave_out_the_batch(tmp_path: Path) -> None:
-    from stepwell_server.compile.probe.own_data import read
-
     np.save(tmp_path / "x.npy", np.ones((5, 3)))
-    arrays, steps = read(tmp_path / "x.npy", [TensorSpec("x", (3,), "float32", temporal=True)])
+    arrays, steps = read(tmp_path / "x.npy")
     assert (arrays[0].shape, arrays[0].dtype.name, steps) == ((1, 5, 3), "float32", 5)
 
 
 @pytest.mark.slow
-def test_an_unknown_operation_needs_trust_and_is_then_said_everywhere(tmp_path: Path) -> None:
+def test_an_unknown_operation_needs_trust_and_is_then_shown_everywhere(tmp_path: Path) -> None:
     trusted.singular_values().save(tmp_path / "model.keras")
     with pytest.raises(
         ModelError,

@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +34,7 @@ def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["seed_model", "bidirectional", "nested_sequential_fixed_time"])
-def test_the_model_is_as_it_was_after_tracing(name: str) -> None:
-    from stepwell_server.compile.probe.probe import trace_and_probe
+def test_the_model_is_as_it_was_after_tracing(trace_and_probe: Any, name: str) -> None:
 
     model = zoo.build(name)
     before = [dict(vars(layer)) for layer in model._flatten_layers()]

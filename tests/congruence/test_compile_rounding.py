@@ -97,7 +97,7 @@ def traced(request: pytest.FixtureRequest) -> _Traced:
     return _Traced(request.param)
 
 
-def test_what_is_stepped_rightly_is_within_rounding(traced: _Traced) -> None:
+def test_correct_stepping_is_within_rounding(traced: _Traced) -> None:
     found = traced.worst()
     assert found.is_allowed, found
     assert found.skipped < 0.7

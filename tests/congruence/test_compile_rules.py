@@ -55,7 +55,7 @@ def _cuts(example: Callable[[Any], Any]) -> Any:
 
 
 def _sliced(value: Array, axes: Axes) -> Array:
-    """Return the slice of a result, by where its axes are said to be."""
+    """Return the slice of a result, by the reported places of its axes."""
     factors: list[Factor] = [factor for dim in axes for factor in dim]
     value = value.reshape([SCALES.first.of(factor) for factor in factors])
     for i, factor in enumerate(factors):

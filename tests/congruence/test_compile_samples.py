@@ -1,4 +1,4 @@
-"""Samples alone: what they find in models whose graph is not asked, because the user answers for them.
+"""What samples alone find in models whose graph is not checked, because the user trusts them.
 
 Each of these fails if the samples are made shorter, or poorer in values, or the disturbance is left out.
 """
@@ -40,7 +40,7 @@ def _prove(case: Case, options: ProofOptions = TRUSTED) -> Any:
         (LOOK_AHEAD, None, "output 'rnn' moves by .* before the time step that was disturbed"),
     ],
 )
-def test_what_is_trusted_and_reaches_200_steps_is_found(case: Case, steps: int | None, says: str) -> None:
+def test_trusted_models_that_reach_200_steps_are_found(case: Case, steps: int | None, says: str) -> None:
     with pytest.raises(NotCausalError, match=says):
         _prove(case, ProofOptions(steps=steps, trust=True))
 
@@ -62,7 +62,7 @@ def test_it_is_the_length_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_without_the_disturbance_nobody_would_say_that_it_looks_ahead(
+def test_without_the_disturbance_looking_ahead_is_not_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
@@ -122,12 +122,11 @@ def test_what_no_trust_can_mend_is_refused_all_the_same(name: str) -> None:
     ],
     ids=["300", "300_by_tensors", "one_step", "loop", "number", "wiring"],
 )
-def test_what_is_different_for_one_step_is_found_in_its_graph(
-    layer: Any, monkeypatch: pytest.MonkeyPatch
+def test_differences_for_a_single_step_are_found_in_the_graph(
+    trace_and_probe: Any, layer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What runs is the graph of one step: it must be the one that was proven on hundreds."""
     from stepwell_server.compile.causality.cut import SCALES
-    from stepwell_server.compile.probe.probe import trace_and_probe
 
     assert SCALES.first.steps > 300
     monkeypatch.setattr(evidence, "gather", _not_reached)

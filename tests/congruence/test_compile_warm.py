@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 STAGES = ["load", "trace", "probe", "convert", "check"]
 PACKAGE = str(Path(stepwell_server.__file__).parents[1])
-#: A module that stops where it is imported, which is in the middle of compiling, once it has said so.
+#: A module that stops where it is imported, which is in the middle of compiling, after it has created a file.
 WAITING = """
 import os, threading
 open(os.environ["HOME"] + "/here", "x").close()
@@ -170,7 +170,7 @@ def test_a_worker_reads_what_it_is_given_and_no_other_file(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_what_a_worker_leaves_in_its_folder_is_no_trap(lstm: Path, waiting: Path) -> None:
+def test_links_that_a_worker_leaves_are_not_followed(lstm: Path, waiting: Path) -> None:
     """A link in place of the program is not followed."""
     trap = 'import os\nos.symlink({secret!r}, os.environ["HOME"] + "/program.stepwell")\n'
     break_out = (
@@ -190,7 +190,7 @@ def test_what_a_worker_leaves_in_its_folder_is_no_trap(lstm: Path, waiting: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "fork server"])
-def test_what_is_killed_in_the_middle_is_told_and_the_next_one_is_compiled(
+def test_a_killed_process_is_reported_and_the_next_model_compiles(
     who: str, lstm: Path, waiting: Path
 ) -> None:
     with WarmCompiler(waiting / "cache", ["waiting"]) as compiler, ThreadPoolExecutor(1) as pool:
@@ -221,9 +221,7 @@ def test_a_fork_server_that_was_killed_while_idle_is_started_again(
     assert kept.pids not in ([], [server])
 
 
-def test_where_a_worker_has_no_room_that_is_said_and_nothing_is_left_open(
-    compiled: Path, tmp_path: Path
-) -> None:
+def test_a_worker_without_a_folder_is_reported_and_leaks_nothing(compiled: Path, tmp_path: Path) -> None:
     with WarmCompiler(tmp_path / "cache") as compiler:
         compiler.settle(compiled)
         (server,) = compiler.pids
@@ -240,7 +238,7 @@ def test_where_a_worker_has_no_room_that_is_said_and_nothing_is_left_open(
 
 
 @pytest.mark.slow
-def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: Path) -> None:
+def test_compilations_run_in_order_and_callers_can_give_up(lstm: Path, waiting: Path) -> None:
     gone = threading.Event()
     told: list[str] = []
     heard = threading.Event()
@@ -261,7 +259,7 @@ def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: 
         gone.set()
         with pytest.raises(ModelError, match="no caller is waiting for it"):
             second.result(HANG_S)
-        assert children(server) == [worker]  # the first one goes on
+        assert children(server) == [worker]  # the first one continues
         heard.clear()
         third = pool.submit(compiler.compile, touched(lstm, 2, waiting), tell)
         assert heard.wait(HANG_S)
@@ -275,7 +273,7 @@ def test_one_at_a_time_in_order_and_who_gives_up_is_let_go(lstm: Path, waiting: 
 
 
 @pytest.mark.slow
-def test_closing_ends_what_is_under_way(lstm: Path, waiting: Path) -> None:
+def test_closing_ends_the_running_compilation(lstm: Path, waiting: Path) -> None:
     compiler = WarmCompiler(waiting / "cache", ["waiting"])
     with ThreadPoolExecutor(1) as pool:
         compiling = pool.submit(compiler.compile, lstm)
@@ -290,7 +288,7 @@ def test_closing_ends_what_is_under_way(lstm: Path, waiting: Path) -> None:
         compiler.compile(lstm, keep=False)
 
 
-def test_processes_that_nobody_needs_end(compiled: Path) -> None:
+def test_unused_processes_end(compiled: Path) -> None:
     clock, known = ManualClock(), programs.saved("lstm_dense")
     with WarmCompiler(known.cache_dir, clock=clock, idle_s=60.0) as compiler:
         assert compiler.end_idle()

@@ -1,4 +1,4 @@
-"""All weights of the file are in the program, or the model is refused: told by their place, not by their number."""
+"""All weights of the file are in the program, or the model is refused: weights are identified by place, not by number."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def model_used_twice(keras: Any) -> Any:
 @pytest.mark.parametrize(
     "build", [tied_embeddings, spectral_normalization, layer_used_twice, model_used_twice]
 )
-def test_shared_weights_are_restored(build: Any, tmp_path: Path) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_shared_weights_are_restored(keras: Any, build: Any, tmp_path: Path) -> None:
 
     model = build(keras)
     zoo.randomize(model)
@@ -97,8 +96,9 @@ def test_one_layer_of_several_that_is_not_restored_is_named(tmp_path: Path) -> N
     assert "2 of 5 weights of the model were not restored, those of layer 'the_head' (head): " in said
 
 
-def test_a_class_that_has_changed_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepwell_server.compile.graph.tensorflow_setup import keras
+def test_a_class_that_has_changed_since_is_named(
+    keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from support.models.sharing_layers import Scale
 
     model = keras.Sequential([keras.Input((None, 3)), Scale(name="scaling"), keras.layers.GRU(3)])

@@ -27,7 +27,7 @@ NAMES = "abcd"
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """A change as its caller sends it, to one server after the other until it is told what became of it."""
+    """A change as its caller sends it, to one server after the other until its outcome is known."""
 
     servers: tuple[int, ...]
     """The last one is asked until it answers; those before are asked, and their answers lost."""

@@ -527,7 +527,7 @@ class Play:
             for each in said[at:]:
                 session.apply(each)
             ways.append(session)
-        # they differ in what states and outputs may be, and where they begin anew
+        # they differ in what states and outputs may be, and where they restart
         one = ways[-1]
         one.states = [state for way in ways for state in way.states]
         one.outputs = [outputs for way in ways for outputs in way.outputs]
@@ -580,5 +580,5 @@ async def play(kind: str, shape: Shape, program: Sequence[Do]) -> None:
 
 @SETTINGS
 @given(shape=shapes, program=programs)
-def test_versions_come_and_go(kind: str, shape: Shape, program: list[Do]) -> None:
+def test_versions_are_added_and_removed(kind: str, shape: Shape, program: list[Do]) -> None:
     asyncio.run(play(kind, shape, program))

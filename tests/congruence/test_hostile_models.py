@@ -183,7 +183,7 @@ def test_a_name_that_is_registered_vouches_for_no_other() -> None:
         configuration.check(json.dumps(mine).encode(), {"mine>f"}.__contains__)
 
 
-def test_what_is_nested_too_deeply_or_too_large_is_refused(lstm: Path, tmp_path: Path) -> None:
+def test_deep_nesting_and_large_content_are_refused(lstm: Path, tmp_path: Path) -> None:
     def nested(depth: int) -> Callable[[Node], None]:
         def change(config: Node) -> None:
             node: Any = {}

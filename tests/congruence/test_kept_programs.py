@@ -12,7 +12,7 @@ from support.models import programs
 
 
 class Built(Exception):
-    """The model was built, so that it is compiled anew."""
+    """The model was built, so that it is compiled again."""
 
 
 def build() -> Any:

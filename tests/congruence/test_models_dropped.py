@@ -84,7 +84,7 @@ async def test_nothing_of_a_model_that_has_gone_waits_for_the_garbage_collector(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel says it in /proc")
-async def test_models_that_come_and_go_leave_no_memory_behind() -> None:
+async def test_loading_and_unloading_models_leaks_no_memory() -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -127,7 +127,7 @@ def test_a_model_built_again_with_the_same_weights_has_the_same_fingerprint(tmp_
 
 
 @pytest.mark.parametrize("merge", ["Add", "Maximum", "Average", "Multiply", "+"])
-def test_branches_that_could_change_places_are_told_apart_by_names_alone(merge: str, tmp_path: Path) -> None:
+def test_interchangeable_branches_are_distinguished_only_by_names(merge: str, tmp_path: Path) -> None:
     first, again = (architecture(branches(merge), tmp_path) for _ in range(2))
     assert first.structure != again.structure
     (group,) = again.ambiguous
@@ -157,25 +157,36 @@ def differences(old: Any, new: Any, folder: Path) -> list[str]:
     return list(compare(first, second).clauses)
 
 
-def test_each_real_difference_is_named(tmp_path: Path) -> None:
-    keras = keras_()
-    keras.backend.clear_session()
-    assert differences(stack(), stack(units=8), tmp_path) == ["layer 'lstm' (LSTM): units was 4 and is 8"]
-    keras.backend.clear_session()
-    assert differences(stack(), stack(activation="relu"), tmp_path) == [
-        "layer 'dense' (Dense): activation was 'linear' and is 'relu'"
-    ]
-    keras.backend.clear_session()
-    assert differences(stack(), stack(lstm="encoder"), tmp_path) == [
-        "layer 'lstm' (LSTM) is called 'encoder' now"
-    ]
-    assert differences(stack(lstm="encoder", gru="g"), stack(lstm="coder", gru="g"), tmp_path) == [
-        "layer 'encoder' (LSTM) is called 'coder' now"
-    ]
-    keras.backend.clear_session()
-    more = stack()
-    more.add(keras.layers.Dense(2))
-    assert differences(stack(), more, tmp_path) == ["layer 'dense_1' (Dense) is new"]
+def deeper() -> Any:
+    model = stack()
+    model.add(keras_().layers.Dense(2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "clause"),
+    [
+        (stack, lambda: stack(units=8), "layer 'lstm' (LSTM): units was 4 and is 8"),
+        (
+            stack,
+            lambda: stack(activation="relu"),
+            "layer 'dense' (Dense): activation was 'linear' and is 'relu'",
+        ),
+        (stack, lambda: stack(lstm="encoder"), "layer 'lstm' (LSTM) is called 'encoder' now"),
+        (
+            lambda: stack(lstm="encoder", gru="g"),
+            lambda: stack(lstm="coder", gru="g"),
+            "layer 'encoder' (LSTM) is called 'coder' now",
+        ),
+        (stack, deeper, "layer 'dense_2' (Dense) is new"),
+    ],
+    ids=["units", "activation", "name", "another name", "new layer"],
+)
+def test_each_real_difference_is_named(
+    old: Callable[[], Any], new: Callable[[], Any], clause: str, tmp_path: Path
+) -> None:
+    keras_().backend.clear_session()
+    assert differences(old(), new(), tmp_path) == [clause]
 
 
 @pytest.mark.parametrize(

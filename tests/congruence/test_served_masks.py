@@ -47,7 +47,7 @@ def by_keras(served: Served, model: str, inputs: Named, row: int, first: int, la
 
 
 def hold_against_keras(served: Served, model: str, inputs: Named, mask: Array, seen: Named) -> None:
-    """`seen` are the outputs of whole sequences that began anew where the mask says so."""
+    """`seen` are the outputs of whole sequences that restarted where the mask resets them."""
     for row in range(ROWS):
         starts = sorted({0, *np.flatnonzero(mask[row]).tolist()})
         for first, last in zip(starts, [*starts[1:], STEPS], strict=True):

@@ -197,7 +197,7 @@ def test_the_state_is_the_same_whichever_way_it_came_about(served: Served, model
 
 @pytest.mark.parametrize("steps", [0, 1, STEPS])
 @pytest.mark.parametrize("model", MODELS)
-def test_which_time_steps_come_back(served: Served, model: str, steps: int) -> None:
+def test_the_returned_time_steps(served: Served, model: str, steps: int) -> None:
     """(B, T, ...) of what is temporal if the inputs had T, else (B, ...); the last one; or nothing."""
     inputs = served.draw(model, 2, steps, 8)
     with served.session(model, 2) as session_id:

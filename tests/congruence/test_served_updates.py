@@ -43,7 +43,7 @@ class Frames:
         self._thread.start()
 
     def wait(self, frames: int) -> None:
-        """Return when so many more are answered."""
+        """Return when this many more are answered."""
         with self.more:
             wanted = len(self.told) + frames
             assert self.more.wait_for(lambda: len(self.told) >= wanted or self._error, LIMIT_S)

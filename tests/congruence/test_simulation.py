@@ -117,7 +117,7 @@ def move(source: ModelNode, tag: bytes, target: ModelNode) -> None:
 
 
 class LateNetwork(Network):
-    """Messages take as long as is said of the next ones between two."""
+    """Give the next messages between two nodes this delay."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world, Weather())
@@ -230,7 +230,7 @@ def test_a_store_that_lets_sessions_begin_where_others_ended_is_found() -> None:
     assert is_found(range(65, 165), Bugs({"COMMIT": rule}), **changes)
 
 
-def test_a_client_that_takes_what_is_unknown_for_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_takes_unknown_outcomes_for_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         valkey_store,
         "outcome_of",
@@ -289,7 +289,7 @@ def test_a_store_that_does_not_wait_for_the_disk_is_found(bugs: Bugs) -> None:
 
 
 @pytest.mark.parametrize("code", ["ASK", "TRYAGAIN", "MOVED"])
-def test_a_client_that_takes_for_done_what_is_sent_elsewhere_is_found(
+def test_a_client_that_takes_redirected_changes_for_done_is_found(
     code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a slot moves from node to node."""

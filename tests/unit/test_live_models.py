@@ -51,7 +51,7 @@ async def test_the_first_version_is_the_default_and_the_next_one_becomes_it(at: 
     ]
 
 
-async def test_a_version_may_stay_beside_the_default(at: CatalogHarness) -> None:
+async def test_a_version_may_stay_loaded_without_being_the_default(at: CatalogHarness) -> None:
     await at.load()
     assert await at.load(version=7, keep_default=True, labels=["canary"]) == LoadedVersion(7, 0, 0)
     assert [(one.version, one.is_default) for one in at.live.status("m")] == [(1, True), (7, False)]
@@ -75,7 +75,9 @@ async def test_a_version_may_stay_beside_the_default(at: CatalogHarness) -> None
         ({"path": "/nowhere/m.keras"}, "path must be that of a file; got '/nowhere/m.keras': No such file"),
     ],
 )
-async def test_what_breaks_a_rule_is_refused(at: CatalogHarness, values: dict[str, Any], words: str) -> None:
+async def test_invalid_load_requests_are_refused(
+    at: CatalogHarness, values: dict[str, Any], words: str
+) -> None:
     with pytest.raises(InvalidInput) as raised:
         await at.load(**values)
     assert words in raised.value.message
@@ -85,7 +87,7 @@ async def test_what_breaks_a_rule_is_refused(at: CatalogHarness, values: dict[st
     assert not at.watcher.told
 
 
-async def test_a_folder_and_what_is_no_regular_file_are_refused(at: CatalogHarness) -> None:
+async def test_folders_and_special_files_are_refused(at: CatalogHarness) -> None:
     (at.folder / "d.keras").mkdir()
     os.mkfifo(at.folder / "f.keras")
     for name, words in (("d.keras", "is a folder; give the file in it"), ("f.keras", "is no regular file")):
@@ -93,7 +95,7 @@ async def test_a_folder_and_what_is_no_regular_file_are_refused(at: CatalogHarne
             await at.load(path=str(at.folder / name))
 
 
-async def test_with_a_folder_of_models_nothing_else_is_loaded_nor_told_of(tmp_path: Path) -> None:
+async def test_with_a_folder_of_models_other_paths_are_neither_loaded_nor_revealed(tmp_path: Path) -> None:
     root = tmp_path / "models"
     root.mkdir()
     at = CatalogHarness(tmp_path, root=root)
@@ -160,7 +162,7 @@ async def test_a_failure_that_ends_the_start_is_not_logged(
     assert ("a model cannot be loaded" in caplog.text) is not is_fatal
 
 
-async def test_a_version_for_whose_rows_there_is_no_room_is_refused_and_says_so(at: CatalogHarness) -> None:
+async def test_a_version_without_room_for_its_rows_is_refused(at: CatalogHarness) -> None:
     at.engine.refusal = MemoryError("there is no room for 9 rows of model m")
     with pytest.raises(ModelLoadFailed) as raised:
         await at.load(version=1)
@@ -197,7 +199,7 @@ async def test_a_refused_load_uses_no_number(at: CatalogHarness) -> None:
     assert (await at.load()).version == 2
 
 
-async def test_only_so_many_failures_are_remembered(at: CatalogHarness) -> None:
+async def test_a_limited_number_of_failures_is_remembered(at: CatalogHarness) -> None:
     at.compiler.error = ModelError("no")
     for version in range(1, 70):
         with pytest.raises(ModelLoadFailed):
@@ -236,7 +238,7 @@ async def test_a_refused_switch_leaves_no_half(at: CatalogHarness) -> None:
     assert at.states() == {1: VersionState.READY, 2: VersionState.FAILED, 3: VersionState.FAILED}
 
 
-async def test_a_defect_is_told_by_an_id_alone(at: CatalogHarness) -> None:
+async def test_a_defect_is_reported_only_by_an_id(at: CatalogHarness) -> None:
     at.compiler.error = RuntimeError("secret")
     with pytest.raises(ServerError) as raised:
         await at.load()
@@ -246,7 +248,7 @@ async def test_a_defect_is_told_by_an_id_alone(at: CatalogHarness) -> None:
     assert (await at.load()).version == 1
 
 
-async def test_loads_take_turns_and_one_that_is_under_way_is_not_begun_twice(at: CatalogHarness) -> None:
+async def test_loads_run_one_at_a_time_and_never_twice(at: CatalogHarness) -> None:
     at.compiler.free.clear()
     first = asyncio.create_task(at.load(path=at.file("a.keras")))
     await at.until(lambda: at.compiler.running == ["a.keras"])
@@ -271,9 +273,7 @@ async def test_loads_take_turns_and_one_that_is_under_way_is_not_begun_twice(at:
 
 
 @pytest.mark.parametrize("is_running", [True, False])
-async def test_a_load_whose_caller_goes_stops_and_leaves_nothing(
-    at: CatalogHarness, is_running: bool
-) -> None:
+async def test_a_cancelled_load_stops_and_leaves_nothing(at: CatalogHarness, is_running: bool) -> None:
     at.compiler.free.clear()
     held = None if is_running else asyncio.create_task(at.load("n", path=at.file("n.keras")))
     if held is not None:
@@ -323,7 +323,7 @@ async def test_unloading_stops_a_load(at: CatalogHarness) -> None:
     assert at.live.statuses() == {}
 
 
-async def test_what_is_kept_drains(at: CatalogHarness) -> None:
+async def test_a_kept_version_drains(at: CatalogHarness) -> None:
     await at.load()
     at.engine.give("m", 1, sessions=2)
     await at.load(policy=SessionPolicy.KEEP)
@@ -399,7 +399,7 @@ async def test_unloading(at: CatalogHarness) -> None:
         await at.live.unload("m", 0, force=True)
 
 
-async def test_defaults_and_labels_of_what_is_not_there(at: CatalogHarness) -> None:
+async def test_defaults_and_labels_of_missing_versions(at: CatalogHarness) -> None:
     await at.load()
     for wrong in (
         at.live.unload("m", 9, force=True),
@@ -423,7 +423,7 @@ async def test_defaults_and_labels_of_what_is_not_there(at: CatalogHarness) -> N
     assert at.live.status("m")[0].labels == ()
 
 
-async def test_a_tenant_may_load_so_many(tmp_path: Path) -> None:
+async def test_a_tenant_may_load_a_limited_number_of_versions(tmp_path: Path) -> None:
     at = CatalogHarness(tmp_path, quotas=ModelQuota(2))
     await at.load("own", is_charged=False)
     await at.load(tenant="acme")

@@ -39,7 +39,14 @@ def _uploading(tmp_path: Path, max_bytes: int = 100) -> CatalogHarness:
     return at
 
 
-async def test_nothing_is_taken_unless_the_server_was_told_to(at: CatalogHarness) -> None:
+async def _sent(at: CatalogHarness) -> str:
+    """Send a file. Returns its token."""
+    upload = await at.live.begin_upload("m.keras", "")
+    await upload.write(b"x")
+    return (await upload.finish()).token
+
+
+async def test_nothing_is_accepted_unless_uploads_are_allowed(at: CatalogHarness) -> None:
     for wrong in (at.live.begin_upload("m.keras", ""), at.load(path="", upload="u-1")):
         with pytest.raises(UploadOff, match="--allow-model-upload"):
             await wrong
@@ -73,12 +80,10 @@ async def test_an_upload_is_loaded_deleted_and_its_program_kept_until_it_is_unlo
     assert not kept.exists()
 
 
-async def test_who_sends_a_file_that_nothing_keeps_is_told(tmp_path: Path) -> None:
+async def test_a_sender_of_an_unused_file_is_notified(tmp_path: Path) -> None:
     """As where servers share a store, which has no place for it."""
     at = CatalogHarness(tmp_path, uploads=Uploads(tmp_path / "uploads", 100, ManualClock()))
-    upload = await at.live.begin_upload("m.keras", "")
-    await upload.write(b"x")
-    await at.load(path="", upload=(await upload.finish()).token)
+    await at.load(path="", upload=await _sent(at))
     await at.load(version=2, keep_default=True)
     sent, found = at.live.status("m")
     assert sent.reason == NOT_KEPT
@@ -89,25 +94,21 @@ async def test_who_sends_a_file_that_nothing_keeps_is_told(tmp_path: Path) -> No
     assert (again.version, again.reason) == (1, ""), "it is another load"
 
 
-async def test_an_upload_whose_load_is_refused_can_be_loaded_otherwise(tmp_path: Path) -> None:
+async def test_an_upload_whose_load_is_refused_can_be_loaded_with_other_options(tmp_path: Path) -> None:
     at = _uploading(tmp_path)
     await at.load()
-    upload = await at.live.begin_upload("m.keras", "")
-    await upload.write(b"x")
-    sent = await upload.finish()
+    token = await _sent(at)
     with pytest.raises(VersionExists):
-        await at.load(version=1, path="", upload=sent.token)
-    assert (await at.load(path="", upload=sent.token)).version == 2
+        await at.load(version=1, path="", upload=token)
+    assert (await at.load(path="", upload=token)).version == 2
 
 
 async def test_an_upload_that_fails_to_load_is_deleted(tmp_path: Path) -> None:
     at = _uploading(tmp_path)
     at.compiler.error = ModelError("no")
-    upload = await at.live.begin_upload("m.keras", "")
-    await upload.write(b"x")
-    sent = await upload.finish()
+    token = await _sent(at)
     with pytest.raises(ModelLoadFailed):
-        await at.load(path="", upload=sent.token)
+        await at.load(path="", upload=token)
     assert list((tmp_path / "uploads").iterdir()) == []
     assert not (tmp_path / "kept").exists()
 

@@ -19,6 +19,11 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(root: Path) -> ModelFolder:
+    return ModelFolder(root)
+
+
 def put(root: Path, *files: str) -> None:
     for name in files:
         path = root / name
@@ -42,10 +47,10 @@ def settled(folder: ModelFolder) -> Look:
     return folder.look()
 
 
-def test_both_layouts_and_both_kinds_of_file(root: Path) -> None:
+def test_both_layouts_and_both_kinds_of_file(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras", "forecast/3.stepwell", "forecast/12/any.keras", "words/2/model.stepwell")
     put(root, "forecast/12/README.md", "forecast/config.pbtxt", "README.md", "words/labels.txt")
-    look = settled(ModelFolder(root))
+    look = settled(folder)
     assert files_of(root, look) == {
         "forecast": {1: "forecast/1.keras", 3: "forecast/3.stepwell", 12: "forecast/12/any.keras"},
         "words": {2: "words/2/model.stepwell"},
@@ -53,16 +58,16 @@ def test_both_layouts_and_both_kinds_of_file(root: Path) -> None:
     assert look.problems == {}
 
 
-def test_nothing_is_taken_at_the_first_look(root: Path) -> None:
+def test_nothing_is_taken_at_the_first_look(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras")
-    folder = ModelFolder(root)
     assert folder.look().versions == {}
     assert files_of(root, folder.look()) == {"forecast": {1: "forecast/1.keras"}}
 
 
-def test_a_file_that_is_being_written_is_taken_when_two_looks_find_it_the_same(root: Path) -> None:
+def test_a_file_that_is_being_written_is_taken_when_two_looks_find_it_the_same(
+    root: Path, folder: ModelFolder
+) -> None:
     put(root, "forecast/1.keras")
-    folder = ModelFolder(root)
     settled(folder)
     with open(root / "forecast" / "2.keras", "wb", buffering=0) as file:
         for piece in (b"a", b"bc"):
@@ -71,9 +76,8 @@ def test_a_file_that_is_being_written_is_taken_when_two_looks_find_it_the_same(r
     assert sorted(folder.look().versions["forecast"]) == [1, 2]
 
 
-def test_a_file_that_is_written_over_has_another_stamp_once_it_is_whole(root: Path) -> None:
+def test_an_overwritten_file_has_another_stamp_once_it_is_whole(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras")
-    folder = ModelFolder(root)
     first = settled(folder).versions["forecast"][1]
     (root / "forecast/1.keras").write_bytes(b"something longer")
     assert folder.look().versions["forecast"][1] == first
@@ -83,16 +87,15 @@ def test_a_file_that_is_written_over_has_another_stamp_once_it_is_whole(root: Pa
 @pytest.mark.parametrize(
     "name", ["forecast/.2.keras.x1", "forecast/2.keras.tmp", "forecast/.2.keras", ".x/1.keras"]
 )
-def test_hidden_and_temporary_files_are_passed_over(root: Path, name: str) -> None:
+def test_hidden_and_temporary_files_are_passed_over(root: Path, folder: ModelFolder, name: str) -> None:
     put(root, "forecast/1.keras", name)
-    look = settled(ModelFolder(root))
+    look = settled(folder)
     assert files_of(root, look) == {"forecast": {1: "forecast/1.keras"}}
     assert look.problems == {}
 
 
-def test_a_version_is_gone_when_two_looks_miss_it(root: Path) -> None:
+def test_a_version_is_gone_when_two_looks_miss_it(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras", "forecast/2/model.keras")
-    folder = ModelFolder(root)
     settled(folder)
     (root / "forecast/1.keras").unlink()
     (root / "forecast/2/model.keras").unlink()
@@ -137,24 +140,22 @@ def test_a_version_is_gone_when_two_looks_miss_it(root: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_is_left_out_with_its_reason(
-    root: Path, files: list[str], at: str, why: str
+def test_unusable_files_are_left_out_with_the_reason(
+    root: Path, folder: ModelFolder, files: list[str], at: str, why: str
 ) -> None:
     put(root, "other/7.keras", *files)
-    folder = ModelFolder(root)
     look = settled(folder)
     assert files_of(root, look) == {"other": {7: "other/7.keras"}}
     assert list(problems_of(root, look)) == [at]
     assert re.fullmatch(why, look.problems[str(root / at)])
     assert look.new_problems == look.problems
-    # told once
+    # reported once
     again = folder.look()
     assert (again.problems, again.new_problems) == (look.problems, {})
 
 
-def test_a_problem_that_comes_back_is_told_again(root: Path) -> None:
+def test_a_problem_that_returns_is_reported_again(root: Path, folder: ModelFolder) -> None:
     put(root, "x.keras")
-    folder = ModelFolder(root)
     settled(folder)
     (root / "x.keras").unlink()
     assert settled(folder).problems == {}
@@ -163,8 +164,7 @@ def test_a_problem_that_comes_back_is_told_again(root: Path) -> None:
     assert list(folder.look().new_problems) == [str(root / "x.keras")]
 
 
-def test_what_is_a_problem_for_a_moment_only_is_not_told(root: Path) -> None:
-    folder = ModelFolder(root)
+def test_a_momentary_problem_is_not_reported(root: Path, folder: ModelFolder) -> None:
     settled(folder)
     (root / "forecast" / "1").mkdir(parents=True)
     assert folder.look().problems == {}
@@ -173,9 +173,8 @@ def test_what_is_a_problem_for_a_moment_only_is_not_told(root: Path) -> None:
     assert (files_of(root, look), look.problems) == ({"forecast": {1: "forecast/1/model.keras"}}, {})
 
 
-def test_a_second_file_leaves_the_version_that_was_there(root: Path) -> None:
+def test_a_second_file_leaves_the_version_that_was_there(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras")
-    folder = ModelFolder(root)
     before = settled(folder)
     put(root, "forecast/1.stepwell")
     after = settled(folder)
@@ -183,13 +182,13 @@ def test_a_second_file_leaves_the_version_that_was_there(root: Path) -> None:
     assert list(problems_of(root, after)) == ["forecast/1.stepwell"]
 
 
-def test_links_within_the_folder_are_followed(root: Path) -> None:
+def test_links_within_the_folder_are_followed(root: Path, folder: ModelFolder) -> None:
     put(root, ".data/1.keras", ".data/2/model.keras", "real/1.keras")
     (root / "forecast").mkdir()
     (root / "forecast/1.keras").symlink_to("../.data/1.keras")
     (root / "forecast/2").symlink_to("../.data/2")
     (root / "alias").symlink_to("real")
-    assert files_of(root, settled(ModelFolder(root))) == {
+    assert files_of(root, settled(folder)) == {
         "alias": {1: "alias/1.keras"},
         "forecast": {1: "forecast/1.keras", 2: "forecast/2/model.keras"},
         "real": {1: "real/1.keras"},
@@ -213,33 +212,34 @@ def test_the_folder_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
         ("forecast", "v"),
     ],
 )
-def test_a_link_out_of_the_folder_is_refused(root: Path, tmp_path: Path, link: str, leads_to: str) -> None:
+def test_a_link_out_of_the_folder_is_refused(
+    root: Path, folder: ModelFolder, tmp_path: Path, link: str, leads_to: str
+) -> None:
     outside = tmp_path / "outside"
     put(outside, "m.keras", "v/1.keras")
     (root / link).parent.mkdir(parents=True, exist_ok=True)
     (root / link).symlink_to(outside / leads_to)
-    look = settled(ModelFolder(root))
+    look = settled(folder)
     assert look.versions == {}
     target = os.path.realpath(outside / leads_to)
     assert problems_of(root, look) == {link: f"must not lead out of {root}; it leads to {target}"}
 
 
 def test_a_served_version_that_is_replaced_by_a_link_outside_stays_what_it_was(
-    root: Path, tmp_path: Path
+    root: Path, folder: ModelFolder, tmp_path: Path
 ) -> None:
     put(root, "forecast/1.keras")
-    folder = ModelFolder(root)
     before = settled(folder)
     (root / "forecast/1.keras").unlink()
     (root / "forecast/1.keras").symlink_to(tmp_path)
     assert settled(folder).versions == before.versions
 
 
-def test_a_link_to_nothing_and_what_is_no_file(root: Path) -> None:
+def test_broken_links_and_special_files_are_left_out(root: Path, folder: ModelFolder) -> None:
     (root / "forecast").mkdir()
     (root / "forecast/1.keras").symlink_to("gone.keras")
     os.mkfifo(root / "forecast/2.keras")
-    look = settled(ModelFolder(root))
+    look = settled(folder)
     assert look.versions == {}
     assert problems_of(root, look) == {
         "forecast/1.keras": "cannot be read: No such file or directory",
@@ -247,9 +247,8 @@ def test_a_link_to_nothing_and_what_is_no_file(root: Path) -> None:
     }
 
 
-def test_a_folder_that_cannot_be_read_changes_nothing(root: Path) -> None:
+def test_a_folder_that_cannot_be_read_changes_nothing(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras", "words/1.keras")
-    folder = ModelFolder(root)
     before = settled(folder)
     away = root.with_name("away")
     root.rename(away)
@@ -261,9 +260,8 @@ def test_a_folder_that_cannot_be_read_changes_nothing(root: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_name_that_cannot_be_read_changes_nothing_of_it(root: Path) -> None:
+def test_a_name_that_cannot_be_read_changes_nothing_of_it(root: Path, folder: ModelFolder) -> None:
     put(root, "forecast/1.keras", "words/1.keras")
-    folder = ModelFolder(root)
     before = settled(folder)
     (root / "forecast").chmod(0)
     try:
@@ -306,7 +304,7 @@ def test_policies_choose_versions(text: str, chosen: set[int], written: str) -> 
 @pytest.mark.parametrize(
     "text", ["", "latest 0", "latest two", "latest 1 2", "newest", "1,", "1,1", "0", "01", "1;2"]
 )
-def test_what_is_no_policy(text: str) -> None:
+def test_invalid_policies_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^must be 'latest N' .* got ") as caught:
         VersionPolicy.parse(text)
     assert str(caught.value).endswith(repr(text))

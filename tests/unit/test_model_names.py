@@ -57,7 +57,7 @@ def test_a_reference_is_read_and_written_alike(text: str, expected: ModelRef) ->
         ("a:b/c", "LABEL 1 to 64"),
     ],
 )
-def test_what_is_no_reference_is_refused_with_the_rule(text: str, rule: str) -> None:
+def test_invalid_references_are_refused_with_the_rule(text: str, rule: str) -> None:
     with pytest.raises(ValueError, match=r"^must be NAME, NAME@VERSION or NAME:LABEL, with ") as caught:
         parse_reference(text)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""Which files a server begins with, and what is said where they are not what the operator thinks."""
+"""Which files a server begins with, and what it reports where they differ from what the operator expects."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_policy_chooses_the_highest_first(root: Path) -> None:
     ]
 
 
-def test_all_versions_of_the_command_line_are_served_beside_the_folder(
+def test_all_versions_of_the_command_line_are_served_with_those_of_the_folder(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = root / "words/3.stepwell"
@@ -111,7 +111,7 @@ def test_the_default_that_was_loaded_by_a_call_stays_it(
     assert forecast.choice(()) == [10]
 
 
-def test_what_is_left_out_is_told(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_omissions_are_reported(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "forecast/last.keras").touch()
     assert len(begin(root)) == 2
     told = logged(caplog)["a part of --models is not served"]
@@ -119,7 +119,7 @@ def test_what_is_left_out_is_told(root: Path, caplog: pytest.LogCaptureFixture) 
     assert "must be named by its version" in told["reason"]
 
 
-def test_a_folder_without_models_is_refused_with_what_is_wrong(
+def test_a_folder_without_models_is_refused_with_its_problems(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "1.keras").touch()

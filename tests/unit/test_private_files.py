@@ -37,7 +37,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.parametrize("umask", [0o000, 0o777], indirect=True)
 @pytest.mark.usefixtures("umask")
-def test_what_is_made_is_private_whatever_the_umask(tmp_path: Path) -> None:
+def test_created_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     make_folder(tmp_path / "a" / "b", HOLDS)
     assert [mode(tmp_path / "a"), mode(tmp_path / "a" / "b")] == ["0700", "0700"]
     file = tmp_path / "a" / "secret"

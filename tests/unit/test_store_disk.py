@@ -84,7 +84,7 @@ class Two:
         session_id, number = chance.choice(KNOWN), next(self._numbers)
         if session_id in self._lives:
             self._commit(Batch(deletes=[session_id], counts=[("m", -1)]))
-        # of one id and one time two sessions are told apart by the call that made them, and the other way round
+        # sessions of one id and one time differ by the call that opened them, and vice versa
         facts: dict[str, Any] = chance.choice(
             [{"created": float(number)}, {"opened_with": number}, {"created": number, "opened_with": 7}]
         )
@@ -188,7 +188,7 @@ def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
 
 
-def test_what_is_read_while_segments_rotate_never_goes_back(path: Path) -> None:
+def test_reads_never_go_back_while_segments_rotate(path: Path) -> None:
     store, done, problems = opened(path), threading.Event(), list[BaseException]()
     begin(store, "a", "b")
 
@@ -247,7 +247,7 @@ def test_a_segment_is_not_truncated_while_someone_reads_in_it(
         return pread(file, size, at)
 
     monkeypatch.setattr(os, "pread", read)
-    wal = wal_of(store)  # whose lock nothing but chance would show to be wanted by two
+    wal = wal_of(store)  # contention for its lock would show only by chance
     monkeypatch.setattr(wal, "_looking", Watched(wal._looking, go_on))
     reader = threading.Thread(target=lambda: found.append(bytes(store.get(changed[0]) or b"")))
     reader.start()
@@ -263,7 +263,7 @@ def test_a_segment_is_not_truncated_while_someone_reads_in_it(
 
 
 @DURABILITIES
-def test_what_is_ended_never_comes_back(path: Path, durability: Durability) -> None:
+def test_ended_sessions_never_return(path: Path, durability: Durability) -> None:
     store = opened(path, durability)
     begin(store, "a", "b")
     put(store, "a", "b", revision=7)
@@ -299,7 +299,7 @@ def test_a_session_that_is_opened_under_the_id_of_an_old_one_is_the_new_one(
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def test_what_is_in_both_journals_is_that_of_the_later_one(path: Path) -> None:
+def test_the_later_journal_wins(path: Path) -> None:
     store = opened(path)
     changed = fill_one(store)
     put(store, changed[0], revision=2)
@@ -348,7 +348,7 @@ def test_closing_checkpoints_everything(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [SEGMENT_BYTES // 2 - 200, SEGMENT_BYTES - 200, 3 * SEGMENT_BYTES])
-def test_what_is_large_for_a_segment_is_kept_as_well(path: Path, size: int) -> None:
+def test_changes_too_large_for_a_segment_are_kept(path: Path, size: int) -> None:
     store = opened(path)
     begin(store, "a", "b")
     wanted = {"a": 0, "b": 0}

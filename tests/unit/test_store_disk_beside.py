@@ -17,6 +17,7 @@ from stepwell_server.errors import StoreGone, Unavailable
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.disk.store import DiskStore
+from support.stores.broken_disk import failing
 from support.stores.disk_store import (
     DURABILITIES,
     base_of,
@@ -119,7 +120,7 @@ def test_large_changes_leave_room_for_small_ones(path: Path) -> None:
     assert sum(append(store, "a", revision=revision) for revision in range(2, 300)) > 200
 
 
-def test_without_room_it_says_so_and_a_commit_makes_some(path: Path) -> None:
+def test_without_room_it_reports_that_and_a_commit_makes_room(path: Path) -> None:
     store = opened(path)
     begin(store, *(names := [f"s{number}" for number in range(200)]))
     place = next(place for place, name in enumerate(names) if not append(store, name, revision=1))
@@ -190,12 +191,8 @@ def test_what_could_not_be_written_is_left_to_a_commit(
 ) -> None:
     store = opened(path)
     begin(store, "a")
-
-    def fail(*_: Any) -> Any:
-        raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(wal_of(store), "append", fail)
+        patch.setattr(wal_of(store), "append", failing(error))
         assert not append(store, "a", revision=1)
     put(store, "a", revision=1)
     assert revisions(store) == {"a": 1}

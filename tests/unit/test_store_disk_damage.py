@@ -84,7 +84,7 @@ def test_a_damaged_segment_is_a_warning_where_the_power_may_take_changes(
     assert revisions(store) == {"a": 2, "b": 0}
 
 
-def test_what_lies_behind_damage_never_comes_back(path: Path) -> None:
+def test_changes_behind_damage_never_return(path: Path) -> None:
     copy, _ = damaged(path, "async")
     store = opened(copy, "async")
     put(store, "b", revision=1)
@@ -213,7 +213,7 @@ class Last:
 def test_a_loss_of_power_takes_nothing_but_the_change_that_was_not_acknowledged(
     path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Nor does what is left of that come back, however it goes on."""
+    """Nor does the rest of that change return later."""
     chance, names = random.Random(seed), list("abcdefghijkl")
     monkeypatch.setattr(os, "pwritev", last := Last())
     store = opened(path, "sync")

@@ -1,8 +1,7 @@
-"""Writes that reached the disk though they were said to have failed: whatever is found of them, all agree on it from then on."""
+"""Writes that reached the disk although they failed: all later reads agree on whether they exist."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +14,12 @@ from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.record import RecordBytes
+from support.stores.broken_disk import io_error
 from support.stores.disk_store import begin, crash_copy, fill_one, killed, opened, put, record, revisions
 
 
-def fail(*_: Any) -> Any:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
 def doubtful(path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch) -> DiskStore:
-    """A store that has `a` in its segment, and kept a batch in LMDB that was said to have failed."""
+    """A store that has `a` in its segment, and a batch in LMDB whose commit failed."""
     store = opened(path)
     begin(store, "a", "b")
     put(store, "a", revision=1)
@@ -31,10 +27,10 @@ def doubtful(path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch) -> DiskS
 
     def late(self: LmdbStore, batch: Batch) -> None:
         commit(self, batch)
-        fail()
+        io_error()
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", fail)
+        patch.setattr(os, "pwritev", io_error)
         patch.setattr(LmdbStore, "_commit", late)
         with pytest.raises(Unavailable):
             store.commit(batch)
@@ -46,7 +42,7 @@ ENDED = Batch(deletes=["a"])
 
 
 @pytest.mark.parametrize("batch", [CHANGED, ENDED], ids=["put", "end"])
-def test_what_is_read_after_a_failed_commit_is_what_the_next_start_reads(
+def test_reads_after_a_failed_commit_agree_with_the_next_start(
     path: Path, monkeypatch: pytest.MonkeyPatch, batch: Batch
 ) -> None:
     store = doubtful(path, monkeypatch, batch)
@@ -56,7 +52,7 @@ def test_what_is_read_after_a_failed_commit_is_what_the_next_start_reads(
     assert again.get("a") == found
 
 
-def test_what_was_read_is_what_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_after_a_failed_commit_stay_consistent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = doubtful(path, monkeypatch, CHANGED)
     for revision in range(revisions(store)["a"] + 1, 6):
         put(store, "a", revision=revision)
@@ -66,7 +62,7 @@ def test_what_was_read_is_what_goes_on(path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-def test_what_goes_on_unread_is_kept_as_well(
+def test_changes_after_an_unread_failed_commit_are_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch, is_read: bool
 ) -> None:
     store = doubtful(path, monkeypatch, CHANGED)
@@ -98,7 +94,7 @@ def test_a_session_that_has_ended_all_the_same_is_not_checkpointed_again(
 def test_a_reader_forgets_nothing_that_is_later_than_what_it_looked_at(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two read what is in doubt; one of them has gone on by the time the other comes to its end."""
+    """Two read a doubtful session; one of them has changed it before the other returns."""
     store = doubtful(path, monkeypatch, CHANGED)
     later = store._later  # between a reader's look and its end there is nothing else to take hold of
 
@@ -125,7 +121,7 @@ def test_a_segment_that_was_truncated_though_that_failed_is_no_damage(
         written = pwritev(file, buffers, at, flags)
         if at == 0:
             failures.append(at)
-            fail()
+            io_error()
         return written
 
     wanted, revision = revisions(store), 2

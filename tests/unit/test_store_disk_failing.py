@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from stepwell_server.errors import Unavailable
 from stepwell_server.store.base import Batch, End, StoreError, Tombstone
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
+from support.stores.broken_disk import io_error, no_space
 from support.stores.disk_store import (
     DURABILITIES,
     SEGMENT_BYTES,
@@ -31,15 +31,6 @@ from support.stores.disk_store import (
     revisions,
     warnings,
 )
-
-
-def fail(*_: Any) -> Any:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def full(*_: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
 
 # ------------------------------------------------------------------------------------------------------- no segments
 
@@ -86,7 +77,7 @@ def test_where_one_of_the_segments_cannot_be_preallocated_it_starts_without(
 
     def some(file: int, data: Any, at: int) -> int:
         is_it = os.readlink(f"/proc/self/fd/{file}").endswith(f"wal/{which}")
-        return int(full() if is_it else pwrite(file, data, at))
+        return int(no_space() if is_it else pwrite(file, data, at))
 
     monkeypatch.setattr(os, "pwrite", some)
     for revision in range(3):
@@ -142,7 +133,7 @@ def test_a_segment_that_cannot_be_read_stops_the_start(
     put(store, "a", revision=1)
     copy = crash_copy(store)
     store.close()
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "pread", io_error)
     with pytest.raises(StoreError, match=f"the write-ahead log in {copy / 'wal'} must be readable: "):
         opened(copy, durability)
     monkeypatch.undo()
@@ -161,7 +152,7 @@ def test_after_a_clean_stop_the_log_is_not_needed(path: Path, durability: Durabi
     assert revisions(store) == {"a": 1}
 
 
-def test_the_log_of_another_store_are_told(path: Path) -> None:
+def test_the_log_of_another_store_is_refused(path: Path) -> None:
     copies = []
     for name in ("one", "other"):
         store = opened(path / name, "sync")
@@ -179,14 +170,14 @@ def test_the_log_of_another_store_are_told(path: Path) -> None:
 # --------------------------------------------------------------------------------------------- writes and reads that fail
 
 
-def test_what_a_segment_does_not_take_goes_to_lmdb(
+def test_changes_that_a_segment_refuses_go_to_lmdb(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened(path)
     begin(store, "a", "b")
     put(store, "a", "b", revision=1)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", fail)
+        patch.setattr(os, "pwritev", io_error)
         put(store, "a", revision=2)
         put(store, "a", revision=3)
     (warning,) = warnings(caplog)
@@ -206,8 +197,8 @@ def test_where_lmdb_fails_too_nothing_changes(path: Path, monkeypatch: pytest.Mo
     begin(store, "a", "b")
     put(store, "a", revision=1)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", fail)
-        patch.setattr(LmdbStore, "_commit", full)
+        patch.setattr(os, "pwritev", io_error)
+        patch.setattr(LmdbStore, "_commit", no_space)
         for change in (
             Batch(puts=[("a", record("a", 2)), ("b", record("b", 2))]),
             Batch(deletes=["a"], tombstones=[Tombstone("a", End.CLOSED, 1.0)]),
@@ -235,7 +226,7 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_log_has_room(
     fill_one(store)
     names, kept = list(revisions(store)), revisions(store)
     with monkeypatch.context() as patch:
-        patch.setattr(LmdbStore, "_commit", full)
+        patch.setattr(LmdbStore, "_commit", no_space)
         for number in range(100):
             store.checkpoint()
             try:
@@ -256,14 +247,14 @@ def test_while_lmdb_takes_nothing_changes_are_kept_as_long_as_the_log_has_room(
     assert revisions(store) == kept | {names[0]: 9}
 
 
-def test_what_could_not_be_checkpointed_at_the_end_is_there_at_the_next_start(
+def test_changes_not_checkpointed_at_the_end_are_there_at_the_next_start(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = opened(path)
     fill_one(store)
     wanted = revisions(store)
     with monkeypatch.context() as patch:
-        patch.setattr(LmdbStore, "_commit", full)
+        patch.setattr(LmdbStore, "_commit", no_space)
         store.close()
     assert warnings(caplog)[0].startswith("the write-ahead log keeps what could not be checkpointed: ")
     store = opened(path)
@@ -275,7 +266,7 @@ def test_a_segment_that_cannot_be_read_is_unavailable(path: Path, monkeypatch: p
     begin(store, "a")
     put(store, "a", revision=1)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", fail)
+        patch.setattr(os, "pread", io_error)
         for read in (
             lambda: store.get("a"),
             lambda: store.get_many(["a"]),
@@ -305,7 +296,7 @@ def test_a_change_waits_for_the_disk_only_if_it_must(
     assert flags == [os.RWF_DSYNC if durability == "sync" else 0] * 2
 
 
-def test_a_closed_store_says_so(path: Path) -> None:
+def test_a_closed_store_refuses_calls(path: Path) -> None:
     store = opened(path)
     begin(store, "a")
     store.close()

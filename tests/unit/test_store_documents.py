@@ -1,4 +1,4 @@
-"""Documents: kept together with sessions by every store, each told apart from a damaged or a missing one."""
+"""Documents: every store keeps them together with sessions, and reports corrupt and missing ones."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from support.stores.disk_store import (
     committed,
     crash_copy,
     end,
+    flip_in_lmdb,
     killed,
     opened,
     opened_base,
@@ -208,17 +209,6 @@ def path(tmp_path: Path) -> Path:
 SESSIONS = {"a": 3, "b": 0}
 
 
-def flip(path: Path, what: bytes, at: int, bit: int = 1, *, places: int | None = None) -> None:
-    """Change a bit at an offset from where some bytes stand in the data file, wherever or in the first places."""
-    file = path / "sessions" / "data.mdb"
-    data = bytearray(file.read_bytes())
-    found = [place for place in range(len(data)) if data.startswith(what, place)]
-    assert found
-    for place in found[:places]:
-        data[place + at] ^= 1 << bit
-    file.write_bytes(data)
-
-
 def value_of(name: str) -> bytes:
     value = in_lmdb.item(name, DOCUMENTS[name]).value
     assert value is not None
@@ -226,7 +216,7 @@ def value_of(name: str) -> bytes:
 
 
 def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) -> None:
-    flip(path, b"content of a", 3)
+    flip_in_lmdb(path, b"content of a", 3)
     store = opened(path)
     rule = "^document 'model/a' must be intact; it is corrupt: stepwell store verify gives details"
     for prefix in ("", "model/", "model/a"):
@@ -242,7 +232,7 @@ def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) 
     assert (revisions(store), store.damage) == (SESSIONS, "")
     begin(store, "new")
     store.commit(Batch(documents=[("model/a", b"anew")]))
-    assert store.documents() == DOCUMENTS | {"model/a": b"anew"}, "who writes it anew has it"
+    assert store.documents() == DOCUMENTS | {"model/a": b"anew"}, "a rewritten document is sound"
     store.close()
     assert verification.verify(path, None).problems == []
 
@@ -251,7 +241,7 @@ def test_one_that_is_damaged_is_named_and_nothing_else_is_concerned(path: Path) 
 def test_no_bit_of_it_can_change_unnoticed(path: Path, at: int) -> None:
     """Not one of its key, which stands before its value, either."""
     key = b"model/a"
-    flip(path, key + value_of("model/a"), at, at % 8)
+    flip_in_lmdb(path, key + value_of("model/a"), at, at % 8)
     store = opened(path)
     with pytest.raises(DocumentsCorrupt) as error:
         store.documents()
@@ -272,8 +262,8 @@ def test_no_bit_of_it_can_change_unnoticed(path: Path, at: int) -> None:
     assert store.documents("model/a") == ({"model/a": b"content of a"} if kept else {})
 
 
-def test_one_written_anew_beside_a_damaged_key_is_not_mixed_up_with_it(path: Path) -> None:
-    flip(path, b"model/a" + value_of("model/a"), 0)
+def test_a_rewritten_document_is_distinct_from_its_damaged_key(path: Path) -> None:
+    flip_in_lmdb(path, b"model/a" + value_of("model/a"), 0)
     store = opened(path)
     store.commit(Batch(documents=[("model/a", b"anew")]))
     with pytest.raises(DocumentsCorrupt) as error:
@@ -286,7 +276,7 @@ def test_one_written_anew_beside_a_damaged_key_is_not_mixed_up_with_it(path: Pat
     assert store.documents() == DOCUMENTS | {"model/a": b"anew"}
 
 
-def test_one_that_is_missing_is_missed(path: Path, tmp_path: Path) -> None:
+def test_a_missing_document_is_noticed(path: Path, tmp_path: Path) -> None:
     with (
         lmdb.open(str(path / "sessions"), max_dbs=9) as environment,
         environment.begin(write=True) as transaction,
@@ -361,7 +351,7 @@ def test_they_are_in_a_backup_and_in_the_store_made_of_it(path: Path, tmp_path: 
 
 
 def test_a_damaged_one_is_in_a_backup_as_it_is(path: Path, tmp_path: Path) -> None:
-    flip(path, b"content of a", 3)
+    flip_in_lmdb(path, b"content of a", 3)
     assert backup.back_up(path, tmp_path / "backup", CLOCK).damaged_documents == 1
     found = verification.verify_backup(tmp_path / "backup", None)
     assert found.problems == ["1 documents are corrupt"]
@@ -387,7 +377,7 @@ def test_a_backup_without_some_of_them_is_refused(path: Path, tmp_path: Path) ->
     assert not (tmp_path / "to").exists()
 
 
-def test_a_store_that_is_encrypted_anew_or_decrypted_has_them(path: Path) -> None:
+def test_a_rekeyed_or_decrypted_store_keeps_documents(path: Path) -> None:
     for decrypt in (False, True):
         repair.rekey(path, CLOCK, RING, decrypt=decrypt)
         assert verification.verify(path, RING).problems == []
@@ -404,13 +394,13 @@ def run(*arguments: object, code: int = 0) -> str:
     return found.output
 
 
-def test_the_commands_say_so(path: Path, tmp_path: Path) -> None:
+def test_the_commands_report_documents(path: Path, tmp_path: Path) -> None:
     assert "documents   4\n" in run("verify", path)
     assert json.loads(run("backup", path, tmp_path / "backup", "--json"))["documents"] == 4
     assert json.loads(run("restore", tmp_path / "backup", tmp_path / "to", "--json"))["documents"] == 4
     assert "lost:" not in run("repair", tmp_path / "to")
     subprocess.run(["cp", "-r", path, tmp_path / "damaged"], check=True)
-    flip(tmp_path / "damaged", b"content of a", 3)
+    flip_in_lmdb(tmp_path / "damaged", b"content of a", 3)
     said = run("verify", tmp_path / "damaged", code=1)
     assert "damaged documents: 'model/a'\n" in said
     assert "wrong: 1 documents are corrupt\n" in said

@@ -61,7 +61,7 @@ def in_files(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
 
 
-def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> None:
+def test_records_are_unchanged_and_no_file_contains_a_state(tmp_path: Path) -> None:
     disk = opened(tmp_path / "data")
     store = encrypted(disk, Keyring(KEYS))
     fields = {VERSION: bytes(16), 7: b"later"}
@@ -99,7 +99,7 @@ def test_what_is_kept_is_the_same_and_no_file_has_a_state(tmp_path: Path) -> Non
     store.close()
 
 
-def test_a_store_that_was_not_encrypted_goes_on_and_is_little_by_little(tmp_path: Path) -> None:
+def test_an_existing_store_is_encrypted_gradually(tmp_path: Path) -> None:
     disk = opened(tmp_path)
     disk.commit(Batch(puts=[(i, a_record(i)) for i in "ab"], counts=[("m", 2)]))
     store = encrypted(disk, Keyring(KEYS))
@@ -165,7 +165,7 @@ def test_a_server_that_knows_no_encryption_refuses_the_record(
     assert records.header_or_none("a", sealed) is None
 
 
-def test_no_nonce_comes_twice(sealer: Sealer) -> None:
+def test_nonces_are_never_repeated(sealer: Sealer) -> None:
     ids = [f"s{n}" for n in range(50)]
     sealed = [
         r for _ in range(20) for _, r in sealer.seal(JoinedPuts([template(ids), [("a", a_record("a"))]]))
@@ -207,7 +207,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_what_is_no_key_file(tmp_path: Path, text: str) -> None:
+def test_invalid_key_files_are_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
     file.touch(0o600)
     file.write_text(text)

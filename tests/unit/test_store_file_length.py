@@ -1,4 +1,4 @@
-"""A data file whose last pages were never written is whole; one that was cut off is refused before anybody reads behind its end."""
+"""A data file whose last pages were never written is whole; a truncated one is refused before reads behind its end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data_of(path: Path) -> Path:
 
 
 def with_holes(path: Path, kind: str) -> tuple[set[str], int]:
-    """Make a store whose last pages were never written; its sessions, and how many pages it has."""
+    """Make a store whose last pages were never written. Returns its sessions and its number of pages."""
     store = opened_base(path)
     names = [f"s{n}" for n in range(5 if kind == "few" else 1500)]
     begin(store, *names, size=5000)
@@ -76,7 +76,7 @@ def test_pages_that_were_never_written_are_holes(tmp_path: Path, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["few", "deep"])
-def test_wherever_it_is_cut_nobody_reads_behind_its_end(tmp_path: Path, kind: str) -> None:
+def test_nothing_is_read_behind_any_truncation(tmp_path: Path, kind: str) -> None:
     _, pages = with_holes(tmp_path / "data", kind)
     paths = list[Path]()
     for left in [*range(pages, max(pages - 15, 3), -1), pages // 2, 3]:

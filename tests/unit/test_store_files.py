@@ -22,6 +22,7 @@ from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
 from support.processes import opened_below
+from support.stores.broken_disk import no_space
 from support.stores.disk_store import begin, fill_one, opened, opened_base, put, revisions
 
 PARTS = ["", "server.lock", "sessions/data.mdb", "wal/0", "wal/1"]
@@ -45,9 +46,7 @@ def replace(path: Path) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("how", [remove, rename, replace])
-def test_what_is_not_in_its_place_any_more_ends_the_store(
-    path: Path, part: str, how: Callable[[Path], None]
-) -> None:
+def test_a_moved_store_file_ends_the_store(path: Path, part: str, how: Callable[[Path], None]) -> None:
     store = opened(path, "sync")
     begin(store, "a")
     assert not store.check().problem
@@ -161,7 +160,7 @@ def test_others_with_the_same_name_elsewhere_are_no_concern(tmp_path: Path) -> N
 
 
 @linux_only
-def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
+def test_a_name_held_by_another_user_does_not_stop_a_start(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened(path)
@@ -176,7 +175,7 @@ def test_a_name_that_another_user_holds_keeps_nobody_from_starting(
 @linux_only
 def test_the_name_of_a_mount_point_is_not_locked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two services may each have a mount of their own under one name."""
-    # a mount of one's own needs a user who may mount: so the question and what follows from it are tried apart
+    # a real mount needs privileges: the check and its consequence are tested separately
     assert lock_module._is_mount_point(Path("/proc"))
     assert not lock_module._is_mount_point(path)
     monkeypatch.setattr(lock_module, "_is_mount_point", lambda _: True)
@@ -228,7 +227,7 @@ class Free(NamedTuple):
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), 16, False),
     ],
 )
-def test_a_full_disk_is_told_from_a_broken_one(
+def test_a_full_disk_and_a_broken_one_are_distinguished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, blocks: int, is_full: bool
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: Free(blocks))
@@ -238,7 +237,7 @@ def test_a_full_disk_is_told_from_a_broken_one(
 
 
 @pytest.mark.parametrize("code", [errno.EFBIG, errno.EIO])
-def test_a_limit_on_files_is_told_from_a_broken_disk(
+def test_a_limit_on_files_and_a_broken_disk_are_distinguished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 8192))
@@ -248,14 +247,11 @@ def test_a_limit_on_files_is_told_from_a_broken_disk(
     )
 
 
-def test_who_changes_something_on_a_full_disk_is_told_that_it_is_full(
+def test_changes_on_a_full_disk_are_refused_with_that_reason(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     store = opened_base(path)
-    monkeypatch.setattr(LmdbStore, "_commit", full)
+    monkeypatch.setattr(LmdbStore, "_commit", no_space)
     with pytest.raises(
         Unavailable, match=rf"the disk of {path}/sessions is full, \d+ bytes are free \(.*No space left"
     ):

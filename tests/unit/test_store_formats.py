@@ -38,7 +38,7 @@ from support.stores.disk_store import begin, end, opened, put, record
 
 DATA = Path(__file__).parents[1] / "data"
 CLOCK = ManualClock()
-#: Of locks: who opens a store writes who it is, and LMDB who reads.
+#: Files of locks: a server that opens a store writes its name there, and LMDB its readers.
 _LOCKS = {"server.lock", "readers.lock", "lock.mdb"}
 
 
@@ -173,7 +173,7 @@ def test_forged_sessions_of_a_backup_are_reported_and_answer_for_themselves(tmp_
 @pytest.mark.parametrize(
     "head", [{"created": 1e300}, {"created": "nan"}, {"first_revision": -1}, {"first_revision": 2**64}]
 )
-def test_a_backup_whose_head_cannot_be_is_damaged(head: dict[str, object], tmp_path: Path) -> None:
+def test_a_backup_with_an_impossible_start_is_corrupt(head: dict[str, object], tmp_path: Path) -> None:
     store = opened(tmp_path / "data")
     store.close()
     backup.back_up(tmp_path / "data", tmp_path / "real", CLOCK)

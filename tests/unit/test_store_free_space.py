@@ -1,4 +1,4 @@
-"""What is said of a disk that is full, was full, or soon will be."""
+"""Reports of a disk that is full, was full, or soon will be."""
 
 from __future__ import annotations
 

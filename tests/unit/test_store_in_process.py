@@ -93,7 +93,7 @@ async def test_commits_that_wait_for_the_disk_wait_on_a_thread_one_at_a_time(
     await store.close()
 
 
-async def test_what_is_refused_in_place_is_refused_when_awaited(tmp_path: Path) -> None:
+async def test_refusals_in_place_equal_awaited_refusals(tmp_path: Path) -> None:
     store = opened("sync", tmp_path / "data")
     await store.close()
     with pytest.raises(Unavailable, match="it is closed"):
@@ -102,7 +102,7 @@ async def test_what_is_refused_in_place_is_refused_when_awaited(tmp_path: Path) 
         await store.count()
 
 
-def test_the_outcome_of_each_member_is_told() -> None:
+def test_the_outcome_of_each_member_is_reported() -> None:
     result = CommitResult(conflicts=frozenset({"a"}), unknown=frozenset({"b"}))
     assert [result.of(name) for name in NAMES] == [Outcome.CONFLICT, Outcome.UNKNOWN, Outcome.KEPT]
     assert ALL_KEPT.of("a") is Outcome.KEPT

@@ -1,4 +1,4 @@
-"""A session that a damaged key hides is missed: its absence is known, and it is not begun anew."""
+"""A session that a damaged key hides is known to be missing, and is not restarted."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import decode_header
+from support.stores.broken_disk import failing
 from support.stores.disk_store import opened_base, put, record
 from support.stores.records import decode, scan_local
 
@@ -45,7 +46,7 @@ def store(tmp_path: Path) -> Iterator[LmdbStore]:
 
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
-def test_what_is_committed_is_there_after_opening_again(tmp_path: Path, durability: Durability) -> None:
+def test_committed_changes_are_there_after_a_reopen(tmp_path: Path, durability: Durability) -> None:
     first = opened_base(tmp_path, durability)
     stone = Tombstone("gone", End.CLOSED, 12.5, closes=(2**64 - 1, 1), revision=3)
     first.commit(Batch(puts=[(i, record(i)) for i in ODD_IDS], tombstones=[stone]))
@@ -107,7 +108,7 @@ def test_the_value_under_a_digest_is_that_of_the_whole_id(store: LmdbStore) -> N
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
-def test_pages_of_a_scan_make_up_the_whole(store: LmdbStore, limit: int) -> None:
+def test_pages_of_a_scan_cover_the_whole_store(store: LmdbStore, limit: int) -> None:
     wanted = [f"user-{i:02}" for i in range(7)]
     put(store, "a", "user", "userx", *reversed(wanted), *ODD_IDS)
     found: list[str] = []
@@ -178,7 +179,7 @@ def test_tombstones_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
     assert [i for i in "abcdefgh" if store.tombstones([i])[0]] == ["f", "g", "h"]
 
 
-def test_a_tombstone_is_forgotten_when_its_id_is_opened_anew(store: LmdbStore) -> None:
+def test_a_tombstone_is_forgotten_when_its_id_is_reopened(store: LmdbStore) -> None:
     store.commit(Batch(tombstones=[Tombstone("a", End.EXPIRED, 1.0)]))
     store.commit(Batch(puts=[("a", record("a"))], forgets=["a"]))
     assert store.tombstones(["a"])[0] is None
@@ -233,7 +234,7 @@ def test_a_map_that_cannot_grow_is_unavailable_and_no_damage(
     assert ids(store) == ["a", "c"]
 
 
-def test_an_environment_that_gave_up_is_opened_anew(store: LmdbStore) -> None:
+def test_a_failed_environment_is_reopened(store: LmdbStore) -> None:
     class Broken:
         def __init__(self, environment: Any) -> None:
             self.close = environment.close
@@ -247,14 +248,10 @@ def test_an_environment_that_gave_up_is_opened_anew(store: LmdbStore) -> None:
     assert (revision(store, "a"), revision(store, "b")) == (2, 2)
 
 
-def test_opening_anew_is_tried_until_it_works(store: LmdbStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reopening_is_retried_until_it_works(store: LmdbStore, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, "a")
     with monkeypatch.context() as patch:
-
-        def refuse(*args: Any, **options: Any) -> None:
-            raise lmdb.DiskError("mdb_env_open")
-
-        patch.setattr(lmdb, "open", refuse)
+        patch.setattr(lmdb, "open", failing(lmdb.DiskError("mdb_env_open")))
         store._must_reopen = True  # as after a panic, which only damage brings about
         for _ in range(2):
             with pytest.raises(Unavailable, match="must be able to keep"):
@@ -265,7 +262,7 @@ def test_opening_anew_is_tried_until_it_works(store: LmdbStore, monkeypatch: pyt
     assert (revision(store, "a"), revision(store, "b")) == (0, 2)
 
 
-def test_a_closed_store_says_so(tmp_path: Path) -> None:
+def test_a_closed_store_refuses_calls(tmp_path: Path) -> None:
     store = opened_base(tmp_path)
     store.close()
     for use in (store.count, store.sync, lambda: store.get("a"), lambda: put(store, "a")):

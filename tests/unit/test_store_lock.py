@@ -20,7 +20,7 @@ def locked(path: Path, listen: str = "") -> DirectoryLock:
     return lock
 
 
-def test_the_second_is_told_who_has_it(tmp_path: Path) -> None:
+def test_the_second_server_learns_which_process_holds_the_store(tmp_path: Path) -> None:
     lock = locked(tmp_path)
     lock.set_listen("127.0.0.1:50051")
     with pytest.raises(StoreBusy, match=rf"process {os.getpid()} on .*, listening at 127.0.0.1:50051") as e:

@@ -35,7 +35,7 @@ def append(store: DiskStore, *session_ids: str, revision: int) -> bool:
 
 @DURABILITIES
 @pytest.mark.parametrize("seed", range(3))
-def test_sessions_that_are_changed_beside_commits_and_by_them_lose_nothing(
+def test_sessions_changed_during_and_by_commits_lose_nothing(
     path: Path, durability: Durability, seed: int
 ) -> None:
     chance, names = random.Random(seed), [f"s{number}" for number in range(12)]
@@ -88,7 +88,7 @@ def test_a_mark_is_read_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize("first", ["sync", "async"])
-def test_another_durability_goes_on_with_the_log_that_is_there(path: Path, first: Durability) -> None:
+def test_another_durability_continues_the_existing_log(path: Path, first: Durability) -> None:
     then: Durability = "async" if first == "sync" else "sync"
     store = opened(path, first)
     begin(store, "a", "b")

@@ -91,7 +91,7 @@ def resealed(session_id: str, stored: bytes, schema: int) -> bytes:
 
 
 @given(st.text(), records)
-def test_what_is_encoded_is_read_back(session_id: str, record: Record) -> None:
+def test_encoded_records_are_read_back(session_id: str, record: Record) -> None:
     assert decode(session_id, record.encode(session_id)) == record
 
 
@@ -170,7 +170,7 @@ def test_a_record_of_another_session_is_damaged() -> None:
         decode("b", a_record().encode("a"))
 
 
-def test_a_record_of_a_later_schema_version_says_so() -> None:
+def test_a_record_of_a_later_schema_version_is_refused() -> None:
     later = resealed("s", a_record().encode("s"), 5)
     with pytest.raises(StateCorrupt, match="schema version is 5, this server reads 4: a later server") as e:
         decode("s", later)

@@ -16,7 +16,7 @@ from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import GIVE_UP_S, RETRY_S, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
 from support.clock import ManualClock
-from support.stores.broken_disk import break_last_writes
+from support.stores.broken_disk import break_last_writes, failing
 from support.stores.disk_store import base_of, begin, end, put, revisions
 
 CLOCK = ManualClock()
@@ -57,7 +57,7 @@ WRITES: dict[str, Callable[[DiskStore], object]] = {
 
 
 @pytest.mark.parametrize("use", [*READS, *WRITES])
-def test_whatever_comes_next_opens_it_anew(store: DiskStore, use: str) -> None:
+def test_the_next_call_reopens_the_environment(store: DiskStore, use: str) -> None:
     (READS | WRITES)[use](store)
     assert store.check().reopened == 1
     found = revisions(store)
@@ -72,7 +72,7 @@ def test_whatever_comes_next_opens_it_anew(store: DiskStore, use: str) -> None:
     assert store.check().reopened == 1
 
 
-def test_an_opening_that_is_tight_on_room_opens_it_anew(
+def test_an_open_with_little_room_reopens_the_environment(
     store: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The room is looked at before anything is written, and that must not fail for ever."""
@@ -81,7 +81,7 @@ def test_an_opening_that_is_tight_on_room_opens_it_anew(
 
 
 @pytest.mark.parametrize("kind", [lmdb.DiskError, lmdb.Error, OSError])
-def test_while_it_cannot_be_opened_all_are_refused_and_told_why(
+def test_calls_are_refused_with_the_reason_while_it_cannot_be_opened(
     store: DiskStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: type[Exception]
 ) -> None:
     tries = 0
@@ -121,10 +121,7 @@ def test_while_it_cannot_be_opened_all_are_refused_and_told_why(
 def test_what_cannot_be_opened_for_long_is_given_up(
     store: DiskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise lmdb.DiskError("the disk is away")
-
-    monkeypatch.setattr(lmdb, "open", refuse)
+    monkeypatch.setattr(lmdb, "open", failing(lmdb.DiskError("the disk is away")))
     since = CLOCK.monotonic()
     while CLOCK.monotonic() + 1 < since + GIVE_UP_S:
         assert store.check().problem
@@ -163,8 +160,8 @@ def test_no_other_file_is_made_in_place_of_one_that_is_gone(store: DiskStore, pa
     assert not data.exists()
 
 
-def test_a_reader_does_not_wait_for_whoever_writes(store: DiskStore) -> None:
-    """A commit may take as long as a disk that stalls, and opens the environment anew itself."""
+def test_a_reader_does_not_wait_for_writers(store: DiskStore) -> None:
+    """A commit may take as long as a disk that stalls, and reopens the environment itself."""
     writing = base_of(store)._writing  # as a commit holds it for as long as the disk stalls
     with writing, pytest.raises(Unavailable, match="a running change reopens it"):
         store.get("b")
@@ -201,7 +198,7 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
     assert os.path.exists(path)
 
 
-def test_one_that_is_closed_is_not_opened_anew(store: DiskStore) -> None:
+def test_a_closed_environment_is_not_reopened(store: DiskStore) -> None:
     store.close()
     with pytest.raises(Unavailable, match="it is closed"):
         store.count()

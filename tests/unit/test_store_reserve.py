@@ -21,7 +21,7 @@ FULL = Extent(file_bytes=100 * RESERVE_BYTES, live_bytes=100 * RESERVE_BYTES)
 
 
 class Disk:
-    """So many bytes are free, beside those that the reserve has."""
+    """A disk with `free` bytes, apart from those of the reserve."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.free = 1 << 40
@@ -33,7 +33,7 @@ class Disk:
         return types.SimpleNamespace(f_bavail=self.free // 4096, f_blocks=1 << 28, f_frsize=4096)
 
     def attempt(self, batch: Batch) -> None:
-        """Fails as often as it is told."""
+        """Fail `fails` times."""
         if self.fails:
             self.fails -= 1
             raise OSError("full")
@@ -82,9 +82,7 @@ def test_it_is_given_up_for_ending_sessions_alone(tmp_path: Path, disk: Disk) ->
     assert not (tmp_path / "reserve").exists()
 
 
-def test_what_is_left_of_it_is_taken_at_once_and_the_rest_when_there_is_room(
-    tmp_path: Path, disk: Disk
-) -> None:
+def test_remaining_room_is_used_at_once_and_the_rest_later(tmp_path: Path, disk: Disk) -> None:
     clock = ManualClock()
     reserve = Reserve(tmp_path, clock)
     disk.free, disk.fails = 4 << 20, 1

@@ -24,7 +24,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Asked:
-    """A store that answers after so many times, and what time it is then."""
+    """A store that answers after a number of attempts, and the time then."""
 
     def __init__(self, clock: ManualClock, away: int, seconds: float = 0.0) -> None:
         self.times = 0

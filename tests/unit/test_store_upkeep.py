@@ -1,4 +1,4 @@
-"""What `stepwell store` does with stores and backups: check, restore, encrypt anew, mend."""
+"""What `stepwell store` does with stores and backups: check, restore, rekey, repair."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stepwell_server.store.encryption.keyring import Keyring, add_key
 from stepwell_server.store.factory import encrypted
 from support.clock import ManualClock
 from support.samples import some
-from support.stores.disk_store import base_of, begin, end, opened, put, record, revisions
+from support.stores.disk_store import base_of, begin, end, flip_in_lmdb, opened, put, record, revisions
 
 LONG = "é" * 256
 IDS = ["a", "b", LONG, *(f"s{n:03d}" for n in range(200))]
@@ -120,7 +120,7 @@ def test_a_store_that_goes_back_to_the_same_backup_twice_is_ahead_of_itself(
     backup.back_up(path, tmp_path / "backup", clock)
     once = backup.restore(tmp_path / "backup", tmp_path / "once", clock, None, moved=False)
     clock.advance(60.0)
-    # what clients were told of the first one in that minute is not taken for something that the second one means
+    # revisions that clients got from the first one in that minute are not valid in the second one
     twice = backup.restore(tmp_path / "backup", tmp_path / "twice", clock, None, moved=False)
     assert twice.first_revision == once.first_revision + 60_000_000
     assert content(tmp_path / "twice") == {i: r + twice.first_revision for i, r in EXPECTED.items()}
@@ -212,23 +212,12 @@ def test_a_rate_is_kept(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-def change(path: Path, what: bytes, at: int, *, places: int | None = None) -> None:
-    """Change a bit at an offset from where some bytes stand in the data file, wherever (or in some places) they stand."""
-    file = path / "sessions" / "data.mdb"
-    data = bytearray(file.read_bytes())
-    found = [place for place in range(len(data)) if data.startswith(what, place)]
-    assert found
-    for place in found[:places]:
-        data[place + at] ^= 2
-    file.write_bytes(data)
-
-
-def test_a_check_says_all_that_is_wrong(path: Path, tmp_path: Path) -> None:
+def test_a_check_reports_all_problems(path: Path, tmp_path: Path) -> None:
     found = verification.verify(path, None)
     assert (found.problems, found.sessions, found.logged, found.tombstones) == ([], len(IDS), 3, 1)
     assert found.models == {"m": len(IDS)}
-    change(path, record("s050"), 80)  # of a record
-    change(path, b"s100", 3)  # of a key
+    flip_in_lmdb(path, record("s050"), 80)  # of a record
+    flip_in_lmdb(path, b"s100", 3)  # of a key
     found = verification.verify(path, None)
     assert "s050" in found.damaged
     assert any("corrupt" in problem for problem in found.problems)
@@ -249,7 +238,7 @@ def test_a_check_with_keys_opens_all(path: Path) -> None:
         verification.verify(path, Keyring({"new": b"\1" * 32}))
 
 
-def test_a_log_is_read_beside_its_writer(tmp_path: Path) -> None:
+def test_a_log_can_be_read_while_it_is_written(tmp_path: Path) -> None:
     """What was written before a read begins is read, whole, while the segment is written and truncated."""
     segment = Segment(tmp_path / "0", 16 * 1024, 7, flush=False, make=True)
     other = Segment(tmp_path / "1", 16 * 1024, 7, flush=False, make=True)
@@ -331,7 +320,7 @@ def test_a_reader_that_was_killed_is_forgotten(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- mending
 
 
-def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
+def test_rekeying_encrypts_everything_and_leaves_nothing_else(path: Path) -> None:
     store = encrypted(opened(path), OLD)
     put(store, "a", revision=4)
     with pytest.raises(StoreBusy):
@@ -356,9 +345,9 @@ def test_all_is_encrypted_anew_and_nothing_else_is_left(path: Path) -> None:
     assert not store.key_checks
 
 
-def test_what_is_left_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) -> None:
-    change(path, b"s100", 3)
-    change(path, record("s050"), 80)
+def test_the_rest_of_a_damaged_store_is_a_store(path: Path, tmp_path: Path) -> None:
+    flip_in_lmdb(path, b"s100", 3)
+    flip_in_lmdb(path, record("s050"), 80)
     assert verification.verify(path, None).problems
     found = repair.repair(path, CLOCK)
     assert found.recovered == ["s100"]
@@ -389,7 +378,7 @@ def test_a_damaged_page_of_tombstones_costs_no_session(path: Path) -> None:
 
 
 @pytest.mark.parametrize("bit", some(range(8)))
-def test_a_session_whose_key_cannot_be_told_is_lost_and_counted(path: Path, bit: int) -> None:
+def test_a_session_with_an_unknown_key_is_lost_and_counted(path: Path, bit: int) -> None:
     file = path / "sessions" / "data.mdb"
     data = bytearray(file.read_bytes())
     for at in [at for at in range(len(data)) if data.startswith(b"s100", at)]:
@@ -401,7 +390,7 @@ def test_a_session_whose_key_cannot_be_told_is_lost_and_counted(path: Path, bit:
     assert found.recovered == []
     store = opened(path)
     assert not store.damage
-    assert store.first_revision > 10**12, "what was lost is begun anew above all that its clients hold"
+    assert store.first_revision > 10**12, "lost sessions restart above all revisions that clients hold"
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -439,7 +428,7 @@ def test_the_commands(path: Path, tmp_path: Path) -> None:
     said = json.loads(run("restore", tmp_path / "backup2", tmp_path / "to2", "--moved", "--json"))
     assert (said["sessions"], said["first_revision"]) == (len(IDS), 0)
     assert "0 lost" in run("repair", path)
-    change(path, b"s100", 3)
+    flip_in_lmdb(path, b"s100", 3)
     assert "wrong: " in run("verify", path, code=1)
     assert "must be given" in run("rekey", path, code=2)
     assert "some are missing" in run("backup", path, tmp_path / "backup3", code=2)

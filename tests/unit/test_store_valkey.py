@@ -124,7 +124,7 @@ def test_a_conflict_behind_an_answer_that_was_lost_may_be_ones_own() -> None:
     assert outcome_of([Part(request, ["s"])], frozenset(), documents_kept=False) == unknown
 
 
-async def test_an_id_is_opened_anew(valkey: Valkey) -> None:
+async def test_an_id_can_be_reopened(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (store,):
         _, first = await put(store, [("s", record("s"))], [0])
         await end(store, [Tombstone("s", End.EXPIRED, 1.0)], [first])
@@ -332,7 +332,7 @@ async def test_counts_of_models_and_tenants(valkey: Valkey) -> None:
         assert await a.count_of("other") == 0
 
 
-async def test_only_sessions_that_nobody_used_end_for_being_idle(valkey: Valkey) -> None:
+async def test_only_unused_sessions_expire(valkey: Valkey) -> None:
     async with shared(valkey.url(), 2) as (a, b):
         _, stamp = await put(a, [("s", record("s"))], [0])
         stone = Tombstone("s", End.EXPIRED, 0.0)
@@ -389,7 +389,7 @@ async def test_pages_have_the_sessions_that_are_unused(valkey: Valkey) -> None:
             assert not len(page.heads)
 
 
-async def test_what_is_unused_for_longer_than_was_judged_does_not_end(valkey: Valkey) -> None:
+async def test_sessions_used_since_the_check_do_not_expire(valkey: Valkey) -> None:
     async with shared(valkey.url(), 1) as (a,):
         _, stamp = await put(a, [(i, record(i)) for i in "ab"], [0, 0])
         while (await a.fetch(["a"]))[0].idle_s < 0.002:

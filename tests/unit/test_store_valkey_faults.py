@@ -74,7 +74,7 @@ async def test_a_commit_whose_answer_was_lost_is_sent_again(valkey: Valkey, dura
         await store.close()
 
 
-async def test_a_commit_of_nothing_asks_nobody(valkey: Valkey) -> None:
+async def test_an_empty_commit_sends_no_request(valkey: Valkey) -> None:
     """Else it would wait for an answer to nothing, and take the server for gone."""
     store = await opened(valkey.url(f"?prefix={fresh_prefix()}"))
     assert await store.count() == 0
@@ -113,7 +113,7 @@ def test_a_name_that_is_looked_up_for_too_long_leaves_no_error_behind() -> None:
             opening.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConnectionLost):
                 await opening
-            with pytest.raises(socket.gaierror):  # and by now nobody is said to be there
+            with pytest.raises(socket.gaierror):  # and by now the name is known not to exist
                 await loop.getaddrinfo("nobody.invalid", 1)
         gc.collect()
         return errors
@@ -123,7 +123,7 @@ def test_a_name_that_is_looked_up_for_too_long_leaves_no_error_behind() -> None:
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_gone_and_back() -> None:
+async def test_a_server_that_stops_and_returns() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(f"?{SHORT}")) as (store,):
             _, first = await put(store, [("s", record("s"))], [0])
@@ -147,7 +147,7 @@ async def test_a_server_that_is_gone_and_back() -> None:
 
 
 @pytest.mark.slow
-async def test_a_server_that_answers_nobody_holds_up_nobody_for_long() -> None:
+async def test_a_hung_server_delays_calls_only_briefly() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(f"?{SHORT}")) as (store,):
             ids = [f"s{i}" for i in range(60)]
@@ -221,7 +221,7 @@ async def test_a_store_that_was_emptied_is_made_again_as_it_was() -> None:
 
 
 @pytest.mark.slow
-async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
+async def test_sync_waits_for_disk_and_replicas(valkey: Valkey) -> None:
     prefix = fresh_prefix()
     quick = await opened(valkey.url(f"?prefix={prefix}"))
     # no replica is there: what was written cannot be as safe as was asked
@@ -230,7 +230,7 @@ async def test_sync_is_what_waits_for_disk_and_replicas(valkey: Valkey) -> None:
     _, stamp = await put(quick, [("s", record("s")), ("gone", record("gone"))], [0, 0])
     await end(quick, [Tombstone("gone", End.CLOSED, 0.0)], [stamp])
     assert (await put(strict, [("t", record("t"))], [0]))[0] == CommitResult(unknown=frozenset({"t"}))
-    # nor what others have written: it is not told before
+    # nor are changes of other servers returned before they are safe
     for name in ("s", "gone"):
         with pytest.raises(
             StoreAway,
@@ -313,7 +313,7 @@ async def test_reads_are_confirmed_also_where_the_user_may_not_wait_for_replicas
         await store.close()
 
 
-async def test_what_is_read_in_sync_is_read_although_memory_is_full() -> None:
+async def test_sync_reads_succeed_although_memory_is_full() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(), 2, durability="sync") as (a, b):
             _, stamp = await put(a, [("s", record("s"))], [0])
@@ -329,7 +329,7 @@ async def test_a_time_limit_that_replicas_can_miss_is_a_warning(valkey: Valkey) 
         assert ("with replicas=1 timeout_ms must be at least 1500, because" in warnings) is told
 
 
-async def test_what_was_acknowledged_in_sync_survives_a_kill() -> None:
+async def test_acknowledged_sync_changes_survive_a_kill() -> None:
     with Valkey(append="always") as valkey:
         async with shared(valkey.url(), durability="sync") as (store,):
             ids = [f"s{i}" for i in range(50)]
@@ -361,7 +361,7 @@ async def test_a_server_whose_settings_break_the_promise_is_refused(
         await (await opened(valkey.url())).close()
 
 
-async def test_what_is_not_well_is_a_warning() -> None:
+async def test_unsafe_settings_are_a_warning() -> None:
     with Valkey(append="", policy="allkeys-lru") as volatile:
         store = await opened(volatile.url())
         health = await store.check()
@@ -404,7 +404,7 @@ async def test_user_and_password() -> None:
         await store.close()
 
 
-async def test_a_store_that_refuses_changes_is_not_well() -> None:
+async def test_a_store_that_refuses_changes_reports_a_problem() -> None:
     with Valkey(append="") as valkey:
         store = await opened(valkey.url())
         valkey.ask("CONFIG", "SET", "min-replicas-to-write", "1")
@@ -421,7 +421,7 @@ async def test_a_store_that_refuses_changes_is_not_well() -> None:
         await store.close()
 
 
-async def test_the_log_is_told_of_a_flood_of_refusals_once(
+async def test_a_flood_of_refusals_is_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Valkey(append="") as valkey:
@@ -440,7 +440,7 @@ async def test_the_log_is_told_of_a_flood_of_refusals_once(
 
 
 @pytest.mark.slow
-async def test_a_store_whose_replica_hangs_is_not_well() -> None:
+async def test_a_store_with_a_hung_replica_reports_a_problem() -> None:
     with Valkey(append="always") as primary, Valkey(append="always") as replica:
         replica.follow(primary)
         store = await opened(primary.url("?replicas=1&timeout_ms=1500"), durability="sync")
@@ -580,7 +580,7 @@ async def test_encryption_begins_and_keys_change_while_all_servers_read_all(valk
     await all_read(encrypting, both)
     later = await started("b", "a")
     await all_read(both, later)
-    # who has not heard of a key answers nothing wrong, says what it lacks, and is not ready
+    # a server without a key gives no wrong answers, reports the missing key, and is not ready
     (name, _), *_ = await scan(later, limit=1)
     await put(later, [("sealed", record("sealed"))], [0])
     for behind in (plain, encrypting):

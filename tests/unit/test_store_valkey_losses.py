@@ -99,7 +99,7 @@ async def test_an_id_that_was_lost_is_closed_or_put_back(valkey: Valkey) -> None
         assert kept == CommitResult(conflicts=frozenset({"u"})), "it was not lost"
 
 
-async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -> None:
+async def test_a_scan_of_the_store_finds_losses(valkey: Valkey) -> None:
     ids = [f"s{i}" for i in range(40)]
     async with shared(valkey.url("?tombstone_s=60"), 2) as (a, b):
         _, stamp = await put(a, [(i, record(i)) for i in ids], [0] * 40)
@@ -124,7 +124,7 @@ async def test_who_looks_through_the_store_finds_what_was_lost(valkey: Valkey) -
         assert (await put(a, [("s39", record("s39"))], [0]))[0] is ALL_KEPT
 
 
-async def test_tenants_are_counted_anew_where_sessions_were_lost(valkey: Valkey) -> None:
+async def test_tenants_are_recounted_where_sessions_were_lost(valkey: Valkey) -> None:
     ids = [f"{tenant}\x1fs{i}" for tenant in ("a", "b") for i in range(30)]
     async with shared(valkey.url("?partitions=3"), 2) as (a, b):
         await put(a, [(i, record(i, batch_size=2)) for i in ids], [0] * 60)
@@ -174,7 +174,7 @@ async def test_no_session_begins_in_a_part_that_was_emptied_before_that_is_known
         assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT, "whoever asks decides"
 
 
-async def test_who_finds_nothing_in_a_part_that_was_emptied_knows_it(valkey: Valkey) -> None:
+async def test_a_missing_session_of_an_emptied_part_is_lost(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (store,):
         await put(store, [("s", record("s"))], [0])
         valkey.ask("DEL", *part(store, "s"), key(store, "s"))
@@ -191,7 +191,7 @@ async def test_a_mark_that_alone_is_gone_is_made_again(valkey: Valkey) -> None:
         assert (await put(a, [("u", record("u"))], [0]))[0] is ALL_KEPT
 
 
-async def test_a_store_whose_making_was_cut_off_gets_its_marks(valkey: Valkey) -> None:
+async def test_a_store_whose_creation_was_interrupted_gets_its_marks(valkey: Valkey) -> None:
     async with shared(valkey.url()) as (a,):
         await put(a, [("s", record("s"))], [0])
         valkey.ask("HDEL", f"{a._url.prefix}{{meta}}store", "marked")
@@ -286,9 +286,7 @@ CALLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("call", list(CALLS))
 @pytest.mark.parametrize("where", ["first", "second"])
-async def test_whoever_names_a_session_that_was_lost_is_told_so(
-    valkey: Valkey, call: str, where: str
-) -> None:
+async def test_calls_on_a_lost_session_report_the_loss(valkey: Valkey, call: str, where: str) -> None:
     async with engines(valkey) as (first, second):
         await first.open("a", "other")
         await first.step("a", x(1))
@@ -338,7 +336,7 @@ async def test_a_session_that_was_lost_is_brought_back_from_an_export(valkey: Va
         assert await first.store.count_of("plain") == 1
 
 
-async def test_no_named_session_begins_anew_where_a_part_was_emptied(valkey: Valkey) -> None:
+async def test_no_named_session_restarts_where_a_part_was_emptied(valkey: Valkey) -> None:
     async with engines(valkey) as (first, second):
         await first.open("a")
         await first.step("a", x(1))

@@ -18,6 +18,7 @@ from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt
 from stepwell_server.store.record import RecordBytes
 from support.samples import examples, some
+from support.stores.broken_disk import io_error, no_space
 from support.stores.disk_store import is_damaged, put_all, record, template
 
 Part = Sequence[tuple[str, RecordBytes]]
@@ -55,6 +56,19 @@ def made(path: Path, writes: Sequence[Write] = (), size: int = SIZE) -> list[int
     return ends
 
 
+def emptied(path: Path, size: int = SIZE) -> Segment:
+    """A segment that has nothing."""
+    segment = opened(path, size)
+    segment.truncate(0)
+    return segment
+
+
+def loaded(path: Path, size: int = SIZE) -> Segment:
+    segment = opened(path, size)
+    segment.load()
+    return segment
+
+
 def held(segment: Segment) -> dict[str, bytes]:
     """What a segment has, by session."""
     return {i: found for i in segment.offsets if (found := segment.record(i)) is not None}
@@ -79,8 +93,7 @@ def records_of(revision: int, *session_ids: str, size: int = 20) -> list[tuple[s
 
 def older(path: Path) -> None:
     """Fill a segment with small entries to its end, and truncate it: none of them counts any more."""
-    segment = opened(path)
-    segment.truncate(0)
+    segment = emptied(path)
     number = 0
     while append(segment, [records_of(number + 100, "a", "x")]):
         number += 1
@@ -122,8 +135,7 @@ def test_what_was_appended_is_there_when_it_is_loaded(
     first.truncate(7)
     assert all(append(first, write) for write in writes)
     assert held(first) == all_of(writes)
-    second = opened(path, 1)
-    second.load()
+    second = loaded(path, 1)
     assert held(second) == all_of(writes)
     assert (
         (second.size, second.end, second.sequence)
@@ -131,8 +143,7 @@ def test_what_was_appended_is_there_when_it_is_loaded(
         == (LARGE, first.end, 7 + len(writes))
     )
     assert all(append(second, write) for write in more)
-    third = opened(path, LARGE)
-    third.load()
+    third = loaded(path, LARGE)
     assert held(third) == held(second) == all_of([*writes, *more])
     for segment in (first, second, third):
         segment.close()
@@ -149,8 +160,7 @@ def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int
 
 
 def test_a_template_that_is_filled_again_is_written_as_it_is_then(path: Path) -> None:
-    segment = opened(path)
-    segment.truncate(0)
+    segment = emptied(path)
     puts = template(["a", "b"], 1)
     append(segment, [puts])
     puts[:] = template(["a", "b"], 2)
@@ -169,8 +179,7 @@ def test_records_by_the_hundred_are_one_write(path: Path) -> None:
 def test_nothing_that_an_earlier_generation_left_behind_is_found(path: Path) -> None:
     """The entries of both fills are of one size, so that the old ones lie right behind the new ones."""
     made(path, [[records_of(9, "a", "b")]] * 50)
-    segment = opened(path)
-    segment.load()
+    segment = loaded(path)
     assert segment.sequence == 50
     segment.truncate(50)
     for revision in range(20):
@@ -187,21 +196,18 @@ def test_numbers_go_on_when_it_is_truncated_and_when_it_is_loaded(path: Path) ->
     append(segment, [records_of(2, "a")])
     assert segment.sequence == 43
     segment.close()
-    segment = opened(path)
-    segment.load()
+    segment = loaded(path)
     assert segment.sequence == 43
     segment.truncate(segment.sequence)
     segment.close()
-    segment = opened(path)
-    segment.load()
+    segment = loaded(path)
     assert (segment.sequence, segment.offsets) == (43, {})
     segment.close()
 
 
 @pytest.mark.parametrize("size", [20, 6000])
 def test_without_room_nothing_changes(path: Path, size: int) -> None:
-    segment = opened(path)
-    segment.truncate(0)
+    segment = emptied(path)
     revision = 0
     while append(segment, [records_of(revision, "a", size=size)]):
         revision += 1
@@ -219,8 +225,7 @@ def test_without_room_nothing_changes(path: Path, size: int) -> None:
 def test_the_very_last_byte_can_be_used(path: Path) -> None:
     (start, end) = made(path, [[records_of(0, "a", size=100)]])
     path.unlink()
-    segment = opened(path, end)
-    segment.truncate(0)
+    segment = emptied(path, end)
     assert start == segment.end
     assert append(segment, [records_of(5, "a", size=100)])
     assert not append(segment, [()])
@@ -249,9 +254,7 @@ def test_a_file_that_finds_no_room_is_laid_out_later(path: Path, monkeypatch: py
 
 def _first_then_full(pwrite: Any) -> Any:
     def write(file: int, data: Any, at: int) -> int:
-        if at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return int(pwrite(file, data, at))
+        return int(no_space() if at else pwrite(file, data, at))
 
     return write
 
@@ -270,8 +273,7 @@ LAST: dict[str, Write] = {
 
 def pictures(path: Path, earlier: Sequence[Write], last: Write) -> tuple[bytes, bytes, int, int]:
     """The file before and after the last write, and where that begins and ends."""
-    segment = opened(path)
-    segment.truncate(0)
+    segment = emptied(path)
     assert all(append(segment, write) for write in earlier)
     before, start = path.read_bytes(), segment.end
     assert append(segment, last)
@@ -298,7 +300,7 @@ def require_found(path: Path, picture: bytes, wanted: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("what", LAST)
-def test_a_write_that_is_cut_off_at_any_byte_is_left_out(path: Path, before: str, what: str) -> None:
+def test_a_write_truncated_at_any_byte_is_left_out(path: Path, before: str, what: str) -> None:
     last = LAST[what]
     old, new, start, end = pictures(path, EARLIER, last)
     seen = set()
@@ -311,7 +313,7 @@ def test_a_write_that_is_cut_off_at_any_byte_is_left_out(path: Path, before: str
 
 
 @pytest.mark.parametrize("what", LAST)
-def test_after_a_write_that_was_cut_off_it_goes_on(path: Path, before: str, what: str) -> None:
+def test_appends_continue_after_a_truncated_write(path: Path, before: str, what: str) -> None:
     last = LAST[what]
     old, new, start, end = pictures(path, EARLIER, last)
     for cut in some(range(start, end + 1, 7)):
@@ -321,8 +323,7 @@ def test_after_a_write_that_was_cut_off_it_goes_on(path: Path, before: str, what
 
 def go_on(path: Path, *, times: int = 3) -> None:
     """Load, and append what is as large as what was cut off; load again and again: it is what was appended."""
-    segment = opened(path)
-    segment.load()
+    segment = loaded(path)
     wanted = held(segment)
     for revision in range(50, 50 + times):
         write = [records_of(revision, "b" if revision == 50 else "a")]
@@ -346,7 +347,7 @@ def test_of_a_write_that_the_power_left_any_sectors_earlier_ones_are_all_there(
 
 
 def torn(chance: random.Random, old: bytes, new: bytes, start: int, end: int) -> Iterator[bytes]:
-    """Pictures of a file of whose sectors any are new."""
+    """Contents of a file after a power failure: any of its sectors are new."""
     sectors = range(start // SECTOR * SECTOR, end, SECTOR)
     for share in [0.1, 0.5, 0.9] * examples(100):
         picture = bytearray(old)
@@ -356,8 +357,8 @@ def torn(chance: random.Random, old: bytes, new: bytes, start: int, end: int) ->
         yield bytes(picture)
 
 
-def test_what_the_power_left_of_a_write_never_comes_back(path: Path) -> None:
-    """Of the last write the first part is missing, and the second one is there; then it goes on."""
+def test_the_rest_of_a_write_cut_by_power_loss_never_returns(path: Path) -> None:
+    """Of the last write the first part is missing, and the second one is there; then appends continue."""
     last = [records_of(3, "a"), records_of(3, "b"), records_of(3, "c")]
     old, new, start, end = pictures(path, EARLIER, last)
     size = (end - start) // 3
@@ -432,7 +433,7 @@ def test_a_bit_that_flipped_in_the_last_write_harms_no_other(path: Path, before:
         assert found_in(path) in (all_of(EARLIER), all_of(writes))
 
 
-def test_what_can_be_read_of_a_damaged_segment_is_loaded(path: Path) -> None:
+def test_the_readable_part_of_a_damaged_segment_is_loaded(path: Path) -> None:
     writes: list[Write] = [[records_of(i, f"s{i}")] for i in range(5)]
     ends = made(path, writes)
     picture = bytearray(path.read_bytes())
@@ -445,7 +446,7 @@ def test_what_can_be_read_of_a_damaged_segment_is_loaded(path: Path) -> None:
     segment.close()
 
 
-def test_a_file_that_is_no_segment_says_so(path: Path) -> None:
+def test_a_file_that_is_not_a_segment_is_refused(path: Path) -> None:
     path.write_bytes(b"no segment" * 100)
     segment = opened(path)
     with pytest.raises(SegmentCorrupt, match=f"^{path} cannot be read: "):
@@ -476,7 +477,7 @@ def test_a_record_with_a_damaged_length_is_no_longer_than_the_file(
 
 
 class Disk:
-    """`os.pwritev` that takes so many bytes at a time, and then so many in all."""
+    """`os.pwritev` that writes a limited number of bytes per call and in all."""
 
     def __init__(self, at_once: int, most: int = 2**40) -> None:
         self._pwritev = os.pwritev
@@ -493,7 +494,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("what", LAST)
-def test_short_writes_are_gone_on_with(path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_short_writes_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     monkeypatch.setattr(os, "pwritev", disk := Disk(33))
     made(path, [*EARLIER, LAST[what]])
     assert disk.calls > 20
@@ -504,8 +505,7 @@ def test_short_writes_are_gone_on_with(path: Path, monkeypatch: pytest.MonkeyPat
 def test_of_a_write_that_fails_nothing_is_there(
     path: Path, before: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    segment = opened(path)
-    segment.truncate(0)
+    segment = emptied(path)
     assert all(append(segment, write) for write in EARLIER)
     facts = (held(segment), segment.end, segment.sequence)
     size = sum(len(stored) for part in LAST[what] for _, stored in part)
@@ -532,20 +532,16 @@ def test_the_next_write_counts_even_where_a_failed_one_could_not_be_erased(
     path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
     """It reached the file whole, then the flush failed, and so did erasing it."""
-    segment = opened(path)
-    segment.truncate(0)
+    segment = emptied(path)
     pwritev = os.pwritev
 
     def late(*arguments: Any) -> int:
         pwritev(*arguments)
-        return fail()
-
-    def fail(*_: Any) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return int(io_error())
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", late)
-        patch.setattr(os, "pwrite", fail)
+        patch.setattr(os, "pwrite", io_error)
         with pytest.raises(OSError, match="Input/output error"):
             append(segment, [records_of(1, "a"), records_of(1, "b")][:parts])
     assert segment.offsets == {}
@@ -558,8 +554,7 @@ def test_a_segment_that_could_not_be_truncated_has_no_room_until_it_could(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(path, EARLIER)
-    segment = opened(path)
-    segment.load()
+    segment = loaded(path)
     for most in (0, 10):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", Disk(1000, most))

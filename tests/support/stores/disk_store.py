@@ -200,3 +200,14 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     found = [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
     caplog.clear()
     return found
+
+
+def flip_in_lmdb(path: Path, content: bytes, at: int, bit: int = 1) -> None:
+    """Flip a bit of the data file at an offset from every place where it has these bytes."""
+    file = path / "sessions" / "data.mdb"
+    data = bytearray(file.read_bytes())
+    found = [place for place in range(len(data)) if data.startswith(content, place)]
+    assert found
+    for place in found:
+        data[place + at] ^= 1 << bit
+    file.write_bytes(data)
