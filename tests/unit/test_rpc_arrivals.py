@@ -1,4 +1,4 @@
-"""What has come over the wire: connections take turns, and nothing of one overtakes."""
+"""Arrivals over the wire: connections alternate, and arrivals of a connection keep their order."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Wire:
         return seen + [what[3] for what in self.done[before:]]
 
 
-def test_a_connection_that_is_alone_does_not_wait() -> None:
+def test_a_lone_connection_does_not_wait() -> None:
     wire = Wire()
     for _ in range(5):
         wire.add(Kind.TASK, "a")
@@ -72,7 +72,7 @@ def test_a_connection_that_is_alone_does_not_wait() -> None:
     assert not wire.arrivals.is_contended
 
 
-def test_the_tasks_of_one_connection_do_not_begin_all_at_once() -> None:
+def test_tasks_of_a_connection_start_gradually() -> None:
     wire = Wire()
     for _ in range(100):
         wire.add(Kind.TASK, "a")
@@ -80,7 +80,7 @@ def test_the_tasks_of_one_connection_do_not_begin_all_at_once() -> None:
     assert len(wire.parts) == 1
 
 
-def test_what_comes_alone_is_done_at_once_unless_something_is_before_it() -> None:
+def test_a_lone_arrival_runs_at_once_unless_others_are_queued() -> None:
     wire = Wire()
     wire.add(Kind.BATCH, "a", LARGE, is_all=True)
     wire.add(Kind.TASK, "a", is_all=True)
@@ -93,7 +93,7 @@ def test_what_comes_alone_is_done_at_once_unless_something_is_before_it() -> Non
     assert wire.turn() == [4]
 
 
-def test_large_batches_and_calls_are_done_one_in_an_iteration_and_small_batches_at_once() -> None:
+def test_large_batches_and_calls_run_one_per_iteration_and_small_batches_at_once() -> None:
     wire = Wire()
     for _ in range(20):
         wire.add(Kind.TASK, ("flood",))
@@ -109,7 +109,7 @@ def test_large_batches_and_calls_are_done_one_in_an_iteration_and_small_batches_
     assert {kind for kind, _ in wire.parts} == {Kind.TASK, Kind.BATCH}
 
 
-def test_what_comes_behind_a_defect_is_done() -> None:
+def test_arrivals_after_a_defect_run() -> None:
     wire = Wire()
     wire.arrivals.hold({"a"})
     for kind in (Kind.BATCH, Kind.EVENT):
@@ -135,7 +135,7 @@ def test_what_comes_behind_a_defect_is_done() -> None:
     ),
     st.integers(1, 7),
 )
-def test_what_came_over_a_connection_stays_in_its_order_and_all_is_done(
+def test_arrivals_of_a_connection_keep_their_order_and_all_run(
     asked: list[tuple[Kind, set[str], int, bool]], at_once: int
 ) -> None:
     wire = Wire()
@@ -155,7 +155,7 @@ def test_what_came_over_a_connection_stays_in_its_order_and_all_is_done(
         assert numbers == sorted(numbers)
 
 
-def test_what_comes_over_a_held_connection_waits_and_other_connections_do_not() -> None:
+def test_arrivals_of_a_held_connection_wait_and_others_do_not() -> None:
     wire = Wire()
     wire.add(Kind.BATCH, "a", is_all=True)
     wire.arrivals.hold({"a"})

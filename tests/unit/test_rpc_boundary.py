@@ -1,4 +1,4 @@
-"""The boundary of a call: errors become statuses, defects become opaque and are logged under an id."""
+"""The boundary of a call: errors become statuses; defects become opaque errors and are logged under an id."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _unary(boundary: Boundary, behaviour: Any) -> Any:
     return boundary.unary("GetSession", behaviour, pb.GetSessionRequest)
 
 
-async def test_messages_go_in_and_come_out(boundary: Boundary, requests: Requests) -> None:
+async def test_messages_are_parsed_and_serialized(boundary: Boundary, requests: Requests) -> None:
     async def behaviour(request: pb.GetSessionRequest, _call: object) -> pb.GetSessionResponse:
         return pb.GetSessionResponse(session=pb.Session(session_id=request.session_id))
 
@@ -94,7 +94,7 @@ async def test_errors_become_statuses(
         ("Step", Unavailable("m"), False),
     ],
 )
-async def test_only_what_has_done_nothing_may_go_elsewhere(
+async def test_only_calls_without_effect_may_go_elsewhere(
     boundary: Boundary, method: str, error: ServerError, may_go: bool
 ) -> None:
     async def fails(_request: object, _call: object) -> pb.GetSessionResponse:

@@ -1,4 +1,4 @@
-"""Steps that a front hands over as columns: one change where they can go together, and else each gets its own answer."""
+"""Steps that a front passes as columns: one change if they fit together; otherwise each gets its own answer."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class _one:  # noqa: N801
         await self._at.engine.close_session("reference")
 
 
-async def test_all_that_came_together_is_one_change_and_each_gets_its_own_row(columns: Columns) -> None:
+async def test_concurrent_steps_are_one_change_and_each_gets_its_own_row(columns: Columns) -> None:
     ids = [f"s{index}" for index in range(12)]
     await columns.at.open(*ids)
     x = np.random.default_rng(0).standard_normal((12, 2))
@@ -185,7 +185,7 @@ async def test_all_that_came_together_is_one_change_and_each_gets_its_own_row(co
     assert columns.observer.done == [("Step", "OK")] * 12
 
 
-async def test_what_ran_on_several_versions_is_answered_apart(columns: Columns) -> None:
+async def test_steps_on_several_versions_are_answered_separately(columns: Columns) -> None:
     """The engine tells of each version by itself, and the front is told of it."""
 
     def submit(change: Change) -> Members:
@@ -201,7 +201,7 @@ async def test_what_ran_on_several_versions_is_answered_apart(columns: Columns) 
 
 
 @pytest.mark.stores("memory")
-async def test_what_was_taken_runs_together_as_soon_as_all_of_it_has_come(columns: Columns) -> None:
+async def test_steps_taken_together_run_together_once_all_have_arrived(columns: Columns) -> None:
     await columns.at.open("a", "b", "c", "d", "e", "f")
     first = columns.take(["a", "b", "c"], np.ones((3, 2)))
     second = columns.take(["d", "e", "f"], np.ones((3, 2)), expected=np.zeros(3, np.uint64))
@@ -216,9 +216,7 @@ TWO_MODELS = {"plain": PLAIN, "other": dataclasses.replace(PLAIN, fingerprint="o
 
 @pytest.mark.stores("memory")
 @pytest.mark.parametrize("which", [1, 2])
-async def test_after_a_defect_nobody_waits_and_nobody_is_answered_twice(
-    which: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_after_a_defect_each_call_is_answered_once(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(TWO_MODELS) as at:
         columns = Columns(at)
         await at.open("a", "b", model="plain")
@@ -240,7 +238,7 @@ async def test_after_a_defect_nobody_waits_and_nobody_is_answered_twice(
 
 
 @pytest.mark.stores("memory")
-async def test_steps_of_each_model_go_together_and_a_frame_of_two_alone() -> None:
+async def test_steps_of_a_model_run_together_and_a_frame_of_two_models_alone() -> None:
     async with running(TWO_MODELS) as at:
         columns = Columns(at)
         await at.open("a", "b", "c", "d")
@@ -255,7 +253,7 @@ async def test_steps_of_each_model_go_together_and_a_frame_of_two_alone() -> Non
 
 
 @pytest.mark.stores("memory")
-async def test_a_session_that_comes_twice_keeps_its_order_beside_another_model() -> None:
+async def test_repeated_steps_of_a_session_keep_their_order_with_another_model() -> None:
     async with running(TWO_MODELS) as at:
         columns = Columns(at)
         await at.open("a", "b")
@@ -267,7 +265,7 @@ async def test_a_session_that_comes_twice_keeps_its_order_beside_another_model()
 
 
 @pytest.mark.stores("memory")
-async def test_a_turn_that_raises_leaves_the_other_models_theirs() -> None:
+async def test_a_failing_model_does_not_affect_other_models() -> None:
     async with running(TWO_MODELS) as at:
         columns = Columns(at)
         await at.open("a")
@@ -290,7 +288,7 @@ async def test_a_turn_that_raises_leaves_the_other_models_theirs() -> None:
         assert list(batch.applied_by_member) == [0]
 
 
-async def test_a_session_that_comes_twice_is_stepped_twice_in_order(columns: Columns) -> None:
+async def test_repeated_steps_of_a_session_run_in_order(columns: Columns) -> None:
     await columns.at.open("a", "b")
     x = np.random.default_rng(1).standard_normal((3, 2))
     batch = columns.take(["a", "b", "a"], x)
@@ -302,7 +300,7 @@ async def test_a_session_that_comes_twice_is_stepped_twice_in_order(columns: Col
     assert batch.applied_by_member[2][2] == next(iter(answer.outputs.values())).ravel().tolist()
 
 
-async def test_a_session_that_is_not_there_spoils_nobody_elses_step(columns: Columns) -> None:
+async def test_a_missing_session_does_not_affect_other_steps(columns: Columns) -> None:
     await columns.at.open("a", "b")
     batch = columns.take(["a", "nobody", "b"], np.ones((3, 2)))
     await columns.at.settled()
@@ -315,7 +313,7 @@ async def test_a_session_that_is_not_there_spoils_nobody_elses_step(columns: Col
         assert columns.at.events.passes == [(2, 1)], "the others stay together"
 
 
-async def test_of_a_session_that_comes_twice_nothing_overtakes_what_goes_alone(columns: Columns) -> None:
+async def test_a_later_step_of_a_session_does_not_overtake_one_that_runs_alone(columns: Columns) -> None:
     await columns.at.open("a", "b")
     x = np.random.default_rng(4).standard_normal((5, 2))
     counts = [1, 2, 1, 1]
@@ -325,7 +323,7 @@ async def test_of_a_session_that_comes_twice_nothing_overtakes_what_goes_alone(c
     assert {member: batch.applied_by_member[member][0] for member in (0, 1, 3, 4)} == {0: 1, 1: 1, 3: 2, 4: 2}
 
 
-async def test_many_conflicts_of_different_callers_have_an_error_each(columns: Columns) -> None:
+async def test_conflicts_of_many_callers_have_an_error_each(columns: Columns) -> None:
     ids = [f"s{index}" for index in range(40)]
     await columns.at.open(*ids)
     batch = columns.take(ids, np.ones((40, 2)), expected=np.full(40, 5, np.uint64))
@@ -351,7 +349,7 @@ async def test_many_sessions_that_end_while_their_steps_wait_have_an_error_each(
         assert "others" not in batch.errors[index].message
 
 
-async def test_not_a_number_is_its_own_senders_fault(columns: Columns) -> None:
+async def test_nan_fails_only_the_step_of_its_sender(columns: Columns) -> None:
     await columns.at.open("a", "b")
     batch = columns.take(["a", "b"], [[1, np.nan], [1, 1]])
     await columns.at.settled()
@@ -360,7 +358,9 @@ async def test_not_a_number_is_its_own_senders_fault(columns: Columns) -> None:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 3), FLOAT32), ((2,), FLOAT32), ((2, 1, 1, 2), FLOAT32)])
-async def test_what_the_model_does_not_take_is_told_to_each(columns: Columns, shape: Any, dtype: int) -> None:
+async def test_each_caller_gets_the_error_for_inputs_that_the_model_rejects(
+    columns: Columns, shape: Any, dtype: int
+) -> None:
     await columns.at.open("a", "b")
     batch = columns.take(["a", "b"], np.ones(shape), dtype=dtype)
     await columns.at.settled()
@@ -369,14 +369,14 @@ async def test_what_the_model_does_not_take_is_told_to_each(columns: Columns, sh
         assert f"got {own}" in batch.errors[member].message, "as if it had come alone"
 
 
-async def test_integers_become_the_models_floats(columns: Columns) -> None:
+async def test_integers_are_converted_to_the_models_floats(columns: Columns) -> None:
     await columns.at.open("a", "b")
     batch = columns.take(["a", "b"], np.ones((2, 2)), dtype=UINT8)
     await columns.at.settled()
     assert batch.applied_by_member[0][2] == await expected_of(columns.at, [1.0, 1.0])
 
 
-async def test_rows_that_two_messages_mistake_are_not_swapped(columns: Columns) -> None:
+async def test_wrong_rows_of_two_messages_are_not_swapped(columns: Columns) -> None:
     """One has a row too many and one a row too few: together they would fit."""
     await columns.at.open("two", batch_size=2)
     await columns.at.open("one")
@@ -387,7 +387,7 @@ async def test_rows_that_two_messages_mistake_are_not_swapped(columns: Columns) 
     assert "(1, 2)" in batch.errors[1].message
 
 
-async def test_sizes_that_a_frame_says_are_compared_with_the_sessions_own(columns: Columns) -> None:
+async def test_batch_sizes_in_a_frame_must_match_the_sessions(columns: Columns) -> None:
     await columns.at.open("a", "b")
     counts = [1, 1]
     batch = columns.take(["a", "b"], np.ones((3, 2)), sizes=[2, 1], has_sizes=True, counts=counts)
@@ -396,7 +396,7 @@ async def test_sizes_that_a_frame_says_are_compared_with_the_sessions_own(column
     assert sorted(batch.applied_by_member) == [1]
 
 
-async def test_a_deadline_is_its_own_messages(columns: Columns) -> None:
+async def test_a_deadline_applies_to_its_message_only(columns: Columns) -> None:
     await columns.at.open("a", "b")
     now = columns.at.clock.monotonic()
     batch = columns.take(["a", "b"], np.ones((2, 2)), deadlines=[now, np.inf])
@@ -405,7 +405,7 @@ async def test_a_deadline_is_its_own_messages(columns: Columns) -> None:
     assert sorted(batch.applied_by_member) == [1]
 
 
-async def test_very_many_late_steps_are_refused_together(columns: Columns) -> None:
+async def test_many_late_steps_are_refused_together(columns: Columns) -> None:
     """One by one, each behind the one before it of the same session, they would hold up the steps of others."""
     await columns.at.open("a", "b")
     count, now = 200, columns.at.clock.monotonic()
@@ -422,7 +422,7 @@ async def test_very_many_late_steps_are_refused_together(columns: Columns) -> No
     assert (await columns.at.engine.session_info("a")).revision == 0
 
 
-async def test_whose_caller_has_gone_is_not_stepped(columns: Columns) -> None:
+async def test_steps_of_gone_clients_are_not_applied(columns: Columns) -> None:
     await columns.at.open("a", "b", "c")
     batch = columns.take(["a", "b", "c"], np.ones((3, 2)))
     batch.gone_members = [1]
@@ -443,7 +443,7 @@ async def test_a_retry_among_others_gets_the_first_answer(columns: Columns) -> N
         assert again.applied_by_member[member] == (*before.applied_by_member[member][:3], True)
 
 
-async def test_a_reply_may_be_as_large_as_if_it_came_alone(columns: Columns) -> None:
+async def test_the_size_limit_applies_to_each_reply(columns: Columns) -> None:
     """What all replies would have together is nobody's limit."""
     await columns.at.open("a", "b")
     limit = 1 << 12
@@ -457,7 +457,7 @@ async def test_a_reply_may_be_as_large_as_if_it_came_alone(columns: Columns) -> 
     assert [over.errors[member].reason for member in range(2)] == ["MESSAGE_TOO_LARGE"] * 2
 
 
-async def test_a_defect_leaves_nobody_waiting(columns: Columns, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_defect_no_call_waits(columns: Columns, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_change: Change) -> Members:
         raise RuntimeError("a defect")
 
@@ -468,7 +468,7 @@ async def test_a_defect_leaves_nobody_waiting(columns: Columns, monkeypatch: pyt
 
 
 @pytest.mark.stores("memory")
-async def test_each_change_says_who_asked_for_it(columns: Columns) -> None:
+async def test_each_change_has_its_caller(columns: Columns) -> None:
     ann, bob = Caller("ann", "acme", Role.USER), Caller("bob", "zeta", Role.USER)
     await columns.at.open("a", "b")
     columns.take(["a", "b"], x(2), whos=[ann, bob])
@@ -486,7 +486,7 @@ async def test_each_change_says_who_asked_for_it(columns: Columns) -> None:
 
 
 @pytest.mark.stores("memory", "async", "sync")
-async def test_very_many_messages_that_go_one_by_one_leave_turns_to_others(columns: Columns) -> None:
+async def test_many_messages_that_run_one_by_one_let_others_run_between(columns: Columns) -> None:
     """In their order, and each is answered once."""
     count = 100
     ids = [f"unknown-{number}" for number in range(count)]

@@ -1,4 +1,4 @@
-"""Tensors and sessions between messages and the engine's terms; what is no tensor is in `test_refusals`."""
+"""Conversion of tensors and sessions between messages and the engine; invalid tensors are in `test_refusals`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _tensor(shape: list[int], data: bytes, dtype: int = _FLOAT32, name: str = "x
 
 
 @given(data=st.data())
-def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
+def test_arrays_survive_a_round_trip(data: st.DataObject) -> None:
     dtype = np.dtype(data.draw(st.sampled_from(_DTYPES)))
     as_values = data.draw(st.booleans())
     least = int(as_values)  # numbers say nothing of what is empty
@@ -46,7 +46,7 @@ def test_arrays_come_back_as_they_were(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("as_values", [False, True])
-def test_bfloat16_comes_back_as_it_was(as_values: bool) -> None:
+def test_bfloat16_survives_a_round_trip(as_values: bool) -> None:
     array = np.array([[1.5, -2.0]], ml_dtypes.bfloat16)
     response = sessions_pb2.StepResponse()
     tensors.add_tensors(response.outputs, {"": array}, as_values=as_values)
@@ -55,7 +55,7 @@ def test_bfloat16_comes_back_as_it_was(as_values: bool) -> None:
     np.testing.assert_array_equal(back, array)
 
 
-def test_big_endian_arrays_leave_as_little_endian() -> None:
+def test_big_endian_arrays_are_sent_as_little_endian() -> None:
     response = sessions_pb2.StepResponse()
     tensors.add_tensors(response.outputs, {"y": np.array([1.0], ">f4")})
     assert response.outputs[0].data == np.array([1.0], "<f4").tobytes()
@@ -89,7 +89,7 @@ def test_numbers_are_one_per_session() -> None:
     assert numbers.tolist() == [1, 2**64 - 1]
 
 
-def test_sessions_and_models_say_everything() -> None:
+def test_descriptions_of_sessions_and_models_are_complete() -> None:
     info = SessionInfo("s", "m", "f", 3, 4, 5, 1.25, 2.5, resident=True)
     session = convert.from_session(info)
     assert (session.session_id, session.model, session.model_fingerprint) == ("s", "m", "f")

@@ -1,4 +1,4 @@
-"""One number that stands for those of all sessions of a frame, in the request and in the answer."""
+"""One number for all sessions of a frame, in requests and answers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_a_frame_with_one_number_for_all_is_answered_with_one_for_all() ->
         )
 
 
-async def test_members_that_follow_one_another_are_counted() -> None:
+async def test_consecutive_members_are_sent_as_a_range() -> None:
     async with streams() as at:
         await at.at.open("a", "b")
         failed, applied = await answers(at, frame(1, expected_revision=0))
@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-async def test_what_contradicts_itself_is_refused_and_changes_nothing(case: str) -> None:
+async def test_contradictory_frames_are_refused_and_change_nothing(case: str) -> None:
     raw, message_ = REFUSED[case]
     async with streams() as at:
         await at.at.open(*IDS)

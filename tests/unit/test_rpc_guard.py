@@ -1,4 +1,4 @@
-"""Who is let in, what the front is told, and how streams end whose credential does not hold any more. The clock is a fake."""
+"""Authentication of calls, the callers known to the front, and ends of streams with expired credentials. Fake clock."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def code_of(task: asyncio.Task[bytes]) -> str:
     return raised.value.status.code.name
 
 
-async def test_what_is_being_loaded_is_not_told_to_strangers() -> None:
+async def test_unknown_callers_do_not_learn_which_models_are_loading() -> None:
     front, clock, auditor = Front(), ManualClock(), Mock()
     server = RpcServer(
         front,
@@ -126,7 +126,7 @@ async def test_what_is_being_loaded_is_not_told_to_strangers() -> None:
     assert [call.args[0] for call in auditor.refused.call_args_list] == ["ListModels"]
 
 
-async def test_the_front_learns_who_calls_in_their_own_tenant() -> None:
+async def test_the_front_knows_callers_in_their_own_tenant() -> None:
     doors = Doors()
     admit = doors.guard.admit
     admit(call := of("ann"), "Step", Access.USE)
@@ -148,7 +148,7 @@ async def test_the_front_learns_who_calls_in_their_own_tenant() -> None:
     assert doors.front.known[Credential("token", b"ann")][0].tenant == "beta"
 
 
-async def test_a_call_is_judged_before_its_message_as_where_it_is_served() -> None:
+async def test_a_call_is_authenticated_before_its_message_as_when_it_is_served() -> None:
     doors = Doors()
     judge = doors.boundary.judging("Step")
     doors.boundary.judging("Check")(of("nobody"))  # of health checkers nothing is asked
@@ -161,7 +161,7 @@ async def test_a_call_is_judged_before_its_message_as_where_it_is_served() -> No
     assert doors.observer.refusals.total() == 2
 
 
-async def test_streams_end_with_what_their_calls_have_shown() -> None:
+async def test_streams_end_with_their_credential() -> None:
     doors = Doors()
     ann, chief = await doors.open("ann"), await doors.open("chief")
     read = await doors.open("bob", "ServerReflectionInfo")
@@ -187,7 +187,7 @@ async def test_streams_end_with_what_their_calls_have_shown() -> None:
     assert {code for _, code in doors.observer.done} == {"UNAUTHENTICATED", "CANCELLED"}
 
 
-async def test_what_expires_ends_by_itself_unless_it_was_prolonged() -> None:
+async def test_streams_end_when_their_credential_expires_unless_it_was_extended() -> None:
     doors = Doors()
     doors.named.until = {"ann": 1010.0, "chief": 1020.0}
     ann, chief = await doors.open("ann"), await doors.open("chief")
@@ -207,7 +207,7 @@ async def test_what_expires_ends_by_itself_unless_it_was_prolonged() -> None:
     assert not doors.front.known
 
 
-async def test_a_client_that_is_gone_at_the_same_time_gets_no_answer() -> None:
+async def test_a_client_that_leaves_at_that_time_gets_no_answer() -> None:
     doors = Doors()
     ann = await doors.open("ann")
     del doors.named.callers["ann"]
@@ -218,7 +218,7 @@ async def test_a_client_that_is_gone_at_the_same_time_gets_no_answer() -> None:
     assert doors.observer.done == [("StepStream", "CANCELLED")]
 
 
-async def test_a_stream_that_ends_by_itself_keeps_its_own_end() -> None:
+async def test_a_stream_that_ends_first_keeps_its_status() -> None:
     doors = Doors()
 
     async def fails(_: Call) -> None:
@@ -231,7 +231,7 @@ async def test_a_stream_that_ends_by_itself_keeps_its_own_end() -> None:
     assert doors.observer.refusals == {"UNAUTHENTICATED": 1}
 
 
-async def test_the_front_knows_a_bounded_number_and_those_with_streams_stay(
+async def test_the_front_knows_limited_callers_and_keeps_those_with_streams(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(guard, "MAX_KNOWN", 3)
@@ -245,7 +245,7 @@ async def test_the_front_knows_a_bounded_number_and_those_with_streams_stay(
     await asyncio.gather(ann, return_exceptions=True)
 
 
-async def test_a_call_that_anybody_may_make_asks_nobody() -> None:
+async def test_open_methods_need_no_authentication() -> None:
     doors = Doors()
     watch = await doors.open("nobody", "Watch")
     call = FakeCall()

@@ -1,4 +1,4 @@
-"""What health checkers hear of the server and of each model, and when."""
+"""Health of the server and of each model, as health checkers see it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_each_model_is_a_service_of_its_own() -> None:
         assert "words" not in refused.value.message
 
 
-async def test_models_are_listed_where_nobody_is_asked_who_calls() -> None:
+async def test_models_are_listed_without_authentication() -> None:
     for lists_models, names in (
         (True, {"", "a.Service", "stepwell.model/forecast"}),
         (False, {"", "a.Service"}),
@@ -60,7 +60,7 @@ async def test_models_are_listed_where_nobody_is_asked_who_calls() -> None:
         assert set(listed.statuses) == names  # type: ignore[attr-defined]
 
 
-async def test_a_watch_tells_changes_of_its_service_alone() -> None:
+async def test_a_watch_reports_changes_of_its_service_only() -> None:
     health = HealthServicer(["a.Service"])
     forecast, server = Watch(health, "stepwell.model/forecast"), Watch(health, "")
     assert (await forecast.next(), await server.next()) == (UNKNOWN, NOT_SERVING)
@@ -85,7 +85,7 @@ async def test_a_watch_tells_changes_of_its_service_alone() -> None:
         assert each.call.replies.empty()
 
 
-def test_a_model_is_as_far_as_its_farthest_version() -> None:
+def test_a_model_has_the_status_of_its_most_advanced_version() -> None:
     readiness = Readiness()
     reports: list[Report] = []
     readiness.listen(reports.append)

@@ -1,4 +1,4 @@
-"""Loading, choosing and unloading versions by calls: what is asked, what is told to whom, what is audited."""
+"""Calls that load, choose and unload versions: requests, answers, permissions and audit lines."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def told(model: pb.Model) -> list[tuple[int, int, bool, list[str], int]]:
     ]
 
 
-async def test_a_load_tells_its_stages_and_then_the_model(at: Calls, tmp_path: Path) -> None:
+async def test_a_load_reports_its_stages_and_then_the_model(at: Calls, tmp_path: Path) -> None:
     await at.call(sessions_pb2.OpenSessionRequest(model="plain", session_id="a"))
     file = at.loads.file(tmp_path, "new.keras", PLAIN)
     policy = pb.SESSION_POLICY_CARRY
@@ -89,7 +89,7 @@ async def test_a_load_tells_its_stages_and_then_the_model(at: Calls, tmp_path: P
     assert (await step(at, "a")).model_version == 2
 
 
-async def test_a_name_may_begin_while_the_server_serves(at: Calls, tmp_path: Path) -> None:
+async def test_a_new_name_can_be_loaded_while_the_server_runs(at: Calls, tmp_path: Path) -> None:
     file = at.loads.file(tmp_path, "rich.keras", RICH)
     last = (await load(at, name="rich", path=file, version=7))[-1]
     assert (last.version, last.moved_sessions, told(last.model)) == (7, 0, [(7, READY, True, [], 0)])
@@ -98,7 +98,7 @@ async def test_a_name_may_begin_while_the_server_serves(at: Calls, tmp_path: Pat
     assert [model.name for model in (await at.call(pb.ListModelsRequest())).models] == ["plain", "rich"]
 
 
-async def test_a_failure_is_told_and_listed_and_nothing_changes(at: Calls, tmp_path: Path) -> None:
+async def test_a_failure_is_returned_and_listed_and_nothing_changes(at: Calls, tmp_path: Path) -> None:
     await at.opened()
     before = await at.everything(), (await at.call(pb.GetModelRequest(name="plain"))).model
     bad = tmp_path / "bad.keras"
@@ -136,7 +136,7 @@ async def test_a_failure_is_told_and_listed_and_nothing_changes(at: Calls, tmp_p
     assert (failed.reason, failed.path, ready.sessions) == ("the version could not be loaded", "", 0)
 
 
-async def test_carrying_to_other_specs_is_refused_and_says_what_differs(at: Calls, tmp_path: Path) -> None:
+async def test_carrying_to_other_specs_is_refused_with_the_differences(at: Calls, tmp_path: Path) -> None:
     await at.opened()
     before = await at.everything()
     file = at.loads.file(tmp_path, "rich.keras", RICH)
@@ -161,7 +161,7 @@ async def test_carrying_to_other_specs_is_refused_and_says_what_differs(at: Call
         ({"sessions": pb.SESSION_POLICY_MIGRATE}, "FAILED_PRECONDITION", "--migration"),
     ],
 )
-async def test_what_a_load_must_be(
+async def test_invalid_loads(
     at: Calls, tmp_path: Path, values: dict[str, Any], code: str, words: str
 ) -> None:
     request = {"name": "plain", "path": at.loads.file(tmp_path, "m.keras", PLAIN), **values}
@@ -171,7 +171,7 @@ async def test_what_a_load_must_be(
     assert [one.version for one in only.versions if one.state == READY] == [1]
 
 
-async def test_bytes_that_are_no_request(at: Calls) -> None:
+async def test_invalid_request_bytes(at: Calls) -> None:
     for name in ("LoadModel", "UploadModel"):
         call = at.new_call()
         call.send(b"\xff")
@@ -181,7 +181,7 @@ async def test_bytes_that_are_no_request(at: Calls) -> None:
         assert ended.value.status.code.name == "INVALID_ARGUMENT"
 
 
-async def test_a_client_that_goes_stops_its_load(at: Calls, tmp_path: Path) -> None:
+async def test_a_load_stops_when_its_client_leaves(at: Calls, tmp_path: Path) -> None:
     at.loads.free.clear()
     call = at.new_call()
     call.send(pb.LoadModelRequest(name="plain", path=at.loads.file(tmp_path, "m.keras", PLAIN)))
@@ -242,7 +242,7 @@ async def test_defaults_labels_and_unloading(at: Calls, tmp_path: Path) -> None:
         gone.expect("NOT_FOUND", "MODEL_VERSION_NOT_FOUND")
 
 
-async def test_versions_drain_and_go(at: Calls, tmp_path: Path) -> None:
+async def test_versions_drain_and_are_unloaded(at: Calls, tmp_path: Path) -> None:
     await at.call(sessions_pb2.OpenSessionRequest(model="plain", session_id="a"))
     last = (await load(at, path=at.loads.file(tmp_path, "2.keras", PLAIN)))[-1]
     assert told(last.model) == [(1, DRAINING, False, [], 1), (2, READY, True, [], 0)]
@@ -318,7 +318,7 @@ async def test_a_frame_of_several_versions_fails_member_by_member(at: Calls, tmp
     assert "inputs 'x' must have 2 rows, those of the 2 sessions" in whole.errors[0].error.message
 
 
-async def test_every_reply_says_the_version(at: Calls, tmp_path: Path) -> None:
+async def test_every_reply_has_the_version(at: Calls, tmp_path: Path) -> None:
     await load(at, path=at.loads.file(tmp_path, "2.keras", PLAIN), keep_default=True)
     opened = await at.call(sessions_pb2.OpenSessionRequest(model="plain@2", session_id="a"))
     assert opened.session.model_version == 2
@@ -350,7 +350,7 @@ def test_only_admins_may() -> None:
                 require(access_of(name), name, Caller("ann", "acme", role))
 
 
-async def test_a_server_that_others_reach_must_know_its_callers() -> None:
+async def test_a_server_reachable_by_others_must_authenticate_callers() -> None:
     async with calls({"plain": PLAIN}, admin_refusal="it must know its callers") as at:
         for request in (
             pb.UnloadModelRequest(name="plain"),
@@ -365,7 +365,7 @@ async def test_a_server_that_others_reach_must_know_its_callers() -> None:
         assert len((await at.call(pb.ListModelsRequest())).models) == 1
 
 
-async def test_every_call_has_its_line(tmp_path: Path) -> None:
+async def test_every_call_has_an_audit_line(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     async with calls({"plain": PLAIN}, Auditor(log, "drop")) as anybody:
         at = anybody.of(OPS)

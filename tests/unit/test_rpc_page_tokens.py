@@ -1,4 +1,4 @@
-"""Page tokens stand for ids. What is none is in `test_refusals_sessions`."""
+"""Page tokens stand for ids. Invalid ones are in `test_refusals_sessions`."""
 
 from __future__ import annotations
 

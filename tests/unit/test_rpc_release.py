@@ -1,4 +1,4 @@
-"""A call that fails is freed at once: nothing of it waits for Python's collector of cycles."""
+"""A failed call is freed at once, without Python's cycle collector."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_a_failed_call_is_freed(how: str, monkeypatch: pytest.MonkeyPatch)
     assert failing.is_freed
 
 
-async def test_bytes_that_are_no_message_are_freed() -> None:
+async def test_invalid_message_bytes_are_freed() -> None:
     serve = Boundary(Requests(), 1024).unary("GetSession", _Failing("refuse"), pb.GetSessionRequest)
     call = FakeCall(b"\xff" * 100)
     freed = weakref.ref(call)
@@ -108,7 +108,7 @@ async def test_a_cancelled_call_is_freed() -> None:
     assert failing.is_freed
 
 
-async def test_a_request_is_not_kept_beside_its_message() -> None:
+async def test_a_request_is_not_kept_with_its_message() -> None:
     seen: list[bytes] = []
 
     async def behaviour(_request: object, call: Any) -> pb.GetSessionResponse:

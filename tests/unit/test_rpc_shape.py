@@ -1,4 +1,4 @@
-"""What a request may hold before it is parsed: see `shape.rs` for the twin of these rules."""
+"""Limits of a request before it is parsed; `shape.rs` has the same rules."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _refused(request: Message, more: bytes = b"") -> str | None:
         ),
     ],
 )
-def test_what_breaks_a_rule_is_named(request_: Message, words: str) -> None:
+def test_the_broken_rule_is_named(request_: Message, words: str) -> None:
     assert _refused(request_) == words
 
 
@@ -126,13 +126,13 @@ def test_a_list_is_counted_over_the_whole_message() -> None:
     ],
     ids=["one unknown field", "many unknown fields", "a field again and again"],
 )
-def test_everything_else_is_bounded_in_all(more: bytes) -> None:
+def test_all_other_bytes_together_are_limited(more: bytes) -> None:
     words = f"request must have at most {MAX_SMALL_BYTES} bytes outside lists, tensors, records and files; got more"
     assert _refused(pb.GetSessionRequest(session_id="s"), more) == words
 
 
 @pytest.mark.parametrize("raw", [bytes(2000), b"\x9b\x06" + bytes(2000), b"\x0a\xff\xff\x7f" + bytes(2000)])
-def test_bytes_that_are_no_message_are_refused_as_such(raw: bytes) -> None:
+def test_invalid_message_bytes_are_refused(raw: bytes) -> None:
     error = check_shape(Shape(pb.GetSessionRequest.DESCRIPTOR), raw)
     assert error is not None
     assert (
@@ -168,14 +168,14 @@ def _triton() -> Message:
 
 
 @pytest.mark.parametrize("make", [_largest_close, _largest_fork, _largest_import, _large_tensor, _triton])
-def test_what_is_large_by_right_passes(make: Callable[[], Message]) -> None:
+def test_large_data_within_the_limits_passes(make: Callable[[], Message]) -> None:
     assert _refused(make()) is None
 
 
 @pytest.mark.parametrize(
     "method", [each for service in SERVICES for each in service.methods], ids=lambda each: each.name
 )
-def test_each_text_of_each_request_is_bounded(method: Any) -> None:
+def test_each_text_of_each_request_has_a_limit(method: Any) -> None:
     """Whoever adds a field of bytes says how large it may be, or that it is a tensor, a record or a file."""
     nodes = Shape(method.input_type).table
     free = [number for node in nodes for number, kind, limit, _ in node if kind == 0 and not limit]
@@ -184,5 +184,5 @@ def test_each_text_of_each_request_is_bounded(method: Any) -> None:
     assert len(large) <= 3
 
 
-def test_small_requests_are_not_looked_at() -> None:
+def test_small_requests_are_not_checked() -> None:
     assert check_shape(Shape(pb.GetSessionRequest.DESCRIPTOR), b"\xff" * MAX_NAME_BYTES) is None

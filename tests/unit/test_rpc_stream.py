@@ -150,7 +150,7 @@ async def test_the_id_of_an_unanswered_frame_is_refused(call: Call) -> None:
     assert again.all_members
 
 
-async def test_bytes_that_are_no_frame_end_the_stream(call: Call) -> None:
+async def test_invalid_frame_bytes_end_the_stream(call: Call) -> None:
     call.engine.held = True
     call.context.send(_step(1, "a"), b"\xff\xff\xff")
     with pytest.raises(InvalidInput, match=r"must be a stepwell\.v1\.StepStreamRequest; got 3 bytes"):
@@ -158,7 +158,7 @@ async def test_bytes_that_are_no_frame_end_the_stream(call: Call) -> None:
     assert [frame.session_ids for frame in call.engine.cancelled()] == [["a"]]
 
 
-async def test_the_end_of_the_call_cancels_what_waits(call: Call) -> None:
+async def test_the_end_of_the_call_cancels_waiting_steps(call: Call) -> None:
     call.engine.held = True
     call.context.send(_step(1, "a"), _step(2, "b"))
     await call.until(lambda: len(call.engine.changes) == 2)

@@ -13,7 +13,7 @@ from support.rpc.streams import ALL, LAST, Streams, message, parsed, play, reaso
 
 
 @BOTH_WAYS
-async def test_steps_with_all_that_the_sdk_sends(threads: bool) -> None:
+async def test_steps_with_all_fields_of_the_sdk(threads: bool) -> None:
     """With everything that `stepwell._batching.frames` fills in."""
 
     async def scenario(at: Streams) -> None:
@@ -53,7 +53,7 @@ async def test_steps_of_one_session_keep_their_order_whatever_their_fields(betwe
     assert applied == sorted(applied)
 
 
-async def test_a_handle_that_is_another_sessions_by_now_is_not_stepped() -> None:
+async def test_a_handle_that_now_belongs_to_another_session_is_refused() -> None:
     async def scenario(at: Streams) -> None:
         await at.at.open("a", "busy")
         await at.busy()
@@ -79,7 +79,7 @@ async def test_a_handle_that_is_another_sessions_by_now_is_not_stepped() -> None
         await scenario(at)
 
 
-async def test_time_limits_begin_when_the_message_comes() -> None:
+async def test_time_limits_start_when_the_message_arrives() -> None:
     async def scenario(at: Streams) -> None:
         await at.at.open("a", "b", "c", "d", "busy")
         await at.busy()
@@ -105,7 +105,7 @@ async def test_a_step_that_waited_alone_past_its_time_limit_is_dropped() -> None
     assert reasons(replies) == ["DEADLINE_EXCEEDED"]
 
 
-async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
+async def test_waiting_steps_of_an_ended_stream_are_not_applied() -> None:
     for count in (1, 3):
         async with streams(threads=True) as at:
             await at.at.open("a", "busy")
@@ -120,7 +120,7 @@ async def test_what_waits_of_a_stream_that_is_over_is_not_applied() -> None:
 
 
 @pytest.mark.parametrize("kind", ["frame", "call"])
-async def test_a_step_says_which_rows_begin_anew_and_which_outputs_come(kind: str) -> None:
+async def test_a_step_chooses_the_rows_to_reset_and_the_outputs(kind: str) -> None:
     async with streams() as at:
         await at.at.open("a")
         await at.at.step("a", np.ones((1, 2), np.float32))

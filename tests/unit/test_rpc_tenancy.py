@@ -1,4 +1,4 @@
-"""Between the ids that callers say and those that the engine knows."""
+"""Conversion between callers' session ids and the engine's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLERS = st.sampled_from([ANYBODY, ANN, BOB])
 
 
 @given(CALLERS, TEXT, CALLERS, TEXT)
-def test_no_two_callers_name_the_same_session_and_each_gets_its_own_words_back(
+def test_tenants_share_no_sessions_and_each_gets_its_own_ids_back(
     one: Caller, said: str, other: Caller, also_said: str
 ) -> None:
     inner = tenancy.internal_id(one, said)
@@ -39,7 +39,7 @@ def test_no_two_callers_name_the_same_session_and_each_gets_its_own_words_back(
 
 # What has the separator in it is no id of a session: of such words more may be left out.
 @given(st.sampled_from([ANN, BOB]), TEXT.filter(lambda said: "\x1f" not in said) | st.just("acme\x1fx"))
-def test_whatever_names_a_session_is_told_in_its_callers_words(who: Caller, said: str) -> None:
+def test_messages_contain_the_callers_session_ids(who: Caller, said: str) -> None:
     inner = tenancy.internal_id(who, said)
     error = SessionNotFound(inner, f"session {inner!r} is not there, nor {[inner]}")
     told = to_proto(error)
@@ -48,13 +48,13 @@ def test_whatever_names_a_session_is_told_in_its_callers_words(who: Caller, said
     assert to_status(error).message == told.message
 
 
-def test_lists_of_a_tenant_come_back_as_it_knows_them() -> None:
+def test_lists_of_a_tenant_contain_its_own_ids() -> None:
     assert tenancy.external_ids([]) == []
     assert tenancy.external_ids(["a", "b"]) == ["a", "b"]
     assert tenancy.external_ids(tenancy.internal_ids(ANN, ["a", "b"])) == ["a", "b"]
 
 
-def test_who_is_about_all_tenants_names_no_session() -> None:
+def test_callers_for_all_tenants_name_no_session() -> None:
     for call in (
         lambda: tenancy.internal_id(OF_ALL, "a"),
         lambda: tenancy.internal_ids(OF_ALL, ["a"]),
@@ -66,7 +66,7 @@ def test_who_is_about_all_tenants_names_no_session() -> None:
             call()
 
 
-async def test_a_tenant_is_refused_where_nobody_is_asked_who_calls() -> None:
+async def test_a_tenant_is_refused_without_authentication() -> None:
     boundary = Boundary(Requests(), 1024)
 
     async def answer(_request: object, _call: object) -> pb.GetSessionResponse:

@@ -1,4 +1,4 @@
-"""Unary steps, alone and beside streams."""
+"""Unary steps, alone and concurrent with streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def revision(raw: bytes) -> int:
     return pb.StepResponse.FromString(raw).revision
 
 
-async def test_calls_of_one_turn_run_in_one_pass() -> None:
+async def test_concurrent_calls_run_in_one_pass() -> None:
     async with streams(threads=True) as at:
         ids = [f"s{i}" for i in range(8)]
         await at.at.open(*ids)

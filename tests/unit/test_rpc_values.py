@@ -1,4 +1,4 @@
-"""Tensors whose elements are said as numbers, in requests and in answers; bad ones are rows of `test_refusals`."""
+"""Tensors with elements as numbers, in requests and answers; invalid ones are in `test_refusals`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def opened(at: Calls, model: str) -> str:
     return session_id
 
 
-def test_integers_that_no_double_is_come_as_data() -> None:
+def test_integers_that_no_double_represents_are_sent_as_data() -> None:
     response = pb.StepResponse()
     arrays = {
         "a": np.array([2**53 - 1]),
@@ -77,7 +77,7 @@ async def test_a_step_in_numbers_is_the_step_in_bytes() -> None:
         assert all(each.values for each in (*predicted.outputs, *predicted.state))
 
 
-async def test_answers_come_in_the_format_that_was_asked_for() -> None:
+async def test_answers_have_the_requested_format() -> None:
     numbers = [tensors_pb2.Tensor(values=[1, 2, 3, 4], shape=[2, 2])]
     async with calls(MODELS) as at:
         session_id = await opened(at, "plain")
@@ -110,7 +110,7 @@ async def test_a_frame_takes_numbers_and_answers_bytes() -> None:
         assert pb.StepStreamResponse.FromString(answer).outputs[0].data
 
 
-async def test_what_is_too_much_for_numbers_is_refused_before_anything_changes() -> None:
+async def test_tensors_too_large_for_numbers_are_refused_before_a_change() -> None:
     async with calls(MODELS, resident_rows=40_000) as at:
         session_id = await opened(at, "plain")
         inputs = [tensor(np.ones((2, 16_384 + 1, 2), np.float32))]

@@ -1,4 +1,4 @@
-"""Replies go out one at a time and in order, whoever watches."""
+"""Replies are written one at a time and in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Wire:
             await asyncio.sleep(0)
 
 
-async def test_a_write_begins_at_once_and_is_noted_when_looked_at() -> None:
+async def test_a_write_starts_at_once_and_is_noticed_at_the_next_check() -> None:
     wire = _Wire()
     wire.outbox.put(b"a", 7)
     assert (wire.begun, wire.written, wire.outbox.look()) == ([b"a"], [], False)
@@ -58,7 +58,7 @@ async def test_the_next_reply_finds_the_last_one_written() -> None:
     assert wire.written == [1, 2, 3]
 
 
-async def test_replies_queue_up_behind_a_write_and_follow_by_themselves() -> None:
+async def test_replies_queue_behind_a_write_and_follow_it() -> None:
     wire = _Wire()
     for held, reply in enumerate((b"a", b"b", b"at once", b"c")):
         wire.outbox.put(reply, held)
@@ -92,7 +92,7 @@ async def test_nothing_is_written_after_a_failure() -> None:
     assert isinstance(refused.outbox.error, ConnectionError)
 
 
-async def test_closing_gives_up_what_is_not_written() -> None:
+async def test_closing_drops_unwritten_replies() -> None:
     for ended in (False, True):
         wire = _Wire()
         wire.outbox.put(b"a", 0)
@@ -106,7 +106,7 @@ async def test_closing_gives_up_what_is_not_written() -> None:
         wire.outbox.close()
 
 
-async def test_very_many_that_need_no_wait_follow_one_that_did() -> None:
+async def test_many_replies_without_a_wait_follow_one_with_a_wait() -> None:
     wire = _Wire()
     wire.outbox.put(b"a", 1)
     for _ in range(5000):

@@ -1,4 +1,4 @@
-"""Triton's requests that a front hands over as columns: what is done together, what is served alone, and each answer."""
+"""Triton's requests that a front passes as columns: which run together, which run alone, and their answers."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ async def at() -> AsyncIterator[Front]:
         yield found
 
 
-async def test_steps_of_sequences_that_go_on_are_one_change(at: Front) -> None:
+async def test_steps_of_running_sequences_are_one_change(at: Front) -> None:
     await at.begin(*range(1, 13))
     before = at.statistics()
     batch = at.take(*range(1, 13))
@@ -245,7 +245,7 @@ async def test_steps_of_sequences_that_go_on_are_one_change(at: Front) -> None:
 
 
 @pytest.mark.parametrize("why", ["no session", "not begun", "reset", "another model", "other rows"])
-async def test_requests_of_a_sequence_that_they_do_not_fit_are_answered_as_calls_are(why: str) -> None:
+async def test_requests_that_do_not_fit_their_sequence_are_answered_like_calls(why: str) -> None:
     """The others are still one change."""
     async with front(programs={"plain": PLAIN, "other": PLAIN}) as at:
         engine, harness = at.client.harness.engine, at.client.harness
@@ -292,7 +292,7 @@ async def test_requests_wait_for_another_one_of_their_sequence_and_keep_their_or
     assert (statistics.success.count, statistics.fail.count) == (3 + 6, 0)
 
 
-async def test_a_request_that_nobody_waits_for_is_not_served_when_its_turn_comes(at: Front) -> None:
+async def test_a_request_of_a_gone_client_is_not_served_when_it_is_next(at: Front) -> None:
     await at.begin(1)
     running = at.client.inference.sequences.enter("triton/plain/1")
     batch = at.take(1, 1)
@@ -331,7 +331,7 @@ async def test_the_trace_of_each_request_ends_with_its_answer() -> None:
         ]
 
 
-async def test_one_whose_rows_are_wrong_keeps_its_sequences_later_requests_behind_it(at: Front) -> None:
+async def test_a_request_with_wrong_rows_keeps_its_place_in_the_sequence(at: Front) -> None:
     await at.begin(1, 2)
     batch = at.take(1, 2, 1, sizes=[2, 1, 1])
     await at.settled()
@@ -344,7 +344,7 @@ async def test_one_whose_rows_are_wrong_keeps_its_sequences_later_requests_behin
     assert "batch-size must be <= 1024" in many.done[0][1]
 
 
-async def test_a_request_past_its_deadline_and_one_that_was_an_end_are_answered_so(at: Front) -> None:
+async def test_late_requests_and_repeated_ends_get_their_own_answers(at: Front) -> None:
     await at.begin(1, 2, 3)
     now = at.client.harness.clock.monotonic()
     late = at.take(1, 2, 3, deadlines=[np.inf, now, np.inf])
@@ -375,7 +375,7 @@ async def test_a_request_past_its_deadline_and_one_that_was_an_end_are_answered_
         {"inputs": [InputColumn(name, FLOAT32, (2,), bytes(8)) for name in ("x", "q")]},
     ],
 )
-async def test_requests_that_fit_no_model_are_answered_as_calls_are(at: Front, said: Any) -> None:
+async def test_requests_that_fit_no_model_are_answered_like_calls(at: Front, said: Any) -> None:
     await at.begin(1)
     batch = at.take(1, **said)
     await at.settled()
@@ -383,7 +383,7 @@ async def test_requests_that_fit_no_model_are_answered_as_calls_are(at: Front, s
     assert not at.changes
 
 
-async def test_outputs_are_those_that_were_asked_for() -> None:
+async def test_only_requested_outputs_are_returned() -> None:
     """One number is a dimension of one."""
     async with front(programs={"rich": RICH}) as at:
         first = [
@@ -407,7 +407,7 @@ async def test_outputs_are_those_that_were_asked_for() -> None:
 
 
 @pytest.mark.parametrize("who", [ANYBODY, Caller("ann", "acme", Role.USER)], ids=str)
-async def test_each_failure_is_told_in_tritons_words(at: Front, who: Caller) -> None:
+async def test_each_failure_has_tritons_message(at: Front, who: Caller) -> None:
     at.client.who = who
     await at.begin(1, 2, 3)
     internals = at.client.harness.internals
@@ -427,7 +427,7 @@ async def test_each_failure_is_told_in_tritons_words(at: Front, who: Caller) -> 
 
 
 @pytest.mark.parametrize("who", [ANYBODY, Caller("ann", "acme", Role.USER)], ids=str)
-async def test_too_much_is_refused_as_triton_does(
+async def test_overload_is_refused_as_triton_does(
     at: Front, monkeypatch: pytest.MonkeyPatch, who: Caller
 ) -> None:
     at.client.who = who
@@ -444,7 +444,7 @@ async def test_too_much_is_refused_as_triton_does(
     }
 
 
-async def test_a_defect_leaves_nobody_waiting(at: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_after_a_defect_no_call_waits(at: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     await at.begin(1, 2)
 
     def broken(*_: Any) -> None:
@@ -488,7 +488,7 @@ async def test_sequences_of_several_versions_are_answered_by_their_own() -> None
             assert batch.done == {0: await at.refusal(batch.requests[0])}
 
 
-async def test_a_carry_between_two_steps_says_the_new_version() -> None:
+async def test_after_a_carry_replies_have_the_new_version() -> None:
     async with serving() as harness:
         at, engine = Front(Client(harness)), harness.engine
         await at.begin(1, 2)

@@ -1,4 +1,4 @@
-"""Triton's calls of the model repository: what is listed, loaded and unloaded, for whom, and what has an audit line."""
+"""Triton's model repository: listing, loading and unloading, permissions and audit lines."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_several_versions_are_loaded_and_the_highest_is_the_default(tmp_pa
         assert [version for _, version, _ in await index(at)] == ["1", "1", "2", "5"]
 
 
-async def test_what_was_unloaded_can_be_loaded_again(tmp_path: Path) -> None:
+async def test_an_unloaded_version_can_be_loaded_again(tmp_path: Path) -> None:
     first = tmp_path / "first.keras"
     first.write_bytes(b"a model")
     async with calls({"plain": PLAIN}, files={"plain": {1: first}}) as at:
@@ -124,7 +124,7 @@ async def test_a_version_that_cannot_be_loaded_is_listed(tmp_path: Path) -> None
         assert await index(at, ready=True) == [("plain", "1", "READY")]
 
 
-async def test_a_file_is_taken_where_uploads_are(tmp_path: Path) -> None:
+async def test_a_file_is_accepted_if_uploads_are_allowed(tmp_path: Path) -> None:
     async with calls({"plain": PLAIN}) as at:
         file = {"file:2/model.keras": b"a model"}
         code, message = await refused(at, loading(config={}, files=file))
@@ -164,14 +164,14 @@ async def test_a_file_is_taken_where_uploads_are(tmp_path: Path) -> None:
         ({"version_policy": 3}, "version_policy in config must be"),
     ],
 )
-async def test_configurations_that_cannot_be(config: object, said: str, tmp_path: Path) -> None:
+async def test_invalid_configurations(config: object, said: str, tmp_path: Path) -> None:
     async with calls({"plain": PLAIN}, live_options={"root": folder(tmp_path, 2)}) as at:
         code, message = await refused(at, loading(config=config))
         assert (code, said in message) == ("INVALID_ARGUMENT", True), message
         assert await index(at) == [("plain", "1", "READY")]
 
 
-async def test_what_is_asked_for_must_be_there(tmp_path: Path) -> None:
+async def test_the_requested_model_and_version_must_exist(tmp_path: Path) -> None:
     async with calls({"plain": PLAIN}, live_options={"root": folder(tmp_path, 2)}) as at:
         poll = "failed to load 'nothing', failed to poll from model repository: no file of it is"
         code, message = await refused(at, loading("nothing"))

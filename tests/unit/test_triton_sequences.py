@@ -85,7 +85,7 @@ async def test_start_steps_end(client: Client) -> None:
     assert client.sessions() == []
 
 
-async def test_start_on_a_live_sequence_begins_anew(client: Client) -> None:
+async def test_start_on_a_live_sequence_restarts_it(client: Client) -> None:
     xs = [draw(i, 1, 2) for i in range(3)]
     await client.infer(xs[0], sequence_id="a", start=True)
     np.testing.assert_array_equal(await client.y(xs[1], sequence_id="a", start=True), replay(xs[1])[0])
@@ -120,7 +120,7 @@ async def test_a_start_whose_step_fails_leaves_nothing(client: Client) -> None:
     np.testing.assert_array_equal(await client.y(x, sequence_id=1, start=True), replay(x)[0])
 
 
-async def test_a_start_whose_step_fails_says_so_even_if_its_session_cannot_be_closed(
+async def test_a_failed_start_returns_the_error_of_its_step_even_if_closing_fails(
     client: Client,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -151,7 +151,7 @@ async def test_a_cancelled_start_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_requests_that_come_together_are_served_in_their_order(client: Client, seed: int) -> None:
+async def test_concurrent_requests_are_served_in_order(client: Client, seed: int) -> None:
     """Several lives of several sequences, all sent at once in a random order that keeps each one's own."""
     chance, rng = random.Random(seed), np.random.default_rng(seed)
     plans: dict[Any, list[tuple[Any, Array]]] = {}
@@ -194,7 +194,7 @@ async def test_each_request_counts_once(client: Client) -> None:
     await refused(RevisionConflict, late)
 
 
-async def test_an_end_whose_answer_is_lost_says_that_it_counted(client: Client) -> None:
+async def test_a_repeated_end_without_a_stored_answer_is_refused_with_the_reason(client: Client) -> None:
     x = draw(1, 1, 2)
     await client.infer(x, sequence_id=3, start=True)
     last = request(x, sequence_id=3, end=True, stepwell_revision=1, stepwell_request_id=5)
@@ -239,9 +239,7 @@ async def test_a_request_id_with_another_request_is_refused(client: Client) -> N
 
 
 @pytest.mark.parametrize("start", [False, True])
-async def test_an_end_that_is_sent_again_leaves_the_sequence_that_was_begun_since(
-    client: Client, start: bool
-) -> None:
+async def test_a_repeated_end_does_not_end_a_later_sequence(client: Client, start: bool) -> None:
     x = draw(1, 1, 2)
     if not start:
         await client.infer(x, sequence_id=3, start=True)
@@ -330,7 +328,7 @@ async def test_bad_parameters(client: Client, field: str, kind: str, value: Any,
     np.testing.assert_array_equal(await client.y(x, sequence_id=3), replay(x, x)[1])
 
 
-async def test_parameters_that_do_not_go_together(client: Client) -> None:
+async def test_parameters_that_exclude_each_other(client: Client) -> None:
     x = draw(1, 1, 2)
     for fields, message in (
         ({"stepwell_revision": 1}, "need a 'sequence_id'"),
@@ -348,7 +346,7 @@ async def test_parameters_that_do_not_go_together(client: Client) -> None:
     await client.send(own)
 
 
-async def test_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_waiting_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepwell_server.rpc.triton.sequences.MAX_WAITING", 2)
     x = draw(1, 1, 2)
     async with inference(threads=True) as client:
@@ -387,7 +385,7 @@ def test_a_model_without_state_needs_no_sequence() -> None:
     assert read_parameters("plain", {}, keeps_state=False).sequence_id == 0
 
 
-def test_of_two_faults_the_same_one_is_said_whatever_the_order() -> None:
+def test_the_same_one_of_two_errors_is_reported_in_any_order() -> None:
     """A map of a message has another order in each process."""
     faults = {
         "timeout": pb.InferParameter(string_param="soon"),
@@ -398,7 +396,7 @@ def test_of_two_faults_the_same_one_is_said_whatever_the_order() -> None:
             read_parameters("plain", {name: faults[name] for name in names}, keeps_state=True)
 
 
-async def test_a_prediction_is_to_be_asked_for(client: Client) -> None:
+async def test_a_stateless_prediction_must_be_requested(client: Client) -> None:
     for rows in (1, 3):
         x = draw(rows, rows, 4, 2)
         right = np.stack(replay(*x.swapaxes(0, 1)), 1)
@@ -439,7 +437,7 @@ async def test_sequences_wait_for_rows_as_sessions_do() -> None:
         assert client.sessions() == []
 
 
-async def test_a_sequence_that_waits_for_rows_leaves_nothing_when_its_time_is_over() -> None:
+async def test_a_sequence_that_times_out_waiting_for_rows_leaves_nothing() -> None:
     x = draw(1, 1, 2)
     async with inference(threads=True, resident_rows=1) as client:
         client.harness.hooks.close_gate()

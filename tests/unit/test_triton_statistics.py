@@ -48,7 +48,7 @@ def test_reading_statistics_counts_nothing_twice() -> None:
     assert observer.passes_by_rows("m") == {1: (2, 2.0)}
 
 
-def test_the_protocols_messages_leave_their_names_to_others() -> None:
+def test_the_protocols_message_names_can_be_registered_by_others() -> None:
     """A process that has imported the server can still register Triton's own messages, and the other way round."""
     code = """
 from google.protobuf import descriptor_pb2, descriptor_pool

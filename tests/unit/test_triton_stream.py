@@ -100,7 +100,7 @@ async def test_replies_come_in_the_order_of_the_requests(call: Call) -> None:
     await call.ends()
 
 
-async def test_an_error_is_an_answer_and_the_stream_goes_on(call: Call) -> None:
+async def test_a_stream_continues_after_an_error(call: Call) -> None:
     call.send("a", "b", "c")
     await call.at_work(3)
     call.fail("a", InvalidInput("no good"))
@@ -114,7 +114,7 @@ async def test_an_error_is_an_answer_and_the_stream_goes_on(call: Call) -> None:
     assert call.observer.refusals == {"INVALID_INPUT": 1, "INTERNAL": 1}
 
 
-async def test_a_request_has_its_place_when_it_is_read(call: Call) -> None:
+async def test_a_request_gets_its_place_when_it_is_read(call: Call) -> None:
     """Not when its task begins: what the front reads by itself is done in between."""
     call.send("a", "b", "c")
     await call.at_work(3)
@@ -136,7 +136,7 @@ async def test_a_request_that_is_cancelled_before_it_begins_leaves_its_place(cal
     assert call.queues.are_busy(["a"]) is None
 
 
-async def test_the_final_flag_is_said_if_asked_for(call: Call) -> None:
+async def test_the_final_flag_is_sent_on_request(call: Call) -> None:
     for wanted in (True, False):
         request = pb.ModelInferRequest(id=str(wanted))
         request.parameters["triton_enable_empty_final_response"].bool_param = wanted
@@ -149,7 +149,7 @@ async def test_the_final_flag_is_said_if_asked_for(call: Call) -> None:
     assert not second.infer_response.parameters
 
 
-async def test_what_was_sent_before_the_end_is_answered(call: Call) -> None:
+async def test_requests_before_the_end_are_answered(call: Call) -> None:
     call.send("a", "b")
     call.context.half_close()
     await call.at_work(2)
@@ -187,7 +187,7 @@ async def test_a_stopping_server_answers_and_ends_the_stream(call: Call) -> None
         await call.ends()
 
 
-async def test_bytes_that_are_no_request_end_the_stream(call: Call) -> None:
+async def test_invalid_request_bytes_end_the_stream(call: Call) -> None:
     call.send("a")
     call.context.send(b"\xff\xff")
     await call.at_work(1)
@@ -197,7 +197,7 @@ async def test_bytes_that_are_no_request_end_the_stream(call: Call) -> None:
     assert call.context.replies.qsize() == 1
 
 
-async def test_a_client_that_goes_away_takes_its_requests_along(call: Call) -> None:
+async def test_requests_of_a_client_that_leaves_are_dropped(call: Call) -> None:
     call.send("a", "b")
     await call.at_work(2)
     call.task.cancel()

@@ -1,4 +1,4 @@
-"""Tensors of Triton's protocol: what is read, what is refused and in which words."""
+"""Tensors of Triton's protocol: accepted ones, and messages of refusals."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ async def test_bad_input_is_refused_and_changes_nothing(name: str, with_sequence
         assert after.parameters["stepwell_revision"].int64_param == 2
 
 
-async def test_a_reply_that_could_not_be_sent_is_refused_first() -> None:
+async def test_a_reply_over_the_limit_is_refused_before_the_step() -> None:
     async with inference() as client:
         await client.infer(X, sequence_id=1, start=True)
         with pytest.raises(InvalidInput, match="must be at most 4096 bytes"):
@@ -279,7 +279,7 @@ def test_a_boolean_is_0_or_1() -> None:
         of_dtype("bool").read(message)
 
 
-def test_the_configuration_tells_of_the_state() -> None:
+def test_the_configuration_describes_the_state() -> None:
     config = model_config("rich", [1], RICH, ModelTensors("rich", RICH), 1.5)
     batching = config.sequence_batching
     assert batching.max_sequence_idle_microseconds == 1_500_000

@@ -56,7 +56,7 @@ def right(version: int, count: int) -> Array:
     return after(version, weights(version).initial[0][None], [X] * count)[0]
 
 
-def test_what_versions_may_be() -> None:
+def test_valid_and_invalid_versions() -> None:
     assert [read_version(text) for text in ("", "1", "007", "0", str(2**63 - 1))] == [
         None,
         1,
@@ -98,7 +98,7 @@ async def test_requests_are_answered_by_the_version_that_they_name(client: Clien
         await client.send(message)
 
 
-async def test_a_sequence_goes_on_on_its_version(client: Client) -> None:
+async def test_a_sequence_continues_on_its_version(client: Client) -> None:
     await client.harness.engine.load_version("plain", 2, weights(2))
     await send(client, X, version="2", sequence_id=5, start=True)
     for count, version in ((2, ""), (3, "2")):
@@ -145,7 +145,7 @@ async def test_a_carry_in_the_middle_of_a_sequence(client: Client) -> None:
 
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("policy", [SessionPolicy.CARRY, SessionPolicy.KEEP])
-async def test_a_request_that_is_sent_again_over_a_move_counts_once(
+async def test_a_request_repeated_across_a_move_counts_once(
     client: Client, policy: SessionPolicy, start: bool
 ) -> None:
     first: dict[str, Any] = {"sequence_id": 1, "start": True, "stepwell_request_id": 6}
@@ -167,7 +167,7 @@ async def test_a_request_that_is_sent_again_over_a_move_counts_once(
         assert "asks for version 1" in await refused(client, InvalidInput, **later)
 
 
-async def test_an_end_that_is_sent_again_after_its_version_is_gone_gets_its_answer(client: Client) -> None:
+async def test_a_repeated_end_is_answered_after_its_version_was_unloaded(client: Client) -> None:
     await send(client, X, sequence_id=1, start=True)
     last: dict[str, Any] = {
         "sequence_id": 1,
@@ -232,7 +232,7 @@ class Served:
         self.call.who = Caller("ann", "", Role.ADMIN)
 
 
-async def test_what_is_told_of_versions() -> None:
+async def test_metadata_of_versions() -> None:
     async with serving({"other": PLAIN, "plain": PLAIN}) as at:
         await at.engine.load_version("plain", 7, WIDE)
         served = Served(at)
