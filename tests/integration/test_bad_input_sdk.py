@@ -51,7 +51,7 @@ SESSION_CALLS: dict[str, Case] = {
     "a list": (lambda s: s.step([]), r"must not be empty; got shape \(0,\)"),
     "no names": (lambda s: s.step({}), "inputs must name at least one array; got an empty mapping"),
     "name": (lambda s: s.step({"y": ONES}), r"must name each of \['x'\] once; got \['y'\]"),
-    "extra": (lambda s: s.step({"x": ONES, "y": ONES}), r"not known \['y'\]"),
+    "extra": (lambda s: s.step({"x": ONES, "y": ONES}), r"unknown \['y'\]"),
     "a number as a name": (lambda s: s.step({0: ONES}), "names of inputs must be non-empty strings; got 0"),
     "NaN": (lambda s: s.step(with_one(NAN)), r"'x' must hold finite numbers.*got nan at index \[1, 1\]"),
     "infinity": (lambda s: s.step(with_one(-INF)), r"got -inf at index \[1, 1\]"),
