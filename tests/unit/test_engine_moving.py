@@ -451,9 +451,7 @@ async def sample() -> bytes:
     async with running() as at:
         await at.open("a")
         await at.single("a", STEP, expected=0, request_id=HOSTILE_ID).only()
-        (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
-        assert not isinstance(record, ServerError)
-        return bytes(record)
+        return await at.exported("a")
 
 
 async def error_of(call: Awaitable[object]) -> ServerError | None:
@@ -571,11 +569,10 @@ async def test_a_reply_of_other_rows_moves_nobody_elses(store_kind: str, at: Har
         await at.single(name, x(2, 3), expected=0, request_id=HOSTILE_ID).only()
     honest = await at.single("z", x(2, 3), expected=0, request_id=HOSTILE_ID).only()
     answer = await open_fine(at)
-    (record,) = await at.engine.export_sessions(["a"], deadline=float("inf"))
-    assert not isinstance(record, ServerError)
+    record = await at.exported("a")
     for rows, is_taken in ((1, True), (0, False), (3, False)):
         await at.engine.close_session("a")
-        later = dataclasses.replace(decode("a", _with_rows(bytes(record), rows)), revision=100).encode("a")
+        later = dataclasses.replace(decode("a", _with_rows(record, rows)), revision=100).encode("a")
         (told,) = await at.engine.import_sessions([SessionRecord("a", "a", later)], ExistingPolicy.REFUSE)
         assert (told is ImportOutcome.IMPORTED) is is_taken
         if not is_taken:

@@ -289,9 +289,8 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
             "sessions of caller 'acme/ann' must stay within 3; there are 3, and this call adds 1",
         )
         # who brings a session has it, whatever its record says
-        (record,) = await at.engine.export_sessions([first], deadline=float("inf"))
-        assert not isinstance(record, ServerError)
-        arriving = [SessionRecord(f"{namespace}copy", first, bytes(record))]
+        record = await at.exported(first)
+        arriving = [SessionRecord(f"{namespace}copy", first, record)]
         assert isinstance(
             (await at.engine.import_sessions(arriving, ExistingPolicy.REPLACE, ANN))[0], QuotaExceeded
         )
@@ -301,7 +300,7 @@ async def test_sessions_and_rows_of_a_caller_are_those_that_it_made(tmp_path: Pa
         assert without_bytes(at.quotas.callers()) == {"acme/ann": (3, 4)}
         # a session that is replaced stays whose it was, whoever does it
         await at.step(first, x(2))
-        again = [SessionRecord(first, first, bytes(record))]
+        again = [SessionRecord(first, first, record)]
         assert (await at.engine.import_sessions(again, ExistingPolicy.REPLACE, OTHERS))[
             0
         ] is ImportOutcome.REPLACED
@@ -354,16 +353,10 @@ def refused_step(at: Harness, session_id: str, steps: int) -> QuotaExceeded:
     return caught.value
 
 
-async def exported(at: Harness, session_id: str) -> bytes:
-    (record,) = await at.engine.export_sessions([session_id], deadline=float("inf"))
-    assert not isinstance(record, ServerError)
-    return bytes(record)
-
-
 async def test_sessions_begin_within_it_however_they_begin() -> None:
     async with running(quotas=limited(3 * SESSION + ROW)) as at:
         await at.open("a")
-        record = await exported(at, "a")
+        record = await at.exported("a")
         await at.open("b", batch_size=2)
         assert known(at) == 2 * SESSION + ROW
         error = await refused(at.engine.open_session("plain", session_id="c", batch_size=2))
@@ -380,7 +373,7 @@ async def test_sessions_begin_within_it_however_they_begin() -> None:
         (told,) = await at.engine.import_sessions([SessionRecord("a", "a", larger)], ExistingPolicy.REPLACE)
         assert isinstance(told, QuotaExceeded)
         assert known(at) == 2 * SESSION + ROW
-        assert await exported(at, "a") == record, "it stays as it is"
+        assert await at.exported("a") == record, "it stays as it is"
         await at.engine.close_session("b")
         (told,) = await at.engine.import_sessions([SessionRecord("a", "a", larger)], ExistingPolicy.REPLACE)
         assert told is ImportOutcome.REPLACED
@@ -405,9 +398,9 @@ async def test_a_reply_that_is_kept_counts_and_a_step_that_would_leave_too_much_
         await at.open("a", "b")
         await at.step("a", x(1, 3))
         assert known(at) == 2 * SESSION + SERIES
-        before = await exported(at, "b")
+        before = await at.exported("b")
         refused_step(at, "b", 3)
-        assert await exported(at, "b") == before
+        assert await at.exported("b") == before
         await at.step("b", x(1))
         await at.step("a", x(1, 3))  # in place of one that is as large
         refused_step(at, "a", 9)
@@ -502,7 +495,7 @@ async def test_a_store_that_servers_share_counts_it() -> None:
             await at.settled()
             listed, _ = await at.engine.list_sessions()
             names = [info.session_id for info in listed]
-            records = [(name, await exported(at, name)) for name in names]
+            records = [(name, await at.exported(name)) for name in names]
             wanted = sum(counts.usage_of_record(*each)[1].bytes for each in records)
             assert await at.store.count_of(counts.bytes_of("acme")) == wanted
 
@@ -520,7 +513,7 @@ async def test_a_store_that_servers_share_counts_it() -> None:
         await at.submit(names[2], reset=True).only()
         await check()
         await at.engine.fork(names[3], new_session_id=f"{acme}fork")
-        record = await exported(at, names[0])
+        record = await at.exported(names[0])
         for existing, name in ((ExistingPolicy.REPLACE, names[1]), (ExistingPolicy.REFUSE, f"{acme}new")):
             (told,) = await at.engine.import_sessions([SessionRecord(name, names[0], record)], existing)
             assert not isinstance(told, ServerError)

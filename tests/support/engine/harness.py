@@ -356,6 +356,12 @@ class Harness:
     async def state(self, session_id: str) -> dict[str, Array]:
         return dict((await self.engine.get_state(session_id)).state)
 
+    async def exported(self, session_id: str) -> bytes:
+        """The record of a session that can be exported."""
+        (record,) = await self.engine.export_sessions([session_id], deadline=float("inf"))
+        assert not isinstance(record, ServerError), record
+        return bytes(record)
+
     async def sessions(self) -> list[int]:
         """How many sessions each model has; a shared store is asked, as a timer does every second."""
         await self.internals.recount()

@@ -23,7 +23,6 @@ from support.checks.model_of_sessions import traced
 from support.engine.harness import Answer, Harness, fails, kinds, running, x
 from support.engine.two_engines import held, make_resident_on_both, tombstone, two
 from support.stores.durable import same_reply, start_task
-from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
 pytestmark = SHARED
@@ -48,7 +47,7 @@ async def test_a_retry_on_another_server_gets_the_first_answer(shape: str) -> No
         again = await change(second, shape, expected=1, request_ids=9).only()
         same_reply(again, applied)
         assert (await second.engine.session_info("a")).revision == 2
-        assert (await second.state("a"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+        await same_state(first, second)
 
 
 @SHAPES
@@ -105,6 +104,11 @@ async def test_a_change_without_an_expected_revision_applies_to_the_stored_sessi
     reference = await alone([x(1)] * 4, x(1, seed=3), x(1, seed=4))
     assert answer.outputs["y"].tobytes() == reference[4].tobytes()
     assert other.outputs["y"].tobytes() == reference[5].tobytes()
+
+
+async def same_state(first: Harness, second: Harness, session_id: str = "a") -> None:
+    """Check that a session of the second server has the state of `a` of the first."""
+    assert (await second.state(session_id))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
 
 
 async def alone(*steps: Any) -> list[Any]:
@@ -176,28 +180,27 @@ async def test_a_commit_that_is_not_answered_is_not_known(
     async with running() as other:
         await other.open_and_step("a", x(1))
         same_reply(answer, await change(other, shape, expected=1, request_ids=9).only(), replayed=kept)
-        assert (await second.state("a"))["sum"].tobytes() == (await other.state("a"))["sum"].tobytes()
+        await same_state(other, second)
 
 
 async def test_a_session_that_changes_elsewhere_again_and_again_is_given_up_on(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    store.commits_held = True
+    second.store.commits_held = True
     step = second.submit("a", x(1))
     tries = 0
     while not step.ended:
-        await store.until("commit", tries + 1)
+        await second.store.until("commit", tries + 1)
         await first.step("a", x(1))
         tries += 1
-        store.release_once()
-        asked = asyncio.create_task(store.until("commit", tries + 1))
+        second.store.release_once()
+        asked = asyncio.create_task(second.store.until("commit", tries + 1))
         await asyncio.wait({asked, asyncio.create_task(step.all())}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
     assert kinds(await step.all()) == ["Unavailable"]
     assert 1 < tries < 20
-    store.release()
+    second.store.release()
     assert (await second.step("a", x(1))).revision == tries + 2
 
 
@@ -326,6 +329,15 @@ async def test_a_session_that_is_being_made_here_may_be_there_already(
     assert (await slow).resumed
 
 
+async def revision_by(call: str, at: Harness) -> int:
+    """The revision of session `a` in the answer of a call."""
+    if call == "info":
+        return (await at.engine.session_info("a")).revision
+    if call == "state":
+        return (await at.engine.get_state("a")).session.revision
+    return (await at.engine.open_session("plain", session_id="a")).session.revision
+
+
 @pytest.mark.parametrize("call", ["info", "state", "resume"])
 async def test_a_session_that_has_been_made_here_may_have_been_changed_already(
     call: str, first: Harness, second: Harness
@@ -335,15 +347,9 @@ async def test_a_session_that_has_been_made_here_may_have_been_changed_already(
     slow = await start_task(second.engine.open_session("plain", session_id="a"))
     await second.store.until("commit")
     await first.step("a", x(1))
-    asked: dict[str, Any] = {
-        "info": lambda: second.engine.session_info("a"),
-        "state": lambda: second.engine.get_state("a"),
-        "resume": lambda: second.engine.open_session("plain", session_id="a"),
-    }
-    told = await start_task(asked[call]())
+    revision = await start_task(revision_by(call, second))
     second.store.release()
-    found = await told
-    assert (found if call == "info" else found.session).revision == 1
+    assert await revision == 1
     assert (await slow).session.session_id == "a"
 
 
@@ -506,17 +512,12 @@ async def test_a_returning_caller_continues_from_the_revision_on_the_other_serve
 async def test_reads_show_the_changes_of_other_servers(call: str, first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     await first.step("a", x(1))
-    if call == "state":
-        read = await second.engine.get_state("a")
-        assert read.session.revision == 2
-        assert read.state["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
-    elif call == "info":
-        assert (await second.engine.session_info("a")).revision == 2
-    elif call == "resume":
-        assert (await second.engine.open_session("plain", session_id="a")).session.revision == 2
-    else:
+    if call == "fork":
         await second.engine.fork("a", new_session_id="b")
-        assert (await second.state("b"))["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
+    else:
+        assert await revision_by(call, second) == 2
+    if call in {"fork", "state"}:
+        await same_state(first, second, "b" if call == "fork" else "a")
 
 
 @pytest.mark.engine(threads=True)

@@ -17,7 +17,6 @@ from support.engine.fake_executor import WAIT_S
 from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import Times, ended, ended_later, sweeping, tombstone, two_in_time
 from support.stores.durable import start_task
-from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
 pytestmark = SHARED
@@ -116,16 +115,15 @@ async def test_a_session_that_is_used_on_one_server_ends_on_none(
 
 async def test_reads_are_reported_to_the_store_at_most_every_tenth_of_the_limit(limited: Limited) -> None:
     async with limited("a", "b") as (_, second, times):
-        store: Gated = second.store
         for _ in range(50):
             times.advance(1.0)
             await second.state("a")
             await turns()
-        assert len(store.asked("touch")) == 5
+        assert len(second.store.asked("touch")) == 5
         times.advance(20.0)
         await asyncio.gather(second.state("a"), second.state("b"))
         await turns()
-        assert sorted(store.asked("touch")[-1]) == ["a", "b"], "together"
+        assert sorted(second.store.asked("touch")[-1]) == ["a", "b"], "together"
 
 
 @pytest.mark.parametrize("use", USES)
@@ -167,13 +165,12 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end(limited:
         times.advance(99.0)
         await second.step("b", x(1))
         times.advance(2.0)
-        store: Gated = first.store
-        sweep = await sweeping(store, first.internals.expire_idle())
-        assert store.asked("commit")[-1] == ("a",)
+        sweep = await sweeping(first.store, first.internals.expire_idle())
+        assert first.store.asked("commit")[-1] == ("a",)
         # the second server takes the session for one that is used: its clock says so as well
         second.internals.table.used[second.internals.handle("a")] = times.second.monotonic()
         assert (await second.step("a", x(1))).revision == 2
-        store.release()
+        first.store.release()
         assert await asyncio.wait_for(sweep, WAIT_S) == 0
         assert (await first.step("a", x(1), expected=2)).revision == 3
 
@@ -184,13 +181,12 @@ async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(
 ) -> None:
     async with limited("a", "used") as (first, second, times):
         times.advance(101.0)
-        store: Gated = first.store
-        sweep = await sweeping(store, first.internals.expire_idle())
+        sweep = await sweeping(first.store, first.internals.expire_idle())
         times.advance(pause_s)
         # the second server takes the session for one that is used: its clock says so as well
         second.internals.table.used[second.internals.handle("used")] = times.second.monotonic()
         assert (await second.step("used", x(1))).revision == 2
-        store.release()
+        first.store.release()
         assert await asyncio.wait_for(sweep, WAIT_S) == int(pause_s < 5.0)
         assert await ended(first) == int(pause_s > 5.0), "it is judged again"
         assert (await first.step("used", x(1))).revision == 3
@@ -241,12 +237,11 @@ async def test_a_session_with_a_long_running_request_counts_as_used(limited: Lim
 
 async def test_only_a_use_is_lost_when_it_cannot_be_reported_to_the_store(limited: Limited) -> None:
     async with limited("a") as (first, second, times):
-        store: Gated = second.store
-        store.told_error = Unavailable("away")
+        second.store.told_error = Unavailable("away")
         times.advance(50.0)
         await second.state("a")
         await turns()
-        store.told_error = None
+        second.store.told_error = None
         times.advance(40.0)
         await second.state("a")
         await turns()
@@ -258,27 +253,25 @@ async def test_only_a_use_is_lost_when_it_cannot_be_reported_to_the_store(limite
 async def test_a_store_that_is_away_ends_nothing_and_the_next_look_does(limited: Limited, where: str) -> None:
     async with limited("a") as (first, second, times):
         times.advance(101.0)
-        store: Gated = first.store
         error = Unavailable("away")
         if where == "claim":
-            store.told_error = error
+            first.store.told_error = error
         elif where == "page":
-            store.read_error = error
+            first.store.read_error = error
         else:
-            store.commit_error = error
+            first.store.commit_error = error
         await fails(first.internals.expire_idle(), ServerError, "away")
         if where == "deletion":  # who names it is not told that it has expired: nobody knows
             answers = await first.submit("a", x(1)).all()
             assert kinds(answers) == ["Unavailable"]
-        store.told_error = store.read_error = store.commit_error = None
+        first.store.told_error = first.store.read_error = first.store.commit_error = None
         assert await ended(first, second) == 1
 
 
 async def test_an_end_that_the_store_does_not_confirm_is_not_reported(limited: Limited) -> None:
     async with limited("a") as (first, _, times):
         times.advance(101.0)
-        store: Gated = first.store
-        store.unknown["a"] = True
+        first.store.unknown["a"] = True
         await fails(first.state("a"), Unavailable)
         await fails(first.state("a"), SessionExpired)
 

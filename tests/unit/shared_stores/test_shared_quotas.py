@@ -108,28 +108,26 @@ async def test_sessions_from_before_the_start_count_without_a_search_of_the_stor
 async def test_the_store_is_asked_once_a_second_and_for_tenants_with_limits(
     first: Harness, times: Times
 ) -> None:
-    store: Gated = first.store
-    before = len(store.asked("count"))
+    before = len(first.store.asked("count"))
     for _ in range(3):
         await asyncio.gather(
             *[make(first, 1, name=ACME) for _ in range(1)], make(first, 5, name="b" + SEPARATOR)
         )
-    assert len(store.asked("count")) - before <= 2
+    assert len(first.store.asked("count")) - before <= 2
     times.advance(1.0)
     await asyncio.gather(*[make(first, 1) for _ in range(2)])
-    assert len(store.asked("count")) - before <= 4
+    assert len(first.store.asked("count")) - before <= 4
 
 
 @pytest.mark.engine(quotas=FIVE)
 async def test_nobody_gets_more_while_the_store_cannot_be_asked(first: Harness, times: Times) -> None:
     times.advance(2.0)
-    store: Gated = first.store
-    store.read_error = Unavailable("away")
+    first.store.read_error = Unavailable("away")
     await fails(make(first, 1), Unavailable, "away")
-    store.read_error = None
-    store.reads_held = True
+    first.store.read_error = None
+    first.store.reads_held = True
     opening = [await start_task(make(first, 1)) for _ in range(3)]
-    store.release()
+    first.store.release()
     await asyncio.gather(*opening)
     assert known(first)[0] == 3
 
@@ -139,14 +137,13 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile(
     first: Harness, times: Times
 ) -> None:
     """It may say what it had before, as the sessions are on their way to it."""
-    store: Gated = first.store
     await make(first, 3)
-    store.commits_held = True
+    first.store.commits_held = True
     making = await start_task(make(first, 2))
-    await store.until("commit", 2)
+    await first.store.until("commit", 2)
     times.advance(1.0)
     await fails(asyncio.wait_for(make(first, 1), WAIT_S), QuotaExceeded, "there are 5, and this call adds 1")
-    store.release()
+    first.store.release()
     await making
     times.advance(1.0)
     await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
@@ -156,15 +153,14 @@ async def test_what_is_being_made_counts_whatever_the_store_says_meanwhile(
 async def test_a_session_that_ends_during_a_query_of_the_store_makes_room_once(
     first: Harness, times: Times
 ) -> None:
-    store: Gated = first.store
     names = await make(first, 5)
-    store.answers_held = True
+    first.store.answers_held = True
     closing = await start_task(first.engine.close_sessions(names[:2]))
-    await store.until("answer", 1)
+    await first.store.until("answer", 1)
     times.advance(1.0)
-    store.answers_held = False
+    first.store.answers_held = False
     await make(first, 1)  # the store says that there are three
-    store.release()
+    first.store.release()
     assert await closing == 2
     await make(first, 1)
     await fails(make(first, 1), QuotaExceeded, "there are 5, and this call adds 1")
@@ -172,10 +168,9 @@ async def test_a_session_that_ends_during_a_query_of_the_store_makes_room_once(
 
 @pytest.mark.engine(quotas=FIVE)
 async def test_sessions_that_were_not_made_do_not_count(first: Harness) -> None:
-    store: Gated = first.store
-    store.commit_error = Unavailable("away")
+    first.store.commit_error = Unavailable("away")
     await fails(make(first, 4), Unavailable, "away")
-    store.commit_error = None
+    first.store.commit_error = None
     await make(first, 5)
 
 
@@ -183,20 +178,19 @@ async def test_sessions_that_were_not_made_do_not_count(first: Harness) -> None:
 async def test_a_session_that_may_be_in_the_store_counts_until_it_is_asked_again(
     first: Harness, second: Harness
 ) -> None:
-    store: Gated = first.store
     await make(first, 4)
-    store.commits_held = True
+    first.store.commits_held = True
     unknown = await start_task(first.open(ACME + "unknown"))
-    await store.until("commit", 2)
-    store.reads_held = True
-    reads = len(store.asked("read"))
+    await first.store.until("commit", 2)
+    first.store.reads_held = True
+    reads = len(first.store.asked("read"))
     # this one asks for no counts, as they are fresh; it waits for what the store has of its id
     late = await start_task(first.open(ACME + "late"))
-    await store.until("read", reads + 1)
-    store.unknown[ACME + "unknown"] = True
-    store.release_once("commit")
+    await first.store.until("read", reads + 1)
+    first.store.unknown[ACME + "unknown"] = True
+    first.store.release_once("commit")
     await fails(unknown, OutcomeUnknown)
-    store.release()
+    first.store.release()
     await fails(late, QuotaExceeded, "there are 5, and this call adds 1")
     # the next one asks at once, and the session is counted once
     await second.engine.close_session(ACME + "unknown")
@@ -209,16 +203,15 @@ async def test_a_call_cancelled_during_a_query_of_the_store_leaves_no_error() ->
     asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
     async with two_in_time(quotas=FIVE) as (first, _, times):
         times.advance(2.0)
-        store: Gated = first.store
-        store.reads_held = True
+        first.store.reads_held = True
         making = await start_task(make(first, 1))
-        await store.until("count", 2)
+        await first.store.until("count", 2)
         making.cancel()
-        store.read_error = Unavailable("away")
-        store.release()
+        first.store.read_error = Unavailable("away")
+        first.store.release()
         for _ in range(20):
             await asyncio.sleep(0)
-        store.read_error = None
+        first.store.read_error = None
     del making
     gc.collect()
     assert left == []
@@ -353,12 +346,11 @@ async def test_few_changes_wait_for_a_store_that_does_not_answer(monkeypatch: py
     async with two_in_time() as (first, second, _):
         names = [f"s{number}" for number in range(8)]
         await first.open(*names)
-        store: Gated = second.store
-        store.reads_held = True
+        second.store.reads_held = True
         waiting = [second.submit(name, x(1)) for name in names[:4]]
         with pytest.raises(Overloaded, match="rows waiting for their sessions to be loaded"):
             second.submit(names[4], x(1))
-        store.release()
+        second.store.release()
         assert [(await answers.only()).revision for answers in waiting] == [1] * 4
         assert (await second.step(names[4], x(1))).revision == 1
 
@@ -384,15 +376,14 @@ async def test_steps_continue_after_a_long_outage_of_the_store(
     first: Harness, second: Harness, times: Times
 ) -> None:
     await second.open(*NAMES)
-    store: Gated = second.store
     revision = 0
     for _ in range(3):
-        store.commit_error = store.read_error = ERRORS["away"]
+        second.store.commit_error = second.store.read_error = ERRORS["away"]
         for _ in range(20):
             answers = await second.submit(NAMES, x(5), expected=[revision] * 5).all()
             assert all(isinstance(each, Unavailable) for each in answers)
             times.advance(1.0)
-        store.commit_error = store.read_error = None
+        second.store.commit_error = second.store.read_error = None
         answers = await second.submit(NAMES, x(5), expected=[revision] * 5).all()
         revision += 1
         assert [each.revision for each in answers if isinstance(each, Answer)] == [revision] * 5

@@ -26,7 +26,6 @@ from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, fails, kinds, x
 from support.engine.two_engines import Times, held, make_resident_on_both, two
 from support.stores.durable import same_reply, start_task
-from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
 pytestmark = SHARED
@@ -36,10 +35,9 @@ async def test_a_revision_that_comes_twice_is_not_taken_for_the_first(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
-    store: Gated = first.store
-    (before,) = await store.found("a")
+    (before,) = await first.store.found("a")
     await first.step("a", x(1, seed=1))
-    await store.put_back("a", before)
+    await first.store.put_back("a", before)
     other = await second.step("a", x(1, seed=2), request_ids=7)
     assert other.revision == 2
     # the first server has a state of revision 2 as well: it is of the write that was lost
@@ -52,10 +50,9 @@ async def test_a_revision_that_comes_twice_is_not_taken_for_the_first(
 
 async def test_a_change_of_a_write_that_was_lost_is_not_kept(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
-    store: Gated = first.store
-    (before,) = await store.found("a")
+    (before,) = await first.store.found("a")
     await first.step("a", x(1, seed=1))
-    await store.put_back("a", before)
+    await first.store.put_back("a", before)
     await second.step("a", x(1, seed=2))
     answer = await first.step("a", x(1, seed=3), expected=2)  # of what the store has
     assert answer.revision == 3
@@ -65,9 +62,8 @@ async def test_a_change_of_a_write_that_was_lost_is_not_kept(first: Harness, sec
 
 async def test_a_commit_that_is_sent_again_is_kept_once(first: Harness) -> None:
     await first.open("a")
-    store: Gated = first.store
     batches: list[Batch] = []
-    apply = store.apply
+    apply = first.store.apply
 
     async def twice(batch: Batch) -> Any:
         kept = bytes(batch.puts[0][1])
@@ -76,7 +72,7 @@ async def test_a_commit_that_is_sent_again_is_kept_once(first: Harness) -> None:
         assert bytes(batch.puts[0][1]) == kept
         return await apply(batch)
 
-    store.apply = twice  # type: ignore[method-assign]
+    first.store.apply = twice
     assert (await first.step("a", x(1), expected=0, request_ids=1)).revision == 1
     assert len(batches) == 1
     assert batches[0].stamps[0] != 0
@@ -85,10 +81,9 @@ async def test_a_commit_that_is_sent_again_is_kept_once(first: Harness) -> None:
 async def test_a_retry_is_answered_from_the_current_stored_session(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     applied = await first.step("a", x(1), expected=1, request_ids=9)
-    store: Gated = first.store
-    reads = len(store.asked("read"))
+    reads = len(first.store.asked("read"))
     same_reply(await first.step("a", x(1), expected=1, request_ids=9), applied)
-    assert len(store.asked("read")) > reads
+    assert len(first.store.asked("read")) > reads
     await second.step("a", x(1), expected=2, request_ids=10)
     refused = await fails(first.step("a", x(1), expected=1, request_ids=9), RevisionConflict)
     assert refused.actual == 3
@@ -96,13 +91,12 @@ async def test_a_retry_is_answered_from_the_current_stored_session(first: Harnes
 
 async def step_while_read(first: Harness, second: Harness, **options: Any) -> tuple[Any, asyncio.Task[Any]]:
     """A read on the second server that has its turn, and waits for the store; another that waits behind it."""
-    store: Gated = second.store
-    store.reads_held = True
+    second.store.reads_held = True
     held = await start_task(second.engine.get_states(["a"], **options))
-    await store.until("read", len(store.asked("read")))
+    await second.store.until("read", len(second.store.asked("read")))
     await first.step("a", x(1, seed=4))
     behind = await start_task(second.engine.get_states(["a"], **options))
-    store.release()
+    second.store.release()
     return await held, behind
 
 
@@ -193,11 +187,10 @@ async def test_a_failed_call_undoes_only_its_own_changes(first: Harness, second:
 
 async def test_nothing_is_read_that_the_store_cannot_confirm(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    store.read_error = Unavailable("the store is away")
+    second.store.read_error = Unavailable("the store is away")
     await fails(second.state("a"), Unavailable)
     await fails(second.engine.session_info("a"), Unavailable)
-    store.read_error = None
+    second.store.read_error = None
     assert (await second.state("a"))["sum"].shape == np.zeros((1, 2)).shape
 
 
@@ -206,13 +199,12 @@ async def test_a_change_that_does_not_fit_reads_its_session_once_and_leaves_no_e
     asyncio.get_running_loop().set_exception_handler(lambda _, context: left.append(context))
     async with two() as (first, second):
         await make_resident_on_both(first, second, "a")
-        store: Gated = first.store
-        before = len(store.asked("read"))
-        store.read_error = Unavailable("away")
+        before = len(first.store.asked("read"))
+        first.store.read_error = Unavailable("away")
         (refused,) = await first.submit("a", np.zeros((1, 5))).all()
         assert isinstance(refused, Unavailable)
-        assert store.asked("read")[before] == ("a",)
-        store.read_error = None
+        assert first.store.asked("read")[before] == ("a",)
+        first.store.read_error = None
     gc.collect()
     assert left == []
 
@@ -242,16 +234,15 @@ async def test_a_session_that_leaves_the_table_between_the_parts_of_a_long_looku
         monkeypatch.setattr(module, "READ_BATCH_SIZE", 1)
     async with two() as (first, second):
         await make_resident_on_both(first, second, "a", "b")
-        store: Gated = second.store
-        store.reads_held, so_far = True, len(store.asked("read"))
+        second.store.reads_held, so_far = True, len(second.store.asked("read"))
         read = await start_task(second.engine.get_states(["a", "b"]))
-        await store.until("read", so_far + 1)
-        store.release_once()
-        await store.until("read", so_far + 2)
-        store.commit_error = Unavailable("the store is away")
+        await second.store.until("read", so_far + 1)
+        second.store.release_once()
+        await second.store.until("read", so_far + 2)
+        second.store.commit_error = Unavailable("the store is away")
         assert kinds(await second.submit("a", x(1)).all()) == ["Unavailable"]
         assert second.internals.loaded() == ["b"]
-        store.release()
+        second.store.release()
         ((members, error),) = (await read).errors
         assert (members.tolist(), type(error)) == ([0], Unavailable), "nobody has closed it"
 
@@ -373,8 +364,7 @@ async def test_a_session_that_is_used_while_it_is_closed_for_being_idle_stays(
 
 
 async def exported(at: Harness, session_id: str, *, to: str = "") -> SessionRecord:
-    (record,) = await at.engine.export_sessions([session_id], deadline=float("inf"))
-    assert not isinstance(record, ServerError)
+    record = await at.exported(session_id)
     return SessionRecord(to or session_id, session_id, bytes(record))
 
 

@@ -33,7 +33,6 @@ from support.engine.version_changes import (
 )
 from support.engine.versions import WIDE, after, serving, weights, widen
 from support.stores.durable import start_task, until
-from support.stores.gates import Gated
 from support.stores.kinds import SHARED
 
 KEEP, CARRY = SessionPolicy.KEEP, SessionPolicy.CARRY
@@ -53,14 +52,20 @@ async def servers(request: pytest.FixtureRequest, store_kind: str) -> AsyncItera
         yield found
 
 
+@pytest.fixture
+async def version_2(first: Harness, second: Harness) -> None:
+    """Loads version 2 on both servers; the default stays 1."""
+    await load_2(first, second)
+
+
 # ------------------------------------------------------------------------------------------------------- what follows
 
 
+@pytest.mark.usefixtures("version_2")
 @pytest.mark.parametrize("policy", [CARRY, RESET])
 async def test_a_change_of_the_default_is_one_for_all(
     policy: SessionPolicy, first: Harness, second: Harness
 ) -> None:
-    await load_2(first, second)
     await make_resident_on_both(first, second, "a")
     assert await first.engine.set_default("plain", 2, policy) == DefaultMove(1, 1)
     await second.internals.look()
@@ -74,9 +79,9 @@ async def test_a_change_of_the_default_is_one_for_all(
     assert (await first.step("a", FIRST)).version == 2
 
 
+@pytest.mark.usefixtures("version_2")
 @pytest.mark.stores("fake_shared")  # the one on Valkey does not tell of changes yet
 async def test_the_store_tells_of_changes_at_once(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     second.store.is_told = True
     await first.engine.set_default("plain", 2, KEEP)
     for _ in range(50):
@@ -104,8 +109,8 @@ async def test_labels_follow_and_a_label_of_what_is_not_here_is_asked_for_elsewh
         first.engine.version("plain:canary")
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_several_changes_at_once_are_made_in_their_order(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     await first.engine.load_version("plain", 3, weights(3))
     await second.engine.load_version("plain", 3, weights(3))
     await second.open("a")
@@ -144,10 +149,10 @@ async def test_what_a_session_waits_for_in_a_migration_follows() -> None:
 # --------------------------------------------------------------------------------------------- who has not heard of it
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_server_that_has_not_seen_a_change_continues_as_before(
     first: Harness, second: Harness
 ) -> None:
-    await load_2(first, second)
     await second.open("a")
     await first.engine.set_default("plain", 2, CARRY)
     answer = await second.step("a", FIRST)
@@ -158,8 +163,8 @@ async def test_a_server_that_has_not_seen_a_change_continues_as_before(
     np.testing.assert_array_equal(later.outputs["y"], after(2, after(1, INITIAL, [FIRST])[1], [SECOND])[0])
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_session_of_a_later_epoch_waits_for_its_document(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     await first.open("a")
     await first.engine.set_default("plain", 2, CARRY)
     await first.step("a", FIRST)
@@ -169,9 +174,9 @@ async def test_a_session_of_a_later_epoch_waits_for_its_document(first: Harness,
     assert second.engine.version("plain") == 2
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_an_outdated_copy_is_never_used_for_later_requests(first: Harness, second: Harness) -> None:
     """It loses its commit, and what the store has then is not made on the version that it knows."""
-    await load_2(first, second)
     await make_resident_on_both(first, second, "a")
     await first.engine.set_default("plain", 2, CARRY)
     await first.step("a", FIRST)
@@ -182,9 +187,9 @@ async def test_an_outdated_copy_is_never_used_for_later_requests(first: Harness,
     np.testing.assert_array_equal(answer.outputs["y"], after(2, state, [SECOND])[0])
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_there_and_back_is_not_where_it_was(first: Harness, second: Harness) -> None:
     """The version is the same, the moves are not: they would be made twice."""
-    await load_2(first, second)
     await make_resident_on_both(first, second, "a")
     await first.engine.set_default("plain", 2, RESET)
     await first.engine.set_default("plain", 1, CARRY)
@@ -195,10 +200,10 @@ async def test_there_and_back_is_not_where_it_was(first: Harness, second: Harnes
     assert await record_of(second, "a") == Mark(1, 2, is_pinned=False)
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_session_of_the_same_id_that_was_opened_elsewhere_on_another_version_is_another(
     first: Harness, second: Harness
 ) -> None:
-    await load_2(first, second)
     await first.open("a", model="plain@2")
     await second.engine.close_session("a")
     await second.open("a")
@@ -212,11 +217,11 @@ async def test_a_session_of_the_same_id_that_was_opened_elsewhere_on_another_ver
     np.testing.assert_array_equal(answer.outputs["y"], after(1, INITIAL, [FIRST])[0])
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_session_that_follows_has_the_id_of_one_that_was_pinned(
     first: Harness, second: Harness
 ) -> None:
     """It was opened where the last move is not known yet; who knew the pinned one must not keep it there."""
-    await load_2(first, second)
     await first.open("a", model="plain@2")
     await second.engine.set_default("plain", 2, CARRY)
     await second.engine.close_session("a")
@@ -228,16 +233,15 @@ async def test_a_session_that_follows_has_the_id_of_one_that_was_pinned(
     assert await record_of(first, "a") == Mark(1, 2, is_pinned=False)
 
 
+@pytest.mark.usefixtures("version_2")
 @pytest.mark.parametrize("is_faster", [False, True])
 @pytest.mark.parametrize("policy", [CARRY, RESET])
 async def test_what_is_under_way_while_the_default_moves_elsewhere(
     policy: SessionPolicy, is_faster: bool, first: Harness, second: Harness
 ) -> None:
     """It is kept as of before if nobody was faster, and else not at all."""
-    await load_2(first, second)
     await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    held = hold_commits(store)
+    held = hold_commits(second.store)
     slow = second.submit("a", FIRST, expected=1, request_ids=7)
     await held
     await first.engine.set_default("plain", 2, policy)
@@ -245,7 +249,7 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
         await first.step("a", SECOND, expected=1, request_ids=8)
     looking = await start_task(second.internals.look())
     await until(lambda: second.engine.version("plain") == 2)
-    store.release()
+    second.store.release()
     (answer,) = await slow.all()
     await asyncio.wait_for(looking, WAIT_S)
     if is_faster:
@@ -264,10 +268,10 @@ async def test_what_is_under_way_while_the_default_moves_elsewhere(
     assert (await second.step("a", SECOND)).version == 2
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_session_opened_by_a_server_unaware_of_the_move_moves_as_well(
     first: Harness, second: Harness
 ) -> None:
-    await load_2(first, second)
     await first.engine.set_default("plain", 2, CARRY)
     await second.open("a")
     assert (await second.engine.session_info("a")).version == 1
@@ -286,10 +290,10 @@ async def test_a_version_that_another_server_has_loaded_since_is_known_when_it_i
     assert (await second.step("a", FIRST)).version == 2
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_where_the_store_cannot_be_asked_for_a_change_nothing_is_judged_by_the_old_one(
     first: Harness, second: Harness
 ) -> None:
-    await load_2(first, second)
     await first.open("a")
     await first.engine.set_default("plain", 2, CARRY)
     await first.step("a", FIRST)
@@ -333,14 +337,13 @@ async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here(
 ) -> None:
     await load_2(first)
     await make_resident_on_both(first, second, "a")
-    store: Gated = second.store
-    held = hold_commits(store)
+    held = hold_commits(second.store)
     slow = second.submit("a", FIRST)
     await held
     behind = second.submit("a", SECOND)
     await first.engine.set_default("plain", 2, CARRY)
     await second.internals.look()
-    store.release()
+    second.store.release()
     assert (await slow.only()).version == 1
     await fails_exactly(behind.only(), VersionElsewhere)
     await second.settled()
@@ -351,8 +354,8 @@ async def test_what_is_under_way_when_the_sessions_leave_for_what_is_not_here(
 # ------------------------------------------------------------------------------------------------- two change at once
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_the_same_file_is_loaded_by_each(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     assert [each["version"] for each in (await stored_versions(first))["versions"]] == [1, 2]
     await fails_exactly(first.engine.load_version("plain", 2, weights(2)), VersionExists, "2 is loaded")
 
@@ -383,8 +386,8 @@ async def test_of_two_that_load_other_files_under_one_number_one_is_refused(
     await second.open("a", model="plain@1")
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_two_make_the_same_version_the_default(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     await make_resident_on_both(first, second, "a")
     held = hold_commits(second.store)
     slow = await start_task(second.engine.set_default("plain", 2, CARRY))
@@ -396,10 +399,10 @@ async def test_two_make_the_same_version_the_default(first: Harness, second: Har
     assert await second.engine.set_default("plain", 2, CARRY) == DefaultMove(2, 0)
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_change_is_checked_again_against_the_changes_of_others(
     first: Harness, second: Harness
 ) -> None:
-    await load_2(first, second)
     for at in (first, second):
         await at.engine.load_version("plain", 3, WIDE)
     await second.open("a")
@@ -413,34 +416,33 @@ async def test_a_change_is_checked_again_against_the_changes_of_others(
     assert (await second.step("a", x(1))).version == 3
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_default_that_only_seems_set_is_set_in_the_store(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     await first.engine.set_default("plain", 2, CARRY)
     assert await second.engine.set_default("plain", 1, CARRY) == DefaultMove(2, 0)
     await first.internals.look()
     assert first.engine.version("plain") == 1
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_changes_that_are_always_too_late_are_given_up(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
-    store: Gated = second.store
-    tries, before = 0, len(store.asked("commit"))
-    store.commits_held = True
+    tries, before = 0, len(second.store.asked("commit"))
+    second.store.commits_held = True
     labelling = await start_task(second.engine.set_label("plain", "canary", 2))
     while not labelling.done():
-        asked = asyncio.ensure_future(store.until("commit", before + tries + 1))
+        asked = asyncio.ensure_future(second.store.until("commit", before + tries + 1))
         await asyncio.wait({asked, labelling}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         tries += 1
         await first.engine.set_label("plain", f"other-{tries}", 1)
-        store.release_once()
+        second.store.release_once()
     await fails_exactly(labelling, Unavailable, "being changed by other servers again and again")
     assert 1 < tries < 50
     assert "canary" not in (await stored_versions(first))["labels"]
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_write_whose_answer_is_lost_is_read_back(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     first.store.fail(Unavailable("the connection broke"), kept=True)
     assert await first.engine.set_default("plain", 2, CARRY) == DefaultMove(1, 0)
     assert first.engine.version("plain") == (await stored_versions(first))["default"] == 2
@@ -473,8 +475,8 @@ async def test_a_server_whose_file_is_another_does_not_start(first: Harness) -> 
     await store.close()
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_server_that_ends_a_version_ends_it_for_itself(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     await first.engine.set_label("plain", "canary", 2)
     await second.internals.look()
     await first.engine.unload_version("plain", 1, force=True)
@@ -488,8 +490,8 @@ async def test_a_server_that_ends_a_version_ends_it_for_itself(first: Harness, s
     assert not first.engine.catalogue()["plain"].wanted
 
 
+@pytest.mark.usefixtures("version_2")
 async def test_a_version_with_sessions_elsewhere_is_in_use(first: Harness, second: Harness) -> None:
-    await load_2(first, second)
     await second.open("a", model="plain@2")
     await fails_exactly(first.engine.unload_version("plain", 2), ModelInUse, "it has 1")
     await make_resident_on_both(first, second, "b")

@@ -213,9 +213,8 @@ async def test_a_session_with_a_pending_move_moves_when_it_is_read(
         np.testing.assert_array_equal((await at.state("a"))["wide"], wide)
         listed, _ = await at.engine.list_sessions()
         assert [(each.session_id, each.version) for each in listed] == [("a", 2), ("b", 2)]
-        (record,) = await at.engine.export_sessions(["b"], deadline=float("inf"))
-        assert not isinstance(record, ServerError)
-        await at.engine.import_sessions([SessionRecord("copy", "b", bytes(record))], ExistingPolicy.REFUSE)
+        record = await at.exported("b")
+        await at.engine.import_sessions([SessionRecord("copy", "b", record)], ExistingPolicy.REFUSE)
         b = WIDE.initial[0][None] if policy is RESET else np.concatenate([INITIAL, -INITIAL], axis=1)
         np.testing.assert_array_equal((await at.state("copy"))["wide"], b)
 
