@@ -68,7 +68,7 @@ async def test_a_step_that_fails_resets_nothing(threads: bool) -> None:
 
 
 @pytest.mark.engine(threads=True)
-async def test_steps_with_and_without_a_mask_of_one_turn_are_each_right(at: Harness) -> None:
+async def test_steps_with_and_without_a_mask_in_one_pass_are_each_right(at: Harness) -> None:
     names = [f"s{i}" for i in range(6)]
     await at.open(*names, "busy")
     for name in names:

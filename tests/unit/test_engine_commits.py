@@ -520,7 +520,7 @@ async def test_it_says_when_it_is_full_and_when_it_is_not_any_more(
     assert commits.is_idle
 
 
-async def test_to_end_it_makes_what_is_left(slow: tuple[Slow, Commits, Told]) -> None:
+async def test_closing_commits_the_remaining_changes(slow: tuple[Slow, Commits, Told]) -> None:
     store, commits, told = slow
     await hold_up(store, told, "a")
     told.submit("b")

@@ -267,7 +267,7 @@ async def test_a_session_without_rows_is_closed_even_if_all_rows_are_busy(at: Ha
 
 @pytest.mark.parametrize("what", ["read", "fork", "close"])
 @pytest.mark.engine(threads=True)
-async def test_a_turn_that_comes_after_the_deadline_is_not_taken(what: str, at: Harness) -> None:
+async def test_a_call_whose_turn_comes_after_its_deadline_fails(what: str, at: Harness) -> None:
     await at.open("a")
     await pass_in_flight(at, "a")
     deadline = at.clock.monotonic() + 5

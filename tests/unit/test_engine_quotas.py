@@ -57,7 +57,7 @@ def without_bytes(found: Mapping[str, Usage]) -> dict[str, tuple[int, int]]:
     return {name: (usage.sessions, usage.rows) for name, usage in found.items()}
 
 
-async def test_steps_are_charged_to_who_asks_and_refused_with_the_time_to_wait() -> None:
+async def test_steps_are_charged_to_their_caller_and_refused_with_the_time_to_wait() -> None:
     quotas = QuotaTable(
         tenants={"acme": Limits(steps_per_second=10, burst=20)},
         callers={"acme/ann": Limits(steps_per_second=5)},
@@ -132,7 +132,7 @@ async def test_bytes_are_held_until_the_answer() -> None:
             at.submit(["a", "b", "c"], x(3))
 
 
-async def test_sessions_and_rows_are_those_that_are_there_whatever_happened() -> None:
+async def test_counted_sessions_and_rows_match_the_records_after_random_calls() -> None:
     quotas = QuotaTable(tenants={"acme": Limits(sessions=5, rows=7), "beta": Limits(sessions=4)})
     chosen, refused = random.Random(7), 0
     async with running(quotas=quotas, resident_rows=6, max_session_idle_s=50) as at:

@@ -145,7 +145,7 @@ async def test_one_model_runs_between_two_looks_at_the_network() -> None:
         assert len(flood.turns) == count
 
 
-async def test_who_has_left_has_no_turn() -> None:
+async def test_a_share_that_left_is_not_called() -> None:
     flood = Flood()
     share = flood.add("gone", 0)
     share.ring()
@@ -200,7 +200,7 @@ async def test_the_thread_goes_to_the_model_that_has_used_it_least(threads: Thre
     assert order[0] == "little", "it came last, and has used least"
 
 
-async def test_a_thread_calls_after_some_time_unless_it_is_told_not_to(threads: Threads) -> None:
+async def test_a_thread_calls_after_some_time_unless_it_is_cancelled(threads: Threads) -> None:
     called, never, last = threading.Event(), threading.Event(), threading.Event()
     threads.wake(1e-4, called.set)
     assert await asyncio.to_thread(called.wait, WAIT_S)
@@ -543,7 +543,7 @@ def test_it_does_not_wait_past_a_deadline() -> None:
     assert at.left_s(16, deadline=now + FIXED_S / 3) == 0
 
 
-def test_who_comes_long_after_the_answers_does_not_wait_for_the_others() -> None:
+def test_a_caller_long_after_the_answers_does_not_wait_for_others() -> None:
     at = Window()
     at.clock.advance(1.1 * FIXED_S)
     assert at.left_s(16) == 0

@@ -146,7 +146,7 @@ def test_parts_are_parted_again() -> None:
         ({"states": Select.ALL, "state_members": [3]}, "state_members must be ascending indexes of the 3"),
     ],
 )
-def test_what_cannot_be_parted_is_refused_as_a_whole(values: dict[str, Any], words: str) -> None:
+def test_a_message_that_cannot_be_split_is_refused_as_a_whole(values: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidInput) as raised:
         split(frame(**values), np.array([1]))
     assert words in raised.value.message

@@ -105,7 +105,7 @@ async def test_members_of_a_frame_that_ask_for_states_get_their_own(threads: boo
 
 
 @pytest.mark.engine(threads=True)
-async def test_steps_of_one_turn_with_and_without_states_are_each_right(at: Harness) -> None:
+async def test_steps_with_and_without_states_in_one_pass_are_each_right(at: Harness) -> None:
     names = [f"s{i}" for i in range(6)]
     await at.open(*names, "busy")
     await at.begin_pass("busy", x(1))
@@ -328,7 +328,7 @@ async def test_time_steps_count() -> None:
         assert (await at.engine.session_info("a")).revision == 1
 
 
-async def test_what_is_not_sent_does_not_count(at: Harness) -> None:
+async def test_outputs_that_are_not_sent_do_not_count_towards_the_limit_of_a_reply(at: Harness) -> None:
     await at.open("a")
     for select in (Select.LAST, Select.NONE):
         await at.step("a", _x(1, _FITS + 1), reply_limit=_LIMIT, reply_bytes=100, select=select)

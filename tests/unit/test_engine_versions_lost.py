@@ -35,7 +35,7 @@ pytestmark = pytest.mark.stores("fake_shared")
 # ------------------------------------------------------------------------------------------------------- old moves
 
 
-async def test_a_server_that_was_stopped_for_many_moves_still_says_what_is_understood() -> None:
+async def test_a_server_that_was_stopped_for_many_moves_still_reports_an_understandable_error() -> None:
     """Its version is forgotten by then; what it keeps and what it opens follows all the same."""
     async with two_versions() as (first, second):
         await load_2(first, second)

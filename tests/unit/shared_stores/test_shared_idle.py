@@ -176,7 +176,7 @@ async def test_a_session_that_was_used_while_it_was_judged_does_not_end(limited:
 
 
 @pytest.mark.parametrize("pause_s", [4.0, 6.0, 9000.0])
-async def test_a_server_that_was_held_up_ends_nothing_by_what_it_knew(
+async def test_a_server_that_was_held_up_ends_nothing_by_outdated_knowledge(
     limited: Limited, pause_s: float
 ) -> None:
     async with limited("a", "used") as (first, second, times):

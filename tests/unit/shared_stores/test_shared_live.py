@@ -169,7 +169,7 @@ async def test_a_version_that_is_taken_away_is_left_once(first: Replica, second:
     assert (first.default, second.default) == (3, 3)
 
 
-async def test_who_sees_a_version_late_takes_no_later_one_back(first: Replica, second: Replica) -> None:
+async def test_a_server_that_sees_a_version_late_undoes_no_later_one(first: Replica, second: Replica) -> None:
     first.put(1, 3)
     await first.look()
     second.put(1, 2)

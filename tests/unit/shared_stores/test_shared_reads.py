@@ -101,7 +101,7 @@ async def step_while_read(first: Harness, second: Harness, **options: Any) -> tu
 
 
 @pytest.mark.parametrize("with_state", [True, False])
-async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(
+async def test_a_read_behind_a_read_shows_every_change_answered_before_it_began(
     with_state: bool, first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a")
@@ -112,7 +112,7 @@ async def test_a_read_behind_a_read_shows_what_was_answered_before_it_began(
         assert read.state["sum"].tobytes() == (await first.state("a"))["sum"].tobytes()
 
 
-async def test_a_fork_is_of_what_was_answered_before_it_began(first: Harness, second: Harness) -> None:
+async def test_a_fork_has_every_change_answered_before_it_began(first: Harness, second: Harness) -> None:
     await make_resident_on_both(first, second, "a")
     await first.step("a", x(1, seed=4))
     forked = await second.engine.fork("a", new_session_id="b")
@@ -252,7 +252,7 @@ async def listed(at: Harness, **query: Any) -> list[tuple[str, int]]:
 
 
 @pytest.mark.engine(resident_rows=8)
-async def test_a_table_that_is_too_large_forgets_what_is_paged_out_and_long_unused(
+async def test_a_table_that_is_too_large_forgets_paged_out_and_long_unused_sessions(
     first: Harness, second: Harness, times: Times
 ) -> None:
     names = [f"s{number:03}" for number in range(100)]
@@ -417,7 +417,7 @@ async def test_if_the_store_does_not_say_whether_it_replaced_one_its_word_counts
 
 
 @pytest.mark.engine(threads=True)
-async def test_a_session_that_leaves_the_table_before_its_turn_is_replaced_without_being_away(
+async def test_a_session_replaced_after_it_left_the_table_is_not_reported_as_away(
     first: Harness, second: Harness
 ) -> None:
     await make_resident_on_both(first, second, "a", "b")

@@ -91,7 +91,7 @@ async def test_the_store_tells_of_changes_at_once(first: Harness, second: Harnes
     assert second.engine.version("plain") == 2
 
 
-async def test_labels_follow_and_a_label_of_what_is_not_here_is_asked_for_elsewhere(
+async def test_labels_follow_and_a_label_of_an_unloaded_version_refers_to_another_server(
     first: Harness, second: Harness
 ) -> None:
     await load_2(first)
@@ -128,7 +128,7 @@ async def test_several_changes_at_once_are_made_in_their_order(first: Harness, s
     np.testing.assert_array_equal(answer.outputs["y"], after(1, weights(1).initial[0][None], [FIRST])[0])
 
 
-async def test_what_a_session_waits_for_in_a_migration_follows() -> None:
+async def test_a_busy_session_is_migrated_after_its_pass() -> None:
     async with serving_two({"plain": PLAIN}, migrations={"widen": widen}, threads=True) as (first, second):
         for at in (first, second):
             await at.engine.load_version("plain", 2, WIDE)
@@ -236,7 +236,7 @@ async def test_a_session_that_follows_has_the_id_of_one_that_was_pinned(
 @pytest.mark.usefixtures("version_2")
 @pytest.mark.parametrize("is_faster", [False, True])
 @pytest.mark.parametrize("policy", [CARRY, RESET])
-async def test_what_is_under_way_while_the_default_moves_elsewhere(
+async def test_a_step_under_way_when_the_default_moves_elsewhere_is_kept_before_it_or_refused(
     policy: SessionPolicy, is_faster: bool, first: Harness, second: Harness
 ) -> None:
     """It is kept as of before if nobody was faster, and else not at all."""

@@ -201,7 +201,7 @@ async def test_a_retry_gets_the_first_states(
         assert first.states["sum"].tobytes() == traced(initial(3), value)[1].tobytes()
 
 
-async def test_a_step_of_some_rows_whose_session_was_loaded_anew_is_one_of_some_rows(
+async def test_a_step_of_some_rows_stays_one_after_its_session_is_reloaded(
     durable_store: DurableStore,
 ) -> None:
     """Sent from within the answer to a change that the store could not keep: then the session leaves the table."""

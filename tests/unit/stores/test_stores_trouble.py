@@ -183,7 +183,7 @@ async def test_a_retry_sent_when_a_session_is_closed_is_answered(durable_store: 
 
 
 @pytest.mark.parametrize("unexpected", [False, True])
-async def test_a_store_that_cannot_be_read_harms_nobody_who_is_here(
+async def test_a_store_that_cannot_be_read_harms_no_resident_session(
     durable_store: DurableStore, unexpected: bool
 ) -> None:
     kind = Internal if unexpected else Unavailable
@@ -226,7 +226,7 @@ async def test_a_session_outside_the_table_is_not_reported_as_gone(durable_store
         await fails(at.state("c"), SessionGone)
 
 
-async def test_members_of_a_group_are_stored_as_themselves_whoever_had_their_places_before(
+async def test_members_of_a_group_are_stored_as_themselves_in_reused_places(
     durable_store: DurableStore,
 ) -> None:
     ids = [[f"{turn}-{i}" for i in range(20)] for turn in range(3)]
