@@ -23,7 +23,6 @@ def _compiled(model: Any, folder: Path, **options: Any) -> Any:
 
 
 def test_softplus_does_not_overflow(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input((None, 1), dtype="int32")
     hidden = keras.ops.softplus(keras.ops.cast(x, "float32"))
     model = keras.Model(x, [hidden, keras.layers.GRU(3, return_sequences=True)(hidden)])
@@ -42,7 +41,6 @@ def test_softplus_does_not_overflow(keras: Any, tmp_path: Path) -> None:
 
 
 def test_what_has_a_gradient_of_its_own_runs_on_litert(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input((None, 3))
     model = keras.Model(x, keras.layers.LSTM(3)(keras.activations.silu(0.01 * x)))
     assert _compiled(model, tmp_path).executor == "litert"

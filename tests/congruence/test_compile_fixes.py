@@ -177,7 +177,6 @@ def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: 
 
 
 def test_a_cell_without_its_constants_is_refused(trace_and_probe: Any, keras: Any) -> None:
-
     class Conditioned(keras.Layer):
         """A cell for Keras 2, which passed constants."""
 
@@ -197,7 +196,6 @@ def test_a_cell_without_its_constants_is_refused(trace_and_probe: Any, keras: An
 
 
 def test_weights_of_a_bidirectional_cannot_be_kept(trace_and_probe: Any, keras: Any) -> None:
-
     x = keras.Input((None, 4))
     both = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))
     with pytest.raises(
@@ -208,7 +206,6 @@ def test_weights_of_a_bidirectional_cannot_be_kept(trace_and_probe: Any, keras: 
 
 @pytest.mark.parametrize("kind", ["Conv1D", "Bidirectional", "Flatten", "output"])
 def test_a_refusal_shortens_long_names(trace_and_probe: Any, keras: Any, kind: str) -> None:
-
     name = "n" * 200_000
     x = keras.Input((None, 4))
     match kind:

@@ -204,7 +204,6 @@ def test_errors_of_keras_are_reported_in_plain_words(
 
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`:UserWarning")
 def test_a_lambda_among_the_arguments_of_a_layer_is_code(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.Dense(2, activation=lambda y: y)(x)).save(tmp_path / "model.keras")
     assert "refused by Keras's safe mode: it contains a Lambda layer, a lambda" in refusal_of(
@@ -213,7 +212,6 @@ def test_a_lambda_among_the_arguments_of_a_layer_is_code(keras: Any, tmp_path: P
 
 
 def test_weights_that_begin_where_hdf5_looks_make_no_hdf5_file(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input((None, 3))
     keras.Model(x, keras.layers.LSTM(2, return_sequences=True)(x)).save(tmp_path / "saved.keras")
     with (

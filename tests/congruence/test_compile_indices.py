@@ -88,7 +88,6 @@ def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
 
 
 def test_samples_fit_a_small_table_of_a_layer_of_ones_own(keras: Any, trace_and_probe: Any) -> None:
-
     class Rows(keras.Layer):
         """A table of three rows that Keras does not know as one."""
 

@@ -51,7 +51,6 @@ def test_a_period_is_as_keras_has_it_for_a_clock(keras: Any, name: str, tmp_path
 
 
 def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input(batch_shape=(2, 6, 5, 3))
     inner = keras.layers.LSTM(4, stateful=True, name="inner")
     model = keras.Model(
@@ -63,10 +62,9 @@ def test_a_layer_that_keeps_its_state_from_step_to_step_is_refused(keras: Any, t
 
 
 def test_a_layer_that_continues_from_its_own_first_call_is_refused(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input(batch_shape=(2, None, 3))
     layer = keras.layers.GRU(3, stateful=True, return_sequences=True, name="twice")
-    assert "the layer 'twice' (GRU) is called more than once, and with stateful=True" in _refused(
+    assert "the layer 'twice' (GRU) is called more than once, and stateful=True" in _refused(
         keras.Model(x, layer(layer(x))), tmp_path
     )
 
@@ -91,7 +89,6 @@ def test_training_that_is_written_into_a_model_is_refused(kind: str, tmp_path: P
 
 
 def test_training_that_changes_nothing_is_served(keras: Any, tmp_path: Path) -> None:
-
     x = keras.Input((None, 4))
     _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(x, training=True)), tmp_path)
 

@@ -58,7 +58,6 @@ def model_used_twice(keras: Any) -> Any:
     "build", [tied_embeddings, spectral_normalization, layer_used_twice, model_used_twice]
 )
 def test_shared_weights_are_restored(keras: Any, build: Any, tmp_path: Path) -> None:
-
     model = build(keras)
     zoo.randomize(model)
     model.save(tmp_path / "model.keras")
