@@ -124,7 +124,7 @@ async def test_rows_that_are_ready_advance_as_if_each_were_alone(served: Served,
             ready = rng.random(ROWS) < 0.6
             steps = int(rng.integers(1, 4))
             if not ready.any():
-                with pytest.raises(stepwell.InvalidInputError, match="rows must choose at least one row"):
+                with pytest.raises(stepwell.InvalidInputError, match="rows must select at least one row"):
                     await session.step(np.zeros((0, steps, 3), np.float32), rows=ready)
                 continue
             x = rng.standard_normal((int(ready.sum()), steps, 3)).astype(np.float32)
