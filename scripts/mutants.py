@@ -374,6 +374,7 @@ class Session:
 
     def _try(self, mutant: Mutant, tests: Sequence[pytest.Item]) -> int:
         """Put the mutant in place of its function, and run the tests that reach it until one fails."""
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         code = mutant.code()
         gc.unfreeze()
         for found in gc.get_objects():
@@ -412,7 +413,6 @@ def fork(work: Callable[[], int], folder: Path) -> int:
     code = 2
     try:
         os.setpgid(0, 0)
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         for descriptor in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         folder.mkdir()
