@@ -104,7 +104,7 @@ def test_two_servers_never_acknowledge_under_one_name(tmp_path: Path) -> None:
         with started(data, "sync", ready=False) as second:
             code, _, log = second.finish()
         assert code == 2
-        assert f"process {first.process.pid} began with a folder of this name" in log
+        assert f"process {first.process.pid} still runs with a folder of this name" in log
         first.signal(signal.SIGCONT)
         require_ended(first, data)
     with started(data, "sync") as third:

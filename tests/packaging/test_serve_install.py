@@ -121,7 +121,7 @@ def test_what_needs_keras_says_how_to_go_on(
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     assert line.startswith(
-        f"stepwell: error: model forecast: {model_path}: must be compiled, which needs packages that are"
+        f"stepwell: error: model forecast: {model_path}: must be compiled, but the required packages are"
     )
     assert (
         "not installed (tensorflow, keras, h5py): pip install '.[server]' ./server/front "
