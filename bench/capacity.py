@@ -27,7 +27,7 @@ import psutil
 
 from bench import harness
 from bench.harness import MODELS, ROOT
-from bench.many import OPENED_AT_ONCE, ManySessions
+from bench.many import OPEN_BATCH_SIZE, ManySessions
 from stepwell.testing import LocalServer
 from support.servers.valkey_servers import Valkey
 
@@ -105,7 +105,7 @@ async def measure(name: str, valkey: Valkey, sessions: int, seconds: float) -> d
             record = float(valkey.ask("STRLEN", _key_of(valkey, name, many.ids[0])))
             before = meter.read()["memory"]
             while len(many.ids) < sessions:
-                await many.open(min(OPENED_AT_ONCE, sessions - len(many.ids)))
+                await many.open(min(OPEN_BATCH_SIZE, sessions - len(many.ids)))
             memory = (meter.read()["memory"] - before) / (sessions - rows)
             cold = await meter.of(lambda: framed(many, sessions, seconds))
     share = 1 - rows / sessions  # of the steps that read their session first

@@ -35,7 +35,7 @@ BESIDE_LONG = 8
 STORES = {"memory": (), "async": ("--durability", "async"), "sync": ("--durability", "sync")}
 HELD = 50_000
 """Sessions that are opened to see what one takes."""
-OPENED_AT_ONCE = 10_000
+OPEN_BATCH_SIZE = 10_000
 MODELS_LOADED = (1, 10, 50)
 
 
@@ -201,10 +201,10 @@ def memory(plan: Plan) -> list[Point]:
                 warm.step(np.zeros((1024, features), np.float32))
             before = harness.resident_bytes(server.pid)
             state = client.model("small").state_row_bytes
-            groups = [client.open_sessions("small", OPENED_AT_ONCE) for _ in range(HELD // OPENED_AT_ONCE)]
+            groups = [client.open_sessions("small", OPEN_BATCH_SIZE) for _ in range(HELD // OPEN_BATCH_SIZE)]
             # Rows of sessions that were only opened may not have been written yet: that each has its row counts.
             for one in groups:
-                one.step(np.zeros((OPENED_AT_ONCE, features), np.float32), timeout_s=60)
+                one.step(np.zeros((OPEN_BATCH_SIZE, features), np.float32), timeout_s=60)
             after = harness.resident_bytes(server.pid)
         return {"resident_mib": before / 2**20, "session_bytes": (after - before) / HELD - state}
 

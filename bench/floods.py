@@ -34,7 +34,7 @@ _MODEL = "small"
 _STEPS = "/stepwell.v1.SessionService/"
 WATCHED = 8
 FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 64, 8, 10_000
-OPENINGS, OPENINGS_OF_MANY, OPENED_AT_ONCE = 64, 4, 2000
+OPENINGS, OPENINGS_OF_MANY, OPEN_BATCH_SIZE = 64, 4, 2000
 _BEFORE_S, _AFTER_S = 0.3, 0.5
 """The flood begins before the streams are counted, and ends after them."""
 
@@ -80,7 +80,7 @@ def _opening() -> bytes:
 
 
 def _opening_many() -> bytes:
-    return sessions_pb2.OpenSessionsRequest(model=_MODEL, count=OPENED_AT_ONCE).SerializeToString()
+    return sessions_pb2.OpenSessionsRequest(model=_MODEL, count=OPEN_BATCH_SIZE).SerializeToString()
 
 
 FLOODS = {

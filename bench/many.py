@@ -18,7 +18,7 @@ from stepwell.v1 import sessions_pb2 as pb
 _SERVICE = "/stepwell.v1.SessionService/"
 _NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 _TIMEOUT_S = 60.0
-OPENED_AT_ONCE = 10_000
+OPEN_BATCH_SIZE = 10_000
 
 Places = npt.NDArray[np.intp]
 """Sessions, by their place among the client's."""

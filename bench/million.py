@@ -28,7 +28,7 @@ from rich.console import Console
 
 from bench import disk, harness
 from bench.harness import OUT
-from bench.many import OPENED_AT_ONCE, ManySessions, Places, Watch, quantile_ms
+from bench.many import OPEN_BATCH_SIZE, ManySessions, Places, Watch, quantile_ms
 from bench.tables import number
 from stepwell.testing import LocalServer
 
@@ -104,11 +104,11 @@ async def open_all(many: ManySessions, count: int, report: Report, kind: str) ->
     began = time.perf_counter()
     async with Watch(many, _WATCHED) as watch:
         while len(many.ids) < count:
-            calls.append(await many.open(min(OPENED_AT_ONCE, count - len(many.ids))))
+            calls.append(await many.open(min(OPEN_BATCH_SIZE, count - len(many.ids))))
             if len(calls) % 20 == 0:
                 report.say(f"{len(many.ids):,} sessions are open")
     taken = time.perf_counter() - began
-    case = f"{kind}: sessions opened, {OPENED_AT_ONCE:,} in a call"
+    case = f"{kind}: sessions opened, {OPEN_BATCH_SIZE:,} in a call"
     report.add(case, "sessions/s", count / taken)
     report.add(f"{kind}: such a call, the longest", "s", max(calls))
     report.add(f"{kind}: a step meanwhile, p99", "ms", quantile_ms(watch.latencies, 0.99))
@@ -208,7 +208,7 @@ async def list_by_command(server: LocalServer, report: Report, kind: str) -> Non
 async def close_some(many: ManySessions, report: Report, kind: str) -> None:
     """As many sessions as one call opens, closed by the prefix of their IDs."""
     prefix = "closed-by-prefix-"
-    await many.open(OPENED_AT_ONCE, prefix)
+    await many.open(OPEN_BATCH_SIZE, prefix)
     async with Watch(many, _WATCHED) as watch:
         began = time.perf_counter()
         closed = await many.close_matching(prefix)

@@ -94,7 +94,7 @@ def test_what_is_sent_is_bounded_and_found_again_by_its_seed(rng: malformed_mess
     call = malformed_messages.odd_call(KNOWN, rng)
     rng.setstate(state)
     assert malformed_messages.odd_call(KNOWN, rng) == call
-    assert len(call.body) <= malformed_messages.MOST_BYTES
+    assert len(call.body) <= malformed_messages.MAX_BYTES
 
 
 def test_the_valid_messages_are_the_same_bytes_in_each_process() -> None:

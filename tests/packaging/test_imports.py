@@ -23,7 +23,7 @@ SERVER_ONLY = {
     "stepwell_server",
     "uvloop",
 }
-NOT_AT_ONCE = {"click", "matplotlib", "pandas", "rich", "safetensors", "xarray"}
+IMPORTED_LATER = {"click", "matplotlib", "pandas", "rich", "safetensors", "xarray"}
 
 
 def modules_after(statement: str, folder: Path) -> set[str]:
@@ -40,7 +40,7 @@ def modules_after(statement: str, folder: Path) -> set[str]:
 )
 def test_the_sdk_is_light(module: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import {module}", tmp_path)
-    assert loaded & (FRAMEWORKS | SERVER_ONLY | NOT_AT_ONCE) == set()
+    assert loaded & (FRAMEWORKS | SERVER_ONLY | IMPORTED_LATER) == set()
 
 
 def test_the_command_line_is_light(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_help_of_the_servers_commands_needs_none_of_its_packages(command: str, t
 )
 def test_the_server_is_imported_without_tensorflow(module: str, tmp_path: Path) -> None:
     loaded = modules_after(f"import stepwell_server.{module}", tmp_path)
-    assert loaded & (FRAMEWORKS | NOT_AT_ONCE | {"h5py"}) == set()
+    assert loaded & (FRAMEWORKS | IMPORTED_LATER | {"h5py"}) == set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which libraries a process has loaded")

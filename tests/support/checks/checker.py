@@ -38,7 +38,7 @@ from support.checks.history import CHANGES, End, Floats, Op
 from support.checks.replay import LstmDense, LstmState, are_states, bits, is_output
 
 Sort = Literal["lost", "twice", "wrong", "gone", "error"]
-_MOST_BRANCHES = 1024
+_MAX_BRANCHES = 1024
 _SHOWN = 10
 
 
@@ -351,7 +351,7 @@ class _Register:
         return self._model.step(state, op.call.x)
 
     def _few(self, revision: int, branches: list[LstmState]) -> list[LstmState]:
-        if len(branches) > _MOST_BRANCHES:
+        if len(branches) > _MAX_BRANCHES:
             raise Violation(
                 "error", self._session, revision, "too many unknown outcomes in a row to be checked"
             )

@@ -33,8 +33,8 @@ STATES = ("lstm/h", "lstm/c")
 PATIENCE_S = 100.0
 """Time limit of the calls that shall get through, over any number of restarts."""
 _SHORT_S = (0.005, 0.3)
-_MOST_HANDLES = 3
-_MOST_RESUMED = 16
+_MAX_HANDLES = 3
+_MAX_RESUMED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,7 @@ class SessionPlayer:
             await self._read(handle)
         elif dice < 0.95:
             await self._look(handle)
-        elif len(self._handles) < _MOST_HANDLES:
+        elif len(self._handles) < _MAX_HANDLES:
             await self._fork(handle)
         else:
             await self._close(handle)
@@ -448,7 +448,7 @@ async def play(table: Table, address: str, mix: PlayerCounts, resume: dict[str, 
             group = GroupPlayer(table, clients[shells[i % 2 * 2]])
             players.create_task(group.play(f"{prefix}.group.{i}", mix.group_size))
         known = list(resume.items())  # the others lie idle, which a session must survive as well
-        for name, batch_size in chance.sample(known, min(len(known), _MOST_RESUMED)):
+        for name, batch_size in chance.sample(known, min(len(known), _MAX_RESUMED)):
             player = SessionPlayer(table, clients["async"], can_cancel=False)
             players.create_task(player.play(name, batch_size, resume=True))
 

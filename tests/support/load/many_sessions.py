@@ -22,7 +22,7 @@ from support.servers.fault_servers import replayed
 from support.servers.replica_processes import Replicas
 
 A_GROUP = 500
-_AT_ONCE = 4
+_BATCH_SIZE = 4
 _QUANTILES = {"median": 0.5, "p99": 0.99, "at most": 1.0}
 
 
@@ -111,14 +111,14 @@ class ManySessions:
                 for place, size in enumerate(self._sizes)
             ]
             self._states = [replayed().initial(size) for size in self._sizes]
-            workers = [self._work(worker) for worker in range(min(_AT_ONCE, len(self._groups)))]
+            workers = [self._work(worker) for worker in range(min(_BATCH_SIZE, len(self._groups)))]
             await asyncio.gather(*workers)
             for group, state in zip(self._groups, self._states, strict=True):
                 await self._audit(group, state)
 
     async def _work(self, worker: int) -> None:
         while not self._stop.is_set():
-            for place in range(worker, len(self._groups), _AT_ONCE):
+            for place in range(worker, len(self._groups), _BATCH_SIZE):
                 await self._step(place)
             self.rounds += worker == 0
 

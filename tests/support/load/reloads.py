@@ -21,7 +21,7 @@ from support.servers.fault_servers import arguments
 from support.servers.server_process import forecast, retrained
 
 _SESSIONS = 20
-MOST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20
 """That memory may grow in the second half, which is more than what the allocator keeps now and then."""
 
 LATE = 3
@@ -78,7 +78,7 @@ class Reloaded:
         middle, end = self.taken[len(self.taken) // 2], self.taken[-1]
         for name, late in (("threads", LATE), ("descriptors", 0), ("temporary", 0), ("cached", 0)):
             assert getattr(end, name) <= getattr(middle, name) + late, f"{name} grew: {self.taken}"
-        assert self.growth_bytes < MOST_BYTES, f"memory grew by {self.growth_bytes} bytes: {self.taken}"
+        assert self.growth_bytes < MAX_BYTES, f"memory grew by {self.growth_bytes} bytes: {self.taken}"
 
     @property
     def first_growth_bytes(self) -> int:

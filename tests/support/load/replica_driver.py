@@ -55,7 +55,7 @@ _HURRIED_S = (0.002, 0.1)
 _PATIENT_S = 30.0
 """Some attempts wait until a paused replica goes on: its answer must be right then, too."""
 _LONGEST_PAUSE_S = 0.1
-_MOST_KNOWN = 200
+_MAX_KNOWN = 200
 _WRITTEN_TOO_LATE = "Internal error from Core"
 """What gRPC itself says of a message for a stream whose connection has just ended."""
 _SELECTIONS = {
@@ -254,7 +254,7 @@ class ReplicaRouter:
             raise broken(end)
         found = LastSeen(name, rows, end.revision)
         self.living.append(dataclasses.replace(found))
-        del self.living[:-_MOST_KNOWN]
+        del self.living[:-_MAX_KNOWN]
         return found
 
 

@@ -22,7 +22,7 @@ LONGER_THAN_ANY_LIMIT_S = 1.5
 """Than attempts of `replica_driver` wait, and than a replica waits for a Valkey whose URL says SHORT."""
 SHORT = "timeout_ms=500"
 """Not where replicas of Valkey are waited for: it may take them a second to say what they have on their disk."""
-_MOST_CHANGES = 60
+_MAX_CHANGES = 60
 _LONGEST_S = 0.05
 _REPLICATED_MS = 20_000
 _LOOKED_S = 3.0
@@ -31,7 +31,7 @@ _LOOKED_S = 3.0
 
 def at_random(load: Loading, chance: random.Random) -> None:
     """Let some changes be acknowledged, and a moment pass."""
-    load.wait_acknowledged(chance.randrange(1, _MOST_CHANGES))
+    load.wait_acknowledged(chance.randrange(1, _MAX_CHANGES))
     pass_s(chance.uniform(0, _LONGEST_S))
 
 
@@ -118,7 +118,7 @@ def fail_over(watched: Sentinels, load: Loading, chance: random.Random) -> None:
         pass_s(chance.uniform(0, 0.3))
         watched.fail_over()
     watched.wait_ready(len(watched.servers) - 1)
-    load.wait_acknowledged(_MOST_CHANGES)
+    load.wait_acknowledged(_MAX_CHANGES)
     at_random(load, chance)
 
 
@@ -139,7 +139,7 @@ def lose(watched: Sentinels, load: Loading, chance: random.Random, log: Log, how
     watched.wait_ready(len(watched.servers) - 1)
     pass_s(_LOOKED_S)
     log.mark(ENDS)
-    load.wait_acknowledged(_MOST_CHANGES)
+    load.wait_acknowledged(_MAX_CHANGES)
 
 
 def part(ways: list[Proxy], load: Loading, chance: random.Random) -> None:

@@ -10,7 +10,7 @@ from support.peers.malformed_messages import Call, Random, flip, splice, varint
 
 DATA, HEADERS, PRIORITY, RST, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION = range(10)
 END_STREAM, END_HEADERS, PADDED, WITH_PRIORITY = 1, 4, 8, 32
-MOST_BYTES = 256 << 10
+MAX_BYTES = 256 << 10
 """Of a connection."""
 
 
@@ -310,4 +310,4 @@ _KINDS: Sequence[Callable[[Call, Random], bytes]] = (
 
 def connection(call: Call, rng: random.Random) -> bytes:
     """What a peer writes on a connection before it writes no more. `call` is made somewhere on it."""
-    return rng.choice(_KINDS)(call, rng)[:MOST_BYTES]
+    return rng.choice(_KINDS)(call, rng)[:MAX_BYTES]

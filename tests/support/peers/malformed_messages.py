@@ -27,7 +27,7 @@ from support.triton.triton_requests import request as infer_request
 
 Headers = list[tuple[str, str]]
 Random = random.Random
-MOST_BYTES = 48 << 10
+MAX_BYTES = 48 << 10
 """Of a message; what claims to be larger than it is needs no bytes for that."""
 SESSIONS, MODELS = "stepwell.v1.SessionService", "stepwell.v1.ModelService"
 MODEL_ADMIN = "stepwell.v1.ModelAdminService"
@@ -318,7 +318,7 @@ def nested(number: int, depth: int) -> bytes:
     found = b""
     for _ in range(depth):
         found = varint(number << 3 | 2) + varint(len(found)) + found
-        if len(found) > MOST_BYTES // 2:
+        if len(found) > MAX_BYTES // 2:
             break
     return found
 
@@ -400,8 +400,8 @@ def mutate(raw: bytes, rng: Random) -> bytes:
         if not raw:
             return noise(b"12345678", rng)
         raw = rng.choice(_MUTATIONS)(raw, rng)
-        if len(raw) > MOST_BYTES:
-            raw = raw[:MOST_BYTES]
+        if len(raw) > MAX_BYTES:
+            raw = raw[:MAX_BYTES]
     return raw
 
 
@@ -489,4 +489,4 @@ def odd_call(known: Sequence[Valid], rng: Random, tokens: Sequence[str] = (), ma
         headers += rng.sample(_ODD_HEADERS, rng.randint(1, 3))
     if all(name != "grpc-timeout" for name, _ in headers):
         headers.append(("grpc-timeout", "3S" if first.ends else "20m"))
-    return Call(first.path, body[:MOST_BYTES], headers, count)
+    return Call(first.path, body[:MAX_BYTES], headers, count)

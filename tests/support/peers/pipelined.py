@@ -30,7 +30,7 @@ _HEAD, _LARGEST_FRAME, _FIRST_WINDOW = 9, 16_384, 65_535
 _TABLE_SIZE, _INITIAL_WINDOW = 1, 4
 _DEPTH = 48
 """Calls under way."""
-MOST_CALLS = 20_000
+MAX_CALLS = 20_000
 """Of a connection."""
 _block = functools.lru_cache(2000)(headers)
 
@@ -61,7 +61,7 @@ class Pipeline:
     @property
     def is_full(self) -> bool:
         """It takes no more calls: the server says so, or it has had many."""
-        return bool(self._goodbye) or self.calls >= MOST_CALLS
+        return bool(self._goodbye) or self.calls >= MAX_CALLS
 
     def put(self, call: Call) -> None:
         """Send a call, whose data must fit into a stream's window. Waits for others to end if there are many.

@@ -36,7 +36,7 @@ def verdict(*histories: Path) -> Report:
     return check(history.load(histories), replayed())
 
 
-_MOST_NODES = 3_000
+_MAX_NODES = 3_000
 """Of a search in a history with losses: a session that needs more is not judged."""
 SINCE, BEGINS, ENDS = "since", "begins", "ends"
 """Marks in a history, of each fail-over that may lose something: what was acknowledged before the first is safe."""
@@ -47,7 +47,7 @@ def verdict_of_losses(path: Path) -> Report:
     marks = [at for at, name in history.marks(path) if name in (SINCE, BEGINS, ENDS)]
     losses = [Loss(*marks[i : i + 3]) for i in range(0, len(marks), 3)]
     report = linearizability.check(
-        history.load([path]), replayed(), PermittedEvents(losses=losses, most_nodes=_MOST_NODES)
+        history.load([path]), replayed(), PermittedEvents(losses=losses, most_nodes=_MAX_NODES)
     )
     judged = [each for each in report.violations if each.what != linearizability.TOO_MANY]
     report.unjudged, report.violations = len(report.violations) - len(judged), judged

@@ -29,7 +29,7 @@ from support.sim.quota import PREFIX, Admission, WatchedQuotas, require_kept
 from support.sim.replica import Replica
 from support.sim.world import Hang, World
 
-_MOST_NODES, _MOST_BLIND = 20_000, 2_000
+_MAX_NODES, _MAX_BLIND = 20_000, 2_000
 """Of a search: a session that needs more is not judged."""
 
 
@@ -228,7 +228,7 @@ class Schedule:
             self.plan.idle_s or float("inf"),
             self.world.time_of,
             lost,
-            most_nodes=_MOST_NODES,
+            most_nodes=_MAX_NODES,
             ends_after=self._limits.ends_after if self.plan.limit_s else None,
         )
         report = linearizability.check(self.callers.history.ops, PlainModel(), terms)
@@ -248,7 +248,7 @@ class Schedule:
         blind = linearizability.check(
             self.callers.history.ops,
             PlainModel(),
-            dataclasses.replace(terms, rollbacks=(), losses=losses, most_nodes=_MOST_BLIND),
+            dataclasses.replace(terms, rollbacks=(), losses=losses, most_nodes=_MAX_BLIND),
         )
         if not self._is_told:
             report.violations = []
