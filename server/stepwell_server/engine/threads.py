@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from stepwell_server.core.namespaces import tenant_of
 from stepwell_server.core.scheduler import FairQueue, LoopQueue, Share
+from stepwell_server.process.thread_names import name_thread
 
 #: The shortest limit for a pass on threads, in seconds: shorter passes have too much overhead.
 MIN_PASS_S = 1e-3
@@ -31,7 +32,7 @@ class Threads:
     """The threads that run passes, one piece at a time, and the choice of the next model."""
 
     def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="stepwell-compute")
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="stepwell-compute", initializer=name_thread)
         self._lock = threading.Lock()
         self._waiting: FairQueue[Piece] = FairQueue(MIN_PASS_S)
         """Pieces, by model."""

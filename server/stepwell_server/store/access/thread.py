@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
+from stepwell_server.process.thread_names import name_thread
 from stepwell_server.store.access.batches import MAX_RECORDS
 from stepwell_server.store.base import Write
 
@@ -55,6 +56,7 @@ class StoreThread:
             self._thread.start()
 
     def _run(self) -> None:
+        name_thread()
         is_end = False
         while not is_end:
             writes, is_end = self._take()
