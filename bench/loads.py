@@ -140,6 +140,12 @@ def _frame(session_id: str, features: int) -> bytes:
     return sessions_pb2.StepStreamRequest(frame_id=1, step=frame).SerializeToString()
 
 
+def step_requests(kind: str, ids: Sequence[str], features: int) -> tuple[str, list[bytes]]:
+    """The method and the requests that step each session, as calls ("unary") or frames ("stream")."""
+    method, request = ("Step", _step) if kind == "unary" else ("StepStream", _frame)
+    return _STEPS + method, [request(one, features) for one in ids]
+
+
 def singly(
     server: LocalServer,
     model: str,
@@ -157,14 +163,12 @@ def singly(
         stepwell.connect(server.address, tls=tls, token=token) as client,
         client.open_sessions(model, sessions) as group,
     ):
-        method, request = ("Step", _step) if kind == "unary" else ("StepStream", _frame)
-        requests = [request(one, features) for one in group.ids]
+        path, requests = step_requests(kind, group.ids, features)
 
         def made() -> int:
             group.refresh()
             return int(group.positions.sum())
 
-        path = _STEPS + method
         return counted(server, lambda: generate(server.address, path, kind, requests, times, ca, token), made)
 
 
