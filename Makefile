@@ -133,7 +133,7 @@ against: $(INSTALLED) $(FRONT) ## Send the same programs and malformed messages 
 	TEST_KEEP_PROGRAMS=1 $(BIN)/python tests/against/run.py --base $(BASE) $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most twelve minutes on two idle cores; ARGS="sessions tls" runs some cases)
+bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most fourteen minutes on two idle cores; ARGS="sessions tls" runs some cases)
 	$(BIN)/python bench/measure.py $(ARGS)
 
 .PHONY: bench-scale

@@ -19,6 +19,7 @@ from bench.floods import floods, floods_on_disk, new_token
 from bench.harness import MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
 from bench.shared_store import valkey
+from bench.threads import threads
 from stepwell.testing import LocalServer
 from stepwell_server.compile.host.compiler import WarmCompiler
 from support.certificates import Authority
@@ -289,6 +290,7 @@ CASES: Mapping[str, Case] = {
     case.__name__: case
     for case in (
         sessions,
+        threads,
         groups,
         sdk,
         width,

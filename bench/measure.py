@@ -1,6 +1,6 @@
 """Measure what users ask of the server: rates and latencies by sessions, width, durability, protocol, transport.
 
-    python bench/measure.py                    everything, at most twelve minutes on two cores
+    python bench/measure.py                    everything, at most fourteen minutes on two cores
     python bench/measure.py sessions tls       some cases; the results of the others stay
     python bench/measure.py --repeats 5
 

@@ -52,6 +52,7 @@ def values(point: Point) -> list[str]:
     return [cell(point, "rate"), cell(point, "p50_ms", "p99_ms")]
 
 
+MIN_SHOWN_US = 0.1
 RATE_AND_LATENCY = ("steps/s", "p50 / p99, ms")
 PER_STEP = "client / server, µs a step"
 
@@ -65,6 +66,29 @@ def sessions_table(points: Sequence[Point]) -> str:
         rows.append(["", "p50 / p99, ms", *(cell(one, "p50_ms", "p99_ms") for one in found)])
     heads = [f"{FRONTS[front]}, {'call' if kind == 'unary' else kind}" for front, kind in columns]
     return table(["sessions", "", *heads], rows)
+
+
+def threads_table(points: Sequence[Point]) -> str:
+    names = {"bare": "bare wire", "memory": "in memory", "sync": "disk, sync"}
+    rows = [
+        [
+            f"{number(point['sessions'])}, {'call' if point['kind'] == 'unary' else 'stream'}",
+            names[point["server"]],
+            cell(point, "rows"),
+            *(threads_cell(point, role) for role in ("wire", "loop", "compute", "store")),
+            cell(point, "server_us"),
+            cell(point, "rate"),
+            cell(point, "rate", of="ratios"),
+        ]
+        for point in points
+    ]
+    heads = ["wire", "event loop", "compute", "store", "all"]
+    return table(["sessions", "server", "rows a pass", *heads, "steps/s", "rate against bare"], rows)
+
+
+def threads_cell(point: Point, role: str) -> str:
+    """The time of threads that had work to do."""
+    return cell(point, f"{role}_us") if "error" in point or point.get(f"{role}_us", 0) >= MIN_SHOWN_US else ""
 
 
 def groups_table(points: Sequence[Point]) -> str:
@@ -228,6 +252,7 @@ def reload_table(points: Sequence[Point]) -> str:
 
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "sessions": ("sessions", sessions_table),
+    "threads": ("threads", threads_table),
     "groups": ("groups", groups_table),
     "sdk": ("sdk", sdk_table),
     "profile": ("sdk", profile_table),
