@@ -41,7 +41,6 @@ class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
             if not self._locks.acquire(holder):
                 await self._wait(holder, deadline)
             self._changer = me
-            self._check_open()
             return await self._driver.run(flow)
         finally:
             if self._changer is me:
@@ -59,6 +58,7 @@ class AsyncHandle(BaseHandle[AsyncDriver], abc.ABC):
                 "the time limit passed while another change of this session was active",
                 outcome="not_applied",
             ) from None
+        self._check_open()
 
     @abc.abstractmethod
     async def close(self, *, timeout_s: float | None = None) -> None:

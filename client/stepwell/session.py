@@ -40,13 +40,9 @@ class Handle(BaseHandle[Driver], abc.ABC):
         self._check_open()
         holder = ThreadHolder(self._members if members is None else members)
         try:
-            if not self._locks.acquire(holder) and not holder.wait(deadline.remaining_s()):
-                raise DeadlineExceededError(
-                    "the time limit passed while another change of this session was active",
-                    outcome="not_applied",
-                )
+            if not self._locks.acquire(holder):
+                self._wait(holder, deadline)
             self._changer = me
-            self._check_open()
             return self._driver.run(flow)
         finally:
             if self._changer == me:
@@ -56,6 +52,14 @@ class Handle(BaseHandle[Driver], abc.ABC):
             except BaseException:
                 self._locks.release(holder)
                 raise
+
+    def _wait(self, holder: ThreadHolder, deadline: Deadline) -> None:
+        if not holder.wait(deadline.remaining_s()):
+            raise DeadlineExceededError(
+                "the time limit passed while another change of this session was active",
+                outcome="not_applied",
+            )
+        self._check_open()
 
     @abc.abstractmethod
     def close(self, *, timeout_s: float | None = None) -> None:

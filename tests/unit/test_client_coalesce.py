@@ -52,15 +52,14 @@ class Wire:
     async def _answer(self, ask: Ask) -> Any:
         if isinstance(ask, Step):
             return await self.coalescer.step(ask)
-        if isinstance(ask, Call):
-            return self._call(ask)
         return None  # a pause
 
     async def unary(self, step: Step) -> Stepped:
         return read(self._call(step.call(1 << 20)))
 
     def _call(self, call: Call) -> sessions_pb2.StepResponse:
-        request: Any = call.request
+        assert isinstance(call.request, bytes)
+        request = sessions_pb2.StepRequest.FromString(call.request)
         self._note([request.session_id], [request.request_id], "alone")
         if request.session_id == self.too_large:
             raise errors.ReplyTooLargeError("too large by itself")

@@ -17,6 +17,7 @@ from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import Array, pack, to_messages, unpack
 from stepwell._transport.retry import Deadline
 from stepwell.v1 import errors_pb2, sessions_pb2
+from support.sdk.scripted_model import message_of
 
 ROWS = [1, 2, 1]
 X = np.arange(8, dtype=np.float32).reshape(4, 2)
@@ -34,7 +35,7 @@ def frame() -> Frame:
 def one() -> Frame:
     """A frame that was sent."""
     sent = frame()
-    sent.request(1, Deadline(1.0))
+    message_of(sent, 1, Deadline(1.0))
     return sent
 
 
@@ -55,7 +56,7 @@ def failed(members: list[int], error: errors_pb2.Error, *, last: bool) -> sessio
 
 
 def test_a_frame_holds_everything() -> None:
-    message = frame().request(7, Deadline(1.5, lambda: 0.0))
+    message = message_of(frame(), 7, Deadline(1.5, lambda: 0.0))
     assert (message.frame_id, list(message.step.session_ids)) == (7, ["a", "b", "c"])
     assert list(message.step.expected_revisions) == [10, 20, 30]
     assert list(message.step.request_ids) == [11, 21, 31]
@@ -65,8 +66,8 @@ def test_a_frame_holds_everything() -> None:
 
 
 def test_no_limit_is_zero_and_the_last_millisecond_is_one() -> None:
-    assert frame().request(1, Deadline(math.inf)).step.timeout_ms == 0
-    assert frame().request(1, Deadline(1e-9, lambda: 0.0)).step.timeout_ms == 1
+    assert message_of(frame(), 1, Deadline(math.inf)).step.timeout_ms == 0
+    assert message_of(frame(), 1, Deadline(1e-9, lambda: 0.0)).step.timeout_ms == 1
 
 
 def again_of(one: Frame) -> Frame:
@@ -78,7 +79,7 @@ def test_the_next_frame_holds_what_is_unsettled_with_the_same_ids(one: Frame) ->
     part = one.accept(reply([1], last=False))
     assert part.applied.tolist() == [1]
     left = again_of(one)
-    again = left.request(2, Deadline(1.0)).step
+    again = message_of(left, 2, Deadline(1.0)).step
     assert (list(again.session_ids), list(again.expected_revisions)) == (["a", "c"], [10, 30])
     assert list(again.request_ids) == [11, 31]
     assert (again.batch_size, list(again.batch_sizes)) == (1, [])
@@ -89,7 +90,7 @@ def test_the_next_frame_holds_what_is_unsettled_with_the_same_ids(one: Frame) ->
 
 def test_members_of_several_rows_are_resent_whole(one: Frame) -> None:
     one.accept(reply([0, 2], last=False))
-    assert np.array_equal(unpack(again_of(one).request(2, Deadline(1.0)).step.inputs[0]), X[1:3])
+    assert np.array_equal(unpack(message_of(again_of(one), 2, Deadline(1.0)).step.inputs[0]), X[1:3])
 
 
 def test_retryable_errors_ask_for_another_frame(one: Frame) -> None:
@@ -100,7 +101,7 @@ def test_retryable_errors_ask_for_another_frame(one: Frame) -> None:
     assert isinstance(error, errors.OverloadedError)
     assert (error.retry_after_s, members.tolist()) == (0.05, [2])
     left = again_of(one)
-    left.request(2, Deadline(1.0))
+    message_of(left, 2, Deadline(1.0))
     left.accept(reply([0], last=True))
     assert left.unsettled() == []
 
@@ -152,7 +153,7 @@ def test_outputs_are_put_together_in_the_members_order() -> None:
     change = Change("step", pack_inputs(np.zeros((6, 2))))
     counts = np.zeros(3, np.uint64)
     one = Frame(change, ["a", "b", "c"], np.full(3, 2), counts, counts)
-    one.request(1, Deadline(1.0))
+    message_of(one, 1, Deadline(1.0))
     whole = Gathered(3, 2)
     y = np.arange(12, dtype=np.float32).reshape(6, 2)
     whole.add(one.accept(reply([1], last=False, y=y[2:4])))
@@ -169,12 +170,12 @@ def test_a_frame_of_some_members_has_their_rows_of_the_mask_and_says_all_else_ag
         np.zeros((4, 2, 3), np.float32), 4, reset=MASK, outputs=["y"], time="last", states="all"
     )
     one = Frame(change, ["a", "b", "c"], np.array(ROWS), numbers, numbers)
-    message = one.request(1, Deadline(1.0)).step
+    message = message_of(one, 1, Deadline(1.0)).step
     assert list(message.reset_mask) == MASK.reshape(-1).tolist()
     part = reply([1], last=False)
     part.states.extend(to_messages([pack("h", "h", np.ones((2, 2, 5), np.float32))]))
     assert one.accept(part).states["h"].shape == (2, 2, 5)
-    again = again_of(one).request(2, Deadline(1.0)).step
+    again = message_of(again_of(one), 2, Deadline(1.0)).step
     assert list(again.reset_mask) == MASK[[0, 3]].reshape(-1).tolist()
     for each in (message, again):
         assert (list(each.output_names), each.outputs) == (["y"], sessions_pb2.OUTPUT_SELECTION_LAST)
@@ -228,11 +229,9 @@ def test_steps_that_ask_for_the_same_share_a_frame() -> None:
         assert of_session("a", **said).kind() == of_session("b", **said).kind()
         assert of_session("a", **said).may_share()
     assert not of_session("a", rows=(1,)).may_share()
-    request: Any = of_session("a", rows=(1,)).call(1 << 20).request
-    assert list(request.rows) == [1]
     members = [Waiting(of_session("a", reset=[True, False])), Waiting(of_session("b", reset=[False, True]))]
     one = framed(members)
-    assert list(one.request(1, Deadline(1.0)).step.reset_mask) == [True, False, False, True]
+    assert list(message_of(one, 1, Deadline(1.0)).step.reset_mask) == [True, False, False, True]
     part = reply([0, 1], last=True, y=np.arange(4.0)[:, None])
     part.states.extend(to_messages([pack("h", "h", np.arange(4, 8.0)[:, None])]))
     answer(members, one.accept(part))

@@ -15,7 +15,7 @@ from stepwell._state.arguments import pack_inputs
 from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, StepwellError, UnavailableError
 from stepwell.v1 import sessions_pb2
-from support.sdk.scripted_model import in_full
+from support.sdk.scripted_model import in_full, message_of
 
 ALL = np.arange(3)
 WAIT_S = 100.0
@@ -31,7 +31,7 @@ def tracker() -> GroupTracker:
 
 
 def sent(frame: Frame) -> sessions_pb2.StepFrame:
-    step: sessions_pb2.StepFrame = in_full(frame.request(1, Deadline(1.0))).step
+    step: sessions_pb2.StepFrame = in_full(message_of(frame, 1, Deadline(1.0))).step
     return step
 
 
@@ -56,7 +56,7 @@ def test_what_follows_a_change_that_failed_for_one_member(
 
 def test_group_change_of_some_members(tracker: GroupTracker) -> None:
     some = np.array([2, 0])
-    frame = tracker.begin(Change("reset", ()), some).request(1, Deadline(1.0)).reset
+    frame = message_of(tracker.begin(Change("reset", ()), some), 1, Deadline(1.0)).reset
     assert list(frame.session_ids) == ["c", "a"]
     result = Gathered(2, 1)
     result.add(Part(np.array([0, 1]), np.array([8, 9], np.uint64), np.zeros(2, np.uint64), {}, {}))
@@ -153,17 +153,17 @@ def test_a_member_is_tracked_with_its_group(tracker: GroupTracker) -> None:
 
 
 def test_one_number_stands_for_those_of_all_members_where_they_are_alike(tracker: GroupTracker) -> None:
-    first = tracker.begin(wide(1), ALL).request(1, Deadline(1.0)).step
+    first = message_of(tracker.begin(wide(1), ALL), 1, Deadline(1.0)).step
     assert list(first.session_ids) == ["a", "b", "c"]
     assert (first.batch_size, list(first.batch_sizes)) == (1, [])
     assert (first.expected_revision, list(first.expected_revisions)) == (0, [])
     assert first.request_id_base
     assert not first.request_ids
     MemberTracker(tracker, 1).applied(7, 9)
-    again = tracker.begin(wide(2), ALL).request(2, Deadline(1.0)).step
+    again = message_of(tracker.begin(wide(2), ALL), 2, Deadline(1.0)).step
     assert list(again.expected_revisions) == [0, 7, 0]
     assert not again.HasField("expected_revision")
-    alone = tracker.begin(some(3, 1), np.array([1])).request(3, Deadline(1.0)).step
+    alone = message_of(tracker.begin(some(3, 1), np.array([1])), 3, Deadline(1.0)).step
     assert (list(alone.expected_revisions), len(alone.request_ids)) == ([7], 1)
 
 
@@ -173,6 +173,9 @@ class Named(Holder):
     def __init__(self, name: str, members: Some, woken: list[str]) -> None:
         self.members, self.is_holding = members, False
         self._name, self._woken = name, woken
+
+    def prepare(self) -> None:
+        pass
 
     def wake(self) -> None:
         self._woken.append(self._name)

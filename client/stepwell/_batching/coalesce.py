@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
-from stepwell._batching.in_flight import InFlightFrame, Link, unanswered
+from stepwell._batching.in_flight import AT_S, InFlightFrame, Link, unanswered
 from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
 from stepwell._transport.channel import closed
 from stepwell.errors import StepwellError
@@ -87,7 +87,7 @@ class Coalescer:
                 self.over(frame)  # no caller waits for it
                 return
             # 0 if a limit has just passed: the timer ends its members, and the others keep waiting
-            next_s = min(deadline.remaining_s() for deadline in waiting)
+            next_s = min(waiting, key=AT_S).remaining_s()
             if next_s < float("inf"):
                 loop = asyncio.get_running_loop()
                 self._in_flight[frame] = loop.call_later(next_s, self._on_time_limit, frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -12,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell import errors
-from stepwell._batching.sets import SessionSet
-from stepwell._state.tensors import Array, Packed, to_messages, view_all
-from stepwell._transport.call import check_size
+from stepwell._base.wire import bytes_tag, varint, varint_tag
+from stepwell._batching.sets import SessionSet, encoded_ids
+from stepwell._state import tensors
+from stepwell._state.tensors import Array, Packed, view_all
+from stepwell._transport.call import check_length
 from stepwell._transport.retry import Deadline
 from stepwell._transport.status import from_message
 from stepwell._transport.stream import MakeRequest
@@ -37,7 +40,13 @@ STATES: Mapping[str, sessions_pb2.StateSelection.ValueType] = {
     "last": _pb.STATE_SELECTION_LAST,
     "none": _pb.STATE_SELECTION_NONE,
 }
+_FRAME_ID_TAG = varint_tag(_pb.StepStreamRequest.FRAME_ID_FIELD_NUMBER)
+_STEP_TAG = bytes_tag(_pb.StepStreamRequest.STEP_FIELD_NUMBER)
+_RESET_TAG = bytes_tag(_pb.StepStreamRequest.RESET_FIELD_NUMBER)
 RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
+
+
+StepKind: TypeAlias = type[sessions_pb2.StepRequest] | type[sessions_pb2.StepFrame]
 
 
 class Change(NamedTuple):
@@ -61,15 +70,13 @@ class Change(NamedTuple):
     position: int = 0
     """Of a reset, the session's position afterwards."""
 
-    def fill(self, message: sessions_pb2.StepRequest | sessions_pb2.StepFrame) -> None:
-        """Writes the options of a step, all but its inputs, to its message."""
-        message.outputs = SELECTIONS[self.outputs]
+    def fields(self, kind: StepKind) -> list[bytes]:
+        """The fields of a step's message that describe the change."""
+        parts = tensors.fields(kind.INPUTS_FIELD_NUMBER, self.tensors)
+        parts.append(_options(kind is _pb.StepFrame, self.outputs, self.output_names, self.states, self.rows))
         if self.reset:
-            message.reset_mask.extend(np.frombuffer(self.reset, np.bool_).tolist())
-        if self.output_names:
-            message.output_names.extend(self.output_names)
-        if self.states != "none":
-            message.states = STATES[self.states]
+            parts += (bytes_tag(kind.RESET_MASK_FIELD_NUMBER), varint(len(self.reset)), self.reset)
+        return parts
 
     def some(self, rows: Indexes, count: int) -> Change:
         """The same change for some of its `count` rows."""
@@ -77,6 +84,20 @@ class Change(NamedTuple):
         if reset:
             reset = np.frombuffer(reset, np.uint8).reshape(count, -1)[rows].tobytes()
         return self._replace(tensors=tuple([_take(tensor, rows) for tensor in self.tensors]), reset=reset)
+
+
+@functools.lru_cache(maxsize=256)
+def _options(
+    is_frame: bool, outputs: str, names: tuple[str, ...], states: str, rows: tuple[int, ...]
+) -> bytes:
+    """The encoded options of a step; a stream of steps uses the same ones."""
+    kind: StepKind = _pb.StepFrame if is_frame else _pb.StepRequest
+    message = kind(outputs=SELECTIONS[outputs], output_names=names)
+    if states != "none":
+        message.states = STATES[states]
+    if isinstance(message, _pb.StepRequest):  # a frame has no steps of some rows
+        message.rows.extend(rows)
+    return message.SerializeToString()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,20 +171,20 @@ class Frame:
         return own
 
     def maker(self, deadline: Deadline, max_message_bytes: int) -> MakeRequest:
-        """Returns a function that builds the message of the next round.
+        """Returns a function that builds the encoded message of the next round.
 
         It raises an `InvalidInputError` if the message exceeds the limit.
         """
 
-        def make(frame_id: int) -> sessions_pb2.StepStreamRequest:
-            message = self.request(frame_id, deadline)
-            check_size("a frame", message, max_message_bytes)
+        def make(frame_id: int) -> bytes:
+            message = self.encode(frame_id, deadline)
+            check_length("a frame", len(message), max_message_bytes)
             return message
 
         return make
 
-    def request(self, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
-        """Begins a round: builds the message with all members.
+    def encode(self, frame_id: int, deadline: Deadline) -> bytes:
+        """Begins a round: encodes the message with all members.
 
         Args:
             frame_id: Its number on the stream.
@@ -171,26 +192,22 @@ class Frame:
         """
         self._waiting = {}
         self.round_over = False
-        message = _pb.StepStreamRequest(frame_id=frame_id)
         change = self._change
         if change.kind == "step":
-            frame = message.step
-            frame.inputs.extend(to_messages(change.tensors))
-            change.fill(frame)
-            self._fill(frame, deadline)
+            kind, parts = _STEP_TAG, change.fields(_pb.StepFrame)
+            parts.append(self._numbers(_pb.StepFrame(), deadline))
         else:
-            message.reset.state.extend(to_messages(change.tensors))
-            self._fill(message.reset, deadline)
-        return message
+            kind, parts = _RESET_TAG, tensors.fields(_pb.ResetFrame.STATE_FIELD_NUMBER, change.tensors)
+            parts.append(self._numbers(_pb.ResetFrame(), deadline))
+        parts.append(encoded_ids(self.ids) if self.named is None else self.named.encoded())
+        size = sum([len(part) for part in parts])
+        return b"".join((_FRAME_ID_TAG, varint(frame_id), kind, varint(size), *parts))
 
-    def _fill(self, frame: sessions_pb2.StepFrame | sessions_pb2.ResetFrame, deadline: Deadline) -> None:
+    def _numbers(self, frame: sessions_pb2.StepFrame | sessions_pb2.ResetFrame, deadline: Deadline) -> bytes:
+        """The encoded fields of both kinds of frames, all but the ids. Fills in an empty message."""
         frame.timeout_ms = _timeout_ms(deadline.remaining_s())
         if self.traceparent:
             frame.traceparent = self.traceparent
-        if self.named is not None:
-            frame.MergeFromString(self.named.encoded())
-        else:
-            frame.session_ids.extend(self.ids)
         rows, expected, request_ids = self._rows, self._expected, self._request_ids
         # The batch sizes that the client knows, so that a closed or replaced member cannot shift the others' rows.
         if _are_alike(rows):
@@ -205,6 +222,7 @@ class Frame:
             frame.request_id_base = int(request_ids[0])
         else:
             frame.request_ids.extend(request_ids.tolist())
+        return frame.SerializeToString()
 
     def accept(self, response: sessions_pb2.StepStreamResponse) -> Part:
         """Handles one part of the reply.

@@ -6,13 +6,16 @@ broken stream is no special case.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol
 
 from stepwell._batching.steps import M, abandon, answer, framed
-from stepwell._transport.retry import Deadline, RepliesTooLargeError
+from stepwell._transport.retry import RepliesTooLargeError
 from stepwell._transport.stream import Answer, MakeRequest, Sink
 from stepwell.errors import DeadlineExceededError, ReplyTooLargeError, StepwellError
+
+AT_S = operator.attrgetter("at_s")
 
 
 class Link(Protocol):
@@ -41,7 +44,7 @@ class InFlightFrame(Generic[M]):
         self.sent_s = sent_s
         self.members = members
         # The latest one: no member may be cut short.
-        self.deadline: Deadline = max([member.step.deadline for member in members], key=Deadline.at_s)
+        self.deadline = max([member.step.deadline for member in members], key=AT_S)
         self._owner = owner
         self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing

@@ -29,5 +29,10 @@ class SessionSet:
     def encoded(self) -> bytes:
         """The ids as encoded in a frame. Encoding them each time would make large frames a third slower."""
         if not self._encoded:
-            self._encoded = sessions_pb2.StepFrame(session_ids=self.ids).SerializeToString()
+            self._encoded = encoded_ids(self.ids)
         return self._encoded
+
+
+def encoded_ids(ids: Sequence[str]) -> bytes:
+    """The ids as encoded in a frame of either kind."""
+    return sessions_pb2.StepFrame(session_ids=ids).SerializeToString()

@@ -41,7 +41,8 @@ def step_change(
     selection, names = check_outputs(outputs, time)
     selected_states = check_states(states)
     packed = pack_inputs(inputs, row_count, count or ("len(rows)" if rows else "batch_size"))
-    return Change("step", packed, selection, rows, pack_reset(reset, packed), names, selected_states)
+    mask = b"" if reset is None else pack_reset(reset, packed)
+    return Change("step", packed, selection, rows, mask, names, selected_states)
 
 
 def check_states(states: object) -> str:
@@ -74,10 +75,8 @@ def check_outputs(outputs: object, time: object = "all") -> tuple[str, tuple[str
     return time, tuple(outputs)
 
 
-def pack_reset(reset: Mask | None, inputs: Sequence[Packed]) -> bytes:
+def pack_reset(reset: Mask, inputs: Sequence[Packed]) -> bytes:
     """Rows that restart, as `Change.reset`: booleans of shape (rows,), or (rows, T) for every time step."""
-    if reset is None:
-        return b""
     rows = inputs[0].shape[0]
     # only the server knows whether n in (rows, n) is T or features
     rank = min(3, max(len(tensor.shape) for tensor in inputs))

@@ -15,12 +15,15 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from stepwell._base.metadata import Pairs, sampled
+from stepwell._base.wire import bytes_tag, fixed64_field, varint, varint_tag
 from stepwell._batching.frames import Change, Frame, Part
-from stepwell._state.tensors import Array, to_messages, unpack_all
-from stepwell._transport.call import Call, Endpoint, check_size
+from stepwell._state.tensors import Array, unpack_all
+from stepwell._transport.call import Call, Endpoint, check_length
 from stepwell._transport.retry import Deadline
 from stepwell.errors import StepwellError
 from stepwell.v1 import sessions_pb2
+
+_NO_STATES: Mapping[str, Array] = types.MappingProxyType({})
 
 
 class Stepped(NamedTuple):
@@ -32,7 +35,7 @@ class Stepped(NamedTuple):
     """Position after the step."""
     outputs: dict[str, Array]
     """Outputs by name."""
-    states: Mapping[str, Array] = types.MappingProxyType({})
+    states: Mapping[str, Array] = _NO_STATES
     """States by name, if requested."""
     model_version: int = 0
     """Version of the model that ran the step; 0 if the server does not report it."""
@@ -43,6 +46,9 @@ class Stepped(NamedTuple):
 SHARED_BYTES = 64 * 1024
 #: The inputs of a frame take at most this part of the message limit: outputs may be larger than inputs.
 FRAME_SHARE = 4
+_ID_TAG = bytes_tag(sessions_pb2.StepRequest.SESSION_ID_FIELD_NUMBER)
+_REVISION_TAG = varint_tag(sessions_pb2.StepRequest.EXPECTED_REVISION_FIELD_NUMBER)
+_REQUEST_ID = sessions_pb2.StepRequest.REQUEST_ID_FIELD_NUMBER
 #: Approximate size of a member in a frame in bytes, without its inputs.
 _MEMBER_BYTES = 64
 
@@ -62,6 +68,8 @@ class Step(NamedTuple):
     """Metadata of its span."""
     to: Endpoint | None = None
     """The replica to ask; None: the client has one server."""
+    is_alone: bool = False
+    """Whether it must not share a frame."""
 
     def call(self, max_message_bytes: int) -> Call:
         """One attempt as a unary call.
@@ -69,40 +77,44 @@ class Step(NamedTuple):
         Raises:
             InvalidInputError: The message exceeds the limit.
         """
-        request = sessions_pb2.StepRequest(
-            session_id=self.session_id,
-            inputs=to_messages(self.change.tensors),
-            expected_revision=self.expected,
-            request_id=self.request_id,
-            rows=self.change.rows,
-        )
-        self.change.fill(request)
-        check_size("Step", request, max_message_bytes)
-        return Call("Step", request, self.deadline.grpc_timeout_s(), self.trace, to=self.to)
+        session_id = self.session_id.encode()
+        parts = self.change.fields(sessions_pb2.StepRequest)
+        parts += (_ID_TAG, varint(len(session_id)), session_id, _REVISION_TAG, varint(self.expected))
+        parts.append(fixed64_field(_REQUEST_ID, self.request_id))
+        request = b"".join(parts)
+        if len(request) > max_message_bytes:
+            check_length("Step", len(request), max_message_bytes)
+        return Call("Step", request, self.deadline.grpc_timeout_s(), self.trace, None, self.to)
 
     def may_share(self) -> bool:
         """Whether it may share a frame with others. A large step, or a step of some rows, may not."""
-        return not self.change.rows and self.input_bytes() <= SHARED_BYTES
+        return not self.change.rows and not self.is_alone and self.input_bytes() <= SHARED_BYTES
 
     def input_bytes(self) -> int:
         """Size of its inputs, in bytes."""
-        return sum([len(tensor.data) for tensor in self.change.tensors])
+        size = 0
+        for tensor in self.change.tensors:
+            size += len(tensor.data)
+        return size
 
     def kind(self) -> Hashable:
         """Properties that steps must have in common to share a frame."""
         change = self.change
-        signature = tuple([(tensor.name, tensor.dtype, tensor.shape[1:]) for tensor in change.tensors])
+        signature: tuple[Hashable, ...] = ()
+        for tensor in change.tensors:
+            signature += (tensor.name, tensor.dtype, tensor.shape[1:])
         reset = len(change.reset) // self.rows  # entries of the mask for each row
         return self.model, change.outputs, signature, reset, change.output_names, change.states
 
 
 def read(response: sessions_pb2.StepResponse) -> Stepped:
     """The result of a step that was a unary call."""
+    states = response.states
     return Stepped(
         response.revision,
         response.position,
         unpack_all(response.outputs),
-        unpack_all(response.states),
+        unpack_all(states) if states else _NO_STATES,
         response.model_version,
     )
 
@@ -193,7 +205,7 @@ def _joined(changes: Sequence[Change]) -> tuple[Any, ...]:
     joined = []
     for i, first in enumerate(changes[0].tensors):
         tensors = [change.tensors[i] for change in changes]
-        rows = sum(tensor.shape[0] for tensor in tensors)
+        rows = sum([tensor.shape[0] for tensor in tensors])
         data = b"".join([tensor.data for tensor in tensors])
         joined.append(first._replace(shape=(rows, *first.shape[1:]), data=data))
     return tuple(joined)
@@ -203,15 +215,24 @@ def answer(members: Sequence[Member], part: Part) -> None:
     """Gives the members of a frame their part of a reply."""
     start = 0
     settled = zip(part.applied.tolist(), part.revisions.tolist(), part.positions.tolist(), strict=True)
+    outputs, states, version = part.outputs, part.states, part.model_version
     for i, revision, position in settled:
-        end = start + members[i].step.rows
-        # Copies: if a caller keeps its outputs, those of the other members must not stay in memory.
-        outputs = {name: array[start:end].copy() for name, array in part.outputs.items()}
-        states = {name: array[start:end].copy() for name, array in part.states.items()}
-        members[i].settle(Stepped(revision, position, outputs, states, part.model_version))
+        member = members[i]
+        end = start + member.step.rows
+        own = _rows_of(outputs, start, end)
+        own_states = _rows_of(states, start, end) if states else _NO_STATES
+        member.settle(Stepped(revision, position, own, own_states, version))
         start = end
     for i, error in part.failures.items():
         members[i].fail(error)
+
+
+def _rows_of(arrays: Mapping[str, Array], start: int, end: int) -> dict[str, Array]:
+    """Copies: if a caller keeps its outputs, those of the other members must not stay in memory."""
+    own = {}
+    for name, array in arrays.items():
+        own[name] = array[start:end].copy()
+    return own
 
 
 def abandon(members: Sequence[Member], error: BaseException) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from stepwell._base.flow import Flow, Notify, drive_async
@@ -110,9 +110,9 @@ class AsyncDriver:
         """Whether the client is closed."""
         return self._closing.is_set()
 
-    async def run(self, flow: Flow[T]) -> T:
+    def run(self, flow: Flow[T]) -> Coroutine[Any, Any, T]:
         """Runs a flow of the core to its result."""
-        return await drive_async(self.core.watched(flow), self.answer)
+        return drive_async(self.core.watched(flow), self.answer)
 
     def answer(self, ask: Ask) -> Awaitable[Any]:
         """Answers an ask of a flow."""

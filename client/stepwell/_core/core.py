@@ -17,6 +17,7 @@ from stepwell._base.flow import Flow
 from stepwell._base.log import LOG
 from stepwell._batching.frames import Change, Counts, Frame, Indexes, Part
 from stepwell._batching.step_arguments import as_one, pack_reset, selected, step_change
+from stepwell._batching.steps import Stepped
 from stepwell._core.finisher import TRY_FOR_S
 from stepwell._core.group_tracker import GroupTracker
 from stepwell._core.lanes import FrameExchange
@@ -229,7 +230,7 @@ class Core:
         """Outputs and final state of a run without a session."""
         packed = arguments.pack_inputs(inputs)
         rows = packed[0].shape[0]
-        mask = np.frombuffer(pack_reset(reset, packed), np.bool_)
+        mask = np.frombuffer(b"" if reset is None else pack_reset(reset, packed), np.bool_)
         info = yield from self.known_model(arguments.check_model(model), deadline)
         state = yield from self.states(model, "", states, rows, deadline)
         request = models_pb2.PredictRequest(
@@ -446,18 +447,22 @@ class Core:
         states: object = "none",
     ) -> Change:
         """Checks the arguments of a step."""
-        chosen = arguments.check_rows(rows, tracker.batch_size)
-        if chosen == ():
+        count = tracker.batch_size
+        chosen = arguments.check_rows(rows, count)
+        if chosen is None:
+            chosen = ()
+        elif not chosen:
             raise InvalidInputError("rows must select at least one row; got none")
-        everyone = chosen is None or chosen == tuple(range(tracker.batch_size))
+        elif chosen == tuple(range(count)):
+            chosen = ()
         return step_change(
             inputs,
-            len(chosen or range(tracker.batch_size)),
+            len(chosen) or count,
             outputs=outputs,
             time=time,
             reset=reset,
             states=states,
-            rows=() if everyone or chosen is None else chosen,
+            rows=chosen,
         )
 
     def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
@@ -467,7 +472,7 @@ class Core:
             name = reference(tracker.model, tracker.model_version)
             info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
         try:
-            stepped = yield from self.retrier.step(tracker.step(change, deadline))
+            stepped: Stepped = yield from self.retrier.step(tracker.step(change, deadline))
         except StepwellError as error:
             raise tracker.failed(error) from None
         previous = tracker.applied(stepped.revision, stepped.position, stepped.model_version)

@@ -30,6 +30,10 @@ class Holder(abc.ABC):
     is_holding: bool
 
     @abc.abstractmethod
+    def prepare(self) -> None:
+        """It is about to wait for the locks."""
+
+    @abc.abstractmethod
     def wake(self) -> None:
         """It holds the locks now. May be called again."""
 
@@ -58,6 +62,7 @@ class Locks:
                 self._held[holder.members] = holder.is_holding = True
                 self._holders += 1
                 return True
+            holder.prepare()
             self._queue.append(holder)
             self._admit()
             return holder.is_holding
@@ -98,6 +103,8 @@ class ThreadHolder(Holder):
     def __init__(self, members: Some) -> None:
         self.members = members
         self.is_holding = False
+
+    def prepare(self) -> None:
         self._gate = threading.Lock()  # the cheapest thing that a thread can wait for
         self._gate.acquire()
 
@@ -118,15 +125,14 @@ class TaskHolder(Holder):
     def __init__(self, members: Some) -> None:
         self.members = members
         self.is_holding = False
-        self._woken: asyncio.Future[None] | None = None
+
+    def prepare(self) -> None:
+        self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake(self) -> None:
-        if (
-            self._woken is not None and not self._woken.done()
-        ):  # otherwise its task was cancelled at the same moment
+        if not self._woken.done():  # otherwise its task was cancelled at the same moment
             self._woken.set_result(None)
 
     async def wait(self) -> None:
-        """Waits for the locks. Call it immediately after `acquire` returned False, without awaiting in between."""
-        self._woken = asyncio.get_running_loop().create_future()
+        """Waits for the locks after `acquire` returned False."""
         await self._woken

@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from stepwell._base.flow import Flow, Pause
-from stepwell._batching.steps import Step, Stepped, read
+from stepwell._batching.steps import Step, Stepped
 from stepwell._routing.ranking import key_of, key_of_request
 from stepwell._routing.router import Route, Router
 from stepwell._transport.call import Call, Endpoint, Requests, check_size
@@ -116,17 +116,14 @@ class Retrier:
         """
         route = None if self.router is None else self._route(key_of(step.session_id))
         attempts: Attempts | None = None
-        by_itself = False
         while True:
             try:
                 if route is not None:
                     step = step._replace(to=(yield from route.next()))
-                stepped: Stepped = (
-                    read((yield step.call(self._max_message_bytes))) if by_itself else (yield step)
-                )
+                stepped: Stepped = yield step
             except StepwellError as error:
                 attempts = attempts or self.attempts("Step", step.deadline, changes=True)
-                by_itself = isinstance(error, RepliesTooLargeError) and error.members == 1
+                step = step._replace(is_alone=isinstance(error, RepliesTooLargeError) and error.members == 1)
                 pause = yield from _pause(attempts, route, error)
             else:
                 if route is not None:

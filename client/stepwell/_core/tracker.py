@@ -8,6 +8,7 @@ one with a revision conflict.
 
 from __future__ import annotations
 
+import os
 import secrets
 
 import numpy as np
@@ -22,7 +23,7 @@ from stepwell.v1 import sessions_pb2
 
 def new_request_id() -> int:
     """Random and non-zero, 64 bits."""
-    return secrets.randbits(64) or 1
+    return int.from_bytes(os.urandom(8)) or 1
 
 
 def new_request_ids(count: int) -> Counts:

@@ -36,8 +36,9 @@ def pack_inputs(inputs: Inputs, rows: int | None = None, count: str = "batch_siz
         rows: Number of rows that each must have; None for any.
         count: The caller's name of that number.
     """
-    if not isinstance(inputs, Mapping):
-        return (_with_rows(pack("", "the input", inputs), "the input", rows, count),)
+    if type(inputs) is np.ndarray or not isinstance(inputs, Mapping):  # the first is cheaper to check
+        tensor = pack("", "the input", inputs)
+        return (tensor if tensor.shape[0] == rows else _with_rows(tensor, "the input", rows, count),)
     if not inputs:
         raise InvalidInputError("inputs must name at least one array; got an empty mapping")
     for name in inputs:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from stepwell._base.wire import bytes_tag, varint
 from stepwell.errors import InternalError, InvalidInputError
 from stepwell.v1 import tensors_pb2
 
@@ -41,6 +43,11 @@ _BY_LAYOUT: Mapping[tuple[str, int], int] = {
 _DTYPES: Mapping[int, np.dtype[np.generic]] = {
     number: np.dtype(name).newbyteorder("<") for name, number in _BY_NAME.items() if name != "bfloat16"
 }
+# The types whose arrays are sent as they are, without a look at their layout.
+_SENT_AS_IS: Mapping[np.dtype[np.generic], int] = {dtype: number for number, dtype in _DTYPES.items()}
+
+
+_DATA_TAG = bytes_tag(tensors_pb2.Tensor.DATA_FIELD_NUMBER)
 
 
 class Packed(NamedTuple):
@@ -63,16 +70,17 @@ def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
     Raises:
         InvalidInputError: It is not an array of numbers, has no batch axis, or is empty.
     """
-    array = as_array(what, value)
-    dtype = _dtype_number(what, array)
-    if array.ndim == 0:
+    array = value if type(value) is np.ndarray else as_array(what, value)
+    dtype = _SENT_AS_IS.get(array.dtype)
+    if dtype is None:
+        dtype = _dtype_number(what, array)
+        array = array.astype(_DTYPES.get(dtype, array.dtype), copy=False)
+    shape = array.shape
+    if not shape:
         raise InvalidInputError(f"{what} must have a batch axis, shape (batch_size, ...); got a scalar")
-    if array.size == 0:
-        raise InvalidInputError(f"{what} must not be empty; got shape {array.shape}")
-    wire = _DTYPES.get(dtype)
-    return Packed(
-        name, dtype, array.shape, (array if wire is None else array.astype(wire, copy=False)).tobytes()
-    )
+    if 0 in shape:
+        raise InvalidInputError(f"{what} must not be empty; got shape {shape}")
+    return Packed(name, dtype, shape, array.tobytes())
 
 
 def as_array(what: str, value: npt.ArrayLike) -> Array:
@@ -107,24 +115,45 @@ def to_messages(tensors: Iterable[Packed]) -> list[tensors_pb2.Tensor]:
     ]
 
 
+def fields(field: int, tensors: Iterable[Packed]) -> list[bytes]:
+    """Packed tensors as bytes: the entries of this field of a message."""
+    parts = []
+    for name, dtype, shape, data in tensors:
+        parts.append(_before_data(field, name, dtype, shape, len(data)))
+        parts.append(data)
+    return parts
+
+
+@functools.lru_cache(maxsize=256)
+def _before_data(field: int, name: str, dtype: int, shape: tuple[int, ...], size: int) -> bytes:
+    """The encoding of a tensor up to its data, which takes most of the time and is the same in each step."""
+    message = tensors_pb2.Tensor(name=name, dtype=_pb.DataType.ValueType(dtype), shape=shape)
+    head = message.SerializeToString() + _DATA_TAG + varint(size)
+    return bytes_tag(field) + varint(len(head) + size) + head
+
+
 def unpack(tensor: tensors_pb2.Tensor) -> Array:
     """The array in a message: a writable copy. bfloat16 comes as float32, which holds it exactly.
 
     Raises:
         InternalError: The server sent a tensor that contradicts itself.
     """
-    array = view(tensor)
-    return array if array.flags.writeable else array.copy()
+    return _array(tensor, bytearray)
 
 
 def view(tensor: tensors_pb2.Tensor) -> Array:
     """As `unpack`, but not always writable: copy it before you return it to a caller."""
+    return _array(tensor, bytes)
+
+
+def _array(tensor: tensors_pb2.Tensor, buffer: type[bytes | bytearray]) -> Array:
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         return _unpack_bfloat16(tensor)
-    if len(tensor.data) != math.prod(tensor.shape) * dtype.itemsize:
+    data, shape = tensor.data, tensor.shape[:]  # each access to `data` copies it
+    if len(data) != math.prod(shape) * dtype.itemsize:
         raise _broken(tensor)
-    return np.frombuffer(tensor.data, dtype).reshape(tensor.shape)
+    return np.ndarray(shape, dtype, buffer(data))
 
 
 def _unpack_bfloat16(tensor: tensors_pb2.Tensor) -> Array:
@@ -141,14 +170,20 @@ def _broken(tensor: tensors_pb2.Tensor) -> InternalError:
     )
 
 
-def unpack_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
+def unpack_all(tensors: Sequence[tensors_pb2.Tensor]) -> dict[str, Array]:
     """The arrays in messages, by name, in their order."""
-    return {tensor.name: unpack(tensor) for tensor in tensors}
+    arrays = {}
+    for tensor in tensors[:]:  # protobuf's iterators are slower than a list's
+        arrays[tensor.name] = unpack(tensor)
+    return arrays
 
 
-def view_all(tensors: Iterable[tensors_pb2.Tensor]) -> dict[str, Array]:
+def view_all(tensors: Sequence[tensors_pb2.Tensor]) -> dict[str, Array]:
     """As `unpack_all`, with `view`."""
-    return {tensor.name: view(tensor) for tensor in tensors}
+    arrays = {}
+    for tensor in tensors[:]:
+        arrays[tensor.name] = view(tensor)
+    return arrays
 
 
 def dtype_of(name: str) -> np.dtype[np.generic]:

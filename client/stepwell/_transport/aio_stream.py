@@ -13,9 +13,8 @@ from stepwell._base.log import LOG
 from stepwell._transport import channel
 from stepwell._transport.stream import MakeRequest, Sink
 from stepwell.errors import StepwellError, UnavailableError
-from stepwell.v1 import sessions_pb2
 
-OpenStream = Callable[[AsyncIterator[sessions_pb2.StepStreamRequest]], Awaitable[channel.OpenedStream]]
+OpenStream = Callable[[AsyncIterator[bytes]], Awaitable[channel.OpenedStream]]
 
 
 class AsyncLink:
@@ -53,7 +52,7 @@ class _Stream:
     """One call of StepStream, with the task that reads it."""
 
     def __init__(self, open_stream: OpenStream) -> None:
-        self._outbox: asyncio.Queue[sessions_pb2.StepStreamRequest | None] = asyncio.Queue()
+        self._outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._sinks: dict[int, Sink] = {}
         self._frame_ids = itertools.count(1)
         self.error: StepwellError | None = None
@@ -61,7 +60,7 @@ class _Stream:
         self._opened: channel.OpenedStream | None = None
         self._reader = asyncio.create_task(self._read(), name="stepwell-stream")
 
-    async def _requests(self) -> AsyncIterator[sessions_pb2.StepStreamRequest]:
+    async def _requests(self) -> AsyncIterator[bytes]:
         while (request := await self._outbox.get()) is not None:
             yield request
 

@@ -36,8 +36,8 @@ class Call(NamedTuple):
     """Make one attempt of a call; the answer is its response, or the last one."""
 
     rpc: str
-    request: Message | Requests
-    """The request, or a function that creates the requests of a call that streams them."""
+    request: Message | bytes | Requests
+    """The request (encoded, for Step), or a function that creates the requests of a call that streams them."""
     timeout_s: float | None
     metadata: Pairs = ()
     """Metadata of this call, in addition to that of every call."""
@@ -53,8 +53,12 @@ def check_size(what: str, request: Message, max_message_bytes: int) -> None:
     Raises:
         InvalidInputError: The message exceeds the limit.
     """
-    size = request.ByteSize()
-    if size > max_message_bytes:
+    check_length(what, request.ByteSize(), max_message_bytes)
+
+
+def check_length(what: str, length: int, max_message_bytes: int) -> None:
+    """As `check_size`, by the length of the encoded message."""
+    if length > max_message_bytes:
         raise InvalidInputError(
-            f"the message of {what} must be at most max_message_bytes = {max_message_bytes}; got {size} bytes"
+            f"the message of {what} must be at most max_message_bytes = {max_message_bytes}; got {length} bytes"
         )

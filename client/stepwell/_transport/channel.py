@@ -32,6 +32,7 @@ _LONGEST_CONNECT_S = 20.0
 #: If calls wait and a replica has sent nothing for the first of these times, gRPC sends it a ping; the second is the time
 #: limit of the answer. gRPC sends at most two such pings without a message in between, which every server accepts.
 _KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 2000, 3000
+_STEPS = "/stepwell.v1.SessionService"
 _HEALTH = "/grpc.health.v1.Health/Check"
 #: grpc.health.v1.HealthCheckResponse with the status SERVING.
 _SERVING = b"\x08\x01"
@@ -42,6 +43,8 @@ _SERVICES = {
         ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"), "ModelAdminService"
     ),
 }
+#: Types of a single request; otherwise a call streams its requests.
+_ONE = (bytes, Message)
 # If a message could not be written, grpc.aio ends the call with a status of its own, INTERNAL, instead of
 # the real one, usually UNAVAILABLE (`_StreamRequestMixin._write` in grpc.aio). Such a status is recognized by this
 # beginning of its debug string; that of a received status begins with its code.
@@ -130,12 +133,24 @@ def service_of(rpc: str) -> str:
     return _SERVICES.get(rpc, "SessionService")
 
 
-def _stubs(channel: Any) -> dict[str, Any]:
-    """Stubs by service. Those of an async channel are the same classes."""
+def _methods(channel: Any) -> dict[str, Any]:
+    """The calls by name, on a channel of either kind. Those of steps take encoded requests."""
+    sessions = sessions_pb2_grpc.SessionServiceStub(channel)
+    models, admin = models_pb2_grpc.ModelServiceStub(channel), models_pb2_grpc.ModelAdminServiceStub(channel)
     return {
-        "SessionService": sessions_pb2_grpc.SessionServiceStub(channel),
-        "ModelService": models_pb2_grpc.ModelServiceStub(channel),
-        "ModelAdminService": models_pb2_grpc.ModelAdminServiceStub(channel),
+        **vars(sessions),
+        **vars(models),
+        **vars(admin),
+        "Step": channel.unary_unary(
+            f"{_STEPS}/Step",
+            response_deserializer=sessions_pb2.StepResponse.FromString,
+            _registered_method=True,
+        ),
+        "StepStream": channel.stream_stream(
+            f"{_STEPS}/StepStream",
+            response_deserializer=sessions_pb2.StepStreamResponse.FromString,
+            _registered_method=True,
+        ),
     }
 
 
@@ -233,7 +248,7 @@ class _Transport:
         self, channel: grpc.Channel | grpc.aio.Channel, config: ClientConfig, known: Tokens | None
     ) -> None:
         """`known`: tokens that it shares with other channels."""
-        self._stubs = _stubs(channel)
+        self._methods = _methods(channel)
         self._tokens = known or tokens(config)
         self._metadata = config.metadata
         self._ended: Callable[[], StepwellError] = closed
@@ -258,25 +273,22 @@ class SyncTransport(_Transport):
         self._channel = open_channel(config, endpoint)
         super().__init__(self._channel, config, known)
 
-    def stream(self, requests: Iterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
+    def stream(self, requests: Iterator[bytes]) -> OpenedStream:
         """Opens the stream of frames.
 
         Raises:
             UnauthenticatedError: There is no token.
         """
         metadata = self._tokens.metadata()
-        return OpenedStream(
-            self._stubs["SessionService"].StepStream(requests, metadata=metadata), self._tokens, metadata
-        )
+        return OpenedStream(self._methods["StepStream"](requests, metadata=metadata), self._tokens, metadata)
 
     def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._stubs[service_of(call.rpc)], call.rpc)
         metadata = self._tokens.metadata()
         try:
-            request = call.request if isinstance(call.request, Message) else call.request()
-            answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            request = call.request if isinstance(call.request, _ONE) else call.request()
+            answer = self._methods[call.rpc](request, timeout=call.timeout_s, metadata=_with(metadata, call))
             return answer if call.on_reply is None else _read(answer, call.on_reply)
         except grpc.RpcError as error:
             raise (
@@ -313,7 +325,7 @@ class AsyncTransport(_Transport):
         self._channel = open_async_channel(config, endpoint)
         super().__init__(self._channel, config, known)
 
-    async def stream(self, requests: AsyncIterator[sessions_pb2.StepStreamRequest]) -> OpenedStream:
+    async def stream(self, requests: AsyncIterator[bytes]) -> OpenedStream:
         """Opens the stream of frames.
 
         Raises:
@@ -321,18 +333,15 @@ class AsyncTransport(_Transport):
         """
         metadata = await self._tokens.metadata_async()
         self._check_open()
-        return OpenedStream(
-            self._stubs["SessionService"].StepStream(requests, metadata=metadata), self._tokens, metadata
-        )
+        return OpenedStream(self._methods["StepStream"](requests, metadata=metadata), self._tokens, metadata)
 
     async def invoke(self, call: Call) -> Any:
         """One attempt of a call."""
         self._check_open()
-        method = getattr(self._stubs[service_of(call.rpc)], call.rpc)
         metadata = await self._tokens.metadata_async()
         try:
-            request = call.request if isinstance(call.request, Message) else _awaited(call.request())
-            answer = method(request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            request = call.request if isinstance(call.request, _ONE) else _awaited(call.request())
+            answer = self._methods[call.rpc](request, timeout=call.timeout_s, metadata=_with(metadata, call))
             return await (answer if call.on_reply is None else _read_async(answer, call.on_reply))
         except grpc.RpcError as error:
             raise (

@@ -24,30 +24,27 @@ Clock = Callable[[], float]
 class Deadline:
     """A time limit, counted from its construction. It covers all attempts of a call."""
 
-    __slots__ = ("_at_s", "_began_s", "_clock", "limit_s")
+    __slots__ = ("_began_s", "_clock", "at_s", "limit_s")
 
     def __init__(self, limit_s: float, clock: Clock = time.monotonic) -> None:
         self.limit_s = limit_s
         self._clock = clock
         self._began_s = clock()
-        self._at_s = self._began_s + limit_s
+        self.at_s = self._began_s + limit_s
+        """When it passes, on its clock."""
 
     def remaining_s(self) -> float:
         """Seconds left, never below 0; `math.inf` without a limit."""
-        return max(0.0, self._at_s - self._clock())
+        remaining_s = self.at_s - self._clock()
+        return remaining_s if remaining_s > 0 else 0.0
 
     def elapsed_s(self) -> float:
         """Seconds since its construction."""
         return self._clock() - self._began_s
 
-    def at_s(self) -> float:
-        """When it passes, on its clock."""
-        return self._at_s
-
     def grpc_timeout_s(self) -> float | None:
         """Seconds left, as gRPC takes them."""
-        remaining_s = self.remaining_s()
-        return None if math.isinf(remaining_s) else remaining_s
+        return None if self.limit_s == math.inf else self.remaining_s()
 
 
 class RepliesTooLargeError(errors.UnavailableError):

@@ -26,9 +26,9 @@ from stepwell.v1 import sessions_pb2
 Answer: TypeAlias = sessions_pb2.StepStreamResponse | StepwellError
 """A part of the reply to a frame, or the error that ended it."""
 Sink: TypeAlias = Callable[[Answer], None]
-MakeRequest: TypeAlias = Callable[[int], sessions_pb2.StepStreamRequest]
-"""Builds the message of a frame with this number on the stream."""
-OpenStream = Callable[[Iterator[sessions_pb2.StepStreamRequest]], channel.OpenedStream]
+MakeRequest: TypeAlias = Callable[[int], bytes]
+"""Builds the encoded message of a frame with this number on the stream."""
+OpenStream = Callable[[Iterator[bytes]], channel.OpenedStream]
 
 # Reader threads must have ended before the interpreter shuts down.
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
@@ -96,7 +96,7 @@ class _Stream:
     """One call of StepStream, with the thread that reads it."""
 
     def __init__(self, open_stream: OpenStream) -> None:
-        self._outbox: queue.SimpleQueue[sessions_pb2.StepStreamRequest | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._lock = threading.Lock()
         self._frame_ids = itertools.count(1)
@@ -107,7 +107,7 @@ class _Stream:
         self._reader = threading.Thread(target=self._read, name="stepwell-stream", daemon=True)
         self._reader.start()
 
-    def _requests(self) -> Iterator[sessions_pb2.StepStreamRequest]:
+    def _requests(self) -> Iterator[bytes]:
         self._consumer = threading.current_thread()
         while (request := self._outbox.get()) is not None:
             yield request

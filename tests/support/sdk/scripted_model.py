@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from stepwell._batching.frames import Frame
 from stepwell._state.tensors import pack, to_messages
-from stepwell.v1 import tensors_pb2
+from stepwell._transport.retry import Deadline
+from stepwell.v1 import sessions_pb2, tensors_pb2
 
 FEATURES = 2
 
@@ -56,9 +58,15 @@ def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
     return to_messages([pack(name, name, array)])[0]
 
 
+def message_of(frame: Frame, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
+    """The message that a frame sends; begins a round."""
+    return sessions_pb2.StepStreamRequest.FromString(frame.encode(frame_id, deadline))
+
+
 def in_full(request: Any) -> Any:
     """A frame with a number for each session where one stood for all."""
-    request = type(request).FromString(request.SerializeToString())
+    encoded = request if isinstance(request, bytes) else request.SerializeToString()
+    request = sessions_pb2.StepStreamRequest.FromString(encoded)
     frame = request.step if request.HasField("step") else request.reset
     count = len(frame.session_ids)
     if frame.request_id_base:
