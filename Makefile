@@ -132,6 +132,9 @@ BASE ?= 9ff66142209876891bf120efee1fa689c51b22ce
 against: $(INSTALLED) $(FRONT) ## Send the same programs and malformed messages to a build of the commit BASE and to this tree, and compare each answer (ten minutes, and up to six to build BASE once; ARGS="--programs 200 --malformed 20000 --seed 7 --front native --store disk")
 	TEST_KEEP_PROGRAMS=1 $(BIN)/python tests/against/run.py --base $(BASE) $(ARGS)
 
+# What speed and protocol are compared with: the last release, or main before the first one.
+AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || echo main)
+
 .PHONY: bench
 bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at most fourteen minutes on two idle cores; ARGS="sessions tls" runs some cases)
 	$(BIN)/python bench/measure.py $(ARGS)
@@ -139,6 +142,10 @@ bench: $(INSTALLED) $(FRONT) ## Measure rates, latencies, memory and start (at m
 .PHONY: bench-scale
 bench-scale: $(INSTALLED) $(FRONT) ## Measure a server with a million sessions (a few minutes, 2 GB of disk; ARGS="--sessions 50000")
 	$(BIN)/python bench/million.py $(ARGS)
+
+.PHONY: bench-gate
+bench-gate: $(INSTALLED) $(FRONT) ## Is this tree more than 5 % slower than the last release (or AGAINST=COMMIT), or short of its goals (AGAINST=bare)? Ten minutes, and up to six to build the commit once; ARGS='--pairs 40 --loads "stream 32"'
+	$(BIN)/python bench/gate.py --against $(AGAINST) $(ARGS)
 
 .PHONY: bench-plots
 bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/explanation/performance.md from the last `make bench` and `bench-scale`
@@ -186,8 +193,6 @@ check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, 
 check-size: $(INSTALLED) ## Is no room larger than its bound in scripts/size.toml?
 	$(BIN)/python scripts/size.py --check
 
-# What a change of the protocol is compared with: the last release, or main before the first one.
-AGAINST ?= $(shell git describe --tags --abbrev=0 --match 'v*' 2>/dev/null || echo main)
 .PHONY: breaking
 breaking: $(INSTALLED) ## Does the protocol break clients of the last release (or of AGAINST=...)?
 	$(BIN)/buf breaking --against '.git#ref=$(AGAINST)'

@@ -16,6 +16,7 @@ from bench.harness import HERE, MODELS, OUT, ROOT, Result
 sys.path.append(str(ROOT / "server" / "front" / "backend"))
 import front_cargo
 
+CannotBuild = front_cargo.CannotBuild
 SOURCES = HERE / "front_prototype"
 SESSIONS = 1024
 _BUILD_S = 600.0
@@ -43,7 +44,7 @@ def library() -> Path:
     """The compiled module of the bare wire, built from copies of its sources if they have changed.
 
     Raises:
-        front_cargo.CannotBuild: There is no cargo, or it has no crates, or it fails.
+        CannotBuild: There is no cargo, or it has no crates, or it fails.
     """
     folder = OUT / "front_prototype"
     built = folder / "target" / "release" / "libbare_front.so"
@@ -63,7 +64,7 @@ def library() -> Path:
         cwd=folder, capture_output=True, text=True, timeout=_BUILD_S, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise front_cargo.CannotBuild(f"cargo failed:\n{done.stderr[-3000:]}")
+        raise CannotBuild(f"cargo failed:\n{done.stderr[-3000:]}")
     return built
 
 

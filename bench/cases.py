@@ -86,7 +86,7 @@ def sdk(plan: Plan) -> list[Point]:
     with on_each_front("small") as servers:
 
         def client(server: LocalServer, how: str) -> Measure:
-            more = {"sessions": GATHERED} if how == "gather" else {}
+            more: dict[str, Any] = {"sessions": GATHERED} if how == "gather" else {}
             return lambda: loads.sdk(server, how, plan.times, **more)
 
         measures: dict[Key, Measure] = {

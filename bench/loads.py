@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,12 +219,15 @@ def _inference(model: str, name: str) -> service_pb2.ModelInferRequest:
 # --- the SDK ---
 
 
-def sdk(server: LocalServer, case: str, times: Times, **arguments: Any) -> Result:
-    """One client process; see `sdk_client`."""
+def sdk(
+    server: LocalServer, case: str, times: Times, *, python: Path | None = None, **arguments: Any
+) -> Result:
+    """One client process; see `sdk_client`. `python`: the one that has the SDK; None: this one."""
     given = {"address": server.address, "pid": server.pid, "warm_up_s": times.warm_up_s, "run_s": times.run_s}
     document = json.dumps(given | {"model": "small"} | arguments)
     with harness.alive(server):
-        output = harness.run_python(str(HERE / "sdk_client.py"), case, document, timeout_s=times.limit_s)
+        command = [str(python or sys.executable), "-I", str(HERE / "sdk_client.py"), case, document]
+        output = harness.run(command, times.limit_s)
     found: Result = json.loads(output)
     return found
 

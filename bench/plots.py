@@ -1,7 +1,7 @@
 """Draw docs/explanation/performance/*.png and fill in the tables of docs/explanation/performance.md, from what was last measured.
 
-Reads out/bench/results.json of measure.py, and out/bench/million.json of million.py where it is there. The tables go
-between the page's `<!-- measured: NAME -->` and `<!-- end -->`; the rest of the page is left as it is.
+Reads out/bench/results.json of measure.py, and where they are there out/bench/million.json of million.py and
+gate-bare.json of gate.py. The tables go between the page's `<!-- measured: NAME -->` and `<!-- end -->`; the rest of the page is left as it is.
 """
 
 from __future__ import annotations
@@ -193,6 +193,9 @@ def main() -> int:
     million = OUT / "million.json"
     if million.exists():
         blocks |= tables.million_blocks(json.loads(million.read_text()))
+    bare = OUT / "gate-bare.json"
+    if bare.exists():
+        blocks |= tables.bare_blocks(json.loads(bare.read_text()))
     PAGE.write_text(tables.fill_in(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
     return 0
 

@@ -338,6 +338,25 @@ def million_blocks(document: Result) -> dict[str, str]:
     }
 
 
+def bare_blocks(document: Result) -> dict[str, str]:
+    """The table of the run against the bare wire, with its goals."""
+    words = {"beyond": "missed", "within": "reached", "unclear": "unclear"}
+    rows = []
+    for one in document["rows"]:
+        _, load, name = one["row"]
+        found, limit = one["interval"], one["limit"]
+        interval = f"{found['low']:.2f} to {found['high']:.2f}"
+        goal = "" if limit is None else f"{limit:.2f}"
+        numbers = [f"{found['median']:.2f}", interval, goal]
+        rows.append([load, {"rate": "rate", "p50_ms": "p50"}[name], *numbers, words.get(one["verdict"], "")])
+    machine = document["machine"]
+    heads = ["load", "", "against the bare wire", "95 % interval", "goal", ""]
+    return {
+        "bare": f"{table(heads, rows)}\n\nOf {machine['date']}, commit `{machine['commit']}`, on {machine['cores']}"
+        f" cores ({machine['processor']}), {document['pairs']} pairs of {document['run_s']:g} s."
+    }
+
+
 def fill_in(page: str, made: Mapping[str, str]) -> str:
     """The page with the blocks replaced.
 

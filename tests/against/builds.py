@@ -60,7 +60,7 @@ def of_commit(commit: str, report: Callable[[str], object]) -> Build:
     )
     if found.returncode:
         raise BuildError(
-            f"BASE must be a commit of this repository; {commit!r} is not (a shallow clone has few commits)"
+            f"this repository has no commit {commit!r} to compare with; a shallow clone has few commits"
         )
     sha = found.stdout.strip()
     folder, done = KEPT / sha, KEPT / sha / "done"

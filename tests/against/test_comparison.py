@@ -287,9 +287,7 @@ def test_the_committed_list_is_in_order() -> None:
 
 
 def test_a_base_that_is_no_commit_is_refused() -> None:
-    with pytest.raises(
-        builds.BuildError, match="BASE must be a commit of this repository; 'no-such-commit' is not"
-    ):
+    with pytest.raises(builds.BuildError, match="this repository has no commit 'no-such-commit'"):
         builds.of_commit("no-such-commit", print)
 
 

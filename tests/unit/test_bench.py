@@ -1,4 +1,4 @@
-"""What the benchmarks make of what they measure: turns, ratios, failures, and the tables of docs/explanation/performance.md."""
+"""What the benchmarks make of what they measure: turns, ratios, intervals, failures, and the tables of docs/explanation/performance.md."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench import cases, harness, loads, measure, tables
+from bench import cases, gate, harness, loads, measure, tables
 from bench.harness import ROOT, Key, Result, ServerEndedError
+from bench.pairs import Bound, Interval, Verdict, interval_of
 
 PLAN = loads.Plan(loads.Times(1.0), 3)
 
@@ -109,3 +111,45 @@ def test_every_case_has_its_tables_and_they_their_places_on_the_page() -> None:
     assert "| opened | 2 s | b: 1 | 2 |" in filled
     with pytest.raises(LookupError, match="no place for nowhere"):
         tables.fill_in(page, {"nowhere": ""})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "limit", "higher_is_better", "verdict"),
+    [
+        pytest.param([0.90, 0.91, 0.92, 0.93], 0.95, True, Verdict.BEYOND, id="wholly beyond"),
+        pytest.param([0.90, 0.91, 0.97, 1.02], 0.95, True, Verdict.UNCLEAR, id="the bound is inside"),
+        pytest.param([0.96, 0.97, 0.98, 0.99], 0.95, True, Verdict.WITHIN, id="worse, within the bound"),
+        pytest.param([1.10, 1.20, 1.30, 1.40], 0.95, True, Verdict.WITHIN, id="better"),
+        pytest.param([1.06, 1.07, 1.08, 1.09], 1.05, False, Verdict.BEYOND, id="a time wholly beyond"),
+        pytest.param([0.99, 1.02, 1.07, 1.10], 1.05, False, Verdict.UNCLEAR, id="a time, the bound inside"),
+        pytest.param([0.60, 0.70, 0.80, 0.90], 1.05, False, Verdict.WITHIN, id="a better time"),
+    ],
+)
+def test_an_interval_is_judged_by_its_bound(
+    ratios: list[float], limit: float, higher_is_better: bool, verdict: Verdict
+) -> None:
+    interval = interval_of(ratios)
+    assert min(ratios) <= interval.low < interval.median < interval.high <= max(ratios)
+    assert interval == interval_of(ratios)
+    assert Bound(limit, higher_is_better).judge(interval) is verdict
+
+
+def test_an_interval_is_narrow_where_pairs_agree_and_holds_their_median() -> None:
+    few, many = (interval_of(np.linspace(0.8, 1.0, count).tolist()) for count in (10, 1000))
+    assert many.high - many.low < (few.high - few.low) / 3
+    assert many.low < 0.9 < many.high
+    assert interval_of([0.5]) == Interval(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(("against", "fails"), [("main", True), ("bare", False)])
+def test_the_gate_fails_where_a_row_with_a_bound_is_beyond(
+    against: str, fails: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ratios = {
+        ("memory", "unary 32", "rate"): [0.96, 0.97, 0.98],
+        ("memory", "unary 32", "p50_ms"): [1.2, 1.3, 1.4],  # has a bound against a commit alone
+    }
+    assert gate.report(gate.judge(ratios, gate.bounds(against))) == fails
+    first, second = capsys.readouterr().out.splitlines()[1:3]
+    assert first.endswith("0.95  within")
+    assert second.endswith("1.05  beyond" if fails else "1.200 to 1.400")
