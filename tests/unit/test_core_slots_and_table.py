@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from stepwell_server.core.claims import Claims
 from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.core.slots import Slots
+from stepwell_server.core.slots import Slots, page_by_page
 
 
 def add(table: SessionTable, session_id: str, *rows: int, **more: int) -> int:
@@ -20,6 +22,22 @@ def add(table: SessionTable, session_id: str, *rows: int, **more: int) -> int:
 
 def handles(*values: int) -> np.ndarray:
     return np.array(values, np.intp)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of mappings")
+def test_no_write_to_large_columns_waits_for_a_large_page() -> None:
+    zeros = page_by_page((1 << 16, 64), np.dtype(np.float32))
+    assert not zeros.any()
+    assert page_by_page((0, 64), np.dtype(np.float32)).shape == (0, 64)
+    place, flags, is_here = zeros.__array_interface__["data"][0], "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(each, 16) for each in first.split("-"))
+            is_here = start <= place < end
+        elif is_here and first == "VmFlags:":
+            flags = line
+    assert "nh" in flags.split()
 
 
 def test_rows_are_taken_once_and_within_the_budget_of_each_kind() -> None:

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 from collections.abc import ItemsView, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.quotas import Usage
-from stepwell_server.core.slots import Rows
+from stepwell_server.core.slots import Rows, page_by_page
 
 Handles = npt.NDArray[np.intp]
 #: The largest position that a reset may set, and the largest position and revision of an imported session. No
@@ -143,7 +141,7 @@ class SessionTable:
         self.next_end = math.inf
         """Before this moment, on the monotonic clock, no session can have been idle for too long; `idle` sets it."""
         for name, dtype in _COLUMNS.items():
-            setattr(self, name, _zeros(capacity, np.dtype(dtype)))
+            setattr(self, name, page_by_page((capacity,), np.dtype(dtype)))
         # Unused rows of the arena have handle 0 in `Slots.owner`, so no session may have it.
         self.model[0] = self.row[0] = -1
 
@@ -281,14 +279,6 @@ class SessionTable:
     def _grow(self) -> None:
         for name in _COLUMNS:
             old = getattr(self, name)
-            new = _zeros(2 * len(old), old.dtype)
+            new = page_by_page((2 * len(old),), old.dtype)
             new[: len(old)] = old
             setattr(self, name, new)
-
-
-def _zeros(count: int, dtype: np.dtype[np.generic]) -> npt.NDArray[Any]:
-    """A column whose memory is allocated page by page, as it is written."""
-    memory = mmap.mmap(-1, count * dtype.itemsize)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # numpy asks for large pages; each would belong to a single column
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.intp]
+
+
+def page_by_page(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Zeros whose memory is allocated in pages of the usual size, each when it is first written.
+
+    For large arrays `numpy.zeros` asks for pages of 2 MiB. The kernel clears a whole one at the first write to it, and
+    the event loop waits for that.
+    """
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 class Slots:

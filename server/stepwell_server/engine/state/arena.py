@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.core.slots import Rows
+from stepwell_server.core.slots import Rows, page_by_page
 from stepwell_server.engine.types import Array
-from stepwell_server.program import Program
+from stepwell_server.program import Program, dtype_of
 
 
 class Arena:
@@ -21,8 +21,12 @@ class Arena:
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
-        self.states = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.state)
-        self.outputs = tuple(np.zeros((capacity, *spec.shape), spec.dtype) for spec in program.outputs)
+        self.states = tuple(
+            page_by_page((capacity, *spec.shape), dtype_of(spec.dtype)) for spec in program.state
+        )
+        self.outputs = tuple(
+            page_by_page((capacity, *spec.shape), dtype_of(spec.dtype)) for spec in program.outputs
+        )
         """Each row's outputs of its last time step: part of the remembered reply."""
         self._arrays = (*self.states, *self.outputs)
         self.row_bytes = sum(array.nbytes // capacity for array in self._arrays)
