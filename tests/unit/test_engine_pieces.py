@@ -14,19 +14,20 @@ import pytest
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.core.scheduler import LoopQueue
+from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine import submission, threads
 from stepwell_server.engine.api import OpenManyResult
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
     close,
     directory,
-    lookup,
     read,
 )
 from stepwell_server.engine.sessions import open as opening
+from stepwell_server.engine.sessions.end import Removal
 from stepwell_server.errors import RevisionConflict, ServerError, SessionExists, Unavailable
 from stepwell_server.rpc.services import admin
-from stepwell_server.store.base import Batch
+from stepwell_server.store.base import Batch, Store
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from support.engine.harness import Answer, Answers, Harness, fails, kinds, running, x
@@ -47,8 +48,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (threads, opening, close, directory):
         monkeypatch.setattr(module, "PIECE_SIZE", PIECE)
     monkeypatch.setattr(submission, "REFUSAL_BATCH_SIZE", PIECE)
-    for module in (lookup, directory):
-        monkeypatch.setattr(module, "READ_BATCH_SIZE", PIECE)
+    for store in (Store, InProcessStore):
+        monkeypatch.setattr(store, "fetch_size", PIECE)
 
 
 async def turns_of(call: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -111,6 +112,46 @@ async def test_some_thousand_sessions_are_opened_a_few_at_a_time(at: Harness) ->
     _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
     # they get ids, are looked at, get records and are made
     assert turns >= 4 * (2048 // threads.PIECE_SIZE - 1)
+
+
+@pytest.mark.parametrize("request_id", [0, 7])
+@pytest.mark.stores("memory", "async")
+@pytest.mark.engine(resident_rows=4)
+async def test_an_opening_of_some_thousand_looks_at_a_few_sessions_at_a_time(
+    request_id: int, monkeypatch: pytest.MonkeyPatch, at: Harness
+) -> None:
+    looked: list[int] = []
+    for owner, name in ((SessionTable, "find_all"), (InProcessStore, "fetch"), (Removal, "reserve")):
+        monkeypatch.setattr(owner, name, _noting_ids(getattr(owner, name), looked))
+    await at.engine.open_sessions("plain", count=2048, request_id=request_id)
+    assert max(looked) == threads.PIECE_SIZE
+
+
+def _noting_ids(function: Callable[..., T], counts: list[int]) -> Callable[..., T]:
+    def noted(self: object, session_ids: Sequence[str], *more: Any) -> T:
+        counts.append(len(session_ids))
+        return function(self, session_ids, *more)
+
+    return noted
+
+
+@pytest.mark.stores("memory", "async")
+async def test_only_ids_that_were_closed_are_forgotten_as_closed(
+    monkeypatch: pytest.MonkeyPatch, at: Harness
+) -> None:
+    forgotten: list[str] = []
+    commit = at.store.commit
+
+    def noted(batch: Batch) -> None:
+        forgotten.extend(batch.forgets)
+        commit(batch)
+
+    monkeypatch.setattr(at.store, "commit", noted)
+    await at.open("again")
+    await at.engine.close_session("again")
+    await at.engine.open_sessions("plain", session_ids=["first", "again"])
+    await at.engine.open_sessions("plain", count=2)
+    assert forgotten == ["again"]
 
 
 async def most_per_turn(look: Callable[[], int], calls: Coroutine[Any, Any, T]) -> tuple[T, int]:
@@ -452,6 +493,7 @@ async def test_a_frame_of_unknown_ids_is_looked_for_in_pieces(monkeypatch: pytes
 
 
 async def test_unknown_ids_cost_one_look_at_what_is_remembered(at: Harness) -> None:
+    count = threads.PIECE_SIZE
     await at.open("closed")
     await at.engine.close_session("closed")
     looks: list[int] = []
@@ -465,12 +507,12 @@ async def test_unknown_ids_cost_one_look_at_what_is_remembered(at: Harness) -> N
 
     seen.tombstones = store.tombstones = counted
     foreign = "s-00000000-" + "a" * 22
-    names = [f"never{number}" for number in range(COUNT)]
+    names = [f"never{number}" for number in range(count - 2)]
     answers, parts = await frame(at, ["closed", foreign, *names])
     assert kinds(answers[:3]) == ["SessionNotFound", "SessionLost", "SessionNotFound"]
     assert "was closed" in str(answers[0])
     assert parts == 3, "one for each reason"
-    assert looks[0] == COUNT + 2
+    assert looks[0] == count
     assert len(looks) <= 4, "one more to word each reason"
 
 

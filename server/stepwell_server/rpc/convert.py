@@ -72,8 +72,8 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
 
 def once(uids: U64) -> list[int]:
     """Return uids for a message: a single one if all are equal."""
-    found: list[int] = uids.tolist()
-    return found[:1] if len(set(found)) == 1 else found
+    found: list[int] = (uids[:1] if len(uids) and (uids == uids[0]).all() else uids).tolist()
+    return found
 
 
 def from_seconds(seconds: float) -> duration_pb2.Duration:

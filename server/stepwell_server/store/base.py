@@ -417,6 +417,9 @@ class Store(Protocol):
     first_revision: int
     """See `LocalStore`."""
 
+    fetch_size: int = 1024
+    """The most sessions of one `fetch`. A store that the event loop reads itself has a small one."""
+
     elsewhere: str = ""
     """Where else a model version may be served, as a phrase for error messages; empty: nowhere."""
 

@@ -46,6 +46,8 @@ class InProcessStore(Store):
     then.
     """
 
+    fetch_size = 64
+
     def __init__(self, local: LocalStore, clock: Clock) -> None:
         self.local = local
         self._clock = clock

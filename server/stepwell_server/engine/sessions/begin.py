@@ -292,9 +292,11 @@ class Attempts:
         """
         ids, request_id, table = call.ids, call.request_id, self._table
         every: Members = np.arange(len(ids))
+        if not request_id or not await self._is_any(ids, seen):
+            return every
         handles = self._directory.find_all(ids, seen)
         there = handles >= 0
-        if not request_id or not there.any():
+        if not there.any():
             return every
         self.require_same(call, slice(0, len(ids)), handles)
         is_own = table.opened_with[handles[there]] == request_id
@@ -318,6 +320,13 @@ class Attempts:
             CreatedSessions(made, stamp, self._directory.models.by_handle(int(handles[there][0])).name)
         )
         return every[~there]
+
+    async def _is_any(self, ids: Sequence[str], seen: LookupResult) -> bool:
+        """Whether any of the sessions exists."""
+        async for part in self._pieces.of(ids):
+            if (self._directory.find_all(ids[part], seen) >= 0).any():
+                return True
+        return False
 
     async def _answer_again(self, call: Call, handles: Handles, seen: LookupResult) -> OpenManyResult | None:
         """The answer to a call that created all of its sessions; None: one has ended or was replaced."""
@@ -447,7 +456,7 @@ class SessionCreator:
         """
         while True:
             if self._quotas is not None:
-                await self._quotas.refresh(session_ids)
+                await self._quotas.refresh(session_ids[:1])  # all are of one tenant
             seen = await self._directory.look(session_ids, reread=True)
             ended = seen.ended_elsewhere()
             if ended:
@@ -642,7 +651,7 @@ class SessionCreator:
         joined = puts[0] if len(puts) == 1 else JoinedPuts([each for each in puts if each])
         batch = Batch(
             puts=joined,
-            forgets=ids,
+            forgets=[ids[place] for place in np.flatnonzero(new.follows).tolist()],
             counts=[(new.model.name, len(ids))],
             tenant_counts=counts.of_tenants([(ids[0], new.model.name)], len(ids)),
             follows=new.follows if joined else NO_STAMPS,

@@ -27,7 +27,7 @@ from stepwell_server.engine.eager import Rest, start
 from stepwell_server.engine.intake.pager import Pager
 from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.sessions.end import Expiry, Removal
-from stepwell_server.engine.sessions.lookup import READ_BATCH_SIZE, Loader, Lookup, LookupResult
+from stepwell_server.engine.sessions.lookup import Loader, Lookup, LookupResult
 from stepwell_server.engine.state.fields import mark_of
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.threads import PIECE_SIZE, Pieces
@@ -140,7 +140,7 @@ class Directory:
             Overloaded: too many calls wait for the store.
             Unavailable: the store cannot be read, and one of the sessions is active here.
         """
-        if len(session_ids) > READ_BATCH_SIZE:
+        if len(session_ids) > self.store.fetch_size:
             return await self._look_in_parts(session_ids, reread=reread)
         if not (reread or self._lookup.must_wait(session_ids)):
             return self.here
@@ -162,10 +162,10 @@ class Directory:
         A session that leaves the table while later parts are looked up is then unknown: its callers get
         `Unavailable` and must retry.
         """
-        tenant, seen = tenant_of(session_ids[0]), LookupResult({})
-        for at in range(0, len(session_ids), READ_BATCH_SIZE):
+        tenant, size, seen = tenant_of(session_ids[0]), self.store.fetch_size, LookupResult({})
+        for at in range(0, len(session_ids), size):
             await self.pieces.turn(tenant)
-            part = session_ids[at : at + READ_BATCH_SIZE]
+            part = session_ids[at : at + size]
             if reread or self._lookup.must_wait(part):
                 self._lookup.require_room()
                 found = await self._lookup.wait(part, reread=reread)

@@ -37,8 +37,6 @@ from stepwell_server.store.record import Header, RecordBytes, decode_header, hea
 _NOTHING = StoredSession()
 _NO_MEMBERS: Members = np.zeros(0, np.intp)
 _FIRST: Members = np.zeros(1, np.intp)
-#: Sessions read in one iteration of the event loop: about 1 ms of it.
-READ_BATCH_SIZE = 1024
 #: The most calls that may wait for the store's answer.
 MAX_WAITING = 16_384
 _RETRY_AFTER_S = 0.5
@@ -293,10 +291,11 @@ class Lookup:
         """Read sessions from the store, in batches that are awaited together."""
         found: dict[str, StoredSession] = {}
         later: list[tuple[Sequence[str], asyncio.Future[list[StoredSession]]]] = []
-        for at in range(0, len(session_ids), READ_BATCH_SIZE):
+        size = self._store.fetch_size
+        for at in range(0, len(session_ids), size):
             if at:
                 await self.pieces.turn(tenant_of(session_ids[0]))
-            ids = session_ids[at : at + READ_BATCH_SIZE]
+            ids = session_ids[at : at + size]
             answer = start(self._store.fetch(ids))
             if isinstance(answer, Rest):
                 later.append((ids, asyncio.ensure_future(finish(answer))))
