@@ -220,6 +220,26 @@ async def test_none_overtakes_those_that_wait(slow: tuple[Slow, Commits, Told]) 
     assert len(store.batches) == 2, "what came meanwhile is kept together"
 
 
+async def test_openings_that_were_committed_together_are_answered_a_few_at_a_time(
+    logged: tuple[Logged, Commits, Told],
+) -> None:
+    store, _, told = logged
+    names = "defghijk"
+    for name in names:
+        told.submit(name)
+    told.submit("s", is_change=True)
+    if store.waits_for_disk:
+        await until(lambda: told.told)
+    assert told.names == "s", "a step does not wait for them"
+    store.gate.set()
+    most = last = 0
+    while len(told.told) < len(names) + 2:
+        await asyncio.sleep(0)
+        most, last = max(most, len(told.told) - last), len(told.told)
+    assert told.names == f"sL{names}"
+    assert most <= local_writes.ANSWERS_PER_ITERATION + 1, "L was committed before them"
+
+
 class Logged(Slow):
     """A store that keeps small changes beside a commit."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from stepwell_server.core.cost import Cost
@@ -22,6 +23,8 @@ COMMIT_IN_PLACE_S = 1e-3
 #: loop for the GIL. A larger batch would block the loop for too long. While small writes overtake, the limit is
 #: `SMALL`.
 MANY = 256
+#: Writes other than small changes that are answered in one iteration of the event loop. Each answer continues a call.
+ANSWERS_PER_ITERATION = 2
 #: The event loop commits large writes only while at most this many records wait for a checkpoint. Beyond that, a thread
 #: commits and checkpoints.
 MAX_BEHIND = 4096
@@ -42,6 +45,8 @@ class LocalWrites:
         self._changes = 0
         """Number of sessions in the other writes on the first thread."""
         self._will_checkpoint = False
+        self._unanswered: deque[Write] = deque()
+        """Committed writes that are answered in later iterations of the event loop."""
         self._main = StoreThread("stepwell-store", self._commit)
         self._small = StoreThread("stepwell-store-log", self._append)
 
@@ -170,9 +175,23 @@ class LocalWrites:
         for write in writes:
             if not write.passes:
                 self._count(write, -1)
+        self._handed_over -= len(writes)
+        is_answering = bool(self._unanswered)
         for write in writes:
-            self._handed_over -= 1
+            if write.is_change and write.is_small:
+                write.done(write.answer)
+            else:
+                self._unanswered.append(write)
+        if not is_answering:
+            self._answer_next()
+
+    def _answer_next(self) -> None:
+        """Answer a few writes in each iteration of the event loop, so that steps that arrive do not wait for all of them."""
+        for _ in range(min(ANSWERS_PER_ITERATION, len(self._unanswered))):
+            write = self._unanswered.popleft()
             write.done(write.answer)
+        if self._unanswered:
+            asyncio.get_running_loop().call_soon(self._answer_next)
 
     def _checkpoint_soon(self) -> None:
         if not self._will_checkpoint:
