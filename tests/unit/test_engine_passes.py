@@ -11,6 +11,7 @@ import pytest
 from stepwell_server.engine.api import ChangeResult
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.passes.completion import Completion
+from stepwell_server.engine.passes.loop import LARGE_INTAKE
 from stepwell_server.engine.state.model import SHORT_PASS_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from support.checks.model_of_sessions import initial, ran
@@ -390,3 +391,22 @@ async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_lo
         await at.submit(ids, x(40)).all()
     assert model.rows_of_a_short_pass < before
     assert model.rows_within(SHORT_PASS_S) >= before, "the passes themselves are no longer"
+
+
+@pytest.mark.parametrize("rows", [LARGE_INTAKE, LARGE_INTAKE + 1])
+@pytest.mark.stores("memory")
+@pytest.mark.engine(resident_rows=2 * LARGE_INTAKE)
+async def test_a_large_intake_beside_another_source_is_an_iteration_of_its_own(
+    rows: int, at: Harness
+) -> None:
+    names = await open_all(at, rows)
+    await at.open("quiet", "silent")
+    await at.submit(["quiet", "silent"], x(2), connection="quiet").require_all_applied()
+    (model,) = at.internals.models
+    iterate = at.internals.turn_of(model)
+    large = at.submit(names, x(rows), connection="large")
+    assert iterate() is (rows > LARGE_INTAKE), "else its pass runs at once"
+    assert model.ready.rows_waiting == (rows if rows > LARGE_INTAKE else 0)
+    quiet = at.submit("quiet", x(1), connection="quiet")
+    assert (await quiet.only()).revision == 2
+    await large.require_all_applied()

@@ -36,6 +36,8 @@ from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.loop")
+#: Admitting more rows than this takes as long as a short pass.
+LARGE_INTAKE = 64
 #: Jobs of many time steps run in short slices for this many seconds after other work arrived.
 _CONTENTION_S = 0.05
 
@@ -229,11 +231,14 @@ class PassLoop:
         """
         if self._running or self._commits.is_full or (self._window.is_open and self._waits_for_callers()):
             return False
+        rows = self._inbox.rows
         came = self._inbox.drain()
         if came and not (len(came) == 1 and self._inline.run(came[0])):
             if self._model.ready.rows_waiting:
                 self._contended_until = self._clock.monotonic() + _CONTENTION_S
             self._admission.admit(joined_where_alike(came))
+            if rows > LARGE_INTAKE and self._model.ready.is_contended(self._clock.monotonic()):
+                return True  # the pass is another iteration, with the steps that arrive before it
         wanted = min(self._model.ready.rows_waiting, self._model.max_batch_rows)
         began = self._clock.monotonic()
         jobs = self._choose() if wanted else ()
