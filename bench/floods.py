@@ -1,4 +1,6 @@
-"""What a flood of one client costs another: p99 of eight streams beside each flood, as a ratio to alone.
+"""What a flood of one client costs another: p99 of eight quiet streams beside each flood, as a ratio to alone.
+
+Streams and floods have fixed rates, so a server that slows a flood down gains nothing by that.
 
     make bench ARGS='floods floods_on_disk'
     chrt -r 1 .venv/bin/python bench/measure.py floods     (on a machine that does other things, too)
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 import subprocess
 import tempfile
@@ -32,20 +33,25 @@ from stepwell.v1 import sessions_pb2, tensors_pb2
 
 _MODEL = "small"
 _STEPS = "/stepwell.v1.SessionService/"
-WATCHED = 8
+WATCHED, WATCHED_RATE = 8, 2000.0
 FRAMES, FRAME, MANY_STREAMS, LONG, LONG_STEPS = 8, 1024, 64, 8, 10_000
 OPENINGS, OPENINGS_OF_MANY, OPEN_BATCH_SIZE = 64, 4, 2000
 _BEFORE_S, _AFTER_S = 0.3, 0.5
 """The flood begins before the streams are counted, and ends after them."""
 
 
-_WRITING = ("frames of 1,024 sessions", "new sessions", "new sessions, 2,000 at a time")
+_ON_DISK = (
+    "requests of 10,000 steps",
+    "frames of 1,024 sessions",
+    "new sessions",
+    "new sessions, 2,000 at a time",
+)
 _LARGE_WRITES = "no server: a write of 4 KiB during 2,000 pages at a time"
 
 
 @dataclass(frozen=True)
 class Flood:
-    """What a client sends as fast as it is answered."""
+    """The calls of a client that sends many."""
 
     method: str
     kind: str
@@ -54,6 +60,9 @@ class Flood:
     """That it needs."""
     requests: Callable[[Sequence[str]], Sequence[bytes]]
     """Those that are under way at a time, of the sessions' ids."""
+    rate: float
+    """Calls or frames per second with sessions in memory: about half of the most that a server on two cores answers."""
+    rate_on_disk: float
 
 
 def frame(ids: Sequence[str]) -> bytes:
@@ -84,25 +93,31 @@ def _opening_many() -> bytes:
 
 
 FLOODS = {
-    "requests of 10,000 steps": Flood("Step", "unary", LONG, lambda ids: [long_request(one) for one in ids]),
+    "requests of 10,000 steps": Flood(
+        "Step", "unary", LONG, lambda ids: [long_request(one) for one in ids], 6, 6
+    ),
     "streams of single steps": Flood(
-        "StepStream", "stream", MANY_STREAMS, lambda ids: [frame([one]) for one in ids]
+        "StepStream", "stream", MANY_STREAMS, lambda ids: [frame([one]) for one in ids], 10_000, 5000
     ),
     "frames of 1,024 sessions": Flood(
         "StepStream",
         "stream",
         FRAMES * FRAME,
         lambda ids: [frame(ids[start : start + FRAME]) for start in range(0, FRAMES * FRAME, FRAME)],
+        120,
+        50,
     ),
-    "new sessions": Flood("OpenSession", "unary", 0, lambda _: [_opening()] * OPENINGS),
+    "new sessions": Flood("OpenSession", "unary", 0, lambda _: [_opening()] * OPENINGS, 1200, 600),
     "new sessions, 2,000 at a time": Flood(
-        "OpenSessions", "unary", 0, lambda _: [_opening_many()] * OPENINGS_OF_MANY
+        "OpenSessions", "unary", 0, lambda _: [_opening_many()] * OPENINGS_OF_MANY, 25, 8
     ),
 }
 
 
 @contextlib.contextmanager
-def flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float) -> Iterator[Result]:
+def flooding(
+    server: LocalServer, flood: Flood, token: str | None, run_s: float, rate: float
+) -> Iterator[Result]:
     """While the block runs a client floods; afterwards what came of it is in the result."""
     found: dict[str, float] = {}
     with stepwell.connect(server.address, token=token) as client:
@@ -110,9 +125,11 @@ def flooding(server: LocalServer, flood: Flood, token: str | None, run_s: float)
     path = OUT / "flood.bin"
     path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in flood.requests(ids)))
     command = [str(loads.generator()), server.address, _STEPS + flood.method, flood.kind, str(path)]
-    environment = os.environ | ({} if token is None else {"STEPWELL_TOKEN": token})
     with subprocess.Popen(
-        [*command, str(_BEFORE_S), str(run_s)], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, str(_BEFORE_S), str(run_s)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=harness.of_load(token, rate),
     ) as process:
         try:
             yield found
@@ -151,11 +168,14 @@ def pair(
         requests = [frame([one]) for one in client.open_sessions(_MODEL, WATCHED).ids]
 
         def look() -> Result:
-            return loads.generate(server.address, f"{_STEPS}StepStream", "stream", requests, times, token=own)
+            return loads.generate(
+                server.address, f"{_STEPS}StepStream", "stream", requests, times, token=own, rate=WATCHED_RATE
+            )
 
         alone = look()
         run_s = times.warm_up_s + times.run_s + _AFTER_S
-        with flooding(server, flood, other, run_s) as found:
+        rate = flood.rate if data_dir is None else flood.rate_on_disk
+        with flooding(server, flood, other, run_s, rate) as found:
             beside = look()
     return {
         "alone_p50_ms": alone["p50_ms"],
@@ -208,7 +228,7 @@ def floods(plan: Plan) -> list[Point]:
 
 
 def floods_on_disk(plan: Plan) -> list[Point]:
-    """The same beside those floods that write, with sessions on disk; and a durable write beside large ones."""
+    """The same with sessions on disk; and a durable write beside large ones."""
 
     def beside(flood: Flood, durability: str) -> Result:
         with disk.data_folder() as folder:
@@ -216,7 +236,7 @@ def floods_on_disk(plan: Plan) -> list[Point]:
 
     measures: dict[Key, Measure] = {}
     for durability in ("async", "sync"):
-        for name in _WRITING:
+        for name in _ON_DISK:
             measures[durability, name] = lambda flood=FLOODS[name], durability=durability: beside(  # type: ignore[misc]
                 flood, durability
             )

@@ -133,9 +133,15 @@ def program_path(server: LocalServer, model: str) -> Path:
 # --- processes ---
 
 
-def run(command: Sequence[str], timeout_s: float, *, token: str | None = None) -> str:
-    """The standard output of a process, which may have a token; it is killed when its time is over."""
-    environment = os.environ | ({} if token is None else {"STEPWELL_TOKEN": token})
+def of_load(token: str | None, rate: float) -> dict[str, str]:
+    """The environment of the generator: see load.cc."""
+    more = ({} if token is None else {"STEPWELL_TOKEN": token}) | ({"LOAD_RATE": str(rate)} if rate else {})
+    return {**os.environ, **more}
+
+
+def run(command: Sequence[str], timeout_s: float, *, token: str | None = None, rate: float = 0.0) -> str:
+    """The standard output of a process, which may have a token and a rate; it is killed when its time is over."""
+    environment = of_load(token, rate)
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
     )

@@ -5,7 +5,9 @@
 // REQUESTS holds one record for each line: a little-endian u32 length and that many bytes, sent again
 // and again as soon as the last reply has come. "unary" makes a call of each, "stream" writes them to a
 // stream that the line has for itself. A connection carries at most 256 lines, since servers limit its
-// streams. With CA.pem it speaks TLS; with a token in STEPWELL_TOKEN its calls show that. Prints one JSON document. Loopback only, bounded in time.
+// streams. With CA.pem it speaks TLS; with a token in STEPWELL_TOKEN its calls show that. With LOAD_RATE a
+// fixed number of calls is sent per second, by all lines together: a line whose reply is late catches up.
+// Prints one JSON document. Loopback only, bounded in time.
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <sys/resource.h>
@@ -19,6 +21,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <queue>
 #include <string>
 #include <vector>
 
@@ -38,12 +41,18 @@ double processor_s() {
   return used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) * 1e-6;
 }
 
+struct Line;
+
 struct Run {
   grpc::CompletionQueue queue;
   std::string method;
   std::string authorization;  // of its calls; empty: none
   bool counting = false, stopping = false;
   bool has_parts = false;  // an answer on a stream may come in several messages
+  double every_s = 0;  // between two calls of a line; 0: each follows the reply to the last
+  std::priority_queue<std::pair<Clock::time_point, Line*>, std::vector<std::pair<Clock::time_point, Line*>>,
+                      std::greater<>>
+      waiting;  // lines, by the time of their next call
   int in_flight = 0;
   long errors = 0;
   std::string first_error;
@@ -95,7 +104,7 @@ struct Line {
   std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream;
   std::unique_ptr<grpc::GenericClientAsyncResponseReader> call;
   grpc::Status status;
-  Clock::time_point sent;
+  Clock::time_point sent, due;  // due: of the next call, if calls have a rate
   bool wrote = false, read = false, over = false;
   Event started{this, kStarted}, written{this, kWritten}, got{this, kRead}, finished{this, kFinished};
 
@@ -110,8 +119,14 @@ struct Line {
     if (!run.authorization.empty()) context->AddMetadata("authorization", run.authorization);
   }
 
+  void next() {
+    if (run.every_s == 0) return send();
+    run.waiting.emplace(due, this);
+    due += std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(run.every_s));
+  }
+
   void open() {
-    if (!streams) return send();
+    if (!streams) return next();
     make_context();
     stream = stub.PrepareCall(context.get(), run.method, &run.queue);
     ++run.in_flight;
@@ -136,7 +151,7 @@ struct Line {
 
   void answered() {
     if (run.counting) run.latencies_us.push_back(static_cast<float>(seconds_since(sent) * 1e6));
-    if (!run.stopping) send();
+    if (!run.stopping) next();
   }
 
   void finish_stream(const char* why) {
@@ -155,13 +170,13 @@ struct Line {
       if (!status.ok()) {
         run.fail(status.error_message());
         if (run.errors > 1000) run.stopping = true;
-        if (!run.stopping) send();
+        if (!run.stopping) next();
         return;
       }
       return answered();
     }
     if (!ok) return finish_stream("a stream ended");
-    if (kind == kStarted) return send();
+    if (kind == kStarted) return next();
     if (kind == kRead && run.has_parts && !is_last(reply)) {
       ++run.in_flight;
       return stream->Read(&reply, &got);
@@ -228,15 +243,29 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "no requests\n");
     return 3;
   }
-  for (auto& line : lines) line->open();
-
   auto began = Clock::now();
+  if (const char* rate = std::getenv("LOAD_RATE")) run.every_s = lines.size() / std::atof(rate);
+  for (size_t place = 0; place < lines.size(); ++place) {
+    const std::chrono::duration<double> offset(run.every_s * place / lines.size());
+    lines[place]->due = began + std::chrono::duration_cast<Clock::duration>(offset);
+    lines[place]->open();
+  }
+
   double measured_s = 0, processor_before = 0, processor_used = 0;
   auto last = Clock::now();
-  while (run.in_flight > 0) {
+  while (run.in_flight > 0 || !(run.stopping || run.waiting.empty())) {
     void* tag;
     bool ok;
-    const auto until = std::chrono::system_clock::now() + std::chrono::seconds(1);
+    Clock::duration patience = std::chrono::seconds(1);
+    for (; !run.waiting.empty() && !run.stopping; run.waiting.pop()) {
+      const auto [due, line] = run.waiting.top();
+      if (due > Clock::now()) {
+        patience = std::min(patience, due - Clock::now());
+        break;
+      }
+      line->send();
+    }
+    const auto until = std::chrono::system_clock::now() + patience;
     const auto next = run.queue.AsyncNext(&tag, &ok, until);
     if (next == grpc::CompletionQueue::GOT_EVENT) {
       auto* event = static_cast<Line::Event*>(tag);

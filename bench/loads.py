@@ -84,12 +84,17 @@ def generate(
     times: Times,
     ca: Path | None = None,
     token: str | None = None,
+    rate: float = 0.0,
 ) -> Result:
-    """Send each request again as soon as it is answered, as calls ("unary") or on a stream for each ("stream")."""
+    """Send each request again as soon as it is answered, as calls ("unary") or on a stream for each ("stream").
+
+    With a `rate`, this many are sent per second, by all together.
+    """
     path = OUT / "requests.bin"
     path.write_bytes(b"".join(struct.pack("<I", len(one)) + one for one in requests))
     command = [str(generator()), address, method, kind, str(path), str(times.warm_up_s), str(times.run_s)]
-    found = json.loads(harness.run(command + ([] if ca is None else [str(ca)]), times.limit_s, token=token))
+    options = [] if ca is None else [str(ca)]
+    found = json.loads(harness.run(command + options, times.limit_s, token=token, rate=rate))
     tried = found["calls"] + found["errors"]
     if not found["calls"] or found["errors"] > _REFUSED_AT_MOST * tried:
         raise RuntimeError(f"{found['errors']} of {tried} calls failed; the first: {found['first_error']}")
