@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
@@ -33,77 +34,88 @@ LONG = "m" * SIZE
 MANY = 3_000_000
 
 
-def _large() -> dict[str, tuple[str, str, bytes, str]]:
-    """By name: service, method, request, and what the error must name."""
-    unknown = b"\x9a\x06\x80\x80\x80\x0f" + bytes(SIZE)
-    pairs = {
-        "model of OpenSession": (SERVICE, "OpenSession", pb.OpenSessionRequest(model=LONG), "model"),
-        "model of Predict": (MODELS, "Predict", models_pb2.PredictRequest(model=LONG), "model"),
-        "model of GetModel": (MODELS, "GetModel", models_pb2.GetModelRequest(name=LONG), "name"),
-        "label": (ADMIN, "SetLabel", models_pb2.SetLabelRequest(label=LONG), "label"),
-        "session": (SERVICE, "GetSession", pb.GetSessionRequest(session_id=LONG), "session_id"),
-        "prefix": (
-            SERVICE,
-            "ListSessions",
-            pb.ListSessionsRequest(session_id_prefix=LONG),
-            "session_id_prefix",
-        ),
-        "page token": (SERVICE, "ListSessions", pb.ListSessionsRequest(page_token=LONG), "page_token"),
-        "tensor": (SERVICE, "Step", pb.StepRequest(inputs=[tensors_pb2.Tensor(name=LONG)]), "inputs.name"),
-        "id of a step": (SERVICE, "Step", pb.StepRequest(session_id=LONG), "session_id"),
-        "output names": (SERVICE, "Step", pb.StepRequest(output_names=["a"] * MANY), "output_names"),
-        "ids to close": (
-            SERVICE,
-            "CloseSessions",
-            pb.CloseSessionsRequest(session_ids=["a"] * MANY),
-            "session_ids",
-        ),
-        "ids to fork": (
-            SERVICE,
-            "ForkSessions",
-            pb.ForkSessionsRequest(session_ids=["a"] * MANY),
-            "session_ids",
-        ),
-        "ids to read": (SERVICE, "GetStates", pb.GetStatesRequest(session_ids=["a"] * MANY), "session_ids"),
-        "ids to export": (
-            SERVICE,
-            "ExportSessions",
-            pb.ExportSessionsRequest(session_ids=["a"] * MANY),
-            "session_ids",
-        ),
-        "model of Triton": (TRITON, "ModelInfer", triton_pb.ModelInferRequest(model_name=LONG), "model_name"),
-        "id of Triton": (TRITON, "ModelInfer", triton_pb.ModelInferRequest(id=LONG), "id"),
-        "name of Triton": (TRITON, "ModelMetadata", triton_pb.ModelMetadataRequest(name=LONG), "name"),
-        "parameter of Triton": (
-            TRITON,
-            "ModelInfer",
-            triton_pb.ModelInferRequest(parameters={LONG: triton_pb.InferParameter(bool_param=True)}),
-            "parameters.key",
-        ),
-    }
-    found = {name: (*call[:2], call[2].SerializeToString(), call[3]) for name, call in pairs.items()}
-    # The end of these is no message: a parser that came before the rules would refuse that instead.
-    cut = {
-        f"{name}, then bytes that are no message": (
-            *found[name][:2],
-            found[name][2] + b"\x0f",
-            found[name][3],
-        )
+class Large(NamedTuple):
+    """A call whose request is too large."""
+
+    service: str
+    method: str
+    request: Callable[[], Message | bytes]
+    """Makes it when a test needs it: together they have hundreds of megabytes."""
+    field: str
+    """What the error must name."""
+
+    def raw(self) -> bytes:
+        request = self.request()
+        return request if isinstance(request, bytes) else request.SerializeToString()
+
+
+MESSAGES = {
+    "model of OpenSession": Large(SERVICE, "OpenSession", lambda: pb.OpenSessionRequest(model=LONG), "model"),
+    "model of Predict": Large(MODELS, "Predict", lambda: models_pb2.PredictRequest(model=LONG), "model"),
+    "model of GetModel": Large(MODELS, "GetModel", lambda: models_pb2.GetModelRequest(name=LONG), "name"),
+    "label": Large(ADMIN, "SetLabel", lambda: models_pb2.SetLabelRequest(label=LONG), "label"),
+    "session": Large(SERVICE, "GetSession", lambda: pb.GetSessionRequest(session_id=LONG), "session_id"),
+    "prefix": Large(
+        SERVICE, "ListSessions", lambda: pb.ListSessionsRequest(session_id_prefix=LONG), "session_id_prefix"
+    ),
+    "page token": Large(
+        SERVICE, "ListSessions", lambda: pb.ListSessionsRequest(page_token=LONG), "page_token"
+    ),
+    "tensor": Large(
+        SERVICE, "Step", lambda: pb.StepRequest(inputs=[tensors_pb2.Tensor(name=LONG)]), "inputs.name"
+    ),
+    "id of a step": Large(SERVICE, "Step", lambda: pb.StepRequest(session_id=LONG), "session_id"),
+    "output names": Large(SERVICE, "Step", lambda: pb.StepRequest(output_names=["a"] * MANY), "output_names"),
+    "ids to close": Large(
+        SERVICE, "CloseSessions", lambda: pb.CloseSessionsRequest(session_ids=["a"] * MANY), "session_ids"
+    ),
+    "ids to fork": Large(
+        SERVICE, "ForkSessions", lambda: pb.ForkSessionsRequest(session_ids=["a"] * MANY), "session_ids"
+    ),
+    "ids to read": Large(
+        SERVICE, "GetStates", lambda: pb.GetStatesRequest(session_ids=["a"] * MANY), "session_ids"
+    ),
+    "ids to export": Large(
+        SERVICE, "ExportSessions", lambda: pb.ExportSessionsRequest(session_ids=["a"] * MANY), "session_ids"
+    ),
+    "model of Triton": Large(
+        TRITON, "ModelInfer", lambda: triton_pb.ModelInferRequest(model_name=LONG), "model_name"
+    ),
+    "id of Triton": Large(TRITON, "ModelInfer", lambda: triton_pb.ModelInferRequest(id=LONG), "id"),
+    "name of Triton": Large(
+        TRITON, "ModelMetadata", lambda: triton_pb.ModelMetadataRequest(name=LONG), "name"
+    ),
+    "parameter of Triton": Large(
+        TRITON,
+        "ModelInfer",
+        lambda: triton_pb.ModelInferRequest(parameters={LONG: triton_pb.InferParameter(bool_param=True)}),
+        "parameters.key",
+    ),
+}
+
+
+def _cut(call: Large) -> Large:
+    """The same with an end that is no message: a parser that came before the rules would refuse that instead."""
+    return call._replace(request=lambda: call.raw() + b"\x0f")
+
+
+def _unknown() -> bytes:
+    return b"\x9a\x06\x80\x80\x80\x0f" + bytes(SIZE)
+
+
+LARGE = {
+    **MESSAGES,
+    **{
+        f"{name}, then bytes that are no message": _cut(MESSAGES[name])
         for name in ("model of GetModel", "ids to close", "name of Triton")
-    }
-    return {
-        **found,
-        **cut,
-        "entries to import": (SERVICE, "ImportSessions", b"\x0a\x00" * MANY, "sessions"),
-        "inputs of Triton": (TRITON, "ModelInfer", b"\x2a\x00" * MANY, "inputs"),
-        "unknown field": (SERVICE, "GetSession", unknown, "request"),
-        "unknown fields": (MODELS, "ListModels", b"\x98\x06\x01" * MANY, "request"),
-        "health": (HEALTH, "Check", b"\x0a\xd0\x0f" + bytes(2000), "service"),
-        "shared memory": (TRITON, "SystemSharedMemoryStatus", unknown, "request"),
-    }
-
-
-LARGE = _large()
+    },
+    "entries to import": Large(SERVICE, "ImportSessions", lambda: b"\x0a\x00" * MANY, "sessions"),
+    "inputs of Triton": Large(TRITON, "ModelInfer", lambda: b"\x2a\x00" * MANY, "inputs"),
+    "unknown field": Large(SERVICE, "GetSession", _unknown, "request"),
+    "unknown fields": Large(MODELS, "ListModels", lambda: b"\x98\x06\x01" * MANY, "request"),
+    "health": Large(HEALTH, "Check", lambda: b"\x0a\xd0\x0f" + bytes(2000), "service"),
+    "shared memory": Large(TRITON, "SystemSharedMemoryStatus", _unknown, "request"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,45 +127,50 @@ def both() -> Iterator[Mapping[str, Wire]]:
 
 @pytest.mark.parametrize("name", LARGE)
 def test_both_fronts_refuse_it_alike(both: Mapping[str, Wire], name: str) -> None:
-    service, method, raw, field = LARGE[name]
-    native, python = (called(both[front], method, raw, service=service) for front in FRONTS)
+    large = LARGE[name]
+    raw = large.raw()
+    native, python = (called(both[front], large.method, raw, service=large.service) for front in FRONTS)
     assert native == python
     code, reason, message, _ = native
     assert (code, reason) == ("INVALID_ARGUMENT", "INVALID_INPUT")
-    assert message.startswith(f"{field} must have at most ")
+    assert message.startswith(f"{large.field} must have at most ")
     assert len(message) < 200
 
 
-@pytest.mark.parametrize(
-    ("path", "raw", "field"),
-    [
-        (
-            f"/{SERVICE}/StepStream",
-            pb.StepStreamRequest(step=pb.StepFrame(session_ids=["a"] * MANY)),
-            "step.session_ids",
-        ),
-        (
-            f"/{SERVICE}/StepStream",
-            pb.StepStreamRequest(reset=pb.ResetFrame(session_ids=[LONG])),
-            "reset.session_ids",
-        ),
-        (f"/{TRITON}/ModelStreamInfer", triton_pb.ModelInferRequest(model_name=LONG), "model_name"),
-        (f"/{ADMIN}/UploadModel", models_pb2.UploadModelRequest(filename=LONG), "filename"),
-        (f"/{REFLECTION}/ServerReflectionInfo", b"\x0a\x80\x80\x80\x0f" + bytes(SIZE), "host"),
-    ],
-    ids=["many", "long", "triton", "upload", "reflection"],
-)
-def test_a_message_of_a_stream_is_refused_alike(
-    both: Mapping[str, Wire], path: str, raw: Any, field: str
-) -> None:
-    message = raw if isinstance(raw, bytes) else raw.SerializeToString()
+STREAMED = {
+    "many": Large(
+        SERVICE,
+        "StepStream",
+        lambda: pb.StepStreamRequest(step=pb.StepFrame(session_ids=["a"] * MANY)),
+        "step.session_ids",
+    ),
+    "long": Large(
+        SERVICE,
+        "StepStream",
+        lambda: pb.StepStreamRequest(reset=pb.ResetFrame(session_ids=[LONG])),
+        "reset.session_ids",
+    ),
+    "triton": Large(
+        TRITON, "ModelStreamInfer", lambda: triton_pb.ModelInferRequest(model_name=LONG), "model_name"
+    ),
+    "upload": Large(ADMIN, "UploadModel", lambda: models_pb2.UploadModelRequest(filename=LONG), "filename"),
+    "reflection": Large(
+        REFLECTION, "ServerReflectionInfo", lambda: b"\x0a\x80\x80\x80\x0f" + bytes(SIZE), "host"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_message_of_a_stream_is_refused_alike(both: Mapping[str, Wire], name: str) -> None:
+    large = STREAMED[name]
+    message = large.raw()
     for front in FRONTS:
-        call: Any = both[front].channel.stream_stream(path)
+        call: Any = both[front].channel.stream_stream(f"/{large.service}/{large.method}")
         with pytest.raises(grpc.RpcError) as ended:
             list(call(iter([message]), timeout=TIMEOUT_S))
         refused = wire.of_call(ended.value)
         assert refused.code == "INVALID_ARGUMENT"
-        assert refused.message.startswith(f"{field} must have at most ")
+        assert refused.message.startswith(f"{large.field} must have at most ")
 
 
 def test_damaged_requests_end_alike(both: Mapping[str, Wire]) -> None:
@@ -184,10 +201,10 @@ def test_memory_stays_level_beside_them() -> None:
             ).session.session_id
             before, most = _memory(server.process.pid), 0
             for _ in range(2):
-                for service, method, raw, _ in LARGE.values():
-                    call: Any = other.channel.unary_unary(f"/{service}/{method}")
+                for large in LARGE.values():
+                    call: Any = other.channel.unary_unary(f"/{large.service}/{large.method}")
                     with contextlib.suppress(grpc.RpcError):
-                        call(raw, timeout=TIMEOUT_S)
+                        call(large.raw(), timeout=TIMEOUT_S)
                     stub.Step(pb.StepRequest(session_id=session_id, inputs=[x]), timeout=TIMEOUT_S)
                     most = max(most, _memory(server.process.pid))
     assert most - before < 100 << 20
