@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # What a flush to disk costs is no concern of these tests.
 _MEMORY = Path("/dev/shm")
+_RESERVE_BYTES = 64 * 1024
 KINDS = ("memory", "async", "sync", "fake_shared", "valkey")
 
 
@@ -56,6 +58,7 @@ def _some_slow(kinds: Sequence[str], test: str) -> list[Any]:
 @pytest.fixture(autouse=True)
 def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kind of the stores that `support.engine.harness.running` makes."""
+    from stepwell_server.store.disk import reserve
     from support.engine.harness import STORES
     from support.stores.gated_valkey import clocked
 
@@ -66,6 +69,8 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if STORES.kind == "valkey":
             stack.enter_context(clocked(STORES.server()))
+        # the system would clear all of it for each of thousands of stores
+        stack.enter_context(mock.patch.object(reserve, "RESERVE_BYTES", _RESERVE_BYTES))
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None))
         STORES.folder = Path(folder)
         yield STORES.kind
