@@ -205,6 +205,7 @@ proto: $(INSTALLED) ## Generate the protocols' code from proto/
 .PHONY: docs-site
 docs-site: $(INSTALLED) ## Build the documents as a site into out/site; every warning and broken link is an error
 	@$(BIN)/python -m sphinx --quiet --jobs auto --fresh-env --fail-on-warning --keep-going --nitpicky --conf-dir docs --doctree-dir out/site-cache . out/site
+	@$(BIN)/python scripts/check_site.py out/site
 	@echo "Open out/site/index.html"
 
 .PHONY: surface
