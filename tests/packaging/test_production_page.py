@@ -1,7 +1,8 @@
 """The set-up of docs/operate/run.md as it is written: its blocks in order, from a clone and an empty environment to a step over TLS.
 
-What needs systemd, a container tool or a cluster is marked in the page. The native front is built by pip, with the
-crates that `make front` has compiled before.
+What needs systemd, a container tool or a cluster is marked in the page. pip finds the dependencies in this environment,
+as it would in one where they are installed: that they suffice in an empty one is tried by `make release`. It builds the
+native front from its sources, without the optimizer, and with the crates that `make front` has compiled before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,9 @@ BACKGROUND = "in the background"
 REASONS = {"systemd", "container tool"}
 """Why a block is not run."""
 READY = re.compile(r"^stepwell: native front, listening on \S+:(\d+)$", re.MULTILINE)
+
+UNOPTIMIZED = "[profile.release.package.stepwell-front]\nopt-level = 0\ncodegen-units = 16\n"
+"""Settings of cargo for the front alone, with which the crates need not be compiled anew."""
 
 
 class Block(NamedTuple):
@@ -75,9 +80,14 @@ class Reader:
         self._folder = folder
         self._clone = clone
         self._environment = environment
-        self.substituted = dict.fromkeys(("/opt/stepwell", "/etc/stepwell"), 0)
+        self.substituted: dict[str, int] = {}
         """What stands for others of the page's paths and addresses, and how often it was there."""
-        self._stands_for = {name: str(folder / name.removeprefix("/")) for name in self.substituted}
+        self._stands_for: dict[str, str] = {}
+        # a path that a .pth file names is not searched for other such files: nothing is editable there
+        dependencies = f"echo '{sysconfig.get_path('platlib')}' > $(echo /opt/stepwell/lib/python3.*)/site-packages/others.pth"
+        self._stand("-m venv /opt/stepwell\n", f"-m venv /opt/stepwell\n{dependencies}\n")
+        for name in ("/opt/stepwell", "/etc/stepwell"):
+            self._stand(name, str(folder / name.removeprefix("/")))
         self._stand("0.0.0.0:50051", "0.0.0.0:0")
         self._stand("127.0.0.1:9464", "127.0.0.1:0")
         self._server: subprocess.Popen[str] | None = None
@@ -159,6 +169,9 @@ def reader(root: Path) -> Iterator[Reader]:
         clone, home = folder / "clone", folder / "home"
         home.mkdir()
         (folder / "opt").mkdir()
+        temporary = folder / "tmp"
+        (temporary / ".cargo").mkdir(parents=True)
+        (temporary / ".cargo" / "config.toml").write_text(UNOPTIMIZED)
         copy(root, clone)
         programs = [Path(sys.base_prefix) / "bin", Path(shutil.which("cargo") or "/usr/bin/cargo").parent]
         environment = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
@@ -171,7 +184,10 @@ def reader(root: Path) -> Iterator[Reader]:
             # what was downloaded and compiled before
             "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip")),
             "PIP_CONSTRAINT": str(root / "constraints.txt"),
+            "PIP_COMPILE": "0",  # no bytecode of modules that are never imported
             "CARGO_TARGET_DIR": str(root / "server" / "front" / "target"),
+            # the crate is copied there to be built, and cargo reads the settings in the folders above it
+            "TMPDIR": str(temporary),
         }
         reading = Reader(folder, clone, environment)
         try:
