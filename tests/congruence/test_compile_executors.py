@@ -11,6 +11,7 @@ import pytest
 
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.litert import LiteRTExecutor
 from stepwell_server.engine.executors.padded import chunks
 from support.models import programs
 from support.models.compiled import Compiled, zoo_model
@@ -57,6 +58,61 @@ def test_a_bad_index_fails_the_pass_and_the_next_one_works(
         _token_step(executor, [3, bad, 0, 5])
     for one, two in zip(_token_step(executor, good), expected, strict=True):
         assert one.tobytes() == two.tobytes()
+
+
+class Resizes:
+    """Counts an interpreter's resizes, and sets what the executor believes that they and runs take."""
+
+    def __init__(self, executor: LiteRTExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self._executor = executor
+        resize = executor._resize
+
+        def counted(rows: int) -> None:
+            self.count += 1
+            resize(rows)
+
+        monkeypatch.setattr(executor, "_resize", counted)
+
+    def cost(self, resize_s: float, row_s: float) -> None:
+        self._executor._resize_s.value, self._executor._row_s.value = resize_s, row_s
+
+
+def test_a_smaller_batch_keeps_the_size_where_a_resize_costs_more(
+    tokens: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = LiteRTExecutor(tokens.program)
+    resizes = Resizes(executor, monkeypatch)
+    rng = np.random.default_rng(4)
+    for rows, is_cheap, resized in (
+        (8, True, 1),
+        (5, True, 1),
+        (1, True, 1),
+        (8, True, 1),
+        (9, True, 2),
+        (5, False, 3),
+        (6, True, 4),
+        *[(rows, True, 4) for rows in (5, 2, 6, 3, 4, 6, 1)],  # by then it holds its views
+    ):
+        resizes.cost(1.0, 1e-3 if is_cheap else 10.0)
+        batch = rng.integers(0, 13, rows).tolist()
+        found = _token_step(executor, batch)
+        assert resizes.count == resized, f"{rows} rows"
+        for one, two in zip(found, _token_step(LiteRTExecutor(tokens.program), batch), strict=True):
+            assert one.shape == two.shape
+            assert one.tobytes() == two.tobytes()
+
+
+def test_rows_of_a_run_that_failed_run_no_more(tokens: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = LiteRTExecutor(tokens.program)
+    resizes = Resizes(executor, monkeypatch)
+    with pytest.raises(ExecutionError):
+        _token_step(executor, [3, 12, 13])  # in the last row, which the next batch does not fill
+    resizes.cost(1.0, 1e-6)
+    expected = _token_step(LiteRTExecutor(tokens.program), [3, 12])
+    for one, two in zip(_token_step(executor, [3, 12]), expected, strict=True):
+        assert one.tobytes() == two.tobytes()
+    assert resizes.count == 2
 
 
 def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_tensorflow: Compiled) -> None:

@@ -160,7 +160,7 @@ async def test_steps_of_one_session_that_all_conflict_are_each_answered(at: Harn
         await fails(answers.only(), RevisionConflict)
 
 
-@pytest.mark.parametrize("where", ["intake.admission.Job", "passes.loop.Pass"])
+@pytest.mark.parametrize("where", ["intake.admission.Job", "passes.loop.Pass", "passes.direct.Outcome"])
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 async def test_to_run_out_of_memory_is_too_much_at_once_and_harms_no_session(
     where: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
@@ -168,10 +168,11 @@ async def test_to_run_out_of_memory_is_too_much_at_once_and_harms_no_session(
     def breaks(*_arguments: object, **_named: object) -> None:
         raise error
 
+    inputs = x(2) if "direct" in where else x(2, 3)
     async with running() as at:
         await at.open("a", "b")
         monkeypatch.setattr(f"stepwell_server.engine.{where}", breaks)
-        answers = await at.submit(["a", "b"], x(2)).all()
+        answers = await at.submit(["a", "b"], inputs).all()
         monkeypatch.undo()
         kind = Overloaded if error is MemoryError else Internal
         assert [type(answer) for answer in answers] == [kind, kind]

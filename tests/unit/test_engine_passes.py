@@ -10,7 +10,7 @@ import pytest
 
 from stepwell_server.engine.api import ChangeResult
 from stepwell_server.engine.change import Awaited, Change
-from stepwell_server.engine.passes.completion import Completion
+from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.passes.loop import LARGE_INTAKE
 from stepwell_server.engine.state.model import SHORT_PASS_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
@@ -380,13 +380,13 @@ async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_lo
     ids = await open_all(at, 40)
     model = at.internals.models[0]
     before = model.rows_of_a_short_pass
-    complete = Completion.complete
+    commit = Committer.commit
 
     def slow(*given: Any) -> None:
         at.clock.advance(5e-3)
-        complete(*given)
+        commit(*given)
 
-    monkeypatch.setattr(Completion, "complete", slow)
+    monkeypatch.setattr(Committer, "commit", slow)
     for _ in range(40):
         await at.submit(ids, x(40)).all()
     assert model.rows_of_a_short_pass < before

@@ -260,6 +260,19 @@ def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> Non
     assert _scrape(together.families) == _scrape(alone.families)
 
 
+def test_steps_that_ran_without_a_wait_are_counted_as_passes() -> None:
+    direct, passes = PrometheusObserver(), PrometheusObserver()
+    for rows, seconds in ((1, 3e-4), (3, 2e-3), (3, 5e-3)):
+        direct.stepped("m", "s", rows, seconds, 1.0)
+        passes.pass_done("m", rows, 1, seconds)
+        passes.stage("m", "wait", 0.0, rows)
+        passes.stage("m", "total", seconds, rows)
+        passes.slow("m", "s", seconds, 1.0)
+        passes.applied("m", "step", rows, rows)
+    assert _scrape(direct.families) == _scrape(passes.families)
+    assert direct.passes_by_rows("m") == passes.passes_by_rows("m")
+
+
 def test_the_front_is_shown() -> None:
     limits = FrontLimits(1 << 20, connections=10).values
     counts = FrontCounts(

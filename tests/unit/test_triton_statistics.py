@@ -14,8 +14,8 @@ def test_the_parts_add_up() -> None:
     statistics = RequestStatistics("m", 1, observer)
     observer.pass_done("m", 3, 2, 4e-6)  # 2,000 ns a time step
     statistics.succeeded(Timing(100, read=150, run=10_150), 10_200, now_s=1.5, rows=3, steps=2)
-    observer.stepped_alone("m", "s", 5e-6, 0.0)
-    observer.stepped_alone("m", "s", 7e-6, 0.0)
+    observer.stepped("m", "s", 1, 5e-6, 0.0)
+    observer.stepped("m", "s", 1, 7e-6, 0.0)
     statistics.succeeded(Timing(0, read=10, run=1_010), 1_020, now_s=2.5, rows=1, steps=1)
     statistics.failed(Timing(0), 30)
     # two that came together
@@ -42,7 +42,7 @@ def test_the_parts_add_up() -> None:
 def test_reading_statistics_counts_nothing_twice() -> None:
     observer = PrometheusObserver()
     for _ in range(2):
-        observer.stepped_alone("m", "s", 1.0, 0.0)
+        observer.stepped("m", "s", 1, 1.0, 0.0)
         list(observer.families())
         observer.passes_by_rows("m")
     assert observer.passes_by_rows("m") == {1: (2, 2.0)}

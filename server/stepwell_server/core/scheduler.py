@@ -31,6 +31,8 @@ CREDIT_S = 400e-6
 Source = tuple[Hashable, ...]
 """The sender of work: tenant, caller, connection; or the model it is for. Never empty."""
 T = TypeVar("T")
+#: The source of many callers' steps that run together, while all of them fit into one pass.
+ALL_CALLERS: Source = (None,)
 
 
 def source_of(caller: Caller, connection: Hashable) -> Source:
@@ -368,6 +370,11 @@ class Scheduler(Generic[J]):
         self._light = light if not self._was_light and len(light) < len(self._waiting) else []
         return max(short, len(rows) * min(rows.values()))
 
+    def ran(self, source: Source, rows: int, now: float) -> None:
+        """Note that rows of a source ran without a job."""
+        self._active.pop(source, None)
+        self._active[source] = (now, rows)
+
     def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:
         """Take the jobs of the next pass, up to `max_rows` rows.
 
@@ -382,8 +389,7 @@ class Scheduler(Generic[J]):
             self._wait(job.source, -job.row_count)
             rows[job.source] = rows.get(job.source, 0) + job.row_count
         for source, count in rows.items():
-            self._active.pop(source, None)
-            self._active[source] = (now, count)
+            self.ran(source, count, now)
         return taken
 
     def _of_light(self, light: Sequence[Source], room: int) -> list[J]:

@@ -309,8 +309,8 @@ class Observer:
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         """A pass ran `rows` rows for `time_steps` time steps."""
 
-    def stepped_alone(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        """A single step ran on its own: combines `pass_done`, `stage`, `applied` and `slow`."""
+    def stepped(self, model: str, session_id: str, rows: int, seconds: float, now: float) -> None:
+        """Single steps of this many rows ran without a wait: combines `pass_done`, `stage`, `applied` and `slow`."""
 
     def slow(self, model: str, session_id: str, seconds: float, now: float) -> None:
         """The slowest step of a pass took `seconds` until its answer at `now`."""

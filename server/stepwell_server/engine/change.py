@@ -155,6 +155,8 @@ class Change:
     """The birth of each member's session: unlike a handle, it is never reused."""
     sizes: Rows = dataclasses.field(init=False)
     """Rows of each member."""
+    has_own_sizes: bool = False
+    """Whether `batch_sizes` were found to be the sessions' own."""
     row_count: int = 0
     """The sum of `sizes`."""
     arrays: tuple[Array, ...] = ()
@@ -327,6 +329,11 @@ class Change:
         first = self.connections[0]
         is_one = self.callers is None and self.connections.count(first) == len(self.connections)
         return source_of(self.caller, first) if is_one else None
+
+    @property
+    def has_one_step_of_each(self) -> bool:
+        """Whether each member comes from a connection of its own."""
+        return self.connections is not None and len(set(self.connections)) == len(self.connections)
 
     def by_source(self, members: Members) -> Iterator[tuple[Source, Members]]:
         """The members of each source, for a change without an `only_source`."""

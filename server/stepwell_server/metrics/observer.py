@@ -74,7 +74,7 @@ class PrometheusObserver(Observer):
         self._reasons = reasons()
         self.models: dict[str, Mapping[str, str]] = {}
         """The served models, with facts about each."""
-        self._alone: dict[str, Series] = {}
+        self._direct: dict[tuple[str, int], Series] = {}
         self._batches: defaultdict[str, dict[int, tuple[int, float]]] = defaultdict(dict)
         self._time_step_s: dict[str, float] = {}
         self._load_seconds: dict[str, float] = {}
@@ -195,28 +195,30 @@ class PrometheusObserver(Observer):
         self._stages.observe((model, stage), seconds, count)
 
     @override
-    def stepped_alone(self, model: str, session_id: str, seconds: float, now: float) -> None:
-        alone = self._alone.get(model)
-        if alone is None:
-            alone = self._alone[model] = Series()
-        alone.counts[bisect_left(SECONDS, seconds)] += 1
-        alone.total += seconds
+    def stepped(self, model: str, session_id: str, rows: int, seconds: float, now: float) -> None:
+        key = model, rows
+        direct = self._direct.get(key)
+        if direct is None:
+            direct = self._direct[key] = Series()
+        direct.counts[bisect_left(SECONDS, seconds)] += 1
+        direct.total += seconds
         self._time_step_s[model] = seconds
         self.slow_steps.note(model, session_id, seconds, now)
 
-    def _count_alone(self) -> None:
-        """Add the steps that ran alone to all counts that include them."""
-        for model, alone in self._alone.items():
-            steps = sum(alone.counts)
-            self._pass_seconds.of((model,)).add(alone)
-            self._stages.of((model, "total")).add(alone)
+    def _count_direct(self) -> None:
+        """Add the steps that ran without a wait to all counts that include them."""
+        for (model, rows), direct in self._direct.items():
+            passes = sum(direct.counts)
+            steps = passes * rows
+            self._pass_seconds.of((model,)).add(direct)
+            self._stages.of((model, "total")).add(direct, rows)
             self._stages.observe((model, "wait"), 0.0, steps)
-            self._pass_rows.observe((model,), 1, steps)
-            self._time_steps.values[model,] += steps
+            self._pass_rows.observe((model,), rows, passes)
+            self._time_steps.values[model,] += passes
             self._changes.values[model, "step"] += steps
             self._row_steps.values[model, "step"] += steps
-            self._count_passes(model, 1, steps, alone.total)
-        self._alone.clear()
+            self._count_passes(model, rows, passes, direct.total)
+        self._direct.clear()
 
     @override
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
@@ -234,7 +236,7 @@ class PrometheusObserver(Observer):
 
     def passes_by_rows(self, model: str) -> Mapping[int, tuple[int, float]]:
         """Return the number of the model's passes and their total seconds, by number of rows."""
-        self._count_alone()
+        self._count_direct()
         return self._batches[model]
 
     def seconds_per_time_step(self, model: str) -> float:
@@ -310,7 +312,7 @@ class PrometheusObserver(Observer):
 
     def families(self) -> Iterator[Metric]:
         """Everything counted so far."""
-        self._count_alone()
+        self._count_direct()
         counted: list[Counter | Histogram] = [
             *(self._events, self._changes, self._row_steps, self._replays, self._conflicts, self._errors),
             *(self._time_steps, self._pass_rows, self._pass_seconds, self._stages),

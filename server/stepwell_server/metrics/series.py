@@ -59,10 +59,10 @@ class Series:
         self.counts = list(map(add, self.counts, counts.tolist()))
         self.total += float(np.add.reduce(values))
 
-    def add(self, more: Series) -> None:
-        """Add the counts of another series with the same bounds."""
-        self.counts = list(map(add, self.counts, more.counts))
-        self.total += more.total
+    def add(self, more: Series, times: int = 1) -> None:
+        """Add the counts of another series with the same bounds, `times` times."""
+        self.counts = [own + times * count for own, count in zip(self.counts, more.counts, strict=True)]
+        self.total += times * more.total
 
     def cumulative(self) -> Iterator[tuple[str, float]]:
         """Return each bound and the number of values up to it."""

@@ -126,6 +126,10 @@ class Events(Observer):
     def pass_done(self, model: str, rows: int, time_steps: int, seconds: float) -> None:
         self.passes.append((rows, time_steps))
 
+    def stepped(self, model: str, session_id: str, rows: int, seconds: float, now: float) -> None:
+        self.pass_done(model, rows, 1, seconds)
+        self.applied(model, "step", rows, rows)
+
     def applied(self, model: str, change: str, count: int, row_steps: int) -> None:
         self.changes.append((change, count, row_steps))
 

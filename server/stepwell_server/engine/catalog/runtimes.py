@@ -16,7 +16,8 @@ from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Inbox, Inboxes
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.completion import Completion
-from stepwell_server.engine.passes.loop import Inline, PassLoop
+from stepwell_server.engine.passes.direct import Direct
+from stepwell_server.engine.passes.loop import PassLoop
 from stepwell_server.engine.passes.runner import Runner, warm_up
 from stepwell_server.engine.sessions.directory import Context
 from stepwell_server.engine.state.arena import Arena
@@ -107,10 +108,10 @@ class Runtimes:
         )
         lanes = [Lane(self._capacity.executor(program), arena) for _ in range(self._capacity.compute_threads)]
         inbox, runner = Inbox(model, self._inboxes), Runner(model, lanes, self._capacity.threads, self._clock)
-        inline = Inline(
+        direct = Direct(
             model,
             self._context.table,
-            lanes[0].executor,
+            lanes[0],
             self._committer,
             self._admission.on_conflict,
             clock=self._clock,
@@ -131,7 +132,7 @@ class Runtimes:
             self._admission,
             runner,
             completion,
-            inline,
+            direct,
             self._context.queues.release,
             self._commits,
             clock=self._clock,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from stepwell_server.program import FLATBUFFER, Program, StateSpec, TensorSpec
 
 #: After this many runs of one size the arrays are cached.
 _RUNS_UNTIL_HELD = 8
+#: The weight of a duration above the estimate, most of which were interrupted.
+_RISE = 0.02
 
 
 def load(program: Program) -> Executor:
@@ -55,6 +58,10 @@ class LiteRTExecutor(Executor):
     """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
 
     The flatbuffer is not copied, so many executors of one program share its weights.
+
+    To change the batch size, LiteRT plans the memory of the whole graph again. That may take longer than running
+    some more rows. So a smaller batch keeps the size, where the measured times say that this is cheaper. The rows
+    beyond the batch then hold rows of earlier runs, which cannot fail: a run that fails ends with a resize.
     """
 
     def __init__(self, program: Program) -> None:
@@ -70,6 +77,12 @@ class LiteRTExecutor(Executor):
         made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
         del runner
         self._rows = 0
+        """Rows of the batch."""
+        self._size = 0
+        """Rows of the interpreter's tensors, `_rows` or more; 0: it must be resized."""
+        self._resize_s = _Lowest()
+        self._row_s = _Lowest()
+        """Seconds of a run, by row."""
         self._runs = 0
         """Runs since the last resize."""
         shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
@@ -84,16 +97,26 @@ class LiteRTExecutor(Executor):
 
     def bind(self, rows: int) -> None:
         """Make the buffers exactly ``rows`` long."""
-        if rows == self._rows:
+        if rows == self._rows and self._size:
             return
-        self._rows = 0  # Until it succeeds: a half-resized interpreter must be resized again.
+        spare = self._size - rows
+        if spare < 0 or spare * self._row_s.value > self._resize_s.value:
+            self._resize(rows)
+        self._rows = rows
+        for tensors in self._tensors:
+            tensors.bind(rows)
+
+    def _resize(self, rows: int) -> None:
+        began = time.perf_counter()
+        self._size = 0  # Until it succeeds: a half-resized interpreter must be resized again.
         for index, shape in self._given:
             self._interpreter.resize_tensor_input(index, (rows, *shape))
         self._interpreter.allocate_tensors()
         self._runs = 0
         for tensors in self._tensors:
             tensors.resize(rows)
-        self._rows = rows
+        self._size = rows
+        self._resize_s.note(time.perf_counter() - began)
 
     def inputs(self) -> Sequence[Array]:
         """Writable views of the inputs of one time step."""
@@ -109,14 +132,16 @@ class LiteRTExecutor(Executor):
         Raises:
             ExecutionError: a kernel refused its input, e.g. an Embedding index out of range.
         """
+        began = time.perf_counter()
         try:
             self._interpreter.invoke()
         except RuntimeError as error:
             if "reference to internal data" in str(error):
                 raise  # The caller kept a view: a bug in the program, not a problem of the batch.
             # Kernels that failed half-way leave tensors in no defined shape.
-            self._rows = 0
+            self._size = 0
             raise ExecutionError(str(error).strip()) from error
+        self._row_s.note((time.perf_counter() - began) / self._size)
         self._out.settle()
         self._next.settle()
         self._runs += 1
@@ -172,10 +197,19 @@ class _Tensors:
         ]
         self._own = [index is None or index in (taken or ()) for index in found]
         self._buffers = [np.zeros((0, *spec.shape), spec.dtype) for spec in specs]
+        self._rows = 0
+        """Rows of the batch."""
         self._held: list[Array] | None = None
+        """All rows of the tensors, if these stay where they are."""
+        self._bound: list[Array] | None = None
+        """The rows of the batch in `_held`."""
+
+    def bind(self, rows: int) -> None:
+        self._rows = rows
+        self._bound = None if self._held is None else [array[:rows] for array in self._held]
 
     def resize(self, rows: int) -> None:
-        self._held = None
+        self._held = self._bound = None
         self._is_static = all(read is None or _has_memory(read) for read in self._read)
         for place, own in enumerate(self._own):
             if own:
@@ -195,15 +229,30 @@ class _Tensors:
         in the graph, have no memory before the first run, and are not cached.
         """
         if self._is_static:
-            self._held = [_unbound(view) for view in self.views()]
+            self._held = [_unbound(view) for view in self._whole()]
+            self.bind(self._rows)
 
     def views(self) -> list[Array]:
-        if self._held is not None:
-            return self._held
+        if self._bound is not None:
+            return self._bound
+        return [array[: self._rows] for array in self._whole()]
+
+    def _whole(self) -> list[Array]:
         return [
             buffer if own or read is None else read()
             for read, own, buffer in zip(self._read, self._own, self._buffers, strict=True)
         ]
+
+
+class _Lowest:
+    """A duration in seconds, as if nothing had interrupted it: lower values count at once, higher ones slowly."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def note(self, seconds: float) -> None:
+        value = self.value
+        self.value = seconds if seconds < value or not value else value + _RISE * (seconds - value)
 
 
 def _has_memory(read: Callable[[], Array]) -> bool:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import Kind, Verdict, judge, kind_of, mismatches
-from stepwell_server.core.scheduler import Source
+from stepwell_server.core.scheduler import ALL_CALLERS, Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
@@ -44,8 +44,6 @@ from stepwell_server.errors import (
 from stepwell_server.logs import Log
 
 _log = Log("engine.admission")
-#: The source of a job with many callers' steps, used while all of them fit into one pass.
-_ALL_CALLERS: Source = (None,)
 
 Wait = Callable[[Change, Members], None]
 Judge = Callable[[Change, Members, Handles], Handles]
@@ -424,11 +422,11 @@ class Admission(Starter):
             return [(only, members)]
         if model.ready.rows_waiting + len(members) <= model.max_batch_rows:
             if len(members) <= model.rows_of_a_short_pass:
-                return [(_ALL_CALLERS, members)]
+                return [(ALL_CALLERS, members)]
             sources = list(change.by_source(members))
             # if all have similar amounts, shorter passes benefit nobody
             if len(members) <= len(sources) * min(len(own) for _, own in sources):
-                return [(_ALL_CALLERS, members)]
+                return [(ALL_CALLERS, members)]
             return sources
         return list(change.by_source(members))
 

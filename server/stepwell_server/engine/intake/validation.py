@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.exactly_once import ANY_REVISION
-from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable, are_missing
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
@@ -205,7 +205,11 @@ class Validation:
         table, given_sizes = self._table, change.batch_sizes
         own = table.batch_size[handles]
         if not change.continued_model:
-            return _NO_MEMBERS if given_sizes is None else np.flatnonzero(own != given_sizes)
+            if given_sizes is None:
+                return _NO_MEMBERS
+            differs = own != given_sizes
+            change.has_own_sizes = not np.count_nonzero(differs)
+            return _NO_MEMBERS if change.has_own_sizes else np.flatnonzero(differs)
         model = self._models.find(change.continued_model)
         indexes = [] if model is None else [each.index for each in model.among(change.continued_versions)]
         if len(handles) == 1:  # a comparison of arrays would cost as much
@@ -231,30 +235,30 @@ class Validation:
         """
         table = self._table
         change.handles, change.births = handles, table.birth[handles]
-        own = table.batch_size[handles].astype(np.intp)
         if len(handles) == 1:  # half of the numpy calls below would only show that it exists
+            own = table.batch_size[handles].astype(np.intp)
             change.model = self._models.by_index[int(table.model[handles[0]])]
             change.sizes = own if change.batch_sizes is None else change.batch_sizes
             change.row_count, change.members = int(change.sizes[0]), _ONLY
             if change.rows is not None:
                 _take_rows(change, change.rows)
             return _NO_MEMBERS
-        there: Mask = handles >= 0
-        all_there = np.count_nonzero(there) == len(there)
-        models = table.model[handles if all_there else handles[there]]
+        all_there = not are_missing(handles)
+        there: Mask | None = None if all_there else handles >= 0
+        models = table.model[handles if there is None else handles[there]]
         is_other = models != models[0]
         are_others = np.count_nonzero(is_other)
         if are_others and change.messages is None:
             names = {self._models.by_index[index].name for index in np.unique(models).tolist()}
             if len(names) > 1:
                 raise InvalidInput("session_ids must be sessions of one model; got sessions of several")
-        change.sizes = self._sizes(change, own, there, all_there=all_there)
+        change.sizes = self._sizes(change, handles, there)
         if are_others:
-            others: Members = np.flatnonzero(there)[is_other]
-            return others
+            others: Members = np.flatnonzero(is_other if there is None else there)
+            return others if there is None else others[is_other]
         change.model = self._models.by_index[int(models[0])]
         change.row_count = int(np.add.reduce(change.sizes))
-        change.members = np.arange(len(there)) if all_there else np.flatnonzero(there)
+        change.members = np.arange(len(handles)) if there is None else np.flatnonzero(there)
         if change.rows is not None:
             raise InvalidInput(f"rows must come with a single session; got {change.size} sessions")
         return _NO_MEMBERS
@@ -280,7 +284,7 @@ class Validation:
             for member in members[~finite[members]].tolist():
                 refused[member] = _not_finite_member(change, member)
         not_finite_count = len(refused)
-        if change.batch_sizes is not None:
+        if change.batch_sizes is not None and not change.has_own_sizes:
             own = self._table.batch_size[change.handles].astype(np.intp)
             if own.tobytes() != change.sizes.tobytes():
                 for member in members[own[members] != change.sizes[members]].tolist():
@@ -294,12 +298,12 @@ class Validation:
             change.members = members[~np.isin(members, list(refused))]
         return list(refused.items()), len(refused) > not_finite_count
 
-    @staticmethod
-    def _sizes(change: Change, own: Rows, there: Mask, *, all_there: bool) -> Rows:
+    def _sizes(self, change: Change, handles: Handles, there: Mask | None) -> Rows:
         given_sizes = change.batch_sizes
         if given_sizes is not None:
             return given_sizes  # a member with a wrong size is refused, but its rows are where it says
-        if all_there:
+        own: Rows = self._table.batch_size[handles].astype(np.intp)
+        if there is None:
             return own
         sizes = np.where(there, own, 0)
         sizes[~there] = _rows_of_missing(change, sizes, int(np.count_nonzero(~there)))

@@ -14,24 +14,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.exactly_once import applies
-from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.api import Observer, Select, Trace
-from stepwell_server.engine.change import NO_STATES, Change, Reply, may_join
-from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.change import Change
 from stepwell_server.engine.commit.group_commit import GroupCommit
-from stepwell_server.engine.commit.records import Outcome
-from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Inbox, joined_where_alike
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.passes.batch import FailedUnit, Pass, starts_of
 from stepwell_server.engine.passes.batching_window import BatchingWindow
 from stepwell_server.engine.passes.completion import Completion
-from stepwell_server.engine.passes.runner import IN_PLACE_S, SHORT_SLICE_S, SLICE_S, Runner
+from stepwell_server.engine.passes.direct import Direct
+from stepwell_server.engine.passes.runner import SHORT_SLICE_S, SLICE_S, Runner
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.state.replies import ReplyForm
-from stepwell_server.engine.types import Array, Mask, Members
+from stepwell_server.engine.types import Mask
 from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
@@ -40,135 +36,6 @@ _log = Log("engine.loop")
 LARGE_INTAKE = 64
 #: Jobs of many time steps run in short slices for this many seconds after other work arrived.
 _CONTENTION_S = 0.05
-
-
-class Inline:
-    """Runs single steps of one model on the event loop, by the same rules, without the array work of a pass.
-
-    A pass has some 150 microseconds of overhead, whatever its rows. Everything but a single step of a resident,
-    free session (a retry, a conflict, several rows or time steps, returned states) is declined, and goes through a
-    pass. Only used while no pass runs.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        table: SessionTable,
-        executor: Executor,
-        committer: Committer,
-        rejudge: Callable[[Change, Members], None],
-        *,
-        clock: Clock,
-        observer: Observer,
-    ) -> None:
-        self._model = model
-        self._table = table
-        self._executor = executor
-        self._committer = committer
-        self._again = rejudge
-        self._clock = clock
-        self._observer = observer
-        self._names = [spec.name for spec in model.program.outputs]
-
-    def run(self, change: Change) -> bool:
-        """Run a single step, if nothing else waits. Returns whether it ran. It is answered once it is committed."""
-        if self._model.ready.rows_waiting or self._model.cost.one_s > IN_PLACE_S:
-            return False
-        if not may_join(change) or change.reset_rows is not None or change.states is not Select.NONE:
-            return False
-        if not self._may_run(change):
-            return False
-        table, handle = self._table, int(change.handles[0])
-        row, started = int(table.row[handle]), self._clock.monotonic()
-        try:
-            outputs = self._invoke(row, change.arrays)
-        except ExecutionError:  # a pass then determines the error
-            return False
-        except Exception as error:
-            change.fail(change.members, _log.internal("a pass raised", error, model=self._model.name))
-            return True
-        kept = _kept_inline(change)
-        outcome = Outcome(
-            self._model,
-            change.handles,
-            table.revision[change.handles] + np.uint64(1),
-            table.position[change.handles] + np.uint64(1),
-            change.requests_of(change.members),
-            change.digests_of(change.members),
-            np.array([kept], np.uint8),
-            is_latency_sensitive=True,  # large batches that wait for the store belong to others
-        )
-        table.claimed[handle] = True
-        if change.traces:
-            self._trace(list(change.traces.values()), started)
-        ran = self._clock.monotonic() if change.traces else started
-
-        def answer(error: ServerError | None, _places: Members | None) -> None:
-            if error is not None:
-                change.fail(change.members, error)
-            else:
-                if change.traces:
-                    for trace in change.traces.values():
-                        trace.stage("commit", ran, self._clock.monotonic())
-                now = self._clock.monotonic()
-                self._observer.stepped_alone(self._model.name, change.session_ids[0], now - started, now)
-                named = self._named(kept, outputs)
-                reply = Reply(outcome.revisions, outcome.positions, named, NO_STATES)
-                change.succeed(change.members, reply)
-
-        self._committer.commit(outcome, answer, lambda _places: self._again(change, change.members))
-        return True
-
-    def _trace(self, traces: Sequence[Trace], started: float) -> None:
-        traces[0].ran(traces, self._model.name, 1, 1, started, self._clock.monotonic())
-
-    def _may_run(self, change: Change) -> bool:
-        table, handle = self._table, int(change.handles[0])
-        if not len(change.members) or table.birth[handle] != change.births[0]:
-            return False
-        if table.claimed[handle] or table.row[handle] < 0:
-            return False
-        if self._clock.monotonic() >= change.deadline or len(change.replies.cancelled(change.members)):
-            return False
-        expected = None if change.expected is None else int(change.expected[0])
-        request = 0 if change.request_ids is None else int(change.request_ids[0])
-        return applies(int(table.revision[handle]), int(table.request_id[handle]), expected, request)
-
-    def _invoke(self, row: int, inputs: Sequence[Array]) -> list[Array]:
-        """Run the program over one row of the arena, and write the new state there.
-
-        Raises:
-            ExecutionError: the program raised; nothing changed.
-        """
-        executor, arena = self._executor, self._model.arena
-        executor.bind(1)
-        self._fill(row, inputs)
-        executor.invoke()
-        for state, after in zip(arena.states, executor.next_states(), strict=True):
-            state[row] = after[0]
-        outputs: list[Array] = []
-        for last, output in zip(arena.outputs, executor.outputs(), strict=True):
-            last[row] = output[0]
-            outputs.append(output.copy())
-        return outputs
-
-    def _fill(self, row: int, inputs: Sequence[Array]) -> None:
-        # a separate function: no view of the executor's buffers may exist while it runs
-        executor = self._executor
-        for state, buffer in zip(self._model.arena.states, executor.states(), strict=True):
-            buffer[0] = state[row]
-        for view, array in zip(executor.inputs(), inputs, strict=True):
-            view[...] = array
-
-    def _named(self, kept: ReplyForm, outputs: Sequence[Array]) -> dict[str, Array]:
-        if kept is ReplyForm.EMPTY:
-            return {}
-        if kept is ReplyForm.ROWS_WITH_TIME:
-            outputs = [
-                output[:, None] if spec.temporal else output
-                for spec, output in zip(self._model.program.outputs, outputs, strict=True)
-            ]
-        return dict(zip(self._names, outputs, strict=True))
 
 
 class PassLoop:
@@ -181,7 +48,7 @@ class PassLoop:
         admission: Admission,
         runner: Runner,
         completion: Completion,
-        inline: Inline,
+        direct: Direct,
         release: Callable[[Handles], None],
         commits: GroupCommit,
         *,
@@ -193,7 +60,7 @@ class PassLoop:
         self._admission = admission
         self.runner = runner
         self._completion = completion
-        self._inline = inline
+        self._direct = direct
         self._release = release
         """Ends the claims of sessions whose job failed."""
         self._commits = commits
@@ -233,10 +100,8 @@ class PassLoop:
             return False
         rows = self._inbox.rows
         came = self._inbox.drain()
-        if came and not (len(came) == 1 and self._inline.run(came[0])):
-            if self._model.ready.rows_waiting:
-                self._contended_until = self._clock.monotonic() + _CONTENTION_S
-            self._admission.admit(joined_where_alike(came))
+        if came and not (len(came) == 1 and self._direct.run(came[0])):
+            self._admit(came)
             if rows > LARGE_INTAKE and self._model.ready.is_contended(self._clock.monotonic()):
                 return True  # the pass is another iteration, with the steps that arrive before it
         wanted = min(self._model.ready.rows_waiting, self._model.max_batch_rows)
@@ -251,6 +116,11 @@ class PassLoop:
         if not has_more:
             self._idle.set()
         return has_more
+
+    def _admit(self, came: list[Change]) -> None:
+        if self._model.ready.rows_waiting:
+            self._contended_until = self._clock.monotonic() + _CONTENTION_S
+        self._admission.admit(joined_where_alike(came))
 
     def _waits_for_callers(self) -> bool:
         """Whether the queued work waits for callers that were just answered. Arrivals ring, or else the alarm does."""
@@ -472,9 +342,3 @@ def _compact(work: Pass, kept: Mask) -> None:
     work.starts = starts_of(work.jobs)
     work.row_count = work.starts[-1]
     work.target_rows = work.target_rows[kept]
-
-
-def _kept_inline(change: Change) -> ReplyForm:
-    if change.select is Select.NONE:
-        return ReplyForm.EMPTY
-    return ReplyForm.ROWS_WITH_TIME if change.with_time and change.select is Select.ALL else ReplyForm.ROWS

@@ -7,7 +7,6 @@ This is the same for every protocol. The differences are in a `Wire` and, per ba
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -269,7 +268,7 @@ class ColumnSteps(Refusals):
     def _end_late(self, batch: Batch) -> None:
         """End members whose deadline has passed, all together: one by one, a flood of them would delay others."""
         deadlines, now = batch.columns.deadlines, self._clock.monotonic()
-        if np.minimum.reduce(deadlines) > now:
+        if (deadlines[0] if len(deadlines) == 1 else np.minimum.reduce(deadlines)) > now:
             return
         late = batch.left[deadlines[batch.left] <= now]
         if len(late):
@@ -281,7 +280,7 @@ class ColumnSteps(Refusals):
         columns, members = batch.columns, batch.left
         is_whole = len(members) == len(columns.session_ids)
         change = self._change(batch, members)
-        change.messages = np.repeat(np.arange(len(columns.counts)), columns.counts)[members]
+        change.messages = _numbers_of_messages(columns)[members]
         change.connections = columns.callers if is_whole else _some(columns.callers, members)
         if len(columns.whos) == 1:
             (change.caller,) = columns.whos
@@ -291,8 +290,11 @@ class ColumnSteps(Refusals):
         change.deadline = float(np.minimum.reduce(change.deadlines))
         if change.batch_sizes is None:
             change.batch_sizes = sizes_of(columns, members)  # assigns the rows to the sessions
-        with contextlib.suppress(ServerError):  # each message gets its own answer
-            batch.left = members[self._engine.submit(change)]
+        try:
+            left = self._engine.submit(change)
+        except ServerError:
+            return  # each message gets its own answer
+        batch.left = members[left] if len(left) else _NOBODY
 
     def _change(self, batch: Batch, members: Members) -> Change:
         some = None if len(members) == len(batch.columns.session_ids) else members
@@ -305,6 +307,14 @@ class ColumnSteps(Refusals):
 
 def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
     return values if members is None else [values[member] for member in members.tolist()]
+
+
+def _numbers_of_messages(columns: StepColumns) -> Members:
+    """Return the number of each member's message."""
+    count = len(columns.counts)
+    if count == len(columns.session_ids):
+        return np.arange(count)
+    return np.repeat(np.arange(count), columns.counts)
 
 
 def who_of(columns: StepColumns, member: int) -> Caller:

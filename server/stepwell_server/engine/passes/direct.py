@@ -1,0 +1,231 @@
+"""Runs single time steps on the event loop, by the same rules, without jobs and the array work of a pass.
+
+A pass through jobs and the scheduler costs some 150 microseconds, whatever its rows. When nothing else waits, all
+of that only confirms that a change of single steps may run as it is. Here the checks are a few array operations, or
+a few comparisons for one session. Whatever is not plain is declined, and goes through a pass: a retry, a conflict, a
+busy or absent session, several rows or time steps, returned states, an error of the program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from stepwell_server.clock import Clock
+from stepwell_server.core.exactly_once import applies, judge
+from stepwell_server.core.scheduler import ALL_CALLERS, Source
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.change import NO_STATES, Change, Reply
+from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.commit.records import Outcome
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.passes.batch import Lane
+from stepwell_server.engine.passes.runner import IN_PLACE_S
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.state.replies import ReplyForm
+from stepwell_server.engine.types import Array, Members
+from stepwell_server.errors import ServerError
+from stepwell_server.logs import Log
+
+_log = Log("engine.loop")
+_ONE = np.uint64(1)
+#: Of the runs of more than one row, every so many measures the cost: the processor time of a thread is a system call.
+_MEASURE_INTERVAL = 16
+
+
+class Direct:
+    """Runs changes of single steps of one model. Lives on the event loop; only used while no pass runs."""
+
+    def __init__(
+        self,
+        model: Model,
+        table: SessionTable,
+        lane: Lane,
+        committer: Committer,
+        rejudge: Callable[[Change, Members], None],
+        *,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._model = model
+        self._table = table
+        self._executor, self._arena = lane.executor, model.arena
+        self._committer = committer
+        self._again = rejudge
+        self._clock = clock
+        self._observer = observer
+        self._names = [spec.name for spec in model.program.outputs]
+        self._unmeasured = 0
+
+    def run(self, change: Change) -> bool:
+        """Run a change, if nothing else waits. Returns whether it ran. It is answered once it is committed."""
+        model, count = self._model, len(change.members)
+        if model.ready.rows_waiting or not _is_plain(change, count) or not self._is_short(count):
+            return False
+        started = self._clock.monotonic()
+        try:
+            rows = self._rows(change, started)
+            source = None if count == 1 else self._source(change, count, started)
+            if rows is None or (count > 1 and source is None):
+                return False
+            # whatever may fail comes before the new state is written
+            outcome = self._outcome(change, count, started)
+            outputs = self._invoke(rows, change.arrays)
+        except ExecutionError:  # a pass then determines the error
+            return False
+        except Exception as error:
+            change.fail(change.members, _log.internal("a pass raised", error, model=model.name))
+            return True
+        self._commit(change, outcome, outputs, started)
+        if source is not None:
+            model.ready.ran(source, count, started)
+            model.iteration_cost.learn(count, self._clock.monotonic() - started)
+        return True
+
+    def _is_short(self, count: int) -> bool:
+        model = self._model
+        return count <= model.max_batch_rows and model.cost.of(count) <= IN_PLACE_S
+
+    def _source(self, change: Change, count: int, now: float) -> Source | None:
+        """The source of a run, for the scheduler; None: it must divide the rows among their callers."""
+        is_short, only = count <= self._model.rows_of_a_short_pass, change.only_source
+        if only is not None:
+            return only if is_short or not self._model.ready.is_contended(now) else None
+        return ALL_CALLERS if is_short or change.has_one_step_of_each else None
+
+    def _rows(self, change: Change, now: float) -> Rows | None:
+        """The rows of sessions that are all free, resident and at the revision before the change; None: not all are."""
+        if now >= change.deadline or len(change.replies.cancelled(change.members)):
+            return None
+        table, handles = self._table, change.handles
+        expected, requests = change.expected, change.request_ids
+        if len(handles) == 1:
+            return self._row(change, int(handles[0]))
+        if np.count_nonzero(table.claimed[handles]) or np.count_nonzero(
+            table.birth[handles] != change.births
+        ):
+            return None
+        rows: Rows = table.row[handles]
+        if np.minimum.reduce(rows) < 0:
+            return None
+        if change.connections is not None and len(set(handles.tolist())) < len(handles):
+            return None
+        last = (table.revision[handles], table.request_id[handles])
+        return rows if judge(*last, expected, requests) is None else None
+
+    def _row(self, change: Change, handle: int) -> Rows | None:
+        """`_rows` of one session: comparisons of numbers cost less than array operations."""
+        table = self._table
+        if table.birth[handle] != change.births[0] or table.claimed[handle] or table.row[handle] < 0:
+            return None
+        expected = None if change.expected is None else int(change.expected[0])
+        request = 0 if change.request_ids is None else int(change.request_ids[0])
+        if not applies(int(table.revision[handle]), int(table.request_id[handle]), expected, request):
+            return None
+        return table.row[handle : handle + 1].copy()
+
+    def _invoke(self, rows: Rows, inputs: Sequence[Array]) -> list[Array]:
+        """Run the program over rows of the arena, and write the new state there.
+
+        Raises:
+            ExecutionError: the program raised; nothing changed.
+        """
+        executor, arena = self._executor, self._arena
+        self._unmeasured += len(rows) > 1
+        is_measured = self._unmeasured >= _MEASURE_INTERVAL
+        began = time.thread_time() if is_measured else 0.0
+        executor.bind(len(rows))
+        self._fill(rows, inputs)
+        executor.invoke()
+        outputs = [output.copy() for output in executor.outputs()]
+        arena.write(rows, executor.next_states())
+        arena.keep_outputs(rows, outputs)
+        if is_measured:
+            self._unmeasured = 0
+            self._model.cost.learn(len(rows), time.thread_time() - began)
+        return outputs
+
+    def _fill(self, rows: Rows, inputs: Sequence[Array]) -> None:
+        # a separate function: no view of the executor's buffers may exist while it runs
+        self._arena.gather(rows, self._executor.states())
+        for view, array in zip(self._executor.inputs(), inputs, strict=True):
+            view[...] = array
+
+    def _outcome(self, change: Change, count: int, started: float) -> Outcome:
+        table, handles, kept = self._table, change.handles, _kept(change)
+        return Outcome(
+            self._model,
+            handles,
+            table.revision[handles] + _ONE,
+            table.position[handles] + _ONE,
+            change.requests_of(change.members),
+            change.digests_of(change.members),
+            np.array([kept], np.uint8) if count == 1 else np.full(count, int(kept), np.uint8),
+            # large batches that wait for the store belong to others
+            is_latency_sensitive=count == 1 or self._model.ready.is_contended(started),
+        )
+
+    def _commit(self, change: Change, outcome: Outcome, outputs: Sequence[Array], started: float) -> None:
+        clock = self._clock
+        self._table.claimed[outcome.handles] = True
+        traces = list(change.traces.values()) if change.traces else []
+        if traces:
+            count = len(outcome.handles)
+            traces[0].ran(traces, self._model.name, count, 1, started, clock.monotonic())
+        ran = clock.monotonic() if traces else started
+
+        def answer(error: ServerError | None, places: Members | None) -> None:
+            members = change.members if places is None else change.members[places]
+            for trace in traces:
+                trace.stage("commit", ran, clock.monotonic())
+            traces.clear()
+            if error is not None:
+                change.fail(members, error)
+                return
+            now = clock.monotonic()
+            first = change.session_ids[int(members[0])]
+            self._observer.stepped(self._model.name, first, len(members), now - started, now)
+            own = outputs if places is None else [output[places] for output in outputs]
+            revisions, positions = outcome.revisions, outcome.positions
+            if places is not None:
+                revisions, positions = revisions[places], positions[places]
+            named = self._named(_kept(change), own)
+            change.succeed(members, Reply(revisions, positions, named, NO_STATES))
+
+        def rejudge(places: Members) -> None:
+            self._again(change, change.members[places])
+
+        self._committer.commit(outcome, answer, rejudge)
+
+    def _named(self, kept: ReplyForm, outputs: Sequence[Array]) -> dict[str, Array]:
+        if kept is ReplyForm.EMPTY:
+            return {}
+        if kept is ReplyForm.ROWS_WITH_TIME:
+            outputs = [
+                output[:, None] if spec.temporal else output
+                for spec, output in zip(self._model.program.outputs, outputs, strict=True)
+            ]
+        return dict(zip(self._names, outputs, strict=True))
+
+
+def _is_plain(change: Change, count: int) -> bool:
+    """Whether a checked change is one time step of one row of each of its sessions, and nothing else."""
+    return (
+        change.steps == 1
+        and not change.reset
+        and change.row_count == count == len(change.handles)
+        and count > 0
+        and change.advancing is None
+        and change.reset_rows is None
+        and change.states is Select.NONE
+    )
+
+
+def _kept(change: Change) -> ReplyForm:
+    if change.select is Select.NONE:
+        return ReplyForm.EMPTY
+    return ReplyForm.ROWS_WITH_TIME if change.with_time and change.select is Select.ALL else ReplyForm.ROWS
