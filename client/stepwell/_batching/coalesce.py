@@ -51,18 +51,25 @@ class Coalescer:
         """Frames in flight, each with the timer of its members' next time limit."""
         self._max_members: dict[Hashable, int] = {}
         """Largest number of steps per frame, by kind, for kinds whose replies were too large for one message."""
+        self._is_alone = False
+        """Whether a step is in flight as a unary call because it came alone."""
+        self._were_several = False
+        """Whether several steps were sent together the last time."""
 
     def step(self, step: Step) -> Awaitable[Stepped]:
         """Makes one attempt of a step.
 
         A large step is a unary call: sharing a frame would gain nothing. Also, cancelling its task cancels a unary
-        call on the server, but not a member of a frame. See also `Step.may_share`.
+        call on the server, but not a member of a frame. See also `Step.may_share`. So is a step that comes alone,
+        because a call takes less time than a frame of one.
 
         Raises:
             StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
         if not step.may_share():
             return self._unary(step)
+        if not (self._is_alone or self._were_several or self._in_flight or self._waiting):
+            return self._alone(step)
         loop = asyncio.get_running_loop()
         if not self._waiting:
             loop.call_soon(self._send_queued)
@@ -70,14 +77,24 @@ class Coalescer:
         self._waiting.add(member)
         return member.answer
 
+    async def _alone(self, step: Step) -> Stepped:
+        self._is_alone = True
+        try:
+            return await self._unary(step)
+        finally:
+            self._is_alone = False
+
     def _send_queued(self) -> None:
         waiting, self._waiting = self._waiting, Gathering()
         now_s = asyncio.get_running_loop().time()
+        count = 0
         for members in waiting.frames(self._max_frame_bytes, self._max_members):
+            count += len(members)
             frame = Frame(self, members, now_s)
             self._in_flight[frame] = None
             frame.send(self._link, self._max_message_bytes)
             self._watch(frame)
+        self._were_several = count > 1
 
     def _watch(self, frame: Frame) -> None:
         """Sets the timer for the next time limit of the frame's members, if it is in flight."""
