@@ -12,8 +12,9 @@ from stepwell_server.core.scheduler import ALL_CALLERS, source_of
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.intake import admission
+from stepwell_server.engine.intake.validation import Validation
 from stepwell_server.engine.job import Job
-from stepwell_server.errors import Internal, InvalidInput
+from stepwell_server.errors import Internal, InvalidInput, MessageTooLarge
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, BROKEN
 from support.engine.harness import Answer, Answers, Harness, kinds, x
@@ -70,6 +71,71 @@ async def test_plain_steps_run_without_a_job(at: Harness, jobs: list[int], count
     assert not jobs
     assert at.events.passes == [(count, 1)] * 3
     assert at.events.changes == [("step", count, count)] * 3
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The members of each change that was checked."""
+    seen: list[int] = []
+    check = Validation.check
+
+    def counted(self: Validation, change: Change) -> Any:
+        seen.append(change.size)
+        return check(self, change)
+
+    monkeypatch.setattr(Validation, "check", counted)
+    return seen
+
+
+@pytest.mark.stores("memory", "sync")
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({}, "Answer", id="plain"),
+        pytest.param({"select": Select.NONE}, "Answer", id="no outputs"),
+        pytest.param({"inputs": {"x": x(2, 1)}}, "Answer", id="a time axis"),
+    ],
+)
+async def test_a_plain_step_is_checked_once(
+    at: Harness, checks: list[int], fields: dict[str, Any], wanted: str
+) -> None:
+    await opened(at)
+    assert kinds(await at.submit(["a", "b"], **({"x": x(2)} | fields)).all()) == [wanted] * 2
+    assert not checks
+
+
+@pytest.mark.stores("memory", "sync")
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({"output_names": ["y"]}, ["Answer"] * 2, id="names of outputs"),
+        pytest.param(
+            {"expected": [2**64 - 1, 0]}, ["RevisionConflict", "Answer"], id="a revision that no session has"
+        ),
+        pytest.param(
+            {"x": np.array([[1, np.inf], [1, 1]])},
+            ["InvalidInput", "Answer"],
+            id="a number that is not finite",
+        ),
+        pytest.param({"batch_sizes": [1, 2], "x": x(3)}, ["Answer", "InvalidInput"], id="a size"),
+    ],
+)
+async def test_a_step_that_may_be_wrong_is_checked(
+    at: Harness, checks: list[int], fields: dict[str, Any], wanted: list[str]
+) -> None:
+    await opened(at)
+    sizes = {"sizes": fields["batch_sizes"]} if "batch_sizes" in fields else {}
+    assert kinds(await at.submit(["a", "b"], **({"x": x(2)} | fields), **sizes).all()) == wanted
+    assert checks == [2]
+
+
+@pytest.mark.stores("memory")
+async def test_a_step_whose_reply_is_too_large_is_refused(at: Harness, checks: list[int]) -> None:
+    await opened(at)
+    with pytest.raises(MessageTooLarge):
+        at.submit(["a", "b"], x(2), reply_limit=1)
+    assert checks == [2]
+    assert (await at.engine.session_info("a")).revision == 0
 
 
 def repeated(at: Harness) -> Answers:

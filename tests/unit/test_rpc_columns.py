@@ -12,6 +12,7 @@ import pytest
 
 from stepwell.v1 import errors_pb2
 from stepwell_server.core.callers import ANYBODY, Caller, Role
+from stepwell_server.engine.api import Select
 from stepwell_server.engine.change import Change, Reply
 from stepwell_server.engine.intake.validation import Refusals, Validation
 from stepwell_server.engine.types import Members
@@ -20,7 +21,7 @@ from stepwell_server.rpc.fronts.base import Ended, InputColumn, OutputColumn, Re
 from stepwell_server.rpc.status import Status
 from stepwell_server.rpc.steps.columns import STEPWELL, ColumnSteps
 from support.engine.fake_executor import PLAIN
-from support.engine.harness import Harness, running, x
+from support.engine.harness import Answers, Harness, running, x
 from support.rpc.fake_call import Requests
 from support.stores.fake_shared_store import RemoteStore
 
@@ -103,6 +104,10 @@ class Columns:
             return submit(change)
 
         at.engine.submit = counted
+
+    def keep_busy(self, session_id: str) -> Answers:
+        """Queue a step that returns its states, so that steps which are taken next wait for a turn of the model's loop."""
+        return self.at.submit(session_id, np.ones((1, 2)), states=Select.LAST)
 
     def take(
         self,
@@ -201,14 +206,26 @@ async def test_steps_on_several_versions_are_answered_separately(columns: Column
 
 
 @pytest.mark.stores("memory")
-async def test_steps_taken_together_run_together_once_all_have_arrived(columns: Columns) -> None:
+async def test_steps_run_as_soon_as_they_are_taken(columns: Columns) -> None:
     await columns.at.open("a", "b", "c", "d", "e", "f")
+    first = columns.take(["a", "b", "c"], np.ones((3, 2)))
+    assert sorted(first.applied_by_member) == [0, 1, 2]  # the event loop has had no turn
+    second = columns.take(["d", "e", "f"], np.ones((3, 2)), expected=np.zeros(3, np.uint64))
+    assert sorted(second.applied_by_member) == [0, 1, 2]
+    assert columns.at.events.passes == [(3, 1), (3, 1)]
+
+
+@pytest.mark.stores("memory")
+async def test_steps_taken_behind_others_run_together_once_all_have_arrived(columns: Columns) -> None:
+    await columns.at.open("a", "b", "c", "d", "e", "f", "busy")
+    busy = columns.keep_busy("busy")
     first = columns.take(["a", "b", "c"], np.ones((3, 2)))
     second = columns.take(["d", "e", "f"], np.ones((3, 2)), expected=np.zeros(3, np.uint64))
     assert not first.applied_by_member
     columns.steps.go()  # the event loop has had no turn
     assert sorted(first.applied_by_member) == sorted(second.applied_by_member) == [0, 1, 2]
-    assert columns.at.events.passes == [(6, 1)]
+    assert columns.at.events.passes == [(7, 1)]
+    await busy.only()
 
 
 TWO_MODELS = {"plain": PLAIN, "other": dataclasses.replace(PLAIN, fingerprint="other")}
@@ -337,8 +354,9 @@ async def test_conflicts_of_many_callers_have_an_error_each(columns: Columns) ->
 @pytest.mark.stores("memory")  # the others would find them in the store again
 async def test_many_sessions_that_end_while_their_steps_wait_have_an_error_each(columns: Columns) -> None:
     ids = [f"s{index}" for index in range(40)]
-    await columns.at.open(*ids)
+    await columns.at.open(*ids, "busy")
     internals = columns.at.internals
+    columns.keep_busy("busy")
     batch = columns.take(ids, np.ones((40, 2)))
     for session_id in ids:  # before the loop's turn
         internals.turns.forget(int(internals.handle(session_id)[0]), SessionNotFound(session_id, "gone"))
@@ -423,7 +441,8 @@ async def test_many_late_steps_are_refused_together(columns: Columns) -> None:
 
 
 async def test_steps_of_gone_clients_are_not_applied(columns: Columns) -> None:
-    await columns.at.open("a", "b", "c")
+    await columns.at.open("a", "b", "c", "busy")
+    columns.keep_busy("busy")
     batch = columns.take(["a", "b", "c"], np.ones((3, 2)))
     batch.gone_members = [1]
     await columns.at.settled()

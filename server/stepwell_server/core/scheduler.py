@@ -213,6 +213,11 @@ class Share:
             self.is_due = True
             self._shares.add(self)
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether models are due."""
+        return bool(self._shares.due)
+
     def used(self, seconds: float) -> None:
         """Charge time on the event loop in addition to the listener's."""
         self._shares.due.charge((self,), seconds)

@@ -106,6 +106,8 @@ class Submission:
             if len(away):
                 self._look_up(change)
                 return _NO_MEMBERS
+        elif self._quotas is None and self._run_at_once(change, handles):
+            return _NO_MEMBERS
         try:
             left = self._take(change, handles, _NO_MEMBERS, self._directory.here)
             if len(left) and not change.may_skip_members:
@@ -115,6 +117,11 @@ class Submission:
             error.model = change.model_name
             raise
         return left
+
+    def _run_at_once(self, change: Change, handles: Handles) -> bool:
+        """Run a change whose sessions are in the table, if it is plain and nothing waits. Otherwise it is not changed."""
+        change.find_again = self._find_again
+        return self._inboxes.of[int(self._table.model[handles[0]])].run_at_once(change, handles)
 
     def _take_found(self, change: Change, seen: LookupResult) -> Members:
         """`_take` for a change whose sessions were looked up: those that exist are in the table now."""

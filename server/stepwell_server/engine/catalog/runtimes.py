@@ -113,6 +113,7 @@ class Runtimes:
             self._context.table,
             lanes[0],
             self._committer,
+            self._commits,
             self._admission.on_conflict,
             clock=self._clock,
             observer=self.observer,

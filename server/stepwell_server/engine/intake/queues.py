@@ -68,9 +68,18 @@ class Inbox:
         self._rows = 0
         self.max_waiting = MAX_WAITING_PASSES * model.max_batch_rows
         """The most rows and changes that may wait, unless a single change has more."""
+        self._run: Callable[[Change, Handles], bool] = lambda _change, _handles: False
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def listen(self, run: Callable[[Change, Handles], bool]) -> None:
+        """Register what `run_at_once` calls while nothing waits here."""
+        self._run = run
+
+    def run_at_once(self, change: Change, handles: Handles) -> bool:
+        """Run an unchecked change of sessions in the table instead of queueing it; returns whether it ran."""
+        return not self._waiting and self._run(change, handles)
 
     @property
     def rows(self) -> int:

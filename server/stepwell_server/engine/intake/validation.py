@@ -119,7 +119,7 @@ def require_reply(program: Program, rows: int, steps: int, extra: int, limit: in
     Raises:
         MessageTooLarge: they do.
     """
-    size = _output_bytes(program, rows, steps) + rows * program.state_row_bytes + extra
+    size = output_bytes(program, rows, steps) + rows * program.state_row_bytes + extra
     if size > limit:
         raise _too_large("prediction", size, limit)
 
@@ -320,7 +320,7 @@ def _check_step(change: Change) -> None:
         _require_outputs(program, change.output_names)
     has_tensors = change.select is not Select.NONE
     if has_tensors:
-        change.reply_bytes += _output_bytes(program, rows, change.steps if change.select is Select.ALL else 1)
+        change.reply_bytes += output_bytes(program, rows, change.steps if change.select is Select.ALL else 1)
     if change.states is not Select.NONE:
         has_tensors = True
         _choose_states(change)
@@ -497,7 +497,8 @@ def _not_finite_member(change: Change, member: int) -> ServerError:
     raise AssertionError("only called for members that are not finite")
 
 
-def _output_bytes(program: Program, rows: int, steps: int) -> int:
+def output_bytes(program: Program, rows: int, steps: int) -> int:
+    """The bytes of a reply's outputs."""
     each_step, once = program.output_bytes
     return rows * (each_step * steps + once)
 

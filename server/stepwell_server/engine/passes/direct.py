@@ -14,21 +14,23 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
-from stepwell_server.core.exactly_once import applies, judge
+from stepwell_server.core.exactly_once import ANY_REVISION, applies, judge
 from stepwell_server.core.scheduler import ALL_CALLERS, Source
-from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
 from stepwell_server.engine.change import NO_STATES, Change, Reply
 from stepwell_server.engine.commit.committer import Committer
+from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.intake.validation import check_inputs, finite_rows, output_bytes
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.runner import IN_PLACE_S
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyForm
 from stepwell_server.engine.types import Array, Members
-from stepwell_server.errors import ServerError
+from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.loop")
@@ -46,6 +48,7 @@ class Direct:
         table: SessionTable,
         lane: Lane,
         committer: Committer,
+        commits: GroupCommit,
         rejudge: Callable[[Change, Members], None],
         *,
         clock: Clock,
@@ -55,18 +58,72 @@ class Direct:
         self._table = table
         self._executor, self._arena = lane.executor, model.arena
         self._committer = committer
+        self._commits = commits
         self._again = rejudge
         self._clock = clock
         self._observer = observer
         self._names = [spec.name for spec in model.program.outputs]
         self._unmeasured = 0
 
+    def run_unchecked(self, change: Change, handles: Handles) -> bool:
+        """`run` for a change that `Validation` has not seen, of sessions in the table; nothing waits in the inbox.
+
+        If it does not run, it must be checked: it may be wrong, or wait, or be of several models.
+        """
+        count, work = len(handles), self._model.work
+        if self._model.is_running or self._commits.is_full or work.must_wait:
+            return False
+        if not self._is_short(count) or not self._has_plain_shape(change, count):
+            return False
+        model, table, sizes = self._model, self._table, change.batch_sizes
+        if count == 1:
+            handle = handles[0]
+            is_own = table.batch_size[handle] == 1 and (sizes is None or sizes[0] == 1)
+        else:
+            is_own = not (
+                np.count_nonzero(table.model[handles] != model.index)
+                or np.count_nonzero(table.batch_size[handles] != 1)
+                or (sizes is not None and np.count_nonzero(sizes != 1))
+            )
+        if not is_own:
+            return False
+        change.handles, change.births, change.model = handles, table.birth[handles], model
+        change.row_count, change.members = count, np.arange(count)
+        change.sizes = np.ones(count, np.intp) if sizes is None else sizes
+        began = self._clock.monotonic()
+        has_run = self._run(change, count)
+        if has_run:
+            work.used(self._clock.monotonic() - began)
+        return has_run
+
+    def _has_plain_shape(self, change: Change, count: int) -> bool:
+        """Whether a change is a step of one row each, with inputs as the program takes them; else `Validation` decides."""
+        program, inputs = self._model.program, change.inputs
+        if inputs is None or change.reset or change.continued_model or change.rows or change.output_names:
+            return False
+        if change.reset_rows is not None or change.states is not Select.NONE:
+            return False
+        try:
+            checked = check_inputs(program, inputs, count)
+        except InvalidInput:
+            return False
+        if checked.steps > 1 or finite_rows(checked.arrays) is not None:
+            return False
+        expected = change.expected
+        if expected is not None and np.maximum.reduce(expected) == ANY_REVISION:
+            return False
+        if change.reply_bytes + output_bytes(program, count, 1) > change.reply_limit:
+            return False
+        change.arrays, change.steps, change.with_time = checked
+        return True
+
     def run(self, change: Change) -> bool:
         """Run a change, if nothing else waits. Returns whether it ran. It is answered once it is committed."""
-        model, count = self._model, len(change.members)
-        if model.ready.rows_waiting or not _is_plain(change, count) or not self._is_short(count):
-            return False
-        started = self._clock.monotonic()
+        count = len(change.members)
+        return self._is_short(count) and _is_plain(change, count) and self._run(change, count)
+
+    def _run(self, change: Change, count: int) -> bool:
+        model, started = self._model, self._clock.monotonic()
         try:
             rows = self._rows(change, started)
             source = None if count == 1 else self._source(change, count, started)
@@ -87,15 +144,20 @@ class Direct:
         return True
 
     def _is_short(self, count: int) -> bool:
+        """Whether nothing waits, and a pass of so many rows would run on the event loop."""
         model = self._model
-        return count <= model.max_batch_rows and model.cost.of(count) <= IN_PLACE_S
+        if model.ready.rows_waiting or count > model.max_batch_rows:
+            return False
+        return (model.cost.one_s if count == 1 else model.cost.of(count)) <= IN_PLACE_S
 
     def _source(self, change: Change, count: int, now: float) -> Source | None:
         """The source of a run, for the scheduler; None: it must divide the rows among their callers."""
-        is_short, only = count <= self._model.rows_of_a_short_pass, change.only_source
+        model, only = self._model, change.only_source
         if only is not None:
-            return only if is_short or not self._model.ready.is_contended(now) else None
-        return ALL_CALLERS if is_short or change.has_one_step_of_each else None
+            is_fair = not model.ready.is_contended(now) or count <= model.rows_of_a_short_pass
+            return only if is_fair else None
+        is_fair = change.has_one_step_of_each or count <= model.rows_of_a_short_pass
+        return ALL_CALLERS if is_fair else None
 
     def _rows(self, change: Change, now: float) -> Rows | None:
         """The rows of sessions that are all free, resident and at the revision before the change; None: not all are."""
@@ -142,8 +204,14 @@ class Direct:
         self._fill(rows, inputs)
         executor.invoke()
         outputs = [output.copy() for output in executor.outputs()]
-        arena.write(rows, executor.next_states())
-        arena.keep_outputs(rows, outputs)
+        after = executor.next_states()
+        if len(rows) == 1:  # an index costs a third of an array of indexes
+            row = int(rows[0])
+            for array, values in zip((*arena.states, *arena.outputs), (*after, *outputs), strict=True):
+                array[row] = values[0]
+        else:
+            arena.write(rows, after)
+            arena.keep_outputs(rows, outputs)
         if is_measured:
             self._unmeasured = 0
             self._model.cost.learn(len(rows), time.thread_time() - began)
@@ -151,7 +219,13 @@ class Direct:
 
     def _fill(self, rows: Rows, inputs: Sequence[Array]) -> None:
         # a separate function: no view of the executor's buffers may exist while it runs
-        self._arena.gather(rows, self._executor.states())
+        states = self._executor.states()
+        if len(rows) == 1:
+            row = int(rows[0])
+            for state, buffer in zip(self._arena.states, states, strict=True):
+                buffer[0] = state[row]
+        else:
+            self._arena.gather(rows, states)
         for view, array in zip(self._executor.inputs(), inputs, strict=True):
             view[...] = array
 

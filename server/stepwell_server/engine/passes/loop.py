@@ -67,7 +67,6 @@ class PassLoop:
         """No pass begins while too much waits for the store; `model.work` is rung when that has ended."""
         self._clock = clock
         self._observer = observer
-        self._running = False
         self._pass_began = 0.0
         self._contended_until = 0.0
         """Until this time long work runs in short slices."""
@@ -78,11 +77,14 @@ class PassLoop:
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._iterate)
+        inbox.listen(direct.run_unchecked)
 
     @property
     def busy(self) -> bool:
         """Whether a pass runs, or something waits for one."""
-        return self._running or self._model.work.is_due or bool(self._inbox) or bool(self._model.ready)
+        return (
+            self._model.is_running or self._model.work.is_due or bool(self._inbox) or bool(self._model.ready)
+        )
 
     async def idle(self) -> None:
         """Return when no pass runs and nothing waits for one."""
@@ -96,7 +98,11 @@ class PassLoop:
         Returns:
             Whether there is work for another iteration. A pass on threads rings when it ends.
         """
-        if self._running or self._commits.is_full or (self._window.is_open and self._waits_for_callers()):
+        if (
+            self._model.is_running
+            or self._commits.is_full
+            or (self._window.is_open and self._waits_for_callers())
+        ):
             return False
         rows = self._inbox.rows
         came = self._inbox.drain()
@@ -158,7 +164,7 @@ class PassLoop:
         except Exception as error:
             self._fail_all(jobs, error)
             return False
-        self._running, self._pass_began = True, now
+        self._model.is_running, self._pass_began = True, now
         if self.runner.is_small(work):
             broken: BaseException | None = None
             try:
@@ -223,7 +229,7 @@ class PassLoop:
         self._model.work.used(self._clock.monotonic() - began)
 
     def _finish(self, work: Pass, broken: BaseException | None) -> None:
-        self._running = False
+        self._model.is_running = False
         if broken is not None:
             self._fail_all(work.jobs, broken)
         else:

@@ -38,22 +38,19 @@ class Arena:
 
     def gather(self, rows: Rows, into: Sequence[Array]) -> None:
         """Copy the states of `rows` into buffers of the same length."""
-        if len(rows) == 1:
-            row = int(rows[0])
-            for state, buffer in zip(self.states, into, strict=True):
-                buffer[0] = state[row]
-            return
         for state, buffer in zip(self.states, into, strict=True):
             # mode="clip" lets numpy write straight into `out`; the rows are always in range
             np.take(state, rows, axis=0, out=buffer, mode="clip")
 
     def write(self, rows: Rows, states: Sequence[Array]) -> None:
         """Set the states of `rows`."""
-        _write(self.states, rows, states)
+        for state, values in zip(self.states, states, strict=True):
+            state[rows] = values
 
     def keep_outputs(self, rows: Rows, outputs: Sequence[Array]) -> None:
         """Keep the outputs of the last time step of `rows`."""
-        _write(self.outputs, rows, outputs)
+        for kept, values in zip(self.outputs, outputs, strict=True):
+            kept[rows] = values
 
     def pack(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
@@ -117,17 +114,6 @@ class Arena:
         """Set `rows` to an initial state: that of their sessions' model version."""
         for state, value in zip(self.states, initial, strict=True):
             state[rows] = value
-
-
-def _write(arrays: Sequence[Array], rows: Rows, values: Sequence[Array]) -> None:
-    """Set rows of arrays. For a single row, an index costs a third of an array of indexes."""
-    if len(rows) == 1:
-        row = int(rows[0])
-        for array, value in zip(arrays, values, strict=True):
-            array[row] = value[0]
-        return
-    for array, value in zip(arrays, values, strict=True):
-        array[rows] = value
 
 
 def _as_slice(rows: Rows) -> Rows | slice:

@@ -59,6 +59,8 @@ class Model:
     """The epoch of records of sessions that moved to another version while work begun on this one was active."""
     digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
     """Prefixes of the digests of changes of its sessions: see `core.exactly_once`."""
+    is_running: bool = False
+    """A pass runs."""
     waiting: int = 0
     """Changes and holds that wait for their session or for rows: see `queues`."""
 

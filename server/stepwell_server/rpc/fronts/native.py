@@ -64,6 +64,8 @@ _OPTIONS: Mapping[str, Option] = {
 }
 #: How often to ask the crate for more arrivals in one iteration of the event loop, while several connections are active.
 _MAX_TAKES = 16
+#: The same in seconds: steps may run as soon as they are taken.
+_MAX_TAKE_S = 200e-6
 #: The source of arrivals, for the scheduling of large work.
 _ARRIVALS = ("arrivals",)
 #: Number of connections whose callers are remembered.
@@ -370,6 +372,7 @@ class NativeFront:
         self._run(lambda: self._take_all(front))
 
     def _take_all(self, front: stepwell_front.Front) -> None:
+        until = self._clock.monotonic() + _MAX_TAKE_S
         takes_left = _MAX_TAKES
         while takes_left:
             try:
@@ -382,7 +385,8 @@ class NativeFront:
             for arrival in taken:
                 self._add(arrival, is_all=len(taken) == 1)
             # a busy connection must not hide the others; for a single active one, passes run in between
-            takes_left = takes_left - 1 if self._arrivals.is_contended else 0
+            is_over = not self._arrivals.is_contended or self._clock.monotonic() > until
+            takes_left = 0 if is_over else takes_left - 1
 
     def _run(self, work: Callable[[], None], *, is_large: bool = False) -> None:
         """Do some work, then process the arrivals that are due, then run a pass unless the work was large."""
