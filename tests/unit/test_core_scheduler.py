@@ -159,6 +159,21 @@ def test_others_are_about_while_they_wait_and_for_a_moment_after() -> None:
     assert not scheduler.is_contended(2 * ACTIVE_S)
 
 
+def test_steps_that_run_without_jobs_keep_the_passes_of_other_connections_short() -> None:
+    frame, more = many("a", 1, 300), many("a", 1, 300)
+    scheduler = scheduler_of(1000, *frame)
+    assert scheduler.max_rows_of_pass(1.0, 100) is None, "nobody else is active"
+    scheduler.alone_until, scheduler.alone_by = 1.0 + ACTIVE_S, frame[0].source[-1]
+    assert not scheduler.is_contended(1.0), "the same connection"
+    scheduler.alone_by = ["another"]
+    assert scheduler.is_contended(1.0)
+    assert scheduler.max_rows_of_pass(1.0, 100) == 100
+    assert len(scheduler.next_pass(1.0, 100)) == 1
+    assert not scheduler.is_contended(1.0 + 2 * ACTIVE_S)
+    scheduler.add(*more)
+    assert scheduler.max_rows_of_pass(1.0 + 2 * ACTIVE_S, 100) is None
+
+
 def test_a_source_is_the_only_one_as_long_as_no_other_is_about() -> None:
     scheduler = scheduler_of(1000, *many("a", 1, 300))
     assert scheduler.only_source(0.0) is None, "nobody had a pass yet"

@@ -394,14 +394,15 @@ async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_lo
 
 
 @pytest.mark.parametrize("rows", [LARGE_INTAKE, LARGE_INTAKE + 1])
+@pytest.mark.parametrize("steps", [1, 2], ids=["without a pass", "in a pass"])
 @pytest.mark.stores("memory")
 @pytest.mark.engine(resident_rows=2 * LARGE_INTAKE)
 async def test_a_large_intake_beside_another_source_is_an_iteration_of_its_own(
-    rows: int, at: Harness
+    rows: int, steps: int, at: Harness
 ) -> None:
     names = await open_all(at, rows)
     await at.open("quiet", "silent")
-    await at.submit(["quiet", "silent"], x(2), connection="quiet").require_all_applied()
+    await at.submit(["quiet", "silent"][:steps], x(steps), connection="quiet").require_all_applied()
     (model,) = at.internals.models
     iterate = at.internals.turn_of(model)
     large = at.submit(names, x(rows), connection="large")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, Self, TypeVar
@@ -33,6 +34,8 @@ Source = tuple[Hashable, ...]
 T = TypeVar("T")
 #: The source of many callers' steps that run together, while all of them fit into one pass.
 ALL_CALLERS: Source = (None,)
+#: The source of steps that run without jobs, where it counts as one of several.
+_STEPS: Source = ("steps",)
 
 
 def source_of(caller: Caller, connection: Hashable) -> Source:
@@ -331,6 +334,10 @@ class Scheduler(Generic[J]):
         self._was_light = False
         """The latest pass had only light sources."""
         self.rows_waiting = 0
+        self.alone_until = -math.inf
+        self.alone_by: object = None
+        """Until when the sender of the last step that ran without a job is active, and its connection, or a list of it.
+        Plain attributes: each such step sets them."""
 
     def __bool__(self) -> bool:
         return bool(self._queue)
@@ -350,7 +357,17 @@ class Scheduler(Generic[J]):
         """Whether several sources are active."""
         self._forget_inactive(now)
         active, waiting = self._active, self._waiting
-        return len(active) > 1 or len(waiting) > 1 or (bool(active) and not waiting.keys() <= active.keys())
+        if len(active) > 1 or len(waiting) > 1 or (active and not waiting.keys() <= active.keys()):
+            return True
+        return self._is_beside_steps(now)
+
+    def _is_beside_steps(self, now: float) -> bool:
+        """Whether another connection than those with jobs has sent a step that ran without one."""
+        if now > self.alone_until or self.alone_by is None:
+            return False
+        connection = self.alone_by[0] if isinstance(self.alone_by, list) else self.alone_by
+        others = {*self._waiting, *self._active} - {ALL_CALLERS}
+        return any(source[-1] != connection for source in others)
 
     def only_source(self, now: float) -> Source | None:
         """The only source with jobs in recent passes; None: there were several, or none."""
@@ -371,6 +388,8 @@ class Scheduler(Generic[J]):
         if self.rows_waiting <= short or not self.is_contended(now):
             return None
         rows = {source: rows for source, (_, rows) in self._active.items()} | self._waiting
+        if self._is_beside_steps(now):
+            rows[_STEPS] = 1
         light = [source for source, count in self._waiting.items() if count <= short // _LIGHT_SHARE]
         self._light = light if not self._was_light and len(light) < len(self._waiting) else []
         return max(short, len(rows) * min(rows.values()))

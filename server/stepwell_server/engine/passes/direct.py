@@ -15,7 +15,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.exactly_once import ANY_REVISION, applies, judge
-from stepwell_server.core.scheduler import ALL_CALLERS, Source
+from stepwell_server.core.scheduler import ACTIVE_S, ALL_CALLERS, Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
@@ -138,7 +138,10 @@ class Direct:
             change.fail(change.members, _log.internal("a pass raised", error, model=model.name))
             return True
         self._commit(change, outcome, outputs, started)
-        if source is not None:
+        if source is None:
+            ready = model.ready
+            ready.alone_until, ready.alone_by = started + ACTIVE_S, change.connections or change.connection
+        else:
             model.ready.ran(source, count, started)
             model.iteration_cost.learn(count, self._clock.monotonic() - started)
         return True
