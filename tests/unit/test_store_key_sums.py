@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stepwell_server.errors import SessionNotFound, StateCorrupt
 from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk import lmdb as module
-from stepwell_server.store.disk.key_sums import KeyCheck
+from stepwell_server.store.disk.key_sums import PUT_SIZE, Change, KeyCheck
 from support.engine.harness import x
 from support.samples import examples
 from support.stores.disk_store import begin, end, opened_base, put, record
@@ -102,6 +104,25 @@ def test_changes_while_it_looks_are_no_damage(
 
 
 @pytest.mark.stores("async")
+@pytest.mark.parametrize("begin", [0, 300])
+def test_no_call_of_lmdb_puts_many_records(begin: int) -> None:
+    stored: dict[bytes, bytes] = {} if begin else dict.fromkeys(map(str.encode, IDS), b"")
+    sizes: list[int] = []
+
+    def putmulti(items: Sequence[tuple[bytes, bytes]], *, overwrite: bool) -> None:
+        assert overwrite is not bool(begin)
+        sizes.append(len(items))
+        stored.update(items)
+
+    cursor = SimpleNamespace(putmulti=putmulti)
+    transaction = SimpleNamespace(cursor=lambda _: cursor, stat=lambda _: {"entries": len(stored)})
+    change = Change()
+    change.put(transaction, None, [(name.encode(), b"1") for name in IDS], begin)
+    assert set(stored.values()) == {b"1"}
+    assert len(change.added) == begin
+    assert max(sizes) == PUT_SIZE, "each call holds Python's lock"
+
+
 async def test_while_sessions_are_missing_none_is_begun_in_their_place(disk: Disk) -> None:
     async with disk.engine() as at:
         await at.open("here", "hidden", "closed")

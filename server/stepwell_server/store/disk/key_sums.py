@@ -24,6 +24,8 @@ NAME = b"key sums"
 """Key in LMDB's `meta`."""
 _VALUE = struct.Struct("<QQ")  # count, sum
 _WRAP = 2**64
+PUT_SIZE = 64
+"""Records of one call of LMDB, which holds Python's lock: the event loop waits for up to 1.5 us per record."""
 BATCH_SIZE = 256
 """Keys that are checked per step, a third of a millisecond, while writes wait."""
 #: Keys that are checked while the store is opened.
@@ -74,7 +76,7 @@ class Change:
     ) -> None:
         """Put records, of which `begin` are of new sessions; None: unknown.
 
-        If all are new, or none, they are put with one call.
+        If all are new, or none, they are put with few calls.
 
         Raises:
             UnexpectedKeys: the number is wrong. Repeat the transaction with None.
@@ -82,7 +84,8 @@ class Change:
         cursor = transaction.cursor(sessions)
         if begin in (0, len(items)):
             before = transaction.stat(sessions)["entries"]
-            cursor.putmulti(items, overwrite=not begin)
+            for start in range(0, len(items), PUT_SIZE):
+                cursor.putmulti(items[start : start + PUT_SIZE], overwrite=not begin)
             if transaction.stat(sessions)["entries"] != before + begin:
                 raise UnexpectedKeys
             self.added.extend([key for key, _ in items] if begin else ())
