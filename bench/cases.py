@@ -7,7 +7,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,15 @@ PROFILE_S = 3.0
 LONG_STEPS = 10_000
 BESIDE_LONG = 8
 """Streams that are watched while another client runs long requests."""
-STORES = {"memory": (), "async": ("--durability", "async"), "sync": ("--durability", "sync")}
+_ASYNC, _SYNC = ("--durability", "async"), ("--durability", "sync")
+STORES: Mapping[str, tuple[Sequence[str], float | None]] = {
+    "memory": ((), None),
+    "async": (_ASYNC, None),
+    "sync": (_SYNC, None),
+    "sync, 0 ms": (_SYNC, 0.0),
+    "sync, 0.3 ms": (_SYNC, 0.3e-3),
+}
+"""Options of each server, and the pause of its log in place of each flush."""
 HELD = 50_000
 """Sessions that are opened to see what one takes."""
 OPEN_BATCH_SIZE = 10_000
@@ -117,12 +125,14 @@ def width(plan: Plan) -> list[Point]:
 
 
 def durability(plan: Plan) -> list[Point]:
-    """The same load on three servers, one with each store; ratios are to the one in memory."""
+    """The same load on servers with each store; ratios are to the one in memory."""
     with contextlib.ExitStack() as stack:
         servers = {}
-        for name, options in STORES.items():
+        for name, (options, pause_s) in STORES.items():
             folder = None if name == "memory" else stack.enter_context(disk.data_folder())
-            servers[name] = stack.enter_context(harness.serve("small", extra_args=options, data_dir=folder))
+            servers[name] = stack.enter_context(
+                harness.serve("small", extra_args=options, data_dir=folder, pause_s=pause_s)
+            )
         measures: dict[Key, Measure] = {}
         for kind, count in (("unary", 1), ("stream", 1), ("unary", MANY), ("stream", MANY), ("group", MANY)):
             for name, server in servers.items():

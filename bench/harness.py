@@ -84,16 +84,35 @@ def serve(
     front: str = "auto",
     extra_args: Sequence[str] = (),
     data_dir: Path | None = None,
+    pause_s: float | None = None,
 ) -> Iterator[LocalServer]:
     """A server of some of the models, or of others. Without a folder it keeps sessions in memory. Compiles what its cache lacks.
+
+    With `pause_s` its log pauses instead of flushing.
 
     Raises:
         ServerEndedError: It ended before the block did; with its last log lines.
     """
     paths = {name: model_path(name) for name in names} | dict(models or {})
     arguments = ["--log-level", "warning", "--front", front, *extra_args]
-    with LocalServer(paths, data_dir, extra_args=arguments, cache_dir=OUT / "cache") as server, alive(server):
+    made = PausedServer(paths, data_dir, extra_args=arguments, cache_dir=OUT / "cache", pause_s=pause_s)
+    with made as server, alive(server):
         yield server
+
+
+class PausedServer(LocalServer):
+    """A server whose log pauses instead of flushing, unless `pause_s` is None: see `paused_server`."""
+
+    def __init__(self, *arguments: Any, pause_s: float | None, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._pause_s = pause_s
+
+    def _command(self) -> list[str]:
+        command = super()._command()
+        if self._pause_s is not None:
+            place = command.index("-m")
+            command[place : place + 2] = [str(HERE / "paused_server.py"), str(self._pause_s)]
+        return command
 
 
 @contextlib.contextmanager

@@ -16,7 +16,13 @@ MODELS = {
     "large": "LSTM(1024), 128 features",
 }
 FRONTS = {"native": "native", "python": "Python"}
-_STORES = {"memory": "in memory", "async": "disk, async", "sync": "disk, sync"}
+_STORES = {
+    "memory": "in memory",
+    "async": "disk, async",
+    "sync": "disk, sync",
+    "sync, 0 ms": "disk, sync, flushes of 0 ms",
+    "sync, 0.3 ms": "disk, sync, flushes of 0.3 ms",
+}
 
 
 def number(value: float | None) -> str:

@@ -59,6 +59,7 @@ def _some_slow(kinds: Sequence[str], test: str) -> list[Any]:
 def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kind of the stores that `support.engine.harness.running` makes."""
     from stepwell_server.store.disk import reserve
+    from stepwell_server.store.disk.wal import writers
     from support.engine.harness import STORES
     from support.stores.gated_valkey import clocked
 
@@ -67,6 +68,9 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
         yield STORES.kind
         return
     with contextlib.ExitStack() as stack:
+        if STORES.kind == "sync_python":
+            STORES.kind = "sync"
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(writers, "NATIVE", None)
         if STORES.kind == "valkey":
             stack.enter_context(clocked(STORES.server()))
         # the system would clear all of it for each of thousands of stores

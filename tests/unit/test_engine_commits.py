@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -22,9 +22,21 @@ from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.errors import Internal, ServerError, Unavailable
 from stepwell_server.store.access import local_writes, thread
 from stepwell_server.store.access.batches import groups_of, merged
-from stepwell_server.store.access.local_writes import MANY
-from stepwell_server.store.base import SMALL, Batch, CommitResult, End, LocalStore, Tombstone, Write
+from stepwell_server.store.access.local_writes import MAX_BUILT_HERE
+from stepwell_server.store.base import (
+    SMALL,
+    Batch,
+    CommitResult,
+    End,
+    LocalStore,
+    LogWrite,
+    LogWriter,
+    Parts,
+    Tombstone,
+    Write,
+)
 from stepwell_server.store.disk.lmdb import LmdbStore
+from stepwell_server.store.disk.wal.writers import ThreadWriter
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import RecordBytes
@@ -156,7 +168,9 @@ async def test_small_ones_are_made_in_place_unless_they_wait_for_the_disk(
     assert store.threads[-1] == "stepwell-store"
 
 
-@pytest.mark.parametrize(("size", "where"), [(MANY, "MainThread"), (MANY + 1, "stepwell-store")])
+@pytest.mark.parametrize(
+    ("size", "where"), [(MAX_BUILT_HERE, "MainThread"), (MAX_BUILT_HERE + 1, "stepwell-store")]
+)
 async def test_records_for_the_thread_are_made_on_the_loop_unless_they_are_many(
     size: int, where: str
 ) -> None:
@@ -250,6 +264,9 @@ class Logged(Slow):
         self.appended: list[tuple[str, str]] = []
         """The sessions of each, and who did it."""
         self.has_room = True
+        self.log_gate = threading.Event()
+        """A write to the log waits while it is closed."""
+        self.log_gate.set()
         self.append_error: Exception | None = None
 
     def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
@@ -259,6 +276,33 @@ class Logged(Slow):
             who = threading.current_thread().name
             self.appended.append(("".join(session_id for session_id, _ in puts), who))
         return self.has_room
+
+    def begin_append(self, parts: Parts) -> LogWrite | None:
+        return LoggedWrite(self, parts) if self.has_room else None
+
+    def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:
+        if error is not None:
+            raise error
+        return write.count > 0
+
+    def new_writer(self, on_end: Callable[[], None]) -> LogWriter:
+        return ThreadWriter(on_end)
+
+
+class LoggedWrite:
+    """A write to the log of `Logged`."""
+
+    def __init__(self, store: Logged, parts: Parts) -> None:
+        self._store = store
+        self._puts = [put for part in parts for put in part]
+        self.count = len(self._puts)
+
+    def make(self) -> None:
+        assert self._store.log_gate.wait(WAIT_S)
+        if self._store.append_error is not None:
+            raise self._store.append_error
+        who = threading.current_thread().name
+        self._store.appended.append(("".join(session_id for session_id, _ in self._puts), who))
 
 
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
@@ -285,8 +329,9 @@ async def test_small_changes_overtake_large_ones(logged: tuple[Logged, Commits, 
     told.submit("d")
     told.submit("e", size=HUGE, is_change=True)
     await release(store, commits)
-    assert told.names == "abcLde", "what may not pass, or is large, has its turn"
-    assert len(store.appended) == 3
+    assert told.names.startswith("abcL"), "other writes, and large ones, wait for the thread"
+    assert sorted(told.names[4:]) == ["d", "e"]
+    assert len(store.appended) == (4 if store.waits_for_disk else 3)
 
 
 async def test_a_change_without_room_in_the_log_is_committed_in_order(
@@ -309,7 +354,8 @@ async def test_what_the_log_refuses_is_told_and_it_goes_on(
     times = (
         itertools.count()
     )  # each look at the clock is a second later: what failed says nothing of what others cost
-    monkeypatch.setattr(local_writes, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
+    if not store.waits_for_disk:
+        monkeypatch.setattr(local_writes, "time", SimpleNamespace(perf_counter=lambda: float(next(times))))
     costs = commits.may_commit_here(1)
     store.append_error = ValueError("a secret detail")
     told.submit("a", is_change=True)
@@ -351,25 +397,49 @@ async def test_whoever_commits_checkpoints_what_others_append(
     assert {who.split()[0] for who in store.tended} == {"stepwell-store"}
 
 
-async def test_changes_of_others_are_passed_only_by_small_ones_in_a_hurry_and_where_they_are_many(
-    logged: tuple[Logged, Commits, Told],
-) -> None:
-    store, commits, told = logged
-    await release(store, commits)
-    store.gate.clear()
-    store.inside.clear()
-    store.waits_for_disk = True
-    told.submit("m", size=MANY, is_change=True)
-    await inside(store)
-    told.submit("a", is_change=True, is_latency_sensitive=True)
+async def test_changes_that_arrive_during_a_write_to_the_log_share_the_next_one() -> None:
+    store = Logged(waits_for_disk=True)
+    commits = Commits(store)
+    told = Told(commits, store)
+    store.log_gate.clear()
+    for name, size in (("a", 1), ("m", MAX_BUILT_HERE), ("b", 1), ("n", MAX_BUILT_HERE), ("c", 1)):
+        told.submit(name, size=size, is_change=True)
+    assert told.told == []
+    store.log_gate.set()
+    await until(lambda: commits.is_idle)
+    assert [names for names, _ in store.appended] == ["a", "mn", "bc"], "small and large ones alternate"
+    assert told.names == "amnbc"
+    assert commits.close(WAIT_S)
+
+
+async def test_what_the_log_refuses_later_is_committed() -> None:
+    store = Logged(waits_for_disk=True)
+    commits = Commits(store)
+    told = Told(commits, store)
+    store.log_gate.clear()
+    told.submit("a", is_change=True)
     told.submit("b", is_change=True)
-    assert store.appended == []
-    told.submit("n", is_change=True)
-    told.submit("c", is_change=True, is_latency_sensitive=True)
-    told.submit("d", size=SMALL + 1, is_change=True, is_latency_sensitive=True)
-    await until(lambda: told.names == "Lc")
-    await release(store, commits)
-    assert told.names == "Lcmabnd"
+    store.has_room = False
+    store.log_gate.set()
+    await until(lambda: commits.is_idle)
+    assert [names for names, _ in store.appended] == ["a"]
+    assert store.get("b") == b"record"
+    assert told.names == "ab"
+    assert commits.close(WAIT_S)
+
+
+async def test_the_end_waits_for_the_log() -> None:
+    store = Logged(waits_for_disk=True)
+    commits = Commits(store)
+    told = Told(commits, store)
+    store.log_gate.clear()
+    told.submit("a", is_change=True)
+    told.submit("b", is_change=True)
+    ending = asyncio.create_task(commits.lanes.end(WAIT_S))
+    await asyncio.sleep(0)
+    store.log_gate.set()
+    assert await ending
+    assert told.names == "ab"
 
 
 async def test_small_changes_do_not_wait_for_a_checkpoint(
@@ -390,17 +460,18 @@ async def test_small_changes_do_not_wait_for_a_checkpoint(
 
     store.checkpoint = slow  # type: ignore[method-assign]
     store.needs_checkpoint = True
-    told.submit("m", size=MANY, is_change=True)
+    told.submit("m", size=MAX_BUILT_HERE, is_change=True)
     assert await asyncio.to_thread(inside_it.wait, WAIT_S)
     await until(lambda: told.names.endswith("m"))
     told.submit("a", is_change=True)
     told.submit("b", size=SMALL + 1, is_change=True)
     told.submit("c")
-    await until(lambda: told.names.endswith("a"))
-    assert store.appended == [("a", "stepwell-store-log")]
+    await until(lambda: "a" in told.names and "b" in told.names)
+    assert {who for _, who in store.appended} == {"stepwell-store-log"}
     go_on.set()
     await commits.idle()
-    assert told.names == "Lmabc"
+    assert sorted(told.names) == sorted("Lmabc")
+    assert told.names[-1] == "c"
 
 
 async def test_work_added_after_a_wake_up_is_done_before_the_end() -> None:

@@ -37,20 +37,13 @@ def opened(path: Path, size: int = SIZE) -> Segment:
     return Segment(path, there or size, OWNER, flush=False, make=True)
 
 
-def append(segment: Segment, write: Write) -> bool:
-    """A lone record has a way of its own."""
-    if len(write) == 1 and len(write[0]) == 1:
-        return segment.append_one(*write[0][0])
-    return segment.append(write)
-
-
 def made(path: Path, writes: Sequence[Write] = (), size: int = SIZE) -> list[int]:
     """Make a segment with some writes; where they end."""
     segment = opened(path, size)
     segment.truncate(0)
     ends = [segment.end]
     for write in writes:
-        assert append(segment, write)
+        assert segment.append(write)
         ends.append(segment.end)
     segment.close()
     return ends
@@ -95,7 +88,7 @@ def older(path: Path) -> None:
     """Fill a segment with small entries to its end, and truncate it: none of them counts any more."""
     segment = emptied(path)
     number = 0
-    while append(segment, [records_of(number + 100, "a", "x")]):
+    while segment.append([records_of(number + 100, "a", "x")]):
         number += 1
     segment.truncate(0)
     segment.close()
@@ -133,7 +126,7 @@ def test_what_was_appended_is_there_when_it_is_loaded(
     path = tmp_path_factory.mktemp("wal") / "0"
     first = opened(path, LARGE)
     first.truncate(7)
-    assert all(append(first, write) for write in writes)
+    assert all(first.append(write) for write in writes)
     assert held(first) == all_of(writes)
     second = loaded(path, 1)
     assert held(second) == all_of(writes)
@@ -142,7 +135,7 @@ def test_what_was_appended_is_there_when_it_is_loaded(
         == (LARGE, first.end, first.sequence)
         == (LARGE, first.end, 7 + len(writes))
     )
-    assert all(append(second, write) for write in more)
+    assert all(second.append(write) for write in more)
     third = loaded(path, LARGE)
     assert held(third) == held(second) == all_of([*writes, *more])
     for segment in (first, second, third):
@@ -162,10 +155,10 @@ def test_a_lone_record_is_written_as_one_among_others(session_id: str, size: int
 def test_a_template_that_is_filled_again_is_written_as_it_is_then(path: Path) -> None:
     segment = emptied(path)
     puts = template(["a", "b"], 1)
-    append(segment, [puts])
+    segment.append([puts])
     puts[:] = template(["a", "b"], 2)
     puts.together, puts.checksums = (again := template(["a", "b"], 2)).together, again.checksums
-    append(segment, [puts])
+    segment.append([puts])
     segment.close()
     assert found_in(path) == put_all([template(["a", "b"], 2)])
 
@@ -184,7 +177,7 @@ def test_nothing_that_an_earlier_generation_left_behind_is_found(path: Path) -> 
     segment.truncate(50)
     for revision in range(20):
         assert found_in(path) == (put_all([records_of(revision - 1, "a", "c")]) if revision else {})
-        append(segment, [records_of(revision, "a", "c")])
+        segment.append([records_of(revision, "a", "c")])
     segment.close()
 
 
@@ -192,8 +185,8 @@ def test_numbers_go_on_when_it_is_truncated_and_when_it_is_loaded(path: Path) ->
     segment = opened(path)
     segment.truncate(41)
     assert segment.sequence == 41
-    append(segment, [records_of(0, "a"), records_of(1, "b")])
-    append(segment, [records_of(2, "a")])
+    segment.append([records_of(0, "a"), records_of(1, "b")])
+    segment.append([records_of(2, "a")])
     assert segment.sequence == 43
     segment.close()
     segment = loaded(path)
@@ -209,12 +202,12 @@ def test_numbers_go_on_when_it_is_truncated_and_when_it_is_loaded(path: Path) ->
 def test_without_room_nothing_changes(path: Path, size: int) -> None:
     segment = emptied(path)
     revision = 0
-    while append(segment, [records_of(revision, "a", size=size)]):
+    while segment.append([records_of(revision, "a", size=size)]):
         revision += 1
     there, facts = path.read_bytes(), (dict(segment.offsets), segment.end, segment.sequence)
     assert revision > 1
-    assert not append(segment, [records_of(99, "b", size=size), records_of(99, "c")])
-    assert not append(segment, [records_of(99, "b", size=SIZE)])
+    assert not segment.append([records_of(99, "b", size=size), records_of(99, "c")])
+    assert not segment.append([records_of(99, "b", size=SIZE)])
     assert path.read_bytes() == there
     assert len(there) == SIZE
     assert (segment.offsets, segment.end, segment.sequence) == facts
@@ -227,8 +220,8 @@ def test_the_very_last_byte_can_be_used(path: Path) -> None:
     path.unlink()
     segment = emptied(path, end)
     assert start == segment.end
-    assert append(segment, [records_of(5, "a", size=100)])
-    assert not append(segment, [()])
+    assert segment.append([records_of(5, "a", size=100)])
+    assert not segment.append([()])
     assert path.stat().st_size == segment.end == end
     segment.close()
     assert found_in(path) == put_all([records_of(5, "a", size=100)])
@@ -239,7 +232,7 @@ def test_a_file_that_was_laid_out_and_no_more_has_nothing(path: Path) -> None:
     segment = opened(path)
     with pytest.raises(SegmentCorrupt, match="first entry is missing"):
         segment.load()
-    assert not append(segment, [records_of(0, "a")]), "it must be filled first"
+    assert not segment.append([records_of(0, "a")]), "it must be filled first"
     segment.close()
 
 
@@ -274,9 +267,9 @@ LAST: dict[str, Write] = {
 def pictures(path: Path, earlier: Sequence[Write], last: Write) -> tuple[bytes, bytes, int, int]:
     """The file before and after the last write, and where that begins and ends."""
     segment = emptied(path)
-    assert all(append(segment, write) for write in earlier)
+    assert all(segment.append(write) for write in earlier)
     before, start = path.read_bytes(), segment.end
-    assert append(segment, last)
+    assert segment.append(last)
     after, end = path.read_bytes(), segment.end
     segment.close()
     return before, after, start, end
@@ -327,7 +320,7 @@ def go_on(path: Path, *, times: int = 3) -> None:
     wanted = held(segment)
     for revision in range(50, 50 + times):
         write = [records_of(revision, "b" if revision == 50 else "a")]
-        assert append(segment, write)
+        assert segment.append(write)
         wanted |= all_of([write])
         assert found_in(path) == wanted
     segment.close()
@@ -452,9 +445,9 @@ def test_a_file_that_is_not_a_segment_is_refused(path: Path) -> None:
     with pytest.raises(SegmentCorrupt, match=f"^{path} cannot be read: "):
         segment.load()
     assert not segment.offsets
-    assert not append(segment, [records_of(0, "a")])
+    assert not segment.append([records_of(0, "a")])
     segment.truncate(3)
-    assert append(segment, [records_of(0, "a")])
+    assert segment.append([records_of(0, "a")])
     segment.close()
 
 
@@ -506,17 +499,17 @@ def test_of_a_write_that_fails_nothing_is_there(
     path: Path, before: str, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     segment = emptied(path)
-    assert all(append(segment, write) for write in EARLIER)
+    assert all(segment.append(write) for write in EARLIER)
     facts = (held(segment), segment.end, segment.sequence)
     size = sum(len(stored) for part in LAST[what] for _, stored in part)
     for most in some(range(0, size, 11)):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", Disk(1000, most))
             with pytest.raises(OSError, match="Input/output error"):
-                append(segment, LAST[what])
+                segment.append(LAST[what])
         assert (held(segment), segment.end, segment.sequence) == facts
         assert found_in(path) == all_of(EARLIER)
-    assert append(segment, LAST[what])
+    assert segment.append(LAST[what])
     assert held(segment) == found_in(path) == all_of([*EARLIER, LAST[what]])
     segment.close()
 
@@ -543,9 +536,9 @@ def test_the_next_write_counts_even_where_a_failed_one_could_not_be_erased(
         patch.setattr(os, "pwritev", late)
         patch.setattr(os, "pwrite", io_error)
         with pytest.raises(OSError, match="Input/output error"):
-            append(segment, [records_of(1, "a"), records_of(1, "b")][:parts])
+            segment.append([records_of(1, "a"), records_of(1, "b")][:parts])
     assert segment.offsets == {}
-    assert append(segment, [records_of(7, "b")])
+    assert segment.append([records_of(7, "b")])
     segment.close()
     assert found_in(path) == put_all([records_of(7, "b")])
 
@@ -560,9 +553,9 @@ def test_a_segment_that_could_not_be_truncated_has_no_room_until_it_could(
             patch.setattr(os, "pwritev", Disk(1000, most))
             with pytest.raises(OSError, match="Input/output error"):
                 segment.truncate(2)
-        assert not append(segment, [records_of(1, "a")])
+        assert not segment.append([records_of(1, "a")])
         assert not segment.offsets
     segment.truncate(2)
-    assert append(segment, [records_of(9, "z")])
+    assert segment.append([records_of(9, "z")])
     segment.close()
     assert found_in(path) == put_all([records_of(9, "z")])

@@ -14,6 +14,7 @@
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // called only from Python
 
 mod clock;
+mod log_writer;
 mod method;
 mod wakeup;
 
@@ -81,4 +82,6 @@ mod python {
     mod known_callers;
     #[cfg(feature = "python")]
     mod lists;
+    #[cfg(feature = "python")]
+    mod log_writer;
 }

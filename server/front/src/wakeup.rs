@@ -9,12 +9,53 @@ use std::sync::Arc;
 /// Limit of sockets in the set. While there are more, the loop does not drive.
 const MAX_SOCKETS: usize = 64;
 
-/// Wakes Python's event loop. Any thread may ring.
+/// A descriptor that is readable from a ring until it is quieted. Any thread may ring.
 #[derive(Debug)]
-pub struct Wakeup {
+pub struct Event {
     event: OwnedFd,
     /// Whether it was rung and not quieted.
     is_rung: AtomicBool,
+}
+
+impl Event {
+    pub fn new() -> io::Result<Self> {
+        Ok(Event { event: eventfd()?, is_rung: AtomicBool::new(false) })
+    }
+
+    pub fn fd(&self) -> i32 {
+        self.event.as_raw_fd()
+    }
+
+    #[allow(unsafe_code)]
+    pub fn ring(&self) {
+        if self.is_rung.swap(true, Ordering::SeqCst) {
+            return; // the reader takes this arrival too, because it takes arrivals after `quiet`
+        }
+        let one: u64 = 1;
+        // SAFETY: eight bytes of a number that lives until the call returns, written to an eventfd that is ours.
+        // It can only fail if the counter is full, and then the eventfd is readable already.
+        let _ = unsafe { libc::write(self.fd(), std::ptr::from_ref(&one).cast(), 8) };
+    }
+
+    /// Reset the signal, before the reader takes the arrivals.
+    #[allow(unsafe_code)]
+    pub fn quiet(&self) {
+        if !self.is_rung.load(Ordering::SeqCst) {
+            return;
+        }
+        let mut count: u64 = 0;
+        // SAFETY: eight bytes into a number that lives until the call returns.
+        let size = unsafe { libc::read(self.fd(), std::ptr::from_mut(&mut count).cast(), 8) };
+        if size == 8 {
+            self.is_rung.store(false, Ordering::SeqCst);
+        } // otherwise a ringing thread is about to write it
+    }
+}
+
+/// Wakes Python's event loop. Any thread may ring.
+#[derive(Debug)]
+pub struct Wakeup {
+    event: Event,
     /// The epoll set of the sockets.
     sockets: OwnedFd,
     /// The epoll set of the eventfd and, while the loop drives, of `sockets`: readable if one of them is.
@@ -30,14 +71,9 @@ struct SocketCounts {
 
 impl Wakeup {
     pub fn new() -> io::Result<Self> {
-        let wakeup = Wakeup {
-            event: eventfd()?,
-            is_rung: AtomicBool::new(false),
-            sockets: epoll()?,
-            all: epoll()?,
-            counts: Arc::default(),
-        };
-        control(&wakeup.all, libc::EPOLL_CTL_ADD, wakeup.event.as_raw_fd())?;
+        let wakeup =
+            Wakeup { event: Event::new()?, sockets: epoll()?, all: epoll()?, counts: Arc::default() };
+        control(&wakeup.all, libc::EPOLL_CTL_ADD, wakeup.event.fd())?;
         Ok(wakeup)
     }
 
@@ -47,29 +83,13 @@ impl Wakeup {
     }
 
     /// Wake the event loop.
-    #[allow(unsafe_code)]
     pub fn ring(&self) {
-        if self.is_rung.swap(true, Ordering::SeqCst) {
-            return; // Python takes this arrival too, because it takes arrivals after `quiet`
-        }
-        let one: u64 = 1;
-        // SAFETY: eight bytes of a number that lives until the call returns, written to an eventfd that is ours.
-        // It can only fail if the counter is full, and then the eventfd is readable already.
-        let _ = unsafe { libc::write(self.event.as_raw_fd(), std::ptr::from_ref(&one).cast(), 8) };
+        self.event.ring();
     }
 
     /// Reset the signal, before the event loop takes the arrivals.
-    #[allow(unsafe_code)]
     pub fn quiet(&self) {
-        if !self.is_rung.load(Ordering::SeqCst) {
-            return;
-        }
-        let mut count: u64 = 0;
-        // SAFETY: eight bytes into a number that lives until the call returns.
-        let size = unsafe { libc::read(self.event.as_raw_fd(), std::ptr::from_mut(&mut count).cast(), 8) };
-        if size == 8 {
-            self.is_rung.store(false, Ordering::SeqCst);
-        } // otherwise a ringing thread is about to write it
+        self.event.quiet();
     }
 
     /// Count an open socket until the returned guard is dropped.

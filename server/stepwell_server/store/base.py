@@ -341,18 +341,11 @@ class Write:
     """Receives the answer on the event loop, unless `Store.commit` returned it. It must not raise."""
     is_change: bool = False
     """It only changes existing sessions, which are claimed. So no waiting write concerns them, and it may overtake those."""
-    is_latency_sensitive: bool = False
-    """If it is also a small change, it overtakes larger changes of other sessions too."""
-    passes: bool = False
-    """It is on the thread for small changes."""
+    is_for_log: bool = False
+    """The store's log keeps it, unless it refuses: see `LocalStore.begin_append`."""
     is_made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None
-
-    @property
-    def is_small(self) -> bool:
-        """See `SMALL`."""
-        return self.size <= SMALL
 
     @property
     def answer(self) -> Answer:
@@ -554,6 +547,37 @@ class Store(Protocol):
         """See `LocalStore`."""
 
 
+Parts: TypeAlias = "Sequence[Sequence[tuple[str, RecordBytes]]]"
+"""Changes that are written together, each with the records of its sessions."""
+
+
+class LogWrite(Protocol):
+    """A write to a store's log: see `LocalStore.begin_append`."""
+
+    count: int
+    """Number of records; 0: it only makes room."""
+
+    def make(self) -> None:
+        """Write, and wait for the disk. For any thread.
+
+        Raises:
+            Exception: it failed. None of it was kept.
+        """
+
+
+class LogWriter(Protocol):
+    """Makes writes to a log on a thread, one at a time. For the event loop, except `close`."""
+
+    def begin(self, write: LogWrite) -> None:
+        """Begin a write, after the last one was taken."""
+
+    def take(self) -> tuple[Exception | None, float] | None:
+        """The error, or None, and the seconds of the write that has ended. None: none has ended."""
+
+    def close(self, timeout_s: float) -> bool:
+        """End after the running write; return False if that takes longer. For any thread."""
+
+
 class LocalStore(Protocol):
     """Keeps encoded records and tombstones by session id, and answers at once.
 
@@ -604,6 +628,32 @@ class LocalStore(Protocol):
             Whether all were kept. If not, none was: `commit` keeps them, or raises the reason.
         """
         return False
+
+    # If `has_log` and `waits_for_disk`, the event loop appends with the following four, so that it need not wait.
+
+    def sealed(self, puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[tuple[str, RecordBytes]]:
+        """Return changes in the form of the log. For any thread."""
+        return puts
+
+    def begin_append(self, parts: Parts) -> LogWrite | None:  # noqa: ARG002
+        """Begin to append changes of existing sessions while a commit may be running: see `append`.
+
+        Args:
+            parts: Changes that `sealed` returned.
+
+        Returns:
+            A write to make; call `end_append` afterwards, before the next `begin_append`. None: `commit` keeps the
+            changes, or raises the reason.
+        """
+        return None
+
+    def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:  # noqa: ARG002
+        """End a write that took this long; return whether the changes were kept. If not, begin again or commit them."""
+        return False
+
+    def new_writer(self, on_end: Callable[[], None]) -> LogWriter:  # noqa: ARG002
+        """Return a writer for these writes. `on_end` is called on the running event loop after each."""
+        raise AssertionError("a store with a log has a writer")
 
     @property
     def needs_checkpoint(self) -> bool:

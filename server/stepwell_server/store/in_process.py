@@ -79,7 +79,7 @@ class InProcessStore(Store):
 
     @override
     async def end_commits(self, timeout_s: float) -> bool:
-        return await asyncio.to_thread(self._lanes.close, timeout_s)
+        return await self._lanes.end(timeout_s)
 
     @override
     async def fetch(self, session_ids: Sequence[str], known: Sequence[int] = ()) -> list[StoredSession]:

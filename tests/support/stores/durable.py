@@ -17,9 +17,9 @@ import numpy.typing as npt
 from stepwell_server.engine.api import SessionInfo
 from stepwell_server.errors import Unavailable
 from stepwell_server.program import Program
-from stepwell_server.store.base import Batch, Tombstone
+from stepwell_server.store.base import Batch, LogWrite, LogWriter, Parts, Tombstone
 from stepwell_server.store.disk.store import DiskStore
-from stepwell_server.store.record import RecordBytes
+from stepwell_server.store.record import JoinedPuts, RecordBytes
 from support.clock import ManualClock
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import SEGMENT_BYTES, STORES, Answer, Harness, running
@@ -83,6 +83,20 @@ class Troubled:
         self._keep(Batch(puts=puts), may_append=True)
         return True
 
+    def begin_append(self, parts: Parts) -> LogWrite | None:
+        write = self.store.begin_append(parts)
+        return None if write is None else TroubledWrite(write, Batch(puts=JoinedPuts(parts)))
+
+    def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:
+        assert isinstance(write, TroubledWrite)
+        is_kept = self.store.end_append(write.inner, error, seconds)
+        if write.error is not None:
+            raise type(write.error)(*write.error.args)
+        return is_kept
+
+    def new_writer(self, on_end: Callable[[], None]) -> LogWriter:
+        return TroubledWriter(self, on_end)
+
     def commit(self, batch: Batch) -> None:
         self._keep(batch, may_append=False)
 
@@ -90,17 +104,25 @@ class Troubled:
         with self._alone:
             self.store.checkpoint(briefly=briefly)
 
-    def _keep(self, batch: Batch, *, may_append: bool) -> None:
-        """What fails, stalls and is counted is the same for a commit and for what goes beside one."""
+    def trouble_with(self, batch: Batch) -> tuple[Exception | None, bool, bool]:
+        """Count an attempt. Returns its error, whether the batch is kept, and whether that is before a stall."""
         self.tried.append(batch)
         error, kept = self._errors.popleft() if self._errors else (None, True)
         if self.refuses(batch):
             error, kept = Unavailable("the test says no"), False
-        behind = self._stalls_behind  # as it is now: another stall may begin while this one lasts
-        if kept and behind:
-            self._kept(batch, may_append=may_append)
+        return error, kept, self._stalls_behind  # as it is now: another stall may begin while this one lasts
+
+    def pass_stall(self) -> None:
+        """Return when no stall is on. For any thread."""
         self.inside.set()
         assert self._open.wait(WAIT_S), "the test did not let the store go on"
+
+    def _keep(self, batch: Batch, *, may_append: bool) -> None:
+        """What fails, stalls and is counted is the same for a commit and for what goes beside one."""
+        error, kept, behind = self.trouble_with(batch)
+        if kept and behind:
+            self._kept(batch, may_append=may_append)
+        self.pass_stall()
         if kept and not behind:
             self._kept(batch, may_append=may_append)
         if error is not None:
@@ -123,6 +145,63 @@ class Troubled:
     def _may_read(self) -> None:
         if self.read_error is not None:
             raise type(self.read_error)(*self.read_error.args)
+
+
+class TroubledWrite:
+    """A write to the log of a `Troubled` store."""
+
+    def __init__(self, inner: LogWrite, batch: Batch) -> None:
+        self.inner = inner
+        self.batch = batch
+        self.count = inner.count
+        self.error: Exception | None = None
+        """What the test wants the callers to get, whether or not the write was made."""
+
+    def make(self) -> None:
+        raise AssertionError("the store's own writer makes the inner write")
+
+
+class TroubledWriter(LogWriter):
+    """The writer of a store's log, of whichever kind, with the troubles of the store."""
+
+    def __init__(self, store: Troubled, on_end: Callable[[], None]) -> None:
+        self._store = store
+        self._on_end = on_end
+        self._inner = store.store.new_writer(self._inner_ended)
+        self._inner_result: asyncio.Future[tuple[Exception | None, float]]
+        self._result: tuple[Exception | None, float] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, write: LogWrite) -> None:
+        assert isinstance(write, TroubledWrite)
+        self._task = asyncio.create_task(self._make(write))
+
+    def take(self) -> tuple[Exception | None, float] | None:
+        result, self._result = self._result, None
+        return result
+
+    def close(self, timeout_s: float) -> bool:
+        return self._inner.close(timeout_s)
+
+    async def _make(self, write: TroubledWrite) -> None:
+        write.error, kept, behind = self._store.trouble_with(write.batch)
+        result: tuple[Exception | None, float] = (OSError("not made"), 0.0)
+        if kept and behind:
+            result = await self._make_inner(write)
+        await asyncio.to_thread(self._store.pass_stall)
+        if kept and not behind:
+            result = await self._make_inner(write)
+        self._result = result
+        self._on_end()
+
+    async def _make_inner(self, write: TroubledWrite) -> tuple[Exception | None, float]:
+        self._inner_result = asyncio.get_running_loop().create_future()
+        self._inner.begin(write.inner)
+        return await self._inner_result
+
+    def _inner_ended(self) -> None:
+        if (result := self._inner.take()) is not None:
+            self._inner_result.set_result(result)
 
 
 class Disk:

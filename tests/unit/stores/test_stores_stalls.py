@@ -13,7 +13,6 @@ from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.commit import group_commit as commits
 from stepwell_server.engine.sessions import end
 from stepwell_server.errors import Overloaded, SessionExpired, SessionNotFound, Unavailable
-from stepwell_server.store.access import local_writes
 from stepwell_server.store.base import SMALL
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import STORES, CallbackAnswers, Harness, fails, kinds, x
@@ -484,22 +483,27 @@ async def test_small_jobs_are_committed_apart_from_large_ones_of_their_pass(
         assert sizes == [1, len(ids)] or (STORES.kind in {"sync", "async"} and sizes == [1 + len(ids)])
 
 
-async def test_a_lone_step_does_not_wait_for_large_changes_of_others(
-    durable_store: DurableStore, monkeypatch: pytest.MonkeyPatch
+@ON_DISK
+async def test_a_lone_step_waits_for_one_write_of_large_changes_of_others(
+    durable_store: DurableStore,
 ) -> None:
-    monkeypatch.setattr(local_writes, "MANY", SMALL)
-    ids = [f"s{number:03}" for number in range(SMALL + 1)]
+    ids = [f"s{number:03}" for number in range(2 * (SMALL + 1))]
+    some, others = ids[: SMALL + 1], ids[SMALL + 1 :]
     async with durable_store.engine(resident_rows=200, max_batch_rows=200) as at:
         await begin(at)
         await at.engine.open_sessions("plain", session_ids=ids)
         durable_store.store.stall()
-        many = at.submit(ids, x(len(ids)))
-        await stalled(durable_store.store)
         so_far = len(durable_store.store.tried)
+        many = at.submit(some, x(len(some)))
+        await stalled(durable_store.store)
+        more = at.submit(others, x(len(others)))
+        await until(lambda: at.engine.stats()[0].uncommitted == len(ids))
         lone = at.single("a", x(1))
-        await until(lambda: len(durable_store.store.tried) > so_far)
-        assert [len(batch.puts) for batch in durable_store.store.tried[so_far:]] == [1]
-        assert not many.ended
+        await until(lambda: at.engine.stats()[0].uncommitted == len(ids) + 1)
+        assert [len(batch.puts) for batch in durable_store.store.tried[so_far:]] == [len(some)]
         durable_store.store.release()
         assert (await lone.only()).revision == 2
-        assert set(kinds(await many.all())) == {"Answer"}
+        for answers in (many, more):
+            assert set(kinds(await answers.all())) == {"Answer"}
+        sizes = [len(batch.puts) for batch in durable_store.store.tried[so_far:]]
+        assert sizes == [len(some), 1, len(others)]

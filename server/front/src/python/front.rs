@@ -1,4 +1,4 @@
-//! The Python interface of the front: a module with four classes.
+//! The Python interface of the front, and the module with all classes.
 
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
@@ -15,6 +15,7 @@ use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::known_callers::KnownCallers;
 use crate::python::lists::{self, bytes_of, key, numbers_of, Peers};
+use crate::python::log_writer::LogWriter;
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Batch, Entry};
 use crate::steps::reply::{Answer, Output};
@@ -553,6 +554,7 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<KnownCallers>()?;
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
+    module.add_class::<LogWriter>()?;
     module.add("INTERFACE", INTERFACE)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -21,7 +21,7 @@ from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
-from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult, OnAnswer, stamped
+from stepwell_server.store.base import ALL_KEPT, SOLE, Batch, CommitResult, OnAnswer, stamped
 from stepwell_server.store.record import JoinedPuts
 
 Answer = Callable[[ServerError | None, Members | None], None]
@@ -62,7 +62,10 @@ class Recorder:
             done(committed)
 
         def build() -> Batch:
-            puts, follows = self._records.of(outcome, last_used), self._table.stamp[outcome.handles]
+            puts = self._records.of(outcome, last_used)
+            if outcome.stamp == SOLE:  # no other server writes there
+                return Batch(puts=puts)
+            follows = self._table.stamp[outcome.handles]
             if isinstance(puts, JoinedPuts) and np.count_nonzero(follows != follows[0]):
                 # records of different lengths are not in the outcome's order
                 follows = self._table.stamp[self._table.find_all([session_id for session_id, _ in puts])]
@@ -73,9 +76,7 @@ class Recorder:
                 stamps=stamped(outcome.stamp, count),
             )
 
-        self._commits.submit(
-            build, count, kept, is_change=True, is_latency_sensitive=outcome.is_latency_sensitive
-        )
+        self._commits.submit(build, count, kept, is_change=True)
 
 
 class Committer:

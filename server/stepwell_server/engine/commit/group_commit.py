@@ -56,7 +56,6 @@ class GroupCommit:
         done: OnAnswer,
         *,
         is_change: bool = False,
-        is_latency_sensitive: bool = False,
     ) -> None:
         """Commit the batch that `build` makes; `done` is called on the event loop, possibly before this returns.
 
@@ -65,7 +64,6 @@ class GroupCommit:
             size: The approximate number of records.
             done: Gets the result of each session, or the error if nothing was kept. It must not raise.
             is_change: The batch may overtake others that wait: see `Write`.
-            is_latency_sensitive: A small change of this kind may overtake larger ones too: see `Write`.
         """
         weight = max(1, size)
 
@@ -77,7 +75,7 @@ class GroupCommit:
                 self._on_room()
             self._changed.set()
 
-        answer = self._store.commit(Write(build, size, answered, is_change, is_latency_sensitive))
+        answer = self._store.commit(Write(build, size, answered, is_change))
         if answer is None:
             self._add_waiting(weight)
         else:

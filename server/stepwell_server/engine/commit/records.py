@@ -49,8 +49,6 @@ class Outcome:
     """Replies that are kept as separate arrays, by place."""
     stamp: int = 0
     """The stamp of its records, if other servers use the store."""
-    is_latency_sensitive: bool = False
-    """Other models have passes too: a small outcome does not wait for large ones."""
 
     def part(self, places: Members) -> Outcome:
         """The outcome of some of its sessions."""
@@ -65,7 +63,6 @@ class Outcome:
             self.replies[places],
             {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
             self.stamp,
-            self.is_latency_sensitive,
         )
 
 

@@ -67,15 +67,15 @@ class Completion:
     def complete(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
         """Commit and answer jobs (with their index in the pass) that have run their last time step."""
         changes = [(index, job) for index, job in jobs if job.handles is not None]
-        is_latency_sensitive = self._model.ready.is_contended(self._clock.monotonic())
-        for some in _split_small(changes) if is_latency_sensitive else (changes,):
+        is_contended = self._model.ready.is_contended(self._clock.monotonic())
+        for some in _split_small(changes) if is_contended else (changes,):
             if some:
-                self._commit(work, some, is_latency_sensitive=is_latency_sensitive)
+                self._commit(work, some)
         for index, job in jobs:
             if isinstance(job.owner, PredictCall):
                 job.owner.complete(work, index, job)
 
-    def _commit(self, work: Pass, jobs: Sequence[tuple[int, Job]], *, is_latency_sensitive: bool) -> None:
+    def _commit(self, work: Pass, jobs: Sequence[tuple[int, Job]]) -> None:
         self._exchange_rows([job for _, job in jobs])
         self._keep_outputs(work, jobs)
         ended, place = [], 0
@@ -84,7 +84,6 @@ class Completion:
             ended.append(_FinishedJob(job, _change(job), outputs_of(work, index, job), states, place))
             place += len(job.members)
         outcome = self._outcome(ended)
-        outcome.is_latency_sensitive = is_latency_sensitive
         traces = [trace for _, job in jobs if job.owner.traces for trace in job.traces]
         began = self._clock.monotonic() if traces else 0.0
 

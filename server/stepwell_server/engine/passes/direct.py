@@ -130,7 +130,7 @@ class Direct:
             if rows is None or (count > 1 and source is None):
                 return False
             # whatever may fail comes before the new state is written
-            outcome = self._outcome(change, count, started)
+            outcome = self._outcome(change, count)
             outputs = self._invoke(rows, change.arrays)
         except ExecutionError:  # a pass then determines the error
             return False
@@ -232,7 +232,7 @@ class Direct:
         for view, array in zip(self._executor.inputs(), inputs, strict=True):
             view[...] = array
 
-    def _outcome(self, change: Change, count: int, started: float) -> Outcome:
+    def _outcome(self, change: Change, count: int) -> Outcome:
         table, handles, kept = self._table, change.handles, _kept(change)
         return Outcome(
             self._model,
@@ -242,8 +242,6 @@ class Direct:
             change.requests_of(change.members),
             change.digests_of(change.members),
             np.array([kept], np.uint8) if count == 1 else np.full(count, int(kept), np.uint8),
-            # large batches that wait for the store belong to others
-            is_latency_sensitive=count == 1 or self._model.ready.is_contended(started),
         )
 
     def _commit(self, change: Change, outcome: Outcome, outputs: Sequence[Array], started: float) -> None:

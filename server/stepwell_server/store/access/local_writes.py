@@ -1,7 +1,7 @@
-"""Writes to a store of one server: on the event loop, or on two threads.
+"""Writes to a store of one server: on the event loop, or on threads.
 
-The first thread handles writes that begin or end sessions, and large writes, in order of arrival. Small changes
-overtake them if the store has a log: on the event loop, or on the second thread if the log waits for the disk.
+A thread commits writes that begin or end sessions, and large writes, in order of arrival. Changes overtake them if
+the store has a log: on the event loop, or through a `LogQueue` if the log waits for the disk.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from stepwell_server.core.cost import Cost
 from stepwell_server.store.access.batches import fail, keep, merged
+from stepwell_server.store.access.log_queue import LogQueue
 from stepwell_server.store.access.thread import StoreThread
 from stepwell_server.store.base import SMALL, Answer, LocalStore, Write
+from stepwell_server.store.record import RecordBytes
+
+_T = TypeVar("_T")
 
 #: A write that is expected to take less time runs on the event loop. A thread costs more, because it waits for the GIL.
 COMMIT_IN_PLACE_S = 1e-3
-#: Small writes overtake other changes if those concern more sessions than this in total. For a write of up to this many
-#: records the event loop builds the batch, even if a thread writes it: on the thread, building competes with the event
-#: loop for the GIL. A larger batch would block the loop for too long. While small writes overtake, the limit is
-#: `SMALL`.
-MANY = 256
+#: For a write of up to this many records the event loop builds the batch, even if a thread writes it: on the thread,
+#: building competes with the event loop for the GIL. A larger batch would block the loop for too long.
+MAX_BUILT_HERE = 256
 #: Writes other than small changes that are answered in one iteration of the event loop. Each answer continues a call.
 ANSWERS_PER_ITERATION = 2
 #: The event loop commits large writes only while at most this many records wait for a checkpoint. Beyond that, a thread
@@ -39,16 +42,12 @@ class LocalWrites:
         """Estimates the time of a write from its number of records."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handed_over = 0
-        """Number of writes that are on the threads."""
-        self._others = 0
-        """Number of writes on the first thread that do more than change sessions."""
-        self._changes = 0
-        """Number of sessions in the other writes on the first thread."""
+        """Number of writes that are on the thread or in the log's queue."""
         self._will_checkpoint = False
         self._unanswered: deque[Write] = deque()
         """Committed writes that are answered in later iterations of the event loop."""
-        self._main = StoreThread("stepwell-store", self._commit)
-        self._small = StoreThread("stepwell-store-log", self._append)
+        self._thread = StoreThread("stepwell-store", self._work)
+        self._log = LogQueue(store, done=self._finish_log, refused=self._commit_refused)
 
     def commit(self, write: Write) -> Answer | None:
         """See `Store.commit`."""
@@ -60,11 +59,17 @@ class LocalWrites:
         self._put(write)
         return None
 
+    async def end(self, timeout_s: float) -> bool:
+        """See `Store.end_commits`."""
+        until = time.monotonic() + timeout_s
+        is_idle = await self._log.idle(timeout_s)
+        return await asyncio.to_thread(self.close, max(0.0, until - time.monotonic())) and is_idle
+
     def close(self, timeout_s: float) -> bool:
         """Stop the threads; return False if a commit did not finish in time. For any thread."""
         until = time.monotonic() + timeout_s
-        # the second thread ends first: it may hand writes back to the first
-        have_ended = [t.close(max(0.0, until - time.monotonic())) for t in (self._small, self._main)]
+        # the log's writer ends first: the thread may wait for the end of its write
+        have_ended = [one.close(max(0.0, until - time.monotonic())) for one in (self._log, self._thread)]
         return all(have_ended)
 
     def _is_short(self, size: int) -> bool:
@@ -100,44 +105,31 @@ class LocalWrites:
     def _put(self, write: Write) -> None:
         self._loop = self._loop or asyncio.get_running_loop()
         self._handed_over += 1
-        if write.size <= (SMALL if write.is_latency_sensitive and self._changes > MANY else MANY):
-            write.make()
-        write.passes = self._passes(write)
-        if write.passes:
-            self._small.put(write)
-            return
-        self._count(write, 1)
-        self._main.put(write)
-
-    def _passes(self, write: Write) -> bool:
-        """Whether a small write goes to the second thread. Otherwise it is cheaper to write it together with the others."""
         store = self._store
-        is_small = write.is_change and write.is_small and write.error is None
-        if not (is_small and store.has_log and store.waits_for_disk):
-            return False
-        # while a checkpoint is due, the first thread may be busy with it
-        return (
-            self._others > 0
-            or (write.is_latency_sensitive and self._changes > MANY)
-            or store.needs_checkpoint
-        )
+        write.is_for_log = write.is_change and store.has_log and store.waits_for_disk
+        is_costly = write.size > SMALL and self._cost.of(write.size) > COMMIT_IN_PLACE_S
+        if write.size <= MAX_BUILT_HERE and not is_costly:
+            if not write.is_for_log:
+                write.make()
+            elif (puts := self._built(write)) is not None:
+                self._log.add(write, puts)
+                return
+        self._thread.put(write)
 
-    def _count(self, write: Write, by: int) -> None:
-        if write.is_change:
-            self._changes += by * write.size
-        else:
-            self._others += by
+    def _add_to_log(self, writes: Sequence[tuple[Write, Sequence[tuple[str, RecordBytes]]]]) -> None:
+        for write, puts in writes:
+            self._log.add(write, puts)
 
-    def _append(self, writes: Sequence[Write]) -> bool:
-        """Append small changes, on the second thread; return False if the event loop is closed."""
-        if not self._try_append(writes):
-            for write in writes:
-                self._main.put(write)
-            return True
-        is_open = self._report(writes)
+    def _commit_refused(self, writes: Sequence[Write]) -> None:
+        """Commit what the log refused."""
+        for write in writes:
+            write.is_for_log = False
+            self._thread.put(write)
+
+    def _finish_log(self, writes: Sequence[Write]) -> None:
         if self._store.needs_checkpoint:
-            self._main.wake()
-        return is_open
+            self._thread.wake()
+        self._finish(writes)
 
     def _try_append(self, writes: Sequence[Write]) -> bool:
         try:
@@ -146,8 +138,30 @@ class LocalWrites:
             fail(writes, error)
             return True
 
+    def _work(self, writes: Sequence[Write]) -> bool:
+        """Commit writes, or build those for the log, on the thread. An empty list means that a checkpoint is due."""
+        built = [(write, self._built(write)) for write in writes if write.is_for_log]
+        sealed = [(write, puts) for write, puts in built if puts is not None]
+        if sealed and not self._call(self._add_to_log, sealed):
+            return False
+        failed = [write for write, puts in built if puts is None]
+        return self._commit([*failed, *(write for write in writes if not write.is_for_log)])
+
+    def _built(self, write: Write) -> Sequence[tuple[str, RecordBytes]] | None:
+        """Build a write for the log; None: it failed, and has the error."""
+        started = time.perf_counter()
+        write.make()
+        if write.error is not None:
+            return None
+        try:
+            puts = self._store.sealed(write.batch.puts)
+        except Exception as error:
+            fail([write], error)
+            return None
+        self._cost.learn(write.size, time.perf_counter() - started)
+        return puts
+
     def _commit(self, writes: Sequence[Write]) -> bool:
-        """Commit writes, on the first thread. An empty list means that a checkpoint is due."""
         size = sum(write.size for write in writes)
         started = time.perf_counter()
         keep(writes, self._store.commit)
@@ -157,28 +171,25 @@ class LocalWrites:
                 self._cost.learn(size, time.perf_counter() - started)
             # before the writes are reported: after that, the event loop may use the store
             self._store.checkpoint()
-        is_open = self._report(writes)
+        is_open = not writes or self._call(self._finish, writes)
         if waits_for_disk and is_open:  # small changes overtake it
             self._store.checkpoint()
         return is_open
 
-    def _report(self, writes: Sequence[Write]) -> bool:
+    def _call(self, callback: Callable[[_T], None], argument: _T) -> bool:
+        """Call back on the event loop; return False if it is closed."""
         assert self._loop is not None, "a write was handed over"
         try:
-            if writes:
-                self._loop.call_soon_threadsafe(self._finish, writes)
-        except RuntimeError:  # the event loop was closed
+            self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:
             return False
         return True
 
     def _finish(self, writes: Sequence[Write]) -> None:
-        for write in writes:
-            if not write.passes:
-                self._count(write, -1)
         self._handed_over -= len(writes)
         is_answering = bool(self._unanswered)
         for write in writes:
-            if write.is_change and write.is_small:
+            if write.is_change and write.size <= SMALL:
                 write.done(write.answer)
             else:
                 self._unanswered.append(write)

@@ -19,19 +19,30 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
-from stepwell_server.store.base import Batch, LocalStore, StoreError, StoreHealth, Tombstone, WriteObserver
+from stepwell_server.store.base import (
+    Batch,
+    LocalStore,
+    LogWrite,
+    LogWriter,
+    Parts,
+    StoreError,
+    StoreHealth,
+    Tombstone,
+    WriteObserver,
+)
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.free_space import FreeSpace
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
-from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Parts, Records, WriteAheadLog, room_for
-from stepwell_server.store.disk.wal.segment import SegmentCorrupt
+from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Records, WriteAheadLog, room_for
+from stepwell_server.store.disk.wal.segment import SegmentCorrupt, SegmentWrite
+from stepwell_server.store.disk.wal.writers import new_writer
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import JoinedPuts, RecordBytes, is_sound, supersedes
 
@@ -41,6 +52,8 @@ _FOLDER = "wal"
 _PATIENCE_S = 2e-3
 #: Records in one transaction of a checkpoint, if transactions are flushed: small changes wait for the disk meanwhile.
 _CHECKPOINT_BATCH_SIZE = 256
+
+_NOT_LOGGED = "a change could not be written to the write-ahead log; it is written to data.mdb instead"
 
 _log = logging.getLogger(__name__)
 
@@ -121,11 +134,36 @@ class DiskStore(LocalStore):
             return self._log(wal, _parts(puts), -1.0 if self.waits_for_disk else _PATIENCE_S)
         except (Unavailable, OSError) as error:
             # `commit` keeps it, or raises the reason
-            self._warn(
-                "a change could not be written to the write-ahead log; it is written to data.mdb instead",
-                error,
-            )
+            self._warn(_NOT_LOGGED, error)
             return False
+
+    @override
+    def begin_append(self, parts: Parts) -> SegmentWrite | None:
+        wal = self._wal
+        if wal is None or self._closed:
+            return None
+        try:
+            self._base.files.require()
+            return wal.begin([own for part in parts for own in _parts(part)])
+        except (Unavailable, OSError) as error:
+            self._warn(_NOT_LOGGED, error)
+            return None
+
+    @override
+    def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:
+        assert self._wal is not None, "it began the write"
+        assert isinstance(write, SegmentWrite), "it began the write"
+        if error is not None:
+            self._warn(_NOT_LOGGED, error)
+        is_kept = self._wal.end(write, is_made=error is None)
+        if is_kept:
+            self._count_write(seconds, write.count)
+        return is_kept
+
+    @override
+    def new_writer(self, on_end: Callable[[], None]) -> LogWriter:
+        descriptors = [] if self._wal is None else [descriptor for _, descriptor in self._wal.descriptors()]
+        return new_writer(descriptors, on_end)
 
     @property
     @override
@@ -345,21 +383,20 @@ class DiskStore(LocalStore):
         except StoreGone:
             raise
         except (Unavailable, OSError) as error:
-            self._warn(
-                "a change could not be written to the write-ahead log; it is written to data.mdb instead",
-                error,
-            )
+            self._warn(_NOT_LOGGED, error)
             return False
 
     def _log(self, wal: WriteAheadLog, parts: Parts, patience_s: float = -1.0) -> bool:
         started = time.perf_counter()
         if not wal.append(parts, patience_s):
             return False
-        seconds = time.perf_counter() - started
+        self._count_write(time.perf_counter() - started, sum(map(len, parts)))
+        return True
+
+    def _count_write(self, seconds: float, count: int) -> None:
         if self._observer is not None:
             with self._counting:
-                self._observer.log_written(seconds, sum(map(len, parts)))
-        return True
+                self._observer.log_written(seconds, count)
 
     def _write(self, batch: Batch) -> None:
         started = time.perf_counter()

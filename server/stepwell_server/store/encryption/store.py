@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
-from stepwell_server.store.base import Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.base import (
+    Batch,
+    LocalStore,
+    LogWrite,
+    LogWriter,
+    Parts,
+    StoreHealth,
+    Tombstone,
+)
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import RecordBytes
@@ -51,6 +59,22 @@ class EncryptedStore(LocalStore):
     @override
     def append(self, puts: Sequence[tuple[str, RecordBytes]]) -> bool:
         return self._local.has_log and self._local.append(self._sealer.seal(puts))
+
+    @override
+    def sealed(self, puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[tuple[str, RecordBytes]]:
+        return self._sealer.seal(puts)
+
+    @override
+    def begin_append(self, parts: Parts) -> LogWrite | None:
+        return self._local.begin_append(parts)
+
+    @override
+    def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:
+        return self._local.end_append(write, error, seconds)
+
+    @override
+    def new_writer(self, on_end: Callable[[], None]) -> LogWriter:
+        return self._local.new_writer(on_end)
 
     @property
     @override

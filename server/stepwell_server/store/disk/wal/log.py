@@ -7,12 +7,13 @@ import itertools
 import shutil
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt
+from stepwell_server.store.base import Parts, StoreError
+from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt, SegmentWrite
 from stepwell_server.store.record import RecordBytes
 
 SEGMENTS = ("0", "1")
@@ -34,8 +35,6 @@ _MIN_RECORDS = 64
 _SMALL_WRITE, _KEPT_FREE = 512, 1 / 8
 
 Records = list[tuple[str, RecordBytes]]
-Parts = Sequence[Sequence[tuple[str, RecordBytes]]]
-"""Changes that are written together, each with the records of its sessions."""
 
 
 class Mark(NamedTuple):
@@ -105,8 +104,10 @@ class WriteAheadLog:
         self._before_rotate = before_rotate
         self.due = 0
         """Number of records to checkpoint now, to keep up with appends."""
-        # Held while appending or rotating.
+        # Held while appending or rotating, by one thread or from `begin` to `end`.
         self._appending = threading.Lock()
+        self._queue: deque[None] = deque()
+        """An entry for each thread that waits for this lock: `begin` lets them pass."""
         # Held while reading both segments, so that neither is truncated meanwhile.
         self._looking = threading.Lock()
         first, second = (folder / name for name in SEGMENTS)
@@ -185,27 +186,73 @@ class WriteAheadLog:
         Raises:
             OSError: they could not be written. None was kept.
         """
-        if not self._appending.acquire(timeout=patience_s):
+        if not self._acquire(patience_s):
             return False
         try:
             return self._append(parts)
         finally:
             self._appending.release()
 
+    def begin(self, parts: Parts) -> SegmentWrite | None:
+        """Begin to append changes without waiting; return the write to make, and pass it to `end` afterwards.
+
+        Returns:
+            None: they do not fit before a checkpoint, or never fit, or another thread appends or waits for that.
+
+        Raises:
+            StoreGone: raised by `before_rotate`.
+        """
+        if self._queue or not self._appending.acquire(blocking=False):
+            return None
+        write: SegmentWrite | None = None
+        try:
+            write = self._addition(parts)
+            if write is None and not self._is_due and self.fits(parts):
+                self._before_rotate()
+                write = self._sealed.truncation(self._active.sequence)
+            return write
+        finally:
+            if write is None:
+                self._appending.release()
+
+    def end(self, write: SegmentWrite, *, is_made: bool) -> bool:
+        """End a write of `begin`. Return whether it appended; False if it failed, or only made room: begin again."""
+        try:
+            if not is_made:
+                return False
+            write.segment.written(write)
+            if write.segment is self._active:
+                return True
+            with self._looking:
+                self._swap()
+            return False
+        finally:
+            self._appending.release()
+
     def _append(self, parts: Parts) -> bool:
+        write = self._addition(parts)
+        if write is None:
+            if self._is_due or not self.fits(parts):
+                return False
+            self._rotate()
+            return self._active.append(parts)
+        write.make()
+        self._active.written(write)
+        return True
+
+    def _addition(self, parts: Parts) -> SegmentWrite | None:
         count = sum(map(len, parts))
         self.due = 2 * count + (self.due if self.needs_checkpoint else 0)
-        if count == len(parts) == 1:
-            is_kept = self._active.append_one(*parts[0][0])
-        else:
-            leave = 0 if count <= _SMALL_WRITE else int(self._active.size * _KEPT_FREE)
-            is_kept = self._active.append(parts, leave)
-        if is_kept:
-            return True
-        if self._is_due or not self.fits(parts):
-            return False
-        self._rotate()
-        return self._active.append(parts)
+        return self._active.addition(
+            parts, 0 if count <= _SMALL_WRITE else int(self._active.size * _KEPT_FREE)
+        )
+
+    def _acquire(self, patience_s: float = -1.0) -> bool:
+        """Acquire the lock for appending, in this time."""
+        self._queue.append(None)
+        is_mine = self._appending.acquire(timeout=patience_s)
+        self._queue.pop()
+        return is_mine
 
     def fits(self, parts: Parts) -> bool:
         """Whether changes fit into a nearly empty segment."""
@@ -261,11 +308,14 @@ class WriteAheadLog:
             OSError: the other segment cannot be written.
             StoreGone: raised by `before_rotate`.
         """
-        with self._appending:
+        self._acquire()
+        try:
             if self._is_due:
                 return False
             self._rotate()
             return True
+        finally:
+            self._appending.release()
 
     def _rotate(self) -> None:
         self._before_rotate()

@@ -9,6 +9,7 @@ Each truncation draws a random number, the generation. Entries of earlier genera
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import secrets
@@ -31,6 +32,39 @@ _NO_HEAD = bytes(HEAD.size)
 
 class SegmentCorrupt(Exception):
     """Changes are missing, though later ones exist; their sessions are unknown."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class SegmentWrite:
+    """Entries for a segment, laid out and not yet written. Call `Segment.written` afterwards, if it succeeded."""
+
+    segment: Segment
+    buffers: Sequence[RecordBytes]
+    at: int
+    size: int
+    sequence: int
+    offsets: Iterable[tuple[str, int]] = ()
+    """Where the records will be."""
+    heads: Sequence[int] = ()
+    """Where the entries begin. A failed write erases them, so that none of them is found later."""
+    generation: int = 0
+    """Of the truncation that this write ends; 0: it appends."""
+    count: int = 0
+    """Number of records."""
+
+    @property
+    def data(self) -> bytes:
+        """The buffers, concatenated."""
+        first = self.buffers[0]
+        return first if len(self.buffers) == 1 and isinstance(first, bytes) else b"".join(self.buffers)
+
+    def make(self) -> None:
+        """Write and, if the segment waits for the disk, flush. For any thread.
+
+        Raises:
+            OSError: it could not be written. None of it was kept.
+        """
+        self.segment.make(self)
 
 
 class Segment:
@@ -83,17 +117,17 @@ class Segment:
         Raises:
             OSError: it could not be written. Repeat the truncation before appending.
         """
+        write = self.truncation(sequence)
+        self.make(write)
+        self.written(write)
+
+    def truncation(self, sequence: int) -> SegmentWrite:
+        """Drop all entries, and return the write of the first new entry: see `truncate`. Until it is made, no append fits."""
         self.offsets = {}
-        self._generation, self.end = 0, self.size  # until this is done, no append fits
+        self._generation, self.end = 0, self.size
         generation = secrets.randbits(63) + 1
         start = layout.lay_out((), generation, sequence, owner=self._owner)
-        self._write(start.buffers, 0, start.size)
-        self._generation, self.end, self.sequence, self.base_sequence = (
-            generation,
-            start.size,
-            sequence,
-            sequence,
-        )
+        return SegmentWrite(self, start.buffers, 0, start.size, sequence, generation=generation)
 
     def append(self, parts: Sequence[Sequence[tuple[str, RecordBytes]]], leave: int = 0) -> bool:
         """Write all entries or none; return False if they do not fit with `leave` more bytes.
@@ -101,40 +135,60 @@ class Segment:
         Raises:
             OSError: they could not be written. None was kept.
         """
-        sequence = self.sequence + 1
+        write = self.addition(parts, leave)
+        if write is None:
+            return False
+        self.make(write)
+        self.written(write)
+        return True
+
+    def addition(
+        self, parts: Sequence[Sequence[tuple[str, RecordBytes]]], leave: int = 0
+    ) -> SegmentWrite | None:
+        """Return the write of all entries; None if they do not fit with `leave` more bytes."""
+        sequence, start = self.sequence + 1, self.end
+        if len(parts) == 1 and len(parts[0]) == 1:
+            ((session_id, record),) = parts[0]
+            data, record_at = layout.lay_out_one(session_id, record, self._generation, sequence)
+            if start + len(data) + leave > self.size:
+                return None
+            offsets = ((session_id, start + record_at),)
+            return SegmentWrite(self, (data,), start, len(data), sequence, offsets, (start,), count=1)
         added = [
             layout.lay_out(part, self._generation, sequence, remaining=len(parts) - 1 - place)
             for place, part in enumerate(parts)
         ]
         size = sum(entry.size for entry in added)
-        if self.end + size + leave > self.size:
-            return False
-        try:
-            self._write([buffer for entry in added for buffer in entry.buffers], self.end, size)
-        except BaseException:
-            self._erase(itertools.accumulate((entry.size for entry in added[:-1]), initial=self.end))
-            raise
-        for entry in added:
-            self.offsets.update(entry.offsets(self.end))
-            self.end += entry.size
-        self.sequence = sequence
-        return True
+        if start + size + leave > self.size:
+            return None
+        heads = list(itertools.accumulate((entry.size for entry in added[:-1]), initial=start))
+        return SegmentWrite(
+            self,
+            [buffer for entry in added for buffer in entry.buffers],
+            start,
+            size,
+            sequence,
+            itertools.chain.from_iterable(
+                entry.offsets(head) for entry, head in zip(added, heads, strict=True)
+            ),
+            heads,
+            count=sum(map(len, parts)),
+        )
 
-    def append_one(self, session_id: str, record: RecordBytes) -> bool:
-        """As `append`, for one record."""
-        sequence, start = self.sequence + 1, self.end
-        data, record_at = layout.lay_out_one(session_id, record, self._generation, sequence)
-        size = len(data)
-        if start + size > self.size:
-            return False
+    def make(self, write: SegmentWrite) -> None:
+        """See `SegmentWrite.make`."""
         try:
-            self._write((data,), start, size)
+            self._write(write.buffers, write.at, write.size)
         except BaseException:
-            self._erase([start])
+            self._erase(write.heads)
             raise
-        self.offsets[session_id] = start + record_at
-        self.end, self.sequence = start + size, sequence
-        return True
+
+    def written(self, write: SegmentWrite) -> None:
+        """Use the entries of a write that was made."""
+        if write.generation:
+            self._generation, self.base_sequence = write.generation, write.sequence
+        self.offsets.update(write.offsets)
+        self.end, self.sequence = write.at + write.size, write.sequence
 
     def record(self, session_id: str) -> bytes | None:
         """Return the last record of a session, or None.

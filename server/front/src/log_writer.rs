@@ -1,0 +1,271 @@
+//! Writes to the server's write-ahead log and flushes, on a thread that never takes Python's lock.
+//!
+//! Python lays out what is written and keeps all rules of the log. One write runs at a time. Its end makes a descriptor
+//! readable, which Python's event loop polls.
+
+use crate::wakeup::Event;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Data to write into a file.
+pub struct Job<D> {
+    /// The file, by the descriptor that Python knows.
+    pub descriptor: RawFd,
+    pub data: D,
+    pub at: u64,
+    /// The places that are overwritten with zeros if the write fails, and how many.
+    pub heads: Vec<u64>,
+    pub head_bytes: usize,
+}
+
+/// A write that has ended.
+pub struct Ended<D> {
+    /// The job's data, which the caller drops.
+    pub data: D,
+    pub result: io::Result<()>,
+    pub duration: Duration,
+}
+
+enum Slot<D> {
+    Idle,
+    Waiting(Job<D>),
+    Running,
+    Ended(Ended<D>),
+}
+
+struct State<D> {
+    slot: Slot<D>,
+    is_closed: bool,
+}
+
+struct Shared<D> {
+    state: Mutex<State<D>>,
+    changed: Condvar,
+    ended: Event,
+    /// The writer's own duplicates: Python may close its descriptors during a write.
+    files: HashMap<RawFd, File>,
+    /// A pause instead of each flush, for benchmarks.
+    pause: Option<Duration>,
+}
+
+pub struct LogWriter<D> {
+    shared: Arc<Shared<D>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl<D: AsRef<[u8]> + Send + 'static> LogWriter<D> {
+    /// Start the thread. Python owns the descriptors.
+    pub fn new(descriptors: &[RawFd], pause: Option<Duration>) -> io::Result<Self> {
+        let files = descriptors.iter().map(|fd| Ok((*fd, duplicate(*fd)?))).collect::<io::Result<_>>()?;
+        let state = Mutex::new(State { slot: Slot::Idle, is_closed: false });
+        let shared = Arc::new(Shared { state, changed: Condvar::new(), ended: Event::new()?, files, pause });
+        let served = shared.clone();
+        let thread = thread::Builder::new().name("stepwell-log".to_owned()).spawn(move || served.run())?;
+        Ok(LogWriter { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Readable when a write has ended.
+    pub fn fd(&self) -> RawFd {
+        self.shared.ended.fd()
+    }
+
+    /// Begin a write. Returns whether that was possible: the last one was taken, and the writer is open.
+    pub fn write(&self, job: Job<D>) -> bool {
+        let mut state = self.shared.state();
+        if state.is_closed || !matches!(state.slot, Slot::Idle) {
+            return false;
+        }
+        state.slot = Slot::Waiting(job);
+        drop(state); // the thread needs it when it wakes
+        self.shared.changed.notify_all();
+        true
+    }
+
+    /// The write that has ended.
+    pub fn take(&self) -> Option<Ended<D>> {
+        let mut state = self.shared.state();
+        self.shared.ended.quiet();
+        match std::mem::replace(&mut state.slot, Slot::Idle) {
+            Slot::Ended(ended) => Some(ended),
+            other => {
+                state.slot = other;
+                None
+            }
+        }
+    }
+
+    /// End the thread after the running write. Returns whether that took no longer than `limit`.
+    pub fn close(&self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut state = self.shared.state();
+        state.is_closed = true;
+        self.shared.changed.notify_all();
+        while matches!(state.slot, Slot::Waiting(_) | Slot::Running) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            (state, _) =
+                self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = thread.join(); // it only has to see that the writer is closed
+        }
+        true
+    }
+}
+
+impl<D> Drop for LogWriter<D> {
+    /// End the thread after the running write, without waiting for it.
+    fn drop(&mut self) {
+        self.shared.state().is_closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+impl<D> Shared<D> {
+    fn state(&self) -> MutexGuard<'_, State<D>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<D: AsRef<[u8]>> Shared<D> {
+    fn run(&self) {
+        while let Some(job) = self.next() {
+            let started = Instant::now();
+            let result = self.write(&job);
+            let ended = Ended { data: job.data, result, duration: started.elapsed() };
+            let mut state = self.state();
+            state.slot = Slot::Ended(ended);
+            let is_closed = state.is_closed;
+            drop(state);
+            self.ended.ring();
+            if is_closed {
+                self.changed.notify_all(); // `close` waits
+            }
+        }
+    }
+
+    fn next(&self) -> Option<Job<D>> {
+        let mut state = self.state();
+        loop {
+            match std::mem::replace(&mut state.slot, Slot::Running) {
+                Slot::Waiting(job) => return Some(job),
+                other => state.slot = other,
+            }
+            if state.is_closed {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Write and flush. After a failure nothing of it is found when the log is read.
+    fn write(&self, job: &Job<D>) -> io::Result<()> {
+        let file = self.files.get(&job.descriptor).ok_or(io::ErrorKind::NotFound)?;
+        let result = file.write_all_at(job.data.as_ref(), job.at).and_then(|()| self.flush(file));
+        if result.is_err() {
+            let zeros = vec![0; job.head_bytes];
+            for head in &job.heads {
+                // if this fails too, a change that was reported as failed may be found later
+                let _ = file.write_all_at(&zeros, *head);
+            }
+        }
+        result
+    }
+
+    fn flush(&self, file: &File) -> io::Result<()> {
+        match self.pause {
+            None => file.sync_data(),
+            Some(pause) => {
+                thread::sleep(pause);
+                Ok(())
+            }
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn duplicate(fd: RawFd) -> io::Result<File> {
+    // SAFETY: Python owns the descriptor and keeps it open during this call.
+    Ok(File::from(unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, OpenOptions};
+    use std::os::fd::AsRawFd;
+    use std::path::PathBuf;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// An empty file of this test.
+    fn file(name: &str, writable: bool) -> (PathBuf, File) {
+        let path = std::env::temp_dir().join(format!("stepwell-log-{}-{name}", std::process::id()));
+        fs::write(&path, b"").unwrap();
+        (path.clone(), OpenOptions::new().read(true).write(writable).open(path).unwrap())
+    }
+
+    fn job(file: &File, data: &'static [u8], at: u64) -> Job<&'static [u8]> {
+        Job { descriptor: file.as_raw_fd(), data, at, heads: vec![at], head_bytes: 2 }
+    }
+
+    fn ended<D: AsRef<[u8]> + Send + 'static>(writer: &LogWriter<D>) -> Ended<D> {
+        let until = Instant::now() + LIMIT;
+        loop {
+            if let Some(ended) = writer.take() {
+                return ended;
+            }
+            assert!(Instant::now() < until, "the write does not end");
+            let mut polled = libc::pollfd { fd: writer.fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one entry, which lives until the call returns.
+            #[allow(unsafe_code)]
+            let _ = unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, 1000) };
+        }
+    }
+
+    #[test]
+    fn writes_are_made_one_after_the_other() {
+        let (path, open) = file("order", true);
+        let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
+        assert!(writer.take().is_none());
+        assert!(writer.write(job(&open, b"abc", 0)));
+        assert!(!writer.write(job(&open, b"xyz", 0)), "the last one was not taken");
+        assert!(ended(&writer).result.is_ok());
+        drop(open); // the writer has its own
+        assert!(writer.take().is_none());
+        assert_eq!(fs::read(&path).unwrap(), b"abc");
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_failed_write_is_reported_with_its_data() {
+        let (path, open) = file("failed", false);
+        let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
+        assert!(writer.write(job(&open, b"abc", 0)));
+        let ended = ended(&writer);
+        assert_eq!(ended.data, b"abc");
+        assert!(ended.result.is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn it_closes_after_the_running_write() {
+        let (path, open) = file("closed", true);
+        let writer = LogWriter::new(&[open.as_raw_fd()], Some(Duration::from_millis(5))).unwrap();
+        assert!(writer.write(job(&open, b"abc", 1)));
+        assert!(writer.close(LIMIT));
+        assert!(!writer.write(job(&open, b"xyz", 0)));
+        assert_eq!(fs::read(&path).unwrap(), b"\0abc");
+        fs::remove_file(path).unwrap();
+    }
+}

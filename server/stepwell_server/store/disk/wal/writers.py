@@ -1,0 +1,113 @@
+"""Writers of the log: the native one if it is installed, else a thread of Python.
+
+The native one never waits for Python's lock. This is the only module of the store that imports `stepwell_front`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from typing_extensions import override
+
+from stepwell._admin.record_file import HEAD
+from stepwell_server.process.thread_names import name_thread
+from stepwell_server.store.base import LogWrite, LogWriter
+from stepwell_server.store.disk.wal.segment import SegmentWrite
+
+try:
+    from stepwell_front import LogWriter as _Native
+except ImportError:  # it is not installed, or older
+    _Native = None  # type: ignore[assignment, misc]
+
+NATIVE = _Native
+"""None: it is not installed."""
+
+
+def new_writer(descriptors: Sequence[int], on_end: Callable[[], None]) -> LogWriter:
+    """Return a writer for some files. `on_end` is called on the running event loop after each write."""
+    return ThreadWriter(on_end) if NATIVE is None else NativeWriter(descriptors, on_end)
+
+
+class NativeWriter(LogWriter):
+    """A thread of the native module. Its end of a write wakes the event loop through a descriptor."""
+
+    def __init__(self, descriptors: Sequence[int], on_end: Callable[[], None]) -> None:
+        assert NATIVE is not None, "checked before"
+        self._loop = asyncio.get_running_loop()
+        self._on_end = on_end
+        self._writer = NATIVE(descriptors)
+        self._loop.add_reader(self._writer.fd(), on_end)
+
+    @override
+    def begin(self, write: LogWrite) -> None:
+        assert isinstance(write, SegmentWrite), "the log makes no others"
+        self._writer.write(write.segment.descriptor, write.data, write.at, write.heads, HEAD.size)
+
+    @override
+    def take(self) -> tuple[Exception | None, float] | None:
+        ended = self._writer.take()
+        if ended is None:
+            return None
+        code, seconds = ended
+        return OSError(code, os.strerror(code)) if code else None, seconds
+
+    @override
+    def close(self, timeout_s: float) -> bool:
+        if not self._writer.close(timeout_s):
+            return False
+        with contextlib.suppress(RuntimeError):  # the event loop was closed
+            self._loop.call_soon_threadsafe(self._stop_polling)
+        return True
+
+    def _stop_polling(self) -> None:
+        self._loop.remove_reader(self._writer.fd())
+        self._on_end()
+
+
+class ThreadWriter(LogWriter):
+    """A thread of Python."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_end = on_end
+        self._writes: queue.SimpleQueue[LogWrite | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[Exception | None, float]] = queue.SimpleQueue()
+        # a daemon: a disk that hangs must not keep the process from ending
+        self._thread = threading.Thread(target=self._run, name="stepwell-store-log", daemon=True)
+        self._thread.start()
+
+    @override
+    def begin(self, write: LogWrite) -> None:
+        self._writes.put(write)
+
+    @override
+    def take(self) -> tuple[Exception | None, float] | None:
+        try:
+            return self._ended.get_nowait()
+        except queue.Empty:
+            return None
+
+    @override
+    def close(self, timeout_s: float) -> bool:
+        self._writes.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        name_thread()
+        while (write := self._writes.get()) is not None:
+            problem: Exception | None = None
+            started = time.perf_counter()
+            try:
+                write.make()
+            except Exception as error:
+                problem = error
+            self._ended.put((problem, time.perf_counter() - started))
+            with contextlib.suppress(RuntimeError):  # the event loop was closed
+                self._loop.call_soon_threadsafe(self._on_end)

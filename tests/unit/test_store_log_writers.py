@@ -1,0 +1,244 @@
+"""The writers of the log: native and in Python, by the same rules, also when the disk is full, short of room or fails."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.errors import Unavailable
+from stepwell_server.store.base import ALL_KEPT, Answer, Batch, LogWrite, LogWriter, Store, Write
+from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.disk.wal import layout, writers
+from stepwell_server.store.disk.wal.segment import Segment
+from stepwell_server.store.in_process import InProcessStore
+from support.clock import ManualClock
+from support.engine.fake_executor import WAIT_S
+from support.stores.disk_store import (
+    begin,
+    crash_copy,
+    in_lmdb,
+    killed,
+    opened,
+    record,
+    revisions,
+    wal_of,
+    warnings,
+)
+
+SIZE = 1 << 16
+
+
+@pytest.fixture(params=["native", "python"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kind of writer."""
+    kind: str = request.param
+    if kind == "native" and writers.NATIVE is None:
+        pytest.skip("the native module is not installed")
+    if kind == "python":
+        monkeypatch.setattr(writers, "NATIVE", None)
+    return kind
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Limit how long this process may make a file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+class Writing:
+    """A segment and its writer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.segment = Segment(folder / "0", SIZE, 7, flush=True, make=True)
+        self.segment.truncate(0)
+        self._ended = asyncio.Event()
+        self.writer = writers.new_writer([self.segment.descriptor], self._ended.set)
+
+    async def write(self, *parts: list[tuple[str, bytes]]) -> Exception | None:
+        """Append entries; the error of the write."""
+        write = self.segment.addition(parts)
+        assert write is not None
+        self.writer.begin(write)
+        while (result := self.writer.take()) is None:
+            await asyncio.wait_for(self._ended.wait(), WAIT_S)
+            self._ended.clear()
+        error, seconds = result
+        assert seconds > 0
+        assert self.writer.take() is None, "each write is taken once"
+        if error is None:
+            self.segment.written(write)
+        return error
+
+    @property
+    def data(self) -> bytes:
+        return self.segment.path.read_bytes()
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """The sessions that the next start finds."""
+        return layout.content_of(self.data).offsets
+
+
+@pytest.fixture
+async def writing(tmp_path: Path) -> AsyncIterator[Writing]:
+    made = Writing(tmp_path)
+    yield made
+    assert made.writer.close(WAIT_S)
+    await asyncio.sleep(0)
+    made.segment.close()
+
+
+def one(session_id: str, revision: int = 1, size: int = 20) -> list[tuple[str, bytes]]:
+    return [(session_id, record(session_id, revision, size))]
+
+
+async def test_what_was_written_is_found_at_the_next_start(writing: Writing) -> None:
+    assert await writing.write(one("a")) is None
+    assert await writing.write(one("b"), [*one("c"), *one("d")]) is None
+    assert writing.stored == writing.segment.offsets
+    assert set(writing.stored) == {"a", "b", "c", "d"}
+    assert writing.segment.record("c") == record("c", 1)
+
+
+@pytest.mark.parametrize("room", [1, 40, 200, 300, 700])
+async def test_nothing_of_a_write_without_room_is_found(writing: Writing, room: int) -> None:
+    """The file system takes only the first bytes: a part of the first entry, all of it, or more."""
+    assert await writing.write(one("a")) is None
+    os.ftruncate(writing.segment.descriptor, writing.segment.end)
+    with file_limit(writing.segment.end + room):
+        error = await writing.write(one("b", size=100), one("c", size=1000))
+    assert isinstance(error, OSError)
+    assert error.errno == errno.EFBIG
+    assert set(writing.stored) == {"a"}
+    assert await writing.write(one("d")) is None, "the next one takes its place"
+    assert set(writing.stored) == {"a", "d"}
+
+
+async def test_it_ends_after_the_write_that_runs(tmp_path: Path) -> None:
+    writing = Writing(tmp_path)
+    write = writing.segment.addition([one("a")])
+    assert write is not None
+    writing.writer.begin(write)
+    assert writing.writer.close(WAIT_S)
+    assert set(writing.stored) == {"a"}
+    await asyncio.sleep(0)
+    writing.segment.close()
+
+
+# --------------------------------------------------------------------------------------------- the store behind it
+
+
+class Served:
+    """A store on disk as the engine uses it."""
+
+    def __init__(self, local: DiskStore) -> None:
+        self.local = local
+        self.store: Store = InProcessStore(local, ManualClock())
+
+    def change(self, session_id: str, revision: int, size: int = 20) -> asyncio.Future[Answer]:
+        later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        batch = Batch(puts=[(session_id, record(session_id, revision, size))])
+        answer = self.store.commit(Write(lambda: batch, 1, later.set_result, is_change=True))
+        assert answer is None, "it waits for the disk"
+        return later
+
+
+async def test_segments_rotate_while_changes_are_appended(path: Path) -> None:
+    served = Served(opened(path, "sync"))
+    names = [f"s{number}" for number in range(8)]
+    begin(served.local, *names)
+    segments = set()
+    for revision in range(1, 60):
+        answers = await asyncio.gather(*(served.change(name, revision) for name in names))
+        assert answers == [ALL_KEPT] * len(names)
+        segments.add(wal_of(served.local).descriptors()[0][0].name)
+    assert segments == {"0", "1"}
+    assert await served.store.end_commits(WAIT_S)
+    again = killed(served.local, "sync")
+    assert revisions(again) == dict.fromkeys(names, 59)
+
+
+async def test_a_change_is_acknowledged_only_after_its_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the write and its end, the next start finds the change or not, and all earlier ones."""
+    held = list[LogWrite]()
+    begin_write = {kind: kind.begin for kind in (writers.NativeWriter, writers.ThreadWriter)}
+    for one_kind in begin_write:
+        monkeypatch.setattr(one_kind, "begin", lambda _self, write: held.append(write))
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a", "b")
+    answer = served.change("a", 1)
+    later = served.change("b", 1)
+    (write,) = held
+    before = opened(crash_copy(served.local), "sync")
+    assert revisions(before) == {"a": 0, "b": 0}
+    write.make()
+    assert not answer.done()
+    assert revisions(served.local) == {"a": 0, "b": 0}, "nobody sees it before its caller knows"
+    after = opened(crash_copy(served.local), "sync")
+    assert revisions(after) == {"a": 1, "b": 0}
+    monkeypatch.undo()
+    writer: LogWriter = served.store._lanes._log._writer  # type: ignore[attr-defined]
+    writer.begin(write)
+    assert await asyncio.wait_for(answer, WAIT_S) is ALL_KEPT
+    assert await asyncio.wait_for(later, WAIT_S) is ALL_KEPT
+    assert revisions(served.local) == {"a": 1, "b": 1}
+    assert await served.store.end_commits(WAIT_S)
+
+
+async def test_what_the_disk_refuses_to_the_log_is_committed(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log's file may not grow; the transaction has room in its own file."""
+    served = Served(opened(path, "sync", first_map_bytes=1 << 20, segment_bytes=SIZE))
+    begin(served.local, "a", "b")
+    assert await served.change("a", 1) is ALL_KEPT
+    for file, descriptor in wal_of(served.local).descriptors():
+        os.close(descriptor)
+        assert os.open(file, os.O_RDONLY) == descriptor
+    served.store = InProcessStore(served.local, ManualClock())  # its writer has the new descriptors
+    warnings(caplog)
+    answers = await asyncio.gather(served.change("a", 2), served.change("b", 1))
+    assert set(answers) == {ALL_KEPT}
+    assert "could not be written to the write-ahead log" in warnings(caplog)[0]
+    assert in_lmdb(served.local) == {"a": 2, "b": 1} == revisions(served.local)
+    assert await served.store.end_commits(WAIT_S)
+
+
+async def test_a_commit_that_empties_the_log_waits_for_a_write_to_it(path: Path) -> None:
+    """It takes the log between two writes, however many changes wait."""
+    served = Served(opened(path, "sync", segment_bytes=SIZE))
+    begin(served.local, "a", "m")
+    revision = 0
+    answers = list[asyncio.Future[Answer]]()
+    for _ in range(20):
+        answers += [served.change("a", revision := revision + 1)]
+        batch = Batch(puts=[("m", record("m", revision))], goes_back=True)
+        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        assert served.store.commit(Write(lambda batch=batch: batch, 1, done.set_result)) is None  # type: ignore[misc]
+        answers.append(done)
+        await asyncio.wait_for(answers[-2], WAIT_S)
+    assert set(await asyncio.wait_for(asyncio.gather(*answers), WAIT_S)) == {ALL_KEPT}
+    assert revisions(served.local) == {"a": 20, "m": 20}
+    assert await served.store.end_commits(WAIT_S)
+
+
+async def test_after_the_end_changes_are_refused(path: Path) -> None:
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a")
+    assert await served.change("a", 1) is ALL_KEPT
+    await served.store.close()
+    assert isinstance(await asyncio.wait_for(served.change("a", 2), WAIT_S), Unavailable)
