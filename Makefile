@@ -86,9 +86,14 @@ test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about tw
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m slow $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run what `make test` runs, and fail if that covers less than the floor in pyproject.toml
+coverage: $(INSTALLED) $(FRONT) ## Run the tests of `make test`, each case with one kind of store, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
 	@$(BIN)/python $(PROGRAMS)
-	$(BIN)/pytest --cov --cov-report=term $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
+	$(if $(ARGS),,TEST_CASES=measured) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
+
+.PHONY: test-rest
+test-rest: $(INSTALLED) $(FRONT) ## Run what `make coverage` leaves out: its tests with the other kinds of store, and the slow tests
+	@$(BIN)/python $(PROGRAMS)
+	TEST_CASES=rest $(BIN)/pytest $(ALL) $(ARGS)
 
 .PHONY: mutants
 mutants: $(INSTALLED) ## Change one thing at a time in core and intake, a hundred times each, and show what no unit test notices (half an hour; ARGS="server/stepwell_server/core --count 20 --seed 7" tries others)

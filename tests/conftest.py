@@ -78,6 +78,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"plain: {mark.args[0]}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another run tries: see `support.samples.cases`."""
+    from support import samples
+
+    chosen = samples.cases(items)
+    if len(chosen) < len(items):
+        left_out = set(items).difference(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = chosen
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector look at nothing again and again that stays: thousands of tests, and what they import."""
     gc.collect()

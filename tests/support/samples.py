@@ -7,6 +7,7 @@ long lists and of random examples both try a sample, and `make soak` all: it run
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ ALL = "TEST_ALL" in os.environ
 #: Prime, so that a sample of bytes meets every place of what is laid out in words.
 _ONE_IN = 7
 _SHARE = 4
+#: Set by `make coverage` and `make test-rest`, which together run all tests once.
+_CASES = os.environ.get("TEST_CASES")
 
 
 def some(values: Sequence[T]) -> Sequence[T]:
@@ -39,6 +42,31 @@ def one_in(count: int, values: Iterable[Any]) -> list[Any]:
 def examples(count: int) -> int:
     """How many random examples to draw, of so many in a soak."""
     return count if ALL else max(1, count // _SHARE)
+
+
+def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
+    """The tests that this run tries: all, or with TEST_CASES=measured those that `make coverage` measures.
+
+    Measuring doubles what a test costs. The slow ones are not measured, and each case of the engine's tests with one
+    kind of store only, another kind from test to test. With TEST_CASES=rest a run tries what is not measured.
+    """
+    if chosen is None:
+        return list(items)
+    assert chosen in {"measured", "rest"}, f"TEST_CASES must be measured or rest; got {chosen}"
+    alike: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            alike.setdefault(_without_store(item), []).append(item)
+    measured = {found[zlib.crc32(case.encode()) % len(found)] for case, found in alike.items()}
+    return [item for item in items if (item in measured) == (chosen == "measured")]
+
+
+def _without_store(item: pytest.Item) -> str:
+    """The name of a case of a test, without the kind of store that it runs with."""
+    call: Any = getattr(item, "callspec", None)
+    kind = call.params.get("store_kind") if call else None
+    test, _, case = item.nodeid.partition("[")
+    return f"{test}[{case.replace(kind, '', 1)}" if kind else item.nodeid
 
 
 def settle() -> None:
