@@ -90,7 +90,8 @@ def groups(plan: Plan) -> list[Point]:
 
 
 def sdk(plan: Plan) -> list[Point]:
-    """One session in a loop, 1,000 in a gather, and where that client's time goes."""
+    """One session in a loop, 1,000 in a gather, and where that client's time goes; ratios are to a bare stub."""
+    stubs = {"sync": "stub", "async": "aio_stub"}
     with on_each_front("small") as servers:
 
         def client(server: LocalServer, how: str) -> Measure:
@@ -99,10 +100,12 @@ def sdk(plan: Plan) -> list[Point]:
 
         measures: dict[Key, Measure] = {
             (front, how): client(server, how)
-            for how in ("sync", "async", "gather")
+            for how in ("stub", "sync", "aio_stub", "async", "gather")
             for front, server in servers.items()
         }
-        points = measured(("front", "how"), measures, plan.repeats)
+        points = measured(
+            ("front", "how"), measures, plan.repeats, lambda key: (key[0], stubs.get(key[1], key[1]))
+        )
         front, server = next(iter(servers.items()))
         times = Times(min(PROFILE_S, 2 * plan.times.run_s))
         found = loads.sdk(server, "gather", times, sessions=GATHERED, profile=True)

@@ -1,7 +1,9 @@
 """One client process: `sdk_client.py CASE JSON` makes the load and prints JSON.
 
 sync     one session of the blocking SDK, `session.step` in a loop
+stub     one session, its steps sent by a bare stub of grpcio with the message that the SDK sends
 async    one session of the async SDK, `await session.step` in a loop
+aio_stub as stub, with grpc.aio
 gather   N sessions of the async SDK, all stepped in one asyncio.gather, again and again
 group    a SessionGroup of the blocking SDK, `group.step` in a loop
 long     one session that runs requests of many time steps until stdin ends; prints a line when it begins
@@ -14,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
+import secrets
 import signal
 import sys
 import time
@@ -23,11 +26,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import grpc
+import grpc.aio
 import numpy as np
 
 import stepwell
 from stepwell import aio
 from stepwell.cli.toolkit.listener import Listener
+from stepwell.v1 import sessions_pb2, tensors_pb2
 
 _SAMPLE_S = 0.002
 _SHOWN = 9
@@ -124,6 +130,72 @@ def sync(address: str, model: str, pid: int, warm_up_s: float, run_s: float) -> 
         return meter.result()
 
 
+_STEP = "/stepwell.v1.SessionService/Step"
+
+
+class Steps:
+    """The messages of a session's steps."""
+
+    def __init__(self, session_id: str, x: Any) -> None:
+        self._session_id, self._x, self._revision = session_id, x, 0
+
+    def next(self) -> sessions_pb2.StepRequest:
+        x = self._x
+        inputs = [tensors_pb2.Tensor(dtype=tensors_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())]
+        self._revision += 1
+        return sessions_pb2.StepRequest(
+            session_id=self._session_id,
+            inputs=inputs,
+            expected_revision=self._revision - 1,
+            request_id=secrets.randbits(64) or 1,
+            outputs=sessions_pb2.OUTPUT_SELECTION_ALL,
+        )
+
+    @staticmethod
+    def outputs(reply: sessions_pb2.StepResponse) -> Any:
+        output = reply.outputs[0]
+        return np.frombuffer(output.data, np.float32).reshape(output.shape)
+
+
+def stub_of(channel: Any) -> Any:
+    """The method of a bare stub, on a channel of either kind."""
+    return channel.unary_unary(
+        _STEP,
+        request_serializer=sessions_pb2.StepRequest.SerializeToString,
+        response_deserializer=sessions_pb2.StepResponse.FromString,
+    )
+
+
+def stub(address: str, model: str, pid: int, warm_up_s: float, run_s: float) -> dict[str, Any]:
+    with (
+        stepwell.connect(address) as client,
+        client.open_session(model) as session,
+        grpc.insecure_channel(address) as channel,
+    ):
+        steps = Steps(session.id, rows(client.model(model).inputs[0].shape[0], 1))
+        call = stub_of(channel)
+        meter = Meter(pid, 1, warm_up_s, run_s)
+        while meter.more():
+            steps.outputs(call(steps.next()))
+            meter.answered()
+        return meter.result()
+
+
+async def aio_stub(address: str, model: str, pid: int, warm_up_s: float, run_s: float) -> dict[str, Any]:
+    async with (
+        aio.connect(address) as client,
+        client.open_session(model) as session,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        steps = Steps(session.id, rows((await client.model(model)).inputs[0].shape[0], 1))
+        call = stub_of(channel)
+        meter = Meter(pid, 1, warm_up_s, run_s)
+        while meter.more():
+            steps.outputs(await call(steps.next()))
+            meter.answered()
+        return meter.result()
+
+
 def group(
     address: str, model: str, pid: int, sessions: int, warm_up_s: float, run_s: float
 ) -> dict[str, Any]:
@@ -198,7 +270,9 @@ async def long(address: str, model: str, steps: int) -> dict[str, Any]:
 
 CASES: dict[str, Callable[..., Any]] = {
     "sync": sync,
+    "stub": stub,
     "async": async_,
+    "aio_stub": aio_stub,
     "gather": gather,
     "group": group,
     "long": long,

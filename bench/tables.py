@@ -112,16 +112,24 @@ def groups_table(points: Sequence[Point]) -> str:
 
 def sdk_table(points: Sequence[Point]) -> str:
     ways = {
+        "stub": "bare stub of grpcio",
         "sync": "`session.step` in a loop",
+        "aio_stub": "bare stub of grpc.aio, awaited",
         "async": "`await session.step` in a loop",
         "gather": "1,000 sessions in `asyncio.gather`",
     }
     rows = [
-        [ways[point["how"]], FRONTS[point["front"]], *values(point), cell(point, "client_us", "server_us")]
+        [
+            ways[point["how"]],
+            FRONTS[point["front"]],
+            *values(point),
+            cell(point, "p50_ms", of="ratios"),
+            cell(point, "client_us", "server_us"),
+        ]
         for point in points
         if point["how"] in ways
     ]
-    return table(["SDK", "front", *RATE_AND_LATENCY, PER_STEP], rows)
+    return table(["SDK", "front", *RATE_AND_LATENCY, "p50 of the stub's", PER_STEP], rows)
 
 
 def profile_table(points: Sequence[Point]) -> str:
