@@ -123,9 +123,10 @@ async def test_a_server_that_is_not_there(shell: str, name: str) -> None:
 async def test_after_the_first_contact_the_server_is_waited_for(shell: str, server: ScriptedServer) -> None:
     async with connect(shell, server.address, timeout_s=LONG_S) as client:
         session = await client.open_session(MODEL)
-        server.fail("Step", Fault(), 3)
+        method = "StepStream" if shell == "async" else "Step"
+        server.fail(method, Fault(), 3)
         assert (await session.step(X)).tolist() == [[1.0, 1.0]]
-        assert len(server.requests("Step")) == 4
+        assert len(server.requests(method)) == 4
 
 
 # What is sent and told besides.
@@ -205,7 +206,7 @@ async def test_event_hooks(shell: str, server: ScriptedServer) -> None:
         session = await client.open_session(MODEL)
         group = await client.open_sessions(MODEL, 2)
         seen.clear()
-        server.fail("Step", Fault())
+        server.fail("StepStream" if shell == "async" else "Step", Fault())
         await session.step(X)
         await group.step(np.ones((2, 2)))
     step, again, together = (event for event in seen if isinstance(event, RequestEvent))

@@ -44,7 +44,6 @@ class Wire:
     def __post_init__(self) -> None:
         self.retrier = Retrier(RetryPolicy(base_s=0.0), 1 << 20)
         self.coalescer = Coalescer(self, self.unary, FRAME_SHARE << 20)
-        self.coalescer._were_several = True  # otherwise the first step would be a call
 
     async def step(self, step: Step) -> Stepped:
         """A step with its retries, as a client makes it."""
@@ -56,9 +55,7 @@ class Wire:
         return None  # a pause
 
     async def unary(self, step: Step) -> Stepped:
-        answered = self._call(step.call(1 << 20))
-        await asyncio.sleep(0)  # an answer takes a while
-        return read(answered)
+        return read(self._call(step.call(1 << 20)))
 
     def _call(self, call: Call) -> sessions_pb2.StepResponse:
         assert isinstance(call.request, bytes)
@@ -158,17 +155,6 @@ async def test_time_limits_that_differ_a_little_leave_together_and_those_that_di
         clock.advance(0.5)
     await asyncio.gather(*steps)
     assert wire.sent == [["a", "b", "c"], ["d"]]
-
-
-async def test_a_step_that_comes_alone_is_a_call_of_its_own() -> None:
-    wire = Wire()
-    for _ in range(3):
-        await step_all(wire, "a")
-    assert wire.sent == [["a"], ["alone", "a"], ["alone", "a"]], "the first might have been one of several"
-    wire.sent.clear()
-    for _ in range(2):
-        assert values(await step_all(wire, "abc")) == [0.0, 2.0, 4.0]
-    assert wire.sent == [["alone", "a"], ["b", "c"], ["a", "b", "c"]]
 
 
 async def test_a_large_step_is_a_call_of_its_own() -> None:

@@ -9,12 +9,15 @@ import pytest
 
 from stepwell._base.wire import varint
 from stepwell._batching.frames import SELECTIONS, STATES, Change, Counts, Frame
+from stepwell._batching.one_step import OneStep
+from stepwell._batching.sender import WaitingStep
 from stepwell._batching.sets import SessionSet
 from stepwell._batching.step_arguments import step_change
-from stepwell._batching.steps import Step
-from stepwell._state.tensors import to_messages
+from stepwell._batching.steps import Step, framed
+from stepwell._state.tensors import pack, to_messages
 from stepwell._transport.retry import Deadline
-from stepwell.errors import InvalidInputError
+from stepwell.errors import InvalidInputError, StepwellError
+from stepwell.v1 import errors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support.sdk.scripted_model import message_of
 
@@ -34,6 +37,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "rows that restart": {"inputs": X, "reset": [True, False]},
     "times that restart": {"inputs": X, "reset": np.eye(2, 3, dtype=np.bool_)},
 }
+SAMPLED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 NUMBERS = [0, 1, 127, 128, 300, 2**32 - 1, 2**32, 2**63, 2**64 - 1]
 
 
@@ -87,6 +91,75 @@ def test_the_limit_of_a_message() -> None:
     rule = f"the message of Step must be at most max_message_bytes = {len(request) - 1}; got {len(request)} bytes"
     with pytest.raises(InvalidInputError, match=rule):
         step.call(len(request) - 1)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_frame_of_one_step(name: str) -> None:
+    change = step_change(row_count=2, **STEPS[name])
+    step = Step("m", "ü" * 70, change, 2, 300, 2**64 - 1, FROZEN, (("traceparent", SAMPLED),))
+    member = WaitingStep(step)
+    one = OneStep(step, lambda: framed([member]))
+    expected = pb.StepFrame(
+        session_ids=["ü" * 70],
+        batch_sizes=[2],
+        expected_revisions=[300],
+        request_ids=[2**64 - 1],
+        timeout_ms=1500,
+        traceparent=SAMPLED,
+        **options(change),
+    )
+    message = pb.StepStreamRequest.FromString(one.encode(300, FROZEN))
+    assert message == pb.StepStreamRequest(frame_id=300, step=expected)
+    assert message == message_of(framed([member]), 300, FROZEN)
+
+
+OVERLOADED = errors_pb2.Error(code=8, reason="OVERLOADED", message="full", retry_after_ms=50)
+CORRUPT = errors_pb2.Error(code=15, reason="STATE_CORRUPT", message="damaged")
+Y = to_messages([pack("y", "y", np.ones((2, 3), np.float32))])
+REPLIES: dict[str, list[pb.StepStreamResponse]] = {
+    "applied": [pb.StepStreamResponse(members=[0], revisions=[5], positions=[6], outputs=Y, last=True)],
+    "all": [
+        pb.StepStreamResponse(all_members=True, revisions=[5], positions=[6], model_version=2, last=True)
+    ],
+    "in two parts": [
+        pb.StepStreamResponse(members=[0], revisions=[5], positions=[6], outputs=Y, states=Y),
+        pb.StepStreamResponse(last=True),
+    ],
+    "one number for all": [
+        pb.StepStreamResponse(member_count=1, revision=5, position=6, outputs=Y, last=True)
+    ],
+    "failed": [pb.StepStreamResponse(errors=[pb.MemberError(members=[0], error=CORRUPT)], last=True)],
+    "failed as a whole": [pb.StepStreamResponse(errors=[pb.MemberError(error=CORRUPT)], last=True)],
+    "to be sent again": [
+        pb.StepStreamResponse(errors=[pb.MemberError(members=[0], error=OVERLOADED)], last=True)
+    ],
+    "another member": [pb.StepStreamResponse(members=[1], revisions=[5], positions=[6], last=True)],
+    "two members": [pb.StepStreamResponse(members=[0, 0], revisions=[5, 5], positions=[6, 6], last=True)],
+    "no position": [pb.StepStreamResponse(members=[0], revisions=[5], last=True)],
+    "nothing": [pb.StepStreamResponse(last=True)],
+}
+
+
+def outcome(frame: Frame | OneStep, replies: list[pb.StepStreamResponse]) -> list[str]:
+    """What a caller learns from the replies to a frame."""
+    seen = []
+    try:
+        seen += [repr(frame.accept(reply)) for reply in replies]
+        seen.append(repr(frame.round_over))
+        seen.append(repr(frame.fail_retryable()))
+    except StepwellError as error:
+        seen.append(repr(error))
+    return seen
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_replies_to_one_step(name: str) -> None:
+    step = Step("m", "a", step_change(X, 2), 2, 4, 7, FROZEN)
+    full = framed([WaitingStep(step)])
+    full.encode(1, FROZEN)
+    assert outcome(OneStep(step, lambda: framed([WaitingStep(step)])), REPLIES[name]) == outcome(
+        full, REPLIES[name]
+    )
 
 
 def frame_of(change: Change, count: int, numbers: Counts, request_ids: Counts, *, is_set: bool) -> Frame:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 
-_VARINT, _LENGTH_DELIMITED = 0, 2
+_VARINT, _I64, _LENGTH_DELIMITED = 0, 1, 2
+_FIXED64 = struct.Struct("<Q")
 _TAG_AND_FIXED64 = struct.Struct("<BQ")
 
 
@@ -36,4 +37,9 @@ def bytes_tag(field: int) -> bytes:
 
 def fixed64_field(field: int, number: int) -> bytes:
     """A whole field of type fixed64, of a number below 16."""
-    return _TAG_AND_FIXED64.pack(field << 3 | 1, number)
+    return _TAG_AND_FIXED64.pack(field << 3 | _I64, number)
+
+
+def fixed64(number: int) -> bytes:
+    """A number of eight bytes, as in a packed field."""
+    return _FIXED64.pack(number)

@@ -51,38 +51,29 @@ class Coalescer:
         """Frames in flight, each with the timer of its members' next time limit."""
         self._max_members: dict[Hashable, int] = {}
         """Largest number of steps per frame, by kind, for kinds whose replies were too large for one message."""
-        self._is_alone = False
-        """Whether a step is in flight as a unary call because it came alone."""
-        self._were_several = False
-        """Whether several steps were sent together the last time."""
+        self._were_several = True
+        """Whether several steps were sent together the last time, or it is the first time."""
 
     def step(self, step: Step) -> Awaitable[Stepped]:
         """Makes one attempt of a step.
 
         A large step is a unary call: sharing a frame would gain nothing. Also, cancelling its task cancels a unary
-        call on the server, but not a member of a frame. See also `Step.may_share`. So is a step that comes alone,
-        because a call takes less time than a frame of one.
+        call on the server, but not a member of a frame. See also `Step.may_share`.
 
         Raises:
             StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
         if not step.may_share():
             return self._unary(step)
-        if not (self._is_alone or self._were_several or self._in_flight or self._waiting):
-            return self._alone(step)
         loop = asyncio.get_running_loop()
-        if not self._waiting:
-            loop.call_soon(self._send_queued)
         member = WaitingStep(step, loop.create_future())
+        is_first = not self._waiting
         self._waiting.add(member)
+        if is_first and not self._were_several and not self._in_flight:
+            self._send_queued()  # no other step is in sight, so waiting for one would gain nothing
+        elif is_first:
+            loop.call_soon(self._send_queued)
         return member.answer
-
-    async def _alone(self, step: Step) -> Stepped:
-        self._is_alone = True
-        try:
-            return await self._unary(step)
-        finally:
-            self._is_alone = False
 
     def _send_queued(self) -> None:
         waiting, self._waiting = self._waiting, Gathering()
@@ -90,7 +81,7 @@ class Coalescer:
         count = 0
         for members in waiting.frames(self._max_frame_bytes, self._max_members):
             count += len(members)
-            frame = Frame(self, members, now_s)
+            frame: Frame = InFlightFrame(self, members, now_s)
             self._in_flight[frame] = None
             frame.send(self._link, self._max_message_bytes)
             self._watch(frame)

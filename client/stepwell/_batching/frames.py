@@ -40,8 +40,8 @@ STATES: Mapping[str, sessions_pb2.StateSelection.ValueType] = {
     "last": _pb.STATE_SELECTION_LAST,
     "none": _pb.STATE_SELECTION_NONE,
 }
-_FRAME_ID_TAG = varint_tag(_pb.StepStreamRequest.FRAME_ID_FIELD_NUMBER)
-_STEP_TAG = bytes_tag(_pb.StepStreamRequest.STEP_FIELD_NUMBER)
+FRAME_ID_TAG = varint_tag(_pb.StepStreamRequest.FRAME_ID_FIELD_NUMBER)
+STEP_TAG = bytes_tag(_pb.StepStreamRequest.STEP_FIELD_NUMBER)
 _RESET_TAG = bytes_tag(_pb.StepStreamRequest.RESET_FIELD_NUMBER)
 RETRYABLE = (errors.OverloadedError, errors.UnavailableError)
 
@@ -194,18 +194,18 @@ class Frame:
         self.round_over = False
         change = self._change
         if change.kind == "step":
-            kind, parts = _STEP_TAG, change.fields(_pb.StepFrame)
+            kind, parts = STEP_TAG, change.fields(_pb.StepFrame)
             parts.append(self._numbers(_pb.StepFrame(), deadline))
         else:
             kind, parts = _RESET_TAG, tensors.fields(_pb.ResetFrame.STATE_FIELD_NUMBER, change.tensors)
             parts.append(self._numbers(_pb.ResetFrame(), deadline))
         parts.append(encoded_ids(self.ids) if self.named is None else self.named.encoded())
         size = sum([len(part) for part in parts])
-        return b"".join((_FRAME_ID_TAG, varint(frame_id), kind, varint(size), *parts))
+        return b"".join((FRAME_ID_TAG, varint(frame_id), kind, varint(size), *parts))
 
     def _numbers(self, frame: sessions_pb2.StepFrame | sessions_pb2.ResetFrame, deadline: Deadline) -> bytes:
         """The encoded fields of both kinds of frames, all but the ids. Fills in an empty message."""
-        frame.timeout_ms = _timeout_ms(deadline.remaining_s())
+        frame.timeout_ms = timeout_ms(deadline.remaining_s())
         if self.traceparent:
             frame.traceparent = self.traceparent
         rows, expected, request_ids = self._rows, self._expected, self._request_ids
@@ -397,7 +397,8 @@ def _counts(numbers: Sequence[int]) -> Counts:
     return np.fromiter(numbers, np.uint64, len(numbers))
 
 
-def _timeout_ms(remaining_s: float) -> int:
+def timeout_ms(remaining_s: float) -> int:
+    """A time limit as a frame has it."""
     if math.isinf(remaining_s):
         return 0
     return min(max(1, math.ceil(remaining_s * 1000)), 2**32 - 1)

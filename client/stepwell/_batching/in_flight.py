@@ -6,10 +6,13 @@ broken stream is no special case.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol
 
+from stepwell._batching.frames import Frame
+from stepwell._batching.one_step import OneStep
 from stepwell._batching.steps import M, abandon, answer, framed
 from stepwell._transport.retry import RepliesTooLargeError
 from stepwell._transport.stream import Answer, MakeRequest, Sink
@@ -46,7 +49,11 @@ class InFlightFrame(Generic[M]):
         # The latest one: no member may be cut short.
         self.deadline = max([member.step.deadline for member in members], key=AT_S)
         self._owner = owner
-        self._frame = framed(members)
+        self._frame: Frame | OneStep
+        if len(members) == 1:
+            self._frame = OneStep(members[0].step, functools.partial(framed, members))
+        else:
+            self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 
     def send(self, link: Link, max_message_bytes: int) -> None:

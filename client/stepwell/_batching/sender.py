@@ -207,7 +207,7 @@ class Sender:
         for member in self._dequeue_all():
             gathering.add(member)
         for members in gathering.frames(self._max_frame_bytes, self._max_members):
-            frame = Frame(self, members, self._clock())
+            frame: Frame = InFlightFrame(self, members, self._clock())
             self._in_flight.append(frame)
             frame.send(self._link, self._max_message_bytes)
 
