@@ -1,6 +1,6 @@
 """How much of what could be tried a test run tries.
 
-Tests that are marked `slow` run in `make test-slow`, hence in CI, and not in `make test` (unless it is told files). Of
+Tests that are marked `slow` run in `make test-slow` and in CI, and not in `make test` (unless ARGS names their file). Of
 long lists and of random examples both try a sample, and `make soak` all: it runs the files that import this module.
 """
 
