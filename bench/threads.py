@@ -26,6 +26,7 @@ _ROLES = {
     "compute": "compute",
     "store": "store",
     "store-log": "store",
+    "stepwell-log": "store",
 }
 """By the name that the kernel has, without a number; the main thread is the event loop."""
 ROLES = ("wire", "loop", "compute", "store", "other")
