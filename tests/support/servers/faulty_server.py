@@ -35,6 +35,7 @@ from stepwell_server import clock
 from stepwell_server.core import exactly_once
 from stepwell_server.store.disk.lmdb import LmdbStore
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.disk.wal import writers
 from stepwell_server.store.disk.wal.segment import Segment
 
 Commit = Callable[[DiskStore, Any], None]
@@ -115,6 +116,7 @@ def install(faults: Faults) -> None:
     # Where the disk's own errors come from, so that they are translated as those are.
     replace(LmdbStore, "_commit", _commit)
     replace(Segment, "_write", _write)
+    replace(writers, "NATIVE", None)  # it writes without `Segment`
     replace(clock.SystemClock, "now", lambda _: time.time() + faults.jump_s)
 
 
@@ -138,6 +140,12 @@ def judge_nothing() -> None:
     replace(exactly_once, "applies", lambda *_: True)
 
 
+def commit_everything() -> None:
+    """Append nothing to the log without a commit."""
+    replace(DiskStore, "append", lambda *_: False)
+    replace(DiskStore, "begin_append", lambda *_: None)
+
+
 def drop_commits() -> None:
     """Every other commit is reported as kept and is not."""
     commit: Commit = DiskStore.commit
@@ -150,7 +158,7 @@ def drop_commits() -> None:
             commit(store, batch)
 
     replace(DiskStore, "commit", dropping)
-    replace(DiskStore, "append", lambda *_: False)  # all goes by a commit
+    commit_everything()
 
 
 def commit_late() -> None:
@@ -170,7 +178,7 @@ def commit_late() -> None:
         waiting.put((time.monotonic() + _LATE_S, store, batch))
 
     replace(DiskStore, "commit", later)
-    replace(DiskStore, "append", lambda *_: False)
+    commit_everything()
 
 
 DEFECTS: dict[str, Callable[[], None]] = {
