@@ -141,11 +141,13 @@ class LocalWrites:
     def _work(self, writes: Sequence[Write]) -> bool:
         """Commit writes, or build those for the log, on the thread. An empty list means that a checkpoint is due."""
         built = [(write, self._built(write)) for write in writes if write.is_for_log]
+        # before the event loop gets those for the log: what the log refuses comes back for a commit of its own
+        others = [write for write in writes if not write.is_for_log]
+        failed = [write for write, puts in built if puts is None]
         sealed = [(write, puts) for write, puts in built if puts is not None]
         if sealed and not self._call(self._add_to_log, sealed):
             return False
-        failed = [write for write, puts in built if puts is None]
-        return self._commit([*failed, *(write for write in writes if not write.is_for_log)])
+        return self._commit([*failed, *others])
 
     def _built(self, write: Write) -> Sequence[tuple[str, RecordBytes]] | None:
         """Build a write for the log; None: it failed, and has the error."""
