@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -426,6 +426,31 @@ async def test_what_the_log_refuses_later_is_committed() -> None:
     assert store.get("b") == b"record"
     assert told.names == "ab"
     assert commits.close(WAIT_S)
+
+
+async def test_a_large_change_that_the_log_refuses_at_once_is_committed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event loop may refuse it before the thread that built it goes on."""
+    store = Logged(waits_for_disk=True)
+    commits = Commits(store)
+    told = Told(commits, store)
+    store.has_room = False
+    lanes, call = commits.lanes, commits.lanes._call
+
+    def at_once(callback: Callable[[Any], None], argument: Any) -> bool:
+        if callback == lanes._add_to_log:
+            callback(argument)
+            return True
+        return call(callback, argument)
+
+    monkeypatch.setattr(lanes, "_call", at_once)
+    told.submit("a", size=MAX_BUILT_HERE + 1, is_change=True)
+    await until(lambda: commits.is_idle)
+    assert commits.close(WAIT_S)
+    await asyncio.sleep(0)
+    assert told.told == [("a", None)]
+    assert len(store.batches) == 1
 
 
 async def test_the_end_waits_for_the_log() -> None:
