@@ -439,10 +439,13 @@ async def test_a_large_change_that_the_log_refuses_at_once_is_committed_once(
     lanes, call = commits.lanes, commits.lanes._call
 
     def at_once(callback: Callable[[Any], None], argument: Any) -> bool:
-        if callback == lanes._add_to_log:
+        has_run = threading.Event()
+
+        def run(argument: Any) -> None:
             callback(argument)
-            return True
-        return call(callback, argument)
+            has_run.set()
+
+        return call(run, argument) and has_run.wait(WAIT_S)
 
     monkeypatch.setattr(lanes, "_call", at_once)
     told.submit("a", size=MAX_BUILT_HERE + 1, is_change=True)
