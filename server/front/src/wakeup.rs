@@ -173,13 +173,6 @@ fn control(set: &OwnedFd, change: i32, fd: i32) -> io::Result<()> {
 }
 
 #[cfg(test)]
-impl Wakeup {
-    pub fn has_rung(&self) -> bool {
-        self.event.is_rung.load(Ordering::SeqCst)
-    }
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};

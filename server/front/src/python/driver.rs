@@ -78,27 +78,18 @@ impl Driver {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns a runtime for `drive`, which wakes Python's event loop before it blocks.
-    pub fn runtime(&self) -> std::io::Result<Runtime> {
-        let queue = self.queue.clone();
-        let mut builder = tokio::runtime::Builder::new_current_thread();
-        builder.enable_all().on_thread_park(move || queue.flush()).build()
-    }
-
     /// Serve on this thread, the front's, until it ends.
     pub fn drive(&self, runtime: Runtime, serving: impl Future<Output = ()> + Send + 'static) {
         let runtime = Arc::new(runtime);
         self.state().runtime = Some(runtime.clone());
         let mut serving = runtime.spawn(serving);
         loop {
-            self.queue.gather(true);
             let has_ended = runtime.block_on(async {
                 tokio::select! {
                     _ = &mut serving => true, // its panic was printed
                     () = self.asked.notified() => false,
                 }
             });
-            self.queue.gather(false);
             if has_ended {
                 break;
             }
@@ -286,8 +277,8 @@ mod tests {
     }
 
     fn wire() -> Wire {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (driver, _) = Driver::new(Arc::new(Queue::for_test()));
-        let runtime = driver.runtime().unwrap();
         let (client, served) = StdUnixStream::pair().unwrap();
         served.set_nonblocking(true).unwrap();
         Wire { driver: Arc::new(driver), client, runtime, served }

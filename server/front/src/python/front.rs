@@ -140,7 +140,7 @@ impl Front {
         let Some(mut waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(PyRuntimeError::new_err("a front is started once"));
         };
-        let runtime = self.driver.runtime()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (served, stage) = (self.server.clone(), self.stage.subscribe());
         let until = self.stage.subscribe();
         let (carrier, driver) = (self.driver.clone(), self.driver.clone());

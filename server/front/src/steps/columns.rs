@@ -13,7 +13,6 @@ use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Limit of sessions in a batch, and in what Python takes at a time: about one pass, so that passes run in between.
 pub const MAX_IN_BATCH: usize = 1024;
@@ -225,7 +224,7 @@ pub enum Arrival {
 }
 
 /// The arrivals that Python has not taken.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Arrivals {
     all: VecDeque<Arrival>,
     /// Indexes of the open batches, with hashes of their session ids if several are open.
@@ -233,20 +232,6 @@ pub struct Arrivals {
     hasher: RandomState,
     /// Number of calls among the arrivals.
     calls: usize,
-    /// When the first of them came, while they are gathered.
-    pub began: Instant,
-}
-
-impl Default for Arrivals {
-    fn default() -> Self {
-        Arrivals {
-            all: VecDeque::new(),
-            open: Vec::new(),
-            hasher: RandomState::new(),
-            calls: 0,
-            began: Instant::now(),
-        }
-    }
 }
 
 impl Arrivals {

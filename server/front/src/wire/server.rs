@@ -220,7 +220,6 @@ fn begin<S>(
             let began = Instant::now();
             let served = std::future::poll_fn(|cx| Poll::Ready(serving.as_mut().poll(cx))).await;
             quota.end(began.elapsed());
-            server.service.queue.flush_old();
             while server.received.kept() > max_kept && server.open.end_largest() {
                 bounds.counts.refuse(Refusal::Evicted);
             }
