@@ -22,7 +22,7 @@ from stepwell_server.engine import usage_counts
 from stepwell_server.engine.intake import admission
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.pager import Pager
-from stepwell_server.engine.passes import loop
+from stepwell_server.engine.passes import direct
 from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.sessions.begin import Attempts, CreatedSessions, NewSessions, SessionCreator
 from stepwell_server.engine.usage_counts import UsageCounts
@@ -384,8 +384,9 @@ def test_a_replica_that_applies_what_fits_whatever_its_request_id_is_found(
     def applies(revision: int, last_request: int, expected: int | None, request: int) -> bool:
         return expected == revision or exactly_once.applies(revision, last_request, expected, request)
 
-    monkeypatch.setattr(admission, "judge", judge)
-    monkeypatch.setattr(loop, "applies", applies)
+    for module in (admission, direct):
+        monkeypatch.setattr(module, "judge", judge)
+    monkeypatch.setattr(direct, "applies", applies)
     assert is_found(range(20), mix=Mix(reuse=3.0), must_sync=True)
 
 

@@ -44,7 +44,8 @@ COUNT = 10 * PIECE
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "PIECE", PIECE)
+    for name in ("PIECE", "LOOKUP_BATCH_SIZE"):
+        monkeypatch.setattr(directory, name, PIECE)
     for module in (threads, opening, close, directory):
         monkeypatch.setattr(module, "PIECE_SIZE", PIECE)
     monkeypatch.setattr(submission, "REFUSAL_BATCH_SIZE", PIECE)

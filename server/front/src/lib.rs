@@ -14,9 +14,10 @@
 #![cfg_attr(not(feature = "python"), allow(dead_code))] // called only from Python
 
 mod clock;
-mod log_writer;
 mod method;
 mod wakeup;
+
+mod log_writer;
 
 /// gRPC's and protobuf's messages as bytes.
 mod messages {

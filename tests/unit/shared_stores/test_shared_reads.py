@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import SessionFilter
+from stepwell_server.engine.sessions import directory
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.errors import (
     OutcomeUnknown,
@@ -19,7 +20,7 @@ from stepwell_server.errors import (
     SessionNotFound,
     Unavailable,
 )
-from stepwell_server.store.base import Batch, Store
+from stepwell_server.store.base import Batch
 from stepwell_server.store.record import decode_header
 from support.engine.fake_executor import PLAIN
 from support.engine.harness import Harness, fails, kinds, x
@@ -229,7 +230,7 @@ async def test_records_of_sessions_that_others_reopened_show_it() -> None:
 async def test_a_session_that_leaves_the_table_between_the_parts_of_a_long_lookup_is_not_taken_for_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Store, "fetch_size", 1)
+    monkeypatch.setattr(directory, "LOOKUP_BATCH_SIZE", 1)
     async with two() as (first, second):
         await make_resident_on_both(first, second, "a", "b")
         second.store.reads_held, so_far = True, len(second.store.asked("read"))

@@ -34,7 +34,9 @@ from stepwell_server.errors import InvalidInput, ServerError
 from stepwell_server.logs import Log
 
 _log = Log("engine.loop")
-_ONE = np.uint64(1)
+_ONE, _ANY = np.uint64(1), np.uint64(ANY_REVISION)
+_FIRST: Members = np.zeros(1, np.intp)
+_FIRST.flags.writeable = False
 #: Of the runs of more than one row, every so many measures the cost: the processor time of a thread is a system call.
 _MEASURE_INTERVAL = 16
 
@@ -88,7 +90,7 @@ class Direct:
         if not is_own:
             return False
         change.handles, change.births, change.model = handles, table.birth[handles], model
-        change.row_count, change.members = count, np.arange(count)
+        change.row_count, change.members = count, _FIRST if count == 1 else np.arange(count)
         change.sizes = np.ones(count, np.intp) if sizes is None else sizes
         began = self._clock.monotonic()
         has_run = self._run(change, count)
@@ -110,7 +112,7 @@ class Direct:
         if checked.steps > 1 or finite_rows(checked.arrays) is not None:
             return False
         expected = change.expected
-        if expected is not None and np.maximum.reduce(expected) == ANY_REVISION:
+        if expected is not None and (expected[0] if count == 1 else np.maximum.reduce(expected)) == _ANY:
             return False
         if change.reply_bytes + output_bytes(program, count, 1) > change.reply_limit:
             return False

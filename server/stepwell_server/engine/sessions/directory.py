@@ -62,6 +62,9 @@ _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
 _GROUP_BYTES = 3
 #: Calls on more sessions than this look them up in parts, and generate ids on a thread.
 PIECE = 4096
+#: Sessions looked up together. A session that leaves the table between two such parts is unknown to the caller. The
+#: store is asked for fewer at a time: `Store.fetch_size`.
+LOOKUP_BATCH_SIZE = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ class Directory:
             Overloaded: too many calls wait for the store.
             Unavailable: the store cannot be read, and one of the sessions is active here.
         """
-        if len(session_ids) > self.store.fetch_size:
+        if len(session_ids) > LOOKUP_BATCH_SIZE:
             return await self._look_in_parts(session_ids, reread=reread)
         if not (reread or self._lookup.must_wait(session_ids)):
             return self.here
@@ -162,10 +165,10 @@ class Directory:
         A session that leaves the table while later parts are looked up is then unknown: its callers get
         `Unavailable` and must retry.
         """
-        tenant, size, seen = tenant_of(session_ids[0]), self.store.fetch_size, LookupResult({})
-        for at in range(0, len(session_ids), size):
+        tenant, seen = tenant_of(session_ids[0]), LookupResult({})
+        for at in range(0, len(session_ids), LOOKUP_BATCH_SIZE):
             await self.pieces.turn(tenant)
-            part = session_ids[at : at + size]
+            part = session_ids[at : at + LOOKUP_BATCH_SIZE]
             if reread or self._lookup.must_wait(part):
                 self._lookup.require_room()
                 found = await self._lookup.wait(part, reread=reread)
