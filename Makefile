@@ -67,9 +67,10 @@ serve: $(INSTALLED) $(FRONT) $(MODEL) ## Serve the demo's model (trained first i
 	$(BIN)/stepwell serve temperature=$(MODEL)
 
 # Whole runs are divided among so many processes, one more than two cores have: many tests wait for servers, disks and
-# limits of time. A few tests, named by ARGS, are faster in one.
+# limits of time. The tests of a module run in one process, so what they share is made once; the longest modules come
+# first (see testpaths in pyproject.toml). A few tests, named by ARGS, are faster in one process.
 WORKERS ?= 3
-ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
+ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder)
 
 .PHONY: test
 test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five to six minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey and promtool on a Debian as root, unless STEPWELL_NO_APT=1
