@@ -67,10 +67,9 @@ serve: $(INSTALLED) $(FRONT) $(MODEL) ## Serve the demo's model (trained first i
 	$(BIN)/stepwell serve temperature=$(MODEL)
 
 # Whole runs are divided among so many processes, one more than two cores have: many tests wait for servers, disks and
-# limits of time. The tests of a module run in one process, so what they share is made once; the longest modules come
-# first (see testpaths in pyproject.toml). A few tests, named by ARGS, are faster in one process.
+# limits of time. A few tests, named by ARGS, are faster in one.
 WORKERS ?= 3
-ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder)
+ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
 test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five to six minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey and promtool on a Debian as root, unless STEPWELL_NO_APT=1
@@ -92,7 +91,7 @@ coverage: $(INSTALLED) $(FRONT) ## Run the tests of `make test`, each case with 
 	$(if $(ARGS),,TEST_CASES=measured) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 .PHONY: test-rest
-test-rest: $(INSTALLED) $(FRONT) ## Run what `make coverage` leaves out: its tests with the other kinds of store, and the slow tests
+test-rest: $(INSTALLED) $(FRONT) ## Run what `make coverage` leaves out: its tests with the other kinds of store, and the slow tests (twelve minutes on two idle cores)
 	@$(BIN)/python $(PROGRAMS)
 	TEST_CASES=rest $(BIN)/pytest $(ALL) $(ARGS)
 
