@@ -38,8 +38,6 @@ MAX_OPERATORS = 190
 
 SESSIONS = 32
 PASSES = 3
-_WARM_UP = 10
-"""Rounds until LiteRT's arrays are cached."""
 _MAX_ROUNDS = 60
 """Most rounds are one pass; in the others the front took the steps in parts."""
 _STEP = "/stepwell.v1.SessionService/Step"
