@@ -431,7 +431,7 @@ async def test_what_the_log_refuses_later_is_committed() -> None:
 async def test_a_large_change_that_the_log_refuses_at_once_is_committed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The event loop may refuse it before the thread that built it goes on."""
+    """The event loop may refuse it while the thread that built it is still in its call."""
     store = Logged(waits_for_disk=True)
     commits = Commits(store)
     told = Told(commits, store)

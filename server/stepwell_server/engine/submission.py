@@ -119,7 +119,7 @@ class Submission:
         return left
 
     def _run_at_once(self, change: Change, handles: Handles) -> bool:
-        """Run a change whose sessions are in the table, if it is plain and nothing waits. Otherwise it is not changed."""
+        """Run a change whose sessions are in the table, if it is plain and nothing waits. Otherwise it must be checked."""
         change.find_again = self._find_again
         return self._inboxes.of[int(self._table.model[handles[0]])].run_at_once(change, handles)
 
