@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -170,19 +170,6 @@ class Frame:
         own.traceparent = self.traceparent
         return own
 
-    def maker(self, deadline: Deadline, max_message_bytes: int) -> MakeRequest:
-        """Returns a function that builds the encoded message of the next round.
-
-        It raises an `InvalidInputError` if the message exceeds the limit.
-        """
-
-        def make(frame_id: int) -> bytes:
-            message = self.encode(frame_id, deadline)
-            check_length("a frame", len(message), max_message_bytes)
-            return message
-
-        return make
-
     def encode(self, frame_id: int, deadline: Deadline) -> bytes:
         """Begins a round: encodes the message with all members.
 
@@ -319,6 +306,27 @@ class Frame:
         self._open[:] = False
         none = np.zeros(0, np.uint64)
         return Part(open_[:0], none, none, {}, {i: self._waiting[i] for i in open_.tolist()})
+
+
+class Encodable(Protocol):
+    """A frame that encodes its next round."""
+
+    def encode(self, frame_id: int, deadline: Deadline) -> bytes:
+        """See `Frame.encode`."""
+
+
+def maker(frame: Encodable, deadline: Deadline, max_message_bytes: int) -> MakeRequest:
+    """Returns a function that builds the encoded message of a frame's next round.
+
+    It raises an `InvalidInputError` if the message exceeds the limit.
+    """
+
+    def make(frame_id: int) -> bytes:
+        message = frame.encode(frame_id, deadline)
+        check_length("a frame", len(message), max_message_bytes)
+        return message
+
+    return make
 
 
 def _are_alike(numbers: npt.NDArray[Any]) -> bool:

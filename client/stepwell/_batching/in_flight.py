@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol
 
-from stepwell._batching.frames import Frame
+from stepwell._batching.frames import Frame, maker
 from stepwell._batching.one_step import OneStep
 from stepwell._batching.steps import M, abandon, answer, framed
 from stepwell._transport.retry import RepliesTooLargeError
@@ -59,7 +59,7 @@ class InFlightFrame(Generic[M]):
     def send(self, link: Link, max_message_bytes: int) -> None:
         """Sends it. If that fails, every caller gets the error."""
         try:
-            self.forget = link.post(self._frame.maker(self.deadline, max_message_bytes), self._receive)
+            self.forget = link.post(maker(self._frame, self.deadline, max_message_bytes), self._receive)
         except Exception as error:
             self.end(error)
         if self._frame.round_over:

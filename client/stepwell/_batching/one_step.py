@@ -12,9 +12,7 @@ from stepwell._base.wire import bytes_tag, fixed64, varint, varint_tag
 from stepwell._batching.frames import FRAME_ID_TAG, STEP_TAG, Frame, Part, timeout_ms
 from stepwell._batching.steps import Step
 from stepwell._state.tensors import view_all
-from stepwell._transport.call import check_length
 from stepwell._transport.retry import Deadline
-from stepwell._transport.stream import MakeRequest
 from stepwell.v1 import sessions_pb2
 
 _pb = sessions_pb2.StepFrame
@@ -39,16 +37,6 @@ class OneStep:
         self._make = make
         self._frame: Frame | None = None
         self.round_over = False
-
-    def maker(self, deadline: Deadline, max_message_bytes: int) -> MakeRequest:
-        """See `Frame.maker`."""
-
-        def make(frame_id: int) -> bytes:
-            message = self.encode(frame_id, deadline)
-            check_length("a frame", len(message), max_message_bytes)
-            return message
-
-        return make
 
     def encode(self, frame_id: int, deadline: Deadline) -> bytes:
         """See `Frame.encode`."""

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stepwell._base.flow import Flow, Notify, Pause
-from stepwell._batching.frames import Frame, Indexes, Part
+from stepwell._batching.frames import Frame, Indexes, Part, maker
 from stepwell._batching.in_flight import Link, unanswered
 from stepwell._batching.sets import SessionSet
 from stepwell._batching.steps import Step
@@ -128,7 +128,7 @@ class Exchange:
         """Sends the lanes that are not sent yet; `put` receives each lane's answers."""
         for lane in self.lanes:
             if lane.forget is None and not lane.is_over:
-                make = lane.frame.maker(self.deadline, self.max_message_bytes)
+                make = maker(lane.frame, self.deadline, self.max_message_bytes)
                 try:
                     lane.forget = link_to(lane.to).post(make, functools.partial(_put, put, lane))
                 except StepwellError as error:
