@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import shutil
 import signal
 import tempfile
 
@@ -19,16 +17,12 @@ def pytest_configure(config: pytest.Config) -> None:
     that interrupts a server or a command would wait in vain.
     """
     # Here, not above: a worker of pytest-xdist reads this file before it measures coverage.
-    from support import samples
-    from support.models.programs import run_folder
+    from support import run_folder, samples
 
     samples.settle()
-    # made here, so that the processes among which pytest-xdist divides the tests find it
-    run_folder()
+    run_folder.use_for_temporary_files()
     # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests
-    folder = tempfile.mkdtemp(prefix="stepwell-data-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["XDG_DATA_HOME"] = folder
+    os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="data-")
     # each of hundreds of processes would compile all modules anew, and start a thread of numpy's for each core
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -51,6 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(
             CollectionProgress(lambda line: reporter("terminalreporter").write_line(line))
         )
+        if config.getoption("dist") != "no":
+            # a run that `timeout` or CI ends must end its workers and remove its folders
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; servers would ignore it, too

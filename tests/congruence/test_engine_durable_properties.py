@@ -32,13 +32,13 @@ from support.checks.actions import (
 )
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import STORES, Answer, Answers
+from support.run_folder import memory_folder
 from support.samples import examples
 from support.stores.durable import Disk
 from support.stores.records import scan_local
 
 SETTINGS = settings(max_examples=examples(80))
 AWAY = Unavailable("the test says no")
-_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 troubles = st.builds(
     Simple, st.sampled_from(["kill", "kill", "stall", "stall behind", "fail"]), names, st.integers(1, 3)
@@ -217,7 +217,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 async def play(kind: str, shape: Shape, program: Sequence[Action], *, settled: bool) -> None:
-    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         STORES.kind, STORES.folder = kind, Path(folder)
         disk = Disk()
         async with AsyncExitStack() as stack:

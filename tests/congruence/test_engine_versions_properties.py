@@ -34,13 +34,13 @@ from support.checks.model_of_versions import (
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import STORES, Answer, FixedCost, Harness
 from support.engine.versions import serving
+from support.run_folder import memory_folder
 from support.samples import examples
 from support.stores.durable import Disk, stalled, start_task
 from support.stores.fake_shared_store import RemoteStore
 
 SETTINGS = settings(max_examples=examples(120))
 NAMES = "abcdef"
-_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 #: So few that unused versions are forgotten all the time.
 _MAX_KNOWN = 3
 #: More than all sessions have.
@@ -568,7 +568,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 async def play(kind: str, shape: Shape, program: Sequence[Do]) -> None:
-    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         STORES.kind, STORES.folder = kind, Path(folder)
         play = Play(kind, shape)
         async with play.stack:

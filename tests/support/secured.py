@@ -30,7 +30,7 @@ from stepwell_server.auth.tokens import Token, digest_of, new_token
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.rpc.fronts.certificates import Certificates
 from support.certificates import Authority, Pair
-from support.models import programs
+from support.run_folder import run_folder
 
 VARIABLE = "STEPWELL_TEST_SECURED"
 SCHEME = "grpcs://"
@@ -188,7 +188,7 @@ def _credentials(token: bool = True) -> grpc.ChannelCredentials:
 @functools.cache
 def _material() -> Material:
     """Made by the first process of the run that asks."""
-    folder = programs.run_folder() / "secured"
+    folder = run_folder() / "secured"
     if not folder.exists():
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
         _make(unfinished)

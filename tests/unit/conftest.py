@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from support.engine.two_engines import Times
     from support.stores.durable import Disk, DurableStore
 
-# What a flush to disk costs is no concern of these tests.
-_MEMORY = Path("/dev/shm")
 _RESERVE_BYTES = 64 * 1024
 KINDS = ("memory", "async", "sync", "fake_shared", "valkey")
 
@@ -61,6 +59,7 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
     from stepwell_server.store.disk import reserve
     from stepwell_server.store.disk.wal import writers
     from support.engine.harness import STORES
+    from support.run_folder import memory_folder
     from support.stores.gated_valkey import clocked
 
     STORES.kind = getattr(request, "param", "memory")
@@ -75,7 +74,7 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
             stack.enter_context(clocked(STORES.server()))
         # the system would clear all of it for each of thousands of stores
         stack.enter_context(mock.patch.object(reserve, "RESERVE_BYTES", _RESERVE_BYTES))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=memory_folder()))
         STORES.folder = Path(folder)
         yield STORES.kind
     STORES.kind = "memory"

@@ -7,7 +7,6 @@ is tested in each run. Elsewhere, as in `make soak`, each run compiles all of th
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import functools
@@ -26,9 +25,8 @@ from stepwell_server import program_file
 from stepwell_server.program import Program, ProofOptions
 from support import samples
 from support.models import zoo
+from support.run_folder import run_folder
 
-#: Names the run's folder to the processes among which pytest-xdist divides the tests.
-_FOLDER = "TEST_RUN_FOLDER"
 #: Set by `make test`.
 _KEEP = "TEST_KEEP_PROGRAMS"
 _ROOT = Path(__file__).parents[3]
@@ -49,15 +47,6 @@ class Saved(NamedTuple):
 
     path: Path
     cache_dir: Path
-
-
-@functools.cache
-def run_folder() -> Path:
-    """The folder of this test run. The first process that asks makes it and removes it at its end."""
-    if _FOLDER not in os.environ:
-        os.environ[_FOLDER] = tempfile.mkdtemp(prefix="stepwell-tests-")
-        atexit.register(shutil.rmtree, os.environ[_FOLDER], ignore_errors=True)
-    return Path(os.environ[_FOLDER])
 
 
 def cache_dir() -> Path:
