@@ -18,6 +18,7 @@ from stepwell_server.files import private_files
 from stepwell_server.files.private_files import NotPrivateError, make_folder, require_secret
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk.store import DiskStore
+from support.run_folder import run_folder
 
 HOLDS = ("kept*",)
 SOMEBODY = 54_321
@@ -259,7 +260,8 @@ for path in (home / "of_nobody", home / "of_nobody" / "x"):
     except OSError as error:
         print(type(error).__name__, error)
 """
-    with tempfile.TemporaryDirectory() as folder:
+    # Other users may not enter the folder of the run.
+    with tempfile.TemporaryDirectory(dir=run_folder().parent) as folder:
         home = Path(folder)
         for name, owner in (("of_nobody", 65_534), ("of_root", 0)):
             (home / name).mkdir(mode=0o700) if owner else (home / name).touch(0o640)
