@@ -19,6 +19,15 @@ mod wakeup;
 
 mod log_writer;
 
+/// Wide dense layers: a delegate of LiteRT. It knows nothing of the front.
+#[cfg(target_arch = "x86_64")]
+mod compute {
+    pub mod delegate;
+    mod dense;
+    mod kernel;
+    mod litert;
+}
+
 /// gRPC's and protobuf's messages as bytes.
 mod messages {
     pub mod grpc;

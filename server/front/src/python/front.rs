@@ -548,6 +548,15 @@ impl BatchHandle {
     }
 }
 
+/// The address of LiteRT's delegate for wide layers. None: it has no instructions for this processor.
+#[pyfunction]
+fn dense_delegate() -> Option<usize> {
+    #[cfg(target_arch = "x86_64")]
+    return crate::compute::delegate::address();
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
 #[pymodule]
 fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Front>()?;
@@ -555,6 +564,7 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
     module.add_class::<LogWriter>()?;
+    module.add_function(wrap_pyfunction!(dense_delegate, module)?)?;
     module.add("INTERFACE", INTERFACE)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

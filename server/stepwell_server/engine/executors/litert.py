@@ -12,6 +12,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.dense import dense_delegates
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.executors.quiet import without_announcements
 from stepwell_server.engine.executors.step_function import fill
@@ -57,7 +58,8 @@ def _swallow_announcement(interpreter: Interpreter) -> None:
 class LiteRTExecutor(Executor):
     """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
 
-    The flatbuffer is not copied, so many executors of one program share its weights.
+    The flatbuffer is not copied, so many executors of one program share its weights. They share those that the native
+    module packs for its own kernels, too.
 
     To change the batch size, LiteRT plans the memory of the whole graph again. That may take longer than running
     some more rows. So a smaller batch keeps the size, where the measured times say that this is cheaper. The rows
@@ -66,7 +68,11 @@ class LiteRTExecutor(Executor):
 
     def __init__(self, program: Program) -> None:
         """Take the flatbuffer and find its tensors by their signature keys."""
-        self._interpreter = Interpreter(model_content=program.files[FLATBUFFER], num_threads=1)
+        self._interpreter = Interpreter(
+            model_content=program.files[FLATBUFFER],
+            num_threads=1,
+            experimental_delegates=list(dense_delegates()),
+        )
         _swallow_announcement(self._interpreter)
         # The runner references the interpreter's memory, so it must be deleted before the first resize.
         runner = self._interpreter.get_signature_runner()
