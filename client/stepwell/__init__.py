@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from stepwell._state.state import State
     from stepwell._state.trace import Trace
+    from stepwell._tape.tape import Tape
     from stepwell.client import Client, connect
     from stepwell.config import TlsConfig
     from stepwell.errors import (
@@ -111,6 +112,7 @@ __all__ = [
     "State",
     "StateCorruptError",
     "StepwellError",
+    "Tape",
     "TensorInfo",
     "TlsConfig",
     "Trace",
@@ -144,6 +146,7 @@ _HOMES = {
     "SessionInfo": "_state.infos",
     "SessionList": "_admin.session_list",
     "State": "_state.state",
+    "Tape": "_tape.tape",
     "TensorInfo": "_state.infos",
     "TlsConfig": "config",
     "Trace": "_state.trace",

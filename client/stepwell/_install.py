@@ -15,6 +15,8 @@ SERVE = "pip install '.[serve]' ./server/front"
 NATIVE_FRONT = "pip install ./server/front"
 VALKEY = "pip install '.[valkey]'"
 OTEL = "pip install '.[otel]'"
+PLOT = "pip install '.[plot]'"
+"""matplotlib, pandas and xarray."""
 
 
 def advice(command: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,6 +15,7 @@ from stepwell._core.handles import BaseHandle, GroupFacts
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
+from stepwell._tape.tape import RecordedStates, Tape
 from stepwell.aio_session import AsyncHandle, AsyncSession, Opening
 
 
@@ -142,7 +144,7 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         deadline = self._core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
-        return await self._change(self._group.step(some, change, deadline), deadline, some.where)
+        return await self._change(self._group.step(some, change, deadline, self._reels), deadline, some.where)
 
     async def trace(
         self,
@@ -164,6 +166,22 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         """
         return await self.step(x, reset=reset, members=members, states="all", timeout_s=timeout_s)
 
+    def record(
+        self, states: RecordedStates = True, *, max_steps: int | None = None
+    ) -> AbstractContextManager[Tape]:
+        """Records the steps and resets of this handle while a `with` block runs.
+
+        It makes no call: use `with`, not `async with`. Arguments, result and errors are those of `SessionGroup.record`.
+
+        Example:
+            >>> async with client.open_sessions("forecast", 4) as group:
+            ...     with group.record() as tape:
+            ...         y = await group.step(np.ones((4, 3), np.float32))
+            ...     tape.revisions.shape
+            (1, 4)
+        """
+        return self._recording(states, max_steps, self._subject)
+
     async def reset_states(
         self,
         states: States | None = None,
@@ -184,7 +202,9 @@ class AsyncSessionGroup(GroupFacts, AsyncHandle):
         """
         deadline = self._core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
-        await self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
+        await self._change(
+            self._group.reset_states(some, states, deadline, self._reels), deadline, some.where
+        )
 
     async def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
         """Returns a copy of the members' states, one after the other, with tensors of shape (n * batch_size, ...).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Coroutine, Generator
+from contextlib import AbstractContextManager
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
@@ -18,6 +19,7 @@ from stepwell._core.tracker import SessionTracker
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
+from stepwell._tape.tape import RecordedStates, Tape
 from stepwell._transport.retry import Deadline
 from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
@@ -213,7 +215,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         """
         deadline = self._core.deadline(timeout_s)
         change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
-        return await self._change(self._core.step(self._tracker, change, deadline), deadline)
+        return await self._change(self._core.step(self._tracker, change, deadline, self._reels), deadline)
 
     async def trace(
         self,
@@ -234,6 +236,21 @@ class AsyncSession(SessionFacts, AsyncHandle):
         """
         return await self.step(x, reset=reset, rows=rows, states="all", timeout_s=timeout_s)
 
+    def record(
+        self, states: RecordedStates = True, *, max_steps: int | None = None
+    ) -> AbstractContextManager[Tape]:
+        """Records the steps and resets of this handle while a `with` block runs.
+
+        It makes no call: use `with`, not `async with`. Arguments, result and errors are those of `Session.record`.
+
+        Example:
+            >>> with session.record() as tape:
+            ...     y = await session.step(np.ones((1, 10, 3), np.float32))
+            >>> len(tape)
+            10
+        """
+        return self._recording(states, max_steps, self._subject)
+
     async def reset_states(
         self,
         states: States | None = None,
@@ -252,7 +269,9 @@ class AsyncSession(SessionFacts, AsyncHandle):
             0
         """
         deadline = self._core.deadline(timeout_s)
-        await self._change(self._core.reset_states(self._tracker, states, rows, deadline, position), deadline)
+        await self._change(
+            self._core.reset_states(self._tracker, states, rows, deadline, position, self._reels), deadline
+        )
 
     async def get_state(self, *, timeout_s: float | None = None) -> State:
         """Returns a copy of the state, after all changes that the server received before this call.

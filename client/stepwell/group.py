@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,6 +15,7 @@ from stepwell._core.handles import BaseHandle, GroupFacts
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
+from stepwell._tape.tape import RecordedStates, Tape
 from stepwell.session import Handle, Session
 
 
@@ -168,7 +170,7 @@ class SessionGroup(GroupFacts, Handle):
         deadline = self._core.deadline(timeout_s)
         some = self._group.some(members)
         change = self._group.step_change(some, x, outputs, time, reset, states)
-        return self._change(self._group.step(some, change, deadline), deadline, some.where)
+        return self._change(self._group.step(some, change, deadline, self._reels), deadline, some.where)
 
     def trace(
         self,
@@ -187,6 +189,30 @@ class SessionGroup(GroupFacts, Handle):
             {(4, 10)}
         """
         return self.step(x, reset=reset, members=members, states="all", timeout_s=timeout_s)
+
+    def record(
+        self, states: RecordedStates = True, *, max_steps: int | None = None
+    ) -> AbstractContextManager[Tape]:
+        """Records the steps and resets of this group while a `with` block runs, as `Session.record` does.
+
+        Rows of the tape are those of the members, one after the other. Each step of the group is one or more time
+        steps of the tape; members that it did not step have NaN there. Changes through `group[i]` or another view are
+        not on the tape: it marks a gap. A step that failed for some members is recorded when its repetition succeeds.
+
+        Args:
+            states: As in `Session.record`.
+            max_steps: As in `Session.record`.
+
+        Raises:
+            InvalidInputError: An argument breaks a rule.
+
+        Example:
+            >>> with client.open_sessions("forecast", 4) as group, group.record() as tape:
+            ...     y = group.step(np.ones((4, 10, 3), np.float32))
+            >>> {array.shape for array in tape.inputs.values()}, tape.revisions.shape
+            ({(10, 4, 3)}, (10, 4))
+        """
+        return self._recording(states, max_steps, self._subject)
 
     def reset_states(
         self,
@@ -219,7 +245,7 @@ class SessionGroup(GroupFacts, Handle):
         """
         deadline = self._core.deadline(timeout_s)
         some = self._group.some_or_rows(members, rows)
-        self._change(self._group.reset_states(some, states, deadline), deadline, some.where)
+        self._change(self._group.reset_states(some, states, deadline, self._reels), deadline, some.where)
 
     def get_states(self, members: Rows | None = None, *, timeout_s: float | None = None) -> State:
         """Returns a copy of the members' states, one after the other, with tensors of shape (n * batch_size, ...).

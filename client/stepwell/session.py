@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import threading
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -16,6 +17,7 @@ from stepwell._core.tracker import SessionTracker
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
+from stepwell._tape.tape import RecordedStates, Tape
 from stepwell._transport.retry import Deadline
 from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
@@ -195,7 +197,7 @@ class Session(SessionFacts, Handle):
         """
         deadline = self._core.deadline(timeout_s)
         change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
-        return self._change(self._core.step(self._tracker, change, deadline), deadline)
+        return self._change(self._core.step(self._tracker, change, deadline, self._reels), deadline)
 
     def trace(
         self,
@@ -226,6 +228,38 @@ class Session(SessionFacts, Handle):
             ({(1, 10)}, True)
         """
         return self.step(x, reset=reset, rows=rows, states="all", timeout_s=timeout_s)
+
+    def record(
+        self, states: RecordedStates = True, *, max_steps: int | None = None
+    ) -> AbstractContextManager[Tape]:
+        """Records the steps and resets of this handle while a `with` block runs.
+
+        The tape has the inputs, outputs and states of each time step. Changes that others make, also by another
+        handle of this session, are not on it: it marks a gap. A change of unknown outcome is recorded when its
+        repetition succeeds. Several tapes may record at once.
+
+        Your calls return what they return without a tape. With `states=True`, each step asks the server for the states
+        after all its time steps, as `trace` does, and costs as much. If the reply would exceed the size of a message,
+        the server rejects the step and nothing changes: step in pieces, or use `states="last"`.
+
+        Args:
+            states: True keeps the states after every time step, "last" those after the last time step of each call,
+                False none.
+            max_steps: Time steps that the tape keeps, at least 1; it drops the oldest ones beyond. None: all, until
+                memory ends.
+
+        Raises:
+            InvalidInputError: An argument breaks a rule.
+
+        Example:
+            >>> with session.record(max_steps=1000) as tape:
+            ...     y = session.step(np.ones((1, 10, 3), np.float32))
+            ...     session.reset_states()
+            ...     y = session.step(np.ones((1, 3), np.float32))
+            >>> len(tape), tape.positions[-1].item(), [mark.kind for mark in tape.marks]
+            (11, 1, ['reset'])
+        """
+        return self._recording(states, max_steps, self._subject)
 
     def reset_states(
         self,
@@ -258,7 +292,9 @@ class Session(SessionFacts, Handle):
             0
         """
         deadline = self._core.deadline(timeout_s)
-        self._change(self._core.reset_states(self._tracker, states, rows, deadline, position), deadline)
+        self._change(
+            self._core.reset_states(self._tracker, states, rows, deadline, position, self._reels), deadline
+        )
 
     def get_state(self, *, timeout_s: float | None = None) -> State:
         """Returns a copy of the state, after all changes that the server received before this call.

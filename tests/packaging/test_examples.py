@@ -171,6 +171,7 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
         pytest.param("docs/index.md", "", marks=pytest.mark.slow),
         ("docs/guides/client.md", ""),
         ("docs/guides/many-users.md", ""),
+        ("docs/guides/record.md", ""),
         ("docs/guides/sessions.md", ""),
         ("docs/operate/run.md", "## Look after sessions"),
     ],

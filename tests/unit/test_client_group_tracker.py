@@ -138,8 +138,8 @@ def test_another_change_of_one_member_ends_what_was_pending_for_all_of_its_membe
 
 def test_a_member_is_tracked_with_its_group(tracker: GroupTracker) -> None:
     member, other = MemberTracker(tracker, 1), MemberTracker(tracker, 1)
-    request_id = member.begin(some(1, 1))
-    assert other.begin(some(1, 1)) == request_id, "another handle finishes the same change"
+    request_id = member.begin(some(1, 1)).request_id
+    assert other.begin(some(1, 1)).request_id == request_id, "another handle finishes the same change"
     assert lose(tracker, some(1, 1), [1]) == [request_id]
     shown = other.failed(conflict())
     assert "refresh()" in str(shown)
@@ -149,7 +149,7 @@ def test_a_member_is_tracked_with_its_group(tracker: GroupTracker) -> None:
     assert str(fails(tracker, wide(1), {1: conflict()})[1]) == "revision is 5"
     member.refresh(sessions_pb2.Session(session_id="b", revision=8))
     assert tracker.revisions[1] == 8
-    assert other.begin(some(1, 1)) != request_id
+    assert other.begin(some(1, 1)).request_id != request_id
 
 
 def test_one_number_stands_for_those_of_all_members_where_they_are_alike(tracker: GroupTracker) -> None:

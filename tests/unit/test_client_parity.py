@@ -20,7 +20,7 @@ PAIRS = [
     (stepwell.Session, AsyncSession),
     (stepwell.SessionGroup, AsyncSessionGroup),
 ]
-LOCAL = {"__init__", "__len__", "__repr__"}
+LOCAL = {"__init__", "__len__", "__repr__", "record"}
 
 
 def public(kind: type) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepwell._state.file import _write_atomically
+from stepwell._state.file import write_atomically
 from stepwell._state.state import State
 from stepwell._state.tensors import Array
 
@@ -106,6 +106,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
-        _write_atomically(str(path), b"half")
+        write_atomically(str(path), b"half")
     assert State.load(path) == state(1.0)
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]

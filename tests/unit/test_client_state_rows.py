@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -205,7 +206,8 @@ def test_a_library_that_is_not_there_is_named(package: str, monkeypatch: pytest.
 
     monkeypatch.setattr(importlib, "import_module", without)
     method = {"pandas": "to_dataframe", "xarray": "to_xarray"}[package]
+    advice = re.escape("pip install '.[plot]' (in a clone of Stepwell)")
     with pytest.raises(
-        ModuleNotFoundError, match=f"State.{method} needs {package}, .*: pip install {package}"
+        ModuleNotFoundError, match=f"State.{method} needs {package}, which is not installed: {advice}"
     ):
         getattr(state(), method)()

@@ -22,7 +22,7 @@ def change(value: float, outputs: str = "all", dtype: str = "float32") -> Change
 def test_same_change_keeps_its_request_id() -> None:
     tracker = session()
     first = tracker.begin(change(1))
-    assert first != 0
+    assert first.request_id != 0
     assert tracker.begin(change(1)) == first
 
 

@@ -33,7 +33,9 @@ from stepwell._state.display import Listing
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, Rows, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
 from stepwell._state.tensors import Packed, to_messages, unpack_all
-from stepwell._state.trace import Trace, traced
+from stepwell._state.trace import Trace, last_states, traced
+from stepwell._tape.recording import counts_of, indexes_of, record_step, wanted_states
+from stepwell._tape.reel import Reel
 from stepwell._transport.connecting import Contact
 from stepwell._transport.retry import Clock, Deadline, RetryPolicy
 from stepwell.config import ClientConfig, check_switch, check_timeout
@@ -465,23 +467,37 @@ class Core:
             rows=chosen,
         )
 
-    def step(self, tracker: SessionTracker, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
-        """Advances a session. The result is what its caller receives."""
+    def step(
+        self, tracker: SessionTracker, change: Change, deadline: Deadline, reels: Sequence[Reel] = ()
+    ) -> Flow[Outputs | Trace]:
+        """Advances a session. The result is what its caller receives. `reels` record it."""
         info: ModelInfo | None = None
-        if change.states == "all":  # the model says whether the states that come back have a time axis
+        wanted = wanted_states(reels) if reels else "none"
+        if (
+            reels
+            or change.states == "all"
+            # The same call may have been sent by a tape that wanted all states.
+            or (change.states == "last" and tracker.is_pending)
+        ):  # the model says which arrays of the reply have a time axis
             name = reference(tracker.model, tracker.model_version)
             info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
+        step, before = tracker.step(change, deadline, wanted), tracker.position
         try:
-            stepped: Stepped = yield from self.retrier.step(tracker.step(change, deadline))
+            stepped: Stepped = yield from self.retrier.step(step)
         except StepwellError as error:
             raise tracker.failed(error) from None
         previous = tracker.applied(stepped.revision, stepped.position, stepped.model_version)
+        if reels and info is not None:
+            members = counts_of(tracker, before)
+            record_step(reels, change, info, members, stepped.outputs, traced(stepped.states, info))
         if previous:
             yield from self._moved(tracker, previous)
         outputs = selected(stepped.outputs, change)
         if change.states == "none":
             return outputs
         states = traced(stepped.states, info)
+        if change.states == "last":
+            states = last_states(states)
         return Trace(outputs, states, stepped.revision, stepped.position, tracker.model_version)
 
     def _moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
@@ -494,6 +510,7 @@ class Core:
         rows: Rows | None,
         deadline: Deadline,
         position: int = 0,
+        reels: Sequence[Reel] = (),
     ) -> Flow[None]:
         """Sets the state of a session, or some rows of it; `position` is the position of the whole state."""
         position = arguments.check_position(position)
@@ -513,8 +530,9 @@ class Core:
             state=to_messages(packed),
             rows=change.rows,
             expected_revision=tracker.revision,
-            request_id=tracker.begin(change),
+            request_id=tracker.begin(change).request_id,
         )
+        before = tracker.position
         try:
             reply: sessions_pb2.ResetStatesResponse = yield from self.retrier.call(
                 "ResetStates", request, deadline, changes=True
@@ -522,6 +540,8 @@ class Core:
         except StepwellError as error:
             raise tracker.failed(error) from None
         previous = tracker.applied(reply.revision, reply.position, reply.model_version)
+        for reel in reels:
+            reel.mark("set" if packed else "reset", indexes_of(chosen), counts_of(tracker, before))
         if previous:
             yield from self._moved(tracker, previous)
 

@@ -30,7 +30,10 @@ from stepwell._state.infos import (
 )
 from stepwell._state.state import State, States
 from stepwell._state.tensors import Array, Packed, as_array, dtype_of, unpack_all
-from stepwell._state.trace import Trace, traced
+from stepwell._state.trace import Trace, last_states, traced
+from stepwell._tape import frames as tape
+from stepwell._tape.recording import record_step, wanted_states
+from stepwell._tape.reel import Reel
 from stepwell._transport.retry import Deadline
 from stepwell._transport.status import from_message
 from stepwell.errors import (
@@ -167,32 +170,74 @@ class GroupCore:
             count="members x batch_size",
         )
 
-    def step(self, some: Members, change: Change, deadline: Deadline) -> Flow[Outputs | Trace]:
-        """Advances some members. The result is what the caller receives."""
+    def step(
+        self, some: Members, change: Change, deadline: Deadline, reels: Sequence[Reel] = ()
+    ) -> Flow[Outputs | Trace]:
+        """Advances some members. The result is what the caller receives. `reels` record it."""
         info: ModelInfo | None = None
         if (
-            not len(some) or change.states == "all"
-        ):  # the model says whether states that come back have a time axis
+            reels
+            or not len(some)
+            or change.states == "all"
+            # The same call may have been sent by a tape that wanted all states.
+            or (change.states == "last" and self.tracker.is_pending)
+        ):  # the model says which arrays of the reply have a time axis
             info = yield from self._info(deadline)
         if info is not None and not len(some):
             return _nothing(info, change)
-        gathered = yield from self._apply(some, change, deadline)
+        before = self.tracker.positions[some.indexes]
+        wanted = wanted_states(reels) if reels else "none"
+        gathered = yield from self._apply(some, change, deadline, wanted)
+        if reels and info is not None:
+            states = traced(gathered.states, info)
+            rows = self._rows_of(some)
+            record_step(reels, change, info, self._counts(some, before), gathered.outputs, states, rows)
         outputs = selected(gathered.outputs, change)
         if change.states == "none":
             return outputs
-        return Trace(outputs, traced(gathered.states, info), None, None)
+        states = traced(gathered.states, info)
+        if change.states == "last":
+            states = last_states(states)
+        return Trace(outputs, states, None, None)
 
-    def reset_states(self, some: Members, states: States | None, deadline: Deadline) -> Flow[None]:
-        """Sets the whole state of some members."""
+    def reset_states(
+        self, some: Members, states: States | None, deadline: Deadline, reels: Sequence[Reel] = ()
+    ) -> Flow[None]:
+        """Sets the whole state of some members. `reels` record it."""
         if not len(some):
             return
         tracker = self.tracker
         reference = tracker.reference_of(some.indexes)
         packed = yield from self._core.states(reference, tracker.fingerprint, states, some.rows, deadline)
+        before = tracker.positions[some.indexes]
         yield from self._apply(some, Change("reset", packed), deadline)
+        for reel in reels:
+            reel.mark("set" if packed else "reset", self._rows_of(some), self._counts(some, before))
 
-    def _apply(self, some: Members, change: Change, deadline: Deadline) -> Flow[Gathered]:
-        frame = self.tracker.begin(change, some.indexes)
+    def _counts(self, some: Members, before: Counts) -> tape.Members:
+        """Counts of some members after a change, as a tape of this view takes them."""
+        tracker, where = self.tracker, some.indexes
+        counts = (tracker.revisions[where], before, tracker.positions[where], tracker.model_versions[where])
+        return tape.Members(self._places(some), *counts)
+
+    def _places(self, some: Members) -> Indexes:
+        """Indexes of some members in this view."""
+        if some is self.members:
+            return np.arange(len(some))
+        return np.array([self._index_of(member) for member in some.indexes.tolist()], np.intp)
+
+    def _rows_of(self, some: Members) -> Indexes | None:
+        """Rows of some members among those of this view; None: all, in their order."""
+        if some is self.members:
+            return None
+        size = self.tracker.batch_size
+        rows: Indexes = (self._places(some)[:, None] * size + np.arange(size)).reshape(-1)
+        return rows
+
+    def _apply(
+        self, some: Members, change: Change, deadline: Deadline, states: str = "none"
+    ) -> Flow[Gathered]:
+        frame = self.tracker.begin(change, some.indexes, states)
         gathered = Gathered(len(frame), self.tracker.batch_size)
         yield from self._core.exchange(frame, deadline, gathered.add)
         yield from self._moved(self.tracker.settle(some.indexes, gathered))

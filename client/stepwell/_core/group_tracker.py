@@ -17,7 +17,14 @@ from stepwell._batching.frames import Change, Counts, Frame, Gathered, Indexes
 from stepwell._batching.sets import SessionSet
 from stepwell._core.lanes import divide, keys_in
 from stepwell._core.locks import Locks, Some
-from stepwell._core.tracker import SessionTracker, explained, is_unknown, new_request_ids
+from stepwell._core.tracker import (
+    PendingChange,
+    SessionTracker,
+    explained,
+    is_unknown,
+    new_request_ids,
+    with_states,
+)
 from stepwell._core.versions import reference
 from stepwell._routing.router import Router
 
@@ -27,6 +34,9 @@ class Pending:
     """A change without an answer for some of its members."""
 
     change: Change
+    """The call, as its caller made it."""
+    sent: Change
+    """As in `PendingChange`."""
     members: Indexes
     expected: Counts
     """Revision that each member must have."""
@@ -96,8 +106,11 @@ class GroupTracker:
         if versions:
             self.model_versions[:] = versions
 
-    def begin(self, change: Change, members: Indexes) -> Frame:
-        """Begins a change of members; returns its frame. The same change again has the same request ids."""
+    def begin(self, change: Change, members: Indexes, states: str = "none") -> Frame:
+        """Begins a change of members; returns its frame. The same change again has the same request ids.
+
+        `states` is as in `SessionTracker.begin`.
+        """
         where = as_index(members)
         self.ahead[where] |= self.unknown[where]
         self.unknown[where] = True
@@ -105,11 +118,17 @@ class GroupTracker:
             named = self._named(members)
             pending = self._same(change, members)
             if pending is None:
-                pending = Pending(change, members, self.revisions[members], self._request_ids(named, members))
+                expected, request_ids = self.revisions[members], self._request_ids(named, members)
+                pending = Pending(change, with_states(change, states), members, expected, request_ids)
                 self._put(pending)
         rows = named.rows if named is not None else np.full(len(members), self.batch_size, np.intp)
         ids = named.ids if named is not None else self._ids[members].tolist()
-        return Frame(change, ids, rows, pending.expected, pending.request_ids, named)
+        return Frame(pending.sent, ids, rows, pending.expected, pending.request_ids, named)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a change of any member has no answer yet."""
+        return bool(self._pending)
 
     def _request_ids(self, named: SessionSet | None, members: Indexes) -> Counts:
         """Request ids that count up by 1, for a group on several replicas within each replica."""
@@ -190,20 +209,20 @@ class GroupTracker:
         self.positions[members] = positions
         return self._move(members, versions)
 
-    def pending_of(self, member: int) -> tuple[Change, int] | None:
-        """The change that is pending for one member alone, and its request id."""
+    def pending_of(self, member: int) -> PendingChange | None:
+        """The change that is pending for one member alone."""
         with self._lock:
             pending = self._pending.get(int(self._pending_of[member]))
         if pending is None or len(pending.members) > 1:
             return None
-        return pending.change, int(pending.request_ids[0])
+        return PendingChange(pending.change, pending.sent, int(pending.request_ids[0]))
 
-    def put_pending_of(self, member: int, change: Change, request_id: int) -> None:
+    def put_pending_of(self, member: int, pending: PendingChange) -> None:
         """Remembers a change that is pending for one member alone."""
         members = np.array([member])
-        request_ids = np.array([request_id], np.uint64)
+        request_ids = np.array([pending.request_id], np.uint64)
         with self._lock:
-            self._put(Pending(change, members, self.revisions[members], request_ids))
+            self._put(Pending(pending.change, pending.sent, members, self.revisions[members], request_ids))
 
     def drop(self, members: Indexes) -> None:
         """Forgets the pending changes of members."""
@@ -290,15 +309,15 @@ class MemberTracker(SessionTracker):
         self._group.ahead[self._member] = ahead
 
     @property
-    def _pending(self) -> tuple[Change, int] | None:
+    def _pending(self) -> PendingChange | None:
         return self._group.pending_of(self._member)
 
     @_pending.setter
-    def _pending(self, pending: tuple[Change, int] | None) -> None:
+    def _pending(self, pending: PendingChange | None) -> None:
         if pending is None:
             self._group.drop(np.array([self._member]))
         else:
-            self._group.put_pending_of(self._member, *pending)
+            self._group.put_pending_of(self._member, pending)
 
 
 def as_index(members: Indexes) -> Some:

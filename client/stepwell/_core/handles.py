@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,6 +17,11 @@ from stepwell._core.locks import Locks, Some
 from stepwell._core.tracker import SessionTracker
 from stepwell._routing.replica import ReplicaInfo
 from stepwell._state import display
+from stepwell._state.arguments import check_count
+from stepwell._state.infos import StateSelection
+from stepwell._tape.recording import check_recorded
+from stepwell._tape.reel import Reel, Subject
+from stepwell._tape.tape import RecordedStates, Tape
 from stepwell.config import ClientConfig
 from stepwell.errors import ClosedError
 
@@ -30,10 +38,15 @@ class HasCore(Protocol):
 
 
 D = TypeVar("D", bound=HasCore)
+_REELS = threading.Lock()
+"""Held while the reels of a handle change."""
 
 
 class BaseHandle(Generic[D]):
-    """The common part of a session and a group: one change of each member at a time, and closing."""
+    """The common part of a session and a group: one change of each member at a time, closing, and tapes."""
+
+    _reels: tuple[Reel, ...] = ()
+    """What its tapes record; a change of them makes a new tuple."""
 
     def __init__(
         self,
@@ -63,6 +76,28 @@ class BaseHandle(Generic[D]):
     def _check_open(self) -> None:
         if self._closed or (self._parent is not None and self._parent._closed):
             raise ClosedError("the session must be open; it was closed by this handle")
+
+    def _recording(
+        self, states: RecordedStates, max_steps: int | None, subject: Callable[[], Subject]
+    ) -> contextlib.AbstractContextManager[Tape]:
+        """Checks the arguments of `record`; the result records while its block runs. `subject` describes the handle."""
+        limit = None if max_steps is None else check_count("max_steps", max_steps)
+        return self._recorded(check_recorded(states), limit, subject)
+
+    @contextlib.contextmanager
+    def _recorded(
+        self, states: StateSelection, max_steps: int | None, subject: Callable[[], Subject]
+    ) -> Iterator[Tape]:
+        self._check_open()
+        reel = Reel(subject(), states, max_steps)
+        with _REELS:
+            self._reels += (reel,)
+        try:
+            yield Tape(reel.content)
+        finally:
+            with _REELS:
+                self._reels = tuple([each for each in self._reels if each is not reel])
+            reel.end()
 
 
 class ClientFacts:
@@ -112,6 +147,12 @@ class SessionFacts:
 
     _tracker: SessionTracker
     _closed: bool
+
+    def _subject(self) -> Subject:
+        tracker = self._tracker
+        counts = (tracker.revision, tracker.position, tracker.model_version)
+        arrays = [np.array([count], np.uint64) for count in counts]
+        return Subject(tracker.model, tracker.fingerprint, tracker.batch_size, False, *arrays)
 
     @property
     def id(self) -> str:
@@ -181,6 +222,11 @@ class GroupFacts:
 
     _group: GroupCore
     _closed: bool
+
+    def _subject(self) -> Subject:
+        tracker = self._group.tracker
+        counts = (self.revisions, self.positions, self.model_versions)
+        return Subject(tracker.model, tracker.fingerprint, tracker.batch_size, True, *counts)
 
     def __len__(self) -> int:
         return len(self._group.members)

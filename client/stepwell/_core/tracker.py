@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,16 @@ def new_request_ids(count: int) -> Counts:
     """Random and non-zero, 64 bits each, and each greater by 1 than the one before: (count,) uint64."""
     first = 1 + secrets.randbelow(2**64 - count)
     return np.arange(count, dtype=np.uint64) + np.uint64(first)
+
+
+class PendingChange(NamedTuple):
+    """A change without an answer."""
+
+    change: Change
+    """The call, as its caller made it."""
+    sent: Change
+    """The change as it was sent: a tape may ask for more states than the caller."""
+    request_id: int
 
 
 class SessionTracker:
@@ -63,24 +74,38 @@ class SessionTracker:
         self.model_version = session.model_version
         self.model_version_pinned = session.model_version_pinned
         self.resumed = resumed
-        self._pending: tuple[Change, int] | None = None
+        self._pending: PendingChange | None = None
         self._unknown = False
         """Whether the outcome of the last change is unknown."""
         self._ahead = False
         """Whether the outcome of an earlier change is unknown, so that the server may be one revision ahead."""
 
-    def begin(self, change: Change) -> int:
-        """Begins a change; returns the request id to send it with."""
-        if self._pending is None or self._pending[0] != change:
-            self._pending = (change, new_request_id())
+    @property
+    def is_pending(self) -> bool:
+        """Whether a change has no answer yet."""
+        return self._pending is not None
+
+    def begin(self, change: Change, states: str = "none") -> PendingChange:
+        """Begins a change; returns it ready to be sent.
+
+        Args:
+            change: The call. The same call again is sent as it was the first time.
+            states: States to request if the call requests fewer.
+        """
+        pending = self._pending
+        if pending is None or pending[0] != change:
+            pending = self._pending = PendingChange(
+                change, change if states == "none" else with_states(change, states), new_request_id()
+            )
         self._ahead |= self._unknown
         self._unknown = True
-        return self._pending[1]
+        return pending
 
-    def step(self, change: Change, deadline: Deadline) -> Step:
+    def step(self, change: Change, deadline: Deadline, states: str = "none") -> Step:
         """Begins a step; returns it ready to be sent."""
         rows = len(change.rows) or self.batch_size
-        return Step(self.model, self.session_id, change, rows, self.revision, self.begin(change), deadline)
+        _, sent, request_id = self.begin(change, states)
+        return Step(self.model, self.session_id, sent, rows, self.revision, request_id, deadline)
 
     def failed(self, error: StepwellError) -> StepwellError:
         """Records that the change has failed. Returns the error to raise. Not called for a cancelled change."""
@@ -115,6 +140,12 @@ class SessionTracker:
         self.fingerprint = session.model_fingerprint
         self.model_version_pinned = session.model_version_pinned
         return previous
+
+
+def with_states(change: Change, states: str) -> Change:
+    """A change that requests at least these states."""
+    is_more = states == "all" or (states == "last" and change.states == "none")
+    return change._replace(states=states) if is_more else change
 
 
 def is_unknown(error: StepwellError) -> bool:

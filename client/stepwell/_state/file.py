@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from stepwell._state.tensors import Array, pack
 from stepwell.errors import InvalidInputError
+
+T = TypeVar("T")
 
 _FORMAT = "stepwell-state/2"
 #: Types of the file format that numpy has too and that a state may have.
@@ -55,7 +57,7 @@ def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
     # The file format sorts its tensors; a list of states is read in the model's order.
     metadata |= {"format": _FORMAT, "names": json.dumps(list(tensors))}
     arrays = {name: array.copy(order="C") for name, array in tensors.items()}
-    _write_atomically(path, safetensors_numpy.save(arrays, metadata=metadata))
+    write_atomically(path, safetensors_numpy.save(arrays, metadata=metadata))
 
 
 def read(path: str) -> tuple[dict[str, Array], Header]:
@@ -65,17 +67,20 @@ def read(path: str) -> tuple[dict[str, Array], Header]:
         InvalidInputError: It is not a saved state; the message names the path and the rule.
         OSError: The file cannot be read or does not exist.
     """
+    return checked(_read, path, "a state saved by State.save")
+
+
+def checked(read: Callable[[str], T], path: str, kind: str) -> T:
+    """Reads a file. Every problem of its content becomes one error; `kind` is the expected content."""
     from safetensors import SafetensorError
 
     with open(path, "rb"):  # safe_open's own errors do not distinguish a missing file from a corrupt one
         pass
     try:
-        return _read(path)
+        return read(path)
     except (InvalidInputError, SafetensorError, ValueError, OverflowError) as error:
         # The text may quote the file, so its length is limited.
-        raise InvalidInputError(
-            f"path must be a state saved by State.save; {path!r} is not: {error!s:.500}"
-        ) from None
+        raise InvalidInputError(f"path must be {kind}; {path!r} is not: {error!s:.500}") from None
 
 
 def _read(path: str) -> tuple[dict[str, Array], Header]:
@@ -86,41 +91,49 @@ def _read(path: str) -> tuple[dict[str, Array], Header]:
         if metadata.get("format") != _FORMAT:
             raise InvalidInputError(f"its format must be {_FORMAT!r}; got {metadata.get('format')!r}")
         header = Header(
-            _text(metadata, "model"),
-            _text(metadata, "fingerprint"),
-            _number(metadata, "batch_size"),
-            _number(metadata, "revision") if "revision" in metadata else None,
-            _number(metadata, "position") if "position" in metadata else None,
-            _text(metadata, "structure"),
+            text_in(metadata, "model"),
+            text_in(metadata, "fingerprint"),
+            number_in(metadata, "batch_size"),
+            number_in(metadata, "revision") if "revision" in metadata else None,
+            number_in(metadata, "position") if "position" in metadata else None,
+            text_in(metadata, "structure"),
         )
-        names = _names(metadata, file.keys())
-        for name in names:
-            # Checked first, because safetensors raises errors of many kinds for types that numpy lacks.
-            if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
-                raise InvalidInputError(
-                    f"tensor {name!r} must have one of the types {sorted(_DTYPES)}; got {dtype}"
-                )
-        tensors: dict[str, Array] = {name: file.get_tensor(name) for name in names}
+        names = names_in(metadata, file.keys())
+        tensors = tensors_in(file, names)
     _check(tensors, header)
     return tensors, header
 
 
-def _text(metadata: Mapping[str, str], key: str) -> str:
+def tensors_in(file: Any, names: Sequence[str]) -> dict[str, Array]:
+    """The tensors of an open file, in this order."""
+    for name in names:
+        # Checked first, because safetensors raises errors of many kinds for types that numpy lacks.
+        if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+            raise InvalidInputError(
+                f"tensor {name!r} must have one of the types {sorted(_DTYPES)}; got {dtype}"
+            )
+    return {name: file.get_tensor(name) for name in names}
+
+
+def text_in(metadata: Mapping[str, str], key: str) -> str:
+    """A text of the metadata."""
     if (text := metadata.get(key)) is None:
         raise InvalidInputError(f"its metadata must have {key!r}; it has only {sorted(metadata)}")
     return text
 
 
-def _number(metadata: Mapping[str, str], key: str) -> int:
-    text = _text(metadata, key)
+def number_in(metadata: Mapping[str, str], key: str) -> int:
+    """A number of the metadata."""
+    text = text_in(metadata, key)
     # `int` would accept signs, spaces and the digits of other scripts too.
     if not (text.isascii() and text.isdecimal() and len(text) <= 20):
         raise InvalidInputError(f"its {key} must be a whole number; got {text!r}")
     return int(text)
 
 
-def _names(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
-    text = _text(metadata, "names")
+def names_in(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
+    """The names of a file's tensors (`keys`) in the order of the metadata."""
+    text = text_in(metadata, "names")
     try:
         names = json.loads(text)
     except (ValueError, RecursionError):
@@ -174,7 +187,7 @@ def _check_tensor(what: str, array: Array, batch_size: int) -> None:
         raise InvalidInputError(f"{what} must hold booleans; got a byte that is neither 0 nor 1")
 
 
-def _write_atomically(path: str, data: bytes) -> None:
+def write_atomically(path: str, data: bytes) -> None:
     """Writes a temporary file and renames it: a crash leaves the old file or the new one."""
     try:
         descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stepwell-")

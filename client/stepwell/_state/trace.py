@@ -109,6 +109,13 @@ class Trace:
     """Version of the model that the session uses; 0 for a group, see `SessionGroup.model_versions`."""
 
 
+def last_states(states: TracedStates) -> TracedStates:
+    """The states after the last time step."""
+    if not states.has_time:
+        return states
+    return TracedStates({name: array[:, -1].copy() for name, array in states.items()}, has_time=False)
+
+
 def traced(states: Mapping[str, Array], info: ModelInfo | None) -> TracedStates:
     """Returns states as a caller receives them. `info` describes their model; None if they have no time axis."""
     axes = {} if info is None else {spec.name: len(spec.shape) for spec in info.state}

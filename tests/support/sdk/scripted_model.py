@@ -58,6 +58,14 @@ def tensor(name: str, array: Any) -> tensors_pb2.Tensor:
     return to_messages([pack(name, name, array)])[0]
 
 
+def states_of(selection: int, y: Any) -> list[tensors_pb2.Tensor]:
+    """The states that a step asked for; the output is the state after each time step."""
+    if selection not in (sessions_pb2.STATE_SELECTION_ALL, sessions_pb2.STATE_SELECTION_LAST):
+        return []
+    is_last = selection == sessions_pb2.STATE_SELECTION_LAST and y.ndim == 3
+    return [tensor(name, y[:, -1] if is_last else y) for name in ("sum", "count")]
+
+
 def message_of(frame: Frame, frame_id: int, deadline: Deadline) -> sessions_pb2.StepStreamRequest:
     """The message that a frame sends; begins a round."""
     return sessions_pb2.StepStreamRequest.FromString(frame.encode(frame_id, deadline))

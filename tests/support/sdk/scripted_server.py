@@ -30,7 +30,17 @@ from stepwell.v1 import (
     sessions_pb2_grpc,
 )
 from support import secured
-from support.sdk.scripted_model import FEATURES, Session, in_full, reset, shorten, spec, step, tensor
+from support.sdk.scripted_model import (
+    FEATURES,
+    Session,
+    in_full,
+    reset,
+    shorten,
+    spec,
+    states_of,
+    step,
+    tensor,
+)
 
 MODEL = "sum"
 FINGERPRINT = "f00d"
@@ -427,6 +437,7 @@ class ScriptedServer(sessions_pb2_grpc.SessionServiceServicer, models_pb2_grpc.M
         outputs = [] if request.outputs == sessions_pb2.OUTPUT_SELECTION_NONE else [tensor("y", y)]
         return sessions_pb2.StepResponse(
             outputs=outputs,
+            states=states_of(request.states, y),
             revision=revision,
             position=position,
             replayed=replayed,

@@ -1,0 +1,1 @@
+"""Tapes: the inputs, outputs and states of a session over time."""
