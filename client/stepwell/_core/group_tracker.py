@@ -111,14 +111,15 @@ class GroupTracker:
 
         `states` is as in `SessionTracker.begin`.
         """
-        where = as_index(members)
+        where = self._where(members)
         self.ahead[where] |= self.unknown[where]
         self.unknown[where] = True
         with self._lock:
             named = self._named(members)
             pending = self._same(change, members)
             if pending is None:
-                expected, request_ids = self.revisions[members], self._request_ids(named, members)
+                expected = self.revisions[where].copy()  # a slice would change with the revisions
+                request_ids = self._request_ids(named, members)
                 pending = Pending(change, with_states(change, states), members, expected, request_ids)
                 self._put(pending)
         rows = named.rows if named is not None else np.full(len(members), self.batch_size, np.intp)
@@ -154,16 +155,25 @@ class GroupTracker:
         self._drop(pending.members)
         self._number += 1
         self._pending[self._number] = pending
-        self._pending_of[pending.members] = self._number
+        self._pending_of[self._where(pending.members)] = self._number
 
     def _drop(self, members: Indexes) -> None:
-        numbers = self._pending_of[members]
-        for number in set(numbers[numbers > 0].tolist()):
-            self._pending_of[self._pending[number].members] = 0
+        if not self._pending or not len(members):
+            return
+        numbers = self._pending_of[self._where(members)]
+        dropped = set(numbers.tolist()) if np.count_nonzero(numbers != numbers[:1]) else {int(numbers[0])}
+        for number in dropped - {0}:
+            self._pending_of[self._where(self._pending[number].members)] = 0
             del self._pending[number]
+
+    def _where(self, members: Indexes) -> Some:
+        """Members as an index of the columns."""
+        return slice(0, len(self.ids)) if members is self.everyone else as_index(members)
 
     def _named(self, members: Indexes) -> SessionSet | None:
         """The set of these members, if they are the whole group."""
+        if members is self.everyone:
+            return self._set
         is_everyone = len(members) == len(self.ids) and (members == self.everyone).all()
         return self._set if is_everyone else None
 
@@ -176,10 +186,12 @@ class GroupTracker:
 
         Returns the members that have moved to another version of the model.
         """
+        if not gathered.failures and gathered.applied.all():
+            self._set_applied(self._where(members), gathered.revisions, gathered.positions)
+            self.drop(members)
+            return self._move(members, gathered.model_versions)
         applied = members[gathered.applied]
-        self.revisions[applied] = gathered.revisions[gathered.applied]
-        self.positions[applied] = gathered.positions[gathered.applied]
-        self.unknown[applied] = self.ahead[applied] = False
+        self._set_applied(applied, gathered.revisions[gathered.applied], gathered.positions[gathered.applied])
         for i, error in gathered.failures.items():
             self.unknown[members[i]] = is_unknown(error)
             gathered.failures[i] = explained(error, ahead=bool(self.ahead[members[i]]))
@@ -187,9 +199,14 @@ class GroupTracker:
             self.drop(members)
         return self._move(applied, gathered.model_versions[gathered.applied])
 
+    def _set_applied(self, where: Some, revisions: Counts, positions: Counts) -> None:
+        self.revisions[where] = revisions
+        self.positions[where] = positions
+        self.unknown[where] = self.ahead[where] = False
+
     def _move(self, members: Indexes, versions: Counts) -> list[Move]:
         """Records the version of each member; 0: the server does not report it."""
-        before = self.model_versions[members]
+        before = self.model_versions[self._where(members)]
         others = (versions != before) & (versions != 0)
         if not others.any():
             return []
@@ -204,9 +221,7 @@ class GroupTracker:
     def refresh(self, members: Indexes, revisions: Counts, positions: Counts, versions: Counts) -> list[Move]:
         """Updates members to the server's values, and drops changes without an answer. Returns what `settle` returns."""
         self.drop(members)
-        self.unknown[members] = self.ahead[members] = False
-        self.revisions[members] = revisions
-        self.positions[members] = positions
+        self._set_applied(members, revisions, positions)
         return self._move(members, versions)
 
     def pending_of(self, member: int) -> PendingChange | None:
