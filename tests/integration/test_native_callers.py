@@ -64,7 +64,7 @@ class Server(NativeSteps):
         await self.serve(methods)
 
     def take(self, columns: StepColumns) -> None:
-        self.plain.append((columns.session_ids, list(columns.whos)))
+        self.plain.append((list(columns.session_ids), list(columns.whos)))
         numbers = np.arange(len(columns.session_ids), dtype=np.uint64)
         (tensor,) = columns.inputs
         outputs = [OutputColumn("y", tensor.dtype, tensor.tail, tensor.data)]

@@ -137,7 +137,7 @@ async def test_a_plain_request_comes_as_columns(server: Server) -> None:
         )
         columns = await server.columns()
         assert columns.model == ("plain", "")
-        assert columns.session_ids == ["triton/plain/5"]
+        assert list(columns.session_ids) == ["triton/plain/5"]
         assert columns.expected is not None
         assert columns.request_ids is not None
         assert (columns.expected.tolist(), columns.request_ids.tolist()) == ([4], [9])

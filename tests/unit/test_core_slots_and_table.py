@@ -166,6 +166,23 @@ def test_find_all_marks_who_is_missing() -> None:
     assert table.find_all(["b", "x", "a"]).tolist() == [b, -1, a]
 
 
+def test_find_all_of_a_known_tuple_sees_sessions_that_end_and_begin() -> None:
+    table, ids = SessionTable(), tuple([f"s{i}" for i in range(200)])
+    before = table.add(ids, rows=None, model=1, batch_size=1, used=0.0, created=0.0)
+    for _ in range(2):
+        found = table.find_all(ids)
+        assert found.tolist() == before.tolist()
+        found[:] = -1  # its own copy
+    table.remove(int(before[7]))
+    assert np.flatnonzero(table.find_all(ids) < 0).tolist() == [7]
+    other = add(table, "other", 1)
+    assert other == before[7], "the handle is used again, by another session"
+    assert np.flatnonzero(table.find_all(ids) < 0).tolist() == [7]
+    again = add(table, "s7", 1)
+    assert table.find_all(ids)[7] == again
+    assert table.find_all(ids).tolist() == [table.find(each) for each in ids]
+
+
 def test_rows_of_many_sessions_come_in_their_order() -> None:
     table = SessionTable()
     a, b, c = add(table, "a", 9), add(table, "b", 4, 2, 7), add(table, "c", 1)

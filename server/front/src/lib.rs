@@ -91,6 +91,8 @@ mod python {
     #[cfg(feature = "python")]
     mod known_callers;
     #[cfg(feature = "python")]
+    mod known_ids;
+    #[cfg(feature = "python")]
     mod lists;
     #[cfg(feature = "python")]
     mod log_writer;

@@ -97,8 +97,9 @@ class Submission:
             self.require_accepting()
         if change.reset:
             self._commits.require_room()  # a step waits for its pass, and passes wait for the store
-        require_lists(change)
-        handles, table = self._table.find_all(change.session_ids), self._table
+        table = self._table
+        handles = table.find_all(change.session_ids)
+        require_lists(change, handles)
         if self._lookup.waiting or are_missing(handles) or self._clock.monotonic() > table.next_end:
             away = self._lookup.away(change.session_ids, handles)
             if len(away) and change.may_skip_members:

@@ -14,6 +14,7 @@ use crate::method::{FastPath, Method};
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::known_callers::KnownCallers;
+use crate::python::known_ids::KnownIds;
 use crate::python::lists::{self, bytes_of, key, numbers_of, Peers};
 use crate::python::log_writer::LogWriter;
 use crate::steps::call::Call;
@@ -35,7 +36,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 7;
+const INTERFACE: u32 = 8;
 
 /// A status from Python: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type PyStatus = (u32, String, PyBackedBytes, bool);
@@ -60,6 +61,7 @@ struct Front {
     ending: Mutex<Option<std::sync::mpsc::Sender<()>>>,
     /// Calls abandoned until the last `take`.
     seen: AtomicU64,
+    known_ids: Mutex<KnownIds>,
 }
 
 #[pymethods]
@@ -113,6 +115,7 @@ impl Front {
             ended: Mutex::new(ended),
             ending: Mutex::new(Some(ending)),
             seen: AtomicU64::new(0),
+            known_ids: Mutex::default(),
         })
     }
 
@@ -285,7 +288,9 @@ impl Front {
         seen: u64,
         peers: &mut Peers<'py>,
     ) -> PyResult<Bound<'py, PyTuple>> {
-        let ids = lists::ids_of(py, &batch);
+        let mut known_ids = self.known_ids.lock().unwrap_or_else(PoisonError::into_inner);
+        let ids = known_ids.tuple_of(py, batch.session_ids());
+        drop(known_ids);
         let callers = lists::callers_of(py, &batch, peers)?;
         let whos = lists::whos_of(py, &batch)?;
         let kinds: Vec<_> = batch

@@ -11,11 +11,6 @@ use std::sync::Arc;
 /// The names of connections, by their numbers.
 pub type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;
 
-/// The sessions of a batch.
-pub fn ids_of<'py>(py: Python<'py>, batch: &Batch) -> Bound<'py, PyList> {
-    PyList::new_bound(py, batch.session_ids().map(|id| PyString::new_bound(py, id)).collect::<Vec<_>>())
-}
-
 /// The connections, one per session, or a single one for a single message.
 pub fn callers_of<'py>(
     py: Python<'py>,

@@ -191,8 +191,8 @@ impl Batch {
     }
 
     /// The session ids, in order.
-    pub fn session_ids(&self) -> impl Iterator<Item = &str> {
-        self.ids.iter()
+    pub fn session_ids(&self) -> &Ids {
+        &self.ids
     }
 }
 
@@ -321,7 +321,7 @@ impl Arrivals {
             // from now on the sessions of each batch matter
             let (index, hashes) = &mut self.open[0];
             if let Arrival::Batch(batch) = &self.all[*index] {
-                hashes.extend(batch.session_ids().map(|id| self.hasher.hash_one(id)));
+                hashes.extend(batch.session_ids().iter().map(|id| self.hasher.hash_one(id)));
             }
         }
         self.all.push_back(Arrival::Batch(Box::new(Batch::new(step, connection))));
@@ -357,7 +357,7 @@ mod tests {
             if let Arrival::Batch(batch) = arrival {
                 let numbers =
                     batch.data[0].chunks_exact(8).map(|bytes| u64::from_le_bytes(bytes.try_into().unwrap()));
-                found.extend(batch.session_ids().map(str::to_owned).zip(numbers));
+                found.extend(batch.session_ids().iter().map(str::to_owned).zip(numbers));
             }
         }
         found
@@ -423,7 +423,7 @@ mod tests {
         let found: Vec<(Vec<String>, Vec<String>)> =
             std::iter::from_fn(|| match arrivals.take(1).0.pop()? {
                 Arrival::Batch(batch) => Some((
-                    batch.session_ids().map(str::to_owned).collect(),
+                    batch.session_ids().iter().map(str::to_owned).collect(),
                     batch
                         .entries
                         .iter()

@@ -1,7 +1,7 @@
 //! Ids of sessions as one text.
 
 /// Ids of sessions, one after the other.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ids {
     text: String,
     /// Where each of them ends.
@@ -14,8 +14,12 @@ impl Ids {
         self.ends.push(self.text.len() as u32);
     }
 
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
     /// In their order.
-    pub fn iter(&self) -> impl Iterator<Item = &str> {
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &str> {
         let mut start = 0;
         self.ends.iter().map(move |end| {
             let id = &self.text[start..*end as usize];
@@ -34,5 +38,17 @@ mod tests {
         let mut ids = Ids::default();
         ["a", "", "\u{e9}t\u{e9}", "b"].iter().for_each(|id| ids.push(id));
         assert_eq!(ids.iter().collect::<Vec<_>>(), ["a", "", "\u{e9}t\u{e9}", "b"]);
+        assert_eq!((ids.len(), ids.iter().len()), (4, 4));
+    }
+
+    #[test]
+    fn ids_of_the_same_text_differ_if_they_are_divided_differently() {
+        let of = |all: &[&str]| {
+            let mut ids = Ids::default();
+            all.iter().for_each(|id| ids.push(id));
+            ids
+        };
+        assert_eq!(of(&["a", "bc"]), of(&["a", "bc"]));
+        assert_ne!(of(&["a", "bc"]), of(&["ab", "c"]));
     }
 }

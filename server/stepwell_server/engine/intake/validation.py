@@ -156,15 +156,16 @@ def not_finite(what: str, name: str, array: Array, given: Array) -> InvalidInput
     )
 
 
-def require_lists(change: Change) -> None:
-    """Refuse a change whose lists do not match, before its sessions are looked up.
+def require_lists(change: Change, handles: Handles) -> None:
+    """Refuse a change whose lists do not match. A handle of -1: the session is not in the table.
 
     Raises:
         InvalidInput: too many sessions, a repeated session, or lists of different lengths.
     """
     ids = change.session_ids
     if len(ids) != 1:
-        require_sessions(ids, may_repeat=change.connections is not None)
+        may_repeat = change.connections is not None
+        require_sessions(ids, may_repeat=may_repeat or _are_distinct(handles))
     if change.expected is not None and len(change.expected) != len(ids):
         raise _wrong_length("expected_revisions", change.expected, ids)
     if change.request_ids is not None and len(change.request_ids) != len(ids):
@@ -173,6 +174,16 @@ def require_lists(change: Change) -> None:
         if len(change.batch_sizes) != len(ids):
             raise _wrong_length("batch_sizes", change.batch_sizes, ids)
         _require_sizes(change.batch_sizes)
+
+
+def _are_distinct(handles: Handles) -> bool:
+    """Whether these are different sessions of the table. Comparing handles is faster than hashing ids."""
+    if not len(handles):
+        return False
+    if handles[0] >= 0 and not np.count_nonzero(handles[1:] <= handles[:-1]):
+        return True  # those of most groups ascend, which is the cheapest to see
+    ordered = np.sort(handles)
+    return not (np.count_nonzero(ordered < 0) or np.count_nonzero(ordered[1:] == ordered[:-1]))
 
 
 def require_sessions(

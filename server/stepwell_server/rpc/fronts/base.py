@@ -195,7 +195,7 @@ class StepColumns:
     A session may occur more than once. Its steps are then applied in that order.
     """
 
-    session_ids: list[str]
+    session_ids: Sequence[str]
     """Internal ids, with the tenants' prefixes."""
     callers: list[str]
     """`Call.caller` per session, or a single one for a single message."""

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
-_INTERFACE = 7
+_INTERFACE = 8
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -558,7 +558,7 @@ class NativeFront:
 
 def _columns_of(
     batch: BatchHandle,
-    session_ids: list[str],
+    session_ids: tuple[str, ...],
     callers: list[str],
     whos: list[Caller] | None,
     numbers: tuple[bytes, bytes, bytes, bytes, bytes],
