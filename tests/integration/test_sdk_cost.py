@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import sys
@@ -17,8 +18,12 @@ from support.sdk.scripted_server import MODEL, ScriptedServer
 PACKAGE = str(Path(stepwell.__file__).parent)
 X = np.ones((1, 2), np.float32)
 # A step makes three or four calls fewer; each resumed generator or coroutine counts as a call.
-MAX_CALLS = 54
-MAX_AWAITED_CALLS = 97
+MAX_CALLS = 48
+MAX_AWAITED_CALLS = 90
+# Of each of many steps that are awaited together, and of a step of a group.
+MAX_GATHERED_CALLS = 44
+MAX_GROUP_CALLS = 126
+MANY = 100
 
 
 @contextlib.contextmanager
@@ -60,3 +65,25 @@ async def test_calls_of_an_awaited_step() -> None:
             with counted(calls):
                 await session.step(X)
     assert 10 < calls.total() <= MAX_AWAITED_CALLS, listed(calls)
+
+
+async def test_calls_of_steps_that_are_awaited_together() -> None:
+    calls: collections.Counter[str] = collections.Counter()
+    with ScriptedServer() as server:
+        async with stepwell.aio.connect(server.address) as client:
+            sessions = [await client.open_session(MODEL) for _ in range(MANY)]
+            await asyncio.gather(*[session.step(X) for session in sessions])
+            with counted(calls):
+                await asyncio.gather(*[session.step(X) for session in sessions])
+    assert 10 * MANY < calls.total() <= MAX_GATHERED_CALLS * MANY, listed(calls)
+
+
+def test_calls_of_a_step_of_a_group() -> None:
+    calls: collections.Counter[str] = collections.Counter()
+    with ScriptedServer() as server, stepwell.connect(server.address) as client:
+        group = client.open_sessions(MODEL, MANY)
+        x = np.ones((MANY, 2), np.float32)
+        group.step(x)
+        with counted(calls):
+            group.step(x)
+    assert 50 < calls.total() <= MAX_GROUP_CALLS, listed(calls)

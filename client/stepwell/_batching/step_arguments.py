@@ -101,7 +101,9 @@ def selected(outputs: dict[str, Array], change: Change) -> Outputs:
     """The outputs of a step as the caller receives them."""
     if change.output_names:
         return {name: outputs[name] for name in change.output_names if name in outputs}
-    return None if change.outputs == "none" else as_one(outputs)
+    if change.outputs == "none":
+        return None
+    return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
 
 def as_one(outputs: dict[str, Array]) -> Outputs:

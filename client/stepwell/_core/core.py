@@ -450,13 +450,13 @@ class Core:
     ) -> Change:
         """Checks the arguments of a step."""
         count = tracker.batch_size
-        chosen = arguments.check_rows(rows, count)
-        if chosen is None:
-            chosen = ()
-        elif not chosen:
-            raise InvalidInputError("rows must select at least one row; got none")
-        elif chosen == tuple(range(count)):
-            chosen = ()
+        chosen: tuple[int, ...] = ()
+        if rows is not None:
+            chosen = arguments.check_rows(rows, count) or ()
+            if not chosen:
+                raise InvalidInputError("rows must select at least one row; got none")
+            if chosen == tuple(range(count)):
+                chosen = ()
         return step_change(
             inputs,
             len(chosen) or count,
@@ -481,9 +481,16 @@ class Core:
         ):  # the model says which arrays of the reply have a time axis
             name = reference(tracker.model, tracker.model_version)
             info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
-        step, before = tracker.step(change, deadline, wanted), tracker.position
+        stepped: Stepped
+        step, before, failed = tracker.step(change, deadline, wanted), tracker.position, None
         try:
-            stepped: Stepped = yield from self.retrier.step(step)
+            if self.router is None:
+                try:  # most steps need one attempt, and none of the retrier's work
+                    stepped = yield step
+                except StepwellError as error:
+                    failed = error
+            if failed is not None or self.router is not None:
+                stepped = yield from self.retrier.step(step, failed)
         except StepwellError as error:
             raise tracker.failed(error) from None
         previous = tracker.applied(stepped.revision, stepped.position, stepped.model_version)

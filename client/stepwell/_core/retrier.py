@@ -107,28 +107,32 @@ class Retrier:
             rpc, self._policy, deadline, self._contact, changes=changes, renews_tokens=self._renews_tokens
         )
 
-    def step(self, step: Step) -> Flow[Stepped]:
-        """Makes a step, with retries. The client may send each attempt in a frame with other steps.
+    def step(self, step: Step, failed: StepwellError | None = None) -> Flow[Stepped]:
+        """Makes a step, with retries; `failed` is the error of a first attempt that was made before.
+
+        The client may send each attempt in a frame with other steps.
 
         A reply that is too large ends the stream for every frame on it. So if a frame of one step ended that
         way, another frame's reply may be the cause. The next attempt is a unary call, whose error, if any, is
         about this step.
         """
         route = None if self.router is None else self._route(key_of(step.session_id))
-        attempts: Attempts | None = None
+        attempts = self.attempts("Step", step.deadline, changes=True)
         while True:
-            try:
-                if route is not None:
-                    step = step._replace(to=(yield from route.next()))
-                stepped: Stepped = yield step
-            except StepwellError as error:
-                attempts = attempts or self.attempts("Step", step.deadline, changes=True)
-                step = step._replace(is_alone=isinstance(error, RepliesTooLargeError) and error.members == 1)
-                pause = yield from _pause(attempts, route, error)
-            else:
-                if route is not None:
-                    route.answered()
-                return stepped
+            if failed is None:
+                try:
+                    if route is not None:
+                        step = step._replace(to=(yield from route.next()))
+                    stepped: Stepped = yield step
+                except StepwellError as error:
+                    failed = error
+                else:
+                    if route is not None:
+                        route.answered()
+                    return stepped
+            step = step._replace(is_alone=isinstance(failed, RepliesTooLargeError) and failed.members == 1)
+            pause = yield from _pause(attempts, route, failed)
+            failed = None
             yield pause
             attempts.require_time()
 
