@@ -16,8 +16,8 @@ from stepwell_server.engine.intake.validation import Validation
 from stepwell_server.engine.job import Job
 from stepwell_server.errors import Internal, InvalidInput, MessageTooLarge
 from support.checks.model_of_sessions import initial, ran
-from support.engine.fake_executor import BAD, BROKEN
-from support.engine.harness import Answer, Answers, Harness, kinds, x
+from support.engine.fake_executor import BAD, BROKEN, PLAIN
+from support.engine.harness import Answer, Answers, FixedCost, Harness, kinds, running, x
 
 IDS = ["a", "b", "c", "d", "e"]
 
@@ -71,6 +71,36 @@ async def test_plain_steps_run_without_a_job(at: Harness, jobs: list[int], count
     assert not jobs
     assert at.events.passes == [(count, 1)] * 3
     assert at.events.changes == [("step", count, count)] * 3
+
+
+@pytest.mark.stores("memory")
+@pytest.mark.parametrize(
+    ("seconds", "other", "runs_at_once"),
+    [
+        pytest.param(0.7e-3, None, True, id="nobody else"),
+        pytest.param(0.9e-3, None, False, id="too long"),
+        pytest.param(0.7e-3, "e", False, id="another connection"),
+        pytest.param(0.7e-3, "z", False, id="another model"),
+        pytest.param(0.3e-3, "z", True, id="short beside another model"),
+    ],
+)
+async def test_a_longer_step_runs_at_once_while_nobody_else_is_active(
+    jobs: list[int], seconds: float, other: str | None, runs_at_once: bool
+) -> None:
+    async with running({"plain": PLAIN, "other": PLAIN}) as at:
+        await opened(at)
+        await at.engine.open_sessions("other", session_ids=["z"])
+        for model in at.internals.models:
+            model.cost = FixedCost(seconds, 4)
+        at.clock.advance(1)
+        for is_over in (False, True):
+            await at.submit(IDS[:4], x=x(4), connection="mine").all()
+            if other is not None and not is_over:
+                await at.submit([other], x=x(1), connection="theirs").all()
+            jobs.clear()
+            assert kinds(await at.submit(IDS[:4], x=x(4), connection="mine").all()) == ["Answer"] * 4
+            assert bool(jobs) is not (runs_at_once or (is_over and other is not None))
+            at.clock.advance(1)
 
 
 @pytest.fixture

@@ -103,6 +103,27 @@ async def test_however_often_it_is_rung_there_is_one_turn_between_two_looks_at_t
     share.leave()
 
 
+async def test_a_model_is_alone_a_while_after_the_last_use_of_another() -> None:
+    clock = ManualClock()
+    shares = shares_of(clock)
+    one, other = Share(shares, "one"), Share(shares, "other")
+
+    def alone() -> tuple[bool, bool]:
+        return one.is_alone(clock.monotonic()), other.is_alone(clock.monotonic())
+
+    one.used(1e-3)
+    assert alone() == (True, False)
+    clock.advance(ACTIVE_S)
+    one.used(1e-3)
+    assert alone() == (True, False)
+    other.listen(lambda: False)
+    other.ring()
+    shares.run_next()
+    assert alone() == (False, False)
+    clock.advance(ACTIVE_S)
+    assert alone() == (True, True)
+
+
 async def test_a_ring_from_within_a_finished_callback_calls_it_once() -> None:
     turns: list[int] = []
     share = Share(shares_of(ManualClock()), "m")

@@ -187,11 +187,18 @@ class LoopQueue:
 class Share:
     """One model's share of the event loop and of the threads. Lives on the event loop."""
 
-    __slots__ = ("_listener", "_shares", "is_due", "label", "last_on_threads", "pieces", "wanted_s")
+    __slots__ = (
+        *("_alone_from", "_listener", "_others", "_shares", "_uses"),
+        *("is_due", "label", "last_on_threads", "pieces", "wanted_s"),
+    )
 
     def __init__(self, shares: Shares, label: str) -> None:
         self._shares = shares
         self._listener: Callable[[], bool] | None = None
+        self._uses = 0
+        self._others = 0
+        """How often other models had used the event loop at the last call of `is_alone`."""
+        self._alone_from = 0.0
         self.label = label
         """The model's name, for the log."""
         self.is_due = False
@@ -221,8 +228,21 @@ class Share:
         """Whether models are due."""
         return bool(self._shares.due)
 
+    def is_alone(self, now: float) -> bool:
+        """Whether no other model has recently used the event loop. For work that may disturb others; it is asked often."""
+        others = self._shares.uses - self._uses
+        if others != self._others:
+            self._others, self._alone_from = others, now + ACTIVE_S
+        return now >= self._alone_from
+
+    def count_use(self) -> None:
+        """Count a use of the event loop."""
+        self._uses += 1
+        self._shares.uses += 1
+
     def used(self, seconds: float) -> None:
         """Charge time on the event loop in addition to the listener's."""
+        self.count_use()
         self._shares.due.charge((self,), seconds)
 
     def leave(self) -> None:
@@ -254,6 +274,8 @@ class Shares:
         self._is_scheduled = False
         """The loop queue already holds a part for this. A second one would run without a poll of the network in
         between."""
+        self.uses = 0
+        """How often models have used the event loop."""
 
     def add(self, share: Share) -> None:
         """Schedule a model; for `Share`."""
@@ -278,6 +300,7 @@ class Shares:
         source = self.due.next()
         share = self.due.pop(source)
         began = self._now()
+        share.count_use()
         share.run()
         self.due.charge(source, self._now() - began)
         if share.is_due:
