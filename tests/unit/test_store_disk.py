@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from stepwell_server.store.base import Batch, End, Tombstone
 from stepwell_server.store.disk.lmdb import Durability
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import JoinedPuts
+from support.run_folder import memory_folder
 from support.samples import examples
 from support.stores.disk_store import (
     DURABILITIES,
@@ -146,16 +148,15 @@ class Two:
 @example(deeds=["begin", "put", "begin", "kill", "put", "kill"], seed=1)
 @example(deeds=["put", "beside", "kill", "put", "kill", "beside", "checkpoint", "put", "reopen"], seed=2)
 @given(deeds=st.lists(DEEDS, min_size=5, max_size=60), seed=st.integers(0, 2**32))
-def test_it_answers_as_the_store_in_memory_does(
-    tmp_path_factory: pytest.TempPathFactory, durability: Durability, deeds: list[str], seed: int
-) -> None:
-    two, chance = Two(tmp_path_factory.mktemp("store"), durability), random.Random(seed)
-    try:
-        for deed in ["begin", "begin", *deeds, "kill"]:
-            two.do(deed, chance)
-            two.require_same()
-    finally:
-        two.disk.close()
+def test_it_answers_as_the_store_in_memory_does(durability: Durability, deeds: list[str], seed: int) -> None:
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        two, chance = Two(Path(folder), durability), random.Random(seed)
+        try:
+            for deed in ["begin", "begin", *deeds, "kill"]:
+                two.do(deed, chance)
+                two.require_same()
+        finally:
+            two.disk.close()
 
 
 @DURABILITIES

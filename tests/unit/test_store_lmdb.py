@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from stepwell_server.store.disk import lmdb as module
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import decode_header
+from support.run_folder import memory_folder
 from support.stores.broken_disk import failing
 from support.stores.disk_store import opened_base, put, record
 from support.stores.records import decode, scan_local
@@ -150,21 +152,23 @@ BATCH = st.builds(
 
 @settings(max_examples=25)
 @given(st.lists(BATCH, max_size=8))
-def test_both_stores_answer_alike(tmp_path_factory: pytest.TempPathFactory, batches: list[Batch]) -> None:
+def test_both_stores_answer_alike(batches: list[Batch]) -> None:
     known = ["a", "aa", "ab", "b", "ä", "é" * 256, "é" * 255 + "1"]
-    disk = opened_base(tmp_path_factory.mktemp("store"), tombstones=100)
-    memory = MemoryStore(tombstones=100)
-    for batch in batches:
-        disk.commit(batch)
-        memory.commit(batch)
-        assert disk.get_many(known) == memory.get_many(known) == [disk.get(i) for i in known]
-        assert [disk.tombstones([i])[0] for i in known] == [memory.tombstones([i])[0] for i in known]
-        assert disk.count() == memory.count()
-        for prefix in ("", "a", "ab", "b"):
-            assert list(disk.documents(prefix).items()) == list(memory.documents(prefix).items())
-        assert sorted(ids(disk, prefix="a", after="a")) == ids(memory, prefix="a", after="a")
-        assert sorted(ids(disk)) == ids(memory)
-        assert sorted(disk.heads(limit=9).keys) == memory.heads(limit=9).keys
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        disk = opened_base(Path(folder), tombstones=100)
+        memory = MemoryStore(tombstones=100)
+        for batch in batches:
+            disk.commit(batch)
+            memory.commit(batch)
+            assert disk.get_many(known) == memory.get_many(known) == [disk.get(i) for i in known]
+            assert [disk.tombstones([i])[0] for i in known] == [memory.tombstones([i])[0] for i in known]
+            assert disk.count() == memory.count()
+            for prefix in ("", "a", "ab", "b"):
+                assert list(disk.documents(prefix).items()) == list(memory.documents(prefix).items())
+            assert sorted(ids(disk, prefix="a", after="a")) == ids(memory, prefix="a", after="a")
+            assert sorted(ids(disk)) == ids(memory)
+            assert sorted(disk.heads(limit=9).keys) == memory.heads(limit=9).keys
+        disk.close()
 
 
 def test_tombstones_are_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
