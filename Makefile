@@ -86,12 +86,12 @@ test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about tw
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m slow $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run the tests of `make test`, each case with one kind of store, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
+coverage: $(INSTALLED) $(FRONT) ## Run a third of the cases of each test of `make test`, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
 	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,TEST_CASES=measured) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 .PHONY: test-rest
-test-rest: $(INSTALLED) $(FRONT) ## Run what `make coverage` leaves out: its tests with the other kinds of store, and the slow tests (twelve minutes on two idle cores)
+test-rest: $(INSTALLED) $(FRONT) ## Run what `make coverage` leaves out: the other cases, and the slow tests (twelve minutes on two idle cores)
 	@$(BIN)/python $(PROGRAMS)
 	TEST_CASES=rest $(BIN)/pytest $(ALL) $(ARGS)
 

@@ -77,9 +77,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another run tries: see `support.samples.cases`."""
+    """Mark and leave out what another run tries: see `support.samples`."""
     from support import samples
 
+    samples.mark_other_stores(items)
     chosen = samples.cases(items)
     if len(chosen) < len(items):
         left_out = set(items).difference(chosen)

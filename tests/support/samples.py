@@ -22,6 +22,7 @@ ALL = "TEST_ALL" in os.environ
 #: Prime, so that a sample of bytes meets every place of what is laid out in words.
 _ONE_IN = 7
 _SHARE = 4
+_MEASURED_ONE_IN = 3
 #: Set by `make coverage` and `make test-rest`, which together run all tests once.
 _CASES = os.environ.get("TEST_CASES")
 
@@ -44,21 +45,15 @@ def examples(count: int) -> int:
     return count if ALL else max(1, count // _SHARE)
 
 
-def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
-    """The tests that this run tries: all, or with TEST_CASES=measured those that `make coverage` measures.
-
-    Measuring doubles what a test costs. The slow ones are not measured, and each case of the engine's tests with one
-    kind of store only, another kind from test to test. With TEST_CASES=rest a run tries what is not measured.
-    """
-    if chosen is None:
-        return list(items)
-    assert chosen in {"measured", "rest"}, f"TEST_CASES must be measured or rest; got {chosen}"
+def mark_other_stores(items: Iterable[pytest.Item]) -> None:
+    """Mark a case of a test slow with each kind of store but one, another kind from case to case."""
     alike: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if not item.get_closest_marker("slow"):
-            alike.setdefault(_without_store(item), []).append(item)
-    measured = {found[zlib.crc32(case.encode()) % len(found)] for case, found in alike.items()}
-    return [item for item in items if (item in measured) == (chosen == "measured")]
+        alike.setdefault(_without_store(item), []).append(item)
+    for case, found in alike.items():
+        quick = _number(case) % len(found)
+        for item in (*found[:quick], *found[quick + 1 :]):
+            item.add_marker(pytest.mark.slow)
 
 
 def _without_store(item: pytest.Item) -> str:
@@ -67,6 +62,30 @@ def _without_store(item: pytest.Item) -> str:
     kind = call.params.get("store_kind") if call else None
     test, _, case = item.nodeid.partition("[")
     return f"{test}[{case.replace(kind, '', 1)}" if kind else item.nodeid
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
+    """The tests that this run tries: all, or with TEST_CASES=measured those that `make coverage` measures.
+
+    Measuring doubles what a test costs, and the cases of one test run much the same lines. So the slow ones are not
+    measured, and a third of the cases of each other test. With TEST_CASES=rest a run tries what is not measured.
+    """
+    if chosen is None:
+        return list(items)
+    assert chosen in {"measured", "rest"}, f"TEST_CASES must be measured or rest; got {chosen}"
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    measured: set[pytest.Item] = set()
+    for found in tests.values():
+        found.sort(key=lambda item: _number(item.nodeid))
+        measured.update(found[: 1 + len(found) // _MEASURED_ONE_IN])
+    return [item for item in items if (item in measured) == (chosen == "measured")]
 
 
 def settle() -> None:

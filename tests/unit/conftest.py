@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,6 @@ _RESERVE_BYTES = 64 * 1024
 KINDS = ("memory", "async", "sync", "fake_shared", "valkey")
 
 
-#: To an engine `async` is `sync` without the wait for the disk, `valkey` the fake over a network.
-LIKE_ANOTHER = {"async", "valkey"}
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "stores(*kinds): the kinds of store that a test of the engine is about"
@@ -40,17 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("stores")
     name = metafunc.module.__name__.rpartition(".")[2]
     if marker is not None or name.startswith("test_engine_"):
-        kinds = marker.args if marker is not None else _some_slow(KINDS, metafunc.definition.nodeid)
+        kinds = marker.args if marker is not None else KINDS
         metafunc.parametrize("store_kind", kinds, indirect=True)
-
-
-def _some_slow(kinds: Sequence[str], test: str) -> list[Any]:
-    """The kinds; two of three tests run with a kind that is much like another one only where the slow ones do."""
-    is_slow = zlib.crc32(test.encode()) % 3 > 0
-    return [
-        pytest.param(kind, marks=pytest.mark.slow if kind in LIKE_ANOTHER and is_slow else ())
-        for kind in kinds
-    ]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Which tests `make coverage` and `make test-rest` run."""
+"""Which tests `make test`, `make coverage` and `make test-rest` run."""
 
 from __future__ import annotations
 
@@ -25,29 +25,41 @@ class Item:
         assert name == "slow"
         return self._mark
 
-
-ITEMS: Any = [
-    *(Item(f"test_a[{kind}-{case}]", kind=kind) for kind in KINDS for case in range(20)),
-    *(Item(f"test_b[{row}]") for row in ("memory", "sync")),
-    Item("test_c"),
-    Item("test_d", is_slow=True),
-    Item("test_a[fake_shared-0]", kind="fake_shared", is_slow=True),
-]
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self._mark = mark.mark
 
 
-def test_two_runs_try_each_test_once() -> None:
-    measured, rest = samples.cases(ITEMS, "measured"), samples.cases(ITEMS, "rest")
-    assert sorted(item.nodeid for item in [*measured, *rest]) == sorted(item.nodeid for item in ITEMS)
-    assert not set(measured) & set(rest)
+def collected() -> Any:
+    return [
+        *(Item(f"test_a[{kind}-{case}]", kind=kind) for kind in KINDS for case in range(20)),
+        *(Item(f"test_b[{row}]") for row in ("memory", "sync")),
+        Item("test_c"),
+        Item("test_d", is_slow=True),
+    ]
 
 
-def test_each_case_is_measured_with_one_kind_of_store_and_all_kinds_are_among_them() -> None:
-    names = [item.nodeid for item in samples.cases(ITEMS, "measured")]
+def test_each_case_is_quick_with_one_kind_of_store_and_all_kinds_are_among_them() -> None:
+    items = collected()
+    samples.mark_other_stores(items)
+    names = [item.nodeid for item in items if not item.get_closest_marker("slow")]
     assert names[20:] == ["test_b[memory]", "test_b[sync]", "test_c"]
     kinds, cases = zip(*(name[len("test_a[") : -1].split("-") for name in names[:20]), strict=True)
     assert set(kinds) == set(KINDS)
     assert sorted(map(int, cases)) == list(range(20))
 
 
+def test_two_runs_try_each_test_once() -> None:
+    items = collected()
+    measured, rest = samples.cases(items, "measured"), samples.cases(items, "rest")
+    assert sorted(item.nodeid for item in [*measured, *rest]) == sorted(item.nodeid for item in items)
+    assert not set(measured) & set(rest)
+
+
+def test_some_cases_of_each_quick_test_are_measured() -> None:
+    names = [item.nodeid.partition("[")[0] for item in samples.cases(collected(), "measured")]
+    assert names == [*["test_a"] * 21, "test_b", "test_c"]
+
+
 def test_all_others_run_without_the_variable() -> None:
-    assert samples.cases(ITEMS, None) == ITEMS
+    items = collected()
+    assert samples.cases(items, None) == items
