@@ -15,5 +15,6 @@ from support.samples import examples
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 
 
+@pytest.mark.slow
 def test_reloads_leave_nothing_behind(tmp_path: Path) -> None:
     reload(tmp_path, examples(40), 41).require_level()

@@ -18,6 +18,7 @@ from support.servers.valkey_servers import Valkey
 REPLICAS = 3
 
 
+@pytest.mark.slow
 def test_replicas_are_killed(tmp_path: Path) -> None:
     """One after the other; clients go on with those that are there, and the killed one comes back into the middle of it."""
     history, chance = tmp_path / "history", random.Random(31)

@@ -160,6 +160,7 @@ class _Normal:
         Path(model_files.file_of("made", self._model, str(path.parent)).path).rename(path)
 
 
+@pytest.mark.slow
 def test_a_keras_model_is_served_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
     model = zoo.build("lstm_dense")
     programs.saved("local_object", lambda: _Normal(model))

@@ -132,6 +132,7 @@ def test_sessions_go_on_under_the_served_names(
         np.testing.assert_array_equal(read[part], before[part])
 
 
+@pytest.mark.slow
 def test_a_file_of_another_naming_fits(client: stepwell.Client, load: Callable[[Any], Any]) -> None:
     first, again = unnamed(), unnamed()
     again.set_weights(first.get_weights())
@@ -183,6 +184,7 @@ def test_four_refused_tries_use_no_number(
     assert client.model(name).state == info.state
 
 
+@pytest.mark.slow
 def test_equal_names_of_layers_that_are_connected_in_another_way_are_no_proof(
     client: stepwell.Client, load: Callable[[Any], Any]
 ) -> None:
@@ -212,6 +214,7 @@ def test_equal_names_of_layers_that_are_connected_in_another_way_are_no_proof(
     assert client.update_model(name, keras.Model(deeper.input, y)).version == 2  # the same connections
 
 
+@pytest.mark.slow
 def test_layers_that_could_change_places_are_named(
     client: stepwell.Client, load: Callable[[Any], Any]
 ) -> None:
@@ -251,6 +254,7 @@ def test_the_command_line_says_what_stays(
     client.close_session(f"{name}-a")
 
 
+@pytest.mark.slow
 def test_names_stay_over_a_restart(tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"{name}.keras" for name in ("first", "second", "third"))
     x = np.ones((1, 3), np.float32)
@@ -274,6 +278,7 @@ def test_names_stay_over_a_restart(tmp_path: Path) -> None:
         assert session.model_version == 3
 
 
+@pytest.mark.slow
 def test_the_model_of_the_page_is_updated_when_its_cell_is_run_again(client: stepwell.Client) -> None:
     cell = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
     models = []

@@ -13,7 +13,6 @@ import stepwell
 from support import secured
 from support.load.driver import MODEL
 from support.processes import until
-from support.samples import one_in
 from support.sdk.client_kinds import connect
 from support.secured import Server
 from support.servers.replica_servers import replicas
@@ -110,7 +109,8 @@ async def test_a_retrained_model_is_carried_and_another_one_uses_no_number(serve
         await client.unload_model("unnamed", force=True)
 
 
-@pytest.mark.parametrize("shell", one_in(2, SHELLS))
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", SHELLS)
 async def test_a_file_that_fails_moves_nothing(shell: str, servers: list[Server], tmp_path: Path) -> None:
     (tmp_path / "bad.keras").write_bytes(b"nothing")
     async with connect(shell, ",".join(server.address for server in servers), timeout_s=60.0) as client:
@@ -122,7 +122,8 @@ async def test_a_file_that_fails_moves_nothing(shell: str, servers: list[Server]
         assert [versions(server) for server in servers] == before
 
 
-@pytest.mark.parametrize("shell", one_in(2, SHELLS))
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", SHELLS)
 async def test_a_replica_that_is_gone_is_passed_over(shell: str, servers: list[Server]) -> None:
     async with connect(shell, f"{servers[0].address},127.0.0.1:1", timeout_s=60.0) as client:
         loaded = await client.load_model(MODEL, retrained().path, default=False)
