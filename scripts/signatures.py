@@ -33,6 +33,8 @@ import stepwell
 
 PACKAGE = "stepwell"
 PLUGIN = f"{PACKAGE}.pytest_plugin"
+#: Its commands are a file of their own.
+COMMANDS = "cli"
 FOLDER = Path(stepwell.__file__).parent
 # What says nothing about how a class is used.
 PLAIN_BASES: set[object] = {object, dict, abc.ABC, typing.Generic, typing.Protocol}
@@ -336,7 +338,7 @@ def public_modules() -> list[str]:
     found = [
         f"{PACKAGE}.{module.name}"
         for module in pkgutil.iter_modules([str(FOLDER)])
-        if not module.name.startswith("_") and not module.ispkg
+        if not module.name.startswith("_") and module.name != COMMANDS
     ]
     declaring = [name for name in found if any("__all__" in defined_by(node) for node in tree_of(name).body)]
     return [PACKAGE, *sorted(declaring), PLUGIN]

@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepwell import aio, config, errors, events
+    from stepwell import aio, config, errors, events, plot
     from stepwell._admin.admin import ExportReport, ImportReport
     from stepwell._admin.session_list import SessionList
     from stepwell._local import LocalClient, local
@@ -124,9 +124,10 @@ __all__ = [
     "errors",
     "events",
     "local",
+    "plot",
 ]
 
-_MODULES = frozenset({"aio", "config", "errors", "events"})
+_MODULES = frozenset({"aio", "config", "errors", "events", "plot"})
 _HOMES = {
     "Client": "client",
     "ExportReport": "_admin.admin",
