@@ -242,3 +242,35 @@ async def test_after_the_end_changes_are_refused(path: Path) -> None:
     assert await served.change("a", 1) is ALL_KEPT
     await served.store.close()
     assert isinstance(await asyncio.wait_for(served.change("a", 2), WAIT_S), Unavailable)
+
+
+async def test_after_the_last_commit_changes_are_refused(path: Path) -> None:
+    """Neither the log nor the thread that commits what the log refuses takes any more."""
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a")
+    assert await served.change("a", 1) is ALL_KEPT
+    assert await served.store.end_commits(WAIT_S)
+    answer = await asyncio.wait_for(served.change("a", 2), WAIT_S)
+    assert isinstance(answer, Unavailable)
+    assert answer.message == "the store must be open; it is closed"
+    assert revisions(served.local) == {"a": 1}
+
+
+async def test_a_change_that_waits_for_a_write_that_hangs_is_answered(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the commits does not wait for it; when the write returns, no other one begins."""
+    held = list[LogWrite]()
+    for one_kind in (writers.NativeWriter, writers.ThreadWriter):
+        monkeypatch.setattr(one_kind, "begin", lambda _self, write: held.append(write))
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a", "b")
+    answer, later = served.change("a", 1), served.change("b", 1)
+    (write,) = held
+    assert not await served.store.end_commits(0.0)
+    monkeypatch.undo()
+    served.store._lanes._log._writer.begin(write)  # type: ignore[attr-defined]
+    assert await asyncio.wait_for(answer, WAIT_S) is ALL_KEPT
+    assert isinstance(await asyncio.wait_for(later, WAIT_S), Unavailable)
+    assert revisions(served.local) == {"a": 1, "b": 0}
+    assert await served.store.end_commits(WAIT_S)

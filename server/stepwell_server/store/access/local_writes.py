@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from stepwell_server.core.cost import Cost
+from stepwell_server.errors import Unavailable
 from stepwell_server.store.access.batches import fail, keep, merged
 from stepwell_server.store.access.log_queue import LogQueue
 from stepwell_server.store.access.thread import StoreThread
@@ -63,6 +64,7 @@ class LocalWrites:
         """See `Store.end_commits`."""
         until = time.monotonic() + timeout_s
         is_idle = await self._log.idle(timeout_s)
+        self._log.stop()
         return await asyncio.to_thread(self.close, max(0.0, until - time.monotonic())) and is_idle
 
     def close(self, timeout_s: float) -> bool:
@@ -114,7 +116,7 @@ class LocalWrites:
             elif (puts := self._built(write)) is not None:
                 self._log.add(write, puts)
                 return
-        self._thread.put(write)
+        self._put_on_thread(write)
 
     def _add_to_log(self, writes: Sequence[tuple[Write, Sequence[tuple[str, RecordBytes]]]]) -> None:
         for write, puts in writes:
@@ -124,7 +126,13 @@ class LocalWrites:
         """Commit what the log refused."""
         for write in writes:
             write.is_for_log = False
-            self._thread.put(write)
+            self._put_on_thread(write)
+
+    def _put_on_thread(self, write: Write) -> None:
+        if not self._thread.put(write):
+            fail([write], Unavailable("the store must be open; it is closed"))
+            # later: the caller may be just handing it over
+            asyncio.get_running_loop().call_soon(self._finish, [write])
 
     def _finish_log(self, writes: Sequence[Write]) -> None:
         if self._store.needs_checkpoint:

@@ -45,6 +45,7 @@ class LogQueue:
         self._ended: list[Write] = []
         """Changes to report."""
         self._idle: asyncio.Future[None] | None = None
+        self._is_stopped = False
 
     def add(self, write: Write, puts: _Puts) -> None:
         """Append a change; `puts` are its records as `LocalStore.sealed` returned them."""
@@ -62,8 +63,12 @@ class LogQueue:
         done, _ = await asyncio.wait([self._idle], timeout=timeout_s)
         return bool(done)
 
+    def stop(self) -> None:
+        """Start no more writes: refuse all changes that wait, or that are added later."""
+        self._is_stopped = True
+
     def close(self, timeout_s: float) -> bool:
-        """End the writer's thread; return False if a write is running. For any thread."""
+        """End the writer's thread, after `stop`; return False if a write is running. For any thread."""
         return self._running is None and (self._writer is None or self._writer.close(timeout_s))
 
     def _on_end(self) -> None:
@@ -104,6 +109,9 @@ class LogQueue:
         while self._running is None and (self._small or self._large):
             group = self._take()
             changes = [change for change, _ in group]
+            if self._is_stopped:
+                self._refused(changes)
+                continue
             try:
                 writer = self._writer = self._writer or self._store.new_writer(self._on_end)
                 write = self._store.begin_append([puts for _, puts in group])

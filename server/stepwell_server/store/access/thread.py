@@ -29,11 +29,17 @@ class StoreThread:
         self._queue: queue.SimpleQueue[Write | _Signal] = queue.SimpleQueue()
         self._is_woken = False
         self._thread: threading.Thread | None = None
+        self._closing = threading.Lock()
+        self._is_closed = False
 
-    def put(self, write: Write) -> None:
-        """Add a write to the queue."""
-        self._queue.put(write)
+    def put(self, write: Write) -> bool:
+        """Add a write to the queue; return False if the thread takes no more, because `close` was called."""
+        with self._closing:
+            if self._is_closed:
+                return False
+            self._queue.put(write)
         self._start()
+        return True
 
     def wake(self) -> None:
         """Call `work` soon, possibly without writes."""
@@ -44,7 +50,9 @@ class StoreThread:
 
     def close(self, timeout_s: float) -> bool:
         """End after all writes put so far; return False if that takes longer than `timeout_s`."""
-        self._queue.put(_Signal.END)
+        with self._closing:
+            self._is_closed = True
+            self._queue.put(_Signal.END)
         if self._thread is not None:
             self._thread.join(timeout_s)
         return self._thread is None or not self._thread.is_alive()
