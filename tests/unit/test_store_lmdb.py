@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import tempfile
 import threading
@@ -338,3 +339,19 @@ def test_a_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
         rule = f"the data directory {tmp_path / path} must be a folder; {tmp_path / file} is not"
         with pytest.raises(StoreError, match=f"^{re.escape(rule)}$"):
             opened_base(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "there", [[], ["a"], ["z"], ["a", "z"], ["m2"], ["m0"], ["m5"], ["m25"], ["a", "m25", "z"]]
+)
+def test_neighbours_that_are_absent_are_not_found(store: LmdbStore, there: list[str]) -> None:
+    """Some lie before, between or behind those that are asked for."""
+    names = [f"m{number}" for number in range(6)]
+    store.commit(
+        Batch(puts=[(i, record(i)) for i in there], tombstones=[Tombstone(i, End.CLOSED, 1.0) for i in there])
+    )
+    random.Random(1).shuffle(names)
+    assert store.get_many(names) == [record(i) if i in there else None for i in names]
+    assert [stone and stone.session_id for stone in store.tombstones(names)] == [
+        i if i in there else None for i in names
+    ]

@@ -70,6 +70,11 @@ def _split(value: RecordBytes) -> tuple[memoryview, memoryview]:
     return view[_ID_LENGTH.size : end], view[end:]
 
 
+def is_gap(cursor: Any, keys: Sequence[bytes]) -> bool:
+    """Whether nothing lies between the lowest and the highest of these keys: a single search for all of them."""
+    return not cursor.set_range(min(keys)) or bytes(cursor.key()) > max(keys)
+
+
 def values(cursor: Any, after: str, prefix: str, limit: int) -> tuple[list[bytes], list[RecordBytes]]:
     """Return ids, as UTF-8, and records after `after`. The cursor returns bytes, which is faster than views."""
     start, shared = key_of(after), prefix.encode()[:_KEPT_BYTES]

@@ -42,7 +42,7 @@ from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.file_length import lengthen, require_whole_file, within_limit
 from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import BATCH_SIZE, Change, KeyCheck, UnexpectedKeys
-from stepwell_server.store.disk.keys import items, key_of, own, values
+from stepwell_server.store.disk.keys import is_gap, items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock
 from stepwell_server.store.disk.reserve import Extent, NoSpace, Reserve
 from stepwell_server.store.disk.tombstones import bury, next_age, tombstone
@@ -61,6 +61,9 @@ GIVE_UP_S = 30.0
 """After a disk failure the store must be reopened; it gives up after this many seconds."""
 RETRY_S = 0.5
 """Readers try to reopen at most once in this time; commits always try."""
+
+#: Fewer keys than this are searched one by one.
+_MIN_GAP = 4
 
 _log = logging.getLogger(__name__)
 
@@ -195,6 +198,9 @@ class LmdbStore(LocalStore):
 
         def read(transaction: _Transaction) -> list[RecordBytes | None]:
             get, sessions = transaction.get, self._sessions
+            # new sessions of one call are neighbours
+            if len(keys) >= _MIN_GAP and is_gap(transaction.cursor(sessions), keys):
+                return [None] * len(keys)
             return [
                 own(session_id, key, get(key, db=sessions))
                 for session_id, key in zip(session_ids, keys, strict=True)
@@ -230,6 +236,8 @@ class LmdbStore(LocalStore):
 
         def read(transaction: _Transaction) -> list[bytes | None]:
             get, tombstones = transaction.get, self._tombstones
+            if len(keys) >= _MIN_GAP and is_gap(transaction.cursor(tombstones), keys):
+                return [None] * len(keys)
             return [get(key, db=tombstones) for key in keys]
 
         found = self._read(session_ids[0] if len(session_ids) == 1 else "", read) if keys else []

@@ -227,7 +227,9 @@ class DiskStore(LocalStore):
     def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
         if self._wal is None or self._wal.is_empty:
             return self._base.get_many(session_ids)
-        found: list[RecordBytes | None] = [self._find(session_id) for session_id in session_ids]
+        found: list[RecordBytes | None] = [None] * len(session_ids)
+        for place in self._wal.places_of(session_ids):
+            found[place] = self._find(session_ids[place])
         missing = [place for place, record in enumerate(found) if record is None]
         for place, record in zip(
             missing, self._base.get_many([session_ids[place] for place in missing]), strict=True
