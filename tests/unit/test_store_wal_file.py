@@ -64,7 +64,9 @@ def loaded(path: Path, size: int = SIZE) -> Segment:
 
 def held(segment: Segment) -> dict[str, bytes]:
     """What a segment has, by session."""
-    return {i: found for i in segment.offsets if (found := segment.record(i)) is not None}
+    found = {i: found for i in segment.offsets if (found := segment.record(i)) is not None}
+    assert dict(segment.records([*reversed(found), "unknown"])) == found
+    return found
 
 
 def found_in(path: Path) -> dict[str, bytes]:

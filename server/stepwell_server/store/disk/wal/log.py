@@ -292,8 +292,7 @@ class WriteAheadLog:
         self.due = max(0, self.due - len(ids)) if ids else 0
         # the active segment has newer records of the others
         last_here = [session_id for session_id in ids if session_id not in active.offsets]
-        records: Records = [(i, record) for i in last_here if (record := sealed.record(i)) is not None]
-        return ids, records
+        return ids, sealed.records(last_here)
 
     def checkpointed(self, session_ids: Iterable[str]) -> None:
         """Remove sessions from the sealed segment, after the store has their records."""
@@ -332,7 +331,7 @@ class WriteAheadLog:
         self._active, self._sealed = self._sealed, self._active
 
     def _drop_superseded(self, segment: Segment, counts: Callable[[Records], Iterable[bool]]) -> None:
-        records: Records = [(i, segment.record(i) or b"") for i in segment.offsets]
+        records: Records = segment.records(segment.offsets)
         for (session_id, _), is_later in zip(records, counts(records), strict=True):
             if not is_later:
                 del segment.offsets[session_id]

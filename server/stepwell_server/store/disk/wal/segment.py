@@ -19,12 +19,14 @@ from pathlib import Path
 from stepwell._admin.record_file import HEAD
 from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.disk.wal import layout
-from stepwell_server.store.record import RecordBytes, size_of
+from stepwell_server.store.record import HEADER, RecordBytes, size_of
 
 #: Flag for a write that returns when the data is on disk; 0: not supported (macOS), so that a flush follows instead.
 WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
 #: A record of up to this size is read in one step, a longer one in two.
 _GUESS_BYTES = 2048
+#: Records that are at most this far apart are read together, and at most this many bytes at a time.
+_GAP_BYTES, _READ_BYTES = 4096, 2**18
 #: Maximum of buffers in one write.
 _MAX_BUFFERS = 512
 _NO_HEAD = bytes(HEAD.size)
@@ -203,6 +205,28 @@ class Segment:
         size = min(size_of(start), self.size - at)
         return start[:size] if size <= len(start) else os.pread(self._file, size, at)
 
+    def records(self, session_ids: Iterable[str]) -> list[tuple[str, RecordBytes]]:
+        """Return the last record of each session that has one, in the order of the file: neighbours are read together.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        offsets = self.offsets
+        places = sorted((at, i) for i in session_ids if (at := offsets.get(i)) is not None)
+        found: list[tuple[str, RecordBytes]] = []
+        data, begin = b"", 0
+        for index, (at, session_id) in enumerate(places):
+            start = at - begin
+            if start + HEADER.itemsize > len(data) or start + size_of(
+                data[start : start + HEADER.itemsize]
+            ) > len(data):
+                data, begin, start = os.pread(self._file, _run_bytes(places, index), at), at, 0
+                size = min(size_of(data), self.size - at)
+                if size > len(data):
+                    data = os.pread(self._file, size, at)
+            found.append((session_id, data[start : start + size_of(data[start : start + HEADER.itemsize])]))
+        return found
+
     def load(self) -> None:
         """Read the file. A write that the end of the process or machine interrupted is ignored.
 
@@ -262,3 +286,13 @@ class Segment:
             # if this fails too, a change that was reported as failed may be found later
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, _NO_HEAD, at)
+
+
+def _run_bytes(places: Sequence[tuple[int, str]], first: int) -> int:
+    """Return the bytes to read from a record on, so that they include its neighbours."""
+    begin = last = places[first][0]
+    for at, _ in itertools.islice(places, first + 1, None):
+        if at - last > _GAP_BYTES or at - begin > _READ_BYTES:
+            break
+        last = at
+    return last - begin + _GUESS_BYTES
