@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 import stepwell
 from support.load.driver import FEATURES, MODEL
 from support.load.driver_process import DriverProcess
+from support.processes import until
 from support.secured import Server
 from support.servers import fault_servers
 from support.servers.fault_servers import local, verdict
@@ -21,15 +24,21 @@ from support.stores.small_disk import small_disk
 
 MIB = 2**20
 GROUP = 512
+_SPARSE_LOG = 'mkdir -m 700 "$0/wal" && truncate -s 1M "$0/wal/0" "$0/wal/1" && exec "$@"'
 
 
 class OnSmallDisk(Server):
-    """The real server, which alone sees a small disk under its data directory."""
+    """The real server, which alone sees a small disk under its data directory.
 
-    def __init__(self, data_dir: Path, *extra: str) -> None:
+    With `sparse_log` the segments of its log exist and have no blocks yet, so that a write to them needs room.
+    """
+
+    def __init__(self, data_dir: Path, *extra: str, sparse_log: bool = False) -> None:
         super().__init__(**fault_servers.arguments(data_dir, extra))
         self._disk = data_dir
         self._prefix = small_disk(data_dir, "size=16m,mode=700")
+        if sparse_log:
+            self._prefix += ["sh", "-c", _SPARSE_LOG, os.fspath(data_dir)]
 
     def _command(self) -> list[str]:
         return [*self._prefix, *super()._command()]
@@ -117,3 +126,24 @@ def test_a_small_disk(tmp_path: Path) -> None:
             ballast.write_bytes(b"x" * (free - MIB))
 
         check(server, tmp_path / "history", full, ballast.unlink)
+
+
+@pytest.mark.slow
+def test_a_log_that_finds_no_room(tmp_path: Path) -> None:
+    """The log's writer itself meets a full disk, in `sync`; with the native module that is the native one."""
+    data, history = tmp_path / "data", tmp_path / "history"
+    data.mkdir()
+    with (
+        OnSmallDisk(data, "--durability", "sync", sparse_log=True) as server,
+        DriverProcess(server.address, history, seed=63) as driver,
+    ):
+        driver.wait_acknowledged(100)
+        ballast = server.disk / "ballast"
+        with contextlib.suppress(OSError):  # the server takes some of it meanwhile
+            ballast.write_bytes(b"x" * shutil.disk_usage(server.disk).total)
+        until(lambda: "could not be written to the write-ahead log" in server.logs())
+        assert "No space left on device" in server.logs()
+        ballast.unlink()
+        driver.wait_acknowledged(100)
+        driver.stop()
+    verdict(history).require_clean()
