@@ -31,7 +31,7 @@ from against import builds
 from against.builds import Build, BuildError
 from against.pair import BuiltServer
 from bench import bare, disk, harness, loads
-from bench.harness import OUT, Result
+from bench.harness import MODELS, OUT, Result
 from bench.loads import Times
 from bench.pairs import Bound, Interval, Verdict, interval_of
 from stepwell.testing import LocalServer
@@ -61,16 +61,26 @@ class Load:
     store: str
     kind: str
     sessions: int
+    model: str = MODEL
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.sessions}"
+        name = f"{self.kind} {self.sessions}"
+        return name if self.model == MODEL else f"{self.model} {name}"
 
 
 LOADS = [
-    Load(store, kind, sessions)
-    for store in STORES
-    for kind, counts in {"unary": (1, 32, 256), "stream": (1, 32, 256), "group": (1024,)}.items()
-    for sessions in counts
+    *(
+        Load(store, kind, sessions)
+        for store in STORES
+        for kind, counts in {"unary": (1, 32, 256), "stream": (1, 32, 256), "group": (1024,)}.items()
+        for sessions in counts
+    ),
+    *(
+        Load("memory", kind, sessions, model)
+        for model in ("medium", "large")
+        for kind in ("unary", "stream")
+        for sessions in (32, 256)
+    ),
 ]
 
 SERVER = "server"
@@ -96,7 +106,7 @@ class BuiltContender:
     """The server and the SDK of a build."""
 
     build: Build
-    model: Path
+    models: Mapping[str, Path]
     cache_dir: Path
 
     @property
@@ -108,15 +118,17 @@ class BuiltContender:
         """See `Contender`."""
         folder = None if store == "memory" else stack.enter_context(disk.data_folder())
         options = ("--log-level", "warning", *STORES[store])
-        server = BuiltServer(self.build, {MODEL: self.model}, folder, self.cache_dir, *options)
+        server = BuiltServer(self.build, self.models, folder, self.cache_dir, *options)
         stack.enter_context(server)
         assert server.pid is not None
         return server.pid, functools.partial(self._measure, server)
 
     def _measure(self, server: LocalServer, load: Load, times: Times) -> Result:
         if load.kind != "group":
-            return loads.singly(server, MODEL, load.kind, load.sessions, times)
-        return loads.sdk(server, "group", times, python=self.build.python, sessions=load.sessions)
+            return loads.singly(server, load.model, load.kind, load.sessions, times)
+        return loads.sdk(
+            server, "group", times, python=self.build.python, model=load.model, sessions=load.sessions
+        )
 
 
 @dataclass(frozen=True)
@@ -201,12 +213,12 @@ def judge(ratios: Ratios, bound_of: Callable[[Row], Bound | None]) -> list[Judge
 
 def report(judged: Sequence[Judged]) -> int:
     """Print the rows; the exit code."""
-    print(f"{'store':8}{'load':13}{'':14}{'median':>8}{'95 % interval':>18}{'bound':>8}")
+    print(f"{'store':8}{'load':18}{'':14}{'median':>8}{'95 % interval':>18}{'bound':>8}")
     for one in judged:
         store, load, name = one.row
         found, limit = one.interval, "" if one.limit is None else f"{one.limit:.2f}"
         interval = f"{found.low:.3f} to {found.high:.3f}"
-        line = f"{store:8}{load:13}{name:14}{found.median:8.3f}{interval:>18}{limit:>8}  {one.verdict}"
+        line = f"{store:8}{load:18}{name:14}{found.median:8.3f}{interval:>18}{limit:>8}  {one.verdict}"
         print(line.rstrip())
     beyond = sum(one.verdict == Verdict.BEYOND.value for one in judged)
     print(f"{beyond} of {len(judged)} rows lie wholly beyond their bounds")
@@ -238,7 +250,9 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.against == BARE:
-        chosen = [load for load in chosen if load.store == "memory" and load.kind != "group"]
+        chosen = [
+            load for load in chosen if load.store == "memory" and load.kind != "group" and load.model == MODEL
+        ]
     print(f"{tree.name} against {other.name}, {options.pairs} pairs of {options.seconds:g} s", flush=True)
     ratios = compare(tree, other, chosen, options.pairs, Times(options.seconds, options.seconds / 2))
     if options.against == BARE:
@@ -258,16 +272,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _contenders(against: str) -> tuple[Contender, Contender]:
     """The tree and the other, both with their programs compiled."""
-    model = harness.model_path(MODEL)
-    tree = BuiltContender(builds.of_tree(), model, OUT / "cache")
-    with harness.serve(MODEL) as server:
+    models = {name: harness.model_path(name) for name in MODELS}
+    tree = BuiltContender(builds.of_tree(), models, OUT / "cache")
+    with harness.serve(*MODELS) as server:
         program = harness.program_path(server, MODEL)
     if against == BARE:
         bare.library()
         return tree, BareContender(program)
     build = builds.of_commit(against, functools.partial(print, file=sys.stderr, flush=True))
     assert build.cache_dir is not None
-    other = BuiltContender(build, model, build.cache_dir)
+    other = BuiltContender(build, models, build.cache_dir)
     with contextlib.ExitStack() as stack:
         other.begin("memory", stack)
     return tree, other

@@ -51,7 +51,7 @@ def test_a_slowed_server_lies_beyond_the_bounds_and_the_faster_one_within(
     for name in [name for name in os.environ if name.startswith("STEPWELL_")]:
         monkeypatch.delenv(name)
     model = programs.saved("lstm_dense").path
-    tree = gate.BuiltContender(builds.of_tree(), model, programs.cache_dir())
+    tree = gate.BuiltContender(builds.of_tree(), {gate.MODEL: model}, programs.cache_dir())
     slow = dataclasses.replace(tree, build=_slowed(tree.build, tmp_path))
     ratios = gate.compare(slow, tree, [gate.Load("memory", "group", 32)], PAIRS, Times(0.2, 0.1))
     rate, p50 = (("memory", "group 32", name) for name in ("rate", "p50_ms"))
