@@ -78,6 +78,7 @@ mod calls {
 mod wire {
     mod acceptor;
     mod lifetime;
+    mod seldom;
     pub mod server;
     pub mod tls;
 }

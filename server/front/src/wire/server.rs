@@ -11,6 +11,7 @@ use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
 use crate::wire::acceptor::{Acceptor, Entry};
 use crate::wire::lifetime::{Age, Lifetime};
+use crate::wire::seldom::Seldom;
 use crate::wire::tls;
 use bytes::Bytes;
 use std::future::Future;
@@ -316,56 +317,100 @@ async fn connection<S>(
             None => std::future::pending().await,
         }
     };
-    tokio::pin!(alive);
+    let mut alive = std::pin::pin!(Seldom::new(alive));
     let mut life = Lifetime::new(limits.age, limits.age_grace);
     let mut is_draining = false;
     let mut closed = stage.clone();
     loop {
-        let accepted = tokio::select! {
-            biased;
-            () = reached(&mut closed, Stage::Closed) => {
-                return cut_off(&mut connection, h2::Reason::CANCEL).await;
+        let event = {
+            let event = next_event(&peer, &mut closed, &mut stage, &mut life, is_draining);
+            let mut event = std::pin::pin!(Seldom::new(event));
+            loop {
+                let next = std::future::poll_fn(|cx| {
+                    if let Poll::Ready(event) = event.as_mut().poll(cx) {
+                        return Poll::Ready(Err(event));
+                    }
+                    if quota.poll_flooded().is_ready() {
+                        return Poll::Ready(Err(Event::Flooded));
+                    }
+                    if let Poll::Ready(accepted) = connection.poll_accept(cx) {
+                        return Poll::Ready(Ok(accepted));
+                    }
+                    // after all frames are read: one of them may be the answer to a ping
+                    alive.as_mut().poll(cx).map(|()| Err(Event::Silent))
+                });
+                match next.await {
+                    Err(event) => break event,
+                    Ok(Some(Ok((request, respond)))) => {
+                        serve::begin(request, respond, &peer, service);
+                        if window.is_none() && peer.is_known() {
+                            let all = limits.budget_bytes / WINDOWS_PART;
+                            let taken = bounds.counts.windows.load(Ordering::Relaxed);
+                            let size = window_for(all.saturating_sub(taken));
+                            window = Some(Slot::take(bounds, |counts| &counts.windows, size as usize, all));
+                            if size > FIRST_WINDOW_BYTES && matches!(window, Some(Some(_))) {
+                                connection.set_target_window_size(size);
+                            }
+                        }
+                    }
+                    Ok(Some(Err(error))) => {
+                        if error.is_library() {
+                            bounds.counts.refuse(Refusal::Protocol);
+                        }
+                        return;
+                    }
+                    Ok(None) => return,
+                }
             }
-            () = peer.left() => return cut_off(&mut connection, h2::Reason::NO_ERROR).await,
-            () = std::future::poll_fn(|_| quota.poll_flooded()) => {
+        };
+        match event {
+            Event::Closed => return cut_off(&mut connection, h2::Reason::CANCEL).await,
+            Event::Left | Event::Aged(Age::TooOld) => {
+                return cut_off(&mut connection, h2::Reason::NO_ERROR).await
+            }
+            Event::Flooded => {
                 bounds.counts.refuse(Refusal::ControlFrames);
                 return cut_off(&mut connection, h2::Reason::ENHANCE_YOUR_CALM).await;
             }
-            age = life.next() => match age {
-                Age::Old => {
-                    connection.graceful_shutdown();
-                    continue;
-                }
-                Age::TooOld => return cut_off(&mut connection, h2::Reason::NO_ERROR).await,
-            },
-            () = reached(&mut stage, Stage::Draining), if !is_draining => {
+            Event::Aged(Age::Old) => connection.graceful_shutdown(),
+            Event::Draining => {
                 is_draining = true;
                 connection.graceful_shutdown();
-                continue;
             }
-            accepted = connection.accept() => accepted,
-            () = &mut alive => return bounds.counts.refuse(Refusal::Silent),
-        };
-        match accepted {
-            Some(Ok((request, respond))) => {
-                serve::begin(request, respond, &peer, service);
-                if window.is_none() && peer.is_known() {
-                    let all = limits.budget_bytes / WINDOWS_PART;
-                    let size = window_for(all.saturating_sub(bounds.counts.windows.load(Ordering::Relaxed)));
-                    window = Some(Slot::take(bounds, |counts| &counts.windows, size as usize, all));
-                    if size > FIRST_WINDOW_BYTES && matches!(window, Some(Some(_))) {
-                        connection.set_target_window_size(size);
-                    }
-                }
-            }
-            Some(Err(error)) => {
-                if error.is_library() {
-                    bounds.counts.refuse(Refusal::Protocol);
-                }
-                return;
-            }
-            None => return,
+            Event::Silent => return bounds.counts.refuse(Refusal::Silent),
         }
+    }
+}
+
+/// What ends or changes a connection, apart from its client's frames.
+enum Event {
+    /// The server cuts off running calls.
+    Closed,
+    /// It is closed in favour of another connection.
+    Left,
+    /// Its client has exceeded a limit of frames.
+    Flooded,
+    Aged(Age),
+    /// The server accepts no more calls.
+    Draining,
+    /// Its client no longer answers.
+    Silent,
+}
+
+/// Return the next event. May be dropped and called again.
+async fn next_event(
+    peer: &Peer,
+    closed: &mut watch::Receiver<Stage>,
+    stage: &mut watch::Receiver<Stage>,
+    life: &mut Lifetime,
+    is_draining: bool,
+) -> Event {
+    tokio::select! {
+        biased;
+        () = reached(closed, Stage::Closed) => Event::Closed,
+        () = peer.left() => Event::Left,
+        age = life.next() => Event::Aged(age),
+        () = reached(stage, Stage::Draining), if !is_draining => Event::Draining,
     }
 }
 
