@@ -7,7 +7,7 @@ use crate::clock;
 use crate::limits::places::Share;
 use crate::messages::protobuf::SlowPath;
 use http::header::AUTHORIZATION;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use ring::digest::{digest, Context, SHA256, SHA256_OUTPUT_LEN};
 use std::any::Any;
 use std::collections::HashMap;
@@ -17,9 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 /// Separates tenant and session id: see namespaces.py. Python refuses ids of clients that contain it.
 pub const SEPARATOR: char = '\u{1f}';
 /// Header with the tenant that an admin acts for, which Python must allow.
-const TENANT: &str = "stepwell-tenant";
-/// Headers that identify caller and tenant. Each may occur once, since another reader may use another occurrence.
-const DECIDING: [&str; 2] = ["authorization", TENANT];
+static TENANT: HeaderName = HeaderName::from_static("stepwell-tenant");
 /// Limit of known credentials; Python handles further ones. Issuers of signed tokens can make any number.
 const MAX_KNOWN: usize = 65_536;
 
@@ -50,7 +48,7 @@ impl Credential {
 
     /// The credential of a call. `certificate`: that of its connection.
     fn of_call(headers: &HeaderMap, certificate: Option<Credential>) -> Option<Self> {
-        if headers.contains_key(TENANT) {
+        if headers.contains_key(&TENANT) {
             return None;
         }
         let Some(value) = headers.get(AUTHORIZATION) else { return certificate };
@@ -59,7 +57,7 @@ impl Credential {
     }
 }
 
-fn is_repeated(headers: &HeaderMap, name: &str) -> bool {
+fn is_repeated(headers: &HeaderMap, name: &HeaderName) -> bool {
     headers.get_all(name).iter().nth(1).is_some()
 }
 
@@ -214,8 +212,12 @@ impl Caller {
         certificate: Option<Credential>,
         callers: Option<&Arc<Callers>>,
     ) -> Self {
-        let has_no_tenants = callers.is_none() && headers.contains_key(TENANT);
-        if has_no_tenants || DECIDING.iter().any(|name| is_repeated(headers, name)) {
+        // each may occur once, since another reader may use another occurrence; without authentication there are no tenants
+        let is_unclear = match callers {
+            Some(_) => is_repeated(headers, &TENANT),
+            None => headers.contains_key(&TENANT),
+        };
+        if is_unclear || is_repeated(headers, &AUTHORIZATION) {
             return Caller::Unclear; // for Python to refuse
         }
         let Some(callers) = callers else { return Caller::Anybody };
@@ -312,9 +314,9 @@ mod tests {
     #[test]
     fn callers_are_authenticated_only_if_configured() {
         assert!(Caller::of_call(&headers(ANNA), None, None).taken(None).unwrap().is_none());
-        let tenant = headers(&[(TENANT, b"x")]);
+        let tenant = headers(&[(TENANT.as_str(), b"x")]);
         assert!(Caller::of_call(&tenant, None, None).taken(None).is_err(), "Python refuses it");
-        for twice in [[ANNA[0], ANNA[0]], [(TENANT, b"x"), (TENANT, b"x")]] {
+        for twice in [[ANNA[0], ANNA[0]], [(TENANT.as_str(), b"x"), (TENANT.as_str(), b"x")]] {
             assert!(Caller::of_call(&headers(&twice), None, None).taken(None).is_err(), "Python refuses it");
         }
         let callers = Arc::default();
@@ -348,7 +350,7 @@ mod tests {
             assert_eq!(tenant_of(&callers, &[("authorization", value)]), None, "{value:?}");
         }
         assert_eq!(tenant_of(&callers, &[ANNA[0], ANNA[0]]), None);
-        assert_eq!(tenant_of(&callers, &[ANNA[0], (TENANT, b"acme")]), None);
+        assert_eq!(tenant_of(&callers, &[ANNA[0], (TENANT.as_str(), b"acme")]), None);
     }
 
     #[test]

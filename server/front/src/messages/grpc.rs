@@ -15,6 +15,10 @@ const PREFIX: usize = 5;
 /// Trailer that lets a proxy send the call to another server: see status.py.
 const GO_ELSEWHERE: (&str, &str) = ("stepwell-retry", "other-replica");
 
+static STATUS: HeaderName = HeaderName::from_static("grpc-status");
+static ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+static TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
 /// How a call ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
@@ -43,7 +47,8 @@ impl Status {
     /// Returns the trailers of this status.
     pub fn trailers(&self) -> HeaderMap {
         let mut trailers = HeaderMap::with_capacity(3);
-        trailers.insert("grpc-status", HeaderValue::from(self.code));
+        let code = if self.code == OK { HeaderValue::from_static("0") } else { HeaderValue::from(self.code) };
+        trailers.insert(STATUS.clone(), code);
         if !self.message.is_empty() {
             if let Ok(value) = HeaderValue::from_bytes(&percent_encoded(&self.message)) {
                 trailers.insert("grpc-message", value);
@@ -80,7 +85,7 @@ pub enum Encoding {
 impl Encoding {
     /// The encoding in `grpc-encoding`; None: unknown.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
-        match headers.get("grpc-encoding").map(HeaderValue::as_bytes) {
+        match headers.get(&ENCODING).map(HeaderValue::as_bytes) {
             None | Some(b"identity") => Some(Encoding::Identity),
             Some(b"gzip") => Some(Encoding::Gzip),
             Some(b"deflate") => Some(Encoding::Deflate),
@@ -192,7 +197,7 @@ const MAX_DIGITS: usize = 8;
 
 /// Reads `grpc-timeout`; None: no limit.
 pub fn timeout(headers: &HeaderMap) -> Result<Option<Duration>, NoTimeout> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let Some(value) = headers.get(&TIMEOUT) else { return Ok(None) };
     let [number @ .., unit] = value.as_bytes() else { return Err(NoTimeout) };
     if number.is_empty() || !number.iter().all(u8::is_ascii_digit) || !b"HMSmun".contains(unit) {
         return Err(NoTimeout);
