@@ -183,6 +183,18 @@ def test_find_all_of_a_known_tuple_sees_sessions_that_end_and_begin() -> None:
     assert table.find_all(ids).tolist() == [table.find(each) for each in ids]
 
 
+@pytest.mark.parametrize(("count", "is_kept"), [(63, False), (64, True), (2048, True), (2049, False)])
+def test_find_all_keeps_only_tuples_that_come_again(count: int, is_kept: bool) -> None:
+    table, ids = SessionTable(), tuple([f"s{i}" for i in range(count)])
+    table.add(ids, rows=None, model=1, batch_size=1, used=0.0, created=0.0)
+    before = sys.getrefcount(ids)
+    table.find_all(ids)
+    assert sys.getrefcount(ids) == before + is_kept
+    for _ in range(64):
+        table.find_all((*ids[1:], ids[0]))
+    assert sys.getrefcount(ids) == before
+
+
 def test_rows_of_many_sessions_come_in_their_order() -> None:
     table = SessionTable()
     a, b, c = add(table, "a", 9), add(table, "b", 4, 2, 7), add(table, "c", 1)

@@ -52,8 +52,10 @@ _REQUIRED = {"model", "batch_size", "used", "created"}
 #: Address space is reserved for this many sessions. Beyond it, each column is copied to one twice as long.
 _CAPACITY = 1 << 22
 _IDS_PER_CHUNK = 1024
-#: Handles are kept for tuples of at least this many ids, at most for this many tuples.
-_MIN_KNOWN, _MAX_KNOWN = 64, 64
+#: Handles are kept for tuples of this many ids, which are those that the native front keeps: see `known_ids.rs`.
+_KNOWN_SIZES = range(64, 2049)
+#: Limit of these tuples.
+_MAX_KNOWN = 64
 
 
 def are_missing(handles: Handles) -> bool:
@@ -198,7 +200,7 @@ class SessionTable:
         # not a generator: this loop runs over every session of every frame
         found = map(self._handles.get, session_ids, itertools.repeat(-1))
         handles = np.fromiter(found, np.intp, len(session_ids))
-        if type(session_ids) is tuple and len(session_ids) >= _MIN_KNOWN and not are_missing(handles):
+        if type(session_ids) is tuple and len(session_ids) in _KNOWN_SIZES and not are_missing(handles):
             while len(self._known) >= _MAX_KNOWN:
                 del self._known[next(iter(self._known))]
             self._known[id(session_ids)] = _KnownHandles(session_ids, handles.copy(), self.birth[handles])
