@@ -72,7 +72,7 @@ WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (five to six minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey and promtool on a Debian as root, unless STEPWELL_NO_APT=1
+test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (four to five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey and promtool on a Debian as root, unless STEPWELL_NO_APT=1
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 
@@ -81,7 +81,7 @@ test-unit: $(INSTALLED) ## Run the unit tests (half a minute to three; ARGS="-k 
 	$(BIN)/pytest tests/unit $(ALL) $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about twelve minutes on two cores)
+test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about thirteen minutes on two cores)
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m slow $(ARGS)
 
