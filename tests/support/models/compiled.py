@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.base import Executor
 from stepwell_server.program import Program
 from support.models import programs, zoo
 
@@ -59,9 +60,9 @@ class Compiled:
         flat = [np.array(value) for value in keras.tree.flatten(result)]
         return dict(zip([spec.name for spec in self.program.outputs], flat, strict=True))
 
-    def stepped(self, inputs: Sequence[Any], steps: int) -> dict[str, Any]:
-        """Step a new executor through the same sequences, from the initial state."""
-        executor, rows = load_executor(self.program), len(inputs[0])
+    def stepped(self, inputs: Sequence[Any], steps: int, executor: Executor | None = None) -> dict[str, Any]:
+        """Step an executor, by default a new one, through the same sequences, from the initial state."""
+        executor, rows = executor or load_executor(self.program), len(inputs[0])
         executor.bind(rows)
         for i, value in enumerate(self.program.initial):
             executor.states()[i][...] = value

@@ -143,7 +143,7 @@ def residual(keras: Any, x: Any, _tokens: Any) -> Any:
 @block
 def highway(keras: Any, x: Any, _tokens: Any) -> Any:
     gate = keras.layers.Dense(4, activation="sigmoid")(x)
-    hidden = keras.layers.GRU(4, return_sequences=True)(x)
+    hidden = keras.layers.SimpleRNN(4, return_sequences=True)(x)
     return gate * hidden + (1.0 - gate) * x
 
 
@@ -157,7 +157,7 @@ def merged(keras: Any, x: Any, _tokens: Any) -> Any:
 @block
 def dot_of_features(keras: Any, x: Any, _tokens: Any) -> Any:
     one, two = (keras.layers.TimeDistributed(keras.layers.Dense(6))(x) for _ in range(2))
-    return keras.layers.GRU(3)(keras.ops.sum(one * two, -1, keepdims=True))
+    return keras.layers.SimpleRNN(3)(keras.ops.sum(one * two, -1, keepdims=True))
 
 
 @block
@@ -190,25 +190,25 @@ def mixture_of_normals(keras: Any, x: Any, _tokens: Any) -> Any:
 
 @block
 def expected_value(keras: Any, x: Any, _tokens: Any) -> Any:
-    logits = keras.layers.Dense(5)(keras.layers.GRU(4, return_sequences=True)(x))
+    logits = keras.layers.Dense(5)(keras.layers.SimpleRNN(4, return_sequences=True)(x))
     return keras.ops.sum(keras.ops.softmax(logits) * keras.ops.arange(5, dtype="float32"), -1)
 
 
 @block
 def best_class(keras: Any, x: Any, _tokens: Any) -> Any:
-    logits = keras.layers.Dense(5)(keras.layers.GRU(4, return_sequences=True)(x))
+    logits = keras.layers.Dense(5)(keras.layers.SimpleRNN(4, return_sequences=True)(x))
     return keras.ops.argmax(logits, -1)
 
 
 @block
 def two_best(keras: Any, x: Any, _tokens: Any) -> Any:
-    hidden = keras.layers.GRU(5, return_sequences=True)(x)
+    hidden = keras.layers.SimpleRNN(5, return_sequences=True)(x)
     return keras.ops.top_k(hidden, 2)[0]
 
 
 @block
 def quantiles_in_order(keras: Any, x: Any, _tokens: Any) -> Any:
-    steps = keras.ops.softplus(keras.layers.Dense(4)(keras.layers.GRU(4, return_sequences=True)(x)))
+    steps = keras.ops.softplus(keras.layers.Dense(4)(keras.layers.SimpleRNN(4, return_sequences=True)(x)))
     return keras.ops.cumsum(steps, -1)
 
 
@@ -227,7 +227,7 @@ def horizon_by_convolution(keras: Any, x: Any, _tokens: Any) -> Any:
 @block
 def decoder_by_repeating(keras: Any, x: Any, _tokens: Any) -> Any:
     repeated = keras.layers.RepeatVector(5)(keras.layers.LSTM(4)(x))
-    decoded = keras.layers.GRU(4, return_sequences=True)(repeated)
+    decoded = keras.layers.SimpleRNN(4, return_sequences=True)(repeated)
     return keras.layers.TimeDistributed(keras.layers.Dense(2))(decoded)
 
 
@@ -239,7 +239,7 @@ def decoder_of_both_ways(keras: Any, x: Any, _tokens: Any) -> Any:
 
 @block
 def attention_over_a_horizon(keras: Any, x: Any, _tokens: Any) -> Any:
-    repeated = keras.layers.Reshape((4, 3))(keras.layers.Dense(12)(keras.layers.GRU(4)(x)))
+    repeated = keras.layers.Reshape((4, 3))(keras.layers.Dense(12)(keras.layers.SimpleRNN(4)(x)))
     return keras.layers.MultiHeadAttention(2, 3)(repeated, repeated)
 
 
@@ -259,7 +259,7 @@ def gated_residual_network(keras: Any, x: Any, _tokens: Any) -> Any:
 
 @block
 def experts(keras: Any, x: Any, _tokens: Any) -> Any:
-    hidden = keras.layers.GRU(4, return_sequences=True)(x)
+    hidden = keras.layers.SimpleRNN(4, return_sequences=True)(x)
     heads = keras.ops.stack([keras.layers.Dense(3)(hidden) for _ in range(3)], 2)
     return keras.ops.einsum("bte,bteo->bto", keras.layers.Dense(3, activation="softmax")(hidden), heads)
 
@@ -273,7 +273,7 @@ def attention_over_features(keras: Any, x: Any, _tokens: Any) -> Any:
 
 @block
 def squeezed_channels(keras: Any, x: Any, _tokens: Any) -> Any:
-    hidden = keras.layers.GRU(4, return_sequences=True)(x)
+    hidden = keras.layers.SimpleRNN(4, return_sequences=True)(x)
     return hidden * keras.layers.Dense(4, activation="sigmoid")(
         keras.layers.Dense(2, activation="relu")(hidden)
     )
@@ -281,17 +281,17 @@ def squeezed_channels(keras: Any, x: Any, _tokens: Any) -> Any:
 
 @block
 def features_reversed_and_rolled(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.ops.roll(keras.ops.flip(keras.layers.GRU(4, return_sequences=True)(x), -1), 1, -1)
+    return keras.ops.roll(keras.ops.flip(keras.layers.SimpleRNN(4, return_sequences=True)(x), -1), 1, -1)
 
 
 @block
 def features_sorted(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.ops.sort(keras.layers.GRU(4, return_sequences=True)(x), -1)
+    return keras.ops.sort(keras.layers.SimpleRNN(4, return_sequences=True)(x), -1)
 
 
 @block
 def features_padded(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.ops.pad(keras.layers.GRU(4, return_sequences=True)(x), ((0, 0), (0, 0), (1, 2)))
+    return keras.ops.pad(keras.layers.SimpleRNN(4, return_sequences=True)(x), ((0, 0), (0, 0), (1, 2)))
 
 
 @block
@@ -304,7 +304,7 @@ def features_normalised_by_hand(keras: Any, x: Any, _tokens: Any) -> Any:
 def polar(keras: Any, x: Any, _tokens: Any) -> Any:
     ops = keras.ops
     angle = ops.arctan2(x[..., 0], x[..., 1])
-    return keras.layers.GRU(3, return_sequences=True)(
+    return keras.layers.SimpleRNN(3, return_sequences=True)(
         ops.stack([ops.sin(angle), ops.cos(angle), ops.log1p(ops.abs(x[..., 2]))], -1)
     )
 
@@ -347,13 +347,13 @@ def tokens_tied(keras: Any, _x: Any, tokens: Any) -> Any:
 @block
 def tokens_one_hot(keras: Any, x: Any, tokens: Any) -> Any:
     encoded = keras.ops.one_hot(tokens, 5)
-    return keras.layers.GRU(3)(keras.layers.Concatenate()([x, encoded]))
+    return keras.layers.SimpleRNN(3)(keras.layers.Concatenate()([x, encoded]))
 
 
 @block
 def tokens_masked_by_hand(keras: Any, x: Any, tokens: Any) -> Any:
     known = keras.ops.not_equal(tokens, 2)
-    return keras.layers.GRU(3, return_sequences=True)(x, mask=known)
+    return keras.layers.SimpleRNN(3, return_sequences=True)(x, mask=known)
 
 
 @block
@@ -370,13 +370,13 @@ def tokens_choose_a_scale(keras: Any, x: Any, tokens: Any) -> Any:
 @block
 def discretised(keras: Any, x: Any, _tokens: Any) -> Any:
     bins = keras.layers.Discretization(bin_boundaries=[-1.0, 0.0, 1.0])(x[..., :1])
-    return keras.layers.GRU(3)(keras.layers.Embedding(4, 3)(keras.ops.squeeze(bins, -1)))
+    return keras.layers.SimpleRNN(3)(keras.layers.Embedding(4, 3)(keras.ops.squeeze(bins, -1)))
 
 
 @block
 def categories_one_hot(keras: Any, _x: Any, tokens: Any) -> Any:
     encoded = keras.layers.CategoryEncoding(9, output_mode="one_hot")(keras.ops.expand_dims(tokens, -1))
-    return keras.layers.GRU(3)(encoded)
+    return keras.layers.SimpleRNN(3)(encoded)
 
 
 @block
@@ -384,20 +384,22 @@ def hashed(keras: Any, _x: Any, tokens: Any) -> Any:
     k = keras.layers
     salted = k.Hashing(5, salt=[1, 2], mask_value=0)(tokens)
     both = k.Concatenate()([k.Embedding(7, 3)(k.Hashing(7)(tokens)), k.Embedding(5, 2)(salted)])
-    return k.GRU(3)(both)
+    return k.SimpleRNN(3)(both)
 
 
 @block
 def looked_up(keras: Any, _x: Any, tokens: Any) -> Any:
     k = keras.layers
-    return k.GRU(3)(k.Embedding(4, 3)(k.IntegerLookup(vocabulary=[3, 2, 7])(keras.ops.cast(tokens, "int64"))))
+    return k.SimpleRNN(3)(
+        k.Embedding(4, 3)(k.IntegerLookup(vocabulary=[3, 2, 7])(keras.ops.cast(tokens, "int64")))
+    )
 
 
 @block
 def categories_multi_hot(keras: Any, x: Any, tokens: Any) -> Any:
     pair = keras.ops.stack([tokens, keras.ops.minimum(tokens + 1, 4)], -1)
     encoded = keras.ops.max(keras.ops.one_hot(pair, 9), -2)
-    return keras.layers.GRU(3)(encoded)
+    return keras.layers.SimpleRNN(3)(encoded)
 
 
 # --- recurrent layers -----------------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ def convolution_lstm_of_features(keras: Any, x: Any, _tokens: Any) -> Any:
 @block
 def both_ways_over_features(keras: Any, x: Any, _tokens: Any) -> Any:
     words = keras.layers.Reshape((-1, 4, 1))(x)
-    return keras.layers.GRU(3)(
+    return keras.layers.SimpleRNN(3)(
         keras.layers.TimeDistributed(keras.layers.Bidirectional(keras.layers.LSTM(2)))(words)
     )
 
@@ -467,21 +469,23 @@ def frames_up_and_down(keras: Any, x: Any, _tokens: Any) -> Any:
             k.GlobalMaxPooling2D(),
         ]
     )
-    return k.GRU(2)(k.TimeDistributed(inner)(k.Reshape((-1, 4, 4, 1))(k.Dense(16)(x))))
+    return k.SimpleRNN(2)(k.TimeDistributed(inner)(k.Reshape((-1, 4, 4, 1))(k.Dense(16)(x))))
 
 
 @block
 def frames_by_separable(keras: Any, x: Any, _tokens: Any) -> Any:
     k = keras.layers
     grid = k.Reshape((-1, 4, 4, 2))(k.Dense(32)(x))
-    return k.GRU(2)(k.TimeDistributed(k.Flatten())(k.TimeDistributed(k.SeparableConv2D(2, 3))(grid)))
+    return k.SimpleRNN(2)(k.TimeDistributed(k.Flatten())(k.TimeDistributed(k.SeparableConv2D(2, 3))(grid)))
 
 
 @block
 def volumes(keras: Any, x: Any, _tokens: Any) -> Any:
     k = keras.layers
     grid = k.Reshape((-1, 2, 2, 2, 1))(k.Dense(8)(x))
-    return k.GRU(2)(k.TimeDistributed(k.Flatten())(k.TimeDistributed(k.Conv3D(2, 2, padding="same"))(grid)))
+    return k.SimpleRNN(2)(
+        k.TimeDistributed(k.Flatten())(k.TimeDistributed(k.Conv3D(2, 2, padding="same"))(grid))
+    )
 
 
 @block
@@ -499,7 +503,7 @@ def windows_within_a_step(keras: Any, x: Any, _tokens: Any) -> Any:
 def convolution_across_features(keras: Any, x: Any, _tokens: Any) -> Any:
     grid = keras.ops.expand_dims(x, -1)
     seen = keras.layers.Conv2D(2, (1, 3), padding="same")(grid)
-    return keras.layers.GRU(3)(keras.layers.Reshape((-1, 8))(seen))
+    return keras.layers.SimpleRNN(3)(keras.layers.Reshape((-1, 8))(seen))
 
 
 @block
@@ -513,14 +517,14 @@ def nodes_by_features(keras: Any, x: Any, _tokens: Any) -> Any:
 @block
 def normalised_in_groups(keras: Any, x: Any, _tokens: Any) -> Any:
     k = keras.layers
-    return k.GRU(3)(k.TimeDistributed(k.GroupNormalization(2))(k.Dense(6)(x)))
+    return k.SimpleRNN(3)(k.TimeDistributed(k.GroupNormalization(2))(k.Dense(6)(x)))
 
 
 @block
 def masked_series(keras: Any, x: Any, _tokens: Any) -> Any:
     k = keras.layers
     hidden = k.LSTM(4, return_sequences=True)(k.Masking(0.0)(x))
-    return k.Dense(2)(k.LayerNormalization()(k.GRU(3)(k.Dropout(0.2)(hidden))))
+    return k.Dense(2)(k.LayerNormalization()(k.SimpleRNN(3)(k.Dropout(0.2)(hidden))))
 
 
 @block
@@ -536,22 +540,22 @@ def deep(keras: Any, x: Any, _tokens: Any) -> Any:
 
 @block
 def searched(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.layers.GRU(3)(odd("searched")(keras.layers)(x))
+    return keras.layers.SimpleRNN(3)(odd("searched")(keras.layers)(x))
 
 
 @block
 def scanned(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.layers.GRU(3)(odd("scanned_over_features")(keras.layers)(x))
+    return keras.layers.SimpleRNN(3)(odd("scanned_over_features")(keras.layers)(x))
 
 
 @block
 def mapped(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.layers.GRU(3)(odd("mapped_over_features")(keras.layers)(x))
+    return keras.layers.SimpleRNN(3)(odd("mapped_over_features")(keras.layers)(x))
 
 
 @block
 def cross_product(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.layers.GRU(3)(keras.ops.cross(x[..., :3], x[..., 1:]))
+    return keras.layers.SimpleRNN(3)(keras.ops.cross(x[..., :3], x[..., 1:]))
 
 
 def _matrices(keras: Any, x: Any) -> Any:
@@ -565,23 +569,23 @@ def small_matrices(keras: Any, x: Any, _tokens: Any) -> Any:
     inverse = keras.layers.Reshape((-1, 4))(ops.inv(matrices))
     diagonal = ops.diagonal(matrices, axis1=2, axis2=3)
     found = ops.concatenate([inverse, ops.expand_dims(ops.det(matrices), -1), diagonal], -1)
-    return keras.layers.GRU(3, return_sequences=True)(found)
+    return keras.layers.SimpleRNN(3, return_sequences=True)(found)
 
 
 @block
 def triangles(keras: Any, x: Any, _tokens: Any) -> Any:
     matrices = _matrices(keras, x)
     flat = keras.layers.Reshape((-1, 4))
-    return keras.layers.GRU(3)(flat(keras.ops.tril(matrices)) + flat(keras.ops.triu(matrices, 1)))
+    return keras.layers.SimpleRNN(3)(flat(keras.ops.tril(matrices)) + flat(keras.ops.triu(matrices, 1)))
 
 
 @block
 def spectrum(keras: Any, x: Any, _tokens: Any) -> Any:
-    return keras.layers.GRU(3)(keras.ops.concatenate(keras.ops.rfft(x), -1))
+    return keras.layers.SimpleRNN(3)(keras.ops.concatenate(keras.ops.rfft(x), -1))
 
 
 @block
 def spectrum_and_back(keras: Any, x: Any, _tokens: Any) -> Any:
     real, imaginary = keras.ops.rfft(x)
     low = keras.ops.array([1.0, 1.0, 0.0], "float32")
-    return keras.layers.GRU(3)(keras.ops.irfft((real * low, imaginary * low)))
+    return keras.layers.SimpleRNN(3)(keras.ops.irfft((real * low, imaginary * low)))
