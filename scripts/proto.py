@@ -53,6 +53,8 @@ PACKAGES = (
     # Its clients bring messages of the same names, and a pool refuses a name that it has already.
     Package("inference", Path("server/stepwell_server/rpc/triton"), ("python", "mypy"), is_private=True),
 )
+COMMENTS = Path("server/stepwell_server/rpc/http/comments.json")
+"""The comments of our own protocol by full name, for the OpenAPI document: descriptors in Python have none."""
 COMMON_POOL = "_descriptor_pool.Default()"
 OWN_POOL = "_descriptor_pool.DescriptorPool()"
 
@@ -83,6 +85,21 @@ def generate(target: Path) -> None:
             if package.is_private:
                 use_own_pool(target / folder)
 
+    write_comments(programs / "python", target)
+
+
+def write_comments(python: Path, target: Path) -> None:
+    """Write the comments of our own protocol."""
+    with tempfile.TemporaryDirectory() as folder:
+        described = Path(folder) / "descriptors"
+        sources = [str(source) for source in PACKAGES[0].sources]
+        options = [f"--proto_path={PROTO}", "--include_source_info", f"--descriptor_set_out={described}"]
+        subprocess.run([python, "-m", "grpc_tools.protoc", *options, *sources], check=True)
+        command = [python, Path(__file__).with_name("proto_comments.py"), described]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    (target / COMMENTS).parent.mkdir(parents=True, exist_ok=True)
+    (target / COMMENTS).write_bytes(found)
+
 
 def use_own_pool(folder: Path) -> None:
     """Let each module of a folder register its messages in a pool of its own."""
@@ -95,12 +112,11 @@ def use_own_pool(folder: Path) -> None:
 
 def generated_files(root: Path) -> dict[Path, bytes]:
     """Return the generated files under `root`: all there is in the folders of the packages."""
-    return {
-        path.relative_to(root): path.read_bytes()
-        for package in PACKAGES
-        for folder in package.folders
-        for path in (root / folder).glob("*.py*")
-    }
+    paths = [
+        path for package in PACKAGES for folder in package.folders for path in (root / folder).glob("*.py*")
+    ]
+    paths += [root / COMMENTS] if (root / COMMENTS).exists() else []
+    return {path.relative_to(root): path.read_bytes() for path in paths}
 
 
 def differences() -> list[str]:

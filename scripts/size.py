@@ -53,7 +53,7 @@ CODE = {
     ".h",
     ".go",
 }
-GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$|/console/dist/")
+GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$|/console/dist/|/rpc/http/comments\.json$")
 #: The mode of a file that is no link, as Git has it.
 REGULAR = "100"
 COMMENTS = ("//", "--", "#!")
