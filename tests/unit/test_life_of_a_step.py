@@ -114,6 +114,8 @@ async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_a_few
                 reply = await stub.Step(request(3))
             assert reply.revision == 4
         await server.close()
-    assert len(visits.modules) + _EXECUTOR <= 16, sorted(visits.modules)
+    # the native front checks the shape of a message itself
+    most = 17 if front is PythonFront else 16
+    assert len(visits.modules) + _EXECUTOR <= most, sorted(visits.modules)
     assert sum(module.startswith("engine/") for module in visits.modules) + _EXECUTOR <= 7
     assert visits.entries == entries  # and a change is made

@@ -10,7 +10,6 @@ from google.protobuf.message import Message
 
 from stepwell.v1 import models_pb2, sessions_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell_server.rpc.fronts.python import check_shape
 from stepwell_server.rpc.fronts.shape import (
     MAX_ENTRIES,
     MAX_NAME_BYTES,
@@ -18,6 +17,7 @@ from stepwell_server.rpc.fronts.shape import (
     MAX_TENSORS,
     Shape,
 )
+from stepwell_server.rpc.fronts.shape_check import check_shape
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
 
 LONG = "x" * (MAX_NAME_BYTES + 1)

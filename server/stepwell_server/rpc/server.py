@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import secrets
 from collections.abc import Callable, Collection
+from importlib import metadata
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf import empty_pb2, message_factory
@@ -18,10 +20,12 @@ from stepwell_server.process.readiness import Report
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.boundary import Boundary, RequestObserver, Serve, served_at
-from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, Method
+from stepwell_server.rpc.fronts.base import Call, CallEnded, Front, HttpListener, Method
 from stepwell_server.rpc.fronts.certificates import CertificateFiles, Unusable, follow
 from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.guard import Authenticator, Guard
+from stepwell_server.rpc.http.door import Door
+from stepwell_server.rpc.http.origin import OriginRules
 from stepwell_server.rpc.services import health, reflection
 from stepwell_server.rpc.services.model_admin import ModelAdminServicer
 from stepwell_server.rpc.services.models import ModelServicer, SlowSteps
@@ -54,8 +58,20 @@ _TAKING_UPLOADS = frozenset({"LoadModel", "UploadModel"})
 _ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
 
 
+#: The services with paths for JSON over HTTP.
+_OVER_HTTP = (_SESSIONS, _MODELS, _MODEL_ADMIN)
+
 #: The service of each method, for traces.
 SERVICES = {method.name: service.full_name for service in _OF_ENGINE for method in service.methods}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """Where to serve JSON over HTTP, and for which pages of browsers."""
+
+    address: Address
+    cors_origins: Collection[str] = ()
+    """Origins whose pages may call; `*`: all."""
 
 
 class ServerObserver(RequestObserver, PassObserver, Protocol):
@@ -128,7 +144,11 @@ class RpcServer:
             self._methods.append(Method(_TRITON.full_name, name, serve, shape, judge=judge))
 
     async def start(
-        self, address: Address | UnixAddress, files: CertificateFiles | None = None, metrics_address: str = ""
+        self,
+        address: Address | UnixAddress,
+        files: CertificateFiles | None = None,
+        metrics_address: str = "",
+        http: HttpOptions | None = None,
     ) -> Address | UnixAddress:
         """Listen. Until `serve`, answer health checks and refuse other calls.
 
@@ -138,6 +158,7 @@ class RpcServer:
             address: Address to listen on.
             files: Certificate files for TLS, which are reloaded when they change; None: no TLS.
             metrics_address: Address of the server's metrics, for admins; empty: no metrics.
+            http: Where to serve JSON over HTTP; None: nowhere.
 
         Raises:
             BindError: the address is in use, or not an address of this machine.
@@ -148,7 +169,13 @@ class RpcServer:
         if self.guard is not None:
             self._front.ask_callers()
         try:
-            bound = await self._front.start(address, self._methods, self._steps, certificates)
+            bound = await self._front.start(
+                address,
+                self._methods,
+                self._steps,
+                certificates,
+                None if http is None else self._http_listener(http, has_tls=files is not None),
+            )
         except Unusable as error:
             assert files is not None
             raise files.refused(error) from error
@@ -157,6 +184,23 @@ class RpcServer:
         if self.guard is not None:
             self._following.append(asyncio.create_task(self.guard.follow()))
         return bound
+
+    def _http_listener(self, http: HttpOptions, *, has_tls: bool) -> HttpListener:
+        rules = OriginRules(
+            http.address.host,
+            http.cors_origins,
+            is_open=self._authenticator is None,
+            scheme="https" if has_tls else "http",
+        )
+        door = Door(
+            _OVER_HTTP,
+            self._methods,
+            rules,
+            refused=lambda reason: self._observer.refused(reason, 1),
+            max_message_bytes=self._max_message_bytes,
+            version=metadata.version("stepwell"),
+        )
+        return HttpListener(http.address, door)
 
     def serve(
         self, engine: Engine, control: Catalog, admin_refusal: str = "", *, known_files: KnownFiles

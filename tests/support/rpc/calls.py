@@ -24,7 +24,7 @@ from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.metrics.observer import SlowestSteps
 from stepwell_server.program import Program
 from stepwell_server.rpc.audit import Auditor
-from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, Method, Steps
+from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, HttpDoor, HttpListener, Method, Steps
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.triton.inference import service_pb2
@@ -52,10 +52,12 @@ class Front:
 
     name = "none"
     limits = FrontLimits(MAX_MESSAGE_BYTES)
+    http_address: Address | None = None
 
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}
         self.steps: Steps
+        self.door: HttpDoor | None = None
         self.known: dict[Credential, tuple[Caller, float]] = {}
 
     async def start(
@@ -64,7 +66,9 @@ class Front:
         methods: Sequence[Method],
         steps: Steps,
         certificates: Certificates | None,
+        http: HttpListener | None = None,
     ) -> Address | UnixAddress:
+        self.door = None if http is None else http.door
         self.methods = {method.name: method for method in methods}
         self.steps = steps
         return address

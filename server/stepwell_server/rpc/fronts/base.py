@@ -25,6 +25,11 @@ F64 = npt.NDArray[np.float64]
 class BindError(Exception):
     """A front cannot listen on the given address."""
 
+    def __init__(self, message: str, option: str = "--listen") -> None:
+        super().__init__(message)
+        self.option = option
+        """The option that gives the address."""
+
 
 class OtherFront(ImportError):
     """The installed native front was built from other sources than this server."""
@@ -221,6 +226,47 @@ class StepColumns:
     sequences, one per message. None: Stepwell's own protocol."""
 
 
+class HttpAnswer(NamedTuple):
+    """A whole answer to an HTTP request."""
+
+    status: int
+    headers: Sequence[tuple[str, str]]
+    """Names in lower case."""
+    body: bytes
+
+
+class HttpDoor(Protocol):
+    """Serves HTTP requests, from a front that receives them.
+
+    A request is a `Call`, and its body is `Call.request`. The metadata are the headers, without those of gRPC, and
+    `:method`, `:path` (with the query) and `:authority`.
+    """
+
+    max_body_bytes: int
+    """Limit of a body."""
+
+    def refusals(self, limits: FrontLimits, overloaded: Status) -> Mapping[str, HttpAnswer]:
+        """Return the answers to requests that the front refuses itself, `overloaded` with that status.
+
+        They are `overloaded`, `headers_too_large`, `body_too_large`, `slow` (the body takes too long), `bad_timeout`
+        (the header `grpc-timeout` cannot be read), `late` (the deadline has passed) and `failed` (the server has a defect).
+        """
+
+    def judge(self, call: Call) -> HttpAnswer | None:
+        """Check a request of an unknown caller by its headers, before its body is read. None: it is accepted."""
+
+    async def serve(self, call: Call) -> HttpAnswer:
+        """Serve a request. It raises only `asyncio.CancelledError`, if the front cancelled the task."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HttpListener:
+    """Where and how to serve HTTP."""
+
+    address: Address
+    door: HttpDoor
+
+
 Rest = Callable[[], bool]
 """Does a part of the remaining work, and returns whether more remains. It never raises."""
 
@@ -274,6 +320,8 @@ class Front(Protocol):
     name: str
     """Its name for `--front`."""
     limits: FrontLimits
+    http_address: Address | None
+    """The address that it serves HTTP on, once it is started; None: none."""
 
     async def start(
         self,
@@ -281,6 +329,7 @@ class Front(Protocol):
         methods: Sequence[Method],
         steps: Steps,
         certificates: Certificates | None,
+        http: HttpListener | None = None,
     ) -> Address | UnixAddress:
         """Listen and serve. Returns the address with the port, which the system chooses if it is 0.
 
@@ -289,6 +338,7 @@ class Front(Protocol):
             methods: The methods to serve.
             steps: Accepts steps as columns. A front may hand over each step as a call instead.
             certificates: Certificates for TLS; None: no TLS.
+            http: Where to serve HTTP; None: nowhere. Only for the native front.
 
         Raises:
             BindError: the address is in use, or not an address of this machine.

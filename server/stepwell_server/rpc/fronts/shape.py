@@ -1,8 +1,8 @@
 """Limits of a request that are checked before protobuf parses it: of names, lists, and all other bytes.
 
 The rules are derived from the protocol's descriptors, once per method. The native front checks them while it reads
-(`shape.rs`), so Python never sees a message that breaks one. The Python front checks them when it receives a message
-(`python.check_shape`). Both report the same field of the same message.
+(`shape.rs`), so Python never sees a message that breaks one. `shape_check` checks the messages of the Python front, and
+those that come as JSON. Both report the same field of the same message.
 """
 
 from __future__ import annotations

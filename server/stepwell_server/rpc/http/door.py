@@ -1,0 +1,338 @@
+"""The HTTP door: turns requests into calls of the protocol's methods, and their replies into answers.
+
+Each request runs the very function that serves the method over gRPC, with the metadata that its headers are. So guard,
+roles, tenants, quotas, audit log, request log, metrics and traces apply alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+
+from stepwell_server.core.callers import Caller
+from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    PermissionDenied,
+    RequestTooLarge,
+    ServerError,
+    ServiceNotFound,
+    Unsupported,
+    shorten,
+)
+from stepwell_server.rpc.boundary import internal
+from stepwell_server.rpc.fronts.base import Call, CallEnded, HttpAnswer, Method
+from stepwell_server.rpc.fronts.shape_check import check_shape
+from stepwell_server.rpc.http import json_form
+from stepwell_server.rpc.http.answers import Headers, extended, json_answer, of_error, of_status
+from stepwell_server.rpc.http.origin import OriginRules
+from stepwell_server.rpc.http.routes import BadPath, Match, NoRoute, Route, Routes, WrongMethod
+from stepwell_server.rpc.status import Status
+
+MAX_BODY_BYTES = 8 << 20
+"""Limit of a body in JSON."""
+#: Replies above this size become JSON in a thread, because the event loop would be busy for milliseconds.
+_LARGE_BYTES = 32 << 10
+_JSON_TYPE = "application/json"
+_OPENAPI = "/openapi.json"
+_MAX_SHOWN = 200
+
+
+class _Refused(Exception):
+    """The request is answered without a call."""
+
+    def __init__(self, answer: HttpAnswer, reason: str = "") -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+        self.reason = reason
+        """The reason for metrics; empty: the answer is no refusal."""
+
+
+class _Target(NamedTuple):
+    """The method that a request calls."""
+
+    match: Match
+    query: str
+    method: Method
+
+
+class Door:
+    """Serves the routes of some services. Lives on the event loop.
+
+    Args:
+        services: Services with `google.api.http` options.
+        methods: The methods of these services that a front serves.
+        rules: Rules for browsers.
+        refused: Called with the reason of each request that is refused before it is a call.
+        max_message_bytes: Limit of a request over gRPC.
+        version: The version of Stepwell, for the OpenAPI document.
+    """
+
+    def __init__(
+        self,
+        services: Iterable[ServiceDescriptor],
+        methods: Iterable[Method],
+        rules: OriginRules,
+        refused: Callable[[str], None],
+        max_message_bytes: int,
+        version: str,
+    ) -> None:
+        self.max_body_bytes = min(MAX_BODY_BYTES, max_message_bytes)
+        self._routes = Routes(services)
+        self._methods: Mapping[str, Method] = {method.path: method for method in methods}
+        self._rules = rules
+        self._refused = refused
+        self._version = version
+        self._document: bytes | None = None
+        self._types = {
+            route.path: (
+                message_factory.GetMessageClass(route.method.input_type),
+                message_factory.GetMessageClass(route.method.output_type),
+            )
+            for route in self._routes.all
+        }
+
+    def refusals(self, limits: FrontLimits, overloaded: Status) -> Mapping[str, HttpAnswer]:
+        """See `base.HttpDoor`."""
+        pace = (
+            f"the body must come without a pause of more than {limits.receive_s:g} s, and at"
+            f" {limits.receive_bytes_per_s} bytes a second or faster after the first {limits.receive_s:g} s"
+        )
+        unit = 'a number of at most 8 digits and one of the units H, M, S, m, u and n, such as "500m"'
+        return {
+            "overloaded": of_status(overloaded),
+            "headers_too_large": of_error(
+                InvalidInput(
+                    f"the headers of a request must have at most {limits.header_bytes} bytes; got more"
+                ),
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ),
+            "body_too_large": of_error(
+                RequestTooLarge(f"the body must have at most {self.max_body_bytes} bytes; got more"),
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            ),
+            "slow": of_error(DeadlineExceeded(pace), HTTPStatus.REQUEST_TIMEOUT),
+            "bad_timeout": of_error(InvalidInput(f"grpc-timeout must be {unit}")),
+            "late": of_error(DeadlineExceeded("the time of grpc-timeout has passed")),
+            "failed": of_error(ServerError("the server failed to answer; search its log")),
+        }
+
+    def judge(self, call: Call) -> HttpAnswer | None:
+        """Check a request by its headers, before its body is read. None: it may be served."""
+        origin = _text(call.metadata.get("origin"))
+        try:
+            target = self._target(call)
+            if target.method.judge is not None:
+                target.method.judge(_DoorCall(call, b"", None))
+        except _Refused as refused:
+            return extended(self._refusal(refused), self._rules.headers(origin))
+        except CallEnded as ended:
+            return extended(of_status(ended.status), self._rules.headers(origin))
+        return None
+
+    async def serve(self, call: Call) -> HttpAnswer:
+        """Serve a request, whose body is `call.request`."""
+        origin = _text(call.metadata.get("origin"))
+        try:
+            answer = await self._answer(self._target(call), call)
+        except _Refused as refused:
+            answer = self._refusal(refused)
+        except CallEnded as ended:
+            answer = of_status(ended.status)
+        except Exception as error:
+            answer = of_error(internal(error, path=shorten(str(call.metadata.get(":path")), _MAX_SHOWN)))
+        return extended(answer, self._rules.headers(origin))
+
+    def _refusal(self, refused: _Refused) -> HttpAnswer:
+        if refused.reason:
+            self._refused(refused.reason)
+        return refused.answer
+
+    def _target(self, call: Call) -> _Target:
+        """Find the method of a request, and check its headers.
+
+        Raises:
+            _Refused: the request is answered without a call.
+        """
+        headers = {key: text for key, value in call.metadata.items() if (text := _text(value)) is not None}
+        http_method, (path, _, query) = headers[":method"], headers.get(":path", "").partition("?")
+        authority = headers.get(":authority", "")
+        if call.metadata_keys.count(":authority") > 1:
+            raise _refused(InvalidInput("the Host of a request must be given once; got several"))
+        if http_method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:
+            self._answer_preflight(headers["origin"])
+        try:
+            self._rules.require_allowed(headers, authority, may_navigate=http_method == "GET")
+        except PermissionDenied as error:
+            raise _refused(error) from None
+        if http_method == "GET" and path == _OPENAPI:
+            raise _Refused(json_answer(self._openapi()))
+        try:
+            match = self._routes.find(http_method, path)
+        except NoRoute as error:
+            raise _refused(ServiceNotFound(shorten(str(error), _MAX_SHOWN))) from None
+        except WrongMethod as error:
+            allowed = ", ".join(error.allowed)
+            problem = Unsupported(
+                f"{shorten(path, _MAX_SHOWN)} must be called with {allowed}; got {http_method}"
+            )
+            raise _refused(problem, HTTPStatus.METHOD_NOT_ALLOWED, (("allow", allowed),)) from None
+        except BadPath as error:
+            raise _refused(InvalidInput(str(error))) from None
+        if match.route.has_body:
+            _require_json(headers)
+        return _Target(match, query, self._methods[match.route.path])
+
+    def _openapi(self) -> bytes:
+        if self._document is None:
+            # Imported here, because most servers are never asked for it.
+            from stepwell_server.rpc.http import openapi
+
+            self._document = openapi.document(self._routes.all, self._version)
+        return self._document
+
+    def _answer_preflight(self, origin: str) -> None:
+        if self._rules.allows(origin):
+            raise _Refused(HttpAnswer(HTTPStatus.OK, self._rules.preflight(origin), b""))
+        raise _refused(
+            PermissionDenied(
+                f"--cors-origin must allow the page's origin; got {shorten(origin, _MAX_SHOWN)!r}"
+            )
+        )
+
+    async def _answer(self, target: _Target, call: Call) -> HttpAnswer:
+        route, method = target.match.route, target.method
+        request_type, reply_type = self._types[route.path]
+        body, call.request = call.request, b""
+        raw, refusal = b"", None
+        try:
+            raw = _request(request_type(), body, target).SerializeToString()
+            refusal = None if method.shape is None else check_shape(method.shape, raw)
+        except InvalidInput as error:
+            refusal = error
+        running = _DoorCall(call, b"" if refusal else raw, refusal)
+        reply = await method.serve(running)
+        if method.streams:
+            # the status of a load is known at its end, and belongs into the first line of the answer
+            parts = [json_form.dump(reply_type.FromString(one)) for one in running.replies]
+            return json_answer(b"[" + b", ".join(parts) + b"]")
+        if len(reply) > _LARGE_BYTES:
+            return json_answer(await asyncio.to_thread(_reply, reply_type, reply))
+        return json_answer(_reply(reply_type, reply))
+
+
+class _DoorCall:
+    """A call of one message by an HTTP request. Implements `base.Call`."""
+
+    def __init__(self, call: Call, request: bytes, refusal: ServerError | None) -> None:
+        self._call = call
+        self.request = request
+        self.refusal = refusal
+        self.replies: list[bytes] = []
+        """The replies of a stream."""
+        self._is_read = False
+
+    @property
+    def who(self) -> Caller:
+        return self._call.who
+
+    @who.setter
+    def who(self, who: Caller) -> None:
+        self._call.who = who
+
+    @property
+    def caller(self) -> str:
+        return self._call.caller
+
+    @property
+    def certificate_names(self) -> Sequence[str]:
+        return self._call.certificate_names
+
+    @property
+    def deadline(self) -> float:
+        return self._call.deadline
+
+    @property
+    def is_late(self) -> bool:
+        return self._call.is_late
+
+    @property
+    def metadata(self) -> Mapping[str, str | bytes]:
+        return self._call.metadata
+
+    @property
+    def metadata_keys(self) -> Sequence[str]:
+        return self._call.metadata_keys
+
+    async def read(self) -> bytes | None:
+        if self.refusal is not None:
+            raise self.refusal
+        if self._is_read:
+            return None
+        self._is_read = True
+        return self.request
+
+    def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
+        self.replies.append(reply)
+        return _nothing()
+
+
+async def _nothing() -> None:
+    """The reply is kept until the call ends."""
+
+
+def _request(message: Message, body: bytes, target: _Target) -> Message:
+    """Return the request message.
+
+    Raises:
+        InvalidInput: body, query or path do not fit the message.
+    """
+    route = target.match.route
+    if route.has_body:
+        json_form.read_body(body, message)
+    elif body:
+        raise InvalidInput(f"the body must be empty for {_named(route)}; got {len(body)} bytes")
+    json_form.read_query(target.query, message)
+    for name, text in target.match.variables.items():
+        json_form.set_variable(name, text, message)
+    return message
+
+
+def _reply(reply_type: type[Message], raw: bytes) -> bytes:
+    return json_form.dump(reply_type.FromString(raw))
+
+
+def _require_json(headers: Mapping[str, str]) -> None:
+    """Check the type of a body. A page of another origin cannot send this type without asking first.
+
+    Raises:
+        _Refused: it is not JSON.
+    """
+    given = headers.get("content-type", "")
+    media_type, _, parameters = given.partition(";")
+    charset = parameters.strip().lower()
+    if media_type.strip().lower() == _JSON_TYPE and charset in {"", "charset=utf-8", 'charset="utf-8"'}:
+        return
+    error = InvalidInput(
+        f"content-type must be {_JSON_TYPE} in UTF-8 (curl: --json); got {shorten(given, _MAX_SHOWN) or 'none'!r}"
+    )
+    raise _refused(error, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+
+
+def _refused(error: ServerError, http_status: int = 0, headers: Headers = ()) -> _Refused:
+    return _Refused(of_error(error, http_status, headers), error.reason)
+
+
+def _named(route: Route) -> str:
+    return f"{route.http_method} {route.template}"
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value if isinstance(value, str) else None
