@@ -23,7 +23,9 @@ from stepwell.errors import InvalidInputError, ServerStartError
 
 __all__ = ["LocalServer", "ServerStartError"]
 
-_READY = re.compile(r"^stepwell: \w+ front\b.*, listening on (?P<address>unix:\S+|\S+:\d+)\s*$")
+_READY = re.compile(
+    r"^stepwell: \w+ front\b(?:.*, HTTP on https?://(?P<http>\S+:\d+))?.*, listening on (?P<address>unix:\S+|\S+:\d+)\s*$"
+)
 _REFUSAL = re.compile(r"^stepwell: (?:error: )?(?P<reason>.+)$")
 _MISSING = re.compile(r"No module named '?(?P<module>[\w.]+)'?$")
 _LOG_LINES = 10_000
@@ -117,6 +119,7 @@ class LocalServer:
         self._start_timeout_s = check_timeout("start_timeout_s", start_timeout_s)
         self._on_log = on_log
         self._address: str | None = None
+        self._http_address: str | None = None
         self._release: Callable[[], object] | None = None
         """Releases the server's port."""
         self._run: _Run | None = None
@@ -129,6 +132,11 @@ class LocalServer:
                 "the server must be started before it has an address; use `with` or start()"
             )
         return self._address
+
+    @property
+    def http_address(self) -> str | None:
+        """The address of JSON over HTTP, 127.0.0.1:PORT; None if `extra_args` has no `--http-listen`."""
+        return self._http_address
 
     @property
     def pid(self) -> int | None:
@@ -148,11 +156,11 @@ class LocalServer:
         self._run = run = _Run(self._command(), environment)
         try:
             run.start()
-            address = run.wait_ready(self._start_timeout_s, self._on_log)
+            ready = run.wait_ready(self._start_timeout_s, self._on_log)
         except BaseException:  # Ctrl-C: a server that nobody waits for must not keep running
             run.end(signal.SIGTERM, _GIVE_UP_S)
             raise
-        if address is None:
+        if ready is None:
             running = run.exit_code is None
             run.end(signal.SIGKILL, None)
             if running:
@@ -162,7 +170,7 @@ class LocalServer:
             refusal = run.refusal()
             why = f": {refusal}" if refusal else f"; its last log lines:\n{run.text(_SHOWN_LINES)}"
             raise ServerStartError(f"the server {how}{why}", refusal=refusal)
-        self._address = address
+        self._address, self._http_address = ready["address"], ready["http"]
 
     def _command(self) -> list[str]:
         models = [f"{name}={path}" for name, path in self._models.items()]
@@ -292,8 +300,8 @@ class _Run:
         process.wait()
         self._early.put(None)
 
-    def wait_ready(self, timeout_s: float, on_log: Callable[[str], object] | None) -> str | None:
-        """Returns the server's address, or None if the server ended or took too long.
+    def wait_ready(self, timeout_s: float, on_log: Callable[[str], object] | None) -> re.Match[str] | None:
+        """Returns the server's ready line, or None if the server ended or took too long.
 
         Passes on the lines until then, in this thread.
         """
@@ -303,7 +311,7 @@ class _Run:
                 if on_log is not None:
                     on_log(line.rstrip("\n"))
                 if (ready := _READY.match(line)) is not None:
-                    return ready["address"]
+                    return ready
         except queue.Empty:
             pass
         finally:

@@ -50,7 +50,7 @@ from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.base import BindError, Front
 from stepwell_server.rpc.fronts.certificates import CertificateFiles
 from stepwell_server.rpc.fronts.choice import HINT, choose
-from stepwell_server.rpc.server import RpcServer
+from stepwell_server.rpc.server import HttpOptions, RpcServer
 from stepwell_server.settings import DEFAULT_METRICS, Settings
 from stepwell_server.store.base import Store, StoreError
 from stepwell_server.store_monitor import StoreMonitor
@@ -121,6 +121,8 @@ def serve(settings: Settings) -> int:
     """
     configure(settings.log_level, settings.log_format)
     _require_free("--listen", settings.listen)
+    if settings.http_listen is not None:
+        _require_free("--http-listen", settings.http_listen)
     if isinstance(settings.metrics_listen, Address):
         _require_free("--metrics-listen", settings.metrics_listen)
     _require_closed(settings)
@@ -453,12 +455,19 @@ def _serve_metrics(
 async def _listen(
     settings: Settings, rpc: RpcServer, certificates: CertificateFiles | None, metrics_address: str
 ) -> Address | UnixAddress:
+    http = None if settings.http_listen is None else HttpOptions(settings.http_listen, settings.cors_origin)
     try:
-        address = await rpc.start(settings.listen, certificates, metrics_address)
+        address = await rpc.start(settings.listen, certificates, metrics_address, http)
     except BindError as error:
-        raise StartError(f"--listen: {error}") from error
-    _log.info("listening, not ready yet", address=str(address))
+        raise StartError(f"{error.option}: {error}") from error
+    _log.info("listening, not ready yet", address=str(address), **_http_address(rpc))
     return address
+
+
+def _http_address(rpc: RpcServer) -> dict[str, str]:
+    """Return the address of HTTP for the log, if there is one."""
+    address = rpc.front.http_address
+    return {} if address is None else {"http": str(address)}
 
 
 async def _say_ready(
@@ -474,6 +483,7 @@ async def _say_ready(
         "serving",
         front=rpc.front.name,
         address=str(address),
+        **_http_address(rpc),
         tls=tls,
         callers="known" if settings.asks_callers else "anybody",
         max_connections=rpc.front.limits.connections,
@@ -487,7 +497,9 @@ async def _say_ready(
     gc.freeze()
     await store.announce(str(address))
     hint = f" ({HINT})" if choose(settings.front).problem else ""
-    sys.stdout.write(f"stepwell: {rpc.front.name} front{hint}, listening on {address}\n")
+    scheme = "http" if certificates is None else "https"
+    http = "".join(f", HTTP on {scheme}://{one}" for one in _http_address(rpc).values())
+    sys.stdout.write(f"stepwell: {rpc.front.name} front{hint}{http}, listening on {address}\n")
     sys.stdout.flush()
 
 

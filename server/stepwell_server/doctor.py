@@ -307,7 +307,12 @@ class Examination:
         return facts
 
     def _ports(self) -> Facts:
-        addresses = {"listen": self._settings.listen, "metrics-listen": self._settings.metrics_listen}
+        settings = self._settings
+        addresses = {
+            "listen": settings.listen,
+            "http-listen": settings.http_listen,
+            "metrics-listen": settings.metrics_listen,
+        }
         return {
             name: self._port(f"--{name}", address)
             for name, address in addresses.items()

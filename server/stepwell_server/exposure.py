@@ -29,8 +29,12 @@ def require_closed(settings: Settings, *, front_problem: str) -> None:
         StartError: others could reach it.
     """
     if others := beyond_loopback(settings.listen):
-        _require_known(settings, others)
+        _require_known(settings, "--listen", settings.listen, others)
         _require_bounds(settings, front_problem)
+    if settings.http_listen is not None:
+        _require_native(settings, front_problem)
+        if others := beyond_loopback(settings.http_listen):
+            _require_known(settings, "--http-listen", settings.http_listen, others)
     metrics = settings.metrics_listen
     if not isinstance(metrics, Address) or settings.metrics_token_file is not None:
         return
@@ -68,7 +72,19 @@ def _is_loopback(host: str) -> bool:
     return (mapped or found).is_loopback
 
 
-def _require_known(settings: Settings, others: list[str]) -> None:
+def _require_native(settings: Settings, front_problem: str) -> None:
+    """Refuse HTTP on the front in Python, which speaks gRPC only."""
+    if settings.front == "python":
+        raise StartError(
+            "--http-listen: must be left out with --front python; only the native front serves HTTP"
+        )
+    if front_problem:
+        raise StartError(f"--http-listen: only the native front serves HTTP; {front_problem}")
+
+
+def _require_known(
+    settings: Settings, option: str, address: Address | UnixAddress, others: list[str]
+) -> None:
     has_tls = settings.tls_cert is not None
     # Only who has a certificate of these CAs gets in, whether or not there is a file that says who is who.
     knows = settings.asks_callers or settings.tls_client_ca is not None
@@ -82,12 +98,10 @@ def _require_known(settings: Settings, others: list[str]) -> None:
     what = " and ".join(problems)
     if not settings.insecure_listen:
         raise StartError(
-            "--listen: beyond loopback the server must use TLS and authenticate callers, or be given --insecure-listen to"
-            f" accept the risk; {what}; got {_named(settings.listen, others)}"
+            f"{option}: beyond loopback the server must use TLS and authenticate callers, or be given --insecure-listen to"
+            f" accept the risk; {what}; got {_named(address, others)}"
         )
-    _log.warning(
-        f"--insecure-listen: other machines reach this server, and {what}", listen=str(settings.listen)
-    )
+    _log.warning(f"--insecure-listen: other machines reach this server, and {what}", listen=str(address))
 
 
 def _require_bounds(settings: Settings, front_problem: str) -> None:

@@ -5,8 +5,6 @@ The servers of this module share no store: a call finds a session only on the re
 
 from __future__ import annotations
 
-import base64
-import json
 import ssl
 import struct
 import threading
@@ -26,6 +24,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from support import secured
 from support.peers import wire
 from support.peers.http2 import Http2
+from support.peers.json_client import X, path_of, step_body
 from support.peers.proxy import Proxy
 from support.peers.wire import Wire, tensor
 from support.processes import until
@@ -34,9 +33,6 @@ from support.secured import Server, host_and_port
 from support.servers.envoy import Envoy
 from support.servers.replica_servers import started
 from support.servers.served import local_server
-
-X = [0.5, -1.0, 2.0]
-AS_VALUES = "tensor_format=TENSOR_FORMAT_VALUES"
 
 
 @pytest.fixture(scope="module")
@@ -55,154 +51,10 @@ def envoy(replicas: list[Server], tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
-def path_of(session_id: str) -> str:
-    return f"/v1/sessions/{quote(session_id, safe='')}"
-
-
-def step_body(**fields: object) -> dict[str, object]:
-    return {"inputs": [{"values": X}], **fields}
-
-
 def sessions_of(server: Server) -> set[str]:
     with Wire(server.address) as one:
         listed = one.sessions.ListSessions(pb.ListSessionsRequest(), timeout=wire.TIMEOUT_S)
         return {session.session_id for session in listed.sessions}
-
-
-def test_json_opens_steps_reads_and_resets(envoy: Envoy, replicas: Sequence[Server]) -> None:
-    inputs = [tensor(np.array([X], np.float32))]
-    with Wire(replicas[0].address) as one:
-        wanted = one.predict("seq", inputs)
-    path = path_of("from curl")
-    status, opened = envoy.json("POST", path, {"model": "seq"})
-    assert (status, opened["session"]["session_id"], opened["session"]["batch_size"]) == (200, "from curl", 1)
-    status, stepped = envoy.json("POST", f"{path}:step", step_body(request_id=5, expected_revision=0))
-    assert (status, stepped["revision"], stepped["position"]) == (200, "1", "1")
-    (output,) = stepped["outputs"]
-    assert (output["name"], output["dtype"], output["shape"]) == ("y", "DATA_TYPE_FLOAT32", ["1", "2"])
-    assert np.float32(output["values"]).tobytes() == wanted.outputs[0].data
-    status, again = envoy.json("POST", f"{path}:step", step_body(request_id="5", expected_revision="0"))
-    assert (status, again) == (200, {**stepped, "replayed": True})
-    status, read = envoy.json("GET", f"{path}/state?{AS_VALUES}")
-    assert (status, read["session"]["revision"]) == (200, "1")
-    for found, state in zip(read["state"], wanted.state, strict=True):
-        assert found["name"] == state.name
-        assert np.float32(found["values"]).tobytes() == state.data
-    status, in_bytes = envoy.json("GET", f"{path}/state")
-    assert [base64.b64decode(state["data"]) for state in in_bytes["state"]] == [
-        state.data for state in wanted.state
-    ]
-    status, reset = envoy.json("POST", f"{path}:reset", {})
-    assert (status, reset) == (200, {"revision": "2", "model_version": "1"})
-    assert envoy.json("GET", path)[1]["session"]["revision"] == "2"
-    assert envoy.json("DELETE", path) == (200, {})
-    assert envoy.json("GET", path)[0] == 404
-    status, predicted = envoy.json("POST", "/v1/models/seq:predict", step_body())
-    assert np.float32(predicted["outputs"][0]["values"]).tobytes() == wanted.outputs[0].data
-    assert [model["name"] for model in envoy.json("GET", "/v1/models")[1]["models"]] == ["seq"]
-
-
-BAD: dict[str, tuple[str, str, object, int, int, str]] = {
-    "no such session": (
-        "GET",
-        "/v1/sessions/nobody",
-        None,
-        404,
-        5,
-        "must be that of an open session; got 'nobody'",
-    ),
-    "no such model": (
-        "POST",
-        "/v1/sessions",
-        {"model": "nope"},
-        404,
-        5,
-        "model must be one of ['seq']; got 'nope'",
-    ),
-    "a wrong shape": (
-        "POST",
-        "/v1/models/seq:predict",
-        {"inputs": [{"values": [1, 2]}]},
-        400,
-        3,
-        "input 'x' must have shape (1, 3) or (1, T, 3); got (1, 2)",
-    ),
-    "no such path": ("GET", "/v1/nothing", None, 404, 5, "Could not resolve /v1/nothing to a method"),
-    "another session in the body": (
-        "POST",
-        "/v1/sessions/a:step",
-        step_body(session_id="b"),
-        400,
-        3,
-        "session_id",
-    ),
-    "no such parameter": ("GET", "/v1/models?verbose=1", None, 400, 3, 'Could not find field "verbose"'),
-    "no number": (
-        "POST",
-        "/v1/sessions/a:step",
-        {"inputs": [{"values": ["one"]}]},
-        400,
-        3,
-        'invalid value "one"',
-    ),
-    "no document": ("POST", "/v1/sessions", [1], 400, 3, ""),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_errors_are_json_with_their_codes(envoy: Envoy, name: str) -> None:
-    method, path, body, status, code, words = BAD[name]
-    found, answer = envoy.json(method, path, body)
-    assert (found, answer["code"]) == (status, code)
-    assert words in answer["message"]
-
-
-def test_an_error_of_a_replica_says_its_reason(envoy: Envoy) -> None:
-    status, answer = envoy.json("POST", path_of("nobody") + ":step", step_body())
-    assert status == 404
-    (info,) = answer["details"]
-    assert info["@type"] == "type.googleapis.com/google.rpc.ErrorInfo"
-    assert (info["reason"], info["domain"]) == ("SESSION_NOT_FOUND", "stepwell")
-
-
-RAW: dict[str, bytes] = {
-    "nothing": b"",
-    "no JSON": b"{",
-    "more than JSON": b"{}}",
-    "a number too large": b'{"inputs": [{"values": [1e999]}]}',
-    "half a character": b'{"session_id": "\xc3"}',
-    "bytes that are not": b'{"inputs": [{"data": "*"}]}',
-    "no number of 64 bits": b'{"request_id": "99999999999999999999"}',
-    "deep": b'{"inputs": ' * 500 + b"[" * 500,
-    "random": bytes(range(256)),
-}
-
-
-@pytest.mark.parametrize("name", RAW)
-def test_a_body_that_is_no_message_is_refused(envoy: Envoy, name: str) -> None:
-    status, answer, headers = envoy.http("POST", "/v1/models/seq:predict", RAW[name])
-    assert (status, headers.get_content_type()) == (400, "application/json")
-    assert json.loads(answer)["code"] == 3
-
-
-@pytest.mark.parametrize(
-    "session_id", ["user:42", "a/b c", "a:step", "..", "Jürgen %41+?&", "x:y:reset", "日本"]
-)
-def test_an_id_may_be_anything(envoy: Envoy, session_id: str) -> None:
-    path = path_of(session_id)
-    status, opened = envoy.json("POST", path, {"model": "seq"})
-    assert (status, opened["session"]["session_id"]) == (200, session_id)
-    assert envoy.json("POST", f"{path}:step", step_body())[1]["revision"] == "1"
-    assert envoy.json("GET", f"{path}/state?{AS_VALUES}")[1]["session"]["session_id"] == session_id
-    assert envoy.json("DELETE", path)[0] == 200
-
-
-@pytest.mark.parametrize("end", ["u:stpe", "u:open", "u:step:again", ":open"])
-def test_a_call_that_there_is_not_opens_nothing(envoy: Envoy, replicas: Sequence[Server], end: str) -> None:
-    status, answer = envoy.json("POST", f"/v1/sessions/{end}", {"model": "seq"})
-    assert (status, answer["code"]) == (404, 5)
-    assert answer["message"] == "no such call; in the id of a session to open, a colon is %3A"
-    assert not any(":" in session_id for server in replicas for session_id in sessions_of(server))
 
 
 def test_a_session_has_one_replica_whoever_calls(envoy: Envoy, replicas: Sequence[Server]) -> None:
@@ -239,31 +91,6 @@ async def test_the_sdk_finds_its_sessions_again(envoy: Envoy, shell: str) -> Non
             wanted = np.repeat(first, 50, 0)
             np.testing.assert_allclose(await group.step(np.repeat(x, 50, 0)), wanted, rtol=1e-6)
         assert (await session.fork()).revision == 3
-
-
-def test_a_browser_may_call(envoy: Envoy) -> None:
-    asked = {"origin": "https://app.example.org", "access-control-request-method": "POST"}
-    status, _, headers = envoy.http("OPTIONS", "/v1/sessions", headers=asked)
-    assert (status, headers["access-control-allow-origin"]) == (200, asked["origin"])
-    assert "content-type" in headers["access-control-allow-headers"]
-    _, _, others = envoy.http("OPTIONS", "/v1/sessions", headers={**asked, "origin": "https://example.com"})
-    assert "access-control-allow-origin" not in others
-    _, _, headers = envoy.http("GET", "/v1/models", headers={"origin": asked["origin"]})
-    assert headers["access-control-allow-origin"] == asked["origin"]
-
-
-def test_a_page_of_another_origin_may_do_nothing(envoy: Envoy) -> None:
-    path = path_of("not by others")
-    other = {"origin": "https://evil.example"}
-    for body in ({"model": "seq"}, {}):
-        # what a browser sends without asking first
-        status, answer = envoy.json("POST", path, body, {**other, "content-type": "text/plain"})
-        assert (status, answer["code"]) == (403, 7)
-        assert "--cors-origin" in answer["message"]
-    assert envoy.json("GET", path)[0] == 404
-    assert envoy.json("POST", path, {"model": "seq"}, {"origin": "https://app.example.org"})[0] == 200
-    assert envoy.json("DELETE", path, headers=other)[0] == 403
-    assert envoy.json("DELETE", path)[0] == 200
 
 
 def test_a_page_whose_name_leads_here_may_do_nothing(envoy: Envoy) -> None:

@@ -202,7 +202,7 @@ def test_rows_are_a_number_a_table_or_a_list(tmp_path: Path) -> None:
         ),
         ("lisen = 'x:1'", "{file}: there is no setting 'lisen'; did you mean 'listen'?"),
         ("config = 'x'", "{file}: there is no setting 'config'; the settings are models,"),
-        ("zzz = 1", "{file}: there is no setting 'zzz'; the settings are models, listen, insecure-listen,"),
+        ("zzz = 1", "{file}: there is no setting 'zzz'; the settings are models, listen, http-listen,"),
         ("insecure-listen = 'yes'", "'insecure-listen' in {file}: must be true or false; got 'yes'"),
         ("listen = 5", "'listen' in {file}: must be a non-empty string; got 5"),
         ("data-dir = ''", "'data-dir' in {file}: must be a non-empty string; got ''"),

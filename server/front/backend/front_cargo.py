@@ -19,8 +19,8 @@ from pathlib import Path
 
 #: The crates in Cargo.toml, which Debian has as librust-*-dev packages.
 CRATES = (
-    *("bytes", "flate2", "h2", "http", "libc", "proptest", "pyo3", "ring", "rustls", "tokio"),
-    *("tokio-rustls", "x509-parser"),
+    *("bytes", "flate2", "h2", "http", "hyper", "hyper-util", "libc", "proptest", "pyo3", "ring", "rustls"),
+    *("tokio", "tokio-rustls", "x509-parser"),
 )
 PACKAGES = [f"librust-{name}-dev" for name in CRATES]
 DEBIAN_CRATES = Path("/usr/share/cargo/registry")

@@ -1,4 +1,4 @@
-//! The native front: gRPC over HTTP/2 on a thread of its own, which never takes Python's lock for the wire's work.
+//! The native front: gRPC over HTTP/2, and JSON over HTTP, on a thread of its own, which never takes Python's lock for the wire's work.
 //!
 //! A step becomes columns if it is on the fast path (`steps::parse`, `triton::request`). Any other message is passed on as
 //! bytes. An eventfd wakes Python's event loop, which takes the arrivals in order and answers a batch in one call
@@ -74,10 +74,19 @@ mod calls {
     pub mod service;
 }
 
+/// Requests of HTTP that are not gRPC, which Python answers as a whole.
+mod web {
+    pub mod answers;
+    pub mod exchange;
+    pub mod http1;
+    pub mod http2;
+    pub mod socket;
+}
+
 /// Connections.
 mod wire {
     mod acceptor;
-    mod lifetime;
+    pub mod lifetime;
     mod seldom;
     pub mod server;
     pub mod tls;

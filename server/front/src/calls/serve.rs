@@ -25,7 +25,7 @@ use std::task::{Context, Poll};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout, Sleep};
 
-mod receive;
+pub mod receive;
 
 /// Limit of messages that Python has not read, at which reading pauses.
 const MAX_UNREAD: usize = 16;
@@ -580,7 +580,7 @@ fn too_late() -> Status {
     Status::new(grpc::DEADLINE_EXCEEDED, "Deadline Exceeded")
 }
 
-fn keep_waker(kept: &mut Option<std::task::Waker>, cx: &Context<'_>) {
+pub fn keep_waker(kept: &mut Option<std::task::Waker>, cx: &Context<'_>) {
     if !kept.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
         *kept = Some(cx.waker().clone());
     }

@@ -7,9 +7,10 @@ use crate::limits::places::Pool;
 use crate::messages::inflate::Pace;
 use crate::messages::shape::{Breach, Shape};
 use crate::method::Method;
+use crate::web::answers::Door;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::sync::Semaphore;
 
 /// Limit of calls that Python authenticates concurrently, over all connections.
@@ -35,6 +36,8 @@ pub struct Service {
     pub pace: Pace,
     /// Places of calls that Python authenticates.
     pub judging: Arc<Semaphore>,
+    /// Set if HTTP requests other than gRPC's are served.
+    pub door: OnceLock<Door>,
 }
 
 impl Service {
@@ -56,6 +59,7 @@ impl Service {
             unwritten: Arc::default(),
             pace: Pace::default(),
             judging: Arc::new(Semaphore::new(MAX_JUDGED)),
+            door: OnceLock::new(),
         }
     }
 

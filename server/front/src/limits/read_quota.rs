@@ -146,6 +146,20 @@ impl ReadQuota {
         now <= if all > MANY_SMALL { MAX_SMALL_OF_MANY } else { MAX_SMALL }
     }
 
+    /// Bytes that may be read now.
+    pub fn left(&self) -> usize {
+        match self.is_given_up() {
+            true => 0,
+            false => self.left.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Count bytes of HTTP/1.1 as read, and as kept until they are known to be used.
+    pub fn took(&self, bytes: usize) {
+        self.left.fetch_sub(bytes, Ordering::Relaxed);
+        self.set_kept(self.kept() + bytes);
+    }
+
     /// Start a new quota, when the connection's task is polled.
     pub fn begin(&self) {
         self.left.store(self.size.load(Ordering::Relaxed), Ordering::Relaxed);

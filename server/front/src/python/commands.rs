@@ -5,6 +5,7 @@ use crate::steps::call::Call;
 use crate::steps::columns::Batch;
 use crate::steps::reply::{deliver, Answer, StepReplies};
 use crate::triton::reply::InferReplies;
+use crate::web::answers::HttpAnswer;
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ pub enum Command {
     Write(Arc<Call>, Bytes, Option<u64>),
     End(Arc<Call>, Status),
     Admit(Arc<Call>),
+    Respond(Arc<Call>, Box<HttpAnswer>),
     Read(Arc<Call>, usize),
 }
 
@@ -29,6 +31,7 @@ pub fn carry_out(command: Command) {
         Command::Write(call, message, number) => call.write(&message, number),
         Command::End(call, status) => call.end(status),
         Command::Admit(call) => call.admit(),
+        Command::Respond(call, answer) => call.respond(answer.head, answer.body),
         Command::Read(call, count) => call.read(count),
     }
 }

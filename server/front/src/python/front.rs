@@ -21,6 +21,7 @@ use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Batch, Entry};
 use crate::steps::reply::{Answer, Output};
 use crate::wakeup::Wakeup;
+use crate::web::answers::{Door, HttpAnswer};
 use crate::wire::server::{self, Listener, Server, Stage};
 use crate::wire::tls::{self, Unusable};
 use bytes::Bytes;
@@ -40,6 +41,15 @@ const INTERFACE: u32 = 8;
 
 /// A status from Python: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
 type PyStatus = (u32, String, PyBackedBytes, bool);
+
+/// An answer to an HTTP request: status, headers, body.
+type PyAnswer = (u16, Vec<(String, String)>, PyBackedBytes);
+/// The limit of a body, and the answers to requests that the front refuses itself, by their names in `web::answers::Door`.
+type PyDoor = (usize, HashMap<String, PyAnswer>);
+
+fn given((status, headers, body): PyAnswer) -> (u16, Vec<(String, String)>, Bytes) {
+    (status, headers, Bytes::copy_from_slice(&body))
+}
 
 /// Counts so far.
 type Count = (&'static str, u64);
@@ -70,8 +80,10 @@ impl Front {
     /// "infer_stream" or ""), and whether anybody may call it. `shapes`: the rules of each method's requests. `limits`: the
     /// limits by their names in `limits::Limits`, times in seconds.
     #[new]
-    /// `callers`: the known callers; None: no authentication.
-    #[pyo3(signature = (methods, shapes, limits, *, now, overloaded, headers_too_large, callers))]
+    /// `callers`: the known callers; None: no authentication. `door`: None, no HTTP but gRPC. Python's number of its method
+    /// is the number of `methods`.
+    #[pyo3(signature = (methods, shapes, limits, *, now, overloaded, headers_too_large, callers, door))]
+    #[allow(clippy::too_many_arguments)]
     fn new(
         methods: Vec<(String, bool, String, bool)>,
         shapes: Vec<Vec<Vec<Given>>>,
@@ -80,10 +92,12 @@ impl Front {
         overloaded: PyStatus,
         headers_too_large: PyStatus,
         callers: Option<&KnownCallers>,
+        door: Option<PyDoor>,
     ) -> PyResult<Self> {
         clock::set(|| now.call0()?.extract())?;
         let limits = Limits::read(&limits, status(overloaded), status(headers_too_large))
             .map_err(|name| PyValueError::new_err(format!("the limit {name} is missing")))?;
+        let index = methods.len();
         let methods = methods
             .into_iter()
             .enumerate()
@@ -105,6 +119,13 @@ impl Front {
         let bounds = Arc::new(Bounds::new(limits));
         let (driver, waiting) = Driver::new(queue.clone());
         let service = Service::new(bounds, queue, methods, shapes, callers);
+        if let Some((body_bytes, answers)) = door {
+            let answers = answers.into_iter().map(|(name, answer)| (name, given(answer))).collect();
+            let door = Door::read(index, body_bytes, answers).map_err(|name| {
+                PyValueError::new_err(format!("the answer {name} is missing or no answer"))
+            })?;
+            let _ = service.door.set(door);
+        }
         let (ending, ended) = std::sync::mpsc::channel();
         Ok(Front {
             server: Arc::new(Server::new(Arc::new(service))),
@@ -132,14 +153,14 @@ impl Front {
                 Unusable::ClientCa(why) => ("client_ca", why),
             })
         })?;
-        *self.server.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+        self.server.secure(config);
         Ok(())
     }
 
-    /// Serve listening sockets and own them: file descriptors, and whether they are Unix sockets.
-    fn start(&self, listeners: Vec<(i32, bool)>) -> PyResult<()> {
+    /// Serve listening sockets and own them: file descriptors, each with its kind, "tcp", "unix" or "http".
+    fn start(&self, listeners: Vec<(i32, String)>) -> PyResult<()> {
         let listeners: Vec<Listener> =
-            listeners.into_iter().map(|(fd, is_unix)| Listener::given(fd, is_unix)).collect();
+            listeners.into_iter().map(|(fd, kind)| Listener::given(fd, &kind)).collect();
         let Some(mut waiting) = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take() else {
             return Err(PyRuntimeError::new_err("a front is started once"));
         };
@@ -390,6 +411,16 @@ impl CallHandle {
     /// Its caller is admitted.
     fn admit(&self) {
         self.send(Command::Admit(self.call.clone()));
+    }
+
+    /// Answer an HTTP request.
+    ///
+    /// Raises ValueError if the status or a header makes no sense.
+    fn respond(&self, answer: PyAnswer) -> PyResult<()> {
+        let answer =
+            HttpAnswer::new(given(answer)).ok_or_else(|| PyValueError::new_err("no answer of HTTP"))?;
+        self.send(Command::Respond(self.call.clone(), Box::new(answer)));
+        Ok(())
     }
 
     /// Whether it ended at its deadline.

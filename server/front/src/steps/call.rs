@@ -43,6 +43,8 @@ pub struct State {
     /// Bytes of waiting replies.
     pub reply_bytes: usize,
     pub end: Option<Status>,
+    /// The head of the answer to an HTTP request.
+    pub head: Option<Box<http::Response<()>>>,
     /// Whether its task has ended, so that nothing more is sent.
     is_closed: bool,
     /// Ids of unanswered fast-path frames.
@@ -184,6 +186,25 @@ impl Call {
             }
             self.unwritten.fetch_add(1, Ordering::Relaxed);
             state.replies.push_back((framed, None));
+            state.end = Some(Status::ok());
+            state.waker.take()
+        };
+        wake(waker);
+    }
+
+    /// Answer an HTTP request.
+    pub fn respond(&self, head: http::Response<()>, body: Bytes) {
+        let waker = {
+            let mut state = self.state();
+            if state.is_closed || state.end.is_some() {
+                return;
+            }
+            state.head = Some(Box::new(head));
+            if !body.is_empty() {
+                self.unwritten.fetch_add(1, Ordering::Relaxed);
+                state.reply_bytes += body.len();
+                state.replies.push_back((body, None));
+            }
             state.end = Some(Status::ok());
             state.waker.take()
         };

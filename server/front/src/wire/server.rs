@@ -9,6 +9,8 @@ use crate::limits::peer::Peer;
 use crate::limits::read_quota::{Gate, QuotaSocket, ReadQuota, Received};
 use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
+use crate::web;
+use crate::web::socket::{Begun, Socket};
 use crate::wire::acceptor::{Acceptor, Entry};
 use crate::wire::lifetime::{Age, Lifetime};
 use crate::wire::seldom::Seldom;
@@ -22,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
@@ -30,8 +32,8 @@ use tokio::sync::watch;
 #[derive(Debug)]
 pub struct Server {
     pub service: Arc<Service>,
-    /// TLS configuration of new connections; None: plain text.
-    pub tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
+    /// TLS configurations of new connections; None: plain text.
+    tls: Mutex<Option<Configurations>>,
     /// Totals of unprocessed data of all connections.
     received: Arc<Received>,
     /// The gate for connections without a known caller.
@@ -40,6 +42,21 @@ pub struct Server {
     open: Arc<Connections>,
     /// Number of connections so far, from which each gets its number.
     connections: AtomicU64,
+}
+
+/// The TLS configuration of each protocol.
+#[derive(Clone, Debug)]
+struct Configurations {
+    grpc: Arc<rustls::ServerConfig>,
+    http: Arc<rustls::ServerConfig>,
+}
+
+/// What a listener's connections use HTTP for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    Grpc,
+    /// JSON, over HTTP/1.1 or HTTP/2.
+    Http,
 }
 
 impl Server {
@@ -52,6 +69,20 @@ impl Server {
             open: Arc::default(),
             connections: AtomicU64::new(0),
         }
+    }
+
+    /// Use this TLS configuration for new connections.
+    pub fn secure(&self, grpc: Arc<rustls::ServerConfig>) {
+        let http = tls::with_http1(&grpc);
+        *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(Configurations { grpc, http });
+    }
+
+    fn tls_of(&self, protocol: Protocol) -> Option<Arc<rustls::ServerConfig>> {
+        let configurations = self.tls.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        Some(match protocol {
+            Protocol::Grpc => configurations.grpc,
+            Protocol::Http => configurations.http,
+        })
     }
 
     fn doors(&self) -> Acceptor {
@@ -70,18 +101,19 @@ impl Server {
 pub enum Listener {
     Tcp(StdTcpListener),
     Unix(StdUnixListener),
+    Http(StdTcpListener),
 }
 
 impl Listener {
     /// A listening socket that Python created and handed over. The caller of `Front.start` names its kind.
     #[allow(unsafe_code)]
-    pub fn given(fd: i32, is_unix: bool) -> Self {
+    pub fn given(fd: i32, kind: &str) -> Self {
         // SAFETY: the descriptor is open, and only this socket owns it.
         unsafe {
-            if is_unix {
-                Listener::Unix(FromRawFd::from_raw_fd(fd))
-            } else {
-                Listener::Tcp(FromRawFd::from_raw_fd(fd))
+            match kind {
+                "unix" => Listener::Unix(FromRawFd::from_raw_fd(fd)),
+                "http" => Listener::Http(FromRawFd::from_raw_fd(fd)),
+                _ => Listener::Tcp(FromRawFd::from_raw_fd(fd)),
             }
         }
     }
@@ -104,7 +136,8 @@ pub async fn run(listeners: Vec<Listener>, server: Arc<Server>, stage: watch::Re
         let (server, stage, done) = (server.clone(), stage.clone(), done.clone());
         tokio::spawn(async move {
             match listener {
-                Listener::Tcp(listener) => accept_tcp(listener, server, stage, done).await,
+                Listener::Tcp(listener) => accept_tcp(listener, Protocol::Grpc, server, stage, done).await,
+                Listener::Http(listener) => accept_tcp(listener, Protocol::Http, server, stage, done).await,
                 Listener::Unix(listener) => accept_unix(listener, server, stage, done).await,
             }
         });
@@ -126,6 +159,7 @@ type Done = tokio::sync::mpsc::Sender<()>;
 
 async fn accept_tcp(
     listener: StdTcpListener,
+    protocol: Protocol,
     server: Arc<Server>,
     mut stage: watch::Receiver<Stage>,
     done: Done,
@@ -141,7 +175,7 @@ async fn accept_tcp(
         let entered = doors.admit(accepted, |(_, address)| Some(address.ip())).await;
         if let Some(((socket, address), entry)) = entered {
             let _ = socket.set_nodelay(true);
-            begin(socket, entry, |_| tcp_name(address), &server, &stage, &done);
+            begin(socket, entry, |_| tcp_name(address), protocol, &server, &stage, &done);
         }
     }
 }
@@ -161,7 +195,7 @@ async fn accept_unix(
             () = reached(&mut stage, Stage::Draining) => return,
         };
         if let Some(((socket, _), entry)) = doors.admit(accepted, |_| None).await {
-            begin(socket, entry, |number| format!("unix:{number}"), &server, &stage, &done);
+            begin(socket, entry, |number| format!("unix:{number}"), Protocol::Grpc, &server, &stage, &done);
         }
     }
 }
@@ -178,6 +212,7 @@ fn begin<S>(
     socket: S,
     entry: Entry,
     name: impl FnOnce(u64) -> String,
+    protocol: Protocol,
     server: &Arc<Server>,
     stage: &watch::Receiver<Stage>,
     done: &Done,
@@ -197,20 +232,27 @@ fn begin<S>(
         let bounds = &server.service.bounds;
         let max_kept = bounds.limits.budget_bytes / KEPT_PART;
         let mut serving = std::pin::pin!(async {
-            let tls = server.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let Some(config) = tls else {
+            let Some(config) = server.tls_of(protocol) else {
+                if protocol == Protocol::Http {
+                    return http(socket, None, &quota, peer, &server.service, stage).await;
+                }
                 let socket = QuotaSocket::new(socket, quota.clone());
-                return connection(socket, &quota, peer, &server.service, stage).await;
+                return connection(socket, protocol, &quota, peer, &server.service, stage).await;
             };
             let secured = tokio::select! {
                 secured = tls::accept(config, socket) => secured,
                 () = reached(&mut stage, Stage::Draining) => return,
                 () = peer.left() => return,
             };
-            let Some((socket, names)) = secured else { return bounds.counts.refuse(Refusal::Handshake) };
-            peer.show(names);
-            let socket = QuotaSocket::new(socket, quota.clone());
-            connection(socket, &quota, peer, &server.service, stage).await;
+            let secured = secured.filter(|secured| secured.is_http2 || protocol == Protocol::Http);
+            let Some(secured) = secured else { return bounds.counts.refuse(Refusal::Handshake) };
+            peer.show(secured.names);
+            if protocol == Protocol::Http {
+                let is_http2 = Some(secured.is_http2);
+                return http(secured.socket, is_http2, &quota, peer, &server.service, stage).await;
+            }
+            let socket = QuotaSocket::new(secured.socket, quota.clone());
+            connection(socket, protocol, &quota, peer, &server.service, stage).await;
         });
         loop {
             let pass = match own.is_known() {
@@ -288,8 +330,63 @@ fn http2(limits: &Limits) -> h2::server::Builder {
     builder
 }
 
+/// The first bytes of each connection of HTTP/2, and of no request of HTTP/1.1.
+const HTTP2_BEGINS: &[u8] = b"PRI";
+
+/// Serve a connection of either version of HTTP. `is_http2`: None, its first bytes show it.
+async fn http<S>(
+    mut socket: S,
+    is_http2: Option<bool>,
+    quota: &Arc<ReadQuota>,
+    peer: Arc<Peer>,
+    service: &Arc<Service>,
+    stage: watch::Receiver<Stage>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut draining, mut closed) = (stage.clone(), stage.clone());
+    let mut first = Vec::new();
+    let is_http2 = match is_http2 {
+        Some(is_http2) => is_http2,
+        None => {
+            let begun =
+                tokio::time::timeout(service.bounds.limits.handshake, read_first(&mut socket, &mut first));
+            tokio::select! {
+                begun = begun => match begun {
+                    Ok(true) => first == HTTP2_BEGINS,
+                    Ok(false) => return,
+                    Err(_) => return service.bounds.counts.refuse(Refusal::Handshake),
+                },
+                () = peer.left() => return,
+                () = reached(&mut draining, Stage::Draining) => return,
+            }
+        }
+    };
+    if is_http2 {
+        let socket = QuotaSocket::new(Begun::new(socket, first), quota.clone());
+        return connection(socket, Protocol::Http, quota, peer, service, stage).await;
+    }
+    let socket = Socket::new(Begun::new(socket, first), quota.clone(), service.bounds.clone());
+    let draining = reached(&mut draining, Stage::Draining);
+    web::http1::connection(socket, quota, &peer, service, draining, reached(&mut closed, Stage::Closed))
+        .await;
+}
+
+/// Read as many bytes as show the version of HTTP. Returns whether there were any.
+async fn read_first(socket: &mut (impl AsyncRead + Unpin), first: &mut Vec<u8>) -> bool {
+    while HTTP2_BEGINS.starts_with(first) && first.len() < HTTP2_BEGINS.len() {
+        let mut byte = [0];
+        match socket.read(&mut byte).await {
+            Ok(1) => first.push(byte[0]),
+            _ => return false,
+        }
+    }
+    true
+}
+
 async fn connection<S>(
     socket: S,
+    protocol: Protocol,
     quota: &ReadQuota,
     peer: Arc<Peer>,
     service: &Arc<Service>,
@@ -342,7 +439,10 @@ async fn connection<S>(
                 match next.await {
                     Err(event) => break event,
                     Ok(Some(Ok((request, respond)))) => {
-                        serve::begin(request, respond, &peer, service);
+                        match protocol {
+                            Protocol::Grpc => serve::begin(request, respond, &peer, service),
+                            Protocol::Http => web::http2::begin(request, respond, &peer, service),
+                        }
                         if window.is_none() && peer.is_known() {
                             let all = limits.budget_bytes / WINDOWS_PART;
                             let taken = bounds.counts.windows.load(Ordering::Relaxed);
@@ -480,7 +580,7 @@ mod tests {
             client.write_all(HELLO).unwrap();
             let entered = server.doors().admit(UnixStream::from_std(socket), |_| None).await;
             let (socket, entry) = entered.unwrap();
-            begin(socket, entry, |number| number.to_string(), &server, &watched, &done);
+            begin(socket, entry, |number| number.to_string(), Protocol::Grpc, &server, &watched, &done);
             clients.push(client);
         }
         for client in &mut clients {

@@ -15,6 +15,7 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 /// Time limit of a peer's handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 const HTTP2: &[u8] = b"h2";
+const HTTP1: &[u8] = b"http/1.1";
 
 /// The part of the configuration that cannot be used, and the reason.
 #[derive(Debug)]
@@ -66,20 +67,34 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-/// Returns the encrypted connection and the names in the client's certificate; None: the handshake failed or timed out.
-pub async fn accept<S>(config: Arc<ServerConfig>, socket: S) -> Option<(TlsStream<S>, Vec<String>)>
+/// The same for connections that may also use HTTP/1.1.
+pub fn with_http1(config: &ServerConfig) -> Arc<ServerConfig> {
+    let mut config = config.clone();
+    config.alpn_protocols.push(HTTP1.to_vec());
+    Arc::new(config)
+}
+
+/// An encrypted connection.
+pub struct Secured<S> {
+    pub socket: TlsStream<S>,
+    /// The names in the client's certificate.
+    pub names: Vec<String>,
+    /// Whether client and server have agreed on HTTP/2.
+    pub is_http2: bool,
+}
+
+/// Returns the encrypted connection; None: the handshake failed or timed out.
+pub async fn accept<S>(config: Arc<ServerConfig>, socket: S) -> Option<Secured<S>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let handshake = TlsAcceptor::from(config).accept(socket);
-    let stream = tokio::time::timeout(HANDSHAKE, handshake).await.ok()?.ok()?;
-    let (_, session) = stream.get_ref();
-    if session.alpn_protocol() != Some(HTTP2) {
-        return None;
-    }
+    let socket = tokio::time::timeout(HANDSHAKE, handshake).await.ok()?.ok()?;
+    let (_, session) = socket.get_ref();
+    let is_http2 = session.alpn_protocol() == Some(HTTP2);
     let own = session.peer_certificates().and_then(<[_]>::first);
     let names = own.map(|certificate| names(certificate)).unwrap_or_default();
-    Some((stream, names))
+    Some(Secured { socket, names, is_http2 })
 }
 
 /// The subject alternative names of a certificate, DNS, email, URI and IP in their order; without any, the common name

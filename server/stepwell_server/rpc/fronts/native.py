@@ -28,6 +28,9 @@ from stepwell_server.rpc.fronts.base import (
     CallEnded,
     Ended,
     FrontCounts,
+    HttpAnswer,
+    HttpDoor,
+    HttpListener,
     InputColumn,
     Method,
     OtherFront,
@@ -233,7 +236,10 @@ class NativeFront:
         self._clock = clock
         self._file: SocketFile | None = None
         self._front: stepwell_front.Front | None = None
+        self.http_address: Address | None = None
         self._methods: Sequence[Method] = ()
+        self._door: HttpDoor | None = None
+        """Serves the calls whose method is the one behind `_methods`."""
         self._steps: Steps
         self._calls: dict[int, _Call] = {}
         self._loop = asyncio.get_running_loop()
@@ -251,9 +257,12 @@ class NativeFront:
         methods: Sequence[Method],
         steps: Steps,
         certificates: Certificates | None,
+        http: HttpListener | None = None,
     ) -> Address | UnixAddress:
         """See `base.Front`."""
         self._methods, self._steps = methods, steps
+        self._door = None if http is None else http.door
+        overloaded = steps.overloaded()
         front = self._front = stepwell_front.Front(
             [
                 (method.path, method.streams, _PLAIN.get(method.path, ""), method.is_open)
@@ -262,17 +271,24 @@ class NativeFront:
             [[] if method.shape is None else method.shape.table for method in methods],
             self.limits.values,
             now=self._clock.monotonic,
-            overloaded=_wire_status(steps.overloaded()),
+            overloaded=_wire_status(overloaded),
             headers_too_large=_wire_status(steps.headers_too_large(self.limits.header_bytes)),
             callers=self._known,
+            door=None if self._door is None else _wire_door(self._door, self.limits, overloaded),
         )
         if certificates is not None:
             self.secure(certificates)
         listeners, bound = await self._listen(address)
+        kind = "unix" if isinstance(address, UnixAddress) else "tcp"
+        given = [(one, kind) for one in listeners]
+        if http is not None:
+            listeners = await self._listen_on_port(http.address, "--http-listen")
+            self.http_address = http.address._replace(port=listeners[0].getsockname()[1])
+            given += [(one, "http") for one in listeners]
         front.set_traces(steps.traces)
         front.set_general(True)
         self._loop.add_reader(front.fd(), self._take, front)
-        front.start([(one.detach(), isinstance(address, UnixAddress)) for one in listeners])
+        front.start([(one.detach(), kind) for one, kind in given])
         return bound
 
     def set_fast_path(self, *, enabled: bool) -> None:
@@ -348,7 +364,7 @@ class NativeFront:
         self._file = SocketFile(address.path)
         return [listener], address
 
-    async def _listen_on_port(self, address: Address) -> list[socket.socket]:
+    async def _listen_on_port(self, address: Address, option: str = "--listen") -> list[socket.socket]:
         """Listen on each address of the host name, on the same port."""
         listeners: list[socket.socket] = []
         problem: OSError | None = None
@@ -363,7 +379,7 @@ class NativeFront:
             listeners.append(listener)
         if not listeners:
             raise BindError(
-                f"cannot listen on {address}: it is in use or not an address of this machine"
+                f"cannot listen on {address}: it is in use or not an address of this machine", option
             ) from problem
         return listeners
 
@@ -481,6 +497,9 @@ class NativeFront:
 
     def _judge(self, handle: CallHandle) -> None:
         """Decide whether the message of a call is accepted."""
+        if self._is_http(handle):
+            self._judge_request(handle)
+            return
         judge = self._methods[handle.method].judge
         try:
             if judge is not None:
@@ -489,6 +508,18 @@ class NativeFront:
             handle.end(_wire_status(ended.status))
         else:
             handle.admit()
+
+    def _judge_request(self, handle: CallHandle) -> None:
+        """Decide whether the body of an HTTP request is accepted."""
+        assert self._door is not None
+        answer = self._door.judge(_Call(handle, None, self._callers.put))
+        if answer is None:
+            handle.admit()
+        else:
+            handle.respond(answer)
+
+    def _is_http(self, handle: CallHandle) -> bool:
+        return handle.method == len(self._methods)
 
     def _notify(self, tag: int, key: int, *rest: Any) -> None:
         """Pass an arrival to the task of its call."""
@@ -545,6 +576,10 @@ class NativeFront:
         ).task = None  # breaks a cycle: a cancelled task keeps its frames, which refer to the call
 
     async def _serve(self, call: _Call, handle: CallHandle) -> None:
+        if self._is_http(handle):
+            assert self._door is not None
+            handle.respond(await self._door.serve(call))
+            return
         try:
             method = self._methods[handle.method]
             reply = await method.serve(call)
@@ -590,6 +625,11 @@ def _wire_status(status: Status) -> _WireStatus:
     """Return a status for the crate."""
     details = next((value for _, value in status.trailers), b"")
     return int(status.code), status.message, details, status.may_go_elsewhere
+
+
+def _wire_door(door: HttpDoor, limits: FrontLimits, overloaded: Status) -> tuple[int, dict[str, HttpAnswer]]:
+    """Return the settings of HTTP for the crate."""
+    return door.max_body_bytes, dict(door.refusals(limits, overloaded))
 
 
 def _times(raw: bytes) -> F64:

@@ -40,7 +40,7 @@ impl Coming {
     }
 
     /// Ready when the message takes too long: no data for a time, or too little since its start.
-    fn poll_late(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<()> {
+    pub fn poll_late(&mut self, cx: &mut Context<'_>, limits: &Limits) -> Poll<()> {
         let (began, latest) = *self.since.get_or_insert_with(|| (Instant::now(), Instant::now()));
         let in_all = limits.receive + limits.receive_time(self.bytes);
         let end = (latest + limits.receive).min(began + in_all);

@@ -1,0 +1,82 @@
+//! The answers to requests that the front refuses itself. Python has worded them.
+
+use crate::method::{FastPath, Method};
+use bytes::Bytes;
+use http::header::CONTENT_LENGTH;
+use http::{HeaderName, HeaderValue, Response, StatusCode};
+use std::collections::HashMap;
+
+/// An answer as Python gives it: status, headers, body.
+pub type Given = (u16, Vec<(String, String)>, Bytes);
+
+/// A whole answer.
+#[derive(Clone, Debug)]
+pub struct HttpAnswer {
+    pub head: Response<()>,
+    pub body: Bytes,
+}
+
+impl HttpAnswer {
+    /// None: not a status and headers of HTTP.
+    pub fn new((status, headers, body): Given) -> Option<Self> {
+        let mut head = Response::new(());
+        *head.status_mut() = StatusCode::from_u16(status).ok()?;
+        for (name, value) in headers {
+            let name = HeaderName::try_from(name).ok()?;
+            head.headers_mut().append(name, HeaderValue::try_from(value).ok()?);
+        }
+        head.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        Some(HttpAnswer { head, body })
+    }
+}
+
+/// The settings of HTTP that is not gRPC.
+#[derive(Debug)]
+pub struct Door {
+    /// Python's method for all requests.
+    pub method: Method,
+    /// Limit of a request's body.
+    pub body_bytes: usize,
+    pub overloaded: HttpAnswer,
+    pub headers_too_large: HttpAnswer,
+    pub body_too_large: HttpAnswer,
+    pub slow: HttpAnswer,
+    pub bad_timeout: HttpAnswer,
+    pub late: HttpAnswer,
+    pub failed: HttpAnswer,
+}
+
+impl Door {
+    /// `index`: of Python's method. Err: the name of an answer that is missing or makes no sense.
+    pub fn read(
+        index: usize,
+        body_bytes: usize,
+        mut answers: HashMap<String, Given>,
+    ) -> Result<Self, String> {
+        let mut take =
+            |name: &str| answers.remove(name).and_then(HttpAnswer::new).ok_or_else(|| name.to_owned());
+        Ok(Door {
+            method: Method { index, streams: false, fast_path: FastPath::No, is_open: false },
+            body_bytes,
+            overloaded: take("overloaded")?,
+            headers_too_large: take("headers_too_large")?,
+            body_too_large: take("body_too_large")?,
+            slow: take("slow")?,
+            bad_timeout: take("bad_timeout")?,
+            late: take("late")?,
+            failed: take("failed")?,
+        })
+    }
+
+    #[cfg(test)]
+    pub fn for_test() -> Self {
+        let names =
+            ["overloaded", "headers_too_large", "body_too_large", "slow", "bad_timeout", "late", "failed"];
+        let statuses = [429, 431, 413, 408, 400, 504, 500];
+        let given = |(name, status): (&str, u16)| {
+            (name.to_owned(), (status, Vec::new(), Bytes::from(name.to_owned())))
+        };
+        Door::read(0, 100, names.into_iter().zip(statuses).map(given).collect())
+            .unwrap_or_else(|missing| unreachable!("{missing}"))
+    }
+}

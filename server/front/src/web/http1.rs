@@ -1,0 +1,295 @@
+//! Connections of HTTP/1.1, by hyper.
+
+use crate::calls::service::Service;
+use crate::limits::peer::Peer;
+use crate::limits::read_quota::ReadQuota;
+use crate::limits::refusals::Refusal;
+use crate::web::exchange::{answer, Body, Broken, Replies};
+use crate::web::socket::Socket;
+use crate::wire::lifetime::{Age, Lifetime};
+use bytes::Bytes;
+use hyper::body::{Body as HyperBody, Frame, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Limit of the bytes that hyper buffers of a connection. It answers larger headers with HTTP 431, and closes the
+/// connection.
+pub const BUFFER_BYTES: usize = 64 << 10;
+
+/// A body. hyper has no unread data of it once a part was taken.
+struct Received<'a>(Incoming, &'a ReadQuota);
+
+impl Body for Received<'_> {
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+        loop {
+            let frame = std::task::ready!(Pin::new(&mut self.0).poll_frame(cx));
+            match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => {
+                    self.1.set_kept(0);
+                    return Poll::Ready(Some(Ok(data)));
+                }
+                Some(Ok(Err(_))) => {} // trailers
+                Some(Err(_)) => return Poll::Ready(Some(Err(Broken))),
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+
+    fn announced(&self) -> Option<u64> {
+        self.0.size_hint().exact()
+    }
+}
+
+impl HyperBody for Replies {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        self.poll_next(cx).map(|next| next.map(|part| part.map(Frame::data)))
+    }
+}
+
+/// Serve a connection until it ends, or one of the futures that end it is ready. `draining`: no more requests.
+pub async fn connection<S>(
+    socket: Socket<S>,
+    quota: &Arc<ReadQuota>,
+    peer: &Arc<Peer>,
+    service: &Arc<Service>,
+    draining: impl Future<Output = ()>,
+    closed: impl Future<Output = ()>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let bounds = &service.bounds;
+    let limits = &bounds.limits;
+    let has_begun = AtomicBool::new(false);
+    let serve = service_fn(|request: http::Request<Incoming>| {
+        quota.set_kept(0);
+        has_begun.store(true, Ordering::Relaxed);
+        async move {
+            let (head, body) = request.into_parts();
+            let (head, replies) =
+                answer(&head, &mut Received(body, quota), peer, service).await.ok_or(Broken)?;
+            Ok::<_, Broken>(head.map(|()| replies))
+        }
+    });
+    let mut builder = http1::Builder::new();
+    // an idle connection may wait as long as one of HTTP/2 that answers no ping
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.keepalive + limits.keepalive_timeout)
+        .max_buf_size(BUFFER_BYTES);
+    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(socket), serve));
+    let (mut draining, mut closed) = (std::pin::pin!(draining), std::pin::pin!(closed));
+    let mut begin = std::pin::pin!(tokio::time::sleep(limits.handshake));
+    let mut life = Lifetime::new(limits.age, limits.age_grace);
+    let (mut is_draining, mut is_waiting) = (false, true);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut closed => return,
+            () = peer.left() => return,
+            age = life.next() => match age {
+                Age::Old => connection.as_mut().graceful_shutdown(),
+                Age::TooOld => return,
+            },
+            () = &mut draining, if !is_draining => {
+                is_draining = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            ended = connection.as_mut() => {
+                match ended {
+                    Err(error) if error.is_parse() => bounds.counts.refuse(Refusal::Protocol),
+                    Err(error) if error.is_timeout() => bounds.counts.refuse(Refusal::Silent),
+                    _ => {}
+                }
+                return;
+            }
+            () = &mut begin, if is_waiting => {
+                is_waiting = false;
+                if !has_begun.load(Ordering::Relaxed) {
+                    return bounds.counts.refuse(Refusal::Handshake);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calls::service::Service;
+    use crate::steps::call::Call;
+    use crate::steps::columns::Arrival;
+    use crate::web::answers::{Door, HttpAnswer};
+    use std::future::pending;
+    use tokio::io::{duplex, AsyncReadExt, AsyncWriteExt, DuplexStream};
+    use tokio::task::JoinHandle;
+
+    const GET: &[u8] = b"GET /v1/models?a=b HTTP/1.1\r\nhost: here\r\nx-more: 1\r\n\r\n";
+
+    /// A client of a connection that is served.
+    struct Client {
+        service: Arc<Service>,
+        socket: DuplexStream,
+        serving: JoinHandle<()>,
+    }
+
+    fn client(room: usize) -> Client {
+        let service = Arc::new(Service::for_test());
+        service.door.set(Door::for_test()).unwrap();
+        let (peer, quota) = (Arc::new(Peer::numbered(0)), Arc::<ReadQuota>::default());
+        let (socket, served) = duplex(room);
+        let own = service.clone();
+        let serving = tokio::spawn(async move {
+            let served = Socket::new(served, quota.clone(), own.bounds.clone());
+            let mut serving = std::pin::pin!(connection(served, &quota, &peer, &own, pending(), pending()));
+            std::future::poll_fn(|cx| {
+                quota.begin();
+                serving.as_mut().poll(cx)
+            })
+            .await;
+        });
+        Client { service, socket, serving }
+    }
+
+    impl Client {
+        async fn send(&mut self, bytes: &[u8]) {
+            self.socket.write_all(bytes).await.unwrap();
+        }
+
+        /// The next arrival for Python.
+        async fn arrival(&self) -> Arrival {
+            loop {
+                if let Some(arrival) = self.service.queue.take().pop() {
+                    return arrival;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+
+        async fn call(&self) -> (Arc<Call>, Bytes) {
+            match self.arrival().await {
+                Arrival::Call(call, Some(body)) => (call, body),
+                other => panic!("{other:?}"),
+            }
+        }
+
+        /// What the server sends until it closes the connection.
+        async fn rest(mut self) -> (String, Arc<Service>) {
+            let mut found = Vec::new();
+            self.socket.read_to_end(&mut found).await.unwrap();
+            self.serving.await.unwrap();
+            (String::from_utf8(found).unwrap(), self.service)
+        }
+    }
+
+    fn answered(call: &Call, body: &'static [u8]) {
+        let headers = vec![("x-own".to_owned(), "yes".to_owned())];
+        let answer = HttpAnswer::new((200, headers, Bytes::from_static(body))).unwrap();
+        call.respond(answer.head, answer.body);
+    }
+
+    fn refusals(service: &Service, name: &str) -> u64 {
+        service.bounds.counts.refusals().iter().find(|(found, _)| *found == name).unwrap().1
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_comes_with_its_headers_and_its_answer_leaves_as_it_is() {
+        let mut client = client(1 << 16);
+        client.send(GET).await;
+        let (call, body) = client.call().await;
+        assert!(body.is_empty());
+        let value = |name: &str| {
+            let found = call.metadata.iter().find(|(key, _)| key == name);
+            String::from_utf8(found.unwrap().1.clone()).unwrap()
+        };
+        let names = [":method", ":path", ":authority", "x-more"];
+        assert_eq!(names.map(value), ["GET", "/v1/models?a=b", "here", "1"]);
+        answered(&call, b"{}");
+        client
+            .send(b"POST / HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: 2\r\n\r\nhi")
+            .await;
+        let (call, body) = client.call().await;
+        assert_eq!(&body[..], b"hi");
+        answered(&call, b"");
+        let (found, service) = client.rest().await;
+        assert_eq!(found.matches("x-own: yes").count(), 2);
+        assert!(found.contains("content-length: 2\r\n") && found.contains("\r\n\r\n{}HTTP/1.1 200 OK"));
+        assert_eq!(service.unwritten.load(Ordering::Relaxed), 0);
+        assert_eq!(service.bounds.held.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_must_begin_and_its_body_must_come_in_time() {
+        let mut waiting = client(1 << 16);
+        waiting.send(b"GET / HT").await;
+        let (found, service) = waiting.rest().await;
+        assert_eq!((found.as_str(), refusals(&service, "handshake")), ("", 1));
+        let mut client = client(1 << 16);
+        client
+            .send(b"POST / HTTP/1.1\r\nhost: here\r\nconnection: close\r\ncontent-length: 9\r\n\r\nhi")
+            .await;
+        let (found, service) = client.rest().await;
+        assert!(found.starts_with("HTTP/1.1 408 ") && found.ends_with("slow"), "{found}");
+        assert_eq!(refusals(&service, "slow_message"), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn too_much_and_too_late_have_their_answers() {
+        let large =
+            format!("GET / HTTP/1.1\r\nhost: here\r\nx: {}\r\nconnection: close\r\n\r\n", "x".repeat(20_000));
+        let post = "POST / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n";
+        let announced = format!("{post}content-length: 101\r\n\r\n");
+        let chunked =
+            format!("{post}transfer-encoding: chunked\r\n\r\n65\r\n{}\r\n0\r\n\r\n", "x".repeat(101));
+        let unread = format!("{post}grpc-timeout: soon\r\n\r\n");
+        let late = format!("{post}grpc-timeout: 50m\r\n\r\n");
+        let cases = [
+            (large, "431 ", "headers_too_large"),
+            (announced, "413 ", "body_too_large"),
+            (chunked, "413 ", "body_too_large"),
+            (unread, "400 ", "bad_timeout"),
+            (late, "504 ", "late"),
+        ];
+        for (request, status, body) in cases {
+            let mut client = client(1 << 16);
+            client.send(request.as_bytes()).await;
+            let (found, _) = client.rest().await;
+            assert!(found.starts_with(&format!("HTTP/1.1 {status}")) && found.ends_with(body), "{found}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_not_read_ends_the_connection() {
+        let mut client = client(64);
+        client.send(GET).await;
+        let (call, _) = client.call().await;
+        answered(&call, &[b'x'; 10_000]);
+        client.serving.await.unwrap();
+        assert_eq!(refusals(&client.service, "unread_replies"), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn python_learns_that_a_client_has_left() {
+        let mut client = client(1 << 16);
+        client.send(GET).await;
+        let (call, _) = client.call().await;
+        drop(client.socket);
+        client.serving.await.unwrap();
+        assert!(call.is_over());
+        assert!(matches!(client.service.queue.take().pop(), Some(Arrival::Ended(_))));
+        answered(&call, b"too late");
+        assert_eq!(client.service.unwritten.load(Ordering::Relaxed), 0);
+    }
+}
