@@ -64,7 +64,7 @@ $(MODEL): | $(INSTALLED)
 
 .PHONY: serve
 serve: $(INSTALLED) $(FRONT) $(MODEL) ## Serve the demo's model (trained first if need be) until Ctrl-C
-	$(BIN)/stepwell serve temperature=$(MODEL)
+	$(BIN)/stepwell serve temperature=$(MODEL) $$($(BIN)/python -c 'import stepwell_front' 2>/dev/null && echo --http-listen 127.0.0.1:8080)
 
 # Whole runs are divided among so many processes, one more than two cores have: many tests wait for servers, disks and
 # limits of time. A few tests, named by ARGS, are faster in one.

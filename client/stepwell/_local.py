@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import importlib.util
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from stepwell.testing import LocalServer, serve_arguments
 _STOP_S = 10.0
 _NO_ADDRESS = "127.0.0.1:1"
 _COMPILED = ".stepwell"
+_HTTP = ("--http-listen", "127.0.0.1:0")
 # A line of the server's log, as text or as JSON, for a model that is not in its cache.
 _LOADING = re.compile(r'loading model\b.*?\bmodel"?[=:]\s*"?(?P<name>[A-Za-z0-9_.-]+)')
 
@@ -107,11 +109,11 @@ def local(
         place = _places.of(frozenset(files))
         paths = {name: file.path for name, file in files.items()}
 
-        def start() -> LocalServer:
+        def start(*, http: bool) -> LocalServer:
             server = LocalServer(
                 paths,
                 content.data_dir,
-                content.extra_args,
+                (*content.extra_args, *(_HTTP if http else ())),
                 cache_dir=content.cache_dir,
                 start_timeout_s=start_timeout_s,
                 on_log=_Progress(paths).on_log,
@@ -119,6 +121,8 @@ def local(
             try:
                 server.start()
             except ServerStartError as error:
+                if http and error.refusal.startswith(_HTTP[0]):  # the native front cannot be used
+                    return start(http=False)
                 if not error.refusal:
                     raise
                 message = error.refusal
@@ -130,7 +134,17 @@ def local(
                 raise ServerStartError(f"{message} (the server did not start)", refusal=message) from None
             return server
 
-        return place.client(content, config, coalesce, start)
+        return place.client(content, config, coalesce, lambda: start(http=_may_serve_http(content)))
+
+
+def _may_serve_http(content: _Content) -> bool:
+    """Whether a server can be asked for HTTP: only the native front serves it, and the caller may have its own options."""
+    options = {option.partition("=")[0] for option in content.extra_args}
+    return (
+        importlib.util.find_spec("stepwell_front") is not None
+        and options.isdisjoint({_HTTP[0], "--front", "--config"})
+        and content.variables.keys().isdisjoint({"STEPWELL_HTTP_LISTEN", "STEPWELL_FRONT", "STEPWELL_CONFIG"})
+    )
 
 
 class LocalClient(Client):
@@ -162,6 +176,20 @@ class LocalClient(Client):
             True
         """
         return self._server
+
+    @property
+    def http_address(self) -> str | None:
+        """The server's address for JSON over HTTP, 127.0.0.1:PORT; None without the native front.
+
+        Example:
+            >>> import json, urllib.request
+            >>> client = stepwell.local(model_path, name="forecast")
+            >>> url = f"http://{client.http_address}/v1/models/forecast"
+            >>> json.load(urllib.request.urlopen(url))["model"]["name"]
+            'forecast'
+            >>> client.close()
+        """
+        return self._server.http_address
 
     def _facts(self) -> dict[str, object]:
         process = "ended" if self._server.pid is None else f"process {self._server.pid}"

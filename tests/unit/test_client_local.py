@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ class FakeServer:
     """A server that only counts: it has a number while it runs."""
 
     made: ClassVar[list[FakeServer]] = []
+    refuses_http = False
 
     def __init__(self, models: Any, data_dir: Any, extra_args: Any, **options: Any) -> None:
         self.models, self.data_dir, self.extra_args, self.options = models, data_dir, extra_args, options
@@ -36,6 +38,9 @@ class FakeServer:
     def start(self) -> None:
         self.contents = {name: Path(path).read_bytes() for name, path in self.models.items()}
         FakeServer.made.append(self)
+        if self.refuses_http and "--http-listen" in self.extra_args:
+            refusal = "--http-listen: only the native front serves HTTP"
+            raise ServerStartError(f"the server ended with exit code 2: {refusal}", refusal=refusal)
         if b"bad" in self.contents.values():
             refusal = f"model m: {self.models['m']}: it is bad"
             raise ServerStartError(f"the server ended with exit code 2: {refusal}", refusal=refusal)
@@ -57,6 +62,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeServer]]:
     monkeypatch.setattr(_local, "LocalServer", FakeServer)
     monkeypatch.setattr(_local, "_places", _local._Places())
     monkeypatch.setattr(FakeServer, "made", [])
+    # without the native front, unless a test says otherwise
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     yield FakeServer.made
     _local._places.end_all()
     assert not any(server.pid for server in FakeServer.made)
@@ -84,6 +91,39 @@ def test_the_same_call_gives_the_same_client(
     other.write_bytes(b"two")
     stepwell.local({"a": compiled, "b": other})
     assert [line[:23] for line in capsys.readouterr().err.splitlines()] == ["stepwell: compiling 'b'"]
+
+
+@pytest.mark.parametrize(
+    ("options", "variable", "wanted"),
+    [
+        ([], "", ("--http-listen", "127.0.0.1:0")),
+        (["--http-listen=127.0.0.1:8080"], "", ("--http-listen=127.0.0.1:8080",)),
+        (["--front", "python"], "", ("--front", "python")),
+        ([], "STEPWELL_FRONT", ()),
+    ],
+)
+def test_it_serves_http_if_the_native_front_is_there_and_the_caller_chose_nothing_else(
+    options: list[str],
+    variable: str,
+    wanted: tuple[str, ...],
+    path: Path,
+    made: list[FakeServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: "found")
+    if variable:
+        monkeypatch.setenv(variable, "python")
+    stepwell.local(path, extra_args=options)
+    assert [server.extra_args for server in made] == [wanted]
+
+
+def test_it_does_without_http_if_the_server_refuses_it(
+    path: Path, made: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: "found, but of no use")
+    monkeypatch.setattr(FakeServer, "refuses_http", True)
+    stepwell.local(path)
+    assert [server.extra_args for server in made] == [("--http-listen", "127.0.0.1:0"), ()]
 
 
 @pytest.mark.parametrize(
