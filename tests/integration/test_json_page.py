@@ -1,4 +1,4 @@
-"""docs/guides/json.md: its calls by curl run, and answer what it says."""
+"""docs/guides/json.md and the README: their calls by curl run, and answer what the pages say."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from stepwell.v1 import models_pb2, sessions_pb2
 from support import secured
 from support.models import programs
 from support.secured import Server
+from support.servers.both_fronts import needs_native
 from support.servers.envoy import Envoy
 from support.servers.server_process import forecast
 
+README = Path(__file__).parents[2] / "README.md"
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "json.md"
+pytestmark = needs_native
 BLOCK = re.compile(r"^```(sh|json)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 #: For machines without curl: as much of it as the page uses.
 CURL = """
@@ -31,25 +34,28 @@ words, method, body = sys.argv[1:], None, None
 while words:
     word = words.pop(0)
     if word == "-X": method = words.pop(0)
-    elif word == "-d": body = words.pop(0)
+    elif word == "--json": body = words.pop(0)
     elif word != "-s": url = urlsplit("http://" + word)
 connection = http.client.HTTPConnection(url.netloc)
 path = url.path + ("?" + url.query if url.query else "")
-connection.request(method or ("POST" if body else "GET"), path, body)
+headers = {"content-type": "application/json"} if body else {}
+connection.request(method or ("POST" if body else "GET"), path, body, headers)
 print(connection.getresponse().read().decode())
 """
 
 
-@pytest.fixture
-def envoy(tmp_path: Path) -> Iterator[Envoy]:
+@pytest.fixture(params=["server", "envoy"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where the page's calls go: the server itself, and an Envoy before it."""
     if secured.is_on():
         pytest.skip("the page's server is without TLS")
-    models = {"forecast": forecast().path}
-    with (
-        Server(models, cache_dir=programs.cache_dir()) as server,
-        Envoy(tmp_path, [server.address]) as running,
-    ):
-        yield running
+    options = ["--http-listen", "127.0.0.1:0"] if request.param == "server" else []
+    with Server({"forecast": forecast().path}, cache_dir=programs.cache_dir(), extra_args=options) as server:
+        if request.param == "server":
+            yield server.http_address or ""
+            return
+        with Envoy(tmp_path, [server.address]) as envoy:
+            yield envoy.address
 
 
 def alike(found: Any, shown: Any) -> Any:
@@ -63,11 +69,19 @@ def alike(found: Any, shown: Any) -> Any:
     return found
 
 
-def test_calls_by_curl_answer_what_the_page_says(envoy: Envoy, tmp_path: Path) -> None:
+def run(blocks: str, address: str, folder: Path) -> list[Any]:
+    """The answers to the calls of blocks of a page."""
     prelude = ""
     if shutil.which("curl") is None:
-        (tmp_path / "curl.py").write_text(CURL)
-        prelude = f'curl() {{ python3 {tmp_path / "curl.py"} "$@"; }}\n'
+        (folder / "curl.py").write_text(CURL)
+        prelude = f'curl() {{ python3 {folder / "curl.py"} "$@"; }}\n'
+    # a line break before each answer, because curl writes none behind it
+    script = blocks.replace("localhost:8080", address).replace("curl ", "echo; curl -s ")
+    done = subprocess.run(["bash", "-euc", prelude + script], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def test_calls_by_curl_answer_what_the_page_says(address: str, tmp_path: Path) -> None:
     answers: list[Any] = []
     shown = 0
     for kind, text in BLOCK.findall(PAGE.read_text()):
@@ -75,15 +89,17 @@ def test_calls_by_curl_answer_what_the_page_says(envoy: Envoy, tmp_path: Path) -
             assert alike(answers[-1], json.loads(text)) == json.loads(text)
             shown += 1
         elif "curl" in text:
-            # a line break after each answer, which curl does not write
-            script = text.replace("localhost:8080", envoy.address).replace("curl -s", "echo; curl -s")
-            done = subprocess.run(
-                ["bash", "-euc", prelude + script], capture_output=True, text=True, check=True
-            )
-            answers += [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+            answers += run(text, address, tmp_path)
     assert shown == 3
     assert len(answers) == 7
     assert [answer["code"] for answer in answers if "code" in answer] == [5]
+
+
+def test_the_readme_opens_steps_and_reads_a_session_by_curl(address: str, tmp_path: Path) -> None:
+    blocks = [text for kind, text in BLOCK.findall(README.read_text()) if kind == "sh" and "curl" in text]
+    opened, stepped, state = run("".join(blocks), address, tmp_path)
+    assert (opened["session"]["session_id"], stepped["revision"]) == ("user-42", "1")
+    assert state["session"]["revision"] == "1"
 
 
 def test_the_page_has_every_path() -> None:
