@@ -387,14 +387,16 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
 
     front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
     front._steps = steps = mock.create_autospec(Server, instance=True)
-    steps.take.return_value = None
+    steps.take.return_value, steps.run.return_value = None, False
     steps.add_part.side_effect = lambda _, part: asyncio.get_running_loop().call_soon(part)
 
     def batch(peer: str, count: int) -> tuple[Any, ...]:
         ids = [f"{peer}-{place}" for place in range(count)]
         counts, sizes = np.array([count], np.uint32).tobytes(), np.ones(count, np.uint32).tobytes()
         numbers = (counts, sizes, b"", b"", np.full(count, np.inf).tobytes())
-        return native._BATCH, mock.Mock(), ids, [peer], None, numbers, (1, [], True, None), []
+        handle = mock.Mock()
+        handle.columns.return_value = ids, [peer], None, numbers, (1, [], True, None), []
+        return native._BATCH, handle, count, 1, ids[0], [peer], None, True
 
     wire = mock.Mock()
     wire.take.side_effect = [[batch("other", 1)], [batch("flood", 1024)], [batch("other", 1)], []]
@@ -403,7 +405,7 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     steps.reset_mock()
     front._take(wire)
     assert [len(call.args[0].session_ids) for call in steps.mock_calls if call[0] == "take"] == [1]
-    assert [call[0] for call in steps.mock_calls] == ["add_part", "take", "go"]
+    assert [call[0] for call in steps.mock_calls] == ["add_part", "run", "take", "go"]
     assert steps.add_part.call_args.args[0] == ("arrivals", "acme", "ann", "flood"), (
         "among those of its caller"
     )

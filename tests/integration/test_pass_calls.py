@@ -32,8 +32,8 @@ from support.peers import http2
 from support.peers.wire import tensor
 from support.servers.both_fronts import needs_native
 
-MAX_CALLS = 350
-MAX_OPERATORS = 190
+MAX_CALLS = 175
+MAX_OPERATORS = 90
 """Of a pass. Lower them with every change that needs fewer."""
 
 SESSIONS = 32

@@ -57,6 +57,7 @@ mod steps {
     pub mod parse;
     pub mod reply;
     pub mod reply_order;
+    pub mod single;
 }
 
 /// The same for Triton's requests.
@@ -94,6 +95,8 @@ mod wire {
 
 /// The interface with Python.
 mod python {
+    #[cfg(feature = "python")]
+    mod batch;
     mod commands;
     mod driver;
     #[cfg(feature = "python")]
@@ -106,4 +109,8 @@ mod python {
     mod lists;
     #[cfg(feature = "python")]
     mod log_writer;
+    #[cfg(feature = "python")]
+    mod memory;
+    #[cfg(feature = "python")]
+    mod step_kernel;
 }

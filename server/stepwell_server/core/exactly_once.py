@@ -94,11 +94,11 @@ _CONTENT = np.uint64(2**_CONTENT_BITS - 1)
 #: Rows of up to this many words are hashed by multiplication. A longer row gets a CRC-32: cheaper per byte, dearer
 #: per row.
 _MAX_WORDS = 256
-_WEIGHTS: U64 = np.random.Generator(np.random.PCG64(0)).integers(
+WEIGHTS: U64 = np.random.Generator(np.random.PCG64(0)).integers(
     2**64, size=_MAX_WORDS, dtype=np.uint64
 ) | np.uint64(1)
 _FACTOR, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
-_ROW_WEIGHTS, _U64 = _WEIGHTS[::-1], 2**64 - 1
+_ROW_WEIGHTS, _U64 = WEIGHTS[::-1], 2**64 - 1
 
 
 def prefix_of(kind: Kind, dtypes: Sequence[object]) -> np.uint64:
@@ -161,7 +161,7 @@ def mask_numbers(mask: Mask) -> U64:
     Trailing columns without a mark make no difference.
     """
     columns = np.arange(mask.shape[1])
-    weights = _WEIGHTS[columns % _MAX_WORDS] * np.asarray(2 * (columns // _MAX_WORDS) + 1, np.uint64)
+    weights = WEIGHTS[columns % _MAX_WORDS] * np.asarray(2 * (columns // _MAX_WORDS) + 1, np.uint64)
     found: U64 = mask @ weights
     return found
 
@@ -209,7 +209,7 @@ def _numbers(rows: npt.NDArray[Any]) -> U64:
         return np.fromiter(map(crc32, parts), np.uint64, len(parts))
     if words.itemsize == 8:  # otherwise the high bits of a word would affect no other bits
         words = words ^ (words >> _HALF)
-    found: U64 = words @ _WEIGHTS[: words.shape[1]]
+    found: U64 = words @ WEIGHTS[: words.shape[1]]
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import ItemsView, Sequence
+from collections.abc import ItemsView, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -149,6 +149,8 @@ class SessionTable:
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}
         self._ids = _Ids()
+        self.growths = 0
+        """How often the columns were replaced by longer ones."""
         self._more_rows: dict[int, Rows] = {}
         self._known: dict[int, _KnownHandles] = {}
         """By the identity of the tuple, the oldest first."""
@@ -181,6 +183,11 @@ class SessionTable:
     def items(self) -> ItemsView[str, int]:
         """Ids and handles of all live sessions."""
         return self._handles.items()
+
+    @property
+    def handles(self) -> Mapping[str, int]:
+        """Handles by id; the same object for the lifetime of the table."""
+        return self._handles
 
     def find(self, session_id: str) -> int | None:
         """The session's handle, or None."""
@@ -310,3 +317,4 @@ class SessionTable:
             new = page_by_page((2 * len(old),), old.dtype)
             new[: len(old)] = old
             setattr(self, name, new)
+        self.growths += 1

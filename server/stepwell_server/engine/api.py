@@ -6,13 +6,14 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
+from stepwell_server.core.callers import Caller
 from stepwell_server.core.namespaces import SEPARATOR, inner, prefix_of
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
-from stepwell_server.program import Program
+from stepwell_server.program import Program, TensorSpec
 
 
 class Select(enum.Enum):
@@ -21,6 +22,75 @@ class Select(enum.Enum):
     ALL = "all"
     LAST = "last"
     NONE = "none"
+
+
+Answered: TypeAlias = tuple[bytes, bytes]
+"""Arrival times of the calls, and of the messages on streams, that were answered: columns of float64, in seconds."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRules:
+    """What compiled code must know to run the single steps of a model."""
+
+    handles: Mapping[str, int]
+    """Handles of all sessions by id."""
+    model: int
+    """The model's number in the session table."""
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    states: Sequence[Array]
+    """The arena's states."""
+    kept: Sequence[Array]
+    """The arena's outputs."""
+    digest_weights: Sequence[int]
+    digest_prefix: int
+    digest_seeds: Mapping[Select, tuple[int, int]]
+    """Seeds of digests: without a time axis, and with one."""
+
+
+class StepKernel(Protocol):
+    """Compiled code for the single steps of a model: `Direct`, except for the program and the scheduling."""
+
+    def attach(self, columns: Sequence[Array]) -> None:
+        """Use these columns of the session table from now on."""
+
+    def claim(self, batch: Any, now: float) -> bool:
+        """Claim the sessions of a batch if all of its steps may run now. False: nothing changed."""
+
+    def cancel(self) -> None:
+        """End the claims of a batch that is not finished."""
+
+    def gather(self, batch: Any, inputs: Sequence[Array], states: Sequence[Array]) -> None:
+        """Copy inputs and states of the claimed batch into the executor's arrays."""
+
+    def finish(
+        self, batch: Any, outputs: Sequence[Array], states: Sequence[Array], now: float, version: int
+    ) -> Answered:
+        """Write the executor's results to arena and table, end the claims, and answer. If it raises, nothing changed."""
+
+
+class NewKernel(Protocol):
+    """Makes compiled code for a model."""
+
+    def __call__(self, rules: StepRules, /) -> StepKernel:
+        """Return the code for a model with these rules."""
+
+
+@dataclasses.dataclass(slots=True)
+class StepBatch:
+    """Steps that compiled code has parsed. It has their content, and answers them."""
+
+    handle: Any
+    """The compiled code's own object."""
+    size: int
+    """Number of sessions."""
+    first_id: str
+    """Id of the first session."""
+    connections: Sequence[str]
+    """The connections that sent them, each once."""
+    caller: Caller | None
+    """The caller of all of them; None: there are several."""
+    new_kernel: NewKernel
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -552,6 +552,11 @@ def _step_seed(change: Change, states: Select) -> np.uint64:
     )
 
 
+def seed_of_single(select: Select, with_time: bool) -> int:
+    """The seed of the digests of single time steps of all rows, without states."""
+    return int(_seed_of(select, with_time, 1, (), None, Select.NONE, None))
+
+
 def shared_error(error: ServerError, count: int) -> ServerError:
     """An error shared by `count` members; it names the first of them."""
     if count > 1:

@@ -15,6 +15,7 @@ from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import (
+    Answered,
     DefaultChange,
     DefaultMove,
     ModelInfo,
@@ -29,6 +30,7 @@ from stepwell_server.engine.api import (
     SessionPolicy,
     StateResult,
     StatesResult,
+    StepBatch,
 )
 from stepwell_server.engine.catalog.changes import Changes
 from stepwell_server.engine.catalog.documents import Documents
@@ -242,6 +244,10 @@ class Engine:
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
         """
+        self.run_batch: Callable[[StepBatch, int], Answered | None] = self._submission.run_batch
+        """Run and answer a batch of steps now, if all of them are valid and none must wait. None: `submit` them.
+
+        Args: the batch, and the largest number of bytes of its outputs."""
         self._reader = StateReader(table, self._directory, self._queues, pager, uses, clock=clock)
         context = Context(table, self._directory, self._queues, pager, removal, clock, observer)
         begin = SessionCreator(

@@ -10,6 +10,7 @@ from stepwell_server.addresses import Address
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.scheduler import Source
+from stepwell_server.engine.api import StepBatch
 from stepwell_server.rpc.fronts.base import Method, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from support import secured
@@ -41,6 +42,10 @@ class NativeSteps:
 
     def take(self, columns: StepColumns) -> None:
         raise NotImplementedError
+
+    def run(self, _batch: StepBatch) -> bool:
+        """Decline: the tests look at columns."""
+        return False
 
     def go(self) -> None:
         """Do nothing: `take` has answered, or the test will."""

@@ -11,15 +11,16 @@ use crate::limits::settings::Limits;
 use crate::messages::grpc::Status;
 use crate::messages::shape::{Given, Shape};
 use crate::method::{FastPath, Method};
+use crate::python::batch::BatchHandle;
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::known_callers::KnownCallers;
 use crate::python::known_ids::KnownIds;
-use crate::python::lists::{self, bytes_of, key, numbers_of, Peers};
+use crate::python::lists::{self, key, Peers};
 use crate::python::log_writer::LogWriter;
+use crate::python::step_kernel::StepKernel;
 use crate::steps::call::Call;
-use crate::steps::columns::{Arrival, Batch, Entry};
-use crate::steps::reply::{Answer, Output};
+use crate::steps::columns::Arrival;
 use crate::wakeup::Wakeup;
 use crate::web::answers::{Door, HttpAnswer};
 use crate::wire::server::{self, Listener, Server, Stage};
@@ -37,10 +38,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 8;
+const INTERFACE: u32 = 9;
 
 /// A status from Python: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
-type PyStatus = (u32, String, PyBackedBytes, bool);
+pub type PyStatus = (u32, String, PyBackedBytes, bool);
 
 /// An answer to an HTTP request: status, headers, body.
 type PyAnswer = (u16, Vec<(String, String)>, PyBackedBytes);
@@ -54,7 +55,7 @@ fn given((status, headers, body): PyAnswer) -> (u16, Vec<(String, String)>, Byte
 /// Counts so far.
 type Count = (&'static str, u64);
 
-fn status((code, message, details, may_go_elsewhere): PyStatus) -> Status {
+pub fn status((code, message, details, may_go_elsewhere): PyStatus) -> Status {
     Status { code, message, details: Bytes::copy_from_slice(&details), may_go_elsewhere }
 }
 
@@ -71,7 +72,7 @@ struct Front {
     ending: Mutex<Option<std::sync::mpsc::Sender<()>>>,
     /// Calls abandoned until the last `take`.
     seen: AtomicU64,
-    known_ids: Mutex<KnownIds>,
+    known_ids: Arc<Mutex<KnownIds>>,
 }
 
 #[pymethods]
@@ -136,7 +137,7 @@ impl Front {
             ended: Mutex::new(ended),
             ending: Mutex::new(Some(ending)),
             seen: AtomicU64::new(0),
-            known_ids: Mutex::default(),
+            known_ids: Arc::default(),
         })
     }
 
@@ -276,7 +277,15 @@ impl Front {
         peers: &mut Peers<'py>,
     ) -> PyResult<Bound<'py, PyTuple>> {
         let tuple: PyObject = match arrival {
-            Arrival::Batch(batch) => return self.batch(py, *batch, seen, peers),
+            Arrival::Batch(batch) => {
+                let handle = BatchHandle {
+                    batch: Arc::new(*batch),
+                    driver: self.driver.clone(),
+                    seen,
+                    known_ids: self.known_ids.clone(),
+                };
+                return handle.into_tuple(py, peers);
+            }
             Arrival::Call(call, request) => {
                 let request = request.map(|message| PyBytes::new_bound(py, &message));
                 (1, key(&call), self.handle(call), request).into_py(py)
@@ -300,44 +309,6 @@ impl Front {
 
     fn handle(&self, call: Arc<Call>) -> CallHandle {
         CallHandle { call, driver: self.driver.clone(), service: self.server.service.clone() }
-    }
-
-    fn batch<'py>(
-        &self,
-        py: Python<'py>,
-        batch: Batch,
-        seen: u64,
-        peers: &mut Peers<'py>,
-    ) -> PyResult<Bound<'py, PyTuple>> {
-        let mut known_ids = self.known_ids.lock().unwrap_or_else(PoisonError::into_inner);
-        let ids = known_ids.tuple_of(py, batch.session_ids());
-        drop(known_ids);
-        let callers = lists::callers_of(py, &batch, peers)?;
-        let whos = lists::whos_of(py, &batch)?;
-        let kinds: Vec<_> = batch
-            .signature
-            .tensors
-            .iter()
-            .zip(&batch.data)
-            .map(|(kind, data)| {
-                (kind.name.as_str(), kind.dtype, kind.tail.clone(), PyBytes::new_bound(py, data))
-            })
-            .collect();
-        let counts: Vec<u32> = batch.entries.iter().map(|entry| entry.count).collect();
-        let columns = (
-            bytes_of(py, &counts, |count| count.to_ne_bytes()),
-            bytes_of(py, &batch.sizes, |size| size.to_ne_bytes()),
-            bytes_of(py, &batch.expected, |revision| revision.to_ne_bytes()),
-            bytes_of(py, &batch.request_ids, |id| id.to_ne_bytes()),
-            bytes_of(py, &batch.deadlines, |at| at.to_ne_bytes()),
-        );
-        let signature = &batch.signature;
-        let asked =
-            (signature.select, signature.output_names.clone(), signature.has_sizes, signature.model.clone());
-        let tensors = kinds.into_py(py);
-        let handle = BatchHandle { batch: Arc::new(batch), driver: self.driver.clone(), seen };
-        let tuple: PyObject = (0, handle, ids, callers, whos, columns, asked, tensors).into_py(py);
-        Ok(tuple.into_bound(py).downcast_into::<PyTuple>()?)
     }
 }
 
@@ -457,133 +428,6 @@ impl CallHandle {
     }
 }
 
-/// Fast-path steps that Python has taken.
-#[pyclass(frozen)]
-struct BatchHandle {
-    batch: Arc<Batch>,
-    driver: Arc<Driver>,
-    seen: u64,
-}
-
-type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
-/// Arrival times of the calls and of the messages on streams that an answer completes: columns of seconds.
-type Ended<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
-
-#[pymethods]
-impl BatchHandle {
-    #[pyo3(signature = (members, revisions, positions, outputs, replayed, model_version))]
-    /// Answer applied members: ascending, None for all, with their rows in order in `outputs`. The numbers are
-    /// columns: members of u32, the others of u64.
-    #[allow(clippy::too_many_arguments)]
-    fn applied<'py>(
-        &self,
-        py: Python<'py>,
-        members: Option<&[u8]>,
-        revisions: &[u8],
-        positions: &[u8],
-        outputs: Vec<OutputColumn>,
-        replayed: bool,
-        model_version: u64,
-    ) -> Ended<'py> {
-        let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
-        let ended = self.ended(py, members.as_deref());
-        let revisions = numbers_of(revisions, u64::from_ne_bytes);
-        let positions = numbers_of(positions, u64::from_ne_bytes);
-        let count = members.as_ref().map_or(self.batch.sizes.len(), Vec::len);
-        let rows = match &members {
-            None => self.batch.sizes.iter().map(|size| *size as usize).sum(),
-            Some(some) => {
-                some.iter().map(|member| self.batch.sizes[*member as usize] as usize).sum::<usize>()
-            }
-        };
-        debug_assert!(revisions.len() == count && positions.len() == count);
-        let outputs = outputs
-            .into_iter()
-            .map(|(name, dtype, tail, data)| Output {
-                name,
-                dtype,
-                tail,
-                row_bytes: data.len() / rows.max(1),
-                data: Box::new(data),
-            })
-            .collect();
-        self.send(Answer::Applied { members, revisions, positions, outputs, replayed, model_version });
-        ended
-    }
-
-    #[pyo3(signature = (members, status, error))]
-    /// Answer failed members: the status for calls, and the error for streams.
-    fn failed<'py>(
-        &self,
-        py: Python<'py>,
-        members: Option<&[u8]>,
-        status: PyStatus,
-        error: &[u8],
-    ) -> Ended<'py> {
-        let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
-        let ended = self.ended(py, members.as_deref());
-        let error = Bytes::copy_from_slice(error);
-        self.send(Answer::Failed { members, status: self::status(status), error });
-        ended
-    }
-
-    /// Return the calls whose clients ask not to be traced.
-    fn untraced(&self) -> Vec<usize> {
-        let entries = self.batch.entries.iter().enumerate();
-        entries
-            .filter(|(_, entry)| entry.frame_id.is_none() && entry.call.is_traced() == Some(false))
-            .map(|(place, _)| place)
-            .collect()
-    }
-
-    /// Return the bytes of a member's Triton request.
-    fn request<'py>(&self, py: Python<'py>, member: usize) -> Bound<'py, PyBytes> {
-        let request = self.batch.entries[member].request.as_ref();
-        PyBytes::new_bound(py, request.map_or(&[], |request| &request.message))
-    }
-
-    /// Return the members whose callers no longer wait.
-    fn gone(&self) -> Vec<u32> {
-        if self.driver.queue.abandoned.load(Ordering::Relaxed) == self.seen {
-            return Vec::new();
-        }
-        self.batch
-            .entries
-            .iter()
-            .filter(|entry| entry.call.is_over())
-            .flat_map(|entry| entry.first..entry.first + entry.count)
-            .collect()
-    }
-}
-
-impl BatchHandle {
-    /// Count these members as answered. Returns the arrival times, in seconds on the monotonic clock, of the messages that
-    /// are now complete: a column for calls, and one for messages on streams.
-    fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Ended<'py> {
-        let entries = &self.batch.entries;
-        let (mut calls, mut messages) = (Vec::new(), Vec::new());
-        let mut answered = |entry: &Entry, count: u32| {
-            if entry.unanswered.fetch_sub(count, Ordering::Relaxed) == count {
-                let ended = if entry.frame_id.is_none() { &mut calls } else { &mut messages };
-                ended.push(entry.arrived);
-            }
-        };
-        match members {
-            None => entries.iter().for_each(|entry| answered(entry, entry.count)),
-            Some(some) => {
-                for member in some {
-                    answered(&entries[entries.partition_point(|entry| entry.first <= *member) - 1], 1);
-                }
-            }
-        }
-        (bytes_of(py, &calls, |at| at.to_ne_bytes()), bytes_of(py, &messages, |at| at.to_ne_bytes()))
-    }
-
-    fn send(&self, answer: Answer) {
-        self.driver.send(Command::Deliver(self.batch.clone(), answer));
-    }
-}
-
 /// The address of LiteRT's delegate for wide layers. None: it has no instructions for this processor.
 #[pyfunction]
 fn dense_delegate() -> Option<usize> {
@@ -599,6 +443,7 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<KnownCallers>()?;
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
+    module.add_class::<StepKernel>()?;
     module.add_class::<LogWriter>()?;
     module.add_function(wrap_pyfunction!(dense_delegate, module)?)?;
     module.add("INTERFACE", INTERFACE)?;

@@ -11,13 +11,46 @@ use std::sync::Arc;
 /// The names of connections, by their numbers.
 pub type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;
 
-/// The connections, one per session, or a single one for a single message.
-pub fn callers_of<'py>(
+/// The connections of a batch, each once, and Python's objects of their callers; None: no authentication.
+pub fn connections_of<'py>(
     py: Python<'py>,
     batch: &Batch,
     peers: &mut Peers<'py>,
-) -> PyResult<Bound<'py, PyList>> {
+) -> PyResult<(Bound<'py, PyList>, Option<Bound<'py, PyList>>)> {
+    let connections = PyList::empty_bound(py);
+    let callers =
+        batch.entries.first().and_then(|entry| entry.caller.as_ref()).map(|_| PyList::empty_bound(py));
+    let mut seen = HashSet::new();
+    for entry in &batch.entries {
+        let peer = &entry.call.peer;
+        if !seen.insert(peer.number) {
+            continue;
+        }
+        let name = peers.entry(peer.number).or_insert_with(|| PyString::new_bound(py, &peer.name));
+        connections.append(&*name)?;
+        if let (Some(callers), Some(known)) = (&callers, &entry.caller) {
+            callers.append(who_of(known))?;
+        }
+    }
+    Ok((connections, callers))
+}
+
+/// Whether all messages have the same caller, or there is no authentication.
+pub fn has_one_caller(batch: &Batch) -> bool {
+    let of = |entry: &Entry| entry.caller.as_ref().map(Arc::as_ptr);
+    let first = batch.entries.first().and_then(of);
+    batch.entries.iter().all(|entry| of(entry) == first)
+}
+
+/// The number of sessions of each message.
+pub fn counts_of(batch: &Batch) -> Vec<u32> {
+    batch.entries.iter().map(|entry| entry.count).collect()
+}
+
+/// The connections, one per session, or a single one for a single message.
+pub fn callers_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Bound<'py, PyList>> {
     let callers = PyList::empty_bound(py);
+    let mut peers = Peers::new();
     for entry in &batch.entries {
         let peer = &entry.call.peer;
         let name = peers.entry(peer.number).or_insert_with(|| PyString::new_bound(py, &peer.name));
@@ -29,6 +62,10 @@ pub fn callers_of<'py>(
     Ok(callers)
 }
 
+fn who_of(known: &Known) -> Option<&PyObject> {
+    known.who.as_ref().and_then(|who| who.downcast_ref::<PyObject>())
+}
+
 /// Python's objects of the callers, one per session, or a single one for all; None: no
 /// authentication.
 pub fn whos_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Option<Bound<'py, PyList>>> {
@@ -36,11 +73,10 @@ pub fn whos_of<'py>(py: Python<'py>, batch: &Batch) -> PyResult<Option<Bound<'py
     let Some(first) = entries.first().and_then(|entry| entry.caller.as_ref()) else { return Ok(None) };
     let whos = PyList::empty_bound(py);
     let add = |known: &Arc<Known>, count: u32| -> PyResult<()> {
-        let who = known.who.as_ref().and_then(|who| who.downcast_ref::<PyObject>());
+        let who = who_of(known);
         (0..count).try_for_each(|_| whos.append(who))
     };
-    let is_one = |entry: &Entry| entry.caller.as_ref().is_some_and(|known| Arc::ptr_eq(known, first));
-    if entries.iter().all(is_one) {
+    if has_one_caller(batch) {
         add(first, 1)?;
     } else {
         for (entry, known) in entries.iter().filter_map(|entry| Some((entry, entry.caller.as_ref()?))) {

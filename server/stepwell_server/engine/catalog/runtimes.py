@@ -15,6 +15,7 @@ from stepwell_server.engine.executors.base import Executor
 from stepwell_server.engine.intake.admission import Admission
 from stepwell_server.engine.intake.queues import Inbox, Inboxes
 from stepwell_server.engine.passes.batch import Lane
+from stepwell_server.engine.passes.compiled import CompiledSteps
 from stepwell_server.engine.passes.completion import Completion
 from stepwell_server.engine.passes.direct import Direct
 from stepwell_server.engine.passes.loop import PassLoop
@@ -118,6 +119,8 @@ class Runtimes:
             clock=self._clock,
             observer=self.observer,
         )
+        compiled = CompiledSteps(direct, model, self._context.table, lanes[0], self._committer)
+        inbox.listen_to_batches(compiled.run)
         completion = Completion(
             model,
             self._context.table,

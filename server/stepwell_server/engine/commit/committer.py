@@ -24,6 +24,7 @@ from stepwell_server.store import base
 from stepwell_server.store.base import ALL_KEPT, SOLE, Batch, CommitResult, OnAnswer, stamped
 from stepwell_server.store.record import JoinedPuts
 
+_NO_HANDLES: Handles = np.zeros(0, np.intp)
 Answer = Callable[[ServerError | None, Members | None], None]
 """Called with the error, or None, and the places in the outcome that it is for; None: all of them."""
 Rejudge = Callable[[Members], None]
@@ -122,6 +123,15 @@ class Committer:
                 self._settle(outcome, committed, answer, rejudge)
 
         self._recorder.keep(outcome, self._sizes, done)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether changes are written to the store."""
+        return self._recorder is not None
+
+    def ended_claims(self) -> None:
+        """Claims of sessions that nothing waited for have ended, without an outcome."""
+        self._release(_NO_HANDLES)
 
     def _settle(self, outcome: Outcome, committed: CommitResult, answer: Answer, rejudge: Rejudge) -> None:
         """Handle each session by its own result."""

@@ -65,8 +65,8 @@ class Direct:
         self._committer = committer
         self._commits = commits
         self._again = rejudge
-        self._clock = clock
-        self._observer = observer
+        self.clock = clock
+        self.observer = observer
         self._names = [spec.name for spec in model.program.outputs]
         self._unmeasured = 0
 
@@ -76,9 +76,7 @@ class Direct:
         If it does not run, it must be checked: it may be wrong, or wait, or be of several models.
         """
         count, work = len(handles), self._model.work
-        if self._model.is_running or self._commits.is_full or work.must_wait:
-            return False
-        if not self._is_short(change, count) or not self._has_plain_shape(change, count):
+        if not self.may_run(count, change) or not self._has_plain_shape(change, count):
             return False
         model, table, sizes = self._model, self._table, change.batch_sizes
         if count == 1:
@@ -95,11 +93,18 @@ class Direct:
         change.handles, change.births, change.model = handles, table.birth[handles], model
         change.row_count, change.members = count, _FIRST if count == 1 else np.arange(count)
         change.sizes = np.ones(count, np.intp) if sizes is None else sizes
-        began = self._clock.monotonic()
+        began = self.clock.monotonic()
         has_run = self._run(change, count)
         if has_run:
-            work.used(self._clock.monotonic() - began)
+            work.used(self.clock.monotonic() - began)
         return has_run
+
+    def may_run(self, count: int, change: Change | None = None) -> bool:
+        """Whether nothing waits, and a run of this many rows may be on the event loop. `change`: their change, if any."""
+        model = self._model
+        if model.is_running or self._commits.is_full or model.work.must_wait:
+            return False
+        return self._is_short(change, count)
 
     def _has_plain_shape(self, change: Change, count: int) -> bool:
         """Whether a change is a step of one row each, with inputs as the program takes them; else `Validation` decides."""
@@ -128,7 +133,7 @@ class Direct:
         return self._is_short(change, count) and _is_plain(change, count) and self._run(change, count)
 
     def _run(self, change: Change, count: int) -> bool:
-        model, started = self._model, self._clock.monotonic()
+        model, started = self._model, self.clock.monotonic()
         try:
             rows = self._rows(change, started)
             source = None if count == 1 else self._source(change, count, started)
@@ -143,15 +148,19 @@ class Direct:
             change.fail(change.members, _log.internal("a pass raised", error, model=model.name))
             return True
         self._commit(change, outcome, outputs, started)
-        if source is None:
-            ready = model.ready
-            ready.alone_until, ready.alone_by = started + ACTIVE_S, change.connections or change.connection
-        else:
-            model.ready.ran(source, count, started)
-            model.iteration_cost.learn(count, self._clock.monotonic() - started)
+        self.note_run(source, count, started, change.connections or change.connection)
         return True
 
-    def _is_short(self, change: Change, count: int) -> bool:
+    def note_run(self, source: Source | None, count: int, started: float, connection: object) -> None:
+        """Note for the scheduler what has just run; `connection` sent it, if it is a single step without a source."""
+        model = self._model
+        if source is None:
+            model.ready.alone_until, model.ready.alone_by = started + ACTIVE_S, connection
+        else:
+            model.ready.ran(source, count, started)
+            model.iteration_cost.learn(count, self.clock.monotonic() - started)
+
+    def _is_short(self, change: Change | None, count: int) -> bool:
         """Whether nothing waits, and a run of this many rows may be on the event loop."""
         model = self._model
         if model.ready.rows_waiting or count > model.max_batch_rows:
@@ -159,19 +168,25 @@ class Direct:
         seconds = model.cost.one_s if count == 1 else model.cost.of(count)
         if seconds <= IN_PLACE_S:
             return True
-        if seconds > _ALONE_S or change.only_source is None:
+        if seconds > _ALONE_S or change is None or change.only_source is None:
             return False
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         return model.work.is_alone(now) and not model.ready.is_contended(now)
 
     def _source(self, change: Change, count: int, now: float) -> Source | None:
         """The source of a run, for the scheduler; None: it must divide the rows among their callers."""
-        model, only = self._model, change.only_source
+        only = change.only_source
+        return self.fair_source(only, only is None and change.has_one_step_of_each, count, now)
+
+    def fair_source(
+        self, only: Source | None, has_one_of_each: bool, count: int, now: float
+    ) -> Source | None:
+        """`_source` of steps that have an only source, or come from as many connections."""
+        model = self._model
         if only is not None:
             is_fair = not model.ready.is_contended(now) or count <= model.rows_of_a_short_pass
             return only if is_fair else None
-        is_fair = change.has_one_step_of_each or count <= model.rows_of_a_short_pass
-        return ALL_CALLERS if is_fair else None
+        return ALL_CALLERS if has_one_of_each or count <= model.rows_of_a_short_pass else None
 
     def _rows(self, change: Change, now: float) -> Rows | None:
         """The rows of sessions that are all free, resident and at the revision before the change; None: not all are."""
@@ -211,9 +226,7 @@ class Direct:
             ExecutionError: the program raised; nothing changed.
         """
         executor, arena = self._executor, self._arena
-        self._unmeasured += len(rows) > 1
-        is_measured = self._unmeasured >= _MEASURE_INTERVAL
-        began = time.thread_time() if is_measured else 0.0
+        began = self.begin_measure(len(rows))
         executor.bind(len(rows))
         self._fill(rows, inputs)
         executor.invoke()
@@ -226,10 +239,19 @@ class Direct:
         else:
             arena.write(rows, after)
             arena.keep_outputs(rows, outputs)
-        if is_measured:
-            self._unmeasured = 0
-            self._model.cost.learn(len(rows), time.thread_time() - began)
+        if began:
+            self.end_measure(len(rows), began)
         return outputs
+
+    def begin_measure(self, count: int) -> float:
+        """The thread's processor time, if the cost of a run of so many rows is to be measured; else 0."""
+        self._unmeasured += count > 1
+        return time.thread_time() if self._unmeasured >= _MEASURE_INTERVAL else 0.0
+
+    def end_measure(self, count: int, began: float) -> None:
+        """Learn the cost of a run for which `begin_measure` returned a time."""
+        self._unmeasured = 0
+        self._model.cost.learn(count, time.thread_time() - began)
 
     def _fill(self, rows: Rows, inputs: Sequence[Array]) -> None:
         # a separate function: no view of the executor's buffers may exist while it runs
@@ -256,7 +278,7 @@ class Direct:
         )
 
     def _commit(self, change: Change, outcome: Outcome, outputs: Sequence[Array], started: float) -> None:
-        clock = self._clock
+        clock = self.clock
         self._table.claimed[outcome.handles] = True
         traces = list(change.traces.values()) if change.traces else []
         if traces:
@@ -274,7 +296,7 @@ class Direct:
                 return
             now = clock.monotonic()
             first = change.session_ids[int(members[0])]
-            self._observer.stepped(self._model.name, first, len(members), now - started, now)
+            self.observer.stepped(self._model.name, first, len(members), now - started, now)
             own = outputs if places is None else [output[places] for output in outputs]
             revisions, positions = outcome.revisions, outcome.positions
             if places is not None:

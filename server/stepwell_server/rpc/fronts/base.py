@@ -13,6 +13,7 @@ from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.core.callers import Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.scheduler import Source
+from stepwell_server.engine.api import StepBatch
 from stepwell_server.engine.types import U64, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc.fronts.certificates import Certificates
@@ -282,6 +283,9 @@ class Steps(Protocol):
 
         Until it is done, nothing that arrives later on the same connections may be applied.
         """
+
+    def run(self, batch: StepBatch) -> bool:
+        """Run and answer a batch of single steps now. False: nothing changed; it must be passed to `take` as columns."""
 
     def go(self) -> None:
         """Run a pass for the accepted steps now, not in the next iteration of the event loop."""

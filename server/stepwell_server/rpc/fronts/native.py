@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import stepwell_front
 
+from stepwell.v1.tensors_pb2 import DataType
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.clock import Clock
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.namespaces import SEPARATOR, prefix_of
 from stepwell_server.core.recent_values import RecentValues
-from stepwell_server.engine.types import U64, Members
+from stepwell_server.engine.api import Select, StepBatch, StepKernel, StepRules
+from stepwell_server.engine.types import U64, Array, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
-from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind
+from stepwell_server.program import TensorSpec, dtype_of
+from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind
 from stepwell_server.rpc.fronts.base import (
     F64,
     BindError,
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
-_INTERFACE = 8
+_INTERFACE = 9
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -95,6 +98,10 @@ _REFUSED_LOG = {
     "evicted": "idle connections are closed for new ones: the limit is reached (--max-connections)",
     "open_files": "connections wait: the limit of open files is reached (ulimit -n)",
 }
+#: The bits of a float that are all set if it is not finite.
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80 << 16, "float64": 0x7FF0 << 48}
+#: The selections of outputs, by their numbers in the protocol.
+_SELECTIONS = (Select.ALL, Select.ALL, Select.LAST, Select.NONE)
 _NOBODY: Members = np.zeros(0, np.intp)
 _NO_TIMES: F64 = np.zeros(0)
 _ANYBODY = [ANYBODY]
@@ -436,11 +443,10 @@ class NativeFront:
     def _add(self, arrival: tuple[Any, ...], *, is_all: bool = False) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            callers = arrival[3]
-            peers: Collection[str] = callers if len(callers) == 1 else set(callers)
-            if arrival[4] is not None:
-                self._callers_of(peers, callers, arrival[4])
-            self._arrivals.add(Kind.BATCH, peers, arrival, len(arrival[2]), is_all=is_all)
+            _, _, size, _, _, peers, whos, _ = arrival
+            if whos is not None:
+                self._remember(peers, whos)
+            self._arrivals.add(Kind.BATCH, peers, arrival, size, is_all=is_all)
         elif tag == _CALL or (tag == _BREACH and not arrival[2].streams):
             peer = self._peers[arrival[1]] = arrival[2].peer
             self._arrivals.add(Kind.TASK, (peer,), arrival)
@@ -452,11 +458,11 @@ class NativeFront:
             kind = Kind.TASK if tag in {_MESSAGE, _BREACH} else Kind.EVENT
             self._arrivals.add(kind, (self._peer_of(arrival[1]),), arrival)
 
-    def _callers_of(self, peers: Collection[str], callers: list[str], whos: list[Caller]) -> None:
+    def _remember(self, peers: Sequence[str], whos: Sequence[Caller]) -> None:
         """Remember the callers of a batch's connections."""
-        for peer in peers:
+        for peer, who in zip(peers, whos, strict=True):
             if self._callers.get(peer) is None:
-                self._callers.put(peer, whos[callers.index(peer) if len(whos) > 1 else 0])
+                self._callers.put(peer, who)
 
     def _peer_of(self, key: int) -> str:
         """Return the connection of a call; empty if the call has not started yet."""
@@ -465,9 +471,17 @@ class NativeFront:
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            rest = self._steps.take(_columns_of(*arrival[1:]))
+            _, handle, size, messages, first_id, peers, whos, has_one_caller = arrival
+            caller = (ANYBODY if whos is None else whos[0]) if has_one_caller else None
+            # a large group that is stepped again is recognized as columns, which costs less than to look its ids up
+            is_group = messages == 1 and size >= LARGE
+            if not is_group and self._steps.run(
+                StepBatch(handle, size, first_id, peers, caller, _new_kernel)
+            ):
+                return
+            rest = self._steps.take(_columns_of(handle, *handle.columns()))
             if rest is not None:
-                self._do_rest(rest, set(arrival[3]))
+                self._do_rest(rest, peers)
             return
         if tag == _JUDGE:
             self._judge(arrival[1])
@@ -591,6 +605,32 @@ class NativeFront:
             handle.end(_wire_status(ended.status))
 
 
+def _new_kernel(rules: StepRules) -> StepKernel:
+    """See `NewKernel`."""
+
+    def spec(tensor: TensorSpec) -> tuple[str, int, list[int], bool, int, int, int]:
+        bits = _EXPONENTS.get(tensor.dtype, 0)
+        size = dtype_of(tensor.dtype).itemsize
+        number = DataType.Value(f"DATA_TYPE_{tensor.dtype.upper()}")
+        return tensor.name, number, list(tensor.shape), tensor.temporal, tensor.row_bytes, size, bits
+
+    def rows(arrays: Sequence[Array]) -> list[tuple[Array, int]]:
+        return [(array, array.nbytes // len(array)) for array in arrays]
+
+    kernel: StepKernel = stepwell_front.StepKernel(
+        rules.handles,
+        rules.model,
+        [spec(tensor) for tensor in rules.inputs],
+        [spec(tensor) for tensor in rules.outputs],
+        rows(rules.states),
+        rows(rules.kept),
+        rules.digest_weights,
+        rules.digest_prefix,
+        [rules.digest_seeds[select] for select in _SELECTIONS],
+    )
+    return kernel
+
+
 def _columns_of(
     batch: BatchHandle,
     session_ids: tuple[str, ...],
@@ -600,7 +640,7 @@ def _columns_of(
     asked: tuple[int, list[str], bool, tuple[str, str] | None],
     tensors: list[tuple[str, int, list[int], bytes]],
 ) -> StepColumns:
-    """Return a batch for `base.Steps`. The arguments are those of the tuple in `python/front.rs`."""
+    """Return a batch for `base.Steps`. The arguments are what `columns` in `python/batch.rs` returns."""
     counts, sizes, expected, request_ids, deadlines = numbers
     select, output_names, has_sizes, model = asked
     return StepColumns(

@@ -16,12 +16,13 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import StepBatch
 from stepwell_server.engine.change import Change, Reply, too_late
 from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import tensors
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import Ended, OutputColumn, Rest, StepColumns
+from stepwell_server.rpc.fronts.base import F64, Ended, OutputColumn, Rest, StepColumns
 from stepwell_server.rpc.status import code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.refusals import Refusals
@@ -36,6 +37,7 @@ _T = TypeVar("_T")
 _Message = tuple[int, int]
 """A message of a batch: its first session, and its number of sessions."""
 _NOBODY: Members = np.zeros(0, np.intp)
+_NO_TIMES: F64 = np.zeros(0)
 _PIECE = 32
 """Number of messages to submit one by one in one iteration of the event loop."""
 
@@ -191,11 +193,7 @@ class Batch:
         self._ended(self.columns.replies.failed(members, to_status(error), message), code_of(error).name)
 
     def _ended(self, ended: Ended, code: str) -> None:
-        now = self._clock.monotonic()
-        if len(ended.calls):
-            self._observer.requests_done(self.wire.method, code, now - ended.calls)
-        if len(ended.messages):
-            self._observer.messages_done(self.wire.stream_method, now - ended.messages)
+        _count_ended(self._observer, self.wire, ended, code, self._clock.monotonic())
 
 
 class ColumnSteps(Refusals):
@@ -218,6 +216,20 @@ class ColumnSteps(Refusals):
         self._requests = requests
         """The wire of Triton's requests."""
         self.go, self.add_part = engine.take_turns, engine.add_part
+
+    def run(self, batch: StepBatch) -> bool:
+        """See `base.Steps`."""
+        if self._tracer is not None:
+            return False
+        answered = self._engine.run_batch(
+            batch, messages.room_for_outputs(batch.size, self._max_message_bytes)
+        )
+        if answered is None:
+            return False
+        calls, others = answered
+        ended = Ended(_times(calls), _times(others))
+        _count_ended(self._observer, STEPWELL, ended, "OK", self._clock.monotonic())
+        return True
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""
@@ -303,6 +315,17 @@ class ColumnSteps(Refusals):
             change.traces = batch.traces_of(some)
         messages.limit_reply(change, self._max_message_bytes)
         return change
+
+
+def _count_ended(observer: RequestObserver, wire: Wire, ended: Ended, code: str, now: float) -> None:
+    if len(ended.calls):
+        observer.requests_done(wire.method, code, now - ended.calls)
+    if len(ended.messages):
+        observer.messages_done(wire.stream_method, now - ended.messages)
+
+
+def _times(column: bytes) -> F64:
+    return np.frombuffer(column, np.float64) if column else _NO_TIMES
 
 
 def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:

@@ -108,7 +108,12 @@ def of_reset(request: pb.ResetStatesRequest, replies: Replies, who: Caller) -> C
 def limit_reply(change: Change, limit: int) -> None:
     """Set the limit of the reply's bytes, and its bytes without outputs."""
     change.reply_limit = limit
-    change.reply_bytes = len(change.session_ids) * MEMBER_BYTES + REPLY_BYTES
+    change.reply_bytes = limit - room_for_outputs(len(change.session_ids), limit)
+
+
+def room_for_outputs(sessions: int, limit: int) -> int:
+    """Return the bytes that are left for outputs in a reply of at most `limit` bytes to so many sessions."""
+    return limit - sessions * MEMBER_BYTES - REPLY_BYTES
 
 
 def _set_step(change: Change, message: pb.StepRequest | pb.StepFrame) -> None:

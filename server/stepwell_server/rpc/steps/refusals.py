@@ -11,6 +11,7 @@ from stepwell_server.rpc.status import Status, to_status
 from stepwell_server.rpc.steps import messages
 
 if TYPE_CHECKING:
+    from stepwell_server.engine.api import StepBatch
     from stepwell_server.rpc.boundary import RequestObserver
     from stepwell_server.rpc.fronts.base import Rest, StepColumns, Steps
 
@@ -59,6 +60,7 @@ class EarlySteps(Refusals):
     go: Callable[[], None]
     add_part: Callable[[tuple[Hashable, ...], Callable[[], None]], object]
     take: Callable[[StepColumns], Rest | None]
+    run: Callable[[StepBatch], bool]
 
     def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
@@ -69,3 +71,4 @@ class EarlySteps(Refusals):
     def go_to(self, steps: Steps) -> None:
         """Pass steps on to these from now on."""
         self.go, self.add_part, self.take = steps.go, steps.add_part, steps.take
+        self.run = steps.run

@@ -1,0 +1,241 @@
+"""Single steps in compiled code and in numpy: one table of cases, with the same answers and the same sessions after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import pytest
+
+from stepwell.v1 import sessions_pb2 as pb
+from stepwell.v1 import sessions_pb2_grpc
+from stepwell_server.addresses import Address
+from stepwell_server.catalog.known_files import KnownFiles
+from stepwell_server.clock import SystemClock
+from stepwell_server.core.front_limits import FrontLimits
+from stepwell_server.engine.api import StepBatch
+from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.rpc.server import RpcServer
+from stepwell_server.rpc.steps.columns import ColumnSteps
+from support.engine.catalog_on_engine import FakeLoads, live_models
+from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH
+from support.engine.harness import Harness, running
+from support.peers.wire import tensor
+from support.servers.both_fronts import needs_native
+
+pytestmark = needs_native
+IDS = ["a", "b", "c", "wide"]
+LIMIT = 1 << 16
+_COLUMNS = ("revision", "position", "request_id", "digest", "reply", "claimed", "used")
+_rng = np.random.default_rng(7)
+
+
+def x(*shape: int) -> Any:
+    return _rng.standard_normal((*shape, 2)).astype(np.float32)
+
+
+def frame(ids: Sequence[str], *arrays: Any, names: Sequence[str] = ("",), **fields: Any) -> pb.StepFrame:
+    inputs = [tensor(array, name) for array, name in zip(arrays, names, strict=True)]
+    return pb.StepFrame(session_ids=ids, inputs=inputs, **fields)
+
+
+def rich(
+    ids: Sequence[str], *, time: bool = False, order: Sequence[int] = (0, 1, 2), first: int = 1
+) -> pb.StepFrame:
+    count = len(ids)
+    tensors = [x(count), _rng.integers(9, size=count, dtype=np.int32), _rng.random(count, np.float32)]
+    if time:
+        tensors[:2] = [tensors[0][:, None], tensors[1][:, None]]
+    named = [("x", "token", "gain")[place] for place in order]
+    return frame(
+        ids, *[tensors[place] for place in order], names=named, request_ids=range(first, first + count)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Frames that are sent one after the other, and which of those that the front parses compiled code runs."""
+
+    frames: Sequence[pb.StepFrame]
+    compiled: Sequence[bool]
+    model: str = "plain"
+
+
+def sent_twice(*fields: dict[str, Any]) -> list[pb.StepFrame]:
+    value = x(2)
+    return [frame(["a", "b"], value, **own) for own in fields]
+
+
+CASES = {
+    "one session": Case([frame(["a"], x(1))], [True]),
+    "sessions in any order": Case([frame(["c", "a", "b"], x(3)), frame(["b", "c"], x(2))], [True] * 2),
+    "a named input": Case([frame(["a", "b"], x(2), names=["x"])], [True]),
+    "a time axis": Case([frame(["a", "b"], x(2, 1), request_ids=[4, 5])], [True]),
+    "the last time step": Case(
+        [frame(["a", "b"], x(2, 1), outputs=pb.OUTPUT_SELECTION_LAST, request_ids=[4, 5])], [True]
+    ),
+    "no outputs": Case(
+        [frame(["a", "b"], x(2), outputs=pb.OUTPUT_SELECTION_NONE, request_ids=[4, 5])], [True]
+    ),
+    "all outputs": Case(
+        [frame(["a", "b"], x(2), outputs=pb.OUTPUT_SELECTION_ALL, request_ids=[4, 5])], [True]
+    ),
+    "revisions and request ids": Case(
+        [
+            frame(["a", "b"], x(2), expected_revisions=[turn, turn], request_ids=[turn + 1, turn + 9])
+            for turn in range(3)
+        ],
+        [True] * 3,
+    ),
+    "rows of their own": Case([frame(["a", "b"], x(2), batch_sizes=[1, 1])], [True]),
+    "several inputs": Case(
+        [rich(["a", "b"]), rich(["c"]), rich(["c", "b"], time=True, first=7)], [True] * 3, "rich"
+    ),
+    "inputs in another order": Case([rich(["a", "b", "c"], order=(2, 0, 1))], [True], "rich"),
+    "a missing input": Case([rich(["a", "b"], order=(0, 1))], [False], "rich"),
+    "a retry": Case(sent_twice(*[{"expected_revisions": [0, 0], "request_ids": [4, 5]}] * 2), [True, False]),
+    "a retry without a revision": Case(sent_twice(*[{"request_ids": [4, 5]}] * 2), [True, False]),
+    "a request id with other content": Case(
+        [frame(["a", "b"], x(2), expected_revisions=[0, 0], request_ids=[4, 5]) for _ in range(2)],
+        [True, False],
+    ),
+    "a conflict": Case([frame(["a", "b"], x(2), expected_revisions=[0, 7])], [False]),
+    "a revision that no session has": Case([frame(["a", "b"], x(2), expected_revisions=[2**64 - 1, 0])], []),
+    "an unknown session": Case([frame(["a", "nobody"], x(2))], [False]),
+    "a session twice": Case([frame(["a", "b", "a"], x(3))], [False]),
+    "a session of several rows": Case([frame(["a", "wide"], x(3), batch_sizes=[1, 2])], [False]),
+    "sizes that are wrong": Case([frame(["a", "b"], x(3), batch_sizes=[1, 2])], [False]),
+    "sessions of two models": Case([frame(["a", "other"], x(2))], [False]),
+    "time steps": Case([frame(["a", "b"], x(2, 3))], [False]),
+    "names of outputs": Case([frame(["a", "b"], x(2), output_names=["y"])], [False]),
+    "an unknown output": Case([frame(["a", "b"], x(2), output_names=["z"])], [False]),
+    "states": Case([frame(["a", "b"], x(2), states=pb.STATE_SELECTION_LAST)], []),
+    "NaN": Case([frame(["a", "b"], np.array([[1, 2], [1, np.nan]], np.float32))], [False]),
+    "another dtype": Case([frame(["a", "b"], x(2).astype(np.float64))], [False]),
+    "another name": Case([frame(["a", "b"], x(2), names=["z"])], [False]),
+    "another shape": Case([frame(["a", "b"], _rng.random((2, 3), np.float32))], [False]),
+    "an input that the program refuses": Case(
+        [frame(["a", "b"], np.array([[BAD, 0], [1, 1]], np.float32)), frame(["a"], x(1))], [False, True]
+    ),
+    "an input that breaks the program": Case(
+        [frame(["a"], np.array([[BROKEN, 0]], np.float32)), frame(["a"], x(1))], [False, True]
+    ),
+}
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[tuple[Harness, Any]]:
+    """An engine behind a native front, and a stub of the service."""
+    from stepwell_server.rpc.fronts.native import NativeFront
+
+    observer = PrometheusObserver()
+    programs = {"plain": PLAIN, "rich": RICH, "second": dataclasses.replace(PLAIN, fingerprint="second")}
+    async with running(programs, observer=observer) as at:
+        server = RpcServer(
+            NativeFront(SystemClock(), FrontLimits(LIMIT)),
+            clock=at.clock,
+            observer=observer,
+            max_message_bytes=LIMIT,
+        )
+        address = await server.start(Address("127.0.0.1", 0))
+        models = live_models(at.engine, at.clock, FakeLoads())
+        server.serve(at.engine, models, known_files=KnownFiles(at.engine, {}, None))
+        async with grpc.aio.insecure_channel(str(address)) as channel:
+            yield at, sessions_pb2_grpc.SessionServiceStub(channel)
+        await server.close()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether compiled code ran each batch."""
+    return spied(monkeypatch, ColumnSteps.run)
+
+
+def spied(patch: pytest.MonkeyPatch, run: Callable[[ColumnSteps, StepBatch], bool]) -> list[bool]:
+    found: list[bool] = []
+
+    def spy(self: ColumnSteps, batch: StepBatch) -> bool:
+        found.append(run(self, batch))
+        return found[-1]
+
+    patch.setattr(ColumnSteps, "run", spy)
+    return found
+
+
+async def played(case: Case) -> tuple[list[bytes], list[Any]]:
+    """The answers to a case, and its sessions afterwards."""
+    async with served() as (at, stub):
+        await at.open(*IDS[:3], model=case.model)
+        await at.open("wide", model=case.model, batch_size=2)
+        await at.open("other", model="second")
+        stream = stub.StepStream()
+        answers = []
+        for number, step in enumerate(case.frames, 1):
+            await stream.write(pb.StepStreamRequest(frame_id=number, step=step))
+            parts: list[Any] = []
+            while not (parts and parts[-1].last):
+                parts.append(await stream.read())
+            for part in parts:
+                for failure in part.errors:  # an internal error has a random id
+                    failure.error.metadata.pop("error_id", None)
+                    failure.error.message = re.sub(
+                        r"internal error \w+", "internal error", failure.error.message
+                    )
+                answers.append(part.SerializeToString(deterministic=True))
+        await stream.done_writing()
+        table = at.internals.table
+        handles = table.find_all([*IDS, "other"])
+        columns = [getattr(table, name)[handles].tolist() for name in _COLUMNS]
+        states = [await at.state(name) for name in [*IDS, "other"]]
+        return answers, [
+            *columns,
+            *[[array.tobytes() for array in state.values()] for state in states],
+        ]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+async def test_compiled_code_and_numpy_agree(
+    case: Case, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = await played(case)
+    assert runs == list(case.compiled)
+    spied(monkeypatch, lambda _self, _batch: False)
+    assert compiled == await played(case)
+
+
+async def test_a_retry_gets_the_outputs_that_compiled_code_kept(runs: list[bool]) -> None:
+    step = frame(["a", "b"], x(2), expected_revisions=[0, 0], request_ids=[4, 5])
+    answers, _ = await played(Case([step, step], []))
+    first, again = [pb.StepStreamResponse.FromString(answer) for answer in answers]
+    assert again.outputs == first.outputs
+    assert list(again.replayed_members) == [0, 1]
+    assert runs == [True, False]
+
+
+async def test_a_session_that_waits_or_is_paged_out_is_declined(runs: list[bool]) -> None:
+    async with served() as (at, stub):
+        await at.open(*IDS[:2])
+        at.internals.page_out("a")
+        request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
+        assert (await stub.Step(request)).revision == 1
+        assert runs == [False]
+        assert (await stub.Step(request)).revision == 2
+        assert runs == [False, True]
+
+
+async def test_the_columns_of_a_longer_table_are_used(
+    runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served() as (at, stub):
+        await at.open("a")
+        request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
+        assert (await stub.Step(request)).revision == 1
+        at.internals.table._grow()
+        assert (await stub.Step(request)).revision == 2
+        assert at.internals.table.revision[at.internals.handle("a")].tolist() == [2]
+        assert runs == [True, True]
