@@ -251,14 +251,12 @@ def pca(
         }
         ax.plot(*known[:1].T, **ends, markerfacecolor="white", markeredgewidth=1.6, label="_start")
         ax.plot(*known[-1:].T, **ends, label="_end")
-    if labels is not None or len(tapes) > 1:
-        _legend(ax)
+    _legend(ax, "ring: start\ndisc: end")
     ax.set_aspect("equal", adjustable="datalim")
     _over_time(
         ax, f"first component ({shares[0]:.0%} of the variance)", f"second component ({shares[1]:.0%})"
     )
     ax.set_title(f"{name} of {tapes[0].model}: principal components", loc="left")
-    ax.set_title("ring: start, disc: end", loc="right", fontsize=8)
     return ax
 
 
@@ -404,8 +402,8 @@ def _over_time(ax: Axes, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(ax: Axes) -> None:
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+def _legend(ax: Axes, title: str | None = None) -> None:
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title=title, title_fontsize=8)
 
 
 def _title(ax: Axes, text: str, tape: Tape, row: int) -> None:
