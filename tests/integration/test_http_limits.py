@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hyperframe.frame import WindowUpdateFrame
 
 from support import secured
+from support.peers.http2 import Http2
 from support.peers.json_client import JsonClient
 from support.servers.attacked_server import TIMEOUT_S, AttackedServer, target
 from support.servers.both_fronts import needs_native
 
 pytestmark = needs_native
+ENHANCE_YOUR_CALM = 11
 LIMITS = {"handshake_s": 0.5, "receive_s": 0.5, "unread_s": 0.5}
 HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -170,6 +173,26 @@ def test_new_connections_find_room_while_others_do_nothing(attacked: AttackedSer
             assert connected.recv(12) == b"HTTP/1.1 200"
         attacked.require_service()
     assert attacked.refused("evicted") > before
+
+
+def test_an_answer_of_http2_that_is_not_read_ends_its_stream_alone(attacked: AttackedServer) -> None:
+    before = attacked.refused("unread_replies")
+    with Http2(http_address(attacked), window=0) as peer:
+        unread = peer.call("/v1/sessions")
+        outcome = peer.outcome(unread)
+        assert (outcome[":status"], outcome["rst"]) == ("415", str(ENHANCE_YOUR_CALM))
+        peer.send(WindowUpdateFrame(0, window_increment=65_535).serialize())
+        other, begun = peer.begin("/v1/sessions", end=True)
+        peer.send(begun, WindowUpdateFrame(other, window_increment=65_535).serialize())
+        assert peer.outcome(other)[":status"] == "415"
+    assert attacked.refused("unread_replies") == before + 1
+
+
+def test_a_body_of_http2_that_does_not_come_is_refused(attacked: AttackedServer) -> None:
+    before = attacked.refused("slow_message")
+    with Http2(http_address(attacked)) as peer:
+        outcome = peer.outcome(peer.call("/v1/sessions", b"{", end=False))
+    assert (outcome[":status"], attacked.refused("slow_message")) == ("408", before + 1)
 
 
 def test_a_client_that_leaves_ends_its_call(attacked: AttackedServer) -> None:

@@ -70,6 +70,29 @@ def test_beyond_loopback_a_server_needs_tls_and_known_callers(
     assert said.count("--insecure-listen: other machines reach this server, and it does not use TLS") == 1
 
 
+@pytest.mark.parametrize("host", OPEN)
+def test_http_beyond_loopback_needs_the_same(host: str, caplog: pytest.LogCaptureFixture) -> None:
+    address = Address(host, 2)
+    message = refused(settings("127.0.0.1", http_listen=address))
+    assert message.startswith(
+        "--http-listen: beyond loopback the server must use TLS and authenticate callers"
+    )
+    assert f"got {address}" in message
+    assert not refused(settings("127.0.0.1", http_listen=address, **MUTUAL))
+    assert not caplog.records
+    assert not refused(settings("127.0.0.1", http_listen=address, insecure_listen=True))
+    assert "--insecure-listen: other machines reach this server" in caplog.text
+
+
+def test_http_needs_the_native_front() -> None:
+    local = Address("127.0.0.1", 2)
+    assert not refused(settings("127.0.0.1", http_listen=local))
+    missing = refused(settings("127.0.0.1", http_listen=local), PROBLEM)
+    assert missing == f"--http-listen: only the native front serves HTTP; {PROBLEM}"
+    chosen = refused(settings("127.0.0.1", http_listen=local, front="python"))
+    assert chosen.startswith("--http-listen: must be left out with --front python")
+
+
 def test_a_name_says_which_addresses_it_stands_for() -> None:
     assert refused(settings("names")).endswith("got names:1 (192.0.2.7)")
     assert refused(settings("0.0.0.0")).endswith("got 0.0.0.0:1")
