@@ -1,4 +1,4 @@
-"""Plots of the states on tapes, with matplotlib: ``pip install '.[plot]'`` in a clone of Stepwell.
+"""Plots of the states on tapes, with matplotlib, which the extra ``plot`` installs.
 
 Each function draws on `ax` and returns it. Without `ax` it makes a figure with pyplot, so that a notebook shows it.
 No function changes matplotlib's settings.
