@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 
-from stepwell.v1 import sessions_pb2
+from stepwell.v1 import errors_pb2, sessions_pb2
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.errors import InvalidInput
@@ -170,6 +170,7 @@ def test_long_lists_keep_every_number() -> None:
         (b'{"state": [{"values": [1, NaN]}]}', 'NaN must be a string, "NaN"'),
         ({"max_idle": "soon"}, 'max_idle must be a duration such as "3.5s"; got "soon"'),
         (b'{"state": [' + b"1," * 150_001 + b"1]}", "the body must have at most 150000 commas"),
+        (b'{"batch_size": ' + b"1" * 5000 + b"}", "the body must have integers of at most 4300 digits"),
     ],
 )
 def test_a_body_that_is_not_the_message_is_refused(document: object, words: str) -> None:
@@ -192,6 +193,12 @@ def test_a_query_that_is_not_the_message_is_refused(query: str, words: str) -> N
     with pytest.raises(InvalidInput) as caught:
         json_form.read_query(query, sessions_pb2.ListSessionsRequest())
     assert words in caught.value.message
+
+
+def test_a_map_is_refused_if_utf8_cannot_represent_a_key() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        json_form.read_body(b'{"metadata": {"\\ud800": "a"}}', errors_pb2.Error())
+    assert "must be text that UTF-8 can represent" in caught.value.message
 
 
 # -------------------------------------------------------------------------------------------------------------- calls
@@ -254,6 +261,25 @@ async def test_bad_requests_are_refused(
         found, error = await Client(at).json(method, path, body)
         assert (found, words in error["message"]) == (status, True), error
         assert error["details"][0]["domain"] == "stepwell"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"session_id": "\\ud800"}', "session_id must be text that UTF-8 can represent; got"),
+        (b'{"expected_revision": "\\ud800"}', "expected_revision must be an integer"),
+        (b'{"\\ud800": 1, "\\ud800": 1}', "each field must be given once; got"),
+        (b'{"\\ud800": 1, "batch_size": 2}', "inputs must name each of"),
+    ],
+    ids=["a value", "a wrong value", "a field given twice", "an unknown field"],
+)
+async def test_half_a_surrogate_pair_is_refused(body: bytes, words: str) -> None:
+    async with calls() as at:
+        client = Client(at)
+        await client.json("POST", "/v1/sessions/a", {"model": "plain"})
+        answer = await client.send("POST", "/v1/sessions/a:step", body, JSON)
+        error = json.loads(answer.body)
+        assert (answer.status, words in error["message"]) == (400, True), error
 
 
 async def test_refusals_of_the_front_are_json_too() -> None:

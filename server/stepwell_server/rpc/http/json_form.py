@@ -74,8 +74,11 @@ def read_body(body: bytes, message: Message) -> None:
         raise InvalidInput(f"the body must be JSON in UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:
         raise InvalidInput("the body must be JSON that is not nested deeply; got deeper nesting") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise InvalidInput(f"the body must be a JSON object: {error}") from None
+    except ValueError:
+        # Python's own message advises changing a setting of the server's interpreter
+        raise InvalidInput("the body must have integers of at most 4300 digits; got a longer one") from None
     if not isinstance(document, dict):
         raise InvalidInput(f"the body must be a JSON object; got {_shown(document)}")
     _read_object(document, message, "")
@@ -161,12 +164,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"each field must be given once; got {_shown(twice)} twice")
+        raise InvalidInput(
+            f"the body must be a JSON object: each field must be given once; got {_shown(twice)} twice"
+        )
     return found
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f'{text} must be a string, "{text}"')
+    raise InvalidInput(f'the body must be a JSON object: {text} must be a string, "{text}"')
 
 
 def _read_object(document: Mapping[str, Any], message: Message, where: str) -> None:
@@ -233,7 +238,8 @@ def _read_map(value: Any, message: Message, field: FieldDescriptor, where: str) 
     of = field.message_type.fields_by_name["value"]
     target = getattr(message, field.name)
     for key, item in value.items():
-        target[key] = _scalar(item, of, f"{where}[{_shown(key)}]")
+        place = f"{where}[{_shown(key)}]"
+        target[_string(key, of, place)] = _scalar(item, of, place)
 
 
 def _read_message(value: Any, target: Message, where: str) -> None:
@@ -361,6 +367,8 @@ def _one_to_json(value: Any, field: FieldDescriptor) -> Any:
 
 def _field(message: Message, name: str) -> FieldDescriptor | None:
     """Return a field by its name in the protocol, or in camel case; None: there is none."""
+    if not name.isascii():
+        return None  # protobuf raises an error for a name that UTF-8 cannot represent
     descriptor: Any = message.DESCRIPTOR
     found: FieldDescriptor | None = descriptor.fields_by_name.get(name)
     return found or descriptor.fields_by_camelcase_name.get(name)
@@ -387,7 +395,8 @@ def _wrong(where: str, rule: str, value: object) -> InvalidInput:
 def _shown(value: object) -> str:
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    return shorten(_text(value), _MAX_SHOWN)
+    # JSON may escape half a surrogate pair, which UTF-8 cannot represent
+    return shorten(_text(value).encode(errors="backslashreplace").decode(), _MAX_SHOWN)
 
 
 def _text(value: object) -> str:
