@@ -171,6 +171,8 @@ def test_long_lists_keep_every_number() -> None:
         ({"max_idle": "soon"}, 'max_idle must be a duration such as "3.5s"; got "soon"'),
         (b'{"state": [' + b"1," * 150_001 + b"1]}", "the body must have at most 150000 commas"),
         (b'{"batch_size": ' + b"1" * 5000 + b"}", "the body must have integers of at most 4300 digits"),
+        ({f"f{i}": 1 for i in range(1025)}, "an object in the body must have at most 1024 fields; got 1025"),
+        ({"state": [{}] * 4097}, "state must have at most 4096 entries; got 4097"),
     ],
 )
 def test_a_body_that_is_not_the_message_is_refused(document: object, words: str) -> None:

@@ -23,6 +23,10 @@ from stepwell_server.errors import InvalidInput, shorten
 
 MAX_ITEMS = 150_000
 """Limit of commas in a body: each value of a list becomes a Python object, and all other callers wait meanwhile."""
+_MAX_FIELDS = 1024
+"""Limit of the fields of a JSON object: each is looked up, and all other callers wait meanwhile."""
+_MAX_MESSAGES = 4096
+"""Limit of the messages in a list: that of the longest list in the protocol (`rpc.fronts.shape`)."""
 _PART = 1024
 """Number of values of a list that are written at once, so that other threads get Python's lock in between."""
 _MAX_PARAMETERS = 1024
@@ -160,6 +164,8 @@ def dumped(document: object) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_FIELDS:
+        raise InvalidInput(f"an object in the body must have at most {_MAX_FIELDS} fields; got {len(pairs)}")
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -207,6 +213,8 @@ def _read_one(value: Any, message: Message, field: FieldDescriptor, where: str) 
 def _read_list(values: list[Any], message: Message, field: FieldDescriptor, where: str) -> None:
     target = getattr(message, field.name)
     if field.message_type is not None:
+        if len(values) > _MAX_MESSAGES:
+            raise InvalidInput(f"{where} must have at most {_MAX_MESSAGES} entries; got {len(values)}")
         for index, value in enumerate(values):
             _read_message(value, target.add(), f"{where}[{index}]")
     elif {*map(type, values)} <= _PLAIN.get(field.type, frozenset()):
