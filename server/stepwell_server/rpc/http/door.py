@@ -200,7 +200,7 @@ class Door:
 
     def _answer_preflight(self, origin: str) -> None:
         if self._rules.allows(origin):
-            raise _Refused(HttpAnswer(HTTPStatus.OK, self._rules.preflight(origin), b""))
+            raise _Refused(HttpAnswer(HTTPStatus.OK, self._rules.preflight(), b""))
         raise _refused(
             PermissionDenied(
                 f"--cors-origin must allow the page's origin; got {shorten(origin, _MAX_SHOWN)!r}"

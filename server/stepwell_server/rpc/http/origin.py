@@ -85,14 +85,12 @@ class OriginRules:
             ("vary", "origin"),
         )
 
-    def preflight(self, origin: str) -> Headers:
-        """Return the headers of the answer to a browser that asks whether a page of an allowed origin may call."""
+    def preflight(self) -> Headers:
+        """Return the further headers of the answer to a browser that asks whether a page of an allowed origin may call."""
         return (
-            ("access-control-allow-origin", origin),
             ("access-control-allow-methods", _METHODS),
             ("access-control-allow-headers", _HEADERS),
             ("access-control-max-age", str(_MAX_AGE_S)),
-            ("vary", "origin"),
         )
 
     def _require_own_site(self, headers: Mapping[str, str], *, may_navigate: bool) -> None:
