@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 
@@ -378,6 +379,16 @@ async def test_a_change_needs_the_type_that_forms_cannot_send(kind: str | None, 
         answer = await Client(at).send("POST", "/v1/sessions/a", b'{"model": "plain"}', headers)
         assert answer.status == status
         assert len((await at.at.engine.list_sessions())[0]) == (status == 200)
+
+
+async def test_a_compressed_body_is_refused() -> None:
+    async with calls() as at:
+        client = Client(at)
+        headers = {**JSON, "content-encoding": "gzip"}
+        refused = await client.send("POST", "/v1/sessions", gzip.compress(b'{"model": "plain"}'), headers)
+        assert (refused.status, b"content-encoding: gzip" in refused.body) == (415, True)
+        headers["content-encoding"] = "identity"
+        assert (await client.send("POST", "/v1/sessions", b'{"model": "plain"}', headers)).status == 200
 
 
 async def test_a_browser_that_asks_first_learns_what_it_may_send() -> None:

@@ -313,8 +313,14 @@ def _require_json(headers: Mapping[str, str]) -> None:
     """Check the type of a body. A page of another origin cannot send this type without asking first.
 
     Raises:
-        _Refused: it is not JSON.
+        _Refused: it is not JSON, or compressed.
     """
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        error = InvalidInput(
+            f"the body must not be compressed; got content-encoding: {shorten(encoding, _MAX_SHOWN)}"
+        )
+        raise _refused(error, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
     given = headers.get("content-type", "")
     media_type, _, parameters = given.partition(";")
     charset = parameters.strip().lower()
