@@ -280,6 +280,9 @@ def test_wrong_arguments_are_refused() -> None:
     late.step(3)
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: plot.states(tape, limit=0), "limit must be greater than 0; got 0"),
+        (lambda: plot.states(tape, limit="1"), "limit must be greater than 0; got '1'"),  # type: ignore[arg-type]
+        (lambda: plot.states(tape, ["lstm/h"]), r"tensor must be one of \['lstm/h'"),  # type: ignore[arg-type]
+        (lambda: plot.traces(tape, units=6), "units must be a list of numbers; got 6"),  # type: ignore[arg-type]
         (lambda: plot.traces(tape, units=[0, 6]), "units must be numbers from 0 to 5; got 6"),
         (lambda: plot.traces(tape, units=[]), "units must be numbers from 0 to 5; got none"),
         (lambda: plot.traces(tape, units=[0.5]), "units must be numbers from 0 to 5; got 0.5"),  # type: ignore[list-item]

@@ -75,8 +75,7 @@ def states(
         'unit'
     """
     name, values = _tensor(tape, tensor, row)
-    if limit is not None and not limit > 0:
-        raise InvalidInputError(f"limit must be greater than 0; got {limit!r:.100}")
+    _check_limit(limit)
     scale = limit or float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     if sort:
         values = values[:, np.argsort(np.nan_to_num(values, nan=-np.inf).argmax(axis=0), kind="stable")]
@@ -263,11 +262,11 @@ def pca(
 # What the tapes have.
 
 
-def _tensor(tape: object, tensor: str | None, row: object) -> tuple[str, Floats]:
+def _tensor(tape: object, tensor: object, row: object) -> tuple[str, Floats]:
     """Name and values of a state tensor of one row, (time, units)."""
     arrays = _states(tape, row)
-    name = next(iter(arrays)) if tensor is None else tensor
-    if name not in arrays:
+    name: object = next(iter(arrays)) if tensor is None else tensor
+    if not isinstance(name, str) or name not in arrays:
         raise InvalidInputError(f"tensor must be one of {list(arrays)}; got {tensor!r:.100}")
     return name, arrays[name]
 
@@ -287,7 +286,14 @@ def _states(tape: object, row: object) -> dict[str, Floats]:
     return {name: array[:, row].reshape(len(array), -1).astype(np.float64) for name, array in arrays.items()}
 
 
+def _check_limit(limit: object) -> None:
+    if limit is not None and not (isinstance(limit, int | float | np.number) and limit > 0):
+        raise InvalidInputError(f"limit must be greater than 0; got {limit!r:.100}")
+
+
 def _units(units: Sequence[int], count: int) -> list[int]:
+    if not np.iterable(units):
+        raise InvalidInputError(f"units must be a list of numbers; got {units!r:.100}")
     chosen: list[Any] = list(units)
     wrong = [
         unit
