@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +252,13 @@ def test_a_saved_tape_is_the_same(tmp_path: Path) -> None:
         assert same(again, tape)
         assert again.batch_size == tape.batch_size
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_pickles_and_copies_have_the_tape_as_it_is() -> None:
+    for tape in (recorded(), recorded()[2:4]):
+        for again in (pickle.loads(pickle.dumps(tape)), copy.deepcopy(tape)):  # noqa: S301
+            assert same(again, tape)
+            assert again.batch_size == tape.batch_size
 
 
 def test_a_saved_tape_of_a_group_is_the_same(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class Tape:
         """A tape; `read` returns its content now."""
         self._read = read
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickles and copies the tape as it is now."""
+        return self._of, (self._read(),)
+
     def __len__(self) -> int:
         return len(self._read())
 
@@ -150,8 +154,7 @@ class Tape:
             raise InvalidInputError(f"the step of a slice of a tape must be 1; got {part.step!r:.100}")
         content = self._read()
         start, stop, _ = part.indices(len(content))
-        some = content.part(start, max(start, stop))
-        return type(self)(lambda: some)
+        return self._of(content.part(start, max(start, stop)))
 
     __iter__ = None
     """A tape has several arrays; iterate over one of them."""
@@ -252,5 +255,8 @@ class Tape:
             >>> all(np.array_equal(again.states[name], tape.states[name]) for name in tape.states)
             True
         """
-        content = file.read(os.fspath(path))
+        return cls._of(file.read(os.fspath(path)))
+
+    @classmethod
+    def _of(cls, content: Content) -> Self:
         return cls(lambda: content)
