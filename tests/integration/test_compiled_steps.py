@@ -18,20 +18,21 @@ from stepwell_server.addresses import Address
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
-from stepwell_server.engine.api import StepBatch
+from stepwell_server.engine.api import SessionPolicy, StepBatch
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH
 from support.engine.harness import Harness, running
+from support.engine.versions import weights
 from support.peers.wire import tensor
 from support.servers.both_fronts import needs_native
 
 pytestmark = needs_native
 IDS = ["a", "b", "c", "wide"]
 LIMIT = 1 << 16
-_COLUMNS = ("revision", "position", "request_id", "digest", "reply", "claimed", "used")
+_COLUMNS = ("revision", "position", "request_id", "digest", "reply", "claimed", "used", "bytes")
 _rng = np.random.default_rng(7)
 
 
@@ -112,6 +113,16 @@ CASES = {
     "sizes that are wrong": Case([frame(["a", "b"], x(3), batch_sizes=[1, 2])], [False]),
     "sessions of two models": Case([frame(["a", "other"], x(2))], [False]),
     "time steps": Case([frame(["a", "b"], x(2, 3))], [False]),
+    "steps after time steps": Case(
+        [
+            frame(["a", "b"], x(2, 3)),
+            frame(["c"], x(1)),
+            frame(["a"], x(1)),
+            frame(["a"], x(1)),
+            frame(["b"], x(1)),
+        ],
+        [False, True, False, True, False],
+    ),
     "names of outputs": Case([frame(["a", "b"], x(2), output_names=["y"])], [False]),
     "an unknown output": Case([frame(["a", "b"], x(2), output_names=["z"])], [False]),
     "states": Case([frame(["a", "b"], x(2), states=pb.STATE_SELECTION_LAST)], []),
@@ -238,4 +249,15 @@ async def test_the_columns_of_a_longer_table_are_used(
         at.internals.table._grow()
         assert (await stub.Step(request)).revision == 2
         assert at.internals.table.revision[at.internals.handle("a")].tolist() == [2]
+        assert runs == [True, True]
+
+
+async def test_sessions_that_moved_to_another_version_are_stepped(runs: list[bool]) -> None:
+    async with served() as (at, stub):
+        await at.open("a")
+        await at.engine.load_version("plain", 2, weights(2), source="two.keras")
+        await at.engine.set_default("plain", 2, SessionPolicy.CARRY)
+        request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
+        answers = [await stub.Step(request) for _ in range(2)]
+        assert [(answer.revision, answer.model_version) for answer in answers] == [(1, 2), (2, 2)]
         assert runs == [True, True]

@@ -57,6 +57,9 @@ class StepKernel(Protocol):
     def claim(self, batch: Any, now: float) -> bool:
         """Claim the sessions of a batch if all of its steps may run now. False: nothing changed."""
 
+    def claimed(self) -> list[int]:
+        """Return the handles of the claimed sessions."""
+
     def cancel(self) -> None:
         """End the claims of a batch that is not finished."""
 

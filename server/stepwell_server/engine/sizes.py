@@ -61,6 +61,10 @@ class Sizes:
         other = outcome.handles[self._of(outcome) != self.table.bytes[outcome.handles]]
         return frozenset(self.table.session_id(handle) for handle in other.tolist())
 
+    def are_without_arrays(self, model: Model, handles: Handles) -> bool:
+        """Whether each session is counted with the rows of this version, and without arrays of its last reply."""
+        return np.array_equal(self._without_arrays(model, handles), self.table.bytes[handles])
+
     def _of(self, outcome: Outcome) -> _I64:
         found = self._without_arrays(outcome.model, outcome.handles)
         for place, arrays in outcome.arrays.items():

@@ -162,6 +162,11 @@ impl StepKernel {
         Ok(true)
     }
 
+    /// The handles of the claimed sessions.
+    fn claimed(&self) -> Vec<usize> {
+        self.state().members.iter().map(|member| member.handle).collect()
+    }
+
     /// End the claims of a batch that is not finished.
     fn cancel(&self, py: Python<'_>) {
         let State { table: Some(table), members, .. } = &mut *self.state() else { return };

@@ -7,7 +7,7 @@ the new record: a retry gets the first answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -128,6 +128,12 @@ class Committer:
     def is_recording(self) -> bool:
         """Whether changes are written to the store."""
         return self._recorder is not None
+
+    def keeps_sizes(self, model: Model, handles: Sequence[int]) -> bool:
+        """Whether replies in the arena leave the sessions as large as they are: no former reply is kept as arrays."""
+        if not model.replies.series.keys().isdisjoint(handles):
+            return False
+        return self._sizes.are_without_arrays(model, np.array(handles, np.intp))
 
     def ended_claims(self) -> None:
         """Claims of sessions that nothing waited for have ended, without an outcome."""

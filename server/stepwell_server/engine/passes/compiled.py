@@ -45,8 +45,8 @@ class CompiledSteps:
         `room`: the largest number of bytes of its outputs.
         """
         model, direct, count = self._model, self._direct, batch.size
-        if self._committer.is_recording or model.epoch or model.replies.series:
-            return None  # then a change does more than the compiled code
+        if self._committer.is_recording:
+            return None
         if count * self._reply_bytes > room or not direct.may_run(count):
             return None
         started = direct.clock.monotonic()
@@ -57,6 +57,9 @@ class CompiledSteps:
         if kernel is None or self._growths != self._table.growths:
             kernel = self._attached(batch)
         if not kernel.claim(batch.handle, started):
+            return None
+        if (model.epoch or model.replies.series) and not self._committer.keeps_sizes(model, kernel.claimed()):
+            kernel.cancel()  # a change also settles sizes and forgets arrays
             return None
         try:
             answered = self._run(kernel, batch, started)
