@@ -75,7 +75,7 @@ def _watched() -> Iterator[_Visits]:
     ("front", "entries"),
     [
         pytest.param(PythonFront, {"Awaited.__init__", "Submission.submit", "Awaited.get"}, id="python"),
-        pytest.param(_native, {"Submission.submit"}, id="native", marks=needs_native),
+        pytest.param(_native, {"Submission.run_batch"}, id="native", marks=needs_native),
     ],
 )
 async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_a_few_times(

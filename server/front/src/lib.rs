@@ -41,6 +41,7 @@ mod limits {
     pub mod bounds;
     pub mod callers;
     pub mod connections;
+    pub mod lifetime;
     pub mod load;
     pub mod peer;
     pub mod places;
@@ -69,6 +70,7 @@ mod triton {
 /// Calls, from their headers to their end, and the queue to Python.
 mod calls {
     mod admission;
+    pub mod answers;
     pub mod queue;
     mod response;
     pub mod serve;
@@ -77,7 +79,6 @@ mod calls {
 
 /// Requests of HTTP that are not gRPC, which Python answers as a whole.
 mod web {
-    pub mod answers;
     pub mod exchange;
     pub mod http1;
     pub mod http2;
@@ -87,7 +88,6 @@ mod web {
 /// Connections.
 mod wire {
     mod acceptor;
-    pub mod lifetime;
     mod seldom;
     pub mod server;
     pub mod tls;

@@ -1,5 +1,6 @@
 //! The shared parts of all calls: methods and their rules, known callers, bounds, and the queue to Python.
 
+use crate::calls::answers::Door;
 use crate::calls::queue::Queue;
 use crate::limits::bounds::Bounds;
 use crate::limits::callers::Callers;
@@ -7,7 +8,6 @@ use crate::limits::places::Pool;
 use crate::messages::inflate::Pace;
 use crate::messages::shape::{Breach, Shape};
 use crate::method::Method;
-use crate::web::answers::Door;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};

@@ -5,9 +5,8 @@
 
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
-use crate::python::front::{self, PyStatus};
 use crate::python::known_ids::KnownIds;
-use crate::python::lists::{self, bytes_of, numbers_of, Peers};
+use crate::python::lists::{self, bytes_of, numbers_of, Peers, PyStatus};
 use crate::steps::columns::{Batch, Entry};
 use crate::steps::reply::{Answer, Output};
 use bytes::Bytes;
@@ -84,7 +83,7 @@ impl BatchHandle {
         let members = members.map(|some| numbers_of(some, u32::from_ne_bytes));
         let ended = self.ended(py, members.as_deref());
         let error = Bytes::copy_from_slice(error);
-        self.send(Answer::Failed { members, status: front::status(status), error });
+        self.send(Answer::Failed { members, status: lists::status(status), error });
         ended
     }
 

@@ -1,11 +1,11 @@
 //! Commands from Python to the front's thread.
 
+use crate::calls::answers::HttpAnswer;
 use crate::messages::grpc::{self, Status};
 use crate::steps::call::Call;
 use crate::steps::columns::Batch;
 use crate::steps::reply::{deliver, Answer, StepReplies};
 use crate::triton::reply::InferReplies;
-use crate::web::answers::HttpAnswer;
 use bytes::Bytes;
 use std::sync::Arc;
 

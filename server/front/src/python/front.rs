@@ -3,12 +3,12 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
+use crate::calls::answers::{Door, HttpAnswer};
 use crate::calls::queue::Queue;
 use crate::calls::service::Service;
 use crate::clock;
 use crate::limits::bounds::Bounds;
 use crate::limits::settings::Limits;
-use crate::messages::grpc::Status;
 use crate::messages::shape::{Given, Shape};
 use crate::method::{FastPath, Method};
 use crate::python::batch::BatchHandle;
@@ -16,13 +16,12 @@ use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::known_callers::KnownCallers;
 use crate::python::known_ids::KnownIds;
-use crate::python::lists::{self, key, Peers};
+use crate::python::lists::{self, key, status, Peers, PyStatus};
 use crate::python::log_writer::LogWriter;
 use crate::python::step_kernel::StepKernel;
 use crate::steps::call::Call;
 use crate::steps::columns::Arrival;
 use crate::wakeup::Wakeup;
-use crate::web::answers::{Door, HttpAnswer};
 use crate::wire::server::{self, Listener, Server, Stage};
 use crate::wire::tls::{self, Unusable};
 use bytes::Bytes;
@@ -40,12 +39,9 @@ use tokio::sync::{mpsc, watch};
 /// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
 const INTERFACE: u32 = 9;
 
-/// A status from Python: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
-pub type PyStatus = (u32, String, PyBackedBytes, bool);
-
 /// An answer to an HTTP request: status, headers, body.
 type PyAnswer = (u16, Vec<(String, String)>, PyBackedBytes);
-/// The limit of a body, and the answers to requests that the front refuses itself, by their names in `web::answers::Door`.
+/// The limit of a body, and the answers to requests that the front refuses itself, by their names in `calls::answers::Door`.
 type PyDoor = (usize, HashMap<String, PyAnswer>);
 
 fn given((status, headers, body): PyAnswer) -> (u16, Vec<(String, String)>, Bytes) {
@@ -54,10 +50,6 @@ fn given((status, headers, body): PyAnswer) -> (u16, Vec<(String, String)>, Byte
 
 /// Counts so far.
 type Count = (&'static str, u64);
-
-pub fn status((code, message, details, may_go_elsewhere): PyStatus) -> Status {
-    Status { code, message, details: Bytes::copy_from_slice(&details), may_go_elsewhere }
-}
 
 /// The front. Started and stopped once.
 #[pyclass(frozen)]

@@ -1,12 +1,22 @@
-//! Converts lists and columns between Python and the front.
+//! Converts statuses, lists and columns between Python and the front.
 
 use crate::limits::callers::Known;
+use crate::messages::grpc::Status;
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Batch, Entry};
+use bytes::Bytes;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyList, PyString};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+
+/// A status from Python: code, message, a serialized google.rpc.Status or nothing, and `may_go_elsewhere`.
+pub type PyStatus = (u32, String, PyBackedBytes, bool);
+
+pub fn status((code, message, details, may_go_elsewhere): PyStatus) -> Status {
+    Status { code, message, details: Bytes::copy_from_slice(&details), may_go_elsewhere }
+}
 
 /// The names of connections, by their numbers.
 pub type Peers<'py> = HashMap<u64, Bound<'py, PyString>>;

@@ -1,5 +1,6 @@
 //! One request and its answer, over either version of HTTP. Python serves the request as a call with headers and a body.
 
+use crate::calls::answers::{Door, HttpAnswer};
 use crate::calls::serve::keep_waker;
 use crate::calls::serve::receive::Coming;
 use crate::calls::service::Service;
@@ -13,7 +14,6 @@ use crate::limits::refusals::Refusal;
 use crate::messages::grpc;
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Arrivals};
-use crate::web::answers::{Door, HttpAnswer};
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, HOST};
 use http::request::Parts;

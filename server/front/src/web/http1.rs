@@ -1,12 +1,12 @@
 //! Connections of HTTP/1.1, by hyper.
 
 use crate::calls::service::Service;
+use crate::limits::lifetime::{Age, Lifetime};
 use crate::limits::peer::Peer;
 use crate::limits::read_quota::ReadQuota;
 use crate::limits::refusals::Refusal;
 use crate::web::exchange::{answer, Body, Broken, Replies};
 use crate::web::socket::Socket;
-use crate::wire::lifetime::{Age, Lifetime};
 use bytes::Bytes;
 use hyper::body::{Body as HyperBody, Frame, Incoming};
 use hyper::server::conn::http1;
@@ -128,10 +128,10 @@ pub async fn connection<S>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::calls::answers::{Door, HttpAnswer};
     use crate::calls::service::Service;
     use crate::steps::call::Call;
     use crate::steps::columns::Arrival;
-    use crate::web::answers::{Door, HttpAnswer};
     use std::future::pending;
     use tokio::io::{duplex, AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::task::JoinHandle;
