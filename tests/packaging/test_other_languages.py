@@ -35,7 +35,9 @@ def test_a_client_of_stubs_steps_repeats_and_reads_reasons(
     code = code.replace("return method(request,", "return once_more(method, request,")
     program = tmp_path / "client.py"
     # Other pages leave sessions `user-N` on the server that their tests share.
-    program.write_text(losing + code.replace("127.0.0.1:50051", server.address).replace("user-42", "by-stubs"))
+    program.write_text(
+        losing + code.replace("127.0.0.1:50051", server.address).replace("user-42", "by-stubs")
+    )
 
     ran = subprocess.run(
         [tools.environment("triton") / "python", program],  # has gRPC and numpy, and no Stepwell
