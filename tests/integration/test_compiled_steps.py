@@ -27,6 +27,7 @@ from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH
 from support.engine.harness import Harness, running
 from support.engine.versions import weights
 from support.peers.wire import tensor
+from support.samples import examples
 from support.servers.both_fronts import needs_native
 
 pytestmark = needs_native
@@ -215,6 +216,39 @@ async def test_compiled_code_and_numpy_agree(
 ) -> None:
     compiled = await played(case)
     assert runs == list(case.compiled)
+    spied(monkeypatch, lambda _self, _batch: False)
+    assert compiled == await played(case)
+
+
+def random_frames(seed: int) -> list[pb.StepFrame]:
+    """Steps of some sessions, of which some repeat an earlier frame, conflict, or are not plain."""
+    rng = np.random.default_rng(seed)
+    frames: list[pb.StepFrame] = []
+    for number in range(12):
+        if frames and rng.random() < 0.2:
+            frames.append(frames[rng.integers(len(frames))])
+            continue
+        ids = list(rng.permutation(["a", "b", "c"])[: rng.integers(1, 4)])
+        times = [(), (), (1,), (3,)][rng.integers(4)] if number else ()
+        value = rng.standard_normal((len(ids), *times, 2)).astype(np.float32)
+        if number and rng.random() < 0.1:
+            value.flat[rng.integers(value.size)] = rng.choice([np.nan, np.inf])
+        fields: dict[str, Any] = {"outputs": int(rng.integers(4))}
+        if rng.random() < 0.6:
+            fields["request_ids"] = [number * 10 + place + 1 for place in range(len(ids))]
+        if rng.random() < 0.3:
+            fields["expected_revisions"] = rng.integers(number + 1, size=len(ids)).tolist()
+        frames.append(frame(ids, value, **fields))
+    return frames
+
+
+@pytest.mark.parametrize("seed", range(examples(200)))
+async def test_compiled_code_and_numpy_agree_on_random_frames(
+    seed: int, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(random_frames(seed), [])
+    compiled = await played(case)
+    assert any(runs)
     spied(monkeypatch, lambda _self, _batch: False)
     assert compiled == await played(case)
 
