@@ -1,7 +1,7 @@
 """The HTTP door: turns requests into calls of the protocol's methods, and their replies into answers.
 
-Each request runs the very function that serves the method over gRPC, with the metadata that its headers are. So guard,
-roles, tenants, quotas, audit log, request log, metrics and traces apply alike.
+Each request runs the very function that serves the method over gRPC, with its headers as metadata. So guard, roles,
+tenants, quotas, audit log, request log, metrics and traces apply alike.
 """
 
 from __future__ import annotations
@@ -101,11 +101,6 @@ class Door:
 
     def refusals(self, limits: FrontLimits, overloaded: Status) -> Mapping[str, HttpAnswer]:
         """See `base.HttpDoor`."""
-        pace = (
-            f"the body must come without a pause of more than {limits.receive_s:g} s, and at"
-            f" {limits.receive_bytes_per_s} bytes a second or faster after the first {limits.receive_s:g} s"
-        )
-        unit = 'a number of at most 8 digits and one of the units H, M, S, m, u and n, such as "500m"'
         return {
             "overloaded": of_status(overloaded),
             "headers_too_large": of_error(
@@ -118,23 +113,31 @@ class Door:
                 RequestTooLarge(f"the body must have at most {self.max_body_bytes} bytes; got more"),
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             ),
-            "slow": of_error(DeadlineExceeded(pace), HTTPStatus.REQUEST_TIMEOUT),
-            "bad_timeout": of_error(InvalidInput(f"grpc-timeout must be {unit}")),
+            "slow": of_error(
+                DeadlineExceeded(
+                    f"the body must come without a pause of more than {limits.receive_s:g} s, and at"
+                    f" {limits.receive_bytes_per_s} bytes a second or faster after the first {limits.receive_s:g} s"
+                ),
+                HTTPStatus.REQUEST_TIMEOUT,
+            ),
+            "bad_timeout": of_error(
+                InvalidInput(
+                    "grpc-timeout must be a number of at most 8 digits and one of the units H, M, S, m, u and n, such as"
+                    ' "500m"'
+                )
+            ),
             "late": of_error(DeadlineExceeded("the time of grpc-timeout has passed")),
             "failed": of_error(ServerError("the server failed to answer; search its log")),
         }
 
     def judge(self, call: Call) -> HttpAnswer | None:
         """Check a request by its headers, before its body is read. None: it may be served."""
-        origin = _text(call.metadata.get("origin"))
         try:
             target = self._target(call)
             if target.method.judge is not None:
                 target.method.judge(_DoorCall(call, b"", None))
-        except _Refused as refused:
-            return extended(self._refusal(refused), self._rules.headers(origin))
-        except CallEnded as ended:
-            return extended(of_status(ended.status), self._rules.headers(origin))
+        except (_Refused, CallEnded) as ended:
+            return extended(self._early(ended), self._rules.headers(_text(call.metadata.get("origin"))))
         return None
 
     async def serve(self, call: Call) -> HttpAnswer:
@@ -142,18 +145,19 @@ class Door:
         origin = _text(call.metadata.get("origin"))
         try:
             answer = await self._answer(self._target(call), call)
-        except _Refused as refused:
-            answer = self._refusal(refused)
-        except CallEnded as ended:
-            answer = of_status(ended.status)
+        except (_Refused, CallEnded) as ended:
+            answer = self._early(ended)
         except Exception as error:
             answer = of_error(internal(error, path=shorten(str(call.metadata.get(":path")), _MAX_SHOWN)))
         return extended(answer, self._rules.headers(origin))
 
-    def _refusal(self, refused: _Refused) -> HttpAnswer:
-        if refused.reason:
-            self._refused(refused.reason)
-        return refused.answer
+    def _early(self, ended: _Refused | CallEnded) -> HttpAnswer:
+        """Return the answer to a request that ended before its reply, and count a refusal."""
+        if isinstance(ended, CallEnded):
+            return of_status(ended.status)
+        if ended.reason:
+            self._refused(ended.reason)
+        return ended.answer
 
     def _target(self, call: Call) -> _Target:
         """Find the method of a request, and check its headers.
@@ -175,6 +179,8 @@ class Door:
         if http_method == "GET" and path == _OPENAPI:
             raise _Refused(json_answer(self._openapi()))
         try:
+            if path == _OPENAPI:
+                raise WrongMethod(["GET"])
             match = self._routes.find(http_method, path)
         except NoRoute as error:
             raise _refused(ServiceNotFound(shorten(str(error), _MAX_SHOWN))) from None

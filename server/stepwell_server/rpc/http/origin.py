@@ -104,10 +104,11 @@ class OriginRules:
 
     def _is_own_host(self, authority: str) -> bool:
         try:
-            host = urlsplit(f"//{authority}").hostname or ""
+            parts = urlsplit(f"//{authority}")
+            host, _ = parts.hostname or "", parts.port  # raises if the port is no number
         except ValueError:
             return False
-        return host in self._hosts or is_loopback(host)
+        return parts.username is None and (host in self._hosts or is_loopback(host))
 
 
 def is_loopback(host: str) -> bool:
