@@ -12,18 +12,13 @@ import pytest
 
 import stepwell
 from support.sdk.client_kinds import SHELLS, connect
-from support.servers.served import Served
+from support.servers.served import Served, draw
 
 
 @pytest.fixture(params=SHELLS)
 async def client(request: pytest.FixtureRequest, served: Served) -> AsyncIterator[Any]:
     async with connect(request.param, served.address, timeout_s=100.0) as client:
         yield client
-
-
-def draw(rows: int, steps: int = 0) -> Any:
-    rng = np.random.default_rng()
-    return rng.standard_normal((rows, steps, 3) if steps else (rows, 3)).astype(np.float32)
 
 
 async def test_models(client: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 import stepwell
 from stepwell import InvalidInputError
 from support.sdk.client_kinds import SHELLS, connect
-from support.servers.served import Served, keras_model
+from support.servers.served import Served, draw, keras_model
 
 ATOL = 1e-5
 
@@ -22,11 +22,6 @@ ATOL = 1e-5
 async def client(request: pytest.FixtureRequest, served: Served) -> AsyncIterator[Any]:
     async with connect(request.param, served.address, timeout_s=100.0) as client:
         yield client
-
-
-def draw(rows: int, steps: int = 0) -> Any:
-    rng = np.random.default_rng()
-    return rng.standard_normal((rows, steps, 3) if steps else (rows, 3)).astype(np.float32)
 
 
 class Keras:

@@ -153,3 +153,9 @@ def serve(*options: str) -> Iterator[Served]:
     with local, Wire(local.address) as raw, stepwell.connect(local.address) as client:
         yield Served(local, raw, client)
         assert "internal error" not in local.logs(), "a defect was reported to some caller; see the log"
+
+
+def draw(rows: int, steps: int = 0) -> Any:
+    """Return random inputs for the models that have three features."""
+    rng = np.random.default_rng()
+    return rng.standard_normal((rows, steps, 3) if steps else (rows, 3)).astype(np.float32)
