@@ -6,10 +6,8 @@ import contextlib
 import http.client
 import json
 import re
-import shutil
 import signal
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from stepwell_server.auth import token_file
 from stepwell_server.auth.tokens import Token, digest_of, new_token
 from stepwell_server.core.callers import Caller, Role
 from support.certificates import Authority
+from support.peers.curl import curl
 from support.peers.json_client import JsonClient, path_of, step_body
 from support.secured import Server
 from support.servers.both_fronts import needs_native
@@ -30,14 +29,6 @@ from support.servers.server_process import forecast, serve
 
 HTTP = ("--http-listen", "127.0.0.1:0")
 pytestmark = [needs_native, pytest.mark.plain("the tests secure their servers themselves")]
-
-
-def curl(*arguments: str) -> str:
-    """What curl prints."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    command = ["curl", "--silent", "--show-error", "--max-time", "60", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-//! The answers to requests that the front refuses itself. Python has worded them.
+//! Answers over HTTP: those to requests that the front refuses itself, which Python has worded, and Python's own.
 
 use crate::method::{FastPath, Method};
 use bytes::Bytes;
@@ -9,24 +9,28 @@ use std::collections::HashMap;
 /// An answer as Python gives it: status, headers, body.
 pub type Given = (u16, Vec<(String, String)>, Bytes);
 
-/// A whole answer.
+/// An answer, or its beginning.
 #[derive(Clone, Debug)]
 pub struct HttpAnswer {
     pub head: Response<()>,
     pub body: Bytes,
+    /// Whether parts of the body follow.
+    pub has_more: bool,
 }
 
 impl HttpAnswer {
-    /// None: not a status and headers of HTTP.
-    pub fn new((status, headers, body): Given) -> Option<Self> {
+    /// `has_more`: parts of the body follow. None: not a status and headers of HTTP.
+    pub fn new((status, headers, body): Given, has_more: bool) -> Option<Self> {
         let mut head = Response::new(());
         *head.status_mut() = StatusCode::from_u16(status).ok()?;
         for (name, value) in headers {
             let name = HeaderName::try_from(name).ok()?;
             head.headers_mut().append(name, HeaderValue::try_from(value).ok()?);
         }
-        head.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
-        Some(HttpAnswer { head, body })
+        if !has_more {
+            head.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        }
+        Some(HttpAnswer { head, body, has_more })
     }
 }
 
@@ -53,8 +57,10 @@ impl Door {
         body_bytes: usize,
         mut answers: HashMap<String, Given>,
     ) -> Result<Self, String> {
-        let mut take =
-            |name: &str| answers.remove(name).and_then(HttpAnswer::new).ok_or_else(|| name.to_owned());
+        let mut take = |name: &str| {
+            let given = answers.remove(name);
+            given.and_then(|given| HttpAnswer::new(given, false)).ok_or_else(|| name.to_owned())
+        };
         Ok(Door {
             method: Method { index, streams: false, fast_path: FastPath::No, is_open: false },
             body_bytes,

@@ -84,6 +84,11 @@ impl Load {
         self.steps.load(Ordering::Relaxed) > self.most_steps / 4
     }
 
+    #[cfg(test)]
+    pub fn running(&self) -> usize {
+        self.steps.load(Ordering::SeqCst)
+    }
+
     pub fn begin(&self, steps: usize) {
         if self.steps.fetch_add(steps, Ordering::SeqCst) + steps >= self.most_steps {
             self.is_full.store(true, Ordering::SeqCst);

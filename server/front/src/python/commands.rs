@@ -17,6 +17,7 @@ pub enum Command {
     End(Arc<Call>, Status),
     Admit(Arc<Call>),
     Respond(Arc<Call>, Box<HttpAnswer>),
+    Send(Arc<Call>, Bytes),
     Read(Arc<Call>, usize),
 }
 
@@ -31,7 +32,8 @@ pub fn carry_out(command: Command) {
         Command::Write(call, message, number) => call.write(&message, number),
         Command::End(call, status) => call.end(status),
         Command::Admit(call) => call.admit(),
-        Command::Respond(call, answer) => call.respond(answer.head, answer.body),
+        Command::Respond(call, answer) => call.respond(answer.head, answer.body, answer.has_more),
+        Command::Send(call, part) => call.reply(part, None, None),
         Command::Read(call, count) => call.read(count),
     }
 }

@@ -7,7 +7,7 @@ use crate::calls::answers::{Door, HttpAnswer};
 use crate::calls::queue::Queue;
 use crate::calls::service::Service;
 use crate::clock;
-use crate::limits::bounds::Bounds;
+use crate::limits::bounds::{counted, Bounds};
 use crate::limits::settings::Limits;
 use crate::messages::shape::{Given, Shape};
 use crate::method::{FastPath, Method};
@@ -37,7 +37,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 9;
+const INTERFACE: u32 = 10;
 
 /// An answer to an HTTP request: status, headers, body.
 type PyAnswer = (u16, Vec<(String, String)>, PyBackedBytes);
@@ -373,17 +373,25 @@ impl CallHandle {
 
     /// Its caller is admitted.
     fn admit(&self) {
-        self.send(Command::Admit(self.call.clone()));
+        self.command(Command::Admit(self.call.clone()));
     }
 
-    /// Answer an HTTP request.
+    /// Answer an HTTP request. `has_more`: `send` adds to the body until `end`.
     ///
     /// Raises ValueError if the status or a header makes no sense.
-    fn respond(&self, answer: PyAnswer) -> PyResult<()> {
-        let answer =
-            HttpAnswer::new(given(answer)).ok_or_else(|| PyValueError::new_err("no answer of HTTP"))?;
-        self.send(Command::Respond(self.call.clone(), Box::new(answer)));
+    #[pyo3(signature = (answer, *, has_more = false))]
+    fn respond(&self, answer: PyAnswer, has_more: bool) -> PyResult<()> {
+        let (status, headers, body) = given(answer);
+        let answer = HttpAnswer::new((status, headers, self.counted(body)), has_more)
+            .ok_or_else(|| PyValueError::new_err("no answer of HTTP"))?;
+        self.command(Command::Respond(self.call.clone(), Box::new(answer)));
         Ok(())
+    }
+
+    /// Send a part of the body of an answer that has more.
+    fn send(&self, part: &[u8]) {
+        let part = self.counted(Bytes::copy_from_slice(part));
+        self.command(Command::Send(self.call.clone(), part));
     }
 
     /// Whether it ended at its deadline.
@@ -394,29 +402,34 @@ impl CallHandle {
 
     /// Send the reply of a unary call.
     fn finish(&self, reply: &[u8]) {
-        self.send(Command::Finish(self.call.clone(), Bytes::copy_from_slice(reply)));
+        self.command(Command::Finish(self.call.clone(), Bytes::copy_from_slice(reply)));
     }
 
     /// Send a reply of a stream. `number` is that of its message, if that had one.
     #[pyo3(signature = (reply, number = None))]
     fn write(&self, reply: &[u8], number: Option<u64>) {
-        self.send(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply), number));
+        self.command(Command::Write(self.call.clone(), Bytes::copy_from_slice(reply), number));
     }
 
     /// End the call after its replies.
     fn end(&self, status: PyStatus) {
-        self.send(Command::End(self.call.clone(), self::status(status)));
+        self.command(Command::End(self.call.clone(), self::status(status)));
     }
 
     /// Report that this many messages were read.
     fn read(&self, count: usize) {
-        self.send(Command::Read(self.call.clone(), count));
+        self.command(Command::Read(self.call.clone(), count));
     }
 }
 
 impl CallHandle {
-    fn send(&self, command: Command) {
+    fn command(&self, command: Command) {
         self.driver.send(command);
+    }
+
+    /// A part of an answer, which counts from now on, because its client may be slow.
+    fn counted(&self, part: Bytes) -> Bytes {
+        counted(part, &self.service.bounds, &self.call.peer.load.share)
     }
 }
 

@@ -121,7 +121,7 @@ impl Call {
         self.is_over.store(true, Ordering::Relaxed);
     }
 
-    /// Send a framed reply. `frame_id`: the fast-path frame that it completes.
+    /// Send a framed reply, or a part of the answer to an HTTP request. `frame_id`: the fast-path frame that it completes.
     pub fn reply(&self, framed: Bytes, frame_id: Option<u64>, held: Option<usize>) {
         let waker = {
             let mut state = self.state();
@@ -192,8 +192,8 @@ impl Call {
         wake(waker);
     }
 
-    /// Answer an HTTP request.
-    pub fn respond(&self, head: http::Response<()>, body: Bytes) {
+    /// Answer an HTTP request. `has_more`: parts of the body follow.
+    pub fn respond(&self, head: http::Response<()>, body: Bytes, has_more: bool) {
         let waker = {
             let mut state = self.state();
             if state.is_closed || state.end.is_some() {
@@ -205,7 +205,7 @@ impl Call {
                 state.reply_bytes += body.len();
                 state.replies.push_back((body, None));
             }
-            state.end = Some(Status::ok());
+            state.end = (!has_more).then(Status::ok);
             state.waker.take()
         };
         wake(waker);

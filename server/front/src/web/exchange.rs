@@ -5,7 +5,7 @@ use crate::calls::serve::keep_waker;
 use crate::calls::serve::receive::Coming;
 use crate::calls::service::Service;
 use crate::clock;
-use crate::limits::bounds::{counted, CallPlace, Held};
+use crate::limits::bounds::{CallPlace, Held};
 use crate::limits::callers::Caller;
 use crate::limits::load::{Place, GENERAL};
 use crate::limits::peer::Peer;
@@ -97,7 +97,7 @@ pub struct Exchange {
     is_known: bool,
     /// Whether its answer is complete.
     is_done: bool,
-    /// Whether a part of the answer was handed out that Python has not been notified of.
+    /// Size of a part of the answer that was handed out, of which Python has not been notified.
     unreported: usize,
 }
 
@@ -256,6 +256,11 @@ impl Exchange {
         {
             let mut state = self.call.state();
             if let Some(head) = state.head.take() {
+                if state.end.is_none() {
+                    // an answer without an end in sight must not keep the connection's other requests waiting
+                    self.call.peer.load.end(std::mem::take(&mut self.steps));
+                    self.held.set(self.header_bytes);
+                }
                 return Poll::Ready(Ok(head));
             }
             if state.end.is_some() {
@@ -300,7 +305,6 @@ impl Exchange {
             return self.poll_deadline(cx).map(|()| Some(Err(Broken)));
         };
         self.unreported = reply.len();
-        let reply = counted(reply, &self.service.bounds, &self.call.peer.load.share);
         Poll::Ready(Some(Ok(Bytes::from_owner(Sent { reply, call: self.call.clone() }))))
     }
 }

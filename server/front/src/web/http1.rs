@@ -130,6 +130,7 @@ mod tests {
     use super::*;
     use crate::calls::answers::{Door, HttpAnswer};
     use crate::calls::service::Service;
+    use crate::messages::grpc::Status;
     use crate::steps::call::Call;
     use crate::steps::columns::Arrival;
     use std::future::pending;
@@ -196,8 +197,8 @@ mod tests {
 
     fn answered(call: &Call, body: &'static [u8]) {
         let headers = vec![("x-own".to_owned(), "yes".to_owned())];
-        let answer = HttpAnswer::new((200, headers, Bytes::from_static(body))).unwrap();
-        call.respond(answer.head, answer.body);
+        let answer = HttpAnswer::new((200, headers, Bytes::from_static(body)), false).unwrap();
+        call.respond(answer.head, answer.body, false);
     }
 
     fn refusals(service: &Service, name: &str) -> u64 {
@@ -278,6 +279,68 @@ mod tests {
         answered(&call, &[b'x'; 10_000]);
         client.serving.await.unwrap();
         assert_eq!(refusals(&client.service, "unread_replies"), 1);
+    }
+
+    fn begin(call: &Call) {
+        let answer = HttpAnswer::new((200, Vec::new(), Bytes::from_static(b"first")), true).unwrap();
+        call.respond(answer.head, answer.body, true);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_in_parts_leaves_part_by_part() {
+        let mut client = client(1 << 16);
+        client.send(GET).await;
+        let (call, _) = client.call().await;
+        begin(&call);
+        assert!(matches!(client.arrival().await, Arrival::Written(_, 5)));
+        let mut head = [0; 100];
+        let size = client.socket.read(&mut head).await.unwrap();
+        let head = std::str::from_utf8(&head[..size]).unwrap();
+        assert!(
+            head.contains("transfer-encoding: chunked\r\n") && head.ends_with("5\r\nfirst\r\n"),
+            "{head}"
+        );
+        call.reply(Bytes::from_static(b"second"), None, None);
+        assert!(matches!(client.arrival().await, Arrival::Written(_, 6)));
+        call.reply(Bytes::from_static(b"third"), None, None);
+        call.end(Status::ok());
+        client.send(b"GET / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n").await;
+        let (call, _) = client.call().await;
+        answered(&call, b"{}");
+        let (found, service) = client.rest().await;
+        assert!(found.starts_with("6\r\nsecond\r\n5\r\nthird\r\n0\r\n\r\nHTTP/1.1 200 OK"), "{found}");
+        assert_eq!(service.unwritten.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_in_parts_takes_no_share_of_the_running_work() {
+        let mut client = client(1 << 16);
+        client.send(GET).await;
+        let (call, _) = client.call().await;
+        assert!(call.peer.load.running() > 0);
+        begin(&call);
+        assert!(matches!(client.arrival().await, Arrival::Written(_, 5)));
+        assert_eq!(call.peer.load.running(), 0);
+        drop(client.socket);
+        client.serving.await.unwrap();
+        assert_eq!(call.peer.load.running(), 0);
+        assert!(call.is_over());
+        call.reply(Bytes::from_static(b"too late"), None, None);
+        assert_eq!(client.service.unwritten.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn parts_that_are_not_read_end_the_connection() {
+        let mut client = client(64);
+        client.send(GET).await;
+        let (call, _) = client.call().await;
+        begin(&call);
+        for _ in 0..100 {
+            call.reply(Bytes::from_static(&[b'x'; 1000]), None, None);
+        }
+        client.serving.await.unwrap();
+        assert_eq!(refusals(&client.service, "unread_replies"), 1);
+        assert_eq!(client.service.unwritten.load(Ordering::Relaxed), 0);
     }
 
     #[tokio::test(start_paused = true)]

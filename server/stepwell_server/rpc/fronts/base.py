@@ -228,7 +228,7 @@ class StepColumns:
 
 
 class HttpAnswer(NamedTuple):
-    """A whole answer to an HTTP request."""
+    """An answer to an HTTP request, whole unless it was said to have more."""
 
     status: int
     headers: Sequence[tuple[str, str]]
@@ -236,12 +236,18 @@ class HttpAnswer(NamedTuple):
     body: bytes
 
 
-class HttpDoor(Protocol):
-    """Serves HTTP requests, from a front that receives them.
+class HttpCall(Call, Protocol):
+    """An HTTP request. Its body is `request`.
 
-    A request is a `Call`, and its body is `Call.request`. The metadata are the headers, without those of gRPC, and
-    `:method`, `:path` (with the query) and `:authority`.
+    The metadata are the headers, without those of gRPC, and `:method`, `:path` (with the query) and `:authority`.
     """
+
+    def begin(self, answer: HttpAnswer) -> None:
+        """Send an answer whose body has more. `write` sends a further part of the body."""
+
+
+class HttpDoor(Protocol):
+    """Serves HTTP requests, from a front that receives them."""
 
     max_body_bytes: int
     """Limit of a body."""
@@ -253,11 +259,14 @@ class HttpDoor(Protocol):
         (the header `grpc-timeout` cannot be read), `late` (the deadline has passed) and `failed` (the server has a defect).
         """
 
-    def judge(self, call: Call) -> HttpAnswer | None:
+    def judge(self, call: HttpCall) -> HttpAnswer | None:
         """Check a request of an unknown caller by its headers, before its body is read. None: it is accepted."""
 
-    async def serve(self, call: Call) -> HttpAnswer:
-        """Serve a request. It raises only `asyncio.CancelledError`, if the front cancelled the task."""
+    async def serve(self, call: HttpCall) -> HttpAnswer | None:
+        """Serve a request. None: the answer was begun, and has ended.
+
+        It raises only `asyncio.CancelledError`, if the front cancelled the task.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
-_INTERFACE = 9
+_INTERFACE = 10
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -172,7 +172,11 @@ class _Call:
 
     async def write(self, reply: bytes) -> None:
         self._handle.write(reply, self._numbers.popleft() if self._numbers else None)
-        self._unwritten += len(reply)
+        await self._await_room(len(reply))
+
+    async def _await_room(self, size: int) -> None:
+        """Return when few bytes are unwritten, of which these have just been sent."""
+        self._unwritten += size
         while self._unwritten > _MAX_UNWRITTEN_BYTES:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
@@ -191,6 +195,18 @@ class _Call:
         """This many bytes of replies were written."""
         self._unwritten -= count
         _wake(self._room)
+
+
+class _HttpCall(_Call):
+    """An HTTP request from the crate. Implements `base.HttpCall`."""
+
+    def begin(self, answer: HttpAnswer) -> None:
+        self._handle.respond(answer, has_more=True)
+        self._unwritten += len(answer.body)
+
+    async def write(self, reply: bytes) -> None:
+        self._handle.send(reply)
+        await self._await_room(len(reply))
 
 
 class _Replies:
@@ -526,7 +542,7 @@ class NativeFront:
     def _judge_request(self, handle: CallHandle) -> None:
         """Decide whether the body of an HTTP request is accepted."""
         assert self._door is not None
-        answer = self._door.judge(_Call(handle, None, self._callers.put))
+        answer = self._door.judge(_HttpCall(handle, None, self._callers.put))
         if answer is None:
             handle.admit()
         else:
@@ -565,8 +581,15 @@ class NativeFront:
             call.task.cancel()
 
     def _begin(self, key: int, handle: CallHandle, request: bytes | None) -> None:
-        call = self._calls[key] = _Call(handle, request, self._callers.put)
-        call.task = self._loop.create_task(self._serve(call, handle))
+        call: _Call
+        if self._is_http(handle):
+            call = _HttpCall(handle, request, self._callers.put)
+            serving = self._serve_http(call, handle)
+        else:
+            call = _Call(handle, request, self._callers.put)
+            serving = self._serve(call, handle)
+        self._calls[key] = call
+        call.task = self._loop.create_task(serving)
         # not in the task itself, because a task that is cancelled before it starts runs no code
         call.task.add_done_callback(lambda _: self._forget(key))
 
@@ -589,11 +612,15 @@ class NativeFront:
             key
         ).task = None  # breaks a cycle: a cancelled task keeps its frames, which refer to the call
 
+    async def _serve_http(self, call: _HttpCall, handle: CallHandle) -> None:
+        assert self._door is not None
+        answer = await self._door.serve(call)
+        if answer is None:
+            handle.end(_OK)
+        else:
+            handle.respond(answer)
+
     async def _serve(self, call: _Call, handle: CallHandle) -> None:
-        if self._is_http(handle):
-            assert self._door is not None
-            handle.respond(await self._door.serve(call))
-            return
         try:
             method = self._methods[handle.method]
             reply = await method.serve(call)

@@ -7,9 +7,9 @@ tenants, quotas, audit log, request log, metrics and traces apply alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
@@ -28,19 +28,20 @@ from stepwell_server.errors import (
     shorten,
 )
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import Call, CallEnded, HttpAnswer, Method
+from stepwell_server.rpc.fronts.base import CallEnded, HttpAnswer, HttpCall, Method
 from stepwell_server.rpc.fronts.shape_check import check_shape
 from stepwell_server.rpc.http import json_form
 from stepwell_server.rpc.http.answers import Headers, extended, json_answer, of_error, of_status
+from stepwell_server.rpc.http.events import EventAnswer, Sleep, Source, Write, accepts_events, as_json
 from stepwell_server.rpc.http.origin import OriginRules
 from stepwell_server.rpc.http.routes import BadPath, Match, NoRoute, Route, Routes, WrongMethod
 from stepwell_server.rpc.status import Status
 
 MAX_BODY_BYTES = 8 << 20
 """Limit of a body in JSON."""
-#: Replies above this size become JSON in a thread, because the event loop would be busy for milliseconds.
-_LARGE_BYTES = 32 << 10
 _JSON_TYPE = "application/json"
+#: Name of the events of methods that have no other.
+_EVENT = "reply"
 _OPENAPI = "/openapi.json"
 _MAX_SHOWN = 200
 
@@ -73,6 +74,7 @@ class Door:
         refused: Called with the reason of each request that is refused before it is a call.
         max_message_bytes: Limit of a request over gRPC.
         version: The version of Stepwell, for the OpenAPI document.
+        sleep: Sleeps, for answers that take long.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Door:
         refused: Callable[[str], None],
         max_message_bytes: int,
         version: str,
+        sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.max_body_bytes = min(MAX_BODY_BYTES, max_message_bytes)
         self._routes = Routes(services)
@@ -90,6 +93,7 @@ class Door:
         self._rules = rules
         self._refused = refused
         self._version = version
+        self._sleep = sleep
         self._document: bytes | None = None
         self._types = {
             route.path: (
@@ -130,26 +134,27 @@ class Door:
             "failed": of_error(ServerError("the server failed to answer; search its log")),
         }
 
-    def judge(self, call: Call) -> HttpAnswer | None:
+    def judge(self, call: HttpCall) -> HttpAnswer | None:
         """Check a request by its headers, before its body is read. None: it may be served."""
         try:
             target = self._target(call)
             if target.method.judge is not None:
-                target.method.judge(_DoorCall(call, b"", None))
+                target.method.judge(_DoorCall(call, b"", None, _drop))
         except (_Refused, CallEnded) as ended:
             return extended(self._early(ended), self._rules.headers(_text(call.metadata.get("origin"))))
         return None
 
-    async def serve(self, call: Call) -> HttpAnswer:
-        """Serve a request, whose body is `call.request`."""
-        origin = _text(call.metadata.get("origin"))
+    async def serve(self, call: HttpCall) -> HttpAnswer | None:
+        """Serve a request, whose body is `call.request`. None: the answer was begun, and has ended."""
+        headers = self._rules.headers(_text(call.metadata.get("origin")))
+        answer: HttpAnswer | None
         try:
-            answer = await self._answer(self._target(call), call)
+            answer = await self._answer(self._target(call), call, headers)
         except (_Refused, CallEnded) as ended:
             answer = self._early(ended)
         except Exception as error:
             answer = of_error(internal(error, path=shorten(str(call.metadata.get(":path")), _MAX_SHOWN)))
-        return extended(answer, self._rules.headers(origin))
+        return None if answer is None else extended(answer, headers)
 
     def _early(self, ended: _Refused | CallEnded) -> HttpAnswer:
         """Return the answer to a request that ended before its reply, and count a refusal."""
@@ -159,7 +164,7 @@ class Door:
             self._refused(ended.reason)
         return ended.answer
 
-    def _target(self, call: Call) -> _Target:
+    def _target(self, call: HttpCall) -> _Target:
         """Find the method of a request, and check its headers.
 
         Raises:
@@ -213,7 +218,7 @@ class Door:
             )
         )
 
-    async def _answer(self, target: _Target, call: Call) -> HttpAnswer:
+    async def _answer(self, target: _Target, call: HttpCall, headers: Headers) -> HttpAnswer | None:
         route, method = target.match.route, target.method
         request_type, reply_type = self._types[route.path]
         body, call.request = call.request, b""
@@ -223,26 +228,32 @@ class Door:
             refusal = None if method.shape is None else check_shape(method.shape, raw)
         except InvalidInput as error:
             refusal = error
-        running = _DoorCall(call, b"" if refusal else raw, refusal)
-        reply = await method.serve(running)
-        if method.streams:
-            # the status of a load is known at its end, and belongs into the first line of the answer
-            parts = [json_form.dump(reply_type.FromString(one)) for one in running.replies]
-            return json_answer(b"[" + b", ".join(parts) + b"]")
-        if len(reply) > _LARGE_BYTES:
-            return json_answer(await asyncio.to_thread(_reply, reply_type, reply))
-        return json_answer(_reply(reply_type, reply))
+
+        def serve(write: Write) -> Awaitable[bytes]:
+            return method.serve(_DoorCall(call, b"" if refusal else raw, refusal, write))
+
+        if not method.streams:
+            return json_answer(await as_json(reply_type, await serve(_drop)))
+        if accepts_events(_text(call.metadata.get("accept")) or ""):
+            return await EventAnswer(call, headers, self._sleep).run([Source(_EVENT, reply_type, serve)])
+        # the status of a load is known at its end, and belongs into the first line of the answer
+        replies: list[bytes] = []
+
+        async def keep(reply: bytes) -> None:
+            replies.append(await as_json(reply_type, reply))
+
+        await serve(keep)
+        return json_answer(b"[" + b", ".join(replies) + b"]")
 
 
 class _DoorCall:
     """A call of one message by an HTTP request. Implements `base.Call`."""
 
-    def __init__(self, call: Call, request: bytes, refusal: ServerError | None) -> None:
+    def __init__(self, call: HttpCall, request: bytes, refusal: ServerError | None, write: Write) -> None:
         self._call = call
         self.request = request
         self.refusal = refusal
-        self.replies: list[bytes] = []
-        """The replies of a stream."""
+        self.write = write
         self._is_read = False
 
     @property
@@ -285,13 +296,9 @@ class _DoorCall:
         self._is_read = True
         return self.request
 
-    def write(self, reply: bytes) -> Coroutine[Any, Any, None]:
-        self.replies.append(reply)
-        return _nothing()
 
-
-async def _nothing() -> None:
-    """The reply is kept until the call ends."""
+async def _drop(_reply: bytes) -> None:
+    """The method writes no replies."""
 
 
 def _request(message: Message, body: bytes, target: _Target) -> Message:
@@ -309,10 +316,6 @@ def _request(message: Message, body: bytes, target: _Target) -> Message:
     for name, text in target.match.variables.items():
         json_form.set_variable(name, text, message)
     return message
-
-
-def _reply(reply_type: type[Message], raw: bytes) -> bytes:
-    return json_form.dump(reply_type.FromString(raw))
 
 
 def _require_json(headers: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
+from stepwell_server.rpc.http.events import MEDIA_TYPE
 from stepwell_server.rpc.http.routes import Route
 
 _Schema = dict[str, Any]
@@ -56,6 +57,11 @@ _ERROR_SCHEMA: _Schema = {
         },
     },
     "required": ["code", "message"],
+}
+_EVENTS: _Schema = {
+    "type": "string",
+    "description": "Server-sent events, if the header accept names them. The data of each event is a message in JSON; an "
+    "event with the name error has an error, and is the last one.",
 }
 _DESCRIPTION = (
     "Sessions of recurrent models, which the server keeps and steps. Numbers of 64 bits are strings in answers; requests "
@@ -108,8 +114,9 @@ class _Document:
             name = f"{name}By{''.join(part.title() for part in variables[0].split('_'))}"
         self._operations.add(name)
         reply = self._reference(method.output_type)
+        content = _json(reply)
         if method.server_streaming:
-            reply = {"type": "array", "items": reply}
+            content = _json({"type": "array", "items": reply}) | {MEDIA_TYPE: {"schema": _EVENTS}}
         fields = method.input_type.fields_by_name
         parameters = [self._parameter(fields[variable], "path") for variable in variables]
         if not route.has_body:
@@ -122,7 +129,7 @@ class _Document:
             "description": text,
             "parameters": parameters,
             "responses": {
-                "200": {"description": "The reply.", "content": _json(reply)},
+                "200": {"description": "The reply.", "content": content},
                 "default": {"description": "An error.", "content": _json(_reference(_ERROR))},
             },
         }
