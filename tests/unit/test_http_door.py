@@ -140,6 +140,16 @@ def test_long_lists_keep_every_number() -> None:
     assert json.loads(json_form.dump(message)) == {"state": [{"values": values}]}
 
 
+@pytest.mark.parametrize("size", [1, 5000])
+def test_small_and_large_messages_have_the_same_form(size: int) -> None:
+    message = read({"model": 'a "b"\n\u2028ü', "request_id": 7, "state": [{"values": [0.5] * size}, {}]})
+    numbers = ", ".join(["0.5"] * size)
+    wanted = (
+        f'{{"model": "a \\"b\\"\\n\u2028ü", "state": [{{"values": [{numbers}]}}, {{}}], "request_id": "7"}}'
+    )
+    assert json_form.dump(message).decode() == wanted
+
+
 @pytest.mark.parametrize(
     ("document", "words"),
     [

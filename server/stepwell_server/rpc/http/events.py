@@ -21,8 +21,6 @@ from stepwell_server.rpc.http.answers import Headers, of_error, of_status
 MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE_S = 15.0
 """Interval of comments while no event leaves. Proxies close connections that are silent for 30 s or longer."""
-#: Replies above this size become JSON in a thread, because the event loop would be busy for milliseconds.
-_LARGE_BYTES = 32 << 10
 _COMMENT = b": keep-alive\n\n"
 _HEADERS: Headers = (
     ("content-type", MEDIA_TYPE),
@@ -45,7 +43,7 @@ def accepts_events(accept: str) -> bool:
 
 async def as_json(reply_type: type[Message], raw: bytes) -> bytes:
     """Return a serialized reply as JSON."""
-    if len(raw) > _LARGE_BYTES:
+    if len(raw) > json_form.SMALL_BYTES:  # the event loop would be busy for milliseconds
         return await asyncio.to_thread(_dump, reply_type, raw)
     return _dump(reply_type, raw)
 

@@ -27,6 +27,8 @@ _MAX_FIELDS = 1024
 """Limit of the fields of a JSON object: each is looked up, and all other callers wait meanwhile."""
 _MAX_MESSAGES = 4096
 """Limit of the messages in a list: that of the longest list in the protocol (`rpc.fronts.shape`)."""
+SMALL_BYTES = 32 << 10
+"""Messages up to this size are written at once, on the event loop. Larger ones are for threads."""
 _PART = 1024
 """Number of values of a list that are written at once, so that other threads get Python's lock in between."""
 _MAX_PARAMETERS = 1024
@@ -148,11 +150,12 @@ def to_object(message: Message) -> dict[str, Any]:
 
 def dump(message: Message) -> bytes:
     """Return a message as JSON in bytes. Any thread may call it."""
-    return dumped(to_object(message)).encode()
+    document = to_object(message)
+    return (_text(document) if message.ByteSize() <= SMALL_BYTES else dumped(document)).encode()
 
 
 def dumped(document: object) -> str:
-    """Return a JSON document as text."""
+    """Return a JSON document as text. A long list does not keep Python's lock."""
     if isinstance(document, dict):
         return "{" + ", ".join(f"{_text(name)}: {dumped(value)}" for name, value in document.items()) + "}"
     if isinstance(document, list) and document:
@@ -407,5 +410,5 @@ def _shown(value: object) -> str:
     return shorten(_text(value).encode(errors="backslashreplace").decode(), _MAX_SHOWN)
 
 
-def _text(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+#: Return a JSON document as text. `json.dumps` would make an encoder for each value.
+_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
