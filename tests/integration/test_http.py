@@ -94,7 +94,7 @@ class Secured:
 
     def __init__(self, folder: Path) -> None:
         self.authority = Authority(folder)
-        pair = self.authority.issue()
+        pair = self.pair = self.authority.issue()
         callers = {
             "ann": Caller("ann", "acme", Role.USER),
             "bob": Caller("bob", "zeta", Role.USER),
@@ -182,6 +182,30 @@ def test_tls_offers_either_version(closed: Secured, version: str, spoken: str) -
         version, *shown, "--header", bearer, f"https://{closed.address}/v1/models"
     ).rpartition("\n")
     assert ([model["name"] for model in json.loads(models)["models"]], ended) == (["seq"], spoken)
+
+
+def test_new_connections_get_a_new_certificate(tmp_path: Path) -> None:
+    found = Secured(tmp_path)
+    bearer = {"authorization": f"Bearer {found.tokens['ann']}"}
+    with local_server("seq", extra_args=found.options) as running:
+        found.address = running.http_address or ""
+        context = ssl.create_default_context(cafile=str(found.authority.cert))
+        old = http.client.HTTPSConnection(found.address, timeout=60, context=context)
+        with contextlib.closing(old):
+            old.request("GET", "/v1/models", headers=bearer)
+            assert old.getresponse().read()
+            (tmp_path / "new").mkdir()
+            authority = Authority(tmp_path / "new")
+            for new, file in zip(authority.issue(), found.pair, strict=True):
+                new.replace(file)
+            found.authority = authority
+            status = 0
+            while not status:
+                with contextlib.suppress(ssl.SSLCertVerificationError):
+                    status = found.json("ann", "GET", "/v1/models")[0]
+            assert status == 200
+            old.request("GET", "/v1/models", headers=bearer)
+            assert old.getresponse().status == 200, "it keeps its connection"
 
 
 # --------------------------------------------------------------------------------------------------- starts and stops

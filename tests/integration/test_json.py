@@ -11,6 +11,7 @@ import pytest
 
 from stepwell.v1 import sessions_pb2 as pb
 from support import secured
+from support.models import programs
 from support.peers import wire
 from support.peers.json_client import JsonClient, X, path_of, step_body
 from support.peers.wire import Wire, tensor
@@ -79,6 +80,18 @@ def test_json_opens_steps_reads_and_resets(door: JsonClient, server: Server) -> 
     status, predicted = door.json("POST", "/v1/models/seq:predict", step_body())
     assert np.float32(predicted["outputs"][0]["values"]).tobytes() == wanted.outputs[0].data
     assert [model["name"] for model in door.json("GET", "/v1/models")[1]["models"]] == ["seq"]
+
+
+def test_a_load_is_answered_with_its_stages(door: JsonClient) -> None:
+    body = {"path": str(programs.saved("lstm_dense").path)}
+    status, replies = door.json("POST", "/v1/models/loaded:load", body)
+    assert status == 200
+    *stages, last = replies
+    assert all({*reply} == {"stage"} for reply in stages)
+    assert (last["model"]["name"], last["version"]) == ("loaded", "1")
+    status, error = door.json("POST", "/v1/models/loaded:load", {"path": "/nowhere.keras"})
+    assert status != 200
+    assert "/nowhere.keras" in error["message"]
 
 
 BAD: dict[str, tuple[str, str, object, int, int, str]] = {
