@@ -134,7 +134,7 @@ class Http2:
         return stream, frame.serialize()
 
     def block(self, path: str, extra: Headers = ()) -> bytes:
-        """The headers of a gRPC call, encoded."""
+        """The headers of a gRPC call, encoded. Extra ones replace those of the same name."""
         known = {
             ":method": "POST",
             ":scheme": "http",
@@ -143,7 +143,9 @@ class Http2:
             "te": "trailers",
             "content-type": "application/grpc",
         }
-        block: bytes = self._encoder.encode([*known.items(), *extra], huffman=False)
+        known |= {name: value for name, value in extra if name in known}
+        more = [(name, value) for name, value in extra if name not in known]
+        block: bytes = self._encoder.encode([*known.items(), *more], huffman=False)
         return block
 
     def call(self, path: str, *messages: bytes, extra: Headers = (), end: bool = True) -> int:

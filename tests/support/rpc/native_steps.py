@@ -11,7 +11,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.engine.api import StepBatch
-from stepwell_server.rpc.fronts.base import Method, StepColumns
+from stepwell_server.rpc.fronts.base import HttpDoor, HttpListener, Method, StepColumns
 from stepwell_server.rpc.status import Code, Status
 from support import secured
 
@@ -34,9 +34,11 @@ class NativeSteps:
         self.front: NativeFront = native.NativeFront(SystemClock(), limits or FrontLimits(1 << 20))
         self.address = ""
 
-    async def serve(self, methods: Sequence[Method]) -> None:
-        """Start the front; it takes plain requests as columns."""
-        listening = await self.front.start(Address("127.0.0.1", 0), methods, self, secured.certificates())
+    async def serve(self, methods: Sequence[Method], door: HttpDoor | None = None) -> None:
+        """Start the front; it takes plain requests as columns. With a door it serves HTTP on another port."""
+        here = Address("127.0.0.1", 0)
+        http = None if door is None else HttpListener(here, door)
+        listening = await self.front.start(here, methods, self, secured.certificates(), http)
         self.address = secured.named(listening)
         self.front.set_fast_path(enabled=True)
 
