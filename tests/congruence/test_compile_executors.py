@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors import litert, load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.litert import LiteRTExecutor
 from stepwell_server.engine.executors.padded import chunks
+from stepwell_server.program import FLATBUFFER
 from support.models import programs
 from support.models.compiled import Compiled, zoo_model
 from support.models.programs import compile_model
@@ -61,46 +62,102 @@ def test_a_bad_index_fails_the_pass_and_the_next_one_works(
 
 
 class Resizes:
-    """Counts an interpreter's resizes, and sets what the executor believes that they and runs take."""
+    """Counts the resizes of an executor's interpreters, and sets what it believes that they and runs take."""
 
     def __init__(self, executor: LiteRTExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self._executor = executor
-        resize = executor._resize
+        resized = executor._resized
 
-        def counted(rows: int) -> None:
+        def counted(rows: int) -> Any:
             self.count += 1
-            resize(rows)
+            return resized(rows)
 
-        monkeypatch.setattr(executor, "_resize", counted)
+        monkeypatch.setattr(executor, "_resized", counted)
 
     def cost(self, resize_s: float, row_s: float) -> None:
         self._executor._resize_s.value, self._executor._row_s.value = resize_s, row_s
 
 
+def _steps_like_a_new_executor(executor: LiteRTExecutor, tokens: Compiled, rows: int, seed: int) -> None:
+    batch = np.random.default_rng(seed).integers(0, 13, rows).tolist()
+    found = _token_step(executor, batch)
+    for one, two in zip(found, _token_step(LiteRTExecutor(tokens.program), batch), strict=True):
+        assert one.shape == two.shape
+        assert one.tobytes() == two.tobytes()
+
+
+def _executor(tokens: Compiled, monkeypatch: pytest.MonkeyPatch, max_kept: int) -> LiteRTExecutor:
+    monkeypatch.setattr(litert, "_MAX_KEPT", max_kept)
+    return LiteRTExecutor(tokens.program)
+
+
 def test_a_smaller_batch_keeps_the_size_where_a_resize_costs_more(
     tokens: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor = LiteRTExecutor(tokens.program)
+    executor = _executor(tokens, monkeypatch, 1)
     resizes = Resizes(executor, monkeypatch)
-    rng = np.random.default_rng(4)
-    for rows, is_cheap, resized in (
-        (8, True, 1),
-        (5, True, 1),
-        (1, True, 1),
-        (8, True, 1),
-        (9, True, 2),
-        (5, False, 3),
-        (6, True, 4),
-        *[(rows, True, 4) for rows in (5, 2, 6, 3, 4, 6, 1)],  # by then it holds its views
+    for seed, (rows, is_cheap, resized) in enumerate(
+        (
+            (8, True, 1),
+            (5, True, 1),
+            (1, True, 1),
+            (8, True, 1),
+            (9, True, 2),
+            (5, False, 3),
+            (6, True, 4),
+            *[(rows, True, 4) for rows in (5, 2, 6, 3, 4, 6, 1)],  # by then it holds its views
+        )
     ):
         resizes.cost(1.0, 1e-3 if is_cheap else 10.0)
-        batch = rng.integers(0, 13, rows).tolist()
-        found = _token_step(executor, batch)
+        _steps_like_a_new_executor(executor, tokens, rows, seed)
         assert resizes.count == resized, f"{rows} rows"
-        for one, two in zip(found, _token_step(LiteRTExecutor(tokens.program), batch), strict=True):
-            assert one.shape == two.shape
-            assert one.tobytes() == two.tobytes()
+
+
+def test_sizes_that_recur_are_kept(tokens: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = _executor(tokens, monkeypatch, 3)
+    resizes = Resizes(executor, monkeypatch)
+    for seed, (rows, is_cheap, resized) in enumerate(
+        (
+            *[(rows, False, count) for count, rows in enumerate((5, 8, 2), 1)],
+            *[(rows, False, 3) for rows in (8, 2, 5) * 10],
+            (7, True, 3),  # with 8
+            (6, False, 4),  # instead of 2, which was not used for longest
+            *[(rows, False, 4) for rows in (5, 8, 6)],
+            (2, False, 5),  # instead of 5
+            *[(rows, False, 5) for rows in (8, 6, 2)],
+        )
+    ):
+        resizes.cost(1.0, 1e-3 if is_cheap else 10.0)
+        _steps_like_a_new_executor(executor, tokens, rows, seed)
+        assert resizes.count == resized, f"{rows} rows, the {seed}th"
+
+
+def test_the_first_resize_of_an_interpreter_is_not_taken_for_the_others(
+    tokens: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer: an executor that believed in it ran small batches at the size of the largest."""
+    executor = _executor(tokens, monkeypatch, 2)
+    for rows in (1, 64):
+        _token_step(executor, [3] * rows)
+    assert executor._resize_s.value == 0
+    _token_step(executor, [3] * 9)
+    assert executor._resize_s.value > 0
+
+
+def test_interpreters_of_a_large_program_are_not_kept(
+    tokens: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(tokens.program.files[FLATBUFFER])
+    monkeypatch.setattr(litert, "_TYPICAL_ROWS", 0)
+    for limit, count in ((2 * size - 1, 1), (2 * size, 2), (1 << 40, 8)):
+        monkeypatch.setattr(litert, "_MAX_KEPT_BYTES", limit)
+        executor = LiteRTExecutor(tokens.program)
+        executor._resize_s.value = 1e-9  # a larger size does not do
+        for rows in range(1, 12):
+            executor._row_s.value = 1.0
+            _token_step(executor, [3] * rows)
+        assert len(executor._kept) == count
 
 
 def test_rows_of_a_run_that_failed_run_no_more(tokens: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +170,7 @@ def test_rows_of_a_run_that_failed_run_no_more(tokens: Compiled, monkeypatch: py
     for one, two in zip(_token_step(executor, [3, 12]), expected, strict=True):
         assert one.tobytes() == two.tobytes()
     assert resizes.count == 2
+    assert len(executor._kept) == 1
 
 
 def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_tensorflow: Compiled) -> None:

@@ -19,6 +19,12 @@ from stepwell_server.engine.executors.step_function import fill
 from stepwell_server.engine.types import Array
 from stepwell_server.program import FLATBUFFER, Program, StateSpec, TensorSpec
 
+#: Interpreters that an executor keeps, each with a batch size of its own, and about how much memory they may take. With
+#: more, the tensors of one displace those of the others from the processor's cache: a wide model is slower then.
+_MAX_KEPT, _MAX_KEPT_BYTES = 8, 16 << 20
+#: For that estimate: rows of a batch, and tensors of a graph for each one in the program's specs. Each interpreter
+#: may pack the weights for itself.
+_TYPICAL_ROWS, _TENSORS_PER_SPEC = 64, 4
 #: After this many runs of one size the arrays are cached.
 _RUNS_UNTIL_HELD = 8
 #: The weight of a duration above the estimate, most of which were interrupted.
@@ -56,81 +62,67 @@ def _swallow_announcement(interpreter: Interpreter) -> None:
 
 
 class LiteRTExecutor(Executor):
-    """An `Executor` whose views are the interpreter's own memory. For one thread at a time.
+    """An `Executor` whose views are the interpreters' own memory. For one thread at a time.
 
     The flatbuffer is not copied, so many executors of one program share its weights. They share those that the native
     module packs for its own kernels, too.
 
-    To change the batch size, LiteRT plans the memory of the whole graph again. That may take longer than running
-    some more rows. So a smaller batch keeps the size, where the measured times say that this is cheaper. The rows
-    beyond the batch then hold rows of earlier runs, which cannot fail: a run that fails ends with a resize.
+    To change an interpreter's batch size, LiteRT plans the memory of the whole graph again. So there are several
+    interpreters, each with the size of a recent batch. A batch runs at its own size, or at a larger one where the
+    measured times say that this is cheaper than a resize. The rows beyond the batch then hold rows of earlier runs,
+    which cannot fail: a run that fails ends with a resize.
     """
 
     def __init__(self, program: Program) -> None:
         """Take the flatbuffer and find its tensors by their signature keys."""
-        self._interpreter = Interpreter(
-            model_content=program.files[FLATBUFFER],
-            num_threads=1,
-            experimental_delegates=list(dense_delegates()),
-        )
-        _swallow_announcement(self._interpreter)
-        # The runner references the interpreter's memory, so it must be deleted before the first resize.
-        runner = self._interpreter.get_signature_runner()
-        details = runner.get_input_details()
-        _require_shapes("in", program.inputs, details)
-        _require_shapes("state", program.state, details)
-        given = {key: int(item["index"]) for key, item in details.items()}
-        made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
-        del runner
+        self._program = program
+        self._now = _Sized(program)
+        """The interpreter of the batch."""
+        self._kept = [self._now]
+        self._max_kept = _max_kept(program)
         self._rows = 0
         """Rows of the batch."""
-        self._size = 0
-        """Rows of the interpreter's tensors, `_rows` or more; 0: it must be resized."""
         self._resize_s = _Lowest()
         self._row_s = _Lowest()
         """Seconds of a run, by row."""
-        self._runs = 0
-        """Runs since the last resize."""
-        shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
-        shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.state)}
-        self._given = [(index, shapes[key]) for key, index in given.items()]
-        """The interpreter's input tensors, with the shape of a row."""
-        taken = set(given.values())
-        self._in = _Tensors(self._interpreter, "in", program.inputs, given)
-        self._state = _Tensors(self._interpreter, "state", program.state, given)
-        self._out = _Tensors(self._interpreter, "out", program.outputs, made, taken)
-        self._next = _Tensors(self._interpreter, "next", program.state, made, taken)
 
     def bind(self, rows: int) -> None:
         """Make the buffers exactly ``rows`` long."""
-        if rows == self._rows and self._size:
+        if rows == self._rows and self._now.size:
             return
-        spare = self._size - rows
-        if spare < 0 or spare * self._row_s.value > self._resize_s.value:
-            self._resize(rows)
-        self._rows = rows
-        for tensors in self._tensors:
-            tensors.bind(rows)
+        kept = self._kept
+        found: _Sized | None = None
+        for one in kept:
+            if one.size >= rows and (found is None or one.size < found.size):
+                found = one
+        if found is None or (found.size - rows) * self._row_s.value > self._resize_s.value:
+            found = self._resized(rows)
+        if found is not kept[-1]:
+            kept.remove(found)
+            kept.append(found)  # the last one is the most recent
+        self._now, self._rows = found, rows
+        found.bind(rows)
 
-    def _resize(self, rows: int) -> None:
-        began = time.perf_counter()
-        self._size = 0  # Until it succeeds: a half-resized interpreter must be resized again.
-        for index, shape in self._given:
-            self._interpreter.resize_tensor_input(index, (rows, *shape))
-        self._interpreter.allocate_tensors()
-        self._runs = 0
-        for tensors in self._tensors:
-            tensors.resize(rows)
-        self._size = rows
-        self._resize_s.note(time.perf_counter() - began)
+    def _resized(self, rows: int) -> _Sized:
+        """An interpreter of this size: one without a size, a new one, or the one that was not used for longest."""
+        one = next((one for one in self._kept if not one.size), None)
+        if one is None and len(self._kept) < self._max_kept:
+            one = _Sized(self._program)
+            self._kept.append(one)
+        one = one or self._kept[0]
+        is_new, began = one.is_new, time.perf_counter()
+        one.resize(rows)
+        if not is_new:  # the first one takes longer
+            self._resize_s.note(time.perf_counter() - began)
+        return one
 
     def inputs(self) -> Sequence[Array]:
         """Writable views of the inputs of one time step."""
-        return self._in.views()
+        return self._now.inputs.views()
 
     def states(self) -> Sequence[Array]:
         """Writable views of the state before the step."""
-        return self._state.views()
+        return self._now.states.views()
 
     def invoke(self) -> None:
         """Run one time step.
@@ -139,33 +131,104 @@ class LiteRTExecutor(Executor):
             ExecutionError: a kernel refused its input, e.g. an Embedding index out of range.
         """
         began = time.perf_counter()
+        self._now.interpret()
+        self._row_s.note((time.perf_counter() - began) / self._now.size)
+        self._now.settle()
+
+    def outputs(self) -> Sequence[Array]:
+        """Views of the outputs of the last step."""
+        return self._now.outputs.views()
+
+    def next_states(self) -> Sequence[Array]:
+        """Views of the state after the last step."""
+        return self._now.next_states.views()
+
+
+class _Sized:
+    """An interpreter, and its tensors of some number of rows."""
+
+    def __init__(self, program: Program) -> None:
+        self.interpreter = Interpreter(
+            model_content=program.files[FLATBUFFER],
+            num_threads=1,
+            experimental_delegates=list(dense_delegates()),
+        )
+        _swallow_announcement(self.interpreter)
+        # The runner references the interpreter's memory, so it must be deleted before the first resize.
+        runner = self.interpreter.get_signature_runner()
+        details = runner.get_input_details()
+        _require_shapes("in", program.inputs, details)
+        _require_shapes("state", program.state, details)
+        given = {key: int(item["index"]) for key, item in details.items()}
+        made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
+        del runner
+        self.size = 0
+        """Rows of the interpreter's tensors; 0: it must be resized."""
+        self.is_new = True
+        """It has not been resized yet."""
+        self._rows = 0
+        """The rows that are shown; 0: none since the last resize."""
+        self._runs = 0
+        """Runs since the last resize."""
+        shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
+        shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.state)}
+        self._given = [(index, shapes[key]) for key, index in given.items()]
+        """The interpreter's input tensors, with the shape of a row."""
+        taken = set(given.values())
+        self.inputs = _Tensors(self.interpreter, "in", program.inputs, given)
+        self.states = _Tensors(self.interpreter, "state", program.state, given)
+        self.outputs = _Tensors(self.interpreter, "out", program.outputs, made, taken)
+        self.next_states = _Tensors(self.interpreter, "next", program.state, made, taken)
+
+    @property
+    def _tensors(self) -> tuple[_Tensors, ...]:
+        return self.inputs, self.states, self.outputs, self.next_states
+
+    def resize(self, rows: int) -> None:
+        self.size = 0  # Until it succeeds: a half-resized interpreter must be resized again.
+        self.is_new, self._rows = False, 0
+        for index, shape in self._given:
+            self.interpreter.resize_tensor_input(index, (rows, *shape))
+        self.interpreter.allocate_tensors()
+        self._runs = 0
+        for tensors in self._tensors:
+            tensors.resize(rows)
+        self.size = rows
+
+    def bind(self, rows: int) -> None:
+        """Show the first rows only."""
+        if rows != self._rows:
+            self._rows = rows
+            for tensors in self._tensors:
+                tensors.bind(rows)
+
+    def interpret(self) -> None:
+        """Run all rows."""
         try:
-            self._interpreter.invoke()
+            self.interpreter.invoke()
         except RuntimeError as error:
             if "reference to internal data" in str(error):
                 raise  # The caller kept a view: a bug in the program, not a problem of the batch.
             # Kernels that failed half-way leave tensors in no defined shape.
-            self._size = 0
+            self.size = 0
             raise ExecutionError(str(error).strip()) from error
-        self._row_s.note((time.perf_counter() - began) / self._size)
-        self._out.settle()
-        self._next.settle()
+
+    def settle(self) -> None:
+        """Complete a run."""
+        self.outputs.settle()
+        self.next_states.settle()
         self._runs += 1
         if self._runs == _RUNS_UNTIL_HELD:
             for tensors in self._tensors:
                 tensors.hold()
 
-    @property
-    def _tensors(self) -> tuple[_Tensors, ...]:
-        return self._in, self._state, self._out, self._next
 
-    def outputs(self) -> Sequence[Array]:
-        """Views of the outputs of the last step."""
-        return self._out.views()
-
-    def next_states(self) -> Sequence[Array]:
-        """Views of the state after the last step."""
-        return self._next.views()
+def _max_kept(program: Program) -> int:
+    """How many interpreters of a program an executor may keep."""
+    tensors = [*program.inputs, *program.outputs]
+    row_bytes = sum(spec.row_bytes for spec in tensors) + 2 * program.state_row_bytes
+    batch_bytes = _TYPICAL_ROWS * _TENSORS_PER_SPEC * row_bytes
+    return max(1, min(_MAX_KEPT, _MAX_KEPT_BYTES // (len(program.files[FLATBUFFER]) + batch_bytes)))
 
 
 def _require_shapes(
