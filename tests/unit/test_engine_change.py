@@ -102,6 +102,37 @@ async def test_outputs_come_by_name_also_when_they_are_remembered() -> None:
         assert not none.outputs
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({}, id="all outputs"),
+        pytest.param({"output_names": ("y",)}, id="names of outputs"),
+        pytest.param({"states": Select.LAST}, id="states"),
+        pytest.param({"states": Select.LAST, "state_rows": [0]}, id="rows of states"),
+        pytest.param({"states": Select.LAST, "state_members": [0]}, id="members of states"),
+        pytest.param({"reset_rows": np.array([True])}, id="a mask"),
+    ],
+)
+@pytest.mark.engine(threads=True)
+async def test_steps_that_became_one_change_are_replayed_alone(asked: dict[str, Any], at: Harness) -> None:
+    await at.open("a", "b", "busy")
+    await at.begin_pass("busy", x(1))
+
+    def send(name: str) -> Answers:
+        return at.single(name, x(1, seed=ord(name)), request_id=4, **asked)
+
+    together = [send("a"), send("b")]
+    at.hooks.open_gate()
+    first = [await answers.only() for answers in together]
+    again = [await send("a").only(), await send("b").only()]
+    assert [(answer.replayed, answer.revision) for answer in again] == [(True, 1)] * 2
+    for one, two in zip(first, again, strict=True):
+        for found, expected in ((one.outputs, two.outputs), (one.states, two.states)):
+            assert {name: array.tobytes() for name, array in found.items()} == {
+                name: array.tobytes() for name, array in expected.items()
+            }
+
+
 @IN_PROCESS  # Valkey may answer a later pass first
 @pytest.mark.engine(threads=True, max_batch_rows=4, resident_rows=64)
 async def test_a_modest_caller_is_in_the_next_pass_despite_a_greedy_one(at: Harness) -> None:

@@ -465,6 +465,7 @@ def may_join(change: Change) -> bool:
         and change.steps == 1
         and change.sizes[0] == 1
         and change.advancing is None
+        and change.state_rows is None
     )
 
 
@@ -483,6 +484,7 @@ def joined(parts: Sequence[Change]) -> Change:
         [part.session_ids[0] for part in parts],
         _JoinedReplies(parts),
         select=first.select,
+        output_names=first.output_names,
         states=first.states,
         connections=[part if part.connection is None else part.connection for part in parts],
         caller=first.caller,
