@@ -20,8 +20,9 @@ from stepwell_server.engine.types import Array
 from stepwell_server.program import FLATBUFFER, Program, StateSpec, TensorSpec
 
 #: Interpreters that an executor keeps, each with a batch size of its own, and about how much memory they may take. With
-#: more, the tensors of one displace those of the others from the processor's cache: a wide model is slower then.
-_MAX_KEPT, _MAX_KEPT_BYTES = 8, 16 << 20
+#: more, the tensors of one displace those of the others from the processor's cache: wider models than an LSTM(128) are
+#: slower then.
+_MAX_KEPT, _MAX_KEPT_BYTES = 8, 3 << 20
 #: For that estimate: rows of a batch, and tensors of a graph for each one in the program's specs. Each interpreter
 #: may pack the weights for itself.
 _TYPICAL_ROWS, _TENSORS_PER_SPEC = 64, 4
