@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; rm -rf .venv; exit 1; }
 	@echo "Installing into .venv (TensorFlow is large: the first time takes one to five minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[server,demo,otel,valkey]' --group dev --group docs
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[server,demo,onnx,otel,valkey]' --group dev --group docs
 	@echo "Compiling what all targets import"
 	@$(BIN)/python -c "import keras, tensorflow" 2>/dev/null
 	@touch $@

@@ -52,6 +52,7 @@ PACKAGES = {
     "tensorflow": "tensorflow",
     "keras": "keras",
     "litert": "ai-edge-litert",
+    "onnxruntime": "onnxruntime",
     "grpcio": "grpcio",
     "protobuf": "protobuf",
     "numpy": "numpy",

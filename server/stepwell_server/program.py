@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,15 @@ import numpy.typing as npt
 #: The file of a program that LiteRT runs, and the folder of one that TensorFlow runs.
 FLATBUFFER = "program.tflite"
 SAVED_MODEL = "saved_model/"
+#: The file of a step function that ONNX Runtime runs.
+ONNX_MODEL = "program.onnx"
 #: The number of digits of a fingerprint shown to people.
 FINGERPRINT_DIGITS = 12
 
-ExecutorKind = Literal["litert", "tensorflow"]
+ExecutorKind = Literal["litert", "tensorflow", "onnxruntime"]
+RowsProof = Literal["", "proven", "alone", "trusted"]
+"""Why the rows of a step function never mix: its graph proves it; each row has a run of its own; ``--trust-rows``. Empty:
+it is a Keras model, whose proof covers this."""
 Array = npt.NDArray[np.generic]
 _Spec = TypeVar("_Spec", "TensorSpec", "StateSpec")
 
@@ -74,6 +79,25 @@ def dtype_of(name: str) -> np.dtype[np.generic]:
     return np.dtype(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What the user declares about a step function. Each mapping is by the name of a tensor in the file."""
+
+    states: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The output that holds the state after the step, by the input that takes the state before it."""
+    batch_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The values of inputs that never change: numbers, or nested lists of them."""
+    initial: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The initial states: a number for all elements, or nested lists of a row."""
+    contexts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How many of the last elements of an input, along its last axis, are put before the next one."""
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """The shape of one row of an input, where the file leaves it open: without the batch axis and the context."""
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The names for users."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProofOptions:
     """The user's options for the proof of one model."""
@@ -82,6 +106,17 @@ class ProofOptions:
     """The number of time steps for the comparison with Keras; None: enough for the reach of its layers."""
     trust: bool = False
     """Serve it even if its graph does not prove that it can be stepped."""
+    trust_rows: bool = False
+    """Batch the rows of a step function even if its graph does not prove that they stay apart."""
+    declaration: Declaration = Declaration()
+    """For a step function: what is declared beside its file's own declaration (`model.toml`)."""
+
+
+_ROWS = {
+    "proven": "its rows proven apart from its graph",
+    "alone": "each row run alone",
+    "trusted": "its rows trusted to be apart by --trust-rows",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,8 +129,12 @@ class Proof:
     """What the graph does not prove, as a clause; empty: it is proven from the graph for every length."""
     compared: float = 1.0
     """The share of the compared rows and time steps that rounding errors do not make meaningless."""
+    rows: RowsProof = ""
+    """Why rows never mix, for a step function: one call is one time step, so nothing is compared with Keras."""
 
     def __str__(self) -> str:
+        if self.rows:
+            return f"a step function, {_ROWS[self.rows]}"
         samples = f"compared with Keras over {self.steps} time steps"
         if self.compared < 0.995:
             samples += f" ({self.compared:.0%} of the values; rounding makes the rest meaningless)"
@@ -193,7 +232,8 @@ class Program:
     batch_sizes: tuple[int, ...]
     """Batch sizes that give the same bits for a row; empty: all do."""
     files: Mapping[str, bytes] = dataclasses.field(repr=False)
-    """The files that its executor loads, by name: `FLATBUFFER`, or the contents of the folder `SAVED_MODEL`."""
+    """The files that its executor loads, by name: `FLATBUFFER`, `ONNX_MODEL`, or the contents of the folder
+    `SAVED_MODEL`."""
     proof: Proof = Proof(steps=0, unproven="nothing is known of a proof")
     """The evidence that stepping it gives the same results as Keras."""
     trial: Trial | None = dataclasses.field(default=None, repr=False)

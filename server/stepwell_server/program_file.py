@@ -28,6 +28,7 @@ import numpy as np
 from stepwell_server.files import archive_rules
 from stepwell_server.program import (
     FLATBUFFER,
+    ONNX_MODEL,
     SAVED_MODEL,
     Architecture,
     Array,
@@ -42,8 +43,8 @@ from stepwell_server.program import (
 )
 
 FORMAT = "stepwell-program"
-#: Version of the format. A reader refuses other ones.
-VERSION = 2
+#: Versions of the format: of Keras models, and of step functions, which older readers refuse. A reader refuses others.
+VERSION, STEP_VERSION = 2, 3
 MANIFEST = "stepwell.json"
 SUFFIX = ".stepwell"
 MAX_BYTES = 2 * 1024**3
@@ -54,6 +55,8 @@ _MAX_SIZES = 1024
 _LAST_TIME = 253_402_300_799
 """The end of the year 9999, the last date that can be formatted."""
 _INITIAL, _TRIAL = "initial/", "trial/"
+#: The only file of a program, by its executor.
+_ONE_FILE = {"litert": FLATBUFFER, "onnxruntime": ONNX_MODEL}
 _UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
 
 
@@ -159,7 +162,7 @@ def _document(program: Program) -> dict[str, Any]:
     trial, provenance = program.trial, program.provenance
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": STEP_VERSION if program.executor == "onnxruntime" else VERSION,
         "fingerprint": program.fingerprint,
         "inputs": [dataclasses.asdict(spec) for spec in program.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in program.outputs],
@@ -167,7 +170,7 @@ def _document(program: Program) -> dict[str, Any]:
         "executor": program.executor,
         "executor_reason": program.executor_reason,
         "batch_sizes": list(program.batch_sizes),
-        "proof": dataclasses.asdict(program.proof),
+        "proof": _proof_document(program.proof),
         "trial": None
         if trial is None
         else {
@@ -179,6 +182,13 @@ def _document(program: Program) -> dict[str, Any]:
         "provenance": None if provenance is None else dataclasses.asdict(provenance),
         "architecture": None if program.architecture is None else dataclasses.asdict(program.architecture),
     }
+
+
+def _proof_document(proof: Proof) -> dict[str, Any]:
+    document = dataclasses.asdict(proof)
+    if not proof.rows:  # as files of version 2 have it
+        del document["rows"]
+    return document
 
 
 def _arrays(program: Program) -> Iterator[tuple[str, Array]]:
@@ -243,13 +253,14 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ProgramFileError(f"not a {SUFFIX} file: {MANIFEST} does not say that its format is {FORMAT!r}")
     version = manifest.get("version")
-    if version != VERSION:
-        newer = isinstance(version, int) and version > VERSION
+    if version not in {VERSION, STEP_VERSION}:
+        newer = isinstance(version, int) and version > STEP_VERSION
         advice = (
             "use a newer Stepwell, or compile the model with this one" if newer else "compile the model again"
         )
         raise ProgramFileError(
-            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION}: {advice}"
+            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION} and {STEP_VERSION}: "
+            f"{advice}"
         )
     return manifest
 
@@ -285,7 +296,7 @@ def _members(archive: zipfile.ZipFile, manifest: Mapping[str, Any], max_bytes: i
 
 def _is_known(name: str) -> bool:
     """Whether the name of a member is valid in a program and does not lead out of the folder."""
-    known = name in {MANIFEST, FLATBUFFER} or name.startswith((SAVED_MODEL, _INITIAL, _TRIAL))
+    known = name in {MANIFEST, FLATBUFFER, ONNX_MODEL} or name.startswith((SAVED_MODEL, _INITIAL, _TRIAL))
     return known and not {"", ".", ".."} & set(name.split("/"))
 
 
@@ -305,10 +316,12 @@ def _program(manifest: Mapping[str, Any], members: dict[str, bytes], max_bytes: 
     files = {
         name: content
         for name, content in members.items()
-        if name == FLATBUFFER or name.startswith(SAVED_MODEL)
+        if name in _ONE_FILE.values() or name.startswith(SAVED_MODEL)
     }
-    is_whole = set(files) == {FLATBUFFER} if executor == "litert" else files and FLATBUFFER not in files
-    if executor not in {"litert", "tensorflow"} or not is_whole:
+    is_whole = files and not set(files) & set(_ONE_FILE.values())
+    if executor in _ONE_FILE:
+        is_whole = set(files) == {_ONE_FILE[executor]}
+    if executor not in {*_ONE_FILE, "tensorflow"} or not is_whole:
         raise ValueError(f"executor {executor!r} does not fit the files")
     trial = manifest["trial"]
     return Program(
@@ -338,7 +351,10 @@ def _tensor_spec(item: Mapping[str, Any]) -> TensorSpec:
 
 
 def _proof(item: Mapping[str, Any]) -> Proof:
-    return Proof(_count(item["steps"]), _text(item["unproven"]), _share(item["compared"]))
+    rows = item.get("rows", "")
+    if rows not in {"", "proven", "alone", "trusted"}:
+        raise ValueError(f"there is no proof of rows {rows!r:.40}")
+    return Proof(_count(item["steps"]), _text(item["unproven"]), _share(item["compared"]), rows)
 
 
 def _trial(

@@ -165,8 +165,8 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
     ("change", "message"),
     [
         (
-            lambda m: m.update(version=3),
-            r"is of version 3 of its format, and this Stepwell reads 2: use a newer",
+            lambda m: m.update(version=4),
+            r"is of version 4 of its format, and this Stepwell reads 2 and 3: use a newer",
         ),
         (lambda m: m.update(version=1), r"is of version 1 .*: compile the model again"),
         (lambda m: m.update(version="1"), r"is of version '1'"),

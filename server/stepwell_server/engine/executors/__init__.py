@@ -1,4 +1,4 @@
-"""Executors run programs: LiteRT by default, TensorFlow where LiteRT cannot."""
+"""Executors run programs: LiteRT by default, TensorFlow where LiteRT cannot, ONNX Runtime for step functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def load_executor(program: Program) -> Executor:
     """Return a new executor of ``program``, with buffers of its own.
 
     Each kind of executor is imported on first use: a server whose programs all run on LiteRT never loads
-    TensorFlow.
+    TensorFlow or ONNX Runtime.
 
     Raises:
         ValueError: the program's data is corrupt.
@@ -19,6 +19,10 @@ def load_executor(program: Program) -> Executor:
         from stepwell_server.engine.executors import litert
 
         return litert.load(program)
+    if program.executor == "onnxruntime":
+        from stepwell_server.engine.executors import onnx_runtime
+
+        return onnx_runtime.load(program)
     from stepwell_server.engine.executors import tensorflow
 
     return tensorflow.load(program)

@@ -35,9 +35,23 @@ _ROWS, _ROWS_BYTES = 64, 1 << 20
 #: model rounds or compares, another last bit can become another number.
 _ANSWERED_ROWS, _ANSWERED_STEPS, _MAX_DIFFERING = 16, 4, 0.1
 
+#: Sizes of which one is tried for a step function whose bits depend on the size, and the shuffles of its rows.
+_PADDED_SIZES, _PADDED_SHUFFLES = (16, 32, 64), 6
+_MIN_ROWS = 64
+#: Sizes at which the neighbours of rows are replaced, beside the largest.
+_NEIGHBOUR_SIZES = (2, 3, 16, 17)
+
 ANY_SIZE = "LiteRT converts every operation of the model"
 SOME_SIZES = f"{ANY_SIZE}, but a row's bits depend on the batch size"
 """Why LiteRT runs a program, as a sentence for users."""
+_ONNX_SIZES = {
+    0: "ONNX Runtime gives a row the same bits at every batch size",
+    1: "each row is run alone",
+}
+_ONNX_ONE_SIZE = (
+    "ONNX Runtime gives a row the same bits at batch size {}, to which batches are padded, not at every size"
+)
+_NAMES = {"litert": "LiteRT", "tensorflow": "TensorFlow", "onnxruntime": "ONNX Runtime"}
 
 
 class TrialError(Exception):
@@ -69,47 +83,126 @@ def sizes_here(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if trial is None:
         raise TrialError("there are no known answers to test it with here")
     try:
-        step = step_of_executor(load_executor(dataclasses.replace(program, batch_sizes=())))
+        step = step_of_executor(
+            load_executor(dataclasses.replace(program, batch_sizes=untried_sizes(program)))
+        )
         _compare(program, trial, _answers(program, trial.inputs, step))
         sizes = affordable(program, trial.inputs, step, trial.sizes, LOAD_BUDGET_S)
-        agreeing = agreeing_sizes(program, trial.inputs, step, sizes)
+        agreeing = agreeing_here(program, trial.inputs, step, sizes)
     except (
         ExecutionError,
         LookupError,
         RuntimeError,
         ValueError,
     ) as error:  # The interpreter's "I cannot run this".
-        raise TrialError(f"LiteRT cannot run it here: {str(error).strip().splitlines()[0]}") from error
+        raise TrialError(
+            f"{_NAMES[program.executor]} cannot run it here: {str(error).strip().splitlines()[0]}"
+        ) from error
     return sizes, agreeing
 
 
+def untried_sizes(program: Program) -> tuple[int, ...]:
+    """The batch sizes of a program (`Program.batch_sizes`) while it is tried."""
+    return (1,) if program.proof.rows == "alone" else ()
+
+
 def with_sizes(program: Program, sizes: Sequence[int], agreeing: Sequence[int]) -> Program:
-    """A LiteRT program that lists the batch sizes to use.
+    """The program with the list of batch sizes to use.
 
     Raises:
         TrialError: no batch size can be used.
     """
     if not agreeing:
+        if program.executor == "onnxruntime":
+            raise TrialError(
+                "the same row run twice alone gives different bits: does the graph draw random numbers? Remove that operator"
+            )
         raise TrialError("no batch size gives a row the same bits in every place")
+    if program.proof.rows == "alone":
+        return dataclasses.replace(program, batch_sizes=(1,))
+    if program.executor == "onnxruntime":
+        used = () if tuple(agreeing) == tuple(sizes) and sizes != (1,) else tuple(agreeing)
+        size = max(used, default=0)
+        reason = _ONNX_SIZES.get(size, _ONNX_ONE_SIZE.format(size))
+        return dataclasses.replace(program, batch_sizes=used, executor_reason=reason)
     if tuple(agreeing) == tuple(sizes):
         return dataclasses.replace(program, batch_sizes=(), executor_reason=ANY_SIZE)
     return dataclasses.replace(program, batch_sizes=tuple(agreeing), executor_reason=SOME_SIZES)
 
 
-def agreeing_sizes(
+def agreeing_here(
     program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int]
+) -> tuple[int, ...]:
+    """The batch sizes to use of those in ``sizes``; for ONNX Runtime all of them, or one, as it has many kernels.
+
+    If not all agree there, one size is tried, a multiple of 16, because vector units then treat all rows alike; then
+    each row alone.
+    """
+    agreeing = agreeing_sizes(program, inputs, step, sizes)
+    if program.executor != "onnxruntime":
+        return agreeing
+    if agreeing == tuple(sizes) and all(
+        _ignores_neighbours(program, inputs, step, size)
+        for size in {*_NEIGHBOUR_SIZES, max(sizes)} & {*sizes}
+    ):
+        return agreeing
+    for size in _PADDED_SIZES:
+        if (
+            size <= max(sizes)
+            and agreeing_sizes(program, inputs, step, (size,), _PADDED_SHUFFLES)
+            and _ignores_neighbours(program, inputs, step, size)
+        ):
+            return (size,)
+    return agreeing_sizes(program, inputs, step, (1,))
+
+
+def _ignores_neighbours(program: Program, inputs: Sequence[Array], step: Step, size: int) -> bool:
+    """Whether rows keep their bits when others in the batch become extreme, small, or copies of one row.
+
+    Shuffles alone may miss it: if every batch has an extreme row, what is computed from the extremes never changes.
+    """
+    reached, states = _reachable(program, inputs, step, max(_MIN_ROWS, size))
+    largest = np.argsort(_largest(reached), kind="stable")
+    ordinary = np.resize(largest[: max(1, len(largest) // 2)], size)
+    places = np.arange(size)
+    expected = _rows_of(step, reached, states, ordinary)
+    for other in (largest[-1], largest[0], ordinary[size // 2]):
+        for kept in (places % 2 == 0, places % 2 == 1, places == 0, places == size - 1):
+            found = _rows_of(step, reached, states, np.where(kept, ordinary, other))
+            if any(
+                one[kept].tobytes() != two[kept].tobytes() for one, two in zip(expected, found, strict=True)
+            ):
+                return False
+    return True
+
+
+def _largest(arrays: Sequence[Array]) -> Array:
+    """The largest magnitude of each row."""
+    rows = len(arrays[0])
+    found = [np.abs(array.reshape(rows, -1).astype(np.float64)).max(axis=1, initial=0) for array in arrays]
+    whole: Array = np.max(found, axis=0)
+    return whole
+
+
+def _rows_of(step: Step, inputs: Sequence[Array], states: Sequence[Array], rows: Array) -> list[Array]:
+    outputs, after = step([x[rows] for x in inputs], [x[rows] for x in states])
+    return [*outputs, *after]
+
+
+def agreeing_sizes(
+    program: Program, inputs: Sequence[Array], step: Step, sizes: Sequence[int], shuffles: int = 2
 ) -> tuple[int, ...]:
     """The largest group of batch sizes out of ``sizes`` that give every row the same bits.
 
-    Each size runs over the same rows twice, shuffled differently, so each row gets other positions and neighbours.
-    There are twice as many rows as the largest size for that.
+    Each size runs over the same rows in several random orders, so each row gets other positions and neighbours. There
+    are twice as many rows as the largest size for that.
     """
-    rows = 2 * max(sizes)
+    rows = max(_MIN_ROWS, 2 * max(sizes))
     reached, states = _reachable(program, inputs, step, rows)
     groups: dict[bytes, list[int]] = {}
     rng = np.random.default_rng(11)
     for size in sizes:
-        bits = {_bits(step, reached, states, size, rng.permutation(rows)) for _ in range(2)}
+        bits = {_bits(step, reached, states, size, rng.permutation(rows)) for _ in range(shuffles)}
         if len(bits) == 1:
             groups.setdefault(bits.pop(), []).append(size)
     return _best(groups)

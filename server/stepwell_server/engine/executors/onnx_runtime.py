@@ -1,0 +1,257 @@
+"""Runs programs on ONNX Runtime. The only module that imports it.
+
+The compiler has rewritten the graph (`compile.onnx.rewrite`): its tensors have the signature keys of a program, rows
+come first, and constants and contexts are part of the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnxruntime
+
+from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.padded import PaddedExecutor
+from stepwell_server.engine.executors.step_function import fill
+from stepwell_server.engine.types import Array
+from stepwell_server.program import ONNX_MODEL, Program, StateSpec, TensorSpec, dtype_of
+
+#: Time after which a run of a graph with a `Loop` is terminated. Others end by themselves.
+RUN_LIMIT_S = 2.0
+#: Numbers of rows whose addresses are kept bound.
+_MAX_BINDINGS = 64
+_SILENT = 4
+"""Only fatal errors are logged: the others are raised."""
+
+
+def load(program: Program) -> Executor:
+    """Return an executor of ``program``; it pads only if the program lists batch sizes.
+
+    Raises:
+        ValueError: ONNX Runtime cannot load the graph.
+    """
+    executor = OnnxExecutor(program)
+    if not program.batch_sizes:
+        return executor
+
+    def run(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[Sequence[Array], Sequence[Array]]:
+        executor.bind(len((*inputs, *states)[0]))
+        fill(executor, inputs, states)
+        executor.invoke()
+        return executor.outputs(), executor.next_states()
+
+    return PaddedExecutor(program, run)
+
+
+class OnnxExecutor(Executor):
+    """An `Executor` whose arrays are bound to the graph's inputs and outputs. For one thread at a time.
+
+    All executors of one graph share a session, which any number of threads may run.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._graph = _graph_of(program.files[ONNX_MODEL])
+        self._kinds = (
+            _Buffers("in", program.inputs),
+            _Buffers("state", program.state),
+            _Buffers("out", program.outputs),
+            _Buffers("next", program.state),
+        )
+        self._rows = 0
+        self._capacity = 0
+        self._bindings: dict[int, onnxruntime.IOBinding] = {}
+        """By number of rows."""
+
+    def bind(self, rows: int) -> None:
+        """Make the buffers exactly ``rows`` long."""
+        if rows == self._rows:
+            return
+        if rows > self._capacity:
+            self._bindings.clear()
+            for buffers in self._kinds:
+                buffers.allocate(rows)
+            self._capacity = rows
+        for buffers in self._kinds:
+            buffers.bind(rows)
+        if rows not in self._bindings:
+            if len(self._bindings) == _MAX_BINDINGS:
+                self._bindings.clear()
+            self._bindings[rows] = self._bound()
+        self._rows = rows
+
+    def _bound(self) -> onnxruntime.IOBinding:
+        binding = self._graph.session.io_binding()
+        given, state, made, after = self._kinds
+        for bind, buffers in (
+            (binding.bind_input, given),
+            (binding.bind_input, state),
+            (binding.bind_output, made),
+            (binding.bind_output, after),
+        ):
+            for key, array in zip(buffers.keys, buffers.arrays, strict=True):
+                bind(key, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding
+
+    def inputs(self) -> Sequence[Array]:
+        """Writable views of the inputs of one time step."""
+        return self._kinds[0].arrays
+
+    def states(self) -> Sequence[Array]:
+        """Writable views of the state before the step."""
+        return self._kinds[1].arrays
+
+    def invoke(self) -> None:
+        """Run one time step.
+
+        Raises:
+            ExecutionError: a kernel refused its input, or a loop did not end in time.
+        """
+        self._graph.run(self._bindings[self._rows])
+
+    def outputs(self) -> Sequence[Array]:
+        """Views of the outputs of the last step."""
+        return self._kinds[2].arrays
+
+    def next_states(self) -> Sequence[Array]:
+        """Views of the state after the last step."""
+        return self._kinds[3].arrays
+
+
+class _Buffers:
+    """The arrays of one kind of tensors, in the order of the program's specs."""
+
+    def __init__(self, kind: str, specs: Sequence[TensorSpec | StateSpec]) -> None:
+        self.keys = [f"{kind}_{i}" for i in range(len(specs))]
+        self._specs = specs
+        self._whole: list[Array] = []
+        self.arrays: list[Array] = []
+
+    def allocate(self, rows: int) -> None:
+        self._whole = [np.zeros((rows, *spec.shape), dtype_of(spec.dtype)) for spec in self._specs]
+
+    def bind(self, rows: int) -> None:
+        self.arrays = [array[:rows] for array in self._whole]
+
+
+# ------------------------------------------------------------------------------------------------------------ sessions
+
+
+class _Graph:
+    """A loaded graph. Thread-safe."""
+
+    def __init__(self, content: bytes) -> None:
+        options = onnxruntime.SessionOptions()
+        # One thread: how a sum is divided among threads decides its last bits. More executors give more speed.
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # plans memory for one size only
+        options.log_severity_level = _SILENT
+        try:
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common class
+            raise ValueError(f"ONNX Runtime cannot load the graph: {_first_line(error)}") from error
+        # The name of an operator stands in the file as it is.
+        self._may_not_end = b"Loop" in content
+
+    def run(self, binding: onnxruntime.IOBinding) -> None:
+        with self.running() as options:
+            self.session.run_with_iobinding(binding, options)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[onnxruntime.RunOptions]:
+        """Options for one run in this block; what it raises becomes an `ExecutionError`."""
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = _SILENT
+        began = time.monotonic()
+        try:
+            with _watchdog.limit(options) if self._may_not_end else contextlib.nullcontext():
+                yield options
+        except Exception as error:
+            late = self._may_not_end and time.monotonic() - began >= RUN_LIMIT_S
+            problem = f"a loop did not end within {RUN_LIMIT_S:g} s" if late else _first_line(error)
+            raise ExecutionError(problem) from error
+
+
+_graphs: weakref.WeakValueDictionary[bytes, _Graph] = weakref.WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def _graph_of(content: bytes) -> _Graph:
+    """Return the loaded graph, which all its executors share."""
+    key = hashlib.sha256(content).digest()
+    with _loading:
+        graph = _graphs.get(key)
+        if graph is None:
+            graph = _graphs[key] = _Graph(content)
+        return graph
+
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+"""A graph as a function from inputs to outputs, by name."""
+
+
+def plain(content: bytes) -> Run:
+    """Return a graph as a function, for the compiler and its comparisons.
+
+    Raises:
+        ValueError: ONNX Runtime cannot load the graph.
+    """
+    graph = _Graph(content)
+    names = [each.name for each in graph.session.get_outputs()]
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with graph.running() as options:
+            return dict(zip(names, graph.session.run(names, dict(inputs), options), strict=True))
+
+    return run
+
+
+class _Watchdog:
+    """Terminates runs that take too long. Its thread starts with the first run that has a limit."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._runs: dict[int, tuple[float, onnxruntime.RunOptions]] = {}
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def limit(self, options: onnxruntime.RunOptions) -> Iterator[None]:
+        """Terminate the run with these options if the block takes longer than `RUN_LIMIT_S`."""
+        key = id(options)
+        with self._changed:
+            self._runs[key] = time.monotonic() + RUN_LIMIT_S, options
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="onnx-watchdog", daemon=True)
+                self._thread.start()
+            if len(self._runs) == 1:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                del self._runs[key]
+
+    def _watch(self) -> None:
+        while True:
+            with self._changed:
+                while not self._runs:
+                    self._changed.wait()
+                now = time.monotonic()
+                for deadline, options in self._runs.values():
+                    if deadline <= now:
+                        options.terminate = True
+                waits = [deadline - now for deadline, _ in self._runs.values() if deadline > now]
+                # A run that is being terminated ends by itself.
+                self._changed.wait(min(waits, default=RUN_LIMIT_S))
+
+
+_watchdog = _Watchdog()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
