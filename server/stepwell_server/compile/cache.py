@@ -30,7 +30,7 @@ COMPILE_VERSION = 5
 HOLDS = (f"*{program_file.SUFFIX}", ".*")
 _KEY, _KEY_BYTES = ".key", 32
 _log = Log("compile")
-_PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
+_PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "onnx", "onnxruntime", "numpy")
 
 
 def key_of(content: bytes, imports: Sequence[str], options: ProofOptions | None = None) -> str:

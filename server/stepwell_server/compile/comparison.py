@@ -1,4 +1,4 @@
-"""Results of comparing a program with Keras. Imports no TensorFlow."""
+"""Results of comparing a program with Keras, or with ONNX Runtime in a plain loop. Imports no framework."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepwell_server.compile.errors import quoted
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The largest difference of one output between stepping and Keras's call, relative to the allowed difference."""
+    """The largest difference of one output between stepping and its reference, relative to the allowed difference."""
 
     output: str
     share: float
@@ -28,6 +28,8 @@ class Difference:
     """Largest difference of each time step; a single one for an output without a time axis."""
     skipped: float = 0.0
     """Share of rows and steps that cannot be compared, because rounding alone moves Keras's own values too far."""
+    reference: str = "Keras"
+    """What it was compared with."""
 
     @property
     def is_allowed(self) -> bool:
@@ -46,9 +48,13 @@ class Difference:
         return {"output": self.output, "largest": largest, "time_step": step, "share_of_allowed": self.share}
 
     def __str__(self) -> str:
-        how = "rounding explains it" if self.is_allowed else "stepping does not compute what Keras does"
+        how = (
+            "rounding explains it"
+            if self.is_allowed
+            else f"stepping does not compute what {self.reference} does"
+        )
         return (
-            f"output {quoted(self.output)} differs from Keras by {self.absolute:.2g} at time step {self.time} of "
+            f"output {quoted(self.output)} differs from {self.reference} by {self.absolute:.2g} at time step {self.time} of "
             f"row {self.row} "
             f"({self.allowed:.2g} is allowed there): {how}"
         )

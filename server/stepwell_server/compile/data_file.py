@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.errors import DataError, gist
+from stepwell_server.compile.errors import DataError, gist, quoted
+from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]
 
@@ -41,6 +42,44 @@ def load(file: Path) -> Array | Mapping[str, Array]:
     return content  # type: ignore[no-any-return]  # what numpy.load returns is not typed
 
 
+def read(file: Path, specs: Sequence[TensorSpec]) -> tuple[list[Array], int]:
+    """Read sequences for the inputs of a model; return them and the number of time steps.
+
+    An ``.npy`` file contains the only input of a model, an ``.npz`` file inputs by name. Each is ``(batch, T,
+    features...)``; a single sequence may omit the batch.
+
+    Raises:
+        DataError: it cannot be read, or does not fit.
+    """
+    content = load(file)
+    if isinstance(content, np.ndarray):
+        if len(specs) != 1:
+            names = ", ".join(repr(spec.name) for spec in specs)
+            raise DataError(
+                f"{file}: the model has the inputs {names}: give an .npz file with one array for each"
+            )
+        found: Mapping[str, Array] = {specs[0].name: content}
+    else:
+        found = content
+    missing = [spec.name for spec in specs if spec.name not in found]
+    unknown = [name for name in found if name not in {spec.name for spec in specs}]
+    if missing or unknown:
+        wanted = ", ".join(repr(spec.name) for spec in specs)
+        raise DataError(f"{file}: must hold the inputs {wanted}; got {', '.join(map(repr, found)) or 'none'}")
+    arrays = [_fitting(file, spec, found[spec.name]) for spec in specs]
+    lengths = {array.shape[1] for array, spec in zip(arrays, specs, strict=True) if spec.temporal}
+    rows = {len(array) for array in arrays}
+    if len(lengths) > 1 or len(rows) > 1:
+        shapes = ", ".join(
+            f"{quoted(spec.name)} {array.shape}" for spec, array in zip(specs, arrays, strict=True)
+        )
+        raise DataError(f"{file}: all inputs must have the same rows and time steps; got {shapes}")
+    steps = lengths.pop() if lengths else 1
+    if steps < 2 and any(spec.temporal for spec in specs):
+        raise DataError(f"{file}: must have at least 2 time steps, so that a state is carried; got {steps}")
+    return arrays, steps
+
+
 def _require_numbers(what: str, array: Any) -> None:
     if array.dtype.kind not in "biuf":
         raise DataError(f"{what} must be of real numbers; got {array.dtype}")
@@ -52,3 +91,31 @@ def _require_numbers(what: str, array: Any) -> None:
     if len(wrong):
         place = tuple(int(i) for i in wrong[0])
         raise DataError(f"{what} must be finite; got {array[place]} at {place}")
+
+
+def _fitting(file: Path, spec: TensorSpec, array: Array) -> Array:
+    leading = 2 if spec.temporal else 1
+    if array.ndim == leading - 1 + len(spec.shape):
+        array = array[np.newaxis]
+    wanted = ("batch", *(("T",) if spec.temporal else ()), *map(str, spec.shape))
+    if array.ndim != len(wanted) or array.shape[leading:] != spec.shape or 0 in array.shape[:leading]:
+        raise DataError(
+            f"{file}: input {quoted(spec.name)} must have the shape ({', '.join(wanted)}), none of them 0; got {array.shape}"
+        )
+    if not np.can_cast(array.dtype, np.dtype(spec.dtype), "same_kind"):
+        raise DataError(f"{file}: input {quoted(spec.name)} must be {spec.dtype}; got {array.dtype}")
+    with np.errstate(over="ignore"):
+        cast = array.astype(spec.dtype)
+    refuse_at(file, spec, array, ~np.isfinite(cast), f"must be finite {spec.dtype}")
+    if np.issubdtype(array.dtype, np.integer):
+        refuse_at(file, spec, array, cast != array, f"must fit {spec.dtype}")
+    return cast
+
+
+def refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: str) -> None:
+    """Refuse data, naming the first wrong value."""
+    wrong = np.argwhere(is_wrong)
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        where = f"row {place[0]}" + (f", time step {place[1]}" if spec.temporal else "")
+        raise DataError(f"{file}: input {quoted(spec.name)} {rule}; got {array[place]} at {where}")

@@ -16,7 +16,7 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from stepwell_server import program_file
 from stepwell_server.architecture.canonical import comparable
@@ -29,11 +29,13 @@ from stepwell_server.compile.host.limits import Limits, memory_of
 from stepwell_server.compile.host.processes import ForkServer, Worker
 from stepwell_server.compile.host.source import Source, opened
 from stepwell_server.compile.keras_file import origin
+from stepwell_server.compile.onnx import declaration
 from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
 IDLE_S = 300.0
 _ABANDONED_INTERVAL_S = 0.05
+_DECLARATION = "declaration.json"
 _PROGRAM = f"program{program_file.SUFFIX}"
 #: A worker whose memory has grown by more than this is not kept, because TensorFlow does not release everything.
 _MAX_GROWTH_BYTES = 256 << 20
@@ -92,10 +94,10 @@ class WarmCompiler:
         *,
         keep: bool = True,
     ) -> Program:
-        """Return the program of a ``.keras`` file, from the cache if possible.
+        """Return the program of a ``.keras`` or ``.onnx`` file, from the cache if possible.
 
         Args:
-            model: the ``.keras`` file.
+            model: the file.
             progress: called with each stage as it begins: waiting, if another model is being compiled, then load, trace,
                 probe, convert, check. Not called when the program comes from the cache. Called on the caller's thread.
             options: the user's options for the proof.
@@ -115,6 +117,8 @@ class WarmCompiler:
         with opened(model) as source:
             if not source.size:
                 raise ModelError(f"{model}: {origin.other_problem(model)}")
+            if model.suffix == declaration.SUFFIX:
+                options = _declared(model, options)
             cache.make(self._cache_dir)
             target = cache.entry(self._cache_dir, cache.key_of(source.sha256(), self._imports, options))
             found = cache.load(target)
@@ -123,33 +127,60 @@ class WarmCompiler:
                 call = Call(model, progress or _silent, limits, self._closing, options, data, keep)
                 with self._exclusive(call):
                     # Another caller may have compiled it meanwhile.
-                    found = cache.load(target) or self._compiled(call, source, target)
+                    compiled = self._step_function if model.suffix == declaration.SUFFIX else self._compiled
+                    found = cache.load(target) or compiled(call, source, target)
         return _named(found, model.name)
 
     def compare(
-        self, model: Path, program: Program, data: Path | None = None, limits: Limits | None = None
+        self,
+        model: Path,
+        program: Program,
+        data: Path | None = None,
+        limits: Limits | None = None,
+        options: ProofOptions | None = None,
     ) -> Comparison:
-        """Compare stepping a program with Keras's own call of its model.
+        """Compare stepping a program with Keras's own call of its model, or with ONNX Runtime in a plain loop.
 
         Args:
-            model: the ``.keras`` file.
+            model: the ``.keras`` or ``.onnx`` file.
             program: its compiled program.
             data: an ``.npy`` or ``.npz`` file of sequences, (batch, T, features); None: those of the proof.
             limits: the limits of the comparison.
+            options: those with which a step function was compiled.
 
         Raises:
             DataError: the data do not fit the model.
             ModelError: Keras's call of it fails.
         """
+        is_step_function = model.suffix == declaration.SUFFIX
         call = Call(model, _silent, limits or self._limits, self._closing)
         with opened(model) as source, self._exclusive(call), self._job(call) as job:
-            worker = job.fork(frameworks=True, imports=self._imports)
+            worker = job.fork(frameworks=not is_step_function, imports=self._imports)
             file = worker.given / _PROGRAM
             program_file.save(program, file)
             job.give(worker, source)
             job.give_data(worker, data)
-            result = job.ask(worker, job="compare", imports=self._imports, program=str(file))
+            if is_step_function:
+                terms = _step_job(worker, _declared(model, options or ProofOptions())) | {
+                    "job": "compare-onnx"
+                }
+            else:
+                terms = {"job": "compare", "imports": self._imports}
+            result = job.ask(worker, **terms, program=str(file))
             return Comparison.from_json(result)
+
+    def inspect(self, model: Path, options: ProofOptions | None = None) -> dict[str, Any]:
+        """Describe an ``.onnx`` file (`compile.onnx.inspection`).
+
+        Raises:
+            ModelError: it is no such file, or contains something that is refused.
+        """
+        options = _declared(model, options or ProofOptions())
+        call = Call(model, _silent, self._limits, self._closing)
+        with opened(model) as source, self._exclusive(call), self._job(call) as job:
+            worker = job.fork(frameworks=False)
+            job.give(worker, source)
+            return dict(job.ask(worker, **_step_job(worker, options), job="inspect"))
 
     def settle(
         self, model: Path, progress: Progress | None = None, limits: Limits | None = None
@@ -245,6 +276,17 @@ class WarmCompiler:
                 self._kept = _Kept(worker, architecture, memory_of(worker.pid))
             return program
 
+    def _step_function(self, call: Call, source: Source, target: Path) -> Program:
+        """Compile a step function, without frameworks, and store the program in the cache."""
+        with self._job(call) as job:
+            worker = job.fork(frameworks=False)
+            job.give(worker, source)
+            job.give_data(worker, call.data)
+            job.ask(
+                worker, **_step_job(worker, call.options), job="onnx", program=str(worker.home / _PROGRAM)
+            )
+            return _published(worker, target)
+
     def _again(self, call: Call, kept: _Kept, source: Source, target: Path) -> Program | None:
         """Compile a model in the worker that compiled it with other weights; None if it needs a new worker."""
         worker = kept.worker
@@ -314,6 +356,18 @@ class _Kept:
 
 def _silent(_stage: str) -> None:
     return None
+
+
+def _declared(model: Path, options: ProofOptions) -> ProofOptions:
+    """Add what the file beside a step function declares."""
+    return dataclasses.replace(options, declaration=declaration.of_model(model, options.declaration))
+
+
+def _step_job(worker: Worker, options: ProofOptions) -> dict[str, Any]:
+    """The options of a step function; what is declared may be too long for a message."""
+    file = worker.given / _DECLARATION
+    file.write_text(json.dumps(declaration.to_json(options.declaration)))
+    return {"declaration": str(file), "trust_rows": options.trust_rows}
 
 
 def _published(worker: Worker, target: Path) -> Program:

@@ -26,6 +26,8 @@ def _problem(error: BaseException) -> str:
         return f"the compiling process ran out of memory ({what}). Give it more memory"
     if isinstance(error, ImportError) and error.name in {"tensorflow", "keras", "h5py", "ai_edge_litert"}:
         return f"the compiler cannot be loaded ({what}). Install it with: {_install.advice(_install.SERVER)}"
+    if isinstance(error, ImportError) and error.name in {"onnx", "onnxruntime"}:
+        return f"the compiler cannot be loaded ({what}). Install it with: {_install.advice(_install.ONNX)}"
     theirs = _users_line(error.__traceback__)
     if theirs:
         return f"code loaded by --import failed on this model ({what}) at {theirs}"

@@ -6,6 +6,7 @@ job, or several of the same configuration if it is kept.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -19,7 +20,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host import limits, sandbox
 from stepwell_server.compile.host.failure import failure
 from stepwell_server.compile.host.wire import Channel
-from stepwell_server.program import Architecture, ProofOptions
+from stepwell_server.program import ONNX_MODEL, Architecture, ProofOptions
 
 if TYPE_CHECKING:
     from stepwell_server.compile.probe.probe import TracedModel
@@ -100,6 +101,13 @@ class _Jobs:
         kind, model, most = job["job"], Path(job["model"]), int(job["max_model_bytes"])
         if kind == "settle":
             return _settle(model, most)
+        step_function = {
+            "onnx": self._step_function,
+            "inspect": _inspected,
+            "compare-onnx": _compare_step_function,
+        }
+        if kind in step_function:
+            return step_function[kind](job, model)
         from stepwell_server.compile.keras_file.sizes import check_sizes  # brings HDF5
 
         check_sizes(model, most)
@@ -123,6 +131,14 @@ class _Jobs:
         if job["keep"] and may_be_reused(traced, program):
             self._traced, self._architecture = traced, program.architecture
         return self._traced is not None
+
+    def _step_function(self, job: dict[str, Any], model: Path) -> bool:
+        """Compile a step function."""
+        from stepwell_server.compile.onnx.pipeline import compile_step_function
+
+        program = compile_step_function(model, _step_options(job), self._report)
+        program_file.save(program, Path(job["program"]), is_kept=False)
+        return True
 
     def _again(self, job: dict[str, Any], model: Path) -> bool:
         """Compile a model of the same configuration as the last one.
@@ -153,12 +169,49 @@ def _compare(job: dict[str, Any], model: Path) -> Any:
     return compare(model, program, Path(job["data"]) if job["data"] else None).to_json()
 
 
+def _require_plain_graph(content: bytes, model: Path) -> None:
+    """Check the graph of a step function that another machine has compiled, as if it were compiled here."""
+    from stepwell_server.compile.onnx import reading
+
+    try:
+        reading.parsed(content)
+    except ModelError as error:
+        raise ModelError(f"{model}: {error}") from error
+
+
+def _compare_step_function(job: dict[str, Any], model: Path) -> Any:
+    """Compare a program with ONNX Runtime in a plain loop."""
+    from stepwell_server.compile.onnx.comparison import compare
+
+    program = program_file.load(Path(job["program"]), sys.maxsize, is_own=True)
+    data = Path(job["data"]) if job["data"] else None
+    return compare(model, program, _step_options(job).declaration, data).to_json()
+
+
+def _inspected(job: dict[str, Any], model: Path) -> dict[str, Any]:
+    """Describe the file of a step function."""
+    from stepwell_server.compile.onnx.description import described
+
+    return described(model, _step_options(job).declaration)
+
+
+def _step_options(job: dict[str, Any]) -> ProofOptions:
+    """The options of a step function."""
+    from stepwell_server.compile.onnx import declaration
+
+    declared = declaration.from_json(json.loads(Path(job["declaration"]).read_text()))
+    return ProofOptions(trust_rows=bool(job["trust_rows"]), declaration=declared)
+
+
 def _settle(model: Path, most: int) -> dict[str, Any]:
     """Test a compiled program on this processor; return the compared batch sizes, and those that agree."""
     from stepwell_server.engine.executors import trial
 
     try:
-        sizes, agreeing = trial.sizes_here(program_file.load(model, most))
+        program = program_file.load(model, most)
+        if program.executor == "onnxruntime":
+            _require_plain_graph(program.files[ONNX_MODEL], model)
+        sizes, agreeing = trial.sizes_here(program)
     except (program_file.ProgramFileError, trial.TrialError) as error:
         raise ModelError(f"{model}: {error}") from error
     return {"sizes": sizes, "agreeing": agreeing}

@@ -1,0 +1,1 @@
+"""Compiles a step function from an ``.onnx`` file into a `Program`."""

@@ -1,0 +1,39 @@
+"""Prints the description of a step function's file. Imports no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def lines(model: Path, found: Mapping[str, Any]) -> list[str]:
+    """Return the result of `description.described` as text."""
+    states: Mapping[str, str] = found["states"]
+    after = {output: before for before, output in states.items()}
+    shown = []
+    for kind in ("inputs", "outputs"):
+        shown.append(f"{kind}:")
+        for tensor in found[kind]:
+            name = tensor["name"]
+            role = ""
+            if kind == "inputs" and name in states:
+                role = f", the state before a step: {states[name]} holds it after the step"
+            elif kind == "outputs" and name in after:
+                role = f", the state {after[name]!r} after a step"
+            shown.append(f"  {name}: {tensor['dtype']}{_shape(tensor['shape'])}{role}")
+    if found["problem"]:
+        shown += ["", f"not ready: {found['problem']}"]
+    shown += ["", "compile it:", f"  {command(model, found)}"]
+    return shown
+
+
+def command(model: Path, found: Mapping[str, Any]) -> str:
+    """Return the command that compiles the model."""
+    return " ".join([f"stepwell compile {model}", *found["options"]])
+
+
+def _shape(sizes: list[int | None] | None) -> str:
+    if sizes is None:
+        return " of unknown shape"
+    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"
