@@ -63,7 +63,7 @@ def local(
     Safe to call from many threads at once. After a fork the child has no servers; those of the parent are left alone.
 
     Args:
-        models: Path of a `.keras` or `.stepwell` file, a `keras.Model`, or a mapping of names to these. Names of
+        models: Path of a `.keras`, `.onnx` or `.stepwell` file, a `keras.Model`, or a mapping of names to these. Names of
             several versions of a model are `NAME@1`, `NAME@2`.
         name: Name of a single model. None: the name of the file without its suffix. For an object, the name that you
             gave it, or "model" if Keras generated its name.

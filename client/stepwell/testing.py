@@ -67,7 +67,7 @@ class LocalServer:
     sessions alone. Call the methods from one thread at a time; the server itself serves any number of clients.
 
     Args:
-        models: A mapping of names, or `NAME@VERSION`, to paths of `.keras` or `.stepwell` files. `Client.load_model`
+        models: A mapping of names, or `NAME@VERSION`, to paths of `.keras`, `.onnx` or `.stepwell` files. `Client.load_model`
             loads more while the server runs.
         data_dir: Folder for the sessions. None: in memory, so that `kill` and `restart` lose them.
         extra_args: Additional options of `stepwell serve`.

@@ -204,4 +204,9 @@ def test_an_unknown_operation_needs_trust_and_is_then_shown_everywhere(tmp_path:
 
 def test_the_proof_of_a_known_model_is_of_its_graph(forecast: tuple[Path, Program]) -> None:
     assert forecast[1].proof == Proof(steps=512)
-    assert dataclasses.asdict(forecast[1].proof) == {"steps": 512, "unproven": "", "compared": 1.0}
+    assert dataclasses.asdict(forecast[1].proof) == {
+        "steps": 512,
+        "unproven": "",
+        "compared": 1.0,
+        "rows": "",
+    }

@@ -257,7 +257,7 @@ def given(name: str, value: Any) -> dict[str, Any]:
             {"models": {"m": "gone"}},
             {},
             {},
-            ["PATH must be a .keras or .stepwell file; {folder}/gone does not exist"],
+            ["PATH must be a .keras, .onnx or .stepwell file; {folder}/gone does not exist"],
             [],
         ),
         (

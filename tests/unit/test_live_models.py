@@ -71,7 +71,7 @@ async def test_a_version_may_stay_loaded_without_being_the_default(at: CatalogHa
         ({"labels": ["7"]}, "label must be 1 to 64 letters, digits, _, - or ., not digits alone; got '7'"),
         ({"labels": ["x"] * 17}, "labels must be at most 16; got 17"),
         ({"path": "m.keras"}, "path must be absolute, on the server's disk; got 'm.keras'"),
-        ({"path": "/m.h5"}, "path must end in .keras or .stepwell; got '/m.h5'"),
+        ({"path": "/m.h5"}, "path must end in .keras or .onnx or .stepwell; got '/m.h5'"),
         ({"path": "/nowhere/m.keras"}, "path must be that of a file; got '/nowhere/m.keras': No such file"),
     ],
 )

@@ -122,11 +122,15 @@ def test_a_version_is_gone_when_two_looks_miss_it(root: Path, folder: ModelFolde
         (["forecast/old/1.keras"], "forecast/old", r"must be named by its version, .*"),
         (["a b/1.keras"], "a b", r"must be named as a model, by a name of 1 to 128 letters, .*"),
         (["a@2/1.keras"], "a@2", r"must be named as a model, by a name of 1 to 128 letters, .*"),
-        (["forecast/1/notes.txt"], "forecast/1", r"must hold a .keras or .stepwell file; it holds none"),
+        (
+            ["forecast/1/notes.txt"],
+            "forecast/1",
+            r"must hold a .keras, .onnx or .stepwell file; it holds none",
+        ),
         (
             ["forecast/1/a.keras", "forecast/1/b.stepwell"],
             "forecast/1",
-            r"must hold one .keras or .stepwell file; it holds a.keras, b.stepwell",
+            r"must hold one .keras, .onnx or .stepwell file; it holds a.keras, b.stepwell",
         ),
         (
             ["forecast/1.keras", "forecast/1.stepwell"],

@@ -225,7 +225,7 @@ def test_unix_sockets_have_absolute_paths(
 NO_HOME = {"HOME": "", "XDG_DATA_HOME": "", "XDG_CACHE_HOME": ""}
 ONE_OF_TWO = ", which keeps nothing on disk; give only one of the two"
 TWICE = "must be given once for each name; got two values for"
-PATH_RULE = "PATH must be a .keras or .stepwell file"
+PATH_RULE = "PATH must be a .keras, .onnx or .stepwell file"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,10 @@ async def test_a_file_is_accepted_if_uploads_are_allowed(tmp_path: Path) -> None
                 "the file must be named 'file:VERSION/NAME'; got 'file:x/model.keras'",
             ),
             ({"file:model.keras": b""}, "the file must be named"),
-            ({"file:1/a.keras": b"", "file:2/b.keras": b""}, "files must be one .keras or .stepwell file"),
+            (
+                {"file:1/a.keras": b"", "file:2/b.keras": b""},
+                "files must be one .keras, .onnx or .stepwell file",
+            ),
         ):
             code, message = await refused(at, loading(config={}, files=files))
             assert (code, said in message) == ("INVALID_ARGUMENT", True), message

@@ -59,7 +59,7 @@ class ModelCalls:
 
         Args:
             name: Name of the model. It may be new to the server.
-            model: Path of a `.keras` or `.stepwell` file, or a `keras.Model`.
+            model: Path of a `.keras`, `.onnx` or `.stepwell` file, or a `keras.Model`.
             version: Number of the version, which must not exist. None: one more than the highest number so far.
             sessions: "keep": the sessions stay on their version until they end. "carry": they continue with their
                 states under the new weights, all of them between two steps; states and outputs must have the same

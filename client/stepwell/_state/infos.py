@@ -63,6 +63,13 @@ class TensorInfo:
         return f"{self.dtype}{self.shape}"
 
 
+_STEP_FUNCTIONS = {
+    "proven": "a step function; its rows proven apart from its graph",
+    "alone": "a step function; each row run alone",
+    "trusted": "a step function; its rows TRUSTED to be apart, not proven",
+}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProofInfo:
     """The evidence that stepping a model gives the same result as one call of it on the whole sequence.
@@ -75,9 +82,15 @@ class ProofInfo:
     compared_steps: int
     """Length, in time steps, of the sequences on which the model was compared with Keras."""
     unproven: str
-    """The property that the graph does not prove and ``--trust-causality`` trusts, as a clause; otherwise empty."""
+    """The property that the graph does not prove and ``--trust-causality`` or ``--trust-rows`` trusts, as a clause;
+    otherwise empty.
+    """
     compared_share: float = 1.0
     """Share of the rows and time steps for which the comparison is conclusive, 0 to 1."""
+    rows: str = ""
+    """Why rows never mix, for a step function (`.onnx`): "proven" by its graph, each run "alone", or "trusted" by
+    ``--trust-rows``. Empty for a Keras model.
+    """
 
     @property
     def is_trusted(self) -> bool:
@@ -85,6 +98,8 @@ class ProofInfo:
         return bool(self.unproven)
 
     def __str__(self) -> str:
+        if self.rows:
+            return _STEP_FUNCTIONS.get(self.rows, f"a step function, its rows {self.rows}")
         if not self.compared_steps:
             return "unknown"
         samples = f"compared with Keras over {self.compared_steps} time steps"
@@ -232,7 +247,7 @@ class ModelInfo:
     state: tuple[TensorInfo, ...]
     """State tensors of the model. A list of state arrays has this order."""
     executor: str
-    """The runtime that executes it: "litert" or "tensorflow"."""
+    """The runtime that executes it: "litert", "tensorflow" or "onnxruntime"."""
     executor_reason: str
     """Why that runtime was chosen, as a sentence."""
     batch_sizes: tuple[int, ...]
@@ -267,7 +282,12 @@ class ModelInfo:
             batch_sizes=tuple(model.batch_sizes),
             state_row_bytes=model.state_row_bytes,
             sessions=model.sessions,
-            proof=ProofInfo(model.proof.compared_steps, model.proof.unproven, model.proof.compared_share),
+            proof=ProofInfo(
+                model.proof.compared_steps,
+                model.proof.unproven,
+                model.proof.compared_share,
+                model.proof.rows,
+            ),
             provenance=ProvenanceInfo._from_message(model.provenance)
             if model.HasField("provenance")
             else None,

@@ -72,8 +72,10 @@ def main() -> None:
 
 for command in (
     OfServer("serve", "Serve Keras models.", "serving"),
-    OfServer("check", "Prove that a Keras model can be stepped.", "checking"),
-    OfServer("compile", "Compile a Keras model into one file.", "compiling", "server"),
+    OfServer("check", "Prove that a model can be stepped.", "checking"),
+    OfServer(
+        "compile", "Compile a Keras model or an ONNX step function into one file.", "compiling", "server"
+    ),
     OfServer("doctor", "Find problems of this machine and of a server's settings."),
     OfServer("store", "Check, back up, restore, encrypt and repair stores.", "looking at a store"),
     OfServer("tokens", "Add, list and revoke the tokens of callers."),

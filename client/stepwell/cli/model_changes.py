@@ -159,7 +159,7 @@ def load(
 ) -> None:
     """Load a version of a model while the server runs, and make it the default.
 
-    PATH is a .keras or .stepwell file. The server compiles it and warms it up while it keeps serving; a file that
+    PATH is a .keras, .onnx or .stepwell file. The server compiles it and warms it up while it keeps serving; a file that
     fails to load changes nothing. The command ends when the version is live, within ten minutes unless --timeout-s is
     given.
 

@@ -39,7 +39,7 @@ MODEL_KEYS = (
     ("name", "the name it is served under"),
     ("fingerprint", "hash of architecture and weights; a state belongs to one"),
     ("inputs, outputs, state", "lists of name, dtype, shape (of one row at one time step), temporal"),
-    ("executor", '"litert" or "tensorflow"'),
+    ("executor", '"litert", "tensorflow" or "onnxruntime"'),
     ("executor_reason", "why that executor, as a sentence"),
     ("batch_sizes", "batch sizes that batches are padded to; empty: any"),
     ("state_row_bytes", "size of the state of one row, in bytes"),
@@ -58,6 +58,10 @@ MODEL_KEYS = (
     ("proof", "the evidence that it can be stepped:"),
     ("proof.compared_steps", "length of the sequences on which it was compared with Keras"),
     ("proof.compared_share", "share of their rows and time steps for which the comparison is conclusive"),
+    (
+        "proof.rows",
+        'for a step function (.onnx), why its rows never mix: "proven", "alone" or "trusted"; else empty',
+    ),
     ("proof.unproven", "the property that its graph does not prove and that is trusted; else empty"),
 )
 PROVENANCE_KEYS = (
@@ -204,6 +208,7 @@ def model_json(model: ModelInfo) -> dict[str, object]:
         "version": model.version,
         "versions": [version_json(version) for version in model.versions],
         "proof": {
+            "rows": model.proof.rows,
             "compared_steps": model.proof.compared_steps,
             "compared_share": model.proof.compared_share,
             "unproven": model.proof.unproven,

@@ -182,7 +182,7 @@ class LoadModelRequest(_message.Message):
     the number.
     """
     path: _builtins.str
-    """Path of a .keras or .stepwell file on the server's disk. Empty: use `upload`."""
+    """Path of a .keras, .onnx or .stepwell file on the server's disk. Empty: use `upload`."""
     upload: _builtins.str
     """Identifier of an uploaded file, from UploadModelResponse. Empty: use `path`."""
     keep_default: _builtins.bool
@@ -272,7 +272,7 @@ class UploadModelRequest(_message.Message):
     FILENAME_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     filename: _builtins.str
-    """Name of the file, ending in .keras or .stepwell. Set only in the first message."""
+    """Name of the file, ending in .keras, .onnx or .stepwell. Set only in the first message."""
     content: _builtins.bytes
     """The next bytes of the file."""
     def __init__(
@@ -673,15 +673,21 @@ class Proof(_message.Message):
     COMPARED_STEPS_FIELD_NUMBER: _builtins.int
     UNPROVEN_FIELD_NUMBER: _builtins.int
     COMPARED_SHARE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     compared_steps: _builtins.int
     """Length of the sequences on which the model was compared with Keras, in time steps."""
     unproven: _builtins.str
-    """The part that the model's graph does not prove and that was trusted (--trust-causality), as a clause. Empty: the
-    graph proves everything, for sequences of every length.
+    """The part that the model's graph does not prove and that was trusted (--trust-causality, --trust-rows), as a clause.
+    Empty: the graph proves everything, for sequences of every length.
     """
     compared_share: _builtins.float
     """Share of the compared rows and time steps at which the comparison is meaningful, 0 to 1. At the others, rounding
     one input changes Keras's own result too much.
+    """
+    rows: _builtins.str
+    """Why rows never mix, for a step function (.onnx): one call of it is one time step, so it is not compared with Keras.
+    "proven": its graph proves it. "alone": each row is run alone. "trusted": --trust-rows. Empty: a Keras model, of
+    which the rest of the message speaks.
     """
     def __init__(
         self,
@@ -689,10 +695,11 @@ class Proof(_message.Message):
         compared_steps: _builtins.int = ...,
         unproven: _builtins.str = ...,
         compared_share: _builtins.float = ...,
+        rows: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_share", b"compared_share", "compared_steps", b"compared_steps", "unproven", b"unproven"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_share", b"compared_share", "compared_steps", b"compared_steps", "rows", b"rows", "unproven", b"unproven"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

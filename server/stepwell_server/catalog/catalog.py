@@ -297,7 +297,7 @@ class Catalog:
         if program.proof.unproven:
             unproven = program.proof.unproven
             _log.warning(
-                "the model is served without a proof, as --trust-causality asks",
+                f"the model is served without a proof, as --trust-{'rows' if program.proof.rows else 'causality'} asks",
                 model=name,
                 version=version,
                 unproven=unproven,

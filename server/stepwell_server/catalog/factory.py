@@ -17,6 +17,7 @@ from stepwell_server.catalog.files.programs import load_program
 from stepwell_server.catalog.interfaces import Compile, CompileResult, Engine, Observer, Quotas
 from stepwell_server.compile.errors import DataError, ModelError
 from stepwell_server.compile.host.compiler import WarmCompiler
+from stepwell_server.compile.onnx import declaration
 from stepwell_server.exposure import beyond_loopback
 from stepwell_server.logs import Log
 from stepwell_server.process.readiness import Readiness
@@ -126,7 +127,7 @@ def _compile(
             path,
             compiler,
             report,
-            ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality),
+            _proof_options(settings, name, path),
             limits,
             data=data,
             keep=not request.is_before_start,  # else other weights of the model may follow
@@ -138,10 +139,17 @@ def _compile(
     return program
 
 
+def _proof_options(settings: Settings, name: str, path: Path) -> ProofOptions:
+    """The options for a file of a name: those that its kind of model has."""
+    if path.suffix == declaration.SUFFIX:
+        return ProofOptions(trust_rows=name in settings.trust_rows)
+    return ProofOptions(settings.probe_steps.get(name), name in settings.trust_causality)
+
+
 def _check(name: str, data: Path, report: Comparison) -> None:
     """Refuse a program whose outputs differ from Keras on the user's own sequences."""
     for output in report.outputs:
-        _log.info("compared with Keras", model=name, data=str(data), **output.fields())
+        _log.info(f"compared with {output.reference}", model=name, data=str(data), **output.fields())
     worst = report.worst
     if worst is not None and not worst.is_allowed:
         raise ModelError(f"--check-with {data}: {worst}")

@@ -1,4 +1,4 @@
-"""`stepwell check MODEL`: whether a model can be stepped, and how close stepping is to Keras."""
+"""`stepwell check MODEL`: whether a model can be stepped, and how close stepping is to what it computes elsewhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from stepwell_server.cli.compile_options import (
     progress,
     proof_json,
     proof_lines,
+    require_step_function,
 )
 from stepwell_server.cli.options import Written
 from stepwell_server.compile.comparison import Comparison, Difference
@@ -59,10 +60,11 @@ class Verdict(enum.Enum):
 
 @click.command(
     cls=Command,
-    short_help="Prove that a Keras model can be stepped.",
+    short_help="Prove that a model can be stepped.",
     examples=(
         "stepwell check model.keras",
         "stepwell check model.keras --data sequences.npy",
+        "stepwell check vad.onnx --data audio.npz",
         "stepwell check model.keras --import my_layers --json | jq .outputs",
     ),
     json_keys=(
@@ -74,7 +76,7 @@ class Verdict(enum.Enum):
             "fingerprint",
             "hash of architecture and weights; absent, like all keys below, if it was refused or not checked",
         ),
-        ("proof", "compared_steps, compared_share and unproven, as in stepwell models"),
+        ("proof", "rows, compared_steps, compared_share and unproven, as in stepwell models"),
         ("executor, executor_reason", "the executor that runs it, and why"),
         (
             "rows, steps",
@@ -119,17 +121,20 @@ def check(
 
     A server does the same before it serves a model, and uses the same cache for the result.
 
+    A step function (.onnx) is compared with ONNX Runtime in a plain loop, one row and one time step at a time.
+
     For a compiled model (.stepwell), which needs no Keras, the command shows its proof and checks that it computes the
     same on this processor.
     """
     try:
+        require_step_function(model, options.proof)
         with ended_by_signals(), options.compiler() as compiler:
             program = load_program(model, compiler, progress, options.proof, data=data, keep=False)
             if program_file.is_program(model):
                 _show_compiled(program, as_json)
                 return
             progress("compare")
-            found = compiler.compare(model, program, data)
+            found = compiler.compare(model, program, data, options=options.proof)
     except DataError as error:
         raise _not_done("not checked", f"--data: {error}", as_json) from None
     except ModelError as error:
@@ -142,7 +147,7 @@ def check(
     if as_json:
         render.print_json(_document(program, found, verdict))
     else:
-        click.echo("\n".join([*_lines(program, found, data), "", str(verdict)]))
+        click.echo("\n".join([*_lines(program, found, data), "", _of(program, str(verdict))]))
     ctx.exit(0 if verdict is Verdict.EQUAL else 1)
 
 
@@ -161,10 +166,15 @@ def _show_compiled(program: Program, as_json: bool) -> None:
         click.echo("\n".join([*proof_lines(program), "", str(Verdict.SAME)]))
 
 
+def _of(program: Program, text: str) -> str:
+    """A text with what the program is compared with."""
+    return text.replace("Keras", "ONNX Runtime") if program.proof.rows else text
+
+
 def _head(program: Program, verdict: Verdict) -> dict[str, object]:
     return {
         "verdict": verdict.name.lower(),
-        "reason": verdict.value,
+        "reason": _of(program, verdict.value),
         "fingerprint": program.fingerprint,
         "proof": proof_json(program),
         "executor": program.executor,
@@ -178,15 +188,20 @@ def _document(program: Program, found: Comparison, verdict: Verdict) -> dict[str
 
 def _lines(program: Program, found: Comparison, data: Path | None) -> list[str]:
     lines = proof_lines(program)
-    what = "the proof's sequences" if data is None else str(data)
-    lines.append(f"compared with Keras on {what}: {found.rows} rows of {found.steps} time steps")
+    what = str(data or ("random sequences" if program.proof.rows else "the proof's sequences"))
+    compared = _of(program, "compared with Keras on")
+    lines.append(f"{compared} {what}: {found.rows} rows of {found.steps} time steps")
     for output in found.outputs:
         largest, step = output.largest
         lines += [
             "",
             f"output {output.output!r}: the largest difference is {largest:.2g}, at time step {step}",
             f"  at most {output.share:.2g} times what rounding explains (time step {output.time} of row {output.row})"
-            + ("" if output.is_allowed else ": STEPPING DOES NOT GIVE WHAT KERAS COMPUTES"),
+            + (
+                ""
+                if output.is_allowed
+                else f": STEPPING DOES NOT GIVE WHAT {output.reference.upper()} COMPUTES"
+            ),
         ]
         if output.skipped:
             lines.append(

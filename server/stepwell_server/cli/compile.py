@@ -1,4 +1,4 @@
-"""`stepwell compile`: compiles a Keras model into one file that a server without TensorFlow can serve."""
+"""`stepwell compile`: compiles a model into one file that a server without TensorFlow can serve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stepwell.cli.toolkit.errors import Failure
 from stepwell.cli.toolkit.help import Command
 from stepwell.cli.toolkit.target import json_option
 from stepwell_server import program_file
-from stepwell_server.catalog.files.programs import load_program
+from stepwell_server.catalog.files.programs import load_program, require_frameworks
 from stepwell_server.cli.compile_options import (
     CompileOptions,
     compile_options,
@@ -19,9 +19,11 @@ from stepwell_server.cli.compile_options import (
     progress,
     proof_json,
     proof_lines,
+    require_step_function,
 )
 from stepwell_server.cli.options import Written
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.onnx import declaration, inspection
 from stepwell_server.errors import StartError
 from stepwell_server.program import Program
 from stepwell_server.settings.formats import FILE
@@ -29,10 +31,12 @@ from stepwell_server.settings.formats import FILE
 
 @click.command(
     cls=Command,
-    short_help="Compile a Keras model into one file.",
+    short_help="Compile a Keras model or an ONNX step function into one file.",
     examples=(
         "stepwell compile model.keras -o forecast.stepwell",
         "stepwell compile model.keras --import my_layers",
+        "stepwell compile vad.onnx --inspect",
+        "stepwell compile vad.onnx --batch-axis state=1 --constant sr=16000 --shape input=512 --context input=64",
         "stepwell serve forecast=forecast.stepwell",
     ),
     json_keys=(
@@ -42,7 +46,7 @@ from stepwell_server.settings.formats import FILE
             "fingerprint",
             "hash of architecture and weights, the same as when the .keras file is served",
         ),
-        ("proof", "compared_steps, compared_share and unproven, as in stepwell models"),
+        ("proof", "rows, compared_steps, compared_share and unproven, as in stepwell models"),
         ("executor, executor_reason", "the executor that runs it, and why"),
         (
             "batch_sizes",
@@ -59,7 +63,7 @@ from stepwell_server.settings.formats import FILE
         ),
     ),
 )
-@click.argument("model", metavar="MODEL.keras", type=Written(FILE))
+@click.argument("model", metavar="MODEL", type=Written(FILE))
 @click.option(
     "-o",
     "--output",
@@ -67,15 +71,26 @@ from stepwell_server.settings.formats import FILE
     type=Written(FILE),
     help="File to write or replace. Default: the model's name with .stepwell, in the current folder.",
 )
+@click.option(
+    "--inspect",
+    is_flag=True,
+    help="Only print the inputs and outputs of a step function (.onnx), its recognized states, and the command that compiles it.",
+)
 @compile_options
 @json_option
-def compile(model: Path, output: Path | None, options: CompileOptions, as_json: bool) -> None:  # noqa: A001 - its name
+def compile(  # noqa: A001 - its name
+    model: Path, output: Path | None, inspect: bool, options: CompileOptions, as_json: bool
+) -> None:
     """Compile a Keras model into one file, which 'stepwell serve' can serve without TensorFlow and Keras.
 
     The model is proven and compared with Keras, as a server does before it serves a model. The file contains the program
     for LiteRT (program.tflite), its inputs, outputs and initial state, its proof and its origin; no code and no pickle.
     Sessions of the .keras file continue with the compiled file, and vice versa. A server checks the program on its own
     processor before it serves it.
+
+    A step function (.onnx) takes inputs and states, and returns outputs and new states: one call is one time step. The
+    options from --state to --name declare what its file does not say. They can also be tables of a file model.toml next to
+    it, which 'stepwell serve' reads too.
 
     The file is an uncompressed zip archive, so other tools can extract program.tflite. With SOURCE_DATE_EPOCH set, the
     same model gives the same bytes.
@@ -84,6 +99,10 @@ def compile(model: Path, output: Path | None, options: CompileOptions, as_json: 
         raise Failure(
             f"{model}: is already compiled; serve it, or show it with: stepwell models show {model}"
         )
+    require_step_function(model, options.proof)
+    if inspect:
+        _inspect(model, options, as_json)
+        return
     target = output or Path(f"{model.stem}{program_file.SUFFIX}")
     if target.suffix != program_file.SUFFIX:
         raise Failure(f"'-o' must be a file that ends in {program_file.SUFFIX}; got {str(target)!r}")
@@ -101,7 +120,7 @@ def compile(model: Path, output: Path | None, options: CompileOptions, as_json: 
             raise Failure(f"refused: {error}") from None
         except OSError as error:
             raise Failure(f"--cache-dir: {error}") from None
-        _require_litert(model, program)
+        _require_portable(model, program)
         try:
             program_file.save(program, target)
         except OSError as error:
@@ -112,8 +131,25 @@ def compile(model: Path, output: Path | None, options: CompileOptions, as_json: 
         click.echo("\n".join(_lines(program, target, cached=not stages)))
 
 
-def _require_litert(model: Path, program: Program) -> None:
-    if program.executor != "litert":
+def _inspect(model: Path, options: CompileOptions, as_json: bool) -> None:
+    """Print what is in the file of a step function."""
+    if model.suffix != declaration.SUFFIX:
+        raise Failure(f"--inspect: is for a step function (.onnx); got {model}")
+    with ended_by_signals():
+        try:
+            require_frameworks(model)
+            with options.compiler() as compiler:
+                found = compiler.inspect(model, options.proof)
+        except (ModelError, StartError) as error:
+            raise Failure(f"refused: {error}") from None
+    if as_json:
+        render.print_json(found)
+    else:
+        click.echo("\n".join(inspection.lines(model, found)))
+
+
+def _require_portable(model: Path, program: Program) -> None:
+    if program.executor == "tensorflow":
         why = program.executor_reason.split("; ", maxsplit=1)[0]
         raise Failure(
             f"refused: {model}: {why}, only TensorFlow can; a {program_file.SUFFIX} file is for servers without TensorFlow. "
@@ -138,7 +174,9 @@ def _document(program: Program, file: Path, *, cached: bool) -> dict[str, object
 def _lines(program: Program, file: Path, *, cached: bool) -> list[str]:
     sizes = program.trial.sizes if program.trial is not None else ()
     bits = "the same for a row at every batch size"
-    if program.batch_sizes:
+    if program.batch_sizes == (1,):
+        bits = "each row is run alone"
+    elif program.batch_sizes:
         bits = f"the same for a row at batch sizes {', '.join(map(str, program.batch_sizes))}, to which batches are padded"
     return [
         *proof_lines(program),

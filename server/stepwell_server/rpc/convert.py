@@ -132,6 +132,7 @@ def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStat
             compared_steps=program.proof.steps,
             unproven=program.proof.unproven,
             compared_share=program.proof.compared,
+            rows=program.proof.rows,
         ),
         provenance=None if program.provenance is None else _from_provenance(program.provenance),
         version=info.version,

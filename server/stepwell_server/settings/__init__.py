@@ -268,7 +268,7 @@ class Settings:
     models_dir: Annotated[
         Path | None,
         FOLDER,
-        "Folder of models: NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ that contains one such file.",
+        "Folder of models: NAME/VERSION.keras, NAME/VERSION.onnx, NAME/VERSION.stepwell, or NAME/VERSION/ that contains one such file.",
         Names(alias="--models"),
     ] = None
     watch_models: Annotated[
@@ -335,6 +335,12 @@ class Settings:
         Several(MODEL_NAME),
         "Model to serve even if its graph does not prove that it can be stepped. It is still compared with "
         "Keras.",
+    ] = ()
+    trust_rows: Annotated[
+        Sequence[str],
+        Several(MODEL_NAME),
+        "Step function (.onnx) whose rows are batched even if its graph does not prove that they stay apart. Without it, "
+        "each row of such a model is run alone.",
     ] = ()
     check_with: Annotated[
         Mapping[str, Path],
@@ -407,6 +413,7 @@ class Settings:
         for option, names in (
             ("--probe-steps", self.probe_steps),
             ("--trust-causality", self.trust_causality),
+            ("--trust-rows", self.trust_rows),
             ("--check-with", self.check_with),
             ("--resident-rows", self.resident_rows.keys() - {""}),
         ):
@@ -469,7 +476,9 @@ class Settings:
         for name, path in self.models.items():
             if not path.is_file():
                 what = folder_problem(path) if path.is_dir() else "does not exist"
-                raise StartError(f"model {name}: PATH must be a .keras or .stepwell file; {path} {what}")
+                raise StartError(
+                    f"model {name}: PATH must be a .keras, .onnx or .stepwell file; {path} {what}"
+                )
         if self.models_dir is not None and not self.models_dir.is_dir():
             what = "is a file" if self.models_dir.exists() else "does not exist"
             raise StartError(f"--models: must be a folder; {self.models_dir} {what}")

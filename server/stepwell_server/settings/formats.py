@@ -194,7 +194,7 @@ class Table(Several):
     def _parse(self, text: str) -> tuple[str, Any]:
         name, equals, rest = text.rpartition("=") if self._common else text.partition("=")
         if not rest and not self._common:
-            is_model = text.endswith((".keras", ".stepwell"))
+            is_model = text.endswith((".keras", ".onnx", ".stepwell"))
             raise ValueError(f", such as {Path(text).stem}={text}" if is_model else "")
         if (equals or not self._common) and not self._is_name(name):
             raise ValueError(f" with {self._rule}")

@@ -1,4 +1,4 @@
-"""A folder of models: `NAME/VERSION.keras`, or `NAME/VERSION/` with one file in it; `.stepwell` files likewise.
+"""A folder of models: `NAME/VERSION.keras`, or `NAME/VERSION/` with one file in it; `.onnx` and `.stepwell` likewise.
 
 It is scanned at intervals while others write into it, so a file counts only when two scans in a row find it
 unchanged. What is unclear (a folder that cannot be read, two files for one version) keeps its last known state.
@@ -16,8 +16,9 @@ from pathlib import Path
 from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, version_of
 from stepwell_server.files.stamp import Stamp, stamp_of
 
-SUFFIXES = (".keras", ".stepwell")
-LAYOUT = "NAME/VERSION.keras, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"
+SUFFIXES = (".keras", ".onnx", ".stepwell")
+LAYOUT = "NAME/VERSION.keras, NAME/VERSION.onnx, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"
+KINDS = ".keras, .onnx or .stepwell file"
 
 _SETTLE_S = 0.2
 """The time between the two scans of the folder, in seconds: a file that is being written has changed by then."""
@@ -173,10 +174,10 @@ class _Scan:
             self._leave_out(key, folder.path, f"cannot be read: {error.strerror}")
             return
         if not models:
-            self.problems[folder.path] = "must hold a .keras or .stepwell file; it holds none"
+            self.problems[folder.path] = f"must hold a {KINDS}; it holds none"
         elif len(models) > 1:
             names = ", ".join(entry.name for entry in models)
-            self._leave_out(key, folder.path, f"must hold one .keras or .stepwell file; it holds {names}")
+            self._leave_out(key, folder.path, f"must hold one {KINDS}; it holds {names}")
         elif self._is_inside(models[0]):
             self._take(key, models[0])
         else:

@@ -15,10 +15,12 @@ from stepwell_server.compile.host.compiler import WarmCompiler
 from stepwell_server.compile.host.job import Progress
 from stepwell_server.compile.host.limits import Limits
 from stepwell_server.compile.host.source import opened
+from stepwell_server.compile.onnx import declaration
 from stepwell_server.engine.executors import trial
 from stepwell_server.program import Program, ProofOptions
 
 _FRAMEWORKS = ("tensorflow", "keras", "h5py")
+_ONNX = ("onnx", "onnxruntime")
 
 
 def load_program(
@@ -31,7 +33,7 @@ def load_program(
     *,
     keep: bool = True,
 ) -> Program:
-    """Return the program of a ``.keras`` or ``.stepwell`` file, prepared for this processor.
+    """Return the program of a ``.keras``, ``.onnx`` or ``.stepwell`` file, prepared for this processor.
 
     Third-party code reads and runs the file only in the compiler's processes, so this function may be called on a
     thread while this process serves.
@@ -52,16 +54,17 @@ def load_program(
 
 
 def require_frameworks(path: Path) -> None:
-    """Check that the packages that compile ``.keras`` files are installed.
+    """Check that the packages that compile this ``.keras`` or ``.onnx`` file are installed.
 
     Raises:
         ModelError: they are not.
     """
-    missing = [name for name in _FRAMEWORKS if importlib.util.find_spec(name) is None]
+    is_onnx = path.suffix == declaration.SUFFIX
+    missing = [name for name in (_ONNX if is_onnx else _FRAMEWORKS) if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
             f"{path}: must be compiled, but the required packages are not installed ({', '.join(missing)}): "
-            f"{_install.advice(_install.SERVER)}; or "
+            f"{_install.advice(_install.ONNX if is_onnx else _install.SERVER)}; or "
             f"compile it where they are, by: stepwell compile {path.name} -o {path.stem}{program_file.SUFFIX}, and serve "
             "that file"
         )

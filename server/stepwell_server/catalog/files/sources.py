@@ -135,6 +135,7 @@ def _require_some(settings: Settings, folder: ModelFolder, look: Look, found: Co
         ("--version-policy", settings.version_policy),
         ("--probe-steps", settings.probe_steps),
         ("--trust-causality", settings.trust_causality),
+        ("--trust-rows", settings.trust_rows),
         ("--check-with", settings.check_with),
     ):
         problems += [

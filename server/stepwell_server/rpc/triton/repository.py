@@ -120,7 +120,7 @@ class Repository:
     async def _load_file(self, name: str, files: list[str], given: _Parameters, tenant: str) -> None:
         if len(files) > 1:
             raise InvalidInput(
-                f"files must be one .keras or .stepwell file, 'file:VERSION/NAME'; got {len(files)}"
+                f"files must be one .keras, .onnx or .stepwell file, 'file:VERSION/NAME'; got {len(files)}"
             )
         folder, _, filename = files[0].removeprefix(_FILE).rpartition("/")
         version = version_of(folder)
