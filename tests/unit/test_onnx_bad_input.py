@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +111,25 @@ def outside_in_a_branch() -> onnx.ModelProto:
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="weights.bin")
     branch.initializer.append(tensor)
+    return found
+
+
+def nameless_bytes() -> onnx.ModelProto:
+    found = onnx.ModelProto()
+    content = step_functions.cell().SerializeToString()
+    found.ParseFromString(content.replace(b"hn", b"\xff\xfe"))
+    return found
+
+
+def misshapen() -> onnx.ModelProto:
+    found = step_functions.cell()
+    found.graph.initializer[0].dims[:] = [3, 5]
+    return found
+
+
+def one_branch() -> onnx.ModelProto:
+    found = step_functions.branches()
+    del next(each for each in found.graph.node if each.op_type == "If").attribute[0]
     return found
 
 
@@ -329,6 +349,13 @@ CASES: dict[str, Case] = {
         {},
         "tensor 'W' must have its elements in the file; its shape is [1073741824, 1073741824], and the file has ",
     ),
+    "names that are no text": (nameless_bytes, {}, r"the names in it must be text (UTF-8); got b'\xff\xfe'"),
+    "a weight of another shape": (
+        misshapen,
+        {},
+        "tensor 'W' must have the elements of its shape [3, 5]: cannot reshape array of size 12 into shape (3,5)",
+    ),
+    "an If of one branch": (one_branch, BRANCHES, "ONNX Runtime cannot load the graph: "),
     "a newer opset": (newer, {}, "its opset must be one from 1 to "),
     "an unknown operator": (unknown_operator, {}, "ONNX Runtime cannot load the graph: "),
     "texts": (
@@ -414,3 +441,23 @@ def test_a_wrong_option_is_refused(option: str, text: str) -> None:
 def test_an_option_that_names_a_tensor_twice_is_refused() -> None:
     with pytest.raises(ModelError, match="--batch-axis: must name each tensor once; got 'h' twice"):
         declaration.parse("batch-axis", ("h=1", "h=0"))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_changed_bytes_are_refused_or_compiled(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but a refusal may come of a file that is not what an exporter wrote."""
+    from stepwell_server.engine.executors import trial
+
+    monkeypatch.setattr(trial, "LITERT_SIZES", (1, 2))
+    rng = np.random.default_rng(seed)
+    declared: dict[str, Any] = {} if seed % 2 else BRANCHES
+    make = step_functions.two if seed % 2 else step_functions.branches
+    content = bytearray(make().SerializeToString())
+    for place in rng.integers(0, len(content), rng.integers(1, 5)):
+        content[place] = rng.integers(0, 256)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(content)
+    with contextlib.suppress(ModelError):
+        compile_step_function(file, ProofOptions(declaration=Declaration(**declared)))

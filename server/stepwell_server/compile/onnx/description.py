@@ -9,7 +9,7 @@ import onnx
 
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.onnx import pairs, reading
-from stepwell_server.compile.onnx.interface import inputs_of, resolve, sizes_of
+from stepwell_server.compile.onnx.interface import inputs_of, resolve, sizes_of, type_name
 from stepwell_server.program import Declaration
 
 _MAX_TENSORS = 200
@@ -45,7 +45,7 @@ def _tensor(info: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = info.type.tensor_type.elem_type
     return {
         "name": info.name,
-        "dtype": onnx.TensorProto.DataType.Name(kind).lower() if kind else "unknown",
+        "dtype": type_name(kind),
         "shape": sizes_of(info),
     }
 

@@ -112,12 +112,22 @@ def dtype_of_info(info: onnx.ValueInfoProto) -> str:
     except (KeyError, TypeError):
         found = None
     if found not in _TYPES:
-        known = onnx.TensorProto.DataType.Name(kind).lower() if kind else "no tensor"
+        known = type_name(kind)
         raise ModelError(
             f"tensor {quoted(info.name)} must be of a type that sessions hold, such as float32 or int64; it is {known}. Cast it "
             "in the model"
         )
     return str(found.name)
+
+
+def type_name(kind: int) -> str:
+    """ONNX's name of a type."""
+    if not kind:
+        return "no tensor"
+    try:
+        return str(onnx.TensorProto.DataType.Name(kind)).lower()
+    except ValueError:
+        return f"of the unknown type {kind}"
 
 
 def resolve(model: onnx.ModelProto, declared: Declaration) -> Interface:

@@ -53,9 +53,11 @@ def parsed(content: bytes) -> onnx.ModelProto:
     for graph in graphs:
         if graph.sparse_initializer:
             raise ModelError("has sparse weights, which are not supported; store them as dense ones")
+        _require_names(*(each.name for each in (*graph.input, *graph.output, *graph.initializer)))
         for tensor in graph.initializer:
             _require_inside(tensor, len(content))
     for node in nodes_of(model.graph):
+        _require_names(node.name, node.op_type, node.domain, *node.input, *node.output)
         _require_known(node)
         for attribute in node.attribute:
             for tensor in [*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors]:
@@ -89,6 +91,13 @@ def _require_known(node: onnx.NodeProto) -> None:
         )
 
 
+def _require_names(*names: object) -> None:
+    """Check that names are text: what is not valid UTF-8 is read as bytes."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"the names in it must be text (UTF-8); got {name!r:.80}")
+
+
 def _require_inside(tensor: onnx.TensorProto, size: int) -> None:
     """Refuse weights outside of the file, and those that claim to be larger than it."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
@@ -102,3 +111,9 @@ def _require_inside(tensor: onnx.TensorProto, size: int) -> None:
             f"tensor {quoted(tensor.name)} must have its elements in the file; its shape is {list(tensor.dims)!r:.60}, and the "
             f"file has {size} bytes"
         )
+    try:
+        onnx.numpy_helper.to_array(tensor)
+    except Exception as error:  # of a wrong type, or another number of elements
+        raise ModelError(
+            f"tensor {quoted(tensor.name)} must have the elements of its shape {list(tensor.dims)!r:.60}: {gist(error)}"
+        ) from error

@@ -152,7 +152,10 @@ class _Graph:
         options.enable_mem_pattern = False  # plans memory for one size only
         options.log_severity_level = _SILENT
         try:
-            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            # The fallback prints to stdout, and tries the same again.
+            self.session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # its errors have no common class
             raise ValueError(f"ONNX Runtime cannot load the graph: {_first_line(error)}") from error
         # The name of an operator stands in the file as it is.

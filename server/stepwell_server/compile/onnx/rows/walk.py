@@ -64,7 +64,7 @@ class _Walk:
 
     def _node(self, node: onnx.NodeProto, known: dict[str, Known]) -> Sequence[Known]:
         """Return what is known about the outputs of an operator."""
-        given = [known.get(name, Lost(f"{quoted(name)} is unknown")) if name else None for name in node.input]
+        given = [known.get(name, _nothing(name)) if name else None for name in node.input]
         lost = next((value for value in given if isinstance(value, Lost)), None)
         if lost is None:
             try:
@@ -112,7 +112,9 @@ class _Walk:
     def _if(self, node: onnx.NodeProto, condition: Value | None, known: dict[str, Known]) -> Sequence[Known]:
         if condition is None or condition.axis is not None or condition.is_sized:
             raise LostError("a row, or the number of rows, decides for all rows")
-        branches = {each.name: each.g for each in node.attribute}
+        branches = {each.name: each.g for each in node.attribute if each.HasField("g")}
+        if not branches.keys() >= {"then_branch", "else_branch"}:
+            raise LostError("it lacks a branch")
         chosen = ["then_branch", "else_branch"]
         if condition.content is not None:
             chosen = [chosen[0] if bool(condition.content.reshape(-1)[0]) else chosen[1]]
@@ -120,7 +122,7 @@ class _Walk:
         for name in chosen:
             inner = dict(known)
             self.graph(branches[name], inner)
-            found.append([inner[output.name] for output in branches[name].output])
+            found.append([inner.get(output.name, _nothing(output.name)) for output in branches[name].output])
         if len(found) == 1:
             return found[0]
         return [_either(one, two) for one, two in zip(*found, strict=True)]
@@ -141,6 +143,10 @@ class _Walk:
         if any(value is not None and (value.axis is not None or value.is_sized) for value in values):
             raise LostError("rows are not followed through this operator")
         return [Value()] * len(node.output)
+
+
+def _nothing(name: str) -> Lost:
+    return Lost(f"nothing is known of {quoted(name)}")
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
