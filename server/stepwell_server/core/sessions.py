@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import ItemsView, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "pinned": np.bool_,
     "stamp": np.uint64,
     "bytes": np.int64,
+    "watched": np.bool_,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 #: Address space is reserved for this many sessions. Beyond it, each column is copied to one twice as long.
@@ -145,6 +146,8 @@ class SessionTable:
     """The stamp of the record that the columns reflect, where other servers use the store; else 0."""
     bytes: npt.NDArray[np.int64]
     """Its size for quotas of bytes, as the store has it: see `store.counts`."""
+    watched: npt.NDArray[np.bool_]
+    """Its id is in `watched_ids`."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}
@@ -154,6 +157,10 @@ class SessionTable:
         self._more_rows: dict[int, Rows] = {}
         self._known: dict[int, _KnownHandles] = {}
         """By the identity of the tuple, the oldest first."""
+        self.watched_ids: set[str] = set()
+        """Ids whose sessions are watched, whether they are in the table or not. Change it with `watch` and `unwatch`."""
+        self.on_watched_leaving: Callable[[str], None] = lambda _session_id: None
+        """Called with the id of a watched session that leaves the table."""
         self.fields: dict[int, bytes] = {}
         """Record fields without a column here, by handle; few sessions have any."""
         self._free: list[int] = []
@@ -240,12 +247,27 @@ class SessionTable:
         self.row[handles] = -1
         if rows is not None:
             self.set_rows_of(handles, rows)
+        if self.watched_ids:
+            self.watched[handles] = [session_id in self.watched_ids for session_id in session_ids]
         return handles
+
+    def watch(self, session_id: str) -> None:
+        """Mark a session as watched, now or when it enters the table."""
+        self.watched_ids.add(session_id)
+        if (handle := self.find(session_id)) is not None:
+            self.watched[handle] = True
+
+    def unwatch(self, session_id: str) -> None:
+        """Undo `watch`."""
+        self.watched_ids.discard(session_id)
+        if (handle := self.find(session_id)) is not None:
+            self.watched[handle] = False
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""
         self.removals += 1
-        del self._handles[self._ids[handle]]
+        session_id = self._ids[handle]
+        del self._handles[session_id]
         self._ids[handle] = ""
         self._more_rows.pop(handle, None)
         self.fields.pop(handle, None)
@@ -253,6 +275,9 @@ class SessionTable:
         self.due[handle] = -1
         self.birth[handle] = 0
         self._free.append(handle)
+        if self.watched[handle]:
+            self.watched[handle] = False
+            self.on_watched_leaving(session_id)
 
     def rows(self, handle: int) -> Rows:
         """The session's rows in its model's arena."""

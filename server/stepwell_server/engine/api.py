@@ -57,6 +57,9 @@ class StepKernel(Protocol):
     def claim(self, batch: Any, now: float) -> bool:
         """Claim the sessions of a batch if all of its steps may run now. False: nothing changed."""
 
+    def watched(self, batch: Any) -> list[tuple[int, list[bytes]]]:
+        """Return the watched sessions of the batch that was just finished: their handles and their inputs as bytes."""
+
     def claimed(self) -> list[int]:
         """Return the handles of the claimed sessions."""
 
@@ -344,6 +347,25 @@ class ChangeResult:
     """The requested states: `(rows, T, ...)` or `(rows, ...)`."""
     version: int = 0
     """Of the model, as in `change.Replies`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Made:
+    """How a session was changed."""
+
+    time_steps: int
+    """0: it was reset."""
+    rows: Sequence[int]
+    """The rows that were stepped or reset; empty: all."""
+    inputs: Sequence[Array]
+    """The inputs of the last time step, `(rows, ...)` each; empty for a reset. Views: copy them to keep them."""
+
+
+class Origin(Protocol):
+    """Says how the sessions of an outcome were changed, to those who watch them."""
+
+    def made(self, place: int, /) -> Made:
+        """How the session at this place was changed."""
 
 
 class Trace(Protocol):

@@ -32,7 +32,7 @@ from stepwell_server.core.exactly_once import (
 from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import Handles
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import ChangeResult, Select, Trace
+from stepwell_server.engine.api import ChangeResult, Made, Select, Trace
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import DeadlineExceeded, ServerError, Unavailable
 from stepwell_server.logs import Log
@@ -455,6 +455,26 @@ class _JoinedReplies:
         parts = self._parts
         gone = [member for member in members.tolist() if len(parts[member].replies.cancelled(_FIRST))]
         return np.array(gone, np.intp) if gone else _NO_MEMBERS
+
+
+class SimpleOrigin:
+    """Says how members of a change were made: one that resets, or that steps one row of each for one time step.
+
+    `api.Origin`. The places are those of the members.
+    """
+
+    __slots__ = ("_change", "_members")
+
+    def __init__(self, change: Change, members: Members) -> None:
+        self._change = change
+        self._members = members
+
+    def made(self, place: int) -> Made:
+        """How the member at this place was made."""
+        change, row = self._change, int(self._members[place])
+        if change.reset:
+            return Made(0, change.rows or (), ())
+        return Made(1, (), [array[row : row + 1] for array in change.arrays])
 
 
 def may_join(change: Change) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from stepwell_server.clock import Clock
@@ -36,7 +36,7 @@ from stepwell_server.engine.catalog.changes import Changes
 from stepwell_server.engine.catalog.documents import Documents
 from stepwell_server.engine.catalog.runtimes import Capacity, Runtimes
 from stepwell_server.engine.catalog.session_moves import SessionMoves
-from stepwell_server.engine.catalog.watch import Watch
+from stepwell_server.engine.catalog.watch import Watch as VersionWatch
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.commit.committer import Committer, Recorder
 from stepwell_server.engine.commit.group_commit import GroupCommit
@@ -56,7 +56,7 @@ from stepwell_server.engine.sessions.directory import MAX_IDS_PER_CALL, Context,
 from stepwell_server.engine.sessions.end import MAX_PAGED_OUT, Expiry, Removal, Sweep, UseNotifier
 from stepwell_server.engine.sessions.lookup import Loader, Lookup
 from stepwell_server.engine.sessions.open import Forker, Opener
-from stepwell_server.engine.sessions.read import SessionCounts, SessionList, StateReader
+from stepwell_server.engine.sessions.read import NoUses, SessionCounts, SessionList, StateReader
 from stepwell_server.engine.sessions.transfer import (
     ExistingPolicy,
     Exporter,
@@ -74,7 +74,10 @@ from stepwell_server.engine.threads import Pieces, Threads
 from stepwell_server.engine.types import U64, Mask, Members, Tensors
 from stepwell_server.engine.versions.record_upgrade import Migration, RecordUpgrader
 from stepwell_server.engine.versions.registry import Absence, Models, Versions
-from stepwell_server.errors import InvalidInput, MessageTooLarge
+from stepwell_server.engine.watches.events import Wanted
+from stepwell_server.engine.watches.watch import Watch
+from stepwell_server.engine.watches.watchers import WatchCounts, Watchers
+from stepwell_server.errors import InvalidInput, MessageTooLarge, ServerError
 from stepwell_server.logs import Log
 from stepwell_server.program import Program
 from stepwell_server.store.base import Store
@@ -185,7 +188,13 @@ class Engine:
                 self._group, table, records, new_stamp=store.new_stamp, clock=clock, observer=observer
             )
         self._committer = Committer(
-            sizes, recorder, clock, release=self._queues.release, drop=removal.drop, discard=pager.discard
+            sizes,
+            recorder,
+            clock,
+            release=self._queues.release,
+            drop=removal.drop,
+            discard=pager.discard,
+            watched=lambda outcome, places: self._watchers.committed(outcome, places),
         )
         self._admission = Admission(
             table,
@@ -200,7 +209,7 @@ class Engine:
         self._drain_inboxes = self._admission.drain
         switching = SessionMoves(table, self._queues, pager, self._models, self._drain_inboxes)
         documents = Documents(store, self._group, self._models, switching)
-        self._watch = Watch(store, self._models, documents, switching)
+        self._watch = VersionWatch(store, self._models, documents, switching)
         loader = Loader(table, self._models, self._expiry, fields)
         self._lookup = Lookup(
             table,
@@ -249,6 +258,14 @@ class Engine:
 
         Args: the batch, and the largest number of bytes of its outputs."""
         self._reader = StateReader(table, self._directory, self._queues, pager, uses, clock=clock)
+        quiet_reader = StateReader(table, self._directory, self._queues, pager, NoUses(), clock=clock)
+        self._watchers = watchers = Watchers(table, self._directory, quiet_reader, self._drain_inboxes, clock)
+        self.watch_sessions: Callable[[Sequence[str], Wanted, Hashable], Watch] = watchers.open
+        """Report changes of sessions: see `Watchers.open`. Pass the watch to `end_watch`."""
+        self.end_watch: Callable[[Watch], None] = watchers.close
+        self.stop_watches: Callable[[ServerError], None] = watchers.stop
+        """End all watches with an error."""
+        self.watch_counts: Callable[[], WatchCounts] = watchers.counts
         context = Context(table, self._directory, self._queues, pager, removal, clock, observer)
         begin = SessionCreator(
             context,
@@ -283,6 +300,7 @@ class Engine:
             self._admission,
             self._committer,
             Capacity(self._shares, self._threads, compute_threads, executor, max_batch_rows, resident_rows),
+            watchers.stepped,
         )
         self._loops = self._serving.loops
         self._changes = Changes(context, self._models, self._serving, switching, documents, forwarding, store)

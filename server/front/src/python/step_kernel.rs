@@ -10,7 +10,7 @@ use crate::python::memory::Memory;
 use crate::steps::reply::{Answer, Output};
 use crate::steps::single::{self, applies, Digests, Form, ReplyForm, Tensor};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::{PyBytes, PyDict, PyString};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Name, `stepwell.v1.DataType`, shape of a row, whether it has a time axis, bytes of a row and of a number, and the bits
@@ -33,6 +33,7 @@ struct Table {
     digest: Memory,
     used: Memory,
     reply: Memory,
+    watched: Memory,
 }
 
 /// A claimed session of the running batch.
@@ -46,6 +47,8 @@ struct State {
     table: Option<Table>,
     /// The claimed sessions, in the order of the batch.
     members: Vec<Member>,
+    /// Places and handles of the watched sessions of the last finished batch.
+    watched: Vec<(usize, usize)>,
     form: Form,
 }
 
@@ -110,8 +113,9 @@ impl StepKernel {
     }
 
     /// Use these columns of the table from now on, in the order of `Table`.
-    fn attach(&self, columns: [Bound<'_, PyAny>; 10]) -> PyResult<()> {
-        let [model, batch_size, claimed, row, revision, position, request_id, digest, used, reply] = &columns;
+    fn attach(&self, columns: [Bound<'_, PyAny>; 11]) -> PyResult<()> {
+        let [model, batch_size, claimed, row, revision, position, request_id, digest, used, reply, watched] =
+            &columns;
         self.state().table = Some(Table {
             model: Memory::readable(model)?,
             batch_size: Memory::readable(batch_size)?,
@@ -123,6 +127,7 @@ impl StepKernel {
             digest: Memory::writable(digest)?,
             used: Memory::writable(used)?,
             reply: Memory::writable(reply)?,
+            watched: Memory::readable(watched)?,
         });
         Ok(())
     }
@@ -160,6 +165,23 @@ impl StepKernel {
             table.claimed.set(py, handle, [1]); // a session that appears twice is claimed the second time
         }
         Ok(true)
+    }
+
+    /// The watched sessions of the batch that was just finished: their handles and their inputs as bytes.
+    fn watched<'py>(
+        &self,
+        py: Python<'py>,
+        batch: &BatchHandle,
+    ) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
+        let state = self.state();
+        let inputs = |place: usize| {
+            let row = |(column, input): (&usize, &Tensor)| {
+                let data = &batch.batch.data[*column];
+                PyBytes::new_bound(py, &data[place * input.row_bytes..(place + 1) * input.row_bytes])
+            };
+            state.form.columns.iter().zip(&self.inputs).map(row).collect()
+        };
+        state.watched.iter().map(|(place, handle)| (*handle, inputs(*place))).collect()
     }
 
     /// The handles of the claimed sessions.
@@ -213,9 +235,11 @@ impl StepKernel {
     ) -> PyResult<Ended<'py>> {
         let mut state = self.state();
         let form = ReplyForm::of(batch.batch.signature.select, state.form.has_time);
-        let State { table: Some(table), members, form: Form { columns, has_time } } = &mut *state else {
+        let State { table: Some(table), members, watched, form: Form { columns, has_time } } = &mut *state
+        else {
             return Ok(batch.ended(py, None));
         };
+        watched.clear();
         // whatever may fail comes before the first write
         let results = |arrays: Vec<Bound<'py, PyAny>>, rows: &[Rows]| -> PyResult<Vec<Memory>> {
             let of = |(array, rows): (&Bound<'py, PyAny>, &Rows)| {
@@ -252,6 +276,9 @@ impl StepKernel {
             table.used.set(py, *handle, now.to_ne_bytes());
             table.reply.set(py, *handle, [form as u8]);
             table.claimed.set(py, *handle, [0]);
+            if table.watched.get(py, *handle) != [0] {
+                watched.push((place, *handle));
+            }
             revisions.push(revision);
             positions.push(position);
         }

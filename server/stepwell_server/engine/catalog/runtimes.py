@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from stepwell_server.core.cost import Cost
 from stepwell_server.core.scheduler import Scheduler, Share, Shares
@@ -61,13 +61,16 @@ class Runtimes:
         admission: Admission,
         committer: Committer,
         capacity: Capacity,
+        watched: Callable[[Model, Sequence[tuple[int, Sequence[bytes]]]], None],
     ) -> None:
+        """For `watched` see `CompiledSteps`."""
         self._context = context
         self._commits = commits
         self._models = models
         self._admission = admission
         self._committer = committer
         self._capacity = capacity
+        self._watched = watched
         self._clock = context.clock
         self.observer = context.observer
         self.loops: dict[int, PassLoop] = {}
@@ -119,7 +122,7 @@ class Runtimes:
             clock=self._clock,
             observer=self.observer,
         )
-        compiled = CompiledSteps(direct, model, self._context.table, lanes[0], self._committer)
+        compiled = CompiledSteps(direct, model, self._context.table, lanes[0], self._committer, self._watched)
         inbox.listen_to_batches(compiled.run)
         completion = Completion(
             model,

@@ -92,6 +92,7 @@ class Committer:
         release: Callable[[Handles], None],
         drop: Callable[[Handles, ServerError], None],
         discard: Callable[[Model, Handles], None],
+        watched: Callable[[Outcome, Members | None], None],
     ) -> None:
         self._sizes, self._table = sizes, sizes.table
         self._recorder = recorder
@@ -103,6 +104,8 @@ class Committer:
         """Removes claimed sessions from arena and table because their rows differ from the store."""
         self._discard = discard
         """Removes such sessions from the arena only."""
+        self._watched = watched
+        """Called with outcomes in the table, while any session is watched; places as for `Answer`."""
 
     def commit(self, outcome: Outcome, answer: Answer, rejudge: Rejudge) -> None:
         """Commit an outcome of claimed sessions and answer its callers, now or later; then end the claims.
@@ -172,6 +175,8 @@ class Committer:
             table.stamp[handles] = outcome.stamp
         if outcome.arrays or outcome.model.replies.series:
             outcome.model.replies.remember(handles, outcome.arrays)
+        if table.watched_ids and np.count_nonzero(table.watched[handles]):
+            self._watched(outcome, places)
         answer(None, places)
         self._release(handles)
 

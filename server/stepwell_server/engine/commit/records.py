@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.api import Origin
 from stepwell_server.engine.state.fields import Fields
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import ReplyArrays
@@ -45,6 +46,8 @@ class Outcome:
     """See `core.exactly_once`; 0: none."""
     replies: npt.NDArray[np.uint8]
     """How each reply is kept: a `ReplyForm`."""
+    origin: Origin | None = None
+    """None: nobody may watch this change. The places are those of the largest outcome that this one is a part of."""
     arrays: Mapping[int, ReplyArrays] = dataclasses.field(default_factory=dict)
     """Replies that are kept as separate arrays, by place."""
     stamp: int = 0
@@ -61,6 +64,7 @@ class Outcome:
             self.request_ids[places],
             self.digests[places],
             self.replies[places],
+            self.origin,
             {own[place]: arrays for place, arrays in self.arrays.items() if place in own},
             self.stamp,
         )
@@ -76,7 +80,7 @@ def current_outcome(table: SessionTable, model: Model, handles: Handles) -> Outc
         table.request_id[handles],
         table.digest[handles],
         table.reply[handles],
-        model.replies.arrays(handles),
+        arrays=model.replies.arrays(handles),
     )
 
 

@@ -22,6 +22,7 @@ from stepwell_server.engine.change import (
     NO_STATES,
     Change,
     Reply,
+    SimpleOrigin,
     changed_elsewhere,
     shared_error,
 )
@@ -474,6 +475,7 @@ class Admission(Starter):
             change.requests_of(members),
             change.digests_of(members),
             np.full(len(handles), ReplyForm.EMPTY, np.uint8),
+            SimpleOrigin(change, members),
         )
 
         def answer(error: ServerError | None, places: Members | None) -> None:

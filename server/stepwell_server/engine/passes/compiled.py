@@ -6,6 +6,8 @@ the results and the replies. Whatever it declines becomes a `Change`, as do all 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from stepwell_server.core.exactly_once import WEIGHTS, Kind
 from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import SessionTable
@@ -26,13 +28,21 @@ class CompiledSteps:
     """Runs batches of single steps of one model. Lives on the event loop; only used while no pass runs."""
 
     def __init__(
-        self, direct: Direct, model: Model, table: SessionTable, lane: Lane, committer: Committer
+        self,
+        direct: Direct,
+        model: Model,
+        table: SessionTable,
+        lane: Lane,
+        committer: Committer,
+        watched: Callable[[Model, Sequence[tuple[int, Sequence[bytes]]]], None],
     ) -> None:
+        """`watched` is called with the watched sessions of a batch, by handle, and their inputs."""
         self._direct = direct
         self._model = model
         self._table = table
         self._executor, self._arena = lane.executor, model.arena
         self._committer = committer
+        self._watched = watched
         self._reply_bytes = output_bytes(model.program, 1, 1)
         """Bytes of a session's outputs."""
         self._kernel: StepKernel | None = None
@@ -70,6 +80,8 @@ class CompiledSteps:
             kernel.cancel()
             _log.defect("a batch of steps raised, and is run as a change", error, model=model.name)
             return None
+        if self._table.watched_ids and (steps := kernel.watched(batch.handle)):
+            self._watched(model, steps)
         self._committer.ended_claims()
         now = direct.clock.monotonic()
         direct.observer.stepped(model.name, batch.first_id, count, now - started, now)
@@ -107,6 +119,7 @@ class CompiledSteps:
             [
                 *(table.model, table.batch_size, table.claimed, table.row, table.revision),
                 *(table.position, table.request_id, table.digest, table.used, table.reply),
+                table.watched,
             ]
         )
         self._growths = table.growths

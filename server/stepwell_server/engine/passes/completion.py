@@ -9,7 +9,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.api import Made, Observer, Select
 from stepwell_server.engine.change import NO_STATES, Change, Reply
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.commit.records import Outcome
@@ -39,6 +39,31 @@ class _FinishedJob:
         self.place = place
         """Where its sessions begin in the outcome."""
         self.kept = _kept(job)
+
+
+class _JobsOrigin:
+    """Says how the sessions of jobs were stepped. `api.Origin`."""
+
+    __slots__ = ("_ended",)
+
+    def __init__(self, ended: Sequence[_FinishedJob]) -> None:
+        self._ended = ended
+
+    def made(self, place: int) -> Made:
+        """How the session at a place of the outcome was stepped."""
+        each = next(each for each in reversed(self._ended) if each.place <= place)
+        job = each.job
+        low = int(job.sizes[: place - each.place].sum())
+        rows = slice(low, low + int(job.sizes[place - each.place]))
+        specs = each.change.model.program.inputs
+        return Made(
+            job.steps,
+            () if job.advancing is None else job.advancing.tolist(),
+            [
+                array[rows, -1] if spec.temporal and job.steps > 1 else array[rows]
+                for spec, array in zip(specs, job.inputs, strict=True)
+            ],
+        )
 
 
 class Completion:
@@ -130,6 +155,7 @@ class Completion:
             join([each.change.requests_of(each.job.members) for each in ended]),
             join([each.change.digests_of(each.job.members) for each in ended]),
             join([np.full(len(each.job.members), int(each.kept), np.uint8) for each in ended]),
+            _JobsOrigin(ended),
             arrays,
         )
 

@@ -19,7 +19,7 @@ from stepwell_server.core.scheduler import ACTIVE_S, ALL_CALLERS, Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Observer, Select
-from stepwell_server.engine.change import NO_STATES, Change, Reply
+from stepwell_server.engine.change import NO_STATES, Change, Reply, SimpleOrigin
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.commit.records import Outcome
@@ -275,6 +275,7 @@ class Direct:
             change.requests_of(change.members),
             change.digests_of(change.members),
             np.array([kept], np.uint8) if count == 1 else np.full(count, int(kept), np.uint8),
+            SimpleOrigin(change, change.members),
         )
 
     def _commit(self, change: Change, outcome: Outcome, outputs: Sequence[Array], started: float) -> None:

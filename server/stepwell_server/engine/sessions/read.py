@@ -9,7 +9,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from stepwell_server.engine.commit.store_policy import StorePolicy
 from stepwell_server.engine.intake.pager import Pager
 from stepwell_server.engine.intake.queues import SessionQueues
 from stepwell_server.engine.sessions.directory import Directory
-from stepwell_server.engine.sessions.end import Expiry, Removal, UseNotifier
+from stepwell_server.engine.sessions.end import Expiry, Removal
 from stepwell_server.engine.sessions.lookup import LookupResult
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Array, Mask, Members
@@ -52,6 +52,20 @@ def _no_limit(_byte_count: int) -> None:
     """Accept any size."""
 
 
+class Uses(Protocol):
+    """Is notified of sessions that are used without being written."""
+
+    def used(self, handles: Handles) -> None:
+        """Sessions are used now."""
+
+
+class NoUses:
+    """Ignores them, for reads that do not count as use. `Uses`."""
+
+    def used(self, handles: Handles) -> None:
+        """Sessions are read."""
+
+
 class StateReader:
     """Reads states. Lives on the event loop."""
 
@@ -61,7 +75,7 @@ class StateReader:
         directory: Directory,
         queues: SessionQueues,
         pager: Pager,
-        usage: UseNotifier,
+        usage: Uses,
         *,
         clock: Clock,
     ) -> None:
@@ -210,7 +224,7 @@ class _GroupRead:
         model: Model,
         handles: Handles,
         with_state: bool,
-        usage: UseNotifier,
+        usage: Uses,
     ) -> None:
         self._usage = usage
         self._table = table

@@ -1,0 +1,244 @@
+"""One watch: which changes of its sessions it reports, and the queue of its events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from stepwell_server.clock import Clock
+from stepwell_server.engine.watches.events import Event, Kind, Sample, Wanted
+from stepwell_server.errors import ServerError, SessionNotFound
+
+MAX_EVENTS = 2048
+"""Events that wait for a slow reader, besides the ends of sessions."""
+MAX_BYTES = 4 << 20
+"""Bytes of events that wait for a slow reader, up to the last event."""
+MAX_TAKEN_EVENTS = 256
+"""Events that are returned together."""
+#: A session that could not be read is tried again after this time.
+_RETRY_S = 0.02
+
+
+class Budget:
+    """The bytes of the events that wait, of all watches."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self.sent = self.dropped = 0
+        """Events that were returned to readers, and those for which there was no room."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether further events are dropped."""
+        return self.held >= self.limit
+
+
+class _Progress:
+    """What a watch has reported of a session."""
+
+    __slots__ = ("at", "counted", "dropped", "noted", "revision", "uid")
+
+    def __init__(self) -> None:
+        self.uid: int | None = None
+        """None: nothing was reported yet."""
+        self.revision = 0
+        """Of the last event."""
+        self.counted = 0
+        """The last revision that was due."""
+        self.at = 0.0
+        """When that was, on the monotonic clock."""
+        self.noted = 0
+        """The last revision that this server has committed."""
+        self.dropped = 0
+
+
+class Watch:
+    """The events of some sessions for one caller. Lives on the event loop."""
+
+    def __init__(
+        self,
+        session_ids: Sequence[str],
+        wanted: Wanted,
+        clock: Clock,
+        budget: Budget,
+        catch_up: Callable[[Watch, Sequence[str]], None],
+        ended: Callable[[Watch, str], None],
+    ) -> None:
+        """Make a watch without events.
+
+        Args:
+            session_ids: The sessions.
+            wanted: What it reports.
+            clock: The source of time.
+            budget: Counts the bytes of its events.
+            catch_up: Called to read sessions whose last changes were not reported.
+            ended: Called when it no longer watches a session.
+        """
+        self.wanted = wanted
+        self._sessions = {session_id: _Progress() for session_id in session_ids}
+        self._clock = clock
+        self._budget = budget
+        self._catch_up, self._ended = catch_up, ended
+        self._queue: deque[tuple[Event, int]] = deque()
+        """Events, with the bytes that they take."""
+        self._bytes = 0
+        self._behind: set[str] = set()
+        """Sessions whose last change was not reported."""
+        self._rung = asyncio.Event()
+        self._error: ServerError | None = None
+
+    @property
+    def session_ids(self) -> Sequence[str]:
+        """The sessions that have not ended."""
+        return list(self._sessions)
+
+    # ------------------------------------------------------------------------------------------------- what happens
+
+    def note(self, sample: Sample) -> None:
+        """A session was changed on this server, and the store has the change."""
+        progress = self._sessions.get(sample.session_id)
+        if progress is None or progress.uid not in {None, sample.uid}:
+            return
+        progress.noted = sample.revision
+        if progress.uid is None:
+            self._report(progress, sample, Kind.PRESENT)
+        elif self._is_due(progress, sample.revision):
+            self._report(progress, sample, sample.kind)
+        elif self.wanted.interval_s and sample.session_id not in self._behind:
+            self._behind.add(sample.session_id)
+            self._rung.set()
+
+    def present(self, sample: Sample) -> None:
+        """A session was read."""
+        session_id = sample.session_id
+        progress = self._sessions.get(session_id)
+        if progress is None:
+            return
+        if progress.uid not in {None, sample.uid}:
+            message = f"session {session_id!r} was closed, and another one has its id now"
+            self.end(session_id, SessionNotFound(session_id, message))
+        elif progress.uid is None or session_id in self._behind:
+            self._report(progress, sample, Kind.PRESENT)
+        elif sample.revision > progress.revision:
+            if self._is_due(progress, sample.revision):
+                self._report(progress, sample, Kind.PRESENT)
+            elif self.wanted.interval_s:
+                self._behind.add(session_id)
+                self._rung.set()
+
+    def end(self, session_id: str, error: ServerError) -> None:
+        """A session has ended, or cannot be read."""
+        progress = self._sessions.pop(session_id, None)
+        if progress is None:
+            return
+        self._behind.discard(session_id)
+        self._put(
+            Event(
+                session_id=session_id,
+                kind=Kind.ENDED,
+                revision=progress.revision,
+                time=self._clock.now(),
+                error=error,
+            )
+        )
+        self._ended(self, session_id)
+
+    def stop(self, error: ServerError) -> None:
+        """End the watch with an error, after the events that wait."""
+        self._error = error
+        self._rung.set()
+
+    def close(self) -> None:
+        """Forget everything: nobody reads it any more."""
+        self._budget.held -= self._bytes
+        self._bytes = 0
+        self._queue.clear()
+        for session_id in self.session_ids:
+            del self._sessions[session_id]
+            self._ended(self, session_id)
+
+    # --------------------------------------------------------------------------------------------------- the reader
+
+    async def next(self) -> list[Event]:
+        """Wait for the next events. Empty: all sessions have ended, and the events of their ends were returned.
+
+        Raises:
+            ServerError: see `stop`.
+        """
+        while True:
+            if self._queue:
+                return self._take()
+            if self._error is not None:
+                raise self._error
+            if not self._sessions:
+                return []
+            self._rung.clear()
+            late = self._late()
+            if late:
+                self._catch_up(self, late)
+            if not self._queue:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._rung.wait(), self._pause_s())
+
+    def _take(self) -> list[Event]:
+        events: list[Event] = []
+        while self._queue and len(events) < MAX_TAKEN_EVENTS:
+            event, size = self._queue.popleft()
+            self._bytes -= size
+            self._budget.held -= size
+            events.append(event)
+        self._budget.sent += len(events)
+        return events
+
+    def _late(self) -> list[str]:
+        """Sessions that are behind and due."""
+        now = self._clock.monotonic()
+        return [each for each in self._behind if now >= self._due_at(self._sessions[each])]
+
+    def _pause_s(self) -> float | None:
+        """Time until `_late` has a session; None: only a change makes one late."""
+        if not self._behind:
+            return None
+        first = min(self._due_at(self._sessions[each]) for each in self._behind)
+        return max(_RETRY_S, first - self._clock.monotonic())
+
+    def _due_at(self, progress: _Progress) -> float:
+        return progress.at if progress.dropped else progress.at + self.wanted.interval_s
+
+    # ----------------------------------------------------------------------------------------------------- the rules
+
+    def _is_due(self, progress: _Progress, revision: int) -> bool:
+        if self.wanted.interval_s:
+            return self._clock.monotonic() >= progress.at + self.wanted.interval_s
+        return revision >= progress.counted + self.wanted.revisions
+
+    def _report(self, progress: _Progress, sample: Sample, kind: Kind) -> None:
+        """Queue an event, or count it as dropped if there is no room."""
+        is_first = progress.uid is None
+        if not is_first and sample.revision < progress.revision:
+            return
+        progress.counted, progress.at = sample.revision, self._clock.monotonic()
+        if len(self._queue) >= MAX_EVENTS or self._bytes >= MAX_BYTES or self._budget.is_full:
+            self._budget.dropped += 1
+            progress.dropped += not is_first
+            self._behind.add(sample.session_id)
+            return
+        self._behind.discard(sample.session_id)
+        is_elsewhere = not is_first and sample.revision > progress.noted
+        event = sample.event(self.wanted, kind, from_store=is_elsewhere)
+        if not is_first:
+            missing = max(0, sample.revision - progress.revision - (kind is not Kind.PRESENT))
+            event.dropped = min(progress.dropped, missing)
+            event.skipped = missing - event.dropped
+        progress.uid, progress.revision, progress.dropped = sample.uid, sample.revision, 0
+        self._put(event)
+
+    def _put(self, event: Event) -> None:
+        size = event.byte_count
+        self._bytes += size
+        self._budget.held += size
+        self._queue.append((event, size))
+        self._rung.set()

@@ -1,0 +1,378 @@
+"""All watches of the server: passes changes on to them, and finds out what became of sessions that left the table.
+
+Changes of this server arrive from the commit. Changes of other servers on the same store are found by comparing stamps
+with the store at intervals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stepwell_server.alarm import Alarm
+from stepwell_server.clock import Clock
+from stepwell_server.core.sessions import SessionTable
+from stepwell_server.core.slots import Rows
+from stepwell_server.engine.api import Made
+from stepwell_server.engine.commit.records import Outcome
+from stepwell_server.engine.sessions.directory import Directory
+from stepwell_server.engine.sessions.read import StateReader
+from stepwell_server.engine.state.model import Model
+from stepwell_server.engine.types import Members, Tensors
+from stepwell_server.engine.watches.events import Kind, Sample, Wanted
+from stepwell_server.engine.watches.watch import Budget, Watch
+from stepwell_server.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    ServerError,
+    Unavailable,
+    VersionElsewhere,
+    shorten,
+)
+from stepwell_server.logs import Log
+from stepwell_server.program import dtype_of
+from stepwell_server.store.base import SOLE
+
+_log = Log("engine.watches")
+
+MAX_SESSIONS = 1024
+"""Sessions of one watch."""
+MAX_WATCHED = 65_536
+"""Sessions of all watches, counted once for each watch. No caller may hold more than is left for the others."""
+MAX_HELD_BYTES = 128 << 20
+"""Bytes of events that wait for slow readers, of all watches."""
+COMPARE_INTERVAL_S = 0.5
+"""Interval at which watched sessions are compared with a store that other servers use."""
+_RETRY_AFTER_S = 1.0
+#: Sessions that are read or compared together. After each part other work has this many times as long.
+_BATCH_SIZE, _REST = 64, 9.0
+
+
+class WatchCounts(NamedTuple):
+    """Figures for metrics."""
+
+    watches: int
+    sessions: int
+    """Watched sessions, once for each watch."""
+    held_bytes: int
+    sent: int
+    """Events that were taken by readers."""
+    dropped: int
+    """Events for which a slow reader had no room."""
+
+
+class Watchers:
+    """Lives on the event loop."""
+
+    def __init__(
+        self,
+        table: SessionTable,
+        directory: Directory,
+        reader: StateReader,
+        drain: Callable[[], None],
+        clock: Clock,
+    ) -> None:
+        """Make it without watches.
+
+        Args:
+            table: The sessions.
+            directory: Finds sessions, and says why they ended.
+            reader: Reads states without counting it as use.
+            drain: Admits the changes that wait in the inboxes.
+            clock: The source of time.
+        """
+        self._table = table
+        self._directory = directory
+        self._reader = reader
+        self._drain = drain
+        self._clock = clock
+        self._budget = Budget(MAX_HELD_BYTES)
+        self._by_id: dict[str, list[Watch]] = {}
+        self._callers: dict[Watch, tuple[Hashable, int]] = {}
+        """The caller of each watch, and its number of sessions at the start."""
+        self._held: Counter[Hashable] = Counter()
+        """Watched sessions of each caller."""
+        self._doubtful: dict[str, None] = {}
+        """Sessions to read: they may have changed, ended or not be known yet."""
+        self._later: set[str] = set()
+        """Sessions to read a little later."""
+        self._alarm = Alarm(self._look)
+        self._looking: asyncio.Task[None] | None = None
+        self._comparing: asyncio.Task[None] | None = None
+        table.on_watched_leaving = self._doubt
+
+    # ------------------------------------------------------------------------------------------------------ watches
+
+    def open(self, session_ids: Sequence[str], wanted: Wanted, caller: Hashable) -> Watch:
+        """Begin a watch. Close it with `close`.
+
+        Raises:
+            InvalidInput: the list breaks a rule.
+            Overloaded: too much is watched already.
+        """
+        count = len(session_ids)
+        if not 1 <= count <= MAX_SESSIONS:
+            raise InvalidInput(f"session_ids must have 1 to {MAX_SESSIONS} ids; got {count}")
+        if not all(session_ids):
+            raise InvalidInput("session_ids must not be empty ids; got one")
+        if len(set(session_ids)) < count:
+            twice = next(each for each, times in Counter(session_ids).items() if times > 1)
+            raise InvalidInput(f"session_ids must not repeat an id; got {shorten(twice, 256)!r} twice")
+        total = sum(self._held.values())
+        if self._held[caller] + count > MAX_WATCHED - total - count or self._budget.is_full:
+            raise Overloaded(
+                f"sessions watched must stay within {MAX_WATCHED}, and no caller may watch more than are left; {total} are"
+                f" watched, {self._held[caller]} of them by this caller, and this call adds {count}",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        watch = Watch(session_ids, wanted, self._clock, self._budget, self._catch_up, self._left)
+        self._callers[watch] = caller, count
+        self._held[caller] += count
+        self._drain()  # changes received before come before the first event
+        for session_id in session_ids:
+            self._by_id.setdefault(session_id, []).append(watch)
+            self._table.watch(session_id)
+            self._doubt(session_id)
+        if self._comparing is None:
+            self._comparing = asyncio.create_task(self._compare())
+        return watch
+
+    def close(self, watch: Watch) -> None:
+        """End a watch, whether it has ended or not."""
+        watch.close()
+        caller, count = self._callers.pop(watch)
+        self._held[caller] -= count
+        if not self._held[caller]:
+            del self._held[caller]
+        if not self._callers:
+            self._rest()
+
+    def stop(self, error: ServerError) -> None:
+        """End all watches with an error."""
+        for watch in self._callers:
+            watch.stop(error)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Stop looking at sessions."""
+        for task in (self._looking, self._comparing):
+            if task is not None:
+                task.cancel()
+        self._looking = self._comparing = None
+        self._doubtful.clear()
+        self._later.clear()
+
+    def counts(self) -> WatchCounts:
+        """Current figures."""
+        budget = self._budget
+        sessions = sum(len(watches) for watches in self._by_id.values())
+        return WatchCounts(len(self._callers), sessions, budget.held, budget.sent, budget.dropped)
+
+    def _left(self, watch: Watch, session_id: str) -> None:
+        """A watch no longer watches a session."""
+        watches = self._by_id[session_id]
+        watches.remove(watch)
+        if not watches:
+            del self._by_id[session_id]
+            self._table.unwatch(session_id)
+            self._doubtful.pop(session_id, None)
+            self._later.discard(session_id)
+
+    # ------------------------------------------------------------------------------------------------------ commits
+
+    def committed(self, outcome: Outcome, places: Members | None) -> None:
+        """Sessions of an outcome were changed, and some of them are watched; see `Committer`."""
+        handles, origin = outcome.handles, outcome.origin
+        if origin is None:
+            return
+        for at in np.flatnonzero(self._table.watched[handles]).tolist():
+            made = origin.made(at if places is None else int(places[at]))
+            self._note(outcome.model, int(handles[at]), made)
+
+    def stepped(self, model: Model, steps: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        """Watched sessions made one time step in compiled code: their handles, and their inputs as bytes."""
+        for handle, data in steps:
+            inputs = [
+                np.frombuffer(each, dtype_of(spec.dtype)).reshape(1, *spec.shape)
+                for spec, each in zip(model.program.inputs, data, strict=True)
+            ]
+            self._note(model, handle, Made(1, (), inputs))
+
+    def _note(self, model: Model, handle: int, made: Made) -> None:
+        kind = Kind.STEP if made.time_steps else Kind.RESET
+        sample = self._sample(kind, model, handle, made)
+        for watch in self._by_id.get(sample.session_id, ()):
+            watch.note(sample)
+
+    def _sample(self, kind: Kind, model: Model, handle: int, made: Made) -> Sample:
+        """A session in the arena, at its present revision."""
+        table, program = self._table, model.program
+
+        def read(what: str) -> Tensors:
+            if what == "inputs":
+                return {
+                    spec.name: array.copy() for spec, array in zip(program.inputs, made.inputs, strict=True)
+                }
+            rows: Rows = table.rows(handle)
+            if what == "states":
+                return dict(zip([spec.name for spec in program.state], model.arena.read(rows), strict=True))
+            rows = rows[np.array(made.rows, np.intp)] if made.rows else rows
+            names = [spec.name for spec in program.outputs]
+            return dict(zip(names, [output[rows] for output in model.arena.outputs], strict=True))
+
+        return Sample(
+            kind,
+            table.session_id(handle),
+            int(table.opened_with[handle]),
+            int(table.revision[handle]),
+            int(table.position[handle]),
+            model=model.name,
+            version=model.version,
+            time=self._clock.now(),
+            read=read,
+            time_steps=made.time_steps,
+            rows=made.rows,
+        )
+
+    def _catch_up(self, watch: Watch, session_ids: Sequence[str]) -> None:
+        """Show a watch sessions whose last changes it did not report."""
+        table = self._table
+        for session_id in session_ids:
+            handle = table.find(session_id)
+            if handle is None or table.row[handle] < 0:
+                self._doubt(session_id)
+            elif not table.claimed[handle]:
+                model = self._directory.models.by_handle(handle)
+                watch.present(self._sample(Kind.PRESENT, model, handle, Made(0, (), ())))
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def _doubt(self, session_id: str) -> None:
+        """Read a session in the next iteration of the event loop."""
+        self._doubtful[session_id] = None
+        self._alarm.ring()
+
+    def _look(self) -> None:
+        if self._looking is None and self._doubtful:
+            self._looking = asyncio.create_task(self._read_doubtful())
+
+    async def _read_doubtful(self) -> None:
+        while self._doubtful:
+            some = list(self._doubtful)[:_BATCH_SIZE]
+            for session_id in some:
+                del self._doubtful[session_id]
+            try:
+                await self._read(some)
+            except ServerError:
+                self._later.update(each for each in some if each in self._by_id)
+            except Exception as error:
+                _log.defect("watched sessions could not be read", error)
+            await asyncio.sleep(0)
+        self._looking = None
+
+    async def _read(self, session_ids: Sequence[str]) -> None:
+        """Read sessions, and show them to their watches.
+
+        Raises:
+            ServerError: the store cannot be read now.
+        """
+        seen = await self._directory.look(session_ids, reread=True)
+        groups: dict[tuple[str, bool], list[str]] = {}
+        for session_id in session_ids:
+            try:
+                handle = self._directory.find(session_id, seen)
+            except ServerError as error:
+                self._failed(session_id, error)
+                continue
+            if self._table.claimed[handle]:  # its change may take long, and will be noted
+                self._later.add(session_id)
+                continue
+            with_state = any(watch.wanted.states for watch in self._by_id.get(session_id, ()))
+            model = self._directory.models.by_handle(handle)
+            groups.setdefault((str(model), with_state), []).append(session_id)
+        for (_, with_state), own in groups.items():
+            await self._read_group(own, with_state=with_state)
+
+    async def _read_group(self, session_ids: Sequence[str], *, with_state: bool) -> None:
+        """Read sessions of one version."""
+        seen = await self._directory.look(session_ids, reread=True)
+        found = await self._reader.read_many(session_ids, seen, float("inf"), with_state=with_state)
+        for members, error in found.errors:
+            for member in members.tolist():
+                self._failed(session_ids[member], error)
+        starts = np.cumsum(found.sizes) - found.sizes
+        for at, member in enumerate(found.members.tolist()):
+            handle = self._table.find(session_ids[member])
+            if handle is None:  # it has just left, and is doubtful again
+                continue
+            rows = slice(int(starts[at]), int(starts[at] + found.sizes[at]))
+            states = {name: array[rows] for name, array in found.state.items()}
+            sample = Sample(
+                Kind.PRESENT,
+                session_ids[member],
+                int(self._table.opened_with[handle]),
+                int(found.revisions[at]),
+                int(found.positions[at]),
+                model=found.model,
+                version=found.version,
+                time=self._clock.now(),
+                read=functools.partial(_states, states),
+            )
+            for watch in list(self._by_id.get(session_ids[member], ())):
+                watch.present(sample)
+
+    def _failed(self, session_id: str, error: ServerError) -> None:
+        """A session could not be read: it has ended, or the store cannot be asked now."""
+        is_passing = isinstance(error, (Unavailable, Overloaded, DeadlineExceeded))
+        if is_passing and not isinstance(error, VersionElsewhere):
+            if session_id in self._by_id:
+                self._later.add(session_id)
+            return
+        for watch in list(self._by_id.get(session_id, ())):
+            watch.end(session_id, error)
+
+    async def _compare(self) -> None:
+        """Find changes by other servers, at intervals, and read what could not be read before."""
+        while True:
+            await asyncio.sleep(COMPARE_INTERVAL_S)
+            later, self._later = self._later, set()
+            for session_id in later & self._by_id.keys():
+                self._doubt(session_id)
+            watched = list(self._by_id)
+            for at in range(0, len(watched), _BATCH_SIZE):
+                began = self._clock.monotonic()
+                try:
+                    await self._compare_some(watched[at : at + _BATCH_SIZE])
+                except ServerError as error:
+                    _log.debug("watched sessions could not be compared with the store", error=error)
+                except Exception as error:
+                    _log.defect("watched sessions could not be compared with the store", error)
+                await asyncio.sleep(_REST * (self._clock.monotonic() - began))
+
+    async def _compare_some(self, session_ids: Sequence[str]) -> None:
+        """Read those of some sessions again that other servers have changed."""
+        table = self._table
+        handles = table.find_all(session_ids)
+        # only a store that other servers use has other stamps
+        is_shared = (handles >= 0) & (table.stamp[handles] > SOLE) & ~table.claimed[handles]
+        if not np.count_nonzero(is_shared):
+            return
+        ids = [session_ids[place] for place in np.flatnonzero(is_shared).tolist()]
+        stamps = table.stamp[handles[is_shared]].tolist()
+        found = await self._directory.store.fetch(ids, stamps)
+        for session_id, stamp, each in zip(ids, stamps, found, strict=True):
+            handle = table.find(session_id)
+            # a session that left the table is doubtful already; another stamp is a change of this server
+            if not each.is_known and handle is not None and int(table.stamp[handle]) == stamp:
+                self._doubt(session_id)
+
+
+def _states(states: Tensors, _what: str) -> Tensors:
+    """The states that were read; an event of a session that was read has no other tensors."""
+    return states
