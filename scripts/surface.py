@@ -251,6 +251,7 @@ def families() -> Iterator[Metric]:
     from stepwell_server.core.front_limits import FrontLimits
     from stepwell_server.engine.api import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
+    from stepwell_server.engine.watches.watchers import WatchCounts
     from stepwell_server.metrics import gauges
     from stepwell_server.metrics.observer import PrometheusObserver
     from stepwell_server.metrics.series import StoreWrites
@@ -279,7 +280,8 @@ def families() -> Iterator[Metric]:
         gauges.of_certificates(cast(Any, certificates)),
         *(gauges.of_store(each, StoreHealth(), StoreWrites(), is_damaged=False) for each in labels),
         gauges.of_tenants(TenantCounts({"": 0}, {"": 0}, {"": 0}, {"": 0}, {("", ""): 0})),
-        gauges.of_engine([ModelStats("m", 0, 0, 0, 0, 0, 0, 0)]),
+        gauges.of_engine([ModelStats("m", 0, 0, 0, 0, 0, 0, 0, 0)]),
+        gauges.of_watches(WatchCounts(0, 0, 0, 0, 0)),
         gauges.of_memory(0),
         gauges.of_disk(ROOT),
     )

@@ -194,6 +194,6 @@ PARTS: dict[str, Callable[[str], str]] = {
     "types": types,
     **{
         f"protocol-{name}": protocol_parts(f"stepwell/v1/{name}.proto")
-        for name in ("sessions", "models", "tensors", "errors")
+        for name in ("sessions", "watch", "models", "tensors", "errors")
     },
 }

@@ -37,6 +37,7 @@ from stepwell_server.exposure import require_closed
 from stepwell_server.files.audit_log import AuditLog
 from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import gauges
+from stepwell_server.metrics.figures import Figures
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.metrics.series import StoreWrites
 from stepwell_server.metrics.server import MetricsServer, Source
@@ -260,6 +261,8 @@ async def _run(
             await unless_stopped(work.load(), stop)
         stats = engine.stats
         sources.append(lambda: gauges.of_engine(stats()))
+        watched = engine.watch_counts
+        sources.append(lambda: gauges.of_watches(watched()))
         try:
             await once_it_answers(engine.start, settings, clock, stop)
         except DocumentError as error:  # other servers know a version by another file
@@ -274,6 +277,7 @@ async def _run(
             catalog,
             admin_refusal(settings),
             known_files=KnownFiles(engine, settings.versions, settings.models_dir),
+            figures=Figures(sources, readiness, clock),
         )
         readiness.problem("models", "")
         await _say_ready(settings, rpc, store, address, certificates, open_files)

@@ -27,6 +27,7 @@ from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH
 from support.engine.harness import Harness, running
 from support.engine.versions import weights
 from support.peers.wire import tensor
+from support.rpc.no_figures import no_figures
 from support.samples import examples
 from support.servers.both_fronts import needs_native
 
@@ -156,7 +157,7 @@ async def served() -> AsyncIterator[tuple[Harness, Any]]:
         )
         address = await server.start(Address("127.0.0.1", 0))
         models = live_models(at.engine, at.clock, FakeLoads())
-        server.serve(at.engine, models, known_files=KnownFiles(at.engine, {}, None))
+        server.serve(at.engine, models, known_files=KnownFiles(at.engine, {}, None), figures=no_figures())
         async with grpc.aio.insecure_channel(str(address)) as channel:
             yield at, sessions_pb2_grpc.SessionServiceStub(channel)
         await server.close()

@@ -30,6 +30,7 @@ from support.engine.harness import running
 from support.models import programs
 from support.peers import http2
 from support.peers.wire import tensor
+from support.rpc.no_figures import no_figures
 from support.servers.both_fronts import needs_native
 
 MAX_CALLS = 175
@@ -181,6 +182,7 @@ async def test_a_pass_of_32_steps_runs_few_calls_and_operators() -> None:
             at.engine,
             live_models(at.engine, at.clock, FakeLoads()),
             known_files=KnownFiles(at.engine, {}, None),
+            figures=no_figures(),
         )
         client = await asyncio.to_thread(_Client, str(address), requests)
         counts: list[PassCount] = []

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core.callers import Caller, Credential, KnownCaller, Role
 from stepwell_server.errors import Overloaded, PermissionDenied, StartError, StoreAway, Unauthenticated
@@ -86,6 +86,7 @@ def test_of_every_method_it_is_said_whether_it_is_audited() -> None:
         sessions_pb2.DESCRIPTOR.services_by_name["SessionService"],
         models_pb2.DESCRIPTOR.services_by_name["ModelService"],
         models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"],
+        watch_pb2.DESCRIPTOR.services_by_name["WatchService"],
         SERVICE,
         health.SERVICE,
     ]

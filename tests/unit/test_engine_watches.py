@@ -268,7 +268,7 @@ async def test_bytes_of_all_watches_are_bounded(at: Harness, monkeypatch: pytest
             await at.step("a", x(1, seed=turn))
             assert at.engine.watch_counts().held_bytes <= 2 * (1000 + 400)
         del watch
-        monkeypatch.setattr(watchers_module.Budget, "is_full", True)
+        monkeypatch.setattr(watch_module.Budget, "is_full", True)
         with pytest.raises(Overloaded) as caught:
             at.engine.watch_sessions(["a"], ALL, "other")
         assert caught.value.retry_after_s

@@ -27,6 +27,7 @@ from stepwell_server.rpc.server import RpcServer
 from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.harness import running
 from support.peers.wire import tensor
+from support.rpc.no_figures import no_figures
 from support.servers.both_fronts import needs_native
 
 _ROOT = Path(stepwell_server.__file__).parent
@@ -95,6 +96,7 @@ async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_a_few
             at.engine,
             live_models(at.engine, at.clock, FakeLoads()),
             known_files=KnownFiles(at.engine, {}, None),
+            figures=no_figures(),
         )
         async with grpc.aio.insecure_channel(str(address)) as channel:
             stub: Any = SessionServiceStub(channel)

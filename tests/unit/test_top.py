@@ -14,8 +14,8 @@ from rich.console import Console
 
 import stepwell
 from stepwell import ServerInfo, UnavailableError
+from stepwell._base.activity import Scrape, Seen, picture
 from stepwell.cli import top
-from stepwell.cli.activity import Scrape, Seen, picture
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 from stepwell.cli.top import Calls, Source, look, screen, url_of
 
@@ -112,7 +112,7 @@ def scrape_of(when: float, **values: float) -> Scrape:
         f'{name}{{model="m",stage="total",change="step",le="+Inf"}} {value}' for name, value in values.items()
     ]
     lines += ['stepwell_store_info{store_id="one"} 1.0', 'stepwell_sessions{model="m"} 7.0']
-    return Scrape("\n".join(lines), when)
+    return Scrape.of_text("\n".join(lines), when)
 
 
 def test_several_servers_are_their_sum_and_one_that_is_gone_is_named() -> None:
@@ -197,7 +197,7 @@ def test_percentiles_are_those_of_prometheus(
 ) -> None:
     name = 'stepwell_stage_seconds_bucket{model="m",stage="total",le='
     texts = ["\n".join([f'{name}"{le}"}} {value * sign}' for le, value in counts.items()]) for sign in (0, 1)]
-    before, now = (Scrape(text, number) for number, text in enumerate(texts))
+    before, now = (Scrape.of_text(text, number) for number, text in enumerate(texts))
     server = picture([Seen("a:1", before, now)], [], 0.0)["server"]
     assert (server["p50_s"], server["p99_s"]) == (
         None if p50_s is None else pytest.approx(p50_s),

@@ -31,6 +31,7 @@ from support.engine.fake_executor import PLAIN, RICH
 from support.engine.versions import WIDE, serving, weights
 from support.rpc import calls
 from support.rpc.fake_call import Requests
+from support.rpc.no_figures import no_figures
 from support.triton.triton_requests import Client, inference
 
 FLOAT32, INT32 = 1, 7
@@ -308,7 +309,7 @@ async def test_a_server_that_stops_answers_requests_that_are_served_alone() -> N
         server = RpcServer(silent, clock=clock, observer=calls.Observer(), max_message_bytes=1 << 20)
         await server.start(Address("", 0))
         live = live_models(engine, clock, FakeLoads())
-        server.serve(engine, live, known_files=KnownFiles(engine, {}, None))
+        server.serve(engine, live, known_files=KnownFiles(engine, {}, None), figures=no_figures())
         at = Front(client)
         at.steps = silent.steps
         batch = at.take(9)

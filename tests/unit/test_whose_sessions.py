@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from google.protobuf import duration_pb2
 
-from stepwell.v1 import models_pb2
+from stepwell.v1 import models_pb2, watch_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import ANYBODY, Caller, Role
@@ -178,6 +179,32 @@ async def infer_streamed(at: Calls, _session_id: str) -> None:
     assert "must specify the START flag" in triton.ModelStreamInferResponse.FromString(raw).error_message
 
 
+async def watched(at: Calls, session_id: str) -> None:
+    request = watch_pb2.WatchSessionsRequest(session_ids=[session_id], states=True)
+    replies = await at.streamed("WatchSessions", request)
+    (event,) = [event for raw in replies for event in watch_pb2.WatchSessionsResponse.FromString(raw).events]
+    assert event.session_id == session_id
+    assert not event.states
+    expect_no_session(refused_part(event.error), session_id)
+
+
+async def server(at: Calls, _session_id: str) -> None:
+    call = at.new_call()
+    call.send(watch_pb2.WatchServerRequest())
+    call.half_close()
+    serving = asyncio.ensure_future(at.methods["WatchServer"].serve(call))
+    reply = watch_pb2.WatchServerResponse.FromString(await asyncio.wait_for(call.replies.get(), 100))
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert [model.name for model in reply.models] == ["other", "plain"]
+    assert not any(model.sessions for model in reply.models)
+    assert not reply.HasField("server")
+    assert not (reply.tenants)
+    assert not (reply.slow_sessions)
+    assert not (reply.errors)
+    assert not (reply.methods)
+
+
 async def nothing(_at: Calls, _session_id: str) -> None:
     """The call names no session, makes none and tells of none."""
 
@@ -185,6 +212,7 @@ async def nothing(_at: Calls, _session_id: str) -> None:
 Check = Callable[[Calls, str], Awaitable[None]]
 #: Every call of every service that is not in `named`: what a stranger gets. Whoever adds a call says how it is scoped.
 OTHERS: Mapping[str, Check] = {
+    "WatchSessions": watched,
     "StepStream": frames,
     "GetStates": states,
     "CloseSessions": close_some,
@@ -197,6 +225,7 @@ OTHERS: Mapping[str, Check] = {
     "ListModels": models,
     "GetModel": models,
     "ListSlowSessions": slow,
+    "WatchServer": server,
     "Predict": predicted,
     "ModelInfer": inferred,
     "ModelStreamInfer": infer_streamed,
@@ -257,7 +286,7 @@ async def test_anothers_session_is_one_that_never_was(at: Calls, stranger: str) 
         for request in named(session_id).values():
             expect_no_session(await own.refused(request), session_id)
         for name, check in OTHERS.items():
-            if STRANGERS[stranger].role is Role.ADMIN and check in {models, statistics}:
+            if STRANGERS[stranger].role is Role.ADMIN and check in {models, statistics, server}:
                 continue  # admins see how much there is of everything
             try:
                 await check(own, session_id)
@@ -435,6 +464,8 @@ def test_who_only_reads_may_make_no_call_that_changes_anything() -> None:
             "ListSlowSessions",
             "ListModels",
             "GetModel",
+            "WatchSessions",
+            "WatchServer",
         ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
         "RepositoryIndex",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import click
 
 from stepwell._base import addresses
-from stepwell.cli.activity import Scrape, Seen, picture
+from stepwell._base.activity import Scrape, Seen, picture
 from stepwell.cli.toolkit import render
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure, as_failure
 from stepwell.cli.toolkit.help import Command
@@ -407,7 +407,7 @@ def scrape(url: str, token: str | None, timeout_s: float) -> Scrape:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise Failure(f"the metrics at {url} (--metrics) cannot be read: {reason}", SERVER_ERROR) from None
-    found = Scrape(text, time.monotonic())
+    found = Scrape.of_text(text, time.monotonic())
     if not found.server_ids:
         raise Failure(
             f"{url} (--metrics) must serve a Stepwell server's metrics; the answer has no stepwell_build_info",

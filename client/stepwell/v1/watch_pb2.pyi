@@ -168,6 +168,7 @@ class SessionEvent(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """ID of the session."""
     kind: Global___SessionEventKind.ValueType
@@ -192,6 +193,8 @@ class SessionEvent(_message.Message):
     """Name of the session's model. Set only for SESSION_EVENT_KIND_PRESENT."""
     model_version: _builtins.int
     """Number of the model version that made the change, or that the session is on."""
+    uid: _builtins.int
+    """Session.uid of the session. Set only for SESSION_EVENT_KIND_PRESENT."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """Time of the change on the server. For SESSION_EVENT_KIND_PRESENT: the time at which the session was read."""
@@ -239,10 +242,11 @@ class SessionEvent(_message.Message):
         model: _builtins.str = ...,
         model_version: _builtins.int = ...,
         error: _errors_pb2.Error | None = ...,
+        uid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_revisions", b"dropped_revisions", "error", b"error", "from_store", b"from_store", "inputs", b"inputs", "kind", b"kind", "model", b"model", "model_version", b"model_version", "outputs", b"outputs", "position", b"position", "revision", b"revision", "rows", b"rows", "session_id", b"session_id", "skipped_revisions", b"skipped_revisions", "states", b"states", "time", b"time", "time_steps", b"time_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_revisions", b"dropped_revisions", "error", b"error", "from_store", b"from_store", "inputs", b"inputs", "kind", b"kind", "model", b"model", "model_version", b"model_version", "outputs", b"outputs", "position", b"position", "revision", b"revision", "rows", b"rows", "session_id", b"session_id", "skipped_revisions", b"skipped_revisions", "states", b"states", "time", b"time", "time_steps", b"time_steps", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -322,6 +322,11 @@ class SessionTable:
         """Live sessions of a model."""
         return int(np.count_nonzero(self.model[: self.end] == model))
 
+    def count_resident(self, model: int) -> int:
+        """Live sessions of a model whose state is in memory."""
+        end = self.end
+        return int(np.count_nonzero((self.model[:end] == model) & (self.row[:end] >= 0)))
+
     def _new_handle(self, session_id: str) -> int:
         if session_id in self._handles:
             raise KeyError(f"session_id must be new; session {session_id!r} exists")

@@ -237,6 +237,7 @@ class ModelStats:
 
     name: str
     sessions: int
+    resident_sessions: int
     resident_rows: int
     max_resident_rows: int
     queued_rows: int

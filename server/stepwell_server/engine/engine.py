@@ -40,7 +40,7 @@ from stepwell_server.engine.catalog.watch import Watch as VersionWatch
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.commit.committer import Committer, Recorder
 from stepwell_server.engine.commit.group_commit import GroupCommit
-from stepwell_server.engine.commit.records import Records
+from stepwell_server.engine.commit.records import Outcome, Records
 from stepwell_server.engine.commit.store_policy import EveryChange, PagedOutOnly, StorePolicyFactory
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
@@ -194,7 +194,7 @@ class Engine:
             release=self._queues.release,
             drop=removal.drop,
             discard=pager.discard,
-            watched=lambda outcome, places: self._watchers.committed(outcome, places),
+            watched=self._on_watched,
         )
         self._admission = Admission(
             table,
@@ -313,6 +313,9 @@ class Engine:
             clock=clock,
             observer=observer,
         )
+
+    def _on_watched(self, outcome: Outcome, places: Members | None) -> None:
+        self._watchers.committed(outcome, places)  # made after the committer
 
     def begin_with(self, name: str, version: int, program: Program) -> None:
         """Serve a version from `start` on: see `Changes.begin_with`."""
@@ -679,6 +682,7 @@ class Engine:
         return ModelStats(
             name=own.name,
             sessions=self._counts.of(own.name),
+            resident_sessions=sum(self._table.count_resident(model.index) for model in versions),
             resident_rows=sum(each.resident for each in slots),
             max_resident_rows=sum(each.resident_limit for each in slots),
             queued_rows=sum(inbox.waiting for inbox in inboxes),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from stepwell_server.catalog.control import VersionStatus, counts_of
 from stepwell_server.engine.commit.group_commit import MAX_WAITING
 from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
+from stepwell_server.engine.watches.watchers import MAX_HELD_BYTES, MAX_WATCHED
 from stepwell_server.metrics.families import counter, gauge, histogram, info
 from stepwell_server.metrics.series import StoreWrites
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from stepwell_server.engine.engine import ModelStats
     from stepwell_server.engine.quotas import TenantCounts
+    from stepwell_server.engine.watches.watchers import WatchCounts
     from stepwell_server.process.readiness import Report
     from stepwell_server.rpc.fronts.base import FrontCounts
     from stepwell_server.rpc.fronts.certificates import CertificateFiles
@@ -216,6 +218,7 @@ def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:
     """The load of the models, and its limits."""
     of_models: list[tuple[str, str, Callable[[ModelStats], int]]] = [
         ("sessions", "Open sessions.", lambda model: model.sessions),
+        ("resident_sessions", "Sessions whose state is in memory.", lambda model: model.resident_sessions),
         ("resident_rows", "Rows of state in memory.", lambda model: model.resident_rows),
         ("max_resident_rows", "Limit of rows of state in memory.", lambda model: model.max_resident_rows),
         ("queued_rows", "Rows that wait for a pass, or for their session.", lambda model: model.queued_rows),
@@ -241,6 +244,21 @@ def of_engine(stats: Sequence[ModelStats]) -> Iterator[Metric]:
         ),
     ):
         yield gauge(f"stepwell_{name}", text, number)
+
+
+def of_watches(counts: WatchCounts) -> Iterator[Metric]:
+    """What is watched, and what slow readers missed."""
+    yield gauge("stepwell_watches", "Open watches of sessions.", counts.watches)
+    yield gauge("stepwell_watched_sessions", "Watched sessions, once for each watch.", counts.sessions)
+    text = "Limit of watched sessions, above which watches are refused."
+    yield gauge("stepwell_max_watched_sessions", text, MAX_WATCHED)
+    text = "Bytes of events of watches that wait for their readers."
+    yield gauge("stepwell_watch_held_bytes", text, counts.held_bytes)
+    text = "Limit of these bytes, above which events are dropped and watches are refused."
+    yield gauge("stepwell_max_watch_held_bytes", text, MAX_HELD_BYTES)
+    text = "Events of watched sessions: sent, or dropped because the reader was slow."
+    outcomes = {"sent": counts.sent, "dropped": counts.dropped}
+    yield counter("stepwell_watch_events", text, outcomes, ("outcome",))
 
 
 def of_memory(limit: int) -> Iterator[Metric]:

@@ -36,6 +36,8 @@ _READS = frozenset(
             "ListSessions",
             "GetState",
             "GetStates",
+            "WatchSessions",
+            "WatchServer",
         ),
         *("ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"),
         "RepositoryIndex",

@@ -52,6 +52,7 @@ AUDITED = {
     "ForkSession": "fork",
     "ForkSessions": "fork",
     "ListSessions": "list",
+    "WatchSessions": "watch",
     "ExportSessions": "export",
     "ImportSessions": "import",
     "LoadModel": "load_model",
@@ -76,6 +77,7 @@ UNAUDITED = {
     **dict.fromkeys(("ServerLive", "ServerReady", "ServerMetadata"), "is only about the server"),
     **dict.fromkeys(("Check", "List", "Watch"), "is only about the server's health"),
     "ServerReflectionInfo": "is only about the protocol",
+    "WatchServer": "is only about the server",
     "RepositoryIndex": "is only about models",
     **dict.fromkeys(("SystemSharedMemoryStatus", "SystemSharedMemoryRegister"), "never served"),
     **dict.fromkeys(("SystemSharedMemoryUnregister", "CudaSharedMemoryStatus"), "never served"),
@@ -107,6 +109,8 @@ MAX_NAMED = 100
 """Maximum number of session ids in a line. If there are more, the line has their count."""
 MAX_NAME_CHARACTERS = 256
 """Maximum length of a text in a line. A longer text is cut, and its length added."""
+#: Methods whose calls have their line when they begin.
+_ENDLESS = frozenset({"WatchSessions"})
 _RETRY_AFTER_S = 1.0
 #: Lines per second, and in a burst, for refused calls without effect: per caller, and for all unknown callers together.
 #: Otherwise anybody who reaches the server could fill its disk and displace the lines of others.
@@ -216,9 +220,13 @@ class Auditor:
             facts["failed"] = failed
         self._write(action, "StepStream", call, reason or "OK", facts)
 
+    def began(self, method: str, call: Call, request: Message) -> None:
+        """A call of a method in `_ENDLESS` succeeds, and continues until its client leaves."""
+        self.done(method, call, request, request)
+
     def cancelled(self, method: str, call: Call, code: str) -> None:
         """A call ended without a reply, because its client left or its deadline passed."""
-        if method in AUDITED:
+        if method in AUDITED and method not in _ENDLESS:
             self._write(AUDITED[method], method, call, code, {})
 
     def session_event(self, event: str, model: str, session_ids: Sequence[str], count: int) -> None:

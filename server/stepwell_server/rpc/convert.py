@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -59,8 +60,8 @@ def from_session(info: SessionInfo, tenant: str = "") -> sessions_pb2.Session:
         batch_size=info.batch_size,
         revision=info.revision,
         position=info.position,
-        created_time=_timestamp(info.created),
-        last_used_time=_timestamp(info.last_used),
+        created_time=to_timestamp(info.created),
+        last_used_time=to_timestamp(info.last_used),
         resident=info.resident,
         tenant=tenant,
         model_version=info.version,
@@ -101,7 +102,12 @@ def seconds_text(duration: duration_pb2.Duration) -> str:
     return f"{duration.seconds}.{duration.nanos:09}".rstrip("0").rstrip(".")
 
 
-def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
+def now_timestamp() -> timestamp_pb2.Timestamp:
+    """Return the present time."""
+    return to_timestamp(time.time())
+
+
+def to_timestamp(seconds: float) -> timestamp_pb2.Timestamp:
     """Return a timestamp, cut to the years 1970 to 9999. NaN becomes 1970."""
     seconds = min(max(0.0, seconds), _LAST_SECOND) if seconds == seconds else 0.0
     whole = math.floor(seconds)
@@ -154,7 +160,7 @@ def from_version(status: VersionStatus, *, counted: bool) -> models_pb2.ModelVer
         labels=status.labels,
         sessions=status.sessions if counted else 0,
         path=status.path if counted else "",
-        loaded_time=_timestamp(status.loaded) if status.loaded else None,
+        loaded_time=to_timestamp(status.loaded) if status.loaded else None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from google.protobuf import empty_pb2, message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
-from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 from stepwell_server.addresses import Address, UnixAddress
 from stepwell_server.errors import Starting, Unauthenticated
 from stepwell_server.process.readiness import Report
@@ -30,6 +30,7 @@ from stepwell_server.rpc.services import health, reflection
 from stepwell_server.rpc.services.model_admin import ModelAdminServicer
 from stepwell_server.rpc.services.models import ModelServicer, SlowSteps
 from stepwell_server.rpc.services.sessions import SessionServicer
+from stepwell_server.rpc.services.watches import Figures, WatchServicer
 from stepwell_server.rpc.status import ADMIN_CODES, ANY_CODE, NAMING_CODES, UPLOAD_CODES, to_status
 from stepwell_server.rpc.steps.columns import ColumnSteps
 from stepwell_server.rpc.steps.refusals import EarlySteps
@@ -48,14 +49,15 @@ if TYPE_CHECKING:
 _SESSIONS = sessions_pb2.DESCRIPTOR.services_by_name["SessionService"]
 _MODELS = models_pb2.DESCRIPTOR.services_by_name["ModelService"]
 _MODEL_ADMIN = models_pb2.DESCRIPTOR.services_by_name["ModelAdminService"]
+_WATCHES = watch_pb2.DESCRIPTOR.services_by_name["WatchService"]
 _STREAM_FRAMES = 1024
-# Health watches and reflection streams end only when they are cut off. Our own calls have ended by then.
+# Watches and reflection streams end only when they are cut off. Our own calls have ended by then.
 _GRACE_S = 0.2
 _STARTING_RETRY_S = 1.0
-_OF_ENGINE = (_SESSIONS, _MODELS, _MODEL_ADMIN, _TRITON)
+_OF_ENGINE = (_SESSIONS, _MODELS, _MODEL_ADMIN, _WATCHES, _TRITON)
 _TAKING_UPLOADS = frozenset({"LoadModel", "UploadModel"})
 #: Methods whose calls only their clients end.
-_ENDLESS = frozenset({"Watch", "ServerReflectionInfo"})
+_ENDLESS = frozenset({"Watch", "WatchSessions", "WatchServer", "ServerReflectionInfo"})
 
 
 #: The services with paths for JSON over HTTP.
@@ -111,6 +113,7 @@ class RpcServer:
         self._max_message_bytes = max_message_bytes
         self._sessions: SessionServicer | None = None
         self._triton: TritonServicer | None = None
+        self._watches: WatchServicer | None = None
         self._steps = EarlySteps(max_message_bytes, observer, traces=tracer is not None)
         self.starting = "the models are being loaded"
         """The reason for refusals until there is an engine."""
@@ -203,7 +206,13 @@ class RpcServer:
         return HttpListener(http.address, door)
 
     def serve(
-        self, engine: Engine, control: Catalog, admin_refusal: str = "", *, known_files: KnownFiles
+        self,
+        engine: Engine,
+        control: Catalog,
+        admin_refusal: str = "",
+        *,
+        known_files: KnownFiles,
+        figures: Figures,
     ) -> None:
         """Serve an engine from now on, and announce it.
 
@@ -212,6 +221,7 @@ class RpcServer:
             control: Loads and unloads models.
             admin_refusal: Reason why no call may load models; empty: admins may.
             known_files: The files that Triton's calls may load.
+            figures: Computes the figures of the server.
         """
         clock, observer, limit = self._clock, self._observer, self._max_message_bytes
         limits = StreamLimits(_STREAM_FRAMES, limit)
@@ -230,6 +240,8 @@ class RpcServer:
         models = ModelServicer(engine, self.info, limit, observer.slow_steps, clock, control)
         self._serve_by(_MODELS, models)
         self._serve_by(_MODEL_ADMIN, ModelAdminServicer(control, models, self._auditor, admin_refusal))
+        self._watches = WatchServicer(engine, control, models, figures, limit, self._auditor)
+        self._serve_by(_WATCHES, self._watches)
         self._serve_by(_TRITON, self._triton)
         self._steps.go_to(ColumnSteps(engine, clock, limit, observer, self._triton.wire, self._tracer))
         self._front.set_fast_path(enabled=True)
@@ -273,8 +285,8 @@ class RpcServer:
         await self._front.flush()
 
     @property
-    def _streaming(self) -> list[SessionServicer | TritonServicer]:
-        return [servicer for servicer in (self._sessions, self._triton) if servicer is not None]
+    def _streaming(self) -> list[SessionServicer | TritonServicer | WatchServicer]:
+        return [each for each in (self._sessions, self._triton, self._watches) if each is not None]
 
     async def close(self) -> None:
         """Stop listening and cut off the calls that still run."""
@@ -340,7 +352,7 @@ def _codes(service: ServiceDescriptor, method: MethodDescriptor) -> Collection[s
         return UPLOAD_CODES if method.name in _TAKING_UPLOADS else ADMIN_CODES
     if method.name.startswith("Repository"):
         return UPLOAD_CODES
-    return ANY_CODE if service in (_SESSIONS, _TRITON) else NAMING_CODES
+    return ANY_CODE if service in (_SESSIONS, _WATCHES, _TRITON) else NAMING_CODES
 
 
 def _streams(method: MethodDescriptor) -> bool:

@@ -32,6 +32,7 @@ from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.harness import Harness, running
 from support.peers.wire import Answer, Array, Refusal, of_members, tensors
 from support.rpc.fake_call import FakeCall, Requests
+from support.rpc.no_figures import no_figures
 from support.triton.triton_requests import NoPasses
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -207,7 +208,7 @@ async def calls(
         loads = FakeLoads()
         live = live_models(at.engine, at.clock, loads, **(live_options or {}))
         known = KnownFiles(at.engine, files or {}, (live_options or {}).get("root"))
-        server.serve(at.engine, live, admin_refusal, known_files=known)
+        server.serve(at.engine, live, admin_refusal, known_files=known, figures=no_figures())
         yield Calls(at, front.methods, observer.slow_steps, live, loads)
         await live.close()
 

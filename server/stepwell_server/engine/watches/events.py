@@ -50,6 +50,7 @@ class Event:
     time: float = 0.0
     """Seconds since the epoch."""
     model: str = ""
+    uid: int = 0
     version: int = 0
     time_steps: int = 0
     rows: Sequence[int] = ()
@@ -81,34 +82,25 @@ class Event:
         return _EVENT_BYTES + self.tensor_bytes
 
 
+@dataclasses.dataclass(kw_only=True)
 class Sample:
     """A session at one revision. Its tensors are copied when the first watch needs them; all watches share them."""
 
-    def __init__(
-        self,
-        kind: Kind,
-        session_id: str,
-        uid: int,
-        revision: int,
-        position: int,
-        *,
-        model: str,
-        version: int,
-        time: float,
-        read: Callable[[str], Tensors],
-        time_steps: int = 0,
-        rows: Sequence[int] = (),
-    ) -> None:
-        """`read` copies the "inputs", the "outputs" or the "states" of the session, which is claimed now."""
-        self.kind = kind
-        self.session_id = session_id
-        self.uid = uid
-        self.revision = revision
-        self.position = position
-        self.model, self.version = model, version
-        self.time = time
-        self.time_steps, self.rows = time_steps, rows
-        self._read = functools.cache(read)
+    kind: Kind
+    session_id: str
+    uid: int
+    revision: int
+    position: int
+    model: str
+    version: int
+    time: float
+    read: Callable[[str], Tensors]
+    """Copies the "inputs", the "outputs" or the "states" of the session, which is claimed now."""
+    time_steps: int = 0
+    rows: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self._read = functools.cache(self.read)
 
     def event(self, wanted: Wanted, kind: Kind, *, from_store: bool = False) -> Event:
         """An event of this kind: that of the sample, or `PRESENT`."""
@@ -122,7 +114,7 @@ class Sample:
             from_store=from_store,
         )
         if kind is Kind.PRESENT:
-            event.model = self.model
+            event.model, event.uid = self.model, self.uid
         else:
             event.time_steps, event.rows = self.time_steps, self.rows
         if kind is Kind.STEP:

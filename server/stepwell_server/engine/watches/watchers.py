@@ -227,11 +227,11 @@ class Watchers:
             return dict(zip(names, [output[rows] for output in model.arena.outputs], strict=True))
 
         return Sample(
-            kind,
-            table.session_id(handle),
-            int(table.opened_with[handle]),
-            int(table.revision[handle]),
-            int(table.position[handle]),
+            kind=kind,
+            session_id=table.session_id(handle),
+            uid=int(table.opened_with[handle]),
+            revision=int(table.revision[handle]),
+            position=int(table.position[handle]),
             model=model.name,
             version=model.version,
             time=self._clock.now(),
@@ -314,11 +314,11 @@ class Watchers:
             rows = slice(int(starts[at]), int(starts[at] + found.sizes[at]))
             states = {name: array[rows] for name, array in found.state.items()}
             sample = Sample(
-                Kind.PRESENT,
-                session_ids[member],
-                int(self._table.opened_with[handle]),
-                int(found.revisions[at]),
-                int(found.positions[at]),
+                kind=Kind.PRESENT,
+                session_id=session_ids[member],
+                uid=int(self._table.opened_with[handle]),
+                revision=int(found.revisions[at]),
+                position=int(found.positions[at]),
                 model=found.model,
                 version=found.version,
                 time=self._clock.now(),
@@ -360,11 +360,11 @@ class Watchers:
         table = self._table
         handles = table.find_all(session_ids)
         # only a store that other servers use has other stamps
-        is_shared = (handles >= 0) & (table.stamp[handles] > SOLE) & ~table.claimed[handles]
-        if not np.count_nonzero(is_shared):
+        may_differ = (handles >= 0) & (table.stamp[handles] > SOLE) & ~table.claimed[handles]
+        if not np.count_nonzero(may_differ):
             return
-        ids = [session_ids[place] for place in np.flatnonzero(is_shared).tolist()]
-        stamps = table.stamp[handles[is_shared]].tolist()
+        ids = [session_ids[place] for place in np.flatnonzero(may_differ).tolist()]
+        stamps = table.stamp[handles[may_differ]].tolist()
         found = await self._directory.store.fetch(ids, stamps)
         for session_id, stamp, each in zip(ids, stamps, found, strict=True):
             handle = table.find(session_id)

@@ -101,24 +101,26 @@ class ModelServicer:
         """List the sessions with slow steps in the caller's tenant."""
         if request.limit > MAX_SLOW_SESSIONS:
             raise InvalidInput(f"limit must be at most {MAX_SLOW_SESSIONS}; got {request.limit}")
+        return pb.ListSlowSessionsResponse(sessions=self.slow_sessions(call, request.limit or _SLOW_SESSIONS))
+
+    def slow_sessions(self, call: Call, limit: int) -> list[pb.SlowSession]:
+        """Return the sessions with the slowest steps in the caller's tenant."""
         now, tenant = self._clock.monotonic(), tenancy.tenant_filter(call.who, "")
         own = [
             step
             for step in self._slow_steps.list(now)
             if tenant is None or tenancy.tenant_of(step.session_id) == tenant
         ]
-        return pb.ListSlowSessionsResponse(
-            sessions=[
-                pb.SlowSession(
-                    session_id=tenancy.external_id(step.session_id),
-                    tenant=tenancy.shown_tenant(call.who, step.session_id),
-                    model=step.model,
-                    seconds=step.seconds,
-                    age_seconds=now - step.when,
-                )
-                for step in own[: request.limit or _SLOW_SESSIONS]
-            ]
-        )
+        return [
+            pb.SlowSession(
+                session_id=tenancy.external_id(step.session_id),
+                tenant=tenancy.shown_tenant(call.who, step.session_id),
+                model=step.model,
+                seconds=step.seconds,
+                age_seconds=now - step.when,
+            )
+            for step in own[:limit]
+        ]
 
     async def predict(self, request: pb.PredictRequest, call: Call) -> pb.PredictResponse:
         """Run a model without a session."""

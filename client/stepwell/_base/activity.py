@@ -1,4 +1,4 @@
-"""The activity of servers between two scrapes of their metrics: the document of `stepwell top --json`.
+"""The activity of servers between two scrapes of their metrics: what WatchServer and `stepwell top` show.
 
 Several servers are shown as their total, whether or not they share a store: rates, queues and memory are added up,
 percentiles cover all calls, and sessions count once for each store.
@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from stepwell import SlowSession
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 _SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)")
+_STAGES = ("wait", "commit", "total")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class SlowSession(Protocol):
+    """The slowest step of a session."""
+
+    @property
+    def session_id(self) -> str:
+        """Its id."""
+
+    @property
+    def model(self) -> str:
+        """Name of its model."""
+
+    @property
+    def seconds(self) -> float:
+        """The time that the step took."""
+
+    @property
+    def age_s(self) -> float:
+        """The time since then, in seconds."""
 
 
 class Sample(NamedTuple):
@@ -26,19 +44,24 @@ class Sample(NamedTuple):
 
 
 class Scrape:
-    """The answer of a server, in Prometheus's text format.
+    """The metrics of a server at one time.
 
     Args:
-        text: The answer.
-        when: Its time on this machine's monotonic clock, in seconds.
+        samples: Name, labels and value of each.
+        when: The time on this machine's monotonic clock, in seconds.
     """
 
-    def __init__(self, text: str, when: float) -> None:
+    def __init__(self, samples: Iterable[tuple[str, Mapping[str, str], float]], when: float) -> None:
         self.when = when
         self._samples: dict[str, list[Sample]] = {}
-        for found in filter(None, map(_SAMPLE.match, text.splitlines())):
-            labels = dict(_LABEL.findall(found[2] or ""))
-            self._samples.setdefault(found[1], []).append(Sample(labels, float(found[3])))
+        for name, labels, value in samples:
+            self._samples.setdefault(name, []).append(Sample(labels, value))
+
+    @classmethod
+    def of_text(cls, text: str, when: float) -> Scrape:
+        """The metrics in Prometheus's text format."""
+        found = filter(None, map(_SAMPLE.match, text.splitlines()))
+        return cls(((one[1], dict(_LABEL.findall(one[2] or "")), float(one[3])) for one in found), when)
 
     def samples(self, name: str, **labels: str) -> list[Sample]:
         """Values of a metric with these labels."""
@@ -117,6 +140,10 @@ class _Activity:
                 le = sample.labels["le"]
                 grown[float(le)] = grown.get(float(le), 0.0) + max(0.0, sample.value - was.get(le, 0.0))
         return {"p50_s": _quantile(grown, 0.5), "p99_s": _quantile(grown, 0.99)}
+
+    def stages(self, **labels: str) -> dict[str, dict[str, float | None]]:
+        """The `quantiles` of each stage of changes."""
+        return {stage: self.quantiles("stepwell_stage_seconds", stage=stage, **labels) for stage in _STAGES}
 
 
 def _quantile(counts: Mapping[float, float], quantile: float) -> float | None:
@@ -201,8 +228,11 @@ def _server(activity: _Activity, wall_s: float) -> dict[str, Any]:
     return {
         "version": ", ".join(activity.values("stepwell_build_info", "version")),
         "front": ", ".join(activity.values("stepwell_build_info", "front")),
+        "store": ", ".join(activity.values("stepwell_build_info", "store")),
+        "store_id": ", ".join(activity.values("stepwell_store_info", "store_id")),
         "uptime_s": wall_s - max(started, default=wall_s),
         "memory_bytes": activity.total("process_resident_memory_bytes"),
+        "max_memory_bytes": activity.total("stepwell_max_memory_bytes"),
         "cores": activity.rate("process_cpu_seconds_total"),
         "connections": activity.total("stepwell_front_connections"),
         "streams": activity.total("stepwell_open_streams"),
@@ -210,8 +240,12 @@ def _server(activity: _Activity, wall_s: float) -> dict[str, Any]:
         "ready": bool(ready) and all(sample.value for sample in ready),
         "row_steps_per_s": activity.rate("stepwell_row_steps_total", change="step"),
         **activity.quantiles("stepwell_stage_seconds", stage="total"),
+        "stages": activity.stages(),
+        "sessions": activity.of_stores("stepwell_sessions"),
+        "resident_sessions": int(activity.total("stepwell_resident_sessions")),
         "resident_rows": int(activity.total("stepwell_resident_rows")),
         "queued_rows": int(activity.total("stepwell_queued_rows")),
+        "watched_sessions": int(activity.total("stepwell_watched_sessions")),
         "errors_per_s": activity.rate("stepwell_errors_total"),
     }
 
@@ -225,8 +259,12 @@ def _model(name: str, activity: _Activity) -> dict[str, Any]:
         "rows_per_pass": activity.rate("stepwell_pass_rows_sum", model=name) / passes if passes else None,
         "busy": max(activity.rates("stepwell_pass_seconds_sum", model=name), default=0.0),
         **activity.quantiles("stepwell_stage_seconds", model=name, stage="total"),
+        "stages": activity.stages(model=name),
         "sessions": activity.of_stores("stepwell_sessions", model=name),
+        "resident_sessions": int(activity.total("stepwell_resident_sessions", model=name)),
         "resident_rows": int(activity.total("stepwell_resident_rows", model=name)),
+        "max_resident_rows": int(activity.total("stepwell_max_resident_rows", model=name)),
         "paged_in_per_s": activity.rate("stepwell_paged_sessions_total", model=name, direction="in"),
+        "paged_out_per_s": activity.rate("stepwell_paged_sessions_total", model=name, direction="out"),
         "queued_rows": int(activity.total("stepwell_queued_rows", model=name)),
     }
