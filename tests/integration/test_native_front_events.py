@@ -22,6 +22,7 @@ from stepwell_server.rpc.http.origin import OriginRules
 from support.peers.events import Event, EventReader
 from support.peers.http2 import Http2, data
 from support.rpc.fake_call import Requests
+from support.rpc.http_client import codec
 from support.rpc.native_steps import NativeSteps
 from support.servers.both_fronts import needs_native
 from support.stores.durable import until
@@ -54,7 +55,8 @@ class Server(NativeSteps):
             Method(SERVICE.full_name, "SetLabel", self._label),
         ]
         rules = OriginRules("127.0.0.1", (), is_open=True, scheme="http")
-        await self.serve(methods, Door([SERVICE], methods, rules, lambda _: None, 1 << 20, "1.2.3"))
+        door = Door([SERVICE], methods, rules, lambda _: None, 1 << 20, "1.2.3", codec())
+        await self.serve(methods, door)
 
     async def _label(self, _call: Call) -> bytes:
         return pb.SetLabelResponse().SerializeToString()

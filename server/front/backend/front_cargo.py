@@ -20,9 +20,9 @@ from pathlib import Path
 #: The crates in Cargo.toml, which Debian has as librust-*-dev packages.
 CRATES = (
     *("bytes", "flate2", "h2", "http", "hyper", "hyper-util", "libc", "proptest", "pyo3", "ring", "rustls"),
-    *("tokio", "tokio-rustls", "x509-parser"),
+    *("serde", "serde_json", "tokio", "tokio-rustls", "x509-parser"),
 )
-PACKAGES = [f"librust-{name}-dev" for name in CRATES]
+PACKAGES = [f"librust-{name.replace('_', '-')}-dev" for name in CRATES]
 DEBIAN_CRATES = Path("/usr/share/cargo/registry")
 FROM_DEBIAN = f"""\
 # Written by the build of stepwell-front.

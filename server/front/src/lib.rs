@@ -77,6 +77,12 @@ mod calls {
     pub mod service;
 }
 
+/// JSON, read and written without Python's lock. It knows nothing of the front.
+mod json {
+    pub mod read;
+    pub mod write;
+}
+
 /// Requests of HTTP that are not gRPC, which Python answers as a whole.
 mod web {
     pub mod exchange;
@@ -101,6 +107,8 @@ mod python {
     mod driver;
     #[cfg(feature = "python")]
     mod front;
+    #[cfg(feature = "python")]
+    mod json;
     #[cfg(feature = "python")]
     mod known_callers;
     #[cfg(feature = "python")]

@@ -195,6 +195,8 @@ class RpcServer:
             is_open=self._authenticator is None,
             scheme="https" if has_tls else "http",
         )
+        codec = self._front.json
+        assert codec is not None, "the settings refuse HTTP without the native front"
         door = Door(
             _OVER_HTTP,
             self._methods,
@@ -202,6 +204,7 @@ class RpcServer:
             refused=lambda reason: self._observer.refused(reason, 1),
             max_message_bytes=self._max_message_bytes,
             version=metadata.version("stepwell"),
+            codec=codec,
         )
         return HttpListener(http.address, door)
 

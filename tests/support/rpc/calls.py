@@ -24,7 +24,15 @@ from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.metrics.observer import SlowestSteps
 from stepwell_server.program import Program
 from stepwell_server.rpc.audit import Auditor
-from stepwell_server.rpc.fronts.base import CallEnded, FrontCounts, HttpDoor, HttpListener, Method, Steps
+from stepwell_server.rpc.fronts.base import (
+    CallEnded,
+    FrontCounts,
+    HttpDoor,
+    HttpListener,
+    JsonCodec,
+    Method,
+    Steps,
+)
 from stepwell_server.rpc.fronts.certificates import Certificates
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.triton.inference import service_pb2
@@ -54,6 +62,7 @@ class Front:
     name = "none"
     limits = FrontLimits(MAX_MESSAGE_BYTES)
     http_address: Address | None = None
+    json: JsonCodec | None = None
 
     def __init__(self) -> None:
         self.methods: Mapping[str, Method] = {}

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from stepwell.v1 import models_pb2, sessions_pb2
-from stepwell_server.rpc.fronts.base import HttpAnswer
+from stepwell_server.rpc.fronts.base import HttpAnswer, JsonCodec
 from stepwell_server.rpc.http.door import Door
 from stepwell_server.rpc.http.events import Sleep
 from stepwell_server.rpc.http.origin import OriginRules
@@ -72,6 +72,14 @@ class Streamed:
         return found
 
 
+def codec() -> JsonCodec:
+    """That of the native front."""
+    from stepwell_server.rpc.fronts.native import NativeFront
+
+    assert NativeFront.json is not None
+    return NativeFront.json
+
+
 class Client:
     """Sends requests to a door, and keeps the reasons of the refused ones."""
 
@@ -85,6 +93,7 @@ class Client:
             refused=self.refused.append,
             max_message_bytes=MAX_MESSAGE_BYTES,
             version="1.2.3",
+            codec=codec(),
             sleep=sleep,
         )
         self._at = at

@@ -14,6 +14,7 @@ use crate::method::{FastPath, Method};
 use crate::python::batch::BatchHandle;
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
+use crate::python::json::{numbers_as_json, read_json};
 use crate::python::known_callers::KnownCallers;
 use crate::python::known_ids::KnownIds;
 use crate::python::lists::{self, key, status, Peers, PyStatus};
@@ -451,6 +452,8 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<StepKernel>()?;
     module.add_class::<LogWriter>()?;
     module.add_function(wrap_pyfunction!(dense_delegate, module)?)?;
+    module.add_function(wrap_pyfunction!(read_json, module)?)?;
+    module.add_function(wrap_pyfunction!(numbers_as_json, module)?)?;
     module.add("INTERFACE", INTERFACE)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -269,6 +269,20 @@ class HttpDoor(Protocol):
         """
 
 
+class JsonCodec(Protocol):
+    """Reads and writes JSON without Python's lock. Any thread may call it."""
+
+    def read(self, body: bytes, max_fields: int) -> Any:
+        """Return a document whose objects have at most `max_fields` fields. A list of many numbers is `bytes` of doubles.
+
+        Raises:
+            ValueError: it is refused, with the kind of problem (syntax, fields, twice or number), and a text.
+        """
+
+    def numbers(self, doubles: bytes) -> str:
+        """Return `bytes` of doubles as the entries of a list."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class HttpListener:
     """Where and how to serve HTTP."""
@@ -335,6 +349,8 @@ class Front(Protocol):
     limits: FrontLimits
     http_address: Address | None
     """The address that it serves HTTP on, once it is started; None: none."""
+    json: JsonCodec | None
+    """For the door of HTTP; None: the front does not serve HTTP."""
 
     async def start(
         self,

@@ -35,6 +35,7 @@ from stepwell_server.rpc.fronts.base import (
     HttpDoor,
     HttpListener,
     InputColumn,
+    JsonCodec,
     Method,
     OtherFront,
     OutputColumn,
@@ -249,10 +250,23 @@ class _Replies:
         return np.array(gone, np.intp) if gone else _NOBODY
 
 
+class _Json:
+    """The crate's JSON. Implements `base.JsonCodec`."""
+
+    def read(self, body: bytes, max_fields: int) -> Any:
+        """See `base.JsonCodec`."""
+        return stepwell_front.read_json(body, max_fields)
+
+    def numbers(self, doubles: bytes) -> str:
+        """See `base.JsonCodec`."""
+        return stepwell_front.numbers_as_json(doubles)
+
+
 class NativeFront:
     """Serves methods with the crate in Rust, which passes steps as columns. Implements `base.Front`."""
 
     name = "native"
+    json: JsonCodec | None = _Json()
 
     def __init__(self, clock: Clock, limits: FrontLimits) -> None:
         self.limits = limits

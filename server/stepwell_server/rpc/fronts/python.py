@@ -29,6 +29,7 @@ from stepwell_server.rpc.fronts.base import (
     CallEnded,
     FrontCounts,
     HttpListener,
+    JsonCodec,
     Method,
     Steps,
 )
@@ -118,6 +119,7 @@ class PythonFront:
 
     name = "python"
     http_address: Address | None = None
+    json: JsonCodec | None = None
 
     def __init__(self, clock: Clock, limits: FrontLimits) -> None:
         self.limits = limits

@@ -28,11 +28,12 @@ from stepwell_server.errors import (
     shorten,
 )
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import CallEnded, HttpAnswer, HttpCall, Method
+from stepwell_server.rpc.fronts.base import CallEnded, HttpAnswer, HttpCall, JsonCodec, Method
 from stepwell_server.rpc.fronts.shape_check import check_shape
 from stepwell_server.rpc.http import json_form
 from stepwell_server.rpc.http.answers import Headers, extended, json_answer, of_error, of_status
-from stepwell_server.rpc.http.events import EventAnswer, Sleep, Source, Write, accepts_events, as_json
+from stepwell_server.rpc.http.conversion import Conversion
+from stepwell_server.rpc.http.events import EventAnswer, Sleep, Source, Write, accepts_events
 from stepwell_server.rpc.http.origin import OriginRules
 from stepwell_server.rpc.http.routes import BadPath, Match, NoRoute, Route, Routes, WrongMethod
 from stepwell_server.rpc.status import Status
@@ -74,6 +75,7 @@ class Door:
         refused: Called with the reason of each request that is refused before it is a call.
         max_message_bytes: Limit of a request over gRPC.
         version: The version of Stepwell, for the OpenAPI document.
+        codec: Reads and writes JSON.
         sleep: Sleeps, for answers that take long.
     """
 
@@ -85,6 +87,7 @@ class Door:
         refused: Callable[[str], None],
         max_message_bytes: int,
         version: str,
+        codec: JsonCodec,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.max_body_bytes = min(MAX_BODY_BYTES, max_message_bytes)
@@ -94,6 +97,7 @@ class Door:
         self._refused = refused
         self._version = version
         self._sleep = sleep
+        self._conversion = Conversion(codec)
         self._document: bytes | None = None
         self._types = {
             route.path: (
@@ -222,20 +226,29 @@ class Door:
         route, method = target.match.route, target.method
         request_type, reply_type = self._types[route.path]
         body, call.request = call.request, b""
+
+        as_json = self._conversion.as_json
         raw, refusal = b"", None
+
+        def request() -> bytes:
+            read = _request(request_type(), body, target, self._conversion.codec).SerializeToString()
+            if method.shape is not None and (breach := check_shape(method.shape, read)) is not None:
+                raise breach
+            return read
+
         try:
-            raw = _request(request_type(), body, target).SerializeToString()
-            refusal = None if method.shape is None else check_shape(method.shape, raw)
+            raw = await self._conversion.run(request, is_large=not json_form.is_small(body))
         except InvalidInput as error:
             refusal = error
 
         def serve(write: Write) -> Awaitable[bytes]:
-            return method.serve(_DoorCall(call, b"" if refusal else raw, refusal, write))
+            return method.serve(_DoorCall(call, raw, refusal, write))
 
         if not method.streams:
             return json_answer(await as_json(reply_type, await serve(_drop)))
         if accepts_events(_text(call.metadata.get("accept")) or ""):
-            return await EventAnswer(call, headers, self._sleep).run([Source(_EVENT, reply_type, serve)])
+            events = EventAnswer(call, headers, as_json, self._sleep)
+            return await events.run([Source(_EVENT, reply_type, serve)])
         # the status of a load is known at its end, and belongs into the first line of the answer
         replies: list[bytes] = []
 
@@ -301,7 +314,7 @@ async def _drop(_reply: bytes) -> None:
     """The method writes no replies."""
 
 
-def _request(message: Message, body: bytes, target: _Target) -> Message:
+def _request(message: Message, body: bytes, target: _Target, codec: JsonCodec) -> Message:
     """Return the request message.
 
     Raises:
@@ -309,7 +322,7 @@ def _request(message: Message, body: bytes, target: _Target) -> Message:
     """
     route = target.match.route
     if route.has_body:
-        json_form.read_body(body, message)
+        json_form.read_body(body, message, codec)
     elif body:
         raise InvalidInput(f"the body must be empty for {_named(route)}; got {len(body)} bytes")
     json_form.read_query(target.query, message)

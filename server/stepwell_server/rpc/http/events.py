@@ -15,7 +15,6 @@ from google.protobuf.message import Message
 
 from stepwell_server.rpc.boundary import internal
 from stepwell_server.rpc.fronts.base import CallEnded, HttpAnswer, HttpCall
-from stepwell_server.rpc.http import json_form
 from stepwell_server.rpc.http.answers import Headers, of_error, of_status
 
 MEDIA_TYPE = "text/event-stream"
@@ -30,6 +29,8 @@ _HEADERS: Headers = (
 )
 Sleep = Callable[[float], Awaitable[None]]
 Write = Callable[[bytes], Coroutine[Any, Any, None]]
+AsJson = Callable[[type[Message], bytes], Awaitable[bytes]]
+"""Returns a serialized reply of that type as JSON."""
 
 
 def accepts_events(accept: str) -> bool:
@@ -39,13 +40,6 @@ def accepts_events(accept: str) -> bool:
         if media_type.strip().lower() == MEDIA_TYPE:
             return parameters.replace(" ", "").lower() not in {"q=0", "q=0.0", "q=0.00", "q=0.000"}
     return False
-
-
-async def as_json(reply_type: type[Message], raw: bytes) -> bytes:
-    """Return a serialized reply as JSON."""
-    if len(raw) > json_form.SMALL_BYTES:  # the event loop would be busy for milliseconds
-        return await asyncio.to_thread(_dump, reply_type, raw)
-    return _dump(reply_type, raw)
 
 
 class Source(NamedTuple):
@@ -64,12 +58,16 @@ class EventAnswer:
     Args:
         call: The request.
         headers: Further headers of the answer.
+        as_json: Converts replies.
         sleep: Sleeps between two comments.
     """
 
-    def __init__(self, call: HttpCall, headers: Headers, sleep: Sleep = asyncio.sleep) -> None:
+    def __init__(
+        self, call: HttpCall, headers: Headers, as_json: AsJson, sleep: Sleep = asyncio.sleep
+    ) -> None:
         self._call = call
         self._headers = headers
+        self._as_json = as_json
         self._sleep = sleep
         self._is_begun = False
         self._is_quiet = True
@@ -107,7 +105,7 @@ class EventAnswer:
 
     async def _serve_one(self, source: Source) -> None:
         async def write(reply: bytes) -> None:
-            await self._send_event(source.event, await as_json(source.reply_type, reply))
+            await self._send_event(source.event, await self._as_json(source.reply_type, reply))
 
         await source.serve(write)
 
@@ -137,7 +135,3 @@ class EventAnswer:
             if self._is_quiet and not self._sending.locked():
                 await self._send(_COMMENT)
             self._is_quiet = True
-
-
-def _dump(reply_type: type[Message], raw: bytes) -> bytes:
-    return json_form.dump(reply_type.FromString(raw))

@@ -16,21 +16,31 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from stepwell_server.errors import InvalidInput, shorten
+from stepwell_server.rpc.fronts.base import JsonCodec
 
 MAX_ITEMS = 150_000
-"""Limit of commas in a body: each value of a list becomes a Python object, and all other callers wait meanwhile."""
+"""Limit of commas in a body: each value may become a Python object."""
 _MAX_FIELDS = 1024
-"""Limit of the fields of a JSON object: each is looked up, and all other callers wait meanwhile."""
+"""Limit of the fields of a JSON object."""
 _MAX_MESSAGES = 4096
 """Limit of the messages in a list: that of the longest list in the protocol (`rpc.fronts.shape`)."""
-SMALL_BYTES = 32 << 10
+SMALL_BYTES = 4 << 10
 """Messages up to this size are written at once, on the event loop. Larger ones are for threads."""
 _PART = 1024
-"""Number of values of a list that are written at once, so that other threads get Python's lock in between."""
+"""Number of values of a list that are read or written at once, so that other threads get Python's lock in between."""
+_TEXT_PART = 64 << 10
+"""The same for the bytes of a text; a multiple of 4."""
+_SMALL_BODY_BYTES, _SMALL_BODY_ITEMS = 16 << 10, 256
+"""Limits of the bytes and commas of a body that takes little time to read."""
+_MANY_NUMBERS = 64
+"""Lists of more numbers in large messages are written by the codec."""
+_LENGTH_DELIMITED = 2
+"""Protobuf's wire type of a packed list."""
 _MAX_PARAMETERS = 1024
 _MAX_SHOWN = 100
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
@@ -56,16 +66,15 @@ _RANGES = {
 }
 _WIDE = frozenset(kind for kind, (_, largest) in _RANGES.items() if largest > _UNSIGNED_32[1])
 _FLOATS = frozenset({FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT})
-#: Types of JSON values whose lists need no conversion, by the type of the field.
-_PLAIN: Mapping[int, frozenset[type]] = {
-    FieldDescriptor.TYPE_DOUBLE: frozenset({int, float}),
-    FieldDescriptor.TYPE_BOOL: frozenset({bool}),
-    FieldDescriptor.TYPE_STRING: frozenset({str}),
-}
 
 
-def read_body(body: bytes, message: Message) -> None:
-    """Add the fields of a JSON object to a message.
+def is_small(body: bytes) -> bool:
+    """Whether a body takes the event loop little time. Others must be read in a thread."""
+    return len(body) <= _SMALL_BODY_BYTES and body.count(b",") <= _SMALL_BODY_ITEMS
+
+
+def read_body(body: bytes, message: Message, codec: JsonCodec) -> None:
+    """Add the fields of a JSON object to a message. Any thread may call it.
 
     Raises:
         InvalidInput: the body is not JSON, or not the message.
@@ -75,16 +84,9 @@ def read_body(body: bytes, message: Message) -> None:
             f"the body must have at most {MAX_ITEMS} commas, use data instead of values for more; got {count}"
         )
     try:
-        document = json.loads(body.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"the body must be JSON in UTF-8: {error.reason} at byte {error.start}") from None
-    except RecursionError:
-        raise InvalidInput("the body must be JSON that is not nested deeply; got deeper nesting") from None
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"the body must be a JSON object: {error}") from None
-    except ValueError:
-        # Python's own message advises changing a setting of the server's interpreter
-        raise InvalidInput("the body must have integers of at most 4300 digits; got a longer one") from None
+        document = codec.read(body, _MAX_FIELDS)
+    except ValueError as error:
+        raise _refusal(*error.args) from None
     if not isinstance(document, dict):
         raise InvalidInput(f"the body must be a JSON object; got {_shown(document)}")
     _read_object(document, message, "")
@@ -143,44 +145,43 @@ def set_variable(name: str, text: str, message: Message) -> None:
     setattr(message, name, text)
 
 
-def to_object(message: Message) -> dict[str, Any]:
-    """Return a message as a JSON object."""
-    return {field.name: _to_json(value, field) for field, value in message.ListFields()}
+def to_object(message: Message, *, has_arrays: bool = False) -> dict[str, Any]:
+    """Return a message as a JSON object. `has_arrays`: long lists of numbers are arrays."""
+    return {field.name: _to_json(value, field, has_arrays) for field, value in message.ListFields()}
 
 
-def dump(message: Message) -> bytes:
+def dump(message: Message, codec: JsonCodec) -> bytes:
     """Return a message as JSON in bytes. Any thread may call it."""
-    document = to_object(message)
-    return (_text(document) if message.ByteSize() <= SMALL_BYTES else dumped(document)).encode()
+    if message.ByteSize() <= SMALL_BYTES:
+        return _text(to_object(message)).encode()
+    return dumped(to_object(message, has_arrays=True), codec).encode()
 
 
-def dumped(document: object) -> str:
-    """Return a JSON document as text. A long list does not keep Python's lock."""
+def dumped(document: object, codec: JsonCodec | None = None) -> str:
+    """Return a JSON document as text. A long list does not keep Python's lock. `codec`: for arrays of numbers."""
     if isinstance(document, dict):
-        return "{" + ", ".join(f"{_text(name)}: {dumped(value)}" for name, value in document.items()) + "}"
+        fields = (f"{_text(name)}: {dumped(value, codec)}" for name, value in document.items())
+        return "{" + ", ".join(fields) + "}"
+    if isinstance(document, np.ndarray):
+        assert codec is not None, "only messages have arrays"
+        return f"[{codec.numbers(document.tobytes())}]"
     if isinstance(document, list) and document:
         if isinstance(document[0], dict):
-            return "[" + ", ".join(map(dumped, document)) + "]"
+            return "[" + ", ".join(dumped(one, codec) for one in document) + "]"
         parts = (_text(document[at : at + _PART])[1:-1] for at in range(0, len(document), _PART))
         return "[" + ", ".join(parts) + "]"
     return _text(document)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > _MAX_FIELDS:
-        raise InvalidInput(f"an object in the body must have at most {_MAX_FIELDS} fields; got {len(pairs)}")
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidInput(
-            f"the body must be a JSON object: each field must be given once; got {_shown(twice)} twice"
-        )
-    return found
-
-
-def _refuse_constant(text: str) -> None:
-    raise InvalidInput(f'the body must be a JSON object: {text} must be a string, "{text}"')
+def _refusal(problem: str, text: str) -> InvalidInput:
+    """Return the error of a document that a codec refuses."""
+    if problem == "fields":
+        return InvalidInput(f"an object in the body must have at most {_MAX_FIELDS} fields; got more")
+    if problem == "twice":
+        text = f"each field must be given once; got {_shown(text)} twice"
+    if problem == "number":
+        text = f'{text} must be a string, "{text}"'
+    return InvalidInput(f"the body must be a JSON object: {text}")
 
 
 def _read_object(document: Mapping[str, Any], message: Message, where: str) -> None:
@@ -198,6 +199,8 @@ def _read_object(document: Mapping[str, Any], message: Message, where: str) -> N
             _read_one(value, message, field, place)
         elif field.message_type is not None and field.message_type.GetOptions().map_entry:
             _read_map(value, message, field, place)
+        elif isinstance(value, bytes):
+            _read_numbers(value, message, field, place)
         elif isinstance(value, list):
             _read_list(value, message, field, place)
         else:
@@ -220,26 +223,28 @@ def _read_list(values: list[Any], message: Message, field: FieldDescriptor, wher
             raise InvalidInput(f"{where} must have at most {_MAX_MESSAGES} entries; got {len(values)}")
         for index, value in enumerate(values):
             _read_message(value, target.add(), f"{where}[{index}]")
-    elif {*map(type, values)} <= _PLAIN.get(field.type, frozenset()):
-        _extend(target, values, field, where)
     else:
-        target.extend([_scalar(value, field, f"{where}[{index}]") for index, value in enumerate(values)])
+        for start in range(0, len(values), _PART):
+            part = enumerate(values[start : start + _PART], start)
+            target.extend([_scalar(value, field, f"{where}[{index}]") for index, value in part])
 
 
-def _extend(target: Any, values: list[Any], field: FieldDescriptor, where: str) -> None:
-    """Add values that have the right type to a list."""
-    try:
-        if field.type in _FLOATS and not all(map(math.isfinite, values)):
-            raise OverflowError
-        target.extend(values)
-    except OverflowError:
-        raise InvalidInput(
-            f"{where} must have numbers that a double can represent; got a larger one"
-        ) from None
-    except (UnicodeEncodeError, ValueError):
-        raise InvalidInput(
-            f"{where} must have texts that UTF-8 can represent; got half a surrogate pair"
-        ) from None
+def _read_numbers(doubles: bytes, message: Message, field: FieldDescriptor, where: str) -> None:
+    """Add a long list of numbers, which are finite."""
+    if field.type == FieldDescriptor.TYPE_DOUBLE:
+        # as protobuf writes them: a list is then one piece of memory, not an object for each number
+        key = bytes([field.number << 3 | _LENGTH_DELIMITED])
+        message.MergeFromString(key + _varint(len(doubles)) + doubles)
+    else:
+        _read_list(np.frombuffer(doubles).tolist(), message, field, where)
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes((*found, number))
 
 
 def _read_map(value: Any, message: Message, field: FieldDescriptor, where: str) -> None:
@@ -312,17 +317,17 @@ def _bool(value: Any, _field: FieldDescriptor, where: str) -> bool:
 def _string(value: Any, _field: FieldDescriptor, where: str) -> str:
     if not isinstance(value, str):
         raise _wrong(where, "a string", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _wrong(where, "text that UTF-8 can represent", value) from None
     return value
 
 
 def _bytes(value: Any, _field: FieldDescriptor, where: str) -> bytes:
     try:
-        text = value.encode("ascii").translate(_URL_SAFE)
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+        text = value.encode("ascii")
+        text += b"=" * (-len(text) % 4)
+        if b"=" in text[:-2]:
+            raise binascii.Error
+        parts = (text[start : start + _TEXT_PART] for start in range(0, len(text), _TEXT_PART))
+        return b"".join([base64.b64decode(part.translate(_URL_SAFE), validate=True) for part in parts])
     except (AttributeError, UnicodeEncodeError, binascii.Error):
         raise _wrong(where, "bytes in base64", value) from None
 
@@ -349,21 +354,24 @@ _READERS: Mapping[int, Callable[[Any, FieldDescriptor, str], Any]] = {
 }
 
 
-def _to_json(value: Any, field: FieldDescriptor) -> Any:
+def _to_json(value: Any, field: FieldDescriptor, has_arrays: bool) -> Any:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         of = field.message_type.fields_by_name["value"]
         return {str(key): _one_to_json(item, of) for key, item in value.items()}
     if not field.is_repeated:
-        return _one_to_json(value, field)
-    if field.type == FieldDescriptor.TYPE_DOUBLE and all(map(math.isfinite, value)):
-        return list(value)
-    return [_one_to_json(item, field) for item in value]
+        return _one_to_json(value, field, has_arrays)
+    if field.type == FieldDescriptor.TYPE_DOUBLE:
+        if has_arrays and len(value) > _MANY_NUMBERS:
+            return np.array(value, np.float64)
+        if all(map(math.isfinite, value)):
+            return list(value)
+    return [_one_to_json(item, field, has_arrays) for item in value]
 
 
-def _one_to_json(value: Any, field: FieldDescriptor) -> Any:
+def _one_to_json(value: Any, field: FieldDescriptor, has_arrays: bool = False) -> Any:
     if field.message_type is not None:
         is_known = field.message_type.full_name in _WELL_KNOWN
-        return value.ToJsonString() if is_known else to_object(value)
+        return value.ToJsonString() if is_known else to_object(value, has_arrays=has_arrays)
     if field.enum_type is not None:
         found = field.enum_type.values_by_number.get(value)
         return value if found is None else found.name
@@ -404,10 +412,9 @@ def _wrong(where: str, rule: str, value: object) -> InvalidInput:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    # JSON may escape half a surrogate pair, which UTF-8 cannot represent
-    return shorten(_text(value).encode(errors="backslashreplace").decode(), _MAX_SHOWN)
+    if isinstance(value, list | dict | bytes):
+        return "an object" if isinstance(value, dict) else "a list"
+    return shorten(_text(value[:_MAX_SHOWN] if isinstance(value, str) else value), _MAX_SHOWN)
 
 
 #: Return a JSON document as text. `json.dumps` would make an encoder for each value.
