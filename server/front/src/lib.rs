@@ -48,6 +48,7 @@ mod limits {
     pub mod read_quota;
     pub mod refusals;
     pub mod settings;
+    pub mod write_through;
 }
 
 /// Steps: converts messages to columns, and the answers to messages.
@@ -94,7 +95,7 @@ mod web {
 /// Connections.
 mod wire {
     mod acceptor;
-    mod seldom;
+    mod on_wake;
     pub mod server;
     pub mod tls;
 }

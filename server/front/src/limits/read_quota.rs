@@ -3,6 +3,7 @@
 //! h2 reads a connection while it has data. A client with many small frames would occupy the front's thread, and frames
 //! outside calls (pings, settings) would have no limit.
 
+use crate::limits::write_through::write_through;
 use fields::Fields;
 use std::future::Future;
 use std::io;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::task::{ready, Context, Poll};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 
 mod fields;
 mod gate;
@@ -242,31 +243,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for QuotaSocket<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for QuotaSocket<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
-    }
-}
+write_through!(QuotaSocket);
 
 /// Counts frames outside calls: pings, settings, priorities, empty data, and unknown types.
 struct Control {

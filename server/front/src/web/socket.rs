@@ -3,6 +3,7 @@
 use crate::limits::bounds::Bounds;
 use crate::limits::read_quota::ReadQuota;
 use crate::limits::refusals::Refusal;
+use crate::limits::write_through::write_through;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -11,19 +12,19 @@ use std::task::{ready, Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{sleep, Sleep};
 
-/// A socket, and bytes that were read from it to see the version of HTTP. They are read again first.
-pub struct Begun<S> {
+/// A socket, and the first bytes of it, which were read to see the version of HTTP. They are read again.
+pub struct Rewind<S> {
     socket: S,
     first: Vec<u8>,
 }
 
-impl<S> Begun<S> {
+impl<S> Rewind<S> {
     pub fn new(socket: S, first: Vec<u8>) -> Self {
-        Begun { socket, first }
+        Rewind { socket, first }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Begun<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for Rewind<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -39,31 +40,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Begun<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.socket.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
-    }
-}
+write_through!(Rewind);
 
 /// A socket with the limits of its connection.
 pub struct Socket<S> {

@@ -11,9 +11,9 @@ use crate::limits::read_quota::{Gate, QuotaSocket, ReadQuota, Received};
 use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
 use crate::web;
-use crate::web::socket::{Begun, Socket};
+use crate::web::socket::{Rewind, Socket};
 use crate::wire::acceptor::{Acceptor, Entry};
-use crate::wire::seldom::Seldom;
+use crate::wire::on_wake::OnWake;
 use crate::wire::tls;
 use bytes::Bytes;
 use std::future::Future;
@@ -363,10 +363,10 @@ async fn http<S>(
         }
     };
     if is_http2 {
-        let socket = QuotaSocket::new(Begun::new(socket, first), quota.clone());
+        let socket = QuotaSocket::new(Rewind::new(socket, first), quota.clone());
         return connection(socket, Protocol::Http, quota, peer, service, stage).await;
     }
-    let socket = Socket::new(Begun::new(socket, first), quota.clone(), service.bounds.clone());
+    let socket = Socket::new(Rewind::new(socket, first), quota.clone(), service.bounds.clone());
     let draining = reached(&mut draining, Stage::Draining);
     web::http1::connection(socket, quota, &peer, service, draining, reached(&mut closed, Stage::Closed))
         .await;
@@ -414,14 +414,14 @@ async fn connection<S>(
             None => std::future::pending().await,
         }
     };
-    let mut alive = std::pin::pin!(Seldom::new(alive));
+    let mut alive = std::pin::pin!(OnWake::new(alive));
     let mut life = Lifetime::new(limits.age, limits.age_grace);
     let mut is_draining = false;
     let mut closed = stage.clone();
     loop {
         let event = {
             let event = next_event(&peer, &mut closed, &mut stage, &mut life, is_draining);
-            let mut event = std::pin::pin!(Seldom::new(event));
+            let mut event = std::pin::pin!(OnWake::new(event));
             loop {
                 let next = std::future::poll_fn(|cx| {
                     if let Poll::Ready(event) = event.as_mut().poll(cx) {

@@ -1,4 +1,4 @@
-//! A future that is seldom ready, polled in a task that others wake for each message.
+//! A future that is rarely ready, in a task that others wake for each message.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
 /// Polls its future only after the future was woken. Otherwise a poll costs one read of a flag.
-pub struct Seldom<F> {
+pub struct OnWake<F> {
     future: Pin<Box<F>>,
     woken: Arc<Woken>,
     /// Wakes `woken`.
@@ -20,14 +20,14 @@ struct Woken {
     task: Mutex<Option<Waker>>,
 }
 
-impl<F: Future> Seldom<F> {
+impl<F: Future> OnWake<F> {
     pub fn new(future: F) -> Self {
         let woken = Arc::new(Woken { is_woken: AtomicBool::new(true), task: Mutex::default() });
-        Seldom { future: Box::pin(future), waker: Waker::from(woken.clone()), woken }
+        OnWake { future: Box::pin(future), waker: Waker::from(woken.clone()), woken }
     }
 }
 
-impl<F: Future> Future for Seldom<F> {
+impl<F: Future> Future for OnWake<F> {
     type Output = F::Output;
 
     /// Every poll must be of the same task.
@@ -38,7 +38,7 @@ impl<F: Future> Future for Seldom<F> {
         *self.woken.task() = Some(cx.waker().clone());
         // from now on, a wake-up asks for one more poll
         self.woken.is_woken.store(false, Ordering::SeqCst);
-        let Seldom { future, waker, .. } = &mut *self;
+        let OnWake { future, waker, .. } = &mut *self;
         future.as_mut().poll(&mut Context::from_waker(waker))
     }
 }
@@ -77,14 +77,14 @@ mod tests {
             polls.fetch_add(1, Ordering::Relaxed);
             notified.as_mut().poll(cx)
         });
-        let mut seldom = std::pin::pin!(Seldom::new(inner));
+        let mut future = std::pin::pin!(OnWake::new(inner));
         for _ in 0..5 {
-            let is_ready = poll_fn(|cx| Poll::Ready(seldom.as_mut().poll(cx).is_ready())).await;
+            let is_ready = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_ready())).await;
             assert!(!is_ready);
         }
         assert_eq!(polls.load(Ordering::Relaxed), 1, "nobody woke it");
         notify.notify_one();
-        seldom.await;
+        future.await;
         assert_eq!(polls.load(Ordering::Relaxed), 2);
     }
 
@@ -93,7 +93,7 @@ mod tests {
         let notify = Arc::new(Notify::new());
         let other = notify.clone();
         let thread = std::thread::spawn(move || other.notify_one());
-        Seldom::new(notify.notified()).await;
+        OnWake::new(notify.notified()).await;
         thread.join().unwrap();
     }
 }
