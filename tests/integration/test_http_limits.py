@@ -164,6 +164,49 @@ def test_two_lengths_are_no_request(attacked: AttackedServer) -> None:
         assert rest_of(connected).startswith(b"HTTP/1.1 400 ")
 
 
+def test_a_body_that_is_not_in_chunks_is_refused(attacked: AttackedServer) -> None:
+    before = attacked.refused("protocol")
+    with peer(attacked) as connected:
+        begin = f"POST /v1/sessions HTTP/1.1\r\n{HEAD}Transfer-Encoding: chunked\r\n\r\n"
+        connected.sendall(begin.encode() + b"size\r\n{}\r\n")
+        status, document = answer_of(rest_of(connected))
+    assert (status, document["details"][0]["reason"]) == (400, "INVALID_INPUT")
+    assert document["message"].startswith("the body must come in chunks")
+    assert attacked.refused("protocol") == before + 1
+
+
+@pytest.mark.parametrize("is_length_first", [True, False])
+def test_a_length_beside_chunks_hides_no_request(attacked: AttackedServer, is_length_first: bool) -> None:
+    """A proxy that believes the length takes what follows the chunks for a part of the body."""
+    lengths = ["Content-Length: 100", "Transfer-Encoding: chunked"]
+    shown = "\r\n".join(lengths if is_length_first else reversed(lengths))
+    with peer(attacked) as connected:
+        begin = f"POST /v1/sessions HTTP/1.1\r\n{HEAD}{shown}\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n"
+        connected.sendall(begin.encode() + GET)
+        found = rest_of(connected)
+    assert found.count(b"HTTP/1.1 ") == 1
+    assert answer_of(found)[1]["message"].startswith(
+        "a request must have one of" if is_length_first else "model "
+    )
+
+
+@pytest.mark.parametrize("count", [101, 400])
+def test_many_headers_are_refused_by_their_bytes(attacked: AttackedServer, count: int) -> None:
+    with peer(attacked) as connected:
+        more = "".join(f"x-{number}: {'y' * 9}\r\n" for number in range(count))
+        connected.sendall(GET[:-2] + more.encode() + b"Connection: close\r\n\r\n")
+        status, document = answer_of(rest_of(connected))
+    assert status == (200 if count == 101 else 431), document
+
+
+@pytest.mark.parametrize("host", ["", "Host:\r\n"])
+def test_a_request_names_its_host(attacked: AttackedServer, host: str) -> None:
+    with peer(attacked) as connected:
+        connected.sendall(f"GET /v1/models HTTP/1.1\r\n{host}Connection: close\r\n\r\n".encode())
+        status, document = answer_of(rest_of(connected))
+    assert (status, document["message"]) == (400, "the Host of a request must be given once; got none")
+
+
 def test_new_connections_find_room_while_others_do_nothing(attacked: AttackedServer) -> None:
     before = attacked.refused("evicted")
     with contextlib.ExitStack() as stack:

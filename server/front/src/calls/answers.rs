@@ -44,6 +44,8 @@ pub struct Door {
     pub overloaded: HttpAnswer,
     pub headers_too_large: HttpAnswer,
     pub body_too_large: HttpAnswer,
+    pub malformed: HttpAnswer,
+    pub two_lengths: HttpAnswer,
     pub slow: HttpAnswer,
     pub bad_timeout: HttpAnswer,
     pub late: HttpAnswer,
@@ -67,6 +69,8 @@ impl Door {
             overloaded: take("overloaded")?,
             headers_too_large: take("headers_too_large")?,
             body_too_large: take("body_too_large")?,
+            malformed: take("malformed")?,
+            two_lengths: take("two_lengths")?,
             slow: take("slow")?,
             bad_timeout: take("bad_timeout")?,
             late: take("late")?,
@@ -76,13 +80,21 @@ impl Door {
 
     #[cfg(test)]
     pub fn for_test() -> Self {
-        let names =
-            ["overloaded", "headers_too_large", "body_too_large", "slow", "bad_timeout", "late", "failed"];
-        let statuses = [429, 431, 413, 408, 400, 504, 500];
+        let answers = [
+            ("overloaded", 429),
+            ("headers_too_large", 431),
+            ("body_too_large", 413),
+            ("malformed", 400),
+            ("two_lengths", 400),
+            ("slow", 408),
+            ("bad_timeout", 400),
+            ("late", 504),
+            ("failed", 500),
+        ];
         let given = |(name, status): (&str, u16)| {
             (name.to_owned(), (status, Vec::new(), Bytes::from(name.to_owned())))
         };
-        Door::read(0, 100, names.into_iter().zip(statuses).map(given).collect())
+        Door::read(0, 100, answers.into_iter().map(given).collect())
             .unwrap_or_else(|missing| unreachable!("{missing}"))
     }
 }

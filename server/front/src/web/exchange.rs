@@ -15,7 +15,7 @@ use crate::messages::grpc;
 use crate::steps::call::Call;
 use crate::steps::columns::{Arrival, Arrivals};
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_TYPE, HOST};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::Response;
 use std::future::{poll_fn, Future};
@@ -30,10 +30,18 @@ const REQUEST_BYTES: usize = 8 << 10;
 
 /// The body of a request.
 pub trait Body {
-    /// Returns the next data; None at the end. Err: the client has gone, or the body is malformed.
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>>;
+    /// Returns the next data; None at the end.
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>>;
     /// The size that the client has announced.
     fn announced(&self) -> Option<u64>;
+}
+
+/// Why a body cannot be read.
+pub enum BodyError {
+    /// The client has gone.
+    Gone,
+    /// It breaks the rules of HTTP.
+    Malformed,
 }
 
 /// A request or an answer that cannot be completed.
@@ -109,6 +117,10 @@ impl Exchange {
         if header_bytes > bounds.limits.header_bytes {
             bounds.counts.refuse(Refusal::Headers);
             return Err(refused(&door.headers_too_large));
+        }
+        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
+            bounds.counts.refuse(Refusal::Protocol);
+            return Err(refused(&door.two_lengths));
         }
         let caller = Caller::of_call(headers, peer.certificate(), service.callers.as_ref());
         let is_admitted = caller.is_known(service.callers.as_ref());
@@ -221,7 +233,13 @@ impl Exchange {
                 }
             });
             let Some(data) = data.await? else { return Ok(found.freeze()) };
-            let data = data.map_err(|Broken| Early::Gone)?;
+            let data = data.map_err(|error| match error {
+                BodyError::Gone => Early::Gone,
+                BodyError::Malformed => {
+                    self.service.bounds.counts.refuse(Refusal::Protocol);
+                    refused(&door.malformed)
+                }
+            })?;
             coming.came(data.len());
             if found.len() + data.len() > door.body_bytes {
                 return Err(refused(&door.body_too_large));

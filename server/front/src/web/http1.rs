@@ -5,14 +5,17 @@ use crate::limits::lifetime::{Age, Lifetime};
 use crate::limits::peer::Peer;
 use crate::limits::read_quota::ReadQuota;
 use crate::limits::refusals::Refusal;
-use crate::web::exchange::{answer, Body, Broken, Replies};
+use crate::web::exchange::{answer, Body, BodyError, Broken, Replies};
 use crate::web::socket::Socket;
 use bytes::Bytes;
+use http::header::{HeaderValue, CONNECTION, TRANSFER_ENCODING};
 use hyper::body::{Body as HyperBody, Frame, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use std::error::Error;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -22,12 +25,14 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// Limit of the bytes that hyper buffers of a connection. It answers larger headers with HTTP 431, and closes the
 /// connection.
 pub const BUFFER_BYTES: usize = 64 << 10;
+/// Limit of a request's headers. hyper answers more with HTTP 431, too. With fewer, their bytes decide.
+const MAX_HEADERS: usize = 512;
 
 /// A body. hyper has no unread data of it once a part was taken.
 struct Received<'a>(Incoming, &'a ReadQuota);
 
 impl Body for Received<'_> {
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
         loop {
             let frame = std::task::ready!(Pin::new(&mut self.0).poll_frame(cx));
             match frame.map(|frame| frame.map(Frame::into_data)) {
@@ -36,7 +41,7 @@ impl Body for Received<'_> {
                     return Poll::Ready(Some(Ok(data)));
                 }
                 Some(Ok(Err(_))) => {} // trailers
-                Some(Err(_)) => return Poll::Ready(Some(Err(Broken))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(reason(&error)))),
                 None => return Poll::Ready(None),
             }
         }
@@ -44,6 +49,14 @@ impl Body for Received<'_> {
 
     fn announced(&self) -> Option<u64> {
         self.0.size_hint().exact()
+    }
+}
+
+fn reason(error: &hyper::Error) -> BodyError {
+    let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    match source.map(io::Error::kind) {
+        Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => BodyError::Malformed,
+        _ => BodyError::Gone,
     }
 }
 
@@ -78,8 +91,13 @@ pub async fn connection<S>(
         has_begun.store(true, Ordering::Relaxed);
         async move {
             let (head, body) = request.into_parts();
-            let (head, replies) =
+            let is_chunked = head.headers.contains_key(TRANSFER_ENCODING);
+            let (mut head, replies) =
                 answer(&head, &mut Received(body, quota), peer, service).await.ok_or(Broken)?;
+            if is_chunked {
+                // a proxy may have seen another end of this request: what follows could be a request of its own to us
+                head.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
             Ok::<_, Broken>(head.map(|()| replies))
         }
     });
@@ -88,6 +106,7 @@ pub async fn connection<S>(
     builder
         .timer(TokioTimer::new())
         .header_read_timeout(limits.keepalive + limits.keepalive_timeout)
+        .max_headers(MAX_HEADERS)
         .max_buf_size(BUFFER_BYTES);
     let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(socket), serve));
     let (mut draining, mut closed) = (std::pin::pin!(draining), std::pin::pin!(closed));
@@ -254,12 +273,19 @@ mod tests {
         let announced = format!("{post}content-length: 101\r\n\r\n");
         let chunked =
             format!("{post}transfer-encoding: chunked\r\n\r\n65\r\n{}\r\n0\r\n\r\n", "x".repeat(101));
+        let not_chunked = format!("{post}transfer-encoding: chunked\r\n\r\nsize\r\n");
+        let two_lengths = format!("{post}content-length: 9\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n");
+        let many =
+            format!("GET / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n{}\r\n", "x:y\r\n".repeat(500));
         let unread = format!("{post}grpc-timeout: soon\r\n\r\n");
         let late = format!("{post}grpc-timeout: 50m\r\n\r\n");
         let cases = [
             (large, "431 ", "headers_too_large"),
             (announced, "413 ", "body_too_large"),
             (chunked, "413 ", "body_too_large"),
+            (not_chunked, "400 ", "malformed"),
+            (two_lengths, "400 ", "two_lengths"),
+            (many, "431 ", "headers_too_large"),
             (unread, "400 ", "bad_timeout"),
             (late, "504 ", "late"),
         ];
@@ -341,6 +367,19 @@ mod tests {
         client.serving.await.unwrap();
         assert_eq!(refusals(&client.service, "unread_replies"), 1);
         assert_eq!(client.service.unwritten.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_in_chunks_is_the_last_of_its_connection() {
+        let mut client = client(1 << 16);
+        let lengths = "transfer-encoding: chunked\r\ncontent-length: 99";
+        client.send(format!("POST / HTTP/1.1\r\nhost: here\r\n{lengths}\r\n\r\n0\r\n\r\n").as_bytes()).await;
+        client.send(GET).await;
+        let (call, body) = client.call().await;
+        assert!(body.is_empty());
+        answered(&call, b"{}");
+        let (found, _) = client.rest().await;
+        assert_eq!((found.matches("HTTP/1.1 200").count(), found.contains("connection: close")), (1, true));
     }
 
     #[tokio::test(start_paused = true)]

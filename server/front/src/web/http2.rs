@@ -3,7 +3,7 @@
 use crate::calls::service::Service;
 use crate::limits::peer::Peer;
 use crate::limits::refusals::Refusal;
-use crate::web::exchange::{answer, Body, Broken, Replies};
+use crate::web::exchange::{answer, Body, BodyError, Broken, Replies};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
@@ -22,10 +22,10 @@ struct Received {
 }
 
 impl Body for Received {
-    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, BodyError>>> {
         self.stream.poll_data(cx).map(|data| {
             data.map(|data| {
-                let data = data.map_err(|_| Broken)?;
+                let data = data.map_err(|_| BodyError::Gone)?; // h2 itself resets a malformed stream
                 let _ = self.stream.flow_control().release_capacity(data.len());
                 self.peer.quota.read(data.len());
                 Ok(data)

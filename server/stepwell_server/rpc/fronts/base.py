@@ -255,8 +255,9 @@ class HttpDoor(Protocol):
     def refusals(self, limits: FrontLimits, overloaded: Status) -> Mapping[str, HttpAnswer]:
         """Return the answers to requests that the front refuses itself, `overloaded` with that status.
 
-        They are `overloaded`, `headers_too_large`, `body_too_large`, `slow` (the body takes too long), `bad_timeout`
-        (the header `grpc-timeout` cannot be read), `late` (the deadline has passed) and `failed` (the server has a defect).
+        They are `overloaded`, `headers_too_large`, `body_too_large`, `malformed` (the body breaks the rules of HTTP),
+        `two_lengths` (the body has two), `slow` (it takes too long), `bad_timeout` (the header `grpc-timeout` cannot be
+        read), `late` (the deadline has passed) and `failed` (the server has a defect).
         """
 
     def judge(self, call: HttpCall) -> HttpAnswer | None:

@@ -121,6 +121,14 @@ class Door:
                 RequestTooLarge(f"the body must have at most {self.max_body_bytes} bytes; got more"),
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             ),
+            "malformed": of_error(
+                InvalidInput(
+                    "the body must come in chunks with their sizes, as HTTP/1.1 writes them; got other bytes"
+                )
+            ),
+            "two_lengths": of_error(
+                InvalidInput("a request must have one of Content-Length and Transfer-Encoding; got both")
+            ),
             "slow": of_error(
                 DeadlineExceeded(
                     f"the body must come without a pause of more than {limits.receive_s:g} s, and at"
@@ -177,8 +185,9 @@ class Door:
         headers = {key: text for key, value in call.metadata.items() if (text := _text(value)) is not None}
         http_method, (path, _, query) = headers[":method"], headers.get(":path", "").partition("?")
         authority = headers.get(":authority", "")
-        if call.metadata_keys.count(":authority") > 1:
-            raise _refused(InvalidInput("the Host of a request must be given once; got several"))
+        if not authority or call.metadata_keys.count(":authority") > 1:
+            got = "several" if authority else "none"
+            raise _refused(InvalidInput(f"the Host of a request must be given once; got {got}"))
         if http_method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers:
             self._answer_preflight(headers["origin"])
         try:
