@@ -109,7 +109,7 @@ BAD: dict[str, tuple[str, str, object, int, int, str]] = {
         {"model": "nope"},
         404,
         5,
-        "model must be one of ['seq']; got 'nope'",
+        "'seq']; got 'nope'",
     ),
     "a wrong shape": (
         "POST",
@@ -177,6 +177,27 @@ def test_a_body_that_is_no_message_is_refused(door: JsonClient, name: str) -> No
     )
     assert (status, headers.get_content_type()) == (400, "application/json")
     assert json.loads(answer)["code"] == 3
+
+
+def test_a_call_without_a_body_has_an_empty_message(door: JsonClient) -> None:
+    path = path_of("without a body")
+    door.json("POST", path, {"model": "seq"})
+    for headers in ({}, {"content-type": "application/json"}):
+        assert door.http("POST", f"{path}:reset", headers=headers)[0] == 200
+    status, answer, _ = door.http("POST", f"{path}:step")
+    assert (status, json.loads(answer)["code"]) == (400, 3), "inputs are missing"
+    status, answer, _ = door.http("POST", "/v1/sessions/nobody:reset")
+    assert (status, json.loads(answer)["code"]) == (404, 5)
+    assert door.json("GET", path)[1]["session"]["revision"] == "2"
+
+
+def test_a_page_of_another_origin_may_not_call_without_a_body(door: JsonClient) -> None:
+    """A browser sends such a request without asking first."""
+    path = path_of("not without a body")
+    door.json("POST", path, {"model": "seq"})
+    status, _, _ = door.http("POST", f"{path}:reset", headers={"origin": "https://evil.example"})
+    assert status == 403
+    assert door.json("GET", path)[1]["session"].get("revision", "0") == "0"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ class _Target(NamedTuple):
     match: Match
     query: str
     method: Method
+    headers: Mapping[str, str]
 
 
 class Door:
@@ -210,9 +211,9 @@ class Door:
             raise _refused(problem, HTTPStatus.METHOD_NOT_ALLOWED, (("allow", allowed),)) from None
         except BadPath as error:
             raise _refused(InvalidInput(str(error))) from None
-        if match.route.has_body:
+        if match.route.has_body and "content-type" in headers:
             _require_json(headers)
-        return _Target(match, query, self._methods[match.route.path])
+        return _Target(match, query, self._methods[match.route.path], headers)
 
     def _openapi(self) -> bytes:
         if self._document is None:
@@ -235,6 +236,8 @@ class Door:
         route, method = target.match.route, target.method
         request_type, reply_type = self._types[route.path]
         body, call.request = call.request, b""
+        if route.has_body and body:
+            _require_json(target.headers)
 
         as_json = self._conversion.as_json
         raw, refusal = b"", None
@@ -331,7 +334,8 @@ def _request(message: Message, body: bytes, target: _Target, codec: JsonCodec) -
     """
     route = target.match.route
     if route.has_body:
-        json_form.read_body(body, message, codec)
+        if body:  # without one, it is an empty message
+            json_form.read_body(body, message, codec)
     elif body:
         raise InvalidInput(f"the body must be empty for {_named(route)}; got {len(body)} bytes")
     json_form.read_query(target.query, message)
@@ -342,6 +346,8 @@ def _request(message: Message, body: bytes, target: _Target, codec: JsonCodec) -
 
 def _require_json(headers: Mapping[str, str]) -> None:
     """Check the type of a body. A page of another origin cannot send this type without asking first.
+
+    A request without a type and without a body is served: browsers send Origin with it, which `OriginRules` checks.
 
     Raises:
         _Refused: it is not JSON, or compressed.
