@@ -1,4 +1,4 @@
-"""Malformed messages and connections against real servers: `make fuzz ARGS="--messages 50000 --seed 7 --front native"`.
+"""Malformed messages, connections and requests of HTTP against real servers: `make fuzz ARGS="--messages 50000 --seed 7"`.
 
 Each front has a server of its own, with sessions that were stepped before and that no message names. What the fuzzer
 sends is drawn from the seed. It finds: a server that ends, an error that the log calls a defect, a call that has no end,
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
@@ -32,7 +32,7 @@ from click.testing import CliRunner
 from stepwell.cli import main as stepwell
 from stepwell.v1 import models_pb2
 from stepwell.v1 import sessions_pb2 as pb
-from support.peers import malformed_http2, malformed_messages
+from support.peers import malformed_http, malformed_http2, malformed_messages
 from support.peers.http2 import Gone
 from support.peers.malformed_messages import Valid
 from support.peers.pipelined import Pipeline
@@ -70,12 +70,16 @@ class Found:
     messages: int = 0
     calls: int = 0
     connections: int = 0
+    requests: int = 0
+    """Connections to the port of JSON."""
     message_s: float = 0.0
     connection_s: float = 0.0
     ended: Counter[str] = dataclasses.field(default_factory=Counter)
     """Calls by their status."""
     closed: Counter[str] = dataclasses.field(default_factory=Counter)
     """Connections by who closed them."""
+    answered: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Answers of HTTP/1.1 by their status: at least one of each connection that has some."""
     crashes: list[str] = dataclasses.field(default_factory=list)
     """The server's process has ended, or its log tells of a defect, or a call has no end."""
     changed: set[str] = dataclasses.field(default_factory=set)
@@ -97,6 +101,7 @@ class Found:
         yield f"  memory: {self.resident_before >> 20} MiB before, {self.resident_after >> 20} MiB after"
         yield f"  calls ended: {_counted(self.ended)}"
         yield f"  connections ended: {_counted(self.closed)}"
+        yield f"  {self.requests:,} connections with JSON, answered: {_counted(self.answered)}"
         yield from (f"  CRASH {crash}" for crash in self.crashes[:20])
         yield from (f"  CHANGED {name}" for name in sorted(self.changed))
 
@@ -149,14 +154,16 @@ class Fuzz:
         options = ["--front", front, "--log-level", "warning", "--max-message-bytes", "1MiB"]
         if tokens is not None:
             options += ["--auth-tokens", str(tokens.file)]
+        if front == "native":
+            options += ["--http-listen", "127.0.0.1:0"]
         self._server = served.local_server(MODEL, extra_args=options, env=environment)
         self._recent: deque[object] = deque(maxlen=KEPT)
         self._before: dict[str, State] = {}
         self._logged = 0
         self._known: Sequence[Valid] = ()
 
-    def run(self, messages: int, connections: int) -> Found:
-        """Send so much of each, or as much as there is time for."""
+    def run(self, messages: int, connections: int, requests: int = 0) -> Found:
+        """Send so much of each, or as much as there is time for. `requests`: connections to the port of JSON, if there is one."""
         with self._server:
             self._prepare()
             # what is made once is made before memory is looked at
@@ -170,8 +177,13 @@ class Fuzz:
             self._send_messages(messages, random.Random(f"{self._seed} messages"))
             found.message_s = time.monotonic() - began
             began = time.monotonic()
-            self._send_connections(connections, random.Random(f"{self._seed} connections"))
+            rng = random.Random(f"{self._seed} connections")
+            found.connections += self._send_connections(
+                connections, lambda: malformed_http2.connection(self._call(rng), rng)
+            )
             found.connection_s = time.monotonic() - began
+            if self._server.http_address is not None:
+                found.requests += self._send_requests(requests, random.Random(f"{self._seed} requests"))
             self._tidy()
             found.resident_after = self._resident()
             self._look("at the end")
@@ -295,24 +307,38 @@ class Fuzz:
 
     # --- connections ---
 
-    def _send_connections(self, count: int, rng: random.Random) -> None:
-        peers = Peers(self._server.address, self.found.closed)
-        due = 0
-        for number in range(count):
-            if time.monotonic() >= self._until:
-                break
+    def _send_requests(self, count: int, rng: random.Random) -> int:
+        """Make connections to the port of JSON. Returns their number."""
+        known = malformed_http.valid(self._known)
+        tokens = () if self._tokens is None else (self._tokens.fuzzer,)
+        return self._send_connections(
+            count, lambda: malformed_http.connection(known, rng, tokens), over_http=True
+        )
+
+    def _send_connections(self, count: int, draw: Callable[[], bytes], *, over_http: bool = False) -> int:
+        """Make connections, each with bytes that are drawn. Returns their number."""
+        due = number = 0
+        peers: Peers | None = None
+        while number < count and time.monotonic() < self._until:
             if number >= due:
                 due += LOOK_EVERY // 10
                 self._look("between connections")
-            raw = malformed_http2.connection(self._call(rng), rng)
+                self._tidy()
+            raw = draw()
             self._recent.append(raw)
+            # a server that was started again has another port for JSON
+            address = (self._server.http_address or "") if over_http else self._server.address
+            if peers is None or peers.address != address:
+                peers = Peers(address, self.found.closed, self.found.answered)
             try:
                 peers.add(raw, number)
             except OSError as error:
                 self._crashed(f"no connection is taken: {error!r}")
-            self.found.connections += 1
-        peers.finish()
+            number += 1
+        if peers is not None:
+            peers.finish()
         self._look("after the connections")
+        return number
 
     # --- looking ---
 
@@ -387,10 +413,12 @@ class Fuzz:
 class Peers:
     """Connections at the same time, each of which writes its bytes and waits for the server to close it."""
 
-    def __init__(self, address: str, closed: Counter[str]) -> None:
+    def __init__(self, address: str, closed: Counter[str], answered: Counter[str]) -> None:
+        self.address = address
         host, _, port = address.rpartition(":")
         self._address = (host, int(port))
         self._closed = closed
+        self._answered = answered
         self._selector = selectors.DefaultSelector()
         self._left: dict[socket.socket, tuple[bytes, float]] = {}
 
@@ -428,8 +456,8 @@ class Peers:
             peer = key.fileobj
             assert isinstance(peer, socket.socket)
             try:
-                if events & selectors.EVENT_READ and not peer.recv(1 << 16):
-                    self._close(peer, "by the server")
+                if events & selectors.EVENT_READ:
+                    self._read(peer)
                 elif events & selectors.EVENT_WRITE:
                     self._write(peer)
             except BlockingIOError:
@@ -439,6 +467,13 @@ class Peers:
         now = time.monotonic()
         for peer in [peer for peer, (_, until) in self._left.items() if until < now]:
             self._close(peer, "by the peer")
+
+    def _read(self, peer: socket.socket) -> None:
+        came = peer.recv(1 << 16)
+        if not came:
+            self._close(peer, "by the server")
+        elif came.startswith(b"HTTP/1.1 "):
+            self._answered[came[9:12].decode("latin-1")] += 1
 
     def _write(self, peer: socket.socket) -> None:
         raw, until = self._left[peer]
@@ -460,6 +495,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--messages", type=int, default=1_000_000, help="of all fronts together")
     parser.add_argument("--connections", type=int, default=100_000, help="of all fronts together")
+    parser.add_argument("--requests", type=int, default=100_000, help="connections to the ports of JSON")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
     parser.add_argument("--front", choices=("both", *FRONTS), default="both")
     parser.add_argument("--minutes", type=float, default=60.0, help="at most; each front has its share")
@@ -476,7 +512,10 @@ def main(arguments: Sequence[str]) -> int:
         for front, known in runs:
             until = time.monotonic() + 60 * options.minutes / len(runs)
             fuzz = Fuzz(front, options.seed, options.keep, tokens=known, until=until)
-            found = fuzz.run(options.messages // len(runs), options.connections // len(runs))
+            requests = (
+                options.requests // sum(name == "native" for name, _ in runs) if front == "native" else 0
+            )
+            found = fuzz.run(options.messages // len(runs), options.connections // len(runs), requests)
             print(*found.lines(), sep="\n", flush=True)
             is_good &= found.is_good
     return 0 if is_good else 1

@@ -5,6 +5,7 @@ And the fuzzer itself: what it is there to find, it finds.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 from fault.fuzz import FUZZED, Fuzz, Tokens
 from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell_server.rpc.http.routes import Routes
 from stepwell_server.rpc.triton.inference import service_pb2
-from support.peers import malformed_messages
+from support.peers import malformed_http, malformed_http2, malformed_messages
+from support.rpc.http_client import SERVICES
 from support.servers.both_fronts import needs_native
 
-MESSAGES, CONNECTIONS = 1000, 100
+MESSAGES, CONNECTIONS, REQUESTS = 1000, 100, 400
 #: What is planted into a server: its folder is where Python looks for modules first.
 PLANTED = """
 import os
@@ -51,13 +54,18 @@ def test_nothing_malformed_breaks_a_server_or_changes_a_session(
     front: str, asks: bool, tmp_path: Path
 ) -> None:
     tokens = Tokens.make(tmp_path) if asks else None
-    found = Fuzz(front, 5, tmp_path, tokens=tokens).run(MESSAGES, CONNECTIONS)
+    found = Fuzz(front, 5, tmp_path, tokens=tokens).run(MESSAGES, CONNECTIONS, REQUESTS)
     assert (found.crashes, found.changed) == ([], set())
     assert found.messages >= MESSAGES
     assert found.ended["0"], "some are served all the same"
     assert sum(found.ended.values()) == found.calls, "each call has had an end"
     assert found.connections == CONNECTIONS
     assert bool(found.ended["16"]) is asks
+    if front == "native":
+        assert found.requests == REQUESTS
+        assert found.answered["200"], "some are served all the same"
+        assert not found.answered["500"]
+        assert bool(found.answered["401"]) is asks
 
 
 @needs_native
@@ -85,6 +93,26 @@ def test_every_method_is_fuzzed() -> None:
     }
     fuzzed = {one.path for one in KNOWN}
     assert methods - fuzzed == {"/stepwell.v1.SessionService/CloseMatchingSessions"}
+
+
+def test_every_method_with_a_path_is_fuzzed_over_http() -> None:
+    paths = {(one.method, one.target.partition("?")[0]) for one in malformed_http.valid(KNOWN)}
+    of_fuzzed = {one.path for one in KNOWN}
+    routes = [route for route in Routes(SERVICES).all if route.path in of_fuzzed]
+    assert len(routes) > 20
+    for route in routes:
+        pattern = re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(route.template)))
+        assert any(method == route.http_method and pattern.fullmatch(path) for method, path in paths), route
+
+
+@settings(max_examples=50)
+@given(st.randoms(use_true_random=False))
+def test_requests_are_found_again_by_their_seed(rng: malformed_messages.Random) -> None:
+    known, state = malformed_http.valid(KNOWN), rng.getstate()
+    raw = malformed_http.connection(known, rng)
+    rng.setstate(state)
+    assert malformed_http.connection(known, rng) == raw
+    assert len(raw) <= malformed_http2.MAX_BYTES
 
 
 @settings(max_examples=50)
