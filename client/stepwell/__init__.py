@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from stepwell._state.state import State
     from stepwell._state.trace import Trace
     from stepwell._tape.tape import Tape
+    from stepwell._watch.events import ModelActivity, ServerActivity, SessionEvent, StageLatency
+    from stepwell._watch.watch import Watch
     from stepwell.client import Client, connect
     from stepwell.config import TlsConfig
     from stepwell.errors import (
@@ -82,6 +84,7 @@ __all__ = [
     "LoadedModel",
     "LocalClient",
     "MigrationFailedError",
+    "ModelActivity",
     "ModelInUseError",
     "ModelInfo",
     "ModelLoadError",
@@ -97,9 +100,11 @@ __all__ = [
     "ReplicaInfo",
     "ReplyTooLargeError",
     "RevisionConflictError",
+    "ServerActivity",
     "ServerInfo",
     "ServerStartError",
     "Session",
+    "SessionEvent",
     "SessionExistsError",
     "SessionExpiredError",
     "SessionGoneError",
@@ -109,6 +114,7 @@ __all__ = [
     "SessionLostError",
     "SessionNotFoundError",
     "SlowSession",
+    "StageLatency",
     "State",
     "StateCorruptError",
     "StepwellError",
@@ -118,6 +124,7 @@ __all__ = [
     "Trace",
     "UnauthenticatedError",
     "UnavailableError",
+    "Watch",
     "aio",
     "config",
     "connect",
@@ -151,6 +158,11 @@ _HOMES = {
     "TensorInfo": "_state.infos",
     "TlsConfig": "config",
     "Trace": "_state.trace",
+    "ModelActivity": "_watch.events",
+    "ServerActivity": "_watch.events",
+    "SessionEvent": "_watch.events",
+    "StageLatency": "_watch.events",
+    "Watch": "_watch.watch",
     "connect": "client",
     "local": "_local",
 }

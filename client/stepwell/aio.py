@@ -14,7 +14,7 @@ The examples of classes are whole programs. Type those of methods into `python -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -31,6 +31,9 @@ from stepwell._core.handles import ClientFacts
 from stepwell._core.tracker import SessionTracker
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
+from stepwell._watch.aio_watch import AsyncWatch
+from stepwell._watch.core import ServerWatch, SessionWatch
+from stepwell._watch.events import ServerActivity, SessionEvent
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 from stepwell.config import (
@@ -256,6 +259,53 @@ class AsyncClient(AsyncAdminCalls, AsyncModelCalls, ClientFacts):
         return AsyncSessionGroup(
             self._driver, GroupCore(self._core, await self._driver.run(flow)), owned=owned
         )
+
+    def watch_sessions(
+        self,
+        session_ids: Iterable[str],
+        *,
+        inputs: bool = False,
+        outputs: bool = False,
+        states: bool = False,
+        state_names: Iterable[str] | None = None,
+        every: int = 1,
+        interval_s: float | None = None,
+    ) -> AsyncWatch[SessionEvent]:
+        """Watches sessions: reports their changes, whoever makes them, once the server has stored them.
+
+        It makes no call itself: the watch begins with its block, or with its first event. Arguments and errors are
+        those of `Client.watch_sessions`.
+
+        Example:
+            >>> async with client.watch_sessions([session.id], states=True) as watch:
+            ...     first = await anext(watch)
+            ...     y = await session.step(np.ones((1, 3), np.float32))
+            ...     (await anext(watch)).revision
+            1
+        """
+        core = SessionWatch(
+            self._core,
+            session_ids,
+            inputs=inputs,
+            outputs=outputs,
+            states=states,
+            state_names=state_names,
+            every=every,
+            interval_s=interval_s,
+        )
+        return AsyncWatch(self._driver, core)
+
+    def watch_server(self, *, interval_s: float = 1.0) -> AsyncWatch[ServerActivity]:
+        """Watches the server: reports its rates, latencies, models and sessions, as `stepwell top` shows them.
+
+        Arguments are those of `Client.watch_server`.
+
+        Example:
+            >>> async with client.watch_server() as watch:
+            ...     (await anext(watch)).is_ready
+            True
+        """
+        return AsyncWatch(self._driver, ServerWatch(self._core, interval_s))
 
     async def predict(
         self,

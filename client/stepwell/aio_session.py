@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine, Generator, Iterable
 from contextlib import AbstractContextManager
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
@@ -21,6 +21,9 @@ from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell._tape.tape import RecordedStates, Tape
 from stepwell._transport.retry import Deadline
+from stepwell._watch.aio_watch import AsyncWatch
+from stepwell._watch.core import SessionWatch
+from stepwell._watch.events import SessionEvent
 from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
 H = TypeVar("H", bound="AsyncHandle")
@@ -235,6 +238,38 @@ class AsyncSession(SessionFacts, AsyncHandle):
             ({(1, 10)}, True)
         """
         return await self.step(x, reset=reset, rows=rows, states="all", timeout_s=timeout_s)
+
+    def watch(
+        self,
+        *,
+        inputs: bool = False,
+        outputs: bool = False,
+        states: bool = False,
+        state_names: Iterable[str] | None = None,
+        every: int = 1,
+        interval_s: float | None = None,
+    ) -> AsyncWatch[SessionEvent]:
+        """Watches this session: reports its changes, whoever makes them.
+
+        Arguments and result are those of `AsyncClient.watch_sessions`.
+
+        Example:
+            >>> async with session.watch() as watch:
+            ...     (await anext(watch)).kind
+            'present'
+        """
+        self._check_open()
+        core = SessionWatch(
+            self._core,
+            [self.id],
+            inputs=inputs,
+            outputs=outputs,
+            states=states,
+            state_names=state_names,
+            every=every,
+            interval_s=interval_s,
+        )
+        return AsyncWatch(self._driver, core)
 
     def record(
         self, states: RecordedStates = True, *, max_steps: int | None = None

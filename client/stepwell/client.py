@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -18,6 +18,9 @@ from stepwell._core.group_core import GroupCore
 from stepwell._core.handles import ClientFacts
 from stepwell._state.infos import Inputs, Mask, ModelInfo, Outputs, ServerInfo, SessionInfo, SlowSession
 from stepwell._state.state import State, States
+from stepwell._watch.core import ServerWatch, SessionWatch
+from stepwell._watch.events import ServerActivity, SessionEvent
+from stepwell._watch.watch import Watch
 from stepwell.config import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_S,
@@ -281,6 +284,68 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
             )
         )
         return SessionGroup(self._driver, GroupCore(self._core, tracker), owned=session_ids is None)
+
+    def watch_sessions(
+        self,
+        session_ids: Iterable[str],
+        *,
+        inputs: bool = False,
+        outputs: bool = False,
+        states: bool = False,
+        state_names: Iterable[str] | None = None,
+        every: int = 1,
+        interval_s: float | None = None,
+    ) -> Watch[SessionEvent]:
+        """Watches sessions: reports their changes, whoever makes them, once the server has stored them.
+
+        The first event of each session is the session as it is. A watch never delays a session, and does not count as
+        use for its idle limit. A session that has ended, or never existed, has a last event of the kind "ended".
+
+        Args:
+            session_ids: Their ids.
+            inputs: Whether events have the inputs of the last time step.
+            outputs: Whether events have the outputs of the last time step.
+            states: Whether events have the state after the change.
+            state_names: State tensors to report; None: all.
+            every: Report a change when the session has made this many since its last event.
+            interval_s: Report a change when this time has passed since the session's last event, 0.01 to 3600
+                seconds. When the session rests, its last state follows. None: by `every`.
+
+        Raises:
+            InvalidInputError: An argument breaks a rule; the message names it.
+
+        Example:
+            >>> with client.watch_sessions([session.id], states=True) as watch:
+            ...     y = session.step(np.ones((1, 3), np.float32))
+            ...     [event.revision for event in (next(watch), next(watch))][-1]
+            1
+        """
+        core = SessionWatch(
+            self._core,
+            session_ids,
+            inputs=inputs,
+            outputs=outputs,
+            states=states,
+            state_names=state_names,
+            every=every,
+            interval_s=interval_s,
+        )
+        return Watch(self._driver, core)
+
+    def watch_server(self, *, interval_s: float = 1.0) -> Watch[ServerActivity]:
+        """Watches the server: reports its rates, latencies, models and sessions, as `stepwell top` shows them.
+
+        A client of several replicas watches one of them.
+
+        Args:
+            interval_s: Time between two reports, 0.2 to 3600 seconds.
+
+        Example:
+            >>> with client.watch_server() as watch:
+            ...     next(watch).is_ready
+            True
+        """
+        return Watch(self._driver, ServerWatch(self._core, interval_s))
 
     def predict(
         self,

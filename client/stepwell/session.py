@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import threading
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, overload
@@ -19,6 +20,9 @@ from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
 from stepwell._tape.tape import RecordedStates, Tape
 from stepwell._transport.retry import Deadline
+from stepwell._watch.core import SessionWatch
+from stepwell._watch.events import SessionEvent
+from stepwell._watch.watch import Watch
 from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
 T = TypeVar("T")
@@ -228,6 +232,41 @@ class Session(SessionFacts, Handle):
             ({(1, 10)}, True)
         """
         return self.step(x, reset=reset, rows=rows, states="all", timeout_s=timeout_s)
+
+    def watch(
+        self,
+        *,
+        inputs: bool = False,
+        outputs: bool = False,
+        states: bool = False,
+        state_names: Iterable[str] | None = None,
+        every: int = 1,
+        interval_s: float | None = None,
+    ) -> Watch[SessionEvent]:
+        """Watches this session: reports its changes, whoever makes them.
+
+        Arguments and result are those of `Client.watch_sessions`.
+
+        Example:
+            >>> with session.watch(outputs=True, every=2) as watch:
+            ...     first = next(watch)
+            ...     for _ in range(4):
+            ...         y = session.step(np.ones((1, 3), np.float32))
+            ...     next(watch).skipped_revisions
+            1
+        """
+        self._check_open()
+        core = SessionWatch(
+            self._core,
+            [self.id],
+            inputs=inputs,
+            outputs=outputs,
+            states=states,
+            state_names=state_names,
+            every=every,
+            interval_s=interval_s,
+        )
+        return Watch(self._driver, core)
 
     def record(
         self, states: RecordedStates = True, *, max_steps: int | None = None

@@ -28,7 +28,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import stepwell
 from stepwell import aio
 from stepwell.cli import main
-from stepwell.v1 import models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
+from stepwell.v1 import (
+    models_pb2,
+    models_pb2_grpc,
+    sessions_pb2,
+    sessions_pb2_grpc,
+    watch_pb2,
+    watch_pb2_grpc,
+)
 from stepwell_server.rpc.triton.inference import service_pb2
 from support.certificates import Authority
 from support.peers.wire import Refusal, refusal
@@ -361,9 +368,17 @@ def _a_revoked_token_ends_streams(asking: Asking) -> None:
                 nothing(reflection_pb2.ServerReflectionRequest(list_services="")), metadata=bearer(old)
             ),
         ]
+        watches = watch_pb2_grpc.WatchServiceStub(channel)
+        watched = watch_pb2.WatchSessionsRequest(session_ids=group.ids, states=True)
+        streams += [
+            watches.WatchSessions(watched, metadata=bearer(old)),
+            watches.WatchServer(watch_pb2.WatchServerRequest(), metadata=bearer(old)),
+        ]
+        seen: Any = watches.WatchSessions(watched, metadata=bearer(asking.given["viewer"]))
         watch: Any = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(), metadata=bearer(old)
         )
+        assert {event.session_id for event in next(seen).events} <= set(group.ids)
         for stream in (*streams, watch):
             next(stream)  # it is open
         for run in (group, others):
@@ -380,6 +395,8 @@ def _a_revoked_token_ends_streams(asking: Asking) -> None:
             ended.set()
         assert not watch.done()
         watch.cancel()
+        assert not seen.done()
+        seen.cancel()
         np.testing.assert_array_equal(group.step(X[:, 0]), others.step(X[:, 0]))
         assert asked == given
         assert set(group.positions.tolist()) == {2}

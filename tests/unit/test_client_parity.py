@@ -12,6 +12,7 @@ import pytest
 
 import stepwell
 from stepwell._admin.aio_calls import AsyncSessionList
+from stepwell._watch.aio_watch import AsyncWatch
 from stepwell.aio_group import AsyncSessionGroup
 from stepwell.aio_session import AsyncSession, Opening
 
@@ -51,6 +52,8 @@ def returned(signature: inspect.Signature) -> str:
     annotation = str(signature.return_annotation).removeprefix("Opening[").removesuffix("]")
     if str(signature.return_annotation).startswith(("Opening[", "AsyncSessionList")):
         return annotation.removeprefix("Async")
+    if str(signature.return_annotation).startswith(AsyncWatch.__name__):
+        return str(signature.return_annotation).removeprefix("Async")
     return str(signature.return_annotation)
 
 
@@ -59,7 +62,7 @@ def test_what_does_io_is_awaited(sync: type, aio: type) -> None:
     for name, member in public(aio).items():
         if callable(member) and name not in LOCAL:
             opens = str(inspect.signature(member).return_annotation).startswith(
-                (Opening.__name__, AsyncSessionList.__name__)
+                (Opening.__name__, AsyncSessionList.__name__, AsyncWatch.__name__)
             )
             assert opens or inspect.iscoroutinefunction(member), name
 

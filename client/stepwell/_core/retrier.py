@@ -98,6 +98,55 @@ class Retrier:
 
         return (yield from self._answered(ask, self.attempts(rpc, deadline), self._route(0, to)))
 
+    def followed(
+        self,
+        rpc: str,
+        request: Callable[[], Message | None],
+        deadline: Callable[[float | None], Deadline],
+        on_reply: Callable[[Any], object],
+        on_open: Callable[[Callable[[], object]], object],
+        *,
+        key: int | None,
+    ) -> Flow[None]:
+        """Reads a call whose responses have no end, and resumes it after a failure.
+
+        Args:
+            rpc: Name of the method.
+            request: Creates the request of each attempt; None: there is nothing left to ask for.
+            deadline: Creates the time limit of the attempts to begin, and to resume.
+            on_reply: Called with each response.
+            on_open: Called at each attempt with a function that cancels it.
+            key: Key of the session whose replica is asked; None: the call has no session.
+
+        Raises:
+            StepwellError: No attempt in this time was answered.
+        """
+        if self.router is not None and key is None:
+            key = self.router.home
+        while True:
+            was_answered, limit = [False], deadline(None)
+
+            def take(reply: Any, answered: list[bool] = was_answered) -> object:
+                answered[0] = True
+                self._contact.make()
+                return on_reply(reply)
+
+            message = request()
+            if message is None:
+                return
+            call = Call(rpc, message, None, on_reply=take, on_open=on_open)
+
+            def ask(to: Endpoint | None, call: Call = call) -> Call:
+                return call._replace(to=to)
+
+            try:
+                yield from self._answered(ask, self.attempts(rpc, limit), self._route(key or 0))
+            except StepwellError:
+                if not was_answered[0]:
+                    raise
+            else:
+                return
+
     def _route(self, key: int, only: Endpoint | None = None) -> Route | None:
         return None if self.router is None else Route(self.router, key, only)
 

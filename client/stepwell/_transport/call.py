@@ -42,9 +42,11 @@ class Call(NamedTuple):
     metadata: Pairs = ()
     """Metadata of this call, in addition to that of every call."""
     on_reply: Callable[[Any], object] | None = None
-    """Called with each response of a call that streams them."""
+    """Called with each response of a call that streams them. If it returns an awaitable, the async client awaits it."""
     to: Endpoint | None = None
     """The replica to ask; None: the client has one server."""
+    on_open: Callable[[Callable[[], object]], object] | None = None
+    """Called with a function that cancels a call that streams its responses."""
 
 
 def check_size(what: str, request: Message, max_message_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from stepwell.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc
+from stepwell.v1 import models_pb2_grpc, sessions_pb2, sessions_pb2_grpc, watch_pb2_grpc
 
 #: gRPC's own time limit of an attempt to connect, in seconds.
 _LONGEST_CONNECT_S = 20.0
@@ -42,6 +43,7 @@ _SERVICES = {
     **dict.fromkeys(
         ("LoadModel", "UploadModel", "UnloadModel", "SetDefault", "SetLabel"), "ModelAdminService"
     ),
+    **dict.fromkeys(("WatchSessions", "WatchServer"), "WatchService"),
 }
 #: Types of a single request; otherwise a call streams its requests.
 _ONE = (bytes, Message)
@@ -141,6 +143,7 @@ def _methods(channel: Any) -> dict[str, Any]:
         **vars(sessions),
         **vars(models),
         **vars(admin),
+        **vars(watch_pb2_grpc.WatchServiceStub(channel)),
         "Step": channel.unary_unary(
             f"{_STEPS}/Step",
             response_deserializer=sessions_pb2.StepResponse.FromString,
@@ -230,7 +233,9 @@ async def _read_async(replies: Any, on_reply: Callable[[Any], object]) -> None:
     """As `_read`."""
     try:
         async for reply in replies:
-            on_reply(reply)
+            taken = on_reply(reply)
+            if inspect.isawaitable(taken):
+                await taken
     finally:
         replies.cancel()
 
@@ -289,6 +294,8 @@ class SyncTransport(_Transport):
         try:
             request = call.request if isinstance(call.request, _ONE) else call.request()
             answer = self._methods[call.rpc](request, timeout=call.timeout_s, metadata=_with(metadata, call))
+            if call.on_open is not None:
+                call.on_open(answer.cancel)
             return answer if call.on_reply is None else _read(answer, call.on_reply)
         except grpc.RpcError as error:
             raise (

@@ -237,7 +237,6 @@ class ModelStats:
 
     name: str
     sessions: int
-    resident_sessions: int
     resident_rows: int
     max_resident_rows: int
     queued_rows: int
@@ -249,6 +248,8 @@ class ModelStats:
     """Waiting input bytes, over all models."""
     uncommitted: int = 0
     """Sessions whose changes wait for the store, over all models."""
+    resident_sessions: int = 0
+    """Sessions whose state is in memory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

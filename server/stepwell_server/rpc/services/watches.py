@@ -140,7 +140,8 @@ class WatchServicer:
             before = None
             while True:
                 now = await self._figures.read()
-                await call.write((await self._response(before, now, call)).SerializeToString())
+                if now is not before:  # else the first response has just left
+                    await call.write((await self._response(before, now, call)).SerializeToString())
                 before = now
                 try:
                     await asyncio.wait_for(self._stopped.wait(), _until_next(interval_s))

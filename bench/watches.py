@@ -1,0 +1,110 @@
+"""What watches cost the sessions' own steps: processor time of the server per step, in pairs with and without a watch.
+
+    .venv/bin/python -m bench.watches [PAIRS [SESSIONS ...]]
+
+Sessions step as fast as they can, each when its last step is answered, over streams of one client. Pairs of short runs
+(alone, watched) alternate on one server, so that both see the same machine; the table has medians of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+
+from bench import harness
+from stepwell import aio
+from stepwell.testing import LocalServer
+
+_MODEL = "small"
+_STEPS = 3000
+"""Steps of one run."""
+_SESSIONS = (1, 64)
+#: What is watched, by what the table calls it: which of the stepped sessions, and how.
+CASES: dict[str, dict[str, Any] | None] = {
+    "another session, every change": None,
+    "one of them, every 100 ms": {"interval_s": 0.1},
+    "all of them, every 100 ms": {"interval_s": 0.1},
+    "one of them, every change": {"every": 1},
+    "all of them, every change": {"every": 1},
+}
+
+
+@asynccontextmanager
+async def _watching(client: aio.AsyncClient, ids: Sequence[str], **every: Any) -> AsyncIterator[None]:
+    """Reads a watch of all that can be watched, in a task."""
+    watch = client.watch_sessions(ids, inputs=True, outputs=True, states=True, **every)
+
+    async def read() -> None:
+        async for _ in watch:
+            pass
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.2)
+    try:
+        yield
+    finally:
+        await watch.close()
+        await task
+
+
+async def _run(process: psutil.Process, sessions: Sequence[Any]) -> float:
+    """Microseconds of the server's processor time per step."""
+    x = np.random.default_rng(1).standard_normal((1, 8)).astype(np.float32)
+
+    async def step(session: Any) -> None:
+        for _ in range(_STEPS // len(sessions)):
+            await session.step(x)
+
+    before = process.cpu_times()
+    await asyncio.gather(*map(step, sessions))
+    after = process.cpu_times()
+    return 1e6 * (after.user + after.system - before.user - before.system) / _STEPS
+
+
+async def _measure(server: LocalServer, pairs: int, count: int) -> None:
+    """Prints by case: microseconds alone, and the median and the spread of the ratios."""
+    process = psutil.Process(server.pid)
+    async with aio.connect(server.address) as client, aio.connect(server.address) as watcher:
+        sessions = [await client.open_session(_MODEL) for _ in range(count)]
+        other = await client.open_session(_MODEL)
+        await _run(process, sessions)
+        for name, every in CASES.items():
+            ids = [each.id for each in (sessions if name.startswith("all") else sessions[:1])]
+            alone, ratios = [], []
+            for turn in range(pairs):
+                times = {}
+                for is_watched in (turn % 2 == 0, turn % 2 == 1):
+                    if not is_watched:
+                        times[False] = await _run(process, sessions)
+                        continue
+                    async with _watching(watcher, [other.id] if every is None else ids, **(every or {})):
+                        times[True] = await _run(process, sessions)
+                alone.append(times[False])
+                ratios.append(times[True] / times[False])
+            quarters = statistics.quantiles(ratios, n=4)
+            numbers = f"{statistics.median(alone):.1f} | {statistics.median(ratios):.3f}"
+            print(f"| {count} | {name} | {numbers} | {quarters[2] - quarters[0]:.3f} |", flush=True)
+
+
+def main() -> None:
+    """Prints the table."""
+    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+    counts = [int(each) for each in sys.argv[2:]] or _SESSIONS
+    harness.save_models()
+    models = {_MODEL: harness.model_path(_MODEL)}
+    print("| sessions | watched | alone, µs a step | watched / alone | quartiles apart |")
+    print("| --- | --- | --- | --- | --- |")
+    for count in counts:
+        with LocalServer(models=models, extra_args=["--store", "memory"]) as server:
+            asyncio.run(_measure(server, pairs, count))
+
+
+if __name__ == "__main__":
+    main()
