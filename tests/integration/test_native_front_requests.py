@@ -181,7 +181,9 @@ async def test_replies_leave_in_the_order_of_the_requests_whoever_answers(server
         second = await server.columns()
         await client.send(asked(3, sequence_id=3, start=True))
         assert await server.handed_on() == "3"
+        held = server.counts().now["held_bytes"]
         await client.send(asked(4, sequence_id=3))
+        await until(lambda: server.counts().now["held_bytes"] > held)  # it has come
         answer(second)
         server.may_answer.set()
         assert await server.handed_on() == "4", "what came before it has no answer yet"
