@@ -83,17 +83,12 @@ test-unit: $(INSTALLED) ## Run the unit tests (half a minute to three; ARGS="-k 
 .PHONY: test-slow
 test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about thirteen minutes on two cores)
 	@$(BIN)/python $(PROGRAMS)
-	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m slow $(ARGS)
+	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m "slow and not soak" $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run a third of the cases of each test of `make test`, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
+coverage: $(INSTALLED) $(FRONT) ## Run what CI runs: the tests of `make test` and `make test-slow`. Measure some of them, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
 	@$(BIN)/python $(PROGRAMS)
-	$(if $(ARGS),,TEST_CASES=measured) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
-
-.PHONY: test-rest
-test-rest: $(INSTALLED) $(FRONT) ## Run what `make coverage` leaves out: the other cases, and the slow tests (twelve minutes on two idle cores)
-	@$(BIN)/python $(PROGRAMS)
-	TEST_CASES=rest $(BIN)/pytest $(ALL) $(ARGS)
+	$(if $(ARGS),,TEST_CASES=ci) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 
 .PHONY: mutants
 mutants: $(INSTALLED) ## Change one thing at a time in core and intake, a hundred times each, and show what no unit test notices (half an hour; ARGS="server/stepwell_server/core --count 20 --seed 7" tries others)
@@ -103,10 +98,13 @@ mutants: $(INSTALLED) ## Change one thing at a time in core and intake, a hundre
 # What runs once more with TLS and tokens, which is said to the harness by STEPWELL_TEST_SECURED=1.
 SECURED := tests/fault $(addprefix tests/integration/test_,$(addsuffix .py,wire_* fronts* sdk_* native_* groups server_stops triton_clients))
 
+# What finds the files that try samples, besides unit and congruence tests.
+SAMPLED := "^from (hypothesis|support.samples) import|^from support import (.*, )?samples"
+
 .PHONY: soak
 soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in Python, and TLS with tokens on both, then kill servers a thousand times under load (forty minutes; ARGS="--kills 50 --seed 7" only kills)
 	@$(BIN)/python $(PROGRAMS)
-	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) $$(grep -rlE "^from (hypothesis|support.samples) import" tests/unit tests/congruence tests/fault/test_*.py))
+	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) tests/unit tests/congruence $$(grep -rlE $(SAMPLED) --include="test_*.py" tests/fault tests/integration))
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
 	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak.py --kills 100)

@@ -32,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
     _quiet_grpc()
     config.addinivalue_line("markers", "slow: takes seconds; runs in `make test-slow`, not in `make test`")
+    config.addinivalue_line(
+        "markers", "soak: one of many alike; runs in `make soak`, and where its file is named"
+    )
     config.addinivalue_line("markers", "plain(reason): skipped where all servers of the tests are secured")
     if os.environ.get("STEPWELL_TEST_SECURED"):
         from support import secured
@@ -68,6 +71,13 @@ def _quiet_grpc() -> None:
     del os.environ["GRPC_VERBOSITY"]
 
 
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Measure the coverage of some tests only, their fixtures included: see `support.samples`."""
+    from support import samples
+
+    samples.measure_only_some(item)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot be secured."""
     mark = item.get_closest_marker("plain")
@@ -82,10 +92,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     samples.mark_other_stores(items)
     chosen = samples.cases(items)
-    if len(chosen) < len(items):
-        left_out = set(items).difference(chosen)
+    if left_out := set(items).difference(chosen):
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = chosen
+    items[:] = chosen
 
 
 def pytest_collection_finish() -> None:

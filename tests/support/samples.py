@@ -1,7 +1,8 @@
 """How much of what could be tried a test run tries.
 
 Tests that are marked `slow` run in `make test-slow` and in CI, and not in `make test` (unless ARGS names their file). Of
-long lists and of random examples both try a sample, and `make soak` all: it runs the files that import this module.
+kinds of store, long lists and random examples all of these try a sample, and `make soak` everything: it runs all unit and
+congruence tests, and the other files that import this module.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import pytest
+from coverage import Coverage
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
@@ -23,8 +25,11 @@ ALL = "TEST_ALL" in os.environ
 _ONE_IN = 7
 _SHARE = 4
 _MEASURED_ONE_IN = 3
-#: Set by `make coverage` and `make test-rest`, which together run all tests once.
+#: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
+_IS_MEASURED = pytest.StashKey[bool]()
+#: What measures coverage, while it does not.
+_PAUSED = pytest.StashKey[Coverage | None]()
 
 
 def some(values: Sequence[T]) -> Sequence[T]:
@@ -46,14 +51,21 @@ def examples(count: int) -> int:
 
 
 def mark_other_stores(items: Iterable[pytest.Item]) -> None:
-    """Mark a case of a test slow with each kind of store but one, another kind from case to case."""
+    """Mark a case of a test slow with each kind of store but one, another kind from case to case.
+
+    One of these other kinds runs in CI too; with the rest the case has the mark `soak` as well.
+    """
     alike: dict[str, list[pytest.Item]] = {}
     for item in items:
         alike.setdefault(_without_store(item), []).append(item)
     for case, found in alike.items():
         quick = _number(case) % len(found)
-        for item in (*found[:quick], *found[quick + 1 :]):
+        others = [*found[:quick], *found[quick + 1 :]]
+        for item in others:
             item.add_marker(pytest.mark.slow)
+        in_ci = _number(f"{case} in CI") % len(others) if others else 0
+        for item in (*others[:in_ci], *others[in_ci + 1 :]):
+            item.add_marker(pytest.mark.soak)
 
 
 def _without_store(item: pytest.Item) -> str:
@@ -69,23 +81,46 @@ def _number(name: str) -> int:
 
 
 def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
-    """The tests that this run tries: all, or with TEST_CASES=measured those that `make coverage` measures.
+    """The tests that this run tries: all, or with TEST_CASES=ci those without the mark `soak`.
 
-    Measuring doubles what a test costs, and the cases of one test run much the same lines. So the slow ones are not
-    measured, and a third of the cases of each other test. With TEST_CASES=rest a run tries what is not measured.
+    With TEST_CASES=ci a third of the cases of each quick test is measured: measuring doubles what a test costs, and the
+    cases of one test run much the same lines. They run before the others of their module, since a line that runs when
+    a module is imported counts only if a measured test is the first that imports it.
     """
     if chosen is None:
         return list(items)
-    assert chosen in {"measured", "rest"}, f"TEST_CASES must be measured or rest; got {chosen}"
+    assert chosen == "ci", f"TEST_CASES must be ci; got {chosen}"
+    kept = [item for item in items if not item.get_closest_marker("soak")]
     tests: dict[str, list[pytest.Item]] = {}
-    for item in items:
+    modules: dict[str, int] = {}
+    for item in kept:
+        modules.setdefault(_module(item), len(modules))
         if not item.get_closest_marker("slow"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     measured: set[pytest.Item] = set()
     for found in tests.values():
         found.sort(key=lambda item: _number(item.nodeid))
         measured.update(found[: 1 + len(found) // _MEASURED_ONE_IN])
-    return [item for item in items if (item in measured) == (chosen == "measured")]
+    for item in kept:
+        item.stash[_IS_MEASURED] = item in measured
+    return sorted(kept, key=lambda item: (modules[_module(item)], item not in measured))
+
+
+def _module(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+def measure_only_some(item: pytest.Item) -> None:
+    """Before a test: stop measuring coverage if it is not among those that `cases` measures, or start again."""
+    stash = item.config.stash
+    paused = stash.get(_PAUSED, None)
+    if item.stash.get(_IS_MEASURED, True) == (paused is None):
+        return
+    stash[_PAUSED] = None if paused else Coverage.current()
+    if paused:
+        paused.start()
+    elif running := stash[_PAUSED]:
+        running.stop()
 
 
 def settle() -> None:

@@ -1,4 +1,4 @@
-"""Which tests `make test`, `make coverage` and `make test-rest` run."""
+"""Which tests `make test` and `make coverage` run, and which of them are measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import pytest
+from coverage import Coverage
 
 from support import samples
 
@@ -15,51 +16,107 @@ KINDS = ("memory", "sync", "valkey")
 class Item:
     """A test as pytest has collected it."""
 
+    config: types.SimpleNamespace
+
     def __init__(self, nodeid: str, *, kind: str = "", is_slow: bool = False) -> None:
         self.nodeid = nodeid
+        self.stash = pytest.Stash()
         if kind:
             self.callspec = types.SimpleNamespace(params={"store_kind": kind})
-        self._mark = pytest.mark.slow.mark if is_slow else None
+        self._marks = {"slow"} if is_slow else set()
 
-    def get_closest_marker(self, name: str) -> pytest.Mark | None:
-        assert name == "slow"
-        return self._mark
+    def get_closest_marker(self, name: str) -> bool:
+        return name in self._marks
 
     def add_marker(self, mark: pytest.MarkDecorator) -> None:
-        self._mark = mark.mark
+        self._marks.add(mark.name)
 
 
 def collected() -> Any:
-    return [
-        *(Item(f"test_a[{kind}-{case}]", kind=kind) for kind in KINDS for case in range(20)),
-        *(Item(f"test_b[{row}]") for row in ("memory", "sync")),
-        Item("test_c"),
-        Item("test_d", is_slow=True),
+    items = [
+        *(Item(f"a.py::test_a[{kind}-{case}]", kind=kind) for kind in KINDS for case in range(20)),
+        *(Item(f"a.py::test_b[{row}]") for row in ("memory", "sync")),
+        Item("a.py::test_c"),
+        Item("a.py::test_d", is_slow=True),
+        Item("b.py::test_e"),
     ]
+    config = types.SimpleNamespace(stash=pytest.Stash())
+    for item in items:
+        item.config = config
+    return items
+
+
+def marked() -> Any:
+    items = collected()
+    samples.mark_other_stores(items)
+    return items
+
+
+def cases_of_a(items: Any) -> tuple[list[str], list[int]]:
+    """Kinds and cases of the test that runs with each kind of store."""
+    found = [item.nodeid.partition("[")[2][:-1].split("-") for item in items if "test_a" in item.nodeid]
+    return [kind for kind, _ in found], sorted(int(case) for _, case in found)
 
 
 def test_each_case_is_quick_with_one_kind_of_store_and_all_kinds_are_among_them() -> None:
-    items = collected()
-    samples.mark_other_stores(items)
-    names = [item.nodeid for item in items if not item.get_closest_marker("slow")]
-    assert names[20:] == ["test_b[memory]", "test_b[sync]", "test_c"]
-    kinds, cases = zip(*(name[len("test_a[") : -1].split("-") for name in names[:20]), strict=True)
+    quick = [item for item in marked() if not item.get_closest_marker("slow")]
+    assert [item.nodeid for item in quick[20:]] == [
+        *("a.py::test_b[memory]", "a.py::test_b[sync]"),
+        *("a.py::test_c", "b.py::test_e"),
+    ]
+    kinds, cases = cases_of_a(quick)
     assert set(kinds) == set(KINDS)
-    assert sorted(map(int, cases)) == list(range(20))
+    assert cases == list(range(20))
 
 
-def test_two_runs_try_each_test_once() -> None:
-    items = collected()
-    measured, rest = samples.cases(items, "measured"), samples.cases(items, "rest")
-    assert sorted(item.nodeid for item in [*measured, *rest]) == sorted(item.nodeid for item in items)
-    assert not set(measured) & set(rest)
+def test_ci_runs_each_case_with_one_more_kind_and_everything_else() -> None:
+    items = marked()
+    in_ci = samples.cases(items, "ci")
+    kinds, cases = cases_of_a(item for item in in_ci if item.get_closest_marker("slow"))
+    assert set(kinds) == set(KINDS)
+    assert cases == list(range(20))
+    left_out = set(items).difference(in_ci)
+    assert all(item.get_closest_marker("soak") and item.get_closest_marker("slow") for item in left_out)
+    assert len(left_out) == 20
+    assert len(in_ci) + len(left_out) == len(items)
 
 
-def test_some_cases_of_each_quick_test_are_measured() -> None:
-    names = [item.nodeid.partition("[")[0] for item in samples.cases(collected(), "measured")]
-    assert names == [*["test_a"] * 21, "test_b", "test_c"]
-
-
-def test_all_others_run_without_the_variable() -> None:
-    items = collected()
+def test_without_the_variable_all_run_in_their_order() -> None:
+    items = marked()
     assert samples.cases(items, None) == items
+
+
+class Measurement:
+    """Coverage that notes which tests it measures."""
+
+    def __init__(self) -> None:
+        self.runs = True
+
+    def start(self) -> None:
+        assert not self.runs
+        self.runs = True
+
+    def stop(self) -> None:
+        assert self.runs
+        self.runs = False
+
+
+def test_some_cases_of_each_quick_test_are_measured_before_the_others_of_their_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coverage = Measurement()
+    monkeypatch.setattr(Coverage, "current", lambda: coverage)
+    measured, modules = [], []
+    for item in samples.cases(marked(), "ci"):
+        samples.measure_only_some(item)
+        modules.append((item.nodeid[0], not coverage.runs))
+        if coverage.runs:
+            measured.append(item.nodeid.partition("[")[0])
+    assert measured == [*["a.py::test_a"] * 7, "a.py::test_b", "a.py::test_c", "b.py::test_e"]
+    assert modules == sorted(modules)
+
+
+def test_nothing_is_paused_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Coverage, "current", lambda: None)
+    for item in samples.cases(marked(), "ci"):
+        samples.measure_only_some(item)

@@ -2,7 +2,7 @@
 
 `make test` keeps those that this folder builds for its next run, as long as nothing changes of which they are made: the
 compiler, the code that builds them (all of this folder), the frameworks, the processor. Whatever is tested of a program
-is tested in each run. Elsewhere, as in `make soak`, each run compiles all of them; CI has one folder for its two runs.
+is tested in each run. Elsewhere, as in CI and in `make soak`, each run compiles all of them.
 """
 
 from __future__ import annotations
