@@ -140,7 +140,9 @@ extern "C" fn invoke(context: *mut Context, node: *mut Node) -> Status {
             if rows == 0 {
                 continue;
             }
-            if input.data.is_null() || output.data.is_null() {
+            let size = rows * layer.weights.outputs() * size_of::<f32>();
+            if input.data.is_null() || output.data.is_null() || output.bytes < size {
+                ((*context).report_error)(context, c"a result of a dense layer has no memory".as_ptr());
                 return ERROR;
             }
             let x = slice::from_raw_parts(input.data.cast(), rows * layer.weights.inputs());

@@ -5,7 +5,7 @@
 
 #![allow(unsafe_code)]
 
-use super::kernel::{self, Operands, COLUMNS, ROWS, ROWS_OF_TWO};
+use super::kernel::{self, DenormalsAreZero, Operands, COLUMNS, ROWS, ROWS_OF_TWO};
 
 /// A cache line. Panels begin on one.
 #[derive(Clone, Copy)]
@@ -60,7 +60,7 @@ impl Weights {
         self.outputs
     }
 
-    /// Write the product of each row of `x` to `out`.
+    /// Write the product of each row of `x` to `out`. Denormal numbers are zero.
     ///
     /// # Panics
     ///
@@ -70,6 +70,7 @@ impl Weights {
             x.len() % self.inputs == 0 && x.len() / self.inputs * self.outputs == out.len(),
             "whole rows"
         );
+        let _mode = DenormalsAreZero::new();
         let rows = x.len() / self.inputs;
         let limit =
             (BLOCK_BYTES / (self.inputs * size_of::<f32>()) / ROWS * ROWS).clamp(ROWS, MAX_BLOCK_ROWS);
@@ -219,12 +220,22 @@ mod tests {
     }
 
     #[test]
-    fn other_numbers_stay_what_they_are() {
+    fn infinity_and_nan_stay_what_they_are() {
         let Some(packed) = Weights::new(&[1.0, 0.0], None, 2, 1) else { return };
-        let mut out = [0.0; 3];
-        let tiny = f32::from_bits(1);
-        packed.apply(&[f32::INFINITY, 1.0, f32::NAN, 1.0, tiny, 1.0], &mut out, &mut Scratch::default());
-        assert!(out[0] == f32::INFINITY && out[1].is_nan() && out[2] == tiny);
+        let mut out = [0.0; 2];
+        packed.apply(&[f32::INFINITY, 1.0, f32::NAN, 1.0], &mut out, &mut Scratch::default());
+        assert!(out[0] == f32::INFINITY && out[1].is_nan());
+    }
+
+    #[test]
+    fn denormal_numbers_are_zero_only_meanwhile() {
+        // the sum of the first row would be denormal, the second one has a denormal input
+        let Some(packed) = Weights::new(&[0.5, 1e30], None, 2, 1) else { return };
+        let (smallest, denormal) = (std::hint::black_box(f32::MIN_POSITIVE), f32::from_bits(1 << 20));
+        let mut out = [f32::NAN; 2];
+        packed.apply(&[smallest, 0.0, 0.0, denormal], &mut out, &mut Scratch::default());
+        assert_eq!(out, [0.0; 2]);
+        assert!(smallest / 2.0 > 0.0, "the mode has ended");
     }
 
     #[test]

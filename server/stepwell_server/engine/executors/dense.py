@@ -18,8 +18,9 @@ except ImportError:  # it is not installed, or older
         return None
 
 
-#: The native module relies on the layout of structures of LiteRT, which may change with its next major version.
-_LITERT_VERSION = "2."
+#: The native module relies on the layout of structures of LiteRT, which another version may change. These were tried;
+#: with others LiteRT's own kernels run all layers.
+LITERT_VERSIONS = ("2.1", "2.2", "2.3")
 
 
 class DenseDelegate:
@@ -32,10 +33,15 @@ class DenseDelegate:
         return self._address
 
 
+def is_tried(version: str) -> bool:
+    """Whether the native module is known to work with this version of LiteRT."""
+    return ".".join(version.split(".")[:2]) in LITERT_VERSIONS
+
+
 @functools.cache
 def dense_delegates() -> tuple[DenseDelegate, ...]:
     """Return the delegate, or nothing."""
-    if not metadata.version("ai-edge-litert").startswith(_LITERT_VERSION):
+    if not is_tried(metadata.version("ai-edge-litert")):
         return ()
     address = dense_delegate()
     return () if address is None else (DenseDelegate(address),)
