@@ -21,6 +21,7 @@ from stepwell_server.engine.change import Change
 from stepwell_server.engine.sessions import (
     close,
     directory,
+    lookup,
     read,
 )
 from stepwell_server.engine.sessions import open as opening
@@ -113,6 +114,21 @@ async def test_some_thousand_sessions_are_opened_a_few_at_a_time(at: Harness) ->
     _, turns = await turns_of(at.engine.open_sessions("plain", count=2048))
     # they get ids, are looked at, get records and are made
     assert turns >= 4 * (2048 // threads.PIECE_SIZE - 1)
+
+
+async def test_many_sessions_are_looked_up_a_few_at_a_time(
+    at: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    wait = lookup.Lookup.wait
+
+    async def spy(self: Any, session_ids: Sequence[str], *given: Any, **named: Any) -> Any:
+        counts.append(len(session_ids))
+        return await wait(self, session_ids, *given, **named)
+
+    monkeypatch.setattr(lookup.Lookup, "wait", spy)
+    await at.engine.open_sessions("plain", count=2048)
+    assert counts == [directory.LOOKUP_PART_SIZE] * (2048 // directory.LOOKUP_PART_SIZE)
 
 
 @pytest.mark.parametrize("request_id", [0, 7])

@@ -62,9 +62,11 @@ _TOKEN_BYTES, _TOKEN_LENGTH, _DIGITS = 16, 22, 24
 _GROUP_BYTES = 3
 #: Calls on more sessions than this look them up in parts, and generate ids on a thread.
 PIECE = 4096
-#: Sessions looked up together. A session that leaves the table between two such parts is unknown to the caller. The
-#: store is asked for fewer at a time: `Store.fetch_size`.
+#: Calls on more sessions than this look them up in parts. A session that leaves the table between two parts is unknown
+#: to the caller. The store is asked for fewer at a time: `Store.fetch_size`.
 LOOKUP_BATCH_SIZE = 1024
+#: Sessions in such a part: a part of 1,024 kept steps waiting for up to a millisecond.
+LOOKUP_PART_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,9 +168,10 @@ class Directory:
         `Unavailable` and must retry.
         """
         tenant, seen = tenant_of(session_ids[0]), LookupResult({})
-        for at in range(0, len(session_ids), LOOKUP_BATCH_SIZE):
+        size = min(LOOKUP_PART_SIZE, LOOKUP_BATCH_SIZE)
+        for at in range(0, len(session_ids), size):
             await self.pieces.turn(tenant)
-            part = session_ids[at : at + LOOKUP_BATCH_SIZE]
+            part = session_ids[at : at + size]
             if reread or self._lookup.must_wait(part):
                 self._lookup.require_room()
                 found = await self._lookup.wait(part, reread=reread)
