@@ -143,7 +143,13 @@ def test_a_chaotic_cell_is_not_refused_for_rounding(trace_and_probe: Any, keras:
     assert 0 < traced.proof.compared <= 1
 
 
-@pytest.mark.parametrize(("dtype", "low", "high"), [("int8", -128, 127), ("uint8", 0, 255)])
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [
+        ("int8", -128, 127),
+        pytest.param("uint8", 0, 255, marks=pytest.mark.slow),
+    ],
+)
 def test_a_cast_beyond_the_range_of_its_integers(
     keras: Any, tmp_path: Path, dtype: str, low: int, high: int
 ) -> None:

@@ -38,7 +38,7 @@ ON_TENSORFLOW = {
 TOLERANCE = {"half_precision": 4e-3, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
 
 
-@pytest.fixture(scope="module", params=one_in(4, SERVED))
+@pytest.fixture(scope="module", params=one_in(8, SERVED))
 def zoo(request: pytest.FixtureRequest) -> Compiled:
     return zoo_model(request.param)
 

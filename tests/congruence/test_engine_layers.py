@@ -37,7 +37,7 @@ KINDS = [
 OTHERS = 500
 
 
-@pytest.fixture(scope="module", params=one_in(2, KINDS))
+@pytest.fixture(scope="module", params=one_in(4, KINDS))
 def kind(request: pytest.FixtureRequest) -> Compiled:
     return zoo_model(request.param)
 

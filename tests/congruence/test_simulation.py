@@ -44,7 +44,7 @@ from support.sim.replica import Replica
 from support.sim.schedule import Plan, Schedule, run
 from support.sim.world import World
 
-_BLOCK, _BLOCKS = 40, 5 if ALL else 2
+_BLOCK, _BLOCKS = 20, 10 if ALL else 4
 
 
 @pytest.mark.parametrize("block", one_in(_BLOCKS, range(_BLOCKS)))
@@ -56,10 +56,10 @@ def test_schedules_hold(block: int) -> None:
         except AssertionError as error:
             raise AssertionError(f"tests/fault/simulate.py --trace --seed {seed}: {error}") from error
     # much happens in them, else they would hold because there is nothing in them
-    assert sum(report.acknowledged for report in reports) > 500
-    assert sum(report.unknown for report in reports) > 20
-    assert sum(report.reads for report in reports) > 100
-    assert sum(report.forks for report in reports) > 5
+    assert sum(report.acknowledged for report in reports) > 150
+    assert sum(report.unknown for report in reports) > 5
+    assert sum(report.reads for report in reports) > 50
+    assert sum(report.forks for report in reports) > 0
     assert sum(report.unjudged for report in reports) < sum(report.sessions for report in reports) / 20
 
 
