@@ -28,15 +28,18 @@ import psutil
 from stepwell_server import program_file
 from stepwell_server.addresses import Address, UnixAddress, bind_problem
 from stepwell_server.catalog.files.folder import LAYOUT, ModelFolder
+from stepwell_server.catalog.files.programs import require_frameworks
 from stepwell_server.clock import Clock
 from stepwell_server.compile import cache
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.host import sandbox, source
 from stepwell_server.compile.keras_file import origin
+from stepwell_server.compile.onnx import declaration
 from stepwell_server.errors import StartError
 from stepwell_server.exposure import require_closed
 from stepwell_server.files import private_files
 from stepwell_server.process.open_files import RESERVE
+from stepwell_server.program import Declaration
 from stepwell_server.rpc.fronts import unix_socket
 from stepwell_server.rpc.fronts.choice import HOW, Choice, choose
 from stepwell_server.settings import Settings, cores
@@ -395,6 +398,10 @@ class Examination:
         try:
             if program_file.is_program(path):
                 program_file.load(path, self._settings.max_model_bytes)
+                return
+            if path.suffix == declaration.SUFFIX:
+                require_frameworks(path)
+                declaration.of_model(path, Declaration())
                 return
             with source.opened(path):  # not a pipe or device, on which reading would block
                 problem = origin.archive_problem(path)

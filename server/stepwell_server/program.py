@@ -276,6 +276,12 @@ class Program:
         temporal = sum(spec.row_bytes for spec in self.outputs if spec.temporal)
         return temporal, sum(spec.row_bytes for spec in self.outputs) - temporal
 
+    @functools.cached_property
+    def may_not_end(self) -> bool:
+        """Whether a run may take any time: its graph has a loop with a condition."""
+        # The name of an operator stands in the file as it is.
+        return b"Loop" in self.files.get(ONNX_MODEL, b"")
+
     @property
     def state_row_bytes(self) -> int:
         """The size of the state of one row in bytes."""

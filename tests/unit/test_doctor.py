@@ -149,6 +149,8 @@ def zipped(*names: str) -> bytes:
 
 SAVE = "save the model with model.save('name.keras')"
 KERAS, STEPWELL = {"models": {"m": "m.keras"}}, {"models": {"m": "m.stepwell"}}
+ONNX = {"models": {"m": "m.onnx"}}
+HAS_ONNX = {"stepwell_server.doctor.require_frameworks": lambda _path: None}
 ANYWHERE = {"listen": Address("0.0.0.0", 0)}
 TLS = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), "tls")
 OTHER_CA = {"stepwell_server.start_files.CertificateFiles": lambda *files: None}
@@ -304,6 +306,16 @@ def given(name: str, value: Any) -> dict[str, Any]:
             [],
         ),
         (KERAS, {}, {"m.keras": zipped("config.json", "metadata.json", "model.weights.h5")}, [], []),
+        (ONNX, HAS_ONNX, {"m.onnx": b"a model", "m.toml": b"[shape]\nx = 3"}, [], []),
+        (
+            ONNX,
+            HAS_ONNX,
+            {"m.onnx": b"a model", "m.toml": b"[shapes]\nx = 3"},
+            [
+                r"^model m: {folder}/m.toml: there is no table \[shapes\]; the tables are state, .*; use another file$"
+            ],
+            [],
+        ),
     ],
 )
 def test_problems_and_improvements(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.passes.loop import LARGE_INTAKE
 from stepwell_server.engine.state.model import SHORT_PASS_S
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
+from stepwell_server.program import ONNX_MODEL
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, BROKEN, PLAIN
 from support.engine.harness import BOTH_WAYS, Answer, FixedCost, Harness, fails, kinds, running, x
@@ -55,6 +58,32 @@ async def test_only_the_sessions_at_fault_fail(threads: bool, bad: list[int], st
                 assert answer.outputs["y"].tobytes() == wanted[member].tobytes()
                 assert answer.revision == 1
                 assert (await at.state(ids[member]))["sum"].tobytes() == after[member].tobytes()
+
+
+async def test_a_program_that_may_not_end_runs_on_threads_and_not_again() -> None:
+    """A run that is terminated takes long: it is not repeated for its only session, and the event loop never waits."""
+    program = dataclasses.replace(PLAIN, executor="onnxruntime", files={ONNX_MODEL: b"..Loop.."})
+    async with running() as at:
+        ids = await open_all(at, 1)
+        at.engine.begin_with("loops", 1, program)
+        await at.engine.open_sessions("loops", session_ids=["a", "b"])
+        used, run = set[int](), at.hooks.run
+
+        def noted(rows: int) -> None:
+            used.add(threading.get_ident())
+            run(rows)
+
+        at.hooks.run = noted  # type: ignore[method-assign]
+        for seed in range(20):
+            assert kinds(await at.submit(["a", "b"], x(2, seed=seed)).all()) == ["Answer"] * 2
+        at.hooks.rows.clear()
+        value = x(1)
+        value[0, 0] = BAD
+        assert kinds(await at.submit(["a"], value).all()) == ["InvalidInput"]
+        assert at.hooks.rows == [1]
+        assert threading.get_ident() not in used
+        assert kinds(await at.submit(ids, x(1)).all()) == ["Answer"]
+        assert threading.get_ident() in used
 
 
 @BOTH_WAYS

@@ -71,11 +71,9 @@ def main() -> None:
 
 
 for command in (
-    OfServer("serve", "Serve Keras models.", "serving"),
+    OfServer("serve", "Serve recurrent models.", "serving"),
     OfServer("check", "Prove that a model can be stepped.", "checking"),
-    OfServer(
-        "compile", "Compile a Keras model or an ONNX step function into one file.", "compiling", "server"
-    ),
+    OfServer("compile", "Compile a Keras model or an ONNX step function into one file.", "compiling"),
     OfServer("doctor", "Find problems of this machine and of a server's settings."),
     OfServer("store", "Check, back up, restore, encrypt and repair stores.", "looking at a store"),
     OfServer("tokens", "Add, list and revoke the tokens of callers."),

@@ -42,6 +42,10 @@ class Verdict(enum.Enum):
         "the model computes the same here as where it was compiled and compared with Keras, and the bits of a row do not "
         "depend on its batch; to compare it with Keras again, give the .keras file"
     )
+    SAME_STEP_FUNCTION = (
+        "the model computes the same here as where it was compiled, and the bits of a row do not depend on its batch; to compare "
+        "it with ONNX Runtime in a plain loop, give the .onnx file"
+    )
     INCONCLUSIVE = (
         "no verdict on an output is possible, because rounding alone changes Keras's own values too much; give other "
         "sequences with --data"
@@ -55,7 +59,12 @@ class Verdict(enum.Enum):
         return cls.EQUAL if found.is_conclusive else cls.INCONCLUSIVE
 
     def __str__(self) -> str:
-        return f"verdict: {self.name.lower()}: {self.value}"
+        return f"verdict: {self.word}: {self.value}"
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word."""
+        return "same" if self is Verdict.SAME_STEP_FUNCTION else self.name.lower()
 
 
 @click.command(
@@ -160,10 +169,11 @@ def _not_done(verdict: str, reason: str, as_json: bool) -> Failure:
 
 def _show_compiled(program: Program, as_json: bool) -> None:
     """Show the proof of a compiled model. Loading it has already checked that it computes the same here."""
+    verdict = Verdict.SAME_STEP_FUNCTION if program.proof.rows else Verdict.SAME
     if as_json:
-        render.print_json(_head(program, Verdict.SAME))
+        render.print_json(_head(program, verdict))
     else:
-        click.echo("\n".join([*proof_lines(program), "", str(Verdict.SAME)]))
+        click.echo("\n".join([*proof_lines(program), "", str(verdict)]))
 
 
 def _of(program: Program, text: str) -> str:
@@ -173,7 +183,7 @@ def _of(program: Program, text: str) -> str:
 
 def _head(program: Program, verdict: Verdict) -> dict[str, object]:
     return {
-        "verdict": verdict.name.lower(),
+        "verdict": verdict.word,
         "reason": _of(program, verdict.value),
         "fingerprint": program.fingerprint,
         "proof": proof_json(program),

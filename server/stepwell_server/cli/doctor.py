@@ -91,7 +91,8 @@ def doctor(ctx: click.Context, /, as_json: bool, **_values: Any) -> None:
             _install.advice(_install.OTEL),
         )
     if uncompiled:
-        is_needed = not all(map(program_file.is_program, settings.models.values()))
+        files = settings.models.values()
+        is_needed = not all(program_file.is_program(file) or file.suffix == ".onnx" for file in files)
         report = found.wrong if is_needed else found.advise
         report(
             f"no .keras file can be compiled here because {', '.join(uncompiled)} are not installed",

@@ -22,10 +22,10 @@ SETTINGS = settings_of(Settings)
 
 @click.command(
     cls=Command,
-    short_help="Serve Keras models.",
+    short_help="Serve recurrent models.",
     examples=(
         "stepwell serve forecast=model.keras",
-        "stepwell serve forecast=a.keras words=b.keras --listen 127.0.0.1:50052",
+        "stepwell serve forecast=a.keras vad=b.onnx --listen 127.0.0.1:50052",
         "stepwell serve forecast=forecast.stepwell",
         "stepwell serve --config stepwell.toml --drain-timeout-s 2m",
         "stepwell serve forecast=model.keras --import my_layers --metrics-listen 127.0.0.1:9100",
@@ -45,10 +45,10 @@ SETTINGS = settings_of(Settings)
 )
 @click.pass_context
 def serve(ctx: click.Context, /, show_config: bool, **_values: Any) -> None:
-    """Serve recurrent Keras models over gRPC, with one state per session.
+    """Serve recurrent models over gRPC, with one state per session.
 
-    NAME is the name of a model for clients. PATH is a file that Keras saved (.keras), or a file from 'stepwell compile'
-    (.stepwell), which needs no TensorFlow. You can give several models. Each option has an environment variable, shown in
+    NAME is the name of a model for clients. PATH is a file that Keras saved (.keras), a step function (.onnx) with a
+    declaration next to it (model.toml), or a file from 'stepwell compile' (.stepwell), which needs no TensorFlow. You can give several models. Each option has an environment variable, shown in
     its help; that of the models is STEPWELL_MODELS. Separate several values in a variable by commas. The command line
     overrides variables, and variables override the config file.
 

@@ -12,10 +12,12 @@ _MIN_S = 1e-6
 class Cost:
     """The seconds that a pass takes by its rows, or a commit by its records."""
 
-    def __init__(self, fixed_s: float = 20e-6, each_s: float = 1e-6) -> None:
-        self._fixed_s = fixed_s
+    def __init__(self, fixed_s: float = 20e-6, each_s: float = 1e-6, *, min_fixed_s: float = _MIN_S) -> None:
+        """Start with an estimate, whose fixed part never falls below ``min_fixed_s``."""
+        self._min_fixed_s = min_fixed_s
+        self._fixed_s = max(fixed_s, min_fixed_s)
         self._each_s = each_s
-        self.one_s = fixed_s + each_s
+        self.one_s = self._fixed_s + each_s
         """Expected seconds for a single item."""
 
     @property
@@ -29,7 +31,7 @@ class Cost:
         if items >= _MANY_ITEMS:
             self._each_s += _WEIGHT * (max(0.0, once - self._fixed_s) / items - self._each_s)
         else:
-            self._fixed_s += _WEIGHT * (max(_MIN_S, once - items * self._each_s) - self._fixed_s)
+            self._fixed_s += _WEIGHT * (max(self._min_fixed_s, once - items * self._each_s) - self._fixed_s)
         self.one_s = self._fixed_s + self._each_s
 
     def of(self, items: int, times: int = 1) -> float:

@@ -32,6 +32,8 @@ from stepwell_server.store.record import Texts
 
 #: How often to check whether queued work has ended, in seconds.
 _LOOK_S = 0.005
+#: More than a pass on the event loop may take.
+_ON_THREADS_S = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ class Runtimes:
             sharing=sharing,
             max_batch_rows=self._capacity.max_batch_rows,
             ready=Scheduler(self._capacity.max_batch_rows),
-            cost=Cost(),
+            # A pass that may not end runs on threads, which passes of this duration do.
+            cost=Cost(min_fixed_s=_ON_THREADS_S) if program.may_not_end else Cost(),
             work=Share(self._capacity.shares, f"{name}@{version}"),
         )
         lanes = [Lane(self._capacity.executor(program), arena) for _ in range(self._capacity.compute_threads)]

@@ -22,8 +22,10 @@ from stepwell_server.engine.executors.step_function import fill
 from stepwell_server.engine.types import Array
 from stepwell_server.program import ONNX_MODEL, Program, StateSpec, TensorSpec, dtype_of
 
-#: Time after which a run of a graph with a `Loop` is terminated. Others end by themselves.
-RUN_LIMIT_S = 2.0
+#: Processor time after which a run of a graph with a `Loop` is terminated. Others end by themselves.
+RUN_LIMIT_S = 0.5
+#: How often running graphs are looked at.
+_WATCH_INTERVAL_S = 0.02
 #: Numbers of rows whose addresses are kept bound.
 _MAX_BINDINGS = 64
 _SILENT = 4
@@ -170,14 +172,14 @@ class _Graph:
         """Options for one run in this block; what it raises becomes an `ExecutionError`."""
         options = onnxruntime.RunOptions()
         options.log_severity_level = _SILENT
-        began = time.monotonic()
-        try:
-            with _watchdog.limit(options) if self._may_not_end else contextlib.nullcontext():
+        limited = _watchdog.limit(options) if self._may_not_end else contextlib.nullcontext()
+        with limited as run:
+            try:
                 yield options
-        except Exception as error:
-            late = self._may_not_end and time.monotonic() - began >= RUN_LIMIT_S
-            problem = f"a loop did not end within {RUN_LIMIT_S:g} s" if late else _first_line(error)
-            raise ExecutionError(problem) from error
+            except Exception as error:
+                late = run is not None and run.is_late
+                problem = f"a loop did not end within {RUN_LIMIT_S:g} s" if late else _first_line(error)
+                raise ExecutionError(problem) from error
 
 
 _graphs: weakref.WeakValueDictionary[bytes, _Graph] = weakref.WeakValueDictionary()
@@ -215,42 +217,57 @@ def plain(content: bytes) -> Run:
 
 
 class _Watchdog:
-    """Terminates runs that take too long. Its thread starts with the first run that has a limit."""
+    """Terminates runs that compute for too long. Its thread starts with the first run that has a limit.
+
+    Processor time counts, because on a busy machine any run may take long.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._runs: dict[int, tuple[float, onnxruntime.RunOptions]] = {}
+        self._runs: dict[int, _Limited] = {}
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
-    def limit(self, options: onnxruntime.RunOptions) -> Iterator[None]:
-        """Terminate the run with these options if the block takes longer than `RUN_LIMIT_S`."""
-        key = id(options)
+    def limit(self, options: onnxruntime.RunOptions) -> Iterator[_Limited]:
+        """Terminate the run with these options if the block computes longer than `RUN_LIMIT_S`."""
+        run = _Limited(options)
         with self._changed:
-            self._runs[key] = time.monotonic() + RUN_LIMIT_S, options
+            self._runs[id(run)] = run
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="onnx-watchdog", daemon=True)
                 self._thread.start()
-            if len(self._runs) == 1:
-                self._changed.notify()
+            self._changed.notify()
         try:
-            yield
+            yield run
         finally:
             with self._changed:
-                del self._runs[key]
+                del self._runs[id(run)]
 
     def _watch(self) -> None:
         while True:
             with self._changed:
                 while not self._runs:
                     self._changed.wait()
-                now = time.monotonic()
-                for deadline, options in self._runs.values():
-                    if deadline <= now:
-                        options.terminate = True
-                waits = [deadline - now for deadline, _ in self._runs.values() if deadline > now]
-                # A run that is being terminated ends by itself.
-                self._changed.wait(min(waits, default=RUN_LIMIT_S))
+                for run in self._runs.values():
+                    run.terminate_late()
+            time.sleep(_WATCH_INTERVAL_S)
+
+
+class _Limited:
+    """A run with a limit, on this thread."""
+
+    def __init__(self, options: onnxruntime.RunOptions) -> None:
+        self._options = options
+        self._clock = time.CLOCK_MONOTONIC
+        if hasattr(time, "pthread_getcpuclockid"):
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._began = time.clock_gettime(self._clock)
+        self.is_late = False
+
+    def terminate_late(self) -> None:
+        """End the run if its time is over. For any thread."""
+        if time.clock_gettime(self._clock) - self._began >= RUN_LIMIT_S:
+            self.is_late = self._options.terminate = True
 
 
 _watchdog = _Watchdog()

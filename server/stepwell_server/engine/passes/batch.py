@@ -204,28 +204,36 @@ class Lane:
         self._arena.write(work.target_rows[low:high], self.executor.next_states())
         self.spent_s += time.thread_time() - started
 
-    def narrow(self, work: Pass) -> None:
+    def narrow(self, work: Pass, error: ExecutionError | None = None) -> None:
         """Run a failed pass in parts, until each session has either run or been found to fail.
 
-        Nothing is stored before all parts have run: if the executor breaks, nothing has changed.
+        ``error`` is that of the whole pass, if it ran as a whole: then it is not run again. Nothing is stored before all parts have run: if the executor breaks, nothing has changed.
         """
         starts, names = work.units()
         parts = [(0, len(names))]
+        if error is not None:
+            parts = self._halves(work, names, 0, len(names), error)
         ran: list[tuple[Rows, list[Array]]] = []
         while parts:
             first, last = parts.pop()
             try:
                 self.attempt(work, int(starts[first]), int(starts[last]))
-            except ExecutionError as error:
-                if last - first == 1:
-                    work.failed.append(FailedUnit(*names[first], cause=str(error)))
-                    continue
-                middle = (first + last) // 2
-                parts += [(middle, last), (first, middle)]
+            except ExecutionError as problem:
+                parts += self._halves(work, names, first, last, problem)
             else:
                 ran.append((work.target_rows[starts[first] : starts[last]], self._next_states()))
         for rows, states in ran:
             self._arena.write(rows, states)
+
+    def _halves(
+        self, work: Pass, names: Sequence[tuple[int, int]], first: int, last: int, error: ExecutionError
+    ) -> list[tuple[int, int]]:
+        """The parts of a failed part; a single session has failed."""
+        if last - first == 1:
+            work.failed.append(FailedUnit(*names[first], cause=str(error)))
+            return []
+        middle = (first + last) // 2
+        return [(middle, last), (first, middle)]
 
     def _next_states(self) -> list[Array]:
         return [state.copy() for state in self.executor.next_states()]

@@ -52,8 +52,8 @@ class Runner:
         lane = self._lanes[0]
         try:
             lane.attempt(work, 0, work.row_count)
-        except ExecutionError:
-            lane.narrow(work)
+        except ExecutionError as error:
+            lane.narrow(work, error)
         else:
             lane.store(work, 0, work.row_count)
         work.seconds = time.perf_counter() - started
@@ -116,14 +116,17 @@ class _Pieces:
         self._lock = threading.Lock()
         self._left = len(pieces)
         self._failed = False
+        self._error: ExecutionError | None = None
+        """That of the whole pass, if it is one piece."""
         self._broken: BaseException | None = None
         self._started = time.perf_counter()
 
     def run(self, index: int) -> Then:
         try:
             self._lanes[index].attempt(self._work, *self._pieces[index])
-        except ExecutionError:
+        except ExecutionError as error:
             self._failed = True
+            self._error = error if len(self._pieces) == 1 else None
         except BaseException as error:
             self._broken = error
         with self._lock:
@@ -141,7 +144,7 @@ class _Pieces:
 
     def _store(self) -> None:
         if self._failed:
-            self._lanes[0].narrow(self._work)
+            self._lanes[0].narrow(self._work, self._error)
         else:
             for lane, (low, high) in zip(self._lanes, self._pieces, strict=False):
                 lane.store(self._work, low, high)
