@@ -16,18 +16,15 @@ from typing import Any
 import pytest
 
 import stepwell
-from stepwell_server.auth import token_file
-from stepwell_server.auth.tokens import Token, digest_of, new_token
-from stepwell_server.core.callers import Caller, Role
 from support.certificates import Authority
 from support.peers.curl import curl
 from support.peers.json_client import JsonClient, path_of, step_body
 from support.secured import Server
 from support.servers.both_fronts import needs_native
+from support.servers.closed_server import HTTP, Secured
 from support.servers.served import local_server
 from support.servers.server_process import forecast, serve
 
-HTTP = ("--http-listen", "127.0.0.1:0")
 pytestmark = [needs_native, pytest.mark.plain("the tests secure their servers themselves")]
 
 
@@ -87,43 +84,6 @@ def test_many_clients_step_at_the_same_time(server: Server) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ callers
-
-
-class Secured:
-    """A server with TLS and tokens, its authority, and a token of each caller."""
-
-    def __init__(self, folder: Path) -> None:
-        self.authority = Authority(folder)
-        pair = self.pair = self.authority.issue()
-        callers = {
-            "ann": Caller("ann", "acme", Role.USER),
-            "bob": Caller("bob", "zeta", Role.USER),
-            "eye": Caller("eye", "acme", Role.VIEWER),
-            "ops": Caller("ops", "ops", Role.ADMIN),
-        }
-        self.tokens = {name: new_token() for name in callers}
-        tokens = folder / "tokens.toml"
-        for name, text in self.tokens.items():
-            token_file.add(tokens, Token(callers[name], digest_of(text)))
-        quotas = folder / "quotas.toml"
-        quotas.write_text("[tenants.zeta]\nsessions = 1\n")
-        self.audit = folder / "audit.jsonl"
-        self.options = (
-            *("--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--auth-tokens", str(tokens)),
-            *("--audit-log", str(self.audit), "--quotas", str(quotas), *HTTP),
-        )
-        self.address = ""
-
-    @property
-    def client(self) -> JsonClient:
-        context = ssl.create_default_context(cafile=str(self.authority.cert))
-        return JsonClient(self.address, context)
-
-    def json(self, name: str, method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
-        """A call of a caller."""
-        bearer = {"authorization": f"Bearer {self.tokens[name]}"}
-        shown = {key.replace("_", "-"): value for key, value in headers.items()}
-        return self.client.json(method, path, body, bearer | shown)
 
 
 @pytest.fixture(scope="module")

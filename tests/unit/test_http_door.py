@@ -40,7 +40,7 @@ def test_every_method_without_a_client_stream_has_a_path() -> None:
 
 def test_no_get_changes_anything() -> None:
     for route in Routes(SERVICES).all:
-        reads = route.method.name.startswith(("Get", "List"))
+        reads = route.method.name.startswith(("Get", "List", "WatchServer"))
         assert (route.http_method == "GET") is (reads and not route.has_body), route.template
 
 

@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 from stepwell_server.rpc.http import openapi
-from stepwell_server.rpc.http.routes import Routes
+from stepwell_server.rpc.http.routes import WATCH_PATH, Routes
 from support.rpc.calls import calls
 from support.rpc.http_client import SERVICES, Client
 
@@ -32,13 +32,25 @@ def test_it_is_valid(document: dict[str, Any]) -> None:
 
 def test_it_has_every_route_once(document: dict[str, Any]) -> None:
     found = {(path, method) for path, methods in document["paths"].items() for method in methods}
-    assert found == {(route.template, route.http_method.lower()) for route in ROUTES.all}
+    routes = {(route.template, route.http_method.lower()) for route in ROUTES.all}
+    assert found == routes | {(WATCH_PATH, "post")}
     names = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
-    assert len(set(names)) == len(names) == len(ROUTES.all)
+    assert len(set(names)) == len(names) == len(ROUTES.all) + 1
+
+
+def test_streams_are_described_as_events(document: dict[str, Any]) -> None:
+    def kinds(path: str, method: str = "post") -> set[str]:
+        return {*document["paths"][path][method]["responses"]["200"]["content"]}
+
+    assert kinds("/v1/models/{name}:load") == {"application/json", "text/event-stream"}
+    assert kinds("/v1/sessions:watch") == kinds(WATCH_PATH) == {"text/event-stream"}
+    assert kinds("/v1/models", "get") == {"application/json"}
+    body = document["paths"][WATCH_PATH]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert [*body["properties"]] == ["sessions", "server"]
 
 
 def test_everything_is_described(document: dict[str, Any]) -> None:
-    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR):
+    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR, watch_pb2.DESCRIPTOR):
         for message in file.message_types_by_name.values():
             assert openapi.comments()[message.full_name], message.full_name
             for field in message.fields:

@@ -61,7 +61,7 @@ _ENDLESS = frozenset({"Watch", "WatchSessions", "WatchServer", "ServerReflection
 
 
 #: The services with paths for JSON over HTTP.
-_OVER_HTTP = (_SESSIONS, _MODELS, _MODEL_ADMIN)
+_OVER_HTTP = (_SESSIONS, _MODELS, _MODEL_ADMIN, _WATCHES)
 
 #: The service of each method, for traces.
 SERVICES = {method.name: service.full_name for service in _OF_ENGINE for method in service.methods}

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 from stepwell_server.rpc.fronts.base import HttpAnswer, JsonCodec
 from stepwell_server.rpc.http.door import Door
 from stepwell_server.rpc.http.events import Sleep
@@ -19,7 +19,7 @@ from support.rpc.fake_call import FakeCall
 
 SERVICES = [
     service
-    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)
+    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR, watch_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 ]
 HOST = "127.0.0.1:8080"
@@ -87,7 +87,7 @@ class Client:
         self.refused: list[str] = []
         rules = OriginRules("127.0.0.1", origins, is_open=is_open, scheme="http")
         self.door = Door(
-            SERVICES,
+            [service for service in SERVICES if service.methods_by_name.keys() & at.methods.keys()],
             at.methods.values(),
             rules,
             refused=self.refused.append,

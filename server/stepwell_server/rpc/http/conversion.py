@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
 from stepwell_server.rpc.fronts.base import JsonCodec
 from stepwell_server.rpc.http import json_form
+
+
+_Result = TypeVar("_Result")
 
 
 class Conversion:
@@ -20,7 +24,7 @@ class Conversion:
         # a single thread: with more of them the event loop would wait longer for Python's lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stepwell-json")
 
-    async def run(self, work: Callable[[], bytes], *, is_large: bool) -> bytes:
+    async def run(self, work: Callable[[], _Result], *, is_large: bool) -> _Result:
         """Do some work, in the thread if it is large."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work) if is_large else work()
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import NamedTuple
 
-from google.protobuf import message_factory
+from google.protobuf import empty_pb2, message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
@@ -33,16 +33,23 @@ from stepwell_server.rpc.fronts.shape_check import check_shape
 from stepwell_server.rpc.http import json_form
 from stepwell_server.rpc.http.answers import Headers, extended, json_answer, of_error, of_status
 from stepwell_server.rpc.http.conversion import Conversion
-from stepwell_server.rpc.http.events import EventAnswer, Sleep, Source, Write, accepts_events
+from stepwell_server.rpc.http.events import EVENT, EventAnswer, Sleep, Source, Write, accepts_events
 from stepwell_server.rpc.http.origin import OriginRules
-from stepwell_server.rpc.http.routes import BadPath, Match, NoRoute, Route, Routes, WrongMethod
+from stepwell_server.rpc.http.routes import (
+    WATCH_PATH,
+    WATCHES,
+    BadPath,
+    Match,
+    NoRoute,
+    Route,
+    Routes,
+    WrongMethod,
+)
 from stepwell_server.rpc.status import Status
 
 MAX_BODY_BYTES = 8 << 20
 """Limit of a body in JSON."""
 _JSON_TYPE = "application/json"
-#: Name of the events of methods that have no other.
-_EVENT = "reply"
 _OPENAPI = "/openapi.json"
 _MAX_SHOWN = 200
 
@@ -64,6 +71,8 @@ class _Target(NamedTuple):
     query: str
     method: Method
     headers: Mapping[str, str]
+    is_joint: bool = False
+    """Whether the body names the methods. `method` is then the first that may be named."""
 
 
 class Door:
@@ -197,10 +206,14 @@ class Door:
             raise _refused(error) from None
         if http_method == "GET" and path == _OPENAPI:
             raise _Refused(json_answer(self._openapi()))
+        watches = [*self._routes.watches.values()]
+        is_joint = path == WATCH_PATH and bool(watches)
         try:
             if path == _OPENAPI:
                 raise WrongMethod(["GET"])
-            match = self._routes.find(http_method, path)
+            if is_joint and http_method != "POST":
+                raise WrongMethod(["POST"])
+            match = Match(watches[0], {}) if is_joint else self._routes.find(http_method, path)
         except NoRoute as error:
             raise _refused(ServiceNotFound(shorten(str(error), _MAX_SHOWN))) from None
         except WrongMethod as error:
@@ -213,7 +226,7 @@ class Door:
             raise _refused(InvalidInput(str(error))) from None
         if match.route.has_body and "content-type" in headers:
             _require_json(headers)
-        return _Target(match, query, self._methods[match.route.path], headers)
+        return _Target(match, query, self._methods[match.route.path], headers, is_joint)
 
     def _openapi(self) -> bytes:
         if self._document is None:
@@ -233,42 +246,77 @@ class Door:
         )
 
     async def _answer(self, target: _Target, call: HttpCall, headers: Headers) -> HttpAnswer | None:
-        route, method = target.match.route, target.method
-        request_type, reply_type = self._types[route.path]
-        body, call.request = call.request, b""
-        if route.has_body and body:
-            _require_json(target.headers)
+        method, as_json = target.method, self._conversion.as_json
+        sources = await self._sources(target, call)
+        accepts = accepts_events(_text(call.metadata.get("accept")) or "")
+        if method.streams and (accepts or method.name in WATCHES):
+            return await EventAnswer(call, headers, as_json, self._sleep).run(sources)
+        (source,) = sources
+        if not method.streams:
+            return json_answer(await as_json(source.reply_type, await source.serve(_drop)))
+        # the status of a load is known at its end, and belongs into the first line of the answer
+        replies: list[bytes] = []
 
-        as_json = self._conversion.as_json
+        async def keep(reply: bytes) -> None:
+            replies.append(await as_json(source.reply_type, reply))
+
+        await source.serve(keep)
+        return json_answer(b"[" + b", ".join(replies) + b"]")
+
+    async def _sources(self, target: _Target, call: HttpCall) -> list[Source]:
+        """Return the call of a request's method, or the calls that its body names."""
+        body, call.request = call.request, b""
+        if target.match.route.has_body and body:
+            _require_json(target.headers)
+        codec, is_large = self._conversion.codec, not json_form.is_small(body)
+
+        def read(message: Message) -> None:
+            _read(message, body, target, codec)
+
+        if not target.is_joint:
+            return [await self._source(target.match.route, call, read, is_large=is_large)]
+        routes = self._routes.watches
+
+        def readers() -> dict[str, Callable[[Message], None]]:
+            json_form.read_query(target.query, empty_pb2.Empty())
+            return json_form.readers(body, [*routes], codec)
+
+        try:
+            found = await self._conversion.run(readers, is_large=is_large)
+        except InvalidInput as error:
+            refusal = error
+
+            def refuse(_message: Message) -> None:
+                raise refusal
+
+            found = {next(iter(routes)): refuse}  # by a method, so that unknown callers are refused as such
+        return [await self._source(routes[name], call, one, is_large=is_large) for name, one in found.items()]
+
+    async def _source(
+        self, route: Route, call: HttpCall, read: Callable[[Message], None], *, is_large: bool
+    ) -> Source:
+        """Return a call of a method. `read` fills its request, and may raise `InvalidInput`."""
+        method = self._methods[route.path]
+        request_type, reply_type = self._types[route.path]
         raw, refusal = b"", None
 
         def request() -> bytes:
-            read = _request(request_type(), body, target, self._conversion.codec).SerializeToString()
-            if method.shape is not None and (breach := check_shape(method.shape, read)) is not None:
+            message = request_type()
+            read(message)
+            found = message.SerializeToString()
+            if method.shape is not None and (breach := check_shape(method.shape, found)) is not None:
                 raise breach
-            return read
+            return found
 
         try:
-            raw = await self._conversion.run(request, is_large=not json_form.is_small(body))
+            raw = await self._conversion.run(request, is_large=is_large)
         except InvalidInput as error:
             refusal = error
 
         def serve(write: Write) -> Awaitable[bytes]:
             return method.serve(_DoorCall(call, raw, refusal, write))
 
-        if not method.streams:
-            return json_answer(await as_json(reply_type, await serve(_drop)))
-        if accepts_events(_text(call.metadata.get("accept")) or ""):
-            events = EventAnswer(call, headers, as_json, self._sleep)
-            return await events.run([Source(_EVENT, reply_type, serve)])
-        # the status of a load is known at its end, and belongs into the first line of the answer
-        replies: list[bytes] = []
-
-        async def keep(reply: bytes) -> None:
-            replies.append(await as_json(reply_type, reply))
-
-        await serve(keep)
-        return json_answer(b"[" + b", ".join(replies) + b"]")
+        return Source(WATCHES.get(method.name, EVENT), reply_type, serve)
 
 
 class _DoorCall:
@@ -326,8 +374,8 @@ async def _drop(_reply: bytes) -> None:
     """The method writes no replies."""
 
 
-def _request(message: Message, body: bytes, target: _Target, codec: JsonCodec) -> Message:
-    """Return the request message.
+def _read(message: Message, body: bytes, target: _Target, codec: JsonCodec) -> None:
+    """Fill the request message.
 
     Raises:
         InvalidInput: body, query or path do not fit the message.
@@ -341,7 +389,6 @@ def _request(message: Message, body: bytes, target: _Target, codec: JsonCodec) -
     json_form.read_query(target.query, message)
     for name, text in target.match.variables.items():
         json_form.set_variable(name, text, message)
-    return message
 
 
 def _require_json(headers: Mapping[str, str]) -> None:

@@ -18,6 +18,8 @@ from stepwell_server.rpc.fronts.base import CallEnded, HttpAnswer, HttpCall
 from stepwell_server.rpc.http.answers import Headers, of_error, of_status
 
 MEDIA_TYPE = "text/event-stream"
+EVENT = "reply"
+"""Name of the events of methods that have no other."""
 KEEP_ALIVE_S = 15.0
 """Interval of comments while no event leaves. Proxies close connections that are silent for 30 s or longer."""
 _COMMENT = b": keep-alive\n\n"
@@ -48,7 +50,7 @@ class Source(NamedTuple):
     event: str
     """Name of the events."""
     reply_type: type[Message]
-    serve: Callable[[Write], Awaitable[object]]
+    serve: Callable[[Write], Awaitable[bytes]]
     """Serves a call of the method, which writes its replies with the given function. It may raise `CallEnded`."""
 
 

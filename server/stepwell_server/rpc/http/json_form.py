@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -79,6 +80,29 @@ def read_body(body: bytes, message: Message, codec: JsonCodec) -> None:
     Raises:
         InvalidInput: the body is not JSON, or not the message.
     """
+    _read_object(_document(body, codec), message, "")
+
+
+def readers(body: bytes, names: Sequence[str], codec: JsonCodec) -> dict[str, Callable[[Message], None]]:
+    """Return a function for each of these fields of a JSON object, which adds the object in it to a message.
+
+    The functions raise `InvalidInput` if it is not the message.
+
+    Raises:
+        InvalidInput: the body is not JSON, or has none of these fields.
+    """
+    document = _document(body, codec) if body else {}
+    found: dict[str, Callable[[Message], None]] = {
+        name: functools.partial(_read_message, document[name], where=name)
+        for name in names
+        if document.get(name) is not None
+    }
+    if not found:
+        raise InvalidInput(f"the body must have one of the fields {', '.join(names)}; got none of them")
+    return found
+
+
+def _document(body: bytes, codec: JsonCodec) -> dict[str, Any]:
     if (count := body.count(b",")) > MAX_ITEMS:
         raise InvalidInput(
             f"the body must have at most {MAX_ITEMS} commas, use data instead of values for more; got {count}"
@@ -89,7 +113,7 @@ def read_body(body: bytes, message: Message, codec: JsonCodec) -> None:
         raise _refusal(*error.args) from None
     if not isinstance(document, dict):
         raise InvalidInput(f"the body must be a JSON object; got {_shown(document)}")
-    _read_object(document, message, "")
+    return document
 
 
 def read_query(query: str, message: Message) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
-from stepwell_server.rpc.http.events import MEDIA_TYPE
-from stepwell_server.rpc.http.routes import Route
+from stepwell_server.rpc.http.events import EVENT, MEDIA_TYPE
+from stepwell_server.rpc.http.routes import WATCH_PATH, WATCHES, Route
 
 _Schema = dict[str, Any]
 _COMMENTS = "comments.json"
@@ -58,11 +58,10 @@ _ERROR_SCHEMA: _Schema = {
     },
     "required": ["code", "message"],
 }
-_EVENTS: _Schema = {
-    "type": "string",
-    "description": "Server-sent events, if the header accept names them. The data of each event is a message in JSON; an "
-    "event with the name error has an error, and is the last one.",
-}
+_EVENTS = (
+    "Server-sent events. Other methods than watches send them if the header accept names text/event-stream. An event error "
+    "has an error, and is the last one."
+)
 _DESCRIPTION = (
     "Sessions of recurrent models, which the server keeps and steps. Numbers of 64 bits are strings in answers; requests "
     "may use either form. Fields that are 0, false or empty are left out."
@@ -73,8 +72,13 @@ def document(routes: Iterable[Route], version: str) -> bytes:
     """Return the OpenAPI document of some routes, as JSON."""
     found = _Document()
     paths: dict[str, _Schema] = {}
+    watches: list[Route] = []
     for route in routes:
         paths.setdefault(route.template, {})[route.http_method.lower()] = found.operation(route)
+        if route.method.name in WATCHES:
+            watches.append(route)
+    if watches:
+        paths[WATCH_PATH] = {"post": found.joint_operation(watches)}
     whole = {
         "openapi": "3.1.0",
         "info": {"title": "Stepwell", "version": version, "description": _DESCRIPTION},
@@ -115,8 +119,10 @@ class _Document:
         self._operations.add(name)
         reply = self._reference(method.output_type)
         content = _json(reply)
-        if method.server_streaming:
-            content = _json({"type": "array", "items": reply}) | {MEDIA_TYPE: {"schema": _EVENTS}}
+        if method.name in WATCHES:
+            content = _events(method.name)
+        elif method.server_streaming:
+            content = _json({"type": "array", "items": reply}) | _events(method.name)
         fields = method.input_type.fields_by_name
         parameters = [self._parameter(fields[variable], "path") for variable in variables]
         if not route.has_body:
@@ -128,15 +134,33 @@ class _Document:
             "summary": text.partition(". ")[0].removesuffix("."),
             "description": text,
             "parameters": parameters,
-            "responses": {
-                "200": {"description": "The reply.", "content": content},
-                "default": {"description": "An error.", "content": _json(_reference(_ERROR))},
-            },
+            "responses": _responses("The reply.", content),
         }
         if route.has_body:
             body = self._reference(method.input_type)
             operation["requestBody"] = {"required": True, "content": _json(body)}
         return operation
+
+    def joint_operation(self, routes: Sequence[Route]) -> _Schema:
+        """Return the operation of several methods whose replies have no end."""
+        properties = {
+            WATCHES[route.method.name]: self._reference(route.method.input_type) for route in routes
+        }
+        names = " and ".join(route.method.name for route in routes)
+        summary = f"{names} as one stream"
+        description = (
+            f"{summary}. The body has the request of one of them or of both. The stream ends when all of them have ended, or "
+            "one fails."
+        )
+        body = {"type": "object", "properties": properties, "minProperties": 1}
+        return {
+            "operationId": "Watch",
+            "tags": [routes[0].method.containing_service.name],
+            "summary": summary,
+            "description": description,
+            "requestBody": {"required": True, "content": _json(body)},
+            "responses": _responses("The events.", _events(*(route.method.name for route in routes))),
+        }
 
     def _parameter(self, field: FieldDescriptor, place: str) -> _Schema:
         return {
@@ -185,6 +209,21 @@ class _Document:
 
 def _enum(descriptor: EnumDescriptor) -> _Schema:
     return {"type": "string", "enum": [value.name for value in descriptor.values]}
+
+
+def _events(*methods: str) -> _Schema:
+    """Return the content of an answer with the replies of these methods as events."""
+    names = {WATCHES.get(method, EVENT): method for method in methods}
+    data = ", ".join(f"of {name} a {method}Response" for name, method in names.items())
+    schema = {"type": "string", "description": f"{_EVENTS} The data, in JSON: {data}."}
+    return {MEDIA_TYPE: {"schema": schema}}
+
+
+def _responses(description: str, content: _Schema) -> _Schema:
+    return {
+        "200": {"description": description, "content": content},
+        "default": {"description": "An error.", "content": _json(_reference(_ERROR))},
+    }
 
 
 def _reference(name: str) -> _Schema:

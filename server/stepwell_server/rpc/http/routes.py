@@ -10,6 +10,10 @@ from urllib.parse import unquote
 from google.api import annotations_pb2
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 
+WATCHES: Mapping[str, str] = {"WatchSessions": "sessions", "WatchServer": "server"}
+"""The methods whose replies have no end, and the names of their events."""
+WATCH_PATH = "/v1/watch"
+"""Path of all of them together, as one stream. The body has the request of each by the name of its events."""
 _VARIABLE = re.compile(r"\{(\w+)\}")
 
 
@@ -80,6 +84,10 @@ class Routes:
         self.all = [
             route for service in services for method in service.methods for route in routes_of(method)
         ]
+        self.watches = {
+            WATCHES[route.method.name]: route for route in self.all if route.method.name in WATCHES
+        }
+        """The routes of the methods in `WATCHES`, by the names of their events."""
         self._verbs = {route.verb for route in self.all}
         self._by_form: dict[tuple[int, str], list[Route]] = {}
         for route in self.all:
