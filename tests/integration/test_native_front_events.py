@@ -219,6 +219,19 @@ async def test_a_stop_cuts_off_what_does_not_end() -> None:
         assert server.requests.done == [("LoadModel", "CANCELLED")]
 
 
+async def test_a_stop_does_not_wait_for_a_client_that_does_not_read() -> None:
+    size = 32 << 20  # more than the buffers of the system
+
+    async def produce(call: Call) -> None:
+        await call.write(reply("x" * size))
+        await asyncio.Event().wait()
+
+    async with serving(produce, unread_s=5.0) as server, client(server):
+        await until(lambda: server.count("held_bytes") >= size)
+        await server.front.flush()
+        assert server.refused("unread_replies") == 0, "it has not been cut off yet"
+
+
 # ------------------------------------------------------------------------------------------------------------- HTTP/2
 
 

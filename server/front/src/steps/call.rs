@@ -45,6 +45,8 @@ pub struct State {
     pub end: Option<Status>,
     /// The head of the answer to an HTTP request.
     pub head: Option<Box<http::Response<()>>>,
+    /// Whether the answer to an HTTP request comes in parts. A stopping server does not wait until they are written.
+    pub is_in_parts: bool,
     /// Whether its task has ended, so that nothing more is sent.
     is_closed: bool,
     /// Ids of unanswered fast-path frames.
@@ -132,7 +134,7 @@ impl Call {
                 return; // the client is gone, so nothing must wait for this reply
             }
             state.reply_bytes += framed.len();
-            self.unwritten.fetch_add(1, Ordering::Relaxed);
+            self.unwritten.fetch_add(usize::from(!state.is_in_parts), Ordering::Relaxed);
             state.replies.push_back((framed, held));
             state.waker.take()
         };
@@ -200,8 +202,9 @@ impl Call {
                 return;
             }
             state.head = Some(Box::new(head));
+            state.is_in_parts = has_more;
             if !body.is_empty() {
-                self.unwritten.fetch_add(1, Ordering::Relaxed);
+                self.unwritten.fetch_add(usize::from(!has_more), Ordering::Relaxed);
                 state.reply_bytes += body.len();
                 state.replies.push_back((body, None));
             }
@@ -232,14 +235,16 @@ impl Call {
 
     /// Count a reply as written or dropped.
     pub fn written(&self) {
-        self.unwritten.fetch_sub(1, Ordering::Relaxed);
+        self.unwritten.fetch_sub(usize::from(!self.state().is_in_parts), Ordering::Relaxed);
     }
 
     /// Drop the unwritten replies and all later ones, because the task has ended.
     pub fn close(&self) {
         let mut state = self.state();
         state.is_closed = true;
-        self.unwritten.fetch_sub(state.replies.len() + state.ordered.len(), Ordering::Relaxed);
+        if !state.is_in_parts {
+            self.unwritten.fetch_sub(state.replies.len() + state.ordered.len(), Ordering::Relaxed);
+        }
         state.replies.clear();
         state.ordered.clear();
         state.reply_bytes = 0;
