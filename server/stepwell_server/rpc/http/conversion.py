@@ -12,7 +12,6 @@ from google.protobuf.message import Message
 from stepwell_server.rpc.fronts.base import JsonCodec
 from stepwell_server.rpc.http import json_form
 
-
 _Result = TypeVar("_Result")
 
 
