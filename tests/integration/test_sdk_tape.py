@@ -265,6 +265,19 @@ async def test_arguments_are_checked(client: Any) -> None:
             session.record(states="first")
         with pytest.raises(InvalidInputError, match="max_steps must be at least 1; got 0"):
             session.record(max_steps=0)
+        bare = session.record()
+        outside = r"record\(\) must be used in a with block, `with session.record\(\) as tape:`; got "
+        for use, words in (
+            (len, r"len\(\)"),
+            (lambda tape: tape[:3], "an index"),
+            (lambda tape: tape.states, r"\.states"),
+            (lambda tape: tape.save("x"), r"\.save"),
+        ):
+            with pytest.raises(InvalidInputError, match=outside + words):
+                use(bare)
+        assert not hasattr(bare, "nothing")
+        with bare as tape:
+            assert len(tape) == 0
         with session.record() as tape:
             pass
         with pytest.raises(TypeError, match=r"a tape must be indexed by a slice, .*; got 3"):

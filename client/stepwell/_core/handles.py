@@ -19,7 +19,7 @@ from stepwell._routing.replica import ReplicaInfo
 from stepwell._state import display
 from stepwell._state.arguments import check_count
 from stepwell._state.infos import StateSelection
-from stepwell._tape.recording import check_recorded
+from stepwell._tape.recording import Recording, check_recorded
 from stepwell._tape.reel import Reel, Subject
 from stepwell._tape.tape import RecordedStates, Tape
 from stepwell.config import ClientConfig
@@ -82,7 +82,7 @@ class BaseHandle(Generic[D]):
     ) -> contextlib.AbstractContextManager[Tape]:
         """Checks the arguments of `record`; the result records while its block runs. `subject` describes the handle."""
         limit = None if max_steps is None else check_count("max_steps", max_steps)
-        return self._recorded(check_recorded(states), limit, subject)
+        return Recording(self._recorded(check_recorded(states), limit, subject))
 
     @contextlib.contextmanager
     def _recorded(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +15,40 @@ from stepwell._state.tensors import Array
 from stepwell._state.trace import TracedStates
 from stepwell._tape.frames import Members, Rows, frames_of
 from stepwell._tape.reel import STATES, Reel
+from stepwell._tape.tape import Tape
 from stepwell.errors import InvalidInputError
+
+
+class Recording(AbstractContextManager[Tape]):
+    """Records while its `with` block runs. Using it like a tape, outside of a block, is an error that says so."""
+
+    def __init__(self, block: AbstractContextManager[Tape]) -> None:
+        self._block = block
+
+    def __enter__(self) -> Tape:
+        return self._block.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._block.__exit__(kind, error, trace)
+
+    def __len__(self) -> int:
+        raise _not_a_tape("len()")
+
+    def __getitem__(self, _index: object) -> object:
+        raise _not_a_tape("an index")
+
+    def __getattr__(self, name: str) -> object:
+        if hasattr(Tape, name) and not name.startswith("__"):
+            raise _not_a_tape(f".{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _not_a_tape(what: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"record() must be used in a with block, `with session.record() as tape:`; got {what} of its result"
+    )
 
 
 class Counts(Protocol):
