@@ -1,6 +1,6 @@
 """What watches cost the sessions' own steps: processor time of the server per step, in pairs with and without a watch.
 
-    .venv/bin/python -m bench.watches [PAIRS [SESSIONS ...]]
+    .venv/bin/python -m bench.watches [PAIRS [SESSIONS [CASE ...]]]
 
 Sessions step as fast as they can, each when its last step is answered, over streams of one client. Pairs of short runs
 (alone, watched) alternate on one server, so that both see the same machine; the table has medians of the pairs' ratios.
@@ -13,19 +13,18 @@ import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from bench import harness
 from stepwell import aio
 from stepwell.testing import LocalServer
 
 _MODEL = "small"
-_STEPS = 3000
-"""Steps of one run."""
-_SESSIONS = (1, 64)
+_SESSIONS = {1: 4_000, 64: 30_000}
+"""Sessions that step, and their steps in one run."""
 #: What is watched, by what the table calls it: which of the stepped sessions, and how.
 CASES: dict[str, dict[str, Any] | None] = {
     "another session, every change": None,
@@ -54,38 +53,47 @@ async def _watching(client: aio.AsyncClient, ids: Sequence[str], **every: Any) -
         await task
 
 
-async def _run(process: psutil.Process, sessions: Sequence[Any]) -> float:
+def _processor_ns(pid: int) -> int:
+    """Processor time of all threads of a process. Of the ones that ended, there are few here."""
+    return sum(
+        int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()
+    )
+
+
+async def _run(pid: int, sessions: Sequence[Any]) -> float:
     """Microseconds of the server's processor time per step."""
+    steps = _SESSIONS[len(sessions)] // len(sessions)
     x = np.random.default_rng(1).standard_normal((1, 8)).astype(np.float32)
 
     async def step(session: Any) -> None:
-        for _ in range(_STEPS // len(sessions)):
+        for _ in range(steps):
             await session.step(x)
 
-    before = process.cpu_times()
+    before = _processor_ns(pid)
     await asyncio.gather(*map(step, sessions))
-    after = process.cpu_times()
-    return 1e6 * (after.user + after.system - before.user - before.system) / _STEPS
+    return (_processor_ns(pid) - before) / 1e3 / (steps * len(sessions))
 
 
-async def _measure(server: LocalServer, pairs: int, count: int) -> None:
+async def _measure(server: LocalServer, pairs: int, count: int, cases: Sequence[str]) -> None:
     """Prints by case: microseconds alone, and the median and the spread of the ratios."""
-    process = psutil.Process(server.pid)
+    pid = server.pid
+    assert pid is not None
     async with aio.connect(server.address) as client, aio.connect(server.address) as watcher:
         sessions = [await client.open_session(_MODEL) for _ in range(count)]
         other = await client.open_session(_MODEL)
-        await _run(process, sessions)
-        for name, every in CASES.items():
+        await _run(pid, sessions)
+        for name in cases:
+            every = CASES[name]
             ids = [each.id for each in (sessions if name.startswith("all") else sessions[:1])]
             alone, ratios = [], []
             for turn in range(pairs):
                 times = {}
                 for is_watched in (turn % 2 == 0, turn % 2 == 1):
                     if not is_watched:
-                        times[False] = await _run(process, sessions)
+                        times[False] = await _run(pid, sessions)
                         continue
                     async with _watching(watcher, [other.id] if every is None else ids, **(every or {})):
-                        times[True] = await _run(process, sessions)
+                        times[True] = await _run(pid, sessions)
                 alone.append(times[False])
                 ratios.append(times[True] / times[False])
             quarters = statistics.quantiles(ratios, n=4)
@@ -96,14 +104,15 @@ async def _measure(server: LocalServer, pairs: int, count: int) -> None:
 def main() -> None:
     """Prints the table."""
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 9
-    counts = [int(each) for each in sys.argv[2:]] or _SESSIONS
+    counts = [int(each) for each in sys.argv[2:3]] or list(_SESSIONS)
+    cases = sys.argv[3:] or list(CASES)
     harness.save_models()
     models = {_MODEL: harness.model_path(_MODEL)}
     print("| sessions | watched | alone, µs a step | watched / alone | quartiles apart |")
     print("| --- | --- | --- | --- | --- |")
     for count in counts:
         with LocalServer(models=models, extra_args=["--store", "memory"]) as server:
-            asyncio.run(_measure(server, pairs, count))
+            asyncio.run(_measure(server, pairs, count, cases))
 
 
 if __name__ == "__main__":

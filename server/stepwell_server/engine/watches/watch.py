@@ -97,19 +97,23 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------------- what happens
 
-    def note(self, sample: Sample) -> None:
-        """A session was changed on this server, and the store has the change."""
-        progress = self._sessions.get(sample.session_id)
-        if progress is None or progress.uid not in {None, sample.uid}:
-            return
-        progress.noted = sample.revision
-        if progress.uid is None:
-            self._report(progress, sample, Kind.PRESENT)
-        elif self._is_due(progress, sample.revision):
-            self._report(progress, sample, sample.kind)
-        elif self.wanted.interval_s and sample.session_id not in self._behind:
-            self._behind.add(sample.session_id)
+    def takes(self, session_id: str, uid: int, revision: int) -> bool:
+        """A session was changed on this server, and the store has the change. Whether to call `note`."""
+        progress = self._sessions.get(session_id)
+        if progress is None or (progress.uid is not None and progress.uid != uid):
+            return False
+        progress.noted = revision
+        if progress.uid is None or self._is_due(progress, revision):
+            return True
+        if self.wanted.interval_s and session_id not in self._behind:
+            self._behind.add(session_id)
             self._rung.set()
+        return False
+
+    def note(self, sample: Sample) -> None:
+        """Report a change that `takes` has accepted."""
+        progress = self._sessions[sample.session_id]
+        self._report(progress, sample, Kind.PRESENT if progress.uid is None else sample.kind)
 
     def present(self, sample: Sample) -> None:
         """A session was read."""

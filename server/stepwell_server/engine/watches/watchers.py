@@ -192,23 +192,25 @@ class Watchers:
         if origin is None:
             return
         for at in np.flatnonzero(self._table.watched[handles]).tolist():
-            made = origin.made(at if places is None else int(places[at]))
+            made = functools.partial(origin.made, at if places is None else int(places[at]))
             self._note(outcome.model, int(handles[at]), made)
 
     def stepped(self, model: Model, steps: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         """Watched sessions made one time step in compiled code: their handles, and their inputs as bytes."""
         for handle, data in steps:
-            inputs = [
-                np.frombuffer(each, dtype_of(spec.dtype)).reshape(1, *spec.shape)
-                for spec, each in zip(model.program.inputs, data, strict=True)
-            ]
-            self._note(model, handle, Made(1, (), inputs))
+            self._note(model, handle, functools.partial(_made, model, data))
 
-    def _note(self, model: Model, handle: int, made: Made) -> None:
-        kind = Kind.STEP if made.time_steps else Kind.RESET
-        sample = self._sample(kind, model, handle, made)
-        for watch in self._by_id.get(sample.session_id, ()):
-            watch.note(sample)
+    def _note(self, model: Model, handle: int, made: Callable[[], Made]) -> None:
+        """Report a change to the watches for which it is due. Most are not, which must cost little."""
+        table = self._table
+        session_id = table.session_id(handle)
+        uid, revision = int(table.opened_with[handle]), int(table.revision[handle])
+        due = [watch for watch in self._by_id.get(session_id, ()) if watch.takes(session_id, uid, revision)]
+        if due:
+            how = made()
+            sample = self._sample(Kind.STEP if how.time_steps else Kind.RESET, model, handle, how)
+            for watch in due:
+                watch.note(sample)
 
     def _sample(self, kind: Kind, model: Model, handle: int, made: Made) -> Sample:
         """A session in the arena, at its present revision."""
@@ -371,6 +373,18 @@ class Watchers:
             # a session that left the table is doubtful already; another stamp is a change of this server
             if not each.is_known and handle is not None and int(table.stamp[handle]) == stamp:
                 self._doubt(session_id)
+
+
+def _made(model: Model, data: Sequence[bytes]) -> Made:
+    """How a session made one time step with these inputs."""
+    return Made(
+        1,
+        (),
+        [
+            np.frombuffer(each, dtype_of(spec.dtype)).reshape(1, *spec.shape)
+            for spec, each in zip(model.program.inputs, data, strict=True)
+        ],
+    )
 
 
 def _states(states: Tensors, _what: str) -> Tensors:
