@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Callable, Collection, Sequence
 
 from stepwell_server.engine.types import Tensors
@@ -100,7 +99,13 @@ class Sample:
     rows: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        self._read = functools.cache(self.read)
+        self._known: dict[str, Tensors] = {}
+
+    def _read(self, what: str) -> Tensors:
+        found = self._known.get(what)
+        if found is None:
+            found = self._known[what] = self.read(what)
+        return found
 
     def event(self, wanted: Wanted, kind: Kind, *, from_store: bool = False) -> Event:
         """An event of this kind: that of the sample, or `PRESENT`."""

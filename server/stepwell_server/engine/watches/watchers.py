@@ -191,26 +191,30 @@ class Watchers:
         handles, origin = outcome.handles, outcome.origin
         if origin is None:
             return
-        for at in np.flatnonzero(self._table.watched[handles]).tolist():
-            made = functools.partial(origin.made, at if places is None else int(places[at]))
-            self._note(outcome.model, int(handles[at]), made)
+        watched = [0] if len(handles) == 1 else np.flatnonzero(self._table.watched[handles]).tolist()
+        for at in watched:
+            if due := self._due(int(handles[at])):
+                made = origin.made(at if places is None else int(places[at]))
+                self._note(due, outcome.model, int(handles[at]), made)
 
     def stepped(self, model: Model, steps: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         """Watched sessions made one time step in compiled code: their handles, and their inputs as bytes."""
         for handle, data in steps:
-            self._note(model, handle, functools.partial(_made, model, data))
+            if due := self._due(handle):
+                self._note(due, model, handle, _made(model, data))
 
-    def _note(self, model: Model, handle: int, made: Callable[[], Made]) -> None:
-        """Report a change to the watches for which it is due. Most are not, which must cost little."""
+    def _due(self, handle: int) -> Sequence[Watch]:
+        """The watches for which a change is due. Most changes are not, which must cost little."""
         table = self._table
         session_id = table.session_id(handle)
-        uid, revision = int(table.opened_with[handle]), int(table.revision[handle])
-        due = [watch for watch in self._by_id.get(session_id, ()) if watch.takes(session_id, uid, revision)]
-        if due:
-            how = made()
-            sample = self._sample(Kind.STEP if how.time_steps else Kind.RESET, model, handle, how)
-            for watch in due:
-                watch.note(sample)
+        uid, revision = table.opened_with.item(handle), table.revision.item(handle)
+        return [each for each in self._by_id.get(session_id, ()) if each.takes(session_id, uid, revision)]
+
+    def _note(self, due: Sequence[Watch], model: Model, handle: int, made: Made) -> None:
+        """Report a change to watches."""
+        sample = self._sample(Kind.STEP if made.time_steps else Kind.RESET, model, handle, made)
+        for watch in due:
+            watch.note(sample)
 
     def _sample(self, kind: Kind, model: Model, handle: int, made: Made) -> Sample:
         """A session in the arena, at its present revision."""
