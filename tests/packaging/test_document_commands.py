@@ -38,6 +38,7 @@ PYTHON_PAGES = {
     "docs/guides/client.md": "tests/packaging/test_examples.py",
     "docs/guides/sessions.md": "tests/packaging/test_examples.py",
     "docs/guides/record.md": "tests/packaging/test_examples.py",
+    "docs/guides/watch.md": "tests/packaging/test_examples.py",
     "docs/guides/many-users.md": "tests/packaging/test_examples.py",
     "docs/guides/causal-convolution.md": "tests/packaging/test_pages.py",
     "docs/guides/other-languages.md": "tests/packaging/test_other_languages.py",

@@ -173,6 +173,7 @@ def test_the_page_on_steps(root: Path, server: LocalServer) -> None:
         ("docs/guides/many-users.md", ""),
         ("docs/guides/record.md", ""),
         ("docs/guides/sessions.md", ""),
+        ("docs/guides/watch.md", ""),
         ("docs/operate/run.md", "## Look after sessions"),
     ],
 )
