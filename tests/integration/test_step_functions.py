@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,14 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("onnxruntime", reason="the extra onnx")
 
+import onnx
+
 import stepwell
 from stepwell.cli import main
 from stepwell.testing import LocalServer
+from stepwell_server import program_file
 from stepwell_server.engine.executors.onnx_runtime import plain
+from stepwell_server.program import ONNX_MODEL
 from support.models import programs, step_functions
 
 CACHE = {"STEPWELL_CACHE_DIR": str(programs.cache_dir())}
@@ -323,15 +328,34 @@ def test_wrong_options_are_refused(
     assert says in done.stderr
 
 
+def huge() -> onnx.ModelProto:
+    """Fills 16 GiB, and sums them up."""
+    found = step_functions.cell()
+    found.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1 << 32]), "size"))
+    nodes = [
+        step_functions.node("ConstantOfShape", "size", "filled"),
+        step_functions.node("ReduceSum", "filled", "nothing", keepdims=0),
+        *found.graph.node[:-1],
+        step_functions.node("MatMul", "hn V", "product"),
+        step_functions.node("Add", "product nothing", "y"),
+    ]
+    del found.graph.node[:]
+    found.graph.node.extend(nodes)
+    return found
+
+
+def test_a_graph_that_takes_too_much_memory_is_ended_in_the_sandbox(tmp_path: Path) -> None:
+    file = step_functions.saved(tmp_path, "huge", huge)
+    done = run(
+        "compile", str(file), "-o", str(tmp_path / "a.stepwell"), "--max-compile-memory-bytes", "512MiB"
+    )
+    assert done.exit_code == 2
+    assert "compiling it must take at most 536870912 bytes of memory" in done.stderr
+    assert not (tmp_path / "a.stepwell").exists()
+
+
 def test_a_graph_that_reads_other_files_is_refused_in_a_compiled_file(files: Path, tmp_path: Path) -> None:
     """A .stepwell file from elsewhere is checked as if it were compiled here."""
-    import dataclasses
-
-    import onnx
-
-    from stepwell_server import program_file
-    from stepwell_server.program import ONNX_MODEL
-
     target = tmp_path / "cell.stepwell"
     assert run("compile", str(files / "cell.onnx"), "-o", str(target)).exit_code == 0
     program = program_file.load(target)

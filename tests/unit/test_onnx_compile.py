@@ -180,6 +180,11 @@ def test_bits_that_depend_on_the_size_are_padded_to_one(tmp_path: Path) -> None:
     program = compiled("logarithm", tmp_path)
     assert program.proof.rows == "proven"
     assert program.batch_sizes in {(16,), (32,), (64,), (1,)}
+    size = program.batch_sizes[0]
+    costs = (
+        f"one row takes as long as {size}" if size > 1 else "takes as long as its rows one after the other"
+    )
+    assert program.executor_reason.endswith(costs)
     x = np.abs(np.random.default_rng(1).standard_normal((2, 40, 5))).astype(np.float32)
     whole, states = stepped(program, [x])
     for rows in ([7], [39, 3], list(range(17)), list(range(39, -1, -1))):

@@ -46,10 +46,11 @@ SOME_SIZES = f"{ANY_SIZE}, but a row's bits depend on the batch size"
 """Why LiteRT runs a program, as a sentence for users."""
 _ONNX_SIZES = {
     0: "ONNX Runtime gives a row the same bits at every batch size",
-    1: "each row is run alone",
+    1: "each row is run alone, so a batch takes as long as its rows one after the other",
 }
 _ONNX_ONE_SIZE = (
-    "ONNX Runtime gives a row the same bits at batch size {}, to which batches are padded, not at every size"
+    "ONNX Runtime gives a row the same bits at batch size {0}, not at every size: batches are padded to it, so one row takes as "
+    "long as {0}"
 )
 _NAMES = {"litert": "LiteRT", "tensorflow": "TensorFlow", "onnxruntime": "ONNX Runtime"}
 
