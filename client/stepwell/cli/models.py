@@ -208,9 +208,9 @@ def model_json(model: ModelInfo) -> dict[str, object]:
         "version": model.version,
         "versions": [version_json(version) for version in model.versions],
         "proof": {
-            "rows": model.proof.rows,
             "compared_steps": model.proof.compared_steps,
             "compared_share": model.proof.compared_share,
+            "rows": model.proof.rows,
             "unproven": model.proof.unproven,
         },
     }
@@ -245,7 +245,7 @@ def _complete_model_or_file(
         *MODEL_KEYS[:7],
         ("sessions", "open sessions; null for a file"),
         ("version, versions", "as in stepwell models; 0 and empty for a file"),
-        *MODEL_KEYS[-4:],
+        *MODEL_KEYS[-5:],
         *PROVENANCE_KEYS,
     ),
 )
