@@ -168,11 +168,7 @@ impl StepKernel {
     }
 
     /// The watched sessions of the batch that was just finished: their handles and their inputs as bytes.
-    fn watched<'py>(
-        &self,
-        py: Python<'py>,
-        batch: &BatchHandle,
-    ) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
+    fn watched<'py>(&self, py: Python<'py>, batch: &BatchHandle) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
         let state = self.state();
         let inputs = |place: usize| {
             let row = |(column, input): (&usize, &Tensor)| {
