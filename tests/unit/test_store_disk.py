@@ -6,8 +6,10 @@ import itertools
 import os
 import random
 import shutil
+import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from support.samples import examples
 from support.stores.disk_store import (
     DURABILITIES,
     SEGMENT_BYTES,
+    Watched,
     begin,
     crash_copy,
     end,
@@ -189,6 +192,16 @@ def test_a_template_is_kept_as_its_records_are(path: Path) -> None:
     assert revisions(store) == {"a": 2, "b": 1, "c": 1}
 
 
+@pytest.fixture
+def quick_switches() -> Iterator[None]:
+    """Threads interrupt each other between any two operations."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("quick_switches")
 def test_reads_never_go_back_while_segments_rotate(path: Path) -> None:
     store, done, problems = opened(path), threading.Event(), list[BaseException]()
     begin(store, "a", "b")
@@ -217,21 +230,6 @@ def test_reads_never_go_back_while_segments_rotate(path: Path) -> None:
         reader.join(timeout=200)
     store.close()
     assert not problems
-
-
-class Watched:
-    """A lock that says when someone must wait for it."""
-
-    def __init__(self, lock: threading.Lock, waits: threading.Event) -> None:
-        self._lock, self._waits = lock, waits
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            self._waits.set()
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def test_a_segment_is_not_truncated_while_someone_reads_in_it(

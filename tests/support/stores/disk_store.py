@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,21 @@ def wal_of(store: DiskStore) -> WriteAheadLog:
 
 def in_lmdb(store: DiskStore) -> dict[str, int]:
     return revisions(base_of(store))
+
+
+class Watched:
+    """A lock that says when someone must wait for it."""
+
+    def __init__(self, lock: threading.Lock, waits: threading.Event) -> None:
+        self._lock, self._waits = lock, waits
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._waits.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def fill_one(store: DiskStore, revision: int = 1) -> list[str]:

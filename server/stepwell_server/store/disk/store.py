@@ -225,10 +225,12 @@ class DiskStore(LocalStore):
 
     @override
     def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
-        if self._wal is None or self._wal.is_empty:
+        # the log first: what a checkpoint removes from it meanwhile is then in LMDB
+        places = [] if self._wal is None else self._wal.places_of(session_ids)
+        if not places:
             return self._base.get_many(session_ids)
         found: list[RecordBytes | None] = [None] * len(session_ids)
-        for place in self._wal.places_of(session_ids):
+        for place in places:
             found[place] = self._find(session_ids[place])
         missing = [place for place, record in enumerate(found) if record is None]
         for place, record in zip(
@@ -239,11 +241,16 @@ class DiskStore(LocalStore):
 
     @override
     def heads(self, *, after: str = "", prefix: str = "", limit: int) -> Heads:
+        wal = self._wal
+        removals = 0 if wal is None else wal.removals
         keys, records = self._base.values(after=after, prefix=prefix, limit=limit)
-        if self._wal is not None and not self._wal.is_empty:
-            ids = [str(key, "utf-8", "replace") for key in keys]
-            for place in self._wal.places_of(ids):
-                records[place] = self._find(ids[place]) or records[place]
+        if wal is None or (wal.is_empty and wal.removals == removals):
+            return heads_of(keys, records)
+        ids = [str(key, "utf-8", "replace") for key in keys]
+        for place in wal.places_of(ids):
+            records[place] = self._find(ids[place]) or records[place]
+        if wal.removals != removals:  # a checkpoint may have moved later records to LMDB meanwhile
+            records = [new or old for new, old in zip(self.get_many(ids), records, strict=True)]
         return heads_of(keys, records)
 
     @override

@@ -8,7 +8,7 @@ import shutil
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -104,6 +104,9 @@ class WriteAheadLog:
         self._before_rotate = before_rotate
         self.due = 0
         """Number of records to checkpoint now, to keep up with appends."""
+        self.removals = 0
+        """Grows before records are removed, after the store has them or later ones. A reader of the store that then finds
+        a session in neither segment has its latest record, unless this grew since it began to read."""
         # Held while appending or rotating, by one thread or from `begin` to `end`.
         self._appending = threading.Lock()
         self._queue: deque[None] = deque()
@@ -117,7 +120,6 @@ class WriteAheadLog:
         except BaseException:
             self._active.close()
             raise
-        self._segments = (self._active, self._sealed)
 
     def descriptors(self) -> list[tuple[Path, int]]:
         """Paths and descriptors of the open files."""
@@ -163,7 +165,7 @@ class WriteAheadLog:
 
     @property
     def is_empty(self) -> bool:
-        """Everything in the log is in the store."""
+        """Everything in the log is in the store. Concurrent with a checkpoint, compare `removals` too."""
         return not self._active.offsets and not self._sealed.offsets
 
     @property
@@ -265,21 +267,29 @@ class WriteAheadLog:
             OSError: it cannot be read.
         """
         with self._looking:
-            return self._active.record(session_id) or self._sealed.record(session_id)
+            # Look again: between the first two, a later record may have been appended and the sealed one removed.
+            return (
+                self._active.record(session_id)
+                or self._sealed.record(session_id)
+                or self._active.record(session_id)
+            )
 
     def places_of(self, session_ids: Sequence[str]) -> list[int]:
         """Return the indices of the sessions that have records in the log. For any thread."""
-        active, sealed = self._active.offsets, self._sealed.offsets
-        return [place for place, i in enumerate(session_ids) if i in active or i in sealed]
+        with self._looking:
+            active, sealed = self._active.offsets, self._sealed.offsets
+            if not (active or sealed or active):
+                return []
+            # in the order of `find`
+            return [place for place, i in enumerate(session_ids) if i in active or i in sealed or i in active]
 
     def discard(self, session_ids: Iterable[str]) -> None:
         """Discard the records of sessions, because the store has newer ones."""
-        for (
-            segment
-        ) in self._segments:  # if a segment is truncated meanwhile, the store has everything from it
-            offsets = segment.offsets
-            for session_id in offsets.keys() & session_ids if offsets else ():
-                offsets.pop(session_id, None)
+        with self._looking:
+            # first the sealed segment: its record must not be found after that of the active one is gone
+            segments = self._sealed.offsets, self._active.offsets
+        for offsets in segments:  # if a segment is truncated meanwhile, the store has everything from it
+            self._remove(offsets, offsets.keys() & session_ids if offsets else ())
 
     def to_checkpoint(self, *, briefly: bool = False, limit: int | None = None) -> tuple[list[str], Records]:
         """Return the next sessions to checkpoint, at most `limit`, and their records. Call `checkpointed` afterwards."""
@@ -294,9 +304,13 @@ class WriteAheadLog:
         last_here = [session_id for session_id in ids if session_id not in active.offsets]
         return ids, sealed.records(last_here)
 
-    def checkpointed(self, session_ids: Iterable[str]) -> None:
+    def checkpointed(self, session_ids: Collection[str]) -> None:
         """Remove sessions from the sealed segment, after the store has their records."""
-        offsets = self._sealed.offsets
+        self._remove(self._sealed.offsets, session_ids)
+
+    def _remove(self, offsets: dict[str, int], session_ids: Collection[str]) -> None:
+        if session_ids:
+            self.removals += 1
         for session_id in session_ids:
             offsets.pop(session_id, None)
 
