@@ -19,6 +19,7 @@ from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.engine.api import SessionPolicy, StepBatch
+from stepwell_server.engine.passes.compiled import CompiledSteps
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -34,6 +35,7 @@ from support.servers.both_fronts import needs_native
 pytestmark = needs_native
 IDS = ["a", "b", "c", "wide"]
 LIMIT = 1 << 16
+PATIENCE_S = 60.0
 _COLUMNS = ("revision", "position", "request_id", "digest", "reply", "claimed", "used", "bytes")
 _rng = np.random.default_rng(7)
 
@@ -285,6 +287,24 @@ async def test_the_columns_of_a_longer_table_are_used(
         assert (await stub.Step(request)).revision == 2
         assert at.internals.table.revision[at.internals.handle("a")].tolist() == [2]
         assert runs == [True, True]
+
+
+@pytest.mark.parametrize("broken", ["_attached", "_run"])
+async def test_steps_whose_batch_raises_are_answered_by_a_pass(
+    broken: str, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served() as (at, stub):
+        await at.open("a")
+        request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
+        with monkeypatch.context() as patch:
+            patch.setattr(CompiledSteps, broken, raises)
+            assert (await stub.Step(request, timeout=PATIENCE_S)).revision == 1
+        assert (await stub.Step(request, timeout=PATIENCE_S)).revision == 2
+        assert runs == [False, True]
+
+
+def raises(*_: object) -> None:
+    raise RuntimeError("planted")
 
 
 async def test_sessions_that_moved_to_another_version_are_stepped(runs: list[bool]) -> None:

@@ -64,21 +64,22 @@ class CompiledSteps:
         if count > 1 and (source := self._source(batch, started)) is None:
             return None
         kernel = self._kernel
-        if kernel is None or self._growths != self._table.growths:
-            kernel = self._attached(batch)
-        if not kernel.claim(batch.handle, started):
-            return None
-        if (model.epoch or model.replies.series) and not self._committer.keeps_sizes(model, kernel.claimed()):
-            kernel.cancel()  # a change also settles sizes and forgets arrays
-            return None
         try:
+            if kernel is None or self._growths != self._table.growths:
+                kernel = self._attached(batch)
+            if not kernel.claim(batch.handle, started):
+                return None
+            if (model.epoch or model.replies.series) and not self._committer.keeps_sizes(
+                model, kernel.claimed()
+            ):
+                kernel.cancel()  # a change also settles sizes and forgets arrays
+                return None
             answered = self._run(kernel, batch, started)
-        except ExecutionError:  # a pass then determines the error
-            kernel.cancel()
-            return None
         except Exception as error:
-            kernel.cancel()
-            _log.defect("a batch of steps raised, and is run as a change", error, model=model.name)
+            if kernel is not None:
+                kernel.cancel()
+            if not isinstance(error, ExecutionError):  # a pass then determines the error of a program
+                _log.defect("a batch of steps raised, and is run as a change", error, model=model.name)
             return None
         if self._table.watched_ids and (steps := kernel.watched(batch.handle)):
             self._watched(model, steps)
