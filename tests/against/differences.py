@@ -12,9 +12,12 @@ from pathlib import Path
 from against.answers import Answer
 
 WANTED = Path(__file__).with_name("wanted.toml")
-MAX_SHOWN = 20
-"""Differences that a report shows in full; the others are counted."""
-MAX_SHOWN_OF_A_KIND = 3
+MAX_SHOWN = 40
+"""Differences that a report shows in full: the first ones of different kinds. The others are counted."""
+MAX_LINE = 300
+"""Characters of a kind's values that a report shows."""
+_DETAILS = re.compile(r"""'[^']*'|"[^"]*"|\b[0-9a-f]{8,}\b|\d+""")
+"""The details of a value: quoted words, bytes and numbers. Values that only differ in them are of one kind."""
 _KEYS = {"call", "what", "base", "tree", "reason", "ends_program"}
 ABSENT = "<absent>"
 
@@ -130,8 +133,8 @@ class Report:
     ended: int = 0
     """Programs that were not compared to their ends because of a wanted difference."""
     unwanted: int = 0
-    kinds: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Unwanted differences, by the call and by what differs."""
+    kinds: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+    """Unwanted differences by their kinds: how often each call has it."""
     shown: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     """What went wrong beside answers: a server that ended, or logged a defect."""
@@ -155,10 +158,11 @@ class Report:
         left = [one for one, entry in zip(differences, entries, strict=True) if entry is None]
         if left:
             self.unwanted += 1
-            kind = _kind(left[0])
-            self.kinds[kind] += 1
-            if len(self.shown) < MAX_SHOWN and self.kinds[kind] <= MAX_SHOWN_OF_A_KIND:
+            kinds = dict.fromkeys(map(_kind, left))
+            if len(self.shown) < MAX_SHOWN and not self.kinds.keys() >= kinds.keys():
                 self.shown.append("\n".join(_shown(place, base, tree, left)))
+            for kind in kinds:
+                self.kinds.setdefault(kind, Counter())[base.call] += 1
             return False
         if any(entry is not None and entry.ends_program for entry in entries):
             self.ended += 1
@@ -186,17 +190,18 @@ class Report:
             yield f"programs that such a difference has ended: {self.ended:,}"
         yield from (f"WRONG: {note}" for note in self.notes)
         yield f"unwanted differences: {self.unwanted:,} calls"
-        yield from (f"  {count:,}: {kind}" for kind, count in self.kinds.most_common())
+        for kind, calls in sorted(self.kinds.items(), key=lambda item: (-item[1].total(), item[0])):
+            yield f"  {calls.total():,}: {kind}"
+            yield "    " + ", ".join(f"{call}: {count:,}" for call, count in calls.most_common())
         yield from self.shown
         if self.unwanted > len(self.shown):
             yield f"... and {self.unwanted - len(self.shown):,} calls more"
 
 
 def _kind(difference: Difference) -> str:
-    how = (
-        f": {difference.base} in the base, {difference.tree} in the tree" if difference.what == "end" else ""
-    )
-    return f"{difference.call}, {difference.what}{how}"
+    """What the field is and how it differs, without details: enough to write an entry of the list."""
+    base, tree = (_DETAILS.sub("#", value)[:MAX_LINE] for value in (difference.base, difference.tree))
+    return f"{_DETAILS.sub('#', difference.what)}: {base} in the base, {tree} in the tree"
 
 
 def _shown(place: Place, base: Exchange, tree: Exchange, differences: Sequence[Difference]) -> Iterator[str]:

@@ -71,6 +71,7 @@ def _compare(pair: Pair, options: argparse.Namespace) -> None:
     drawn = programs.with_restarts(programs.draw(options.programs, options.seed, MODELS), RESTART_EVERY)
     for program in progress(drawn, _say, pair.label):
         pair.play(program)
+    pair.restart(is_killed=False)  # a program may have unloaded the model that malformed messages name
     send_malformed(pair, options.malformed, options.seed, _say)
 
 

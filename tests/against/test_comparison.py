@@ -244,18 +244,28 @@ def test_another_request_is_a_difference(tmp_path: Path) -> None:
     assert not found.compare(PLACE, Exchange("Step", "a", CONFLICT), Exchange("Step", "b", CONFLICT))
 
 
-def test_a_report_shows_some_in_full_and_counts_all(tmp_path: Path) -> None:
+def test_a_report_counts_kinds_and_shows_the_first_of_each_in_full(tmp_path: Path) -> None:
     found = report(tmp_path)
-    for _ in range(differences.MAX_SHOWN_OF_A_KIND + 3):
-        compare(found, "Step", CONFLICT, INVALID)
-    assert (
-        "  6: Step, end: ABORTED REVISION_CONFLICT in the base, INVALID_ARGUMENT INVALID_INPUT in the tree"
-        in [*found.lines()]
-    )
-    assert [*found.lines()][-1] == "... and 3 calls more"
+    for number in range(3):
+        for call in ("Step", "ResetStates"):
+            compare(found, call, failed(text=f"no id 'a{number}' of {number}"), failed(text="other words"))
+    lines = [*found.lines()]
+    at = lines.index("  6: error text: no id # of # in the base, other words in the tree")
+    assert lines[at + 1] == "    Step: 3, ResetStates: 3"
+    assert lines[-1] == "... and 5 calls more"
     for number in range(differences.MAX_SHOWN):
-        compare(found, f"Step {number}", CONFLICT, INVALID)
+        compare(found, "Step", CONFLICT, failed(code=number % 15, reason="OTHER_" + "X" * number))
     assert len(found.shown) == differences.MAX_SHOWN
+
+
+def test_a_report_counts_each_field_that_differs(tmp_path: Path) -> None:
+    found = report(tmp_path)
+    compare(found, "Step", answers.succeeded(stepped()), answers.succeeded(stepped(revision=5, position=8)))
+    counted = [line for line in found.lines() if line.startswith("  1: ")]
+    assert counted[-2:] == [
+        "  1: position: # in the base, # in the tree",
+        "  1: revision: # in the base, # in the tree",
+    ]
 
 
 def test_a_program_goes_on_after_a_wanted_difference_unless_its_entry_says_otherwise(tmp_path: Path) -> None:
