@@ -109,6 +109,8 @@ soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
 	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak.py --kills 100)
 	$(if $(ARGS),,$(BIN)/python tests/fault/soak_models.py)
+	$(if $(ARGS),,for options in "" "--resident-rows 100 --max-batch-rows 8" "--tenants 3" "--front python"; do $(BIN)/python tests/fault/soak_mixture.py --seconds 30 $$options || exit 1; done)
+	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak_mixture.py --seconds 30)
 	$(BIN)/python tests/fault/soak.py $(ARGS)
 
 .PHONY: soak-cluster

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from stepwell.v1 import errors_pb2, models_pb2, models_pb2_grpc, sessions_pb2, sessions_pb2_grpc, tensors_pb2
+from stepwell_server.program import dtype_of
 from support import secured
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -56,11 +57,17 @@ def tensors(arrays: Mapping[str, Array]) -> list[tensors_pb2.Tensor]:
     return [tensor(array, name) for name, array in arrays.items()]
 
 
+def dtype_of_number(number: tensors_pb2.DataType.ValueType) -> np.dtype[Any]:
+    """The NumPy type of a `DataType`."""
+    return dtype_of(tensors_pb2.DataType.Name(number).removeprefix("DATA_TYPE_").lower())
+
+
 def arrays(messages: Tensors) -> dict[str, Array]:
-    """The arrays in messages. Only the types that the tests' models answer with."""
-    kinds = {tensors_pb2.DATA_TYPE_FLOAT32: "<f4", tensors_pb2.DATA_TYPE_INT32: "<i4"}
+    """The arrays in messages."""
     return {
-        message.name: np.frombuffer(message.data, kinds[message.dtype]).reshape(tuple(message.shape))
+        message.name: np.frombuffer(message.data, dtype_of_number(message.dtype)).reshape(
+            tuple(message.shape)
+        )
         for message in messages
     }
 
