@@ -11,6 +11,8 @@ import pytest
 
 from stepwell_server.store.base import Batch
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.disk.wal import reader
+from stepwell_server.store.disk.wal.log import Mark
 from support.stores.disk_store import Watched, base_of, begin, fill_one, in_lmdb, opened, put, record, wal_of
 from support.stores.records import decode
 
@@ -174,3 +176,35 @@ def test_a_transaction_removes_the_older_of_two_records_first(path: Path, read: 
     assert len(seen) == 2
     assert min(seen) >= 2
     assert read(store, name) == 3
+
+
+def test_a_backup_reads_the_log_while_it_rotates_twice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = opened(path), reader._read
+    begin(store, "s0", "s1")
+    wal = wal_of(store)
+    put(store, "s0", revision=1)
+
+    def rotate() -> None:
+        put(store, "s1", revision=1)
+        assert wal.rotate()
+
+    def rotate_again() -> None:
+        put(store, "s0", revision=2)
+        while not store.needs_checkpoint:
+            put(store, "s1", revision=2)
+        store.checkpoint()
+        assert wal.rotate()
+
+    actions = [rotate, rotate_again]
+
+    def slow(file: Path) -> Any:
+        found = read(file)
+        if actions:
+            actions.pop(0)()
+        return found
+
+    monkeypatch.setattr(reader, "_read", slow)
+    found = reader.read_log(path / "wal", Mark.unpacked(base_of(store).wal_mark).owner)
+    assert decode("s0", found["s0"]).revision == 2
+    assert not actions
+    assert in_lmdb(store)["s0"] == 0

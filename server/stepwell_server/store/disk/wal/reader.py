@@ -32,15 +32,19 @@ def read_log(folder: Path, owner: int) -> dict[str, bytes]:
         StoreError: acknowledged changes are missing, or a segment cannot be read.
     """
     try:
-        segments = [_read(folder / name) for name in SEGMENTS]
-        first, last = sorted(segments, key=_order)
-        if not first.content.problem and first.content.sequence < last.content.base_sequence:
+        first, last = sorted((_read(folder / name) for name in SEGMENTS), key=_order)
+        for _ in range(_MAX_LOOKS):
+            if first.content.problem or first.content.sequence >= last.content.base_sequence:
+                break
             # The earlier segment may have been read before its last writes, and the later one started after them.
             again = _read(first.path)
             is_same = again.content.generation == first.content.generation
             if is_same and again.content.sequence < last.content.base_sequence:
                 raise StoreError(f"{first.path} cannot be read to its end: acknowledged changes are missing")
-            first = again
+            # if it was truncated meanwhile, the other one has had later writes
+            first, last = sorted((again, last), key=_order)
+        else:
+            raise StoreError(f"{folder} must be readable; its segments rotated between all reads")
     except OSError as error:
         raise StoreError(f"the write-ahead log in {folder} must be readable: {error}") from error
     for path, content, _ in (first, last):
@@ -48,7 +52,6 @@ def read_log(folder: Path, owner: int) -> dict[str, bytes]:
             raise LogReplaced
         if content.problem:
             raise StoreError(f"{path} {content.problem}: acknowledged changes are missing")
-    first, last = sorted((first, last), key=_order)
     return {**first.records, **last.records}
 
 
