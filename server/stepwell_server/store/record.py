@@ -173,20 +173,35 @@ def encode_ids(session_ids: Sequence[str]) -> bytes:
     return b"".join([_encoded(session_id)[0] for session_id in session_ids])
 
 
-class Puts(list[tuple[str, RecordBytes]]):
+class Puts(Sequence[tuple[str, RecordBytes]]):
     """Ids and records in one buffer, which may be filled and put repeatedly."""
 
-    def __init__(
-        self, session_ids: Sequence[str], records: Sequence[RecordBytes], together: memoryview
-    ) -> None:
-        super().__init__(zip(session_ids, records, strict=True))
+    def __init__(self, session_ids: Sequence[str], sizes: Sequence[int], together: RecordBytes) -> None:
         self.session_ids = session_ids
-        self.sizes = [len(record) for record in records]
-        """The size of each record in bytes; all are equal."""
-        self.together = together
+        self.sizes = sizes
+        """The size of each record in bytes."""
+        self.together = memoryview(together)
         """All records, concatenated."""
         self.checksums = b""
         """The records' checksums, four bytes each."""
+
+    def __len__(self) -> int:
+        return len(self.session_ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an item or slice, as a list does."""
+        return self._all[index]
+
+    def __iter__(self) -> Iterator[tuple[str, RecordBytes]]:
+        return iter(self._all)
+
+    @functools.cached_property
+    def _all(self) -> list[tuple[str, RecordBytes]]:
+        whole, ends = self.together, itertools.accumulate(self.sizes)
+        return [
+            (session_id, whole[end - size : end])
+            for session_id, size, end in zip(self.session_ids, self.sizes, ends, strict=True)
+        ]
 
     @functools.cached_property
     def encoded_ids(self) -> bytes:
@@ -203,9 +218,9 @@ class Puts(list[tuple[str, RecordBytes]]):
         """The seed of each record's checksum."""
         return [crc32(key) for key in self.keys]
 
-    def with_checksums(self, records: Sequence[RecordBytes], together: memoryview, checksums: bytes) -> Puts:
+    def with_checksums(self, sizes: Sequence[int], together: memoryview, checksums: bytes) -> Puts:
         """Return other records of the same sessions."""
-        puts = Puts(self.session_ids, records, together)
+        puts = Puts(self.session_ids, sizes, together)
         puts.checksums, puts.encoded_ids = checksums, self.encoded_ids
         return puts
 
@@ -284,7 +299,7 @@ class RecordTemplate:
         records: list[RecordBytes] = [flat[at : at + size] for at in range(0, buffer.size, size)]
         self._bodies = [record[_CHECKSUM_BYTES:] for record in records]
         self._seeds = [_encoded(session_id)[1] for session_id in session_ids]
-        self._puts = Puts(session_ids, records, flat)
+        self._puts = Puts(session_ids, [size] * len(session_ids), flat)
 
     def fill(
         self,

@@ -129,7 +129,7 @@ class Sealer:
     def _part(
         self, puts: Sequence[tuple[str, RecordBytes]], cipher: AESGCM, nonces: U8
     ) -> Sequence[tuple[str, RecordBytes]]:
-        if isinstance(puts, Puts) and len(puts) > 1:
+        if isinstance(puts, Puts) and len(puts) > 1 and len(set(puts.sizes)) == 1:
             return self._laid_out(puts, cipher, nonces)
         sealed = zip(puts, _rows(nonces), strict=True)
         return [(i, self._one(i, record, cipher, nonce)) for (i, record), nonce in sealed]
@@ -170,10 +170,10 @@ class Sealer:
         both = np.frombuffer(b"".join(states), np.uint8).reshape(count, end - start + TAG_BYTES)
         out[:, start:end], out[:, tags:key_ids] = both[:, :-TAG_BYTES], both[:, -TAG_BYTES:]
         flat, sealed_bytes = memoryview(out.reshape(-1).data), out.shape[1]
-        records: list[RecordBytes] = [flat[at : at + sealed_bytes] for at in range(0, out.size, sealed_bytes)]
+        records = [flat[at : at + sealed_bytes] for at in range(0, out.size, sealed_bytes)]
         sums = checksums_of((record[_CHECKSUM_BYTES:] for record in records), puts.seeds)
         heads["checksum"] = sums
-        return puts.with_checksums(records, flat, sums.tobytes())
+        return puts.with_checksums([sealed_bytes] * count, flat, sums.tobytes())
 
 
 def _rows(array: U8) -> list[bytes]:
