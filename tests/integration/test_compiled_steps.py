@@ -1,12 +1,16 @@
-"""Single steps in compiled code and in numpy: one table of cases, with the same answers and the same sessions after it."""
+"""Single steps in compiled code and in numpy: one table of cases, with the same answers, sessions and records after it."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc.aio
 import numpy as np
@@ -20,22 +24,31 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.engine.api import SessionPolicy, StepBatch
 from stepwell_server.engine.passes.compiled import CompiledSteps
+from stepwell_server.errors import Unavailable
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.rpc.fronts.base import StepColumns
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.steps.columns import ColumnSteps
+from stepwell_server.store.disk import reserve
+from stepwell_server.store.disk.wal import writers
+from stepwell_server.store.record import HEADER, decode_header, is_sound
 from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH
-from support.engine.harness import Harness, running
+from support.engine.harness import STORES, Harness, running
 from support.engine.versions import weights
 from support.peers.wire import tensor
 from support.rpc.no_figures import no_figures
+from support.run_folder import memory_folder
 from support.samples import examples
 from support.servers.both_fronts import needs_native
+from support.stores.durable import Disk, until
 
 pytestmark = needs_native
 IDS = ["a", "b", "c", "wide"]
+STORE_KINDS = ("memory", "async", "sync", "sync_python")
 LIMIT = 1 << 16
 PATIENCE_S = 60.0
+_Run = Callable[[ColumnSteps, StepBatch, Callable[[], StepColumns]], bool]
 _COLUMNS = ("revision", "position", "request_id", "digest", "reply", "claimed", "used", "bytes")
 _rng = np.random.default_rng(7)
 
@@ -143,14 +156,26 @@ CASES = {
 }
 
 
+@pytest.fixture(params=STORE_KINDS)
+def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Kind of the stores that `running` makes; with `sync_python` a thread of Python writes the log."""
+    with (
+        tempfile.TemporaryDirectory(dir=memory_folder()) as folder,
+        mock.patch.object(reserve, "RESERVE_BYTES", 1 << 16),
+        mock.patch.multiple(STORES, kind=request.param.partition("_")[0], folder=Path(folder)),
+        mock.patch.object(writers, "NATIVE", None if request.param == "sync_python" else writers.NATIVE),
+    ):
+        yield request.param
+
+
 @asynccontextmanager
-async def served() -> AsyncIterator[tuple[Harness, Any]]:
+async def served(store: Any = None) -> AsyncIterator[tuple[Harness, Any]]:
     """An engine behind a native front, and a stub of the service."""
     from stepwell_server.rpc.fronts.native import NativeFront
 
     observer = PrometheusObserver()
     programs = {"plain": PLAIN, "rich": RICH, "second": dataclasses.replace(PLAIN, fingerprint="second")}
-    async with running(programs, observer=observer) as at:
+    async with running(programs, observer=observer, store=store) as at:
         server = RpcServer(
             NativeFront(SystemClock(), FrontLimits(LIMIT)),
             clock=at.clock,
@@ -171,11 +196,11 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return spied(monkeypatch, ColumnSteps.run)
 
 
-def spied(patch: pytest.MonkeyPatch, run: Callable[[ColumnSteps, StepBatch], bool]) -> list[bool]:
+def spied(patch: pytest.MonkeyPatch, run: _Run) -> list[bool]:
     found: list[bool] = []
 
-    def spy(self: ColumnSteps, batch: StepBatch) -> bool:
-        found.append(run(self, batch))
+    def spy(self: ColumnSteps, batch: StepBatch, columns: Callable[[], StepColumns]) -> bool:
+        found.append(run(self, batch, columns))
         return found[-1]
 
     patch.setattr(ColumnSteps, "run", spy)
@@ -185,7 +210,11 @@ def spied(patch: pytest.MonkeyPatch, run: Callable[[ColumnSteps, StepBatch], boo
 async def played(case: Case) -> tuple[list[bytes], list[Any]]:
     """The answers to a case, and its sessions afterwards."""
     async with served() as (at, stub):
-        await at.open(*IDS[:3], model=case.model)
+        await at.open("a", model=case.model)
+        await at.open("b", model=f"{case.model}@1")  # pinned: it does not move to other versions
+        await at.open("c", model=case.model)
+        await at.engine.close_session("c", request_id=77)
+        await at.open("c", model=case.model)  # its record has a field of its own
         await at.open("wide", model=case.model, batch_size=2)
         await at.open("other", model="second")
         stream = stub.StepStream()
@@ -207,19 +236,30 @@ async def played(case: Case) -> tuple[list[bytes], list[Any]]:
         handles = table.find_all([*IDS, "other"])
         columns = [getattr(table, name)[handles].tolist() for name in _COLUMNS]
         states = [await at.state(name) for name in [*IDS, "other"]]
+        records = [] if STORES.kind == "memory" else [stored(at.store, name) for name in IDS]
         return answers, [
             *columns,
             *[[array.tobytes() for array in state.values()] for state in states],
+            *records,
         ]
+
+
+def stored(store: Any, session_id: str) -> bytes:
+    """The record of a session without what is random."""
+    record = store.get(session_id)
+    assert is_sound(session_id, record)
+    head = np.frombuffer(record[: HEADER.itemsize], HEADER).copy()
+    head["checksum"] = head["opened_with"] = 0
+    return head.tobytes() + bytes(record[HEADER.itemsize :])
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 async def test_compiled_code_and_numpy_agree(
-    case: Case, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+    case: Case, store_kind: str, runs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = await played(case)
     assert runs == list(case.compiled)
-    spied(monkeypatch, lambda _self, _batch: False)
+    spied(monkeypatch, lambda _self, _batch, _columns: False)
     assert compiled == await played(case)
 
 
@@ -245,14 +285,18 @@ def random_frames(seed: int) -> list[pb.StepFrame]:
     return frames
 
 
-@pytest.mark.parametrize("seed", range(examples(200)))
+@pytest.mark.parametrize(
+    ("seed", "store_kind"),
+    [(seed, STORE_KINDS[seed % len(STORE_KINDS)]) for seed in range(examples(200))],
+    indirect=["store_kind"],
+)
 async def test_compiled_code_and_numpy_agree_on_random_frames(
-    seed: int, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+    seed: int, store_kind: str, runs: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(random_frames(seed), [])
     compiled = await played(case)
     assert any(runs)
-    spied(monkeypatch, lambda _self, _batch: False)
+    spied(monkeypatch, lambda _self, _batch, _columns: False)
     assert compiled == await played(case)
 
 
@@ -316,3 +360,59 @@ async def test_sessions_that_moved_to_another_version_are_stepped(runs: list[boo
         answers = [await stub.Step(request) for _ in range(2)]
         assert [(answer.revision, answer.model_version) for answer in answers] == [(1, 2), (2, 2)]
         assert runs == [True, True]
+
+
+@pytest.fixture
+def disk(store_kind: str) -> Iterator[Disk]:
+    """A data directory whose store fails and stalls when the test wants."""
+    assert store_kind != "memory"
+    found = Disk()
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("store_kind", STORE_KINDS[1:], indirect=True)
+async def test_a_step_is_answered_when_the_store_has_it(disk: Disk, runs: list[bool]) -> None:
+    async with served(disk.store) as (at, stub):
+        await at.open(*IDS[:2])
+        disk.store.stall()
+        request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
+        first = asyncio.ensure_future(stub.Step(request))
+        await disk.store.stalled()
+        table, handle = at.internals.table, at.internals.handle("a")
+        assert table.claimed[handle].all()
+        assert not table.revision[handle].any(), "nobody sees it before"
+        second = asyncio.ensure_future(stub.Step(request))
+        await until(lambda: at.internals.turns)  # it waits for the session
+        table._grow()
+        assert not first.done()
+        disk.store.release()
+        assert [(await first).revision, (await second).revision] == [1, 2]
+        assert runs == [True, False]
+        header = decode_header("a", await disk.record("a") or b"")
+        assert (header.revision, header.position) == (2, 2)
+
+
+@pytest.mark.parametrize("store_kind", STORE_KINDS[1:], indirect=True)
+async def test_a_step_that_the_store_could_not_keep_changes_nothing(disk: Disk, runs: list[bool]) -> None:
+    async with served(disk.store) as (at, stub):
+        await at.open(*IDS[:2])
+        stream = stub.StepStream()
+        request = frame(["a", "b"], x(2), expected_revisions=[0, 0], request_ids=[4, 5])
+        disk.store.fail(Unavailable("the disk is full"))
+        await stream.write(pb.StepStreamRequest(frame_id=1, step=request))
+        (failure,) = (await stream.read()).errors
+        assert (list(failure.members), failure.error.message) == ([], "the disk is full")
+        assert "a" not in at.internals.table, "the store is the truth"
+        await stream.write(pb.StepStreamRequest(frame_id=2, step=request))
+        reply = await stream.read()
+        assert list(reply.revisions) == [1, 1]
+        await stream.done_writing()
+        disk.store.fail(Unavailable("the disk is full"))
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.Step(pb.StepRequest(session_id="a", inputs=[tensor(x(1))]))
+        assert (failed.value.code(), failed.value.details()) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "the disk is full",
+        )
+        assert runs == [True, False, True]

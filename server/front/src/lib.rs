@@ -57,6 +57,7 @@ mod steps {
     pub mod columns;
     pub mod ids;
     pub mod parse;
+    pub mod record;
     pub mod reply;
     pub mod reply_order;
     pub mod single;

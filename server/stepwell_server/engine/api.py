@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from stepwell_server.core.callers import Caller
@@ -26,6 +26,14 @@ class Select(enum.Enum):
 
 Answered: TypeAlias = tuple[bytes, bytes]
 """Arrival times of the calls, and of the messages on streams, that were answered: columns of float64, in seconds."""
+OnAnswered: TypeAlias = "Callable[[Answered | ServerError], None]"
+"""Gets what was answered, or the error that all steps must be answered with."""
+
+StepRecords: TypeAlias = tuple[list[str], list[int], bytes, bytes, bytes]
+"""Records of a batch: ids, sizes, the ids as `encode_ids` returns them, the records, and their checksums."""
+SharedFacts: TypeAlias = tuple[float, bytes, bytes]
+"""What a batch's records share: the time in seconds since the epoch, and the fields of sessions without others, which
+are not pinned or pinned to their version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +54,22 @@ class StepRules:
     digest_prefix: int
     digest_seeds: Mapping[Select, tuple[int, int]]
     """Seeds of digests: without a time axis, and with one."""
+    texts: tuple[bytes, int]
+    """The texts in its sessions' records, and how many bytes of them are the fingerprint."""
+    fields: Mapping[int, bytes]
+    """Extension fields of some sessions' records, by handle, without that of their version."""
+    fields_of: Callable[[int], bytes]
+    """Returns all fields of such a session's record."""
+
+
+class StepWrite(Protocol):
+    """Steps of a batch that are in the arena, and are not committed yet. Their sessions are claimed."""
+
+    def handles(self) -> bytes:
+        """Return the handles of its sessions, a column of intp."""
+
+    def records(self) -> StepRecords | None:
+        """Return the records for the store. None: there is none to keep them."""
 
 
 class StepKernel(Protocol):
@@ -57,22 +81,33 @@ class StepKernel(Protocol):
     def claim(self, batch: Any, now: float) -> bool:
         """Claim the sessions of a batch if all of its steps may run now. False: nothing changed."""
 
-    def watched(self, batch: Any) -> list[tuple[int, list[bytes]]]:
-        """Return the watched sessions of the batch that was just finished: their handles and their inputs as bytes."""
+    def watched(self, write: StepWrite) -> list[tuple[int, list[bytes]]]:
+        """Return the watched sessions of a batch: their handles and their inputs as bytes."""
 
     def claimed(self) -> list[int]:
         """Return the handles of the claimed sessions."""
 
     def cancel(self) -> None:
-        """End the claims of a batch that is not finished."""
+        """End the claims of a batch that is not written."""
 
     def gather(self, batch: Any, inputs: Sequence[Array], states: Sequence[Array]) -> None:
         """Copy inputs and states of the claimed batch into the executor's arrays."""
 
-    def finish(
-        self, batch: Any, outputs: Sequence[Array], states: Sequence[Array], now: float, version: int
-    ) -> Answered:
-        """Write the executor's results to arena and table, end the claims, and answer. If it raises, nothing changed."""
+    def write(
+        self,
+        batch: Any,
+        outputs: Sequence[Array],
+        states: Sequence[Array],
+        version: int,
+        shared: SharedFacts | None,
+    ) -> StepWrite:
+        """Write the executor's results to the arena, and lay out records with these facts. If it raises, nothing changed.
+
+        The claims end with `commit`, or when the sessions are dropped because the store failed.
+        """
+
+    def commit(self, write: StepWrite, now: float) -> Answered:
+        """Write the steps to the table, end the claims, and answer."""
 
 
 class NewKernel(Protocol):

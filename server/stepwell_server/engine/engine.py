@@ -15,12 +15,12 @@ from stepwell_server.core.idle import IdleLimits, IdleWatch
 from stepwell_server.core.scheduler import LoopQueue, Shares, Source
 from stepwell_server.core.sessions import SessionTable
 from stepwell_server.engine.api import (
-    Answered,
     DefaultChange,
     DefaultMove,
     ModelInfo,
     ModelStats,
     Observer,
+    OnAnswered,
     OpenManyResult,
     OpenResult,
     PredictResult,
@@ -253,10 +253,11 @@ class Engine:
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
         """
-        self.run_batch: Callable[[StepBatch, int], Answered | None] = self._submission.run_batch
-        """Run and answer a batch of steps now, if all of them are valid and none must wait. None: `submit` them.
+        self.run_batch: Callable[[StepBatch, int, OnAnswered], bool] = self._submission.run_batch
+        """Run a batch of steps now, if all of them are valid and none must wait. False: `submit` them.
 
-        Args: the batch, and the largest number of bytes of its outputs."""
+        Args: the batch, the largest number of bytes of its outputs, and what is called when it is answered, or must be
+        answered with an error, because the store failed."""
         self._reader = StateReader(table, self._directory, self._queues, pager, uses, clock=clock)
         quiet_reader = StateReader(table, self._directory, self._queues, pager, NoUses(), clock=clock)
         self._watchers = watchers = Watchers(table, self._directory, quiet_reader, self._drain_inboxes, clock)

@@ -19,7 +19,7 @@ use crate::python::known_callers::KnownCallers;
 use crate::python::known_ids::KnownIds;
 use crate::python::lists::{self, key, status, Peers, PyStatus};
 use crate::python::log_writer::LogWriter;
-use crate::python::step_kernel::StepKernel;
+use crate::python::step_kernel::{StepKernel, StepWrite};
 use crate::steps::call::Call;
 use crate::steps::columns::Arrival;
 use crate::wakeup::Wakeup;
@@ -450,6 +450,7 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
     module.add_class::<StepKernel>()?;
+    module.add_class::<StepWrite>()?;
     module.add_class::<LogWriter>()?;
     module.add_function(wrap_pyfunction!(dense_delegate, module)?)?;
     module.add_function(wrap_pyfunction!(read_json, module)?)?;

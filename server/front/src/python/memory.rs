@@ -61,11 +61,16 @@ impl Memory {
     }
 
     /// The bytes of an element of a column.
-    pub fn get<const N: usize>(&self, _py: Python<'_>, index: usize) -> [u8; N] {
+    pub fn get<const N: usize>(&self, py: Python<'_>, index: usize) -> [u8; N] {
         let mut bytes = [0; N];
-        // SAFETY: both have N bytes, and a new array overlaps nothing.
-        unsafe { self.at(index * N, N).copy_to_nonoverlapping(bytes.as_mut_ptr(), N) };
+        self.read(py, index * N, &mut bytes);
         bytes
+    }
+
+    /// Read bytes from an offset.
+    pub fn read(&self, _py: Python<'_>, offset: usize, into: &mut [u8]) {
+        // SAFETY: `at` has checked the length. The bytes are Rust's own memory, which the array does not overlap.
+        unsafe { self.at(offset, into.len()).copy_to_nonoverlapping(into.as_mut_ptr(), into.len()) };
     }
 
     /// Set an element of a column.
@@ -86,10 +91,9 @@ impl Memory {
     }
 
     /// A copy of the first bytes.
-    pub fn first(&self, _py: Python<'_>, count: usize) -> Vec<u8> {
+    pub fn first(&self, py: Python<'_>, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
-        // SAFETY: both have `count` bytes, and a new vector overlaps nothing.
-        unsafe { self.at(0, count).copy_to_nonoverlapping(bytes.as_mut_ptr(), count) };
+        self.read(py, 0, &mut bytes);
         bytes
     }
 }

@@ -6,11 +6,16 @@
 #![allow(clippy::useless_conversion)]
 
 use crate::python::batch::{BatchHandle, Ended};
+use crate::python::lists::bytes_of;
 use crate::python::memory::Memory;
+use crate::steps::columns::Batch;
+use crate::steps::record::{self, Numbers, Texts};
 use crate::steps::reply::{Answer, Output};
 use crate::steps::single::{self, applies, Digests, Form, ReplyForm, Tensor};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyString};
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyDict, PyList, PyString};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Name, `stepwell.v1.DataType`, shape of a row, whether it has a time axis, bytes of a row and of a number, and the bits
@@ -34,21 +39,49 @@ struct Table {
     used: Memory,
     reply: Memory,
     watched: Memory,
+    opened_with: Memory,
+    opened_digest: Memory,
+    created: Memory,
+    max_idle_ms: Memory,
+    pinned: Memory,
 }
 
 /// A claimed session of the running batch.
 struct Member {
     handle: usize,
     row: usize,
+    id: Py<PyString>,
 }
+
+/// A session after its step, which the store may not have yet.
+#[derive(Clone, Copy)]
+struct Change {
+    handle: usize,
+    revision: u64,
+    position: u64,
+    request_id: u64,
+    digest: u64,
+}
+
+/// How records of the store are made.
+struct RecordForm {
+    texts: Texts,
+    /// Fields of some sessions, by handle, without that of their version.
+    fields: Py<PyDict>,
+    /// All fields of such a session, by its handle.
+    fields_of: PyObject,
+}
+
+/// What the records of a batch share: the time, and the fields of sessions without others, not pinned and pinned.
+type Shared = (f64, PyBackedBytes, PyBackedBytes);
+/// Records of a batch: ids, sizes, ids as `encode_ids` returns them, the records and their checksums.
+type Records = (Py<PyList>, Vec<usize>, Py<PyBytes>, Py<PyBytes>, Py<PyBytes>);
 
 #[derive(Default)]
 struct State {
     table: Option<Table>,
     /// The claimed sessions, in the order of the batch.
     members: Vec<Member>,
-    /// Places and handles of the watched sessions of the last finished batch.
-    watched: Vec<(usize, usize)>,
     form: Form,
 }
 
@@ -65,7 +98,38 @@ pub struct StepKernel {
     /// Rows of the arena: each state, and each output.
     states: Vec<Rows>,
     kept: Vec<Rows>,
+    form: RecordForm,
     state: Mutex<State>,
+}
+
+/// Steps of a batch that are in the arena, and are not committed yet. Their sessions are claimed.
+#[pyclass(frozen)]
+pub struct StepWrite {
+    batch: Py<BatchHandle>,
+    /// The column of each input.
+    columns: Vec<usize>,
+    changes: Vec<Change>,
+    reply: ReplyForm,
+    model_version: u64,
+    /// None: they were sent.
+    outputs: Mutex<Option<Vec<Output>>>,
+    /// None: there is no store to keep them.
+    records: Option<Records>,
+}
+
+#[pymethods]
+impl StepWrite {
+    /// The handles of its sessions, a column of 64-bit integers.
+    fn handles<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        bytes_of(py, &self.changes, |change| change.handle.to_ne_bytes())
+    }
+
+    /// The records for the store.
+    fn records(&self, py: Python<'_>) -> Option<Records> {
+        let (ids, sizes, encoded, together, checksums) = self.records.as_ref()?;
+        let shared = |bytes: &Py<PyBytes>| bytes.clone_ref(py);
+        Some((ids.clone_ref(py), sizes.clone(), shared(encoded), shared(together), shared(checksums)))
+    }
 }
 
 /// An array of the arena.
@@ -83,7 +147,8 @@ impl Rows {
 #[pymethods]
 impl StepKernel {
     /// `handles`: of all sessions by their ids. `states` and `kept`: the arena's arrays, each with the bytes of a row.
-    /// `weights`, `prefix` and `seeds` of digests: see `Digests`.
+    /// `weights`, `prefix` and `seeds` of digests: see `Digests`. `texts`: fingerprint and name of the model, and the bytes
+    /// of the first. `fields` and `fields_of`: see `RecordForm`.
     #[new]
     #[allow(clippy::too_many_arguments)]
     fn new(
@@ -96,6 +161,9 @@ impl StepKernel {
         weights: Vec<u64>,
         prefix: u64,
         seeds: Vec<(u64, u64)>,
+        texts: (Vec<u8>, u8),
+        fields: Py<PyDict>,
+        fields_of: PyObject,
     ) -> PyResult<Self> {
         let rows = |arrays: Vec<(Bound<'_, PyAny>, usize)>| -> PyResult<Vec<Rows>> {
             arrays.iter().map(|(array, row_bytes)| Rows::new(array, *row_bytes)).collect()
@@ -108,14 +176,20 @@ impl StepKernel {
             digests: Digests::new(weights, prefix, seeds),
             states: rows(states)?,
             kept: rows(kept)?,
+            form: RecordForm {
+                texts: Texts { data: texts.0, fingerprint_bytes: texts.1 },
+                fields,
+                fields_of,
+            },
             state: Mutex::default(),
         })
     }
 
     /// Use these columns of the table from now on, in the order of `Table`.
-    fn attach(&self, columns: [Bound<'_, PyAny>; 11]) -> PyResult<()> {
-        let [model, batch_size, claimed, row, revision, position, request_id, digest, used, reply, watched] =
+    fn attach(&self, columns: [Bound<'_, PyAny>; 16]) -> PyResult<()> {
+        let [model, batch_size, claimed, row, revision, position, request_id, digest, used, reply, more @ ..] =
             &columns;
+        let [watched, opened_with, opened_digest, created, max_idle_ms, pinned] = more;
         self.state().table = Some(Table {
             model: Memory::readable(model)?,
             batch_size: Memory::readable(batch_size)?,
@@ -128,6 +202,11 @@ impl StepKernel {
             used: Memory::writable(used)?,
             reply: Memory::writable(reply)?,
             watched: Memory::readable(watched)?,
+            opened_with: Memory::readable(opened_with)?,
+            opened_digest: Memory::readable(opened_digest)?,
+            created: Memory::readable(created)?,
+            max_idle_ms: Memory::readable(max_idle_ms)?,
+            pinned: Memory::readable(pinned)?,
         });
         Ok(())
     }
@@ -142,10 +221,11 @@ impl StepKernel {
         let Some(form) = single::form_of(&self.inputs, columns) else { return Ok(false) };
         state.form = form;
         let State { table: Some(table), members, .. } = &mut *state else { return Ok(false) };
-        debug_assert!(members.is_empty(), "a batch is finished or cancelled before the next one");
+        debug_assert!(members.is_empty(), "a batch is written or cancelled before the next one");
         let handles = self.handles.bind(py);
         for (place, id) in columns.session_ids().iter().enumerate() {
-            let found = handles.get_item(PyString::new_bound(py, id))?;
+            let id = PyString::new_bound(py, id);
+            let found = handles.get_item(&id)?;
             let handle = match found {
                 Some(handle) => handle.extract::<usize>()?,
                 None => return Ok(give_up(py, table, members)),
@@ -159,7 +239,7 @@ impl StepKernel {
                 && table.claimed.get(py, handle) == [0]
                 && applies(revision, last, columns.expected.get(place).copied(), request);
             match usize::try_from(row) {
-                Ok(row) if may_run => members.push(Member { handle, row }),
+                Ok(row) if may_run => members.push(Member { handle, row, id: id.unbind() }),
                 _ => return Ok(give_up(py, table, members)),
             }
             table.claimed.set(py, handle, [1]); // a session that appears twice is claimed the second time
@@ -167,17 +247,21 @@ impl StepKernel {
         Ok(true)
     }
 
-    /// The watched sessions of the batch that was just finished: their handles and their inputs as bytes.
-    fn watched<'py>(&self, py: Python<'py>, batch: &BatchHandle) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
-        let state = self.state();
+    /// The watched sessions of a batch: their handles and their inputs as bytes.
+    fn watched<'py>(&self, py: Python<'py>, write: &StepWrite) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
+        let State { table: Some(table), .. } = &*self.state() else { return Vec::new() };
         let inputs = |place: usize| {
             let row = |(column, input): (&usize, &Tensor)| {
-                let data = &batch.batch.data[*column];
+                let data = &write.batch.get().batch.data[*column];
                 PyBytes::new_bound(py, &data[place * input.row_bytes..(place + 1) * input.row_bytes])
             };
-            state.form.columns.iter().zip(&self.inputs).map(row).collect()
+            write.columns.iter().zip(&self.inputs).map(row).collect()
         };
-        state.watched.iter().map(|(place, handle)| (*handle, inputs(*place))).collect()
+        let changes = write.changes.iter().enumerate();
+        changes
+            .filter(|(_, change)| table.watched.get(py, change.handle) != [0])
+            .map(|(place, change)| (change.handle, inputs(place)))
+            .collect()
     }
 
     /// The handles of the claimed sessions.
@@ -185,7 +269,7 @@ impl StepKernel {
         self.state().members.iter().map(|member| member.handle).collect()
     }
 
-    /// End the claims of a batch that is not finished.
+    /// End the claims of a batch that is not written.
     fn cancel(&self, py: Python<'_>) {
         let State { table: Some(table), members, .. } = &mut *self.state() else { return };
         give_up(py, table, members);
@@ -217,82 +301,91 @@ impl StepKernel {
         Ok(())
     }
 
-    /// Write the executor's results to the arena and the table, end the claims, and answer. Nothing waits for a store.
-    ///
-    /// Returns the arrival times of the calls and messages that are answered.
-    fn finish<'py>(
+    /// Write the executor's results to the arena, and lay out the records if a store keeps them. If it raises, nothing
+    /// changed. The sessions stay claimed until `commit`, or until Python drops them because the store failed.
+    #[pyo3(signature = (batch, outputs, states, model_version, shared))]
+    fn write(
         &self,
-        py: Python<'py>,
-        batch: &BatchHandle,
-        outputs: Vec<Bound<'py, PyAny>>,
-        states: Vec<Bound<'py, PyAny>>,
-        now: f64,
+        py: Python<'_>,
+        batch: Py<BatchHandle>,
+        outputs: Vec<Bound<'_, PyAny>>,
+        states: Vec<Bound<'_, PyAny>>,
         model_version: u64,
-    ) -> PyResult<Ended<'py>> {
+        shared: Option<Shared>,
+    ) -> PyResult<StepWrite> {
         let mut state = self.state();
-        let form = ReplyForm::of(batch.batch.signature.select, state.form.has_time);
-        let State { table: Some(table), members, watched, form: Form { columns, has_time } } = &mut *state
-        else {
-            return Ok(batch.ended(py, None));
+        let steps = &*batch.get().batch;
+        let reply = ReplyForm::of(steps.signature.select, state.form.has_time);
+        let State { table: Some(table), members, form } = &mut *state else {
+            return Err(PyValueError::new_err("no columns are attached"));
         };
-        watched.clear();
         // whatever may fail comes before the first write
-        let results = |arrays: Vec<Bound<'py, PyAny>>, rows: &[Rows]| -> PyResult<Vec<Memory>> {
-            let of = |(array, rows): (&Bound<'py, PyAny>, &Rows)| {
-                let array = Memory::readable(array)?;
-                array.require(members.len() * rows.row_bytes)?;
-                Ok(array)
-            };
-            arrays.iter().zip(rows).map(of).collect()
+        let (outputs, states) =
+            (results(&outputs, &self.kept, members.len())?, results(&states, &self.states, members.len())?);
+        let changes: Vec<_> = members
+            .iter()
+            .enumerate()
+            .map(|(place, member)| self.change(py, table, steps, form, place, member.handle))
+            .collect();
+        let arrays = || states.iter().zip(&self.states).chain(outputs.iter().zip(&self.kept));
+        let records = match shared {
+            None => None,
+            Some(shared) => {
+                let arrays: Vec<_> = arrays().collect();
+                Some(self.records(py, table, members, &changes, reply, &arrays, &shared)?)
+            }
         };
-        let (outputs, states) = (results(outputs, &self.kept)?, results(states, &self.states)?);
-        let arrays = states.iter().zip(&self.states).chain(outputs.iter().zip(&self.kept));
-        for (array, rows) in arrays {
+        for (array, rows) in arrays() {
             let size = rows.row_bytes;
             for (place, member) in members.iter().enumerate() {
                 rows.memory.copy(py, member.row * size, array, place * size, size);
             }
         }
-        let (mut revisions, mut positions) =
-            (Vec::with_capacity(members.len()), Vec::with_capacity(members.len()));
-        for (place, Member { handle, .. }) in members.iter().enumerate() {
-            let request = batch.batch.request_ids.get(place).copied();
-            let inputs = columns.iter().zip(&self.inputs).map(|(column, input)| {
-                &batch.batch.data[*column][place * input.row_bytes..(place + 1) * input.row_bytes]
-            });
-            let digest = request
-                .and_then(|_| self.digests.of(batch.batch.signature.select, *has_time, inputs))
-                .unwrap_or(0);
-            let revision = u64::from_ne_bytes(table.revision.get(py, *handle)) + 1;
-            let position = u64::from_ne_bytes(table.position.get(py, *handle)) + 1;
-            table.revision.set(py, *handle, revision.to_ne_bytes());
-            table.position.set(py, *handle, position.to_ne_bytes());
-            table.request_id.set(py, *handle, request.unwrap_or(0).to_ne_bytes());
-            table.digest.set(py, *handle, digest.to_ne_bytes());
-            table.used.set(py, *handle, now.to_ne_bytes());
-            table.reply.set(py, *handle, [form as u8]);
-            table.claimed.set(py, *handle, [0]);
-            if table.watched.get(py, *handle) != [0] {
-                watched.push((place, *handle));
-            }
-            revisions.push(revision);
-            positions.push(position);
-        }
-        let outputs = if form == ReplyForm::Empty {
+        let copies = if reply == ReplyForm::Empty {
             Vec::new()
         } else {
-            let copy = |(array, output)| self.output(py, array, output, members.len(), form);
+            let copy = |(array, output)| self.output(py, array, output, members.len(), reply);
             outputs.iter().zip(&self.outputs).map(copy).collect()
         };
         members.clear();
+        let outputs = Mutex::new(Some(copies));
+        Ok(StepWrite {
+            batch,
+            columns: form.columns.clone(),
+            changes,
+            reply,
+            model_version,
+            outputs,
+            records,
+        })
+    }
+
+    /// Write the steps to the table, end their claims, and answer. Returns the arrival times of the calls and messages
+    /// that are answered.
+    fn commit<'py>(&self, py: Python<'py>, write: &StepWrite, now: f64) -> PyResult<Ended<'py>> {
+        let state = self.state();
+        let outputs = write.outputs.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (Some(table), Some(outputs)) = (&state.table, outputs) else {
+            return Err(PyValueError::new_err("steps are committed once, to attached columns"));
+        };
+        for change in &write.changes {
+            table.revision.set(py, change.handle, change.revision.to_ne_bytes());
+            table.position.set(py, change.handle, change.position.to_ne_bytes());
+            table.request_id.set(py, change.handle, change.request_id.to_ne_bytes());
+            table.digest.set(py, change.handle, change.digest.to_ne_bytes());
+            table.used.set(py, change.handle, now.to_ne_bytes());
+            table.reply.set(py, change.handle, [write.reply as u8]);
+            table.claimed.set(py, change.handle, [0]);
+        }
+        let batch = write.batch.get();
         let ended = batch.ended(py, None);
         batch.send(Answer::Applied {
             members: None,
-            revisions,
-            positions,
+            revisions: write.changes.iter().map(|change| change.revision).collect(),
+            positions: write.changes.iter().map(|change| change.position).collect(),
             outputs,
             replayed: false,
-            model_version,
+            model_version: write.model_version,
         });
         Ok(ended)
     }
@@ -301,6 +394,111 @@ impl StepKernel {
 impl StepKernel {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A session after its step.
+    fn change(
+        &self,
+        py: Python<'_>,
+        table: &Table,
+        batch: &Batch,
+        form: &Form,
+        place: usize,
+        handle: usize,
+    ) -> Change {
+        let request = batch.request_ids.get(place).copied();
+        let inputs = form.columns.iter().zip(&self.inputs).map(|(column, input)| {
+            &batch.data[*column][place * input.row_bytes..(place + 1) * input.row_bytes]
+        });
+        let digest = request.and_then(|_| self.digests.of(batch.signature.select, form.has_time, inputs));
+        Change {
+            handle,
+            revision: u64::from_ne_bytes(table.revision.get(py, handle)) + 1,
+            position: u64::from_ne_bytes(table.position.get(py, handle)) + 1,
+            request_id: request.unwrap_or(0),
+            digest: digest.unwrap_or(0),
+        }
+    }
+
+    /// The records of changed sessions, whose rows are in `arrays`.
+    #[allow(clippy::too_many_arguments)]
+    fn records(
+        &self,
+        py: Python<'_>,
+        table: &Table,
+        members: &[Member],
+        changes: &[Change],
+        reply: ReplyForm,
+        arrays: &[(&Memory, &Rows)],
+        (last_used, unpinned, pinned): &Shared,
+    ) -> PyResult<Records> {
+        let texts = &self.form.texts;
+        let others = self.form.fields.bind(py);
+        let mut fields: Vec<PyBackedBytes> = Vec::new();
+        if !others.is_empty() {
+            for member in members {
+                let own = if others.contains(member.handle)? {
+                    self.form.fields_of.call1(py, (member.handle,))?.extract(py)?
+                } else {
+                    PyBackedBytes::from(PyBytes::new_bound(py, b""))
+                };
+                fields.push(own);
+            }
+        }
+        let fields_of = |place: usize, handle: usize| -> &[u8] {
+            match fields.get(place) {
+                Some(own) if !own.is_empty() => own,
+                _ if table.pinned.get(py, handle) == [0] => unpinned,
+                _ => pinned,
+            }
+        };
+        let row_bytes = arrays.iter().map(|(_, rows)| rows.row_bytes).sum();
+        let sizes: Vec<_> = members
+            .iter()
+            .enumerate()
+            .map(|(place, member)| record::size(texts, row_bytes, fields_of(place, member.handle).len()))
+            .collect();
+        let (mut encoded, mut checksums) = (Vec::new(), Vec::with_capacity(4 * members.len()));
+        let too_large = || PyValueError::new_err("a part of a session is too large to be stored");
+        let together = PyBytes::new_bound_with(py, sizes.iter().sum(), |mut left| {
+            for (place, (member, change)) in members.iter().zip(changes).enumerate() {
+                let record;
+                (record, left) = left.split_at_mut(sizes[place]);
+                let mut at = record::row_at(texts);
+                for (array, rows) in arrays {
+                    array.read(py, place * rows.row_bytes, &mut record[at..at + rows.row_bytes]);
+                    at += rows.row_bytes;
+                }
+                let handle = change.handle;
+                let numbers = Numbers {
+                    reply: reply as u8,
+                    revision: change.revision,
+                    position: change.position,
+                    request_id: change.request_id,
+                    opened_with: u64::from_ne_bytes(table.opened_with.get(py, handle)),
+                    created: f64::from_ne_bytes(table.created.get(py, handle)),
+                    last_used: *last_used,
+                    digest: change.digest,
+                    opened_digest: u64::from_ne_bytes(table.opened_digest.get(py, handle)),
+                    max_idle_ms: u64::from_ne_bytes(table.max_idle_ms.get(py, handle)),
+                };
+                let id = member.id.bind(py).to_cow()?;
+                let checksum = record::complete(record, &id, texts, &numbers, fields_of(place, handle));
+                checksums.extend_from_slice(&checksum.ok_or_else(too_large)?);
+                if !record::push_id(&mut encoded, &id) {
+                    return Err(too_large());
+                }
+            }
+            Ok(())
+        })?;
+        let ids = PyList::new_bound(py, members.iter().map(|member| &member.id));
+        Ok((
+            ids.unbind(),
+            sizes,
+            PyBytes::new_bound(py, &encoded).unbind(),
+            together.unbind(),
+            PyBytes::new_bound(py, &checksums).unbind(),
+        ))
     }
 
     fn output(
@@ -320,6 +518,16 @@ impl StepKernel {
             data: Box::new(array.first(py, count * output.row_bytes)),
         }
     }
+}
+
+/// The executor's results for so many rows.
+fn results(arrays: &[Bound<'_, PyAny>], rows: &[Rows], count: usize) -> PyResult<Vec<Memory>> {
+    let of = |(array, rows): (&Bound<'_, PyAny>, &Rows)| {
+        let array = Memory::readable(array)?;
+        array.require(count * rows.row_bytes)?;
+        Ok(array)
+    };
+    arrays.iter().zip(rows).map(of).collect()
 }
 
 /// End the claims of these sessions. Returns false: the batch does not run.

@@ -8,6 +8,7 @@ the new record: a retry gets the first answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from stepwell_server.engine.types import Members
 from stepwell_server.errors import OutcomeUnknown, ServerError
 from stepwell_server.store import base
 from stepwell_server.store.base import ALL_KEPT, SOLE, Batch, CommitResult, OnAnswer, stamped
-from stepwell_server.store.record import JoinedPuts
+from stepwell_server.store.record import JoinedPuts, Puts
 
 _NO_HANDLES: Handles = np.zeros(0, np.intp)
 Answer = Callable[[ServerError | None, Members | None], None]
@@ -52,15 +53,15 @@ class Recorder:
         self._clock = clock
         self._observer = observer
 
+    @property
+    def is_sole(self) -> bool:
+        """Whether no other server writes to the store."""
+        return self._new_stamp() == SOLE
+
     def keep(self, outcome: Outcome, sizes: Sizes, done: OnAnswer) -> None:
         """Store an outcome of claimed sessions; `done` is called afterwards, possibly before this returns."""
-        clock, count = self._clock, len(outcome.handles)
-        last_used, began = clock.now(), clock.monotonic()
+        count, last_used = len(outcome.handles), self._clock.now()
         outcome.stamp = self._new_stamp()
-
-        def kept(committed: CommitResult | ServerError) -> None:
-            self._observer.stage(outcome.model.name, "commit", clock.monotonic() - began, count)
-            done(committed)
 
         def build() -> Batch:
             puts = self._records.of(outcome, last_used)
@@ -77,7 +78,37 @@ class Recorder:
                 stamps=stamped(outcome.stamp, count),
             )
 
+        self._keep(outcome.model, build, count, done)
+
+    def keep_puts(self, model: Model, puts: Puts, done: OnAnswer) -> None:
+        """Store records of claimed sessions in a store of one server: see `keep`."""
+        self._keep(model, lambda: Batch(puts=puts), len(puts), done)
+
+    def _keep(self, model: Model, build: Callable[[], Batch], count: int, done: OnAnswer) -> None:
+        clock, began = self._clock, self._clock.monotonic()
+
+        def kept(committed: CommitResult | ServerError) -> None:
+            self._observer.stage(model.name, "commit", clock.monotonic() - began, count)
+            done(committed)
+
         self._commits.submit(build, count, kept, is_change=True)
+
+
+class PackedOutcome(Protocol):
+    """The result of changes to some sessions, laid out by compiled code."""
+
+    model: Model
+    puts: Puts | None
+    """The records; None: no store keeps them."""
+
+    def handles(self) -> Handles:
+        """The sessions, which are claimed."""
+
+    def apply(self) -> None:
+        """Apply it to the table, end the claims, and answer the callers."""
+
+    def fail(self, error: ServerError) -> None:
+        """Answer the callers."""
 
 
 class Committer:
@@ -127,20 +158,39 @@ class Committer:
 
         self._recorder.keep(outcome, self._sizes, done)
 
+    def commit_packed(self, outcome: PackedOutcome) -> None:
+        """`commit` for a store of one server, which keeps all or nothing."""
+        if self._recorder is None or outcome.puts is None:
+            outcome.apply()
+            self._release(_NO_HANDLES)  # the claims began in this iteration: nothing waits for them
+            return
+
+        def done(committed: CommitResult | ServerError) -> None:
+            handles = outcome.handles()
+            if isinstance(committed, ServerError):
+                outcome.fail(committed)
+                self._drop(handles, committed)
+            else:
+                outcome.apply()
+                self._release(handles)
+
+        self._recorder.keep_puts(outcome.model, outcome.puts, done)
+
     @property
     def is_recording(self) -> bool:
         """Whether changes are written to the store."""
         return self._recorder is not None
+
+    @property
+    def may_conflict(self) -> bool:
+        """Whether other servers write to the store."""
+        return self._recorder is not None and not self._recorder.is_sole
 
     def keeps_sizes(self, model: Model, handles: Sequence[int]) -> bool:
         """Whether replies in the arena leave the sessions as large as they are: no former reply is kept as arrays."""
         if not model.replies.series.keys().isdisjoint(handles):
             return False
         return self._sizes.are_without_arrays(model, np.array(handles, np.intp))
-
-    def ended_claims(self) -> None:
-        """Claims of sessions that nothing waited for have ended, without an outcome."""
-        self._release(_NO_HANDLES)
 
     def _settle(self, outcome: Outcome, committed: CommitResult, answer: Answer, rejudge: Rejudge) -> None:
         """Handle each session by its own result."""

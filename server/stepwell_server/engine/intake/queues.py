@@ -24,7 +24,7 @@ from stepwell_server.core.claims import Claims
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import Answered, StepBatch
+from stepwell_server.engine.api import OnAnswered, StepBatch
 from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
 from stepwell_server.engine.intake.pager import PageInErrors, Pager
 from stepwell_server.engine.state.model import Model
@@ -39,6 +39,9 @@ MAX_WAITING_PASSES = 64
 MAX_WAITING_BYTES = 512 << 20
 #: The most changes that may wait in one session's queue.
 MAX_SESSION_QUEUE = 256
+
+
+RunBatch: TypeAlias = Callable[[StepBatch, int, OnAnswered], bool]
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,7 +73,7 @@ class Inbox:
         self.max_waiting = MAX_WAITING_PASSES * model.max_batch_rows
         """The most rows and changes that may wait, unless a single change has more."""
         self._run: Callable[[Change, Handles], bool] = lambda _change, _handles: False
-        self._run_batch: Callable[[StepBatch, int], Answered | None] = lambda _batch, _room: None
+        self._run_batch: RunBatch = lambda _batch, _room, _done: False
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -79,7 +82,7 @@ class Inbox:
         """Register what `run_at_once` calls while nothing waits here."""
         self._run = run
 
-    def listen_to_batches(self, run: Callable[[StepBatch, int], Answered | None]) -> None:
+    def listen_to_batches(self, run: RunBatch) -> None:
         """Register what `run_batch` calls while nothing waits here."""
         self._run_batch = run
 
@@ -87,9 +90,9 @@ class Inbox:
         """Run an unchecked change of sessions in the table instead of queueing it; returns whether it ran."""
         return not self._waiting and self._run(change, handles)
 
-    def run_batch(self, batch: StepBatch, room: int) -> Answered | None:
-        """Run a batch of steps: see `Submission.run_batch`."""
-        return None if self._waiting else self._run_batch(batch, room)
+    def run_batch(self, batch: StepBatch, room: int, done: OnAnswered) -> bool:
+        """Run a batch of steps: see `Engine.run_batch`."""
+        return not self._waiting and self._run_batch(batch, room, done)
 
     @property
     def rows(self) -> int:

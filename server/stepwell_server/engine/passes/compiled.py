@@ -1,25 +1,40 @@
 """Runs single steps that the native front has parsed: `Direct`, with the work on sessions in compiled code.
 
-No Python object is made for a session. The compiled code checks, claims and gathers the sessions, and later writes
-the results and the replies. Whatever it declines becomes a `Change`, as do all steps where a store must keep them.
+No Python object is made for a session, except for its place in the log. The compiled code checks, claims and
+gathers the sessions, and then writes the results and lays out their records. Once a store has these, it writes to the
+table and sends the replies. Whatever it declines becomes a `Change`, as do all steps where other servers use the store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from stepwell_server.core.exactly_once import WEIGHTS, Kind
 from stepwell_server.core.scheduler import Source, source_of
-from stepwell_server.core.sessions import SessionTable
-from stepwell_server.engine.api import Answered, Select, StepBatch, StepKernel, StepRules
+from stepwell_server.core.sessions import Handles, SessionTable
+from stepwell_server.engine.api import (
+    Answered,
+    OnAnswered,
+    Select,
+    SharedFacts,
+    StepBatch,
+    StepKernel,
+    StepRules,
+    StepWrite,
+)
 from stepwell_server.engine.change import seed_of_single
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.intake.validation import output_bytes
 from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.passes.direct import Direct
+from stepwell_server.engine.state.fields import Fields, Mark, joined
 from stepwell_server.engine.state.model import Model
+from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
+from stepwell_server.store.record import Puts
 
 _log = Log("engine.loop")
 
@@ -38,69 +53,91 @@ class CompiledSteps:
     ) -> None:
         """`watched` is called with the watched sessions of a batch, by handle, and their inputs."""
         self._direct = direct
-        self._model = model
+        self.model = model
         self._table = table
         self._executor, self._arena = lane.executor, model.arena
         self._committer = committer
         self._watched = watched
+        self._clock = direct.clock
         self._reply_bytes = output_bytes(model.program, 1, 1)
         """Bytes of a session's outputs."""
         self._kernel: StepKernel | None = None
         self._growths = -1
         """The table's `growths` when its columns were attached."""
+        self._marks: tuple[int, bytes, bytes] = (-1, b"", b"")
+        """An epoch, and the fields of sessions' records for it: not pinned, and pinned."""
 
-    def run(self, batch: StepBatch, room: int) -> Answered | None:
-        """Run and answer a batch, if all of its steps are valid and none must wait; else None, and nothing changed.
+    def run(self, batch: StepBatch, room: int, done: OnAnswered) -> bool:
+        """Run a batch, if all of its steps are valid and none must wait; else return False, and nothing changed.
 
-        `room`: the largest number of bytes of its outputs.
+        Args:
+            batch: The steps.
+            room: The largest number of bytes of its outputs.
+            done: Called when it is answered, or must be answered with an error, possibly before this returns.
         """
-        model, direct, count = self._model, self._direct, batch.size
-        if self._committer.is_recording:
-            return None
+        model, direct, count = self.model, self._direct, batch.size
+        if self._committer.may_conflict:
+            return False
         if count * self._reply_bytes > room or not direct.may_run(count):
-            return None
+            return False
         started = direct.clock.monotonic()
         source = None
         if count > 1 and (source := self._source(batch, started)) is None:
-            return None
+            return False
         kernel = self._kernel
         try:
             if kernel is None or self._growths != self._table.growths:
                 kernel = self._attached(batch)
             if not kernel.claim(batch.handle, started):
-                return None
+                return False
             if (model.epoch or model.replies.series) and not self._committer.keeps_sizes(
                 model, kernel.claimed()
             ):
                 kernel.cancel()  # a change also settles sizes and forgets arrays
-                return None
-            answered = self._run(kernel, batch, started)
+                return False
+            write = self._run(kernel, batch)
         except Exception as error:
             if kernel is not None:
                 kernel.cancel()
             if not isinstance(error, ExecutionError):  # a pass then determines the error of a program
                 _log.defect("a batch of steps raised, and is run as a change", error, model=model.name)
-            return None
-        if self._table.watched_ids and (steps := kernel.watched(batch.handle)):
-            self._watched(model, steps)
-        self._committer.ended_claims()
-        now = direct.clock.monotonic()
-        direct.observer.stepped(model.name, batch.first_id, count, now - started, now)
+            return False
+        self._committer.commit_packed(_Outcome(self, batch, write, started, done))
         direct.note_run(source, count, started, batch.connections[0])
-        model.work.used(now - started)
-        return answered
+        model.work.used(direct.clock.monotonic() - started)
+        return True
 
-    def _run(self, kernel: StepKernel, batch: StepBatch, now: float) -> Answered:
+    def _run(self, kernel: StepKernel, batch: StepBatch) -> StepWrite:
         executor, count = self._executor, batch.size
         began = self._direct.begin_measure(count)
         executor.bind(count)
         kernel.gather(batch.handle, executor.inputs(), executor.states())
         executor.invoke()
-        answered = kernel.finish(
-            batch.handle, executor.outputs(), executor.next_states(), now, self._model.version
-        )
+        outputs, states = executor.outputs(), executor.next_states()
+        write = kernel.write(batch.handle, outputs, states, self.model.version, self._shared_facts())
         if began:
             self._direct.end_measure(count, began)
+        return write
+
+    def _shared_facts(self) -> SharedFacts | None:
+        """What the records of all sessions share; None: no store keeps them."""
+        if not self._committer.is_recording:
+            return None
+        epoch, unpinned, pinned = self._marks
+        if epoch != self.model.epoch:
+            epoch, version = self.model.epoch, self.model.version
+            unpinned, pinned = (joined(Mark(version, epoch, is_pinned)) for is_pinned in (False, True))
+            self._marks = epoch, unpinned, pinned
+        return self._clock.now(), unpinned, pinned
+
+    def commit(self, batch: StepBatch, write: StepWrite, started: float) -> Answered:
+        """Apply steps that the store has to the table, and answer them."""
+        now = self._clock.monotonic()
+        kernel = self._attached(batch)
+        answered = kernel.commit(write, now)
+        if self._table.watched_ids and (steps := kernel.watched(write)):
+            self._watched(self.model, steps)
+        self._direct.observer.stepped(self.model.name, batch.first_id, batch.size, now - started, now)
         return answered
 
     def _source(self, batch: StepBatch, now: float) -> Source | None:
@@ -114,6 +151,8 @@ class CompiledSteps:
     def _attached(self, batch: StepBatch) -> StepKernel:
         """The compiled code with the present columns of the table."""
         table, kernel = self._table, self._kernel
+        if kernel is not None and self._growths == table.growths:
+            return kernel
         if kernel is None:
             kernel = self._kernel = batch.new_kernel(self._rules())
         kernel.attach(
@@ -121,15 +160,16 @@ class CompiledSteps:
                 *(table.model, table.batch_size, table.claimed, table.row, table.revision),
                 *(table.position, table.request_id, table.digest, table.used, table.reply),
                 table.watched,
+                *(table.opened_with, table.opened_digest, table.created, table.max_idle_ms, table.pinned),
             ]
         )
         self._growths = table.growths
         return kernel
 
     def _rules(self) -> StepRules:
-        model, arena = self._model, self._arena
+        model, arena, table, fields = self.model, self._arena, self._table, Fields(self._table)
         return StepRules(
-            self._table.handles,
+            table.handles,
             model.index,
             model.program.inputs,
             model.program.outputs,
@@ -138,4 +178,34 @@ class CompiledSteps:
             WEIGHTS.tolist(),
             int(model.digest_prefixes[Kind.STEP]),
             {select: (seed_of_single(select, False), seed_of_single(select, True)) for select in Select},
+            (model.texts.data, model.texts.fingerprint_bytes),
+            table.fields,
+            lambda handle: fields.of(handle, model),
         )
+
+
+class _Outcome:
+    """A batch that ran: see `PackedOutcome`."""
+
+    __slots__ = ("_batch", "_done", "_started", "_steps", "_write", "model", "puts")
+
+    def __init__(
+        self, steps: CompiledSteps, batch: StepBatch, write: StepWrite, started: float, done: OnAnswered
+    ) -> None:
+        self._steps, self._batch, self._write = steps, batch, write
+        self._started, self._done = started, done
+        self.model = steps.model
+        self.puts: Puts | None = None
+        if (records := write.records()) is not None:
+            ids, sizes, encoded_ids, together, checksums = records
+            self.puts = Puts(ids, sizes, together)
+            self.puts.encoded_ids, self.puts.checksums = encoded_ids, checksums
+
+    def handles(self) -> Handles:
+        return np.frombuffer(self._write.handles(), np.intp)
+
+    def apply(self) -> None:
+        self._done(self._steps.commit(self._batch, self._write, self._started))
+
+    def fail(self, error: ServerError) -> None:
+        self._done(error)

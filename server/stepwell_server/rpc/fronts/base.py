@@ -308,8 +308,11 @@ class Steps(Protocol):
         Until it is done, nothing that arrives later on the same connections may be applied.
         """
 
-    def run(self, batch: StepBatch) -> bool:
-        """Run and answer a batch of single steps now. False: nothing changed; it must be passed to `take` as columns."""
+    def run(self, batch: StepBatch, columns: Callable[[], StepColumns]) -> bool:
+        """Run a batch of single steps now, and answer it when the store has it. `columns` returns it as columns.
+
+        False: nothing changed; it must be passed to `take`.
+        """
 
     def go(self) -> None:
         """Run a pass for the accepted steps now, not in the next iteration of the event loop."""

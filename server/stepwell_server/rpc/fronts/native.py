@@ -505,9 +505,8 @@ class NativeFront:
             caller = (ANYBODY if whos is None else whos[0]) if has_one_caller else None
             # a large group that is stepped again is recognized as columns, which costs less than to look its ids up
             is_group = messages == 1 and size >= LARGE
-            if not is_group and self._steps.run(
-                StepBatch(handle, size, first_id, peers, caller, _new_kernel)
-            ):
+            batch = StepBatch(handle, size, first_id, peers, caller, _new_kernel)
+            if not is_group and self._steps.run(batch, lambda: _columns_of(handle, *handle.columns())):
                 return
             rest = self._steps.take(_columns_of(handle, *handle.columns()))
             if rest is not None:
@@ -668,6 +667,9 @@ def _new_kernel(rules: StepRules) -> StepKernel:
         rules.digest_weights,
         rules.digest_prefix,
         [rules.digest_seeds[select] for select in _SELECTIONS],
+        rules.texts,
+        rules.fields,
+        rules.fields_of,
     )
     return kernel
 

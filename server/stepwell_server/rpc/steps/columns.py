@@ -16,7 +16,7 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import StepBatch
+from stepwell_server.engine.api import Answered, StepBatch
 from stepwell_server.engine.change import Change, Reply, too_late
 from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
@@ -217,19 +217,21 @@ class ColumnSteps(Refusals):
         """The wire of Triton's requests."""
         self.go, self.add_part = engine.take_turns, engine.add_part
 
-    def run(self, batch: StepBatch) -> bool:
+    def run(self, batch: StepBatch, columns: Callable[[], StepColumns]) -> bool:
         """See `base.Steps`."""
         if self._tracer is not None:
             return False
-        answered = self._engine.run_batch(
-            batch, messages.room_for_outputs(batch.size, self._max_message_bytes)
-        )
-        if answered is None:
-            return False
-        calls, others = answered
-        ended = Ended(_times(calls), _times(others))
-        _count_ended(self._observer, STEPWELL, ended, "OK", self._clock.monotonic())
-        return True
+
+        def done(answered: Answered | ServerError) -> None:
+            if isinstance(answered, ServerError):
+                Batch(columns(), STEPWELL, self._clock, self._observer).failed(None, answered)
+                return
+            calls, others = answered
+            ended = Ended(_times(calls), _times(others))
+            _count_ended(self._observer, STEPWELL, ended, "OK", self._clock.monotonic())
+
+        room = messages.room_for_outputs(batch.size, self._max_message_bytes)
+        return self._engine.run_batch(batch, room, done)
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""

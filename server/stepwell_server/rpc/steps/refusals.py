@@ -60,7 +60,7 @@ class EarlySteps(Refusals):
     go: Callable[[], None]
     add_part: Callable[[tuple[Hashable, ...], Callable[[], None]], object]
     take: Callable[[StepColumns], Rest | None]
-    run: Callable[[StepBatch], bool]
+    run: Callable[[StepBatch, Callable[[], StepColumns]], bool]
 
     def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
