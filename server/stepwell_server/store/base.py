@@ -190,7 +190,8 @@ class UnusedSessions:
     """Where the next page begins; empty: this is the last page. An empty page is not necessarily the last."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+# not frozen: that takes ten times as long, and each commit has one
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
     """Changes that a store keeps together or not at all. They are applied in the order of these fields."""
 

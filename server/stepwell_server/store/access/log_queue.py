@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from stepwell_server.store.access.batches import MAX_RECORDS, fail
 from stepwell_server.store.base import SMALL, LocalStore, LogWrite, LogWriter, Write
-from stepwell_server.store.record import RecordBytes
+from stepwell_server.store.record import Puts, RecordBytes
 
 #: Approximate maximum of bytes in one write, unless a single change has more: small changes wait for it.
 MAX_BYTES = 2 << 20
@@ -150,5 +150,7 @@ class LogQueue:
 
 def _size(puts: _Puts) -> int:
     """Return the approximate size of records: most records of a change have the same size."""
+    if isinstance(puts, Puts):
+        return len(puts.together)
     first = next(iter(puts), None)
     return 0 if first is None else len(puts) * len(first[1])
