@@ -24,6 +24,7 @@ from stepwell_server.clock import SystemClock
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.engine.api import SessionPolicy, StepBatch
 from stepwell_server.engine.passes.compiled import CompiledSteps
+from stepwell_server.engine.watches.events import Wanted
 from stepwell_server.errors import Unavailable
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.rpc.fronts.base import StepColumns
@@ -375,6 +376,8 @@ def disk(store_kind: str) -> Iterator[Disk]:
 async def test_a_step_is_answered_when_the_store_has_it(disk: Disk, runs: list[bool]) -> None:
     async with served(disk.store) as (at, stub):
         await at.open(*IDS[:2])
+        watch = at.engine.watch_sessions(["a"], Wanted(inputs=True, outputs=True, states=True), "me")
+        assert len(await watch.next()) == 1
         disk.store.stall()
         request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
         first = asyncio.ensure_future(stub.Step(request))
@@ -388,6 +391,10 @@ async def test_a_step_is_answered_when_the_store_has_it(disk: Disk, runs: list[b
         assert not first.done()
         disk.store.release()
         assert [(await first).revision, (await second).revision] == [1, 2]
+        seen = await watch.next()
+        assert [event.revision for event in seen] == [1, 2]
+        assert [event.inputs["x"].tobytes() for event in seen] == [request.inputs[0].data] * 2
+        at.engine.end_watch(watch)
         assert runs == [True, False]
         header = decode_header("a", await disk.record("a") or b"")
         assert (header.revision, header.position) == (2, 2)
