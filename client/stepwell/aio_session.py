@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import Coroutine, Generator, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
@@ -24,6 +24,7 @@ from stepwell._transport.retry import Deadline
 from stepwell._watch.aio_watch import AsyncWatch
 from stepwell._watch.core import SessionWatch
 from stepwell._watch.events import SessionEvent
+from stepwell._watch.record import WatchedReel, is_watch, recorded_async
 from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
 H = TypeVar("H", bound="AsyncHandle")
@@ -271,12 +272,30 @@ class AsyncSession(SessionFacts, AsyncHandle):
         )
         return AsyncWatch(self._driver, core)
 
+    @overload
     def record(
-        self, states: RecordedStates = True, *, max_steps: int | None = None
-    ) -> AbstractContextManager[Tape]:
+        self,
+        states: RecordedStates = True,
+        *,
+        max_steps: int | None = None,
+        source: Literal["replies"] = "replies",
+    ) -> AbstractContextManager[Tape]: ...
+
+    @overload
+    def record(
+        self, states: RecordedStates = True, *, max_steps: int | None = None, source: Literal["watch"]
+    ) -> AbstractAsyncContextManager[Tape]: ...
+
+    def record(
+        self,
+        states: RecordedStates = True,
+        *,
+        max_steps: int | None = None,
+        source: Literal["replies", "watch"] = "replies",
+    ) -> AbstractContextManager[Tape] | AbstractAsyncContextManager[Tape]:
         """Records the steps and resets of this handle while a `with` block runs.
 
-        It makes no call: use `with`, not `async with`. Arguments, result and errors are those of `Session.record`.
+        It makes no call: use `with`, not `async with`. Only with `source="watch"` use `async with`. Arguments, result and errors are those of `Session.record`.
 
         Example:
             >>> with session.record() as tape:
@@ -284,6 +303,9 @@ class AsyncSession(SessionFacts, AsyncHandle):
             >>> len(tape)
             10
         """
+        if is_watch(source):
+            self._check_open()
+            return recorded_async(self._driver, WatchedReel(self._tracker, states, max_steps))
         return self._recording(states, max_steps, self._subject)
 
     async def reset_states(

@@ -18,10 +18,12 @@ from stepwell._core.tracker import SessionTracker
 from stepwell._state.infos import Inputs, Mask, Outputs, OutputSelection, Rows, StateSelection, TimeSelection
 from stepwell._state.state import State, States
 from stepwell._state.trace import Trace
+from stepwell._tape.recording import Recording
 from stepwell._tape.tape import RecordedStates, Tape
 from stepwell._transport.retry import Deadline
 from stepwell._watch.core import SessionWatch
 from stepwell._watch.events import SessionEvent
+from stepwell._watch.record import WatchedReel, is_watch, recorded
 from stepwell._watch.watch import Watch
 from stepwell.errors import DeadlineExceededError, InvalidInputError, StepwellError
 
@@ -269,7 +271,11 @@ class Session(SessionFacts, Handle):
         return Watch(self._driver, core)
 
     def record(
-        self, states: RecordedStates = True, *, max_steps: int | None = None
+        self,
+        states: RecordedStates = True,
+        *,
+        max_steps: int | None = None,
+        source: Literal["replies", "watch"] = "replies",
     ) -> AbstractContextManager[Tape]:
         """Records the steps and resets of this handle while a `with` block runs.
 
@@ -281,14 +287,21 @@ class Session(SessionFacts, Handle):
         after all its time steps, as `trace` does, and costs as much. If the reply would exceed the size of a message,
         the server rejects the step and nothing changes: step in pieces, or use `states="last"`.
 
+        With `source="watch"` the tape records the changes that anyone makes, as `watch` reports them. A step of several
+        time steps then has values only at its last one. Changes that the watch does not report leave a gap. The end of
+        the block waits for the changes that this handle knows of, and raises the error of a watch that failed. If the
+        session ends, recording stops.
+
         Args:
             states: True keeps the states after every time step, "last" those after the last time step of each call,
                 False none.
             max_steps: Time steps that the tape keeps, at least 1; it drops the oldest ones beyond. None: all, until
                 memory ends.
+            source: "replies" records the changes of this handle, "watch" those of anyone.
 
         Raises:
             InvalidInputError: An argument breaks a rule.
+            StepwellError: The watch failed.
 
         Example:
             >>> with session.record(max_steps=1000) as tape:
@@ -298,6 +311,9 @@ class Session(SessionFacts, Handle):
             >>> len(tape), tape.positions[-1].item(), [mark.kind for mark in tape.marks]
             (11, 1, ['reset'])
         """
+        if is_watch(source):
+            self._check_open()
+            return Recording(recorded(self._driver, WatchedReel(self._tracker, states, max_steps)))
         return self._recording(states, max_steps, self._subject)
 
     def reset_states(

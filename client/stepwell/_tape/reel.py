@@ -112,8 +112,7 @@ class Reel:
             except MemoryError:
                 reason = "no memory was left"
             if reason:
-                self._is_over = True
-                self._stopped = f"recording stopped after time step {self._end}: {reason}"
+                self._stop(reason)
 
     def mark(self, kind: MarkKind, rows: Rows | None, members: Members) -> None:
         """Appends a reset of some rows. `rows`: None for all."""
@@ -122,10 +121,20 @@ class Reel:
                 self._adopt(members)
                 self._marks.add(self._end, kind, rows)
 
+    def stop(self, reason: str) -> None:
+        """Ends the recording early. `reason`: the end of a sentence."""
+        with self._lock:
+            self._stop(reason)
+
     def end(self) -> None:
         """Ends the recording: changes that are still active are not recorded."""
         with self._lock:
             self._is_over = True
+
+    def _stop(self, reason: str) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._stopped = f"recording stopped after time step {self._end}: {reason}"
 
     @property
     def _end(self) -> int:
