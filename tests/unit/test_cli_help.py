@@ -158,13 +158,22 @@ def test_commands_of_the_server_are_entry_points(monkeypatch: pytest.MonkeyPatch
     named = {name for name, command in main.commands.items() if isinstance(command, _of_server.OfServer)}
     assert named == {each.name for each in importlib.metadata.entry_points(group=_of_server.COMMANDS)}
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
+    # A distribution of an older or a broken installation.
+    monkeypatch.setattr(importlib.metadata.Distribution, "entry_points", importlib.metadata.EntryPoints())
     for arguments in (["serve", "m=x.keras"], ["tokens", "list"], ["models", "show", "x.stepwell"]):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 2
-        assert result.stderr.startswith("stepwell: error: no installed package has '")
+        assert result.stderr.startswith("stepwell: error: the installed stepwell lacks '")
         assert "install Stepwell again, pip install '.[server]' ./server/front (in a clone" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_the_command_of_the_server_is_found_without_reading_other_distributions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each start would read the files of all of them.
+    monkeypatch.delattr(importlib.metadata, "distributions")
+    assert _of_server.entry_point(_of_server.COMMANDS, "serve").name == "serve"
 
 
 def test_compiling_needs_what_serving_a_compiled_model_does_and_the_frameworks() -> None:

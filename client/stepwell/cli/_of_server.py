@@ -23,17 +23,20 @@ COMMANDS, MODEL_FILES = "stepwell.commands", "stepwell.model_files"
 
 
 def entry_point(group: str, name: str) -> Any:
-    """Loads an entry point of an installed package.
+    """Loads an entry point of the installed distribution.
 
     Raises:
-        Failure: No package has it.
+        Failure: It has no such entry point.
     """
     from importlib import metadata
 
-    for found in metadata.entry_points(group=group, name=name):
-        return found.load()
+    # `metadata.entry_points` would read the files of every installed distribution at each start.
+    for distribution in metadata.Distribution.discover(name="stepwell"):
+        for found in distribution.entry_points.select(group=group, name=name):
+            return found.load()
     raise Failure(
-        f"no installed package has {name!r} (an entry point of {group}): install Stepwell again, {INSTALL['server']}"
+        f"the installed stepwell lacks {name!r} (an entry point of {group}): "
+        f"install Stepwell again, {INSTALL['server']}"
     )
 
 
