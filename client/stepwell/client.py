@@ -306,7 +306,7 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
             inputs: Whether events have the inputs of the last time step.
             outputs: Whether events have the outputs of the last time step.
             states: Whether events have the state after the change.
-            state_names: State tensors to report; None: all.
+            state_names: State tensors to report, with `states=True`; None: all.
             every: Report a change when the session has made this many since its last event.
             interval_s: Report a change when this time has passed since the session's last event, 0.01 to 3600
                 seconds. When the session rests, its last state follows. None: by `every`.

@@ -13,6 +13,7 @@ import pytest
 
 import stepwell
 from stepwell import aio
+from stepwell._watch.core import SessionWatch
 from stepwell.errors import InvalidInputError, SessionNotFoundError
 from support.load.driver import MODEL
 from support.secured import Server
@@ -98,6 +99,18 @@ def test_wrong_arguments_cost_no_call(client: stepwell.Client) -> None:
             "interval_s must be a number above 0 and at most 3600",
         ),
         ({"session_ids": ["a"], "states": 1}, "states"),
+        (
+            {"session_ids": ["a"], "states": True, "state_names": "lstm/h"},
+            "state_names must be a list of names; got 'lstm/h'",
+        ),
+        (
+            {"session_ids": ["a"], "states": True, "state_names": ["h", None]},
+            "state_names must be printable strings; got None",
+        ),
+        (
+            {"session_ids": ["a"], "state_names": ["h"]},
+            "state_names must be None unless states is True; got ['h']",
+        ),
     ]
     for arguments, words in wrong:
         with pytest.raises(InvalidInputError) as caught:
@@ -105,6 +118,20 @@ def test_wrong_arguments_cost_no_call(client: stepwell.Client) -> None:
         assert words in str(caught.value), arguments
     with client.watch_sessions(["a"], interval_s=0.001) as watch, pytest.raises(InvalidInputError):
         next(watch)
+
+
+async def test_a_defect_ends_a_watch_rather_than_leave_its_reader_waiting(
+    server: Server, client: stepwell.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(SessionWatch, "values", fail)
+    with client.watch_sessions(["a"]) as watch, pytest.raises(ZeroDivisionError, match="a defect"):
+        next(watch)
+    async with aio.connect(server.address) as other, other.watch_sessions(["a"]) as events:
+        with pytest.raises(ZeroDivisionError, match="a defect"):
+            await asyncio.wait_for(anext(events), TIMEOUT_S)
 
 
 def test_closing_wakes_a_thread_that_waits(client: stepwell.Client) -> None:

@@ -199,6 +199,21 @@ def check_session_ids(session_ids: Sequence[str] | None, count: int, rule: str) 
     return ids
 
 
+def check_state_names(state_names: object, is_used: bool) -> list[str]:
+    """Names of states; None: all. A string is rejected: its letters would be names."""
+    if state_names is None:
+        return []
+    if isinstance(state_names, str | bytes) or not isinstance(state_names, Iterable):
+        raise InvalidInputError(f"state_names must be a list of names; got {state_names!r:.100}")
+    names = list(state_names)
+    wrong = [each for each in names if not isinstance(each, str) or not each.isprintable()]
+    if wrong:
+        raise InvalidInputError(f"state_names must be printable strings; got {wrong[0]!r:.100}")
+    if names and not is_used:
+        raise InvalidInputError(f"state_names must be None unless states is True; got {names!r:.100}")
+    return names
+
+
 def optional_session_id(name: str, session_id: str | None) -> str:
     """A session id as it is sent: empty if the server is to create one."""
     return "" if session_id is None else check_session_id(name, session_id)

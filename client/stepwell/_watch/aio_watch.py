@@ -12,7 +12,6 @@ from stepwell._base.flow import drive_async
 from stepwell._base.tracebacks import end_here
 from stepwell._core.aio_driver import AsyncDriver
 from stepwell._watch.core import WatchCore
-from stepwell.errors import StepwellError
 
 T = TypeVar("T")
 _MAX_WAITING = 16
@@ -100,7 +99,7 @@ class AsyncWatch(AsyncIterator[T], Generic[T]):
         error = None
         try:
             await drive_async(self._core.follow(ids, self._take, opened, self._begin), self._driver.answer)
-        except StepwellError as failed:
+        except Exception as failed:  # else the program would wait forever
             error = failed
         finally:
             self._tasks.discard(task)

@@ -107,7 +107,7 @@ class SessionWatch(WatchCore[SessionEvent]):
         for name, value in (("inputs", inputs), ("outputs", outputs), ("states", states)):
             check_switch(name, value)
         self._fields: dict[str, Any] = {"inputs": inputs, "outputs": outputs, "states": states}
-        self._fields["state_names"] = [] if state_names is None else list(state_names)
+        self._fields["state_names"] = arguments.check_state_names(state_names, is_used=states)
         count = arguments.check_count("every", every)
         if interval_s is None:
             self._fields["revisions"] = count

@@ -104,7 +104,7 @@ class Watch(Iterator[T], Generic[T]):
         me, error = threading.get_ident(), None
         try:
             drive(self._core.follow(ids, self._take, opened, self._begin), self._answer)
-        except StepwellError as failed:
+        except Exception as failed:  # else the program would wait forever
             error = failed
         with self._changed:
             self._cancels.pop(me, None)
