@@ -221,6 +221,24 @@ def test_replicas_are_found_by_name(tmp_path: Path, replicas: list[Server]) -> N
         assert envoy.healthy() == {replicas[0].address}
 
 
+def test_a_watch_outlives_the_time_limit_of_other_calls(tmp_path: Path, replicas: list[Server]) -> None:
+    """It ends with its session, in JSON as one list, after more figures of the server than the time limit allows."""
+    with Envoy(tmp_path, [replicas[0].address], "--json-timeout-s", "0.5") as envoy:
+        assert envoy.json("POST", path_of("watched"), {"model": "seq"})[0] == 200
+        with ThreadPoolExecutor(1) as pool, stepwell.connect(replicas[0].address) as direct:
+            body = {"session_ids": ["watched"]}
+            watched = pool.submit(envoy.json, "POST", "/v1/sessions:watch", body)
+            with direct.watch_server(interval_s=0.4) as figures:
+                for _ in range(4):
+                    next(figures)
+            assert not watched.done()
+            direct.close_session("watched")
+            status, answer = watched.result()
+        assert status == 200
+        kinds = [event["kind"] for part in answer for event in part["events"]]
+        assert kinds == ["SESSION_EVENT_KIND_PRESENT", "SESSION_EVENT_KIND_ENDED"]
+
+
 def test_tls_and_tokens_go_through(tmp_path: Path) -> None:
     with secured.switched_on():
         made = secured._material()

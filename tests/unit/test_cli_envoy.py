@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stepwell.cli import main
 from stepwell.cli.envoy import filled
-from stepwell.v1 import models_pb2, sessions_pb2
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
 from support.servers.envoy import validate
@@ -159,7 +159,7 @@ def test_the_protocol_is_in_it() -> None:
     pool = DescriptorPool()
     for file in files.file:
         pool.Add(file)  # type: ignore[no-untyped-call,unused-ignore]  # each after what it imports
-    assert "stepwell.v1.SessionService" in transcoder["services"]
+    assert {"stepwell.v1.SessionService", "stepwell.v1.WatchService"} < set(transcoder["services"])
     for service in transcoder["services"]:
         assert pool.FindServiceByName(service).methods
     assert "reason" in pool.FindMessageTypeByName("google.rpc.ErrorInfo").fields_by_name
@@ -167,15 +167,20 @@ def test_the_protocol_is_in_it() -> None:
 
 def test_streams_and_only_streams_live_as_long_as_they_want() -> None:
     routes = manager_of(written(*REPLICAS))["route_config"]["virtual_hosts"][0]["routes"]
-    streams = {route["match"]["path"]: route["route"] for route in routes if route["name"] == "stream"}
-    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR):
+    streams = [route for route in routes if route["name"] == "stream"]
+    paths = {route["match"].get("path") for route in streams}
+    prefixes = tuple(route["match"]["prefix"] for route in streams if "prefix" in route["match"])
+    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR, watch_pb2.DESCRIPTOR):
         for service in file.services_by_name.values():
             for method in service.methods:
-                is_stream = method.client_streaming or method.server_streaming
-                assert (f"/{service.full_name}/{method.name}" in streams) is is_stream
-    assert "/inference.GRPCInferenceService/ModelStreamInfer" in streams
-    for route in streams.values():
-        assert route["timeout"] == route["idle_timeout"] == "0s"
+                path, is_stream = (
+                    f"/{service.full_name}/{method.name}",
+                    method.client_streaming or method.server_streaming,
+                )
+                assert (path in paths or path.startswith(prefixes)) is is_stream
+    assert "/inference.GRPCInferenceService/ModelStreamInfer" in paths
+    for route in streams:
+        assert route["route"]["timeout"] == route["route"]["idle_timeout"] == "0s"
 
 
 def test_every_call_that_is_no_stream_has_an_http_rule() -> None:

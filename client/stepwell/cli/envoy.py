@@ -381,10 +381,10 @@ def _protocol() -> dict[str, object]:
     from google.protobuf.descriptor_pb2 import FileDescriptorSet
     from google.rpc import error_details_pb2, status_pb2
 
-    from stepwell.v1 import models_pb2, sessions_pb2
+    from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 
     found: dict[str, FileDescriptor] = {}
-    own = (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)
+    own = (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR, watch_pb2.DESCRIPTOR)
     for file in (*own, status_pb2.DESCRIPTOR, error_details_pb2.DESCRIPTOR):  # also the details of errors
         _collect(file, found)
     files = FileDescriptorSet()
