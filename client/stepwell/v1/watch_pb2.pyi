@@ -281,6 +281,9 @@ class WatchServerResponse(_message.Message):
     """Response of WatchServer: the activity of the server since the previous response. The first response follows at once,
     and has no rates and latencies. If the server authenticates its callers and the caller is not an admin, the response
     has only time, ready, problems and warnings without their reasons, and the names and versions of the models.
+
+    It has no list of replicas: servers that share a store do not know of each other. A caller that knows their addresses
+    watches each of them; those with the same ServerActivity.store_id share a store.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
