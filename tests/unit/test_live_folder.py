@@ -227,7 +227,16 @@ async def test_a_version_that_is_written_over_is_served_as_it_was(
     (served.root / "forecast/1.keras").write_bytes(b"others")
     await served.look(4)
     assert [told for told in served.loads.told if told[0] == "loaded"] == [("loaded", "forecast", "compiled")]
-    assert len([each for each in caplog.messages if "the file of a version has changed" in each]) == 1
+    assert (
+        len(
+            [
+                each
+                for each in caplog.messages
+                if "the file of a version, or the declaration beside it, has changed" in each
+            ]
+        )
+        == 1
+    )
 
 
 async def test_the_last_version_stays_when_the_folder_is_emptied(

@@ -84,6 +84,24 @@ def test_an_overwritten_file_has_another_stamp_once_it_is_whole(root: Path, fold
     assert folder.look().versions["forecast"][1].stamp != first.stamp
 
 
+@pytest.mark.parametrize("name", ["1.toml", "model.toml"])
+def test_the_declaration_of_a_step_function_is_part_of_its_stamp(
+    name: str, root: Path, folder: ModelFolder
+) -> None:
+    put(root, "vad/1.onnx", "vad/2.stepwell")
+    stamps = [settled(folder).versions["vad"]]
+    for text in ("[state]", "[context]\nx = 3", None):
+        if text is None:
+            (root / "vad" / name).unlink()
+        else:
+            (root / "vad" / name).write_text(text)
+        assert folder.look().versions["vad"] == stamps[-1]
+        stamps.append(folder.look().versions["vad"])
+        assert stamps[-1][1] != stamps[-2][1]
+    assert stamps[0][1] == stamps[-1][1]
+    assert len({each[2] for each in stamps}) == 1  # a compiled file holds what was declared
+
+
 @pytest.mark.parametrize(
     "name", ["forecast/.2.keras.x1", "forecast/2.keras.tmp", "forecast/.2.keras", ".x/1.keras"]
 )

@@ -204,8 +204,8 @@ class FolderFollower:
             else:
                 self._warn_once(
                     own,
-                    "the file of a version has changed, and the old content is still served; give the new file the next version "
-                    "number",
+                    "the file of a version, or the declaration beside it, has changed, and the old content is still served; give "
+                    "the new file the next version number",
                     model=name,
                     version=version,
                     path=file.path,

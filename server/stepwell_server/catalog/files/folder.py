@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from stepwell_server.compile.onnx import declaration
 from stepwell_server.core.model_names import NAME_RULE, VERSION_RULE, is_name, version_of
-from stepwell_server.files.stamp import Stamp, stamp_of
+from stepwell_server.files.stamp import Stamp, stamp, stamp_of
 
 SUFFIXES = (".keras", ".onnx", ".stepwell")
 LAYOUT = "NAME/VERSION.keras, NAME/VERSION.onnx, NAME/VERSION.stepwell, or NAME/VERSION/ with one such file"
@@ -35,6 +36,7 @@ class VersionFile:
 
     path: str
     stamp: Stamp
+    """Of the file, and of the declaration beside a step function."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -198,7 +200,7 @@ class _Scan:
                 f"must be the only file of its version; {os.path.basename(other.path)} is there too",
             )
         elif key not in self.unclear:
-            self.files[key] = VersionFile(entry.path, stamp_of(found))
+            self.files[key] = VersionFile(entry.path, (*stamp_of(found), *_declared(entry)))
 
     def _leave_out(self, key: _Key, path: str, why: str) -> None:
         self.unclear.add(key)
@@ -221,6 +223,14 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         found = [each for each in entries if not each.name.startswith(".") and not each.name.endswith(".tmp")]
     return sorted(found, key=lambda entry: entry.name)
+
+
+def _declared(entry: os.DirEntry[str]) -> Stamp:
+    """The stamp of the declaration beside a step function: what it says decides what is served."""
+    if not entry.name.endswith(declaration.SUFFIX):
+        return ()
+    beside = declaration.file_beside(Path(entry.path))
+    return () if beside is None else stamp(beside)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
