@@ -33,10 +33,33 @@ DECLARED = {
 }
 
 
-def compiled(name: str, folder: Path, declared: Declaration | None = None, *, trust: bool = False) -> Program:
-    file = step_functions.saved(folder, name, getattr(step_functions, name))
+#: Of the sizes that are tried, for tests of something else.
+FEW = (1, 2, 16, 17)
+_compiled: dict[str, Program] = {}
+
+
+def compiled(
+    name: str,
+    folder: Path,
+    declared: Declaration | None = None,
+    *,
+    trust: bool = False,
+    sizes: Sequence[int] = FEW,
+) -> Program:
+    """Compile a model, once for all tests with the same declaration."""
     options = ProofOptions(trust_rows=trust, declaration=declared or DECLARED.get(name, Declaration()))
-    return compile_step_function(file, options)
+    key = f"{name} {sizes} {options}"
+    if key not in _compiled:
+        file = step_functions.saved(folder, name, getattr(step_functions, name))
+        _compiled[key] = compile_few(file, options, sizes)
+    return _compiled[key]
+
+
+def compile_few(file: Path, options: ProofOptions, sizes: Sequence[int] = FEW) -> Program:
+    """Compile a file, and try few batch sizes only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "LITERT_SIZES", sizes)
+        return compile_step_function(file, options)
 
 
 def stepped(program: Program, inputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -129,7 +152,7 @@ def test_initial_states(tmp_path: Path) -> None:
 
 
 def test_halves_and_integers(tmp_path: Path) -> None:
-    half = compile_step_function(
+    half = compile_few(
         step_functions.saved(tmp_path, "half", lambda: step_functions.cell(kind=step_functions.HALF)),
         ProofOptions(),
     )
@@ -143,7 +166,7 @@ def test_halves_and_integers(tmp_path: Path) -> None:
 
 def test_a_batch_of_one_in_the_file_runs_row_by_row(tmp_path: Path) -> None:
     file = step_functions.saved(tmp_path, "one", lambda: step_functions.cell(batch=1))
-    program = compile_step_function(file, ProofOptions(trust_rows=True))
+    program = compile_few(file, ProofOptions(trust_rows=True))
     assert (program.proof.rows, program.batch_sizes) == ("alone", (1,))
     assert program.executor_reason == "each row is run alone: the file fixes a batch of one row"
     x = np.random.default_rng(1).standard_normal((3, 4, 3)).astype(np.float32)
@@ -153,7 +176,7 @@ def test_a_batch_of_one_in_the_file_runs_row_by_row(tmp_path: Path) -> None:
 
 def test_an_older_opset_with_a_context(tmp_path: Path) -> None:
     file = step_functions.saved(tmp_path, "old", lambda: step_functions.cell(opset=9))
-    program = compile_step_function(file, ProofOptions(declaration=Declaration(contexts={"x": 1})))
+    program = compile_few(file, ProofOptions(declaration=Declaration(contexts={"x": 1})))
     assert [(spec.name, spec.shape) for spec in program.inputs] == [("x", (2,))]
     assert [(spec.name, spec.shape) for spec in program.state] == [("h", (4,)), ("x/context", (1,))]
     x = np.random.default_rng(1).standard_normal((3, 4, 2)).astype(np.float32)
@@ -168,7 +191,7 @@ def test_tensors_with_the_names_of_keys(tmp_path: Path) -> None:
         each.input[:] = [{"xw": "out_0", "hu": "next_0"}.get(name, name) for name in each.input]
     made.graph.input[0].name, made.graph.input[1].name = "state_0", "in_0"
     file = step_functions.saved(tmp_path, "keys", lambda: made)
-    program = compile_step_function(file, ProofOptions(declaration=Declaration(states={"in_0": "hn"})))
+    program = compile_few(file, ProofOptions(declaration=Declaration(states={"in_0": "hn"})))
     x = np.random.default_rng(1).standard_normal((3, 4, 3)).astype(np.float32)
     np.testing.assert_array_equal(stepped(program, [x])[0][0], stepped(compiled("cell", tmp_path), [x])[0][0])
 
@@ -177,7 +200,7 @@ def test_tensors_with_the_names_of_keys(tmp_path: Path) -> None:
 
 
 def test_bits_that_depend_on_the_size_are_padded_to_one(tmp_path: Path) -> None:
-    program = compiled("logarithm", tmp_path)
+    program = compiled("logarithm", tmp_path, sizes=trial.LITERT_SIZES)
     assert program.proof.rows == "proven"
     assert program.batch_sizes in {(16,), (32,), (64,), (1,)}
     size = program.batch_sizes[0]
