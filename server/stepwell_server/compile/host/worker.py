@@ -172,9 +172,12 @@ def _compare(job: dict[str, Any], model: Path) -> Any:
 def _require_plain_graph(content: bytes, model: Path) -> None:
     """Check the graph of a step function that another machine has compiled, as if it were compiled here."""
     from stepwell_server.compile.onnx import reading
+    from stepwell_server.compile.onnx.interface import inputs_of
+    from stepwell_server.compile.onnx.sizes import require_bounded
 
     try:
-        reading.parsed(content)
+        graph = reading.parsed(content).graph
+        require_bounded(graph, inputs_of(graph))
     except ModelError as error:
         raise ModelError(f"{model}: {error}") from error
 

@@ -21,6 +21,7 @@ from stepwell_server.compile.onnx import declaration, reading, samples
 from stepwell_server.compile.onnx.interface import Input, Interface, context_name, dtype_of_info, resolve
 from stepwell_server.compile.onnx.rewrite import rewritten, with_shapes
 from stepwell_server.compile.onnx.rows.walk import Known, Lost, follow
+from stepwell_server.compile.onnx.sizes import require_bounded
 from stepwell_server.engine.executors import load_executor, onnx_runtime, trial
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.executors.step_function import step_of_executor
@@ -89,6 +90,7 @@ class _Traced:
 
 def _traced(model: onnx.ModelProto, interface: Interface, *, trust: bool) -> _Traced:
     """Follow the rows through a model, and run it to see the shapes of its outputs."""
+    require_bounded(model.graph, [each.tensor for each in (*interface.inputs, *interface.states)])
     unproven, axes = _proven(follow(model, interface.given), interface)
     try:
         run = onnx_runtime.plain(model.SerializeToString())
