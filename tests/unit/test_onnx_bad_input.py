@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.onnx import declaration
+from stepwell_server.compile.onnx import declaration, inspection
 from stepwell_server.compile.onnx.pipeline import compile_step_function
 from stepwell_server.program import Declaration, ProofOptions
 from support.models import step_functions
@@ -62,6 +62,13 @@ def scalar_output() -> onnx.ModelProto:
         {"x": (FLOAT, ["n", 3]), "h": (FLOAT, ["n", 4])},
         {"y": (FLOAT, []), "hn": (FLOAT, ["n", 4])},
     )
+
+
+def test_inspection_shows_no_control_characters() -> None:
+    tensors = [{"name": "x\x1b[2J", "dtype": "float", "shape": [None, 3]}]
+    found = {"inputs": tensors, "outputs": [], "states": {}, "problem": "", "options": []}
+    shown = inspection.lines(Path("m.onnx"), found)
+    assert shown[1] == r"  x\x1b[2J: float[?, 3]"
 
 
 def only_states() -> onnx.ModelProto:
@@ -304,6 +311,18 @@ CASES: dict[str, Case] = {
         step_functions.cell,
         {"initial": {"h": float("nan")}},
         "--initial: state 'h' must be finite; got nan",
+    ),
+    "an initial state that is no whole number": (
+        step_functions.embedding,
+        {"initial": {"count": 0.5}},
+        "--initial: state 'count' must be numbers of int64; got 0.5",
+    ),
+    "a name that moves the cursor": (
+        step_functions.cell,
+        {"names": {"y": "a\x1b[2Jb"}},
+        (
+            "--name: outputs must have names of printable characters; got 'a\\x1b[2Jb'. Give another one, --name TENSOR=NAME"
+        ),
     ),
     "an initial value of an input": (
         step_functions.cell,

@@ -352,6 +352,7 @@ def test_a_corrupt_graph_is_a_corrupt_program(tmp_path: Path) -> None:
         (["x", "hidden"], ["y", "new_hidden"], {"hidden": "new_hidden"}),
         (["x", "hidden_in"], ["y", "hidden_out"], {"hidden_in": "hidden_out"}),
         (["x", "cache"], ["y", "cache_next"], {"cache": "cache_next"}),
+        (["X", "initial_h", "initial_c"], ["Y", "Y_h", "Y_c"], {"initial_h": "Y_h", "initial_c": "Y_c"}),
         (["x", "prev_state"], ["y", "next_state"], {"prev_state": "next_state"}),
         (["x", "lstm.h.in"], ["y", "lstm.h.out"], {"lstm.h.in": "lstm.h.out"}),
         (["input"], ["output"], {}),

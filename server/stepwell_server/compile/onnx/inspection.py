@@ -25,7 +25,8 @@ def lines(model: Path, found: Mapping[str, Any]) -> list[str]:
     if found["problem"]:
         shown += ["", f"not ready: {found['problem']}"]
     shown += ["", "compile it:", f"  {command(model, found)}"]
-    return shown
+    # Names in a file may hold what moves the cursor of a terminal.
+    return [line if line.isprintable() else repr(line)[1:-1] for line in shown]
 
 
 def command(model: Path, found: Mapping[str, Any]) -> str:

@@ -170,7 +170,7 @@ def resolve(model: onnx.ModelProto, declared: Declaration) -> Interface:
     axes = [each.axis for each in (*inputs, *held)]
     single = any(sizes is not None and sizes[axis] == 1 for sizes, axis in zip(fixed, axes, strict=True))
     found = Interface(tuple(inputs), tuple(held), outputs, constants, single, declared)
-    _require_different(found)
+    _require_usable_names(found)
     return found
 
 
@@ -361,11 +361,15 @@ def _state(info: onnx.ValueInfoProto, after: onnx.ValueInfoProto, declared: Decl
 
 def _initial(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
     try:
-        array: Array = np.array(value).astype(dtype)
+        given: Array = np.array(value)
+        with np.errstate(over="ignore"):  # refused below
+            array: Array = given.astype(dtype)
     except (ValueError, OverflowError) as error:
         raise ModelError(
             f"--initial: state {quoted(name)} must be numbers of {dtype}; got {value!r:.80}"
         ) from error
+    if array.dtype.kind != "f" and not np.array_equal(array, given):
+        raise ModelError(f"--initial: state {quoted(name)} must be numbers of {dtype}; got {value!r:.80}")
     if array.ndim and array.shape != shape:
         raise ModelError(
             f"--initial: state {quoted(name)} must have the shape of one row, {list(shape)}; got {list(array.shape)}"
@@ -375,7 +379,7 @@ def _initial(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array
     return np.ascontiguousarray(np.broadcast_to(array, shape))
 
 
-def _require_different(found: Interface) -> None:
+def _require_usable_names(found: Interface) -> None:
     for option, names in (
         ("inputs", [each.name for each in found.inputs]),
         (
@@ -385,6 +389,12 @@ def _require_different(found: Interface) -> None:
         ),
         ("outputs", [found.name_of(name) for name in found.outputs]),
     ):
+        hidden = next((name for name in names if not name.isprintable()), None)
+        if hidden is not None:
+            raise ModelError(
+                f"--name: {option} must have names of printable characters; got {quoted(hidden)}. Give another one, "
+                "--name TENSOR=NAME"
+            )
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ModelError(f"--name: {option} must have different names; got {quoted(twice)} twice")

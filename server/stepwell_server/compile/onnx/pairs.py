@@ -12,6 +12,7 @@ _NAMES: tuple[Callable[[str], Sequence[str]], ...] = (
     lambda name: [re.sub(r"0$", "n", name), re.sub(r"_0$", "_n", name)],
     lambda name: [re.sub(r"_in(?=$|_|\d)", "_out", name), re.sub(r"^in_", "out_", name)],
     lambda name: [re.sub(r"(?<![A-Za-z])in(?=$|[^A-Za-z])", "out", name)],
+    lambda name: [re.sub(r"^initial_", "Y_", name)],  # as the specification of LSTM and GRU names them
     lambda name: [name.replace("past", "present", 1), name.replace("past_key_values", "present", 1)],
     lambda name: [name.replace("prev", "next", 1), name.replace("previous", "next", 1)],
     lambda name: [name.replace("old", "new", 1), name.replace("initial", "final", 1)],
