@@ -50,6 +50,8 @@ PYTHON_PAGES = {
     "docs/guides/testing.md": "tests/packaging/test_pages.py",
     "docs/tutorials/seed.md": "tests/integration/test_seed_docs.py",
     "docs/guides/coming-from-triton.md": "tests/integration/test_triton_clients.py",
+    "docs/guides/pytorch.md": "tests/integration/test_pytorch.py",
+    "docs/guides/speech.md": "tests/packaging/test_vad.py",
     "docs/guides/reinforcement-learning.md": "tests/integration/test_examples.py",
 }
 """The test that runs all Python blocks of a page."""
