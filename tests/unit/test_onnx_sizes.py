@@ -55,6 +55,20 @@ def loop(count: str, again: str, body: Sequence[Any], *, gives: str = "sum", col
     return helper.make_node("Loop", [count, "true", "ones"], outputs, body=whole)
 
 
+def branches(condition: str) -> Any:
+    """A branch that squares `x`, and one that does not."""
+    graphs = {
+        f"{name}_branch": helper.make_graph(
+            nodes, name, [], [helper.make_tensor_value_info(f"{name}_x", FLOAT, None)]
+        )
+        for name, nodes in (
+            ("then", [node("Mul", "x x", "then_x")]),
+            ("else", [node("Identity", "x", "else_x")]),
+        )
+    }
+    return helper.make_node("If", [condition], ["chosen"], **graphs)
+
+
 FILL = [node("ConstantOfShape", "size", "y")]
 REFUSED: dict[str, tuple[Sequence[Any], str]] = {
     "a size": (
@@ -102,6 +116,10 @@ REFUSED: dict[str, tuple[Sequence[Any], str]] = {
         ],
         "operator ConstantOfShape 'inner'",
     ),
+    "of the branch that a value chooses": (
+        [node("Less", "n one", "less"), branches("less"), node("Shape", "chosen", "size"), *FILL],
+        "its input 'size' does",
+    ),
     "in a second pass of a loop": (
         [loop("fifty", "was", [node("ConstantOfShape", "c", "t"), node("Identity", "n", "sum")])],
         "operator ConstantOfShape 't'",
@@ -135,6 +153,13 @@ REFUSED["until a condition"][0][1].attribute[0].g.node.insert(0, node("Less", "i
 ADMITTED: dict[str, Sequence[Any]] = {
     "the shape of an input": [node("Shape", "x", "size"), *FILL],
     "the shape of a result": [node("Mul", "x x", "square"), node("Shape", "square", "size"), *FILL],
+    "the shape of the branch that a shape chooses": [
+        node("Size", "x", "count"),
+        node("Less", "count one", "less"),
+        branches("less"),
+        node("Shape", "chosen", "size"),
+        *FILL,
+    ],
     "values of a pad": [
         node("Concat", "ones zero_", "pads", axis=0),
         node("Squeeze", "n", "value"),

@@ -95,9 +95,15 @@ def _walk_graphs(node: onnx.NodeProto, known: _Known) -> None:
     if node.op_type == "Loop" and len(graphs) == 1:
         _walk_loop(node, graphs[0], known)
         return
-    used = {name for graph in graphs for name in _used(graph)} | set(node.input)
+    # the branches of an If see what is around them: only its condition decides between their sizes
+    is_branch = node.op_type == "If"
+    used = (
+        set(node.input)
+        if is_branch
+        else {name for graph in graphs for name in _used(graph)} | set(node.input)
+    )
     depends = bool(used & (known.values | known.sizes))
-    is_open = bool(used & known.sizes) or (node.op_type == "If" and depends)
+    is_open = depends if is_branch else bool(used & known.sizes)
     for graph in graphs:
         inner = known.inner()
         _mark([each.name for each in graph.input], inner, depends=depends, is_open=depends)
