@@ -276,6 +276,18 @@ async def test_bytes_of_all_watches_are_bounded(at: Harness, monkeypatch: pytest
     assert at.engine.watch_counts().held_bytes == 0
 
 
+async def test_slow_readers_leave_room_for_one_that_keeps_up(
+    at: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await at.open("a")
+    async with watching(at, "a"), watching(at, "a") as watch:
+        monkeypatch.setattr(watch_module.Budget, "is_full", True)
+        for turn in range(3):
+            await at.step("a", x(1, seed=turn))
+            event = await one(watch)
+            assert (event.kind, event.revision, event.dropped) == (Kind.STEP, turn + 1, 0)
+
+
 async def test_too_much_is_refused(at: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchers_module, "MAX_WATCHED", 8)
     await at.open("a")

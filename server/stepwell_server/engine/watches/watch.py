@@ -32,7 +32,7 @@ class Budget:
 
     @property
     def is_full(self) -> bool:
-        """Whether further events are dropped."""
+        """Whether further events of watches that have one already are dropped."""
         return self.held >= self.limit
 
 
@@ -225,7 +225,9 @@ class Watch:
         if not is_first and sample.revision < progress.revision:
             return
         progress.counted, progress.at = sample.revision, self._clock.monotonic()
-        if len(self._queue) >= MAX_EVENTS or self._bytes >= MAX_BYTES or self._budget.is_full:
+        # where slow readers hold all there is, a reader that keeps up still gets one event at a time
+        is_full = bool(self._queue) and self._budget.is_full
+        if len(self._queue) >= MAX_EVENTS or self._bytes >= MAX_BYTES or is_full:
             self._budget.dropped += 1
             progress.dropped += not is_first
             self._behind.add(sample.session_id)
