@@ -1,5 +1,8 @@
 //! JSON for Python. Its lock is free while a document is read or numbers are written.
 
+// pyo3's macros convert errors into themselves.
+#![allow(clippy::useless_conversion)]
+
 use crate::json::read::{document, Node, Refused};
 use crate::json::write;
 use pyo3::exceptions::PyValueError;
