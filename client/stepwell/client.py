@@ -316,8 +316,9 @@ class Client(AdminCalls, ModelCalls, ClientFacts):
 
         Example:
             >>> with client.watch_sessions([session.id], states=True) as watch:
+            ...     first = next(watch)
             ...     y = session.step(np.ones((1, 3), np.float32))
-            ...     [event.revision for event in (next(watch), next(watch))][-1]
+            ...     next(watch).revision
             1
         """
         core = SessionWatch(

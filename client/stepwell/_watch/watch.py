@@ -78,7 +78,14 @@ class Watch(Iterator[T], Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Ends the watch. A thread that waits for its next event gets `StopIteration`."""
+        """Ends the watch. A thread that waits for its next event gets `StopIteration`.
+
+        Example:
+            >>> watch = session.watch()
+            >>> next(watch).kind
+            'present'
+            >>> watch.close()
+        """
         with self._changed:
             self._is_closed = True
             self._values.clear()
