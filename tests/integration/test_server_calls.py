@@ -67,6 +67,7 @@ def test_reflection_shows_services_and_messages(channel: grpc.Channel) -> None:
         "stepwell.v1.ModelAdminService",
         "stepwell.v1.ModelService",
         "stepwell.v1.SessionService",
+        "stepwell.v1.WatchService",
     }
     file = FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
     assert file.name == "stepwell/v1/sessions.proto"

@@ -24,7 +24,6 @@ ALL = "TEST_ALL" in os.environ
 #: Prime, so that a sample of bytes meets every place of what is laid out in words.
 _ONE_IN = 7
 _SHARE = 4
-_MEASURED_ONE_IN = 3
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
 _IS_MEASURED = pytest.StashKey[bool]()
@@ -83,24 +82,17 @@ def _number(name: str) -> int:
 def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
     """The tests that this run tries: all, or with TEST_CASES=ci those without the mark `soak`.
 
-    With TEST_CASES=ci a third of the cases of each quick test is measured: measuring doubles what a test costs, and the
-    cases of one test run much the same lines. They run before the others of their module, since a line that runs when
-    a module is imported counts only if a measured test is the first that imports it.
+    With TEST_CASES=ci the quick tests are measured. They run before the others of their module, since a line that runs
+    when a module is imported counts only if a measured test is the first that imports it.
     """
     if chosen is None:
         return list(items)
     assert chosen == "ci", f"TEST_CASES must be ci; got {chosen}"
     kept = [item for item in items if not item.get_closest_marker("soak")]
-    tests: dict[str, list[pytest.Item]] = {}
     modules: dict[str, int] = {}
     for item in kept:
         modules.setdefault(_module(item), len(modules))
-        if not item.get_closest_marker("slow"):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    measured: set[pytest.Item] = set()
-    for found in tests.values():
-        found.sort(key=lambda item: _number(item.nodeid))
-        measured.update(found[: 1 + len(found) // _MEASURED_ONE_IN])
+    measured = {item for item in kept if not item.get_closest_marker("slow")}
     for item in kept:
         item.stash[_IS_MEASURED] = item in measured
     return sorted(kept, key=lambda item: (modules[_module(item)], item not in measured))
