@@ -234,7 +234,7 @@ def test_a_message_that_does_not_come_ends_its_call() -> None:
         # a machine that is busy may pause for as long as the limit within a drip: then another one follows
         assert any(sent_until_ended(found, peer, half) > 2 for _ in range(20)), "each was ended for a pause"
         peer.send(data(silent, b"", end=True))
-        assert peer.outcome(silent)["grpc-status"] == OK, "a silent stream goes on"
+        assert peer.outcome(silent)["grpc-status"] == OK, "a silent stream stays open"
 
 
 def sent_until_ended(found: AttackedServer, peer: Http2, message: bytes) -> int:
