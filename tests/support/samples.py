@@ -102,7 +102,7 @@ def _module(item: pytest.Item) -> str:
     return item.nodeid.partition("::")[0]
 
 
-def measure_only_some(item: pytest.Item) -> None:
+def measure_only_quick(item: pytest.Item) -> None:
     """Before a test: stop measuring coverage if it is not among those that `cases` measures, or start again."""
     stash = item.config.stash
     paused = stash.get(_PAUSED, None)

@@ -109,7 +109,7 @@ def test_quick_tests_are_measured_before_the_others_of_their_module(
     measured, modules = [], []
     quick = [item.nodeid for item in marked() if not item.get_closest_marker("slow")]
     for item in samples.cases(marked(), "ci"):
-        samples.measure_only_some(item)
+        samples.measure_only_quick(item)
         modules.append((item.nodeid[0], not coverage.runs))
         if coverage.runs:
             measured.append(item.nodeid)
@@ -120,4 +120,4 @@ def test_quick_tests_are_measured_before_the_others_of_their_module(
 def test_nothing_is_paused_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coverage, "current", lambda: None)
     for item in samples.cases(marked(), "ci"):
-        samples.measure_only_some(item)
+        samples.measure_only_quick(item)
