@@ -65,7 +65,7 @@ DECAYS = np.exp(-np.pi * np.array([[80], [100], [140]]) * TIMES)
 
 def main() -> None:
     """Serve the model, listen to all microphones at once, compare with a plain loop, and draw one microphone."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Serve Silero VAD to many microphones at once.")
     parser.add_argument("--microphones", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=6.0, help="Audio of each.")
     parser.add_argument("--live", action="store_true", help="Send a frame every 32 ms, as microphones do.")

@@ -131,7 +131,7 @@ def test_what_needs_keras_says_how_to_go_on(
     done = run(python, tmp_path, "-m", "stepwell", "compile", str(model_path))
     assert done.returncode == 2
     assert (
-        "compiling needs packages that are not installed (h5py, keras, tensorflow): pip install"
+        "must be compiled, but the required packages are not installed (tensorflow, keras, h5py): pip install"
         in done.stderr
     )
 

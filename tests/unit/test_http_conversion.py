@@ -51,6 +51,11 @@ def slices_of_others(work: Callable[[], object]) -> int:
     return found[0]
 
 
+def others_run_during(work: Callable[[], object]) -> bool:
+    """Whether another thread ever has Python's lock: on a busy machine it is seldom quick enough to take it."""
+    return any(slices_of_others(work) > 0 for _ in range(200))
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -63,12 +68,12 @@ def slices_of_others(work: Callable[[], object]) -> int:
 )
 def test_others_run_while_a_body_is_read(a_thread_keeps_the_lock: None, document: object) -> None:
     body = json.dumps(document).encode()
-    assert slices_of_others(lambda: codec().read(body, 10)) > 0
+    assert others_run_during(lambda: codec().read(body, 10))
 
 
 def test_others_run_while_numbers_are_written(a_thread_keeps_the_lock: None) -> None:
     doubles = np.random.default_rng().normal(size=MANY).tobytes()
-    assert slices_of_others(lambda: codec().numbers(doubles)) > 0
+    assert others_run_during(lambda: codec().numbers(doubles))
 
 
 class Waiting:
