@@ -16,7 +16,7 @@ from stepwell_server.engine.api import OpenManyResult, SessionFilter, SessionInf
 from stepwell_server.engine.sessions import read
 from stepwell_server.engine.sessions.directory import MAX_ID_LENGTH, IdMaker, require_session_id, shown
 from stepwell_server.engine.threads import Pieces
-from stepwell_server.errors import InvalidInput, SessionExists
+from stepwell_server.errors import InvalidInput, ModelNotFound, SessionExists
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
@@ -278,6 +278,29 @@ async def test_sessions_of_an_unloaded_version_are_listed_and_closed_by_a_filter
         assert [info.session_id for info in (await whole(at, 1, prefix="c"))[0]] == ["c"]
         assert await close_all(at, 2, model="plain") == 6
         assert await whole(at, 2) == ([], {0})
+
+
+async def test_lists_by_version_or_label() -> None:
+    programs = {"plain@1": weights(1), "plain@2": weights(2)}
+    async with serving(programs, resident_rows=2) as at:
+        await at.engine.set_label("plain", "old", 1)
+        await at.open("a", "c", "e", model="plain@1")
+        await at.open("b", "d", "f", model="plain")  # these follow the default
+        for wanted, expected in (("plain@1", "ace"), ("plain:old", "ace"), ("plain@2", "bdf")):
+            for limit in (1, 2, 100):
+                found, totals = await whole(at, limit, model=wanted)
+                assert ("".join(info.session_id for info in found), totals) == (expected, {3})
+        assert [info.session_id for info in (await whole(at, 1, model="plain@2", prefix="d"))[0]] == ["d"]
+        for unknown in ("plain@9", "plain:new", "other@1"):
+            with pytest.raises(ModelNotFound):
+                await at.engine.list_sessions(model=unknown)
+        with pytest.raises(InvalidInput, match="model must be"):
+            await at.engine.list_sessions(model="plain@first")
+        await at.engine.unload_version("plain", 1, force=True)
+        assert [info.session_id for info in (await whole(at, 2, model="plain@1"))[0]] == [*"ace"]
+        assert await close_all(at, 2, model="plain@1") == 3
+        found, totals = await whole(at, 2)
+        assert ([info.session_id for info in found], totals) == ([*"bdf"], {3})
 
 
 @IN_PROCESS  # Valkey is looked through in parts

@@ -51,7 +51,7 @@ class AdminCalls:
         read the whole list once: see `SessionList`.
 
         Args:
-            model: Only sessions of this model.
+            model: Only sessions of this model, or of this version of it: `NAME@VERSION` or `NAME:LABEL`.
             prefix: Only sessions whose ids start with this.
             idle_longer_s: Only sessions that nobody has changed, read or resumed for more than this many seconds.
             limit: How many sessions to return at most.
@@ -110,7 +110,7 @@ class AdminCalls:
 
         Args:
             session_ids: The sessions to delete. None: those that match the filters.
-            model: Only sessions of this model.
+            model: Only sessions of this model, or of this version of it: `NAME@VERSION` or `NAME:LABEL`.
             prefix: Only sessions whose ids start with this.
             idle_longer_s: Only sessions that nobody has changed, read or resumed for more than this many seconds.
             everything: Delete all sessions, without a filter.
@@ -167,7 +167,7 @@ class AdminCalls:
         Args:
             path: Path of the file to write.
             session_ids: The sessions to export. None: those that match the filters, or all without filters.
-            model: Only sessions of this model.
+            model: Only sessions of this model, or of this version of it: `NAME@VERSION` or `NAME:LABEL`.
             prefix: Only sessions whose ids start with this.
             idle_longer_s: Only sessions that nobody has changed, read or resumed for more than this many seconds.
             progress: Called with the number of sessions written so far.

@@ -83,7 +83,10 @@ def filter_options(function: Function) -> Function:
         ),
         click.option("--prefix", metavar="TEXT", help="Only sessions whose id starts with this."),
         click.option(
-            "--model", metavar="NAME", shell_complete=complete.models, help="Only sessions of this model."
+            "--model",
+            metavar="MODEL",
+            shell_complete=complete.models,
+            help="Only sessions of this model: NAME, NAME@VERSION or NAME:LABEL.",
         ),
     ):
         option(with_filter)

@@ -578,7 +578,9 @@ class CloseMatchingSessionsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model whose sessions match. Empty: every model."""
+    """The model whose sessions match: NAME for all its versions, NAME@VERSION for those on that version, NAME:LABEL for
+    those on the version with that label. Empty: every model.
+    """
     session_id_prefix: _builtins.str
     """Prefix of the session IDs that match. Empty: every ID."""
     all: _builtins.bool
@@ -699,7 +701,9 @@ class ListSessionsRequest(_message.Message):
     IDLE_LONGER_FIELD_NUMBER: _builtins.int
     SKIP_TOTAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model whose sessions to list. Empty: every model."""
+    """The model whose sessions to list: NAME for all its versions, NAME@VERSION for those on that version, NAME:LABEL for
+    those on the version with that label. Empty: every model.
+    """
     page_size: _builtins.int
     """Maximum number of sessions on the page, at most 10000. 0: 1000."""
     page_token: _builtins.str
@@ -707,7 +711,9 @@ class ListSessionsRequest(_message.Message):
     session_id_prefix: _builtins.str
     """Prefix of the session IDs to list. Empty: every ID."""
     skip_total: _builtins.bool
-    """Whether to skip the count of all matching sessions, which makes the call cheaper."""
+    """Whether to skip the count of all matching sessions, which makes the call cheaper. With a version or a label in
+    `model` it saves reading each session.
+    """
     @_builtins.property
     def idle_longer(self) -> _duration_pb2.Duration:
         """List only sessions that were not changed, read or resumed for longer than this. Absent: any."""
@@ -1720,7 +1726,9 @@ class ExportSessionsRequest(_message.Message):
     PAGE_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model whose sessions to export. Empty: every model."""
+    """The model whose sessions to export: NAME for all its versions, NAME@VERSION for those on that version, NAME:LABEL
+    for those on the version with that label. Empty: every model.
+    """
     session_id_prefix: _builtins.str
     """Prefix of the session IDs to export. Empty: every ID."""
     page_bytes: _builtins.int

@@ -139,7 +139,9 @@ class SessionFilter:
     """Selects the sessions that meet all of its conditions."""
 
     model: str = ""
-    """Empty: any model."""
+    """A model, on all its versions, or NAME@VERSION, or NAME:LABEL. Empty: any model."""
+    version: int = 0
+    """What the list makes of a version or label in `model`, which is the name alone then. 0: any version."""
     tenant: str | None = None
     """The owner; empty: sessions without a tenant; None: sessions of all tenants."""
     prefix: str = ""

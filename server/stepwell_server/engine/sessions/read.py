@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.model_names import parse_reference
 from stepwell_server.core.namespaces import prefix_of, tenant_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
@@ -30,7 +31,7 @@ from stepwell_server.engine.types import Array, Mask, Members
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import InvalidInput, Overloaded, ServerError, SessionGone, SessionLost
 from stepwell_server.logs import Log
-from stepwell_server.store.base import Store, StoredSession
+from stepwell_server.store.base import SOLE, Store, StoredSession
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import header_or_none
 
@@ -506,19 +507,32 @@ class SessionList:
         """Up to `limit` sessions, and how many match in all (0 without `count`). For `wanted` see `SessionFilter`.
 
         Raises:
-            ModelNotFound: no model has that name.
+            InvalidInput: `model` has no version or label of the right form.
+            ModelNotFound: no model has that name, or it has no such version.
             Unavailable: the store cannot be read now.
         """
         return await self.page(Query(filter=SessionFilter(**wanted), after=after, limit=limit, count=count))
 
     async def page(self, query: Query) -> tuple[SessionPage, int]:
         """`ask` with a `Query`."""
-        if query.filter.model:
-            self._directory.models.named(query.filter.model)  # raises
+        query = dataclasses.replace(query, filter=self._resolved(query.filter))
         with contextlib.suppress(ServerError):  # reading the page raises it too
             await self._expiry.refresh()
         page = await self._page(query)
         return page, await self._total(query.filter) if query.count else 0
+
+    def _resolved(self, wanted: SessionFilter) -> SessionFilter:
+        models = self._directory.models
+        if not models.is_pinned(wanted.model):
+            if wanted.model:
+                models.named(wanted.model)  # raises
+            return wanted
+        with contextlib.suppress(ValueError):
+            meant = parse_reference(wanted.model)
+            if meant.version and meant.version in models.named(meant.name).known:  # loaded or not
+                return dataclasses.replace(wanted, model=meant.name, version=meant.version)
+        model = models.by_name(wanted.model)
+        return dataclasses.replace(wanted, model=model.name, version=model.version)
 
     async def _page(self, query: Query) -> SessionPage:
         page, wanted, read = SessionPage(), query.filter, 0
@@ -565,8 +579,11 @@ class SessionList:
         if wanted.model:
             versions = self._directory.models.named(wanted.model).loaded.values()
             is_stored = np.array([name == wanted.model for name in heads.models], np.bool_)[heads.model]
-            own = [version.index for version in versions]
-            fits = is_stored | (is_here & np.isin(table.model[handles], own))
+            own = [each.index for each in versions if wanted.version in {0, each.version}]
+            is_own = is_here & np.isin(table.model[handles], own)
+            if wanted.version:  # else the table, current or not, has the model that the store has
+                is_stored &= ~(is_here & (table.stamp[handles] <= SOLE))
+            fits = is_stored | is_own
         if wanted.idle_longer_s is not None:
             ahead = self._clock.now() - self._clock.monotonic()
             used = np.where(is_here, table.used[handles] + ahead, -np.inf)
@@ -574,11 +591,14 @@ class SessionList:
         return fits
 
     async def _total(self, wanted: SessionFilter) -> int:
-        if not wanted.prefix and wanted.idle_longer_s is None:
+        if not wanted.prefix and wanted.idle_longer_s is None and not wanted.version:
             return await self._policy.count(wanted.tenant, wanted.model)
         total = 0
         async for _, fitting in self._pieces(wanted, "", _HEADS_BATCH_SIZE):
-            total += len(fitting)
+            if wanted.version:  # a record alone does not say which version its session is on now
+                total += sum(self._fits(info, wanted) for info in await self._described(fitting))
+            else:
+                total += len(fitting)
         return total
 
     async def _described(self, session_ids: Sequence[str]) -> list[SessionInfo]:
@@ -627,7 +647,7 @@ class SessionList:
         return None if is_over and not is_busy else info
 
     def _fits(self, info: SessionInfo, wanted: SessionFilter) -> bool:
-        if wanted.model not in {"", info.model}:
+        if wanted.model not in {"", info.model} or wanted.version not in {0, info.version}:
             return False
         idle = wanted.idle_longer_s
         return idle is None or self._clock.now() - info.last_used >= idle
