@@ -232,7 +232,7 @@ def test_the_server_reports_its_figures(one: Wire) -> None:
         pb.WatchServerRequest(interval=duration_pb2.Duration(nanos=200_000_000)), timeout=TIMEOUT_S
     )
     first = next(call)
-    assert first.ready
+    assert (first.ready, first.caller_role) == (True, "admin")
     assert not first.interval_seconds
     assert {model.name for model in first.models} >= {"seq", "multi"}
     assert (first.server.front, first.server.store) in {("native", "memory"), ("python", "memory")}

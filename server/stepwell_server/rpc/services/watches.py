@@ -159,6 +159,7 @@ class WatchServicer:
             ready=report.is_ready,
             problems={about: reason if is_counted else "" for about, reason in report.problems.items()},
             warnings={about: reason if is_counted else "" for about, reason in report.warnings.items()},
+            caller_role=call.who.role.value,
         )
         activity = await self._figures.between(before, now)
         statuses = self._control.statuses()
