@@ -14,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # The native front, or the note that there can be none on this machine.
 FRONT := .venv/.front
-# Installs Valkey and promtool where they are missing, or says what to install; tests that need them fail without.
+# Installs Valkey, promtool and chromium where they are missing, or says what to install; tests that need them fail without.
 PROGRAMS := scripts/install_programs.py || true
 # What the demo leaves behind.
 MODEL := out/temperature.keras
@@ -72,7 +72,7 @@ WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (four to five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey and promtool on a Debian as root, unless STEPWELL_NO_APT=1
+test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (four to five minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey, promtool and chromium on a Debian as root, unless STEPWELL_NO_APT=1
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 

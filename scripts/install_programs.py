@@ -1,4 +1,4 @@
-"""Install programs that tests and the demo of a cluster run, where they are missing and we may: Valkey, promtool.
+"""Install programs that tests and the demo of a cluster run, where they are missing and we may: Valkey, promtool, chromium.
 
 They are Debian's packages; elsewhere, without root, or with STEPWELL_NO_APT set, it says what to install. Debian would
 start a server when its package is installed: it is kept from that. Exit codes: 0 they are there, 1 they are not.
@@ -18,6 +18,7 @@ PROGRAMS = {
     "valkey-server": "the tests of replicas",
     "valkey-sentinel": "the tests of replicas",
     "promtool": "the tests of alert rules",
+    "chromium": "the tests of the console",
 }
 """Which tests need them, by the names of the programs, which are also those of their packages."""
 POLICY = Path("/usr/sbin/policy-rc.d")
@@ -32,8 +33,8 @@ def main() -> int:
         return 0
     if problem := apt_get.refusal():
         print(
-            f"{_failing(wanted)}; {problem}. Install Valkey 7.2 or newer and Prometheus's promtool;"
-            f" on Debian, as root: apt-get install {' '.join(wanted)}"
+            f"{_failing(wanted)}; {problem}. Install Valkey 7.2 or newer, Prometheus's promtool and"
+            f" Chromium; on Debian, as root: apt-get install {' '.join(wanted)}"
         )
         return 1
     with no_services():

@@ -28,7 +28,7 @@ def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert install_programs.main() == 1
     printed = capsys.readouterr().out
     assert "will fail; STEPWELL_NO_APT is set. Install Valkey 7.2 or newer" in printed
-    assert "as root: apt-get install valkey-server valkey-sentinel promtool" in printed
+    assert "as root: apt-get install valkey-server valkey-sentinel promtool chromium" in printed
 
 
 def test_it_takes_root_and_a_debian(monkeypatch: pytest.MonkeyPatch, root_on_debian: None) -> None:

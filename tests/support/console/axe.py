@@ -1,0 +1,37 @@
+"""axe-core, which judges whether people with disabilities can use a page: https://github.com/dequelabs/axe-core."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import tools  # type: ignore[import-not-found,unused-ignore]
+
+from support.console.browser import Tab
+
+_ROOT = Path(__file__).resolve().parents[3]
+_SERIOUS = {"serious", "critical"}
+_RUN = "(async () => (await axe.run(document, {resultTypes: ['violations']})).violations)()"
+
+
+@functools.cache
+def _source() -> str:
+    try:
+        folder: Path = tools.node(_ROOT / "tests" / "node")
+    except LookupError as missing:
+        pytest.skip(str(missing))
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
+
+
+def findings(tab: Tab) -> list[str]:
+    """The serious and critical findings on the page as it is now, one text each."""
+    # as the browser's debugger, not as a script of the page: its content security policy holds
+    tab.page.evaluate(_source())
+    found = tab.page.evaluate(_RUN)
+    return [
+        f"{one['impact']} {one['id']}: {one['help']}: {json.dumps([node['html'][:200] for node in one['nodes']])}"
+        for one in found
+        if one["impact"] in _SERIOUS
+    ]
