@@ -158,7 +158,7 @@ bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/expla
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-front check-repo check-surface check-size docs-site ## Run every check that is not a test: all those below, and docs-site
+check: check-format check-lint check-types check-arrows check-proto check-front check-console check-repo check-surface check-size docs-site ## Run every check that is not a test: all those below, and docs-site
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?
@@ -186,6 +186,10 @@ check-proto: $(INSTALLED) ## Is the protocol in order and its generated code fre
 check-front: $(INSTALLED) ## Is the native front formatted, and do clippy and its own tests find nothing? (Where cargo is there)
 	$(BIN)/python scripts/front.py --check || [ $$? -eq 3 ]
 
+.PHONY: check-console
+check-console: $(INSTALLED) ## Is the console's bundle what its sources make, and small? With npm: are its types right, and do its unit tests pass?
+	$(BIN)/python scripts/console.py --check
+
 .PHONY: check-repo
 check-repo: $(INSTALLED) ## Do documents and code agree, and does every file keep the rules?
 	$(BIN)/python scripts/check_repo.py
@@ -197,6 +201,10 @@ check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, 
 .PHONY: check-size
 check-size: $(INSTALLED) ## Is no room larger than its bound in scripts/size.toml?
 	$(BIN)/python scripts/size.py --check
+
+.PHONY: console
+console: $(INSTALLED) ## Build the console into server/stepwell_server/console/dist/, with npm (ten seconds)
+	$(BIN)/python scripts/console.py
 
 .PHONY: breaking
 breaking: $(INSTALLED) ## Does the protocol break clients of the last release (or of AGAINST=...)?
@@ -240,5 +248,5 @@ image: $(INSTALLED) ## Build the container image with podman, docker or buildah 
 
 .PHONY: clean
 clean: ## Remove everything that the targets above have made
-	rm -rf .venv .tools out dist server/front/target server/front/.cargo server/front/Cargo.lock build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf .venv .tools out dist server/front/target server/front/.cargo server/front/Cargo.lock console/node_modules build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 	find client server tests bench scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

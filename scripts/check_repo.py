@@ -19,6 +19,8 @@ from wrap_documents import wrapped
 MAX_MODULE_LINES = 800
 GENERATED = ("client/stepwell/v1/", "server/stepwell_server/rpc/triton/inference/")
 LOCK_FILES = {"uv.lock", "poetry.lock", "pdm.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml"}
+#: It has versions and hashes and no addresses: console/.npmrc has npm leave them out.
+LOCK_FILE_OF_THE_CONSOLE = "console/package-lock.json"
 REGISTRY_HOSTS = re.compile(
     r"pypi\.org|pythonhosted\.org|registry\.npmjs\.org|[-]-(?:extra-)?index-url|\"resolved\": \"http|/simple/?['\"\s]"
 )
@@ -92,8 +94,10 @@ def modules_say_what_they_hold() -> Iterator[str]:
 def no_lock_files() -> Iterator[str]:
     """Lock files name a package registry's host; constraints.txt holds the versions."""
     for name in tracked_files():
-        if Path(name).name in LOCK_FILES:
+        if Path(name).name in LOCK_FILES and name != LOCK_FILE_OF_THE_CONSOLE:
             yield f"{name}: lock files are not committed, constraints.txt holds the versions"
+    if '"resolved"' in text_of(LOCK_FILE_OF_THE_CONSOLE):
+        yield f"{LOCK_FILE_OF_THE_CONSOLE}: names where packages come from: run npm in its folder, whose .npmrc forbids it"
 
 
 def no_registry_hosts() -> Iterator[str]:

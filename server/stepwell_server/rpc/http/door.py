@@ -30,7 +30,7 @@ from stepwell_server.errors import (
 from stepwell_server.rpc.boundary import internal
 from stepwell_server.rpc.fronts.base import CallEnded, HttpAnswer, HttpCall, JsonCodec, Method
 from stepwell_server.rpc.fronts.shape_check import check_shape
-from stepwell_server.rpc.http import json_form
+from stepwell_server.rpc.http import console, json_form
 from stepwell_server.rpc.http.answers import Headers, extended, json_answer, of_error, of_status
 from stepwell_server.rpc.http.conversion import Conversion
 from stepwell_server.rpc.http.events import EVENT, EventAnswer, Sleep, Source, Write, accepts_events
@@ -206,11 +206,18 @@ class Door:
             raise _refused(error) from None
         if http_method == "GET" and path == _OPENAPI:
             raise _Refused(json_answer(self._openapi()))
+        if (
+            http_method in console.METHODS
+            and (page := console.answer(http_method, path, headers)) is not None
+        ):
+            raise _Refused(page)
         watches = [*self._routes.watches.values()]
         is_joint = path == WATCH_PATH and bool(watches)
         try:
             if path == _OPENAPI:
                 raise WrongMethod(["GET"])
+            if console.has(path):
+                raise WrongMethod(console.METHODS)
             if is_joint and http_method != "POST":
                 raise WrongMethod(["POST"])
             match = Match(watches[0], {}) if is_joint else self._routes.find(http_method, path)

@@ -1,0 +1,161 @@
+/** The frame around all pages: navigation, theme, token, messages, and what the watching costs. */
+import {useEffect, useRef} from "preact/hooks";
+import {forgetToken, hasToken} from "./api.ts";
+import {ModelsPage} from "./pages/models.tsx";
+import {OverviewPage} from "./pages/overview.tsx";
+import {PlanePage} from "./pages/plane.tsx";
+import {SessionPage} from "./pages/session.tsx";
+import {SessionsPage} from "./pages/sessions.tsx";
+import {TokenDialog} from "./parts/token_dialog.tsx";
+import {route, type Route} from "./route.ts";
+import {figures, loadModels, notice, showError} from "./store.ts";
+import {isDark, theme} from "./theme.ts";
+import {bytes, count} from "./units.ts";
+import {reconnect, watchCost, watchProblem, watchServer, watchStatus} from "./watch.ts";
+
+const PAGES = [
+  ["overview", "#/", "Overview"],
+  ["sessions", "#/sessions", "Sessions"],
+  ["plane", "#/plane", "Plane"],
+  ["models", "#/models", "Models"],
+] as const;
+
+export function App() {
+  const where = route.value;
+  const main = useRef<HTMLElement>(null);
+  const isFirst = useRef(true);
+  useEffect(() => {
+    loadModels().catch(showError);
+    return watchServer((event) => {
+      figures.value = event;
+    });
+  }, []);
+  const title = titleOf(where);
+  useEffect(() => {
+    document.title = `${title} · Stepwell`;
+    notice.value = null;
+    // readers of the screen continue with the new page
+    if (!isFirst.current) main.current?.focus();
+    isFirst.current = false;
+  }, [title]);
+  return (
+    <>
+      <a class="skip" href="#main" onClick={(event) => (event.preventDefault(), main.current?.focus())}>
+        Skip to the page
+      </a>
+      <header class="top">
+        <span class="brand">Stepwell</span>
+        <nav aria-label="Pages">
+          {PAGES.map(([page, hash, name]) => (
+            <a key={page} href={hash} aria-current={isCurrent(where, page) ? "page" : undefined}>
+              {name}
+            </a>
+          ))}
+        </nav>
+        <div class="tools">
+          {hasToken.value && (
+            <button type="button" onClick={() => (forgetToken(), location.reload())}>
+              Forget token
+            </button>
+          )}
+          <button type="button" onClick={() => (theme.value = isDark.value ? "light" : "dark")}>
+            {isDark.value ? "Light" : "Dark"}
+          </button>
+        </div>
+      </header>
+      <Problems />
+      <Notice />
+      <main id="main" ref={main} tabIndex={-1}>
+        <Page where={where} />
+      </main>
+      <Cost />
+      <TokenDialog />
+    </>
+  );
+}
+
+function Page({where}: {where: Route}) {
+  switch (where.page) {
+    case "overview":
+      return <OverviewPage />;
+    case "sessions":
+      return <SessionsPage />;
+    case "session":
+      return <SessionPage key={where.id} id={where.id} other={where.other} />;
+    case "plane":
+      return <PlanePage />;
+    case "models":
+      return <ModelsPage />;
+    case "unknown":
+      return (
+        <>
+          <h1>No such page</h1>
+          <p>
+            <a href="#/">To the overview</a>
+          </p>
+        </>
+      );
+  }
+}
+
+function isCurrent(where: Route, page: string): boolean {
+  return where.page === page || (where.page === "session" && page === "sessions");
+}
+
+function titleOf(where: Route): string {
+  if (where.page === "session") return `Session ${where.id}`;
+  return PAGES.find(([page]) => page === where.page)?.[2] ?? "No such page";
+}
+
+/** What is wrong now, at the top of every page. */
+function Problems() {
+  const now = figures.value;
+  const lines: [string, string, string][] = [];
+  if (watchStatus.value === "lost") lines.push(["bad", "Not connected", watchProblem.value]);
+  for (const [subject, reason] of Object.entries(now?.problems ?? {})) lines.push(["bad", subject, reason]);
+  for (const [subject, reason] of Object.entries(now?.warnings ?? {})) lines.push(["warn", subject, reason]);
+  if (!lines.length) return null;
+  return (
+    <div class="problems" role="alert" aria-label="Problems">
+      {lines.map(([kind, subject, reason]) => (
+        <p key={subject} class={kind}>
+          <strong>{subject}</strong>
+          {reason && `: ${reason}`}
+          {subject === "Not connected" && (
+            <button type="button" onClick={reconnect}>
+              Connect now
+            </button>
+          )}
+        </p>
+      ))}
+    </div>
+  );
+}
+
+function Notice() {
+  const found = notice.value;
+  return (
+    <div role="status" aria-live="polite">
+      {found && (
+        <p class={found.isError ? "notice bad" : "notice good"}>
+          {found.text}{" "}
+          <button type="button" aria-label="Close the message" onClick={() => (notice.value = null)}>
+            ×
+          </button>
+        </p>
+      )}
+    </div>
+  );
+}
+
+/** What the page's watching costs: its one stream. */
+function Cost() {
+  const cost = watchCost.value;
+  const status = {off: "off", connecting: "connecting", live: "live", lost: "lost"}[watchStatus.value];
+  return (
+    <footer class="cost" aria-label="What this page's watching costs">
+      Stream {status}: {count(cost.sessions)} sessions watched, {cost.eventsPerSecond.toFixed(1)} events/s,{" "}
+      {bytes(cost.bytesPerSecond)}/s from the server
+    </footer>
+  );
+}
