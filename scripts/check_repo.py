@@ -135,7 +135,10 @@ def constraints_are_exact() -> Iterator[str]:
 
 
 def documents_name_real_paths() -> Iterator[str]:
-    """A path in backticks or in a link of a document exists, seen from the root, a package or the document."""
+    """A path in backticks or in a link of a document exists, seen from the root, a package or the document.
+
+    Modules may be named without their suffix.
+    """
     for name in documents():
         places = [repository.ROOT / name, *(repository.ROOT / folder / "x" for folder in FOLDERS_OF_PACKAGES)]
         for match in PATH_IN_DOCUMENT.finditer(text_of(name)):
@@ -143,7 +146,7 @@ def documents_name_real_paths() -> Iterator[str]:
             if match[1] and not is_path(path):
                 continue
             if path.split("/")[0] not in repository.MADE_AT_RUN_TIME and not any(
-                (at.parent / path).exists() for at in places
+                (at.parent / one).exists() for at in places for one in (path, f"{path}.py")
             ):
                 yield f"{name}: names {path}, which is not there"
 
