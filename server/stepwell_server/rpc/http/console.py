@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepwell_server.rpc.fronts.base import HttpAnswer
+from stepwell_server.rpc.http.answers import Headers
 
 METHODS = ("GET", "HEAD")
 PAGE = "/console"
@@ -29,7 +30,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:;"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_HEADERS = (
+_HEADERS: Headers = (
     ("content-security-policy", _POLICY),
     ("cross-origin-opener-policy", "same-origin"),
     ("referrer-policy", "no-referrer"),
@@ -62,7 +63,7 @@ def answer(http_method: str, path: str, headers: Mapping[str, str]) -> HttpAnswe
     file = _file(name)
     zipped = "gzip" in headers.get("accept-encoding", "").lower()
     tag = f'"{file.tag}{"-gzip" if zipped else ""}"'
-    found = (*_HEADERS, ("content-type", media_type), ("etag", tag))
+    found: Headers = (*_HEADERS, ("content-type", media_type), ("etag", tag))
     if tag in headers.get("if-none-match", ""):
         return HttpAnswer(HTTPStatus.NOT_MODIFIED, found, b"")
     if zipped:
