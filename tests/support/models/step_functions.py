@@ -103,6 +103,21 @@ def logarithm(width: int = 5) -> onnx.ModelProto:
     )
 
 
+def guarded() -> onnx.ModelProto:
+    """A logarithm that only large values meet."""
+    return model(
+        [
+            node("Log", "x", "l"),
+            node("Greater", "x large", "is_large"),
+            node("Where", "is_large l x", "y"),
+            node("Add", "h y", "hn"),
+        ],
+        {"x": (FLOAT, ["batch", 5]), "h": (FLOAT, ["batch", 5])},
+        {"y": (FLOAT, ["batch", 5]), "hn": (FLOAT, ["batch", 5])},
+        {"large": np.float32(1e6)},
+    )
+
+
 def quantized() -> onnx.ModelProto:
     """Dynamically quantized: the scale of the inputs is computed over all rows of the batch."""
     return model(

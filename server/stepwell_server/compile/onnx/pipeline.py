@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def compile_step_function(
         tell("convert")
         program = _program(file, content, traced)
         tell("check")
-        return _tried(program)
+        return _tried(program, _sizes_of(traced))
     except ModelError as error:
         raise type(error)(f"{file}: {error}", error.details) from error
 
@@ -82,6 +82,8 @@ class _Traced:
     rows: RowsProof
     unproven: str
     """Why its rows are not proven apart, as a clause; empty: they are."""
+    is_even: bool
+    """No operator is known whose bits depend on the batch size."""
     axes: Mapping[str, int]
     """The axis of the rows of each output."""
     shapes: Mapping[str, tuple[int, ...]]
@@ -91,7 +93,8 @@ class _Traced:
 def _traced(model: onnx.ModelProto, interface: Interface, *, trust: bool) -> _Traced:
     """Follow the rows through a model, and run it to see the shapes of its outputs."""
     require_bounded(model.graph, [each.tensor for each in (*interface.inputs, *interface.states)])
-    unproven, axes = _proven(follow(model, interface.given), interface)
+    followed = follow(model, interface.given)
+    unproven, axes = _proven(followed.outputs, interface)
     try:
         run = onnx_runtime.plain(model.SerializeToString())
     except ValueError as error:
@@ -116,7 +119,7 @@ def _traced(model: onnx.ModelProto, interface: Interface, *, trust: bool) -> _Tr
                 f"--state {state.tensor}:{state.after}: both must have one shape; a row of {quoted(state.tensor)} has "
                 f"{list(state.shape)}, of {quoted(state.after)} {list(shapes[state.after])}"
             )
-    return _Traced(model, interface, rows, unproven, found_axes, shapes)
+    return _Traced(model, interface, rows, unproven, not followed.uneven, found_axes, shapes)
 
 
 def _proven(known: Mapping[str, Known], interface: Interface) -> tuple[str, dict[str, int]]:
@@ -272,8 +275,15 @@ def _provenance(file: Path, content: bytes, model: onnx.ModelProto) -> Provenanc
     )
 
 
-def _tried(program: Program) -> Program:
-    """Find the batch sizes that give a row the same bits.
+def _sizes_of(traced: _Traced) -> Sequence[int]:
+    """The batch sizes to try."""
+    if traced.rows == "alone":
+        return (1,)
+    return trial.LITERT_SIZES if traced.is_even else trial.EVEN_SIZES
+
+
+def _tried(program: Program, possible: Sequence[int]) -> Program:
+    """Find those of the batch sizes that give a row the same bits.
 
     Raises:
         ModelError: it cannot run, or no size does.
@@ -283,7 +293,7 @@ def _tried(program: Program) -> Program:
         program.inputs, trial.rows_for(sum(spec.row_bytes for spec in program.inputs))
     ):
         try:
-            return _tried_with(program, known)
+            return _tried_with(program, known, possible)
         except (ExecutionError, ValueError) as error:
             problem = error
         except trial.TrialError as error:
@@ -292,9 +302,8 @@ def _tried(program: Program) -> Program:
     raise ModelError(f"ONNX Runtime cannot run it: {gist(problem)}") from problem
 
 
-def _tried_with(program: Program, known: tuple[Array, ...]) -> Program:
+def _tried_with(program: Program, known: tuple[Array, ...], possible: Sequence[int]) -> Program:
     step = step_of_executor(load_executor(program))
-    possible = (1,) if program.proof.rows == "alone" else trial.LITERT_SIZES
     sizes = trial.affordable(program, known, step, possible, trial.COMPILE_BUDGET_S)
     agreeing = trial.agreeing_here(program, known, step, sizes)
     dtypes = {spec.dtype for spec in (*program.inputs, *program.outputs)} | {

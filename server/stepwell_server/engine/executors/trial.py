@@ -22,6 +22,8 @@ from stepwell_server.program import Program, Trial
 
 #: Every small size, odd and even around the widths of vector units, and large ones.
 LITERT_SIZES = (*range(1, 18), 32, 33, 64, 100, 128, 256)
+#: For a step function with an operator that treats elements differently if they fill no vector: these fill them.
+EVEN_SIZES = (16, 32, 64, 128, 256)
 TENSORFLOW_SIZES = (1, 2, 4, 8, 16, 32, 64)
 #: Time steps before the bits are compared, so that states are realistic.
 _WARM_STEPS = 3
@@ -48,6 +50,10 @@ _ONNX_SIZES = {
     0: "ONNX Runtime gives a row the same bits at every batch size",
     1: "each row is run alone, so a batch takes as long as its rows one after the other",
 }
+_ONNX_EVEN_SIZES = (
+    "ONNX Runtime gives a row the same bits at batch sizes that are multiples of 16: batches are padded to {0} or {1} rows, so one row "
+    "takes as long as {2}"
+)
 _ONNX_ONE_SIZE = (
     "ONNX Runtime gives a row the same bits at batch size {0}, not at every size: batches are padded to it, so one row takes as "
     "long as {0}"
@@ -122,9 +128,12 @@ def with_sizes(program: Program, sizes: Sequence[int], agreeing: Sequence[int]) 
     if program.proof.rows == "alone":
         return dataclasses.replace(program, batch_sizes=(1,))
     if program.executor == "onnxruntime":
-        used = () if tuple(agreeing) == tuple(sizes) and sizes != (1,) else tuple(agreeing)
+        is_any = tuple(agreeing) == tuple(sizes) and len(sizes) > 1 and min(sizes) == 1
+        used = () if is_any else tuple(agreeing)
         size = max(used, default=0)
         reason = _ONNX_SIZES.get(size, _ONNX_ONE_SIZE.format(size))
+        if len(used) > 1:
+            reason = _ONNX_EVEN_SIZES.format(", ".join(map(str, used[:-1])), used[-1], min(used))
         return dataclasses.replace(program, batch_sizes=used, executor_reason=reason)
     if tuple(agreeing) == tuple(sizes):
         return dataclasses.replace(program, batch_sizes=(), executor_reason=ANY_SIZE)

@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from stepwell_server.compile.errors import quoted
 from stepwell_server.compile.onnx.rows import rules_shapes
+from stepwell_server.compile.onnx.rows.bits import is_even, is_exact, may_be_uneven
 from stepwell_server.compile.onnx.rows.rules import RANDOM, RULES, SIZED
 from stepwell_server.compile.onnx.rows.values import ROWS, LostError, Node, Size, Sizes, Value
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.executors.onnx_runtime import plain
 
 #: The most elements of a constant whose values are computed: sizes, axes and conditions are small.
 _MAX_ELEMENTS = 4096
 _OLDEST = 7
 """The oldest opset with today's rules of broadcasting."""
+_IR = 8
+"""The version of the file format of a model of one operator."""
 _ROWS_NAME = "rows"
 _OWN_DOMAINS = frozenset(["", "ai.onnx"])
 
@@ -36,7 +40,16 @@ class Lost:
 Known = Value | Lost
 
 
-def follow(model: onnx.ModelProto, inputs: Mapping[str, Value]) -> dict[str, Known]:
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """What is known about the rows of a model."""
+
+    outputs: Mapping[str, Known]
+    uneven: str
+    """An operator that gives a row other bits at some places of some batches (`bits`); empty: none is known."""
+
+
+def follow(model: onnx.ModelProto, inputs: Mapping[str, Value]) -> Followed:
     """Return where the rows are in the outputs of a model without functions.
 
     Args:
@@ -47,12 +60,14 @@ def follow(model: onnx.ModelProto, inputs: Mapping[str, Value]) -> dict[str, Kno
     walk = _Walk(opset)
     known: dict[str, Known] = dict(inputs)
     walk.graph(model.graph, known)
-    return {output.name: known[output.name] for output in model.graph.output if output.name in known}
+    outputs = {output.name: known[output.name] for output in model.graph.output if output.name in known}
+    return Followed(outputs, walk.uneven)
 
 
 class _Walk:
     def __init__(self, opset: int) -> None:
         self._opset = opset
+        self.uneven = ""
 
     def graph(self, graph: onnx.GraphProto, known: dict[str, Known]) -> None:
         """Add what is known about each tensor of a graph."""
@@ -71,6 +86,10 @@ class _Walk:
                 return self._results(node, [value for value in given if not isinstance(value, Lost)], known)
             except LostError as error:
                 lost = Lost(f"{_named(node)}: {error}")
+        inner = (each for graph in _graphs(node) for each in nodes_of(graph))
+        for each in (node, *inner):
+            if may_be_uneven(each.op_type):
+                self.uneven = self.uneven or _named(each)
         return [lost] * len(node.output)
 
     def _results(
@@ -107,7 +126,10 @@ class _Walk:
             results = rule(here)
         else:
             return _constant(here)
-        return _inferred(here, results)
+        found = _inferred(here, results)
+        if not is_even(here, found):
+            self.uneven = self.uneven or _named(node)
+        return found
 
     def _if(self, node: onnx.NodeProto, condition: Value | None, known: dict[str, Known]) -> Sequence[Known]:
         if condition is None or condition.axis is not None or condition.is_sized:
@@ -204,24 +226,21 @@ def _constant(node: Node) -> Sequence[Value]:
     if any(value is not None and value.content is None for value in node.values):
         return results
     sizes = [_count(value) for value in results]
-    if any(size is None or size > _MAX_ELEMENTS for size in sizes):
+    if any(size is None or size > _MAX_ELEMENTS for size in sizes) or not is_exact(node, results):
         return results
+    given = {
+        name: value.content
+        for name, value in zip(node.proto.input, node.values, strict=True)
+        if name and value is not None and value.content is not None
+    }
     try:
-        with np.errstate(all="ignore"):
-            found = ReferenceEvaluator(_as_model(node)).run(
-                None,
-                {
-                    name: value.content
-                    for name, value in zip(node.proto.input, node.values, strict=True)
-                    if name and value is not None
-                },
-            )
-    except Exception:  # an operator that the reference does not have, or arguments that it refuses
+        # By the kernel that runs it later: the reference in the package onnx rounds some results otherwise.
+        found = plain(_as_model(node).SerializeToString())(given)
+    except (ExecutionError, ValueError):  # an operator or arguments that it refuses
         return results
-    arrays = [np.asarray(each) for each in found]
     return [
-        dataclasses.replace(value, content=array, sizes=array.shape)
-        for value, array in zip(results, arrays, strict=False)
+        dataclasses.replace(value, content=found[name], sizes=found[name].shape) if name else value
+        for name, value in zip(node.proto.output, results, strict=False)
     ]
 
 
@@ -234,7 +253,8 @@ def _as_model(node: Node) -> onnx.ModelProto:
     ]
     outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in proto.output if name]
     graph = onnx.helper.make_graph([proto], "constant", inputs, outputs)
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", node.opset)])
+    imports = [onnx.helper.make_opsetid("", node.opset)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=_IR)
 
 
 def _count(value: Value) -> int | None:
