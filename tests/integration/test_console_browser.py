@@ -89,8 +89,8 @@ def test_a_good_page_passes_and_requests_are_known(browser: Browser, origin: str
 
 def test_an_expected_error_is_no_problem_and_a_wide_page_is_noticed(browser: Browser, origin: str) -> None:
     with browser.tab(origin, NARROW) as tab:
-        tab.expect("404")
-        tab.goto("/missing")
+        with tab.expecting("404"):
+            tab.goto("/missing")
         tab.goto("/wide")
         assert any("<main>" in one for one in tab.grows_too_wide())
 

@@ -19,7 +19,7 @@ export function SessionsPage() {
       <ul>
         {sessions.map((session) => (
           <li key={session.session_id}>
-            <a href={sessionHash(session.session_id)}>{session.session_id}</a>
+            <a class="id" href={sessionHash(session.session_id)}>{session.session_id}</a>
           </li>
         ))}
       </ul>

@@ -6,10 +6,13 @@ open, playwright runs an event loop in this thread, so a file with a browser has
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -38,6 +41,7 @@ class Browser:
     """A browser without a window. Leaving the block ends it."""
 
     def __init__(self) -> None:
+        sync_api.expect.set_options(timeout=1000 * TIMEOUT_S)
         self._driver = sync_api.sync_playwright().start()
         try:
             # root has no user namespaces of its own to put pages into; a page of a test is ours
@@ -77,6 +81,9 @@ class Tab:
         """What happened that no page may do."""
         self.requests: list[Any] = []
         """All requests, in order."""
+        self._open: list[Any] = []
+        self.most_open: collections.Counter[str] = collections.Counter()
+        """How many requests of each path had no whole answer at the same time."""
         self._context = context
         self._expected: list[re.Pattern[str]] = []
         context.expose_binding(_REPORT, lambda _source, text: self._note(f"policy: {text}"))
@@ -85,6 +92,8 @@ class Tab:
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self._note(f"exception: {error}"))
         self.page.on("request", self._request)
+        self.page.on("requestfinished", self._ended)
+        self.page.on("requestfailed", self._ended)
         self.page.on("dialog", self._dialog)
 
     def __enter__(self) -> Self:
@@ -107,9 +116,15 @@ class Tab:
         self.page.evaluate("() => new Promise((resolve) => setTimeout(resolve))")
         assert not self.problems, "\n".join(self.problems)
 
-    def expect(self, pattern: str) -> None:
-        """Accept, from now on, problems that match: the browser logs each answer with an error."""
+    @contextlib.contextmanager
+    def expecting(self, pattern: str) -> Iterator[None]:
+        """Accept problems that match in this block: the browser logs each answer with an error."""
         self._expected.append(re.compile(pattern))
+        try:
+            yield
+            self.check()
+        finally:
+            self._expected.pop()
 
     def paths(self, method: str = "") -> list[str]:
         """Path and query of each request with a method, or of all."""
@@ -143,9 +158,17 @@ class Tab:
 
     def _request(self, request: Any) -> None:
         self.requests.append(request)
+        self._open.append(request)
+        path = urlsplit(request.url).path
+        self.most_open[path] = max(
+            self.most_open[path], sum(urlsplit(one.url).path == path for one in self._open)
+        )
         parts = urlsplit(request.url)
         if parts.scheme not in {"data", "blob"} and f"{parts.scheme}://{parts.netloc}" != self.origin:
             self._note(f"request to another origin: {request.method} {request.url}")
+
+    def _ended(self, request: Any) -> None:
+        self._open.remove(request)
 
     def _dialog(self, dialog: Any) -> None:
         self._note(f"dialog: {dialog.type}: {dialog.message}")

@@ -1,0 +1,143 @@
+"""The console in a real browser: the token, the one stream of events, hostile ids, a restarted server, all sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import expect
+
+from support.console import axe
+from support.console.browser import NARROW, WIDE, Browser
+from support.console.pages import UNAUTHENTICATED, Console, opened
+from support.console.served import HOSTILE, ConsoleServer, new_id
+from support.servers.both_fronts import needs_native
+from support.servers.served import draw
+
+pytestmark = [needs_native, pytest.mark.plain("the tests have callers of their own")]
+PAGES = {"Overview": "/", "Sessions": "/sessions", "Plane": "/plane", "Models": "/models"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ConsoleServer]:
+    with ConsoleServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as started:
+        yield started
+
+
+def test_files_need_no_token_and_data_needs_one_that_only_memory_keeps(
+    browser: Browser, server: ConsoleServer
+) -> None:
+    with browser.tab(server.origin) as tab:
+        console = Console(tab)
+        with tab.expecting(UNAUTHENTICATED):
+            tab.goto("/console")
+            console.token_dialog.wait_for()
+            console.give_token("not-a-token")
+            console.token_dialog.get_by_text("token").first.wait_for()
+            console.give_token(server.tokens["viewer"])
+            console.wait_until_live()
+        kept = tab.page.evaluate(
+            "[localStorage.length, sessionStorage.length, document.cookie, location.href]"
+        )
+        assert kept == [0, 0, "", f"{server.origin}/console"]
+        with tab.expecting(UNAUTHENTICATED):
+            tab.page.reload()
+            console.token_dialog.wait_for()
+
+
+def test_a_page_asks_for_another_token_when_its_own_is_revoked(
+    browser: Browser, server: ConsoleServer
+) -> None:
+    with opened(browser, server, "/sessions", "leaver") as console, console.tab.expecting(UNAUTHENTICATED):
+        server.revoke("leaver")
+        console.token_dialog.get_by_text("token").first.wait_for()
+        console.give_token(server.tokens["user"])
+        console.wait_until_live()
+        console.page.get_by_role("button", name="Forget token").click()
+        console.token_dialog.wait_for()
+
+
+def test_the_theme_can_be_chosen(browser: Browser, server: ConsoleServer) -> None:
+    back = "getComputedStyle(document.body).backgroundColor"
+    with opened(browser, server, color_scheme="dark") as console:
+        dark = console.page.evaluate(back)
+        console.page.get_by_role("button", name="Light", exact=True).click()
+        console.page.get_by_role("button", name="Dark", exact=True).wait_for()
+        light = console.page.evaluate(back)
+        assert dark != light
+        assert axe.findings(console.tab) == []
+        console.page.get_by_role("button", name="Dark", exact=True).click()
+        console.page.get_by_role("button", name="Light", exact=True).wait_for()
+        assert console.page.evaluate(back) == dark
+
+
+def test_a_hostile_id_is_text_everywhere(browser: Browser, server: ConsoleServer) -> None:
+    with server.connect() as client, opened(browser, server, "/sessions") as console:
+        for session_id in HOSTILE.values():
+            client.open_session("seq", session_id=session_id).step(draw(1))
+        for session_id in HOSTILE.values():
+            console.go("/")
+            console.go("/sessions")
+            console.page.get_by_role("link", name=session_id, exact=True).click()
+            console.heading(f"Session {session_id}").wait_for()
+            expect(console.page).to_have_title(f"Session {session_id} · Stepwell")
+        assert console.page.evaluate("document.querySelectorAll('main script, main img[src=x]').length") == 0
+
+
+def test_a_page_has_one_stream_of_events(browser: Browser, server: ConsoleServer) -> None:
+    session_id = new_id()
+    with server.connect() as client, opened(browser, server) as console:
+        client.open_session("seq", session_id=session_id).step(draw(1))
+        for path, title in (*((path, name) for name, path in PAGES.items()), ("", "")):
+            console.go(path or f"/sessions/{session_id}")
+            console.heading(title or f"Session {session_id}").wait_for()
+            console.wait_until_live()
+        assert console.tab.most_open["/v1/watch"] == 1
+
+
+def test_a_page_continues_with_a_server_that_was_restarted(browser: Browser, server: ConsoleServer) -> None:
+    with opened(browser, server) as console, console.tab.expecting("ERR_|status of 503"):
+        server.server.kill()
+        console.page.get_by_role("alert", name="Problems").get_by_text("Not connected").wait_for()
+        server.server.start()
+        console.wait_until_live()
+        console.page.get_by_role("alert", name="Problems").wait_for(state="detached")
+
+
+def test_the_keyboard_reaches_each_page(browser: Browser, server: ConsoleServer) -> None:
+    with opened(browser, server) as console:
+        keyboard = console.page.keyboard
+        keyboard.press("Tab")
+        expect(console.page.get_by_role("link", name="Skip to the page")).to_be_focused()
+        for name in PAGES:
+            keyboard.press("Tab")
+            expect(console.link(name)).to_be_focused()
+        keyboard.press("Enter")
+        console.heading("Models").wait_for()
+        expect(console.page.get_by_role("main")).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_each_page_suits_its_window_and_readers_of_the_screen(
+    browser: Browser, server: ConsoleServer, scheme: str
+) -> None:
+    session_id = new_id("x" * 200)
+    with server.connect() as client, opened(browser, server, color_scheme=scheme) as console:
+        client.open_session("seq", session_id=session_id).step(draw(1))
+        paths = {**PAGES, f"Session {session_id}": f"/sessions/{session_id}"}
+        found = []
+        for name, path in paths.items():
+            console.go(path)
+            console.heading(name).wait_for()
+            console.wait_until_live()
+            found += [f"{name}: {finding}" for finding in axe.findings(console.tab)]
+            for width, height in (NARROW, WIDE):
+                console.page.set_viewport_size({"width": width, "height": height})
+                found += [f"{name} at {width}: {one}" for one in console.tab.grows_too_wide()]
+        assert not found, "\n".join(found)

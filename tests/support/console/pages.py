@@ -1,0 +1,69 @@
+"""The console as its users see it: pages and controls by their names for screen readers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from support.console.browser import WIDE, Browser, Tab
+from support.console.served import ConsoleServer
+
+UNAUTHENTICATED = "status of 401"
+
+
+class Console:
+    """The console in a tab."""
+
+    def __init__(self, tab: Tab) -> None:
+        self.tab = tab
+        self.page = tab.page
+
+    def go(self, path: str) -> None:
+        """Open a page by its path behind the #, such as /sessions."""
+        self.page.evaluate("(hash) => { location.hash = hash; }", f"#{path}")
+
+    def heading(self, name: str) -> Any:
+        """The page's title."""
+        return self.page.get_by_role("heading", name=name, exact=True, level=1)
+
+    def link(self, name: str) -> Any:
+        """A link to another page of the console."""
+        return self.page.get_by_role("navigation", name="Pages").get_by_role("link", name=name)
+
+    @property
+    def token_dialog(self) -> Any:
+        return self.page.get_by_role("dialog", name="This server needs a token")
+
+    def give_token(self, token: str) -> None:
+        """Fill the dialog in, and send it."""
+        self.token_dialog.get_by_label("Token", exact=True).fill(token)
+        self.token_dialog.get_by_role("button", name="Use token").click()
+
+    @property
+    def cost(self) -> Any:
+        """The line that says what the page's watching costs."""
+        return self.page.get_by_label("What this page's watching costs")
+
+    def wait_until_live(self) -> None:
+        """Wait until the page's stream of events runs."""
+        self.cost.get_by_text("Stream live").wait_for()
+
+
+@contextlib.contextmanager
+def opened(
+    browser: Browser,
+    server: ConsoleServer,
+    path: str = "/",
+    caller: str = "user",
+    size: tuple[int, int] = WIDE,
+    **options: Any,
+) -> Iterator[Console]:
+    """A page of the console, whose user has given the token of a caller. See `Browser.tab` for the options."""
+    with browser.tab(server.origin, size, **options) as tab:
+        console = Console(tab)
+        with tab.expecting(UNAUTHENTICATED):
+            tab.goto(f"/console#{path}")
+            console.give_token(server.tokens[caller])
+            console.wait_until_live()
+        yield console
