@@ -40,6 +40,8 @@ NORMALISED: Mapping[str, str] = {
     "ExportSessionsRequest.page_token": "as a reply said it",
     "CloseMatchingSessionsRequest.page_token": "as a reply said it",
     "Server.id": "random for each process",
+    "Server.address": "holds a port",
+    "Server.http_address": "holds a port",
     "Server.metrics_address": "holds a port",
     "ModelVersion.loaded_time": "from the clock",
     "Provenance.compiled_time": "from the clock: each build compiles the models itself",

@@ -46,6 +46,16 @@ def test_curl_speaks_either_version(server: Server, version: str) -> None:
     assert json.loads(curl(version, "--request", "DELETE", url)) == {}
 
 
+def test_the_server_reports_its_addresses_and_the_role(server: Server) -> None:
+    _, found = JsonClient(server.http_address or "").json("GET", "/v1/models")
+    reported = {name: found["server"][name] for name in ("address", "http_address", "role")}
+    http_address = f"http://{server.http_address}"
+    assert reported == {"address": server.address, "http_address": http_address, "role": "admin"}
+    with stepwell.connect(server.address) as client:
+        info = client.server_info()
+    assert (info.http_address, info.role) == (http_address, "admin")
+
+
 def test_a_large_body_and_a_large_answer_come_whole(server: Server) -> None:
     client = JsonClient(server.http_address or "")
     values = [number / 7 for number in range(3 * 20_000)]

@@ -148,6 +148,7 @@ async def models(at: Calls, _session_id: str) -> None:
     assert [model.sessions for model in told.models] == [0, 0]
     assert told.server.id
     assert not told.server.HasField("metrics_address"), "for admins"
+    assert told.server.role == "user"
     assert (await at.call(models_pb2.GetModelRequest(name="plain"))).model.sessions == 0
 
 

@@ -391,6 +391,12 @@ class ServerInfo:
     """Address of its metrics, HOST:PORT as the server listens there; "0.0.0.0" or "[::]" means all of its addresses.
     Empty if it serves no metrics. None if the caller is not an admin.
     """
+    http_address: str = ""
+    """URL at which it serves JSON and its console, with a host as in `metrics_address`. Empty if it serves none."""
+    role: str = ""
+    """Your role: "viewer", "user" or "admin". "admin" if the server does not authenticate its callers. Empty if the
+    server is too old to report it.
+    """
 
     @classmethod
     def _from_message(cls, reply: models_pb2.ListModelsResponse) -> Self:
@@ -400,6 +406,8 @@ class ServerInfo:
             tuple(ModelInfo._from_message(model) for model in reply.models),
             server.id,
             server.metrics_address if server.HasField("metrics_address") else None,
+            server.http_address,
+            server.role,
         )
 
     def __repr__(self) -> str:

@@ -869,6 +869,9 @@ class Server(_message.Message):
     FRONT_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     front: _builtins.str
     """Network front of the server: "native" or "python" (--front)."""
     id: _builtins.str
@@ -877,16 +880,29 @@ class Server(_message.Message):
     """Address at which the server serves its metrics, as HOST:PORT. The host 0.0.0.0 or [::] means all addresses of the
     machine. Empty: the server serves no metrics. Absent: the caller is not an admin and may not see it.
     """
+    address: _builtins.str
+    """Address at which the server serves gRPC, as HOST:PORT or unix:PATH. The host 0.0.0.0 or [::] means all addresses of
+    the machine.
+    """
+    http_address: _builtins.str
+    """URL at which the server serves JSON and its console, such as http://127.0.0.1:8080, with a host as in `address`.
+    Empty: it serves none (--http-listen).
+    """
+    role: _builtins.str
+    """Role of the caller: "viewer", "user" or "admin". If the server does not authenticate its callers: "admin"."""
     def __init__(
         self,
         *,
         front: _builtins.str = ...,
         id: _builtins.str = ...,
         metrics_address: _builtins.str | None = ...,
+        address: _builtins.str = ...,
+        http_address: _builtins.str = ...,
+        role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address", "metrics_address", b"metrics_address"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address", "front", b"front", "id", b"id", "metrics_address", b"metrics_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address", "address", b"address", "front", b"front", "http_address", b"http_address", "id", b"id", "metrics_address", b"metrics_address", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__metrics_address: _TypeAlias = _typing.Literal["metrics_address"]  # noqa: Y015
     _WhichOneofArgType__metrics_address: _TypeAlias = _typing.Literal["_metrics_address", b"_metrics_address"]  # noqa: Y015

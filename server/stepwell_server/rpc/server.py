@@ -182,6 +182,9 @@ class RpcServer:
         except Unusable as error:
             assert files is not None
             raise files.refused(error) from error
+        self.info.address = str(bound)
+        if (listens := self._front.http_address) is not None:
+            self.info.http_address = f"{'http' if files is None else 'https'}://{listens}"
         if files is not None:
             self._following.append(asyncio.create_task(follow(files, self._front.secure)))
         if self.guard is not None:

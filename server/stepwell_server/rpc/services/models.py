@@ -53,7 +53,7 @@ class ModelServicer:
         clock: Clock,
         control: Catalog | None = None,
     ) -> None:
-        """`server` describes the server to admins. `control` loads models; None: no models are loaded later."""
+        """`server` describes the server, without the role of a caller. `control` loads models; None: no models are loaded later."""
         self._control = control
         self._slow_steps = slow_steps
         self._clock = clock
@@ -74,7 +74,10 @@ class ModelServicer:
             versions = [convert.from_version(status, counted=counted) for status in statuses[name]]
             models.append(pb.Model(name=name, versions=versions))
         models.sort(key=lambda model: model.name)
-        server = self._server if counted else pb.Server(front=self._server.front, id=self._server.id)
+        server = pb.Server(role=call.who.role.value)
+        server.MergeFrom(self._server)
+        if not counted:
+            server.ClearField("metrics_address")
         return pb.ListModelsResponse(models=models, server=server)
 
     async def get_model(self, request: pb.GetModelRequest, call: Call) -> pb.GetModelResponse:
