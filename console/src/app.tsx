@@ -1,6 +1,7 @@
 /** The frame around all pages: navigation, theme, token, messages, and what the watching costs. */
 import {useEffect, useRef} from "preact/hooks";
 import {forgetToken, hasToken} from "./api.ts";
+import {remember} from "./history.ts";
 import {ModelsPage} from "./pages/models.tsx";
 import {OverviewPage} from "./pages/overview.tsx";
 import {PlanePage} from "./pages/plane.tsx";
@@ -28,12 +29,13 @@ export function App() {
     loadModels().catch(showError);
     return watchServer((event) => {
       figures.value = event;
+      remember(event);
     });
   }, []);
   const title = titleOf(where);
   useEffect(() => {
     document.title = `${title} · Stepwell`;
-    notice.value = null;
+    if (notice.value?.isError) notice.value = null;
     // readers of the screen continue with the new page
     if (!isFirst.current) main.current?.focus();
     isFirst.current = false;

@@ -50,6 +50,7 @@ export interface Model {
   provenance?: {source?: string; parameters?: string; layers?: {name: string; kind: string; output?: string}[]};
   version: string;
   versions?: ModelVersion[];
+  structure?: string;
 }
 
 export interface ServerIdentity {
@@ -57,6 +58,7 @@ export interface ServerIdentity {
   id?: string;
   role?: string;
   metrics_address?: string;
+  address?: string;
 }
 
 export interface Session {

@@ -1,28 +1,181 @@
-/** The sessions, page by page. */
+/** The sessions, page by page from the server: a million of them cost no more than one page. */
 import {useEffect, useState} from "preact/hooks";
 import {call} from "../api.ts";
+import {OpenSession} from "../parts/open_session.tsx";
 import {sessionHash} from "../route.ts";
-import {showError} from "../store.ts";
+import {models, showError} from "../store.ts";
 import type {Session} from "../types.ts";
+import {ago, count} from "../units.ts";
+
+const PAGE_SIZE = 50;
+const TYPING_MS = 200;
+
+interface Filters {
+  prefix: string;
+  model: string;
+  version: string;
+  idleSeconds: string;
+}
+
+interface Page {
+  sessions: Session[];
+  next: string;
+}
+
+const NO_FILTERS: Filters = {prefix: "", model: "", version: "", idleSeconds: ""};
 
 export function SessionsPage() {
-  const [sessions, setSessions] = useState<Session[]>([]);
+  const [filters, setFilters] = useState(NO_FILTERS);
+  const [applied, setApplied] = useState(NO_FILTERS);
+  // tokens of the pages up to the shown one; the first page has none
+  const [tokens, setTokens] = useState([""]);
+  const [page, setPage] = useState<Page | null>(null);
+  const [total, setTotal] = useState<number | null>(null);
+  const [again, setAgain] = useState(0);
+  const change = (part: Partial<Filters>) => setFilters({...filters, ...part});
+
   useEffect(() => {
-    call<{sessions?: Session[]}>("GET", "v1/sessions?page_size=50").then(
-      (found) => setSessions(found.sessions ?? []),
-      showError,
-    );
-  }, []);
+    const timer = setTimeout(() => {
+      setApplied(filters);
+      setTokens([""]);
+    }, TYPING_MS);
+    return () => clearTimeout(timer);
+  }, [filters]);
+
+  const token = tokens.at(-1)!;
+  useEffect(() => {
+    const abort = new AbortController();
+    pageOf(applied, token, abort.signal).then(setPage, showError);
+    return () => abort.abort();
+  }, [applied, token, again]);
+
+  useEffect(() => {
+    const abort = new AbortController();
+    setTotal(null);
+    const path = `v1/sessions?${query(applied, "", 1, true)}`;
+    call<{total?: string}>("GET", path, undefined, abort.signal).then((found) => setTotal(Number(found.total ?? 0)), showError);
+    return () => abort.abort();
+  }, [applied, again]);
+
+  const versions = models.value.find((model) => model.name === filters.model)?.versions ?? [];
+  const begin = (tokens.length - 1) * PAGE_SIZE;
   return (
     <>
       <h1>Sessions</h1>
-      <ul>
-        {sessions.map((session) => (
-          <li key={session.session_id}>
-            <a class="id" href={sessionHash(session.session_id)}>{session.session_id}</a>
-          </li>
-        ))}
-      </ul>
+      <search class="row">
+        <label>
+          ID begins with
+          <input type="search" value={filters.prefix} onInput={(event) => change({prefix: event.currentTarget.value})} />
+        </label>
+        <label>
+          Model
+          <select value={filters.model} onChange={(event) => change({model: event.currentTarget.value, version: ""})}>
+            <option value="">All models</option>
+            {models.value.map((model) => (
+              <option key={model.name} value={model.name}>
+                {model.name}
+              </option>
+            ))}
+          </select>
+        </label>
+        <label>
+          Version
+          <select
+            value={filters.version}
+            disabled={!filters.model}
+            onChange={(event) => change({version: event.currentTarget.value})}
+          >
+            <option value="">All versions</option>
+            {versions.map((one) => (
+              <option key={one.version} value={one.version}>
+                {one.version}
+              </option>
+            ))}
+          </select>
+        </label>
+        <label>
+          Idle for
+          <select value={filters.idleSeconds} onChange={(event) => change({idleSeconds: event.currentTarget.value})}>
+            <option value="">Any time</option>
+            <option value="60">1 minute or longer</option>
+            <option value="3600">1 hour or longer</option>
+            <option value="86400">1 day or longer</option>
+          </select>
+        </label>
+        <button type="button" onClick={() => setAgain(again + 1)}>
+          Refresh
+        </button>
+      </search>
+      <OpenSession />
+      <div class="scroll" tabIndex={0} role="region" aria-label="Sessions, table">
+        <table aria-label="Sessions">
+          <thead>
+            <tr>
+              <th scope="col">Session</th>
+              <th scope="col">Model</th>
+              <th scope="col" class="number">Rows</th>
+              <th scope="col" class="number">Revision</th>
+              <th scope="col" class="number">Position</th>
+              <th scope="col">Last used</th>
+              <th scope="col">State</th>
+            </tr>
+          </thead>
+          <tbody>
+            {page?.sessions.map((session) => (
+              <tr key={`${session.tenant ?? ""}\n${session.session_id}`}>
+                <td>
+                  <a class="id" href={sessionHash(session.session_id)}>
+                    {session.session_id}
+                  </a>
+                  {session.tenant && <span class="muted"> of {session.tenant}</span>}
+                </td>
+                <td>
+                  {session.model}@{session.model_version ?? "?"}
+                  {session.model_version_pinned && <span class="muted"> pinned</span>}
+                </td>
+                <td class="number">{session.batch_size ?? 1}</td>
+                <td class="number">{count(session.revision)}</td>
+                <td class="number">{count(session.position)}</td>
+                <td>{ago(session.last_used_time)}</td>
+                <td>{session.resident ? "resident" : "paged out"}</td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+      {page && !page.sessions.length && <p class="muted">No session matches.</p>}
+      <div class="row" role="group" aria-label="Pages of sessions">
+        <button type="button" disabled={tokens.length === 1} onClick={() => setTokens(tokens.slice(0, -1))}>
+          Previous page
+        </button>
+        <button type="button" disabled={!page?.next} onClick={() => page && setTokens([...tokens, page.next])}>
+          Next page
+        </button>
+        <span class="muted" role="status">
+          {page?.sessions.length ? `${count(begin + 1)} to ${count(begin + page.sessions.length)}` : "None"} of{" "}
+          {total === null ? "…" : count(total)}
+        </span>
+      </div>
     </>
   );
+}
+
+/** Ask for pages until there is one with sessions: a page may be empty and not the last. */
+async function pageOf(filters: Filters, token: string, signal: AbortSignal): Promise<Page> {
+  for (let next = token; ; ) {
+    const path = `v1/sessions?${query(filters, next, PAGE_SIZE, false)}`;
+    const found = await call<{sessions?: Session[]; next_page_token?: string}>("GET", path, undefined, signal);
+    next = found.next_page_token ?? "";
+    if (found.sessions?.length || !next) return {sessions: found.sessions ?? [], next};
+  }
+}
+
+function query(filters: Filters, token: string, size: number, counted: boolean): string {
+  const parts = new URLSearchParams({page_size: String(size)});
+  if (!counted) parts.set("skip_total", "true");
+  if (token) parts.set("page_token", token);
+  if (filters.prefix) parts.set("session_id_prefix", filters.prefix);
+  if (filters.model) parts.set("model", filters.model + (filters.version && `@${filters.version}`));
+  if (filters.idleSeconds) parts.set("idle_longer", `${filters.idleSeconds}s`);
+  return parts.toString();
 }
