@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -12,7 +13,8 @@ from support.console.browser import NARROW, WIDE, Browser
 from support.console.pages import UNAUTHENTICATED, Console, opened
 from support.console.served import HOSTILE, ConsoleServer, new_id
 from support.servers.both_fronts import needs_native
-from support.servers.served import draw
+from support.servers.closed_server import Secured
+from support.servers.served import draw, local_server
 
 pytestmark = [needs_native, pytest.mark.plain("the tests have callers of their own")]
 PAGES = {"Overview": "/", "Sessions": "/sessions", "Plane": "/plane", "Models": "/models"}
@@ -141,3 +143,19 @@ def test_each_page_suits_its_window_and_readers_of_the_screen(
                 console.page.set_viewport_size({"width": width, "height": height})
                 found += [f"{name} at {width}: {one}" for one in console.tab.grows_too_wide()]
         assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+def test_with_tls_all_requests_share_one_connection_of_http_2(browser: Browser, tmp_path: Path) -> None:
+    secured = Secured(tmp_path)
+    with (
+        local_server("seq", extra_args=secured.options) as server,
+        browser.tab(f"https://{server.http_address}", ignore_https_errors=True) as tab,
+    ):
+        console = Console(tab)
+        with tab.expecting(UNAUTHENTICATED):
+            tab.goto("/console")
+            console.give_token(secured.tokens["eye"])
+            console.wait_until_live()
+        protocols = "performance.getEntriesByType('resource').map((one) => one.nextHopProtocol)"
+        assert set(tab.page.evaluate(protocols)) == {"h2"}
