@@ -6,13 +6,13 @@ open, playwright runs an event loop in this thread, so a file with a browser has
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -82,8 +82,6 @@ class Tab:
         self.requests: list[Any] = []
         """All requests, in order."""
         self._open: list[Any] = []
-        self.most_open: collections.Counter[str] = collections.Counter()
-        """How many requests of each path had no whole answer at the same time."""
         self._context = context
         self._expected: list[re.Pattern[str]] = []
         context.expose_binding(_REPORT, lambda _source, text: self._note(f"policy: {text}"))
@@ -131,6 +129,17 @@ class Tab:
         wanted = [one for one in self.requests if method in {"", one.method}]
         return [one.url.removeprefix(self.origin) for one in wanted]
 
+    def open_paths(self) -> list[str]:
+        """The paths of the requests that have no whole answer yet."""
+        return [one.url.removeprefix(self.origin) for one in self._open]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the browser reports."""
+        limit = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < limit, "it did not happen"
+            self.check()
+
     def goto(self, path: str) -> None:
         """Open a path."""
         self.page.goto(self.origin + path)
@@ -159,10 +168,6 @@ class Tab:
     def _request(self, request: Any) -> None:
         self.requests.append(request)
         self._open.append(request)
-        path = urlsplit(request.url).path
-        self.most_open[path] = max(
-            self.most_open[path], sum(urlsplit(one.url).path == path for one in self._open)
-        )
         parts = urlsplit(request.url)
         if parts.scheme not in {"data", "blob"} and f"{parts.scheme}://{parts.netloc}" != self.origin:
             self._note(f"request to another origin: {request.method} {request.url}")
