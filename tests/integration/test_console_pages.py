@@ -132,7 +132,7 @@ def test_each_page_suits_its_window_and_readers_of_the_screen(
     browser: Browser, server: ConsoleServer, scheme: str
 ) -> None:
     session_id = new_id("x" * 200)
-    with server.connect() as client, opened(browser, server, color_scheme=scheme) as console:
+    with server.connect() as client, opened(browser, server, caller="admin", color_scheme=scheme) as console:
         client.open_session("seq", session_id=session_id).step(draw(1))
         paths = {**PAGES, f"Session {session_id}": f"/sessions/{session_id}"}
         found = []
@@ -140,6 +140,7 @@ def test_each_page_suits_its_window_and_readers_of_the_screen(
             console.go(path)
             console.heading(name).wait_for()
             console.wait_until_live()
+            console.unfold()
             found += [f"{name}: {finding}" for finding in axe.findings(console.tab)]
             for width, height in (NARROW, WIDE):
                 console.page.set_viewport_size({"width": width, "height": height})
@@ -148,7 +149,7 @@ def test_each_page_suits_its_window_and_readers_of_the_screen(
 
 
 def test_the_table_asks_for_one_page_of_many_sessions(browser: Browser, server: ConsoleServer) -> None:
-    prefix, many, page_size = new_id("many"), 20_000, 50
+    prefix, many, page_size = new_id("zz"), 5_000, 50
     ids = [f"{prefix}-{number:05d}" for number in range(many)]
     with server.connect() as client, opened(browser, server, "/sessions") as console:
         client.open_sessions("gru", many, session_ids=ids)
@@ -157,10 +158,10 @@ def test_the_table_asks_for_one_page_of_many_sessions(browser: Browser, server: 
         status = page.get_by_role("status").filter(has_text=" of ")
         rows = page.get_by_role("table", name="Sessions").get_by_role("row")
         page.get_by_label("ID begins with").fill(prefix)
-        expect(status).to_have_text("1 to 50 of 20,001")
+        expect(status).to_have_text("1 to 50 of 5,001")
         expect(rows).to_have_count(1 + page_size)
         page.get_by_role("button", name="Next page").click()
-        expect(status).to_have_text("51 to 100 of 20,001")
+        expect(status).to_have_text("51 to 100 of 5,001")
         expect(rows.nth(1)).to_contain_text(ids[50])
         page.get_by_role("button", name="Previous page").click()
         expect(rows.nth(1)).to_contain_text(ids[0])
@@ -177,7 +178,6 @@ def test_the_table_asks_for_one_page_of_many_sessions(browser: Browser, server: 
         sizes = [int(dict(parse_qsl(urlsplit(url).query))["page_size"]) for url in asked]
         assert max(sizes) == page_size
         assert len(asked) < 20
-        client.close_sessions(prefix=prefix)
 
 
 @pytest.mark.slow

@@ -150,7 +150,9 @@ class Tab:
             """() => {
               const root = document.scrollingElement, wide = root.clientWidth;
               if (root.scrollWidth <= wide) return [];
-              const out = [...document.body.querySelectorAll("*")].filter((one) => one.getBoundingClientRect().right > wide + 1);
+              const scrolls = (one) => one && (getComputedStyle(one).overflowX !== "visible" || scrolls(one.parentElement));
+              const out = [...document.querySelectorAll("body *")].filter(
+                (one) => one.getBoundingClientRect().right > wide && !scrolls(one.parentElement));
               return [`${root.scrollWidth} > ${wide}`, ...out.map((one) => one.outerHTML.slice(0, 120))];
             }"""
         )

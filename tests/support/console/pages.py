@@ -49,6 +49,10 @@ class Console:
         """Wait until the page's stream of events runs."""
         self.cost.get_by_text("Stream live").wait_for()
 
+    def unfold(self) -> None:
+        """Open everything that is folded up."""
+        self.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+
     def open_watches(self) -> int:
         """How many streams of events the page has open."""
         return self.tab.open_paths().count("/v1/watch")
