@@ -156,7 +156,7 @@ function Cost() {
   const status = {off: "off", connecting: "connecting", live: "live", lost: "lost"}[watchStatus.value];
   return (
     <footer class="cost" aria-label="What this page's watching costs">
-      Stream {status}: {count(cost.sessions)} sessions watched, {cost.eventsPerSecond.toFixed(1)} events/s,{" "}
+      Stream {status}: {cost.sessions === 1 ? "1 session" : `${count(cost.sessions)} sessions`} watched, {cost.eventsPerSecond.toFixed(1)} events/s,{" "}
       {bytes(cost.bytesPerSecond)}/s from the server
     </footer>
   );

@@ -132,7 +132,7 @@ function Models({models, detailed}: {models: ModelActivity[]; detailed: boolean}
             : []),
         ])}
         none="No model is loaded."
-        texts={2}
+        texts={3}
       />
     </section>
   );
@@ -232,9 +232,9 @@ function ServerFacts({activity}: {activity: ServerActivity}) {
         <Fact name="Store">
           {activity.store}, {activity.store_ready ? "ready" : "not ready"}
         </Fact>
-        <Fact name="Store ID">{activity.store_id || "none: the store is not shared"}</Fact>
+        <Fact name="Store ID">{activity.store_id || "none"}</Fact>
       </dl>
-      {activity.store_id && (
+      {activity.store === "valkey" && (
         <p class="muted">
           Replicas do not know of each other. Each has a console of its own; those with this store ID serve the same
           sessions.

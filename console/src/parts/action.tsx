@@ -107,7 +107,7 @@ export function Action(props: ActionProps) {
           <h2 id={`${id}-title`}>{title}?</h2>
           <p>{destroys}</p>
           <div class="buttons">
-            <button type="button" autofocus onClick={() => dialog.current?.close()}>
+            <button type="button" onClick={() => dialog.current?.close()}>
               Cancel
             </button>
             <button type="button" class="danger" onClick={() => (dialog.current?.close(), void send())}>

@@ -14,6 +14,10 @@ const DARK = ["#56b4e9", "#e69f00", "#2bd4a5", "#e08cc4"];
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 const HEIGHT = 150;
 
+function clock(time: number): string {
+  return new Date(time * 1000).toTimeString().slice(0, 8);
+}
+
 export function Chart(props: {title: string; times: number[]; curves: Curve[]; show: (value: number) => string}) {
   const {title, times, curves, show} = props;
   const place = useRef<HTMLDivElement>(null);
@@ -38,8 +42,9 @@ export function Chart(props: {title: string; times: number[]; curves: Curve[]; s
         width: element.clientWidth,
         height: HEIGHT,
         legend: {show: false},
+        padding: [8, 8, 0, 0],
         cursor: {sync: {key: "overview"}, y: false},
-        axes: [axis, {...axis, size: 64, values: (_: uPlot, ticks: number[]) => ticks.map(show)}],
+        axes: [{...axis, size: 24, space: 64, values: (_: uPlot, ticks: number[]) => ticks.map(clock)}, {...axis, size: 64, values: (_: uPlot, ticks: number[]) => ticks.map(show)}],
         scales: {y: {range: (_: uPlot, low: number, high: number) => [Math.min(0, low || 0), (high || 0) > 0 ? high * 1.08 : 1]}},
         series: [
           {},

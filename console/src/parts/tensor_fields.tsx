@@ -50,8 +50,14 @@ export function tensorsOf(given: Given, specs: TensorSpec[], rows: number, mayHa
   if (given.way === "npy") return uploaded(given, specs);
   const found = given.way === "form" ? ofForm(given, specs, rows) : ofText(given, specs, rows, mayHaveTime);
   const tensors = found.map(({spec, values, shape}) => ({name: spec.name, values, shape: shape.map(String)}));
-  const arrays = found.map(({spec, values, shape}) => ({name: spec.name, text: pythonArray(values, shape)}));
-  return {tensors, python: pythonOf(arrays.map(({name, text}) => ({name, text: `np.array(${text})`})))};
+  const arrays = found.map(({spec, values, shape}) => ({name: spec.name, text: pythonArray(values, shape), dtype: numpyType(spec.dtype)}));
+  return {tensors, python: pythonOf(arrays.map(({name, text, dtype}) => ({name, text: `np.array(${text}, np.${dtype})`})))};
+}
+
+/** Return numpy's name of a type; it has no bfloat16, and the server casts floats. */
+function numpyType(dtype: string): string {
+  const name = dtype.replace("DATA_TYPE_", "").toLowerCase();
+  return name === "bfloat16" ? "float32" : name === "bool" ? "bool_" : name;
 }
 
 function pythonOf(arrays: {name: string; text: string}[]): string {

@@ -29,7 +29,6 @@ export function TokenDialog() {
             <input
               type="password"
               autocomplete="off"
-              autofocus
               required
               value={token}
               onInput={(event) => setToken(event.currentTarget.value)}
