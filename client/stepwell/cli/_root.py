@@ -45,6 +45,7 @@ def show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) 
     examples=(
         "stepwell serve forecast=model.keras",
         "stepwell models",
+        "stepwell console --demo",
         "stepwell step user-42 --open forecast --input '[[0.1, 0.2, 0.3]]'",
         "stepwell state get user-42",
         "stepwell COMMAND --help",
@@ -82,6 +83,7 @@ for command in (
     Lazy("step", "Advance a session by one time step or more.", "stepwell.cli.step"),
     Lazy("state", "Read and set the state of a session.", "stepwell.cli.state"),
     Lazy("top", "Show what a server does, live.", "stepwell.cli.top"),
+    Lazy("console", "Watch sessions and their states in a browser.", "stepwell.cli.console"),
     Lazy("bench", "Load a server and measure steps/s and latencies.", "stepwell.cli.bench"),
     Lazy("envoy-config", "Write the configuration of an Envoy in front of replicas.", "stepwell.cli.envoy"),
     Lazy("completion", "Print a shell completion script.", "stepwell.cli.completion"),
