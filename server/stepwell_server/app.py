@@ -23,7 +23,6 @@ from stepwell_server.catalog.files.sources import Candidates, StoredModel, begin
 from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.catalog.start import ModelLoader, absence, stored_models
 from stepwell_server.clock import Clock, SystemClock
-from stepwell_server.compile.host.limits import memory_bytes
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.namespaces import own, tenant_of
@@ -43,6 +42,7 @@ from stepwell_server.metrics.series import StoreWrites
 from stepwell_server.metrics.server import MetricsServer, Source
 from stepwell_server.metrics.token import MetricsToken
 from stepwell_server.process import signals
+from stepwell_server.process.memory import memory_bytes
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.process.systemd import Notifier

@@ -192,6 +192,63 @@ def endless() -> onnx.ModelProto:
     )
 
 
+def squaring() -> onnx.ModelProto:
+    """Adds a tensor to itself as a column, as many times as the largest x says: its size is squared each time."""
+    carried = [("i", INT, []), ("was", TensorProto.BOOL, []), ("before", FLOAT, None)]
+    body = helper.make_graph(
+        [
+            node("Identity", "was", "again"),
+            node("Unsqueeze", "before one", "column"),
+            node("Add", "before column", "square"),
+            node("Flatten", "square", "after", axis=0),
+        ],
+        "body",
+        [helper.make_tensor_value_info(*each) for each in carried],
+        [
+            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", FLOAT, None),
+        ],
+    )
+    return model(
+        [
+            node("ReduceMax", "x", "most", keepdims=0),
+            node("Cast", "most", "count", to=INT),
+            helper.make_node("Loop", ["count", "true", "zeros"], ["grown"], body=body),
+            node("ReduceSum", "grown", "nothing", keepdims=0),
+            node("Add", "x nothing", "y"),
+            node("Add", "h y", "hn"),
+        ],
+        {"x": (FLOAT, ["batch", 2]), "h": (FLOAT, ["batch", 2])},
+        {"y": (FLOAT, ["batch", 2]), "hn": (FLOAT, ["batch", 2])},
+        {"zeros": np.zeros((1, 2), np.float32), "true": np.array(True), "one": np.array([2])},
+    )
+
+
+def rare_branch() -> onnx.ModelProto:
+    """Fills a gigabyte, in a branch that only large x reach."""
+    filled = helper.make_graph(
+        [node("Expand", "most size", "many"), node("ReduceSum", "many", "sum", keepdims=0)],
+        "filled",
+        [],
+        [helper.make_tensor_value_info("sum", FLOAT, [])],
+    )
+    other = helper.make_graph(
+        [node("Identity", "zero", "none")], "other", [], [helper.make_tensor_value_info("none", FLOAT, [])]
+    )
+    return model(
+        [
+            node("ReduceMax", "x", "most", keepdims=0),
+            node("Greater", "most limit", "is_large"),
+            helper.make_node("If", ["is_large"], ["nothing"], then_branch=filled, else_branch=other),
+            node("Add", "x nothing", "y"),
+            node("Add", "h y", "hn"),
+        ],
+        {"x": (FLOAT, ["batch", 2]), "h": (FLOAT, ["batch", 2])},
+        {"y": (FLOAT, ["batch", 2]), "hn": (FLOAT, ["batch", 2])},
+        {"limit": np.float32(5), "size": np.array([1 << 28]), "zero": np.float32(0)},
+    )
+
+
 def branches() -> onnx.ModelProto:
     """Like Silero's: a rate decides by an If, the state is (2, batch, 3), the input has a context of 2 of 4 elements."""
     add, subtract = (

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from stepwell_server.process.memory import memory_bytes
+
 _FILES, MORE_BYTES = 2, 64 << 20
 """Number of written files, the program and its input, neither much larger than the model; and bytes for the rest."""
 DETAIL_BYTES = 64 << 10
@@ -25,16 +27,6 @@ _OWN = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 def default_memory_bytes() -> int:
     """Return three quarters of the available memory."""
     return int(memory_bytes() * _SHARE_OF_MEMORY)
-
-
-def memory_bytes() -> int:
-    """Return the memory of the machine, or the limit of the container."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        text = "max"
-    return min(memory, int(text)) if text.isdigit() else memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ come first, and constants and contexts are part of the graph.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import threading
 import time
@@ -20,10 +21,14 @@ from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.executors.step_function import fill
 from stepwell_server.engine.types import Array
+from stepwell_server.process.memory import memory_bytes
 from stepwell_server.program import ONNX_MODEL, Program, StateSpec, TensorSpec, dtype_of
 
 #: Processor time after which a run of a graph with a `Loop` is terminated. Others end by themselves.
 RUN_LIMIT_S = 0.5
+#: Share of the memory that all runs may take together, without weights. The values that callers send may decide how much
+#: a run takes: what a `Loop` carries may grow in each pass, and only some values reach a branch of an `If`.
+MEMORY_SHARE = 1 / 2
 #: How often running graphs are looked at.
 _WATCH_INTERVAL_S = 0.02
 #: Numbers of rows whose addresses are kept bound.
@@ -153,6 +158,9 @@ class _Graph:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # plans memory for one size only
         options.log_severity_level = _SILENT
+        self._max_bytes = _bound_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         try:
             # The fallback prints to stdout, and tries the same again.
             self.session = onnxruntime.InferenceSession(
@@ -172,14 +180,33 @@ class _Graph:
         """Options for one run in this block; what it raises becomes an `ExecutionError`."""
         options = onnxruntime.RunOptions()
         options.log_severity_level = _SILENT
+        if self._may_not_end:  # nor need it end with as much memory as before
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         limited = _watchdog.limit(options) if self._may_not_end else contextlib.nullcontext()
         with limited as run:
             try:
                 yield options
             except Exception as error:
-                late = run is not None and run.is_late
-                problem = f"a loop did not end within {RUN_LIMIT_S:g} s" if late else _first_line(error)
+                problem = _first_line(error)
+                if run is not None and run.is_late:
+                    problem = f"a loop did not end within {RUN_LIMIT_S:g} s"
+                elif any(sign in problem for sign in _TOO_LARGE):
+                    problem = f"all runs must take at most {self._max_bytes} bytes of memory, and this one takes more"
                 raise ExecutionError(problem) from error
+
+
+_TOO_LARGE = ("Available memory of", "Failed to allocate memory", "bad_alloc")
+"""In messages of runs for which there is not enough memory."""
+
+
+@functools.cache
+def _bound_memory() -> int:
+    """Bound the memory of all graphs of this process that ask for it; return the bytes."""
+    bound = int(memory_bytes() * MEMORY_SHARE)
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    info = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(info, onnxruntime.OrtArenaCfg({"max_mem": bound}))
+    return bound
 
 
 _graphs: weakref.WeakValueDictionary[bytes, _Graph] = weakref.WeakValueDictionary()
