@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from stepwell_server.compile.errors import ModelError
+from stepwell_server.compile.keras_file import origin
 from stepwell_server.compile.onnx import declaration, inspection
 from stepwell_server.compile.onnx.pipeline import compile_step_function
 from stepwell_server.program import Declaration, ProofOptions
@@ -66,7 +67,7 @@ def scalar_output() -> onnx.ModelProto:
 
 def test_inspection_shows_no_control_characters() -> None:
     tensors = [{"name": "x\x1b[2J", "dtype": "float", "shape": [None, 3]}]
-    found = {"inputs": tensors, "outputs": [], "states": {}, "problem": "", "options": []}
+    found = {"inputs": tensors, "outputs": [], "states": {}, "problem": "", "note": "", "options": []}
     shown = inspection.lines(Path("m.onnx"), found)
     assert shown[1] == r"  x\x1b[2J: float[?, 3]"
 
@@ -167,6 +168,15 @@ def text() -> onnx.ModelProto:
     )
 
 
+def unread() -> onnx.ModelProto:
+    """What PyTorch exports if the example of both states is one tensor."""
+    return model(
+        [node("Add", "x c", "hn"), node("Mul", "hn c", "cn"), node("Identity", "hn", "y")],
+        {name: (FLOAT, ["n", 4]) for name in ("x", "h", "c")},
+        {name: (FLOAT, ["n", 4]) for name in ("y", "hn", "cn")},
+    )
+
+
 Case = tuple[Callable[[], onnx.ModelProto], dict[str, Any], str]
 CASES: dict[str, Case] = {
     "shapes of a pair": (
@@ -196,6 +206,27 @@ CASES: dict[str, Case] = {
         step_functions.two,
         {"states": {"past_a": "present_a", "past_b": "present_a"}},
         "--state: each output must hold one state; got 'present_a' for 'past_a', 'past_b'",
+    ),
+    "a state that no operator reads": (
+        unread,
+        {},
+        (
+            "--state h:hn: an operator must read the state; none reads 'h'. Exporters merge example inputs that are one tensor: give "
+            "each input and state an example of its own, and export the model again"
+        ),
+    ),
+    "a name for the output of a state": (
+        step_functions.cell,
+        {"names": {"hn": "memory"}},
+        (
+            "--name: must name an input, or an output that holds no state; got 'hn', which holds the state 'h'. Name that, --name "
+            "h=NAME"
+        ),
+    ),
+    "a shape of a constant": (
+        step_functions.branches,
+        {**BRANCHES, "shapes": {"input": (4,), "sr": (1,)}},
+        "--shape: must not name a constant; got 'sr'. Leave it out",
     ),
     "a state of no name": (
         step_functions.cell,
@@ -280,7 +311,7 @@ CASES: dict[str, Case] = {
     "a context longer than the input": (
         step_functions.branches,
         {**BRANCHES, "contexts": {"input": 4}, "shapes": {"input": (2,)}},
-        "--context: must be at most as long as the input, 2 elements of 'input'; got 4",
+        "--context: must be at most as long as the new part of the input, 2 of the 6 elements of 'input'; got 4",
     ),
     "a context of the whole input": (
         step_functions.cell,
@@ -408,6 +439,14 @@ def test_a_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> N
         compile_step_function(file, ProofOptions())
 
 
+def test_an_empty_file_and_a_folder_get_advice_for_onnx(tmp_path: Path) -> None:
+    empty, folder = tmp_path / "empty.onnx", tmp_path / "folder.onnx"
+    empty.touch()
+    folder.mkdir()
+    assert origin.other_problem(empty) == "is empty; export the model again"
+    assert origin.folder_problem(folder) == "is a folder; give the .onnx file in it"
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     content = step_functions.cell().SerializeToString()
     file = tmp_path / "model.onnx"
@@ -447,7 +486,7 @@ OPTIONS = {
         "shape",
         "x=3,-1",
     ): "--shape: must be INPUT=SIZES, the shape of one row, such as input=512 or image=3,32; got 'x=3,-1'",
-    ("initial", "h=none.npz"): "none.npz: there is no such file",
+    ("initial", "h=none.npz"): "--initial: " + str(Path.cwd() / "none.npz") + ": there is no such file",
     ("context", "=3"): "--context: must be INPUT=N, the elements that precede the next input; got '=3'",
 }
 

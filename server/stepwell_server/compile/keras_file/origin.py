@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 _SERVED = "Stepwell serves .keras files of Keras 3"
+_ONNX = ".onnx"
 _MEMBERS = ("config.json", "metadata.json", "model.weights.h5")
 _COMPARE = "compare what both models compute: some functions are not the same, such as hard_sigmoid"
 
@@ -75,6 +76,8 @@ def folder_problem(folder: Path) -> str:
             f"is a SavedModel folder, which holds a graph and no Keras model: {_SERVED}; save the model from the "
             "code that made it, with model.save('name.keras')"
         )
+    if folder.suffix == _ONNX:
+        return "is a folder; give the .onnx file in it"
     return "is a folder; give the file in it that model.save('name.keras') wrote"
 
 
@@ -96,6 +99,8 @@ def other_problem(file: Path) -> str:
     with file.open("rb") as stream:
         start = stream.read(8)
     save = "save the model with model.save('name.keras')"
+    if not start and file.suffix == _ONNX:
+        return "is empty; export the model again"
     if not start:
         return f"is empty; {save}"
     if start == b"\x89HDF\r\n\x1a\n":

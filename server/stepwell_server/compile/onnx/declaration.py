@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwell_server.compile import data_file
-from stepwell_server.compile.errors import ModelError, quoted
+from stepwell_server.compile.errors import DataError, ModelError, quoted
 from stepwell_server.program import Declaration
 
 SUFFIX = ".onnx"
@@ -155,7 +155,10 @@ def _checked(what: str, option: str, name: str, value: Any, folder: Path, text: 
 
 def _from_file(what: str, name: str, file: Path) -> Any:
     """Return the array of a file as nested lists: the only one, or that of the state's name."""
-    found = data_file.load(file)
+    try:
+        found = data_file.load(file)
+    except DataError as error:
+        raise ModelError(f"{what}: {error}") from error
     arrays = found if isinstance(found, Mapping) else {name: found}
     array = next(iter(arrays.values())) if len(arrays) == 1 else arrays.get(name)
     if array is None:

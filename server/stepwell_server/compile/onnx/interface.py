@@ -13,6 +13,7 @@ import onnx
 from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.onnx import pairs
 from stepwell_server.compile.onnx.rows.values import ROWS, Sizes, Value
+from stepwell_server.compile.onnx.rows.walk import nodes_of
 from stepwell_server.program import Array, Declaration
 
 #: Types that sessions, records and messages have.
@@ -146,6 +147,7 @@ def resolve(model: onnx.ModelProto, declared: Declaration) -> Interface:
             raise ModelError(
                 f"--initial: must name the input of a state; got {quoted(name)}; the states are {_list(states)}"
             )
+    _require_used(declared, states)
     for name in declared.contexts:
         if name not in free or name in states:
             raise ModelError(
@@ -158,6 +160,7 @@ def resolve(model: onnx.ModelProto, declared: Declaration) -> Interface:
             f"{_list(given)}, all of them states or constants"
         )
     held = [_state(given[name], made[after], declared) for name, after in states.items()]
+    _require_read(model.graph, states)
     for each in (*inputs, *held):
         if math.prod(each.shape) * np.dtype(each.dtype).itemsize > _MAX_ROW_BYTES:
             raise ModelError(
@@ -193,6 +196,24 @@ def _require_names(declared: Declaration, given: list[str], made: list[str]) -> 
                 )
 
 
+def _require_used(declared: Declaration, states: Mapping[str, str]) -> None:
+    """Refuse declarations without an effect: a state has its input's name, and a constant its own shape."""
+    for before, after in states.items():
+        if after in declared.names:
+            raise ModelError(
+                f"--name: must name an input, or an output that holds no state; got {quoted(after)}, which holds the state "
+                f"{quoted(before)}. Name that, --name {before}=NAME"
+            )
+    for option, names in (
+        ("batch-axis", declared.batch_axes),
+        ("shape", declared.shapes),
+        ("name", declared.names),
+    ):
+        for name in names:
+            if name in declared.constants:
+                raise ModelError(f"--{option}: must not name a constant; got {quoted(name)}. Leave it out")
+
+
 def _list(names: Iterable[str]) -> str:
     return ", ".join(map(quoted, names)) or "none"
 
@@ -223,6 +244,16 @@ def _pairs(declared: Declaration, given: Sequence[str], made: Sequence[str]) -> 
                 f"--state {name}:{after}, or make the input constant, --constant {name}=VALUE"
             )
     return {name: declared.states[name] for name in given if name in declared.states}
+
+
+def _require_read(graph: onnx.GraphProto, states: Mapping[str, str]) -> None:
+    read = {name for node in nodes_of(graph) for name in node.input} | {each.name for each in graph.output}
+    for name, after in states.items():
+        if name not in read:
+            raise ModelError(
+                f"--state {name}:{after}: an operator must read the state; none reads {quoted(name)}. Exporters merge example inputs "
+                "that are one tensor: give each input and state an example of its own, and export the model again"
+            )
 
 
 def _constant(info: onnx.ValueInfoProto, value: Any) -> Array:
@@ -309,7 +340,8 @@ def _row_shape(info: onnx.ValueInfoProto, declared: Declaration, context: int) -
         own = (*own[:-1], own[-1] - context) if context else own
     if context and own[-1] < context:
         raise ModelError(
-            f"--context: must be at most as long as the input, {own[-1]} elements of {quoted(info.name)}; got {context}"
+            f"--context: must be at most as long as the new part of the input, {own[-1]} of the {own[-1] + context} elements of "
+            f"{quoted(info.name)}; got {context}"
         )
     whole = (*own[:-1], own[-1] + context) if context else own
     if len(whole) != len(row) or any(
