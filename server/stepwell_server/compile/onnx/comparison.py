@@ -40,27 +40,40 @@ def compare(file: Path, program: Program, declared: Declaration, data: Path | No
         ModelError: the graph does not run on them.
     """
     if data is None:
-        drawn = samples.draws(program.inputs, _ROWS * _STEPS)[-1]
-        inputs: Sequence[Array] = [array.reshape(_ROWS, _STEPS, *array.shape[1:]) for array in drawn]
+        drawn = samples.draws(program.inputs, _ROWS * _STEPS)
+        tries = [[array.reshape(_ROWS, _STEPS, *array.shape[1:]) for array in arrays] for arrays in drawn]
     else:
-        inputs, _ = data_file.read(data, program.inputs)
-    rows, steps = inputs[0].shape[:2]
+        tries = [data_file.read(data, program.inputs)[0]]
     model, _ = reading.read(file)
     interface = resolve(model, declared)
-    try:
-        run = onnx_runtime.plain(with_shapes(model, interface).SerializeToString())
-        expected = [_looped(run, interface, [array[row] for array in inputs]) for row in range(rows)]
-        found = _stepped(program, inputs)
-    except ExecutionError as error:
-        raise ModelError(f"{file}: ONNX Runtime cannot run it on these sequences: {error}") from error
+    run = onnx_runtime.plain(with_shapes(model, interface).SerializeToString())
+    inputs, expected, found = _first_results(file, run, interface, program, tries)
+    rows, steps = inputs[0].shape[:2]
     return Comparison(
         rows,
         steps,
-        tuple(
-            _difference(spec.name, np.stack([each[i] for each in expected]), found[i])
-            for i, spec in enumerate(program.outputs)
-        ),
+        tuple(_difference(spec.name, expected[i], found[i]) for i, spec in enumerate(program.outputs)),
     )
+
+
+_Arrays = Sequence[Array]
+
+
+def _first_results(
+    file: Path, run: onnx_runtime.Run, interface: Interface, program: Program, tries: Sequence[_Arrays]
+) -> tuple[_Arrays, _Arrays, _Arrays]:
+    """The first inputs that the model accepts, and the outputs of a plain loop and of the program."""
+    for inputs in tries:
+        try:
+            loops = [
+                _looped(run, interface, [array[row] for array in inputs]) for row in range(len(inputs[0]))
+            ]
+            found = _stepped(program, inputs)
+        except ExecutionError as error:
+            problem = error
+        else:
+            return inputs, [np.stack(each) for each in zip(*loops, strict=True)], found
+    raise ModelError(f"{file}: ONNX Runtime cannot run it on these sequences: {problem}") from problem
 
 
 def _looped(run: onnx_runtime.Run, interface: Interface, inputs: Sequence[Array]) -> list[Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import onnx
 
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.onnx import pairs, reading
+from stepwell_server.compile.onnx.declaration import merged
 from stepwell_server.compile.onnx.interface import inputs_of, resolve, sizes_of, type_name
 from stepwell_server.program import Declaration
 
 _MAX_TENSORS = 200
+_SILERO = Declaration(constants={"sr": 16000}, shapes={"input": (512,)}, contexts={"input": 64})
 
 
 def described(file: Path, declared: Declaration) -> dict[str, Any]:
@@ -27,6 +30,7 @@ def described(file: Path, declared: Declaration) -> dict[str, Any]:
         raise ModelError(f"{file}: {error}") from error
     given, made = inputs_of(model.graph), {each.name: each for each in model.graph.output}
     states = dict(declared.states) or pairs.recognized(list(given), list(made))
+    known, note = _known_model(given, made, declared)
     problem = ""
     try:
         resolve(model, declared)
@@ -36,9 +40,36 @@ def described(file: Path, declared: Declaration) -> dict[str, Any]:
         "inputs": [_tensor(info) for info in list(given.values())[:_MAX_TENSORS]],
         "outputs": [_tensor(info) for info in list(made.values())[:_MAX_TENSORS]],
         "states": dict(list(states.items())[:_MAX_TENSORS]),
-        "options": _options(list(given.values()), states, declared),
+        "options": _options(list(given.values()), states, known),
+        "note": note,
         "problem": problem,
     }
+
+
+def _known_model(
+    given: Mapping[str, onnx.ValueInfoProto], made: Mapping[str, onnx.ValueInfoProto], declared: Declaration
+) -> tuple[Declaration, str]:
+    """The declaration with what is known of a model from elsewhere, and a note about it, because the file shows no context."""
+    if declared.contexts:
+        return declared, ""
+    is_silero = (
+        given.keys() == {"input", "state", "sr"}
+        and made.keys() == {"output", "stateN"}
+        and sizes_of(given["state"]) == [2, None, 128]
+    )
+    if is_silero:
+        return merged(declared, _SILERO), (
+            "it has the tensors of Silero VAD. At 16 kHz that takes 512 samples, and expects the 64 before them in front (the context); "
+            "at 8 kHz, sr=8000, 256 and 32"
+        )
+    ends = [name for name, info in given.items() if (sizes_of(info) or [1])[1:][-1:] == [None]]
+    inputs = [name for name in ends if name not in declared.shapes]
+    if not inputs:
+        return declared, ""
+    return declared, (
+        f"a file does not show a context. If the model expects the end of the previous {inputs[0]!r} in front of the next one, add "
+        f"--context {inputs[0]}=N"
+    )
 
 
 def _tensor(info: onnx.ValueInfoProto) -> dict[str, Any]:

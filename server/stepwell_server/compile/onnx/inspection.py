@@ -24,6 +24,8 @@ def lines(model: Path, found: Mapping[str, Any]) -> list[str]:
             shown.append(f"  {name}: {tensor['dtype']}{_shape(tensor['shape'])}{role}")
     if found["problem"]:
         shown += ["", f"not ready: {found['problem']}"]
+    if found["note"]:
+        shown += ["", f"note: {found['note']}"]
     shown += ["", "compile it:", f"  {command(model, found)}"]
     # Names in a file may hold what moves the cursor of a terminal.
     return [line if line.isprintable() else repr(line)[1:-1] for line in shown]
