@@ -194,7 +194,11 @@ def endless() -> onnx.ModelProto:
 
 def squaring() -> onnx.ModelProto:
     """Adds a tensor to itself as a column, as many times as the largest x says: its size is squared each time."""
-    carried = [("i", INT, []), ("was", TensorProto.BOOL, []), ("before", FLOAT, None)]
+    carried: list[tuple[str, int, list[int] | None]] = [
+        ("i", INT, []),
+        ("was", TensorProto.BOOL, []),
+        ("before", FLOAT, None),
+    ]
     body = helper.make_graph(
         [
             node("Identity", "was", "again"),

@@ -63,6 +63,7 @@ def _first_results(
     file: Path, run: onnx_runtime.Run, interface: Interface, program: Program, tries: Sequence[_Arrays]
 ) -> tuple[_Arrays, _Arrays, _Arrays]:
     """The first inputs that the model accepts, and the outputs of a plain loop and of the program."""
+    problem: ExecutionError | None = None
     for inputs in tries:
         try:
             loops = [
