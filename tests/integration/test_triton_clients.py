@@ -50,6 +50,24 @@ def test_the_numbers_are_those_of_keras(server: LocalServer, tmp_path: Path) -> 
         np.testing.assert_array_equal(out["batch"].swapaxes(0, 1), out["each"][:, :, 0])
 
 
+def test_a_step_function_equals_a_plain_loop(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx")
+    from support.models import step_function_kinds
+
+    kind = step_function_kinds.KINDS["plain"]
+    x = np.random.default_rng().standard_normal((4, 6, 1, 3)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    files = {"plain": step_function_kinds.saved(tmp_path)["plain"]}
+    with Server(models=files, cache_dir=programs.cache_dir()) as server:
+        triton_clients.run_scenario("floats", server.address, str(tmp_path / "x"), "plain")
+    with np.load(tmp_path / "x-out.npz") as out:
+        for each, several, alone, sequence in zip(out["each"], out["several"], out["alone"], x, strict=True):
+            wanted = np.stack([made["y"] for made in kind.loop([{"x": given} for given in sequence])])
+            np.testing.assert_array_equal(each, wanted)
+            np.testing.assert_array_equal(several[0], wanted[:, 0])
+            np.testing.assert_array_equal(alone, wanted[:, 0])
+
+
 def test_models_of_other_types(server: LocalServer) -> None:
     triton_clients.run_scenario(
         "datatypes", server.address, *(f"acc_{dtype}" for dtype in triton_clients.DTYPES)

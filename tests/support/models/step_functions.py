@@ -44,10 +44,10 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return (np.random.default_rng(seed).standard_normal(shape) * 0.5).astype(np.float32)
 
 
-def cell(batch: Any = "batch", kind: int = FLOAT, opset: int = OPSET) -> onnx.ModelProto:
+def cell(batch: Any = "batch", kind: int = FLOAT, opset: int = OPSET, units: int = 4) -> onnx.ModelProto:
     """A plain recurrent cell: x of 3 features, h of 4, y of 2."""
     dtype = helper.tensor_dtype_to_np_dtype(kind)
-    weights = {"W": drawn(3, 4), "U": drawn(4, 4, seed=1), "V": drawn(4, 2, seed=2)}
+    weights = {"W": drawn(3, units), "U": drawn(units, units, seed=1), "V": drawn(units, 2, seed=2)}
     return model(
         [
             node("MatMul", "x W", "xw"),
@@ -56,8 +56,8 @@ def cell(batch: Any = "batch", kind: int = FLOAT, opset: int = OPSET) -> onnx.Mo
             node("Tanh", "sum", "hn"),
             node("MatMul", "hn V", "y"),
         ],
-        {"x": (kind, [batch, 3]), "h": (kind, [batch, 4])},
-        {"y": (kind, [batch, 2]), "hn": (kind, [batch, 4])},
+        {"x": (kind, [batch, 3]), "h": (kind, [batch, units])},
+        {"y": (kind, [batch, 2]), "hn": (kind, [batch, units])},
         {name: value.astype(dtype) for name, value in weights.items()},
         opset,
     )

@@ -254,25 +254,25 @@ def aio(address: str) -> None:
 
 
 @scenario
-def floats(address: str, path: str) -> None:
-    """Steps the LSTM with inputs from `path`.npz, `(sequences, T, 1, 3)`; leaves the outputs beside them."""
+def floats(address: str, path: str, model: str = "lstm") -> None:
+    """Steps a model with inputs from `path`.npz, `(sequences, T, 1, 3)`; leaves the outputs beside them."""
     x = np.load(f"{path}.npz")["x"]
     with connect(address) as client:
-        name = client.get_model_metadata("lstm").outputs[0].name
+        name = client.get_model_metadata(model).outputs[0].name
         each = np.empty((*x.shape[:2], 1, 2), np.float32)
         for t in range(x.shape[1]):
             for one in range(len(x)):
                 given = inputs(x[one, t], "x", "FP32")
-                result = client.infer("lstm", given, sequence_id=one + 1, sequence_start=t == 0)
+                result = client.infer(model, given, sequence_id=one + 1, sequence_start=t == 0)
                 each[one, t] = result.as_numpy(name)
         several = np.stack(
-            [client.infer("lstm", inputs(one.swapaxes(0, 1), "x", "FP32"), sequence_id="t", sequence_start=True)
+            [client.infer(model, inputs(one.swapaxes(0, 1), "x", "FP32"), sequence_id="t", sequence_start=True)
              .as_numpy(name) for one in x]
         )  # fmt: skip
         rows = inputs(x[:, :, 0], "x", "FP32")
-        alone = client.infer("lstm", rows, parameters=STATELESS).as_numpy(name)
+        alone = client.infer(model, rows, parameters=STATELESS).as_numpy(name)
         batch = [
-            client.infer("lstm", inputs(x[:, t, 0], "x", "FP32"), sequence_id="b", sequence_start=t == 0)
+            client.infer(model, inputs(x[:, t, 0], "x", "FP32"), sequence_id="b", sequence_start=t == 0)
             .as_numpy(name) for t in range(x.shape[1])
         ]  # fmt: skip
     np.savez(f"{path}-out.npz", each=each, several=several, alone=alone, batch=np.stack(batch))
