@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the extra onnx")
 
+from onnx import numpy_helper
+
 import stepwell
 from stepwell_server.rpc.triton.inference import service_pb2
 from support.models import programs, step_functions
@@ -141,8 +143,8 @@ def test_sessions_move_in_files(
 def other_weights() -> Any:
     found = step_functions.cell()
     for tensor in found.graph.initializer:
-        array = step_functions.numpy_helper.to_array(tensor)
-        tensor.CopyFrom(step_functions.numpy_helper.from_array(array * np.float32(0.5), tensor.name))
+        array = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(array * np.float32(0.5), tensor.name))
     return found
 
 
