@@ -74,6 +74,8 @@ _STEP_FUNCTIONS = {
 class ProofInfo:
     """The evidence that stepping a model gives the same result as one call of it on the whole sequence.
 
+    A step function (`.onnx`) is served as it is, because one call of it is one time step: `rows` is all that counts.
+
     Example:
         >>> client.model("forecast").proof.is_trusted
         False
