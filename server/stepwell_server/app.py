@@ -459,7 +459,9 @@ def _serve_metrics(
 async def _listen(
     settings: Settings, rpc: RpcServer, certificates: CertificateFiles | None, metrics_address: str
 ) -> Address | UnixAddress:
-    http = None if settings.http_listen is None else HttpOptions(settings.http_listen, settings.cors_origin)
+    http = None
+    if settings.http_listen is not None:
+        http = HttpOptions(settings.http_listen, settings.cors_origin, not settings.no_console)
     try:
         address = await rpc.start(settings.listen, certificates, metrics_address, http)
     except BindError as error:

@@ -67,6 +67,15 @@ def test_a_server_without_http_has_none() -> None:
 
 
 @needs_native
+def test_an_option_turns_it_off() -> None:
+    with local_server("seq", extra_args=[*HTTP, "--no-console"]) as server:
+        connection = HTTPConnection(server.http_address or "", timeout=_TIMEOUT_S)
+        connection.request("GET", "/console")
+        assert connection.getresponse().status == 404
+        connection.close()
+
+
+@needs_native
 def test_in_the_demo_three_users_step_until_ctrl_c() -> None:
     command = [sys.executable, "-m", "stepwell", "console", "--demo", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:

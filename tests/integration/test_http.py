@@ -46,6 +46,21 @@ def test_curl_speaks_either_version(server: Server, version: str) -> None:
     assert json.loads(curl(version, "--request", "DELETE", url)) == {}
 
 
+@pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
+def test_the_console_is_there(server: Server, version: str) -> None:
+    url = f"http://{server.http_address}/console"
+    page = curl(version, "--include", url)
+    head, _, body = page.replace("\r", "").partition("\n\n")
+    assert f"content-length: {len(body)}" in head.splitlines()
+    tag = re.search(r"etag: (\S+)", head)
+    assert tag is not None
+    asked = curl(version, "--head", url).replace("\r", "")
+    assert asked.partition("date:")[0].strip() == head.partition("date:")[0].strip()
+    known = curl(version, "--include", "--header", f"if-none-match: {tag[1]}", url)
+    assert " 304" in known.splitlines()[0]
+    assert "content-length" not in known
+
+
 def test_the_server_reports_its_addresses_and_the_role(server: Server) -> None:
     _, found = JsonClient(server.http_address or "").json("GET", "/v1/models")
     reported = {name: found["server"][name] for name in ("address", "http_address", "role")}

@@ -69,7 +69,8 @@ async def test_a_browser_keeps_a_file_until_it_changes(path: str) -> None:
 async def test_head_has_the_headers_of_get(path: str) -> None:
     async with calls() as at:
         got, head = [await Client(at).send(method, path) for method in ("GET", "HEAD")]
-    assert (head.status, head.headers, head.body) == (200, got.headers, b"")
+    length = ("content-length", str(len(got.body)))
+    assert (head.status, head.headers, head.body) == (200, (*got.headers, length), b"")
 
 
 async def test_other_paths_and_methods_are_refused() -> None:
@@ -87,6 +88,14 @@ async def test_other_paths_and_methods_are_refused() -> None:
         for path in (*FILES, "/console/"):
             refused = await client.send("POST", path)
             assert (refused.status, dict(refused.headers)["allow"]) == (405, "GET, HEAD")
+
+
+async def test_a_server_without_a_console_refuses_its_paths() -> None:
+    async with calls() as at:
+        client = Client(at)
+        client.door.has_console = False
+        for path in (*FILES, "/console/"):
+            assert (await client.send("GET", path)).status == 404
 
 
 async def test_the_rules_for_browsers_hold() -> None:

@@ -74,6 +74,7 @@ class HttpOptions:
     address: Address
     cors_origins: Collection[str] = ()
     """Origins whose pages may call; `*`: all."""
+    has_console: bool = True
 
 
 class ServerObserver(RequestObserver, PassObserver, Protocol):
@@ -209,6 +210,7 @@ class RpcServer:
             version=metadata.version("stepwell"),
             codec=codec,
         )
+        door.has_console = http.has_console
         return HttpListener(http.address, door)
 
     def serve(

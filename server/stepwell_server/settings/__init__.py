@@ -116,6 +116,11 @@ class Settings:
         "refused, except those of the server itself.",
         Needs("http_listen"),
     ] = ()
+    no_console: Annotated[
+        bool,
+        "Do not serve the console, a page at /console of --http-listen. See docs/guides/console.md.",
+        Needs("http_listen"),
+    ] = False
     insecure_listen: Annotated[
         bool,
         "Allow listening beyond loopback without TLS, without authentication, and with public metrics. Use it "

@@ -27,8 +27,9 @@ impl HttpAnswer {
             let name = HeaderName::try_from(name).ok()?;
             head.headers_mut().append(name, HeaderValue::try_from(value).ok()?);
         }
-        if !has_more {
-            head.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        // an answer to HEAD gives the length that the body would have, and a 304 may leave it out
+        if !has_more && head.status() != StatusCode::NOT_MODIFIED {
+            head.headers_mut().entry(CONTENT_LENGTH).or_insert(HeaderValue::from(body.len()));
         }
         Some(HttpAnswer { head, body, has_more })
     }

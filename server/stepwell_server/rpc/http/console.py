@@ -52,13 +52,11 @@ def has(path: str) -> bool:
     return path == f"{PAGE}/" or path in _FILES
 
 
-def answer(http_method: str, path: str, headers: Mapping[str, str]) -> HttpAnswer | None:
-    """Return the answer to a GET or HEAD of the console. None: the path is none of its own."""
+def answer(http_method: str, path: str, headers: Mapping[str, str]) -> HttpAnswer:
+    """Return the answer to a GET or HEAD of a path that `has` accepts."""
     if path == f"{PAGE}/":
         # the page's addresses are relative to the path without the slash, also behind a proxy with a prefix
         return HttpAnswer(HTTPStatus.PERMANENT_REDIRECT, (("location", f"..{PAGE}"),), b"")
-    if path not in _FILES:
-        return None
     name, media_type = _FILES[path]
     file = _file(name)
     zipped = "gzip" in headers.get("accept-encoding", "").lower()
@@ -69,7 +67,9 @@ def answer(http_method: str, path: str, headers: Mapping[str, str]) -> HttpAnswe
     if zipped:
         found = (*found, ("content-encoding", "gzip"))
     content = file.compressed if zipped else file.content
-    return HttpAnswer(HTTPStatus.OK, found, b"" if http_method == "HEAD" else content)
+    if http_method == "HEAD":
+        return HttpAnswer(HTTPStatus.OK, (*found, ("content-length", str(len(content)))), b"")
+    return HttpAnswer(HTTPStatus.OK, found, content)
 
 
 @cache

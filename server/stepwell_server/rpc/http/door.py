@@ -101,6 +101,8 @@ class Door:
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.max_body_bytes = min(MAX_BODY_BYTES, max_message_bytes)
+        self.has_console = True
+        """Whether the console is served."""
         self._routes = Routes(services)
         self._methods: Mapping[str, Method] = {method.path: method for method in methods}
         self._rules = rules
@@ -206,17 +208,15 @@ class Door:
             raise _refused(error) from None
         if http_method == "GET" and path == _OPENAPI:
             raise _Refused(json_answer(self._openapi()))
-        if (
-            http_method in console.METHODS
-            and (page := console.answer(http_method, path, headers)) is not None
-        ):
-            raise _Refused(page)
+        is_console = self.has_console and console.has(path)
+        if is_console and http_method in console.METHODS:
+            raise _Refused(console.answer(http_method, path, headers))
         watches = [*self._routes.watches.values()]
         is_joint = path == WATCH_PATH and bool(watches)
         try:
             if path == _OPENAPI:
                 raise WrongMethod(["GET"])
-            if console.has(path):
+            if is_console:
                 raise WrongMethod(console.METHODS)
             if is_joint and http_method != "POST":
                 raise WrongMethod(["POST"])
