@@ -13,6 +13,11 @@ export function measure(value: number | undefined): string {
   return value.toLocaleString("en-US", {maximumFractionDigits: digits});
 }
 
+/** Return an element of a tensor, with four digits. */
+export function figure(value: number): string {
+  return String(Number(value.toPrecision(4)));
+}
+
 /** Return a time such as 1.2 ms. */
 export function seconds(value: number | undefined): string {
   if (value === undefined) return "–";

@@ -7,7 +7,7 @@ import {sessionHash} from "../route.ts";
 import {showError} from "../store.ts";
 import {numbersOf} from "../tensors.ts";
 import type {Model, Session, SessionEvent, Tensor} from "../types.ts";
-import {ago, count, measure} from "../units.ts";
+import {ago, count, figure} from "../units.ts";
 import {watchSessions} from "../watch.ts";
 import {Fact} from "./overview.tsx";
 
@@ -118,7 +118,7 @@ function LastStep({event}: {event: SessionEvent | null}) {
 
 function Numbers({tensor}: {tensor: Tensor}) {
   const numbers = numbersOf(tensor);
-  const shown = Array.from(numbers.subarray(0, SHOWN_NUMBERS), (one) => measure(one)).join(", ");
+  const shown = Array.from(numbers.subarray(0, SHOWN_NUMBERS), figure).join(", ");
   return (
     <>
       {shown}

@@ -43,7 +43,7 @@ export function refusalOf(role: Role): string {
 
 /** Return where the server is, for code. */
 export function placeOfServer(): Place {
-  const http = address("").replace(/\/$/, "");
+  const http = address(".").replace(/\/$/, "");
   const {hostname} = new URL(http);
   const grpc = (server.value.address || `${hostname}:50051`).replace(/^(0\.0\.0\.0|\[::\])(?=:)/, hostname);
   return {http, grpc, hasToken: hasToken.value};
