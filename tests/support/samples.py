@@ -1,8 +1,8 @@
 """How much of what could be tried a test run tries.
 
 Tests that are marked `slow` run in `make test-slow` and in CI, and not in `make test` (unless ARGS names their file). Of
-kinds of store, long lists and random examples all of these try a sample, and `make soak` everything: it runs all unit and
-congruence tests, and the other files that import this module.
+kinds of store, clients of the SDK, long lists and random examples all of these try a sample, and `make soak` everything:
+it runs all unit and congruence tests, and the other files that import this module.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ALL = "TEST_ALL" in os.environ
 #: Prime, so that a sample of bytes meets every place of what is laid out in words.
 _ONE_IN = 7
 _SHARE = 4
+#: What a test is parametrized with for the same claim: kinds of store, clients of the SDK, and when a change is durable.
+_ALTERNATIVES = ("store_kind", "client", "shell", "durability")
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
 _IS_MEASURED = pytest.StashKey[bool]()
@@ -49,30 +51,37 @@ def examples(count: int) -> int:
     return count if ALL else max(1, count // _SHARE)
 
 
-def mark_other_stores(items: Iterable[pytest.Item]) -> None:
-    """Mark a case of a test slow with each kind of store but one, another kind from case to case.
+def mark_alternatives(items: Iterable[pytest.Item]) -> None:
+    """Mark the cases of a test that differ only in an alternative slow, all but one: another one from case to case.
 
-    One of these other kinds runs in CI too; with the rest the case has the mark `soak` as well.
+    One of the others runs in CI too; the rest have the mark `soak` as well. Of a test that is slow itself, CI runs one.
     """
     alike: dict[str, list[pytest.Item]] = {}
     for item in items:
-        alike.setdefault(_without_store(item), []).append(item)
+        alike.setdefault(_without_alternatives(item), []).append(item)
     for case, found in alike.items():
-        quick = _number(case) % len(found)
-        others = [*found[:quick], *found[quick + 1 :]]
+        if len(found) == 1:
+            continue
+        quick = [item for item in found if not item.get_closest_marker("slow")]
+        among = quick or found
+        first = among[_number(case) % len(among)]
+        others = [item for item in found if item is not first]
+        in_ci = others[_number(f"{case} in CI") % len(others)] if quick else first
         for item in others:
             item.add_marker(pytest.mark.slow)
-        in_ci = _number(f"{case} in CI") % len(others) if others else 0
-        for item in (*others[:in_ci], *others[in_ci + 1 :]):
-            item.add_marker(pytest.mark.soak)
+            if item is not in_ci:
+                item.add_marker(pytest.mark.soak)
 
 
-def _without_store(item: pytest.Item) -> str:
-    """The name of a case of a test, without the kind of store that it runs with."""
+def _without_alternatives(item: pytest.Item) -> str:
+    """The name of a case of a test, without the alternatives that it runs with."""
     call: Any = getattr(item, "callspec", None)
-    kind = call.params.get("store_kind") if call else None
     test, _, case = item.nodeid.partition("[")
-    return f"{test}[{case.replace(kind, '', 1)}" if kind else item.nodeid
+    case = f"-{case.removesuffix(']')}-"
+    for name in _ALTERNATIVES:
+        if call and isinstance(value := call.params.get(name), str):
+            case = case.replace(f"-{value}-", "-", 1)
+    return test + case
 
 
 def _number(name: str) -> int:

@@ -18,11 +18,11 @@ class Item:
 
     config: types.SimpleNamespace
 
-    def __init__(self, nodeid: str, *, kind: str = "", is_slow: bool = False) -> None:
+    def __init__(self, nodeid: str, *, is_slow: bool = False, **alternatives: object) -> None:
         self.nodeid = nodeid
         self.stash = pytest.Stash()
-        if kind:
-            self.callspec = types.SimpleNamespace(params={"store_kind": kind})
+        if alternatives:
+            self.callspec = types.SimpleNamespace(params=alternatives)
         self._marks = {"slow"} if is_slow else set()
 
     def get_closest_marker(self, name: str) -> bool:
@@ -34,7 +34,7 @@ class Item:
 
 def collected() -> Any:
     items = [
-        *(Item(f"a.py::test_a[{kind}-{case}]", kind=kind) for kind in KINDS for case in range(20)),
+        *(Item(f"a.py::test_a[{kind}-{case}]", store_kind=kind) for kind in KINDS for case in range(20)),
         *(Item(f"a.py::test_b[{row}]") for row in ("memory", "sync")),
         Item("a.py::test_c"),
         Item("a.py::test_d", is_slow=True),
@@ -48,7 +48,7 @@ def collected() -> Any:
 
 def marked() -> Any:
     items = collected()
-    samples.mark_other_stores(items)
+    samples.mark_alternatives(items)
     return items
 
 
@@ -79,6 +79,50 @@ def test_ci_runs_each_case_with_one_more_kind_and_everything_else() -> None:
     assert all(item.get_closest_marker("soak") and item.get_closest_marker("slow") for item in left_out)
     assert len(left_out) == 20
     assert len(in_ci) + len(left_out) == len(items)
+
+
+CLIENTS = ("sync", "async", "async without frames")
+
+
+def runs(items: Any) -> dict[str, int]:
+    """How many cases `make test` runs, CI runs besides, and only a soak runs."""
+    samples.mark_alternatives(items)
+    is_slow, is_soak = ([bool(item.get_closest_marker(mark)) for item in items] for mark in ("slow", "soak"))
+    both = list(zip(is_slow, is_soak, strict=True))
+    return {
+        "test": both.count((False, False)),
+        "ci": both.count((True, False)),
+        "soak": both.count((True, True)),
+    }
+
+
+@pytest.mark.parametrize("name", ["client", "shell", "durability", "store_kind"])
+def test_one_alternative_is_quick_and_one_more_runs_in_ci(name: str) -> None:
+    items: Any = [Item(f"a.py::test_a[few-{one}-sync]", **{name: one}) for one in CLIENTS]
+    assert runs(items) == {"test": 1, "ci": 1, "soak": 1}
+
+
+def test_of_a_slow_test_one_alternative_runs_in_ci() -> None:
+    items: Any = [Item(f"a.py::test_a[{one}]", client=one, is_slow=True) for one in CLIENTS]
+    assert runs(items) == {"test": 0, "ci": 1, "soak": 2}
+
+
+def test_what_is_slow_of_the_alternatives_is_not_the_quick_one() -> None:
+    items: Any = [Item(f"a.py::test_a[{one}]", client=one, is_slow=one != "async") for one in CLIENTS]
+    assert runs(items) == {"test": 1, "ci": 1, "soak": 1}
+
+
+def test_cases_that_differ_in_anything_else_are_no_alternatives() -> None:
+    items: Any = [
+        *(Item(f"a.py::test_a[{one}-{what}]", client=one) for one, what in zip(CLIENTS, "abc", strict=True)),
+        *(Item(f"a.py::test_b[server{place}]", server=one) for place, one in enumerate(CLIENTS)),
+        *(Item(f"a.py::test_c[client{place}]", client=place) for place in range(3)),
+        # only the word of the client itself is left out of the name
+        Item("a.py::test_d[async-sync]", client="sync"),
+        Item("a.py::test_d[sync-async]", client="async"),
+        Item("a.py::test_d[a-sync]", client="sync"),
+    ]
+    assert runs(items) == {"test": 12, "ci": 0, "soak": 0}
 
 
 def test_without_the_variable_all_run_in_their_order() -> None:
