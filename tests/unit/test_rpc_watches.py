@@ -27,7 +27,7 @@ async def watching(at: Calls, request: Any) -> AsyncIterator[Any]:
     name = type(request).__name__.removesuffix("Request")
     call = at.new_call(request.SerializeToString())
     call.send(request)
-    task = asyncio.create_task(at.methods[name].serve(call))
+    task = asyncio.ensure_future(at.methods[name].serve(call))
     response = getattr(watch_pb2, f"{name}Response")
 
     async def next_message() -> Any:
