@@ -39,11 +39,15 @@ def some(values: Sequence[T]) -> Sequence[T]:
 
 
 def one_in(count: int, values: Iterable[Any]) -> list[Any]:
-    """All of the values, for a test of each; those between every so many are marked `slow`."""
+    """All of the values, for a test of each. Those between every so many are `slow`; CI runs every other of them."""
     return [
-        pytest.param(value, marks=pytest.mark.slow if place % count else ())
+        pytest.param(value, marks=_marks_between(place) if place % count else ())
         for place, value in enumerate(values)
     ]
+
+
+def _marks_between(place: int) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow, *([pytest.mark.soak] if place % 2 else [])]
 
 
 def examples(count: int) -> int:

@@ -18,7 +18,7 @@ class Item:
 
     config: types.SimpleNamespace
 
-    def __init__(self, nodeid: str, *, is_slow: bool = False, **alternatives: object) -> None:
+    def __init__(self, nodeid: str, *, is_slow: bool = False, **alternatives: Any) -> None:
         self.nodeid = nodeid
         self.stash = pytest.Stash()
         if alternatives:
@@ -98,7 +98,7 @@ def runs(items: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", ["client", "shell", "durability", "store_kind"])
 def test_one_alternative_is_quick_and_one_more_runs_in_ci(name: str) -> None:
-    items: Any = [Item(f"a.py::test_a[few-{one}-sync]", **{name: one}) for one in CLIENTS]
+    items: Any = [Item(f"a.py::test_a[few-{one}-sync]", is_slow=False, **{name: one}) for one in CLIENTS]
     assert runs(items) == {"test": 1, "ci": 1, "soak": 1}
 
 
@@ -123,6 +123,12 @@ def test_cases_that_differ_in_anything_else_are_no_alternatives() -> None:
         Item("a.py::test_d[a-sync]", client="sync"),
     ]
     assert runs(items) == {"test": 12, "ci": 0, "soak": 0}
+
+
+def test_of_a_long_table_ci_runs_half() -> None:
+    marks = [[mark.name for mark in value.marks] for value in samples.one_in(4, range(9))]
+    slow, soak = ["slow"], ["slow", "soak"]
+    assert marks == [[], soak, slow, soak, [], soak, slow, soak, []]
 
 
 def test_without_the_variable_all_run_in_their_order() -> None:
