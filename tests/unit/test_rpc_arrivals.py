@@ -72,6 +72,17 @@ def test_a_lone_connection_does_not_wait() -> None:
     assert not wire.arrivals.is_contended
 
 
+def test_what_happens_to_a_call_makes_no_connection_active() -> None:
+    wire = Wire()
+    for _ in range(3):
+        wire.add(Kind.BATCH, "a", LARGE, is_all=True)
+        wire.add(Kind.EVENT, "b", is_all=True)  # such as the end of a write to a watch
+        assert not wire.arrivals.is_contended
+    assert [number for _, _, _, number in wire.done] == [1, 2, 3, 4, 5, 6], "nothing waits"
+    wire.add(Kind.TASK, "b")
+    assert wire.arrivals.is_contended
+
+
 def test_tasks_of_a_connection_start_gradually() -> None:
     wire = Wire()
     for _ in range(100):

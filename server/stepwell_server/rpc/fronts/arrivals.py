@@ -29,6 +29,7 @@ class Kind(enum.Enum):
     TASK = enum.auto()
     """A message for a task, which runs in the next iteration of the event loop."""
     EVENT = enum.auto()
+    """Anything else that happened to a call, such as the end of a write. It makes no connection active."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -83,7 +84,9 @@ class Arrivals:
         `is_all`: nothing else has arrived. It is then processed at once, if nothing waits and no other connection is active.
         """
         first = next(iter(peers), "")
-        if len(peers) > 1 or first != self._latest:
+        if kind is Kind.EVENT:  # such as the end of a write: it costs the others nothing
+            pass
+        elif len(peers) > 1 or first != self._latest:
             if self._latest:
                 self.is_contended, self._contended_until = True, self._now() + ACTIVE_S
             self._latest = first
