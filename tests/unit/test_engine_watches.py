@@ -232,6 +232,8 @@ async def test_an_interval_reports_the_first_change_and_then_the_last(at: Harnes
         assert (event.kind, event.revision, event.skipped) == (Kind.STEP, 1, 0)
         assert not await anything(watch), "the interval has not passed"
         at.clock.advance(10.0)
+        assert not await anything(watch), "the next change may come, with inputs"
+        at.clock.advance(0.25)
         event = await one(watch)
         assert (event.kind, event.revision, event.skipped, event.dropped) == (Kind.PRESENT, 4, 3, 0)
         assert not event.inputs
@@ -240,6 +242,52 @@ async def test_an_interval_reports_the_first_change_and_then_the_last(at: Harnes
         assert not await anything(watch), "nothing has changed since"
         await at.step("a", x(1))
         assert (await one(watch)).kind is Kind.STEP
+
+
+async def test_an_interval_reports_steps_while_the_session_is_stepped(at: Harness) -> None:
+    await at.open("a")
+    async with watching(at, "a", wanted=Wanted(inputs=True, interval_s=0.1)) as watch:
+        for turn in range(6):
+            value = x(1, seed=turn)
+            await at.step("a", value)  # too early
+            assert not await anything(watch)
+            at.clock.advance(0.12)
+            assert not await anything(watch)
+            await at.step("a", value)
+            event = await one(watch)
+            assert (event.kind, event.revision, event.skipped) == (Kind.STEP, turn * 2 + 2, 1)
+            assert same(event.inputs, [value])
+
+
+@BOTH_WAYS
+async def test_changes_that_no_watch_reports_ask_none(
+    threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    takes = Watch.takes
+
+    def counted(self: Watch, session_id: str, uid: int, revision: int) -> bool:
+        asked.append(f"{session_id}{revision}")
+        return takes(self, session_id, uid, revision)
+
+    monkeypatch.setattr(Watch, "takes", counted)
+    async with running(threads=threads) as at:
+        ids = [f"s{place}" for place in range(8)]
+        await at.open(*ids)
+        async with (
+            watching(at, "s1", "s2", wanted=Wanted(revisions=4)) as some,
+            watching(at, "s2", wanted=Wanted(states=True, interval_s=1.0)) as sampled,
+        ):
+            for turn in range(8):
+                await at.submit(ids, x(8, seed=turn)).require_all_applied()
+            # the first change after a watch began, and those that are due
+            assert sorted(set(asked)) == ["s11", "s14", "s18", "s21", "s24", "s28"]
+            assert [event.revision for event in await several(some, 4)] == [4, 4, 8, 8]
+            at.clock.advance(1.0)
+            asked.clear()
+            await at.submit(ids, x(8)).require_all_applied()
+            assert set(asked) == {"s29"}
+            assert [(event.session_id, event.revision) for event in await several(sampled, 1)] == [("s2", 9)]
 
 
 async def test_a_slow_reader_misses_events_that_later_ones_count(

@@ -48,6 +48,8 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "stamp": np.uint64,
     "bytes": np.int64,
     "watched": np.bool_,
+    "watch_revision": np.uint64,
+    "watch_at": np.float64,
 }
 _REQUIRED = {"model", "batch_size", "used", "created"}
 #: Address space is reserved for this many sessions. Beyond it, each column is copied to one twice as long.
@@ -147,7 +149,11 @@ class SessionTable:
     bytes: npt.NDArray[np.int64]
     """Its size for quotas of bytes, as the store has it: see `store.counts`."""
     watched: npt.NDArray[np.bool_]
-    """Its id is in `watched_ids`."""
+    """Its id is in `watched_ids`. Only then the next two columns mean something."""
+    watch_revision: npt.NDArray[np.uint64]
+    """A watch may report the change that makes this revision, and those after it."""
+    watch_at: npt.NDArray[np.float64]
+    """A watch may report changes from this moment on, on the monotonic clock."""
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._handles: dict[str, int] = {}
@@ -256,12 +262,26 @@ class SessionTable:
         self.watched_ids.add(session_id)
         if (handle := self.find(session_id)) is not None:
             self.watched[handle] = True
+            self.watch_revision[handle] = 0  # ask the new watch
 
     def unwatch(self, session_id: str) -> None:
         """Undo `watch`."""
         self.watched_ids.discard(session_id)
         if (handle := self.find(session_id)) is not None:
             self.watched[handle] = False
+
+    def due_to_watches(self, handles: Handles, revisions: npt.NDArray[np.uint64], now: float) -> list[int]:
+        """Places of sessions whose change to these revisions a watch may report. Most have none: one question for all."""
+        if len(handles) == 1:  # indexes cost a fraction of arrays of indexes
+            handle = int(handles[0])
+            is_due = self.watched.item(handle) and (
+                revisions.item(0) >= self.watch_revision.item(handle) or now >= self.watch_at.item(handle)
+            )
+            return [0] if is_due else []
+        due = (revisions >= self.watch_revision[handles]) | (now >= self.watch_at[handles])
+        due &= self.watched[handles]
+        places: list[int] = due.nonzero()[0].tolist()
+        return places
 
     def remove(self, handle: int) -> None:
         """Forget a session. The caller frees its rows."""

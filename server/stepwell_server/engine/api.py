@@ -81,8 +81,8 @@ class StepKernel(Protocol):
     def claim(self, batch: Any, now: float) -> bool:
         """Claim the sessions of a batch if all of its steps may run now. False: nothing changed."""
 
-    def watched(self, write: StepWrite) -> list[tuple[int, list[bytes]]]:
-        """Return the watched sessions of a batch: their handles and their inputs as bytes."""
+    def watched(self, write: StepWrite, now: float) -> list[tuple[int, list[bytes]]]:
+        """Return the sessions of a batch whose watches may report it: their handles and their inputs as bytes."""
 
     def claimed(self) -> list[int]:
         """Return the handles of the claimed sessions."""

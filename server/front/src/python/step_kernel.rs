@@ -39,6 +39,8 @@ struct Table {
     used: Memory,
     reply: Memory,
     watched: Memory,
+    watch_revision: Memory,
+    watch_at: Memory,
     opened_with: Memory,
     opened_digest: Memory,
     created: Memory,
@@ -186,10 +188,11 @@ impl StepKernel {
     }
 
     /// Use these columns of the table from now on, in the order of `Table`.
-    fn attach(&self, columns: [Bound<'_, PyAny>; 16]) -> PyResult<()> {
+    fn attach(&self, columns: [Bound<'_, PyAny>; 18]) -> PyResult<()> {
         let [model, batch_size, claimed, row, revision, position, request_id, digest, used, reply, more @ ..] =
             &columns;
-        let [watched, opened_with, opened_digest, created, max_idle_ms, pinned] = more;
+        let [watched, watch_revision, watch_at, more @ ..] = more;
+        let [opened_with, opened_digest, created, max_idle_ms, pinned] = more;
         self.state().table = Some(Table {
             model: Memory::readable(model)?,
             batch_size: Memory::readable(batch_size)?,
@@ -202,6 +205,8 @@ impl StepKernel {
             used: Memory::writable(used)?,
             reply: Memory::writable(reply)?,
             watched: Memory::readable(watched)?,
+            watch_revision: Memory::readable(watch_revision)?,
+            watch_at: Memory::readable(watch_at)?,
             opened_with: Memory::readable(opened_with)?,
             opened_digest: Memory::readable(opened_digest)?,
             created: Memory::readable(created)?,
@@ -247,8 +252,14 @@ impl StepKernel {
         Ok(true)
     }
 
-    /// The watched sessions of a batch: their handles and their inputs as bytes.
-    fn watched<'py>(&self, py: Python<'py>, write: &StepWrite) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
+    /// The sessions of a batch whose watches may report it: their handles and their inputs as bytes. See
+    /// `SessionTable.due_to_watches`.
+    fn watched<'py>(
+        &self,
+        py: Python<'py>,
+        write: &StepWrite,
+        now: f64,
+    ) -> Vec<(usize, Vec<Bound<'py, PyBytes>>)> {
         let State { table: Some(table), .. } = &*self.state() else { return Vec::new() };
         let inputs = |place: usize| {
             let row = |(column, input): (&usize, &Tensor)| {
@@ -259,7 +270,11 @@ impl StepKernel {
         };
         let changes = write.changes.iter().enumerate();
         changes
-            .filter(|(_, change)| table.watched.get(py, change.handle) != [0])
+            .filter(|(_, change)| {
+                table.watched.get(py, change.handle) != [0]
+                    && (change.revision >= u64::from_ne_bytes(table.watch_revision.get(py, change.handle))
+                        || now >= f64::from_ne_bytes(table.watch_at.get(py, change.handle)))
+            })
             .map(|(place, change)| (change.handle, inputs(place)))
             .collect()
     }

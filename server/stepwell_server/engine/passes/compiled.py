@@ -51,7 +51,7 @@ class CompiledSteps:
         committer: Committer,
         watched: Callable[[Model, Sequence[tuple[int, Sequence[bytes]]]], None],
     ) -> None:
-        """`watched` is called with the watched sessions of a batch, by handle, and their inputs."""
+        """`watched` is called with the sessions of a batch whose watches may report it, by handle, and their inputs."""
         self._direct = direct
         self.model = model
         self._table = table
@@ -135,7 +135,7 @@ class CompiledSteps:
         now = self._clock.monotonic()
         kernel = self._attached(batch)
         answered = kernel.commit(write, now)
-        if self._table.watched_ids and (steps := kernel.watched(write)):
+        if self._table.watched_ids and (steps := kernel.watched(write, now)):
             self._watched(self.model, steps)
         self._direct.observer.stepped(self.model.name, batch.first_id, batch.size, now - started, now)
         return answered
@@ -159,7 +159,7 @@ class CompiledSteps:
             [
                 *(table.model, table.batch_size, table.claimed, table.row, table.revision),
                 *(table.position, table.request_id, table.digest, table.used, table.reply),
-                table.watched,
+                *(table.watched, table.watch_revision, table.watch_at),
                 *(table.opened_with, table.opened_digest, table.created, table.max_idle_ms, table.pinned),
             ]
         )

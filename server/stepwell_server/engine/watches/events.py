@@ -97,6 +97,8 @@ class Sample:
     """Copies the "inputs", the "outputs" or the "states" of the session, which is claimed now."""
     time_steps: int = 0
     rows: Sequence[int] = ()
+    is_elsewhere: bool = False
+    """Another server made the last change."""
 
     def __post_init__(self) -> None:
         self._known: dict[str, Tensors] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -17,8 +19,13 @@ MAX_BYTES = 4 << 20
 """Bytes of events that wait for a slow reader, up to the last event."""
 MAX_TAKEN_EVENTS = 256
 """Events that are returned together."""
+NEVER = 2**64 - 1
+"""A revision that no session has."""
 #: A session that could not be read is tried again after this time.
 _RETRY_S = 0.02
+#: A sampled change may come later than its interval by this time, and by as long as the interval, before the session is
+#: read: a change has inputs and outputs, and the session as it is has none.
+_MAX_LATE_S = 0.25
 
 
 class Budget:
@@ -39,7 +46,7 @@ class Budget:
 class _Progress:
     """What a watch has reported of a session."""
 
-    __slots__ = ("at", "counted", "dropped", "noted", "revision", "uid")
+    __slots__ = ("at", "check_at", "counted", "dropped", "revision", "uid")
 
     def __init__(self) -> None:
         self.uid: int | None = None
@@ -50,8 +57,8 @@ class _Progress:
         """The last revision that was due."""
         self.at = 0.0
         """When that was, on the monotonic clock."""
-        self.noted = 0
-        """The last revision that this server has committed."""
+        self.check_at = math.inf
+        """When the watch checks whether it has reported the session's last change; infinity: it need not."""
         self.dropped = 0
 
 
@@ -86,7 +93,9 @@ class Watch:
         """Events, with the bytes that they take."""
         self._bytes = 0
         self._behind: set[str] = set()
-        """Sessions whose last change was not reported."""
+        """Sessions of which an event was dropped, and nothing was reported since."""
+        self._checks: list[tuple[float, str]] = []
+        """A heap: when to check which session. Entries that do not equal its `check_at` are void."""
         self._rung = asyncio.Event()
         self._error: ServerError | None = None
 
@@ -102,13 +111,27 @@ class Watch:
         progress = self._sessions.get(session_id)
         if progress is None or (progress.uid is not None and progress.uid != uid):
             return False
-        progress.noted = revision
-        if progress.uid is None or self._is_due(progress, revision):
-            return True
-        if self.wanted.interval_s and session_id not in self._behind:
-            self._behind.add(session_id)
-            self._rung.set()
-        return False
+        return progress.uid is None or self._is_due(progress, revision)
+
+    def next_due(self, session_id: str) -> tuple[int, float]:
+        """The revision from which on, and the time from which on `takes` may accept a change."""
+        progress = self._sessions.get(session_id)
+        if progress is None:
+            return NEVER, math.inf
+        if progress.uid is None:
+            return 0, -math.inf
+        if self.wanted.interval_s:
+            return NEVER, progress.at + self.wanted.interval_s
+        return min(NEVER, progress.counted + self.wanted.revisions), math.inf
+
+    def is_missing(self, session_id: str, revision: int) -> bool:
+        """Whether nothing was reported of a session at this revision."""
+        progress = self._sessions.get(session_id)
+        return progress is not None and (session_id in self._behind or revision > progress.revision)
+
+    def try_later(self, session_id: str) -> None:
+        """A session cannot be read now."""
+        self._check(session_id, self._sessions[session_id], self._clock.monotonic() + _RETRY_S)
 
     def note(self, sample: Sample) -> None:
         """Report a change that `takes` has accepted."""
@@ -129,8 +152,8 @@ class Watch:
         elif sample.revision > progress.revision:
             if self._is_due(progress, sample.revision):
                 self._report(progress, sample, Kind.PRESENT)
-            elif self.wanted.interval_s:
-                self._behind.add(session_id)
+            elif self.wanted.interval_s and progress.check_at == math.inf:
+                self._check(session_id, progress, progress.at + self.wanted.interval_s)
                 self._rung.set()
 
     def end(self, session_id: str, error: ServerError) -> None:
@@ -197,20 +220,36 @@ class Watch:
         self._budget.sent += len(events)
         return events
 
+    def _check(self, session_id: str, progress: _Progress, when: float) -> None:
+        """Check a session at that time, and no longer at another."""
+        progress.check_at = when
+        heapq.heappush(self._checks, (when, session_id))
+
     def _late(self) -> list[str]:
-        """Sessions that are behind and due."""
-        now = self._clock.monotonic()
-        return [each for each in self._behind if now >= self._due_at(self._sessions[each])]
+        """Sessions that are to be checked now."""
+        now, late = self._clock.monotonic(), list[str]()
+        while self._checks and self._checks[0][0] <= now:
+            when, session_id = heapq.heappop(self._checks)
+            progress = self._sessions.get(session_id)
+            if progress is None or progress.check_at != when:
+                continue
+            progress.check_at = math.inf
+            due_at = self._due_at(progress)
+            if now < due_at and session_id not in self._behind:  # it was reported since
+                self._check(session_id, progress, due_at)
+            else:
+                late.append(session_id)
+        return late
 
     def _pause_s(self) -> float | None:
-        """Time until `_late` has a session; None: only a change makes one late."""
-        if not self._behind:
+        """Time until `_late` may have a session; None: only a change makes one late."""
+        if not self._checks:
             return None
-        first = min(self._due_at(self._sessions[each]) for each in self._behind)
-        return max(_RETRY_S, first - self._clock.monotonic())
+        return max(_RETRY_S, self._checks[0][0] - self._clock.monotonic())
 
     def _due_at(self, progress: _Progress) -> float:
-        return progress.at if progress.dropped else progress.at + self.wanted.interval_s
+        interval_s = self.wanted.interval_s
+        return progress.at + interval_s + min(interval_s, _MAX_LATE_S)
 
     # ----------------------------------------------------------------------------------------------------- the rules
 
@@ -230,11 +269,15 @@ class Watch:
         if len(self._queue) >= MAX_EVENTS or self._bytes >= MAX_BYTES or is_full:
             self._budget.dropped += 1
             progress.dropped += not is_first
-            self._behind.add(sample.session_id)
+            if sample.session_id not in self._behind:
+                self._behind.add(sample.session_id)
+                if progress.check_at > progress.at:
+                    self._check(sample.session_id, progress, progress.at)
             return
         self._behind.discard(sample.session_id)
-        is_elsewhere = not is_first and sample.revision > progress.noted
-        event = sample.event(self.wanted, kind, from_store=is_elsewhere)
+        if self.wanted.interval_s and progress.check_at == math.inf:
+            self._check(sample.session_id, progress, self._due_at(progress))
+        event = sample.event(self.wanted, kind, from_store=sample.is_elsewhere and not is_first)
         if not is_first:
             missing = max(0, sample.revision - progress.revision - (kind is not Kind.PRESENT))
             event.dropped = min(progress.dropped, missing)

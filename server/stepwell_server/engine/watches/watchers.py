@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.types import Members, Tensors
 from stepwell_server.engine.watches.events import Kind, Sample, Wanted
-from stepwell_server.engine.watches.watch import Budget, Watch
+from stepwell_server.engine.watches.watch import NEVER, Budget, Watch
 from stepwell_server.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -100,6 +101,8 @@ class Watchers:
         """Watched sessions of each caller."""
         self._doubtful: dict[str, None] = {}
         """Sessions to read: they may have changed, ended or not be known yet."""
+        self._own: dict[str, int] = {}
+        """The last revision that this server made of a watched session, where other servers use the store."""
         self._later: set[str] = set()
         """Sessions to read a little later."""
         self._alarm = Alarm(self._look)
@@ -182,33 +185,50 @@ class Watchers:
             del self._by_id[session_id]
             self._table.unwatch(session_id)
             self._doubtful.pop(session_id, None)
+            self._own.pop(session_id, None)
             self._later.discard(session_id)
 
     # ------------------------------------------------------------------------------------------------------ commits
 
     def committed(self, outcome: Outcome, places: Members | None) -> None:
         """Sessions of an outcome were changed, and some of them are watched; see `Committer`."""
-        handles, origin = outcome.handles, outcome.origin
+        table, handles, origin = self._table, outcome.handles, outcome.origin
         if origin is None:
             return
-        watched = [0] if len(handles) == 1 else np.flatnonzero(self._table.watched[handles]).tolist()
-        for at in watched:
-            if due := self._due(int(handles[at])):
+        if outcome.stamp > SOLE:
+            for at in np.flatnonzero(table.watched[handles]).tolist():
+                self._own[table.session_id(int(handles[at]))] = int(outcome.revisions[at])
+        for at in table.due_to_watches(handles, outcome.revisions, self._clock.monotonic()):
+            handle = int(handles[at])
+            if due := self._due(handle):
                 made = origin.made(at if places is None else int(places[at]))
-                self._note(due, outcome.model, int(handles[at]), made)
+                self._note(due, outcome.model, handle, made)
+            self._plan(handle)
 
     def stepped(self, model: Model, steps: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        """Watched sessions made one time step in compiled code: their handles, and their inputs as bytes."""
+        """Sessions whose watches may report it made one time step in compiled code: their handles, and inputs as bytes."""
         for handle, data in steps:
             if due := self._due(handle):
                 self._note(due, model, handle, _made(model, data))
+            self._plan(handle)
 
     def _due(self, handle: int) -> Sequence[Watch]:
-        """The watches for which a change is due. Most changes are not, which must cost little."""
+        """The watches for which a change is due."""
         table = self._table
         session_id = table.session_id(handle)
         uid, revision = table.opened_with.item(handle), table.revision.item(handle)
         return [each for each in self._by_id.get(session_id, ()) if each.takes(session_id, uid, revision)]
+
+    def _plan(self, handle: int) -> None:
+        """Note in the table which changes of a session a watch may report next.
+
+        Whatever makes a change due earlier lets the table ask: a new watch, or a session that enters it.
+        """
+        table = self._table
+        session_id = table.session_id(handle)
+        due = [each.next_due(session_id) for each in self._by_id.get(session_id, ())]
+        table.watch_revision[handle] = min((revision for revision, _ in due), default=NEVER)
+        table.watch_at[handle] = min((at for _, at in due), default=math.inf)
 
     def _note(self, due: Sequence[Watch], model: Model, handle: int, made: Made) -> None:
         """Report a change to watches."""
@@ -244,16 +264,28 @@ class Watchers:
             read=read,
             time_steps=made.time_steps,
             rows=made.rows,
+            is_elsewhere=self._is_elsewhere(handle, int(table.revision[handle])),
         )
 
+    def _is_elsewhere(self, handle: int, revision: int) -> bool:
+        """Whether another server made this revision of a session."""
+        table = self._table
+        if table.stamp[handle] <= SOLE:  # no other server uses the store
+            return False
+        return revision > self._own.get(table.session_id(handle), 0)
+
     def _catch_up(self, watch: Watch, session_ids: Sequence[str]) -> None:
-        """Show a watch sessions whose last changes it did not report."""
+        """Show a watch those of some sessions whose last changes it did not report."""
         table = self._table
         for session_id in session_ids:
             handle = table.find(session_id)
+            if handle is not None and not watch.is_missing(session_id, int(table.revision[handle])):
+                continue
             if handle is None or table.row[handle] < 0:
                 self._doubt(session_id)
-            elif not table.claimed[handle]:
+            elif table.claimed[handle]:
+                watch.try_later(session_id)
+            else:
                 model = self._directory.models.by_handle(handle)
                 watch.present(self._sample(Kind.PRESENT, model, handle, Made(0, (), ())))
 
@@ -329,6 +361,7 @@ class Watchers:
                 version=found.version,
                 time=self._clock.now(),
                 read=functools.partial(_states, states),
+                is_elsewhere=self._is_elsewhere(handle, int(found.revisions[at])),
             )
             for watch in list(self._by_id.get(session_ids[member], ())):
                 watch.present(sample)
