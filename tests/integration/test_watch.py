@@ -126,6 +126,30 @@ def test_each_event_is_what_other_calls_say(one: Wire) -> None:
         assert [event.kind for event in watch.rest()] == [ENDED], "the stream ends with its last session"
 
 
+def test_every_nth_change_is_reported(one: Wire) -> None:
+    first, second = one.open("seq"), one.open("seq")
+    with (
+        Watching(one.channel, first, second, revisions=3, **ALL) as watch,
+        Watching(one.channel, first, interval=duration_pb2.Duration(seconds=3600), **ALL) as rare,
+    ):
+        watch.take(2)
+        rare.next()
+        for turn in range(7):
+            value = x(1, seed=turn)
+            for session_id in (first, second):
+                one.step(session_id, [tensor(value)])
+                if turn % 3 == 2:
+                    event = watch.next()
+                    assert (event.session_id, event.kind, event.revision) == (session_id, STEP, turn + 1)
+                    assert event.skipped_revisions == 2
+                    assert event.inputs[0].data == value.tobytes()
+                    assert wire.data(event.states) == wire.data(one.state(session_id).state)
+        for session_id in (first, second):
+            one.close(session_id)
+        assert [event.kind for event in watch.rest()] == [ENDED] * 2
+        assert [event.kind for event in rare.rest()] == [ENDED], "the interval has not passed"
+
+
 def test_several_inputs_and_outputs_have_their_names(one: Wire) -> None:
     session_id = one.open("multi")
     listed = {

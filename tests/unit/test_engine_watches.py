@@ -260,9 +260,7 @@ async def test_an_interval_reports_steps_while_the_session_is_stepped(at: Harnes
 
 
 @BOTH_WAYS
-async def test_changes_that_no_watch_reports_ask_none(
-    threads: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_changes_that_no_watch_reports_ask_none(threads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     takes = Watch.takes
 

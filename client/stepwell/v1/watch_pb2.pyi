@@ -97,7 +97,7 @@ class WatchSessionsRequest(_message.Message):
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
         """Report a change when this time has passed since the session's last event, 0.01 s to 1 h. If a session then rests,
-        its last change follows as SESSION_EVENT_KIND_PRESENT.
+        its last change follows at most 0.25 s later as SESSION_EVENT_KIND_PRESENT.
         """
 
     def __init__(
