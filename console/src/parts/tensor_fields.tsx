@@ -1,5 +1,5 @@
 /** Fields for the tensors of an action: a form from the model's signature, pasted JSON, or an uploaded .npy. */
-import {useState} from "preact/hooks";
+import {useId, useState} from "preact/hooks";
 import {pythonArray, pythonText} from "../actions/code.ts";
 import {arrayOf, type Array as Npy} from "../actions/npy.ts";
 import {byName, valuesOf, withRows} from "../actions/values.ts";
@@ -117,6 +117,8 @@ export function TensorFields(props: {
 }) {
   const {label, specs, rows, given, set, example} = props;
   const hasForm = fitsForm(specs, rows);
+  // radio buttons of one name are one group for the arrow keys
+  const group = useId();
   const ways: [Way, string][] = [
     ...(hasForm ? ([["form", "Form"]] as [Way, string][]) : []),
     ["json", "JSON"],
@@ -128,7 +130,7 @@ export function TensorFields(props: {
       <div class="row" role="radiogroup" aria-label={`How to give: ${label}`}>
         {ways.map(([way, name]) => (
           <label key={way} class="inline">
-            <input type="radio" checked={given.way === way} onChange={() => set({...given, way})} />
+            <input type="radio" name={group} checked={given.way === way} onChange={() => set({...given, way})} />
             {name}
           </label>
         ))}

@@ -49,6 +49,11 @@ class Console:
         """Wait until the page's stream of events runs."""
         self.cost.get_by_text("Stream live").wait_for()
 
+    def message(self, text: str) -> None:
+        """Wait for a message at the top of the page, and close it."""
+        notice = self.page.get_by_role("status").filter(has_text=text)
+        notice.get_by_role("button", name="Close the message").click()
+
     def unfold(self) -> None:
         """Open everything that is folded up."""
         self.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -75,3 +80,33 @@ def opened(
             console.give_token(server.tokens[caller])
             console.wait_until_live()
         yield console
+
+
+class Action:
+    """The form of an action."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self.form = console.page.get_by_role("form", name=title, exact=True)
+
+    def press(self, button: str, *, confirm: bool | None = None) -> None:
+        """Press the button, and confirm or cancel where it asks for a confirmation."""
+        self.form.get_by_role("button", name=button, exact=True).click()
+        if confirm is not None:
+            dialog = self._console.page.get_by_role("dialog", name=f"{self._title}?", exact=True)
+            dialog.get_by_role("button", name=button if confirm else "Cancel", exact=True).click()
+            dialog.wait_for(state="hidden")
+
+    def do(self, button: str, done: str, *, confirm: bool | None = None) -> None:
+        """Press the button, and wait for the message."""
+        self.press(button, confirm=confirm)
+        self._console.message(done)
+
+    def code(self, language: str) -> str:
+        """The action as it is now, in Python or curl."""
+        region = self.form.get_by_role("region", name=f"{language} of: {self._title}", exact=True)
+        if not region.is_visible():
+            self.form.get_by_text("Python and curl", exact=True).click()
+        shown: str = region.inner_text()
+        return shown
