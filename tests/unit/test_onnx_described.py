@@ -49,6 +49,7 @@ def test_tensors_states_and_options_are_shown(tmp_path: Path) -> None:
         "states": {"h": "hn"},
         "options": ["--state h:hn"],
         "problem": "",
+        "note": "",
     }
 
 
