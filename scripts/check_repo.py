@@ -94,10 +94,11 @@ def modules_say_what_they_hold() -> Iterator[str]:
 def no_lock_files() -> Iterator[str]:
     """Lock files name a package registry's host; constraints.txt holds the versions."""
     for name in tracked_files():
-        if Path(name).name in LOCK_FILES and name != LOCK_FILE_OF_THE_CONSOLE:
+        if name == LOCK_FILE_OF_THE_CONSOLE:
+            if '"resolved"' in text_of(name):
+                yield f"{name}: names where packages come from: run npm in its folder, whose .npmrc forbids it"
+        elif Path(name).name in LOCK_FILES:
             yield f"{name}: lock files are not committed, constraints.txt holds the versions"
-    if '"resolved"' in text_of(LOCK_FILE_OF_THE_CONSOLE):
-        yield f"{LOCK_FILE_OF_THE_CONSOLE}: names where packages come from: run npm in its folder, whose .npmrc forbids it"
 
 
 def no_registry_hosts() -> Iterator[str]:

@@ -61,6 +61,10 @@ def test_a_registry_host_is_found(write: Write, text: str) -> None:
 def test_a_lock_file_is_found(write: Write) -> None:
     write("sub/uv.lock", "")
     assert len(list(check_repo.no_lock_files())) == 1
+    write(check_repo.LOCK_FILE_OF_THE_CONSOLE, '{"version": "1.2.3"}')
+    assert len(list(check_repo.no_lock_files())) == 1
+    write(check_repo.LOCK_FILE_OF_THE_CONSOLE, '{"resolved": "somewhere"}')
+    assert len(list(check_repo.no_lock_files())) == 2
 
 
 def test_a_path_of_this_machine_is_found(write: Write, tmp_path: Path) -> None:
