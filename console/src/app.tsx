@@ -2,6 +2,7 @@
 import {useEffect, useRef} from "preact/hooks";
 import {forgetToken, hasToken} from "./api.ts";
 import {remember} from "./history.ts";
+import {LivePage} from "./pages/live.tsx";
 import {ModelsPage} from "./pages/models.tsx";
 import {OverviewPage} from "./pages/overview.tsx";
 import {PlanePage} from "./pages/plane.tsx";
@@ -17,6 +18,7 @@ import {reconnect, watchCost, watchProblem, watchServer, watchStatus} from "./wa
 const PAGES = [
   ["overview", "#/", "Overview"],
   ["sessions", "#/sessions", "Sessions"],
+  ["live", "#/live", "Live"],
   ["plane", "#/plane", "Plane"],
   ["models", "#/models", "Models"],
 ] as const;
@@ -84,6 +86,8 @@ function Page({where}: {where: Route}) {
       return <SessionsPage />;
     case "session":
       return <SessionPage key={where.id} id={where.id} other={where.other} />;
+    case "live":
+      return <LivePage />;
     case "plane":
       return <PlanePage />;
     case "models":

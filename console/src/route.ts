@@ -5,6 +5,7 @@ export type Route =
   | {page: "overview"}
   | {page: "sessions"}
   | {page: "session"; id: string; other: string}
+  | {page: "live"}
   | {page: "plane"}
   | {page: "models"}
   | {page: "unknown"};
@@ -27,6 +28,7 @@ export function routeOf(hash: string): Route {
     case "":
       return {page: "overview"};
     case "sessions":
+    case "live":
     case "plane":
     case "models":
       return {page: first};

@@ -84,16 +84,13 @@ def test_in_the_demo_three_users_step_until_ctrl_c() -> None:
             url, served = demo.stdout.readline().strip(), demo.stdout.readline()
             assert b"<title>Stepwell console</title>" in page(url)
             address = served.split(" at ")[1].split(";")[0]
-            with stepwell.connect(address) as client:
-                for user in console_demo.USERS:
-                    client.open_session(console_demo.MODEL, session_id=user)
-                with client.watch_sessions(console_demo.USERS) as watch:
-                    waited = set(console_demo.USERS)
-                    for event in watch:
-                        if event.kind == "step":
-                            waited.discard(event.session_id)
-                        if not waited:
-                            break
+            with stepwell.connect(address) as client, client.watch_sessions(console_demo.USERS) as watch:
+                waited = set(console_demo.USERS)
+                for event in watch:
+                    if event.kind == "step":
+                        waited.discard(event.session_id)
+                    if not waited:
+                        break
             demo.send_signal(signal.SIGINT)
             assert demo.wait(_TIMEOUT_S) == 0
         finally:

@@ -18,7 +18,7 @@ from support.servers.closed_server import Secured
 from support.servers.served import draw, local_server
 
 pytestmark = [needs_native, pytest.mark.plain("the tests have callers of their own")]
-PAGES = {"Overview": "/", "Sessions": "/sessions", "Plane": "/plane", "Models": "/models"}
+PAGES = {"Overview": "/", "Sessions": "/sessions", "Live": "/live", "Plane": "/plane", "Models": "/models"}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -98,16 +99,15 @@ def _run_demo(*, opens: bool, as_json: bool) -> None:
     from stepwell.cli import console_demo
 
     server = _demo_server()
-    with server:
-        _show(f"http://{server.http_address}{_PATH}", opens=opens, as_json=as_json)
+    with server, stepwell.connect(server.address) as client:
+        for user in console_demo.USERS:  # before the page looks for them
+            client.open_session(console_demo.MODEL, session_id=user)
+        _show(f"http://{server.http_address}{_PATH}#/live", opens=opens, as_json=as_json)
         click.echo(
             f"{', '.join(console_demo.USERS)} are served at {server.address}; Ctrl-C ends it", err=as_json
         )
-        with stepwell.connect(server.address) as client:
-            try:
-                console_demo.live(client, threading.Event())
-            except KeyboardInterrupt:
-                return
+        with contextlib.suppress(KeyboardInterrupt):
+            console_demo.live(client, threading.Event())
 
 
 def _demo_server() -> LocalServer:

@@ -1,5 +1,5 @@
 /** What can be done to a session. */
-import {useEffect, useState} from "preact/hooks";
+import {useState} from "preact/hooks";
 import {pythonSession, pythonText} from "../actions/code.ts";
 import {fileOf, type SavedState, stateOf} from "../actions/state_file.ts";
 import {call, sessionPath} from "../api.ts";
@@ -15,7 +15,7 @@ interface Props {
   model: Model;
 }
 
-export function SessionActions({session, model, other}: Props & {other: string}) {
+export function SessionActions({session, model}: Props) {
   const props = {session, model};
   return (
     <section aria-labelledby="act">
@@ -26,7 +26,6 @@ export function SessionActions({session, model, other}: Props & {other: string})
         <Fork {...props} />
         <SaveState {...props} />
         <LoadState {...props} />
-        <Compare {...props} other={other} />
         <Close {...props} />
       </div>
     </section>
@@ -182,33 +181,6 @@ function Fork(props: Props) {
         <input value={id} maxLength={256} onInput={(event) => setId(event.currentTarget.value)} />
       </label>
     </Action>
-  );
-}
-
-/** Shows the session beside another one. Nothing is sent. */
-function Compare({session, other}: Props & {other: string}) {
-  const [id, setId] = useState(other);
-  useEffect(() => setId(other), [other]);
-  return (
-    <form
-      class="action"
-      aria-label="Compare with another session"
-      onSubmit={(event) => {
-        event.preventDefault();
-        location.hash = sessionHash(session.session_id, id);
-      }}
-    >
-      <h3>Compare with another session</h3>
-      <label>
-        ID of the other session
-        <input value={id} onInput={(event) => setId(event.currentTarget.value)} />
-      </label>
-      <div class="row">
-        <button type="submit" disabled={!id || id === session.session_id}>
-          Show both
-        </button>
-      </div>
-    </form>
   );
 }
 
