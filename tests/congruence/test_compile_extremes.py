@@ -13,6 +13,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import ProofOptions
 from support.models import zoo
+from support.models.mixing_steps import odd
 from support.models.programs import compile_model
 
 
@@ -73,7 +74,7 @@ def test_tokens_given_as_floats_are_compared_and_not_only_trusted(keras: Any, tm
     embedded = keras.layers.Embedding(10, 4)(tokens)
     good = keras.Model(tokens, keras.layers.LSTM(3, return_sequences=True)(embedded))
     assert _compiled(good, tmp_path).proof.compared == 1
-    lagging = keras.layers.Conv1D(4, 2, padding="causal", dilation_rate=16, name="lag")(embedded)
+    lagging = odd("lag_by_masked_gather", 16)(keras.layers)(embedded)
     bad = keras.Model(tokens, keras.layers.LSTM(3, return_sequences=True)(lagging))
     with pytest.raises(
         ModelError, match=r"although --trust-causality names it: output .* differs from Keras"

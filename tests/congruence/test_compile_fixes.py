@@ -13,6 +13,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import Program, ProofOptions
 from support.models import zoo
+from support.models.mixing_steps import odd
 from support.models.programs import compile_model
 
 
@@ -172,12 +173,14 @@ def test_a_cast_beyond_the_range_of_its_integers(
 
 def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: Path) -> None:
     x = keras.Input((None, 4))
-    lagging = keras.layers.Conv1D(4, 2, padding="causal", dilation_rate=16, name="lag")(x)
+    lagging = odd("lag_by_masked_gather", 16)(keras.layers)(x)
     whole = keras.ops.cast(keras.ops.clip(lagging, -100, 100), "int8")
     model = keras.Model(x, keras.layers.SimpleRNN(3)(keras.ops.cast(whole, "float32") * 0.1))
     zoo.randomize(model)
     model.save(tmp_path / "model.keras")
-    with pytest.raises(ModelError, match=r"the layer 'lag' \(Conv1D\) differs first") as caught:
+    with pytest.raises(
+        ModelError, match=r"the layer 'lag_by_masked_gather' \(Apply\) differs first"
+    ) as caught:
         compile_model(tmp_path / "model.keras", options=ProofOptions(trust=True))
     assert "undefined" not in str(caught.value)
 
@@ -224,7 +227,7 @@ def test_a_refusal_shortens_long_names(trace_and_probe: Any, keras: Any, kind: s
             flat = keras.layers.Flatten(name=name)(keras.layers.LSTM(2, return_sequences=True)(x))
             model = keras.Model(x, keras.layers.Dense(2)(flat))
         case _:
-            model = keras.Model(x, {name: keras.layers.Conv1D(3, 3, padding="causal", dilation_rate=9)(x)})
+            model = keras.Model(x, {name: odd("lag_by_masked_gather", 18)(keras.layers)(x)})
     options = ProofOptions(trust=kind == "output")
     with pytest.raises(ModelError, match=r"n{100}\.\.\. \(200000 characters\)") as caught:
         trace_and_probe(model, options=options)

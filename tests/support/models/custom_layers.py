@@ -85,6 +85,25 @@ class SingularValues(keras.Layer):
 
 
 @_register
+class StartSteps(keras.Layer):
+    """Puts learned time steps in front of the sequence."""
+
+    def __init__(self, count: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.count = count
+
+    def build(self, shape: Any) -> None:
+        self.start = self.add_weight(shape=(1, self.count, shape[-1]), name="start")
+
+    def call(self, inputs: Any) -> Any:
+        start = keras.ops.repeat(self.start, keras.ops.shape(inputs)[0], axis=0)
+        return keras.ops.concatenate([start, inputs], axis=1)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "count": self.count}
+
+
+@_register
 class Subclassed(keras.Model):
     """A subclassed model with two recurrent layers and a dictionary of outputs."""
 

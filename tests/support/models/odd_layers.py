@@ -127,6 +127,14 @@ def lag_by_gather(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def lag_by_masked_gather(layer: Apply, x: Any) -> Any:
+    """Zeros at first: no difference shows in the first ``n`` time steps."""
+    place = ops.arange(ops.shape(x)[1])
+    known = ops.cast(place >= layer.n, "float32")
+    return ops.take(x, ops.maximum(place - layer.n, 0), 1) * known[None, :, None]
+
+
+@kind
 def lag_by_reshape(layer: Apply, x: Any) -> Any:
     """What was called skewing: one row of padding, and the same elements cut at other places."""
     rows, steps, size = x.shape
@@ -580,7 +588,8 @@ def mask_by_position(layer: Apply, x: Any) -> Any:
 @kind
 def after_token_2(layer: Apply, x: Any) -> Any:
     """What comes after the end token counts for nothing."""
-    return ops.cast(ops.cumsum(ops.cast(x == 2, "int32"), 1) == 0, "float32")
+    found = tf.math.cumulative_logsumexp(tf.where(x == 2, 0.0, -1e9), 1)
+    return ops.cast(found < -1, "float32")
 
 
 @kind

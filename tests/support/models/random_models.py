@@ -64,6 +64,11 @@ def _pairwise(keras: Any, _rng: Rng, x: Any) -> Any:
     return keras.ops.einsum("btf,btg->btf", x, keras.ops.softmax(x))
 
 
+def _difference(keras: Any, _rng: Rng, x: Any) -> Any:
+    """From the last time step to this one; the first one has none."""
+    return keras.layers.ZeroPadding1D((1, 0))(x[:, 1:] - x[:, :-1])
+
+
 GOOD: dict[str, Maker] = {
     "recurrent": _recurrent,
     "stacked": _stacked,
@@ -84,20 +89,30 @@ GOOD: dict[str, Maker] = {
     "even_constant": _odd("even_constant"),
     "in_a_function": _odd("in_a_function"),
     "scaled": _odd("scaled"),
+    "causal": lambda k, r, x: k.layers.Conv1D(
+        4,
+        int(r.integers(2, 5)),
+        padding="causal",
+        dilation_rate=int(r.integers(1, 65)),
+        groups=int(_pick(r, 1, 2)),
+    )(x),
+    "separable": lambda k, r, x: k.layers.SeparableConv1D(4, 3)(k.layers.ZeroPadding1D((2, 0))(x)),
+    "pooled": lambda k, r, x: k.layers.MaxPooling1D(3, 1)(k.layers.ZeroPadding1D((2, 0))(x)),
+    "difference": _difference,
+    "lag_by_padding": _odd("lag_by_padding", 7),
+    "lag_by_joining": _odd("lag_by_joining", 3),
+    "cumulative_sum": _odd("cumulative_sum"),
 }
 BAD: dict[str, Maker] = {
     "convolution": lambda k, r, x: k.layers.Conv1D(
-        4, int(r.integers(2, 5)), padding=_pick(r, "causal", "same"), dilation_rate=int(r.integers(1, 65))
+        4, int(r.integers(2, 5)), padding="same", dilation_rate=int(r.integers(1, 65))
     )(x),
     "pooling": lambda k, r, x: k.layers.MaxPooling1D(int(r.integers(2, 30)), 1, "same")(x),
     "attention": lambda k, _r, x: k.layers.MultiHeadAttention(1, 3)(x, x, use_causal_mask=True),
-    "lag_by_padding": _odd("lag_by_padding", 200),
     "lead_by_padding": _odd("lead_by_padding", 200),
-    "lag_by_joining": _odd("lag_by_joining", 3),
     "lag_by_roll": _odd("lag_by_roll", 200),
     "lead_by_gather": _odd("lead_by_gather", 200),
     "lag_by_gather": _odd("lag_by_gather", 200),
-    "cumulative_sum": _odd("cumulative_sum"),
     "mean_so_far": _odd("mean_so_far"),
     "largest_scale": _odd("largest_scale"),
     "last_step": _odd("last_step"),

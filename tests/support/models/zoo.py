@@ -531,9 +531,7 @@ def convolution_over_time(keras: Any) -> Any:
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])
 
 
-@refused(
-    r"step by step: the layer 'conv' \(Conv1D\) looks back over several time steps and keeps no state: it"
-)
+@served
 def causal_convolution(keras: Any) -> Any:
     conv = keras.layers.Conv1D(4, 3, padding="causal", name="conv")
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])

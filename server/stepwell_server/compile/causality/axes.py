@@ -2,27 +2,44 @@
 
 A dimension is a tuple of factors, outermost first: ``BATCH``, ``TIME`` or a plain size. For example, a reshape
 from (batch, time, features) to (batch * time, features) results in ``(BATCH, TIME)``. A dimension of size 1 has
-no factors. The two traces (`cut.SCALES`) have prime numbers of rows and time steps, so that the two sizes of a
+no factors.
+
+Padding, slices and windows move the time axis: see `Time`. So the proof knows how far ahead each tensor looks, and
+an operation that looks back is followed like any other. The two traces (`cut.SCALES`) have prime numbers of rows and time steps, so that the two sizes of a
 dimension reveal its axes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
-class Axis(enum.Enum):
+class Axis:
     """A followed axis."""
 
-    BATCH = "batch"
-    TIME = "time"
+
+@dataclasses.dataclass(frozen=True)
+class Batch(Axis):
+    """The rows."""
 
 
-BATCH, TIME = Axis.BATCH, Axis.TIME
+@dataclasses.dataclass(frozen=True)
+class Time(Axis):
+    """The time axis, or one made from it, whose number of elements differs from the number of time steps by ``extra``.
+
+    Its element ``i`` depends on no input after the time step ``i + start``. Padding in front makes ``start`` smaller, and a
+    window or a slice makes it larger. Where it is negative, the first ``-start`` elements depend on no input at all.
+    Where it is positive, the model looks ahead by so many time steps, unless padding follows.
+    """
+
+    start: int = 0
+    extra: int = 0
+
+
+BATCH, TIME = Batch(), Time()
 Factor = Axis | int
 Dim = tuple[Factor, ...]
 Axes = tuple[Dim, ...]
@@ -36,9 +53,9 @@ class Scale(NamedTuple):
 
     def of(self, factor: Factor) -> int:
         """Return the size of a factor in this trace."""
-        if isinstance(factor, int):
-            return factor
-        return self.rows if factor is BATCH else self.steps
+        if isinstance(factor, Time):
+            return self.steps + factor.extra
+        return factor if isinstance(factor, int) else self.rows
 
 
 class Pair(NamedTuple):
@@ -136,6 +153,16 @@ def normal(dim: Iterable[Factor]) -> Dim:
 def labels(axes: Axes) -> Iterator[Axis]:
     """Yield the followed axes of a tensor, with repetitions."""
     return (factor for dim in axes for factor in dim if isinstance(factor, Axis))
+
+
+def time_of(axes: Iterable[Dim]) -> Time | None:
+    """Return the time axis of a tensor, or None."""
+    return next((factor for dim in axes for factor in dim if isinstance(factor, Time)), None)
+
+
+def moved(axes: Axes, time: Time) -> Axes:
+    """Return the axes of a tensor with another time axis."""
+    return tuple(tuple(time if isinstance(factor, Time) else factor for factor in dim) for dim in axes)
 
 
 def is_plain(dim: Dim) -> bool:

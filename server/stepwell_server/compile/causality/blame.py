@@ -29,8 +29,8 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: NotAdmitted) -
     match found.reason:
         case Reason.TIME:
             return _over_time(sampler, temporal, layer, clause)
-        case Reason.BACKWARDS:
-            return _ahead(model, layer, clause)
+        case Reason.BACKWARDS | Reason.AHEAD:
+            return _ahead(model, layer, clause, fix)
         case Reason.END:
             return NotCausalError(f"model is not causal: {who} {clause}; {fix}")
         case Reason.POSITION | Reason.LENGTH:
@@ -55,15 +55,14 @@ def _over_time(sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: s
     who = named(sampler.interface.model, layer)
     match direction(sampler, temporal, layer):
         case Direction.AHEAD:
-            return _ahead(sampler.interface.model, layer, clause)
+            return _ahead(sampler.interface.model, layer, clause, Reason.BACKWARDS.value)
         case Direction.BACK:
             return NotCausalError(f"{_STEP_BY_STEP}{who} {_SEVERAL_STEPS}: it {clause}; {Reason.TIME.value}")
         case Direction.UNKNOWN:
             return NotCausalError(f"{_STEP_BY_STEP}{who} mixes time steps: it {clause}; {Reason.TIME.value}")
 
 
-def _ahead(model: Any, layer: Any, clause: str) -> NotCausalError:
-    fix = Reason.BACKWARDS.value
+def _ahead(model: Any, layer: Any, clause: str, fix: str) -> NotCausalError:
     if isinstance(layer, keras.layers.Bidirectional):
         fix += "; train the model again: its weights cannot be reused, because each later layer was trained on both directions"
     return NotCausalError(f"model is not causal: {named(model, layer)} looks ahead: it {clause}; {fix}")

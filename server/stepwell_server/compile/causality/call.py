@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,18 +11,50 @@ import numpy as np
 
 from stepwell_server.compile.causality.axes import (
     BATCH,
-    TIME,
     Axes,
     Axis,
     Dim,
     LostAxisError,
     Pair,
     Scales,
+    Time,
     is_plain,
+    moved,
     normal,
+    time_of,
 )
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Array, Const, Data, equal, sizes
+
+
+class Memory(enum.Enum):
+    """What an operation keeps from step to step."""
+
+    DELAY = "the last rows of an input; it reads the oldest of them instead of the current one"
+    WINDOW = "the last rows of an input; it reads all of them and the current one"
+    TOTAL = "its last result, to which it adds the current row"
+    COUNT = "how many time steps passed, up to a bound, to know when padding ends"
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one operation keeps of one of its inputs."""
+
+    kind: Memory
+    rows: int
+    input: int = 0
+    padding: int = 0
+    """Zeros that the operation itself puts in front of its input."""
+
+
+@dataclasses.dataclass
+class Notes:
+    """What a rule reports besides the axes of the results."""
+
+    needs: list[Need] = dataclasses.field(default_factory=list)
+    looks: str = ""
+    """What it does to the time axis, as a clause: part of the message if the model looks ahead because of it."""
+
 
 Rule = Callable[["Call"], "Sequence[Axes | Data | Const]"]
 """Returns the axes of each result of an operation; results that it omits are unknown."""
@@ -35,6 +68,7 @@ class Call:
     second: Any
     inputs: tuple[Data | Const, ...]
     scales: Scales
+    notes: Notes = dataclasses.field(default_factory=Notes)
 
     @property
     def kind(self) -> str:
@@ -94,6 +128,25 @@ class Call:
         self.require_same(size)
         return normal((size.first,))
 
+    def remember(self, kind: Memory, rows: int, i: int = 0, padding: int = 0) -> None:
+        """Report that it keeps something of an input."""
+        if rows:
+            self.notes.needs.append(Need(kind, rows, i, padding))
+
+    def level(self, i: int, axes: Axes, clause: str) -> Axes:
+        """Return the axes of an input after it has waited, so that its elements belong to the current time step.
+
+        Raises:
+            Refusal: it looks ahead.
+        """
+        time = time_of(axes)
+        if time is None:
+            return axes
+        if time.start > 0:
+            raise Refusal(Reason.AHEAD, f"{clause} the time axis after a part of it was left out")
+        self.remember(Memory.DELAY, -time.start, i)
+        return moved(axes, Time(0, time.extra))
+
     def even(self, const: Const, axes: Axes) -> Axes:
         """Return ``axes``, after checking that a constant is uniform over those that are followed.
 
@@ -101,7 +154,9 @@ class Call:
             Refusal: it is not uniform, or it has a value for each pair of time steps or rows.
         """
         found = [factor for dim in axes for factor in dim]
-        if found.count(TIME) > 1:  # Refused before its values are computed: there are millions.
+        if (
+            sum(isinstance(factor, Time) for factor in found) > 1
+        ):  # Refused before its values are computed: there are millions.
             raise Refusal(Reason.TIME, "relates all time steps to each other")
         if found.count(BATCH) > 1:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
@@ -124,8 +179,8 @@ class Call:
             if isinstance(factor, Axis):
                 one = np.take(value, [0], i)
                 if not equal(value, np.broadcast_to(one, value.shape)):
-                    what = "row of the batch" if factor is BATCH else "time step"
-                    reason = Reason.ROWS if factor is BATCH else Reason.POSITION
+                    what = "row of the batch" if factor == BATCH else "time step"
+                    reason = Reason.ROWS if factor == BATCH else Reason.POSITION
                     raise Refusal(reason, f"has a different constant for each {what}")
                 value = one
         return value

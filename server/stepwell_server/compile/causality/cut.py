@@ -11,9 +11,13 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import functools
 import math
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from tensorflow.python.ops import nn_impl, nn_ops
 
 from stepwell_server.compile.causality.axes import Scale, Scales
 from stepwell_server.compile.errors import ModelError, gist, quoted
@@ -38,6 +42,9 @@ _SHORT = 16
 _COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
 _GATHERS = {"GatherV2", "ResourceGather"}
 _HELD = {"Const", "Placeholder", "ReadVariableOp"}
+#: For a window with gaps (a dilation rate), TensorFlow folds the sequence into rows, which the proof cannot follow; but not
+#: in a graph for a TPU.
+_UNFOLDED = types.SimpleNamespace(enclosing_tpu_context=lambda: "unfolded")
 #: Keras's own loops, which call the cell once per time step, in order. ConvLSTM uses that of RNN.
 _KNOWN_LOOPS = {
     layer.inner_loop
@@ -195,9 +202,10 @@ class _Tracer:
                 # A loop over another axis stays in the graph, unrolled.
                 stack.enter_context(attribute(layer, "unroll", True))
                 stack.enter_context(attribute(layer, "inner_loop", self._loop(path, layer)))
+            for module in (nn_ops, nn_impl):
+                stack.enter_context(attribute(module, "device_context", _UNFOLDED))
+            stack.enter_context(attribute(nn_ops, "with_space_to_batch", _unfolded))
             for operation in all_operations(model):
-                if _has_gaps_for_nothing(operation):
-                    stack.enter_context(attribute(operation, "dilation_rate", (1,) * operation.rank))
                 original = time_distributed(operation) or operation.call
                 stack.enter_context(attribute(operation, "call", self._owned(operation, original)))
             start = _count()
@@ -432,15 +440,11 @@ def time_distributed(operation: Any) -> Callable[..., Any] | None:
     return call
 
 
-def _has_gaps_for_nothing(operation: Any) -> bool:
-    """Whether a Keras convolution has a dilation rate although its window has one element.
-
-    TensorFlow pads and folds its sequence nevertheless, which the proof cannot follow.
-    """
-    if not type(operation).__module__.startswith("keras.src.layers.convolutional."):
-        return False
-    sizes = (*getattr(operation, "kernel_size", ()), *getattr(operation, "strides", ()))
-    return set(sizes) == {1} and set(getattr(operation, "dilation_rate", (1,))) != {1}
+def _unfolded(*, dilation_rate: Any, padding: str, op: Any, **more: Any) -> Any:
+    """Replace the folding of a sequence by a depthwise convolution that has gaps itself."""
+    gaps = functools.partial(nn_ops.depthwise_conv2d_native, dilations=[1, *dilation_rate, 1])
+    with attribute(nn_ops, "depthwise_conv2d_native", gaps):
+        return op(more["input"], None, padding)
 
 
 def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> str:

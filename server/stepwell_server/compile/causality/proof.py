@@ -11,11 +11,14 @@ from stepwell_server.compile.causality.axes import (
     TIME,
     Axes,
     LostAxisError,
+    Time,
     is_plain,
     labels,
+    moved,
     normal,
+    time_of,
 )
-from stepwell_server.compile.causality.call import Call
+from stepwell_server.compile.causality.call import Call, Memory, Need
 from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
@@ -82,15 +85,27 @@ class Proof:
     """The calls of recurrent layers that process the sequence."""
     outputs: Mapping[str, Data]
     """The axes of each output."""
+    values: Mapping[str, Data | Const]
+    """The abstract value of each tensor of the first graph that its outputs need."""
+    needs: Mapping[str, tuple[Need, ...]]
+    """What operations keep from step to step, by the name of the operation, of the placeholder operation for a loop's
+    outputs, or of the tensor of an output."""
+
+    @property
+    def steps(self) -> int:
+        """The number of time steps that the model leaves out somewhere: Keras may fail on fewer."""
+        times = (time_of(value.axes) for value in self.values.values() if isinstance(value, Data))
+        return max((-time.extra for time in times if time is not None), default=0)
 
 
-def follow(cuts: Cuts) -> Mapping[str, Data | Const]:
-    """Return the abstract value of each tensor of the first graph that its outputs need, by name.
+def follow(cuts: Cuts) -> tuple[Mapping[str, Data | Const], Mapping[str, tuple[Need, ...]]]:
+    """Return the abstract values and the needs of `Proof`, without a check of the results.
 
     Raises:
         NotAdmitted: the axes cannot be followed through an operation.
     """
-    return _Walk(cuts).follow().values
+    walk = _Walk(cuts)
+    return walk.follow().values, walk.needs
 
 
 def prove(cuts: Cuts) -> Proof:
@@ -110,6 +125,12 @@ class _Walk:
         self.first, self.second = cuts.first, cuts.second
         self.made: dict[str, CutCall] = {}
         """The calls that the placeholders for results of loops belong to."""
+        self.needs: dict[str, tuple[Need, ...]] = {}
+        self.frame: _Frame | None = None
+        self.index = 0
+        """Place of the operation that the walk is at."""
+        self.looks: dict[str, tuple[int, str]] = {}
+        """For tensors that look ahead, the place of the first operation that does, and its clause."""
 
     def run(self) -> Proof:
         """Walk through the graphs and check their results."""
@@ -123,6 +144,8 @@ class _Walk:
                 name: self._output(frame, tensor, self.second.outputs[name], places[tensor.op.name])
                 for name, tensor in self.first.outputs.items()
             },
+            frame.values,
+            self.needs,
         )
 
     def follow(self) -> _Frame:
@@ -136,7 +159,7 @@ class _Walk:
         values = self._seeds()
         evaluators = (Evaluator(captured(self.first)), Evaluator(captured(self.second)))
         ops = [needed(side) for side in (self.first, self.second)]
-        frame = _Frame(self, values, evaluators)
+        frame = self.frame = _Frame(self, values, evaluators)
         frame.pair(self.first.inputs, self.second.inputs)
         for call, other in zip(self.first.calls, self.second.calls, strict=True):
             frame.pair((*call.now, *call.before), (*other.now, *other.before))
@@ -146,8 +169,11 @@ class _Walk:
                 call = parts[one.outputs[0].name]
                 if call.problem:
                     raise ModelError(call.problem)
+                for tensor in call.sequences:
+                    self._refuse_ahead(tensor, frame.values[tensor.name])
                 raise NotAdmitted(Reason.UNPROVEN, call.layer, "processes only a part of the sequence")
             try:
+                self.index = index
                 frame.enter(one, two)
                 for i, output in enumerate(one.outputs):
                     if output.name in self.made:
@@ -184,14 +210,20 @@ class _Walk:
         other = next(two for one, two in zip(self.first.calls, self.second.calls, strict=True) if one is call)
         who = call.layer
         frame.require_alike(_into(call), _into(other))
-        for tensor in (*call.sequences, *([] if call.mask is None else [call.mask])):
+        waits: list[Need] = []
+        for i, tensor in enumerate((*call.sequences, *([] if call.mask is None else [call.mask]))):
             value = frame.values[tensor.name]
             if isinstance(value, Const):
                 rest = (normal((size.first,)) for size in value.shape()[2:])
                 self._even(value, ((BATCH,), (TIME,), *rest), who)
                 continue
-            if value.axes[:2] != ((BATCH,), (TIME,)) or not all(is_plain(dim) for dim in value.axes[2:]):
+            time = time_of(value.axes[1:2])
+            is_usual = value.axes[:2] == ((BATCH,), (time,)) and all(map(is_plain, value.axes[2:]))
+            if time is None or not is_usual:
                 raise NotAdmitted(Reason.UNPROVEN, who, "processes other axes than batch and time")
+            waits += self._punctual(tensor, time, i)
+        if waits:
+            self.needs[call.outputs.op.name] = tuple(waits)
         if call.layer.go_backwards:
             raise NotAdmitted(Reason.BACKWARDS, who, "reads its sequence backwards")
         if not call.loop_is_known:
@@ -235,10 +267,35 @@ class _Walk:
         if isinstance(value, Const):
             axes = _followed(who, lambda: tuple(self.scales.factors(size) for size in sizes(one, two)))
             value = Data(self._even(value, axes, who))
-        leading = 2 if value.axes[1:2] == ((TIME,),) else 1
+        time = time_of(value.axes[1:2])
+        leading = 2 if value.axes[1:2] == ((time,),) else 1
+        if time is not None and (waits := self._punctual(one, time, 0)):
+            self.needs[one.name] = waits
         if value.axes[:1] != ((BATCH,),) or not all(is_plain(dim) for dim in value.axes[leading:]):
             raise NotAdmitted(Reason.LAYOUT, who, "moves the batch or the time axis of an output")
         return value
+
+    def _punctual(self, tensor: Any, time: Time, i: int) -> tuple[Need, ...]:
+        """Return what lets a tensor wait for the current time step, after checking that it has one element for each.
+
+        Raises:
+            NotAdmitted: it looks ahead, or has more or fewer elements.
+        """
+        self._refuse_ahead(tensor, Data(((time,),)))
+        if time.extra:
+            more = f"{abs(time.extra)} {'more' if time.extra > 0 else 'fewer'} elements than there are time steps"
+            raise NotAdmitted(Reason.LENGTH, self.first.owner(self._maker(tensor)), f"returns {more}")
+        return (Need(Memory.DELAY, -time.start, i),) if time.start else ()
+
+    def _refuse_ahead(self, tensor: Any, value: _Value) -> None:
+        time = time_of(value.axes) if isinstance(value, Data) else None
+        if time is not None and time.start > 0:
+            index, clause = self.looks[tensor.name]
+            steps = f"{time.start} time step{'s'[: time.start > 1]}"
+            raise NotAdmitted(Reason.AHEAD, self.first.owner(index), f"{clause}, {steps} ahead")
+
+    def _maker(self, tensor: Any) -> int:
+        return next(i for i, op in needed(self.first) if op is tensor.op)
 
     def _even(self, value: Const, axes: Axes, who: Any) -> Axes:
         """Return ``axes``, after checking that the constant is uniform over them.
@@ -451,7 +508,8 @@ class _Frame:
             )
         if attributes(one) != attributes(two):
             raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
-        call = Call(one, two, tuple(inputs), self.walk.scales)
+        aligned, needs = _aligned(one.type, inputs)
+        call = Call(one, two, tuple(aligned), self.walk.scales)
         ends = any(value.ends for value in inputs if isinstance(value, Data))
         results: list[_Value] = []
         for i, found in enumerate(rule(call)):
@@ -460,7 +518,33 @@ class _Frame:
                 continue
             data = found if isinstance(found, Data) else Data(found, ends)
             results.append(self._checked(call, i, data))
+            self._look(call, i, data)
+        self._keep(one, inputs, (*needs, *call.notes.needs))
         return results
+
+    def _look(self, call: Call, i: int, data: Data) -> None:
+        """Remember why a result looks ahead: an input did already, or this operation does."""
+        time = time_of(data.axes)
+        if time is not None and time.start > 0:
+            before = (self.walk.looks.get(value.name) for value in call.first.inputs)
+            here = (self.walk.index, call.notes.looks or "moves the time axis")
+            self.walk.looks[call.first.outputs[i].name] = next(filter(None, before), here)
+
+    def _keep(self, op: Any, inputs: Sequence[_Value], needs: Sequence[Need]) -> None:
+        """Remember what an operation needs, after checking that each row can keep its own.
+
+        Raises:
+            Refusal: the rows are not its outermost axis, or it is in a loop or a called function.
+        """
+        for need in needs:
+            value = inputs[need.input]
+            if self is not self.walk.frame or not isinstance(value, Data) or value.axes[0][:1] != (BATCH,):
+                raise Refusal(
+                    Reason.UNPROVEN,
+                    f"looks back in a way that no session can keep ({op.type} {need.kind.name})",
+                )
+        if needs:
+            self.walk.needs[op.name] = tuple(needs)
 
     def _checked(self, call: Call, i: int, data: Data) -> Data:
         """Check the rules for every result of every operation."""
@@ -469,9 +553,10 @@ class _Frame:
         found = list(labels(data.axes))
         if found.count(BATCH) != 1:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
-        if found.count(TIME) > 1:
+        times = sum(isinstance(factor, Time) for factor in found)
+        if times > 1:
             raise Refusal(Reason.TIME, "relates all time steps to each other")
-        if TIME in found and data.ends:
+        if times and data.ends:
             raise Refusal(Reason.END, "spreads a value of the whole sequence over its time steps")
         return data
 
@@ -515,6 +600,32 @@ class _Frame:
         if any(output.name not in frame.values for output in graphs[0].outputs):
             raise Refusal(Reason.UNPROVEN, "returns the result of an unknown function")
         return [frame.values[output.name] for output in graphs[0].outputs]
+
+
+def _aligned(kind: str, inputs: Sequence[_Value]) -> tuple[list[_Value], list[Need]]:
+    """Let the inputs of an operation wait for the one that is furthest ahead, so that it sees elements of one place.
+
+    Inputs without a time axis are known only from the first step on. So nothing that is computed with them may be ahead
+    of that: elements before the first step must be constants.
+    """
+    if kind == "IdentityN":
+        return list(inputs), []
+    data = [value for value in inputs if isinstance(value, Data)]
+    times = [time_of(value.axes) for value in data]
+    starts = {0 if time is None else time.start for time in times}
+    if len(starts) < 2:
+        return list(inputs), []
+    latest = max(0 if None in times else min(starts), *starts)
+    found: list[_Value] = []
+    needs: list[Need] = []
+    for i, value in enumerate(inputs):
+        time = time_of(value.axes) if isinstance(value, Data) else None
+        if isinstance(value, Data) and time is not None and time.start < latest:
+            needs.append(Need(Memory.DELAY, latest - time.start, i))
+            found.append(dataclasses.replace(value, axes=moved(value.axes, Time(latest, time.extra))))
+        else:
+            found.append(value)
+    return found, needs
 
 
 def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:

@@ -10,6 +10,10 @@ class Reason(enum.Enum):
 
     TIME = "use a recurrent layer, which carries what it needs from step to step, or pass the values that each step needs as features"
     BACKWARDS = "use forward layers: a step knows only earlier time steps"
+    AHEAD = (
+        "use forward layers: a step knows only earlier time steps, so pad a window at its front only (padding='causal', or "
+        "ZeroPadding1D((n, 0)))"
+    )
     POSITION = "pass the position as an input feature, or remove it"
     LENGTH = "make it independent of the length: a served sequence has no end"
     END = (

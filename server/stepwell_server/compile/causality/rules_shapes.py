@@ -6,22 +6,24 @@ from collections.abc import Sequence
 
 from stepwell_server.compile.causality.axes import (
     BATCH,
-    TIME,
     Axes,
     Dim,
     LostAxisError,
     Pair,
+    Time,
     is_plain,
+    moved,
     normal,
+    time_of,
 )
-from stepwell_server.compile.causality.call import Call, Rule, broadcast
+from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Const, Data, Items
 
 
 def mixed(dim: Dim, clause: str) -> Refusal:
     """Return the refusal of an operation along a followed axis."""
-    if TIME in dim:
+    if time_of([dim]) is not None:
         return Refusal(Reason.TIME, f"{clause} the time axis")
     return Refusal(Reason.ROWS, f"{clause} the rows of the batch")
 
@@ -30,6 +32,24 @@ def require_plain(dim: Dim, clause: str) -> None:
     """Refuse an operation along the batch or time axis."""
     if not is_plain(dim):
         raise mixed(dim, clause)
+
+
+def stream(dim: Dim) -> Time | None:
+    """Return the time axis if a dimension is nothing else."""
+    return dim[0] if len(dim) == 1 and isinstance(dim[0], Time) else None
+
+
+def lengthened(call: Call, time: Time, before: int, after: int) -> Time:
+    """Return the time axis after padding, or joining constants, at its ends.
+
+    Elements at the end come after the current time step, and no step ever reaches them, unless the sequence ended
+    earlier.
+    """
+    if after and time.start + time.extra < 0:
+        raise Refusal(Reason.LENGTH, "pads the end of a sequence that lags behind")
+    if before:
+        call.remember(Memory.COUNT, max(time.start, 0))
+    return Time(time.start - before, time.extra + before + after)
 
 
 def axis_of(call: Call, i: int, rank: int) -> int:
@@ -89,14 +109,20 @@ def _takes_last(call: Call, dim: Dim, place: Pair) -> bool:
     if is_plain(dim):
         call.require_same(place)
         return False
-    if dim == (TIME,) and _is_last(call, place):
+    if _is_last(call, dim, place):
         return True
     raise mixed(dim, f"takes number {place.first} of")
 
 
-def _is_last(call: Call, place: Pair) -> bool:
-    steps = call.scales.size((TIME,))
-    return place == (-1, -1) or place == (steps.first - 1, steps.second - 1)
+def _is_last(call: Call, dim: Dim, place: Pair) -> bool:
+    """Whether it is the place of the last element, and that element belongs to the current time step or an earlier one."""
+    time, steps = stream(dim), call.scales.size(dim)
+    if time is None or place not in ((-1, -1), (steps.first - 1, steps.second - 1)):
+        return False
+    if time.extra < 0 or time.start + time.extra > 0:
+        return False
+    call.remember(Memory.DELAY, -time.start - time.extra)
+    return True
 
 
 def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: int) -> tuple[Dim, bool]:
@@ -107,17 +133,27 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
     whole = call.scales.size(dim)
     if stride == 1 and begin in (None, (0, 0)) and end in (None, whole):
         return dim, False
-    if (
-        stride == 1
-        and dim == (TIME,)
-        and begin is not None
-        and _is_last(call, begin)
-        and end in (None, whole)
-    ):
+    if stride == 1 and begin is not None and end in (None, whole) and _is_last(call, dim, begin):
         return (), True
     if stride < 0:
         raise mixed(dim, "reverses")
+    time = stream(dim)
+    if stride == 1 and time is not None:
+        skipped = _counted(begin or Pair(0, 0), whole)
+        stop = _counted(end or whole, whole)
+        cut = Pair(whole.first - stop.first, whole.second - stop.second)
+        if skipped.is_same and cut.is_same:
+            call.notes.looks = "takes a part of the time axis"
+            shorter = time.extra - skipped.first - cut.first
+            return (Time(time.start + skipped.first, shorter),), False
     raise mixed(dim, "takes a part of")
+
+
+def _counted(place: Pair, whole: Pair) -> Pair:
+    """Return a bound of a slice, counted from the front, and within the dimension."""
+    return Pair(
+        *(min(max(at + size if at < 0 else at, 0), size) for at, size in zip(place, whole, strict=True))
+    )
 
 
 def _sized(call: Call, axes: Axes) -> Axes:
@@ -133,11 +169,10 @@ def _slice(call: Call) -> Sequence[Axes | Data]:
     dims: list[Dim] = []
     is_last = False
     for dim, begin, size in zip(data.axes, call.pairs(1), call.pairs(2), strict=True):
-        whole = call.scales.size(dim)
-        is_rest = size in ((-1, -1), (whole.first - begin.first, whole.second - begin.second))
         if is_plain(dim):
             call.require_same(begin, size)
-        part, last = _range(call, dim, begin, None if is_rest else Pair(-2, -2), 1)
+        end = None if size == (-1, -1) else Pair(begin.first + size.first, begin.second + size.second)
+        part, last = _range(call, dim, begin, end, 1)
         dims.append(part)
         is_last |= last
     axes = _sized(call, tuple(dims))
@@ -150,8 +185,7 @@ def _concat(call: Call) -> Sequence[Axes]:
     rank = call.rank(0)
     axis = axis_of(call, count, rank)
     parts = [call.axes(i) for i in range(count)]
-    for part in parts:
-        require_plain(part[axis], "joins values along")
+    joined = _joined(call, [part[axis] for part in parts])
     dims: list[Dim] = [()] * rank
     for part in parts:
         for i, dim in enumerate(part):
@@ -159,7 +193,20 @@ def _concat(call: Call) -> Sequence[Axes]:
                 if dims[i] and part is not parts[0]:
                     raise LostAxisError("two values that are joined have their axes in different orders")
                 dims[i] = dim
-    return [_sized(call, tuple((0,) if i == axis else dim for i, dim in enumerate(dims)))]
+    return [_sized(call, tuple(joined if i == axis else dim for i, dim in enumerate(dims)))]
+
+
+def _joined(call: Call, parts: Sequence[Dim]) -> Dim:
+    """Return the dimension along which parts are joined: constants may lengthen the time axis."""
+    timed = [i for i, dim in enumerate(parts) if not is_plain(dim)]
+    if not timed:
+        return (0,)  # Its size is in the result's shape.
+    (place, *others), time = timed, stream(parts[timed[0]])
+    constant = all(isinstance(value, Const) for i, value in enumerate(call.inputs[:-1]) if i != place)
+    if others or time is None or not constant or time.start > 0:
+        raise mixed(parts[place], "joins values along")
+    counts = [call.scales.size(dim).first for dim in parts]
+    return (lengthened(call, time, sum(counts[:place]), sum(counts[place + 1 :])),)
 
 
 def _pack(call: Call) -> Sequence[Axes]:
@@ -203,16 +250,27 @@ def _broadcast_to(call: Call) -> Sequence[Axes]:
 def _pad(call: Call) -> Sequence[Axes]:
     axes, paddings = call.data(0).axes, call.pairs(1)
     for i, dim in enumerate(axes):
-        if paddings[2 * i : 2 * i + 2] != [(0, 0)] * 2:
-            require_plain(dim, "pads")
+        before, after = paddings[2 * i : 2 * i + 2]
+        if (before, after) != ((0, 0), (0, 0)):
+            time = stream(dim)
+            if time is None or call.kind == "MirrorPad":
+                require_plain(dim, "pads")
+            else:
+                call.require_same(before, after)
+                axes = moved(axes, lengthened(call, time, before.first, after.first))
     for i in range(2, len(call.inputs)):
         broadcast(call, [i])
     return [_sized(call, axes)]
 
 
 def _along_axis(call: Call) -> Sequence[Axes]:
-    """Cumulative sums, reversals and rolls, along plain axes only."""
+    """Cumulative sums, reversals and rolls. Along the time axis only sums and products, which grow step by step."""
     axes = call.data(0).axes
+    if call.kind in {"Cumsum", "Cumprod"} and not call.attr("reverse"):
+        (axis,) = call.integers(1)
+        if stream(axes[axis % len(axes)]) is not None:
+            call.remember(Memory.TOTAL, 1)
+            return [call.level(0, axes, "accumulates along")]
     place = {"Roll": 2}.get(call.kind, 1)
     what = {"ReverseV2": "reverses", "Roll": "shifts"}.get(call.kind, "accumulates along")
     for axis in call.integers(place):
@@ -243,7 +301,7 @@ def _gather(call: Call) -> Sequence[Axes | Data]:
 def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[Axes | Data]:
     is_one = all(size.is_same for size in places.shape())
     found = places.pairs() if is_one else []
-    if table[axis] == (TIME,) and len(found) == 1 and _is_last(call, found[0]):
+    if len(found) == 1 and _is_last(call, table[axis], found[0]):
         kept = tuple(call.scales.factors(size) for size in places.shape())
         return [Data((*table[:axis], *kept, *table[axis + 1 :]), ends=True)]
     raise mixed(table[axis], "takes elements by their number along")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from stepwell_server.compile.causality.axes import Axes, Dim, LostAxisError, is_plain
-from stepwell_server.compile.causality.call import Call, Rule
+from stepwell_server.compile.causality.axes import Axes, Dim, LostAxisError, Time, is_plain, moved
+from stepwell_server.compile.causality.call import Call, Memory, Rule
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.rules_shapes import mixed, require_plain
+from stepwell_server.compile.causality.rules_shapes import lengthened, mixed, require_plain, stream
 from stepwell_server.compile.causality.values import Data
 
 _REDUCTIONS = ("All", "Any", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum")
@@ -96,17 +97,43 @@ def _letters(term: str, rank: int) -> list[str]:
 
 
 def _convolution(call: Call) -> Sequence[Axes]:
-    """Convolutions with channels last; only a window of one element may slide over the time axis."""
+    """Convolutions with channels last. A window over the time axis moves by one time step."""
     axes, kernel = call.data(0).axes, _weights(call, 1)
     spatial = _spatial(call, len(axes))
-    padding = call.attr("explicit_paddings") if call.attr("padding") == b"EXPLICIT" else []
     for place, axis in enumerate(spatial):
         if is_plain(axes[axis]):
             continue
         size, stride = kernel[place], call.attr("strides")[axis]
-        if size != 1 or stride != 1 or any(padding[2 * axis : 2 * axis + 2]):
-            raise mixed(axes[axis], f"has a window of {size} over")
+        time, clause = stream(axes[axis]), f"has a window of {size} over"
+        if time is None or stride != 1:
+            if size != 1 or stride != 1 or call.attr("padding") == b"EXPLICIT":
+                raise mixed(axes[axis], clause)
+            continue
+        reach = (size - 1) * call.attr("dilations")[axis]
+        before, after = convolution_padding(call.first, axis, reach)
+        axes = moved(axes, _slid(call, time, reach, before, after, f"{clause} the time axis"))
     return [_windowed(call, axes, spatial)]
+
+
+def convolution_padding(op: Any, axis: int, reach: int) -> tuple[int, int]:
+    """Return the padding that a convolution with stride 1 itself adds at the ends of an axis."""
+    match op.get_attr("padding"):
+        case b"EXPLICIT":
+            before, after = op.get_attr("explicit_paddings")[2 * axis : 2 * axis + 2]
+            return int(before), int(after)
+        case b"SAME":
+            return reach // 2, reach - reach // 2
+    return 0, 0
+
+
+def _slid(call: Call, time: Time, reach: int, before: int, after: int, clause: str) -> Time:
+    """Return the time axis after a window of ``reach`` elements and the next one."""
+    call.notes.looks = clause
+    if before and time.start > 0:
+        raise Refusal(Reason.AHEAD, f"{clause} after a part of it was left out")
+    padded = lengthened(call, time, before, after)
+    call.remember(Memory.WINDOW, reach, padding=before)
+    return Time(padded.start + reach, padded.extra - reach)
 
 
 def _transposed_convolution(call: Call) -> Sequence[Axes]:
@@ -122,8 +149,15 @@ def _pooling(call: Call) -> Sequence[Axes]:
     axes = call.data(0).axes
     spatial = _spatial(call, len(axes))
     for axis in spatial:
-        if not is_plain(axes[axis]) and (call.attr("ksize")[axis], call.attr("strides")[axis]) != (1, 1):
-            raise mixed(axes[axis], f"pools {call.attr('ksize')[axis]} elements of")
+        size, time = call.attr("ksize")[axis], stream(axes[axis])
+        if is_plain(axes[axis]) or (size, call.attr("strides")[axis]) == (1, 1):
+            continue
+        clause = f"pools {size} elements of"
+        if time is None or call.attr("strides")[axis] != 1:
+            raise mixed(axes[axis], clause)
+        if call.attr("padding") != b"VALID":  # It pools fewer elements at the ends.
+            raise Refusal(Reason.AHEAD, f"{clause} the time axis, also later ones")
+        axes = moved(axes, _slid(call, time, size - 1, 0, 0, f"{clause} the time axis"))
     return [_windowed(call, axes, spatial)]
 
 

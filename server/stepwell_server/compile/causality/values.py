@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tensorflow.python.eager import context, execute
 
-from stepwell_server.compile.causality.axes import TIME, Axes, Pair, labels
+from stepwell_server.compile.causality.axes import Axes, Pair, time_of
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 Array = npt.NDArray[np.generic]
@@ -41,7 +41,7 @@ class Data:
     @property
     def has_time(self) -> bool:
         """It has a value for each time step."""
-        return TIME in labels(self.axes)
+        return time_of(self.axes) is not None
 
 
 @dataclasses.dataclass(frozen=True)

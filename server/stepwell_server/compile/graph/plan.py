@@ -47,6 +47,8 @@ class Plan:
     initial: tuple[Array, ...]
     carried: Mapping[tuple[int, int], CarriedState]
     """By `id` of the layer and number of the call."""
+    has_memory: bool = False
+    """Its last states belong to operations that look back, which `graph.trace` does not know."""
 
     @property
     def temporal(self) -> tuple[bool, ...]:

@@ -150,8 +150,8 @@ class _StateCarrier:
         output, after = _call_cell(layer.cell, now, keras.tree.pack_sequence_as(initial, before))
         if mask is not None:
             present = mask[:, 0]
-            after = [_choose(present, new, old) for new, old in zip(after, before, strict=True)]
-            output = _choose(present, output, tf.zeros_like(output) if previous is None else previous)
+            after = [chosen(present, new, old) for new, old in zip(after, before, strict=True)]
+            output = chosen(present, output, tf.zeros_like(output) if previous is None else previous)
         self.after[call.first : stop] = [*after, output] if call.keeps_output else after
         return output, self._time.add(output), keras.tree.pack_sequence_as(initial, after)
 
@@ -163,7 +163,7 @@ def _call_cell(cell: Any, now: Any, state: Any) -> tuple[Any, list[Any]]:
     return output, keras.tree.flatten(after)
 
 
-def _choose(present: Any, new: Any, old: Any) -> Any:
+def chosen(present: Any, new: Any, old: Any) -> Any:
     """Return rows of ``new`` where ``present``, else of ``old``: a masked time step changes nothing."""
     present = tf.cast(present, tf.bool)
     return tf.where(tf.reshape(present, [-1] + [1] * (len(new.shape) - 1)), new, old)

@@ -36,9 +36,10 @@ class First:
 def first_to_differ(plan: Plan, sampler: Sampler, inputs: Sequence[Array], steps: int) -> First:
     """Return the first layer that differs on a sequence.
 
-    Only functional models are supported, because the outputs of their layers can be outputs of another model.
+    Only functional models are supported, because the outputs of their layers can be outputs of another model. Those may
+    not look back outside of recurrent layers.
     """
-    if not plan.interface.is_functional:
+    if not plan.interface.is_functional or plan.has_memory:
         return First()
     model, rng = plan.interface.model, np.random.default_rng(31)
     parts = _parts(getattr(model, "_functional", None) or model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from stepwell_server.compile.causality.blame import (
 from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut, cut_one_step
 from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import NotAdmitted, prove
+from stepwell_server.compile.causality.proof import Proof as GraphProof
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import weights_recorded
 from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
@@ -32,9 +34,11 @@ from stepwell_server.compile.probe.evidence import Evidence
 from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
 from stepwell_server.compile.probe.sequences import run, step_of_function, tolerance, worst
 from stepwell_server.compile.probe.whole_call import WholeCall, refuse_kept_states, refuse_training
+from stepwell_server.compile.streaming.memory import StreamingMemory
 from stepwell_server.program import Proof, ProofOptions
 
-#: Two lengths that distinguish a time axis from a feature axis, and two edge cases.
+#: Two lengths that distinguish a time axis from a feature axis, and two edge cases; beyond the number of time steps that
+#: Keras itself needs, because the model leaves some out.
 LENGTHS = (5, 7)
 MORE_LENGTHS = (1, 2)
 SEED = 7
@@ -60,6 +64,8 @@ class TracedModel:
     options: ProofOptions
     is_of_weights: bool
     """The proof depends on weights: with other weights it may differ."""
+    memory: StreamingMemory | None = None
+    """The states of operations that look back, if there are any."""
 
 
 def trace_and_probe(
@@ -100,19 +106,28 @@ def _try(
     _refuse_complex(cuts)
     refuse_kept_states(interface, cuts)
     with weights_recorded() as weights:
-        unproven = _admit(interface, cuts, sampler, options)
+        unproven, proof = _admit(interface, cuts, sampler, options)
+    least = 0 if proof is None else proof.steps
+    lengths = [least + steps for steps in LENGTHS]
     with explained(
         interface.model,
-        f"the model does not run on sequences of {' and '.join(map(str, LENGTHS))} time steps",
+        f"the model does not run on sequences of {' and '.join(map(str, lengths))} time steps",
     ):
-        seen = [observe(sampler, temporal, steps, rng) for steps in LENGTHS]
-        refuse_training(sampler, temporal)
+        seen = [observe(sampler, temporal, steps, rng) for steps in lengths]
+        refuse_training(sampler, temporal, lengths[0])
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
-    with explained(interface.model, "the model does not run on a sequence of one time step"):
-        function = trace(plan)
+    memory = None
+    if proof is not None and proof.needs:
+        with _refusing(sampler, temporal):
+            memory = StreamingMemory(cuts.first, proof, [spec.name for spec in plan.state])
+        with explained(interface.model, "the values before the first time step cannot be computed"):
+            plan = memory.added_to(plan)
+    with explained(interface.model, f"the model does not run on a sequence of {_counted(least + 1)}"):
+        with _refusing(sampler, temporal), weights_recorded() as more:
+            function = trace(plan) if memory is None else memory.trace(plan)
         if progress is not None:
             progress("probe")
-        seen += [observe(sampler, temporal, steps, rng) for steps in MORE_LENGTHS]
+        seen += [observe(sampler, temporal, least + steps, rng) for steps in MORE_LENGTHS]
     whole = WholeCall(sampler.interface)
     found = evidence.gather(plan, sampler, steps_of(sampler, temporal, options), whole)
     share = evidence.compared_share(plan, found, tolerance(interface.model))
@@ -121,12 +136,25 @@ def _try(
             f"--trust-causality names the model, but samples can check only {share:.0%} of their rows and time "
             f"steps: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
         )
-    proof = Proof(steps=found[0].steps, unproven=unproven, compared=share)
+    result = Proof(steps=found[0].steps, unproven=unproven, compared=share)
     traced = TracedModel(
-        plan, sampler, function, tuple(seen), tuple(found), proof, whole, options, is_of_weights=bool(weights)
+        plan,
+        sampler,
+        function,
+        tuple(seen),
+        tuple(found),
+        result,
+        whole,
+        options,
+        is_of_weights=bool(weights | more),
+        memory=memory,
     )
     _compare(traced)
     return traced
+
+
+def _counted(steps: int) -> str:
+    return "one time step" if steps == 1 else f"{steps} time steps"
 
 
 def steps_of(sampler: Sampler, temporal: Sequence[bool], options: ProofOptions) -> int:
@@ -146,20 +174,34 @@ def _refuse_complex(cuts: Cuts) -> None:
             )
 
 
-def _admit(interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions) -> str:
-    """Return what the graph does not prove, but --trust-causality accepts; empty: everything is proven.
+def _admit(
+    interface: Interface, cuts: Cuts, sampler: Sampler, options: ProofOptions
+) -> tuple[str, GraphProof | None]:
+    """Return what the graph does not prove, but --trust-causality accepts, and the proof; empty: everything is proven.
 
     Raises:
         ModelError: something is not proven and not trusted.
     """
     try:
-        prove(cuts)
-        require_same(cuts, _one_step(interface, cuts))
+        proof = prove(cuts)
+        try:
+            require_same(cuts, _one_step(interface, cuts))
+        except ModelError:
+            if not proof.needs:  # Else Keras itself need not run on one time step: a window may be longer.
+                raise
     except NotAdmitted as found:
         if not options.trust or found.reason in _NEVER_TRUSTED:
             raise refusal_of(sampler, cuts.temporal, found) from found
-        return f"{named(sampler.interface.model, found.layer)} {found}"
-    return ""
+        return f"{named(sampler.interface.model, found.layer)} {found}", None
+    return "", proof
+
+
+@contextlib.contextmanager
+def _refusing(sampler: Sampler, temporal: Sequence[bool]) -> Iterator[None]:
+    try:
+        yield
+    except NotAdmitted as found:
+        raise refusal_of(sampler, temporal, found) from found
 
 
 def _one_step(interface: Interface, cuts: Cuts) -> Cut:

@@ -25,7 +25,6 @@ from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations, plain, recurrent_layers
 from stepwell_server.compile.probe.sequences import ROUNDINGS, added_roundings, rounding
 
-_STEPS = 5
 #: Keras layers that run foreign code.
 _FOREIGN = (keras.layers.Lambda, keras.layers.TFSMLayer, keras.layers.JaxLayer, keras.layers.FlaxLayer)
 #: Relative to the largest value: the same operations in another mode may round differently.
@@ -204,8 +203,8 @@ def refuse_kept_states(interface: Interface, cuts: Cuts) -> None:
             )
 
 
-def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
-    """Refuse a model whose default call differs from ``predict``, which uses ``training=False``.
+def refuse_training(sampler: Sampler, temporal: Sequence[bool], steps: int) -> None:
+    """Refuse a model whose default call differs from ``predict``, which uses ``training=False``, on ``steps`` time steps.
 
     Raises:
         ModelError: they differ for the same inputs.
@@ -213,7 +212,7 @@ def refuse_training(sampler: Sampler, temporal: Sequence[bool]) -> None:
     interface = sampler.interface
     if has_no_modes(interface.model):
         return
-    inputs = sampler.draw(np.random.default_rng(31), temporal, _STEPS)
+    inputs = sampler.draw(np.random.default_rng(31), temporal, steps)
     tensors = [tf.cast(value, info.dtype) for value, info in zip(inputs, interface.inputs, strict=True)]
     with relaxed(interface.model, has_dropout=True):
         served = interface.call(tensors)

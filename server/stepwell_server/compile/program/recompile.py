@@ -80,8 +80,11 @@ def compile_again(
     fingerprint = archive.fingerprint(path)
     origin = provenance.of(path, plan.interface.model)
     rng = np.random.default_rng(SEED)
-    seen = [observe(sampler, plan.temporal, steps, rng) for steps in LENGTHS]
+    least = 0 if traced.memory is None else traced.memory.steps
+    seen = [observe(sampler, plan.temporal, least + steps, rng) for steps in LENGTHS]
     now = make_plan(sampler.interface, plan.temporal, seen[0], seen[1])
+    if traced.memory is not None:
+        now = traced.memory.added_to(now)
     if (now.inputs, now.outputs, now.state, now.carried) != (
         plan.inputs,
         plan.outputs,
@@ -90,7 +93,7 @@ def compile_again(
     ):
         raise RecompileError("its interface has changed")
     report("probe")
-    seen += [observe(sampler, plan.temporal, steps, rng) for steps in MORE_LENGTHS]
+    seen += [observe(sampler, plan.temporal, least + steps, rng) for steps in MORE_LENGTHS]
     found = evidence.gather(now, sampler, steps_of(sampler, plan.temporal, traced.options), traced.whole)
     share = evidence.compared_share(now, found, tolerance(plan.interface.model))
     proof = Proof(steps=found[0].steps, compared=share)

@@ -1,0 +1,169 @@
+"""The states of operations that look back: their names, shapes and values before the first time step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepwell_server.compile.causality.axes import Axes, time_of
+from stepwell_server.compile.causality.call import Memory, Need
+from stepwell_server.compile.causality.cut import Cut
+from stepwell_server.compile.causality.proof import NotAdmitted, Proof, needed
+from stepwell_server.compile.causality.refusals import Reason
+from stepwell_server.compile.causality.values import Data
+from stepwell_server.compile.graph.plan import Plan
+from stepwell_server.compile.graph.samples import plain_dtype
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+from stepwell_server.compile.streaming.replay import first_elements, plain_sizes
+from stepwell_server.compile.streaming.step import Slot, trace_step
+from stepwell_server.program import StateSpec
+
+Array = npt.NDArray[np.generic]
+_PARTS = {Memory.DELAY: "last", Memory.WINDOW: "last", Memory.TOTAL: "total", Memory.COUNT: "steps"}
+#: They keep the order of the elements of one row.
+_MOVING = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
+
+
+class StreamingMemory:
+    """All states of operations that look back, of one model."""
+
+    def __init__(self, side: Cut, proof: Proof, taken: Collection[str]) -> None:
+        """``side`` is the first graph of the proof, ``taken`` are the names of other states.
+
+        Raises:
+            NotAdmitted: no session can keep the values of an operation.
+        """
+        self._side, self._proof = side, proof
+        self._slots = _slots(side, proof, taken)
+
+    @property
+    def steps(self) -> int:
+        """The number of time steps that the model leaves out somewhere: Keras may fail on fewer."""
+        return self._proof.steps
+
+    def added_to(self, plan: Plan) -> Plan:
+        """Return the plan with these states behind its own, and with the values that the weights give them now."""
+        specs = tuple(slot.spec for slot in self._slots)
+        values = _initial(self._side, self._proof, self._slots)
+        return dataclasses.replace(
+            plan, state=(*plan.state, *specs), initial=(*plan.initial, *values), has_memory=True
+        )
+
+    def trace(self, plan: Plan) -> Any:
+        """Return the concrete function of one time step, as `graph.trace.trace` does; ``plan`` has these states.
+
+        Raises:
+            NotAdmitted: an operation cannot be created for one time step.
+        """
+        return trace_step(plan, self._side, self._proof, self._slots)
+
+
+def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
+    """Return the states of all operations, in the order of the graph; ``taken`` are the names of other states.
+
+    Raises:
+        NotAdmitted: no session can keep a value of that type.
+    """
+    found: list[Slot] = []
+    used = set(taken)
+    for owner, index, tensors in _owners(side):
+        for need in proof.needs.get(owner, ()):
+            tensor = tensors[need.input]
+            data = proof.values[tensor.name]
+            assert isinstance(data, Data)
+            if not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
+                raise NotAdmitted(Reason.UNPROVEN, side.owner(index), f"keeps {tensor.dtype.name} values")
+            name = _free(f"{_path(side, index)}/{_PARTS[need.kind]}", used)
+            used.add(name)
+            dtype = plain_dtype(keras.backend.standardize_dtype(tensor.dtype))
+            spec = StateSpec(name, _shape(need, data.axes), "int32" if need.kind is Memory.COUNT else dtype)
+            found.append(Slot(owner, need, tensor, data, spec))
+    return tuple(found)
+
+
+def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ...]:
+    """Return the values of states before the first time step.
+
+    A window then holds what its input has in front of the first time step: the padding, and what layers made of it. It
+    depends on no input of the model.
+    """
+    ahead = {slot.spec.name: slot for slot in made if _known(slot) and not _is_of_zeros(proof, slot)}
+    values = first_elements(
+        side, {name: (slot.tensor, slot.data, _known(slot)) for name, slot in ahead.items()}
+    )
+    found: list[Array] = []
+    for slot in made:
+        value = np.zeros(slot.spec.shape, slot.spec.dtype)
+        if slot.need.kind is Memory.TOTAL and side.graph.get_operation_by_name(slot.owner).type == "Cumprod":
+            value += np.ones((), value.dtype)
+        if slot.spec.name in values:
+            rows = values[slot.spec.name][-slot.need.rows :]
+            value[len(value) - len(rows) :] = rows
+        found.append(value)
+    return tuple(found)
+
+
+def _known(slot: Slot) -> int:
+    """Return how many elements of its input come before the first time step."""
+    time = time_of(slot.data.axes)
+    if slot.need.kind not in (Memory.DELAY, Memory.WINDOW) or time is None:
+        return 0
+    return max(-time.start, 0)
+
+
+def _is_of_zeros(proof: Proof, slot: Slot) -> bool:
+    """Whether padding with zeros made all that it remembers; then nothing has to be computed."""
+    op = slot.tensor.op
+    while op.type in _MOVING:
+        op = op.inputs[0].op
+    if op.type != "Pad" or op.inputs[1].op.type != "Const":
+        return False
+    padded = proof.values[op.outputs[0].name]
+    assert isinstance(padded, Data)
+    place = next(i for i, dim in enumerate(padded.axes) if time_of([dim]) is not None)
+    return bool(tf.make_ndarray(op.inputs[1].op.get_attr("value"))[place, 0] >= _known(slot))
+
+
+def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
+    match need.kind:
+        case Memory.COUNT:
+            return ()
+        case Memory.TOTAL:
+            return tuple(plain_sizes(axes))
+        case Memory.DELAY | Memory.WINDOW:
+            return (need.rows, *plain_sizes(axes))
+
+
+def _owners(side: Cut) -> Iterator[tuple[str, int, list[Any]]]:
+    """Yield the keys of `Proof.needs`, each with the place of an operation and the inputs of the owner."""
+    loops = {call.outputs.op.name: call for call in side.calls}
+    outputs = {tensor.op.name: tensor for tensor in side.outputs.values()}
+    for index, op in needed(side):
+        call = loops.get(op.name)
+        if call is None:
+            yield op.name, index, list(op.inputs)
+        else:
+            yield op.name, index, [*call.sequences, *([] if call.mask is None else [call.mask])]
+        if op.name in outputs:
+            for tensor in {x.name: x for x in side.outputs.values() if x.op is op}.values():
+                yield tensor.name, index, [tensor]
+
+
+def _path(side: Cut, index: int) -> str:
+    """Return the names of the layers that created an operation, outer ones first, without the model itself."""
+    inside = [layer for first, end, layer in side.owners if first <= index < end]
+    names = [layer.name for layer in reversed(inside[:-1])]
+    return "/".join(names) or inside[-1].name
+
+
+def _free(name: str, used: Collection[str]) -> str:
+    stem, _, part = name.rpartition("/")
+    number, candidate = 1, name
+    while candidate in used:
+        number += 1
+        candidate = f"{stem}#{number}/{part}"
+    return candidate

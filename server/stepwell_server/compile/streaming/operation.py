@@ -1,0 +1,166 @@
+"""One operation while it is created again for one time step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stepwell_server.compile.causality.axes import BATCH, Axes
+from stepwell_server.compile.causality.call import Memory, Need
+from stepwell_server.compile.causality.rules_elementwise import BROADCAST
+from stepwell_server.compile.causality.values import Array, Const, Data
+from stepwell_server.compile.graph.tensorflow_setup import tf
+from stepwell_server.compile.streaming.replay import Constants, is_fixed, plain_sizes, reduced, step_shape
+
+Carry = Callable[[Any], Any]
+
+
+class States:
+    """The states of operations that look back: read before the step, and written for the next one."""
+
+    def __init__(self, before: Mapping[tuple[str, Need], Any]) -> None:
+        self._before = before
+        self.after: dict[tuple[str, Need], Any] = {}
+
+    def before(self, owner: str, need: Need, dtype: Any) -> Any:
+        """Return a state, ``(rows, ...)``."""
+        value = self._before[owner, need]
+        return value if value.dtype == dtype else tf.cast(value, dtype)
+
+    def window(self, owner: str, need: Need, row: Any) -> Any:
+        """Return the rows that are kept of an input, ``(rows, kept + 1, ...)``, the current one last."""
+        rows = tf.concat([self.before(owner, need, row.dtype), tf.expand_dims(row, 1)], 1)
+        self.after[owner, need] = rows[:, 1:]
+        return rows
+
+    def delayed(self, owner: str, needs: tuple[Need, ...], i: int, value: Any, axes: Axes) -> Any:
+        """Return what an input was some time steps ago, if its owner needs that."""
+        for need in needs:
+            if need.kind is Memory.DELAY and need.input == i:
+                rows = self.window(owner, need, tf.reshape(value, [-1, *plain_sizes(axes)]))
+                value = tf.reshape(rows[:, 0], step_shape(axes))
+        return value
+
+
+class Operation:
+    """One operation of the graph of many time steps, and its inputs at one time step."""
+
+    def __init__(
+        self,
+        op: Any,
+        values: Mapping[str, Data | Const],
+        made: Mapping[str, Any],
+        constants: Constants,
+        states: States,
+        needs: tuple[Need, ...],
+    ) -> None:
+        self.op, self.needs, self._values, self._constants, self._states = (
+            op,
+            needs,
+            values,
+            constants,
+            states,
+        )
+        self._data: dict[int, Any] = {}
+        for i, tensor in enumerate(op.inputs):
+            value = values.get(tensor.name)
+            if isinstance(value, Data):
+                self._data[i] = states.delayed(op.name, needs, i, made[tensor.name], value.axes)
+
+    @property
+    def kind(self) -> str:
+        """Type of the operation."""
+        return str(self.op.type)
+
+    def axes(self, i: int = 0) -> Axes:
+        """Return the axes of an input that is data."""
+        value = self._values[self.op.inputs[i].name]
+        assert isinstance(value, Data)
+        return value.axes
+
+    def out(self, i: int = 0) -> Axes:
+        """Return the axes of a result."""
+        value = self._values[self.op.outputs[i].name]
+        assert isinstance(value, Data)
+        return value.axes
+
+    def is_data(self, i: int) -> bool:
+        """Whether an input is data."""
+        return i in self._data
+
+    def data(self, i: int = 0) -> Any:
+        """Return an input that is data."""
+        return self._data[i]
+
+    def array(self, i: int) -> Array:
+        """Return the value of a constant input."""
+        value = self._values[self.op.inputs[i].name]
+        assert isinstance(value, Const)
+        return value.arrays()[0]
+
+    def constant(self, i: int) -> Any:
+        """Return an input that is a constant; of one that has rows and time steps, one of each.
+
+        Raises:
+            ValueError: those share a dimension with others, or the operation needs all of them.
+        """
+        tensor = self.op.inputs[i]
+        value = self._values[tensor.name]
+        assert isinstance(value, Const)
+        if is_fixed(value):
+            return self._constants.make(tensor)
+        if self.kind not in BROADCAST:
+            raise ValueError("a constant has rows or time steps")
+        out = self.out()
+        return tf.constant(reduced(value, out[len(out) - len(value.shape()) :]), tensor.dtype)
+
+    def filled(self, i: int, axes: Axes) -> Any:
+        """Return an input with all its rows; ``axes`` are its dimensions."""
+        if self.is_data(i):
+            return self.data(i)
+        tensor = self.op.inputs[i]
+        value = self._values[tensor.name]
+        assert isinstance(value, Const)
+        if is_fixed(value):
+            return self._constants.make(tensor)
+        return spread(reduced(value, axes), tensor.dtype, axes, next(iter(self._data.values())))
+
+    def inputs(self) -> list[Any]:
+        """Return all inputs."""
+        return [self.data(i) if self.is_data(i) else self.constant(i) for i in range(len(self.op.inputs))]
+
+    def need(self, kind: Memory) -> Need | None:
+        """Return what it needs of a kind."""
+        return next((need for need in self.needs if need.kind is kind), None)
+
+    def row(self, i: int = 0) -> Any:
+        """Return an input as ``(rows, sizes of the plain dimensions...)``."""
+        return tf.reshape(self.data(i), [-1, *plain_sizes(self.axes(i))])
+
+    def window(self, need: Need) -> Any:
+        """Return the rows that it keeps of an input, and the current one: ``(rows, kept + 1, sizes...)``."""
+        return self._states.window(self.op.name, need, self.row(need.input))
+
+    def carry(self, need: Need, dtype: Any, after: Carry) -> tuple[Any, Any]:
+        """Return a state before and after the step, which ``after`` computes."""
+        before = self._states.before(self.op.name, need, dtype)
+        self._states.after[self.op.name, need] = found = after(before)
+        return before, found
+
+    def shaped(self, value: Any) -> Any:
+        """Return ``(rows, sizes...)`` in the shape of the result."""
+        return tf.reshape(value, step_shape(self.out()))
+
+
+def spread(value: Array, dtype: Any, axes: Axes, like: Any) -> Any:
+    """Return a constant with the rows of ``like``, whose first dimension is the rows.
+
+    Raises:
+        ValueError: the rows share a dimension with others.
+    """
+    constant = tf.constant(value, dtype)
+    times: list[Any] = [1] * len(axes)
+    for axis, dim in enumerate(axes):
+        if BATCH in dim:
+            times[axis] = tf.shape(like)[0]
+    return tf.tile(constant, tf.stack(times))

@@ -1,0 +1,252 @@
+"""How each kind of operation is created again for one time step.
+
+Most are created as they were. Others have the number of rows or time steps among their inputs or attributes, or look
+back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.causality.axes import Axes, is_plain, time_of
+from stepwell_server.compile.causality.call import Memory
+from stepwell_server.compile.causality.rules_sums import convolution_padding
+from stepwell_server.compile.graph.tensorflow_setup import tf
+from stepwell_server.compile.streaming.operation import Operation
+from stepwell_server.compile.streaming.replay import again, plain_sizes, step_shape
+
+Maker = Callable[[Operation], "list[Any]"]
+
+
+class CannotStreamError(Exception):
+    """The operation cannot be created for one time step. The message is a clause."""
+
+
+def make(one: Operation) -> list[Any]:
+    """Create an operation for one time step; return its results.
+
+    Raises:
+        CannotStreamError: it cannot be created.
+    """
+    try:
+        return _MAKERS.get(one.kind, _as_it_was)(one)
+    except (ValueError, TypeError, IndexError, tf.errors.OpError) as error:
+        raise CannotStreamError(
+            f"uses the operation {one.kind} in a way that cannot be done for one time step"
+        ) from error
+
+
+def _as_it_was(one: Operation) -> list[Any]:
+    if any(value.func.name for value in one.op.node_def.attr.values()):
+        raise CannotStreamError(f"calls a function ({one.kind}) in a model that looks back")
+    return again(one.op, one.inputs())
+
+
+def _reshaped(one: Operation) -> list[Any]:
+    return [one.shaped(one.data())]
+
+
+def _sliced(one: Operation) -> list[Any]:
+    """Take elements of plain dimensions only: the proof accounts for the others."""
+    begins, ends, strides = (one.array(i).tolist() for i in (1, 2, 3))
+    masks = {
+        name: one.op.get_attr(f"{name}_mask")
+        for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
+    }
+    dims, index = list(one.axes()), list[Any]()
+    for i, stride in enumerate(strides):
+        if masks["ellipsis"] >> i & 1:
+            behind = sum(1 for j in range(i + 1, len(strides)) if not masks["new_axis"] >> j & 1)
+            del dims[: len(dims) - behind]
+            index.append(Ellipsis)
+        elif masks["new_axis"] >> i & 1:
+            index.append(tf.newaxis)
+        elif not is_plain(dims[0]):
+            del dims[0]
+            index.append(0 if masks["shrink_axis"] >> i & 1 else slice(None))
+        elif masks["shrink_axis"] >> i & 1:
+            del dims[0]
+            index.append(begins[i])
+        else:
+            del dims[0]
+            begin = None if masks["begin"] >> i & 1 else begins[i]
+            index.append(slice(begin, None if masks["end"] >> i & 1 else ends[i], stride))
+    return [one.data()[tuple(index)]]
+
+
+def _part(one: Operation) -> list[Any]:
+    begins, counts = one.array(1).tolist(), one.array(2).tolist()
+    index = [
+        slice(begin, None if count < 0 else begin + count) if is_plain(dim) else slice(None)
+        for dim, begin, count in zip(one.axes(), begins, counts, strict=True)
+    ]
+    return [one.data()[tuple(index)]]
+
+
+def _padded(one: Operation) -> list[Any]:
+    paddings = np.array(one.array(1))
+    for i, dim in enumerate(one.axes()):
+        if not is_plain(dim):
+            paddings[i] = 0
+    value = one.data()
+    rest = [one.constant(i) for i in range(2, len(one.op.inputs))]
+    if np.any(paddings):
+        (value,) = again(one.op, [value, tf.constant(paddings), *rest])
+    need = one.need(Memory.COUNT)
+    if need is None:
+        return [value]
+    sizes = plain_sizes(one.out())
+    row = tf.reshape(value, [-1, *sizes])
+    most = tf.constant(need.rows, tf.int32)
+    before, _ = one.carry(need, tf.int32, lambda count: tf.minimum(count + 1, most))
+    is_padding = tf.reshape(before < most, [-1, *[1] * len(sizes)])
+    padding = rest[0] if rest else tf.zeros((), row.dtype)
+    return [one.shaped(tf.where(is_padding, padding, row))]
+
+
+def _joined(one: Operation) -> list[Any]:
+    count = len(one.op.inputs) - 1
+    out = one.out()
+    axis = int(one.array(count)) % len(out)
+    timed = [i for i in range(count) if one.is_data(i) and not is_plain(one.axes(i)[axis])]
+    if timed:
+        return [one.data(timed[0])]
+    return [tf.concat([one.filled(i, out) for i in range(count)], axis)]
+
+
+def _stacked(one: Operation) -> list[Any]:
+    axis, dims = one.op.get_attr("axis"), list(one.out())
+    del dims[axis]
+    return [tf.stack([one.filled(i, tuple(dims)) for i in range(len(one.op.inputs))], axis)]
+
+
+def _tiled(one: Operation) -> list[Any]:
+    """Repeat plain dimensions."""
+    before, after = one.axes(), one.out()
+    value = one.data()
+    if len(after) > len(before):  # BroadcastTo may add dimensions in front.
+        before = ((),) * (len(after) - len(before)) + before
+        value = tf.reshape(value, step_shape(before))
+    counts = [(math.prod(plain_sizes([dim])) for dim in axes) for axes in (before, after)]
+    return [tf.tile(value, [new // old for old, new in zip(*counts, strict=True)])]
+
+
+def _looked_up(one: Operation) -> list[Any]:
+    if not one.is_data(0) or one.is_data(1):
+        return _as_it_was(one)
+    axis = int(one.array(2)) % len(one.axes())
+    if is_plain(one.axes()[axis]):
+        return _as_it_was(one)
+    places = tf.constant(np.zeros_like(one.array(1)))  # The last time step is the only one.
+    return again(one.op, [one.data(), places, one.constant(2)])
+
+
+def _accumulated(one: Operation) -> list[Any]:
+    need = one.need(Memory.TOTAL)
+    if need is None:
+        return _as_it_was(one)
+    row = one.row()
+    combine = tf.add if one.kind == "Cumsum" else tf.multiply
+    before, after = one.carry(need, row.dtype, lambda total: combine(total, row))
+    return [one.shaped(before if one.op.get_attr("exclusive") else after)]
+
+
+def _convolved(one: Operation) -> list[Any]:
+    """Convolve the rows of a window, without those in gaps (a dilation rate)."""
+    axes = one.axes()
+    place, need = _time_place(axes), one.need(Memory.WINDOW)
+    gaps = [int(gap) for gap in one.op.get_attr("dilations")]
+    kernel = one.constant(1)
+    value = one.data()
+    if need is not None:
+        rows = one.window(need)[:, :: gaps[place]]
+        count, size = int(rows.shape[1]), math.prod(plain_sizes(axes))
+        sizes = one.op.inputs[1].shape.as_list()
+        if (
+            one.kind != "DepthwiseConv2dNative"
+            and len(plain_sizes(axes)) < 2
+            and math.prod(sizes[:-1]) == count * size
+        ):
+            # One product of matrices, which LiteRT computes faster than a convolution.
+            kernel = tf.reshape(kernel, [count * size, sizes[-1]])
+            return [one.shaped(tf.matmul(tf.reshape(rows, [-1, count * size]), kernel))]
+        value = _in_place(rows, axes, place)
+        gaps[place] = 1
+    paddings = [[0, 0] for _ in axes]
+    for axis in range(1, len(axes) - 1):
+        if axis != place and is_plain(axes[axis]):
+            paddings[axis] = _space_padding(one, axis)
+    if any(map(any, paddings)):
+        value = tf.pad(value, paddings)
+    changed: dict[str, Any] = {"padding": b"VALID", "dilations": gaps}
+    if one.kind != "Conv3D":
+        changed["explicit_paddings"] = []
+    return again(one.op, [value, kernel], **changed)
+
+
+def _space_padding(one: Operation, axis: int) -> list[int]:
+    """Return the padding that a convolution itself adds at the ends of an axis of space."""
+    size, stride = math.prod(plain_sizes([one.axes()[axis]])), one.op.get_attr("strides")[axis]
+    reach = (one.op.inputs[1].shape.as_list()[axis - 1] - 1) * one.op.get_attr("dilations")[axis]
+    if one.op.get_attr("padding") == b"SAME":
+        missing = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+        return [missing // 2, missing - missing // 2]
+    return list(convolution_padding(one.op, axis, reach))
+
+
+def _pooled(one: Operation) -> list[Any]:
+    axes = one.axes()
+    need = one.need(Memory.WINDOW)
+    if need is None:
+        return _as_it_was(one)
+    return again(one.op, [_in_place(one.window(need), axes, _time_place(axes))])
+
+
+def _time_place(axes: Axes) -> int:
+    return next((i for i, dim in enumerate(axes) if time_of([dim]) is not None), 0)
+
+
+def _in_place(rows: Any, axes: Axes, place: int) -> Any:
+    """Return the rows of a window, ``(rows, kept + 1, sizes...)``, with the axes of the input that they are from."""
+    before = len(plain_sizes(axes[:place]))
+    order = [0, *range(2, 2 + before), 1, *range(2 + before, len(rows.shape))]
+    shape = step_shape(axes)
+    shape[place] = int(rows.shape[1])
+    return tf.reshape(tf.transpose(rows, order) if before else rows, shape)
+
+
+def _transposed_convolution(one: Operation) -> list[Any]:
+    shape = step_shape(one.out())
+    sizes = tf.stack([tf.shape(one.data(2))[0] if size < 0 else size for size in shape])
+    return again(one.op, [sizes, one.constant(1), one.data(2)])
+
+
+def _summed(one: Operation) -> list[Any]:
+    return [tf.add_n([one.filled(i, one.out()) for i in range(len(one.op.inputs))])]
+
+
+def _passed(one: Operation) -> list[Any]:
+    return [one.data()]
+
+
+_BY_MAKER: dict[Maker, tuple[str, ...]] = {
+    _reshaped: ("Reshape", "Squeeze", "ExpandDims"),
+    _sliced: ("StridedSlice",),
+    _part: ("Slice",),
+    _padded: ("Pad", "PadV2"),
+    _joined: ("ConcatV2",),
+    _stacked: ("Pack",),
+    _tiled: ("Tile", "BroadcastTo"),
+    _looked_up: ("GatherV2",),
+    _accumulated: ("Cumsum", "Cumprod"),
+    _convolved: ("Conv2D", "Conv3D", "DepthwiseConv2dNative"),
+    _pooled: ("AvgPool", "AvgPool3D", "MaxPool", "MaxPool3D"),
+    _transposed_convolution: ("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
+    _summed: ("AddN",),
+    _passed: ("EnsureShape", "Identity"),
+}
+_MAKERS = {kind: maker for maker, kinds in _BY_MAKER.items() for kind in kinds}

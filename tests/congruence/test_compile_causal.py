@@ -1,0 +1,229 @@
+"""Models with operations that look back: stepped = whole, and a row has the same bits whoever shares its batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from stepwell_server.compile.errors import ModelError
+from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors.step_function import Step, initial_rows, step_of_executor
+from stepwell_server.program import Program
+from support.models import causal
+from support.models.compiled import Compiled
+from support.models.programs import compile_model
+from support.samples import one_in
+
+Array = npt.NDArray[Any]
+TOLERANCE = 2e-5
+#: Names and shapes of states, and what they hold before the first step, if that is not zero.
+STATES: dict[str, dict[str, tuple[int, ...]]] = {
+    "conv": {"conv/last": (2, 4)},
+    "conv_kernel_1": {},
+    "conv_dilated": {"conv1d/last": (32, 4)},
+    "conv_2d": {"conv2d/last": (2, 8, 2)},
+    "shifted_decoder": {"gru/h": (3,), "gru/last": (1, 4)},
+    "cumulative_sum": {"cumsum/total": (4,)},
+    "block_called_twice": {"block/conv/last": (2, 4), "block/conv#2/last": (2, 4)},
+    "around_an_lstm": {
+        "lstm/h": (4,),
+        "lstm/c": (4,),
+        "conv1d/last": (2, 4),
+        "behind/last": (3, 4),
+    },
+}
+
+
+def compiled(name: str, folder: Path) -> Compiled:
+    """Compile a model; names of Keras's operations are those of a model built first."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    keras.backend.clear_session()
+    model = causal.build(name)
+    model.save(folder / "model.keras")
+    return Compiled(name, model, compile_model(folder / "model.keras"))
+
+
+@pytest.fixture(scope="module", params=one_in(8, causal.CAUSAL))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    return compiled(request.param, tmp_path_factory.mktemp("causal"))
+
+
+@dataclasses.dataclass
+class _Session:
+    """One session: its rows, all inputs since its last reset, and what it returned for them."""
+
+    states: list[Array]
+    inputs: list[list[Array]] = dataclasses.field(default_factory=list)
+    outputs: list[list[Array]] = dataclasses.field(default_factory=list)
+
+    def fork(self) -> _Session:
+        return _Session(list(self.states), list(self.inputs), list(self.outputs))
+
+
+def test_sessions_that_share_batches_fork_and_reset_equal_keras(model: Compiled) -> None:
+    rng, program = np.random.default_rng(3), model.program
+    step = step_of_executor(load_executor(program))
+    sizes = [1, 3, 2, 1]
+    sessions = [_Session(initial_rows(program.initial, rows)) for rows in sizes]
+    for _ in range(45):
+        chosen = [sessions[i] for i in rng.permutation(len(sessions))[: rng.integers(1, len(sessions) + 1)]]
+        _step_together(program, step, chosen, rng)
+        what = rng.random()
+        if what < 0.05:
+            place = int(rng.integers(len(sessions)))
+            rows = len(sessions[place].states[0]) if program.state else sizes[place % len(sizes)]
+            sessions[place] = _Session(initial_rows(program.initial, rows))
+        elif what < 0.1 and len(sessions) < 8:
+            sessions.append(sessions[int(rng.integers(len(sessions)))].fork())
+    for session in sessions:
+        _compare(model, session)
+
+
+def _step_together(
+    program: Program, step: Step, chosen: Sequence[_Session], rng: np.random.Generator
+) -> None:
+    """Step some sessions in one batch, each of them also alone: the bits must be the same."""
+    rows = [len(session.states[0]) if session.states else 2 for session in chosen]
+    drawn = [
+        [rng.standard_normal((count, *spec.shape)).astype(spec.dtype) for spec in program.inputs]
+        for count in rows
+    ]
+    together = step(
+        [np.concatenate(parts) for parts in zip(*drawn, strict=True)],
+        [np.concatenate(parts) for parts in zip(*(session.states for session in chosen), strict=True)],
+    )
+    outputs, states = ([np.array(value) for value in values] for values in together)
+    first = 0
+    for session, count, given in zip(chosen, rows, drawn, strict=True):
+        own = slice(first, first + count)
+        first += count
+        alone = step(given, session.states)
+        for one, all_of_them in zip((*alone[0], *alone[1]), (*outputs, *states), strict=True):
+            assert np.asarray(one).tobytes() == np.ascontiguousarray(all_of_them[own]).tobytes()
+        session.states = [np.array(value[own]) for value in states]
+        session.inputs.append(given)
+        session.outputs.append([value[own] for value in outputs])
+
+
+def _compare(model: Compiled, session: _Session) -> None:
+    steps = len(session.inputs)
+    if steps < 6:  # Keras fails on sequences shorter than what some models leave out.
+        return
+    inputs = [np.stack(values, 1) for values in zip(*session.inputs, strict=True)]
+    whole = model.keras(inputs)
+    for i, spec in enumerate(model.program.outputs):
+        seen = [outputs[i] for outputs in session.outputs]
+        stepped = np.stack(seen, 1) if spec.temporal else seen[-1]
+        expected = whole[spec.name]
+        scale = max(1.0, float(np.max(np.abs(expected))))
+        np.testing.assert_allclose(stepped, expected, rtol=0, atol=TOLERANCE * scale, err_msg=spec.name)
+
+
+def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
+    program = model.program
+    assert not program.proof.unproven
+    assert program.executor == "litert", program.executor_reason
+    assert not program.batch_sizes
+    names = {spec.name: spec.shape for spec in program.state}
+    assert names == STATES.get(model.name, names)
+
+
+@pytest.mark.slow
+def test_a_window_starts_with_what_the_layers_make_of_the_padding(tmp_path: Path) -> None:
+    model = compiled("conv_on_padding_with_bias", tmp_path)
+    (window,) = model.program.initial
+    dense = next(layer for layer in model.model.layers if type(layer).__name__ == "Dense")
+    expected = np.tanh(np.asarray(dense.bias))
+    np.testing.assert_allclose(
+        np.asarray(window, np.float32), np.broadcast_to(expected, window.shape), atol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_other_weights_are_compiled_with_the_same_trace(tmp_path: Path) -> None:
+    """Also where padding goes through layers, so that the states before the first step depend on weights."""
+    from stepwell_server.compile.program.pipeline import compile_traced
+    from stepwell_server.compile.program.recompile import compile_again, may_be_reused
+
+    for name in ("conv_on_padding_with_bias", "tcn"):
+        for seed in (1, 2):
+            causal.build(name, seed).save(tmp_path / f"{seed}.keras")
+        program, traced = compile_traced(tmp_path / "1.keras")
+        assert may_be_reused(traced, program)
+        assert program.architecture is not None
+        again = compile_again(traced, program.architecture, tmp_path / "2.keras", lambda _stage: None)
+        anew = compile_model(tmp_path / "2.keras")
+        for one, two in zip(again.initial, anew.initial, strict=True):
+            np.testing.assert_array_equal(one, two)
+        compiled_again = Compiled(name, None, again), Compiled(name, None, anew)
+        x = [np.random.default_rng(4).standard_normal((2, 9, 4)).astype(np.float32)]
+        bits = [[value.tobytes() for value in each.stepped(x, 9).values()] for each in compiled_again]
+        assert bits[0] == bits[1]
+
+
+REFUSED: dict[str, tuple[causal.Layers, str]] = {
+    "padded on both sides": (
+        lambda k, x: k.layers.Conv1D(2, 3, name="conv")(k.layers.ZeroPadding1D(1)(x)),
+        r"not causal: the layer 'conv' \(Conv1D\) looks ahead: it has a window of 3 over the time axis, 1 time step ahead; use",
+    ),
+    "left out at the front": (
+        lambda k, x: k.layers.Cropping1D((2, 0), name="crop")(x),
+        r"'crop' \(Cropping1D\) looks ahead: it takes a part of the time axis, 2 time steps ahead; use forward",
+    ),
+    "left out at the end": (
+        lambda k, x: k.layers.Cropping1D((0, 2), name="crop")(x),
+        r"step by step: the layer 'crop' \(Cropping1D\) returns 2 fewer elements than there are time steps; make",
+    ),
+    "longer": (
+        lambda k, x: k.layers.ZeroPadding1D((2, 0), name="pad")(x),
+        r"step by step: the layer 'pad' \(ZeroPadding1D\) returns 2 more elements than there are time steps; make",
+    ),
+    "the end of a shifted sequence": (
+        lambda k, x: k.ops.pad(x[:, :-2], ((0, 0), (0, 2), (0, 0))),
+        r"step by step: the operation 'pad\w*' \(Pad\) pads the end of a sequence that lags behind; make",
+    ),
+    "every second step": (
+        lambda k, x: k.layers.Conv1D(2, 2, strides=2, padding="causal", name="conv")(x),
+        r"the layer 'conv' \(Conv1D\) .*it has a window of 2 over the time axis; use a recurrent layer",
+    ),
+    "all later ones": (
+        lambda k, x: k.ops.flip(k.ops.cumsum(k.ops.flip(x, 1), 1), 1),
+        r"looks ahead: it reverses the time axis",
+    ),
+    "the last of later ones": (
+        lambda k, x: k.layers.Dense(2)(k.layers.Conv1D(2, 3, name="conv")(x)[:, -1]),
+        r"takes number -1 of the time axis",
+    ),
+    "a sum of later ones": (
+        lambda k, x: k.ops.cumsum(x[:, 1:], 1),
+        r"not causal: the operation 'cumsum\w*' \(Cumsum\) looks ahead: it accumulates along the time axis after",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", one_in(4, REFUSED))
+def test_what_looks_ahead_or_has_another_length_is_refused(
+    trace_and_probe: Any, keras: Any, name: str
+) -> None:
+    make, said = REFUSED[name]
+    x = keras.Input((None, 4), name="x")
+    y = make(keras, x)
+    with pytest.raises(ModelError, match=said):
+        trace_and_probe(keras.Model(x, y))
+
+
+@pytest.mark.slow
+def test_padding_that_depends_on_a_static_input_is_not_taken_for_a_constant(
+    trace_and_probe: Any, keras: Any
+) -> None:
+    x, static = keras.Input((None, 4)), keras.Input((4,))
+    padded = keras.layers.ZeroPadding1D((2, 0))(x) + keras.ops.expand_dims(static, 1)
+    with pytest.raises(ModelError, match=r"'conv' \(Conv1D\) looks ahead"):
+        trace_and_probe(keras.Model([x, static], keras.layers.Conv1D(2, 3, name="conv")(padded)))

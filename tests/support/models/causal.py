@@ -1,0 +1,202 @@
+"""Models with operations that look back: convolutions, pooling, shifts, sums. Keras is imported inside functions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Layers = Callable[[Any, Any], Any]
+"""Takes ``keras`` and a tensor, and returns a tensor."""
+FEATURES: dict[str, tuple[int, ...]] = {}
+"""Sizes of one time step of the input, where they are not ``(4,)``."""
+CAUSAL: dict[str, Layers] = {}
+"""What each model computes."""
+
+
+def build(name: str, seed: int = 1) -> Any:
+    """Build a model with random weights."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+    from support.models.zoo import randomize
+
+    x = keras.Input((None, *FEATURES.get(name, (4,))), name="x")
+    model = keras.Model(x, CAUSAL[name](keras, x))
+    randomize(model, seed)
+    return model
+
+
+def _add(name: str, layers: Layers, features: tuple[int, ...] = (4,)) -> None:
+    CAUSAL[name], FEATURES[name] = layers, features
+
+
+def _conv(keras: Any, x: Any, kernel: int = 3, **options: Any) -> Any:
+    return keras.layers.Conv1D(options.pop("filters", 4), kernel, padding="causal", **options)(x)
+
+
+def _front(keras: Any, x: Any, steps: int) -> Any:
+    return keras.layers.ZeroPadding1D((steps, 0))(x)
+
+
+def _lag(keras: Any, x: Any, steps: int, value: float = 0.0) -> Any:
+    return keras.ops.pad(x[:, :-steps], ((0, 0), (steps, 0), (0, 0)), constant_values=value)
+
+
+def _delay(keras: Any, x: Any, steps: int) -> Any:
+    return keras.layers.Cropping1D((0, steps))(_front(keras, x, steps))
+
+
+def _joined(keras: Any, x: Any) -> Any:
+    """Two learnt time steps in front, and the last two left out."""
+    from support.models.custom_layers import StartSteps
+
+    return StartSteps(2, name="start")(x)[:, :-2]
+
+
+# --- convolutions ------------------------------------------------------------------------------------------
+
+_add("conv", lambda k, x: _conv(k, x, name="conv"))
+_add("conv_kernel_1", lambda k, x: _conv(k, x, 1))
+_add("conv_kernel_9", lambda k, x: _conv(k, x, 9, activation="relu"))
+_add("conv_one_feature", lambda k, x: _conv(k, x, 4, filters=1), (1,))
+_add("conv_without_bias", lambda k, x: _conv(k, x, use_bias=False))
+_add("conv_dilated", lambda k, x: _conv(k, x, dilation_rate=16))
+_add("conv_grouped", lambda k, x: _conv(k, x, groups=2, filters=6))
+_add("conv_grouped_dilated", lambda k, x: _conv(k, x, groups=4, filters=8, dilation_rate=3))
+_add("conv_padded", lambda k, x: k.layers.Conv1D(5, 3)(_front(k, x, 2)))
+_add("conv_padded_too_much", lambda k, x: k.layers.Cropping1D((0, 3))(k.layers.Conv1D(5, 3)(_front(k, x, 5))))
+_add(
+    "conv_same_shifted",
+    lambda k, x: k.layers.Cropping1D((0, 2))(k.layers.Conv1D(5, 5, padding="same")(_front(k, x, 2))),
+)
+_add("conv_then_padded", lambda k, x: _front(k, k.layers.Conv1D(5, 3)(x), 2))
+_add(
+    "conv_on_padding_with_bias",
+    lambda k, x: k.layers.Conv1D(3, 3)(k.layers.Dense(5, activation="tanh")(_front(k, x, 2))),
+)
+_add("depthwise", lambda k, x: k.layers.DepthwiseConv1D(3, depth_multiplier=2)(_front(k, x, 2)))
+_add("depthwise_dilated", lambda k, x: k.layers.DepthwiseConv1D(3, dilation_rate=4)(_front(k, x, 8)))
+_add("separable", lambda k, x: k.layers.SeparableConv1D(6, 3)(_front(k, x, 2)))
+_add("separable_dilated", lambda k, x: k.layers.SeparableConv1D(6, 3, dilation_rate=2)(_front(k, x, 4)))
+
+
+def _plane(before: int, space: Any, *layers: Callable[[Any], Any]) -> Layers:
+    def call(keras: Any, x: Any) -> Any:
+        rank = len(x.shape) - 2
+        padding = getattr(keras.layers, f"ZeroPadding{rank}D")
+        x = padding(((before, 0), *[space] * (rank - 1)))(x)
+        for layer in layers:
+            x = layer(keras.layers)(x)
+        return x
+
+    return call
+
+
+_add("conv_2d", _plane(2, (1, 1), lambda k: k.Conv2D(3, 3)), (6, 2))
+_add("conv_2d_dilated", _plane(4, (0, 0), lambda k: k.Conv2D(3, (3, 1), dilation_rate=(2, 1))), (6, 2))
+_add("conv_2d_strided_in_space", _plane(1, (0, 1), lambda k: k.Conv2D(3, 2, strides=(1, 2))), (5, 2))
+_add(
+    "conv_2d_same",
+    _plane(
+        2, (0, 0), lambda k: k.Conv2D(3, (5, 3), padding="same"), lambda k: k.Cropping2D(((0, 2), (0, 0)))
+    ),
+    (6, 2),
+)
+_add("depthwise_2d", _plane(2, (1, 1), lambda k: k.DepthwiseConv2D(3)), (6, 2))
+_add("conv_3d", _plane(2, (0, 1), lambda k: k.Conv3D(3, (3, 2, 2))), (4, 3, 2))
+_add(
+    "frames",
+    lambda k, x: _conv(
+        k, k.layers.TimeDistributed(k.layers.Flatten())(k.layers.TimeDistributed(k.layers.Conv2D(2, 3))(x))
+    ),
+    (5, 5, 1),
+)
+
+# --- pooling, shifts, differences, sums -------------------------------------------------------------------
+
+_add("average_pooling", lambda k, x: k.layers.AveragePooling1D(5, strides=1)(_front(k, x, 4)))
+_add("max_pooling", lambda k, x: k.layers.MaxPooling1D(4, strides=1)(_front(k, x, 3)))
+_add("max_pooling_2d", _plane(1, (0, 0), lambda k: k.MaxPooling2D((2, 2), strides=(1, 2))), (6, 2))
+_add("shift", lambda k, x: _delay(k, x, 3))
+_add("shift_of_constants", lambda k, x: _lag(k, x, 2, 5.0))
+_add("shift_by_joining", _joined)
+_add("lags", lambda k, x: k.ops.concatenate([x, _lag(k, x, 1), _lag(k, x, 4)], -1))
+_add("difference", lambda k, x: _front(k, x[:, 1:] - x[:, :-1], 1))
+_add("second_difference", lambda k, x: _front(k, x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2], 2))
+_add("difference_to_shifted", lambda k, x: x - _delay(k, x, 5))
+_add(
+    "delayed_by_two_ways",
+    lambda k, x: k.layers.Concatenate()([_delay(k, x, 2), _delay(k, k.layers.Dense(3)(x), 6)]),
+)
+_add("product_with_the_past", lambda k, x: x * k.ops.sigmoid(_delay(k, x, 1)))
+_add("stacked_past", lambda k, x: k.ops.max(k.ops.stack([x, _delay(k, x, 1), _delay(k, x, 2)], 2), 2))
+_add("cumulative_sum", lambda k, x: k.ops.cumsum(x, 1))
+_add("cumulative_sum_of_shifted", lambda k, x: k.ops.cumsum(_delay(k, k.layers.Dense(2)(x), 2), 1))
+_add("cumulative_product", lambda k, x: k.ops.cumprod(k.ops.sigmoid(x) + 0.5, 1))
+_add("moving_sum", lambda k, x: k.ops.cumsum(x, 1) - _delay(k, k.ops.cumsum(x, 1), 3))
+
+# --- whole models ---------------------------------------------------------------------------------------
+
+
+def _tcn(keras: Any, x: Any) -> Any:
+    for i in range(4):
+        y = keras.layers.Conv1D(6, 3, padding="causal", dilation_rate=2**i, name=f"dilated_{i}")(x)
+        y = keras.layers.Dropout(0.1)(keras.layers.Activation("relu")(keras.layers.LayerNormalization()(y)))
+        x = keras.layers.Add()([keras.layers.Conv1D(6, 1)(x) if i == 0 else x, y])
+    return keras.layers.Dense(2)(x)
+
+
+def _wavenet(keras: Any, x: Any) -> Any:
+    skips = []
+    for i in range(3):
+        gate = _conv(keras, x, 2, dilation_rate=2**i, activation="sigmoid")
+        y = _conv(keras, x, 2, dilation_rate=2**i, activation="tanh") * gate
+        skips.append(keras.layers.Conv1D(3, 1)(y))
+        x = x + keras.layers.Conv1D(4, 1)(y)
+    return keras.layers.Dense(2)(keras.activations.relu(keras.layers.Add()(skips)))
+
+
+def _spotter(keras: Any, x: Any) -> Any:
+    x = keras.layers.BatchNormalization()(_conv(keras, x, 5, activation="relu"))
+    x = keras.layers.SeparableConv1D(6, 3, activation="relu")(_front(keras, x, 2))
+    return keras.layers.Dense(3, activation="softmax")(keras.layers.GRU(5, name="gru")(x))
+
+
+def _block(keras: Any, x: Any) -> Any:
+    inner = keras.Input((None, 4))
+    block = keras.Model(inner, inner + _conv(keras, inner, name="conv"), name="block")
+    return block(block(x))
+
+
+def _around_an_lstm(keras: Any, x: Any) -> Any:
+    x = keras.layers.LSTM(4, return_sequences=True, name="lstm")(_conv(keras, x))
+    return _conv(keras, x, 4, name="behind")
+
+
+def _shifted_decoder(keras: Any, x: Any) -> Any:
+    return keras.layers.GRU(3, return_sequences=True, name="gru")(_delay(keras, x, 1))
+
+
+def _masked(keras: Any, x: Any) -> Any:
+    told = keras.layers.Masking(0.0)(x)
+    hidden = keras.layers.LSTM(3, return_sequences=True, name="lstm")(told)
+    return _conv(keras, hidden * 1.0)
+
+
+def _two_outputs(keras: Any, x: Any) -> Any:
+    y = _conv(keras, x, name="conv")
+    return {"each": y, "last": keras.layers.GRU(3, name="gru")(y), "late": _delay(keras, y, 2)}
+
+
+def _squeezed(keras: Any, x: Any) -> Any:
+    y = _conv(keras, x, activation="swish")
+    return keras.layers.Multiply()([y, keras.layers.Dense(4, activation="sigmoid")(y)])
+
+
+_add("tcn", _tcn)
+_add("wavenet", _wavenet)
+_add("keyword_spotter", _spotter)
+_add("block_called_twice", _block)
+_add("around_an_lstm", _around_an_lstm)
+_add("shifted_decoder", _shifted_decoder)
+_add("behind_a_mask", _masked)
+_add("two_outputs", _two_outputs)
+_add("squeeze_and_excite", _squeezed)
