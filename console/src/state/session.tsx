@@ -25,6 +25,12 @@ export function SessionState({id, other, model}: SessionStateProps) {
   const live = useMemo(() => new Live(pair ? [id, pair] : [id]), [id, pair]);
   const choices = useMemo(() => new Choices(), [id]);
   useEffect(() => live.start(), [live]);
+  return <StateView id={id} other={pair} model={model} live={live} choices={choices} />;
+}
+
+/** The drawings of sessions that somebody watches. */
+export function StateView(props: SessionStateProps & {live: Live; choices: Choices}) {
+  const {id, other: pair, model, live, choices} = props;
   const reel = live.reel(id);
   useSignalEffect(() => {
     void [live.tick.value, choices.tensor.value, choices.row.value, choices.sort.value];
@@ -53,7 +59,7 @@ export function SessionState({id, other, model}: SessionStateProps) {
         ))}
       </div>
       <Legend live={live} reel={reel} choices={choices} />
-      <CompareForm key={other} id={id} other={pair} />
+      <CompareForm key={pair} id={id} other={pair} />
       {pair && <Distance id={id} other={pair} live={live} choices={choices} />}
       <Units id={id} live={live} choices={choices} />
       <Find id={id} live={live} choices={choices} />

@@ -51,7 +51,6 @@ export class StripPainter {
   /** Columns before this one are in the ring, in the colours of this limit. */
   private written = 0;
   private limit = 0;
-  private measured = 0;
 
   constructor(private readonly canvas: HTMLCanvasElement) {
     this.context = canvas.getContext("2d", {alpha: true}) as CanvasRenderingContext2D;
@@ -78,7 +77,7 @@ export class StripPainter {
     this.isDark = isDark;
     this.ring.width = view.reel.capacity;
     this.ring.height = this.order.length;
-    this.written = this.measured = 0;
+    this.written = 0;
   }
 
   /** Whether the ring is that of a view: a reel that began again has another track. */
@@ -92,15 +91,6 @@ export class StripPainter {
     const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
     if (this.canvas.width !== w) this.canvas.width = w;
     if (this.canvas.height !== h) this.canvas.height = h;
-  }
-
-  /** The greatest size of the values that came since the last call, or since show(). */
-  measure(): number {
-    if (!this.view) return 0;
-    const {end, first} = this.view.reel;
-    const greatest = this.greatest(this.view, Math.max(this.measured, first), end);
-    this.measured = end;
-    return greatest;
   }
 
   /** Draws a frame. Values of the size of `limit` and beyond have the strongest colours. */
@@ -173,19 +163,6 @@ export class StripPainter {
       const value = data[start + (order[place] as number)] as number;
       target[place * width + x] = colours[levelOf(value, limit)] as number;
     }
-  }
-
-  private greatest(view: View, from: number, to: number): number {
-    let greatest = 0;
-    const {data} = view.track;
-    for (let column = from; column < to; column++) {
-      const start = view.start(column);
-      for (let at = start; at < start + view.units; at++) {
-        const size = Math.abs(data[at] as number);
-        if (size > greatest && size < Infinity) greatest = size;
-      }
-    }
-    return greatest;
   }
 
   /** Resets are filled triangles, missing changes are dashes. Marks that would overlap share a pixel. */

@@ -58,7 +58,7 @@ export function Strip({id, live, choices}: StripProps) {
       current.show(view, choices.order.value, isDark.value);
     }
     current.resize(width, height, devicePixelRatio);
-    choices.widen(current.measure());
+    choices.widen(view.greatest);
     const frame = {...choices.window(reel), cursor: cursorCell(), selection: selectionCells()};
     current.draw(frame, choices.limit.value);
     const now = performance.now();

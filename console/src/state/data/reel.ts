@@ -50,12 +50,15 @@ export interface Block {
 /** The tensors of one kind (states, inputs or outputs) of every column. */
 export class Track {
   readonly data: Float32Array;
+  /** The greatest size that a value of each block ever had. */
+  readonly greatest: Float64Array;
   private constructor(
     readonly blocks: readonly Block[],
     readonly width: number,
     readonly capacity: number,
   ) {
     this.data = new Float32Array(capacity * width).fill(NaN);
+    this.greatest = new Float64Array(blocks.length);
   }
 
   static of(tensors: readonly Tensor[], rows: number, capacity: number): Track {
@@ -85,6 +88,10 @@ export class Track {
     this.data.fill(NaN, start, start + this.width);
     tensors.forEach((tensor, i) => {
       const block = this.blocks[i] as Block;
+      for (const value of tensor.values) {
+        const size = Math.abs(value);
+        if (size > (this.greatest[i] as number) && size < Infinity) this.greatest[i] = size;
+      }
       const partial = rows.length > 0 && tensor.shape[0] === rows.length;
       const count = partial ? rows.length : Math.min(block.rows, tensor.shape[0] ?? 0);
       for (let r = 0; r < count; r++) {
@@ -285,6 +292,11 @@ export class View {
 
   get units(): number {
     return this.block.units;
+  }
+
+  /** The greatest size that a value of the tensor ever had, in any row. */
+  get greatest(): number {
+    return this.track.greatest[this.track.blocks.indexOf(this.block)] ?? 0;
   }
 
   /** Where the values of a column begin in `track.data`. */

@@ -69,16 +69,9 @@ export function distribution(
 
 export const SATURATED = 0.95;
 
-/** Whether a state can saturate: its values are all within -1 and 1, and it is no cell state, which has no bound. */
+/** Whether a state can saturate: it never had a value beyond 1, and it is no cell state, which has no bound. */
 export function isBounded(view: View): boolean {
-  if (/(^|\/)c(_\d+)?$/.test(view.block.name)) return false;
-  for (let column = view.reel.first; column < view.reel.end; column++) {
-    const start = view.start(column);
-    for (let at = start; at < start + view.units; at++) {
-      if (Math.abs(view.track.data[at] as number) > 1) return false;
-    }
-  }
-  return true;
+  return view.greatest <= 1 && !/(^|\/)c(_\d+)?$/.test(view.block.name);
 }
 
 /** Share of a unit's values beyond 0.95 in either direction; null for a state without bounds. */
