@@ -70,7 +70,12 @@ def main(units: int = 256, revisions: int = 2000, frames: int = 600) -> None:
             page.evaluate("([name, count]) => measure(name, count)", [case, frames])
             tasks = _tasks_ms(browser.stop_tracing())
             longest = tasks[:frames]
-            figures = longest[len(longest) // 2], longest[len(longest) // 100], longest[0], sum(tasks) / frames
+            figures = (
+                longest[len(longest) // 2],
+                longest[len(longest) // 100],
+                longest[0],
+                sum(tasks) / frames,
+            )
             print(f"| {case} | " + " | ".join(f"{one:.1f}" for one in figures) + " |")
         browser.close()
 
