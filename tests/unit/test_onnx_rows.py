@@ -467,11 +467,30 @@ HALF, DOUBLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE
         ("Tanh", FLOAT, (N, 5), True),
         ("Tanh", DOUBLE, (N, 5), False),
         ("Softmax", DOUBLE, (N, 5), False),
+        ("Softmax", HALF, (N, 16), False),
+        ("Softmax", FLOAT, (N, 5), True),
+        ("Tanh", HALF, (N, 5), True),
     ],
 )
 def test_bits_that_depend_on_the_place_are_known(kind: str, dtype: int, shape: Any, is_even: bool) -> None:
     case = Case([node(kind, "x", "y")], {"x": (dtype, shape)})
     assert case.uneven == ("" if is_even else f"operator {kind} 'y'")
+
+
+def test_products_of_small_batches_have_other_bits() -> None:
+    einsum = Case(
+        [node("Einsum", "x W", "y", equation="bi,ij->bj")], {"x": (FLOAT, (N, 128))}, {"W": drawn(128, 1)}
+    )
+    assert einsum.uneven == "operator Einsum 'y'"
+    assert recurrent("RNN", 1).uneven == "operator RNN 'whole'"
+    assert not recurrent("LSTM", 4).uneven
+    run = plain(einsum.made.SerializeToString())
+    x = np.random.default_rng(4).standard_normal((256, 128)).astype(np.float32)
+    expected = run({"x": x})["y"]
+    for size in (16, 32, 64, 128):
+        for start in range(0, 256, size):
+            part = run({"x": x[start : start + size]})["y"]
+            assert part.tobytes() == expected[start : start + size].tobytes()
 
 
 def test_bits_of_rows_that_are_lost_may_depend_on_the_place() -> None:
