@@ -220,3 +220,15 @@ def test_a_start_checks_with_ones_own_data(files: dict[str, Path], tmp_path: Pat
     assert err.splitlines()[-1] == (
         f"stepwell: error: model plain: --check-with: {tmp_path}/x.npz: must hold the inputs 'x'; got 'z'"
     )
+
+
+def test_a_server_refuses_a_step_function_with_advice_for_servers(tmp_path: Path) -> None:
+    file = step_functions.saved(tmp_path, "mic", step_functions.branches)
+    with serve({"mic": file}, ready=False) as server:
+        code, _, err = server.finish()
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"stepwell: error: model mic: {file}: input 'input' must have a known shape; the file leaves [?] of a row open. Give it, "
+        "--shape input=SIZES. Here the option is a table of a file model.toml next to the model; 'stepwell compile --inspect' shows "
+        "which it needs"
+    )

@@ -136,7 +136,15 @@ def _compile(
             _check(name, data, compiler.compare(path, program, data, limits))
     except DataError as error:
         raise DataError(f"--check-with: {error}") from error
+    except ModelError as error:
+        if any(f"--{option}" in str(error) for option in declaration.FIELDS):
+            raise type(error)(f"{error}. {_DECLARED}", error.details) from error
+        raise
     return program
+
+
+_DECLARED = "Here the option is a table of a file model.toml next to the model; 'stepwell compile --inspect' shows which it needs"
+"""Advice for step functions, whose refusals name options of `stepwell compile`."""
 
 
 def _proof_options(settings: Settings, name: str, path: Path) -> ProofOptions:
