@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the extra onnx")
 
+import onnx
+
 from stepwell_server import program_file
 from stepwell_server.compile.onnx import declaration, pairs
 from stepwell_server.compile.onnx.pipeline import compile_step_function
@@ -128,6 +130,22 @@ def test_constants_and_a_context_are_part_of_the_program(tmp_path: Path) -> None
     slow = compiled("branches", tmp_path, dataclasses.replace(DECLARED["branches"], constants={"sr": 8000}))
     assert slow.fingerprint != program.fingerprint
     assert not np.array_equal(stepped(slow, [x])[0][0], outputs[0])
+
+
+def test_weights_in_operators_and_branches_are_counted(tmp_path: Path) -> None:
+    def make() -> Any:
+        found = step_functions.branches()
+        branch = next(each for each in found.graph.node if each.op_type == "If").attribute[0].g
+        weights = np.zeros((7, 3), np.float32)
+        constant = step_functions.node("Constant", "", "w", value=onnx.numpy_helper.from_array(weights))
+        branch.node.insert(0, constant)
+        return found
+
+    file = step_functions.saved(tmp_path, "branches", make)
+    program = compile_few(file, ProofOptions(declaration=DECLARED["branches"]), (1,))
+    assert program.provenance is not None
+    # W, rate, zero and half, and the constants of sr and of the branch
+    assert program.provenance.parameters == 6 * 3 + 3 + 1 + 7 * 3
 
 
 def test_several_inputs_outputs_and_states(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from stepwell_server.compile.errors import ModelError, gist, quoted
 from stepwell_server.compile.onnx import declaration, reading, samples
 from stepwell_server.compile.onnx.interface import Input, Interface, context_name, dtype_of_info, resolve
 from stepwell_server.compile.onnx.rewrite import rewritten, with_shapes
-from stepwell_server.compile.onnx.rows.walk import Known, Lost, follow
+from stepwell_server.compile.onnx.rows.walk import Known, Lost, follow, nodes_of
 from stepwell_server.compile.onnx.sizes import require_bounded
 from stepwell_server.engine.executors import load_executor, onnx_runtime, trial
 from stepwell_server.engine.executors.base import ExecutionError
@@ -270,9 +270,18 @@ def _provenance(file: Path, content: bytes, model: onnx.ModelProto) -> Provenanc
         compiled_time=int(epoch if epoch.isdecimal() else time.time()),
         versions={name: version_of(name) for name in _PACKAGES},
         processor=platform.machine(),
-        parameters=sum(math.prod(tensor.dims) for tensor in model.graph.initializer),
+        parameters=_parameters(model.graph),
         layers=(),
     )
+
+
+def _parameters(graph: onnx.GraphProto) -> int:
+    """The number of weights, also of those in branches, which exporters write as operators (Constant)."""
+    tensors = [tensor for each in [graph, *reading.inner_graphs(graph)] for tensor in each.initializer]
+    for node in nodes_of(graph):
+        if node.op_type == "Constant":
+            tensors += [each.t for each in node.attribute if each.HasField("t")]
+    return sum(math.prod(tensor.dims) for tensor in tensors)
 
 
 def _sizes_of(traced: _Traced) -> Sequence[int]:

@@ -49,7 +49,7 @@ def parsed(content: bytes) -> onnx.ModelProto:
             model = inliner.inline_local_functions(model)
         except Exception as error:
             raise ModelError(f"its functions cannot be inlined: {gist(error)}") from error
-    graphs = [model.graph, *_inner_graphs(model.graph)]
+    graphs = [model.graph, *inner_graphs(model.graph)]
     for graph in graphs:
         if graph.sparse_initializer:
             raise ModelError("has sparse weights, which are not supported; store them as dense ones")
@@ -65,7 +65,8 @@ def parsed(content: bytes) -> onnx.ModelProto:
     return model
 
 
-def _inner_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def inner_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs in operators of a graph, such as branches."""
     for node in nodes_of(graph):
         for attribute in node.attribute:
             if attribute.HasField("g"):
