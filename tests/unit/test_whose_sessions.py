@@ -199,7 +199,6 @@ async def server(at: Calls, _session_id: str) -> None:
     await asyncio.gather(serving, return_exceptions=True)
     assert [model.name for model in reply.models] == ["other", "plain"]
     assert not any(model.sessions for model in reply.models)
-    assert reply.caller_role == "user"
     assert not reply.HasField("server")
     assert not (reply.tenants)
     assert not (reply.slow_sessions)

@@ -280,8 +280,7 @@ Global___WatchServerRequest: _TypeAlias = WatchServerRequest  # noqa: Y015
 class WatchServerResponse(_message.Message):
     """Response of WatchServer: the activity of the server since the previous response. The first response follows at once,
     and has no rates and latencies. If the server authenticates its callers and the caller is not an admin, the response
-    has only time, ready, problems and warnings without their reasons, the caller's role, and the names and versions of the
-    models.
+    has only time, ready, problems and warnings without their reasons, and the names and versions of the models.
 
     It has no list of replicas: servers that share a store do not know of each other. A caller that knows their addresses
     watches each of them; those with the same ServerActivity.store_id share a store.
@@ -340,13 +339,10 @@ class WatchServerResponse(_message.Message):
     ERRORS_FIELD_NUMBER: _builtins.int
     TENANTS_FIELD_NUMBER: _builtins.int
     SLOW_SESSIONS_FIELD_NUMBER: _builtins.int
-    CALLER_ROLE_FIELD_NUMBER: _builtins.int
     interval_seconds: _builtins.float
     """Time that rates and latencies cover, in seconds. 0: there are none yet."""
     ready: _builtins.bool
     """Whether the server can answer calls."""
-    caller_role: _builtins.str
-    """Role of the caller: "viewer", "user" or "admin". If the server does not authenticate its callers, all are admins."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """Time of the response."""
@@ -397,11 +393,10 @@ class WatchServerResponse(_message.Message):
         errors: _abc.Iterable[Global___ErrorActivity] | None = ...,
         tenants: _abc.Iterable[Global___TenantActivity] | None = ...,
         slow_sessions: _abc.Iterable[_models_pb2.SlowSession] | None = ...,
-        caller_role: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller_role", b"caller_role", "errors", b"errors", "interval_seconds", b"interval_seconds", "methods", b"methods", "models", b"models", "problems", b"problems", "ready", b"ready", "server", b"server", "slow_sessions", b"slow_sessions", "tenants", b"tenants", "time", b"time", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "interval_seconds", b"interval_seconds", "methods", b"methods", "models", b"models", "problems", b"problems", "ready", b"ready", "server", b"server", "slow_sessions", b"slow_sessions", "tenants", b"tenants", "time", b"time", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
