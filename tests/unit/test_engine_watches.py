@@ -354,6 +354,20 @@ async def test_too_much_is_refused(at: Harness, monkeypatch: pytest.MonkeyPatch)
     assert at.engine.watch_counts().sessions == 0
 
 
+async def test_a_session_has_at_most_so_many_watches(at: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchers_module, "MAX_WATCHES_OF_SESSION", 2)
+    await at.open("a", "b")
+    async with watching(at, "a", caller="one"), watching(at, "a", "b", caller="other"):
+        with pytest.raises(Overloaded) as caught:
+            at.engine.watch_sessions(["b", "a"], ALL, "third")
+        assert caught.value.message == "watches of a session must stay within 2; session 'a' has as many"
+        assert at.engine.watch_counts()[:2] == (2, 3), "nothing of the refused watch is left"
+        async with watching(at, "b", caller="third"):
+            pass
+    async with watching(at, "a", caller="third"):
+        pass
+
+
 @ALL_STORES
 async def test_the_end_of_a_session_says_why(at: Harness) -> None:
     await at.open("a", "b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 from stepwell_server.engine.types import Tensors
@@ -11,6 +12,7 @@ from stepwell_server.errors import ServerError
 
 #: Bytes of an event besides its tensors.
 _EVENT_BYTES = 256
+_numbers = itertools.count(1)
 
 
 class Kind(enum.Enum):
@@ -36,6 +38,11 @@ class Wanted:
     """Report a change after this many changes, unless `interval_s` is set."""
     interval_s: float = 0.0
     """Report a change after this time; 0: by `revisions`."""
+
+    @property
+    def what(self) -> tuple[bool, bool, bool, Collection[str]]:
+        """The tensors that it reports."""
+        return self.inputs, self.outputs, self.states, self.state_names
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -68,6 +75,8 @@ class Event:
     """Another server made the change."""
     error: ServerError | None = None
     """Why the session ended."""
+    sample: int = 0
+    """Number of the `Sample` that it is made of; 0: none."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -102,6 +111,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         self._known: dict[str, Tensors] = {}
+        self._number = next(_numbers)
 
     def _read(self, what: str) -> Tensors:
         found = self._known.get(what)
@@ -119,6 +129,7 @@ class Sample:
             time=self.time,
             version=self.version,
             from_store=from_store,
+            sample=self._number,
         )
         if kind is Kind.PRESENT:
             event.model, event.uid = self.model, self.uid

@@ -46,6 +46,8 @@ MAX_SESSIONS = 1024
 """Sessions of one watch."""
 MAX_WATCHED = 65_536
 """Sessions of all watches, counted once for each watch. No caller may hold more than is left for the others."""
+MAX_WATCHES_OF_SESSION = 256
+"""Watches of one session, of all callers: each of its changes costs time for each of them."""
 MAX_HELD_BYTES = 128 << 20
 """Bytes of events that wait for slow readers, of all watches."""
 COMPARE_INTERVAL_S = 0.5
@@ -134,6 +136,12 @@ class Watchers:
                 f" watched, {self._held[caller]} of them by this caller, and this call adds {count}",
                 retry_after_s=_RETRY_AFTER_S,
             )
+        for session_id in session_ids:
+            if len(self._by_id.get(session_id, ())) >= MAX_WATCHES_OF_SESSION:
+                raise Overloaded(
+                    f"watches of a session must stay within {MAX_WATCHES_OF_SESSION}; session {session_id!r} has as many",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
         watch = Watch(session_ids, wanted, self._clock, self._budget, self._catch_up, self._left)
         self._callers[watch] = caller, count
         self._held[caller] += count

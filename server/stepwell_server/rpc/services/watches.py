@@ -11,6 +11,7 @@ from google.protobuf import duration_pb2
 
 from stepwell.v1 import watch_pb2 as pb
 from stepwell_server.core.callers import Role
+from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.engine.watches.events import Event, Kind, Wanted
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Stopping
 from stepwell_server.rpc import convert, tenancy, tensors
@@ -34,6 +35,8 @@ _SERVER_INTERVAL_S = 1.0
 _RETRY_AFTER_S = 1.0
 #: Events that arrive within this time are one message: each message costs more than an event.
 _GATHER_S = 0.02
+#: Limits of the events that are kept for other watches of the session: their number, and the bytes of each.
+_MAX_SHARED, _MAX_SHARED_BYTES = 256, 16 << 10
 #: Bytes of a message besides the tensors of its largest event.
 _REST_BYTES = 64 << 10
 _KINDS: dict[Kind, pb.SessionEventKind.ValueType] = {
@@ -78,6 +81,7 @@ class WatchServicer:
         self._auditor = auditor
         self._is_stopping = False
         self._server_watches: set[asyncio.Task[None]] = set()
+        self._encoded: RecentValues[tuple[Any, ...], bytes] = RecentValues(_MAX_SHARED)
         self._stopped = asyncio.Event()
 
     def refuse_streams(self) -> None:
@@ -111,15 +115,30 @@ class WatchServicer:
     async def _report(self, watch: Watch, call: Call, *, as_values: bool) -> None:
         limit = tensors.reply_limit(self._max_reply_bytes - _REST_BYTES, as_values=as_values)
         while events := await watch.next():
-            response = pb.WatchSessionsResponse()
+            parts: list[bytes] = []
             for event in events:
                 if event.tensor_bytes > limit:
                     watch.end(event.session_id, _too_large(event, limit))
                     continue
-                _add_event(response, event, as_values=as_values)
-            if response.events:
-                await call.write(response.SerializeToString())
+                parts.append(self._encode(event, watch.wanted, as_values=as_values))
+            if parts:
+                await call.write(
+                    b"".join(parts)
+                )  # responses one after the other are one with all of their events
             await asyncio.sleep(_GATHER_S)
+
+    def _encode(self, event: Event, wanted: Wanted, *, as_values: bool) -> bytes:
+        """A response with one event. Watches of a session that want the same share it."""
+        counts = event.skipped, event.dropped, event.from_store
+        key = (event.sample, event.kind, wanted.what, as_values, counts)
+        data = self._encoded.get(key)
+        if data is None:
+            response = pb.WatchSessionsResponse()
+            _add_event(response, event, as_values=as_values)
+            data = response.SerializeToString()
+            if event.sample and len(data) <= _MAX_SHARED_BYTES:
+                self._encoded.put(key, data)
+        return data
 
     async def watch_server(self, call: Call) -> None:
         """Report the activity of the server until the caller cancels."""
@@ -159,7 +178,6 @@ class WatchServicer:
             ready=report.is_ready,
             problems={about: reason if is_counted else "" for about, reason in report.problems.items()},
             warnings={about: reason if is_counted else "" for about, reason in report.warnings.items()},
-            caller_role=call.who.role.value,
         )
         activity = await self._figures.between(before, now)
         statuses = self._control.statuses()
@@ -213,12 +231,11 @@ def _until_next(interval_s: float) -> float:
 
 
 def _interval_s(interval: duration_pb2.Duration, least_s: float) -> float:
-    seconds = convert.to_seconds(interval, "interval")
-    if not least_s <= seconds <= MAX_INTERVAL_S:
-        raise InvalidInput(
-            f"interval must be from {least_s:g} s to {MAX_INTERVAL_S:g} s; got {convert.seconds_text(interval)} s"
-        )
-    return seconds
+    seconds = interval.seconds + interval.nanos / 1e9
+    if least_s <= seconds <= MAX_INTERVAL_S:
+        return convert.to_seconds(interval, "interval")
+    text = f"{seconds:g}" if seconds < 0 else convert.seconds_text(interval)
+    raise InvalidInput(f"interval must be from {least_s:g} s to {MAX_INTERVAL_S:g} s; got {text} s")
 
 
 def _wanted(request: pb.WatchSessionsRequest) -> Wanted:
