@@ -278,9 +278,14 @@ class SessionTable:
                 revisions.item(0) >= self.watch_revision.item(handle) or now >= self.watch_at.item(handle)
             )
             return [0] if is_due else []
-        due = (revisions >= self.watch_revision[handles]) | (now >= self.watch_at[handles])
-        due &= self.watched[handles]
-        places: list[int] = due.nonzero()[0].tolist()
+        # methods: functions of numpy are dispatched in Python, which costs as much again
+        watched = self.watched.take(handles).nonzero()[0]
+        if not len(watched):
+            return []
+        handles = handles.take(watched)
+        due = revisions.take(watched) >= self.watch_revision.take(handles)
+        due |= self.watch_at.take(handles) <= now
+        places: list[int] = watched[due].tolist()
         return places
 
     def remove(self, handle: int) -> None:

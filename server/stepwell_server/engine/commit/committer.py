@@ -226,10 +226,7 @@ class Committer:
         if outcome.arrays or outcome.model.replies.series:
             outcome.model.replies.remember(handles, outcome.arrays)
         if table.watched_ids:
-            # an index costs a fraction of an array of indexes
-            watched = table.watched[handles[0]] if len(handles) == 1 else table.watched[handles].any()
-            if watched:
-                self._watched(outcome, places)
+            self._watched(outcome, places)
         answer(None, places)
         self._release(handles)
 
