@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def _working(server: ServerProcess) -> Iterator[None]:
 
 
 def _command(server: ServerProcess, metrics: str, *arguments: str) -> list[str]:
-    where = ("--server", server.address, "--metrics", f"http://{metrics}", "--interval", "1s")
+    named = ("--metrics", f"http://{metrics}") if metrics else ()
+    where = ("--server", server.address, *named, "--interval", "1s")
     return [str(Path(sys.executable).with_name("stepwell")), "top", *where, *arguments]
 
 
@@ -131,7 +133,7 @@ def _top(*servers: ServerProcess, metrics: str = "") -> subprocess.CompletedProc
     addresses = ",".join(server.address for server in servers)
     program = str(Path(sys.executable).with_name("stepwell"))
     named = ("--metrics", f"http://{metrics}") if metrics else ()
-    command = [program, "top", "--json", "--interval", "100ms", "--server", addresses, *named]
+    command = [program, "top", "--json", "--interval", "200ms", "--server", addresses, *named]
     return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
 
 
@@ -147,14 +149,13 @@ def test_each_server_says_where_its_metrics_are(
     mine, theirs = _info(server), _info(other)
     assert mine.metrics_address == metrics
     assert mine.id != theirs.id
-    for servers, expected in (((server,), [mine]), ((other,), [theirs]), ((other, server), [theirs, mine])):
-        done = _top(*servers)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)["servers"]
-        assert [(row["metrics"], row["id"]) for row in found] == [
-            (one.metrics_address, one.id) for one in expected
-        ]
-        assert done.stderr == ""
+    done = _top(other, server)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["servers"]
+    assert [(row["metrics"], row["id"]) for row in found] == [
+        (one.metrics_address, one.id) for one in (theirs, mine)
+    ]
+    assert done.stderr == ""
 
 
 def test_metrics_of_another_server_are_never_shown_without_a_word(
@@ -195,12 +196,44 @@ def test_a_server_that_was_restarted_is_asked_again(
         assert (metrics.read().server_ids, metrics.name) == ([after.id], after.metrics_address)
 
 
-def test_a_server_without_metrics_says_so() -> None:
+def test_a_server_reports_itself_as_its_metrics_do(busy: tuple[ServerProcess, str]) -> None:
+    server, metrics = busy
+    with _working(server):
+        by_itself, by_metrics = (json.loads(_top(server, metrics=where).stdout) for where in ("", metrics))
+    (one,) = by_itself["servers"]
+    assert one == {"id": _info(server).id, "metrics": "", "error": ""}
+    assert _shape(by_itself) == _shape(by_metrics)
+    for found in (by_itself, by_metrics):
+        (model,) = found["models"]
+        assert (model["model"], model["sessions"]) == ("forecast", 1)
+        assert 0 < model["p50_s"] <= model["p99_s"]
+        assert model["row_steps_per_s"] > 0
+        assert [(error["reason"], error["model"]) for error in found["errors"]] == [("SESSION_NOT_FOUND", "")]
+        assert [slow["session_id"] for slow in found["slow_sessions"]] == ["busy one"]
+    same = ("version", "front", "store", "store_id", "store_ready", "ready", "max_memory_bytes")
+    assert all(by_itself["server"][key] == by_metrics["server"][key] for key in same)
+
+
+def _shape(found: Any) -> Any:
+    """Keys and types of a document; of a list those of its first entry."""
+    if isinstance(found, dict):
+        return {key: _shape(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_shape(each) for each in found[:1]]
+    return (
+        "number" if isinstance(found, (int, float)) and not isinstance(found, bool) else type(found).__name__
+    )
+
+
+def test_a_server_without_metrics_reports_itself_alone(other: ServerProcess) -> None:
     with serve("--metrics-listen", "off") as server:
         assert _info(server).metrics_address == ""
         done = _top(server)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"the server at {server.address} (--server) serves no metrics" in done.stderr
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [model["model"] for model in json.loads(done.stdout)["models"]] == ["forecast"]
+        both = _top(server, other)
+    assert both.returncode == 0, "the other one answers"
+    assert f"the server at {server.address} (--server) serves no metrics" in both.stdout
 
 
 def test_what_cannot_be_read_is_said(busy: tuple[ServerProcess, str]) -> None:
@@ -247,8 +280,11 @@ def test_a_server_that_is_gone_holds_up_nothing(busy: tuple[ServerProcess, str],
 
 
 @pytest.mark.slow
-def test_on_a_terminal_it_runs_until_q_is_pressed(busy: tuple[ServerProcess, str]) -> None:
-    server, metrics = busy
+@pytest.mark.parametrize("reports_itself", [True, False])
+def test_on_a_terminal_it_runs_until_q_is_pressed(
+    busy: tuple[ServerProcess, str], reports_itself: bool
+) -> None:
+    server, metrics = busy[0], "" if reports_itself else busy[1]
     seen = b""
     with _working(server), _in_terminal(_command(server, metrics)) as (running, ours):
         while seen.count(b"busy one") < 2:  # the second picture

@@ -154,7 +154,7 @@ class SessionWatch(WatchCore[SessionEvent]):
         return [SessionEvent._from_message(message)]
 
 
-class ServerWatch(WatchCore[ServerActivity]):
+class _OfServer(WatchCore[T]):
     """A watch of a server."""
 
     def __init__(self, core: Core, interval_s: float) -> None:
@@ -169,6 +169,17 @@ class ServerWatch(WatchCore[ServerActivity]):
 
     def request(self, _ids: Sequence[str]) -> Message:
         return watch_pb2.WatchServerRequest(interval=self._interval)
+
+
+class ServerReports(_OfServer[watch_pb2.WatchServerResponse]):
+    """A watch of a server, with the messages as they are."""
+
+    def values(self, reply: watch_pb2.WatchServerResponse) -> Sequence[watch_pb2.WatchServerResponse]:
+        return [reply]
+
+
+class ServerWatch(_OfServer[ServerActivity]):
+    """A watch of a server, for programs."""
 
     def values(self, reply: watch_pb2.WatchServerResponse) -> Sequence[ServerActivity]:
         return [ServerActivity._from_message(reply)]

@@ -1,10 +1,11 @@
-"""`stepwell top`: the activity of one server, or of several together, from their metrics."""
+"""`stepwell top`: the activity of one server as it reports it, or of several together, from their metrics."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
+import queue
 import re
 import select
 import sys
@@ -22,7 +23,7 @@ import click
 
 from stepwell._base import addresses
 from stepwell._base.activity import Scrape, Seen, picture
-from stepwell.cli.toolkit import render
+from stepwell.cli.toolkit import render, reported
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure, as_failure
 from stepwell.cli.toolkit.help import Command
 from stepwell.cli.toolkit.target import Target, as_options, json_option, server_options
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from stepwell import Client, ServerInfo, SlowSession, StepwellError
+    from stepwell.v1.watch_pb2 import WatchServerResponse
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,6 +48,10 @@ _SLOW_S = 1.0
 """Time limit of each of several servers to answer a call, so that one that is down does not delay the picture."""
 _MIN_PATIENCE_S = 0.25
 """A live picture waits for answers for half of its interval, but at least this long."""
+_WHOLE = 0.9
+"""Share of the interval that a report must cover."""
+_PATIENCE = 1.5
+"""A live picture waits for a report for this many intervals."""
 _WIDTH = 80
 """Columns of a picture that does not go to a terminal."""
 
@@ -87,7 +93,7 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
         ),
         (
             "servers",
-            "list: metrics (their address), id, error (if it did not answer)",
+            "list: id, metrics (their address, empty for a server that reports itself), error (if it did not answer)",
         ),
         (
             "models",
@@ -105,8 +111,8 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
     envvar="STEPWELL_METRICS_URL",
     show_envvar=True,
     callback=_metrics_urls,
-    help="Address of the server's metrics; for several servers all of them, separated by commas. Default: the address"
-    " that each server reports to admins, and for other callers port 9464 of its host.",
+    help="Read these metrics instead of asking the server; for several servers all of them, separated by commas. Needed"
+    " by callers who are not admins, and for several servers whose metrics are not where they report them.",
 )
 @click.option(
     "--metrics-token-file",
@@ -119,7 +125,7 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--interval",
     metavar="TIME",
-    type=Duration(0.1, 3600),
+    type=Duration(0.2, 3600),
     default=2.0,
     show_default=True,
     help="Time between two updates. Rates and percentiles cover this time.",
@@ -148,12 +154,13 @@ def top(
 ) -> None:
     """Show the activity of a server, or of several: steps, latency, passes, sessions, tenants, errors and slow sessions.
 
-    The numbers come from the servers' metrics, and from one call for slow sessions. Metrics of another server process
-    than --server are refused. On a terminal the picture is updated every --interval until you press q, also while a
-    server restarts.
+    One server reports its numbers to admins by itself (WatchServer): it needs no metrics port. On a terminal the picture
+    is updated every --interval until you press q, also while a server restarts.
 
-    For several servers it shows totals: rates are added up, percentiles cover all calls, and sessions are those of
-    the shared store. A server that does not answer is named and left out. Name one server to see it alone.
+    For several servers it shows totals, from their metrics: rates are added up, percentiles cover all calls, and
+    sessions are those of the shared store. A server that does not answer is named and left out. Metrics of another
+    server process than --server are refused. For callers who are not admins, one server is shown from its metrics, too,
+    by default from port 9464 of its host.
     """
     servers = addresses.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
@@ -167,11 +174,21 @@ def top(
             stack.enter_context(dataclasses.replace(target, address=server).connect("Looking", prints=True))
             for server in servers
         ]
+        is_live = not as_json and not once and sys.stdout.isatty()
+        if not metrics and len(servers) == 1 and _info(clients[0], target.timeout_s).role == "admin":
+            patience_s = (_PATIENCE if is_live else 2.0) * interval + (0.0 if is_live else target.timeout_s)
+            _run(
+                _reported(clients[0], servers[0], interval, rows, patience_s),
+                interval,
+                rows,
+                is_live,
+                as_json,
+            )
+            return
         sources = [Source(url, None, token, target.timeout_s) for url in metrics] or [
             Source(server, client, token, target.timeout_s)
             for server, client in zip(servers, clients, strict=True)
         ]
-        is_live = not as_json and not once and sys.stdout.isatty()
         looks = [Calls(source.look) for source in sources]
         slow = [Calls(partial(_slow, client, rows, alone=len(clients) == 1)) for client in clients]
         calls: list[Calls[Any]] = [*looks, *slow]
@@ -184,17 +201,62 @@ def top(
             wait([one.begin() for one in calls], patience_s)
             return picture(look(sources, looks, patience_s), _slowest(slow, rows, patience_s), time.time())
 
-        if is_live:
-            _live(show, interval, rows)
-            return
-        time.sleep(interval)
-        if as_json:
-            render.print_json(show())
-        else:
-            from rich.console import Console
+        if not is_live:
+            time.sleep(interval)
+        _run(show, interval, rows, is_live, as_json)
 
-            width = None if sys.stdout.isatty() else _WIDTH
-            Console(width=width, highlight=False).print(screen(show(), rows))
+
+def _run(
+    show: Callable[[], dict[str, Any]], interval: float, rows: int, is_live: bool, as_json: bool
+) -> None:
+    """Show pictures until q is pressed, or one."""
+    if is_live:
+        _live(show, interval, rows)
+    elif as_json:
+        render.print_json(show())
+    else:
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else _WIDTH
+        Console(width=width, highlight=False).print(screen(show(), rows))
+
+
+def _reported(
+    client: Client, server: str, interval: float, rows: int, patience_s: float
+) -> Callable[[], dict[str, Any]]:
+    """A function that waits for the next picture of what a server reports."""
+    from stepwell import StepwellError
+    from stepwell._watch.core import ServerReports
+    from stepwell._watch.watch import Watch
+
+    found: queue.SimpleQueue[WatchServerResponse | StepwellError] = queue.SimpleQueue()
+
+    def put(reply: WatchServerResponse | StepwellError) -> None:
+        with contextlib.suppress(queue.Empty):
+            found.get_nowait()  # only the latest counts
+        found.put(reply)
+
+    def read() -> None:
+        while True:
+            try:
+                for reply in Watch(client._driver, ServerReports(client._core, interval)):
+                    if reply.interval_seconds >= interval * _WHOLE:  # the first ones cover less
+                        put(reply)
+            except StepwellError as error:
+                put(error)
+                time.sleep(interval)
+
+    def show() -> dict[str, Any]:
+        try:
+            reply = found.get(timeout=patience_s)
+        except queue.Empty:
+            raise Failure(f"{server} has not answered within {patience_s:g} s", SERVER_ERROR) from None
+        if isinstance(reply, StepwellError):
+            raise reply
+        return reported.picture(reply, rows)
+
+    threading.Thread(target=read, daemon=True).start()
+    return show
 
 
 class Calls(Generic[Result]):
