@@ -21,7 +21,7 @@ from support.rpc.calls import MAX_MESSAGE_BYTES, Calls, calls
 from support.rpc.fake_call import FakeCall
 
 PATIENCE_S = 60.0
-ALL = {"inputs": True, "outputs": True, "states": True}
+ALL: dict[str, Any] = {"inputs": True, "outputs": True, "states": True}
 USER = Caller("ann", "", Role.USER)
 
 
@@ -86,15 +86,17 @@ async def test_watches_that_want_the_same_share_encoded_events(
             (first,) = await events(call, 1)
             assert (first.kind, first.model) == (pb.SESSION_EVENT_KIND_PRESENT, "plain")
         monkeypatch.setattr(watches, "_add_event", counted)
+        states: list[tensors_pb2.Tensor] = []
         for seed in range(3):
             reply = await step(at, session_id, seed)
             (event,) = await events(one, 1)
             assert await events(other, 1) == [event]
             assert list(event.outputs) == list(reply.outputs)
+            states = list(event.states)
             (own,) = await events(outputs, 1)
             assert (list(own.outputs), len(own.states)) == (list(reply.outputs), 0)
         (last,) = await events(rare, 1)
-        assert (last.skipped_revisions, last.revision, list(last.states)) == (2, 4, list(event.states))
+        assert (last.skipped_revisions, last.revision, list(last.states)) == (2, 4, states)
         # once for both that want the same, once for outputs alone; another number of skipped changes is another event
         assert sorted(made) == [2, 2, 3, 3, 4, 4, 4]
 
@@ -111,7 +113,7 @@ async def test_values_are_encoded_apart(at: Calls) -> None:
         (plain,), (numbers,) = await events(one, 1), await events(other, 1)
         assert plain.states[0].data
         assert not plain.states[0].values
-        assert np.float32(list(numbers.states[0].values)).tobytes() == plain.states[0].data
+        assert np.array(numbers.states[0].values, np.float32).tobytes() == plain.states[0].data
 
 
 async def test_an_event_that_is_too_large_ends_its_session_only(
