@@ -105,7 +105,9 @@ export class Choices {
     const key = `${view.block.name} ${view.row} ${this.sort.value}`;
     const isOld = key !== this.orderedFor || reel.generation !== this.orderedGeneration;
     const isSorted = this.sort.value !== BY_NUMBER;
-    const mayMove = isSorted && this.isLive.value && reel.length < reel.capacity;
+    // Units that somebody looks at, or has selected, stay where they are.
+    const isIdle = this.isLive.value && !this.range.peek() && !this.cursor.peek();
+    const mayMove = isSorted && isIdle && reel.length < reel.capacity;
     if (isOld || (mayMove && reel.length >= 2 * Math.max(4, this.orderedColumns))) this.sortAgain(reel);
   }
 
