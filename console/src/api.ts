@@ -23,6 +23,10 @@ export interface TokenRequest {
 export const tokenRequest = signal<TokenRequest | null>(null);
 /** Whether a token is held. */
 export const hasToken = signal(false);
+/** The tenant that an admin acts in; empty: the caller's own. */
+export const tenant = signal("");
+/** Counts the changes of token and tenant: everything that was read before is of another caller. */
+export const identity = signal(0);
 
 let token = "";
 let asking: Promise<void> | null = null;
@@ -35,6 +39,8 @@ export function forgetToken(): void {
 function headers(): Record<string, string> {
   const found: Record<string, string> = {"content-type": "application/json"};
   if (token) found["authorization"] = `Bearer ${token}`;
+  // a header has no characters beyond ASCII
+  if (tenant.value) found["stepwell-tenant"] = tenant.value;
   return found;
 }
 
@@ -48,18 +54,29 @@ function askForToken(problem: string): Promise<void> {
     tokenRequest.value = {
       problem,
       give: (given) => {
+        const isOther = token !== "";
         token = given;
         hasToken.value = true;
         close();
+        if (isOther) identity.value += 1;
         resolve();
       },
       cancel: () => {
+        token = "";
+        hasToken.value = false;
         close();
         reject(new ApiError("the server needs a token", "UNAUTHENTICATED", 401));
       },
     };
   });
   return asking;
+}
+
+/** Act in another tenant, as an admin. Empty: the caller's own. */
+export function actIn(name: string): void {
+  if (name === tenant.value) return;
+  tenant.value = name;
+  identity.value += 1;
 }
 
 /** Return the address of a path such as "v1/models", beside the page. */

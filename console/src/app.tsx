@@ -1,6 +1,7 @@
 /** The frame around all pages: navigation, theme, token, messages, and what the watching costs. */
-import {useEffect, useRef} from "preact/hooks";
-import {forgetToken, hasToken} from "./api.ts";
+import {computed} from "@preact/signals";
+import {useEffect, useRef, useState} from "preact/hooks";
+import {actIn, forgetToken, hasToken, identity, tenant} from "./api.ts";
 import {remember} from "./history.ts";
 import {LivePage} from "./pages/live.tsx";
 import {ModelsPage} from "./pages/models.tsx";
@@ -10,11 +11,13 @@ import {SessionPage} from "./pages/session.tsx";
 import {SessionsPage} from "./pages/sessions.tsx";
 import {TokenDialog} from "./parts/token_dialog.tsx";
 import {route, type Route} from "./route.ts";
-import {figures, loadModels, notice, showError} from "./store.ts";
+import {figures, loadModels, notice, server, showError} from "./store.ts";
 import {isDark, theme} from "./theme.ts";
-import {bytes, count} from "./units.ts";
+import {bytes, count, measure} from "./units.ts";
 import {reconnect, watchCost, watchProblem, watchServer, watchStatus} from "./watch.ts";
 
+/** Time that an event takes the server, in seconds: docs/guides/json.md has the measurement. */
+const EVENT_SECONDS = 50e-6;
 const PAGES = [
   ["overview", "#/", "Overview"],
   ["sessions", "#/sessions", "Sessions"],
@@ -27,13 +30,21 @@ export function App() {
   const where = route.value;
   const main = useRef<HTMLElement>(null);
   const isFirst = useRef(true);
+  useEffect(
+    () =>
+      watchServer((event) => {
+        figures.value = event;
+        remember(event);
+      }),
+    [],
+  );
+  const caller = identity.value;
+  const versions = served.value;
+  // models come and go, and another caller may have another role
+  useEffect(() => void loadModels().catch(showError), [caller, versions]);
   useEffect(() => {
-    loadModels().catch(showError);
-    return watchServer((event) => {
-      figures.value = event;
-      remember(event);
-    });
-  }, []);
+    if (caller) reconnect();
+  }, [caller]);
   const title = titleOf(where);
   useEffect(() => {
     document.title = `${title} · Stepwell`;
@@ -57,6 +68,7 @@ export function App() {
           ))}
         </nav>
         <div class="tools">
+          {hasToken.value && server.value.role === "admin" && <TenantField />}
           {hasToken.value && (
             <button type="button" onClick={() => (forgetToken(), location.reload())}>
               Forget token
@@ -70,7 +82,7 @@ export function App() {
       <Problems />
       <Notice />
       <main id="main" ref={main} tabIndex={-1}>
-        <Page where={where} />
+        <Page key={caller} where={where} />
       </main>
       <Cost />
       <TokenDialog />
@@ -103,6 +115,36 @@ function Page({where}: {where: Route}) {
       );
   }
 }
+
+/** An admin may act in every tenant. */
+function TenantField() {
+  const [name, setName] = useState(tenant.value);
+  return (
+    <form onSubmit={(event) => (event.preventDefault(), actIn(name.trim()))}>
+      <label class="inline">
+        Tenant
+        <input
+          size={10}
+          placeholder="your own"
+          pattern="[!-~]*"
+          value={name}
+          onInput={(event) => setName(event.currentTarget.value)}
+          onBlur={(event) => event.currentTarget.form?.requestSubmit()}
+        />
+      </label>
+    </form>
+  );
+}
+
+/** A text that changes when other versions are served, or another one is the default. */
+const served = computed(() =>
+  (figures.value?.models ?? [])
+    .map((model) => {
+      const versions = model.versions?.map((one) => `${one.version} ${one.state} ${one.labels?.join() ?? ""}`) ?? [];
+      return `${model.name} ${model.version} ${versions.join(";")}`;
+    })
+    .join("\n"),
+);
 
 function isCurrent(where: Route, page: string): boolean {
   return where.page === page || (where.page === "session" && page === "sessions");
@@ -146,7 +188,7 @@ function Notice() {
         <p class={found.isError ? "notice bad" : "notice good"}>
           {found.text}{" "}
           <button type="button" aria-label="Close the message" onClick={() => (notice.value = null)}>
-            ×
+            Close
           </button>
         </p>
       )}
@@ -161,7 +203,8 @@ function Cost() {
   return (
     <footer class="cost" aria-label="What this page's watching costs">
       Stream {status}: {cost.sessions === 1 ? "1 session" : `${count(cost.sessions)} sessions`} watched, {cost.eventsPerSecond.toFixed(1)} events/s,{" "}
-      {bytes(cost.bytesPerSecond)}/s from the server
+      {bytes(cost.bytesPerSecond)}/s from the server, about {measure(cost.eventsPerSecond * EVENT_SECONDS * 100)} % of one
+      of its processors
     </footer>
   );
 }

@@ -16,6 +16,22 @@ export interface Point {
   sessions: number;
   resident: number;
   errors: number;
+  /** Errors in the interval, by reason and model. */
+  errorsBy: Record<string, number>;
+}
+
+/** Return the errors of all points, by reason and model, most frequent first. */
+export function errorsOf(points: readonly Point[]): {reason: string; model: string; count: number}[] {
+  const sums = new Map<string, number>();
+  for (const point of points) {
+    for (const [key, errors] of Object.entries(point.errorsBy)) sums.set(key, (sums.get(key) ?? 0) + errors);
+  }
+  return [...sums]
+    .map(([key, errors]) => {
+      const [reason = "", model = ""] = key.split("\n");
+      return {reason, model, count: Math.round(errors)};
+    })
+    .sort((a, b) => b.count - a.count);
 }
 
 export const history = signal<Point[]>([]);
@@ -43,6 +59,12 @@ export function pointOf(event: ServerEvent): Point | null {
     sessions: Number(server.sessions ?? 0),
     resident: Number(server.resident_sessions ?? 0),
     errors: server.errors_per_second ?? 0,
+    errorsBy: Object.fromEntries(
+      (event.errors ?? []).map((one) => [
+        `${one.reason}\n${one.model ?? ""}`,
+        (one.per_second ?? 0) * (event.interval_seconds ?? 0),
+      ]),
+    ),
   };
 }
 

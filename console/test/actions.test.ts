@@ -26,6 +26,9 @@ test("code names what it needs", () => {
   assert.match(program, /token=os.environ\["STEPWELL_TOKEN"\]/);
   assert.match(program, /session_id="a\\"b", batch_size=2/);
   assert.match(curl({method: "POST", path: "x", body: "y".repeat(5000)}, place), /--json @body.json/);
+  const other = {...place, tenant: "a'b"};
+  assert.match(curl({method: "GET", path: "x"}, other), /-H 'stepwell-tenant: a'"'"'b'/);
+  assert.match(python(other, []), /, tenant="a'b"\)/);
   assert.equal(pythonArray([1, 2, 3, 4], [2, 2]), "[[1, 2], [3, 4]]");
   assert.equal(pythonText("\u202e"), '"\\u202e"');
 });

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import {test} from "node:test";
 import {EventParser} from "../src/events.ts";
+import {errorsOf, pointOf} from "../src/history.ts";
 import {routeOf, sessionHash} from "../src/route.ts";
 import {base64Of, numbersOf} from "../src/tensors.ts";
 import {joined} from "../src/wants.ts";
@@ -54,4 +55,14 @@ test("tensors are read by their type", () => {
   assert.deepEqual(tensor("INT64", new Uint8Array(new BigInt64Array([-3n]).buffer)), [-3]);
   assert.deepEqual(tensor("BOOL", [0, 1]), [0, 1]);
   assert.deepEqual([...numbersOf({values: [1, "NaN"]})], [1, NaN]);
+});
+
+test("errors are summed by reason and model while the page looks", () => {
+  const point = (per_second: number) =>
+    pointOf({interval_seconds: 2, server: {}, errors: [{reason: "A", model: "m", per_second}, {reason: "B", per_second: 1}]})!;
+  assert.deepEqual(errorsOf([point(3), point(0.5)]), [
+    {reason: "A", model: "m", count: 7},
+    {reason: "B", model: "", count: 4},
+  ]);
+  assert.equal(pointOf({interval_seconds: 2}), null);
 });

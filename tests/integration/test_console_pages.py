@@ -194,3 +194,22 @@ def test_with_tls_all_requests_share_one_connection_of_http_2(browser: Browser, 
             console.wait_until_live()
         protocols = "performance.getEntriesByType('resource').map((one) => one.nextHopProtocol)"
         assert set(tab.page.evaluate(protocols)) == {"h2"}
+
+
+def test_an_admin_acts_in_another_tenant(browser: Browser, server: ConsoleServer) -> None:
+    session_id = new_id()
+    with server.connect() as client, opened(browser, server, "/sessions", caller="admin") as console:
+        client.open_session("seq", session_id=session_id).step(draw(1))
+        prefix = console.page.get_by_label("ID begins with")
+        link = console.page.get_by_role("link", name=session_id, exact=True)
+        field = console.page.get_by_label("Tenant", exact=True)
+        for tenant in ("", "elsewhere", ""):
+            field.fill(tenant)
+            field.press("Enter")
+            prefix.fill(session_id)
+            if tenant:
+                console.page.get_by_text("No session matches.").wait_for()
+                link.wait_for(state="detached")
+            else:
+                link.wait_for()
+            console.wait_until_live()

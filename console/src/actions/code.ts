@@ -15,6 +15,8 @@ export interface Place {
   grpc: string;
   /** Whether callers need a token. */
   hasToken: boolean;
+  /** The tenant to act in; empty: the caller's own. */
+  tenant?: string;
 }
 
 const MAX_BODY = 4000;
@@ -33,6 +35,7 @@ export function pythonText(text: string): string {
 export function curl(request: Request, place: Place): string {
   const lines = ["curl -s --fail-with-body"];
   if (place.hasToken) lines.push(`-H "authorization: Bearer $STEPWELL_TOKEN"`);
+  if (place.tenant) lines.push(`-H ${shellWord(`stepwell-tenant: ${place.tenant}`)}`);
   if (request.body !== undefined) {
     const body = JSON.stringify(request.body);
     lines.push(body.length > MAX_BODY ? "--json @body.json" : `--json ${shellWord(body)}`);
@@ -44,10 +47,11 @@ export function curl(request: Request, place: Place): string {
 /** Return a program of Python around some lines that use `client`. */
 export function python(place: Place, lines: string[], imports: string[] = []): string {
   const token = place.hasToken ? `, token=os.environ["STEPWELL_TOKEN"]` : "";
+  const tenant = place.tenant ? `, tenant=${pythonText(place.tenant)}` : "";
   const modules = [...imports.map((name) => (name === "numpy" ? "import numpy as np" : `import ${name}`))];
   if (place.hasToken) modules.unshift("import os");
   const head = [...modules, ...(modules.length ? [""] : []), "import stepwell", ""];
-  return [...head, `client = stepwell.connect(${pythonText(place.grpc)}${token})`, ...lines].join("\n");
+  return [...head, `client = stepwell.connect(${pythonText(place.grpc)}${token}${tenant})`, ...lines].join("\n");
 }
 
 /** Return the line of Python that takes up a session. */

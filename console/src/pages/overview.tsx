@@ -1,6 +1,6 @@
 /** The server as a whole: what it does now, and over the last minutes. */
 import type {ComponentChildren} from "preact";
-import {history, type Point} from "../history.ts";
+import {errorsOf, history, type Point} from "../history.ts";
 import {Chart} from "../parts/chart.tsx";
 import {sessionHash} from "../route.ts";
 import {figures, server} from "../store.ts";
@@ -78,7 +78,7 @@ function Now({now, activity}: {now: ServerEvent; activity: ServerActivity}) {
 function Curves() {
   const points = history.value;
   const times = points.map((point) => point.time);
-  const curve = (name: string, key: Exclude<keyof Point, "time">) => ({name, values: points.map((point) => point[key])});
+  const curve = (name: string, key: Exclude<keyof Point, "time" | "errorsBy">) => ({name, values: points.map((point) => point[key])});
   return (
     <section aria-labelledby="curves">
       <h2 id="curves">The last minutes</h2>
@@ -155,14 +155,17 @@ function Stages({latencies}: {latencies: StageLatency[]}) {
 }
 
 function Errors({now}: {now: ServerEvent}) {
+  const found = errorsOf(history.value);
+  const rate = (reason: string, model: string) =>
+    now.errors?.find((one) => one.reason === reason && (one.model ?? "") === model)?.per_second ?? 0;
   return (
     <section aria-labelledby="errors">
       <h2 id="errors">Errors by reason</h2>
       <Table
         name="Errors by reason"
-        heads={["Reason", "Model", "Per second"]}
-        rows={(now.errors ?? []).map((one) => [one.reason, one.model || "–", measure(one.per_second)])}
-        none="No errors in the last second."
+        heads={["Reason", "Model", "Per second now", "While you looked"]}
+        rows={found.map((one) => [one.reason, one.model || "–", measure(rate(one.reason, one.model)), count(one.count)])}
+        none="No errors while you looked."
         texts={2}
       />
     </section>

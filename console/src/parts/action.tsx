@@ -2,7 +2,7 @@
 import type {ComponentChildren} from "preact";
 import {useId, useRef, useState} from "preact/hooks";
 import {curl, type Place, python, type Request} from "../actions/code.ts";
-import {address, call, hasToken} from "../api.ts";
+import {address, call, hasToken, tenant} from "../api.ts";
 import {server, showDone, showError} from "../store.ts";
 
 /** What an action would send now, and the same in Python. */
@@ -46,7 +46,7 @@ export function placeOfServer(): Place {
   const http = address(".").replace(/\/$/, "");
   const {hostname} = new URL(http);
   const grpc = (server.value.address || `${hostname}:50051`).replace(/^(0\.0\.0\.0|\[::\])(?=:)/, hostname);
-  return {http, grpc, hasToken: hasToken.value};
+  return {http, grpc, hasToken: hasToken.value, tenant: tenant.value};
 }
 
 export function Action(props: ActionProps) {
@@ -122,17 +122,12 @@ export function Action(props: ActionProps) {
 
 /** The action as Python and as curl. */
 function Code({prepared, title}: {prepared: Prepared; title: string}) {
-  const [open, setOpen] = useState(false);
-  const place = open ? placeOfServer() : null;
+  const place = placeOfServer();
   return (
-    <details onToggle={(event) => setOpen(event.currentTarget.open)}>
+    <details>
       <summary>Python and curl</summary>
-      {place && (
-        <>
-          <Copied name="Python" title={title} text={python(place, prepared.python, prepared.imports)} />
-          <Copied name="curl" title={title} text={curl(prepared.request, place)} />
-        </>
-      )}
+      <Copied name="Python" title={title} text={python(place, prepared.python, prepared.imports)} />
+      <Copied name="curl" title={title} text={curl(prepared.request, place)} />
     </details>
   );
 }
