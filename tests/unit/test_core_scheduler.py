@@ -145,6 +145,24 @@ def test_while_others_are_about_a_pass_is_short_and_shared_in_rows() -> None:
     assert scheduler.max_rows_of_pass(10.0 + 2 * ACTIVE_S, 100) is None, "the other has been gone for long"
 
 
+def test_a_moment_with_few_rows_does_not_shorten_the_passes_of_equals() -> None:
+    scheduler = scheduler_of(1000, *many("a", 1, 100), *many("b", 1, 100))
+    scheduler.next_pass(0.0, 200)
+    few = [*many("a", 1, 5), *many("b", 1, 195)]
+    for job in few:
+        scheduler.add(job)
+    assert scheduler.max_rows_of_pass(0.0, 10) == 200, "both had as many a moment ago"
+    scheduler.next_pass(0.0, 200)
+    limits = []
+    for _ in range(12):
+        scheduler.add(*many("a", 1, 1))
+        scheduler.add(*many("b", 1, 199))
+        limits.append(scheduler.max_rows_of_pass(0.0, 10))
+        scheduler.next_pass(0.0)
+    assert limits[0] == 150
+    assert limits[-1] == 10, "one that has had little for long is small"
+
+
 def test_others_are_about_while_they_wait_and_for_a_moment_after() -> None:
     scheduler = scheduler_of(1000, *many("a", 1, 300))
     assert not scheduler.is_contended(0.0)

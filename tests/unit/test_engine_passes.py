@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwell_server.core.cost import Cost
 from stepwell_server.engine.api import ChangeResult
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.commit.committer import Committer
@@ -420,6 +421,23 @@ async def test_passes_are_shorter_beside_others_where_what_follows_them_takes_lo
         await at.submit(ids, x(40)).all()
     assert model.rows_of_a_short_pass < before
     assert model.rows_within(SHORT_PASS_S) >= before, "the passes themselves are no longer"
+
+
+@pytest.mark.parametrize(
+    ("each_s", "rows"),
+    [
+        pytest.param(1e-6, 72, id="in a tenth of a millisecond"),
+        pytest.param(50e-6, 16, id="enough to be worth a pass"),
+        pytest.param(200e-6, 9, id="in two milliseconds"),
+        pytest.param(5e-3, 1, id="one, however long it takes"),
+    ],
+)
+@pytest.mark.engine(threads=False)
+async def test_the_rows_of_a_pass_beside_others(at: Harness, each_s: float, rows: int) -> None:
+    model = at.internals.models[0]
+    model.cost = Cost(28e-6, each_s)
+    model.iteration_cost = Cost(1e-6, 1e-6)
+    assert model.rows_of_a_short_pass == rows
 
 
 @pytest.mark.parametrize("rows", [LARGE_INTAKE, LARGE_INTAKE + 1])

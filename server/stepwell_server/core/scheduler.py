@@ -20,6 +20,9 @@ from stepwell_server.core.callers import Caller
 
 #: A source counts as active for this many seconds after it had a job in a pass.
 ACTIVE_S = 0.05
+#: The rows of a source in a pass count for this much one pass later, so that a moment with few rows does not make a
+#: source with much work a small one.
+_KEPT_SHARE = 0.75
 #: Consecutive rows of one source in a pass that several sources share.
 _QUANTUM = 16
 #: A source is light if it has at most a quarter of a short pass (1 / this). Light sources have every other pass to
@@ -351,7 +354,7 @@ class Scheduler(Generic[J]):
         self._waiting: Counter[Source] = Counter()
         """Waiting rows, by source."""
         self._active: dict[Source, tuple[float, int]] = {}
-        """When each source last had jobs in a pass, and their rows; the latest last."""
+        """When each source last had jobs in a pass, and their rows, or more if it had more before; the latest last."""
         self._light: list[Source] = []
         """Sources that have the next pass to themselves."""
         self._was_light = False
@@ -410,7 +413,9 @@ class Scheduler(Generic[J]):
         """
         if self.rows_waiting <= short or not self.is_contended(now):
             return None
-        rows = {source: rows for source, (_, rows) in self._active.items()} | self._waiting
+        rows = (
+            Counter({source: rows for source, (_, rows) in self._active.items()}) | self._waiting
+        )  # the larger ones
         if self._is_beside_steps(now):
             rows[_STEPS] = 1
         light = [source for source, count in self._waiting.items() if count <= short // _LIGHT_SHARE]
@@ -419,7 +424,8 @@ class Scheduler(Generic[J]):
 
     def ran(self, source: Source, rows: int, now: float) -> None:
         """Note that rows of a source ran without a job."""
-        self._active.pop(source, None)
+        if (earlier := self._active.pop(source, None)) is not None:
+            rows = max(rows, int(earlier[1] * _KEPT_SHARE))
         self._active[source] = (now, rows)
 
     def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:

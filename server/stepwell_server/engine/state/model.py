@@ -22,6 +22,9 @@ from stepwell_server.store.record import Texts
 SHORT_PASS_S, _MAX_FIXED_SHARE = 0.1e-3, 0.4
 #: The same for an iteration of the loop: the pass, if it runs in place, the commit and the answers.
 SHORT_ITERATION_S, _MAX_FIXED_SHARE_OF_ITERATION = 0.3e-3, 0.6
+#: But so many rows are one pass, unless they take longer than this: with a wide model, passes of a few rows make a
+#: third of the steps, and then everyone waits.
+_WORTH_ROWS, _WORTH_S = 16, 2e-3
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -100,10 +103,11 @@ class Model:
     @property
     def rows_of_a_short_pass(self) -> int:
         """Rows of a pass under contention: few enough for a short wait, but enough to be worth a pass."""
-        return min(
+        short = min(
             self.rows_within(SHORT_PASS_S),
             self.iteration_cost.items_within(SHORT_ITERATION_S, _MAX_FIXED_SHARE_OF_ITERATION),
         )
+        return short if short >= _WORTH_ROWS else max(short, min(_WORTH_ROWS, self.rows_within(_WORTH_S)))
 
     def rows_within(self, seconds: float) -> int:
         """Rows of a pass that takes this many seconds on one thread, but enough to be worth a pass."""
