@@ -19,6 +19,7 @@ from bench.floods import floods, floods_on_disk, new_token
 from bench.harness import MODELS, OUT, Key, Measure, Point, Result, measured
 from bench.loads import Plan, Times
 from bench.shared_store import valkey
+from bench.speech import speech
 from bench.threads import threads
 from stepwell.testing import LocalServer
 from stepwell_server.compile.host.compiler import WarmCompiler
@@ -318,5 +319,6 @@ CASES: Mapping[str, Case] = {
         models,
         start,
         reload,
+        speech,
     )
 }

@@ -5,8 +5,9 @@
 // REQUESTS holds one record for each line: a little-endian u32 length and that many bytes, sent again
 // and again as soon as the last reply has come. "unary" makes a call of each, "stream" writes them to a
 // stream that the line has for itself. A connection carries at most 256 lines, since servers limit its
-// streams. With CA.pem it speaks TLS; with a token in STEPWELL_TOKEN its calls show that. With LOAD_RATE a
-// fixed number of calls is sent per second, by all lines together: a line whose reply is late catches up.
+// streams, and all carry about as many. With CA.pem it speaks TLS; with a token in STEPWELL_TOKEN its
+// calls show that. With LOAD_RATE a fixed number of calls is sent per second, by all lines together: a
+// line whose reply is late catches up.
 // Prints one JSON document. Loopback only, bounded in time.
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
@@ -226,10 +227,14 @@ int main(int argc, char** argv) {
   std::vector<std::unique_ptr<grpc::GenericStub>> stubs;
   std::vector<std::unique_ptr<Line>> lines;
   std::ifstream file(argv[4], std::ios::binary);
+  std::vector<std::string> bodies;
   for (uint32_t size; file.read(reinterpret_cast<char*>(&size), 4);) {
-    std::string body(size, '\0');
-    file.read(&body[0], size);
-    if (lines.size() % kLinesOfConnection == 0) {
+    bodies.emplace_back(size, '\0');
+    file.read(&bodies.back()[0], size);
+  }
+  const size_t connections = (bodies.size() + kLinesOfConnection - 1) / kLinesOfConnection;
+  for (const auto& body : bodies) {
+    if (stubs.size() < connections) {
       auto channel = grpc::CreateCustomChannel(address, credentials, arguments);
       if (!channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20))) {
         std::fprintf(stderr, "no server\n");
@@ -237,7 +242,7 @@ int main(int argc, char** argv) {
       }
       stubs.push_back(std::make_unique<grpc::GenericStub>(channel));
     }
-    lines.push_back(std::make_unique<Line>(run, *stubs.back(), streams, body));
+    lines.push_back(std::make_unique<Line>(run, *stubs[lines.size() % connections], streams, body));
   }
   if (lines.empty()) {
     std::fprintf(stderr, "no requests\n");

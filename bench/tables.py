@@ -264,6 +264,25 @@ def reload_table(points: Sequence[Point]) -> str:
     )
 
 
+def speech_table(points: Sequence[Point]) -> str:
+    names = {
+        "bare": "ONNX Runtime alone, in batches",
+        "stream": "Stepwell, a stream for each session",
+        "group": "Stepwell, one group",
+    }
+    rows = []
+    for one in points:
+        is_paced = one["pace"] == "paced"
+        sessions = cell(one, "carried") if is_paced else "256"
+        against = cell(one, "carried" if is_paced else "step_us", of="ratios")
+        numbers = [cell(one, "step_us"), cell(one, "p50_ms", "p99_ms"), against]
+        rows.append(
+            ["31.25 frames/s each" if is_paced else "no pause", names[one["server"]], sessions, *numbers]
+        )
+    heads = ["", "", "sessions", "µs a step", "p50 / p99, ms", "against ONNX Runtime alone"]
+    return table(heads, rows)
+
+
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "sessions": ("sessions", sessions_table),
     "threads": ("threads", threads_table),
@@ -288,6 +307,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[Point]], str]]] = {
     "memory": ("memory", memory_table),
     "start": ("start", start_table),
     "reload": ("reload", reload_table),
+    "speech": ("speech", speech_table),
 }
 """By the name of its block on the page: the case, and what makes its table."""
 

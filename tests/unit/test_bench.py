@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import cases, gate, harness, loads, measure, tables
+from bench import cases, gate, harness, loads, measure, speech, tables
 from bench.harness import ROOT, Key, Result, ServerEndedError
 from bench.pairs import Bound, Interval, Verdict, interval_of
 
@@ -76,6 +76,26 @@ def test_a_server_that_ends_early_ends_its_case(tmp_path: Path, monkeypatch: pyt
     assert made["start"].endswith("| native | 0.5 |")
     assert made["memory"].startswith("Not measured in this run: ServerEndedError")
     assert made["tls"] == "Not measured in this run"
+
+
+def test_the_most_microphones_are_found_that_are_answered_in_time() -> None:
+    tried = []
+
+    def run(sessions: int) -> Result:
+        tried.append(sessions)
+        late = sessions > 400
+        return {
+            "rate": sessions * speech.FRAMES_PER_S * (0.9 if sessions > 320 else 1),
+            "step_us": 50.0,
+            "p50_ms": 1.0,
+            "p99_ms": 40.0 if late else 20.0,
+        }
+
+    found = speech.most(run, 1000)
+    assert found == {"carried": 320, **run(320)}, "with 336 a tenth of the frames is not sent in time"
+    assert len(tried) < 10
+    nothing = speech.most(lambda _: {"rate": 0.0, "p99_ms": 0.0}, 1000)
+    assert nothing == {"carried": 0, **dict.fromkeys(("rate", "step_us", "p50_ms", "p99_ms"), 0.0)}
 
 
 def test_a_process_has_a_limit() -> None:
