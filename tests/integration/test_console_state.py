@@ -128,6 +128,9 @@ def test_the_strip_grows_and_shows_each_cell(
         strip.point(0, 0)
         expect(strip.readout).to_contain_text(f"Input x: {', '.join(shown(each) for each in x[0])}")
         expect(strip.readout).to_contain_text(f"Output y: {', '.join(shown(each) for each in np.ravel(y))}")
+        # the text for readers of the screen includes the last change, although no other follows
+        whole = re.compile("8 units by 5 changes, revisions 1 to 5")
+        console.page.get_by_role("img", name=whole).wait_for()
 
 
 def test_the_strip_is_orange_above_zero_and_blue_below(
@@ -282,6 +285,8 @@ def test_the_plane_shows_a_sample_and_a_path(
         expect(
             page.get_by_text("12 sampled sessions, random from all 12 sessions that match")
         ).to_be_visible()
+        # another sample than the first one, of all sessions
+        page.get_by_role("img", name=re.compile("^12 sessions on the plane")).wait_for()
         expect(page.get_by_text("% of the variance").first).to_be_visible()
         page.get_by_label("Colours by").select_option("beginning of the ID")
         colours = page.get_by_role("list", name="Colours")

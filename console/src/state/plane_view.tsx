@@ -40,6 +40,9 @@ interface Area {
 
 /** The sample and its plane. */
 class Cloud {
+  private static count = 0;
+  /** A component of another cloud is another component: effects follow the signals of their first one. */
+  readonly key = Cloud.count++;
   readonly tick = signal(0);
   readonly source = signal<{among: number; total: number} | null>(null);
   readonly members = new Map<string, Member>();
@@ -216,7 +219,7 @@ export function Plane() {
         </button>
       </div>
       <Facts cloud={cloud} />
-      <Canvas cloud={cloud} by={by.value} selected={selected} area={area} />
+      <Canvas key={cloud.key} cloud={cloud} by={by.value} selected={selected} area={area} />
       <Chosen cloud={cloud} selected={selected} area={area} />
     </section>
   );
@@ -267,6 +270,10 @@ function Canvas({cloud, by, selected, area}: CanvasProps) {
   grouping.value = by;
   const drag = useRef<{x: number; y: number} | null>(null);
   const bounds = useRef<Bounds | null>(null);
+  const drawn = useComputed(() => {
+    void cloud.tick.value;
+    return cloud.members.size;
+  });
   const shown = useComputed(() => {
     void cloud.tick.value;
     const members = [...cloud.members.values()];
@@ -355,7 +362,7 @@ function Canvas({cloud, by, selected, area}: CanvasProps) {
         <canvas
           ref={canvas}
           role="img"
-          aria-label={`${cloud.members.size} sessions on the plane of ${cloud.tensor || "their first state tensor"}${selected.value ? `; chosen: ${selected.value}` : ""}`}
+          aria-label={`${drawn.value} sessions on the plane of ${cloud.tensor || "their first state tensor"}${selected.value ? `; chosen: ${selected.value}` : ""}`}
           onPointerDown={(event) => {
             event.currentTarget.setPointerCapture(event.pointerId);
             drag.current = placeOf(event);

@@ -9,7 +9,6 @@ import {PRESENT, type Reel, RESET, valuesAt} from "./data/reel.ts";
 import {type Cell, StripPainter} from "./strip.ts";
 
 const DRAG_PIXELS = 5;
-const LABEL_INTERVAL_MS = 1000;
 const SHOWN_VALUES = 6;
 
 interface StripProps {
@@ -24,7 +23,6 @@ export function Strip({id, live, choices}: StripProps) {
   const size = useSignal({width: 0, height: 0});
   const label = useSignal("");
   const drag = useRef<{x: number; y: number; cell: Cell} | null>(null);
-  const labelled = useRef(0);
   const reel = live.reel(id);
 
   useEffect(() => {
@@ -61,11 +59,12 @@ export function Strip({id, live, choices}: StripProps) {
     choices.widen(view.greatest);
     const frame = {...choices.window(reel), cursor: cursorCell(), selection: selectionCells()};
     current.draw(frame, choices.limit.value);
-    const now = performance.now();
-    if (now - labelled.current > LABEL_INTERVAL_MS) {
-      labelled.current = now;
-      label.value = facts(id, reel, choices);
-    }
+  });
+
+  // Once a second, also after the last change of many: a text that changes with each frame cannot be read.
+  useSignalEffect(() => {
+    void [live.second.value, choices.tensor.value, choices.row.value];
+    label.value = facts(id, reel, choices);
   });
 
   function cursorCell(): Cell | null {
