@@ -227,3 +227,17 @@ def test_padding_that_depends_on_a_static_input_is_not_taken_for_a_constant(
     padded = keras.layers.ZeroPadding1D((2, 0))(x) + keras.ops.expand_dims(static, 1)
     with pytest.raises(ModelError, match=r"'conv' \(Conv1D\) looks ahead"):
         trace_and_probe(keras.Model([x, static], keras.layers.Conv1D(2, 3, name="conv")(padded)))
+
+
+@pytest.mark.slow
+def test_pooling_with_gaps_is_not_taken_for_pooling_without(trace_and_probe: Any, keras: Any) -> None:
+    """Only convolutions are traced with their gaps."""
+    import tensorflow as tf
+
+    class Gaps(keras.Layer):
+        def call(self, x: Any) -> Any:
+            return tf.nn.pool(tf.pad(x, [[0, 0], [4, 0], [0, 0]]), [3], "MAX", padding="VALID", dilations=[2])
+
+    x = keras.Input((None, 4))
+    with pytest.raises(ModelError, match=r"'gaps' \(Gaps\) .*has a window with gaps over the time axis"):
+        trace_and_probe(keras.Model(x, Gaps(name="gaps")(x)))

@@ -45,6 +45,7 @@ _HELD = {"Const", "Placeholder", "ReadVariableOp"}
 #: For a window with gaps (a dilation rate), TensorFlow folds the sequence into rows, which the proof cannot follow; but not
 #: in a graph for a TPU.
 _UNFOLDED = types.SimpleNamespace(enclosing_tpu_context=lambda: "unfolded")
+_FOLDED = nn_ops.with_space_to_batch
 #: Keras's own loops, which call the cell once per time step, in order. ConvLSTM uses that of RNN.
 _KNOWN_LOOPS = {
     layer.inner_loop
@@ -440,11 +441,14 @@ def time_distributed(operation: Any) -> Callable[..., Any] | None:
     return call
 
 
-def _unfolded(*, dilation_rate: Any, padding: str, op: Any, **more: Any) -> Any:
-    """Replace the folding of a sequence by a depthwise convolution that has gaps itself."""
-    gaps = functools.partial(nn_ops.depthwise_conv2d_native, dilations=[1, *dilation_rate, 1])
+def _unfolded(*args: Any, **options: Any) -> Any:
+    """Give a separable convolution its gaps, instead of folding its sequence; fold for everything else."""
+    op = options.get("op")
+    if getattr(op, "__qualname__", "") != "separable_conv2d.<locals>.op":
+        return _FOLDED(*args, **options)
+    gaps = functools.partial(nn_ops.depthwise_conv2d_native, dilations=[1, *options["dilation_rate"], 1])
     with attribute(nn_ops, "depthwise_conv2d_native", gaps):
-        return op(more["input"], None, padding)
+        return op(options["input"], None, options["padding"])
 
 
 def _other_rows(path: str, layer: Any, rows: int, steps: int, scale: Scale) -> str:

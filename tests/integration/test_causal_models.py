@@ -1,0 +1,59 @@
+"""A model whose operations look back, on a real server: its windows are state like all state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import stepwell
+from stepwell.testing import LocalServer
+from support.models import causal, programs
+
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.mark.slow
+# Keras calls numpy in a way that numpy 2 deprecates, when it saves a model.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: Path) -> None:
+    model: Any = causal.build("around_an_lstm")
+    model.save(tmp_path / "model.keras")
+    x = np.random.default_rng(5).standard_normal((2, 24, 4)).astype(np.float32)
+    whole = np.asarray(model(x))
+    server = LocalServer(
+        {"m": tmp_path / "model.keras"},
+        data_dir=tmp_path / "data",
+        cache_dir=programs.cache_dir(),
+        start_timeout_s=100,
+    )
+    with server, stepwell.connect(server.address) as client:
+        session = client.open_session("m", batch_size=2, session_id="one")
+        np.testing.assert_allclose(session.step(x[:, :7]), whole[:, :7], **CLOSE)
+        state = session.get_state()
+        (window,) = (name for name in state if name.startswith("conv1d") and name.endswith("/last"))
+        assert set(state) == {"lstm/h", "lstm/c", window, "behind/last"}
+        np.testing.assert_array_equal(state[window], x[:, 5:7])
+
+        twin = session.fork()
+        server.kill()
+        server.restart()
+        np.testing.assert_allclose(session.step(x[:, 7:9]), whole[:, 7:9], **CLOSE)
+        traced = session.trace(x[:, 9:12])
+        np.testing.assert_array_equal(traced.states[window][:, 1], x[:, 9:11])
+        np.testing.assert_allclose(twin.step(x[:, 7]), whole[:, 7], **CLOSE)
+
+        session.reset_states(rows=[1])
+        after = session.step(x[:, 12:15])
+        np.testing.assert_allclose(after[0], whole[0, 12:15], **CLOSE)
+        np.testing.assert_allclose(after[1], np.asarray(model(x[1:, 12:15]))[0], **CLOSE)
+        session.reset_states(state)
+        np.testing.assert_allclose(session.step(x[:, 7:20]), whole[:, 7:20], **CLOSE)
+        moved = {**state, window: np.ones((2, 2, 4), np.float32)}
+        session.reset_states(moved)
+        session.step(x[:, :1])
+        np.testing.assert_array_equal(session.get_state()[window][:, 0], np.ones((2, 4), np.float32))
+        session.reset_states()
+        np.testing.assert_allclose(session.step(x), whole, **CLOSE)
