@@ -27,18 +27,25 @@ class States:
         value = self._before[owner, need]
         return value if value.dtype == dtype else tf.cast(value, dtype)
 
-    def window(self, owner: str, need: Need, row: Any) -> Any:
-        """Return the rows that are kept of an input, ``(rows, kept + 1, ...)``, the current one last."""
-        rows = tf.concat([self.before(owner, need, row.dtype), tf.expand_dims(row, 1)], 1)
-        self.after[owner, need] = rows[:, 1:]
-        return rows
+    def window(self, owner: str, need: Need, row: Any, gap: int) -> Any:
+        """Return every ``gap``-th of the rows that are kept of an input, ``(rows, ..., sizes...)``, the current one last."""
+        before, now = self.before(owner, need, row.dtype), tf.expand_dims(row, 1)
+        self.after[owner, need] = tf.concat([_part(before, 1, need.rows - 1), now], 1)
+        if gap == 1:
+            return tf.concat([before, now], 1)
+        return tf.concat([*(_part(before, place, 1) for place in range(0, need.rows, gap)), now], 1)
+
+    def oldest(self, owner: str, need: Need, row: Any) -> Any:
+        """Return the oldest of the rows that are kept of an input."""
+        rows = self.window(owner, need, row, need.rows)
+        return _part(rows, 0, 1)
 
     def delayed(self, owner: str, needs: tuple[Need, ...], i: int, value: Any, axes: Axes) -> Any:
         """Return what an input was some time steps ago, if its owner needs that."""
         for need in needs:
             if need.kind is Memory.DELAY and need.input == i:
-                rows = self.window(owner, need, tf.reshape(value, [-1, *plain_sizes(axes)]))
-                value = tf.reshape(rows[:, 0], step_shape(axes))
+                row = tf.reshape(value, [-1, *plain_sizes(axes)])
+                value = tf.reshape(self.oldest(owner, need, row), step_shape(axes))
         return value
 
 
@@ -137,9 +144,9 @@ class Operation:
         """Return an input as ``(rows, sizes of the plain dimensions...)``."""
         return tf.reshape(self.data(i), [-1, *plain_sizes(self.axes(i))])
 
-    def window(self, need: Need) -> Any:
-        """Return the rows that it keeps of an input, and the current one: ``(rows, kept + 1, sizes...)``."""
-        return self._states.window(self.op.name, need, self.row(need.input))
+    def window(self, need: Need, gap: int = 1) -> Any:
+        """Return every ``gap``-th of the rows that it keeps of an input, and the current one: ``(rows, ..., sizes...)``."""
+        return self._states.window(self.op.name, need, self.row(need.input), gap)
 
     def carry(self, need: Need, dtype: Any, after: Carry) -> tuple[Any, Any]:
         """Return a state before and after the step, which ``after`` computes."""
@@ -150,6 +157,12 @@ class Operation:
     def shaped(self, value: Any) -> Any:
         """Return ``(rows, sizes...)`` in the shape of the result."""
         return tf.reshape(value, step_shape(self.out()))
+
+
+def _part(rows: Any, first: int, count: int) -> Any:
+    """Return some rows of a window. LiteRT copies a Slice many times faster than a StridedSlice."""
+    rest = len(rows.shape) - 2
+    return tf.slice(rows, [0, first, *[0] * rest], [-1, count, *[-1] * rest])
 
 
 def spread(value: Array, dtype: Any, axes: Axes, like: Any) -> Any:

@@ -163,7 +163,7 @@ def _convolved(one: Operation) -> list[Any]:
     kernel = one.constant(1)
     value = one.data()
     if need is not None:
-        rows = one.window(need)[:, :: gaps[place]]
+        rows = one.window(need, gaps[place])
         count, size = int(rows.shape[1]), math.prod(plain_sizes(axes))
         sizes = one.op.inputs[1].shape.as_list()
         if (
