@@ -12,7 +12,9 @@ import stepwell
 from stepwell.testing import LocalServer
 from support.models import causal, programs
 
-CLOSE = {"rtol": 0, "atol": 2e-5}
+
+def _close(one: Any, other: Any) -> None:
+    np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -31,7 +33,7 @@ def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: P
     )
     with server, stepwell.connect(server.address) as client:
         session = client.open_session("m", batch_size=2, session_id="one")
-        np.testing.assert_allclose(session.step(x[:, :7]), whole[:, :7], **CLOSE)
+        _close(session.step(x[:, :7]), whole[:, :7])
         state = session.get_state()
         (window,) = (name for name in state if name.startswith("conv1d") and name.endswith("/last"))
         assert set(state) == {"lstm/h", "lstm/c", window, "behind/last"}
@@ -40,20 +42,20 @@ def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: P
         twin = session.fork()
         server.kill()
         server.restart()
-        np.testing.assert_allclose(session.step(x[:, 7:9]), whole[:, 7:9], **CLOSE)
+        _close(session.step(x[:, 7:9]), whole[:, 7:9])
         traced = session.trace(x[:, 9:12])
         np.testing.assert_array_equal(traced.states[window][:, 1], x[:, 9:11])
-        np.testing.assert_allclose(twin.step(x[:, 7]), whole[:, 7], **CLOSE)
+        _close(twin.step(x[:, 7]), whole[:, 7])
 
         session.reset_states(rows=[1])
         after = session.step(x[:, 12:15])
-        np.testing.assert_allclose(after[0], whole[0, 12:15], **CLOSE)
-        np.testing.assert_allclose(after[1], np.asarray(model(x[1:, 12:15]))[0], **CLOSE)
+        _close(after[0], whole[0, 12:15])
+        _close(after[1], np.asarray(model(x[1:, 12:15]))[0])
         session.reset_states(state)
-        np.testing.assert_allclose(session.step(x[:, 7:20]), whole[:, 7:20], **CLOSE)
+        _close(session.step(x[:, 7:20]), whole[:, 7:20])
         moved = {**state, window: np.ones((2, 2, 4), np.float32)}
         session.reset_states(moved)
         session.step(x[:, :1])
         np.testing.assert_array_equal(session.get_state()[window][:, 0], np.ones((2, 4), np.float32))
         session.reset_states()
-        np.testing.assert_allclose(session.step(x), whole, **CLOSE)
+        _close(session.step(x), whole)

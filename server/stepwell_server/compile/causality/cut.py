@@ -443,7 +443,7 @@ def time_distributed(operation: Any) -> Callable[..., Any] | None:
 
 def _unfolded(*args: Any, **options: Any) -> Any:
     """Give a separable convolution its gaps, instead of folding its sequence; fold for everything else."""
-    op = options.get("op")
+    op: Any = options.get("op")
     if getattr(op, "__qualname__", "") != "separable_conv2d.<locals>.op":
         return _FOLDED(*args, **options)
     gaps = functools.partial(nn_ops.depthwise_conv2d_native, dilations=[1, *options["dilation_rate"], 1])
