@@ -86,7 +86,7 @@ test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about th
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m "slow and not soak" $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run what CI runs: the tests of `make test` and `make test-slow`. Measure the quick ones, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
+coverage: $(INSTALLED) $(FRONT) ## Run what CI runs: the tests of `make test` and `make test-slow`. Measure part of the quick ones, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
 	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,TEST_CASES=ci) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
 

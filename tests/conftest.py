@@ -75,7 +75,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
     """Measure the coverage of some tests only, their fixtures included: see `support.samples`."""
     from support import samples
 
-    samples.measure_only_quick(item)
+    samples.measure_only_some(item)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -151,7 +151,7 @@ class Measurement:
         self.runs = False
 
 
-def test_quick_tests_are_measured_before_the_others_of_their_module(
+def test_some_quick_tests_are_measured_before_the_others_of_their_module(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     coverage = Measurement()
@@ -159,15 +159,28 @@ def test_quick_tests_are_measured_before_the_others_of_their_module(
     measured, modules = [], []
     quick = [item.nodeid for item in marked() if not item.get_closest_marker("slow")]
     for item in samples.cases(marked(), "ci"):
-        samples.measure_only_quick(item)
+        samples.measure_only_some(item)
         modules.append((item.nodeid[0], not coverage.runs))
         if coverage.runs:
             measured.append(item.nodeid)
-    assert sorted(measured) == sorted(quick)
+    assert set(measured) < set(quick)
     assert modules == sorted(modules)
+
+
+def test_one_case_in_three_is_measured_and_the_first_of_each_test() -> None:
+    items: Any = [
+        *(Item(f"a.py::test_{test}[{case}]") for test in range(30) for case in range(10)),
+        *(Item(f"b.py::test_{test}", is_slow=True) for test in range(30)),
+    ]
+    found = samples.cases(items, "ci")
+    assert set(found) == set(items)
+    measured = {item.nodeid for item in found if samples.is_measured(item)}
+    assert {f"a.py::test_{test}[0]" for test in range(30)} < measured
+    assert 90 < len(measured) < 150
+    assert not [name for name in measured if name.startswith("b.py")]
 
 
 def test_nothing_is_paused_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Coverage, "current", lambda: None)
     for item in samples.cases(marked(), "ci"):
-        samples.measure_only_quick(item)
+        samples.measure_only_some(item)
