@@ -18,13 +18,12 @@ import numpy as np
 from stepwell_server.alarm import Alarm
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import SessionTable
-from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Made
 from stepwell_server.engine.commit.records import Outcome
 from stepwell_server.engine.sessions.directory import Directory
 from stepwell_server.engine.sessions.read import StateReader
 from stepwell_server.engine.state.model import Model
-from stepwell_server.engine.types import Members, Tensors
+from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.engine.watches.events import Kind, Sample, Wanted
 from stepwell_server.engine.watches.watch import NEVER, Budget, Watch
 from stepwell_server.errors import (
@@ -206,18 +205,27 @@ class Watchers:
         if outcome.stamp > SOLE:
             for at in np.flatnonzero(table.watched[handles]).tolist():
                 self._own[table.session_id(int(handles[at]))] = int(outcome.revisions[at])
-        for at in table.due_to_watches(handles, outcome.revisions, self._clock.monotonic()):
-            handle = int(handles[at])
-            if due := self._due(handle):
-                made = origin.made(at if places is None else int(places[at]))
-                self._note(due, outcome.model, handle, made)
-            self._plan(handle)
+        some = table.due_to_watches(handles, outcome.revisions, self._clock.monotonic())
+        self._report(
+            outcome.model,
+            handles[some].tolist(),
+            lambda place: origin.made(some[place] if places is None else int(places[some[place]])),
+        )
 
     def stepped(self, model: Model, steps: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         """Sessions whose watches may report it made one time step in compiled code: their handles, and inputs as bytes."""
-        for handle, data in steps:
+        self._report(model, [handle for handle, _ in steps], lambda place: _made(model, steps[place][1]))
+
+    def _report(self, model: Model, handles: Sequence[int], made: Callable[[int], Made]) -> None:
+        """Report changes of sessions to the watches for which they are due. `made` is called with places."""
+        copies = _Copies(model, self._table, handles)
+        for place, handle in enumerate(handles):
             if due := self._due(handle):
-                self._note(due, model, handle, _made(model, data))
+                how = made(place)
+                kind = Kind.STEP if how.time_steps else Kind.RESET
+                sample = self._sample(kind, model, handle, how, copies.of(place))
+                for watch in due:
+                    watch.note(sample)
             self._plan(handle)
 
     def _due(self, handle: int) -> Sequence[Watch]:
@@ -238,14 +246,10 @@ class Watchers:
         table.watch_revision[handle] = min((revision for revision, _ in due), default=NEVER)
         table.watch_at[handle] = min((at for _, at in due), default=math.inf)
 
-    def _note(self, due: Sequence[Watch], model: Model, handle: int, made: Made) -> None:
-        """Report a change to watches."""
-        sample = self._sample(Kind.STEP if made.time_steps else Kind.RESET, model, handle, made)
-        for watch in due:
-            watch.note(sample)
-
-    def _sample(self, kind: Kind, model: Model, handle: int, made: Made) -> Sample:
-        """A session in the arena, at its present revision."""
+    def _sample(
+        self, kind: Kind, model: Model, handle: int, made: Made, copied: Callable[[str], Sequence[Array]]
+    ) -> Sample:
+        """A session in the arena, at its present revision. `copied` copies its "states" or "outputs"."""
         table, program = self._table, model.program
 
         def read(what: str) -> Tensors:
@@ -253,12 +257,12 @@ class Watchers:
                 return {
                     spec.name: array.copy() for spec, array in zip(program.inputs, made.inputs, strict=True)
                 }
-            rows: Rows = table.rows(handle)
+            arrays = copied(what)
             if what == "states":
-                return dict(zip([spec.name for spec in program.state], model.arena.read(rows), strict=True))
-            rows = rows[np.array(made.rows, np.intp)] if made.rows else rows
-            names = [spec.name for spec in program.outputs]
-            return dict(zip(names, [output[rows] for output in model.arena.outputs], strict=True))
+                return dict(zip([spec.name for spec in program.state], arrays, strict=True))
+            if made.rows:
+                arrays = [array[list(made.rows)] for array in arrays]
+            return dict(zip([spec.name for spec in program.outputs], arrays, strict=True))
 
         return Sample(
             kind=kind,
@@ -295,7 +299,8 @@ class Watchers:
                 watch.try_later(session_id)
             else:
                 model = self._directory.models.by_handle(handle)
-                watch.present(self._sample(Kind.PRESENT, model, handle, Made(0, (), ())))
+                copied = _Copies(model, table, [handle]).of(0)
+                watch.present(self._sample(Kind.PRESENT, model, handle, Made(0, (), ()), copied))
 
     # ------------------------------------------------------------------------------------------------------ reading
 
@@ -418,6 +423,35 @@ class Watchers:
             # a session that left the table is doubtful already; another stamp is a change of this server
             if not each.is_known and handle is not None and int(table.stamp[handle]) == stamp:
                 self._doubt(session_id)
+
+
+class _Copies:
+    """Copies of the rows of some sessions in the arena: of all together, when the first is asked for."""
+
+    def __init__(self, model: Model, table: SessionTable, handles: Sequence[int]) -> None:
+        self._arena = model.arena
+        self._table = table
+        self._handles = handles
+        self._known: dict[str, Sequence[Array]] = {}
+        self._ends: list[int] = []
+
+    def of(self, place: int) -> Callable[[str], Sequence[Array]]:
+        """A function that returns the "states" or the "outputs" of a session. They keep no other session's alive."""
+        return functools.partial(self._copied, place)
+
+    def _copied(self, place: int, what: str) -> Sequence[Array]:
+        if (arrays := self._known.get(what)) is None:
+            handles = np.array(self._handles, np.intp)
+            rows = self._table.rows_of(handles)
+            self._ends = self._table.batch_size[handles].cumsum().tolist()
+            arrays = (
+                self._arena.read(rows) if what == "states" else [each[rows] for each in self._arena.outputs]
+            )
+            self._known[what] = arrays
+        if len(self._handles) == 1:
+            return arrays
+        own = slice(self._ends[place - 1] if place else 0, self._ends[place])
+        return [array[own].copy() for array in arrays]
 
 
 def _made(model: Model, data: Sequence[bytes]) -> Made:
