@@ -11,7 +11,8 @@ import pytest
 from playwright.sync_api import expect
 
 import stepwell
-from support.console.browser import Browser
+from support.console import axe
+from support.console.browser import NARROW, Browser
 from support.console.pages import Console, opened
 from support.console.served import HOSTILE, ConsoleServer, new_id
 from support.servers.both_fronts import needs_native
@@ -243,6 +244,20 @@ def test_a_fork_stands_beside_its_session_with_their_distance(
         assert found
         assert float(found[1]) == pytest.approx(norm, rel=1e-3)
     twin.close()
+
+
+def test_the_drawings_fit_into_a_narrow_window(
+    browser: Browser, server: ConsoleServer, client: stepwell.Client
+) -> None:
+    session = client.open_session("seq", session_id=new_id())
+    session.step(draw(1))
+    twin = session.fork(session_id=new_id("twin"))
+    path = f"/sessions/{session.id}?other={twin.id}"
+    with opened(browser, server, path, size=NARROW) as console:
+        Strip(console, session.id).wait_for(1)
+        console.page.get_by_role("table", name="Chosen units").wait_for()
+        assert console.tab.grows_too_wide() == []
+        assert axe.findings(console.tab) == []
 
 
 def test_a_selected_range_finds_the_sessions_in_such_a_state(

@@ -7,6 +7,8 @@ import {byActivity, byCorrelation, byNumber, features} from "./data/order.ts";
 import {roundLimit} from "./palette.ts";
 import {Reel, View} from "./data/reel.ts";
 
+const SECOND_MS = 1000;
+
 /** Sessions that are watched while the page shows them. */
 export class Live {
   /** Counts the animation frames in which something changed. */
@@ -51,7 +53,7 @@ export class Live {
     this.timer ??= setTimeout(() => {
       this.timer = undefined;
       this.second.value++;
-    }, 1000);
+    }, this.second.peek() ? SECOND_MS : 0);
   }
 }
 

@@ -39,60 +39,62 @@ function Table({id, live, choices}: {id: string; live: Live; choices: Choices}) 
   const to = range ? reel.at(range.last) + 1 : reel.end;
   const bounded = isBounded(view);
   return (
-    <div class="scroll">
-      <table>
-        <caption>
-          {range ? `Revisions ${range.first} to ${range.last}` : `All ${reel.length} changes that the page holds`}. Click
-          the strip, or press Enter there, to choose up to {MAX_PINNED} units.{" "}
-          {bounded
-            ? `A value is saturated beyond ±${SATURATED}.`
-            : "This state has no bounds, so it cannot saturate: a cell state, or values beyond ±1."}
-        </caption>
-        <thead>
-          <tr>
-            <th scope="col">Unit</th>
-            <th scope="col" class="number">
-              Now
-            </th>
-            <th scope="col" class="number">
-              Mean ± deviation
-            </th>
-            <th scope="col">Distribution</th>
-            <th scope="col" class="number">
-              Saturated
-            </th>
-            <th scope="col">
-              <span class="hidden">Remove</span>
-            </th>
-          </tr>
-        </thead>
-        <tbody>
-          {choices.pinned.value.map((unit) => {
-            const found = distribution(view, unit, 32, from, to);
-            const share = bounded ? saturation(view, unit, from, to) : null;
-            return (
-              <tr key={unit}>
-                <th scope="row">{unit}</th>
-                <td class="number">{digits(view.value(reel.end - 1, unit))}</td>
-                <td class="number">{found ? `${digits(found.mean)} ± ${digits(found.deviation)}` : "–"}</td>
-                <td>{found && <Bars unit={unit} found={found} />}</td>
-                <td class="number">{share === null ? "–" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`}</td>
-                <td>
-                  <button
-                    type="button"
-                    aria-label={`Remove unit ${unit}`}
-                    disabled={choices.pinned.value.length === 1}
-                    onClick={() => choices.pin(unit)}
-                  >
-                    ×
-                  </button>
-                </td>
-              </tr>
-            );
-          })}
-        </tbody>
-      </table>
-    </div>
+    <>
+      <p class="muted">
+        {range ? `Revisions ${range.first} to ${range.last}` : `All ${reel.length} changes that the page holds`}. Click the
+        strip, or press Enter there, to choose up to {MAX_PINNED} units.{" "}
+        {bounded
+          ? `A value is saturated beyond ±${SATURATED}.`
+          : "This state has no bounds, so it cannot saturate: a cell state, or values beyond ±1."}
+      </p>
+      <div class="scroll" role="group" aria-label="Chosen units, scrollable" tabIndex={0}>
+        <table aria-label="Chosen units">
+          <thead>
+            <tr>
+              <th scope="col">Unit</th>
+              <th scope="col" class="number">
+                Now
+              </th>
+              <th scope="col" class="number">
+                Mean ± deviation
+              </th>
+              <th scope="col">Distribution</th>
+              <th scope="col" class="number">
+                Saturated
+              </th>
+              <th scope="col">
+                <span class="hidden">Remove</span>
+              </th>
+            </tr>
+          </thead>
+          <tbody>
+            {choices.pinned.value.map((unit) => {
+              const found = distribution(view, unit, 32, from, to);
+              const share = bounded ? saturation(view, unit, from, to) : null;
+              return (
+                <tr key={unit}>
+                  <th scope="row">{unit}</th>
+                  <td class="number">{digits(view.value(reel.end - 1, unit))}</td>
+                  <td class="number">{found ? `${digits(found.mean)} ± ${digits(found.deviation)}` : "–"}</td>
+                  <td>{found && <Bars unit={unit} found={found} />}</td>
+                  <td class="number">{share === null ? "–" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`}</td>
+                  <td>
+                    <button
+                      type="button"
+                      aria-label={`Remove unit ${unit}`}
+                      disabled={choices.pinned.value.length === 1}
+                      onClick={() => choices.pin(unit)}
+                    >
+                      ×
+                    </button>
+                  </td>
+                </tr>
+              );
+            })}
+          </tbody>
+        </table>
+      </div>
+    </>
   );
 }
 
