@@ -50,7 +50,10 @@ export function App() {
     document.title = `${title} · Stepwell`;
     if (notice.value?.isError) notice.value = null;
     // readers of the screen continue with the new page
-    if (!isFirst.current) main.current?.focus();
+    if (!isFirst.current) {
+      main.current?.focus({preventScroll: true});
+      scrollTo(0, 0);
+    }
     isFirst.current = false;
   }, [title]);
   return (

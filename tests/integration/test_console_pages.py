@@ -125,6 +125,12 @@ def test_the_keyboard_reaches_each_page(browser: Browser, server: ConsoleServer)
         keyboard.press("Enter")
         console.heading("Models").wait_for()
         expect(console.page.get_by_role("main")).to_be_focused()
+        console.page.set_viewport_size({"width": 400, "height": 300})
+        console.link("Models").press("Shift+Tab")
+        keyboard.press("Enter")
+        console.heading("Plane").wait_for()
+        expect(console.page.get_by_role("main")).to_be_focused()
+        expect(console.page.get_by_role("link", name="Overview")).to_be_in_viewport()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
