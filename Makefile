@@ -207,6 +207,11 @@ check-size: $(INSTALLED) ## Is no room larger than its bound in scripts/size.tom
 console: $(INSTALLED) ## Build the console into server/stepwell_server/console/dist/, with npm (ten seconds)
 	$(BIN)/python scripts/console.py
 
+.PHONY: console-pictures
+console-pictures: $(INSTALLED) $(FRONT) ## Take the pictures of the console for README and docs, with Chromium; installs it as `make test` does
+	@$(BIN)/python $(PROGRAMS)
+	CONSOLE_PICTURES=1 $(BIN)/pytest tests/integration/test_console_demo.py
+
 .PHONY: breaking
 breaking: $(INSTALLED) ## Does the protocol break clients of the last release (or of AGAINST=...)?
 	$(BIN)/buf breaking --against '.git#ref=$(AGAINST)'
