@@ -101,7 +101,11 @@ def main() -> int:
             found = list(findings())
             print("\n".join(found))
             return 1 if found else 0
-        install()
+        try:
+            install()
+        except LookupError as error:
+            print(f"the console cannot be built: {error}", file=sys.stderr)
+            return 1
         build(BUNDLE)
         return 0
     return 1
