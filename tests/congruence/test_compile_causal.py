@@ -15,7 +15,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.step_function import Step, initial_rows, step_of_executor
 from stepwell_server.program import Program
-from support.models import causal
+from support.models import causal, everyday
 from support.models.compiled import Compiled
 from support.models.programs import compile_model
 from support.samples import one_in
@@ -241,3 +241,35 @@ def test_pooling_with_gaps_is_not_taken_for_pooling_without(trace_and_probe: Any
     x = keras.Input((None, 4))
     with pytest.raises(ModelError, match=r"'gaps' \(Gaps\) .*has a window with gaps over the time axis"):
         trace_and_probe(keras.Model(x, Gaps(name="gaps")(x)))
+
+
+#: They run a loop of TensorFlow's, which is not created again for one time step.
+LOOPS = ("scanned", "mapped", "repeated", "repeated_by_while")
+GROUPS = {name: sorted({*names} - {*LOOPS}) for name, names in everyday.groups().items()}
+
+
+@pytest.mark.parametrize("group", one_in(8, GROUPS))
+def test_everyday_blocks_work_behind_a_causal_convolution(trace_and_probe: Any, group: str) -> None:
+    """One time step of each operation is created from the proven graph, and compared with Keras."""
+    traced = trace_and_probe(everyday.build_behind_a_convolution(GROUPS[group]))
+    assert "conv/last" in {spec.name for spec in traced.plan.state}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_in_a_model_that_looks_back_is_refused(trace_and_probe: Any, name: str) -> None:
+    with pytest.raises(ModelError, match=r"not proven to be steppable: the layer '\w+' \(Apply\) "):
+        trace_and_probe(everyday.build_behind_a_convolution([name]))
+
+
+@pytest.mark.slow
+def test_results_of_one_operation_may_be_constants_and_data(trace_and_probe: Any, keras: Any) -> None:
+    import tensorflow as tf
+
+    class Both(keras.Layer):
+        def call(self, x: Any) -> Any:
+            one, two = tf.raw_ops.IdentityN(input=[tf.constant([1.0, 2.0, 3.0, 4.0]), x])
+            return one * two
+
+    x = keras.Input((None, 4))
+    trace_and_probe(keras.Model(x, Both()(keras.layers.Conv1D(4, 2, padding="causal")(x))))

@@ -45,6 +45,19 @@ def groups() -> dict[str, list[str]]:
     return {"layers": [*_SINGLE], "activations": [*_ACTIVATIONS], "on_tensorflow": ON_TENSORFLOW, **blocks}
 
 
+def build_behind_a_convolution(names: list[str]) -> Any:
+    """Build a model of some blocks, of which each sees the results of an operation that looks back."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    x, tokens = keras.Input((None, 4), name="x"), keras.Input((None,), dtype="int32", name="tokens")
+    y = keras.layers.Conv1D(4, 3, padding="causal", name="conv")(x)
+    outputs = {name: _block(keras, name, y, tokens, y) for name in names}
+    outputs["tokens"] = keras.ops.expand_dims(tokens, -1) + 0
+    model = keras.Model([x, tokens], outputs)
+    zoo.randomize(model)
+    return model
+
+
 def build(names: list[str], steps: int | None = None, seed: int = 0) -> Any:
     """Build one model of some blocks, with random weights."""
     from stepwell_server.compile.graph.tensorflow_setup import keras

@@ -233,6 +233,11 @@ def _passed(one: Operation) -> list[Any]:
     return [one.data()]
 
 
+def _all_passed(one: Operation) -> list[Any]:
+    """Return the data; constants are read where they come from."""
+    return [one.data(i) if one.is_data(i) else None for i in range(len(one.op.inputs))]
+
+
 _BY_MAKER: dict[Maker, tuple[str, ...]] = {
     _reshaped: ("Reshape", "Squeeze", "ExpandDims"),
     _sliced: ("StridedSlice",),
@@ -248,5 +253,6 @@ _BY_MAKER: dict[Maker, tuple[str, ...]] = {
     _transposed_convolution: ("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
     _summed: ("AddN",),
     _passed: ("EnsureShape", "Identity"),
+    _all_passed: ("IdentityN",),
 }
 _MAKERS = {kind: maker for maker, kinds in _BY_MAKER.items() for kind in kinds}

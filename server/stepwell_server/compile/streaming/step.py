@@ -91,7 +91,7 @@ class _Streaming:
                     self._begin(call)
                 if op.outputs[0].name not in self._made:
                     self._end(call)
-            elif op.outputs and op.outputs[0].name not in self._made:
+            elif not any(output.name in self._made for output in op.outputs):
                 self._make(op, index)
         results: dict[str, Any] = {}
         for i, (spec, tensor) in enumerate(zip(self._plan.outputs, self._side.outputs.values(), strict=True)):
@@ -105,7 +105,7 @@ class _Streaming:
         return results
 
     def _make(self, op: Any, index: int) -> None:
-        if not isinstance(self._proof.values.get(op.outputs[0].name), Data):
+        if not any(isinstance(self._proof.values.get(output.name), Data) for output in op.outputs):
             return
         needs = self._proof.needs.get(op.name, ())
         one = Operation(op, self._proof.values, self._made, self._constants, self._states, needs)
