@@ -13,7 +13,7 @@ from playwright.sync_api import expect
 import stepwell
 from support.console import axe
 from support.console.browser import NARROW, Browser
-from support.console.pages import Console, opened
+from support.console.pages import Action, Console, opened
 from support.console.served import HOSTILE, ConsoleServer, new_id
 from support.servers.both_fronts import needs_native
 from support.servers.served import draw
@@ -284,6 +284,29 @@ def test_a_selected_range_finds_the_sessions_in_such_a_state(
         # the sample was a watch that has ended, and reads keep a session alive
         console.tab.wait_until(lambda: console.open_watches() == 1)
         assert not [one for one in console.tab.paths() if one.endswith((":batchGetStates", "/state"))]
+
+
+def test_a_fork_made_here_is_compared_with_what_the_page_has_seen(
+    browser: Browser, server: ConsoleServer, client: stepwell.Client
+) -> None:
+    session, twin = client.open_session("seq", session_id=new_id()), new_id()
+    with opened(browser, server, f"/sessions/{session.id}") as console:
+        strip = Strip(console, session.id)
+        strip.wait_for(0)
+        for _ in range(4):
+            session.step(draw(1))
+        strip.wait_for(4)
+        fork = Action(console, "Fork")
+        fork.form.get_by_label("ID of the fork").fill(twin)
+        fork.do("Fork, and show both", f"Forked to {twin}.")
+        Strip(console, twin).wait_for(4)
+        distance = console.page.get_by_role("region", name="Distance of the two sessions")
+        expect(distance).to_contain_text(
+            "Distance at revision 4: 0 (Euclidean). Equal wherever both are known."
+        )
+        session.step(draw(1))
+        whole = re.compile("8 units by 6 changes, revisions 0 to 5")
+        console.page.get_by_role("img", name=whole).wait_for()
 
 
 def test_the_plane_shows_a_sample_and_a_path(

@@ -69,7 +69,7 @@ export function SessionPage({id, other}: {id: string; other: string}) {
       )}
       {session && <Facts session={session} last={last} />}
       {session && <LastStep event={lastStep} />}
-      {model && <SessionState key={`${id}\n${other}`} id={id} other={other} model={model} />}
+      {model && <SessionState key={id} id={id} other={other} model={model} />}
       {session && model && !ended && <SessionActions session={session} model={model} />}
     </>
   );

@@ -17,7 +17,8 @@ interface CompareProps {
 export function Distance({id, other, live, choices}: CompareProps) {
   const by = useSignal<Alignment>("revision");
   const found = useComputed(() => {
-    void live.tick.value;
+    // the sentence is read once a second, the first time before the first frame
+    void [live.tick.value, live.second.value];
     const here = choices.view(live.reel(id));
     const there = choices.view(live.reel(other));
     return here && there ? distances(here, there, by.value) : null;

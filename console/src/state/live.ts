@@ -21,8 +21,9 @@ export class Live {
   private frame = 0;
   private timer: ReturnType<typeof setTimeout> | undefined;
 
-  constructor(readonly ids: readonly string[]) {
-    for (const id of ids) this.reels.set(id, new Reel());
+  /** `earlier`: sessions that were watched before; what is known of them stays. */
+  constructor(readonly ids: readonly string[], earlier: Live | null = null) {
+    for (const id of ids) this.reels.set(id, earlier?.reels.get(id) ?? new Reel());
   }
 
   reel(id: string): Reel {

@@ -1,7 +1,7 @@
 /** The hidden state of a session over its revisions, while it is watched. */
 
 import {useSignalEffect} from "@preact/signals";
-import {useEffect, useMemo} from "preact/hooks";
+import {useEffect, useMemo, useRef} from "preact/hooks";
 import type {Model} from "../types.ts";
 import {isDark} from "../theme.ts";
 import {CompareForm, Distance} from "./compare.tsx";
@@ -22,10 +22,12 @@ export interface SessionStateProps {
 
 export function SessionState({id, other, model}: SessionStateProps) {
   const pair = other && other !== id ? other : "";
-  const live = useMemo(() => new Live(pair ? [id, pair] : [id]), [id, pair]);
+  // A fork is compared with what the page has seen of its session before.
+  const earlier = useRef<Live | null>(null);
+  const live = useMemo(() => (earlier.current = new Live(pair ? [id, pair] : [id], earlier.current)), [id, pair]);
   const choices = useMemo(() => new Choices(), [id]);
   useEffect(() => live.start(), [live]);
-  return <StateView id={id} other={pair} model={model} live={live} choices={choices} />;
+  return <StateView key={pair} id={id} other={pair} model={model} live={live} choices={choices} />;
 }
 
 /** The drawings of sessions that somebody watches. */
