@@ -182,6 +182,23 @@ def test_halves_and_integers(tmp_path: Path) -> None:
     assert outputs[0].shape == (2, 2, 3)
 
 
+def test_a_row_may_be_a_single_number(tmp_path: Path) -> None:
+    rows = (step_functions.FLOAT, ["n"])
+    file = step_functions.saved(
+        tmp_path,
+        "sum",
+        lambda: step_functions.model(
+            [step_functions.node("Add", "x h", "hn"), step_functions.node("Identity", "hn", "y")],
+            {"x": rows, "h": rows},
+            {"y": rows, "hn": rows},
+        ),
+    )
+    program = compile_few(file, ProofOptions(declaration=Declaration(initial={"h": 0.5})))
+    assert (program.inputs[0].shape, program.state[0].shape, program.initial[0].shape) == ((), (), ())
+    outputs, states = stepped(program, [np.array([[1, 2], [3, 4]], np.float32)])
+    assert states[0].tolist() == outputs[0][-1].tolist() == [4.5, 6.5]
+
+
 def test_a_batch_of_one_in_the_file_runs_row_by_row(tmp_path: Path) -> None:
     file = step_functions.saved(tmp_path, "one", lambda: step_functions.cell(batch=1))
     program = compile_few(file, ProofOptions(trust_rows=True))

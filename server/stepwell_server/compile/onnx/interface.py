@@ -408,7 +408,8 @@ def _initial(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ModelError(f"--initial: state {quoted(name)} must be finite; got {value!r:.80}")
-    return np.ascontiguousarray(np.broadcast_to(array, shape))
+    # np.ascontiguousarray would add an axis where a row is a single number
+    return np.array(np.broadcast_to(array, shape))
 
 
 def _require_usable_names(found: Interface) -> None:
