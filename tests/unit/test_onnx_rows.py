@@ -395,6 +395,11 @@ def test_operators_with_several_outputs() -> None:
     assert getattr(whole.followed("whole"), "axis", None) == 2
 
 
+def test_indices_of_the_whole_batch_are_refused() -> None:
+    pool = Case([node("MaxPool", "x", "y i", kernel_shape=[2])], {"x": (FLOAT, (N, 2, 8))})
+    assert "its second output counts elements from the first row of the batch" in str(pool.followed())
+
+
 def test_a_dropout_that_may_train_is_refused() -> None:
     off = Case(
         [node("Dropout", "x ratio off", "y")],

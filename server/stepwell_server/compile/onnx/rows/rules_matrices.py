@@ -85,7 +85,9 @@ def convolution(node: Node) -> list[Value]:
     node.shared(*range(1, len(node.values)))
     if node.needed(0).axis != 0:
         raise LostError("its rows are not on the first axis, so it mixes them")
-    return [Value(axis=0) for _ in node.proto.output]
+    if any(node.proto.output[1:]):  # the indices of MaxPool
+        raise LostError("its second output counts elements from the first row of the batch")
+    return placed(0)
 
 
 def recurrent(node: Node) -> list[Value]:
