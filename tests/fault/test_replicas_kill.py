@@ -49,6 +49,7 @@ def test_replicas_are_killed(tmp_path: Path) -> None:
         ("forget-requests", {"wrong"}),
         ("answer-early", {"lost"}),
     ],
+    ids=["trust-copies", "commit-blindly", "forget-requests", "answer-early"],
 )
 def test_a_replica_that_breaks_a_rule_is_caught(tmp_path: Path, defect: str, sorts: set[str]) -> None:
     """The proof that a stale read, a lost change and a forgotten answer would be seen."""

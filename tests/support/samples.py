@@ -24,8 +24,9 @@ ALL = "TEST_ALL" in os.environ
 #: Prime, so that a sample of bytes meets every place of what is laid out in words.
 _ONE_IN = 7
 _SHARE = 4
-#: What a test is parametrized with for the same claim: kinds of store, clients of the SDK, and when a change is durable.
-_ALTERNATIVES = ("store_kind", "client", "shell", "durability")
+#: What a test is parametrized with for the same claim: kinds of store, clients of the SDK, when a change is durable, and
+#: the defects that a checker of the tests must find.
+_ALTERNATIVES = ("store_kind", "client", "shell", "durability", "defect")
 _MEASURED_ONE_IN = 3
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")

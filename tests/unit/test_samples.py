@@ -96,7 +96,7 @@ def runs(items: Any) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("name", ["client", "shell", "durability", "store_kind"])
+@pytest.mark.parametrize("name", ["client", "shell", "durability", "defect", "store_kind"])
 def test_one_alternative_is_quick_and_one_more_runs_in_ci(name: str) -> None:
     items: Any = [Item(f"a.py::test_a[few-{one}-sync]", is_slow=False, **{name: one}) for one in CLIENTS]
     assert runs(items) == {"test": 1, "ci": 1, "soak": 1}
