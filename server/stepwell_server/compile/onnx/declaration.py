@@ -76,8 +76,11 @@ def parse(option: str, texts: tuple[str, ...]) -> dict[str, Any]:
     mark = ":" if option == "state" else "="
     found: dict[str, Any] = {}
     for text in texts:
-        # The names of exporters may contain the mark: the last one counts.
+        # The names of exporters may contain the mark: the last one counts, unless it belongs to a name such as "Identity:0".
         name, given, value = text.rpartition(mark)
+        head, _, tail = name.rpartition(":")
+        if option == "state" and value.isdecimal() and head and not tail.isdecimal():
+            name, value = head, f"{tail}:{value}"
         what = f"--{option}"
         if not given or not name or not value:
             raise ModelError(f"{what}: must be {_FORMS[option]}; got {text!r:.80}")
