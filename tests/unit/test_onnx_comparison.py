@@ -144,6 +144,13 @@ def test_tensors_pairs_and_the_command(tmp_path: Path) -> None:
     ]
 
 
+def test_the_command_is_quoted_for_a_shell() -> None:
+    found = {"options": ["--state $(rm h):h out", "--shape x=3"]}
+    assert inspection.command(Path("my model.onnx"), found) == (
+        "stepwell compile 'my model.onnx' --state '$(rm h):h out' --shape x=3"
+    )
+
+
 def test_the_context_of_silero_is_known(tmp_path: Path) -> None:
     found = inspected(tmp_path, silero)
     assert found["options"] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def lines(model: Path, found: Mapping[str, Any]) -> list[str]:
 
 
 def command(model: Path, found: Mapping[str, Any]) -> str:
-    """Return the command that compiles the model."""
-    return " ".join([f"stepwell compile {model}", *found["options"]])
+    """Return the command that compiles the model. Names in a file may hold characters that a shell interprets."""
+    options = [word for option in found["options"] for word in option.split(" ", 1)]
+    return shlex.join(["stepwell", "compile", str(model), *options])
 
 
 def _shape(sizes: list[int | None] | None) -> str:
