@@ -80,14 +80,6 @@ def only_states() -> onnx.ModelProto:
     )
 
 
-def no_output() -> onnx.ModelProto:
-    return model(
-        [node("Add", "h x", "hn")],
-        {"x": (FLOAT, ["n", 4]), "h": (FLOAT, ["n", 4])},
-        {"hn": (FLOAT, ["n", 4])},
-    )
-
-
 def nameless() -> onnx.ModelProto:
     return model(
         [node("Add", "a b", "c"), node("Tanh", "c", "d")],
@@ -373,7 +365,6 @@ CASES: dict[str, Case] = {
             "states or constants"
         ),
     ),
-    "no output": (no_output, {}, "must have an output that is not a state; all of its outputs are states"),
     "a custom operator": (
         custom,
         {},
@@ -495,6 +486,21 @@ OPTIONS = {
 def test_a_wrong_option_is_refused(option: str, text: str) -> None:
     with pytest.raises(ModelError, match=re.escape(OPTIONS[option, text])):
         declaration.parse(option, (text,))
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after"),
+    [
+        ("h:hn", "h", "hn"),
+        ("h:27", "h", "27"),
+        ("h:0:27", "h:0", "27"),
+        ("a:h:hn", "a:h", "hn"),
+        ("h:Identity:1", "h", "Identity:1"),
+        ("serving_default_h:0:StatefulPartitionedCall:1", "serving_default_h:0", "StatefulPartitionedCall:1"),
+    ],
+)
+def test_names_of_tensors_may_hold_a_colon(text: str, before: str, after: str) -> None:
+    assert declaration.parse("state", (text,)) == {before: after}
 
 
 def test_an_option_that_names_a_tensor_twice_is_refused() -> None:

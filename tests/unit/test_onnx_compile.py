@@ -199,6 +199,22 @@ def test_a_row_may_be_a_single_number(tmp_path: Path) -> None:
     assert states[0].tolist() == outputs[0][-1].tolist() == [4.5, 6.5]
 
 
+def test_a_cell_that_returns_its_state_only(tmp_path: Path) -> None:
+    rows: tuple[int, step_functions.Shape] = (step_functions.FLOAT, ["n", 2])
+    file = step_functions.saved(
+        tmp_path,
+        "cell",
+        lambda: step_functions.model(
+            [step_functions.node("Add", "x h", "hn")], {"x": rows, "h": rows}, {"hn": rows}
+        ),
+    )
+    program = compile_few(file, ProofOptions())
+    assert (program.names.outputs, program.names.state) == (("hn",), ("h",))
+    outputs, states = stepped(program, [np.ones((3, 5, 2), np.float32)])
+    assert outputs[0].tolist() == [[[step] * 2] * 5 for step in (1, 2, 3)]
+    assert states[0].tolist() == [[3, 3]] * 5
+
+
 def test_a_batch_of_one_in_the_file_runs_row_by_row(tmp_path: Path) -> None:
     file = step_functions.saved(tmp_path, "one", lambda: step_functions.cell(batch=1))
     program = compile_few(file, ProofOptions(trust_rows=True))

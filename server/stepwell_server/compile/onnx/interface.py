@@ -166,9 +166,8 @@ def resolve(model: onnx.ModelProto, declared: Declaration) -> Interface:
             raise ModelError(
                 f"tensor {quoted(each.tensor)} must have at most {_MAX_ROW_BYTES} bytes for each row; its shape is {each.shape}"
             )
-    outputs = tuple(name for name in made if name not in states.values())
-    if not outputs:
-        raise ModelError("must have an output that is not a state; all of its outputs are states")
+    # A cell such as PyTorch's GRUCell returns its state only: users see that.
+    outputs = tuple(name for name in made if name not in states.values()) or tuple(made)
     fixed = [sizes_of(given[each.tensor]) for each in (*inputs, *held)]
     axes = [each.axis for each in (*inputs, *held)]
     single = any(sizes is not None and sizes[axis] == 1 for sizes, axis in zip(fixed, axes, strict=True))
