@@ -18,6 +18,7 @@ import onnx
 from stepwell_server.compile.cache import version_of
 from stepwell_server.compile.errors import ModelError, gist, quoted
 from stepwell_server.compile.onnx import declaration, reading, samples
+from stepwell_server.compile.onnx.divisions import guarded
 from stepwell_server.compile.onnx.interface import Input, Interface, context_name, dtype_of_info, resolve
 from stepwell_server.compile.onnx.rewrite import rewritten, with_shapes
 from stepwell_server.compile.onnx.rows.walk import Known, Lost, follow, nodes_of
@@ -60,7 +61,7 @@ def compile_step_function(
         model, content = reading.read(file)
         interface = resolve(model, options.declaration)
         tell("trace")
-        traced = _traced(with_shapes(model, interface), interface, trust=options.trust_rows)
+        traced = _traced(guarded(with_shapes(model, interface)), interface, trust=options.trust_rows)
         tell("convert")
         program = _program(file, content, traced)
         tell("check")
