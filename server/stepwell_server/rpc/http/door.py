@@ -7,7 +7,8 @@ tenants, quotas, audit log, request log, metrics and traces apply alike.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from stepwell_server.rpc.http.routes import (
     Routes,
     WrongMethod,
 )
-from stepwell_server.rpc.status import Status
+from stepwell_server.rpc.status import Code, Status
 
 MAX_BODY_BYTES = 8 << 20
 """Limit of a body in JSON."""
@@ -297,12 +298,23 @@ class Door:
                 raise refusal
 
             found = {next(iter(routes)): refuse}  # by a method, so that unknown callers are refused as such
-        return [await self._source(routes[name], call, one, is_large=is_large) for name, one in found.items()]
+        return [
+            await self._source(routes[name], call, one, is_large=is_large, part=f"{name}.")
+            for name, one in found.items()
+        ]
 
     async def _source(
-        self, route: Route, call: HttpCall, read: Callable[[Message], None], *, is_large: bool
+        self, route: Route, call: HttpCall, read: Callable[[Message], None], *, is_large: bool, part: str = ""
     ) -> Source:
-        """Return a call of a method. `read` fills its request, and may raise `InvalidInput`."""
+        """Return a call of a method.
+
+        Args:
+            route: One of its paths.
+            call: The request.
+            read: Fills the method's request, and may raise `InvalidInput`.
+            is_large: Whether that takes long.
+            part: Where the body has the method's request, with a dot at the end; empty: it is the body.
+        """
         method = self._methods[route.path]
         request_type, reply_type = self._types[route.path]
         raw, refusal = b"", None
@@ -312,7 +324,7 @@ class Door:
             read(message)
             found = message.SerializeToString()
             if method.shape is not None and (breach := check_shape(method.shape, found)) is not None:
-                raise breach
+                raise InvalidInput(part + breach.message)
             return found
 
         try:
@@ -320,8 +332,16 @@ class Door:
         except InvalidInput as error:
             refusal = error
 
-        def serve(write: Write) -> Awaitable[bytes]:
-            return method.serve(_DoorCall(call, raw, refusal, write))
+        async def serve(write: Write) -> bytes:
+            own = _DoorCall(call, raw, refusal, write)
+            try:
+                return await method.serve(own)
+            except CallEnded as ended:
+                if not (part and own.is_read and ended.status.code is Code.INVALID_ARGUMENT):
+                    raise
+                # the method names a field of its request, and the caller must find it in the body
+                named = dataclasses.replace(ended.status, message=part + ended.status.message)
+                raise CallEnded(named) from None
 
         return Source(WATCHES.get(method.name, EVENT), reply_type, serve)
 
@@ -334,7 +354,8 @@ class _DoorCall:
         self.request = request
         self.refusal = refusal
         self.write = write
-        self._is_read = False
+        self.is_read = False
+        """Whether the method has the request. False after a refusal."""
 
     @property
     def who(self) -> Caller:
@@ -371,9 +392,9 @@ class _DoorCall:
     async def read(self) -> bytes | None:
         if self.refusal is not None:
             raise self.refusal
-        if self._is_read:
+        if self.is_read:
             return None
-        self._is_read = True
+        self.is_read = True
         return self.request
 
 
