@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,18 @@ def test_closing_wakes_a_thread_that_waits(client: stepwell.Client) -> None:
         assert found == [[]]
         with client.watch_server(interval_s=0.2) as figures:  # the server has forgotten it
             assert next(figures).is_ready
+
+
+def test_a_watch_that_nobody_closed_leaves_no_thread(client: stepwell.Client) -> None:
+    with client.open_session("seq") as session:
+        before = set(threading.enumerate())
+        watch = session.watch()
+        next(watch)
+        (thread,) = [one for one in set(threading.enumerate()) - before if one.name == "stepwell-watch"]
+        del watch
+        gc.collect()
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
 
 
 async def test_the_async_client_has_the_same(server: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -37,37 +38,15 @@ class Watch(Iterator[T], Generic[T]):
     """
 
     def __init__(self, driver: Driver, core: WatchCore[T]) -> None:
-        self._driver = driver
-        self._core = core
-        self._changed = threading.Condition()
-        self._values: collections.deque[Sequence[T]] = collections.deque()
-        self._next: collections.deque[T] = collections.deque()
-        self._cancels: dict[int, Callable[[], object]] = {}
-        self._streams = 0
-        self._error: BaseException | None = None
-        self._is_closed = False
-        for ids in core.streams():
-            self._begin(ids)
+        self._reader = _Reader(driver, core)
+        # The threads hold no reference to this object, so that a watch which was not closed can be collected. They end then.
+        weakref.finalize(self, self._reader.close).atexit = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> T:
-        with self._changed:
-            while not self._next:
-                if self._values:
-                    self._next.extend(self._values.popleft())
-                    self._changed.notify_all()
-                    continue
-                if self._is_closed:
-                    raise StopIteration
-                if self._error is not None:
-                    error, self._error, self._is_closed = self._error, None, True
-                    raise error
-                if not self._streams:
-                    raise StopIteration
-                self._changed.wait()
-            return self._next.popleft()
+        return self._reader.next()
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +65,50 @@ class Watch(Iterator[T], Generic[T]):
             'present'
             >>> watch.close()
         """
+        self._reader.close()
+
+
+class _Reader(Generic[T]):
+    """Reads the streams of a watch in threads. Thread-safe."""
+
+    def __init__(self, driver: Driver, core: WatchCore[T]) -> None:
+        self._driver = driver
+        self._core = core
+        self._changed = threading.Condition()
+        self._values: collections.deque[Sequence[T]] = collections.deque()
+        self._next: collections.deque[T] = collections.deque()
+        self._cancels: dict[int, Callable[[], object]] = {}
+        self._streams = 0
+        self._error: BaseException | None = None
+        self._is_closed = False
+        for ids in core.streams():
+            self._begin(ids)
+
+    def next(self) -> T:
+        """Waits for the next event.
+
+        Raises:
+            StopIteration: There is none.
+            StepwellError: The server refuses the watch, or cannot be reached.
+        """
+        with self._changed:
+            while not self._next:
+                if self._values:
+                    self._next.extend(self._values.popleft())
+                    self._changed.notify_all()
+                    continue
+                if self._is_closed:
+                    raise StopIteration
+                if self._error is not None:
+                    error, self._error, self._is_closed = self._error, None, True
+                    raise error
+                if not self._streams:
+                    raise StopIteration
+                self._changed.wait()
+            return self._next.popleft()
+
+    def close(self) -> None:
+        """Ends all streams."""
         with self._changed:
             self._is_closed = True
             self._values.clear()
