@@ -16,7 +16,8 @@ import pytest
 from hyperframe.frame import WindowUpdateFrame
 
 from support import secured
-from support.peers.http2 import Http2
+from support.peers import http2
+from support.peers.http2 import Gone, Http2
 from support.peers.json_client import JsonClient
 from support.servers.attacked_server import TIMEOUT_S, AttackedServer, target
 from support.servers.both_fronts import needs_native
@@ -236,6 +237,20 @@ def test_a_body_of_http2_that_does_not_come_is_refused(attacked: AttackedServer)
     with Http2(http_address(attacked)) as peer:
         outcome = peer.outcome(peer.call("/v1/sessions", b"{", end=False))
     assert (outcome[":status"], attacked.refused("slow_message")) == ("408", before + 1)
+
+
+@pytest.mark.parametrize("path", ["/stepwell.v1.SessionService/GetSession", "/v1/models"])
+def test_calls_that_are_cancelled_at_once_are_a_flood(attacked: AttackedServer, path: str) -> None:
+    """Rapid reset, few at a time: all are served before the next come."""
+    before = attacked.refused("protocol")
+    address = http_address(attacked) if path.startswith("/v1/") else attacked.address
+    with Http2(address) as peer:
+        with contextlib.suppress(Gone):
+            for _ in range(100):
+                begun = [peer.begin(path) for _ in range(100)]
+                peer.send(*(part for stream, frame in begun for part in (frame, http2.reset(stream))))
+        assert peer.goodbye()[0] in {ENHANCE_YOUR_CALM, -1}
+    assert attacked.refused("protocol") == before + 1
 
 
 def test_a_client_that_leaves_ends_its_call(attacked: AttackedServer) -> None:

@@ -372,7 +372,7 @@ impl Control {
 }
 
 /// A token bucket: a burst, which refills as time passes.
-struct Bucket {
+pub struct Bucket {
     left: usize,
     max: usize,
     interval: Duration,
@@ -380,7 +380,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn new(max: usize, interval: Duration, now: Instant) -> Self {
+    pub fn new(max: usize, interval: Duration, now: Instant) -> Self {
         Bucket { left: max, max, interval, refilled: now }
     }
 
@@ -390,7 +390,7 @@ impl Bucket {
     }
 
     /// Take a token. Returns whether there was one.
-    fn take(&mut self, now: &impl Fn() -> Instant) -> bool {
+    pub fn take(&mut self, now: &impl Fn() -> Instant) -> bool {
         if self.left == 0 {
             let passed = now().saturating_duration_since(self.refilled);
             let more = (passed.as_millis() / self.interval.as_millis()) as usize;

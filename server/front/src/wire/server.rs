@@ -7,7 +7,7 @@ use crate::limits::connections::Connections;
 use crate::limits::lifetime::{Age, Lifetime};
 use crate::limits::load::Load;
 use crate::limits::peer::Peer;
-use crate::limits::read_quota::{Gate, QuotaSocket, ReadQuota, Received};
+use crate::limits::read_quota::{Bucket, Gate, QuotaSocket, ReadQuota, Received};
 use crate::limits::refusals::Refusal;
 use crate::limits::settings::Limits;
 use crate::web;
@@ -305,8 +305,10 @@ const KEPT_PART: usize = 4;
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Limit of a call's replies in h2's buffer before they are written to the socket.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
-/// Limit of a connection's calls that were cancelled before they were accepted, as in a rapid-reset attack.
+/// Burst of a connection's calls that were cancelled before they were accepted, as in a rapid-reset attack.
 const MAX_RESET: usize = 1000;
+/// Interval at which one more is allowed.
+const RESET_INTERVAL: Duration = Duration::from_millis(10);
 /// Limit of a connection's calls that break HTTP/2's rules.
 const MAX_MISTAKES: usize = 1000;
 /// Limit and duration of reset calls that h2 remembers. Data that clients sent before the reset is no error.
@@ -418,6 +420,8 @@ async fn connection<S>(
     let mut life = Lifetime::new(limits.age, limits.age_grace);
     let mut is_draining = false;
     let mut closed = stage.clone();
+    // h2 limits those that wait to be accepted, so a client that sends few at a time never exceeds its limit
+    let mut resets = Bucket::new(MAX_RESET, RESET_INTERVAL, Instant::now());
     loop {
         let event = {
             let event = next_event(&peer, &mut closed, &mut stage, &mut life, is_draining);
@@ -428,9 +432,14 @@ async fn connection<S>(
                         return Poll::Ready(Err(event));
                     }
                     if quota.poll_flooded().is_ready() {
-                        return Poll::Ready(Err(Event::Flooded));
+                        return Poll::Ready(Err(Event::Flooded(Refusal::ControlFrames)));
                     }
-                    if let Poll::Ready(accepted) = connection.poll_accept(cx) {
+                    if let Poll::Ready(mut accepted) = connection.poll_accept(cx) {
+                        if let Some(Ok((_, respond))) = &mut accepted {
+                            if respond.poll_reset(cx).is_ready() && !resets.take(&Instant::now) {
+                                return Poll::Ready(Err(Event::Flooded(Refusal::Protocol)));
+                            }
+                        }
                         return Poll::Ready(Ok(accepted));
                     }
                     // after all frames are read: one of them may be the answer to a ping
@@ -468,8 +477,8 @@ async fn connection<S>(
             Event::Left | Event::Aged(Age::TooOld) => {
                 return cut_off(&mut connection, h2::Reason::NO_ERROR).await
             }
-            Event::Flooded => {
-                bounds.counts.refuse(Refusal::ControlFrames);
+            Event::Flooded(limit) => {
+                bounds.counts.refuse(limit);
                 return cut_off(&mut connection, h2::Reason::ENHANCE_YOUR_CALM).await;
             }
             Event::Aged(Age::Old) => connection.graceful_shutdown(),
@@ -488,8 +497,8 @@ enum Event {
     Closed,
     /// It is closed in favour of another connection.
     Left,
-    /// Its client has exceeded a limit of frames.
-    Flooded,
+    /// Its client has exceeded a limit of frames or of reset calls.
+    Flooded(Refusal),
     Aged(Age),
     /// The server accepts no more calls.
     Draining,
