@@ -19,7 +19,7 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.auth import token_file
 from stepwell_server.rpc.http.routes import WATCH_PATH
 from support.peers import curl
-from support.peers.events import EventReader
+from support.peers.events import EventReader, events_of
 from support.peers.json_client import JsonClient, path_of, step_body
 from support.secured import Server
 from support.servers.attacked_server import TIMEOUT_S, AttackedServer, target
@@ -167,6 +167,21 @@ def test_pages_of_other_origins_watch_nothing(
         assert events.status == status
         allowed = events.headers["access-control-allow-origin"]
         assert allowed == (headers["origin"] if status == 200 else None)
+
+
+@pytest.mark.parametrize("version", ["--http1.1", "--http2-prior-knowledge"])
+def test_a_deadline_ends_a_watch_with_the_error(client: JsonClient, version: str) -> None:
+    body, url = json.dumps({"server": {"interval": "3600s"}}), f"http://{client.address}{WATCH_PATH}"
+    found = b""
+    for limit in ("200m", "2S", "20S"):  # a busy machine may need more for the first event
+        command = curl.command(version, "--header", f"grpc-timeout: {limit}", "--json", body, url)
+        # curl fails unless the answer is complete
+        found = subprocess.run(command, capture_output=True, check=True, timeout=TIMEOUT_S).stdout
+        if found.startswith(b"event"):
+            break
+    first, last = events_of(found)
+    assert (first.name, last.name, last.data["code"]) == ("server", "error", 4)
+    assert last.data["details"][0]["reason"] == "DEADLINE_EXCEEDED"
 
 
 def test_refusals_have_their_status(client: JsonClient) -> None:

@@ -79,6 +79,12 @@ impl Door {
         })
     }
 
+    /// The last event of an answer that its deadline ends. Answers in parts are server-sent events.
+    pub fn late_event(&self, id: u64) -> Bytes {
+        let begin = format!("event: error\nid: {id}\ndata: ");
+        Bytes::from([begin.as_bytes(), &self.late.body[..], b"\n\n"].concat())
+    }
+
     #[cfg(test)]
     pub fn for_test() -> Self {
         let answers = [

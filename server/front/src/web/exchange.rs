@@ -105,6 +105,9 @@ pub struct Exchange {
     is_known: bool,
     /// Whether its answer is complete.
     is_done: bool,
+    /// Number of events in the answer so far, and whether it ended at its deadline.
+    events: u64,
+    is_late: bool,
     /// Size of a part of the answer that was handed out, of which Python has not been notified.
     unreported: usize,
 }
@@ -156,6 +159,8 @@ impl Exchange {
             is_admitted,
             is_known: false,
             is_done: false,
+            events: 0,
+            is_late: false,
             unreported: 0,
         })
     }
@@ -299,8 +304,11 @@ impl Exchange {
         timer.as_mut().poll(cx).map(|()| self.call.set_over(true))
     }
 
-    /// Returns the next part of the answer; None at its end. Err: it must be cut off.
-    fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    /// Returns the next part of the answer; None at its end. At the deadline, the last part is the error.
+    fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if self.is_late {
+            return Poll::Ready(None);
+        }
         let next = {
             let mut state = self.call.state();
             let next = state.replies.pop_front();
@@ -320,10 +328,13 @@ impl Exchange {
             self.service.queue.push(Arrival::Written(self.call.clone(), size));
         }
         let Some((reply, _)) = next else {
-            return self.poll_deadline(cx).map(|()| Some(Err(Broken)));
+            std::task::ready!(self.poll_deadline(cx));
+            self.is_late = true;
+            return Poll::Ready(self.service.door.get().map(|door| door.late_event(self.events + 1)));
         };
+        self.events += u64::from(!reply.starts_with(b":")); // others are comments
         self.unreported = reply.len();
-        Poll::Ready(Some(Ok(Bytes::from_owner(Sent { reply, call: self.call.clone() }))))
+        Poll::Ready(Some(Bytes::from_owner(Sent { reply, call: self.call.clone() })))
     }
 }
 
@@ -367,10 +378,10 @@ pub enum Replies {
 }
 
 impl Replies {
-    /// Returns the next part; None at the end. Err: the answer must be cut off.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    /// Returns the next part; None at the end.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         match self {
-            Replies::Whole(body) => Poll::Ready(body.take().filter(|body| !body.is_empty()).map(Ok)),
+            Replies::Whole(body) => Poll::Ready(body.take().filter(|body| !body.is_empty())),
             Replies::Of(exchange) => exchange.poll_reply(cx),
         }
     }

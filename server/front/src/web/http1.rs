@@ -68,7 +68,7 @@ impl HyperBody for Replies {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        self.poll_next(cx).map(|next| next.map(|part| part.map(Frame::data)))
+        self.poll_next(cx).map(|next| next.map(|part| Ok(Frame::data(part))))
     }
 }
 
@@ -335,6 +335,26 @@ mod tests {
         answered(&call, b"{}");
         let (found, service) = client.rest().await;
         assert!(found.starts_with("6\r\nsecond\r\n5\r\nthird\r\n0\r\n\r\nHTTP/1.1 200 OK"), "{found}");
+        assert_eq!(service.unwritten.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_in_parts_ends_at_its_deadline_with_the_error() {
+        let mut client = client(1 << 16);
+        client.send(b"GET / HTTP/1.1\r\nhost: here\r\ngrpc-timeout: 50m\r\n\r\n").await;
+        let (call, _) = client.call().await;
+        begin(&call);
+        assert!(matches!(client.arrival().await, Arrival::Written(_, 5)));
+        tokio::time::advance(std::time::Duration::from_millis(50)).await;
+        assert!(matches!(client.arrival().await, Arrival::Ended(_)));
+        assert!(call.is_late());
+        call.reply(Bytes::from_static(b"too late"), None, None);
+        client.send(b"GET / HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n").await;
+        let (next, _) = client.call().await;
+        answered(&next, b"{}");
+        let (found, service) = client.rest().await;
+        let end = "5\r\nfirst\r\n1F\r\nevent: error\nid: 2\ndata: late\n\n\r\n0\r\n\r\nHTTP/1.1 200 OK";
+        assert!(found.contains(end), "{found}");
         assert_eq!(service.unwritten.load(Ordering::Relaxed), 0);
     }
 

@@ -3,7 +3,7 @@
 use crate::calls::service::Service;
 use crate::limits::peer::Peer;
 use crate::limits::refusals::Refusal;
-use crate::web::exchange::{answer, Body, BodyError, Broken, Replies};
+use crate::web::exchange::{answer, Body, BodyError, Replies};
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
@@ -75,12 +75,11 @@ async fn serve(
 async fn write(out: &mut SendStream<Bytes>, mut replies: Replies, service: &Service) -> Result<(), Reason> {
     loop {
         let next = poll_fn(|cx| match replies.poll_next(cx) {
-            Poll::Pending => out.poll_reset(cx).map(|_| Some(Err(Broken))),
-            next => next,
+            Poll::Pending => out.poll_reset(cx).map(|_| Err(Reason::CANCEL)),
+            next => next.map(Ok),
         });
-        match next.await {
-            Some(Ok(part)) => write_part(out, part, service).await?,
-            Some(Err(Broken)) => return Err(Reason::CANCEL),
+        match next.await? {
+            Some(part) => write_part(out, part, service).await?,
             None => return out.send_data(Bytes::new(), true).map_err(|_| Reason::CANCEL),
         }
     }
