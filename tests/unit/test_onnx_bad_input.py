@@ -335,6 +335,11 @@ CASES: dict[str, Case] = {
         {"initial": {"h": float("nan")}},
         "--initial: state 'h' must be finite; got nan",
     ),
+    "a constant beyond its type": (
+        lambda: step_functions.cell(kind=step_functions.HALF),
+        {"constants": {"x": 1e9}},
+        "--constant: 'x' must be numbers of float16; got 1000000000.0",
+    ),
     "an initial state that is no whole number": (
         step_functions.embedding,
         {"initial": {"count": 0.5}},

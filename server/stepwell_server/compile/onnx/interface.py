@@ -259,12 +259,18 @@ def _constant(info: onnx.ValueInfoProto, value: Any) -> Array:
     dtype, sizes = dtype_of_info(info), sizes_of(info)
     try:
         array: Array = np.array(value)
-        cast = array.astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            whole, cast = array.astype(np.float64), array.astype(dtype)
     except (ValueError, OverflowError) as error:
         raise ModelError(
             f"--constant: {quoted(info.name)} must be numbers of {dtype}; got {value!r:.80}"
         ) from error
-    if not np.array_equal(cast.astype(np.float64), array.astype(np.float64)) and np.dtype(dtype).kind != "f":
+    is_kept = (
+        np.array_equal(np.isinf(cast), np.isinf(whole))
+        if cast.dtype.kind == "f"
+        else np.array_equal(cast.astype(np.float64), whole)
+    )
+    if not is_kept:
         raise ModelError(f"--constant: {quoted(info.name)} must be numbers of {dtype}; got {value!r:.80}")
     if sizes is None:
         return cast
