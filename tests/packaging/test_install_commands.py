@@ -58,19 +58,27 @@ def test_messages_and_pages_name_only_commands_that_are_run(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_each_of_them_works_in_a_clone(root: Path) -> None:
-    """One after the other in one environment, as an installation grows; without cargo, which the page's test has."""
+    """One after the other in one environment, as an installation grows; without cargo, which the page's test has.
+
+    What builds Stepwell is there from the start. In that page's test pip installs it for a build, as it does for a user.
+    """
     with tempfile.TemporaryDirectory(prefix="stepwell-install-") as folder:
         clone, venv = Path(folder) / "clone", Path(folder) / "venv"
         for name in repository.tracked_files():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, clone / name, follow_symlinks=False)
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=200)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=200)
+        pip = venv / "bin" / "pip"  # this environment's, since to unpack another one takes seconds
+        pip.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip --python "{venv}/bin/python" "$@"\n')
+        pip.chmod(0o755)
         kept = {name: value for name, value in os.environ.items() if name != "REQUIRE_NATIVE_FRONT"}
         environment = {
             **kept,
             "PATH": str(venv / "bin"),
             "PIP_CONSTRAINT": str(root / "constraints.txt"),
             "PIP_COMPILE": "0",  # no bytecode of modules that are never imported
+            "PIP_NO_BUILD_ISOLATION": "0",  # as with the option: pip reads the opposite of what the name says
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
 
         def run(command: list[str]) -> str:
@@ -86,6 +94,7 @@ def test_each_of_them_works_in_a_clone(root: Path) -> None:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             return done.stdout
 
+        run(["pip", "install", "hatchling"])
         for command, works in RUN.items():
             run(shlex.split(command))
             run(["python", "-I", "-c", works])
