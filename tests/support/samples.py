@@ -27,6 +27,8 @@ _SHARE = 4
 #: What a test is parametrized with for the same claim: kinds of store, clients of the SDK, when a change is durable, and
 #: the defects that a checker of the tests must find.
 _ALTERNATIVES = ("store_kind", "client", "shell", "durability", "defect")
+#: And of a quick test: where it is slow, CI is to try it on the native front, which is the one that is used, too.
+_QUICK_ALTERNATIVES = (*_ALTERNATIVES, "front")
 _MEASURED_ONE_IN = 3
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
@@ -84,7 +86,7 @@ def _without_alternatives(item: pytest.Item) -> str:
     call: Any = getattr(item, "callspec", None)
     test, _, case = item.nodeid.partition("[")
     case = f"-{case.removesuffix(']')}-"
-    for name in _ALTERNATIVES:
+    for name in _ALTERNATIVES if item.get_closest_marker("slow") else _QUICK_ALTERNATIVES:
         if call and isinstance(value := call.params.get(name), str):
             case = case.replace(f"-{value}-", "-", 1)
     return test + case

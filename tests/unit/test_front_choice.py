@@ -29,21 +29,21 @@ def expect(front: str, problem: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("front", ["auto", "native", "python"])
-def test_a_front_of_another_version_is_not_used(front: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", ["auto", "native", "python"])
+def test_a_front_of_another_version_is_not_used(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from stepwell_server.rpc.fronts import native
 
     own = native.VERSION
-    assert choose(front) == Choice(None if front == "python" else native.NativeFront)
+    assert choose(asked) == Choice(None if asked == "python" else native.NativeFront)
     monkeypatch.setattr(native, "VERSION", "0.0.1")
-    expect(front, f"stepwell-front must have the version of stepwell, {own}; 0.0.1 is installed")
+    expect(asked, f"stepwell-front must have the version of stepwell, {own}; 0.0.1 is installed")
 
 
 @needs_native
-@pytest.mark.parametrize("front", ["auto", "native"])
+@pytest.mark.parametrize("asked", ["auto", "native"])
 @pytest.mark.parametrize("installed", [0, 999])
 def test_a_front_built_from_other_sources_is_not_used(
-    front: str, installed: int, monkeypatch: pytest.MonkeyPatch
+    asked: str, installed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import stepwell_front
 
@@ -55,13 +55,13 @@ def test_a_front_built_from_other_sources_is_not_used(
         monkeypatch.delattr(stepwell_front, "INTERFACE")
     monkeypatch.delitem(sys.modules, NATIVE)
     expect(
-        front,
+        asked,
         f"stepwell-front must have interface {native._INTERFACE}; the installed one, {native.VERSION}, has {installed}, because it was"
         " built from other sources",
     )
 
 
-@pytest.mark.parametrize("front", ["auto", "native", "python"])
+@pytest.mark.parametrize("asked", ["auto", "native", "python"])
 @pytest.mark.parametrize(
     ("module", "problem"),
     [
@@ -73,7 +73,7 @@ def test_a_front_built_from_other_sources_is_not_used(
     ],
 )
 def test_without_the_native_front_the_reason_is_known(
-    front: str, module: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, module: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, NATIVE, raising=False)
     if module is None:
@@ -82,7 +82,7 @@ def test_without_the_native_front_the_reason_is_known(
         (tmp_path / "stepwell_front.py").write_text(module)
         monkeypatch.delitem(sys.modules, "stepwell_front", raising=False)
         monkeypatch.syspath_prepend(tmp_path)
-    expect(front, problem)
+    expect(asked, problem)
 
 
 def test_limits_beyond_what_64_bits_hold_twice_are_as_much_as_those_hold() -> None:

@@ -96,7 +96,7 @@ def runs(items: Any) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("name", ["client", "shell", "durability", "defect", "store_kind"])
+@pytest.mark.parametrize("name", ["client", "shell", "durability", "defect", "front", "store_kind"])
 def test_one_alternative_is_quick_and_one_more_runs_in_ci(name: str) -> None:
     items: Any = [Item(f"a.py::test_a[few-{one}-sync]", is_slow=False, **{name: one}) for one in CLIENTS]
     assert runs(items) == {"test": 1, "ci": 1, "soak": 1}
@@ -105,6 +105,11 @@ def test_one_alternative_is_quick_and_one_more_runs_in_ci(name: str) -> None:
 def test_of_a_slow_test_one_alternative_runs_in_ci() -> None:
     items: Any = [Item(f"a.py::test_a[{one}]", client=one, is_slow=True) for one in CLIENTS]
     assert runs(items) == {"test": 0, "ci": 1, "soak": 2}
+
+
+def test_of_a_slow_test_each_front_runs_in_ci() -> None:
+    items: Any = [Item(f"a.py::test_a[{one}]", front=one, is_slow=True) for one in ("native", "python")]
+    assert runs(items) == {"test": 0, "ci": 2, "soak": 0}
 
 
 def test_what_is_slow_of_the_alternatives_is_not_the_quick_one() -> None:
