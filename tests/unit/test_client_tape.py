@@ -160,6 +160,17 @@ def test_positions_restart_where_all_rows_restart() -> None:
     assert [(mark.index, mark.rows) for mark in tape.marks] == list(rows.items())
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_reset_by_a_new_version_is_marked_and_positions_begin_anew(count: int) -> None:
+    source = reel()
+    source.append(frames(1, 7, 7))
+    moved = Members(None, counts(2), counts(7), counts(count), counts(2))
+    source.append(frames(2, count, count, members=moved))
+    tape = Tape(source.content)
+    assert tape.positions.tolist() == [*range(1, 8), *range(1, count + 1)]
+    assert tape.marks == [Mark(7, "reset", (0,)), Mark(7, "version", (0,))]
+
+
 def test_a_model_of_another_shape_ends_the_recording() -> None:
     source = reel()
     source.append(frames(1, 2, 2))

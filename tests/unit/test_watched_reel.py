@@ -103,6 +103,17 @@ def test_resets_are_marked_and_steps_continue() -> None:
     assert marks(tape) == [(1, "reset"), (2, "reset")]
 
 
+def test_a_reset_by_a_new_version_is_marked_once_whether_it_was_seen_or_not() -> None:
+    for is_seen in (True, False):
+        reel, tape = begun()
+        reel.take(event("step", 1, 1))
+        if is_seen:
+            reel.take(event("present", 1, 0))
+        reel.take(event("step", 2, 1))
+        reel.end(is_complete=True)
+        assert (tape.positions.ravel().tolist(), marks(tape)) == ([1, 1], [(1, "reset")])
+
+
 def test_the_end_of_a_session_stops_the_tape_and_says_why() -> None:
     reel, tape = begun()
     reel.take(event("step", 1, 1))

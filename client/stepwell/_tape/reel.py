@@ -183,10 +183,23 @@ class Reel:
         restarts = np.zeros((frames.count, self._rows.size), np.bool_)
         if frames.restarts is not None:
             restarts[:, _selected(frames.rows)] = frames.restarts
-            for i in np.flatnonzero(restarts.any(axis=1)).tolist():
-                self._marks.add(self._end + i, "reset", np.flatnonzero(restarts[i]))
-        whole: Mask = np.asarray(restarts.reshape(frames.count, *self._rows.shape).all(axis=2))
+        by_member = restarts.reshape(frames.count, *self._rows.shape)
+        by_member[0, self._reset_before(frames, by_member)] = True
+        for i in np.flatnonzero(restarts.any(axis=1)).tolist():
+            self._marks.add(self._end + i, "reset", np.flatnonzero(restarts[i]))
+        whole: Mask = np.asarray(by_member.all(axis=2))
         return whole
+
+    def _reset_before(self, frames: Frames, restarts: Mask) -> Mask:
+        """Members that a new version of their model reset before this step: only their positions say so."""
+        members = frames.members
+        some = _selected(members.indexes)
+        found = np.zeros(len(self._rows), np.bool_)
+        whole: Mask = np.asarray(restarts.all(axis=2))
+        is_next = members.revisions == self._last.revisions[some] + np.uint64(1)
+        is_short = members.positions == frames.count
+        found[some] = is_next & is_short & (members.before != 0) & ~whole[:, some].any(axis=0)
+        return found
 
     def _adopt(self, members: Members) -> None:
         """Adopts the counts of members after a change. Marks changes in between that the tape has not seen."""
