@@ -297,3 +297,30 @@ def test_weights_that_were_pushed_outlive_the_server(tmp_path: Path, paths: dict
         assert again.get_state() == state
         assert client.predict(MODEL, x, dict(state))[0].tobytes() == again.step(x).tobytes()
         assert not np.array_equal(y, again.step(x))
+
+
+def test_watches_and_tapes_see_a_version_that_resets(
+    server: LocalServer, name: str, paths: dict[str, Path]
+) -> None:
+    with (
+        stepwell.connect(server.address, timeout_s=LOAD_S) as client,
+        client.open_session(name, session_id=f"{name}-watched") as session,
+        session.watch(states=True) as watch,
+        stepwell.connect(server.address, timeout_s=LOAD_S) as other,
+        other.open_session(name, session_id=session.id).record("last", source="watch") as watched,
+        session.record("last") as own,
+    ):
+        session.step(draw(1, 5))
+        assert [next(watch).position for _ in range(2)] == [0, 5]
+        client.load_model(name, paths["second"], sessions="reset")
+        event = next(watch)
+        assert (event.kind, event.revision, event.position, event.model_version) == ("present", 1, 0, 2)
+        state = session.get_state()
+        for tensor, values in event.states.items():
+            np.testing.assert_array_equal(values, state[tensor])
+        session.step(draw(1))
+        while len(watched) < 6:
+            session.refresh()
+    for tape in (own, watched):
+        assert tape.positions.tolist() == [1, 2, 3, 4, 5, 1]
+        assert [(mark.index, mark.kind) for mark in tape.marks] == [(5, "reset"), (5, "version")]

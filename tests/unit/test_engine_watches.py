@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import Select
+from stepwell_server.engine.api import Select, SessionPolicy
 from stepwell_server.engine.watches import watch as watch_module
 from stepwell_server.engine.watches import watchers as watchers_module
 from stepwell_server.engine.watches.events import Event, Kind, Wanted
@@ -27,6 +27,7 @@ from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import BOTH_WAYS, Harness, running, x
 from support.engine.two_engines import two
+from support.engine.versions import WIDE, serving, widen
 
 ALL = Wanted(inputs=True, outputs=True, states=True)
 ALL_STORES = pytest.mark.stores("memory", "async", "sync", "fake_shared", "valkey")
@@ -408,6 +409,35 @@ async def test_a_session_reopened_at_once_is_another_one(at: Harness) -> None:
         await at.open("a")
         await at.step("a", x(1))
         assert (await one(watch)).kind is Kind.ENDED
+
+
+@pytest.mark.parametrize("policy", [SessionPolicy.RESET, SessionPolicy.MIGRATE])
+@ALL_STORES
+async def test_a_version_that_replaces_states_is_reported_though_it_makes_no_revision(
+    policy: SessionPolicy,
+) -> None:
+    async with serving(migrations={"widen": widen}) as at:
+        await at.open("a")
+        await at.step("a", x(1))
+        await at.engine.load_version("plain", 2, WIDE)
+        seldom = Wanted(states=True, revisions=9)
+        later = Wanted(states=True, interval_s=1.0)
+        async with (
+            watching(at, "a") as always,
+            watching(at, "a", wanted=seldom) as ninth,
+            watching(at, "a", wanted=later) as calm,
+        ):
+            at.clock.advance(1.0)
+            await at.engine.set_default("plain", 2, policy)
+            for watch in (always, ninth, calm):
+                event = await one(watch)
+                assert (event.kind, event.revision, event.version) == (Kind.PRESENT, 1, 2)
+                assert event.position == (0 if policy is SessionPolicy.RESET else 1)
+                assert (event.skipped, event.dropped) == (0, 0)
+                assert same(event.states, [(await at.state("a"))["wide"]])
+            await at.step("a", x(1, seed=1))
+            event = await one(always)
+            assert (event.kind, event.revision, event.skipped) == (Kind.STEP, 2, 0)
 
 
 @pytest.mark.stores("memory", "async", "fake_shared")

@@ -115,8 +115,8 @@ class SessionWatch(WatchCore[SessionEvent]):
             raise InvalidInputError(f"every must be 1 with interval_s; got {every}")
         else:
             self._fields["interval"] = check_interval(interval_s)
-        self._left: dict[str, tuple[int, int] | None] = dict.fromkeys(ids)
-        """Sessions that have not ended: the uid and the last revision of each; None: nothing was reported yet."""
+        self._left: dict[str, tuple[int, int, int] | None] = dict.fromkeys(ids)
+        """Sessions that have not ended: the uid, the last revision and its model version; None: nothing was reported yet."""
 
     def streams(self) -> Sequence[Sequence[str]]:
         return self.split(list(self._left))
@@ -141,16 +141,18 @@ class SessionWatch(WatchCore[SessionEvent]):
         if message.kind == watch_pb2.SESSION_EVENT_KIND_ENDED:
             del self._left[session_id]
         elif message.kind == watch_pb2.SESSION_EVENT_KIND_PRESENT and known is not None:
-            uid, revision = known
+            uid, revision, version = known
             if message.uid != uid:
                 del self._left[session_id]
                 return [_replaced(message, revision)]
-            if message.revision <= revision and not message.dropped_revisions:
+            is_moved = message.revision == revision and message.model_version != version
+            if message.revision <= revision and not message.dropped_revisions and not is_moved:
                 return []
             unseen = message.revision - revision - message.dropped_revisions
             message.skipped_revisions = max(message.skipped_revisions, unseen)
         if session_id in self._left:
-            self._left[session_id] = (message.uid if known is None else known[0], message.revision)
+            uid = message.uid if known is None else known[0]
+            self._left[session_id] = (uid, message.revision, message.model_version)
         return [SessionEvent._from_message(message)]
 
 

@@ -88,6 +88,8 @@ class WatchedReel:
             self._reel.mark("reset", indexes_of(event.rows), members)
         elif event.revision != self.revision:
             self._reel.mark("gap", None, members)
+        else:  # it moved to another version of its model, which the next step marks
+            return
         self.revision, self._position = event.revision, event.position
 
     def _frames(self, event: SessionEvent, members: Members, restart: int | None) -> Frames:

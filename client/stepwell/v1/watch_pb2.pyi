@@ -35,7 +35,8 @@ class _SessionEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sess
     SESSION_EVENT_KIND_PRESENT: _SessionEventKind.ValueType  # 1
     """The session as it is, without the change that made it so. It is the first event of each session. It also follows
     changes that no event reported: because the interval had not passed, because the client was slow, or because another
-    server made them (see SessionEvent.from_store).
+    server made them (see SessionEvent.from_store). It also follows a new version of the model that reset or migrated the
+    session, which makes no revision.
     """
     SESSION_EVENT_KIND_STEP: _SessionEventKind.ValueType  # 2
     """The session was stepped."""
@@ -52,7 +53,8 @@ SESSION_EVENT_KIND_UNSPECIFIED: SessionEventKind.ValueType  # 0
 SESSION_EVENT_KIND_PRESENT: SessionEventKind.ValueType  # 1
 """The session as it is, without the change that made it so. It is the first event of each session. It also follows
 changes that no event reported: because the interval had not passed, because the client was slow, or because another
-server made them (see SessionEvent.from_store).
+server made them (see SessionEvent.from_store). It also follows a new version of the model that reset or migrated the
+session, which makes no revision.
 """
 SESSION_EVENT_KIND_STEP: SessionEventKind.ValueType  # 2
 """The session was stepped."""

@@ -165,8 +165,8 @@ class SessionTable:
         """By the identity of the tuple, the oldest first."""
         self.watched_ids: set[str] = set()
         """Ids whose sessions are watched, whether they are in the table or not. Change it with `watch` and `unwatch`."""
-        self.on_watched_leaving: Callable[[str], None] = lambda _session_id: None
-        """Called with the id of a watched session that leaves the table."""
+        self.on_watched_doubtful: Callable[[str], None] = lambda _session_id: None
+        """Called with the id of a watched session that leaves the table, or whose state a new version replaced."""
         self.fields: dict[int, bytes] = {}
         """Record fields without a column here, by handle; few sessions have any."""
         self._free: list[int] = []
@@ -302,7 +302,7 @@ class SessionTable:
         self._free.append(handle)
         if self.watched[handle]:
             self.watched[handle] = False
-            self.on_watched_leaving(session_id)
+            self.on_watched_doubtful(session_id)
 
     def rows(self, handle: int) -> Rows:
         """The session's rows in its model's arena."""

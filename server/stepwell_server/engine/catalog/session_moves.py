@@ -159,6 +159,9 @@ class SessionMoves:
         self._table.model[handles] = goal.model.index
         if goal.how is MoveKind.RESET:
             self._table.position[handles] = 0
+        if goal.how is not MoveKind.CARRY and self._table.watched_ids:
+            for handle in handles[self._table.watched[handles]].tolist():
+                self._table.on_watched_doubtful(self._table.session_id(handle))
 
     def _leave_late(self, handles: Handles) -> None:
         """Move those of these sessions with a pending move, as their claims end. Queued changes must be sent again."""

@@ -46,13 +46,15 @@ class Budget:
 class _Progress:
     """What a watch has reported of a session."""
 
-    __slots__ = ("at", "check_at", "counted", "dropped", "revision", "uid")
+    __slots__ = ("at", "check_at", "counted", "dropped", "revision", "uid", "version")
 
     def __init__(self) -> None:
         self.uid: int | None = None
         """None: nothing was reported yet."""
         self.revision = 0
         """Of the last event."""
+        self.version = 0
+        """The model version of the last event."""
         self.counted = 0
         """The last revision that was due."""
         self.at = 0.0
@@ -124,10 +126,12 @@ class Watch:
             return NEVER, progress.at + self.wanted.interval_s
         return min(NEVER, progress.counted + self.wanted.revisions), math.inf
 
-    def is_missing(self, session_id: str, revision: int) -> bool:
-        """Whether nothing was reported of a session at this revision."""
+    def is_missing(self, session_id: str, revision: int, version: int) -> bool:
+        """Whether nothing was reported of a session at this revision, or on this version of its model."""
         progress = self._sessions.get(session_id)
-        return progress is not None and (session_id in self._behind or revision > progress.revision)
+        if progress is None:
+            return False
+        return session_id in self._behind or revision > progress.revision or version != progress.version
 
     def try_later(self, session_id: str) -> None:
         """A session cannot be read now."""
@@ -149,8 +153,10 @@ class Watch:
             self.end(session_id, SessionNotFound(session_id, message))
         elif progress.uid is None or session_id in self._behind:
             self._report(progress, sample, Kind.PRESENT)
-        elif sample.revision > progress.revision:
-            if self._is_due(progress, sample.revision):
+        elif sample.revision > progress.revision or sample.version != progress.version:
+            # a move to another version makes no revision, so that none is awaited
+            is_moved = sample.revision == progress.revision and not self.wanted.interval_s
+            if is_moved or self._is_due(progress, sample.revision):
                 self._report(progress, sample, Kind.PRESENT)
             elif self.wanted.interval_s and progress.check_at == math.inf:
                 self._check(session_id, progress, progress.at + self.wanted.interval_s)
@@ -282,7 +288,8 @@ class Watch:
             missing = max(0, sample.revision - progress.revision - (kind is not Kind.PRESENT))
             event.dropped = min(progress.dropped, missing)
             event.skipped = missing - event.dropped
-        progress.uid, progress.revision, progress.dropped = sample.uid, sample.revision, 0
+        progress.uid, progress.revision, progress.version = sample.uid, sample.revision, sample.version
+        progress.dropped = 0
         self._put(event)
 
     def _put(self, event: Event) -> None:

@@ -109,7 +109,7 @@ class Watchers:
         self._alarm = Alarm(self._look)
         self._looking: asyncio.Task[None] | None = None
         self._comparing: asyncio.Task[None] | None = None
-        table.on_watched_leaving = self._doubt
+        table.on_watched_doubtful = self._doubt
 
     # ------------------------------------------------------------------------------------------------------ watches
 
@@ -291,14 +291,17 @@ class Watchers:
         table = self._table
         for session_id in session_ids:
             handle = table.find(session_id)
-            if handle is not None and not watch.is_missing(session_id, int(table.revision[handle])):
+            if handle is None:
+                self._doubt(session_id)
                 continue
-            if handle is None or table.row[handle] < 0:
+            model = self._directory.models.by_handle(handle)
+            if not watch.is_missing(session_id, int(table.revision[handle]), model.version):
+                continue
+            if table.row[handle] < 0:
                 self._doubt(session_id)
             elif table.claimed[handle]:
                 watch.try_later(session_id)
             else:
-                model = self._directory.models.by_handle(handle)
                 copied = _Copies(model, table, [handle]).of(0)
                 watch.present(self._sample(Kind.PRESENT, model, handle, Made(0, (), ()), copied))
 
