@@ -4,7 +4,7 @@ import {test} from "node:test";
 import {curl, python, pythonArray, pythonSession, pythonText, shellWord} from "../src/actions/code.ts";
 import {arrayOf} from "../src/actions/npy.ts";
 import {fileOf, stateOf} from "../src/actions/state_file.ts";
-import {byName, valuesOf, withRows} from "../src/actions/values.ts";
+import {byName, tensorOf, valuesOf, withRows} from "../src/actions/values.ts";
 import {base64Of} from "../src/tensors.ts";
 
 const HOSTILE = ["plain", "it's", '"', "$(id)", "`id`", "a\\b", "a b", "<b>", "日本", "x\ny", "!x", "\u202e"];
@@ -48,6 +48,19 @@ test("axes that are left out are added", () => {
   assert.deepEqual(x([2, 3]), [2, 3]);
   assert.throws(() => x([4]), /shape 1 × 3 or 1 × time × 3; got 4/);
   assert.throws(() => withRows("h", {shape: [1, 5, 3], values: []}, [3], 1, false), /h must have the shape 1 × 3;/);
+});
+
+test("booleans have their type, and integers beyond JSON's numbers are refused", () => {
+  const spec = (dtype: string) => ({name: "x", dtype, shape: [], temporal: true});
+  const one = {shape: [1], values: [1]};
+  assert.deepEqual(tensorOf(spec("DATA_TYPE_BOOL"), one), {name: "x", values: [1], shape: ["1"], dtype: "DATA_TYPE_BOOL"});
+  for (const dtype of ["DATA_TYPE_FLOAT32", "DATA_TYPE_INT32"]) {
+    assert.deepEqual(tensorOf(spec(dtype), one), {name: "x", values: [1], shape: ["1"]});
+  }
+  for (const wrong of [2 ** 53, -(2 ** 53), 0.5]) {
+    assert.throws(() => tensorOf(spec("DATA_TYPE_INT64"), {shape: [1], values: [wrong]}), /x must have whole numbers below 2\^53/);
+    tensorOf(spec("DATA_TYPE_FLOAT64"), {shape: [1], values: [wrong]});
+  }
 });
 
 test("pasted text names its tensors", () => {

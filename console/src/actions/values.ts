@@ -1,4 +1,5 @@
 /** Arrays that people type: JSON as nested lists. No DOM. */
+import type {Tensor, TensorSpec} from "../types.ts";
 
 export interface Values {
   shape: number[];
@@ -59,6 +60,19 @@ export function withRows(
     throw new Error(`${name} must have the shape ${wanted}${long}; got ${shape.join(" × ") || "a number"}`);
   }
   return {shape: full, values};
+}
+
+/** Return the tensor of the protocol. The server reads whole numbers as integers, but as booleans only if told.
+ *
+ * @throws Error if an integer is one that a number of JSON does not represent.
+ */
+export function tensorOf({name, dtype}: TensorSpec, {shape, values}: Values): Tensor {
+  const wrong = dtype.includes("INT") ? values.find((value) => !Number.isSafeInteger(value)) : undefined;
+  if (wrong !== undefined) {
+    throw new Error(`${name} must have whole numbers below 2^53; got ${wrong}. A .npy file may have larger ones.`);
+  }
+  const typed = dtype === "DATA_TYPE_BOOL" ? {dtype} : {};
+  return {name, values, shape: shape.map(String), ...typed};
 }
 
 /** Read what is pasted for several tensors: an object by name, or the value of the only one.

@@ -2,7 +2,7 @@
 import {useId, useState} from "preact/hooks";
 import {pythonArray, pythonText} from "../actions/code.ts";
 import {arrayOf, type Array as Npy} from "../actions/npy.ts";
-import {byName, valuesOf, withRows} from "../actions/values.ts";
+import {byName, tensorOf, valuesOf, withRows} from "../actions/values.ts";
 import {base64Of, shapeOf} from "../tensors.ts";
 import type {Tensor, TensorSpec} from "../types.ts";
 
@@ -49,7 +49,7 @@ export function useGiven(specs: TensorSpec[], rows: number): [Given, (given: Giv
 export function tensorsOf(given: Given, specs: TensorSpec[], rows: number, mayHaveTime: boolean): GivenTensors {
   if (given.way === "npy") return uploaded(given, specs);
   const found = given.way === "form" ? ofForm(given, specs, rows) : ofText(given, specs, rows, mayHaveTime);
-  const tensors = found.map(({spec, values, shape}) => ({name: spec.name, values, shape: shape.map(String)}));
+  const tensors = found.map(({spec, values, shape}) => tensorOf(spec, {values, shape}));
   const arrays = found.map(({spec, values, shape}) => ({name: spec.name, text: pythonArray(values, shape), dtype: numpyType(spec.dtype)}));
   return {tensors, python: pythonOf(arrays.map(({name, text, dtype}) => ({name, text: `np.array(${text}, np.${dtype})`})))};
 }
