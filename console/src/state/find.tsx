@@ -7,7 +7,7 @@ import {count} from "../units.ts";
 import type {Choices, Live} from "./live.ts";
 import {type Match, matches, patternOf} from "./data/match.ts";
 import {digits} from "./palette.ts";
-import {chosen, present, sampled} from "./data/sample.ts";
+import {chosen, present, sampled, sourceText} from "./data/sample.ts";
 
 const SIZES = [50, 200, 1000];
 const SHOWN = 20;
@@ -93,13 +93,6 @@ function selected(choices: Choices): string {
   const range = choices.range.value;
   if (!range) return "";
   return `Selected: revisions ${range.first} to ${range.last}, ${range.bottom - range.top} units.`;
-}
-
-/** Where a sample comes from. */
-export function sourceText({among, total}: {among: number; total: number}): string {
-  return total > among
-    ? `the first ${count(among)} by ID of ${count(total)} sessions`
-    : `all ${count(among)} sessions that match`;
 }
 
 function Matches({found}: {found: Match[]}) {

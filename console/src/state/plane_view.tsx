@@ -8,10 +8,9 @@ import {isDark} from "../theme.ts";
 import type {SessionEvent} from "../types.ts";
 import {count} from "../units.ts";
 import {watchSessions} from "../watch.ts";
-import {sourceText} from "./find.tsx";
 import {colours, digits, SHAPES} from "./palette.ts";
 import {fitted, groupOf, type Grouping, groups, loadings, type Plane as PlaneAxes, projected} from "./data/plane.ts";
-import {chosen, rowsOf} from "./data/sample.ts";
+import {chosen, rowsOf, sourceText} from "./data/sample.ts";
 import {type Bounds, boundsOf, hit, type Point, scatter, unscaled} from "./scatter.ts";
 
 const SIZES = [100, 300, 1000];

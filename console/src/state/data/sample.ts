@@ -5,8 +5,9 @@ import {EventParser} from "../../events.ts";
 import type {Session, SessionEvent} from "../../types.ts";
 import {decoded, type Tensor} from "./reel.ts";
 import type {Sampled} from "./match.ts";
+import {count} from "../../units.ts";
 
-/** Sessions from which a sample is drawn: those of one page, the first ones by ID. */
+/** Sessions from which a sample is drawn: the first ones by ID. */
 const PAGE_SIZE = 2000;
 
 export interface Choice {
@@ -17,14 +18,35 @@ export interface Choice {
   total: number;
 }
 
-/** Return random sessions of a model (empty: of any), at most `size` of the first 2,000 by ID. */
+/** Return random sessions of a model (empty: of any), at most `size` of the first ones by ID, 2,000 if there are. */
 export async function chosen(model: string, prefix: string, size: number, signal?: AbortSignal): Promise<Choice> {
   const query = new URLSearchParams({page_size: String(PAGE_SIZE)});
   if (model) query.set("model", model);
   if (prefix) query.set("session_id_prefix", prefix);
-  const page = await call<{sessions?: Session[]; total?: string}>("GET", `v1/sessions?${query.toString()}`, undefined, signal);
-  const sessions = page.sessions ?? [];
-  return {sessions: drawn(sessions, size), among: sessions.length, total: Number(page.total ?? 0)};
+  // The server counts the sessions of a prefix one by one: that would take seconds.
+  if (prefix) query.set("skip_total", "true");
+  const sessions: Session[] = [];
+  let total = 0;
+  let next = "";
+  do {
+    type Page = {sessions?: Session[]; total?: string; next_page_token?: string};
+    const page = await call<Page>("GET", `v1/sessions?${query.toString()}`, undefined, signal);
+    sessions.push(...(page.sessions ?? []));
+    total ||= Number(page.total ?? 0);
+    next = page.next_page_token ?? "";
+    query.set("page_token", next);
+    query.set("skip_total", "true");
+    // A page may be empty and not the last, where few of many sessions match.
+  } while (next && sessions.length < size);
+  return {sessions: drawn(sessions, size), among: sessions.length, total: next ? total : sessions.length};
+}
+
+/** Where a sample comes from. */
+export function sourceText({among, total}: {among: number; total: number}): string {
+  if (!total && among) return `the first ${count(among)} by ID of the sessions that match`;
+  return total > among
+    ? `the first ${count(among)} by ID of ${count(total)} sessions`
+    : `all ${count(among)} sessions that match`;
 }
 
 /** Return `size` random members, in their order. */
