@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -184,6 +185,23 @@ def test_the_table_asks_for_one_page_of_many_sessions(browser: Browser, server: 
         sizes = [int(dict(parse_qsl(urlsplit(url).query))["page_size"]) for url in asked]
         assert max(sizes) == page_size
         assert len(asked) < 20
+
+
+def test_the_table_says_that_it_searches(browser: Browser, server: ConsoleServer) -> None:
+    held: list[Any] = []
+    with server.connect() as client, opened(browser, server, "/sessions") as console:
+        client.open_session("seq", session_id=new_id())
+        page, table = console.page, console.page.get_by_role("table", name="Sessions")
+        expect(table).to_have_attribute("aria-busy", "false")
+        page.route("**/v1/sessions?*skip_total=true*", lambda route: held.append(route))  # noqa: PLW0108 - playwright marks the function
+        page.get_by_role("combobox", name="Idle for").select_option("86400")
+        pages = page.get_by_role("group", name="Pages of sessions").get_by_role("status")
+        expect(pages).to_have_text("Searching…")
+        expect(table).to_have_attribute("aria-busy", "true")
+        console.tab.wait_until(lambda: bool(held))
+        held[0].continue_()
+        expect(pages).to_have_text("None of 0")
+        expect(table.get_by_role("row")).to_have_count(1)
 
 
 @pytest.mark.slow

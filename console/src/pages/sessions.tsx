@@ -30,6 +30,7 @@ export function SessionsPage() {
   // tokens of the pages up to the shown one; the first page has none
   const [tokens, setTokens] = useState([""]);
   const [page, setPage] = useState<Page | null>(null);
+  const [busy, setBusy] = useState(true);
   const [total, setTotal] = useState<number | null>(null);
   const [again, setAgain] = useState(0);
   const change = (part: Partial<Filters>) => setFilters({...filters, ...part});
@@ -45,7 +46,10 @@ export function SessionsPage() {
   const token = tokens.at(-1)!;
   useEffect(() => {
     const abort = new AbortController();
-    pageOf(applied, token, abort.signal).then(setPage, showError);
+    setBusy(true);
+    pageOf(applied, token, abort.signal)
+      .then(setPage, showError)
+      .finally(() => abort.signal.aborted || setBusy(false));
     return () => abort.abort();
   }, [applied, token, again]);
 
@@ -108,7 +112,7 @@ export function SessionsPage() {
       </search>
       <OpenSession />
       <div class="scroll" tabIndex={0} role="region" aria-label="Sessions, table">
-        <table aria-label="Sessions">
+        <table aria-label="Sessions" aria-busy={busy}>
           <thead>
             <tr>
               <th scope="col">Session</th>
@@ -143,17 +147,18 @@ export function SessionsPage() {
           </tbody>
         </table>
       </div>
-      {page && !page.sessions.length && <p class="muted">No session matches.</p>}
+      {page && !busy && !page.sessions.length && <p class="muted">No session matches.</p>}
       <div class="row" role="group" aria-label="Pages of sessions">
         <button type="button" disabled={tokens.length === 1} onClick={() => setTokens(tokens.slice(0, -1))}>
           Previous page
         </button>
-        <button type="button" disabled={!page?.next} onClick={() => page && setTokens([...tokens, page.next])}>
+        <button type="button" disabled={busy || !page?.next} onClick={() => page && setTokens([...tokens, page.next])}>
           Next page
         </button>
         <span class="muted" role="status">
-          {page?.sessions.length ? `${count(begin + 1)} to ${count(begin + page.sessions.length)}` : "None"} of{" "}
-          {total === null ? "…" : count(total)}
+          {busy
+            ? "Searching…"
+            : `${page?.sessions.length ? `${count(begin + 1)} to ${count(begin + page.sessions.length)}` : "None"} of ${total === null ? "…" : count(total)}`}
         </span>
       </div>
     </>
