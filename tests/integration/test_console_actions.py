@@ -200,6 +200,11 @@ def test_closes_after_a_confirmation(
             console.page.get_by_role("alert").get_by_text("This session has ended").wait_for()
             with pytest.raises(stepwell.SessionNotFoundError):
                 client.session_info(session.id)
+            ended = console.page.get_by_role("alert").filter(has_text="This session has ended")
+            client.open_session("seq", session_id=session.id).step(draw(1))
+            ended.get_by_role("button", name="Look again").click()
+            expect(ended).to_have_count(0)
+            expect(console.page.get_by_role("region", name="Hidden state")).to_contain_text("now: revision")
 
 
 def test_saves_a_state_and_loads_it_into_another_session(

@@ -8,7 +8,7 @@ import {showError} from "../store.ts";
 import {numbersOf} from "../tensors.ts";
 import type {Model, Session, SessionEvent, Tensor} from "../types.ts";
 import {ago, count, figure} from "../units.ts";
-import {watchSessions} from "../watch.ts";
+import {reconnect, watchSessions} from "../watch.ts";
 import {Fact} from "./overview.tsx";
 
 const SHOWN_NUMBERS = 12;
@@ -17,6 +17,7 @@ export function SessionPage({id, other}: {id: string; other: string}) {
   const [session, setSession] = useState<Session | null>(null);
   const [model, setModel] = useState<Model | null>(null);
   const [ended, setEnded] = useState("");
+  const [again, setAgain] = useState(0);
   const [last, setLast] = useState<SessionEvent | null>(null);
   const [lastStep, setLastStep] = useState<SessionEvent | null>(null);
   const version = last?.model_version ?? session?.model_version;
@@ -41,7 +42,7 @@ export function SessionPage({id, other}: {id: string; other: string}) {
       abort.abort();
       stop();
     };
-  }, [id]);
+  }, [id, again]);
 
   useEffect(() => {
     if (!name) return undefined;
@@ -58,7 +59,10 @@ export function SessionPage({id, other}: {id: string; other: string}) {
       </h1>
       {ended && (
         <p class="bad" role="alert">
-          This session has ended: {ended}
+          This session has ended: {ended}{" "}
+          <button type="button" onClick={() => (setAgain(again + 1), reconnect())}>
+            Look again
+          </button>
         </p>
       )}
       {other && (
