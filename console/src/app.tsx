@@ -130,6 +130,7 @@ function TenantField() {
           size={10}
           placeholder="your own"
           pattern="[!-~]*"
+          title="ASCII characters without spaces"
           value={name}
           onInput={(event) => setName(event.currentTarget.value)}
           onBlur={(event) => event.currentTarget.form?.requestSubmit()}

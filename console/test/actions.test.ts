@@ -103,4 +103,5 @@ test("a state comes back from its file", () => {
   });
   assert.throws(() => stateOf(file.subarray(0, file.length - 1)), /cut off/);
   assert.throws(() => stateOf(new Uint8Array(20)), /must be a state saved/);
+  assert.throws(() => stateOf(new Uint8Array(2)), /it has no header/);
 });

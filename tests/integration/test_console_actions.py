@@ -324,6 +324,8 @@ def test_who_may_not_act_sees_why(browser: Browser, server: ConsoleServer, clien
             Action(console, "Save the state").press("Save to a file")
         console.go("/models")
         console.heading("Models").wait_for()
+        versions = console.page.get_by_role("table", name="Versions of seq")
+        expect(versions.get_by_role("row").nth(1).get_by_role("cell").nth(3)).to_have_text("\N{EN DASH}")
         console.unfold()
         for title in ("Load a model version", "Set the default of seq", "Unload a version of seq"):
             form = console.page.get_by_role("form", name=title, exact=True)

@@ -90,6 +90,7 @@ export function stateOf(file: Uint8Array): SavedState {
 }
 
 function read(file: Uint8Array): SavedState {
+  if (file.length < 8) throw new Error("it has no header");
   const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
   const length = Number(view.getBigUint64(0, true));
   if (length > file.length - 8) throw new Error("its header is longer than the file");

@@ -2,7 +2,7 @@
 import {useState} from "preact/hooks";
 import {pythonText} from "../actions/code.ts";
 import {modelPath} from "../api.ts";
-import {Action} from "../parts/action.tsx";
+import {Action, refusalOf} from "../parts/action.tsx";
 import {loadModels, models, showError} from "../store.ts";
 import type {Model, ModelVersion, TensorSpec} from "../types.ts";
 import {bytes, count} from "../units.ts";
@@ -86,7 +86,7 @@ function ModelPart({model}: {model: Model}) {
                   {one.reason && `: ${one.reason}`}
                 </td>
                 <td>{one.labels?.join(", ") || "–"}</td>
-                <td class="number">{count(one.sessions)}</td>
+                <td class="number">{refusalOf("admin") ? "–" : count(one.sessions)}</td>
                 <td>{one.path || "–"}</td>
               </tr>
             ))}

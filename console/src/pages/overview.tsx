@@ -117,7 +117,7 @@ function Models({models, detailed}: {models: ModelActivity[]; detailed: boolean}
         heads={["Model", "Version", ...(detailed ? ["Executor", "Steps/s", "Rows/pass", "p99", "Busy", "Sessions", "Resident rows", "State memory"] : [])]}
         rows={models.map((model) => [
           <a href={`#/models`}>{model.name}</a>,
-          `${model.version ?? "–"} of ${model.versions?.length ?? 0}`,
+          model.versions?.length === 1 ? model.version : `${model.version ?? "–"}, default of ${model.versions?.length ?? 0}`,
           ...(detailed
             ? [
                 model.executor,
