@@ -108,7 +108,7 @@ def test_top_continues_without_a_replica_that_is_gone(cluster: _Cluster) -> None
     metrics = cluster.metrics
     gone = "127.0.0.1:1"
     shown = cluster.run(
-        *("top", "--once", "--interval", "100ms", "--metrics", f"http://{metrics[0]},http://{gone}"),
+        *("top", "--once", "--interval", "200ms", "--metrics", f"http://{metrics[0]},http://{gone}"),
         server=f"{cluster.replicas.addresses[0]},{gone}",
     )
     assert shown.returncode == 0, shown.stderr
