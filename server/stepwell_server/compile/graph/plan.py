@@ -99,15 +99,24 @@ def _choices(info: Input, some_open: bool, is_recurrent: bool) -> tuple[bool, ..
     return (False, True) if some_open else (True, False)
 
 
-def make_plan(interface: Interface, temporal: Sequence[bool], short: Observation, long: Observation) -> Plan:
+def make_plan(
+    interface: Interface,
+    temporal: Sequence[bool],
+    short: Observation,
+    long: Observation,
+    *,
+    looks_back: bool = False,
+) -> Plan:
     """Create the plan from two observations with the same ``temporal`` inputs.
+
+    If the model ``looks_back`` by other operations, its recurrent layers may all run inside one time step.
 
     Raises:
         ModelError: the model cannot be stepped.
     """
     followed = [pair for pair in _pairs(short, long) if pair[0].steps == short.steps]
     _refuse_two_clocks(interface, temporal, short)
-    if short.calls and not followed:
+    if short.calls and not followed and not looks_back:
         raise ModelError("no recurrent layer of the model processes its input sequence")
     state: list[StateSpec] = []
     initial: list[Array] = []

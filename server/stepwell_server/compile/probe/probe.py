@@ -115,7 +115,8 @@ def _try(
     ):
         seen = [observe(sampler, temporal, steps, rng) for steps in lengths]
         refuse_training(sampler, temporal, lengths[0])
-    plan = make_plan(sampler.interface, temporal, seen[0], seen[1])
+    looks_back = proof is not None and bool(proof.needs)
+    plan = make_plan(sampler.interface, temporal, seen[0], seen[1], looks_back=looks_back)
     memory = None
     if proof is not None and proof.needs:
         with _refusing(sampler, temporal):

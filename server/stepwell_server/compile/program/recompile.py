@@ -82,7 +82,7 @@ def compile_again(
     rng = np.random.default_rng(SEED)
     least = 0 if traced.memory is None else traced.memory.steps
     seen = [observe(sampler, plan.temporal, least + steps, rng) for steps in LENGTHS]
-    now = make_plan(sampler.interface, plan.temporal, seen[0], seen[1])
+    now = make_plan(sampler.interface, plan.temporal, seen[0], seen[1], looks_back=traced.memory is not None)
     if traced.memory is not None:
         now = traced.memory.added_to(now)
     if (now.inputs, now.outputs, now.state, now.carried) != (
