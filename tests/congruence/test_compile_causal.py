@@ -30,6 +30,8 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
     "conv_2d": {"conv2d/last": (2, 8, 2)},
     "shifted_decoder": {"gru/h": (3,), "gru/last": (1, 4)},
     "cumulative_sum": {"cumsum/total": (4,)},
+    "cumulative_mean": {"cumsum/total": (4,), "cumsum_1/total": (4,)},
+    "difference_by_joining": {"subtract/last": (1, 4), "concatenate/steps": ()},
     "block_called_twice": {"block/conv/last": (2, 4), "block/conv#2/last": (2, 4)},
     "around_an_lstm": {
         "lstm/h": (4,),
@@ -200,6 +202,20 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
     "the last of later ones": (
         lambda k, x: k.layers.Dense(2)(k.layers.Conv1D(2, 3, name="conv")(x)[:, -1]),
         r"takes number -1 of the time axis",
+    ),
+    "different values in front": (
+        lambda k, x: k.ops.concatenate(
+            [k.ops.zeros_like(x[:, :1]), k.ops.ones_like(x[:, :1]), x[:, 2:]], axis=1
+        ),
+        r"the operation 'concatenate\w*' \(Concatenate\) .*joins different values in front of the time axis; ",
+    ),
+    "number counted from the end": (
+        lambda k, x: x * k.ops.flip(k.ops.cumsum(k.ops.ones_like(x), 1), 1),
+        r"looks ahead: it reverses the time axis",
+    ),
+    "sum of different constants": (
+        causal.apply("cumulated_numbers"),
+        r"step by step: the layer 'cumulated_numbers' \(Apply\) has a different constant for each time step; pass",
     ),
     "a sum of later ones": (
         lambda k, x: k.ops.cumsum(x[:, 1:], 1),

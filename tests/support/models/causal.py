@@ -28,6 +28,17 @@ def _add(name: str, layers: Layers, features: tuple[int, ...] = (4,)) -> None:
     CAUSAL[name], FEATURES[name] = layers, features
 
 
+def apply(kind: str, n: int = 1) -> Layers:
+    """Return what a custom layer does with its input."""
+
+    def call(_keras: Any, x: Any) -> Any:
+        from support.models.odd_layers import Apply
+
+        return Apply(kind, n)(x)
+
+    return call
+
+
 def _conv(keras: Any, x: Any, kernel: int = 3, **options: Any) -> Any:
     return keras.layers.Conv1D(options.pop("filters", 4), kernel, padding="causal", **options)(x)
 
@@ -51,6 +62,32 @@ def _joined(keras: Any, x: Any) -> Any:
     return StartSteps(2, name="start")(x)[:, :-2]
 
 
+def _product_of_padding(keras: Any, x: Any) -> Any:
+    y = keras.ops.cumprod(keras.layers.Dense(4, activation="sigmoid")(_front(keras, x, 2)) + 0.5, 1)
+    return y[:, 2:] - y[:, :-2]
+
+
+def _numbered(keras: Any, x: Any) -> Any:
+    number = keras.ops.cumsum(keras.ops.ones_like(x[..., :1]), 1)
+    return _conv(keras, keras.layers.Concatenate()([x, keras.ops.log(number)]))
+
+
+def _moving_sum(keras: Any, x: Any) -> Any:
+    total = keras.ops.cumsum(_front(keras, x, 4), 1)
+    return total[:, 4:] - total[:, :-4]
+
+
+def _difference_by_joining(keras: Any, x: Any) -> Any:
+    return keras.ops.concatenate([keras.ops.ones_like(x[:, :1]), x[:, 1:] - x[:, :-1]], 1)
+
+
+def _same_twice(keras: Any, x: Any) -> Any:
+    """Two convolutions that look ahead, and a shift that makes up for it."""
+    y = keras.layers.Conv1D(4, 5, padding="same", activation="relu")(x)
+    y = keras.layers.DepthwiseConv1D(3, padding="same", dilation_rate=2)(y)
+    return _lag(keras, y, 5, 0.5)
+
+
 # --- convolutions ------------------------------------------------------------------------------------------
 
 _add("conv", lambda k, x: _conv(k, x, name="conv"))
@@ -67,6 +104,7 @@ _add(
     "conv_same_shifted",
     lambda k, x: k.layers.Cropping1D((0, 2))(k.layers.Conv1D(5, 5, padding="same")(_front(k, x, 2))),
 )
+_add("conv_same_twice_shifted", _same_twice)
 _add("conv_then_padded", lambda k, x: _front(k, k.layers.Conv1D(5, 3)(x), 2))
 _add(
     "conv_on_padding_with_bias",
@@ -90,6 +128,17 @@ def _plane(before: int, space: Any, *layers: Callable[[Any], Any]) -> Layers:
     return call
 
 
+def _turned(layers: Layers) -> Layers:
+    """Space before time, as in spectrograms."""
+
+    def call(keras: Any, x: Any) -> Any:
+        y = keras.ops.expand_dims(keras.ops.transpose(x, (0, 2, 1)), -1)
+        y = layers(keras, keras.layers.ZeroPadding2D(((0, 0), (2, 0)))(y))
+        return keras.layers.Permute((2, 1, 3))(y)
+
+    return call
+
+
 _add("conv_2d", _plane(2, (1, 1), lambda k: k.Conv2D(3, 3)), (6, 2))
 _add("conv_2d_dilated", _plane(4, (0, 0), lambda k: k.Conv2D(3, (3, 1), dilation_rate=(2, 1))), (6, 2))
 _add("conv_2d_strided_in_space", _plane(1, (0, 1), lambda k: k.Conv2D(3, 2, strides=(1, 2))), (5, 2))
@@ -100,6 +149,14 @@ _add(
     ),
     (6, 2),
 )
+_add(
+    "conv_2d_same_over_all_of_space",
+    _plane(
+        2, (0, 0), lambda k: k.Conv2D(3, (5, 3), padding="same"), lambda k: k.Cropping2D(((0, 2), (0, 0)))
+    ),
+    (3, 1),
+)
+_add("conv_2d_over_space_and_time", _turned(lambda k, y: k.layers.Conv2D(3, 3)(y)), (3,))
 _add("depthwise_2d", _plane(2, (1, 1), lambda k: k.DepthwiseConv2D(3)), (6, 2))
 _add("conv_3d", _plane(2, (0, 1), lambda k: k.Conv3D(3, (3, 2, 2))), (4, 3, 2))
 _add(
@@ -120,6 +177,7 @@ _add("shift_of_constants", lambda k, x: _lag(k, x, 2, 5.0))
 _add("shift_by_joining", _joined)
 _add("lags", lambda k, x: k.ops.concatenate([x, _lag(k, x, 1), _lag(k, x, 4)], -1))
 _add("difference", lambda k, x: _front(k, x[:, 1:] - x[:, :-1], 1))
+_add("difference_by_joining", _difference_by_joining)
 _add("second_difference", lambda k, x: _front(k, x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2], 2))
 _add("difference_to_shifted", lambda k, x: x - _delay(k, x, 5))
 _add(
@@ -131,6 +189,11 @@ _add("stacked_past", lambda k, x: k.ops.max(k.ops.stack([x, _delay(k, x, 1), _de
 _add("cumulative_sum", lambda k, x: k.ops.cumsum(x, 1))
 _add("cumulative_sum_of_shifted", lambda k, x: k.ops.cumsum(_delay(k, k.layers.Dense(2)(x), 2), 1))
 _add("cumulative_product", lambda k, x: k.ops.cumprod(k.ops.sigmoid(x) + 0.5, 1))
+_add("cumulative_sum_of_padding", lambda k, x: k.ops.cumsum(_front(k, x, 3), 1)[:, 3:])
+_add("cumulative_product_of_padding", _product_of_padding)
+_add("cumulative_mean", lambda k, x: k.ops.cumsum(x, 1) / k.ops.cumsum(k.ops.ones_like(x), 1))
+_add("number_of_the_step", _numbered)
+_add("moving_sum_of_padded", _moving_sum)
 _add("moving_sum", lambda k, x: k.ops.cumsum(x, 1) - _delay(k, k.ops.cumsum(x, 1), 3))
 
 # --- whole models ---------------------------------------------------------------------------------------
@@ -198,5 +261,6 @@ _add("block_called_twice", _block)
 _add("around_an_lstm", _around_an_lstm)
 _add("shifted_decoder", _shifted_decoder)
 _add("behind_a_mask", _masked)
+_add("lstm_inside_a_step", lambda k, x: _conv(k, k.layers.TimeDistributed(k.layers.LSTM(3))(x)), (5, 2))
 _add("two_outputs", _two_outputs)
 _add("squeeze_and_excite", _squeezed)

@@ -251,6 +251,12 @@ def mean_so_far(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def cumulated_numbers(layer: Apply, x: Any) -> Any:
+    """A sum of constants that differ: no time step has the same one as another."""
+    return x * ops.cast(ops.cumsum(ops.arange(ops.shape(x)[1])), "float32")[None, :, None]
+
+
+@kind
 def exponential_moving_average(layer: Apply, x: Any) -> Any:
     """As a product with a triangle of powers."""
     place = ops.cast(ops.arange(ops.shape(x)[1]), "float32")

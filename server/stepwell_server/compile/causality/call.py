@@ -19,9 +19,7 @@ from stepwell_server.compile.causality.axes import (
     Scales,
     Time,
     is_plain,
-    moved,
     normal,
-    time_of,
 )
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Array, Const, Data, equal, sizes
@@ -132,20 +130,6 @@ class Call:
         """Report that it keeps something of an input."""
         if rows:
             self.notes.needs.append(Need(kind, rows, i, padding))
-
-    def level(self, i: int, axes: Axes, clause: str) -> Axes:
-        """Return the axes of an input after it has waited, so that its elements belong to the current time step.
-
-        Raises:
-            Refusal: it looks ahead.
-        """
-        time = time_of(axes)
-        if time is None:
-            return axes
-        if time.start > 0:
-            raise Refusal(Reason.AHEAD, f"{clause} the time axis after a part of it was left out")
-        self.remember(Memory.DELAY, -time.start, i)
-        return moved(axes, Time(0, time.extra))
 
     def even(self, const: Const, axes: Axes) -> Axes:
         """Return ``axes``, after checking that a constant is uniform over those that are followed.

@@ -13,6 +13,7 @@ import numpy as np
 
 from stepwell_server.compile.causality.cut import Cut, Cuts
 from stepwell_server.compile.causality.proof import (
+    ACCUMULATING,
     NotAdmitted,
     blamed,
     captured,
@@ -68,11 +69,15 @@ def _given(side: Cut) -> list[str]:
 
 
 def _on_data(side: Cut) -> list[tuple[int, Any]]:
-    """Return the operations that process data; constants may be computed differently for other sizes."""
+    """Return the operations that process data; constants may be computed differently for other sizes.
+
+    A sum over constants is data too, if it numbers the time steps.
+    """
     data = set(_given(side))
     found: list[tuple[int, Any]] = []
     for index, op in needed(side):
-        if op.type not in OF_SHAPES and any(value.name in data for value in op.inputs):
+        is_data = op.type in ACCUMULATING or any(value.name in data for value in op.inputs)
+        if op.type not in OF_SHAPES and is_data:
             data |= {output.name for output in op.outputs}
             found.append((index, op))
     return found

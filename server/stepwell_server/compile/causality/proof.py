@@ -36,6 +36,7 @@ from stepwell_server.compile.errors import ModelError
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _WRITES = ("Assign", "ResourceApply", "ResourceScatter", "LookupTableInsert", "LookupTableImport")
 LOOPS = ("StatelessWhile", "While")
+ACCUMULATING = ("Cumsum", "Cumprod")
 #: Maximum of iterations of a loop: more than the time steps of the first trace, so that a loop over those is found to
 #: depend on their number.
 _MAX_TURNS = 1024
@@ -477,6 +478,8 @@ class _Frame:
         if not any(isinstance(value, Data) for value in inputs):
             if len(one.outputs) != len(two.outputs):
                 raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
+            if one.type in ACCUMULATING and self._grows(one, two, inputs):
+                return
             for result, other in zip(one.outputs, two.outputs, strict=True):
                 self.values.setdefault(result.name, Const(result, other, self.evaluators))
             return
@@ -489,6 +492,23 @@ class _Frame:
             ) from error
         for result, value in zip(one.outputs, results, strict=False):
             self.values[result.name] = value
+
+    def _grows(self, one: Any, two: Any, inputs: Sequence[Any]) -> bool:
+        """Whether an operation accumulates equal constants along the time axis; then its result is data.
+
+        So a model counts its time steps: ``cumsum(ones_like(x))``. It is a constant that differs for each of them.
+        """
+        constant, axis = inputs
+        try:
+            axes = tuple(map(self.walk.scales.factors, constant.shape()))
+            Call(one, two, (), self.walk.scales).even(constant, axes)
+            (result,) = self._results(one, two, [Data(axes), axis])
+        except (Refusal, LostAxisError, ValueError):
+            return False
+        if one.name not in self.walk.needs:  # It accumulates along another axis.
+            return False
+        self.values[one.outputs[0].name] = result
+        return True
 
     def _results(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
         if one.type in _CALLS:

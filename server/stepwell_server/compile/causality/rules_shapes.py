@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from stepwell_server.compile.causality.axes import (
     BATCH,
+    TIME,
     Axes,
     Dim,
     LostAxisError,
@@ -18,7 +21,7 @@ from stepwell_server.compile.causality.axes import (
 )
 from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.values import Const, Data, Items
+from stepwell_server.compile.causality.values import Const, Data, Items, equal
 
 
 def mixed(dim: Dim, clause: str) -> Refusal:
@@ -39,8 +42,8 @@ def stream(dim: Dim) -> Time | None:
     return dim[0] if len(dim) == 1 and isinstance(dim[0], Time) else None
 
 
-def lengthened(call: Call, time: Time, before: int, after: int) -> Time:
-    """Return the time axis after padding, or joining constants, at its ends.
+def lengthened(call: Call, time: Time, before: int, after: int, i: int = 0) -> Time:
+    """Return the time axis of an input after padding, or joining constants, at its ends.
 
     Elements at the end come after the current time step, and no step ever reaches them, unless the sequence ended
     earlier.
@@ -48,7 +51,7 @@ def lengthened(call: Call, time: Time, before: int, after: int) -> Time:
     if after and time.start + time.extra < 0:
         raise Refusal(Reason.LENGTH, "pads the end of a sequence that lags behind")
     if before:
-        call.remember(Memory.COUNT, max(time.start, 0))
+        call.remember(Memory.COUNT, max(time.start, 0), i)
     return Time(time.start - before, time.extra + before + after)
 
 
@@ -203,10 +206,23 @@ def _joined(call: Call, parts: Sequence[Dim]) -> Dim:
         return (0,)  # Its size is in the result's shape.
     (place, *others), time = timed, stream(parts[timed[0]])
     constant = all(isinstance(value, Const) for i, value in enumerate(call.inputs[:-1]) if i != place)
-    if others or time is None or not constant or time.start > 0:
+    if others or time is None or not constant:
         raise mixed(parts[place], "joins values along")
+    if time.start > 0:
+        _require_one_padding(call, parts[:place])
     counts = [call.scales.size(dim).first for dim in parts]
-    return (lengthened(call, time, sum(counts[:place]), sum(counts[place + 1 :])),)
+    return (lengthened(call, time, sum(counts[:place]), sum(counts[place + 1 :]), place),)
+
+
+def _require_one_padding(call: Call, parts: Sequence[Dim]) -> None:
+    """Refuse different constants in front of a sequence: they stand in for its first values, like padding."""
+    axis = axis_of(call, len(call.inputs) - 1, call.rank(0))
+    constants = [value for value in call.inputs[: len(parts)] if isinstance(value, Const)]
+    for value in constants:
+        array = value.arrays()[0]
+        first = np.take(constants[0].arrays()[0], [0], axis)
+        if not equal(array, np.broadcast_to(first, array.shape)):
+            raise mixed((TIME,), "joins different values in front of")
 
 
 def _pack(call: Call) -> Sequence[Axes]:
@@ -268,9 +284,12 @@ def _along_axis(call: Call) -> Sequence[Axes]:
     axes = call.data(0).axes
     if call.kind in {"Cumsum", "Cumprod"} and not call.attr("reverse"):
         (axis,) = call.integers(1)
-        if stream(axes[axis % len(axes)]) is not None:
+        time = stream(axes[axis % len(axes)])
+        if time is not None:
+            if time.start > 0:
+                raise Refusal(Reason.AHEAD, "accumulates along the time axis after a part of it was left out")
             call.remember(Memory.TOTAL, 1)
-            return [call.level(0, axes, "accumulates along")]
+            return [axes]
     place = {"Roll": 2}.get(call.kind, 1)
     what = {"ReverseV2": "reverses", "Roll": "shifts"}.get(call.kind, "accumulates along")
     for axis in call.integers(place):

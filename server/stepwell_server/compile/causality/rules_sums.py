@@ -129,8 +129,6 @@ def convolution_padding(op: Any, axis: int, reach: int) -> tuple[int, int]:
 def _slid(call: Call, time: Time, reach: int, before: int, after: int, clause: str) -> Time:
     """Return the time axis after a window of ``reach`` elements and the next one."""
     call.notes.looks = clause
-    if before and time.start > 0:
-        raise Refusal(Reason.AHEAD, f"{clause} after a part of it was left out")
     padded = lengthened(call, time, before, after)
     call.remember(Memory.WINDOW, reach, padding=before)
     return Time(padded.start + reach, padded.extra - reach)

@@ -74,6 +74,8 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
         for need in proof.needs.get(owner, ()):
             tensor = tensors[need.input]
             data = proof.values[tensor.name]
+            if not isinstance(data, Data):  # It accumulates constants; its result has their axes.
+                data = proof.values[tensor.graph.get_operation_by_name(owner).outputs[0].name]
             assert isinstance(data, Data)
             if not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
                 raise NotAdmitted(Reason.UNPROVEN, side.owner(index), f"keeps {tensor.dtype.name} values")
@@ -88,8 +90,8 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
 def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ...]:
     """Return the values of states before the first time step.
 
-    A window then holds what its input has in front of the first time step: the padding, and what layers made of it. It
-    depends on no input of the model.
+    A window then holds what its input has in front of the first time step: the padding, and what layers made of it. A
+    total is that of those elements. They depend on no input of the model.
     """
     ahead = {slot.spec.name: slot for slot in made if _known(slot) and not _is_of_zeros(proof, slot)}
     values = first_elements(
@@ -98,11 +100,13 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
     found: list[Array] = []
     for slot in made:
         value = np.zeros(slot.spec.shape, slot.spec.dtype)
-        if slot.need.kind is Memory.TOTAL and side.graph.get_operation_by_name(slot.owner).type == "Cumprod":
-            value += np.ones((), value.dtype)
-        if slot.spec.name in values:
-            rows = values[slot.spec.name][-slot.need.rows :]
-            value[len(value) - len(rows) :] = rows
+        rows = values.get(slot.spec.name, value[np.newaxis][:0])
+        if slot.need.kind is Memory.TOTAL:
+            is_product = side.graph.get_operation_by_name(slot.owner).type == "Cumprod"
+            value = np.asarray((np.prod if is_product else np.sum)(rows, 0, dtype=value.dtype))
+        elif len(rows):
+            kept = rows[-slot.need.rows :]
+            value[len(value) - len(kept) :] = kept
         found.append(value)
     return tuple(found)
 
@@ -110,13 +114,13 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
 def _known(slot: Slot) -> int:
     """Return how many elements of its input come before the first time step."""
     time = time_of(slot.data.axes)
-    if slot.need.kind not in (Memory.DELAY, Memory.WINDOW) or time is None:
-        return 0
-    return max(-time.start, 0)
+    return 0 if slot.need.kind is Memory.COUNT or time is None else max(-time.start, 0)
 
 
 def _is_of_zeros(proof: Proof, slot: Slot) -> bool:
     """Whether padding with zeros made all that it remembers; then nothing has to be computed."""
+    if slot.need.kind is Memory.TOTAL:
+        return False
     op = slot.tensor.op
     while op.type in _MOVING:
         op = op.inputs[0].op

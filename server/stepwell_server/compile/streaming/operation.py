@@ -30,7 +30,8 @@ class States:
     def window(self, owner: str, need: Need, row: Any, gap: int) -> Any:
         """Return every ``gap``-th of the rows that are kept of an input, ``(rows, ..., sizes...)``, the current one last."""
         before, now = self.before(owner, need, row.dtype), tf.expand_dims(row, 1)
-        self.after[owner, need] = tf.concat([_part(before, 1, need.rows - 1), now], 1)
+        kept = [_part(before, 1, need.rows - 1)] if need.rows > 1 else []
+        self.after[owner, need] = tf.concat([*kept, now], 1)
         if gap == 1:
             return tf.concat([before, now], 1)
         return tf.concat([*(_part(before, place, 1) for place in range(0, need.rows, gap)), now], 1)
@@ -132,6 +133,12 @@ class Operation:
             return self._constants.make(tensor)
         return spread(reduced(value, axes), tensor.dtype, axes, next(iter(self._data.values())))
 
+    def one_of(self, i: int, axes: Axes) -> Any:
+        """Return a constant input with one of its rows and time steps; ``axes`` are its dimensions."""
+        value = self._values[self.op.inputs[i].name]
+        assert isinstance(value, Const)
+        return tf.constant(reduced(value, axes), self.op.inputs[i].dtype)
+
     def inputs(self) -> list[Any]:
         """Return all inputs."""
         return [self.data(i) if self.is_data(i) else self.constant(i) for i in range(len(self.op.inputs))]
@@ -144,9 +151,22 @@ class Operation:
         """Return an input as ``(rows, sizes of the plain dimensions...)``."""
         return tf.reshape(self.data(i), [-1, *plain_sizes(self.axes(i))])
 
-    def window(self, need: Need, gap: int = 1) -> Any:
+    def behind(self, padding: Any, i: int = 0) -> Any:
+        """Return an input; while time steps before its first one stand for padding, return that, of one row."""
+        need = self.need(Memory.COUNT)
+        if need is None:
+            return self.data(i)
+        sizes, most = plain_sizes(self.axes(i)), tf.constant(need.rows, tf.int32)
+        before, _ = self.carry(need, tf.int32, lambda count: tf.minimum(count + 1, most))
+        is_padding = tf.reshape(before < most, [-1, *[1] * len(sizes)])
+        if padding.shape.rank:
+            padding = tf.reshape(padding, [-1, *sizes])
+        return tf.reshape(tf.where(is_padding, padding, self.row(i)), step_shape(self.axes(i)))
+
+    def window(self, need: Need, value: Any, gap: int = 1) -> Any:
         """Return every ``gap``-th of the rows that it keeps of an input, and the current one: ``(rows, ..., sizes...)``."""
-        return self._states.window(self.op.name, need, self.row(need.input), gap)
+        row = tf.reshape(value, [-1, *plain_sizes(self.axes(need.input))])
+        return self._states.window(self.op.name, need, row, gap)
 
     def carry(self, need: Need, dtype: Any, after: Carry) -> tuple[Any, Any]:
         """Return a state before and after the step, which ``after`` computes."""

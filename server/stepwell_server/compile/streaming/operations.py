@@ -92,20 +92,11 @@ def _padded(one: Operation) -> list[Any]:
     for i, dim in enumerate(one.axes()):
         if not is_plain(dim):
             paddings[i] = 0
-    value = one.data()
     rest = [one.constant(i) for i in range(2, len(one.op.inputs))]
+    value = one.behind(rest[0] if rest else tf.zeros((), one.data().dtype))
     if np.any(paddings):
         (value,) = again(one.op, [value, tf.constant(paddings), *rest])
-    need = one.need(Memory.COUNT)
-    if need is None:
-        return [value]
-    sizes = plain_sizes(one.out())
-    row = tf.reshape(value, [-1, *sizes])
-    most = tf.constant(need.rows, tf.int32)
-    before, _ = one.carry(need, tf.int32, lambda count: tf.minimum(count + 1, most))
-    is_padding = tf.reshape(before < most, [-1, *[1] * len(sizes)])
-    padding = rest[0] if rest else tf.zeros((), row.dtype)
-    return [one.shaped(tf.where(is_padding, padding, row))]
+    return [value]
 
 
 def _joined(one: Operation) -> list[Any]:
@@ -114,7 +105,12 @@ def _joined(one: Operation) -> list[Any]:
     axis = int(one.array(count)) % len(out)
     timed = [i for i in range(count) if one.is_data(i) and not is_plain(one.axes(i)[axis])]
     if timed:
-        return [one.data(timed[0])]
+        (place,) = timed
+        is_late = one.need(Memory.COUNT) is not None
+        if not is_late:
+            return [one.data(place)]
+        first = tf.gather(one.one_of(0, out), [0], axis=axis)
+        return [one.behind(first, place)]
     return [tf.concat([one.filled(i, out) for i in range(count)], axis)]
 
 
@@ -149,7 +145,7 @@ def _accumulated(one: Operation) -> list[Any]:
     need = one.need(Memory.TOTAL)
     if need is None:
         return _as_it_was(one)
-    row = one.row()
+    row = one.row() if one.is_data(0) else tf.reshape(one.one_of(0, one.out()), [-1, *plain_sizes(one.out())])
     combine = tf.add if one.kind == "Cumsum" else tf.multiply
     before, after = one.carry(need, row.dtype, lambda total: combine(total, row))
     return [one.shaped(before if one.op.get_attr("exclusive") else after)]
@@ -161,19 +157,16 @@ def _convolved(one: Operation) -> list[Any]:
     place, need = _time_place(axes), one.need(Memory.WINDOW)
     gaps = [int(gap) for gap in one.op.get_attr("dilations")]
     kernel = one.constant(1)
-    value = one.data()
+    value = one.behind(tf.zeros((), one.data().dtype))
     if need is not None:
-        rows = one.window(need, gaps[place])
-        count, size = int(rows.shape[1]), math.prod(plain_sizes(axes))
-        sizes = one.op.inputs[1].shape.as_list()
-        if (
-            one.kind != "DepthwiseConv2dNative"
-            and len(plain_sizes(axes)) < 2
-            and math.prod(sizes[:-1]) == count * size
-        ):
+        rows = one.window(need, value, gaps[place])
+        count, channels = int(rows.shape[1]), math.prod(plain_sizes(axes[-1:]))
+        *window, per_group, filters = one.op.inputs[1].shape.as_list()
+        has_space = plain_sizes(axes[:-1]) or math.prod(window) != count
+        if one.kind != "DepthwiseConv2dNative" and not has_space and per_group == channels:
             # One product of matrices, which LiteRT computes faster than a convolution.
-            kernel = tf.reshape(kernel, [count * size, sizes[-1]])
-            return [one.shaped(tf.matmul(tf.reshape(rows, [-1, count * size]), kernel))]
+            kernel = tf.reshape(kernel, [count * channels, filters])
+            return [one.shaped(tf.matmul(tf.reshape(rows, [-1, count * channels]), kernel))]
         value = _in_place(rows, axes, place)
         gaps[place] = 1
     paddings = [[0, 0] for _ in axes]
@@ -203,7 +196,7 @@ def _pooled(one: Operation) -> list[Any]:
     need = one.need(Memory.WINDOW)
     if need is None:
         return _as_it_was(one)
-    return again(one.op, [_in_place(one.window(need), axes, _time_place(axes))])
+    return again(one.op, [_in_place(one.window(need, one.data()), axes, _time_place(axes))])
 
 
 def _time_place(axes: Axes) -> int:
