@@ -103,7 +103,8 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
         rows = values.get(slot.spec.name, value[np.newaxis][:0])
         if slot.need.kind is Memory.TOTAL:
             is_product = side.graph.get_operation_by_name(slot.owner).type == "Cumprod"
-            value = np.asarray((np.prod if is_product else np.sum)(rows, 0, dtype=value.dtype))
+            combine: Any = np.prod if is_product else np.sum
+            value = np.asarray(combine(rows, 0, dtype=value.dtype))
         elif len(rows):
             kept = rows[-slot.need.rows :]
             value[len(value) - len(kept) :] = kept
