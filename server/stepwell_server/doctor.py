@@ -399,9 +399,9 @@ class Examination:
             if program_file.is_program(path):
                 program_file.load(path, self._settings.max_model_bytes)
                 return
+            declaration.of_model(path, Declaration())
             if path.suffix == declaration.SUFFIX:
                 require_frameworks(path)
-                declaration.of_model(path, Declaration())
                 return
             with source.opened(path):  # not a pipe or device, on which reading would block
                 problem = origin.archive_problem(path)

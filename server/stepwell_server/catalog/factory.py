@@ -138,13 +138,15 @@ def _compile(
         raise DataError(f"--check-with: {error}") from error
     except ModelError as error:
         if any(f"--{option}" in str(error) for option in declaration.FIELDS):
-            raise type(error)(f"{error}. {_DECLARED}", error.details) from error
+            raise type(error)(f"{error}. {_declared_where(path)}", error.details) from error
         raise
     return program
 
 
-_DECLARED = "Here the option is a table of a file model.toml next to the model; 'stepwell compile --inspect' shows which it needs"
-"""Advice for step functions, whose refusals name options of `stepwell compile`."""
+def _declared_where(path: Path) -> str:
+    """Advice for models with declared states, whose refusals name options of `stepwell compile`."""
+    stem = "model" if path.suffix == declaration.SUFFIX else path.stem
+    return f"Here the option is a table of a file {stem}.toml next to the model; 'stepwell compile --inspect' shows which it needs"
 
 
 def _proof_options(settings: Settings, name: str, path: Path) -> ProofOptions:

@@ -23,7 +23,7 @@ from stepwell_server.cli.compile_options import (
 )
 from stepwell_server.cli.options import Written
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.compile.onnx import declaration, inspection
+from stepwell_server.compile.onnx import inspection
 from stepwell_server.errors import StartError
 from stepwell_server.program import Program
 from stepwell_server.settings.formats import FILE
@@ -74,7 +74,7 @@ from stepwell_server.settings.formats import FILE
 @click.option(
     "--inspect",
     is_flag=True,
-    help="Only print the inputs and outputs of a step function (.onnx), its recognized states, and the command that compiles it.",
+    help="Only print the inputs and outputs of the model, its recognized states, and the command that compiles it.",
 )
 @compile_options
 @json_option
@@ -88,9 +88,12 @@ def compile(  # noqa: A001 - its name
     Sessions of the .keras file continue with the compiled file, and vice versa. A server checks the program on its own
     processor before it serves it.
 
+    A Keras model may take states as inputs and return them, such as a decoder with initial_state and return_state=True. Sessions
+    keep the pairs that --inspect recognizes. --state requires a pair, and --initial declares its first value.
+
     A step function (.onnx) takes inputs and states, and returns outputs and new states: one call is one time step. The
-    options from --state to --name declare what its file does not say. They can also be tables of a file model.toml next to
-    it, which 'stepwell serve' reads too.
+    options from --state to --name declare what its file does not say. They can also be tables of a file NAME.toml next to
+    NAME.onnx or NAME.keras, which 'stepwell serve' reads too.
 
     The file is an uncompressed zip archive, so other tools can extract program.tflite. With SOURCE_DATE_EPOCH set, the
     same model gives the same bytes.
@@ -132,9 +135,7 @@ def compile(  # noqa: A001 - its name
 
 
 def _inspect(model: Path, options: CompileOptions, as_json: bool) -> None:
-    """Print what is in the file of a step function."""
-    if model.suffix != declaration.SUFFIX:
-        raise Failure(f"--inspect: is for a step function (.onnx); got {model}")
+    """Print what is in the file of a model."""
     with ended_by_signals():
         try:
             require_frameworks(model)

@@ -123,8 +123,8 @@ _DECLARED = {
     "state": (
         "INPUT:OUTPUT",
         (
-            "For a step function (.onnx): an input that takes a state, and the output that holds it after the step. Default: "
-            "the pairs that --inspect recognizes."
+            "An input that takes a state, and the output that holds it after the step. Default: the pairs that --inspect "
+            "recognizes."
         ),
     ),
     "batch-axis": ("TENSOR=AXIS", "The axis of a tensor along which the rows are. Default: 0."),
@@ -157,7 +157,11 @@ def require_step_function(model: Path, options: ProofOptions) -> None:
                 f"{model}: --probe-steps and --trust-causality are for Keras models; one call of a step function is one time step"
             )
         return
-    declared = [option for option, field in declaration.FIELDS.items() if getattr(options.declaration, field)]
+    declared = [
+        option
+        for option, field in declaration.FIELDS.items()
+        if option not in declaration.OF_KERAS and getattr(options.declaration, field)
+    ]
     declared += ["trust-rows"] if options.trust_rows else []
     if declared:
         raise Failure(f"--{declared[0]}: is for a step function (.onnx); got {model}")

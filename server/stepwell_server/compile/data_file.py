@@ -1,4 +1,4 @@
-"""Reads the user's sequences and checks what needs no model. Imports no framework."""
+"""Reads the user's sequences and initial values, and checks what needs no model. Imports no framework."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.errors import DataError, gist, quoted
+from stepwell_server.compile.errors import DataError, ModelError, gist, quoted
 from stepwell_server.program import TensorSpec
 
 Array = npt.NDArray[np.generic]
@@ -119,3 +119,29 @@ def refuse_at(file: Path, spec: TensorSpec, array: Array, is_wrong: Any, rule: s
         place = tuple(int(i) for i in wrong[0])
         where = f"row {place[0]}" + (f", time step {place[1]}" if spec.temporal else "")
         raise DataError(f"{file}: input {quoted(spec.name)} {rule}; got {array[place]} at {where}")
+
+
+def initial_row(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
+    """Return a declared initial value of a state: a number for all elements, or nested lists of one row.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    try:
+        given: Array = np.array(value)
+        with np.errstate(over="ignore"):  # refused below
+            array: Array = given.astype(dtype)
+    except (ValueError, OverflowError) as error:
+        raise ModelError(
+            f"--initial: state {quoted(name)} must be numbers of {dtype}; got {value!r:.80}"
+        ) from error
+    if array.dtype.kind != "f" and not np.array_equal(array, given):
+        raise ModelError(f"--initial: state {quoted(name)} must be numbers of {dtype}; got {value!r:.80}")
+    if array.ndim and array.shape != shape:
+        raise ModelError(
+            f"--initial: state {quoted(name)} must have the shape of one row, {list(shape)}; got {list(array.shape)}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ModelError(f"--initial: state {quoted(name)} must be finite; got {value!r:.80}")
+    # np.ascontiguousarray would add an axis where a row is a single number
+    return np.array(np.broadcast_to(array, shape))

@@ -36,7 +36,7 @@ class VersionFile:
 
     path: str
     stamp: Stamp
-    """Of the file, and of the declaration beside a step function."""
+    """Of the file, and of the declaration beside it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -226,9 +226,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _declared(entry: os.DirEntry[str]) -> Stamp:
-    """The stamp of the declaration beside a step function: what it says decides what is served."""
-    if not entry.name.endswith(declaration.SUFFIX):
-        return ()
+    """The stamp of the declaration beside a model: what it says decides what is served."""
     beside = declaration.file_beside(Path(entry.path))
     return () if beside is None else stamp(beside)
 

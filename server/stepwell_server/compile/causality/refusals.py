@@ -25,7 +25,7 @@ class Reason(enum.Enum):
     )
     RANDOM = "disable it at inference (training=False), or draw the numbers outside the model and pass them as an input"
     WRITES = "keep the value in the state of a cell, which each session carries"
-    STATE = "remove the state inputs from the model, and pass those values as the states of open_session() or reset_states()"
+    STATE = "let each state be an input that nothing else reads, and return it after the last time step (return_state=True) as an output: then sessions keep it; or remove the state inputs from the model, and pass those values as the states of open_session() or reset_states()"
     LAYOUT = "make the batch the first axis of each output, and time, if it has any, the second"
     PYTHON = "write the computation with keras.ops, which become part of the model"
     UNPROVEN = "if you know that the model can be stepped, --trust-causality NAME serves it on the evidence of samples"

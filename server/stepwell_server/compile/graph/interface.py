@@ -6,8 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from stepwell_server.compile.errors import ModelError, quoted
-from stepwell_server.compile.graph.tensorflow_setup import keras
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+
+Array = npt.NDArray[np.generic]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,23 @@ class Input:
 
 
 @dataclasses.dataclass(frozen=True)
+class StateInput:
+    """An input of the model that is the initial state of a recurrent layer, and the output that is its state at the end."""
+
+    place: int
+    """Its position among the inputs that the model declares."""
+    info: Input
+    output: str
+    layer: Any
+    number: int
+    """Number of the call of this layer, among those that process the sequence."""
+    part: int
+    """Position of this tensor in the state of the call."""
+    initial: Array
+    """The value of one row at the beginning of a session."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Interface:
     """How to call a model with a flat list of tensors."""
 
@@ -29,6 +51,8 @@ class Interface:
     _pack: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]]
     _output_names: tuple[str, ...] | None
     """None: known only after a call (subclassed models)."""
+    states: tuple[StateInput, ...] = ()
+    """Inputs and outputs that sessions keep: they are in neither ``inputs`` nor the result of `call`."""
 
     @property
     def is_functional(self) -> bool:
@@ -37,10 +61,28 @@ class Interface:
 
     def call(self, tensors: Sequence[Any], *, training: bool | None = False) -> dict[str, Any]:
         """Call the model for inference; return its outputs by name, in its order."""
-        args, kwargs = self._pack(tensors)
+        args, kwargs = self._pack(self._with_states(tensors))
         result = self.model(*args, training=training, **kwargs)
         flat = keras.tree.flatten(result)
-        return dict(zip(self._output_names or _names_of(result), flat, strict=True))
+        found = dict(zip(self._output_names or _names_of(result), flat, strict=True))
+        kept = {state.output for state in self.states}
+        # A decoder may return nothing but its state: users see that.
+        return {name: value for name, value in found.items() if name not in kept} or found
+
+    def keeping(self, states: Sequence[StateInput]) -> Interface:
+        """Return the interface without these inputs and outputs; they begin with their initial values in each call."""
+        places = {state.place for state in states}
+        inputs = tuple(info for place, info in enumerate(self.inputs) if place not in places)
+        return dataclasses.replace(self, inputs=inputs, states=tuple(states))
+
+    def _with_states(self, tensors: Sequence[Any]) -> list[Any]:
+        """Return all inputs that the model declares."""
+        found = list(tensors)
+        rows = tf.shape(tensors[0])[0] if tensors[0].shape[0] is None else tensors[0].shape[0]
+        for state in sorted(self.states, key=lambda state: state.place):
+            one = tf.constant(state.initial, state.info.dtype)
+            found.insert(state.place, tf.broadcast_to(one, [rows, *one.shape]))
+        return found
 
 
 def describe(model: Any) -> Interface:

@@ -128,7 +128,11 @@ def make_plan(
         values = list(_constant_initial(first, second))
         if keeps:
             values.append(np.zeros(first.output_shape, plain_dtype(first.output_dtype)))
-        for name, value in zip(_state_names(first, keeps, state), values, strict=True):
+        names = _state_names(first, keeps, state)
+        for own in interface.states:
+            if own.layer is first.layer and own.number == _number_of(first, followed):
+                names[own.part] = own.info.name
+        for name, value in zip(names, values, strict=True):
             state.append(StateSpec(name, value.shape, value.dtype.name))
             initial.append(value)
     inputs = tuple(_input_spec(info, timed) for info, timed in zip(interface.inputs, temporal, strict=True))
@@ -170,6 +174,11 @@ def _pairs(short: Observation, long: Observation) -> list[tuple[RecurrentCall, R
                 f"and {counts[1]} times for {long.steps}: a loop over time outside a recurrent layer cannot be stepped"
             )
     return pairs
+
+
+def _number_of(call: RecurrentCall, followed: Sequence[tuple[RecurrentCall, RecurrentCall]]) -> int:
+    """Return the number of a call among those of its layer that process the sequence."""
+    return sum(other.layer is call.layer and other.number < call.number for other, _ in followed)
 
 
 def _constant_initial(first: RecurrentCall, second: RecurrentCall) -> Iterator[Array]:

@@ -117,8 +117,7 @@ class WarmCompiler:
         with opened(model) as source:
             if not source.size:
                 raise ModelError(f"{model}: {origin.other_problem(model)}")
-            if model.suffix == declaration.SUFFIX:
-                options = _declared(model, options)
+            options = _declared(model, options)
             cache.make(self._cache_dir)
             target = cache.entry(self._cache_dir, cache.key_of(source.sha256(), self._imports, options))
             found = cache.load(target)
@@ -170,17 +169,19 @@ class WarmCompiler:
             return Comparison.from_json(result)
 
     def inspect(self, model: Path, options: ProofOptions | None = None) -> dict[str, Any]:
-        """Describe an ``.onnx`` file (`compile.onnx.inspection`).
+        """Describe an ``.onnx`` or ``.keras`` file (`compile.onnx.inspection`).
 
         Raises:
             ModelError: it is no such file, or contains something that is refused.
         """
         options = _declared(model, options or ProofOptions())
         call = Call(model, _silent, self._limits, self._closing)
+        is_step_function = model.suffix == declaration.SUFFIX
         with opened(model) as source, self._exclusive(call), self._job(call) as job:
-            worker = job.fork(frameworks=False)
+            worker = job.fork(frameworks=not is_step_function, imports=self._imports)
             job.give(worker, source)
-            return dict(job.ask(worker, **_step_job(worker, options), job="inspect"))
+            terms = _step_job(worker, options) | {"job": "inspect" if is_step_function else "inspect-keras"}
+            return dict(job.ask(worker, **terms, imports=self._imports))
 
     def settle(
         self, model: Path, progress: Progress | None = None, limits: Limits | None = None
@@ -263,6 +264,7 @@ class WarmCompiler:
             keep = call.keep and architecture is not None
             may_be_kept = job.ask(
                 worker,
+                **_step_job(worker, call.options),
                 job="compile",
                 imports=self._imports,
                 program=str(worker.home / _PROGRAM),
@@ -359,12 +361,12 @@ def _silent(_stage: str) -> None:
 
 
 def _declared(model: Path, options: ProofOptions) -> ProofOptions:
-    """Add what the file beside a step function declares."""
+    """Add what the file beside a model declares."""
     return dataclasses.replace(options, declaration=declaration.of_model(model, options.declaration))
 
 
 def _step_job(worker: Worker, options: ProofOptions) -> dict[str, Any]:
-    """The options of a step function; what is declared may be too long for a message."""
+    """The options for states and rows; what is declared may be too long for a message."""
     file = worker.given / _DECLARATION
     file.write_text(json.dumps(declaration.to_json(options.declaration)))
     return {"declaration": str(file), "trust_rows": options.trust_rows}

@@ -6,6 +6,7 @@ job, or several of the same configuration if it is kept.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -111,6 +112,8 @@ class _Jobs:
         from stepwell_server.compile.keras_file.sizes import check_sizes  # brings HDF5
 
         check_sizes(model, most)
+        if kind == "inspect-keras":
+            return _inspected_keras(job, model)
         if kind == "compare":
             return _compare(job, model)
         return self._again(job, model) if kind == "again" else self._compile(job, model)
@@ -124,7 +127,7 @@ class _Jobs:
             model,
             job["imports"],
             self._report,
-            ProofOptions(job["steps"], bool(job["trust"])),
+            dataclasses.replace(_step_options(job), steps=job["steps"], trust=bool(job["trust"])),
             Path(job["data"]) if job["data"] else None,
         )
         program_file.save(program, Path(job["program"]), is_kept=False)
@@ -198,8 +201,17 @@ def _inspected(job: dict[str, Any], model: Path) -> dict[str, Any]:
     return described(model, _step_options(job).declaration)
 
 
+def _inspected_keras(job: dict[str, Any], model: Path) -> dict[str, Any]:
+    """Describe a Keras model."""
+    from stepwell_server.compile.program.description import described
+    from stepwell_server.compile.program.pipeline import import_modules
+
+    import_modules(job["imports"])
+    return described(model, _step_options(job))
+
+
 def _step_options(job: dict[str, Any]) -> ProofOptions:
-    """The options of a step function."""
+    """The options for states and rows."""
     from stepwell_server.compile.onnx import declaration
 
     declared = declaration.from_json(json.loads(Path(job["declaration"]).read_text()))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,10 @@ def _hdf5_problem(path: Path) -> str:
     return origin.hdf5_problem(path.name, None if version is None else str(version), is_model=is_model)
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, initial: Mapping[str, Any] | None = None) -> str:
     """Hash architecture and weights: equal for every save of one model, different for other weights.
+
+    ``initial`` are the initial values that the user declares, which are part of it.
 
     Names that Keras generated are excluded, so that a rebuilt model with the same weights has the same hash. Weights
     are identified by their position in the archive, because Keras's names of a subclassed model's variables depend on
@@ -120,6 +123,8 @@ def fingerprint(path: Path) -> str:
     for name, value in weights.saved_weights(path):
         digest.update(f"\n{name} {value.shape} {value.dtype}\n".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
+    if initial:
+        digest.update(f"\n{json.dumps(initial, sort_keys=True)}\n".encode())
     return digest.hexdigest()
 
 

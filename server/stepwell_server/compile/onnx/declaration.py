@@ -1,4 +1,4 @@
-"""Reads what a user declares about a step function: options, and the ``model.toml`` beside its file.
+"""Reads what a user declares about a step function, or the states of a Keras model: options, and a file beside the model.
 
 Imports no framework, because the server reads declarations itself.
 """
@@ -17,6 +17,7 @@ from stepwell_server.compile.errors import DataError, ModelError, quoted
 from stepwell_server.program import Declaration
 
 SUFFIX = ".onnx"
+_KERAS = ".keras"
 _BESIDE = "model.toml"
 _MAX_BYTES = 1 << 20
 _MAX_ELEMENTS = 1 << 16
@@ -30,18 +31,29 @@ FIELDS = {
     "shape": "shapes",
     "name": "names",
 }
+#: Those that Keras models have too.
+OF_KERAS = ("state", "initial")
 
 
 def file_beside(model: Path) -> Path | None:
-    """Return the declaration beside a model: ``NAME.toml``, else ``model.toml``; None: there is none."""
-    for found in (model.with_suffix(".toml"), model.with_name(_BESIDE)):
-        if found.is_file():
-            return found
-    return None
+    """Return the declaration beside a model: ``NAME.toml``, else ``model.toml``; None: there is none.
+
+    A Keras model has only the first one, because the second one may belong to a step function in the same folder.
+    """
+    names = {
+        SUFFIX: (model.with_suffix(".toml"), model.with_name(_BESIDE)),
+        _KERAS: (model.with_suffix(".toml"),),
+    }
+    return next((found for found in names.get(model.suffix, ()) if found.is_file()), None)
 
 
-def read(file: Path) -> Declaration:
+def read(file: Path, *, of_keras: bool = False) -> Declaration:
     """Read a declaration.
+
+    Args:
+        file: the TOML file.
+        of_keras: it is beside a Keras model. Then it counts only if it has a table of `OF_KERAS`: people keep other
+            things under the name of a model, such as how it was trained.
 
     Raises:
         ModelError: it is not TOML, or says something else.
@@ -53,11 +65,17 @@ def read(file: Path) -> Declaration:
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # also of a text that is not UTF-8
+        if of_keras:
+            return Declaration()
         raise ModelError(f"{file}: must be TOML: {error}") from error
+    known = OF_KERAS if of_keras else tuple(FIELDS)
+    if of_keras and not any(isinstance(tables.get(table), dict) for table in known):
+        return Declaration()
     found: dict[str, dict[str, Any]] = {}
     for table, content in tables.items():
-        if table not in FIELDS:
-            raise ModelError(f"{file}: there is no table [{table}]; the tables are {', '.join(FIELDS)}")
+        if table not in known:
+            whose = "for a Keras model " if of_keras else ""
+            raise ModelError(f"{file}: there is no table [{table}]; the tables {whose}are {', '.join(known)}")
         if not isinstance(content, dict):
             raise ModelError(f"{file}: {table} must be a table, [{table}]; got {content!r:.40}")
         found[FIELDS[table]] = {
@@ -107,7 +125,7 @@ def of_model(model: Path, given: Declaration) -> Declaration:
         ModelError: the file beside it is wrong.
     """
     beside = file_beside(model)
-    return given if beside is None else merged(given, read(beside))
+    return given if beside is None else merged(given, read(beside, of_keras=model.suffix == _KERAS))
 
 
 def to_json(declaration: Declaration) -> dict[str, Any]:

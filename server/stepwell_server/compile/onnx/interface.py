@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from stepwell_server.compile.data_file import initial_row
 from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.onnx import pairs
 from stepwell_server.compile.onnx.rows.values import ROWS, Sizes, Value
@@ -391,30 +392,9 @@ def _state(info: onnx.ValueInfoProto, after: onnx.ValueInfoProto, declared: Decl
         raise ModelError(
             f"{pair}: both must have one shape; {quoted(info.name)} has {_shown(before)}, {quoted(after.name)} has {_shown(later)}"
         )
-    initial = _initial(info.name, declared.initial.get(info.name, 0), shape, dtype)
+    initial = initial_row(info.name, declared.initial.get(info.name, 0), shape, dtype)
     name = declared.names.get(info.name, info.name)
     return Input(info.name, name, axis, shape, dtype, after=after.name, initial=initial)
-
-
-def _initial(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Array:
-    try:
-        given: Array = np.array(value)
-        with np.errstate(over="ignore"):  # refused below
-            array: Array = given.astype(dtype)
-    except (ValueError, OverflowError) as error:
-        raise ModelError(
-            f"--initial: state {quoted(name)} must be numbers of {dtype}; got {value!r:.80}"
-        ) from error
-    if array.dtype.kind != "f" and not np.array_equal(array, given):
-        raise ModelError(f"--initial: state {quoted(name)} must be numbers of {dtype}; got {value!r:.80}")
-    if array.ndim and array.shape != shape:
-        raise ModelError(
-            f"--initial: state {quoted(name)} must have the shape of one row, {list(shape)}; got {list(array.shape)}"
-        )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ModelError(f"--initial: state {quoted(name)} must be finite; got {value!r:.80}")
-    # np.ascontiguousarray would add an axis where a row is a single number
-    return np.array(np.broadcast_to(array, shape))
 
 
 def _require_usable_names(found: Interface) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile import data_file
-from stepwell_server.compile.causality.cut import cut
+from stepwell_server.compile.causality.cut import Cuts
 from stepwell_server.compile.comparison import Comparison
 from stepwell_server.compile.errors import DataError
 from stepwell_server.compile.graph.interface import Input, Interface, describe
@@ -18,9 +18,10 @@ from stepwell_server.compile.graph.samples import Sampler, fitted, make_sampler,
 from stepwell_server.compile.keras_file import archive
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.sequences import Array, run, tolerance
+from stepwell_server.compile.probe.state_inputs import cut_apart
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.step_function import step_of_executor
-from stepwell_server.program import Program, TensorSpec
+from stepwell_server.program import Declaration, Program, TensorSpec
 
 
 def compare(model: Path, program: Program, data: Path | None) -> Comparison:
@@ -36,11 +37,10 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
         ModelError: Keras's call of it fails.
     """
     loaded = archive.load_model(model)
-    sampler = make_sampler(describe(loaded), [spec.temporal for spec in program.inputs])
+    interface, temporal, cuts = _cut(describe(loaded), program)
+    sampler = make_sampler(interface, temporal)
     interface = sampler.interface
     if data is None:
-        temporal = [spec.temporal for spec in program.inputs]
-        cuts = cut(interface, temporal)
         sampler = fitted(sampler, cuts.compared(), cuts.table_sizes())
         steps = program.proof.steps
         inputs: Sequence[Array] = sampler.hard(np.random.default_rng(23), temporal, steps)
@@ -50,6 +50,16 @@ def compare(model: Path, program: Program, data: Path | None) -> Comparison:
     sample = evidence.observe(program, interface, casts, steps, sampler.whole, sampler.exact)
     stepped = run(program, step_of_executor(load_executor(program)), inputs, steps)
     return evidence.compare(program, sample, stepped, tolerance(loaded))
+
+
+def _cut(interface: Interface, program: Program) -> tuple[Interface, tuple[bool, ...], Cuts]:
+    """Cut a model as when it was compiled, with the same states and initial values."""
+    timed = {spec.name: spec.temporal for spec in program.inputs}
+    names = {info.name for info in interface.inputs} - timed.keys()
+    pairs = zip(program.state, program.initial, strict=True)
+    initial = {spec.name: value.tolist() for spec, value in pairs if spec.name in names}
+    temporal = [timed.get(info.name, False) for info in interface.inputs]
+    return cut_apart(interface, temporal, Declaration(initial=initial))
 
 
 def read(file: Path, specs: Sequence[TensorSpec], sampler: Sampler | None = None) -> tuple[list[Array], int]:
@@ -75,12 +85,15 @@ def look(file: Path, interface: Interface) -> None:
     """
     problems: list[DataError] = []
     for temporal in assignments(interface):
-        try:
-            read(file, [_spec(info, timed) for info, timed in zip(interface.inputs, temporal, strict=True)])
-        except DataError as error:
-            problems.append(error)
-        else:
-            return
+        specs = [_spec(info, timed) for info, timed in zip(interface.inputs, temporal, strict=True)]
+        # Sessions may keep what has no time axis (`state_inputs`): then it is not in the file.
+        for given in (specs, [spec for spec in specs if spec.temporal] or specs):
+            try:
+                read(file, given)
+            except DataError as error:
+                problems.append(error)
+            else:
+                return
     raise problems[0]
 
 

@@ -15,7 +15,7 @@ from stepwell_server.compile.causality.blame import (
     one_step_problem,
     refusal_of,
 )
-from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut, cut_one_step
+from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut_one_step
 from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import NotAdmitted, prove
 from stepwell_server.compile.causality.proof import Proof as GraphProof
@@ -33,6 +33,7 @@ from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.evidence import Evidence
 from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
 from stepwell_server.compile.probe.sequences import run, step_of_function, tolerance, worst
+from stepwell_server.compile.probe.state_inputs import cut_apart
 from stepwell_server.compile.probe.whole_call import WholeCall, refuse_kept_states, refuse_training
 from stepwell_server.compile.streaming.memory import StreamingMemory
 from stepwell_server.program import Proof, ProofOptions
@@ -93,7 +94,7 @@ def _try(
 ) -> TracedModel:
     rng = np.random.default_rng(SEED)
     try:
-        cuts = cut(interface, temporal)
+        interface, temporal, cuts = cut_apart(interface, temporal, options.declaration)
     except LoopError as error:
         raise loop_problem(interface, error) from error
     except CutError as error:

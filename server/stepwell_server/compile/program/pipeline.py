@@ -46,7 +46,7 @@ def compile_traced(
     report("load")
     import_modules(imports)
     loaded = archive.load_model(model)
-    fingerprint = archive.fingerprint(model)
+    fingerprint = archive.fingerprint(model, (options or ProofOptions()).declaration.initial)
     origin = provenance.of(model, loaded)
     report("trace")
     try:

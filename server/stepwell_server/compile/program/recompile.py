@@ -77,7 +77,7 @@ def compile_again(
     plan, sampler = traced.plan, traced.sampler
     report("trace")
     _load_weights(plan.interface.model, path)
-    fingerprint = archive.fingerprint(path)
+    fingerprint = archive.fingerprint(path, traced.options.declaration.initial)
     origin = provenance.of(path, plan.interface.model)
     rng = np.random.default_rng(SEED)
     least = 0 if traced.memory is None else traced.memory.steps

@@ -1,0 +1,180 @@
+"""Recognizes inputs of a model that are states, such as those of a decoder with ``initial_state`` and ``return_state``.
+
+The graph shows them, names do not matter: an input that only one recurrent layer reads, as its initial state, and an output
+that is the same part of that layer's state after the last time step. Such a pair leaves the interface and becomes the
+session's state. Then the model is one without state inputs, whose layers begin with given values, and is proven as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.causality.cut import Cut, Cuts, cut
+from stepwell_server.compile.causality.proof import needed
+from stepwell_server.compile.causality.values import OF_SHAPES
+from stepwell_server.compile.data_file import initial_row
+from stepwell_server.compile.errors import ModelError, quoted
+from stepwell_server.compile.graph.interface import Array, Interface, StateInput
+from stepwell_server.compile.graph.samples import plain_dtype
+from stepwell_server.compile.graph.scopes import named
+from stepwell_server.program import Declaration
+
+
+def cut_apart(
+    interface: Interface, temporal: Sequence[bool], declared: Declaration
+) -> tuple[Interface, tuple[bool, ...], Cuts]:
+    """Cut a model, and take its state inputs out of the interface, if there are any.
+
+    Returns:
+        the interface, which of its inputs have a time axis, and its graphs.
+
+    Raises:
+        CutError: see `cut`.
+        ModelError: the declaration does not fit the graph, or no session can keep the state of a recurrent layer.
+    """
+    cuts = cut(interface, temporal)
+    states = recognized(interface, cuts.first, declared)
+    if not states:
+        return interface, tuple(temporal), cuts
+    places = {state.place for state in states}
+    timed = tuple(each for place, each in enumerate(temporal) if place not in places)
+    without = interface.keeping(states)
+    return without, timed, cut(without, timed)
+
+
+def recognized(interface: Interface, side: Cut, declared: Declaration) -> tuple[StateInput, ...]:
+    """Return the state inputs of a model.
+
+    Args:
+        interface: the model, with all its inputs.
+        side: its graph at one size.
+        declared: the pairs and initial values that the user declares.
+
+    Raises:
+        ModelError: the declaration does not fit the graph.
+    """
+    found: list[StateInput] = []
+    placed = {tensor.name: place for place, tensor in enumerate(side.inputs)}
+    begins = _beginnings(side, placed)
+    free = [place for place, slots in begins.items() if len(slots) == 1 and place not in _read(side, placed)]
+    ends = {source.name: name for name, source in reversed(_sources(side.outputs.items()))}
+    for place in sorted(free):
+        ((index, part),) = begins[place]
+        call, info = side.calls[index], interface.inputs[place]
+        after = ends.get(call.last[1 + part].name)
+        if after is not None and None not in info.shape[1:]:
+            zero: Array = np.zeros([int(size or 0) for size in info.shape[1:]], plain_dtype(info.dtype))
+            found.append(StateInput(place, info, after, call.layer, call.number, part, zero))
+    _require_declared(interface, side, declared, {state.info.name: state.output for state in found})
+    return tuple(_begun(state, declared.initial) for state in found)
+
+
+def _sources(tensors: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return what each tensor is, apart from copies and other types of floating-point numbers."""
+    found = []
+    for name, tensor in tensors:
+        source = tensor
+        while source.op.type in {"Identity", "Cast"} and _keeps_values(source.op):
+            source = source.op.inputs[0]
+        found.append((name, source))
+    return found
+
+
+def _keeps_values(op: Any) -> bool:
+    one, two = op.inputs[0].dtype, op.outputs[0].dtype
+    return bool(one == two or (one.is_floating and two.is_floating))
+
+
+def _beginnings(side: Cut, placed: Mapping[str, int]) -> dict[int, list[tuple[int, int]]]:
+    """Return which parts of which calls' initial states an input is, by its place."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for index, call in enumerate(side.calls):
+        initial = [(str(part), tensor) for part, tensor in enumerate(call.initial)]
+        for part, source in _sources(initial):
+            if source.name in placed:
+                found.setdefault(placed[source.name], []).append((index, int(part)))
+    return found
+
+
+def _read(side: Cut, placed: Mapping[str, int]) -> set[int]:
+    """Return the places of inputs that anything but an initial state reads."""
+    wanted = [(name, tensor) for name, tensor in side.outputs.items()]
+    for call in (*side.calls, *side.parts):
+        mask = [] if call.mask is None else [call.mask]
+        wanted += [("", tensor) for tensor in (*call.sequences, *mask, *call.after)]
+    for call in side.parts:
+        wanted += [("", tensor) for tensor in call.initial]
+    for _, op in needed(side):
+        if op.type not in OF_SHAPES and not (op.type in {"Identity", "Cast"} and _keeps_values(op)):
+            wanted += [("", tensor) for tensor in op.inputs]
+    return {placed[source.name] for _, source in _sources(wanted) if source.name in placed}
+
+
+def _require_declared(
+    interface: Interface, side: Cut, declared: Declaration, found: Mapping[str, str]
+) -> None:
+    names = [info.name for info in interface.inputs]
+    for before, after in declared.states.items():
+        pair = f"--state {before}:{after}"
+        if before not in names:
+            raise ModelError(
+                f"{pair}: must name an input of the model; there is no {quoted(before)}, {_are(names)}"
+            )
+        if after not in side.outputs:
+            raise ModelError(
+                f"{pair}: must name an output of the model; there is no {quoted(after)}, {_are(side.outputs)}"
+            )
+        if before not in found:
+            raise ModelError(f"{pair}: {_why_not(interface, side, names.index(before))}")
+        if found[before] != after:
+            raise ModelError(
+                f"{pair}: must name the output that holds this state after the last time step; that is "
+                f"{quoted(found[before])}: --state {before}:{found[before]}"
+            )
+    for name in declared.initial:
+        if name not in found:
+            raise ModelError(
+                f"--initial: must name the input of a state; got {quoted(name)}; "
+                + (
+                    f"the states are {', '.join(map(quoted, found))}"
+                    if found
+                    else "the model has no state inputs"
+                )
+            )
+
+
+def _why_not(interface: Interface, side: Cut, place: int) -> str:
+    """Explain why an input is no state."""
+    placed = {tensor.name: index for index, tensor in enumerate(side.inputs)}
+    slots = _beginnings(side, placed).get(place, [])
+    name = quoted(interface.inputs[place].name)
+    if not slots:
+        return f"must name the initial state of a recurrent layer (initial_state=...); no layer takes {name} as that"
+    who = named(interface.model, side.calls[slots[0][0]].layer)
+    if len(slots) > 1:
+        return f"a state must belong to one call of a layer; {len(slots)} take {name} as their initial state: give each an input of its own"
+    if place in _read(side, placed):
+        return (
+            f"only a layer's initial state may be what reads a state; other operations than {who} read {name}, and a call over "
+            "several time steps would give them its first value at each step: let them read the outputs of that layer"
+        )
+    return (
+        f"the state of {who} after the last time step must be an output of the model; none holds that of {name}: build the layer "
+        "with return_state=True, and return its state"
+    )
+
+
+def _are(names: Iterable[str]) -> str:
+    return f"there are {', '.join(map(quoted, names))}"
+
+
+def _begun(state: StateInput, initial: Mapping[str, Any]) -> StateInput:
+    """Return a state with the initial value that the user declares."""
+    name, zero = state.info.name, state.initial
+    if name not in initial:
+        return state
+    return dataclasses.replace(state, initial=initial_row(name, initial[name], zero.shape, zero.dtype.name))
