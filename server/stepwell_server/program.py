@@ -61,11 +61,18 @@ class StateSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    window: int = dataclasses.field(default=0, compare=False)
+    """The number of time steps, the oldest first, that its first axis holds. 0: it is not a window over time."""
 
     @property
     def row_bytes(self) -> int:
         """Size of one row in bytes."""
         return math.prod(self.shape) * dtype_of(self.dtype).itemsize
+
+    @property
+    def changed_bytes(self) -> int:
+        """Size of the values of one row that one time step replaces. Those of a window move by one place."""
+        return self.row_bytes // max(1, self.window)
 
 
 def dtype_of(name: str) -> np.dtype[np.generic]:
@@ -244,6 +251,8 @@ class Program:
     """The model without weights and generated names; None: programs are compared by names only."""
     file_names: Names | None = None
     """The names of its tensors in its file, if they differ from the served names (`called`)."""
+    multiply_adds: int | None = None
+    """The multiplications of one row and time step, in products of matrices and convolutions; None: not counted."""
 
     @property
     def structure(self) -> str:
@@ -286,6 +295,11 @@ class Program:
     def state_row_bytes(self) -> int:
         """The size of the state of one row in bytes."""
         return sum(spec.row_bytes for spec in self.state)
+
+    @property
+    def changed_state_row_bytes(self) -> int:
+        """The size of the values in the state of one row that one time step replaces, in bytes."""
+        return sum(spec.changed_bytes for spec in self.state)
 
 
 def _called(specs: Sequence[_Spec], names: Sequence[str]) -> tuple[_Spec, ...]:

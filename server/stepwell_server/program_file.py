@@ -170,6 +170,7 @@ def _document(program: Program) -> dict[str, Any]:
         "executor": program.executor,
         "executor_reason": program.executor_reason,
         "batch_sizes": list(program.batch_sizes),
+        "multiply_adds": program.multiply_adds,
         "proof": _proof_document(program.proof),
         "trial": None
         if trial is None
@@ -304,7 +305,7 @@ def _program(manifest: Mapping[str, Any], members: dict[str, bytes], max_bytes: 
     inputs = tuple(_tensor_spec(item) for item in manifest["inputs"])
     outputs = tuple(_tensor_spec(item) for item in manifest["outputs"])
     state = tuple(
-        StateSpec(_text(item["name"]), _shape(item["shape"]), _dtype_name(item["dtype"]))
+        StateSpec(_text(item["name"]), _shape(item["shape"]), _dtype_name(item["dtype"]), _window(item))
         for item in manifest["state"]
     )
     specs: tuple[TensorSpec | StateSpec, ...] = (*inputs, *outputs, *state)
@@ -333,6 +334,7 @@ def _program(manifest: Mapping[str, Any], members: dict[str, bytes], max_bytes: 
         executor=executor,
         executor_reason=_text(manifest["executor_reason"]),
         batch_sizes=_sizes(manifest["batch_sizes"]),
+        multiply_adds=None if manifest.get("multiply_adds") is None else _count(manifest["multiply_adds"]),
         files=files,
         proof=_proof(manifest["proof"]),
         trial=None if trial is None else _trial(trial, members, inputs, outputs),
@@ -348,6 +350,14 @@ def _tensor_spec(item: Mapping[str, Any]) -> TensorSpec:
         dtype=_dtype_name(item["dtype"]),
         temporal=bool(item["temporal"]),
     )
+
+
+def _window(item: Mapping[str, Any]) -> int:
+    """Return `StateSpec.window`, which files of older compilers lack."""
+    window = _count(item.get("window", 0))
+    if window and item["shape"][:1] != [window]:
+        raise ValueError(f"a window of {window} time steps does not fit the shape {item['shape']!r:.40}")
+    return window
 
 
 def _proof(item: Mapping[str, Any]) -> Proof:

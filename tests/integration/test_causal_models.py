@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import stepwell
+from stepwell.cli.models import facts
 from stepwell.testing import LocalServer
 from support.models import causal, programs
 
@@ -38,6 +39,13 @@ def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: P
         (window,) = (name for name in state if name.startswith("conv1d") and name.endswith("/last"))
         assert set(state) == {"lstm/h", "lstm/c", window, "behind/last"}
         np.testing.assert_array_equal(state[window], x[:, 5:7])
+        info = client.model("m")
+        assert {spec.name: spec.window for spec in info.state if spec.window} == {window: 2, "behind/last": 3}
+        assert (info.state_row_bytes, info.changed_state_row_bytes) == (4 * (8 + 20), 4 * (8 + 8))
+        shown = dict(facts(info))
+        assert "behind/last float32 (B, 3, 4): the last 3 time steps" in shown["state"].splitlines()
+        assert shown["state size"] == "112 bytes per row; a time step replaces 64"
+        assert shown["cost"] == f"{3 * 4 * 4 + 4 * 8 * 4 + 4 * 4 * 4} multiply-adds per row and time step"
 
         twin = session.fork()
         server.kill()

@@ -183,6 +183,8 @@ def test_a_file_is_shown_without_a_server(file: Path, tmp_path: Path) -> None:
     assert shown["inputs"] == "x float32 (B, T, 3)"
     assert shown["proof"] == "proven from its graph; compared with Keras over 512 time steps"
     assert shown["source"].startswith("lstm_dense.keras (SHA-256 ")
+    assert shown["state size"] == "64 bytes per row; a time step replaces 64"
+    assert shown["cost"] == "368 multiply-adds per row and time step"
     assert "stepwell 0" in shown["compiled"]
     assert "keras 3" in shown["compiled"]
     assert any(line.split()[:2] == ["lstm", "LSTM"] and line.split()[-1] == "384" for line in lines)

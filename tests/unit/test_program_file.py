@@ -33,7 +33,7 @@ from stepwell_server.program_file import ProgramFileError
 def program(seed: int | None = None) -> Program:
     state = (
         StateSpec("a/h", (3,), "float32"),
-        StateSpec("b", (2, 2), "int32"),
+        StateSpec("b", (2, 2), "int32", window=2),
         StateSpec("c", (), "bfloat16"),
     )
     rng = np.random.default_rng(seed)
@@ -51,6 +51,7 @@ def program(seed: int | None = None) -> Program:
         executor="litert",
         executor_reason="because",
         batch_sizes=(1, 4),
+        multiply_adds=77,
         files={"program.tflite": b"....TFL3" * 9},
         proof=Proof(512, "", 0.75),
         trial=Trial(
@@ -111,6 +112,7 @@ def test_what_is_saved_is_loaded(seed: int | None, tmp_path: Path) -> None:
     loaded = program_file.load(path)
     plain = [dataclasses.replace(item, initial=(), trial=None) for item in (saved, loaded)]
     assert plain[0] == plain[1]
+    assert [spec.window for spec in loaded.state] == [0, 2, 0]
     assert saved.trial is not None
     assert loaded.trial is not None
     assert (saved.trial.tolerance, saved.trial.sizes) == (loaded.trial.tolerance, loaded.trial.sizes)
@@ -120,6 +122,17 @@ def test_what_is_saved_is_loaded(seed: int | None, tmp_path: Path) -> None:
     for one, two in zip(*arrays, strict=True):
         assert (one.dtype, one.shape, one.tobytes()) == (two.dtype, two.shape, two.tobytes())
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_an_older_compiler_has_no_costs(file: Path) -> None:
+    def as_before(manifest: Any) -> None:
+        del manifest["multiply_adds"]
+        for state in manifest["state"]:
+            del state["window"]
+
+    in_manifest(file, as_before)
+    loaded = program_file.load(file)
+    assert (loaded.multiply_adds, {spec.window for spec in loaded.state}) == (None, {0})
 
 
 def test_the_same_program_gives_the_same_bytes_and_any_tool_finds_the_flatbuffer(tmp_path: Path) -> None:
@@ -184,6 +197,13 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
         (lambda m: m["state"][0].update(shape=[10**15]), r"its tensors are too large"),
         (lambda m: m["state"][0].update(shape=[4]), r"cannot reshape|reshape"),
         (lambda m: m["state"][0].update(dtype="object"), r"there is no type 'object'"),
+        (
+            lambda m: m["state"][1].update(window=3),
+            r"a window of 3 time steps does not fit the shape \[2, 2\]",
+        ),
+        (lambda m: m["state"][2].update(window=1), r"a window of 1 time steps does not fit the shape \[\]"),
+        (lambda m: m["state"][1].update(window=-1), r"a whole number from 0 to .* was expected; got -1"),
+        (lambda m: m.update(multiply_adds=1.5), r"a whole number from 0 to .* was expected; got 1.5"),
         (lambda m: m["state"][0].update(dtype="U9"), r"there is no type 'U9'"),
         (
             lambda m: m["batch_sizes"].append(0),

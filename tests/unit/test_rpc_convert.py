@@ -103,3 +103,14 @@ def test_descriptions_of_sessions_and_models_are_complete() -> None:
     assert (model.name, model.fingerprint, model.sessions, model.state_row_bytes) == ("m", "f00d", 9, 8)
     assert (model.inputs[0].name, list(model.inputs[0].shape), model.inputs[0].temporal) == ("x", [2], True)
     assert not model.state[0].temporal
+    assert (model.changed_state_row_bytes, model.state[0].window, model.HasField("multiply_adds")) == (
+        8,
+        0,
+        False,
+    )
+    (spec,) = program().state
+    window = dataclasses.replace(spec, shape=(6, *spec.shape), window=6)
+    counted = dataclasses.replace(program(), state=(window,), multiply_adds=0)
+    model = convert.from_model(ModelInfo("m", counted, 9), counted=True)
+    assert (model.state_row_bytes, model.changed_state_row_bytes, model.state[0].window) == (48, 8, 6)
+    assert (model.multiply_adds, model.HasField("multiply_adds")) == (0, True)

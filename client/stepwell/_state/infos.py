@@ -54,10 +54,12 @@ class TensorInfo:
     """Shape of one row at one time step, without the batch axis and the time axis."""
     temporal: bool
     """Whether the tensor has a time axis after the batch axis. An output has one if the inputs have one."""
+    window: int = 0
+    """Number of time steps, the oldest first, that the first axis of a state holds; 0 if it is not a window over time."""
 
     @classmethod
     def _from_message(cls, spec: tensors_pb2.TensorSpec) -> Self:
-        return cls(spec.name, dtype_name(spec.dtype), tuple(spec.shape), spec.temporal)
+        return cls(spec.name, dtype_name(spec.dtype), tuple(spec.shape), spec.temporal, spec.window)
 
     def _kind(self) -> str:
         return f"{self.dtype}{self.shape}"
@@ -270,6 +272,14 @@ class ModelInfo:
     """Digest of its architecture without weights and without names that Keras generated. A state fits every version of
     the model with the same structure. Empty if it is not known.
     """
+    changed_state_row_bytes: int = 0
+    """Size of the values in the state of one row that one time step replaces, in bytes. The others belong to windows
+    over time, and move by one place.
+    """
+    multiply_adds: int | None = None
+    """Number of multiplications that one time step of one row takes in products of matrices and convolutions. The body
+    of a loop counts once. None if it is not counted, as for a step function.
+    """
 
     @classmethod
     def _from_message(cls, model: models_pb2.Model) -> Self:
@@ -296,6 +306,8 @@ class ModelInfo:
             version=model.version,
             versions=tuple(map(ModelVersionInfo._from_message, model.versions)),
             structure=model.structure,
+            changed_state_row_bytes=model.changed_state_row_bytes,
+            multiply_adds=model.multiply_adds if model.HasField("multiply_adds") else None,
         )
 
     def __repr__(self) -> str:

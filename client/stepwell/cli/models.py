@@ -38,11 +38,16 @@ VERSION_HEADINGS = [
 MODEL_KEYS = (
     ("name", "the name it is served under"),
     ("fingerprint", "hash of architecture and weights; a state belongs to one"),
-    ("inputs, outputs, state", "lists of name, dtype, shape (of one row at one time step), temporal"),
+    (
+        "inputs, outputs, state",
+        "lists of name, dtype, shape (of one row at one time step), temporal; of a state also window (time steps it holds)",
+    ),
     ("executor", '"litert", "tensorflow" or "onnxruntime"'),
     ("executor_reason", "why that executor, as a sentence"),
     ("batch_sizes", "batch sizes that batches are padded to; empty: any"),
     ("state_row_bytes", "size of the state of one row, in bytes"),
+    ("changed_state_row_bytes", "size of the values in it that one time step replaces, in bytes"),
+    ("multiply_adds", "multiplications of one time step of one row; null: not counted"),
     ("sessions", "open sessions"),
     ("version", "the version described here: the default; 0 for a file"),
     ("versions", "list of all versions of the model:"),
@@ -199,11 +204,13 @@ def model_json(model: ModelInfo) -> dict[str, object]:
         "fingerprint": model.fingerprint,
         "inputs": [spec_json(spec) for spec in model.inputs],
         "outputs": [spec_json(spec) for spec in model.outputs],
-        "state": [spec_json(spec) for spec in model.state],
+        "state": [spec_json(spec) | {"window": spec.window} for spec in model.state],
         "executor": model.executor,
         "executor_reason": model.executor_reason,
         "batch_sizes": list(model.batch_sizes),
         "state_row_bytes": model.state_row_bytes,
+        "changed_state_row_bytes": model.changed_state_row_bytes,
+        "multiply_adds": model.multiply_adds,
         "sessions": model.sessions,
         "version": model.version,
         "versions": [version_json(version) for version in model.versions],
@@ -242,7 +249,7 @@ def _complete_model_or_file(
         "stepwell models show ./forecast.stepwell --json",
     ),
     json_keys=(
-        *MODEL_KEYS[:7],
+        *MODEL_KEYS[:9],
         ("sessions", "open sessions; null for a file"),
         ("version, versions", "as in stepwell models; 0 and empty for a file"),
         *MODEL_KEYS[-5:],
@@ -325,8 +332,12 @@ def facts(info: ModelInfo) -> list[tuple[str, str]]:
         ("fingerprint", info.fingerprint),
         ("inputs", "\n".join(map(render.shape_text, info.inputs))),
         ("outputs", "\n".join(map(render.shape_text, info.outputs))),
-        ("state", "\n".join(map(render.shape_text, info.state)) or "none"),
-        ("state size", f"{info.state_row_bytes} bytes per row"),
+        ("state", "\n".join(map(state_text, info.state)) or "none"),
+        (
+            "state size",
+            f"{info.state_row_bytes} bytes per row; a time step replaces {info.changed_state_row_bytes}",
+        ),
+        ("cost", cost_text(info)),
         ("executor", f"{info.executor} ({info.executor_reason})"),
         ("batch sizes", ", ".join(map(str, info.batch_sizes)) or "any"),
         ("proof", str(info.proof)),
@@ -343,6 +354,19 @@ def facts(info: ModelInfo) -> list[tuple[str, str]]:
         ("compiled", f"{time_text(origin.compiled_time)} on {origin.processor} by {versions}"),
         ("parameters", str(origin.parameters)),
     ]
+
+
+def state_text(spec: TensorInfo) -> str:
+    """A state with its shape, and what it holds if it is a window over time."""
+    shape = render.shape_text(spec)
+    return f"{shape}: the last {spec.window} time steps" if spec.window else shape
+
+
+def cost_text(info: ModelInfo) -> str:
+    """The number of multiplications of a model."""
+    if info.multiply_adds is None:
+        return "not counted"
+    return f"{info.multiply_adds} multiply-adds per row and time step"
 
 
 def provenance_json(origin: ProvenanceInfo | None) -> dict[str, object] | None:

@@ -589,6 +589,8 @@ class Model(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     STRUCTURE_FIELD_NUMBER: _builtins.int
+    CHANGED_STATE_ROW_BYTES_FIELD_NUMBER: _builtins.int
+    MULTIPLY_ADDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model."""
     fingerprint: _builtins.str
@@ -608,6 +610,14 @@ class Model(_message.Message):
     structure: _builtins.str
     """Hash of the model's architecture without weights; names that Keras generated do not count. A state of one version
     fits every version with the same structure, tensor by tensor in their order. Empty: not known.
+    """
+    changed_state_row_bytes: _builtins.int
+    """Size of the values in the state of one row that one time step replaces, in bytes. The others belong to windows over
+    time, and move by one place.
+    """
+    multiply_adds: _builtins.int
+    """Number of multiplications that one time step of one row takes in products of matrices and convolutions. The body of
+    a loop counts once. Absent: not counted, as for a step function.
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_tensors_pb2.TensorSpec]:
@@ -655,12 +665,16 @@ class Model(_message.Message):
         version: _builtins.int = ...,
         versions: _abc.Iterable[Global___ModelVersion] | None = ...,
         structure: _builtins.str = ...,
+        changed_state_row_bytes: _builtins.int = ...,
+        multiply_adds: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_multiply_adds", b"_multiply_adds", "multiply_adds", b"multiply_adds", "proof", b"proof", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_sizes", b"batch_sizes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes", "structure", b"structure", "version", b"version", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_multiply_adds", b"_multiply_adds", "batch_sizes", b"batch_sizes", "changed_state_row_bytes", b"changed_state_row_bytes", "executor", b"executor", "executor_reason", b"executor_reason", "fingerprint", b"fingerprint", "inputs", b"inputs", "multiply_adds", b"multiply_adds", "name", b"name", "outputs", b"outputs", "proof", b"proof", "provenance", b"provenance", "sessions", b"sessions", "state", b"state", "state_row_bytes", b"state_row_bytes", "structure", b"structure", "version", b"version", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__multiply_adds: _TypeAlias = _typing.Literal["multiply_adds"]  # noqa: Y015
+    _WhichOneofArgType__multiply_adds: _TypeAlias = _typing.Literal["_multiply_adds", b"_multiply_adds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__multiply_adds) -> _WhichOneofReturnType__multiply_adds | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
 

@@ -177,6 +177,7 @@ class TensorSpec(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     TEMPORAL_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, unique among the model's inputs, outputs or states."""
     dtype: Global___DataType.ValueType
@@ -185,6 +186,8 @@ class TensorSpec(_message.Message):
     """Whether the tensor has a time axis after the batch axis. An input accepts one. An output has one if the inputs have
     one. False for states.
     """
+    window: _builtins.int
+    """Number of time steps, the oldest first, that the first axis of a state holds. 0: it is not a window over time."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of one row at one time step, without the batch axis and the time axis."""
@@ -196,10 +199,11 @@ class TensorSpec(_message.Message):
         dtype: Global___DataType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         temporal: _builtins.bool = ...,
+        window: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "shape", b"shape", "temporal", b"temporal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "shape", b"shape", "temporal", b"temporal", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

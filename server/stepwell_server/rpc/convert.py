@@ -133,6 +133,8 @@ def from_model(info: ModelInfo, *, counted: bool, statuses: Sequence[VersionStat
         executor_reason=program.executor_reason,
         batch_sizes=program.batch_sizes,
         state_row_bytes=program.state_row_bytes,
+        changed_state_row_bytes=program.changed_state_row_bytes,
+        multiply_adds=program.multiply_adds,
         sessions=info.sessions if counted else 0,
         proof=models_pb2.Proof(
             compared_steps=program.proof.steps,
@@ -187,4 +189,5 @@ def _from_spec(spec: TensorSpec | StateSpec) -> tensors_pb2.TensorSpec:
         dtype=number_of(spec.dtype),
         shape=spec.shape,
         temporal=isinstance(spec, TensorSpec) and spec.temporal,
+        window=spec.window if isinstance(spec, StateSpec) else 0,
     )

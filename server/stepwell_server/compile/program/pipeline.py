@@ -19,7 +19,7 @@ from stepwell_server.compile.probe.extremes import worst_at_extremes
 from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
 from stepwell_server.compile.probe.probe import TracedModel, trace_and_probe
 from stepwell_server.compile.probe.sequences import Array, tolerance
-from stepwell_server.compile.program import convert
+from stepwell_server.compile.program import convert, cost
 from stepwell_server.engine.executors import load_executor, trial
 from stepwell_server.engine.executors.base import ExecutionError
 from stepwell_server.engine.executors.step_function import step_of_executor
@@ -110,8 +110,11 @@ def artefact(
 
 def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]) -> Program:
     model = traced.plan.interface.model
-    content = convert.to_litert(convert.freeze(traced.function), model)
-    program = dataclasses.replace(program, files={FLATBUFFER: content})
+    frozen = convert.freeze(traced.function)
+    content = convert.to_litert(frozen, model)
+    program = dataclasses.replace(
+        program, files={FLATBUFFER: content}, multiply_adds=cost.multiply_adds(frozen)
+    )
     report("check")
     try:
         step = step_of_executor(load_executor(program))
@@ -133,7 +136,10 @@ def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Call
     reason_shown = f"{reason}; TensorFlow runs it, which takes longer per step"
     program = dataclasses.replace(program, executor="tensorflow", executor_reason=reason_shown)
     try:
-        program = dataclasses.replace(program, files=convert.to_tensorflow(*_most_frozen(traced)))
+        function, owner = _most_frozen(traced)
+        count = cost.multiply_adds(function) if owner is None else None
+        files = convert.to_tensorflow(function, owner)
+        program = dataclasses.replace(program, files=files, multiply_adds=count)
         report("check")
         step = step_of_executor(load_executor(program))
         check.check_against_keras(traced, step)

@@ -82,7 +82,12 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
             name = _free(f"{_path(side, index)}/{_PARTS[need.kind]}", used)
             used.add(name)
             dtype = plain_dtype(keras.backend.standardize_dtype(tensor.dtype))
-            spec = StateSpec(name, _shape(need, data.axes), "int32" if need.kind is Memory.COUNT else dtype)
+            spec = StateSpec(
+                name,
+                _shape(need, data.axes),
+                "int32" if need.kind is Memory.COUNT else dtype,
+                need.rows if need.kind in (Memory.DELAY, Memory.WINDOW) else 0,
+            )
             found.append(Slot(owner, need, tensor, data, spec))
     return tuple(found)
 

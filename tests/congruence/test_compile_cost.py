@@ -1,0 +1,65 @@
+"""What a compiled model says about its cost: multiplications of a step, and the values of its state that a step replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.models.programs import compile_model
+
+Layers = Callable[[Any, Any], Any]
+
+
+def _padded(keras: Any, x: Any, steps: int) -> Any:
+    space = [(0, 0)] * (len(x.shape) - 3)
+    if not space:
+        return keras.layers.ZeroPadding1D((steps, 0))(x)
+    return getattr(keras.layers, f"ZeroPadding{len(space) + 1}D")(((steps, 0), *space))(x)
+
+
+COUNTS: dict[str, tuple[tuple[int, ...], Layers, int]] = {
+    "dense": ((6,), lambda k, x: k.layers.Dense(5)(x), 6 * 5),
+    "dense_at_each_place": ((3, 6), lambda k, x: k.layers.Dense(5)(x), 3 * 6 * 5),
+    "einsum": ((3, 6), lambda k, x: k.layers.EinsumDense("btsf,fg->btsg", (None, 3, 5))(x), 3 * 6 * 5),
+    "lstm": ((6,), lambda k, x: k.layers.LSTM(5)(x), 4 * (6 + 5) * 5),
+    "gru": ((6,), lambda k, x: k.layers.GRU(5, return_sequences=True)(x), 3 * (6 + 5) * 5),
+    "conv": ((6,), lambda k, x: k.layers.Conv1D(5, 3, padding="causal", dilation_rate=2)(x), 3 * 6 * 5),
+    "conv_grouped": ((6,), lambda k, x: k.layers.Conv1D(4, 3, padding="causal", groups=2)(x), 3 * 3 * 4),
+    "depthwise": ((6,), lambda k, x: k.layers.DepthwiseConv1D(3)(_padded(k, x, 2)), 3 * 6),
+    "conv_2d": ((4, 6), lambda k, x: k.layers.Conv2D(5, (3, 2))(_padded(k, x, 2)), 3 * 3 * 2 * 6 * 5),
+    "transposed": (
+        (4, 6),
+        lambda k, x: k.layers.TimeDistributed(k.layers.Conv1DTranspose(5, 3))(x),
+        4 * 6 * 3 * 5,
+    ),
+    "each_with_each": ((3, 6), lambda k, x: k.ops.matmul(x, k.ops.swapaxes(x, 2, 3)), 3 * 3 * 6),
+    "sum": ((6,), lambda k, x: k.ops.cumsum(x, 1), 0),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_multiplications_of_one_row_and_time_step(name: str, tmp_path: Path) -> None:
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    features, layers, expected = COUNTS[name]
+    x = keras.Input((None, *features))
+    keras.Model(x, layers(keras, x)).save(tmp_path / "model.keras")
+    assert compile_model(tmp_path / "model.keras").multiply_adds == expected
+
+
+def test_a_step_replaces_one_time_step_of_each_window(tmp_path: Path) -> None:
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    x = keras.Input((None, 6))
+    y = keras.layers.Conv1D(5, 3, padding="causal", dilation_rate=4, name="conv")(x)
+    y = keras.ops.cumsum(keras.layers.GRU(7, return_sequences=True, name="gru")(y), 1)
+    keras.Model(x, y).save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    windows = {spec.name: spec.window for spec in program.state}
+    assert sorted(windows.values()) == [0, 0, 8]
+    assert windows["conv/last"] == 8
+    assert program.state_row_bytes == 4 * (8 * 6 + 7 + 7)
+    assert program.changed_state_row_bytes == 4 * (6 + 7 + 7)
