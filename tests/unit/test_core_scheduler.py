@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwell_server.core.callers import Caller, Role
-from stepwell_server.core.scheduler import ACTIVE_S, FairQueue, Scheduler, Source, source_of
+from stepwell_server.core.scheduler import ACTIVE_S, ALL_CALLERS, FairQueue, Scheduler, Source, source_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,19 +148,40 @@ def test_while_others_are_about_a_pass_is_short_and_shared_in_rows() -> None:
 def test_a_moment_with_few_rows_does_not_shorten_the_passes_of_equals() -> None:
     scheduler = scheduler_of(1000, *many("a", 1, 100), *many("b", 1, 100))
     scheduler.next_pass(0.0, 200)
-    few = [*many("a", 1, 5), *many("b", 1, 195)]
-    for job in few:
-        scheduler.add(job)
-    assert scheduler.max_rows_of_pass(0.0, 10) == 200, "both had as many a moment ago"
-    scheduler.next_pass(0.0, 200)
-    limits = []
+    now, limits = 0.0, list[int | None]()
     for _ in range(12):
-        scheduler.add(*many("a", 1, 1))
-        scheduler.add(*many("b", 1, 199))
-        limits.append(scheduler.max_rows_of_pass(0.0, 10))
-        scheduler.next_pass(0.0)
-    assert limits[0] == 150
+        for job in [*many("a", 1, 5), *many("b", 1, 195)]:
+            scheduler.add(job)
+        limits.append(scheduler.max_rows_of_pass(now, 10))
+        scheduler.next_pass(now)
+        now += ACTIVE_S / 4
+    assert limits[0] is None, "both had as many a moment ago"
     assert limits[-1] == 10, "one that has had little for long is small"
+
+
+def test_what_many_callers_have_in_common_is_no_source_of_its_own() -> None:
+    scheduler = scheduler_of(1000, *many("a", 1, 6), *many("b", 1, 5))
+    scheduler.next_pass(0.0)
+    scheduler.add(Job("of both", ALL_CALLERS, 120))
+    scheduler.next_pass(0.0)
+    scheduler.add(Job("of both", ALL_CALLERS, 120))
+    scheduler.add(*many("a", 1, 1))
+    assert scheduler.max_rows_of_pass(0.0, 10) is None, "a and b had as many each"
+    scheduler.next_pass(0.0)
+    scheduler.add(Job("of all", ALL_CALLERS, 120))
+    scheduler.add(*many("c", 1, 300))
+    assert scheduler.max_rows_of_pass(0.0, 10) == 120 + 3 * 1, "and c may only have as many as a and b"
+
+
+def test_a_step_without_a_job_makes_no_other_source_of_its_connection() -> None:
+    scheduler = scheduler_of(1000, *many("a", 1, 60), *many("b", 1, 50))
+    scheduler.next_pass(0.0)
+    scheduler.alone_until, scheduler.alone_by = 1.0, "a0"
+    for job in [*many("a", 1, 60), *many("b", 1, 50)]:
+        scheduler.add(job)
+    assert scheduler.max_rows_of_pass(0.0, 10) is None
+    scheduler.alone_by = "c0"
+    assert scheduler.max_rows_of_pass(0.0, 10) == 10, "the step of another connection is one"
 
 
 def test_others_are_about_while_they_wait_and_for_a_moment_after() -> None:

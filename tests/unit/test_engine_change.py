@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from stepwell_server.core.callers import ANYBODY, Caller, Role
-from stepwell_server.core.scheduler import Scheduler, source_of
+from stepwell_server.core.scheduler import ALL_CALLERS, Scheduler, source_of
 from stepwell_server.engine.api import OpenResult, Select
 from stepwell_server.engine.change import Awaited, Change, joined
+from stepwell_server.engine.state.model import Model
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, RevisionConflict, ServerError
 from support.checks.model_of_sessions import initial, ran
 from support.engine.fake_executor import BAD, RICH
@@ -178,6 +179,25 @@ async def test_all_that_one_connection_sends_has_one_source(at: Harness) -> None
         await at.settled()
         sources = {call.args[1].source for call in add.call_args_list}
     assert sources == {source_of(ANYBODY, "here")}, "or it would have company of itself"
+
+
+@pytest.mark.engine(threads=True, resident_rows=64)
+async def test_steps_of_several_belong_together_while_they_fit_into_a_short_pass(
+    at: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits behind more than that counts for whoever sent it: else they would wait as if one had sent all."""
+    monkeypatch.setattr(Model, "rows_of_a_short_pass", property(lambda _model: 3))
+    await at.open(*"abcdef", "busy")
+    await at.begin_pass("busy", x(1))
+    senders = ["one", "one", "two"]
+    with mock.patch.object(Scheduler, "add", autospec=True, side_effect=Scheduler.add) as add:
+        for names in ("abc", "def"):
+            change = Change(list(names), Answers([1] * 3), inputs={"": x(3)}, connections=senders)
+            at.engine.submit(change)
+        at.hooks.open_gate()
+        await at.settled()
+        sources = [call.args[1].source for call in add.call_args_list]
+    assert sources == [ALL_CALLERS, source_of(ANYBODY, "one"), source_of(ANYBODY, "two")]
 
 
 @pytest.mark.stores("memory", "async", "sync")  # others are read anew for each, and the line is too long

@@ -20,9 +20,8 @@ from stepwell_server.core.callers import Caller
 
 #: A source counts as active for this many seconds after it had a job in a pass.
 ACTIVE_S = 0.05
-#: The rows of a source in a pass count for this much one pass later, so that a moment with few rows does not make a
-#: source with much work a small one.
-_KEPT_SHARE = 0.75
+#: Sources are equals if the one that had the fewest rows recently had at least this share of the mean.
+_EQUALS_SHARE = 0.5
 #: Consecutive rows of one source in a pass that several sources share.
 _QUANTUM = 16
 #: A source is light if it has at most a quarter of a short pass (1 / this). Light sources have every other pass to
@@ -341,6 +340,11 @@ class Schedulable(Protocol):
 J = TypeVar("J", bound=Schedulable)
 
 
+def _left(rows: float, seconds: float) -> float:
+    """Return what remains of rows that ran some time ago."""
+    return rows * math.pow(0.5, seconds / ACTIVE_S)
+
+
 class Scheduler(Generic[J]):
     """The ready jobs of one model. Each session is in at most one of them.
 
@@ -353,8 +357,11 @@ class Scheduler(Generic[J]):
         self._queue: FairQueue[J] = FairQueue()
         self._waiting: Counter[Source] = Counter()
         """Waiting rows, by source."""
-        self._active: dict[Source, tuple[float, int]] = {}
-        """When each source last had jobs in a pass, and their rows, or more if it had more before; the latest last."""
+        self._active: dict[Source, tuple[float, int, float]] = {}
+        """When each source last had jobs in a pass, their rows, and its rows of recent passes; the latest last.
+
+        Rows of earlier passes count by half for each `ACTIVE_S` that has passed since.
+        """
         self._light: list[Source] = []
         """Sources that have the next pass to themselves."""
         self._was_light = False
@@ -392,8 +399,8 @@ class Scheduler(Generic[J]):
         if now > self.alone_until or self.alone_by is None:
             return False
         connection = self.alone_by[0] if isinstance(self.alone_by, list) else self.alone_by
-        others = {*self._waiting, *self._active} - {ALL_CALLERS}
-        return any(source[-1] != connection for source in others)
+        with_jobs = {source[-1] for source in {*self._waiting, *self._active} - {ALL_CALLERS}}
+        return bool(with_jobs) and connection not in with_jobs
 
     def only_source(self, now: float) -> Source | None:
         """The only source with jobs in recent passes; None: there were several, or none."""
@@ -408,25 +415,35 @@ class Scheduler(Generic[J]):
     def max_rows_of_pass(self, now: float, short: int) -> int | None:
         """The row limit of the next pass, so that sources that send meanwhile do not wait long; None: `max_rows`.
 
-        A single active source gets full passes, and so do several with similar amounts of work. Otherwise a pass
-        has `short` rows, and light sources have every other pass to themselves.
+        A single active source gets full passes, and so do equals: with short ones, whoever happened to be late once
+        would stay behind. Otherwise a pass has `short` rows, or more if each source has as many, and light sources
+        have every other pass to themselves.
         """
-        if self.rows_waiting <= short or not self.is_contended(now):
+        if self.rows_waiting <= short or not self.is_contended(now) or self._are_equals(now):
             return None
         rows = (
-            Counter({source: rows for source, (_, rows) in self._active.items()}) | self._waiting
+            Counter({source: rows for source, (_, rows, _) in self._active.items()}) | self._waiting
         )  # the larger ones
+        rows.pop(ALL_CALLERS, None)
         if self._is_beside_steps(now):
             rows[_STEPS] = 1
         light = [source for source, count in self._waiting.items() if count <= short // _LIGHT_SHARE]
         self._light = light if not self._was_light and len(light) < len(self._waiting) else []
-        return max(short, len(rows) * min(rows.values()))
+        return max(short, len(rows) * min(rows.values(), default=0) + self._waiting[ALL_CALLERS])
+
+    def _are_equals(self, now: float) -> bool:
+        """Whether all sources that are active or wait had similar numbers of rows recently."""
+        active = self._active
+        if self._is_beside_steps(now) or not self._waiting.keys() <= active.keys():
+            return False
+        recent = [_left(rows, now - at) for source, (at, _, rows) in active.items() if source != ALL_CALLERS]
+        return min(recent, default=0) * len(recent) >= _EQUALS_SHARE * sum(recent)
 
     def ran(self, source: Source, rows: int, now: float) -> None:
         """Note that rows of a source ran without a job."""
-        if (earlier := self._active.pop(source, None)) is not None:
-            rows = max(rows, int(earlier[1] * _KEPT_SHARE))
-        self._active[source] = (now, rows)
+        earlier = self._active.pop(source, None)
+        recent = rows if earlier is None else rows + _left(earlier[2], now - earlier[0])
+        self._active[source] = (now, rows, recent)
 
     def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:
         """Take the jobs of the next pass, up to `max_rows` rows.

@@ -422,7 +422,7 @@ class Admission(Starter):
         if only is not None:
             return [(only, members)]
         if model.ready.rows_waiting + len(members) <= model.max_batch_rows:
-            if len(members) <= model.rows_of_a_short_pass:
+            if model.ready.rows_waiting + len(members) <= model.rows_of_a_short_pass:
                 return [(ALL_CALLERS, members)]
             sources = list(change.by_source(members))
             # if all have similar amounts, shorter passes benefit nobody
