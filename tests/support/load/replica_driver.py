@@ -139,6 +139,7 @@ class ReplicaRouter:
             targets = [self.pick() for _ in range(2 if table.chance.random() < 0.1 else 1)]
             ends = await asyncio.gather(*(self._tried(attempt, at) for at in targets))
             kept = [one.end for one in ends if one.end.outcome == "acknowledged"]
+            self.note_unknown(number, ends)
             if kept:
                 # Beside an answer, a refusal by the other replica is one that the checker shall see.
                 for one in ends:
@@ -164,20 +165,23 @@ class ReplicaRouter:
             # One revision further on and not replayed: others made it. Further on nobody remembers who did.
             if unknown and end.revision > call.expected + 1:
                 end = dataclasses.replace(end, outcome="unknown")
-            elif (
-                unknown
-            ):  # an attempt may have been applied, and be lost again, where the store loses something
-                self.table.log.end(number, End(outcome="unknown", error="an attempt before"))
         elif unknown and end.outcome not in ("gone", "error"):
             end = End(outcome="unknown", error=end.error)
         self.table.log.end(number, end)
         return end
+
+    def note_unknown(self, number: str, ends: Sequence[Outcome]) -> None:
+        """Write down attempts that may still take effect, maybe again after a fail-over has lost their change."""
+        for one in ends:
+            if one.end.outcome == "unknown":
+                self.table.log.end(number, one.end)
 
     async def asked(self, call: Call, attempt: Attempt) -> End:
         """The same for what changes nothing, or does not matter twice: it is asked until it is answered."""
         number, until_s = self.table.log.call(call), time.monotonic() + PATIENCE_S
         while True:
             one = await self._tried(attempt, self.pick())
+            self.note_unknown(number, [one])
             if not one.may_try_again or time.monotonic() > until_s:
                 self.table.log.end(number, one.end)
                 return one.end
@@ -386,6 +390,7 @@ class GroupPlayer:
             left = []
             for place, i in enumerate(waiting):
                 one = found[place]
+                self._router.note_unknown(numbers[i], [one])
                 if one.may_try_again and time.monotonic() < until_s:
                     left.append(i)
                     unknown |= {i} if one.end.outcome == "unknown" else set()
@@ -399,8 +404,6 @@ class GroupPlayer:
                     and (end.revision or 0) > calls[i].expected + 1
                 ):
                     end = dataclasses.replace(end, outcome="unknown")
-                elif end.outcome == "not_applied" and i in unknown:
-                    table.log.end(numbers[i], End(outcome="unknown", error="an attempt before"))
                 table.ended(numbers[i], end)
                 if end.revision is None:
                     raise broken(end)
