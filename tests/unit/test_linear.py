@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,8 +75,9 @@ class Told:
         idle_s: float = float("inf"),
         losses: Sequence[Loss] = (),
         ends_after: Callable[[str, float, float], float] | None = None,
+        most_nodes: int = 10_000,
     ) -> Report:
-        terms = PermittedEvents(idle_s, float, rollbacks, losses, ends_after=ends_after)
+        terms = PermittedEvents(idle_s, float, rollbacks, losses, most_nodes, ends_after)
         return check(sorted(self.ops, key=lambda op: op.called_at), MODEL, terms)
 
 
@@ -278,6 +280,52 @@ def test_a_fork_has_any_of_the_states_that_a_fail_over_gave_its_parent_in_its_ti
     wrong = MODEL.step(told.states[0], x(6))[1].named()
     told.op(14, 15, ask, End(outcome="acknowledged", revision=1, position=1, states=wrong))
     assert sorts(told.check(rollback)) == ["wrong"]
+
+
+def forked_at_1(low: int, high: int) -> tuple[Told, Op]:
+    """A session whose fork is reported at revision 1 and read at revision 2, and the call that forked it."""
+    told = two_steps()
+    told.step(2, 3, 1, 1)
+    end = End(outcome="acknowledged", revision=1, position=1)
+    fork = told.op(low, high, Call(kind="fork", session="b", parent="a"), end)
+    told.step(12, 13, 2, 2, expected=1)
+    told.op(22, 23, Call(kind="read", session="b"), told.read(24, 25, 2).ends[0][1])
+    return told, fork
+
+
+def test_a_fork_may_be_made_at_both_primaries_of_a_fail_over() -> None:
+    told, _ = forked_at_1(14, 16)  # the old primary has revision 1, the new one revision 2
+    assert sorts(told.check(losses=lost_at(10, 5, 20))) == []
+
+
+def test_a_fork_may_be_made_again_by_an_attempt_that_is_late() -> None:
+    told, fork = forked_at_1(6, 8)
+    (found,) = told.check(losses=lost_at(10, 5, 20)).violations
+    assert found.sort == "twice"
+    assert "+ fork 2 (6, 8) expected 0 told acknowledged revision 1" in found.what
+    assert "2 of a at revision 1" in found.what
+    fork.ends.insert(0, (7, End(outcome="unknown")))
+    assert sorts(told.check(losses=lost_at(10, 5, 20))) == []
+    assert sorts(told.check()) == ["twice"], "nothing was lost"
+
+
+def test_no_fork_is_found_wrong_unless_all_states_of_its_parent_are_known() -> None:
+    told = two_steps()
+    for value in range(4):
+        told.op(2, 3, Call(kind="step", session="a", expected=ANY, x=x(value)), End(outcome="unknown"))
+    end = End(outcome="acknowledged", revision=2, position=2)
+    told.op(4, 5, Call(kind="fork", session="b", parent="a"), end)
+    unjudged = 0
+    for first, second in itertools.permutations(range(4), 2):
+        state = MODEL.step(MODEL.step(told.states[0], x(first))[1], x(second))[1]
+        own = copy.deepcopy(told)
+        ask = Call(kind="read", session="b")
+        own.op(8, 9, ask, End(outcome="acknowledged", revision=2, position=2, states=state.named()))
+        assert sorts(own.check()) == []
+        report = own.check(most_nodes=10)
+        assert sorts(report) == []
+        unjudged += report.unjudged
+    assert unjudged > 0
 
 
 def test_an_answer_again_is_the_same() -> None:

@@ -73,7 +73,7 @@ class Report:
     taken_back: int = 0
     """Acknowledged changes that the store has lost, as it may: see `linearizability`."""
     unjudged: int = 0
-    """Sessions with too many orders to look at."""
+    """Sessions with too many orders to look at, and forks of such sessions that may be wrong."""
     violations: list[Violation] = dataclasses.field(default_factory=list)
 
     def count(self, sort: Sort) -> int:

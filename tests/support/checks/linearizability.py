@@ -38,6 +38,8 @@ from support.checks.register import Item, Loss, PermittedEvents, Rollback, State
 from support.checks.replay import are_states, bits, is_output
 
 TOO_MANY = "too many orders to look at all of them"
+_SHOWN = 20
+"""Calls in the message of a violation."""
 
 
 class Model(Protocol):
@@ -65,21 +67,22 @@ def check(ops: Sequence[Op], model: Model, terms: PermittedEvents | None = None)
     for each in terms.rollbacks:
         lost[each.session].append(each)
     forked: dict[str, list[tuple[int, State]]] = collections.defaultdict(list)
-    unjudged: set[str] = set()
+    partial: set[str] = set()
+    """Sessions of whose orders not all were looked at: nobody knows all states of what was forked from them."""
     for session, mine in of.items():  # a parent stands before what was forked from it
-        if any(
-            op.call.kind == "fork" and op.call.session == session and op.call.parent in unjudged
-            for op in mine
-        ):
-            unjudged.add(session)
-            continue
         search = _Search(session, mine, model, terms, lost[session], forked, report)
+        is_partial = any(
+            op.call.kind == "fork" and op.call.session == session and op.call.parent in partial for op in mine
+        )
         try:
             search.run()
         except Violation as violation:
-            report.violations.append(violation)
-            if violation.what == TOO_MANY:
-                unjudged.add(session)
+            if is_partial and violation.what != TOO_MANY:
+                report.unjudged += 1  # a state that is not known may explain it
+            else:
+                report.violations.append(violation)
+        if is_partial or search.has_too_many:
+            partial.add(session)
     return report
 
 
@@ -101,20 +104,26 @@ class _Search:
         self._terms = terms
         self._forked = forked
         self._report = report
+        self.has_too_many = False
+        """Whether there are more orders than it looked at."""
         self._forks = any(op.call.parent == session for op in ops)
-        self._lost_forks = [op for op in ops if op.call.parent == session and op.acknowledged is None]
         items = [item for op in ops for item in self._items(op)]
-        twins = list(_twins(items, [(each.at, each.at) for each in lost]))
-        twins += _twins(items, [(each.low, each.high) for each in terms.losses])
+        losses = [(each.at, each.at) for each in lost] + [(each.low, each.high) for each in terms.losses]
+        twins = list(_twins(items, losses))
         items += [Item("rollback", each.at, each.at, rollback=each) for each in lost]
         items += [Item("loss", each.low, each.high, loss=each, must=False) for each in terms.losses]
         if terms.may_end:
             twins += _openings_of_unused(items)
         self._may_repeat = {id(item.op) for item in twins}
         self._items_of: list[Item] = sorted([*items, *twins], key=lambda item: item.low)
-        self._forks_told = [
-            item for op in ops if op.call.parent == session for item in self._looks_of_a_fork(op)
+        forks = [op for op in ops if op.call.parent == session]
+        self._forks_told = [item for op in forks for item in self._looks_of_a_fork(op)]
+        made = [dataclasses.replace(item, kind="effect") for item in self._forks_told]
+        self._other_forks = [
+            *(Item("effect", op.called_at, math.inf, op) for op in forks if not op.acknowledged),
+            *_twins(made, losses),
         ]
+        """What attempts of forks made whose answer nobody has, maybe at another primary."""
         self._backs = [
             (item.low, item.high, 1 << place)
             for place, item in enumerate(self._items_of)
@@ -239,11 +248,10 @@ class _Search:
                 continue
             seen.add((done, value.trail))
             if len(seen) > self._terms.most_nodes:
+                self.has_too_many = True
                 if found:
                     return
                 raise Violation("error", self._session, value.revision, TOO_MANY)
-            for op in self._lost_forks if value.life == "live" else ():
-                self._may_be_forked(op, value)
             candidates, left, _ = self._candidates(done)
             self._note_forks(done, left, value)
             if not left:
@@ -270,12 +278,19 @@ class _Search:
     def _note_forks(self, done: int, left: Sequence[int], value: Value) -> None:
         """A fork may be of each state that the session has in its time and whose revision it was told.
 
-        It was settled by the first of them; a fail-over may bring another one with the same revision.
+        It was settled by the first of them; a fail-over may bring another one with the same revision. An attempt that
+        another primary answered may be of any state that the session has there.
         """
         now, bound = self._now(done), min((self._items_of[place].high for place in left), default=math.inf)
         for item in self._forks_told:
             if item.low <= bound and now <= item.high:
                 self._sees(item, value)
+        for item in self._other_forks:
+            if item.low <= bound and now <= item.high:
+                assert item.op is not None
+                for each in (value, value.old_for(item)):
+                    if each is not None and each.life == "live":
+                        self._may_be_forked(item.op, each)
 
     def _taken_back_in(self, value: Value) -> int:
         """Acknowledged changes that are not among its writes."""
@@ -484,11 +499,26 @@ class _Search:
             sort = "twice"
         elif revision is not None and revision < value.revision + (item.kind == "effect"):
             sort = "lost"
-        others = "; ".join(str(self._items_of[at]) for at in left if at != place)
         what = f"{item} fits into no order; the longest one ends with the session {value}"
-        return Violation(
-            sort, self._session, revision or 0, what + (f"; beside it: {others}" if others else "")
-        )
+        others = "; ".join(str(self._items_of[at]) for at in left if at != place)
+        before = [at for at, other in enumerate(self._items_of) if at != place and other.low <= item.high]
+        for title, shown in (
+            ("beside it", others),
+            ("before it, with + in that order", "; ".join(self._shown(at, done) for at in before[-_SHOWN:])),
+            ("states of its forks, by call", "; ".join(self._shown_forks())),
+        ):
+            what += f"\n  {title}: {shown}" if shown else ""
+        return Violation(sort, self._session, revision or 0, what)
+
+    def _shown(self, place: int, done: int) -> str:
+        return f"{'+' if done >> place & 1 else '-'} {self._items_of[place]}"
+
+    def _shown_forks(self) -> Iterator[str]:
+        """The revisions that it can have begun with."""
+        for op in self._ops:
+            if op.call.kind == "fork" and op.call.session == self._session:
+                revisions = sorted({revision for revision, _ in self._forked[op.number]})
+                yield f"{op.number} of {op.call.parent} at revision {', '.join(map(str, revisions)) or 'none'}"
 
 
 def _twins(items: Sequence[Item], lost: Sequence[tuple[float, float]]) -> Iterator[Item]:

@@ -235,7 +235,8 @@ class Schedule:
         if lost:
             self._check_blindly(report, terms)
         judged = [each for each in report.violations if each.what != linearizability.TOO_MANY]
-        report.unjudged, report.violations = len(report.violations) - len(judged), judged
+        report.unjudged += len(report.violations) - len(judged)
+        report.violations = judged
         if self.plan.most:
             births = [birth for shard in self.shards for birth in shard.births]
             require_kept(births, self._book, self.plan.most)
