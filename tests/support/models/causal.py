@@ -193,6 +193,18 @@ _add("cumulative_sum_of_padding", lambda k, x: k.ops.cumsum(_front(k, x, 3), 1)[
 _add("cumulative_product_of_padding", _product_of_padding)
 _add("cumulative_mean", lambda k, x: k.ops.cumsum(x, 1) / k.ops.cumsum(k.ops.ones_like(x), 1))
 _add("number_of_the_step", _numbered)
+_add("difference_to_the_first", lambda k, x: k.layers.Dense(3)(x - x[:, :1]))
+_add("first_of_all", lambda k, x: {"first": x[:, 0], "each": k.layers.Dense(2)(x)})
+_add(
+    "first_of_padded", lambda k, x: _conv(k, x) / (1 + k.ops.abs(k.ops.take(_front(k, x, 2), 2, 1)))[:, None]
+)
+_add("difference_behind_the_first", lambda k, x: k.ops.concatenate([x[:, :1], x[:, 1:] - x[:, :-1]], 1))
+_add("lag_behind_the_first", lambda k, x: _conv(k, k.ops.concatenate([x[:, :1], x[:, :-1]], 1)))
+_add("mean_so_far", apply("mean_so_far"))
+_add("first_steps_left_out", apply("first_steps_left_out", 5))
+_add("numbered_differences", lambda k, x: _front(k, apply("numbered")(k, x[:, 1:] - x[:, :-1]), 1))
+_add("numbered_padding", lambda k, x: apply("numbered")(k, _front(k, x, 2))[:, 2:])
+_add("numbered_static", lambda k, x: apply("numbered_static")(k, x) + _delay(k, x, 1))
 _add("moving_sum_of_padded", _moving_sum)
 _add("moving_sum", lambda k, x: k.ops.cumsum(x, 1) - _delay(k, k.ops.cumsum(x, 1), 3))
 

@@ -128,7 +128,7 @@ SHIFTS = [
         before_rnn(name, odd(name, n), pattern, fixed=name == "by_while_loop")
         for name, n, pattern in (
             ("reversed_over_time", 1, ahead("reversed", "reverses the time axis")),
-            ("first_step", 1, back("first", "takes a part of the time axis")),
+            ("second_step", 1, ahead("second", "takes number 1 of .* at each step, 1 time step ahead")),
             ("last_step", 1, end("last")),
             ("last_step_twice_reversed", 1, back("last", "reverses")),
             ("by_scan", 1, back("by_scan", "loops over the time axis")),
@@ -149,7 +149,7 @@ SUMS = [
     for name, pattern in (
         ("running_max", ahead("running_max", "loops over the time axis")),
         ("largest_scale", ahead("largest", "takes the max over the time axis")),
-        ("mean_so_far", position("mean_so_far")),
+        ("mean_of_the_rest", position("mean_of_the_rest")),
         ("exponential_moving_average", back("exponential", "all time steps")),
         ("standardised_over_time", ahead("standard", "takes the mean over the time axis")),
         ("softmax_over_time", ahead("softmax", "over the time axis")),
@@ -198,8 +198,11 @@ ATTENTION = [
     ),
 ]
 POSITIONS = [
-    before_rnn("position_waves", odd("position_waves"), position("position"), fixed=True),
-    before_rnn("first_steps_left_out", odd("first_steps_left_out", 5), position("first")),
+    before_rnn("places_from_the_end", odd("places_from_the_end"), position("places"), fixed=True),
+    before_rnn("shares_of_the_length", odd("shares_of_the_length"), position("shares")),
+    before_rnn("places_by_numpy", odd("places_by_numpy"), position("places")),
+    before_rnn("places_of_other_size", odd("places_of_other_size"), position("places")),
+    before_rnn("last_steps_left_out", odd("last_steps_left_out", 5), position("last")),
     before_rnn("divided_by_length", odd("divided_by_length"), length("divided"), fixed=True),
     before_rnn(
         "divided_by_length_in_a_function",

@@ -161,6 +161,11 @@ def first_step(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def second_step(layer: Apply, x: Any) -> Any:
+    return x - x[:, 1:2]
+
+
+@kind
 def last_step(layer: Apply, x: Any) -> Any:
     return x - x[:, -1:]
 
@@ -251,6 +256,12 @@ def mean_so_far(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def mean_of_the_rest(layer: Apply, x: Any) -> Any:
+    steps = ops.shape(x)[1]
+    return x - ops.cumsum(x, 1) / ops.cast(ops.arange(steps, 0, -1), "float32")[None, :, None]
+
+
+@kind
 def cumulated_numbers(layer: Apply, x: Any) -> Any:
     """A sum of constants that differ: no time step has the same one as another."""
     return x * ops.cast(ops.cumsum(ops.arange(ops.shape(x)[1])), "float32")[None, :, None]
@@ -323,6 +334,49 @@ def pooled_by_attention(layer: Apply, x: Any) -> Any:
 @kind
 def position_waves(layer: Apply, x: Any) -> Any:
     return x + ops.sin(ops.cast(ops.arange(ops.shape(x)[1]), "float32"))[None, :, None]
+
+
+@kind
+def places_from_the_end(layer: Apply, x: Any) -> Any:
+    steps = ops.shape(x)[1]
+    return x + ops.cast(steps - ops.arange(steps), "float32")[None, :, None]
+
+
+@kind
+def shares_of_the_length(layer: Apply, x: Any) -> Any:
+    return x + ops.linspace(0.0, 1.0, ops.shape(x)[1])[None, :, None]
+
+
+@kind
+def places_by_numpy(layer: Apply, x: Any) -> Any:
+    """Values without a rule behind them: nothing says how they go on."""
+    return x + tf.constant(np.arange(x.shape[1] or 5, dtype="float32"))[None, :, None]
+
+
+@kind
+def places_of_other_size(layer: Apply, x: Any) -> Any:
+    """TensorFlow adds up numbers that are not whole, with roundings."""
+    steps = x.shape[1] or 5
+    return x + tf.range(0.0, 0.5 * steps, 0.5)[None, :, None]
+
+
+@kind
+def last_steps_left_out(layer: Apply, x: Any) -> Any:
+    steps = ops.shape(x)[1]
+    return x * ops.cast(ops.arange(steps) < steps - layer.n, "float32")[None, :, None]
+
+
+@kind
+def numbered(layer: Apply, x: Any) -> Any:
+    """Two numbers of each step, one of them counted from another one, and with features of their own."""
+    number = ops.cast(ops.arange(ops.shape(x)[1] + 3), "float32")[3:, None]
+    waves = ops.concatenate([ops.tanh(number / (1.0 + i)) for i in range(x.shape[2])], -1)
+    return ops.where(ops.arange(0, 2 * ops.shape(x)[1], 2)[None, :, None] < 7, x, x * waves)
+
+
+@kind
+def numbered_static(layer: Apply, x: Any) -> Any:
+    return layer.weight / (1.0 + ops.cast(ops.arange(ops.shape(x)[1]), "float32"))[None, :, None]
 
 
 @kind

@@ -102,6 +102,11 @@ GOOD: dict[str, Maker] = {
     "lag_by_padding": _odd("lag_by_padding", 7),
     "lag_by_joining": _odd("lag_by_joining", 3),
     "cumulative_sum": _odd("cumulative_sum"),
+    "mean_so_far": _odd("mean_so_far"),
+    "first_steps_left_out": _odd("first_steps_left_out", 200),
+    "numbered": _odd("numbered"),
+    "first_step": _odd("first_step"),
+    "lag_behind_the_first": lambda k, _r, x: k.ops.concatenate([x[:, :1], x[:, :-1]], 1),
 }
 BAD: dict[str, Maker] = {
     "convolution": lambda k, r, x: k.layers.Conv1D(
@@ -113,11 +118,10 @@ BAD: dict[str, Maker] = {
     "lag_by_roll": _odd("lag_by_roll", 200),
     "lead_by_gather": _odd("lead_by_gather", 200),
     "lag_by_gather": _odd("lag_by_gather", 200),
-    "mean_so_far": _odd("mean_so_far"),
     "largest_scale": _odd("largest_scale"),
     "last_step": _odd("last_step"),
-    "position_waves": _odd("position_waves"),
-    "first_steps_left_out": _odd("first_steps_left_out", 200),
+    "places_from_the_end": _odd("places_from_the_end"),
+    "last_steps_left_out": _odd("last_steps_left_out", 200),
     "divided_by_length": _odd("divided_by_length"),
     "other_above_a_length": _odd("other_above_a_length_by_tensors", 2000),
     "mean_over_rows": _odd("mean_over_rows"),

@@ -7,6 +7,7 @@ with the same constants or one time step's part of them.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,10 @@ from stepwell_server.compile.causality.proof import (
     blamed,
     captured,
     needed,
-    needed_by,
     side_by_side,
 )
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.causality.values import OF_SHAPES, Const, Evaluator, attributes
+from stepwell_server.compile.causality.values import OF_SHAPES, Const, Evaluator, attributes, equal, needed_by
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 #: Integers from here on may be sizes or indices in a sequence, which differ in a short one.
@@ -30,8 +30,10 @@ _OF_LENGTH = 256
 _OTHERWISE = "computes something different for one time step than for many"
 
 
-def require_same(cuts: Cuts, one: Cut) -> None:
+def require_same(cuts: Cuts, one: Cut, numbers: Mapping[str, Collection[int]]) -> None:
     """Compare the graph of one time step with the first graph of many.
+
+    Inputs that the number of the time step determines, ``numbers``, have that of the first one.
 
     Raises:
         NotAdmitted: they compute different things.
@@ -45,8 +47,15 @@ def require_same(cuts: Cuts, one: Cut) -> None:
         for index, op, other in pairs:
             if attributes(op) != attributes(other):
                 raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
-            for value, twin in () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, strict=True):
-                if not _is_alike(value, twin, twins, evaluators):
+            inputs = () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, strict=True)
+            for i, (value, twin) in enumerate(inputs):
+                is_number = i in numbers.get(op.name, ())
+                alike = (
+                    _is_first(value, twin, evaluators)
+                    if is_number
+                    else _is_alike(value, twin, twins, evaluators)
+                )
+                if not alike:
                     raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             if not _call_alike(op, other):
                 raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
@@ -117,6 +126,15 @@ def _are_same(first: Any, second: Any) -> bool:
                 return False
         twins.update((x.name, y.name) for x, y in zip(op.outputs, other.outputs, strict=True))
     return all(twins[x.name] == y.name for x, y in zip(first.outputs, second.outputs, strict=True))
+
+
+def _is_first(value: Any, twin: Any, evaluators: tuple[Evaluator, Evaluator]) -> bool:
+    """Whether a constant of one time step is what that of many begins with."""
+    try:
+        many, one = Const(value, twin, evaluators).arrays()
+    except ValueError:
+        return False
+    return many.ndim == one.ndim and equal(many[tuple(map(slice, one.shape))], one)
 
 
 def _is_alike(value: Any, twin: Any, twins: dict[str, str], evaluators: tuple[Evaluator, Evaluator]) -> bool:

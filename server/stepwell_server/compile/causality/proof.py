@@ -18,10 +18,12 @@ from stepwell_server.compile.causality.axes import (
     normal,
     time_of,
 )
-from stepwell_server.compile.causality.call import Call, Memory, Need
+from stepwell_server.compile.causality.call import Call, Memory, Need, Rule
 from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
+from stepwell_server.compile.causality.numbers import Numbered, numbered
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
+from stepwell_server.compile.causality.rules_elementwise import BROADCAST
 from stepwell_server.compile.causality.values import (
     OF_SHAPES,
     Const,
@@ -29,6 +31,7 @@ from stepwell_server.compile.causality.values import (
     Evaluator,
     Items,
     attributes,
+    needed_by,
     sizes,
 )
 from stepwell_server.compile.errors import ModelError
@@ -52,6 +55,8 @@ _DRAWS = (
     "StatefulStandardNormal",
     "StatefulUniform",
 )
+#: Beyond this number of time steps a session counts no further: 24 days at a thousand steps a second.
+_MAX_NUMBER = 2**31 - 1
 #: Operations that TensorFlow calls stateful, but whose results are constant while nothing is written.
 _READS = {
     "HashTableV2",
@@ -91,6 +96,8 @@ class Proof:
     needs: Mapping[str, tuple[Need, ...]]
     """What operations keep from step to step, by the name of the operation, of the placeholder operation for a loop's
     outputs, or of the tensor of an output."""
+    numbers: Mapping[str, Mapping[int, Numbered]]
+    """Inputs of operations that the number of the time step determines, by name of the operation and place."""
 
     @property
     def steps(self) -> int:
@@ -127,6 +134,7 @@ class _Walk:
         self.made: dict[str, CutCall] = {}
         """The calls that the placeholders for results of loops belong to."""
         self.needs: dict[str, tuple[Need, ...]] = {}
+        self.numbers: dict[str, dict[int, Numbered]] = {}
         self.frame: _Frame | None = None
         self.index = 0
         """Place of the operation that the walk is at."""
@@ -147,6 +155,7 @@ class _Walk:
             },
             frame.values,
             self.needs,
+            self.numbers,
         )
 
     def follow(self) -> _Frame:
@@ -528,7 +537,37 @@ class _Frame:
             )
         if attributes(one) != attributes(two):
             raise Refusal(Reason.LENGTH, f"depends on the number of time steps ({one.type})")
+        try:
+            return self._ruled(rule, one, two, inputs, {})
+        except Refusal as refusal:
+            numbers = self._numbers(one, inputs) if refusal.reason is Reason.POSITION else {}
+            if not numbers:
+                raise
+        return self._ruled(rule, one, two, inputs, numbers)
+
+    def _numbers(self, op: Any, inputs: Sequence[_Value]) -> dict[int, Numbered]:
+        """Return the constant inputs that the number of the time step determines."""
+        if op.type not in BROADCAST - {"AddN"} or self is not self.walk.frame:
+            return {}
+        found = (
+            (i, numbered(value, self.values, self.walk.scales) if isinstance(value, Const) else None)
+            for i, value in enumerate(inputs)
+        )
+        return {i: number for i, number in found if number is not None}
+
+    def _ruled(
+        self, rule: Rule, one: Any, two: Any, inputs: Sequence[_Value], numbers: Mapping[int, Numbered]
+    ) -> list[_Value]:
+        """Apply a rule; constants that the number of the time step determines are data, which need not wait."""
         aligned, needs = _aligned(one.type, inputs)
+        if numbers:
+            others = [(i, value) for i, value in enumerate(aligned) if isinstance(value, Data)]
+            times = (time_of(value.axes) for _, value in others)
+            start = next((time.start for time in times if time is not None), 0)
+            for place, number in numbers.items():
+                aligned[place] = number.at(start)
+            needs.append(Need(Memory.COUNT, _MAX_NUMBER, others[0][0]))
+            self.walk.numbers[one.name] = {i: number.from_step(start) for i, number in numbers.items()}
         call = Call(one, two, tuple(aligned), self.walk.scales)
         ends = any(value.ends for value in inputs if isinstance(value, Data))
         results: list[_Value] = []
@@ -646,15 +685,3 @@ def _aligned(kind: str, inputs: Sequence[_Value]) -> tuple[list[_Value], list[Ne
         else:
             found.append(value)
     return found, needs
-
-
-def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
-    """Return the operations of a graph that some tensors need, in graph order, with their indices."""
-    seen: set[str] = set()
-    waiting = list(wanted)
-    while waiting:
-        op = waiting.pop().op
-        if op.name not in seen:
-            seen.add(op.name)
-            waiting += () if op.type in OF_SHAPES else op.inputs
-    return [(i, op) for i, op in enumerate(graph.get_operations()) if op.name in seen]

@@ -98,7 +98,7 @@ def _strided_slice(call: Call) -> Sequence[Axes | Data]:
             begin = None if masks["begin"] >> i & 1 else begins[i]
             end = None if masks["end"] >> i & 1 else ends[i]
             if masks["shrink_axis"] >> i & 1:
-                is_last |= _takes_last(call, dim, begins[i])
+                is_last |= _takes_one(call, dim, begins[i])
             else:
                 part, last = _range(call, dim, begin, end, stride)
                 is_last |= last
@@ -107,14 +107,38 @@ def _strided_slice(call: Call) -> Sequence[Axes | Data]:
     return [Data(_sized(call, axes), ends=True) if is_last else _sized(call, axes)]
 
 
-def _takes_last(call: Call, dim: Dim, place: Pair) -> bool:
+def _takes_one(call: Call, dim: Dim, place: Pair) -> bool:
     """Check that one element of a dimension may be taken; return whether it is the last time step."""
     if is_plain(dim):
         call.require_same(place)
         return False
     if _is_last(call, dim, place):
         return True
+    if _is_first(call, dim, place):
+        return False
     raise mixed(dim, f"takes number {place.first} of")
+
+
+def _is_first(call: Call, dim: Dim, place: Pair) -> bool:
+    """Whether it is the place of the element that is known at the first time step, which a session then keeps.
+
+    Elements in front of it depend on no input.
+
+    Raises:
+        Refusal: it is a later one, which no session knows when it begins.
+    """
+    time = stream(dim)
+    if time is None or not place.is_same or place.first < 0 or place.first + time.start < 0:
+        return False
+    ahead = place.first + time.start
+    if ahead:
+        steps = f"{ahead} time step{'s'[: ahead > 1]}"
+        raise Refusal(
+            Reason.AHEAD, f"takes number {place.first} of the time axis at each step, {steps} ahead"
+        )
+    call.remember(Memory.FIRST, 1)
+    call.remember(Memory.COUNT, 1)
+    return True
 
 
 def _is_last(call: Call, dim: Dim, place: Pair) -> bool:
@@ -140,9 +164,11 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
         return (), True
     if stride < 0:
         raise mixed(dim, "reverses")
-    time = stream(dim)
+    time, first = stream(dim), begin or Pair(0, 0)
+    if stride == 1 and end == (first.first + 1, first.second + 1) and _is_first(call, dim, first):
+        return (), False
     if stride == 1 and time is not None:
-        skipped = _counted(begin or Pair(0, 0), whole)
+        skipped = _counted(first, whole)
         stop = _counted(end or whole, whole)
         cut = Pair(whole.first - stop.first, whole.second - stop.second)
         if skipped.is_same and cut.is_same:
@@ -205,10 +231,14 @@ def _joined(call: Call, parts: Sequence[Dim]) -> Dim:
     if not timed:
         return (0,)  # Its size is in the result's shape.
     (place, *others), time = timed, stream(parts[timed[0]])
-    constant = all(isinstance(value, Const) for i, value in enumerate(call.inputs[:-1]) if i != place)
-    if others or time is None or not constant:
+    data = [i for i, value in enumerate(call.inputs[:-1]) if isinstance(value, Data) and i != place]
+    first = place == 1 and data == [0] and call.scales.size(parts[0]) == (1, 1)
+    if others or time is None or (data and not first):
         raise mixed(parts[place], "joins values along")
-    if time.start > 0:
+    if first:  # It is known from the first time step on, and so is what follows it.
+        call.remember(Memory.DELAY, 1 - min(time.start, 1), place)
+        time = Time(max(time.start, 1), time.extra)
+    elif time.start > 0:
         _require_one_padding(call, parts[:place])
     counts = [call.scales.size(dim).first for dim in parts]
     return (lengthened(call, time, sum(counts[:place]), sum(counts[place + 1 :]), place),)
@@ -320,9 +350,12 @@ def _gather(call: Call) -> Sequence[Axes | Data]:
 def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[Axes | Data]:
     is_one = all(size.is_same for size in places.shape())
     found = places.pairs() if is_one else []
+    kept = tuple(call.scales.factors(size) for size in places.shape()) if is_one else ()
+    axes = (*table[:axis], *kept, *table[axis + 1 :])
     if len(found) == 1 and _is_last(call, table[axis], found[0]):
-        kept = tuple(call.scales.factors(size) for size in places.shape())
-        return [Data((*table[:axis], *kept, *table[axis + 1 :]), ends=True)]
+        return [Data(axes, ends=True)]
+    if len(found) == 1 and _is_first(call, table[axis], found[0]):
+        return [axes]
     raise mixed(table[axis], "takes elements by their number along")
 
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -167,6 +167,18 @@ class Evaluator:
                 if op.type not in OF_SHAPES:
                     waiting += [(x.op, False) for x in op.inputs if x.name not in done]
         return order
+
+
+def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
+    """Return the operations of a graph that some tensors need, in graph order, with their indices."""
+    seen: set[str] = set()
+    waiting = list(wanted)
+    while waiting:
+        op = waiting.pop().op
+        if op.name not in seen:
+            seen.add(op.name)
+            waiting += () if op.type in OF_SHAPES else op.inputs
+    return [(i, op) for i, op in enumerate(graph.get_operations()) if op.name in seen]
 
 
 def attributes(op: Any) -> dict[str, Any]:

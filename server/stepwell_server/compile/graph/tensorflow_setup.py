@@ -14,5 +14,7 @@ import keras
 import tensorflow as tf
 
 _executor.configure()
+# Else graphs divide by a constant as a product with its rounded reciprocal: 1 / 1 is 0.99999994.
+tf.config.optimizer.set_experimental_options({"constant_folding": False})
 
 __all__ = ["keras", "tf"]

@@ -187,7 +187,7 @@ def _admit(
     try:
         proof = prove(cuts)
         try:
-            require_same(cuts, _one_step(interface, cuts))
+            require_same(cuts, _one_step(interface, cuts), proof.numbers)
         except ModelError:
             if not proof.needs:  # Else Keras itself need not run on one time step: a window may be longer.
                 raise

@@ -23,7 +23,13 @@ from stepwell_server.compile.streaming.step import Slot, trace_step
 from stepwell_server.program import StateSpec
 
 Array = npt.NDArray[np.generic]
-_PARTS = {Memory.DELAY: "last", Memory.WINDOW: "last", Memory.TOTAL: "total", Memory.COUNT: "steps"}
+_PARTS = {
+    Memory.DELAY: "last",
+    Memory.WINDOW: "last",
+    Memory.TOTAL: "total",
+    Memory.FIRST: "first",
+    Memory.COUNT: "steps",
+}
 #: They keep the order of the elements of one row.
 _MOVING = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
 
@@ -120,7 +126,8 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
 def _known(slot: Slot) -> int:
     """Return how many elements of its input come before the first time step."""
     time = time_of(slot.data.axes)
-    return 0 if slot.need.kind is Memory.COUNT or time is None else max(-time.start, 0)
+    is_filled = slot.need.kind not in (Memory.FIRST, Memory.COUNT)
+    return max(-time.start, 0) if is_filled and time is not None else 0
 
 
 def _is_of_zeros(proof: Proof, slot: Slot) -> bool:
@@ -142,7 +149,7 @@ def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
     match need.kind:
         case Memory.COUNT:
             return ()
-        case Memory.TOTAL:
+        case Memory.TOTAL | Memory.FIRST:
             return tuple(plain_sizes(axes))
         case Memory.DELAY | Memory.WINDOW:
             return (need.rows, *plain_sizes(axes))

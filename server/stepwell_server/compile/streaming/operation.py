@@ -61,6 +61,7 @@ class Operation:
         constants: Constants,
         states: States,
         needs: tuple[Need, ...],
+        numbers: Mapping[int, Any] | None = None,
     ) -> None:
         self.op, self.needs, self._values, self._constants, self._states = (
             op,
@@ -69,6 +70,7 @@ class Operation:
             constants,
             states,
         )
+        self._numbers = numbers or {}
         self._data: dict[int, Any] = {}
         for i, tensor in enumerate(op.inputs):
             value = values.get(tensor.name)
@@ -112,6 +114,8 @@ class Operation:
         Raises:
             ValueError: those share a dimension with others, or the operation needs all of them.
         """
+        if i in self._numbers:
+            return self._numbers[i]
         tensor = self.op.inputs[i]
         value = self._values[tensor.name]
         assert isinstance(value, Const)
@@ -150,6 +154,17 @@ class Operation:
     def row(self, i: int = 0) -> Any:
         """Return an input as ``(rows, sizes of the plain dimensions...)``."""
         return tf.reshape(self.data(i), [-1, *plain_sizes(self.axes(i))])
+
+    def first(self) -> Any:
+        """Return an input, or the first one that came if it needs that."""
+        first, count = self.need(Memory.FIRST), self.need(Memory.COUNT)
+        if first is None or count is None:
+            return self.data()
+        row = self.row()
+        before, _ = self.carry(count, tf.int32, tf.ones_like)
+        is_first = tf.reshape(before < 1, [-1, *[1] * (len(row.shape) - 1)])
+        _, kept = self.carry(first, row.dtype, lambda kept: tf.where(is_first, row, kept))
+        return tf.reshape(kept, step_shape(self.axes()))
 
     def behind(self, padding: Any, i: int = 0) -> Any:
         """Return an input; while time steps before its first one stand for padding, return that, of one row."""

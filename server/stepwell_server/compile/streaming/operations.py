@@ -75,7 +75,7 @@ def _sliced(one: Operation) -> list[Any]:
             del dims[0]
             begin = None if masks["begin"] >> i & 1 else begins[i]
             index.append(slice(begin, None if masks["end"] >> i & 1 else ends[i], stride))
-    return [one.data()[tuple(index)]]
+    return [one.first()[tuple(index)]]
 
 
 def _part(one: Operation) -> list[Any]:
@@ -84,7 +84,7 @@ def _part(one: Operation) -> list[Any]:
         slice(begin, None if count < 0 else begin + count) if is_plain(dim) else slice(None)
         for dim, begin, count in zip(one.axes(), begins, counts, strict=True)
     ]
-    return [one.data()[tuple(index)]]
+    return [one.first()[tuple(index)]]
 
 
 def _padded(one: Operation) -> list[Any]:
@@ -109,7 +109,7 @@ def _joined(one: Operation) -> list[Any]:
         is_late = one.need(Memory.COUNT) is not None
         if not is_late:
             return [one.data(place)]
-        first = tf.gather(one.one_of(0, out), [0], axis=axis)
+        first = one.data(0) if one.is_data(0) else tf.gather(one.one_of(0, out), [0], axis=axis)
         return [one.behind(first, place)]
     return [tf.concat([one.filled(i, out) for i in range(count)], axis)]
 
@@ -137,8 +137,8 @@ def _looked_up(one: Operation) -> list[Any]:
     axis = int(one.array(2)) % len(one.axes())
     if is_plain(one.axes()[axis]):
         return _as_it_was(one)
-    places = tf.constant(np.zeros_like(one.array(1)))  # The last time step is the only one.
-    return again(one.op, [one.data(), places, one.constant(2)])
+    places = tf.constant(np.zeros_like(one.array(1)))  # The time step is the only one.
+    return again(one.op, [one.first(), places, one.constant(2)])
 
 
 def _accumulated(one: Operation) -> list[Any]:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from stepwell_server.compile.causality.axes import BATCH, Time
 from stepwell_server.compile.causality.cut import Cut
-from stepwell_server.compile.causality.proof import captured, needed_by
-from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data
+from stepwell_server.compile.causality.proof import captured
+from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data, needed_by
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 Array = npt.NDArray[np.generic]

@@ -15,6 +15,7 @@ from stepwell_server.compile.causality.values import Data
 from stepwell_server.compile.graph.plan import CarriedState, Plan
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.graph.trace import chosen
+from stepwell_server.compile.streaming.numbers import constant_of, counted
 from stepwell_server.compile.streaming.operation import Operation, States, spread
 from stepwell_server.compile.streaming.operations import CannotStreamError, make
 from stepwell_server.compile.streaming.replay import Constants, is_fixed, reduced
@@ -108,12 +109,25 @@ class _Streaming:
         if not any(isinstance(self._proof.values.get(output.name), Data) for output in op.outputs):
             return
         needs = self._proof.needs.get(op.name, ())
-        one = Operation(op, self._proof.values, self._made, self._constants, self._states, needs)
+        values, states = self._proof.values, self._states
         try:
-            results = make(one)
+            numbers = self._numbers(op, needs)
+            results = make(Operation(op, values, self._made, self._constants, states, needs, numbers))
         except CannotStreamError as error:
             raise NotAdmitted(Reason.UNPROVEN, self._side.owner(index), str(error)) from error
         self._made.update((made.name, result) for made, result in zip(op.outputs, results, strict=False))
+
+    def _numbers(self, op: Any, needs: tuple[Need, ...]) -> dict[int, Any]:
+        """Return the inputs of an operation that the number of the time step determines."""
+        found = self._proof.numbers.get(op.name, {})
+        out = self._proof.values[op.outputs[0].name]
+        if not found or not isinstance(out, Data):
+            return {}
+        number, values = counted(op, needs, self._states), self._proof.values
+        return {
+            i: constant_of(each, op.inputs[i], number, out.axes, values, self._constants)
+            for i, each in found.items()
+        }
 
     def _input(self, owner: str, i: int, tensor: Any, axes: Axes) -> Any:
         """Return an input of a loop, or an output of the model, after it waited if it has to."""

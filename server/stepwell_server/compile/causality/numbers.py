@@ -1,0 +1,118 @@
+"""Constants that the number of each time step determines, such as ``arange(T) + 1`` or sinusoidal positions.
+
+A constant with another value for each time step is known for the lengths of the two traces only: nothing says what
+follows. But if it was computed from a ``Range`` that begins with the same number and grows by the same amount in both
+traces, then its element ``i`` is a function of ``i``, whatever the length. Proof: it is true of the ``Range``, by its
+definition. Every operation behind it has a rule, so it treats each time step alone, and its other inputs are constants
+that are equal in both traces and at all time steps. So it is true of each result. A session that counts its time steps
+can compute such a constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from stepwell_server.compile.causality.axes import (
+    BATCH,
+    Axes,
+    LostAxisError,
+    Pair,
+    Scales,
+    Time,
+    labels,
+    moved,
+    time_of,
+)
+from stepwell_server.compile.causality.call import Call
+from stepwell_server.compile.causality.refusals import Refusal
+from stepwell_server.compile.causality.rules import RULES
+from stepwell_server.compile.causality.values import Const, Data, attributes, needed_by, sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """A constant that the number of the time step determines."""
+
+    values: Mapping[str, Data]
+    """The axes of the tensors that it is computed from, and its own, from the ``Range`` on. They have no rows."""
+    axes: Axes
+    lag: int = 0
+    """How much lower than the number of the time step that of the element is that this step needs."""
+
+    def at(self, start: int) -> Data:
+        """Return its axes beside data whose time axis begins at ``start``."""
+        time = time_of(self.axes)
+        assert time is not None
+        return Data(moved(self.axes, Time(start, time.extra)))
+
+    def from_step(self, start: int) -> Numbered:
+        """Return it for an operation on data whose time axis begins at ``start``.
+
+        At time step ``t`` such an operation computes its element ``t - start``. This is element ``t - start + shift`` of
+        the ``Range``, where ``shift`` are the numbers that were left out behind it.
+        """
+        time = time_of(self.axes)
+        assert time is not None
+        return dataclasses.replace(self, lag=start - time.start)
+
+
+def numbered(const: Const, known: Mapping[str, Data | Const], scales: Scales) -> Numbered | None:
+    """Return how a constant is determined by the number of the time step, or None."""
+    found: dict[str, Data] = {}
+    ops = [[op for _, op in needed_by([tensor], tensor.graph)] for tensor in (const.first, const.second)]
+    if [op.type for op in ops[0]] != [op.type for op in ops[1]]:
+        return None
+    try:
+        for one, two in zip(*ops, strict=True):
+            if not _follow(one, two, found, known, scales):
+                return None
+    except (Refusal, LostAxisError, ValueError, IndexError):
+        return None
+    result = found.get(const.first.name)
+    return None if result is None else Numbered(found, result.axes)
+
+
+def _follow(
+    one: Any, two: Any, found: dict[str, Data], known: Mapping[str, Data | Const], scales: Scales
+) -> bool:
+    """Derive the results of one operation, if a ``Range`` is behind them; return whether that is known."""
+    inputs = [found.get(value.name, known.get(value.name)) for value in one.inputs]
+    if one.type == "Range":
+        extra = _counted(one, two, inputs, scales)
+        if extra is not None:  # Else its length is another one, or its numbers depend on the length.
+            found[one.outputs[0].name] = Data(((Time(0, extra),),))
+        return True
+    if not any(isinstance(value, Data) for value in inputs):
+        return True
+    rule = RULES.get(one.type)
+    if rule is None or attributes(one) != attributes(two) or any(value is None for value in inputs):
+        return False
+    call = Call(one, two, tuple(value for value in inputs if value is not None), scales)
+    for i, result in enumerate(rule(call)):
+        data = Data(result) if isinstance(result, tuple) else result
+        if isinstance(data, Const):
+            continue
+        axes = list(labels(data.axes))
+        is_whole = [scales.size(dim) for dim in data.axes] == call.out(i)
+        if not is_whole or data.ends or BATCH in axes or len(axes) != 1:
+            return False
+        found[one.outputs[i].name] = data
+    return not call.notes.needs
+
+
+def _counted(one: Any, two: Any, inputs: list[Any], scales: Scales) -> int | None:
+    """Return how many more numbers a ``Range`` has than there are time steps, if that is always the same.
+
+    Only of whole numbers: TensorFlow adds others up, with roundings.
+    """
+    start, _, step = inputs
+    for value in (start, step):
+        if not isinstance(value, Const) or not value.is_same or np.any(np.mod(value.arrays()[0], 1)):
+            return None
+    (size,) = sizes(one.outputs[0], two.outputs[0])
+    extra = Pair(size.first - scales.first.steps, size.second - scales.second.steps)
+    return extra.first if extra.is_same else None
