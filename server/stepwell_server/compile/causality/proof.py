@@ -23,7 +23,7 @@ from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
 from stepwell_server.compile.causality.numbers import Numbered, numbered
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
-from stepwell_server.compile.causality.rules_elementwise import BROADCAST
+from stepwell_server.compile.causality.rules.elementwise import BROADCAST
 from stepwell_server.compile.causality.values import (
     OF_SHAPES,
     Const,

@@ -7,7 +7,7 @@ from typing import Any
 
 from stepwell_server.compile.causality.axes import BATCH, Axes
 from stepwell_server.compile.causality.call import Memory, Need
-from stepwell_server.compile.causality.rules_elementwise import BROADCAST
+from stepwell_server.compile.causality.rules.elementwise import BROADCAST
 from stepwell_server.compile.causality.values import Array, Const, Data
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.streaming.replay import Constants, is_fixed, plain_sizes, reduced, step_shape

@@ -14,7 +14,7 @@ import numpy as np
 
 from stepwell_server.compile.causality.axes import Axes, is_plain, time_of
 from stepwell_server.compile.causality.call import Memory
-from stepwell_server.compile.causality.rules_sums import convolution_padding
+from stepwell_server.compile.causality.rules.sums import convolution_padding
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.streaming.operation import Operation
 from stepwell_server.compile.streaming.replay import again, plain_sizes, step_shape

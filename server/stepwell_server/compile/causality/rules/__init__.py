@@ -6,14 +6,7 @@ it mixes them. Other operations are refused.
 
 from __future__ import annotations
 
-from stepwell_server.compile.causality import (
-    rules_elementwise,
-    rules_matrices,
-    rules_shapes,
-    rules_sums,
-)
 from stepwell_server.compile.causality.call import Rule
+from stepwell_server.compile.causality.rules import elementwise, matrices, shapes, sums
 
-RULES: dict[str, Rule] = (
-    rules_elementwise.RULES | rules_shapes.RULES | rules_sums.RULES | rules_matrices.RULES
-)
+RULES: dict[str, Rule] = elementwise.RULES | shapes.RULES | sums.RULES | matrices.RULES

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stepwell_server.compile.causality.axes import Axes, LostAxisError
 from stepwell_server.compile.causality.call import Call, Rule, broadcast
-from stepwell_server.compile.causality.rules_shapes import require_plain
+from stepwell_server.compile.causality.rules.shapes import require_plain
 
 #: Number of last axes that a transform processes.
 _TRANSFORMS = {"FFT": 1, "IFFT": 1, "RFFT": 1, "IRFFT": 1, "FFT2D": 2, "IFFT2D": 2, "RFFT2D": 2, "IRFFT2D": 2}

@@ -8,7 +8,7 @@ from typing import Any
 from stepwell_server.compile.causality.axes import Axes, Dim, LostAxisError, Time, is_plain, moved
 from stepwell_server.compile.causality.call import Call, Memory, Rule
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.rules_shapes import lengthened, mixed, require_plain, stream
+from stepwell_server.compile.causality.rules.shapes import lengthened, mixed, require_plain, stream
 from stepwell_server.compile.causality.values import Data
 
 _REDUCTIONS = ("All", "Any", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum")
