@@ -159,7 +159,7 @@ bench-plots: $(INSTALLED) ## Draw the plots and fill in the tables of docs/expla
 	$(BIN)/python scripts/wrap_documents.py
 
 .PHONY: check
-check: check-format check-lint check-types check-arrows check-proto check-front check-console check-repo check-surface check-size docs-site ## Run every check that is not a test: all those below, and docs-site
+check: check-format check-lint check-types check-arrows check-proto check-front check-console check-repo check-surface check-layers check-size docs-site ## Run every check that is not a test: all those below, and docs-site
 
 .PHONY: check-format
 check-format: $(INSTALLED) ## Is everything formatted?
@@ -199,6 +199,10 @@ check-repo: $(INSTALLED) ## Do documents and code agree, and does every file kee
 check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, commands, protocols, reasons of errors, metrics?
 	$(BIN)/python scripts/surface.py --check
 
+.PHONY: check-layers
+check-layers: $(INSTALLED) ## Is the table of layers in docs/explanation/models.md what compiled models have? (20 seconds)
+	$(BIN)/python scripts/layer_table.py --check
+
 .PHONY: check-size
 check-size: $(INSTALLED) ## Is no room larger than its bound in scripts/size.toml?
 	$(BIN)/python scripts/size.py --check
@@ -230,6 +234,10 @@ docs-site: $(INSTALLED) ## Build the documents as a site into out/site; every wa
 .PHONY: surface
 surface: $(INSTALLED) ## Write docs/surface/ from the code: signatures, commands, protocols, reasons of errors, metrics
 	$(BIN)/python scripts/surface.py
+
+.PHONY: layer-table
+layer-table: $(INSTALLED) ## Write the table of layers in docs/explanation/models.md from compiled models (20 seconds)
+	$(BIN)/python scripts/layer_table.py
 
 .PHONY: format
 format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruff can mend safely

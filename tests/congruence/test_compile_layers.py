@@ -1,0 +1,53 @@
+"""The table of layers in docs/explanation/models.md: each of its models equals Keras, and its row is what the program has."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.models import layers
+from support.models.compiled import Compiled
+from support.models.programs import compile_model
+from support.samples import one_in
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script that writes the table."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("layer_table")
+
+
+@pytest.mark.parametrize("row", one_in(12, layers.ROWS), ids=lambda row: " ".join(row.code))
+def test_a_row_of_the_table_is_true(row: layers.Row, table: Any, tmp_path: Path) -> None:
+    model = layers.build(row)
+    model.save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    assert table.line_of(row, program) in table.PAGE.read_text().splitlines()
+    compiled = Compiled("table", model, program)
+    inputs = compiled.draw(3, 2, 280)
+    stepped = compiled.stepped(inputs, 280)
+    for name, expected in compiled.keras(inputs).items():
+        given = stepped[name]
+        scale = max(1.0, float(np.max(np.abs(expected))))
+        np.testing.assert_allclose(given, expected, rtol=0, atol=2e-5 * scale)
+
+
+def test_a_table_that_is_out_of_date_is_found(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "models.md"
+    monkeypatch.setattr(table, "PAGE", page)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "lines", lambda: iter(["| a |", "| - |", "| 7 |"]))
+    page.write_text(f"Before.\n\n{table.MARK}\n\n| a |\n| - |\n| 6 |\n\nAfter.\n")
+    assert table.main(["--check"]) == 1
+    assert "should be in models.md: | 7 |" in capsys.readouterr().out
+    assert table.main([]) == table.main(["--check"]) == 0
+    assert page.read_text() == f"Before.\n\n{table.MARK}\n\n| a |\n| - |\n| 7 |\n\nAfter.\n"
