@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import math
 import platform
+import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
@@ -38,6 +39,7 @@ from stepwell_server.logs import Log, configure
 from stepwell_server.metrics import gauges
 from stepwell_server.metrics.figures import Figures
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.metrics.replica_reports import ReplicaReports
 from stepwell_server.metrics.series import StoreWrites
 from stepwell_server.metrics.server import MetricsServer, Source
 from stepwell_server.metrics.token import MetricsToken
@@ -45,6 +47,7 @@ from stepwell_server.process import signals
 from stepwell_server.process.memory import memory_bytes
 from stepwell_server.process.open_files import RESERVE, raise_limit
 from stepwell_server.process.readiness import Readiness
+from stepwell_server.process.replicas import Replica, ReplicaState
 from stepwell_server.process.systemd import Notifier
 from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts import unix_socket
@@ -239,6 +242,8 @@ async def _run(
         sources.append(lambda: gauges.of_tenants(quotas.counts()))
     gone, metrics = False, None
     engine: Engine | None = None
+    started = clock.now()
+    replicas = ReplicaReports(store, readiness, clock, lambda: _replica(rpc, started, engine))
     catalog: Catalog | None = None
     looking: list[asyncio.Task[None]] = []
     compiler = compiler_of(settings, clock)
@@ -251,6 +256,7 @@ async def _run(
         metrics_address = "" if metrics is None else str(metrics.address)
         address = await _listen(settings, rpc, certificates, metrics_address)
         readiness.listen(rpc.announce)
+        looking.append(asyncio.create_task(replicas.run()))
         folder = None if settings.models_dir is None else ModelFolder(settings.models_dir)
         kept = await once_it_answers(lambda: _kept(store, settings), settings, clock, stop)
         wanted = await asyncio.to_thread(begin_with, settings, folder, kept)
@@ -271,13 +277,13 @@ async def _run(
             await unless_stopped(work.begin(), stop)
         statuses = catalog.statuses
         sources.append(lambda: gauges.of_versions(statuses(), observer.models))
-        looking = [asyncio.create_task(each.run()) for each in (catalog, work)]
+        looking += [asyncio.create_task(each.run()) for each in (catalog, work)]
         rpc.serve(
             engine,
             catalog,
             admin_refusal(settings),
             known_files=KnownFiles(engine, settings.versions, settings.models_dir),
-            figures=Figures(sources, readiness, clock),
+            figures=Figures(sources, readiness, clock, lambda: replicas.known),
         )
         readiness.problem("models", "")
         await _say_ready(settings, rpc, store, address, certificates, open_files)
@@ -287,6 +293,8 @@ async def _run(
     finally:
         ending_idle.cancel()
         await rpc.close()
+        if looking:
+            await replicas.leave()
         for task in looking:
             task.cancel()
         if catalog is not None:
@@ -305,6 +313,20 @@ async def _run(
         notifier.close()
     _log.info("stopped")
     return 1 if gone else 0
+
+
+def _replica(rpc: RpcServer, started: float, engine: Engine | None) -> Replica:
+    """Describe this server to the others that share its store."""
+    return Replica(
+        rpc.info.id,
+        socket.gethostname(),
+        rpc.info.address,
+        rpc.info.http_address,
+        metadata.version("stepwell"),
+        started,
+        ReplicaState.NOT_READY,
+        0 if engine is None else sum(one.resident_sessions for one in engine.stats()),
+    )
 
 
 def _engine(

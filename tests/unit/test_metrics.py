@@ -317,6 +317,7 @@ def test_what_the_server_warns_of_is_shown() -> None:
         "default_versions",
         "disk",
         "models",
+        "replicas",
         "store",
     }
     readiness.warning("store", "it keeps nothing")

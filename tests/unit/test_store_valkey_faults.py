@@ -388,6 +388,7 @@ async def test_user_and_password() -> None:
         store = await opened(f"valkey://own:own@{valkey.address}/0")
         assert (await put(store, [("s", record("s"))], [0]))[0] is ALL_KEPT
         assert await store.apply(Batch(documents=[("d", b"x")])) is ALL_KEPT
+        assert [one.document for one in await store.replicas("own", b"x")] == [b"x"]
         assert (await store.check()).problem == ""
         valkey.ask("ACL", "SETUSER", "own", "-evalsha")
         with pytest.raises(Unavailable, match=r"it refuses: NOPERM$"):

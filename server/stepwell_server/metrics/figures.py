@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepwell._base.activity import Scrape, Seen, picture
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stepwell_server.clock import Clock
     from stepwell_server.metrics.server import Source
     from stepwell_server.process.readiness import Readiness, Report
+    from stepwell_server.process.replicas import Replica
 
 #: A reading that is younger than this is used again.
 _FRESH_S = 0.05
@@ -34,8 +35,15 @@ class Figures:
     more than one.
     """
 
-    def __init__(self, sources: Sequence[Source], readiness: Readiness, clock: Clock) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        readiness: Readiness,
+        clock: Clock,
+        replicas: Callable[[], Sequence[Replica]] = tuple,
+    ) -> None:
         self._sources = sources
+        self._replicas = replicas
         self._readiness = readiness
         self._clock = clock
         self._last: Reading | None = None
@@ -46,6 +54,11 @@ class Figures:
     def report(self) -> Report:
         """Whether the server is ready."""
         return self._readiness.report
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        """The servers that share the store."""
+        return self._replicas()
 
     async def read(self) -> Reading:
         """Read the metrics."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stepwell_server.store.base import StoreHealth
 
 #: Subjects of warnings (`Report.warnings`). Each has a series from the start.
-WARNINGS = ("default versions", "disk", "models", "store")
+WARNINGS = ("default versions", "disk", "models", "replicas", "store")
 #: Help of the front's current values (`FrontCounts.now`).
 _FRONT = {
     "connections": "Open connections.",

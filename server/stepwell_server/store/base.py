@@ -22,6 +22,7 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
+from stepwell_server.process.replicas import StoredReplica
 from stepwell_server.store.heads import Heads
 from stepwell_server.store.record import F64, U64, RecordBytes
 
@@ -540,6 +541,20 @@ class Store(Protocol):
 
     async def announce(self, listen: str) -> None:
         """See `LocalStore`."""
+
+    async def replicas(self, replica_id: str, document: bytes) -> Sequence[StoredReplica]:
+        """Write the description of this server for others, and return the descriptions of all servers of the store.
+
+        The own one is missing if the store has no room for it. A store of one server has no others.
+
+        Args:
+            replica_id: The id of this server.
+            document: Its description: see `process.replicas`. Empty: it leaves the store.
+
+        Raises:
+            Unavailable: the store cannot be used now.
+        """
+        return [StoredReplica(replica_id, document, 0.0)] if document else []
 
     async def check(self) -> StoreHealth:
         """See `LocalStore`."""

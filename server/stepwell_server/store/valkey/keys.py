@@ -11,6 +11,8 @@
     PREFIX{meta}store  the description of the store, a hash
     PREFIX{meta}claim:NAME  the holder of a task, with a time to live
     PREFIX{meta}documents  documents by name, a hash: checksum, content
+    PREFIX{meta}replicas   the servers that use the store by id, a hash: time of the last report (ms, u8, big-endian),
+                                              description (`process.replicas`)
 
 In a Cluster the tag in braces determines the node of a key, so a script may use all keys of one partition.
 """
@@ -52,6 +54,7 @@ class Keys:
         self._sessions = [b"%ss:" % tag for tag in self._tags]
         meta = b"%s{meta}" % self._prefix
         self.store, self.documents, self.fence = meta + b"store", meta + b"documents", meta + b"fence"
+        self.replicas = meta + b"replicas"
         self._claims = meta + b"claim:"
         # the same sessions are used again and again
         self.session = functools.lru_cache(_KNOWN_IDS)(self._session)

@@ -418,6 +418,39 @@ return math.max(0, now - since)
 """,
 )
 
+REPLICAS = _script(
+    _COMMON,
+    """
+-- Writes the description of a server and returns those of all servers. KEYS: the list. ARGV: its id, its description
+-- ('': it leaves), limits: number of servers, bytes of an id, bytes of a description, age (ms). Returns ids, ages (ms)
+-- and descriptions. Entries that are too old are removed; so are those that no server wrote, and their age is -1.
+local key, own, most, expiry = KEYS[1], ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[6])
+local count, now, found = pcall('HLEN', key), now_ms(), {}
+if type(count) ~= 'number' then return found end
+if count > most then call('DEL', key) end -- no server adds so many
+local all, left = call('HGETALL', key), 0
+for i = 1, #all, 2 do
+  local id, value = all[i], all[i + 1]
+  local is_sound = #id <= tonumber(ARGV[4]) and #value > 8 and #value <= 8 + tonumber(ARGV[5])
+  local age = is_sound and now - struct.unpack('>I8', value) or -expiry
+  if age >= expiry or age <= -expiry or id == own then
+    call('HDEL', key, id)
+    if age <= -expiry then
+      found[#found + 1], found[#found + 2], found[#found + 3] = sub(id, 1, tonumber(ARGV[4])), -1, ''
+    end
+  else
+    left = left + 1
+    found[#found + 1], found[#found + 2], found[#found + 3] = id, math.max(0, age), sub(value, 9)
+  end
+end
+if ARGV[2] ~= '' and left < most then
+  call('HSET', key, own, packed(now) .. ARGV[2])
+  found[#found + 1], found[#found + 2], found[#found + 3] = own, 0, ARGV[2]
+end
+return found
+""",
+)
+
 DOCUMENTS = _script(
     """
 -- Writes documents. KEYS: documents, the fence. ARGV: for each its name, its required value ('': any, '0': absent, '1'
@@ -472,4 +505,4 @@ return mark
 """,
 )
 
-ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, CLAIM, DOCUMENTS, MAKE, MARK)
+ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, CLAIM, REPLICAS, DOCUMENTS, MAKE, MARK)

@@ -16,6 +16,7 @@ from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.quotas import Usage
 from stepwell_server.errors import Overloaded, ServerError, StateCorrupt, StoreAway, StoreGone, StoreRefuses
 from stepwell_server.logs import Log
+from stepwell_server.process.replicas import EXPIRY_S, MAX_BYTES, MAX_ID_BYTES, MAX_REPLICAS, StoredReplica
 from stepwell_server.store import counts
 from stepwell_server.store.access.remote_reads import RemoteReads
 from stepwell_server.store.access.remote_writes import RemoteWrites
@@ -467,6 +468,16 @@ class ValkeyStore(Store):
     @override
     async def announce(self, listen: str) -> None:
         self._topology.call_itself(f"stepwell@{listen}")
+
+    @override
+    async def replicas(self, replica_id: str, document: bytes) -> Sequence[StoredReplica]:
+        limits = (MAX_REPLICAS, MAX_ID_BYTES, MAX_BYTES, int(EXPIRY_S * 1000))
+        request = Request.of(META, scripts.REPLICAS, [self._keys.replicas], replica_id, document, *limits)
+        (found,) = await self._requests.ask(request)
+        return [
+            StoredReplica(str(key, "utf-8", "replace"), content, age_ms / 1000)
+            for key, age_ms, content in zip(found[::3], found[1::3], found[2::3], strict=True)
+        ]
 
     @override
     async def check(self) -> StoreHealth:
