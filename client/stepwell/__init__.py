@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from stepwell._state.state import State
     from stepwell._state.trace import Trace
     from stepwell._tape.tape import Tape
-    from stepwell._watch.events import ModelActivity, ServerActivity, SessionEvent, StageLatency
+    from stepwell._watch.events import (
+        ModelActivity,
+        ReplicaActivity,
+        ServerActivity,
+        SessionEvent,
+        StageLatency,
+    )
     from stepwell._watch.watch import Watch
     from stepwell.client import Client, connect
     from stepwell.config import TlsConfig
@@ -97,6 +103,7 @@ __all__ = [
     "ProofInfo",
     "ProvenanceInfo",
     "RefusedError",
+    "ReplicaActivity",
     "ReplicaInfo",
     "ReplyTooLargeError",
     "RevisionConflictError",
@@ -159,6 +166,7 @@ _HOMES = {
     "TlsConfig": "config",
     "Trace": "_state.trace",
     "ModelActivity": "_watch.events",
+    "ReplicaActivity": "_watch.events",
     "ServerActivity": "_watch.events",
     "SessionEvent": "_watch.events",
     "StageLatency": "_watch.events",

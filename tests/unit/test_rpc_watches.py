@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import duration_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 
 from stepwell.v1 import sessions_pb2, watch_pb2
 from stepwell_server.core.callers import Caller, Role
+from stepwell_server.process.replicas import Replica, ReplicaState
 from stepwell_server.rpc.fronts.base import CallEnded
 from support.peers.wire import arrays, tensors
 from support.rpc.calls import BAD_ARGUMENT, Calls, calls
@@ -80,6 +82,30 @@ async def test_the_figures_of_a_server_are_for_its_admins() -> None:
             first = await next_message()
             assert not first.HasField("server")
             assert {model.name for model in first.models} >= {"plain"}
+
+
+async def test_the_servers_of_the_store_are_among_the_figures() -> None:
+    own = Replica("a", "here", "127.0.0.1:1", "http://127.0.0.1:2", "1.0", 10.5, ReplicaState.READY, 3, 99.5)
+    replicas = [own, *(replace(own, id=state.value, state=state) for state in ReplicaState)]
+    async with calls(replicas=replicas) as at, watching(at, watch_pb2.WatchServerRequest()) as next_message:
+        first, *others = (await next_message()).server.replicas
+        assert first == watch_pb2.ReplicaActivity(
+            id="a",
+            host="here",
+            address="127.0.0.1:1",
+            http_address="http://127.0.0.1:2",
+            version="1.0",
+            started_time=timestamp_pb2.Timestamp(seconds=10, nanos=500_000_000),
+            state=watch_pb2.REPLICA_STATE_READY,
+            last_seen_time=timestamp_pb2.Timestamp(seconds=99, nanos=500_000_000),
+            resident_sessions=3,
+        )
+        assert {one.id: one.state for one in others} == {
+            "ready": watch_pb2.REPLICA_STATE_READY,
+            "not ready": watch_pb2.REPLICA_STATE_NOT_READY,
+            "stopping": watch_pb2.REPLICA_STATE_STOPPING,
+            "missing": watch_pb2.REPLICA_STATE_MISSING,
+        }
 
 
 @pytest.mark.parametrize(

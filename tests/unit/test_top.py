@@ -10,14 +10,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from google.protobuf import timestamp_pb2
 from rich.console import Console
 
 import stepwell
 from stepwell import ServerInfo, UnavailableError
 from stepwell._base.activity import Scrape, Seen, picture
 from stepwell.cli import top
+from stepwell.cli.toolkit import reported
 from stepwell.cli.toolkit.errors import SERVER_ERROR, Failure
 from stepwell.cli.top import Calls, Source, look, screen, url_of
+from stepwell.v1 import watch_pb2
 
 SERVER = {"version": "9.8.7", "front": "native", "uptime_s": 1.0, "memory_bytes": 1, "cores": 0.0}
 PICTURE = {
@@ -28,6 +31,7 @@ PICTURE = {
     "errors": [],
     "tenants": [],
     "slow_sessions": [],
+    "replicas": [],
 }
 
 
@@ -134,12 +138,49 @@ def test_several_servers_are_their_sum_and_one_that_is_gone_is_named() -> None:
         ("b:1", "11.0", ""),
         ("c:1", "", "cannot be read"),
     ]
-    console = Console(width=80, highlight=False, record=True, file=io.StringIO())
-    console.print(screen(found, 10))
-    shown = console.export_text()
+    shown = shown_of(found)
     assert shown.startswith("3 servers, stepwell 1.0 (native)")
     assert "NO ANSWER: c:1" in shown.splitlines()
     assert "NO ANSWER: a:1" not in shown
+
+
+def test_the_servers_of_a_store_are_listed_if_there_are_several() -> None:
+    reply = watch_pb2.WatchServerResponse(time=timestamp_pb2.Timestamp(seconds=5000))
+    states = [watch_pb2.REPLICA_STATE_READY, watch_pb2.REPLICA_STATE_MISSING, 99]
+    for number, state in enumerate(states):
+        reply.server.replicas.add(
+            id=f"id{number}",
+            host=f"host{number}",
+            address=f"10.0.0.{number}:50051",
+            version="1.0",
+            state=state,
+            started_time=timestamp_pb2.Timestamp(seconds=1000),
+            last_seen_time=timestamp_pb2.Timestamp(seconds=4960, nanos=500_000_000),
+            resident_sessions=number,
+        )
+    found = reported.picture(reply, 10)
+    assert [one["state"] for one in found["replicas"]] == ["ready", "missing", "not_ready"]
+    assert found["replicas"][1] == {
+        "id": "id1",
+        "host": "host1",
+        "address": "10.0.0.1:50051",
+        "http_address": "",
+        "version": "1.0",
+        "state": "missing",
+        "uptime_s": 4000.0,
+        "age_s": 39.5,
+        "resident_sessions": 1,
+    }
+    shown = [" ".join(line.split()) for line in shown_of(found).splitlines()]
+    assert "10.0.0.1:50051 host1 1.0 missing 1.1 h 1 40 s" in shown
+    found["replicas"] = found["replicas"][:1]
+    assert "REPLICA" not in shown_of(found)
+
+
+def shown_of(found: dict[str, Any]) -> str:
+    console = Console(width=80, highlight=False, record=True, file=io.StringIO())
+    console.print(screen(found, 10))
+    return console.export_text()
 
 
 def test_a_server_that_says_nothing_is_named_and_not_waited_for() -> None:

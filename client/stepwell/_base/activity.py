@@ -213,6 +213,7 @@ def picture(seen: Sequence[Seen], slow: Sequence[SlowSession], wall_s: float) ->
             {"session_id": one.session_id, "model": one.model, "seconds": one.seconds, "age_s": one.age_s}
             for one in slow
         ],
+        "replicas": [],
     }
 
 

@@ -142,6 +142,62 @@ class ModelActivity:
     """Rows that wait for a pass, or for their session."""
 
 
+ReplicaState: TypeAlias = Literal["ready", "not_ready", "stopping", "missing"]
+"""Whether a replica answers calls. "not_ready": it is starting, or cannot answer calls now. "stopping": it finishes the
+calls that it has, and ends. "missing": it has not reported for 10 s, and did not stop in an orderly way.
+"""
+REPLICA_STATES: Mapping[int, ReplicaState] = {
+    watch_pb2.REPLICA_STATE_READY: "ready",
+    watch_pb2.REPLICA_STATE_STOPPING: "stopping",
+    watch_pb2.REPLICA_STATE_MISSING: "missing",
+}
+"""The states of the protocol; others are those of later releases, and not ready."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaActivity:
+    """One of the servers that share a store, as it last reported itself.
+
+    Example:
+        >>> with client.watch_server() as watch:
+        ...     (replica,) = next(watch).replicas
+        >>> replica.state
+        'ready'
+    """
+
+    id: str
+    """Random id of the server process."""
+    host: str
+    """Name of its machine or container."""
+    address: str
+    """Address on which it listens for gRPC. It may not be one that you reach."""
+    http_address: str
+    """URL of its JSON over HTTP; empty: none."""
+    version: str
+    """Version of Stepwell."""
+    started_s: float
+    """Time of its start, in seconds since the epoch, by its own clock."""
+    state: ReplicaState
+    last_seen_s: float
+    """Time of its last report, in seconds since the epoch. Each server reports every two seconds."""
+    resident_sessions: int
+    """Sessions whose state is in its memory."""
+
+    @classmethod
+    def _from_message(cls, replica: watch_pb2.ReplicaActivity) -> Self:
+        return cls(
+            id=replica.id,
+            host=replica.host,
+            address=replica.address,
+            http_address=replica.http_address,
+            version=replica.version,
+            started_s=replica.started_time.seconds + replica.started_time.nanos / 1e9,
+            state=REPLICA_STATES.get(replica.state, "not_ready"),
+            last_seen_s=replica.last_seen_time.seconds + replica.last_seen_time.nanos / 1e9,
+            resident_sessions=replica.resident_sessions,
+        )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerActivity:
     """The activity of a server since the previous one.
@@ -188,6 +244,8 @@ class ServerActivity:
     """By name."""
     errors: Sequence[tuple[str, str, float]]
     """Model, reason and number per second, the most frequent first."""
+    replicas: Sequence[ReplicaActivity]
+    """The servers that share the store, this one (`server_id`) included, the oldest first."""
 
     @classmethod
     def _from_message(cls, reply: watch_pb2.WatchServerResponse) -> Self:
@@ -210,6 +268,7 @@ class ServerActivity:
             resident_sessions=server.resident_sessions,
             models={each.name: _model(each) for each in reply.models},
             errors=[(each.model, each.reason, each.per_second) for each in reply.errors],
+            replicas=[ReplicaActivity._from_message(each) for each in server.replicas],
         )
 
 

@@ -103,6 +103,13 @@ def _metrics_urls(ctx: click.Context, param: click.Parameter, value: str | None)
         ("errors", "list: model, reason, per_s"),
         ("tenants", "list: tenant, row_steps_per_s, sessions; empty if the server has no tenants"),
         ("slow_sessions", "list, slowest first: session_id, model, seconds, age_s"),
+        (
+            "replicas",
+            (
+                "servers that share the store, oldest first: id, host, address, http_address, version, state (ready, not_ready,"
+                " stopping, missing), uptime_s, age_s (of the last report), resident_sessions; empty if read from metrics"
+            ),
+        ),
     ),
 )
 @click.option(
@@ -161,6 +168,8 @@ def top(
     sessions are those of the shared store. A server that does not answer is named and left out. Metrics of another
     server process than --server are refused. For callers who are not admins, one server is shown from its metrics, too,
     by default from port 9464 of its host.
+
+    A server that shares its store lists the replicas, also those that disappeared without stopping.
     """
     servers = addresses.split(target.address)
     token = metrics_token_file.read_text().strip() if metrics_token_file is not None else None
@@ -601,7 +610,7 @@ def screen(found: dict[str, Any], rows: int) -> RenderableType:
     tables = [
         _table(*table, found[name][:rows])
         for name, table in _TABLES.items()
-        if found[name] or name == "models"
+        if len(found[name]) > (name == "replicas") or name == "models"
     ]
     return Group(head, *(part for table in tables for part in ("", table)))
 
@@ -634,9 +643,13 @@ _TABLES = {
     "tenants": ("TENANT|STEPS/S|SESSIONS", "tenant row_steps_per_s sessions"),
     "slow_sessions": ("SLOW SESSION|MODEL|TOOK|AGO", "session_id model seconds age_s"),
     "errors": ("ERROR|MODEL|PER S", "reason model per_s"),
+    "replicas": (
+        "REPLICA|HOST|VERSION|STATE|UP|RESIDENT|SEEN",
+        "address host version state uptime_s resident_sessions age_s",
+    ),
 }
 """Headings and keys of the tables, by what the picture has for them."""
-_NAMES = {"model", "method", "tenant", "session_id", "reason"}
+_NAMES = {"model", "method", "tenant", "session_id", "reason", "address", "host", "version", "state"}
 
 
 def _cell(key: str, value: Any) -> str:
@@ -649,6 +662,8 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:.0%}"
     if key == "age_s":
         return f"{value:.0f} s"
+    if key == "uptime_s":
+        return _long(value)
     return _time(value) if key in {"p50_s", "p99_s", "seconds"} else _number(value)
 
 

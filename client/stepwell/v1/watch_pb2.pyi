@@ -64,6 +64,42 @@ SESSION_EVENT_KIND_ENDED: SessionEventKind.ValueType  # 4
 """The session has ended, never existed, or cannot be read. It is the last event of the session; `error` says why."""
 Global___SessionEventKind: _TypeAlias = SessionEventKind  # noqa: Y015
 
+class _ReplicaState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REPLICA_STATE_UNSPECIFIED: _ReplicaState.ValueType  # 0
+    """Never sent."""
+    REPLICA_STATE_READY: _ReplicaState.ValueType  # 1
+    """It answers calls."""
+    REPLICA_STATE_NOT_READY: _ReplicaState.ValueType  # 2
+    """It is starting, or cannot answer calls now."""
+    REPLICA_STATE_STOPPING: _ReplicaState.ValueType  # 3
+    """It finishes the calls that it has, refuses others, and ends."""
+    REPLICA_STATE_MISSING: _ReplicaState.ValueType  # 4
+    """It has not reported to the store for 10 s, and did not leave it, as servers do that stop in an orderly way. After
+    10 minutes, or when another server was started at its address, it is no longer listed.
+    """
+
+class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper):
+    """Whether a replica answers calls."""
+
+REPLICA_STATE_UNSPECIFIED: ReplicaState.ValueType  # 0
+"""Never sent."""
+REPLICA_STATE_READY: ReplicaState.ValueType  # 1
+"""It answers calls."""
+REPLICA_STATE_NOT_READY: ReplicaState.ValueType  # 2
+"""It is starting, or cannot answer calls now."""
+REPLICA_STATE_STOPPING: ReplicaState.ValueType  # 3
+"""It finishes the calls that it has, refuses others, and ends."""
+REPLICA_STATE_MISSING: ReplicaState.ValueType  # 4
+"""It has not reported to the store for 10 s, and did not leave it, as servers do that stop in an orderly way. After
+10 minutes, or when another server was started at its address, it is no longer listed.
+"""
+Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
+
 @_typing.final
 class WatchSessionsRequest(_message.Message):
     """Request of WatchSessions."""
@@ -284,8 +320,8 @@ class WatchServerResponse(_message.Message):
     and has no rates and latencies. If the server authenticates its callers and the caller is not an admin, the response
     has only time, ready, problems and warnings without their reasons, and the names and versions of the models.
 
-    It has no list of replicas: servers that share a store do not know of each other. A caller that knows their addresses
-    watches each of them; those with the same ServerActivity.store_id share a store.
+    The figures are those of this server. Servers that share a store list each other in ServerActivity.replicas; to see what
+    the others do, watch each of them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -467,6 +503,7 @@ class ServerActivity(_message.Message):
     RESIDENT_ROWS_FIELD_NUMBER: _builtins.int
     QUEUED_ROWS_FIELD_NUMBER: _builtins.int
     WATCHED_SESSIONS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of Stepwell."""
     front: _builtins.str
@@ -509,6 +546,12 @@ class ServerActivity(_message.Message):
     def latencies(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageLatency]:
         """Times of the stages of all changes."""
 
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaActivity]:
+        """The servers that share the store, this one (its `id`) included, the oldest first, at most 512. Servers of earlier
+        releases are not among them. While the store cannot be used, they are the last ones known.
+        """
+
     def __init__(
         self,
         *,
@@ -532,14 +575,73 @@ class ServerActivity(_message.Message):
         resident_rows: _builtins.int = ...,
         queued_rows: _builtins.int = ...,
         watched_sessions: _builtins.int = ...,
+        replicas: _abc.Iterable[Global___ReplicaActivity] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections", b"connections", "cores", b"cores", "errors_per_second", b"errors_per_second", "front", b"front", "id", b"id", "latencies", b"latencies", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "queued_rows", b"queued_rows", "resident_rows", b"resident_rows", "resident_sessions", b"resident_sessions", "row_steps_per_second", b"row_steps_per_second", "sessions", b"sessions", "store", b"store", "store_id", b"store_id", "store_ready", b"store_ready", "streams", b"streams", "uptime_seconds", b"uptime_seconds", "version", b"version", "watched_sessions", b"watched_sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections", b"connections", "cores", b"cores", "errors_per_second", b"errors_per_second", "front", b"front", "id", b"id", "latencies", b"latencies", "max_memory_bytes", b"max_memory_bytes", "memory_bytes", b"memory_bytes", "queued_rows", b"queued_rows", "replicas", b"replicas", "resident_rows", b"resident_rows", "resident_sessions", b"resident_sessions", "row_steps_per_second", b"row_steps_per_second", "sessions", b"sessions", "store", b"store", "store_id", b"store_id", "store_ready", b"store_ready", "streams", b"streams", "uptime_seconds", b"uptime_seconds", "version", b"version", "watched_sessions", b"watched_sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ServerActivity: _TypeAlias = ServerActivity  # noqa: Y015
+
+@_typing.final
+class ReplicaActivity(_message.Message):
+    """One of the servers that share a store, as it last reported itself. Each does so every two seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STARTED_TIME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LAST_SEEN_TIME_FIELD_NUMBER: _builtins.int
+    RESIDENT_SESSIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """ServerActivity.id of the server."""
+    host: _builtins.str
+    """Name of its machine or container."""
+    address: _builtins.str
+    """Address on which it listens for gRPC. It may not be one that callers reach."""
+    http_address: _builtins.str
+    """URL of its JSON over HTTP, as it listens. Empty: it has none."""
+    version: _builtins.str
+    """Version of Stepwell."""
+    state: Global___ReplicaState.ValueType
+    """Whether it answers calls."""
+    resident_sessions: _builtins.int
+    """Sessions whose state is in its memory."""
+    @_builtins.property
+    def started_time(self) -> _timestamp_pb2.Timestamp:
+        """Time of its start, by its own clock."""
+
+    @_builtins.property
+    def last_seen_time(self) -> _timestamp_pb2.Timestamp:
+        """Time of its last report, by the clock of the server that sends this."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        host: _builtins.str = ...,
+        address: _builtins.str = ...,
+        http_address: _builtins.str = ...,
+        version: _builtins.str = ...,
+        started_time: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___ReplicaState.ValueType = ...,
+        last_seen_time: _timestamp_pb2.Timestamp | None = ...,
+        resident_sessions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_time", b"last_seen_time", "started_time", b"started_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "host", b"host", "http_address", b"http_address", "id", b"id", "last_seen_time", b"last_seen_time", "resident_sessions", b"resident_sessions", "started_time", b"started_time", "state", b"state", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaActivity: _TypeAlias = ReplicaActivity  # noqa: Y015
 
 @_typing.final
 class ModelActivity(_message.Message):

@@ -22,6 +22,7 @@ from stepwell_server.catalog.known_files import KnownFiles
 from stepwell_server.core.callers import ANYBODY, Caller, Credential
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.metrics.observer import SlowestSteps
+from stepwell_server.process.replicas import Replica
 from stepwell_server.program import Program
 from stepwell_server.rpc.audit import Auditor
 from stepwell_server.rpc.fronts.base import (
@@ -204,6 +205,7 @@ async def calls(
     live_options: Mapping[str, Any] | None = None,
     admin_refusal: str = "",
     files: Mapping[str, Mapping[int, Path]] | None = None,
+    replicas: Sequence[Replica] = (),
     **options: Any,
 ) -> AsyncIterator[Calls]:
     """A client of the calls of an engine on these programs; `live_options` are those of who loads models, `files` the known ones."""
@@ -217,7 +219,7 @@ async def calls(
         loads = FakeLoads()
         live = live_models(at.engine, at.clock, loads, **(live_options or {}))
         known = KnownFiles(at.engine, files or {}, (live_options or {}).get("root"))
-        server.serve(at.engine, live, admin_refusal, known_files=known, figures=no_figures())
+        server.serve(at.engine, live, admin_refusal, known_files=known, figures=no_figures(replicas))
         yield Calls(at, front.methods, observer.slow_steps, live, loads)
         await live.close()
 

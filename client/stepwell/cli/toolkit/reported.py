@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _MODEL = [
     "queued_rows",
 ]
 _SLOW = ["session_id", "model", "seconds", "age_seconds"]
+_REPLICA = ["id", "host", "address", "http_address", "version", "resident_sessions"]
 _METHOD = ["method", "calls_per_second", "messages_per_second", "p50_seconds", "p99_seconds"]
 
 
@@ -73,6 +75,21 @@ def picture(reply: watch_pb2.WatchServerResponse, rows: int) -> dict[str, Any]:
         "errors": [_of(one, ["model", "reason", "per_second"]) for one in reply.errors],
         "tenants": [_of(one, ["tenant", "row_steps_per_second", "sessions"]) for one in reply.tenants],
         "slow_sessions": [_of(one, _SLOW) for one in reply.slow_sessions[:rows]],
+        "replicas": [_replica(one, reply.time) for one in server.replicas],
+    }
+
+
+def _replica(replica: watch_pb2.ReplicaActivity, now: timestamp_pb2.Timestamp) -> dict[str, Any]:
+    """A server that shares the store."""
+    from stepwell._watch.events import ReplicaActivity
+
+    found = ReplicaActivity._from_message(replica)
+    now_s = now.seconds + now.nanos / 1e9
+    return {
+        **_of(replica, _REPLICA),
+        "state": found.state,
+        "uptime_s": max(0.0, now_s - found.started_s),
+        "age_s": max(0.0, now_s - found.last_seen_s),
     }
 
 

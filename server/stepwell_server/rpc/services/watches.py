@@ -14,6 +14,7 @@ from stepwell_server.core.callers import Role
 from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.engine.watches.events import Event, Kind, Wanted
 from stepwell_server.errors import InvalidInput, MessageTooLarge, Overloaded, Stopping
+from stepwell_server.process.replicas import ReplicaState
 from stepwell_server.rpc import convert, tenancy, tensors
 from stepwell_server.rpc.boundary import parse
 from stepwell_server.rpc.status import to_proto
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from stepwell_server.engine.engine import Engine
     from stepwell_server.engine.watches.watch import Watch
     from stepwell_server.process.readiness import Report
+    from stepwell_server.process.replicas import Replica
     from stepwell_server.rpc.audit import Auditor
     from stepwell_server.rpc.fronts.base import Call
     from stepwell_server.rpc.services.models import ModelServicer
@@ -45,6 +47,12 @@ _KINDS: dict[Kind, pb.SessionEventKind.ValueType] = {
     Kind.RESET: pb.SESSION_EVENT_KIND_RESET,
     Kind.ENDED: pb.SESSION_EVENT_KIND_ENDED,
 }
+_REPLICA_STATES: dict[ReplicaState, pb.ReplicaState.ValueType] = {
+    ReplicaState.READY: pb.REPLICA_STATE_READY,
+    ReplicaState.NOT_READY: pb.REPLICA_STATE_NOT_READY,
+    ReplicaState.STOPPING: pb.REPLICA_STATE_STOPPING,
+    ReplicaState.MISSING: pb.REPLICA_STATE_MISSING,
+}
 
 
 class Figures(Protocol):
@@ -53,6 +61,10 @@ class Figures(Protocol):
     @property
     def report(self) -> Report:
         """Whether the server is ready."""
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        """The servers that share the store."""
 
     async def read(self) -> Any:
         """Read the metrics."""
@@ -171,6 +183,8 @@ class WatchServicer:
             self._server_watches.discard(task)
 
     async def _response(self, before: Any, now: Any, call: Call) -> pb.WatchServerResponse:
+        activity = await self._figures.between(before, now)
+        # from here on there is no wait: warnings and replicas are of the same moment
         report, is_counted = self._figures.report, call.who.role is Role.ADMIN
         response = pb.WatchServerResponse(
             time=convert.now_timestamp(),
@@ -179,7 +193,6 @@ class WatchServicer:
             problems={about: reason if is_counted else "" for about, reason in report.problems.items()},
             warnings={about: reason if is_counted else "" for about, reason in report.warnings.items()},
         )
-        activity = await self._figures.between(before, now)
         statuses = self._control.statuses()
         facts = {one["model"]: one for one in activity["models"]}
         for info in self._engine.models():
@@ -196,6 +209,7 @@ class WatchServicer:
         if not is_counted:
             return response
         _fill_server(response.server, activity["server"], ", ".join(one["id"] for one in activity["servers"]))
+        response.server.replicas.extend(map(_replica, self._figures.replicas))
         response.methods.extend(
             pb.MethodActivity(
                 method=one["method"],
@@ -313,6 +327,20 @@ def _fill_server(message: pb.ServerActivity, found: Mapping[str, Any], server_id
             queued_rows=found["queued_rows"],
             watched_sessions=found["watched_sessions"],
         )
+    )
+
+
+def _replica(one: Replica) -> pb.ReplicaActivity:
+    return pb.ReplicaActivity(
+        id=one.id,
+        host=one.host,
+        address=one.address,
+        http_address=one.http_address,
+        version=one.version,
+        started_time=convert.to_timestamp(one.started),
+        state=_REPLICA_STATES[one.state],
+        last_seen_time=convert.to_timestamp(one.seen),
+        resident_sessions=one.resident_sessions,
     )
 
 
