@@ -193,7 +193,27 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
     ),
     "every second step": (
         lambda k, x: k.layers.Conv1D(2, 2, strides=2, padding="causal", name="conv")(x),
-        r"the layer 'conv' \(Conv1D\) .*it has a window of 2 over the time axis; use a recurrent layer",
+        r"has a window of 2 over the time axis and moves by 2, but a time step brings one element; use strides of 1",
+    ),
+    "every fourth of three samples": (
+        lambda k, x: k.layers.Conv1D(2, 4, 4, name="conv")(k.layers.Reshape((-1, 1))(x[..., :3])),
+        r"the layer 'conv' \(Conv1D\) has a window of 4 .* moves by 4, but a time step brings 3 elements; use",
+    ),
+    "samples that look ahead": (
+        lambda k, x: k.layers.Reshape((-1, 4))(
+            k.layers.Conv1D(1, 4, name="conv")(k.layers.ZeroPadding1D((2, 1))(k.layers.Reshape((-1, 1))(x)))
+        ),
+        r"the layer 'conv' \(Conv1D\) looks ahead: it has a window of 4 over the time axis, 1 time step ahead; use",
+    ),
+    "samples instead of frames": (
+        lambda k, x: k.layers.Conv1D(2, 3, padding="causal", name="conv")(k.layers.Reshape((-1, 1))(x)),
+        r"the layer 'conv' \(Conv1D\) returns 4 elements for each time step; use strides of 1 over time, or",
+    ),
+    "samples of uneven padding": (
+        lambda k, x: k.layers.Conv1D(2, 6, padding="causal", name="conv")(
+            k.layers.ZeroPadding1D((1, 0))(k.layers.Reshape((-1, 1))(x))
+        ),
+        r"the layer 'conv' \(Conv1D\) returns 4 elements for each time step; use strides of 1 over time, or",
     ),
     "all later ones": (
         lambda k, x: k.ops.flip(k.ops.cumsum(k.ops.flip(x, 1), 1), 1),

@@ -75,6 +75,10 @@ def back(layer: str, does: str = "") -> str:
     )
 
 
+def rate(layer: str) -> str:
+    return rf"^model cannot be run step by step: {_who(layer)} .* moves by \d+, but a time step brings one element; use"
+
+
 def mixes(layer: str, does: str = "") -> str:
     return rf"^model cannot be run step by step: {_who(layer)} mixes time steps: it .*{does}.*; use a recurrent layer"
 

@@ -208,6 +208,84 @@ _add("numbered_static", lambda k, x: apply("numbered_static")(k, x) + _delay(k, 
 _add("moving_sum_of_padded", _moving_sum)
 _add("moving_sum", lambda k, x: k.ops.cumsum(x, 1) - _delay(k, k.ops.cumsum(x, 1), 3))
 
+# --- several elements in each time step ------------------------------------------------------------------
+
+
+def _samples(keras: Any, x: Any) -> Any:
+    """Frames of samples, one after the other, as one long series."""
+    return keras.layers.Reshape((-1, 1))(x)
+
+
+def _frames(keras: Any, x: Any, each: int) -> Any:
+    return keras.layers.Reshape((-1, each * x.shape[-1]))(x)
+
+
+def _strided(*layers: tuple[int, int]) -> Layers:
+    """Convolutions with a kernel and a stride, each padded by the kernel less the stride, as in SEANet."""
+
+    def call(keras: Any, x: Any) -> Any:
+        each, y = x.shape[-1], _samples(keras, x)
+        for i, (kernel, stride) in enumerate(layers):
+            y = keras.layers.Conv1D(3 + i, kernel, strides=stride, activation="elu")(
+                _front(keras, y, kernel - stride)
+            )
+            each //= stride
+        return _frames(keras, y, each)
+
+    return call
+
+
+def _autoencoder(keras: Any, x: Any) -> Any:
+    """Down by four and up again, like a neural codec."""
+    y = _samples(keras, x)
+    for _ in range(2):
+        y = keras.layers.Conv1D(4, 4, strides=2, activation="elu")(_front(keras, y, 2))
+    y = keras.layers.LSTM(4, return_sequences=True)(_frames(keras, y, x.shape[-1] // 4))
+    for _ in range(2):
+        y = keras.layers.Conv1DTranspose(4, 4, strides=2, activation="elu")(y)[:, :-2]
+    return _frames(keras, _conv(keras, y, filters=1), x.shape[-1])
+
+
+def _residual_samples(keras: Any, x: Any) -> Any:
+    y = _samples(keras, x)
+    y = y + _conv(keras, keras.layers.Activation("elu")(_conv(keras, y, 3, dilation_rate=2)), 1, filters=1)
+    y = keras.layers.Conv1D(4, 6, strides=3)(_front(keras, y, 4)) + keras.layers.AveragePooling1D(4, 3)(
+        _front(keras, y, 2)
+    )
+    return _frames(keras, y, x.shape[-1] // 3)
+
+
+_add("overlapping_windows", _strided((10, 4)), (4,))
+_add("strided_by_steps", _strided((7, 2), (5, 3), (2, 1)), (12,))
+_add("strided_same_kernel", _strided((4, 4)), (8,))
+_add(
+    "strided_padded_less",
+    lambda k, x: _frames(k, k.layers.Conv1D(3, 6, strides=3)(_front(k, _samples(k, x), 4)[:, :-1]), 2),
+    (6,),
+)
+_add(
+    "samples_of_padding_with_bias",
+    lambda k, x: _frames(
+        k,
+        k.layers.Conv1D(2, 5, strides=2)(k.layers.Dense(3, activation="tanh")(_front(k, _samples(k, x), 3))),
+        2,
+    ),
+    (4,),
+)
+_add(
+    "samples_and_constants",
+    lambda k, x: _strided((5, 2))(k, k.ops.concatenate([x, k.ops.ones_like(x[..., :2])], -1)),
+    (4,),
+)
+_add("codec", _autoencoder, (4,))
+_add("residual_samples", _residual_samples, (6,))
+_add("shifted_samples", lambda k, x: _frames(k, _samples(k, x) - _delay(k, _samples(k, x), 5), 4), (4,))
+_add("transposed", lambda k, x: k.layers.Conv1DTranspose(3, 4)(x)[:, :-3])
+_add(
+    "upsampled_then_pooled",
+    lambda k, x: _frames(k, k.layers.MaxPooling1D(3, 2)(_front(k, k.layers.UpSampling1D(4)(x), 1)), 2),
+)
+
 # --- whole models ---------------------------------------------------------------------------------------
 
 

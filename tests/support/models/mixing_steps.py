@@ -19,6 +19,7 @@ from support.models.cases import (
     only_length,
     position,
     python,
+    rate,
     rows,
     unproven,
 )
@@ -56,9 +57,7 @@ CONVOLUTIONS = [
     *(_convolution("same", d, 3, ahead("conv")) for d in DILATIONS),
     _convolution("same", 5, 2, ahead("conv")),
     *(_convolution("valid", d, 3, ahead("conv", f"{2 * d} time steps ahead")) for d in (1, 8, 64)),
-    before_rnn(
-        "conv_strided", lambda k: k.Conv1D(2, 1, strides=2, name="conv"), mixes("conv", "the time axis")
-    ),
+    before_rnn("conv_strided", lambda k: k.Conv1D(2, 1, strides=2, name="conv"), rate("conv")),
     before_rnn(
         "conv_padded_too_little",
         lambda k: _chain(k, [k.ZeroPadding1D((5, 1), name="pad"), k.Conv1D(2, 7, name="conv")]),
@@ -71,7 +70,7 @@ CONVOLUTIONS = [
     before_rnn(
         "conv_transposed", lambda k: k.Conv1DTranspose(2, 3, padding="same", name="conv"), ahead("conv")
     ),
-    before_rnn("conv_transposed_strided", lambda k: k.Conv1DTranspose(2, 2, 2, name="conv"), mixes("conv")),
+    before_rnn("conv_transposed_strided", lambda k: k.Conv1DTranspose(2, 2, 2, name="conv"), OVER_TWO_STEPS),
     before_rnn("upsampled", lambda k: k.UpSampling1D(2, name="up"), OVER_TWO_STEPS),
 ]
 _POOLS: dict[str, Callable[[Any, int], Any]] = {
@@ -90,7 +89,7 @@ def _global(name: str) -> Case:
 
 POOLING = [
     *(_pooling(name, n) for name in _POOLS for n in (2, 9)),
-    before_rnn("pool_strided", lambda k: k.MaxPooling1D(2, name="pool"), mixes("pool", "pools")),
+    before_rnn("pool_strided", lambda k: k.MaxPooling1D(2, name="pool"), rate("pool")),
     *(_global(name) for name in ("GlobalMaxPooling1D", "GlobalAveragePooling1D")),
 ]
 SHIFTS = [

@@ -33,10 +33,15 @@ class Time(Axis):
     Its element ``i`` depends on no input after the time step ``i + start``. Padding in front makes ``start`` smaller, and a
     window or a slice makes it larger. Where it is negative, the first ``-start`` elements depend on no input at all.
     Where it is positive, the model looks ahead by so many time steps, unless padding follows.
+
+    A time step may bring several elements, ``per``, such as the samples of an audio frame. Then element ``i`` depends on no
+    input after the time step ``(i + start) // per``, and there are ``extra`` more elements than ``per`` times the time
+    steps. At time step ``t`` a session has computed the elements before ``per * (t + 1) - start``.
     """
 
     start: int = 0
     extra: int = 0
+    per: int = 1
 
 
 BATCH, TIME = Batch(), Time()
@@ -54,7 +59,7 @@ class Scale(NamedTuple):
     def of(self, factor: Factor) -> int:
         """Return the size of a factor in this trace."""
         if isinstance(factor, Time):
-            return self.steps + factor.extra
+            return self.steps * factor.per + factor.extra
         return factor if isinstance(factor, int) else self.rows
 
 
@@ -148,6 +153,34 @@ def normal(dim: Iterable[Factor]) -> Dim:
         elif factor != 1:
             result.append(factor)
     return tuple(result)
+
+
+def elements(dim: Dim) -> Time | None:
+    """Return the time axis of a dimension that has nothing else but some elements of each time step, or None."""
+    match dim:
+        case (Time() as time,):
+            return time
+        case (Time(start, extra, per), int(each)):
+            return Time(start * each, extra * each, per * each)
+    return None
+
+
+def by_elements(axes: Axes) -> Axes:
+    """Return the axes of a tensor with its time axis alone in its dimension."""
+    found = (elements(dim) if time_of([dim]) else None for dim in axes)
+    return tuple(dim if time is None else (time,) for dim, time in zip(axes, found, strict=True))
+
+
+def dim_of(time: Time) -> Dim:
+    """Return the dimension of a time axis: if its elements are those of whole time steps, these and a plain size."""
+    if time.start % time.per or time.extra % time.per:
+        return (time,)
+    return normal((Time(time.start // time.per, time.extra // time.per), time.per))
+
+
+def placed(axes: Axes, place: int, time: Time) -> Axes:
+    """Return the axes of a tensor with another time axis as one of its dimensions."""
+    return (*axes[:place], dim_of(time), *axes[place + 1 :])
 
 
 def labels(axes: Axes) -> Iterator[Axis]:

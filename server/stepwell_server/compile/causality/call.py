@@ -44,6 +44,8 @@ class Need:
     input: int = 0
     padding: int = 0
     """Zeros that the operation itself puts in front of its input."""
+    per: int = 1
+    """How many elements of its input a time step brings: ``rows`` counts elements."""
 
 
 @dataclasses.dataclass
@@ -127,10 +129,10 @@ class Call:
         self.require_same(size)
         return normal((size.first,))
 
-    def remember(self, kind: Memory, rows: int, i: int = 0, padding: int = 0) -> None:
+    def remember(self, kind: Memory, rows: int, i: int = 0, padding: int = 0, per: int = 1) -> None:
         """Report that it keeps something of an input."""
         if rows:
-            self.notes.needs.append(Need(kind, rows, i, padding))
+            self.notes.needs.append(Need(kind, rows, i, padding, per))
 
     def even(self, const: Const, axes: Axes) -> Axes:
         """Return ``axes``, after checking that a constant is uniform over those that are followed.

@@ -12,10 +12,12 @@ from stepwell_server.compile.causality.axes import (
     Axes,
     LostAxisError,
     Time,
+    elements,
     is_plain,
     labels,
     moved,
     normal,
+    placed,
     time_of,
 )
 from stepwell_server.compile.causality.call import Call, Memory, Need, Rule
@@ -103,7 +105,7 @@ class Proof:
     def steps(self) -> int:
         """The number of time steps that the model leaves out somewhere: Keras may fail on fewer."""
         times = (time_of(value.axes) for value in self.values.values() if isinstance(value, Data))
-        return max((-time.extra for time in times if time is not None), default=0)
+        return max((-(time.extra // time.per) for time in times if time is not None), default=0)
 
 
 def follow(cuts: Cuts) -> tuple[Mapping[str, Data | Const], Mapping[str, tuple[Need, ...]]]:
@@ -229,7 +231,7 @@ class _Walk:
                 continue
             time = time_of(value.axes[1:2])
             is_usual = value.axes[:2] == ((BATCH,), (time,)) and all(map(is_plain, value.axes[2:]))
-            if time is None or not is_usual:
+            if time is None or time.per > 1 or not is_usual:
                 raise NotAdmitted(Reason.UNPROVEN, who, "processes other axes than batch and time")
             waits += self._punctual(tensor, time, i)
         if waits:
@@ -278,6 +280,9 @@ class _Walk:
             axes = _followed(who, lambda: tuple(self.scales.factors(size) for size in sizes(one, two)))
             value = Data(self._even(value, axes, who))
         time = time_of(value.axes[1:2])
+        each = None if time is None else elements(value.axes[1])
+        if each is not None and each.per > 1:
+            raise NotAdmitted(Reason.RATE, who, f"returns {each.per} elements for each time step")
         leading = 2 if value.axes[1:2] == ((time,),) else 1
         if time is not None and (waits := self._punctual(one, time, 0)):
             self.needs[one.name] = waits
@@ -301,7 +306,8 @@ class _Walk:
         time = time_of(value.axes) if isinstance(value, Data) else None
         if time is not None and time.start > 0:
             index, clause = self.looks[tensor.name]
-            steps = f"{time.start} time step{'s'[: time.start > 1]}"
+            ahead = -(-time.start // time.per)
+            steps = f"{ahead} time step{'s'[: ahead > 1]}"
             raise NotAdmitted(Reason.AHEAD, self.first.owner(index), f"{clause}, {steps} ahead")
 
     def _maker(self, tensor: Any) -> int:
@@ -376,6 +382,42 @@ def _followed(who: Any, work: Callable[[], Axes]) -> Axes:
         raise NotAdmitted(
             Reason.UNPROVEN, who, f"uses a constant through which the time axis cannot be followed ({error})"
         ) from error
+
+
+def _elements_aligned(inputs: Sequence[_Value]) -> tuple[list[_Value], list[Need]]:
+    """Do the same for inputs of which a time step brings several elements.
+
+    Raises:
+        LostAxisError: not as many of each input.
+    """
+    places = [
+        next((i for i, dim in enumerate(value.axes) if time_of([dim])), None)
+        if isinstance(value, Data)
+        else None
+        for value in inputs
+    ]
+    times: list[Time | None] = []
+    for value, place in zip(inputs, places, strict=True):
+        time = elements(value.axes[place]) if isinstance(value, Data) and place is not None else None
+        if time is None and place is not None:
+            raise LostAxisError("time shares its dimension with the rows")
+        times.append(time)
+    if len({time.per for time in times if time is not None}) > 1:
+        raise LostAxisError("two values have different numbers of elements for each time step")
+    static = any(
+        isinstance(value, Data) and place is None for value, place in zip(inputs, places, strict=True)
+    )
+    latest = max([0] * static + [time.start for time in times if time is not None])
+    found: list[_Value] = []
+    needs: list[Need] = []
+    for i, (value, place, time) in enumerate(zip(inputs, places, times, strict=True)):
+        if isinstance(value, Data) and place is not None and time is not None and time.start < latest:
+            needs.append(Need(Memory.DELAY, latest - time.start, i, per=time.per))
+            moved_time = Time(latest, time.extra, time.per)
+            found.append(dataclasses.replace(value, axes=placed(value.axes, place, moved_time)))
+        else:
+            found.append(value)
+    return found, needs
 
 
 def _into(call: CutCall) -> list[Any]:
@@ -671,6 +713,10 @@ def _aligned(kind: str, inputs: Sequence[_Value]) -> tuple[list[_Value], list[Ne
         return list(inputs), []
     data = [value for value in inputs if isinstance(value, Data)]
     times = [time_of(value.axes) for value in data]
+    if len(set(times)) < 2:
+        return list(inputs), []
+    if any(time is not None and time.per > 1 for time in times):
+        return _elements_aligned(inputs)
     starts = {0 if time is None else time.start for time in times}
     if len(starts) < 2:
         return list(inputs), []

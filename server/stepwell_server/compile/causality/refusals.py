@@ -16,6 +16,10 @@ class Reason(enum.Enum):
     )
     POSITION = "pass the position as an input feature, or remove it"
     LENGTH = "make it independent of the length: a served sequence has no end"
+    RATE = (
+        "use strides of 1 over time, or let each time step bring as many elements, as an input (batch, time, elements) that "
+        "the model reshapes to (batch, time * elements, 1)"
+    )
     END = (
         "repeat it for a fixed number of steps, which then run inside one step, or let a recurrent layer return "
         "sequences"

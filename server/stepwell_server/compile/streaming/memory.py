@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.causality.axes import Axes, time_of
+from stepwell_server.compile.causality.axes import Axes, by_elements, time_of
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.cut import Cut
 from stepwell_server.compile.causality.proof import NotAdmitted, Proof, needed
@@ -83,6 +83,8 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
             if not isinstance(data, Data):  # It accumulates constants; its result has their axes.
                 data = proof.values[tensor.graph.get_operation_by_name(owner).outputs[0].name]
             assert isinstance(data, Data)
+            if need.per > 1:
+                data = dataclasses.replace(data, axes=by_elements(data.axes))
             if not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
                 raise NotAdmitted(Reason.UNPROVEN, side.owner(index), f"keeps {tensor.dtype.name} values")
             name = _free(f"{_path(side, index)}/{_PARTS[need.kind]}", used)
@@ -92,7 +94,7 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
                 name,
                 _shape(need, data.axes),
                 "int32" if need.kind is Memory.COUNT else dtype,
-                need.rows if need.kind in (Memory.DELAY, Memory.WINDOW) else 0,
+                need.rows if need.kind in (Memory.DELAY, Memory.WINDOW) and need.per == 1 else 0,
             )
             found.append(Slot(owner, need, tensor, data, spec))
     return tuple(found)
@@ -152,7 +154,8 @@ def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
         case Memory.TOTAL | Memory.FIRST:
             return tuple(plain_sizes(axes))
         case Memory.DELAY | Memory.WINDOW:
-            return (need.rows, *plain_sizes(axes))
+            apart = need.per > 1  # Then it keeps elements, of which a time step brings several.
+            return (need.rows, *plain_sizes(dim for dim in axes if not (apart and time_of([dim]))))
 
 
 def _owners(side: Cut) -> Iterator[tuple[str, int, list[Any]]]:

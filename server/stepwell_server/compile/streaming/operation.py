@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stepwell_server.compile.causality.axes import BATCH, Axes
+from stepwell_server.compile.causality.axes import BATCH, Axes, time_of
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.rules.elementwise import BROADCAST
 from stepwell_server.compile.causality.values import Array, Const, Data
@@ -36,6 +36,17 @@ class States:
             return tf.concat([before, now], 1)
         return tf.concat([*(_part(before, place, 1) for place in range(0, need.rows, gap)), now], 1)
 
+    def elements(self, owner: str, need: Need, value: Any, axes: Axes) -> Any:
+        """Return the elements that are kept of an input, then those of this time step, ``(rows, elements, sizes...)``."""
+        place = time_place(axes)
+        sizes = plain_sizes(axes[:place]), plain_sizes(axes[place + 1 :])
+        now = tf.reshape(value, [-1, *sizes[0], need.per, *sizes[1]])
+        at, rank = 1 + len(sizes[0]), len(now.shape)
+        now = now if at == 1 else tf.transpose(now, [0, at, *range(1, at), *range(at + 1, rank)])
+        found = tf.concat([self.before(owner, need, now.dtype), now], 1)
+        self.after[owner, need] = _part(found, need.per, need.rows)
+        return found
+
     def oldest(self, owner: str, need: Need, row: Any) -> Any:
         """Return the oldest of the rows that are kept of an input."""
         rows = self.window(owner, need, row, need.rows)
@@ -44,7 +55,10 @@ class States:
     def delayed(self, owner: str, needs: tuple[Need, ...], i: int, value: Any, axes: Axes) -> Any:
         """Return what an input was some time steps ago, if its owner needs that."""
         for need in needs:
-            if need.kind is Memory.DELAY and need.input == i:
+            if need.kind is Memory.DELAY and need.input == i and need.per > 1:
+                kept = self.elements(owner, need, value, axes)
+                value = in_place(_part(kept, 0, need.per), axes, time_place(axes))
+            elif need.kind is Memory.DELAY and need.input == i:
                 row = tf.reshape(value, [-1, *plain_sizes(axes)])
                 value = tf.reshape(self.oldest(owner, need, row), step_shape(axes))
         return value
@@ -179,7 +193,12 @@ class Operation:
         return tf.reshape(tf.where(is_padding, padding, self.row(i)), step_shape(self.axes(i)))
 
     def window(self, need: Need, value: Any, gap: int = 1) -> Any:
-        """Return every ``gap``-th of the rows that it keeps of an input, and the current one: ``(rows, ..., sizes...)``."""
+        """Return every ``gap``-th of the rows that it keeps of an input, and the current one: ``(rows, ..., sizes...)``.
+
+        Where a time step brings several elements, they are all elements that it keeps, and those of this time step.
+        """
+        if need.per > 1:
+            return self._states.elements(self.op.name, need, value, self.axes(need.input))
         row = tf.reshape(value, [-1, *plain_sizes(self.axes(need.input))])
         return self._states.window(self.op.name, need, row, gap)
 
@@ -192,6 +211,20 @@ class Operation:
     def shaped(self, value: Any) -> Any:
         """Return ``(rows, sizes...)`` in the shape of the result."""
         return tf.reshape(value, step_shape(self.out()))
+
+
+def time_place(axes: Axes) -> int:
+    """Return the dimension with the time axis."""
+    return next((i for i, dim in enumerate(axes) if time_of([dim]) is not None), 0)
+
+
+def in_place(rows: Any, axes: Axes, place: int) -> Any:
+    """Return the rows of a window, ``(rows, kept + 1, sizes...)``, with the axes of the input that they are from."""
+    before = len(plain_sizes(axes[:place]))
+    order = [0, *range(2, 2 + before), 1, *range(2 + before, len(rows.shape))]
+    shape = step_shape(axes)
+    shape[place] = int(rows.shape[1])
+    return tf.reshape(tf.transpose(rows, order) if before else rows, shape)
 
 
 def _part(rows: Any, first: int, count: int) -> Any:
@@ -209,6 +242,9 @@ def spread(value: Array, dtype: Any, axes: Axes, like: Any) -> Any:
     constant = tf.constant(value, dtype)
     times: list[Any] = [1] * len(axes)
     for axis, dim in enumerate(axes):
+        time = time_of([dim])
         if BATCH in dim:
             times[axis] = tf.shape(like)[0]
+        elif time is not None:
+            times[axis] = time.per
     return tf.tile(constant, tf.stack(times))

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.axes import Axes, is_plain, time_of
+from stepwell_server.compile.causality.axes import elements, is_plain
 from stepwell_server.compile.causality.call import Memory
 from stepwell_server.compile.causality.rules.sums import convolution_padding
 from stepwell_server.compile.graph.tensorflow_setup import tf
-from stepwell_server.compile.streaming.operation import Operation
+from stepwell_server.compile.streaming.operation import Operation, in_place, time_place
 from stepwell_server.compile.streaming.replay import again, plain_sizes, step_shape
 
 Maker = Callable[[Operation], "list[Any]"]
@@ -154,7 +154,7 @@ def _accumulated(one: Operation) -> list[Any]:
 def _convolved(one: Operation) -> list[Any]:
     """Convolve the rows of a window, without those in gaps (a dilation rate)."""
     axes = one.axes()
-    place, need = _time_place(axes), one.need(Memory.WINDOW)
+    place, need = time_place(axes), one.need(Memory.WINDOW)
     gaps = [int(gap) for gap in one.op.get_attr("dilations")]
     kernel = one.constant(1)
     value = one.behind(tf.zeros((), one.data().dtype))
@@ -163,12 +163,12 @@ def _convolved(one: Operation) -> list[Any]:
         count, channels = int(rows.shape[1]), math.prod(plain_sizes(axes[-1:]))
         *window, per_group, filters = one.op.inputs[1].shape.as_list()
         has_space = plain_sizes(axes[:-1]) or math.prod(window) != count
-        if one.kind != "DepthwiseConv2dNative" and not has_space and per_group == channels:
+        if one.kind != "DepthwiseConv2dNative" and not has_space and per_group == channels and need.per == 1:
             # One product of matrices, which LiteRT computes faster than a convolution.
             kernel = tf.reshape(kernel, [count * channels, filters])
             return [one.shaped(tf.matmul(tf.reshape(rows, [-1, count * channels]), kernel))]
-        value = _in_place(rows, axes, place)
-        gaps[place] = 1
+        value = in_place(rows, axes, place)
+        gaps[place] = 1 if need.per == 1 else gaps[place]
     paddings = [[0, 0] for _ in axes]
     for axis in range(1, len(axes) - 1):
         if axis != place and is_plain(axes[axis]):
@@ -196,26 +196,27 @@ def _pooled(one: Operation) -> list[Any]:
     need = one.need(Memory.WINDOW)
     if need is None:
         return _as_it_was(one)
-    return again(one.op, [_in_place(one.window(need, one.data()), axes, _time_place(axes))])
-
-
-def _time_place(axes: Axes) -> int:
-    return next((i for i, dim in enumerate(axes) if time_of([dim]) is not None), 0)
-
-
-def _in_place(rows: Any, axes: Axes, place: int) -> Any:
-    """Return the rows of a window, ``(rows, kept + 1, sizes...)``, with the axes of the input that they are from."""
-    before = len(plain_sizes(axes[:place]))
-    order = [0, *range(2, 2 + before), 1, *range(2 + before, len(rows.shape))]
-    shape = step_shape(axes)
-    shape[place] = int(rows.shape[1])
-    return tf.reshape(tf.transpose(rows, order) if before else rows, shape)
+    return again(one.op, [in_place(one.window(need, one.data()), axes, time_place(axes))])
 
 
 def _transposed_convolution(one: Operation) -> list[Any]:
-    shape = step_shape(one.out())
-    sizes = tf.stack([tf.shape(one.data(2))[0] if size < 0 else size for size in shape])
-    return again(one.op, [sizes, one.constant(1), one.data(2)])
+    """Spread the elements of a window; only results that begin in this time step are whole."""
+    axes, shape, need = one.axes(2), step_shape(one.out()), one.need(Memory.WINDOW)
+    place, value, changed = time_place(axes), one.data(2), dict[str, Any]()
+    time, kept = elements(axes[place]), 0 if need is None else need.rows
+    size, stride = one.op.inputs[1].shape.as_list()[place - 1], one.op.get_attr("strides")[place]
+    count = shape[place]
+    if time is not None and place and (size, stride) != (1, 1):
+        value = value if need is None else in_place(one.window(need, value), axes, place)
+        shape[place] = (kept + time.per - 1) * stride + max(size, stride)
+        changed = {"padding": b"VALID"}
+    sizes = tf.stack([tf.shape(value)[0] if length < 0 else length for length in shape])
+    (result,) = again(one.op, [sizes, one.constant(1), value], **changed)
+    if changed:
+        first, counts = [0] * len(shape), [-1] * len(shape)
+        first[place], counts[place] = kept * stride, count
+        result = tf.slice(result, first, counts)
+    return [result]
 
 
 def _summed(one: Operation) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -153,12 +154,16 @@ def is_fixed(const: Const) -> bool:
 
 def plain_sizes(axes: Iterable[Any]) -> list[int]:
     """Return the sizes of one row of one time step, in order."""
-    return [int(factor) for dim in axes for factor in dim if isinstance(factor, int)]
+    return [size for dim in axes for factor in dim if (size := _size(factor))]
+
+
+def _size(factor: Any) -> int:
+    """Return the size of a factor in one row of one time step; 0 if it has none."""
+    if isinstance(factor, Time):
+        return factor.per if factor.per > 1 else 0
+    return factor if isinstance(factor, int) else 0
 
 
 def step_shape(axes: Iterable[Any]) -> list[int]:
     """Return the shape of one time step; -1 where the rows are."""
-    return [
-        -1 if BATCH in dim else int(np.prod([factor for factor in dim if isinstance(factor, int)] or [1]))
-        for dim in axes
-    ]
+    return [-1 if BATCH in dim else math.prod(plain_sizes([dim])) for dim in axes]

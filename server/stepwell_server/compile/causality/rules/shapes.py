@@ -14,9 +14,11 @@ from stepwell_server.compile.causality.axes import (
     LostAxisError,
     Pair,
     Time,
+    dim_of,
+    elements,
     is_plain,
-    moved,
     normal,
+    placed,
     time_of,
 )
 from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
@@ -38,8 +40,8 @@ def require_plain(dim: Dim, clause: str) -> None:
 
 
 def stream(dim: Dim) -> Time | None:
-    """Return the time axis if a dimension is nothing else."""
-    return dim[0] if len(dim) == 1 and isinstance(dim[0], Time) else None
+    """Return the time axis if a dimension is nothing else, and a time step brings one element."""
+    return dim[0] if len(dim) == 1 and isinstance(dim[0], Time) and dim[0].per == 1 else None
 
 
 def lengthened(call: Call, time: Time, before: int, after: int, i: int = 0) -> Time:
@@ -50,9 +52,11 @@ def lengthened(call: Call, time: Time, before: int, after: int, i: int = 0) -> T
     """
     if after and time.start + time.extra < 0:
         raise Refusal(Reason.LENGTH, "pads the end of a sequence that lags behind")
+    if before and time.start > 0 and time.per > 1:
+        raise Refusal(Reason.UNPROVEN, "pads a part of the elements of a time step")
     if before:
         call.remember(Memory.COUNT, max(time.start, 0), i)
-    return Time(time.start - before, time.extra + before + after)
+    return Time(time.start - before, time.extra + before + after, time.per)
 
 
 def axis_of(call: Call, i: int, rank: int) -> int:
@@ -62,7 +66,29 @@ def axis_of(call: Call, i: int, rank: int) -> int:
 
 
 def _reshape(call: Call) -> Sequence[Axes]:
-    return [call.scales.reshape(call.data(0).axes, call.out())]
+    axes, sizes = call.data(0).axes, call.out()
+    try:
+        return [call.scales.reshape(axes, sizes)]
+    except LostAxisError:
+        return [call.scales.reshape(_of_whole_steps(call, axes), sizes)]
+
+
+def _of_whole_steps(call: Call, axes: Axes) -> Axes:
+    """Return axes after their elements have waited until those of a group, that of one time step, are all there.
+
+    Group ``g`` ends with the element ``per * (g + 1) - 1``, which depends on no input after the time step ``g + start /
+    per``, rounded up.
+
+    Raises:
+        LostAxisError: no time step brings several elements, or the last group is not whole.
+    """
+    time = time_of(axes)
+    if time is None or time.per == 1 or time.extra % time.per:
+        raise LostAxisError("a reshape cuts through the batch or the time axis")
+    start = -(-time.start // time.per)
+    call.remember(Memory.DELAY, start * time.per - time.start, per=time.per)
+    place = next(i for i, dim in enumerate(axes) if time_of([dim]))
+    return placed(axes, place, Time(start * time.per, time.extra, time.per))
 
 
 def _expand_dims(call: Call) -> Sequence[Axes]:
@@ -164,7 +190,7 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
         return (), True
     if stride < 0:
         raise mixed(dim, "reverses")
-    time, first = stream(dim), begin or Pair(0, 0)
+    time, first = elements(dim), begin or Pair(0, 0)
     if stride == 1 and end == (first.first + 1, first.second + 1) and _is_first(call, dim, first):
         return (), False
     if stride == 1 and time is not None:
@@ -174,7 +200,7 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
         if skipped.is_same and cut.is_same:
             call.notes.looks = "takes a part of the time axis"
             shorter = time.extra - skipped.first - cut.first
-            return (Time(time.start + skipped.first, shorter),), False
+            return dim_of(Time(time.start + skipped.first, shorter, time.per)), False
     raise mixed(dim, "takes a part of")
 
 
@@ -230,10 +256,10 @@ def _joined(call: Call, parts: Sequence[Dim]) -> Dim:
     timed = [i for i, dim in enumerate(parts) if not is_plain(dim)]
     if not timed:
         return (0,)  # Its size is in the result's shape.
-    (place, *others), time = timed, stream(parts[timed[0]])
+    (place, *others), time = timed, elements(parts[timed[0]])
     data = [i for i, value in enumerate(call.inputs[:-1]) if isinstance(value, Data) and i != place]
     first = place == 1 and data == [0] and call.scales.size(parts[0]) == (1, 1)
-    if others or time is None or (data and not first):
+    if others or time is None or (data and not (first and time.per == 1)):
         raise mixed(parts[place], "joins values along")
     if first:  # It is known from the first time step on, and so is what follows it.
         call.remember(Memory.DELAY, 1 - min(time.start, 1), place)
@@ -241,7 +267,7 @@ def _joined(call: Call, parts: Sequence[Dim]) -> Dim:
     elif time.start > 0:
         _require_one_padding(call, parts[:place])
     counts = [call.scales.size(dim).first for dim in parts]
-    return (lengthened(call, time, sum(counts[:place]), sum(counts[place + 1 :]), place),)
+    return dim_of(lengthened(call, time, sum(counts[:place]), sum(counts[place + 1 :]), place))
 
 
 def _require_one_padding(call: Call, parts: Sequence[Dim]) -> None:
@@ -298,12 +324,12 @@ def _pad(call: Call) -> Sequence[Axes]:
     for i, dim in enumerate(axes):
         before, after = paddings[2 * i : 2 * i + 2]
         if (before, after) != ((0, 0), (0, 0)):
-            time = stream(dim)
+            time = elements(dim)
             if time is None or call.kind == "MirrorPad":
                 require_plain(dim, "pads")
             else:
                 call.require_same(before, after)
-                axes = moved(axes, lengthened(call, time, before.first, after.first))
+                axes = placed(axes, i, lengthened(call, time, before.first, after.first))
     for i in range(2, len(call.inputs)):
         broadcast(call, [i])
     return [_sized(call, axes)]

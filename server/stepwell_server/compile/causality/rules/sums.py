@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stepwell_server.compile.causality.axes import Axes, Dim, LostAxisError, Time, is_plain, moved
+from stepwell_server.compile.causality.axes import (
+    Axes,
+    Dim,
+    LostAxisError,
+    Time,
+    elements,
+    is_plain,
+    placed,
+)
 from stepwell_server.compile.causality.call import Call, Memory, Rule
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.rules.shapes import lengthened, mixed, require_plain, stream
+from stepwell_server.compile.causality.rules.shapes import lengthened, mixed, require_plain
 from stepwell_server.compile.causality.values import Data
 
 _REDUCTIONS = ("All", "Any", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum")
@@ -104,14 +112,18 @@ def _convolution(call: Call) -> Sequence[Axes]:
         if is_plain(axes[axis]):
             continue
         size, stride = kernel[place], call.attr("strides")[axis]
-        time, clause = stream(axes[axis]), f"has a window of {size} over"
-        if time is None or stride != 1:
+        time, clause = elements(axes[axis]), f"has a window of {size} over"
+        if time is None:
             if size != 1 or stride != 1 or call.attr("padding") == b"EXPLICIT":
                 raise mixed(axes[axis], clause)
             continue
-        reach = (size - 1) * call.attr("dilations")[axis]
+        reach, gap = (size - 1) * call.attr("dilations")[axis], call.attr("dilations")[axis]
+        if stride > 1 and call.attr("padding") == b"SAME":
+            raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with padding by its length")
+        if time.per > 1 and gap > 1 and call.kind != "Conv2D":
+            raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with gaps ({call.kind})")
         before, after = convolution_padding(call.first, axis, reach)
-        axes = moved(axes, _slid(call, time, reach, before, after, f"{clause} the time axis"))
+        axes = placed(axes, axis, _slid(call, time, reach, before, after, f"{clause} the time axis", stride))
     return [_windowed(call, axes, spatial)]
 
 
@@ -126,36 +138,77 @@ def convolution_padding(op: Any, axis: int, reach: int) -> tuple[int, int]:
     return 0, 0
 
 
-def _slid(call: Call, time: Time, reach: int, before: int, after: int, clause: str) -> Time:
-    """Return the time axis after a window of ``reach`` elements and the next one."""
+def _slid(call: Call, time: Time, reach: int, before: int, after: int, clause: str, stride: int = 1) -> Time:
+    """Return the time axis after a window of ``reach`` elements and the next one, which moves by ``stride``.
+
+    Window ``j`` ends with the element ``j * stride + reach``, so it depends on no input after the time step ``(j * stride
+    + reach + start) // per``. If ``stride`` divides ``per``, this is ``(j + (reach + start) // stride) // (per / stride)``.
+    A time step then ends ``per / stride`` windows, the first of which begins ``reach - (reach + start) % stride`` elements
+    before those that the time step brings.
+    """
     call.notes.looks = clause
+    if time.per % stride:
+        each = "one element" if time.per == 1 else f"{time.per} elements"
+        raise Refusal(Reason.RATE, f"{clause} and moves by {stride}, but a time step brings {each}")
     padded = lengthened(call, time, before, after)
-    call.remember(Memory.WINDOW, reach, padding=before)
-    return Time(padded.start + reach, padded.extra - reach)
+    start, skipped = divmod(padded.start + reach, stride)
+    if reach < skipped:
+        raise Refusal(Reason.UNPROVEN, f"{clause} that leaves out elements")
+    call.remember(Memory.WINDOW, reach - skipped, padding=before, per=time.per)
+    return Time(start, (padded.extra - reach - 1) // stride + 1, time.per // stride)
 
 
 def _transposed_convolution(call: Call) -> Sequence[Axes]:
+    """Transposed convolutions with channels last."""
     axes, kernel = call.data(2).axes, _weights(call, 1)
     spatial = _spatial(call, len(axes))
     for place, axis in enumerate(spatial):
-        if not is_plain(axes[axis]) and (kernel[place] != 1 or call.attr("strides")[axis] != 1):
-            raise mixed(axes[axis], f"has a window of {kernel[place]} over")
+        size, stride = kernel[place], call.attr("strides")[axis]
+        if not is_plain(axes[axis]) and (size, stride) != (1, 1):
+            time, clause = elements(axes[axis]), f"has a window of {size} over"
+            if time is None:
+                raise mixed(axes[axis], clause)
+            axes = placed(axes, axis, _spread(call, time, axis, size, f"{clause} the time axis"))
     return [_windowed(call, axes, spatial)]
+
+
+def _spread(call: Call, time: Time, axis: int, size: int, clause: str) -> Time:
+    """Return the time axis after a transposed convolution.
+
+    Element ``i`` adds to the results from ``stride * i - left`` on, ``size`` of them, where ``left`` are those that
+    padding="same" leaves out. So the result ``j`` depends on no input after the time step of the element ``(j + left) //
+    stride``, which is ``(j + left + stride * start) // (stride * per)``. The results that a time step ends need
+    ``(size - 1) // stride`` elements before those that it brings.
+    """
+    call.notes.looks = clause
+    stride, is_same = call.attr("strides")[axis], call.attr("padding") == b"SAME"
+    space = [place for place in _spatial(call, len(call.first.outputs[0].shape)) if place != axis]
+    sizes = _weights(call, 1)
+    if is_same and any((sizes[place - 1], call.attr("strides")[place]) != (1, 1) for place in space):
+        raise Refusal(Reason.UNPROVEN, f"{clause} and over space, with padding by their sizes")
+    if call.attr("padding") == b"EXPLICIT" or call.attr("dilations")[axis] != 1 or time.start > 0:
+        raise Refusal(Reason.UNPROVEN, f"{clause} in a way that the proof does not follow")
+    if time.start + time.extra < 0:
+        raise Refusal(Reason.LENGTH, "spreads the end of a sequence that lags behind")
+    left = max(size - stride, 0) // 2 if is_same else 0
+    extra = stride * time.extra if is_same else stride * (time.extra - 1) + max(size, stride)
+    call.remember(Memory.WINDOW, (size - 1) // stride, 2, per=time.per)
+    return Time(stride * time.start + left, extra, stride * time.per)
 
 
 def _pooling(call: Call) -> Sequence[Axes]:
     axes = call.data(0).axes
     spatial = _spatial(call, len(axes))
     for axis in spatial:
-        size, time = call.attr("ksize")[axis], stream(axes[axis])
-        if is_plain(axes[axis]) or (size, call.attr("strides")[axis]) == (1, 1):
+        size, stride, time = call.attr("ksize")[axis], call.attr("strides")[axis], elements(axes[axis])
+        if is_plain(axes[axis]) or (size, stride) == (1, 1):
             continue
         clause = f"pools {size} elements of"
-        if time is None or call.attr("strides")[axis] != 1:
+        if time is None:
             raise mixed(axes[axis], clause)
         if call.attr("padding") != b"VALID":  # It pools fewer elements at the ends.
             raise Refusal(Reason.AHEAD, f"{clause} the time axis, also later ones")
-        axes = moved(axes, _slid(call, time, size - 1, 0, 0, f"{clause} the time axis"))
+        axes = placed(axes, axis, _slid(call, time, size - 1, 0, 0, f"{clause} the time axis", stride))
     return [_windowed(call, axes, spatial)]
 
 
