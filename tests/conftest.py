@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark and leave out what another run tries: see `support.samples`."""
     from support import samples
 
-    samples.mark_alternatives(items)
+    samples.mark(items)
     chosen = samples.cases(items)
     if left_out := set(items).difference(chosen):
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])

@@ -30,6 +30,8 @@ _ALTERNATIVES = ("store_kind", "client", "shell", "durability", "defect")
 #: And of a quick test: where it is slow, CI is to try it on the native front, which is the one that is used, too.
 _QUICK_ALTERNATIVES = (*_ALTERNATIVES, "front")
 _MEASURED_ONE_IN = 3
+#: Where a test with at least so many slow cases tries models: CI runs one case in so many.
+_TABLES, _MANY, _MANY_ONE_IN = "tests/congruence/", 4, 3
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
 _IS_MEASURED = pytest.StashKey[bool]()
@@ -78,6 +80,25 @@ def mark_alternatives(items: Iterable[pytest.Item]) -> None:
         for item in others:
             item.add_marker(pytest.mark.slow)
             if item is not in_ci:
+                item.add_marker(pytest.mark.soak)
+
+
+def mark(items: Sequence[pytest.Item]) -> None:
+    """Mark which tests are slow, and which run in soaks only."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    mark_alternatives(items)
+    _mark_many(slow)
+
+
+def _mark_many(slow: Iterable[pytest.Item]) -> None:
+    """Mark most cases `soak` of a test of models that has many which are slow in themselves."""
+    of: dict[str, list[pytest.Item]] = {}
+    for item in slow:
+        if item.nodeid.startswith(_TABLES) and not item.get_closest_marker("soak"):
+            of.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in of.values():
+        for place, item in enumerate(found if len(found) >= _MANY else ()):
+            if place % _MANY_ONE_IN:
                 item.add_marker(pytest.mark.soak)
 
 

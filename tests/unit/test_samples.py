@@ -136,6 +136,19 @@ def test_of_a_long_table_ci_runs_half() -> None:
     assert marks == [[], soak, slow, soak, [], soak, slow, soak, []]
 
 
+def test_of_many_slow_models_ci_runs_a_third() -> None:
+    items: Any = [
+        *(Item(f"tests/congruence/a.py::test_many[{case}]", is_slow=True) for case in range(60)),
+        *(Item(f"tests/congruence/a.py::test_quick[{case}]") for case in range(60)),
+        *(Item(f"tests/congruence/a.py::test_few[{case}]", is_slow=True) for case in range(3)),
+        *(Item(f"tests/fault/a.py::test_faults[{case}]", is_slow=True) for case in range(60)),
+    ]
+    samples.mark(items)
+    left_out = [item.nodeid for item in items if item.get_closest_marker("soak")]
+    assert all("test_many" in name for name in left_out)
+    assert len(left_out) == 40
+
+
 def test_without_the_variable_all_run_in_their_order() -> None:
     items = marked()
     assert samples.cases(items, None) == items
