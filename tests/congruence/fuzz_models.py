@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from support.models.programs import compile_model
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.models import random_models
+from support.models.programs import compile_model
 
 STEPS, ROWS = 800, 3
 #: Rounding, as a share of the output's scale, and times what one rounding of the inputs does to Keras.

@@ -237,6 +237,12 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
         causal.apply("cumulated_numbers"),
         r"step by step: the layer 'cumulated_numbers' \(Apply\) has a different constant for each time step; pass",
     ),
+    "other for the fewest steps": (
+        lambda k, x: k.layers.ZeroPadding1D((2, 0))(
+            causal.apply("other_for_one_step")(k, k.layers.Conv1D(2, 3)(x))
+        ),
+        r"the layer 'other_for_one_step' \(Apply\) computes something different for one time step than for many; make",
+    ),
     "a sum of later ones": (
         lambda k, x: k.ops.cumsum(x[:, 1:], 1),
         r"not causal: the operation 'cumsum\w*' \(Cumsum\) looks ahead: it accumulates along the time axis after",
@@ -261,7 +267,11 @@ def test_padding_that_depends_on_a_static_input_is_not_taken_for_a_constant(
 ) -> None:
     x, static = keras.Input((None, 4)), keras.Input((4,))
     padded = keras.layers.ZeroPadding1D((2, 0))(x) + keras.ops.expand_dims(static, 1)
-    with pytest.raises(ModelError, match=r"'conv' \(Conv1D\) looks ahead"):
+    said = (
+        r"step by step: the operation 'add\w*' \(Add\) computes padding with a value of the inputs that has no time axis, "
+        r"which a session does not know before its first step; do that before the padding, or pass"
+    )
+    with pytest.raises(ModelError, match=said):
         trace_and_probe(keras.Model([x, static], keras.layers.Conv1D(2, 3, name="conv")(padded)))
 
 

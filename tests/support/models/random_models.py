@@ -69,6 +69,24 @@ def _difference(keras: Any, _rng: Rng, x: Any) -> Any:
     return keras.layers.ZeroPadding1D((1, 0))(x[:, 1:] - x[:, :-1])
 
 
+def _samples(keras: Any, rng: Rng, x: Any) -> Any:
+    """Windows over the features, as if they were the samples of a frame."""
+    kernel, stride = int(rng.integers(2, 9)), int(_pick(rng, 1, 2, 4))
+    y = keras.layers.Reshape((-1, 1))(x)
+    y = keras.layers.ZeroPadding1D((max(kernel - stride, 0), max(stride - kernel, 0)))(y)
+    y = keras.layers.Conv1D(4, kernel, strides=stride)(y)
+    return keras.layers.Dense(4)(keras.layers.Reshape((-1, 16 // stride))(y))
+
+
+def _codec(keras: Any, rng: Rng, x: Any) -> Any:
+    """Down and up again by transposed convolutions."""
+    kernel = int(rng.integers(2, 7))
+    y = keras.layers.Conv1DTranspose(3, kernel, strides=2, activation="tanh")(x)
+    y = y[:, : -(kernel - 2)] if kernel > 2 else y
+    y = keras.layers.AveragePooling1D(3, 2)(keras.layers.ZeroPadding1D((1, 0))(y))
+    return keras.layers.Dense(4)(y)
+
+
 GOOD: dict[str, Maker] = {
     "recurrent": _recurrent,
     "stacked": _stacked,
@@ -106,6 +124,8 @@ GOOD: dict[str, Maker] = {
     "first_steps_left_out": _odd("first_steps_left_out", 200),
     "numbered": _odd("numbered"),
     "first_step": _odd("first_step"),
+    "samples": _samples,
+    "codec": _codec,
     "lag_behind_the_first": lambda k, _r, x: k.ops.concatenate([x[:, :1], x[:, :-1]], 1),
 }
 BAD: dict[str, Maker] = {

@@ -310,13 +310,13 @@ def cut(interface: Interface, temporal: Sequence[bool]) -> Cuts:
     return Cuts(tuple(temporal), SCALES, one[0], two[0])
 
 
-def cut_one_step(interface: Interface, cuts: Cuts) -> Cut:
-    """Trace the model on one time step, as it is served, with the same loops left out as in the longer traces.
+def cut_few_steps(interface: Interface, cuts: Cuts, steps: int) -> Cut:
+    """Trace the model on one or a few time steps, with the same loops left out as in the longer traces.
 
     Raises:
-        CutError: it does not run on one time step.
+        CutError: it does not run on so few.
     """
-    scale = Scale(rows=cuts.first.scale.rows, steps=1)
+    scale = Scale(rows=cuts.first.scale.rows, steps=steps)
     return _cut(interface, cuts.temporal, scale, kinds=cuts.first.kinds)[0]
 
 

@@ -142,6 +142,8 @@ class _Walk:
         """Place of the operation that the walk is at."""
         self.looks: dict[str, tuple[int, str]] = {}
         """For tensors that look ahead, the place of the first operation that does, and its clause."""
+        self.spent: dict[str, tuple[int, int]] = {}
+        """Tensors whose padding met a value without a time axis: the place of that operation, and the padded elements."""
 
     def run(self) -> Proof:
         """Walk through the graphs and check their results."""
@@ -306,6 +308,14 @@ class _Walk:
         time = time_of(value.axes) if isinstance(value, Data) else None
         if time is not None and time.start > 0:
             index, clause = self.looks[tensor.name]
+            place, padded = self.spent.get(tensor.name, (0, 0))
+            if padded >= time.start:
+                raise NotAdmitted(
+                    Reason.PADDING,
+                    self.first.owner(place),
+                    "computes padding with a value of the inputs that has no time axis, which a session does not know before "
+                    "its first step",
+                )
             ahead = -(-time.start // time.per)
             steps = f"{ahead} time step{'s'[: ahead > 1]}"
             raise NotAdmitted(Reason.AHEAD, self.first.owner(index), f"{clause}, {steps} ahead")
@@ -611,6 +621,7 @@ class _Frame:
             needs.append(Need(Memory.COUNT, _MAX_NUMBER, others[0][0]))
             self.walk.numbers[one.name] = {i: number.from_step(start) for i, number in numbers.items()}
         call = Call(one, two, tuple(aligned), self.walk.scales)
+        spent = self._spent(one, inputs, needs)
         ends = any(value.ends for value in inputs if isinstance(value, Data))
         results: list[_Value] = []
         for i, found in enumerate(rule(call)):
@@ -620,8 +631,17 @@ class _Frame:
             data = found if isinstance(found, Data) else Data(found, ends)
             results.append(self._checked(call, i, data))
             self._look(call, i, data)
+            if spent is not None:
+                self.walk.spent[one.outputs[i].name] = spent
         self._keep(one, inputs, (*needs, *call.notes.needs))
         return results
+
+    def _spent(self, op: Any, inputs: Sequence[_Value], needs: Sequence[Need]) -> tuple[int, int] | None:
+        """Return where padding waits for a value without a time axis: here, or where it did before."""
+        is_static = any(isinstance(value, Data) and not value.has_time for value in inputs)
+        if is_static and (waits := [need.rows for need in needs if need.kind is Memory.DELAY]):
+            return self.walk.index, max(waits)
+        return next(filter(None, (self.walk.spent.get(value.name) for value in op.inputs)), None)
 
     def _look(self, call: Call, i: int, data: Data) -> None:
         """Remember why a result looks ahead: an input did already, or this operation does."""

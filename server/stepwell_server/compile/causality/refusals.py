@@ -14,6 +14,7 @@ class Reason(enum.Enum):
         "use forward layers: a step knows only earlier time steps, so pad a window at its front only (padding='causal', or "
         "ZeroPadding1D((n, 0)))"
     )
+    PADDING = "do that before the padding, or pass the value as a feature of each time step"
     POSITION = "pass the position as an input feature, or remove it"
     LENGTH = "make it independent of the length: a served sequence has no end"
     RATE = (

@@ -15,7 +15,7 @@ from stepwell_server.compile.causality.blame import (
     one_step_problem,
     refusal_of,
 )
-from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut_one_step
+from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut_few_steps
 from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import NotAdmitted, prove
 from stepwell_server.compile.causality.proof import Proof as GraphProof
@@ -186,11 +186,8 @@ def _admit(
     """
     try:
         proof = prove(cuts)
-        try:
-            require_same(cuts, _one_step(interface, cuts), proof.numbers)
-        except ModelError:
-            if not proof.needs:  # Else Keras itself need not run on one time step: a window may be longer.
-                raise
+        for few in _few_steps(interface, cuts, proof.steps):
+            require_same(cuts, few, proof.numbers)
     except NotAdmitted as found:
         if not options.trust or found.reason in _NEVER_TRUSTED:
             raise refusal_of(sampler, cuts.temporal, found) from found
@@ -206,11 +203,20 @@ def _refusing(sampler: Sampler, temporal: Sequence[bool]) -> Iterator[None]:
         raise refusal_of(sampler, temporal, found) from found
 
 
-def _one_step(interface: Interface, cuts: Cuts) -> Cut:
-    try:
-        return cut_one_step(interface, cuts)
-    except CutError as error:
-        raise one_step_problem(interface, error) from error
+def _few_steps(interface: Interface, cuts: Cuts, left_out: int) -> Iterator[Cut]:
+    """Trace the model on one time step, and on one more than it leaves out. Keras may fail on fewer than that."""
+    for steps in sorted({1, left_out + 1}):
+        try:
+            yield cut_few_steps(interface, cuts, steps)
+        except CutError as error:
+            if steps == left_out + 1:
+                is_one = steps == 1
+                problem = (
+                    one_step_problem(interface, error)
+                    if is_one
+                    else length_problem(interface, cuts.temporal, error)
+                )
+                raise problem from error
 
 
 def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:
