@@ -200,6 +200,14 @@ _add(
 )
 _add("difference_behind_the_first", lambda k, x: k.ops.concatenate([x[:, :1], x[:, 1:] - x[:, :-1]], 1))
 _add("lag_behind_the_first", lambda k, x: _conv(k, k.ops.concatenate([x[:, :1], x[:, :-1]], 1)))
+_add("frames_before", apply("frames_before", 5))
+_add("chosen_lags", apply("chosen_lags"))
+_add(
+    "sequences_extracted",
+    lambda k, x: k.ops.max(
+        k.ops.moveaxis(k.ops.extract_sequences(k.ops.transpose(_front(k, x, 3), (0, 2, 1)), 4, 1), 1, 3), 2
+    ),
+)
 _add("mean_so_far", apply("mean_so_far"))
 _add("first_steps_left_out", apply("first_steps_left_out", 5))
 _add("numbered_differences", lambda k, x: _front(k, apply("numbered")(k, x[:, 1:] - x[:, :-1]), 1))

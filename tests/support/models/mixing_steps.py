@@ -121,6 +121,9 @@ SHIFTS = [
     before_rnn("lead_by_roll", odd("lag_by_roll", -9), ahead("lag", "shifts the time axis")),
     *(before_rnn(f"lead_by_gather_{n}", odd("lead_by_gather", n), ahead("lead")) for n in (1, 200)),
     *(before_rnn(f"lag_by_gather_{n}", odd("lag_by_gather", n), back("lag")) for n in (1, 200)),
+    before_rnn(
+        "later_lags", odd("later_lags"), ahead("later", "takes frames of the time axis, 1 time step ahead")
+    ),
     before_rnn("lag_by_reshape", odd("lag_by_reshape", 3), back("lag")),
     before_rnn("lag_by_python_loop", odd("lag_by_python_loop", 3), PYTHON_LOOP),
     *(

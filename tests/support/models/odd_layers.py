@@ -220,6 +220,29 @@ def every_second(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def frames_before(layer: Apply, x: Any) -> Any:
+    """Frames of the last ``n`` time steps, by TensorFlow's way to take them."""
+    padded = ops.pad(x, [[0, 0], [layer.n - 1, 0], [0, 0]])
+    return ops.mean(tf.signal.frame(padded, layer.n, 1, axis=1), 2)
+
+
+@kind
+def chosen_lags(layer: Apply, x: Any) -> Any:
+    """Some of the last time steps, by number, through a layer of features."""
+    padded = ops.pad(ops.tanh(x + layer.weight), [[0, 0], [7, 0], [0, 0]], constant_values=0.5)
+    places = ops.arange(ops.shape(x)[1])[:, None] + tf.constant([[7, 0, 5]])
+    chosen = ops.take(padded, places, 1)
+    return ops.reshape(chosen, (-1, ops.shape(x)[1], 3 * x.shape[2]))
+
+
+@kind
+def later_lags(layer: Apply, x: Any) -> Any:
+    padded = ops.pad(x, [[0, 0], [2, 1], [0, 0]])
+    places = ops.arange(ops.shape(x)[1])[:, None] + tf.constant([[3, 0]])
+    return ops.max(ops.take(padded, places, 1), 2)
+
+
+@kind
 def window_of_frames(layer: Apply, x: Any) -> Any:
     return tf.reshape(
         tf.signal.frame(x, layer.n, 1, pad_end=True, axis=1), (*x.shape[:2], layer.n * x.shape[2])

@@ -49,13 +49,10 @@ def require_same(cuts: Cuts, one: Cut, numbers: Mapping[str, Collection[int]]) -
                 raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             inputs = () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, strict=True)
             for i, (value, twin) in enumerate(inputs):
-                is_number = i in numbers.get(op.name, ())
-                alike = (
-                    _is_first(value, twin, evaluators)
-                    if is_number
-                    else _is_alike(value, twin, twins, evaluators)
-                )
-                if not alike:
+                may_be_number = i in numbers.get(op.name, ()) or (op.type, i) == ("GatherV2", 1)
+                if not _is_alike(value, twin, twins, evaluators) and not (
+                    may_be_number and _is_first(value, twin, evaluators)
+                ):
                     raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             if not _call_alike(op, other):
                 raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.axes import elements, is_plain
+from stepwell_server.compile.causality.axes import elements, is_plain, time_of
 from stepwell_server.compile.causality.call import Memory
 from stepwell_server.compile.causality.rules.sums import convolution_padding
 from stepwell_server.compile.graph.tensorflow_setup import tf
@@ -137,8 +137,22 @@ def _looked_up(one: Operation) -> list[Any]:
     axis = int(one.array(2)) % len(one.axes())
     if is_plain(one.axes()[axis]):
         return _as_it_was(one)
+    out, rank = one.out(), len(one.array(1).shape)
+    if rank and time_of(out[axis : axis + 1]) is not None:
+        return [_frames(one, axis)]
     places = tf.constant(np.zeros_like(one.array(1)))  # The time step is the only one.
     return again(one.op, [one.first(), places, one.constant(2)])
+
+
+def _frames(one: Operation, axis: int) -> Any:
+    """Take the elements of one frame from a window."""
+    offsets, need = one.array(1)[0], one.need(Memory.WINDOW)
+    if need is None:
+        rows, places = tf.expand_dims(one.row(), 1), np.zeros_like(offsets)
+    else:
+        rows, places = one.window(need, one.data()), offsets - offsets.min()
+    frames = tf.gather(rows, tf.constant(np.ravel(places)), axis=1)
+    return one.shaped(in_place(frames, one.axes(), axis))
 
 
 def _accumulated(one: Operation) -> list[Any]:

@@ -382,7 +382,34 @@ def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[
         return [Data(axes, ends=True)]
     if len(found) == 1 and _is_first(call, table[axis], found[0]):
         return [axes]
+    if (framed := _framed(call, table, axis, places)) is not None:
+        return [framed]
     raise mixed(table[axis], "takes elements by their number along")
+
+
+def _framed(call: Call, table: Axes, axis: int, places: Const) -> Axes | None:
+    """Return the axes after a look-up of frames: element ``i`` of the result has the elements ``i + offset`` of the table.
+
+    The offsets are the same for all ``i``, in both traces, like the values of other constants. So element ``i`` depends on
+    no input after ``i + max(offset) + start``.
+    """
+    time, sizes = stream(table[axis]), places.shape()
+    if time is None or not sizes:
+        return None
+    steps, *rest = sizes
+    extra = Pair(steps.first - call.scales.first.steps, steps.second - call.scales.second.steps)
+    if not extra.is_same or not all(size.is_same for size in rest):
+        return None
+    arrays = [np.asarray(array, np.int64) for array in places.arrays()]
+    offsets = arrays[0][:1]
+    for array in arrays:
+        numbers = np.arange(len(array)).reshape(-1, *[1] * len(rest))
+        if array.min(initial=0) < 0 or not equal(array, numbers + offsets):
+            return None
+    call.notes.looks = "takes frames of the time axis"
+    call.remember(Memory.WINDOW, int(offsets.max() - offsets.min()))
+    ahead = Time(time.start + int(offsets.max()), extra.first)
+    return (*table[:axis], (ahead,), *(normal((size.first,)) for size in rest), *table[axis + 1 :])
 
 
 def _one_hot(call: Call) -> Sequence[Axes]:
