@@ -3,9 +3,7 @@
 `python examples/vad.py` installs the package `silero-vad` for its ONNX file, without its dependencies, into an
 environment of its own (out/silero). It needs the extras `onnx` and `plot`; TensorFlow is not needed.
 
-The audio is made here, from seeds. A voice is a train of glottal pulses with a falling pitch. Each pulse adds three
-damped sine waves, the formants, which move from one vowel to the next within a syllable. Bursts of noise stand for
-consonants. There are pauses, and faint noise everywhere.
+The audio is synthetic, from seeds (`voices.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
+from voices import RATE, Floats, speech
 
 import stepwell
 from stepwell.aio import AsyncClient
@@ -32,11 +30,9 @@ from stepwell.testing import LocalServer
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-Floats = npt.NDArray[np.float32]
-
 PACKAGE = "silero-vad==6.2.3"
-RATE, FRAME, CONTEXT = 16_000, 512, 64
-"""Samples per second; of a frame of 32 ms; of the frame before it, which Silero expects in front of it."""
+FRAME, CONTEXT = 512, 64
+"""Samples of a frame of 32 ms; of the frame before it, which Silero expects in front of it."""
 DECLARED = f"""
 [state]
 state = "stateN"
@@ -52,15 +48,6 @@ input = {CONTEXT}
 output = "probability"
 """
 """What `stepwell serve vad=vad.onnx` must know, in vad.toml next to the file."""
-VOWELS = np.array(
-    [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]
-)
-"""Frequencies of the first three formants, in Hz."""
-LOUDNESS = np.array([1.0, 0.6, 0.3])
-TIMES = np.arange(400) / RATE
-"""Of the samples of a pulse, in seconds."""
-DECAYS = np.exp(-np.pi * np.array([[80], [100], [140]]) * TIMES)
-"""By the bandwidths of the formants, in Hz."""
 
 
 def main() -> None:
@@ -148,54 +135,7 @@ def plain_loop(runtime: Any, samples: Floats) -> Floats:
     return np.asarray(probabilities, np.float32)
 
 
-# --------------------------------------------------------------------------------------------------------------- audio
-
-
-def speech(seconds: float, seed: int) -> Floats:
-    """Make speech-like audio: syllables of a random voice, and pauses."""
-    random = np.random.default_rng(seed)
-    audio = random.standard_normal(int(seconds * RATE)) * 0.002
-    pitch, tract = random.uniform(90, 220), random.uniform(0.9, 1.2)
-    at = int(random.uniform(0.2, 0.8) * RATE)
-    while at < len(audio):
-        if random.random() < 0.5:
-            at = consonant(audio, at, random)
-        formants = VOWELS[random.integers(len(VOWELS), size=2)] * tract
-        at = syllable(audio, at, pitch * random.uniform(0.9, 1.2), formants, random)
-        pause_s = random.uniform(0.5, 1.2) if random.random() < 0.2 else random.uniform(0.01, 0.05)
-        at += int(pause_s * RATE)
-    return audio.astype(np.float32)
-
-
-def consonant(audio: npt.NDArray[np.float64], at: int, random: np.random.Generator) -> int:
-    """Add a burst of high-pass noise; return where it ends."""
-    length = int(random.uniform(0.04, 0.1) * RATE)
-    add(audio, at, np.diff(random.standard_normal(length + 1)) * np.hanning(length) * 0.03)
-    return at + length
-
-
-def syllable(
-    audio: npt.NDArray[np.float64],
-    at: int,
-    pitch: float,
-    formants: npt.NDArray[np.float64],
-    random: np.random.Generator,
-) -> int:
-    """Add pulses that ring at formants which move from the first row to the second; return where they end."""
-    begin, length = at, int(random.uniform(0.12, 0.3) * RATE)
-    while at < min(begin + length, len(audio)):
-        share = (at - begin) / length
-        now = formants[0] + (formants[1] - formants[0]) * share
-        pulse = LOUDNESS @ (DECAYS * np.sin(2 * np.pi * now[:, None] * TIMES))
-        add(audio, at, pulse * 0.2 * np.sqrt(np.sin(np.pi * max(share, 0.02))))
-        at += int(RATE / (pitch * (1.1 - 0.2 * share) * random.normal(1, 0.01)))
-    return at
-
-
-def add(audio: npt.NDArray[np.float64], at: int, sound: npt.NDArray[np.float64]) -> None:
-    """Add a sound, as far as the audio reaches."""
-    place = audio[at : at + len(sound)]
-    place += sound[: len(place)]
+# ------------------------------------------------------------------------------------------------------------- picture
 
 
 def draw(path: Path, samples: Floats, probabilities: Floats) -> None:

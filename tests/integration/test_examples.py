@@ -127,6 +127,36 @@ def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_tcn_forecaster(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compares with Keras itself, and fails if it does not beat the forecasts that need no network."""
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
+    said = run("tcn_forecaster.py", server, tmp_path)
+    assert "A session keeps 12,096 bytes, of which an hour replaces 576" in said
+    means = {
+        name.strip(): [float(one) for one in row.split("│")]
+        for name, row in re.findall(r"^│ ([\w ]+?) +│ ([\d.│ ]+) │$", said, re.MULTILINE)
+    }
+    assert list(means) == ["TCN", "as now", "as a day before"]
+    assert means["TCN"][1] < 0.9 * min(means["as now"][1], means["as a day before"][1])
+
+
+@pytest.mark.slow
+def test_keyword_spotter(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compares its detections with those of Keras itself."""
+    monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
+    said = run("keyword_spotter.py", server, tmp_path)
+    assert "a session keeps 2,880 bytes: gru/h, window/last, short/last, long/last" in said
+    assert "one call of Keras over each whole recording: the same detections" in said
+    heard = re.search(r"^(\d+) of (\d+) words noticed in .*; false alarms: (\d+)$", said, re.MULTILINE)
+    assert heard is not None
+    noticed, spoken, others = map(int, heard.groups())
+    assert spoken > 50
+    assert noticed > 0.9 * spoken
+    assert others < 0.1 * spoken
+    assert (tmp_path / "out" / "keyword_spotter.png").read_bytes().startswith(b"\x89PNG")
+
+
 def _blocks_of_reinforcement_learning() -> list[str]:
     text = (EXAMPLES.parent / "docs" / "guides" / "reinforcement-learning.md").read_text()
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

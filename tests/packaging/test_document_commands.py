@@ -40,7 +40,7 @@ PYTHON_PAGES = {
     "docs/guides/record.md": "tests/packaging/test_examples.py",
     "docs/guides/watch.md": "tests/packaging/test_examples.py",
     "docs/guides/many-users.md": "tests/packaging/test_examples.py",
-    "docs/guides/causal-convolution.md": "tests/packaging/test_pages.py",
+    "docs/guides/convolutions.md": "tests/packaging/test_pages.py",
     "docs/guides/decoders.md": "tests/integration/test_decoders.py",
     "docs/guides/other-languages.md": "tests/packaging/test_other_languages.py",
     "docs/index.md": "tests/packaging/test_examples.py",

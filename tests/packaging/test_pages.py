@@ -134,22 +134,33 @@ def test_the_page_for_tests(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
-def test_the_page_for_causal_convolutions(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_page_on_convolutions(
+    root: Path,
+    compiled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Its blocks run in order, in one namespace, and print what their comments say."""
     from stepwell.testing import LocalServer
 
-    module, *code = blocks(root / "docs" / "guides" / "causal-convolution.md", "python")
-    (tmp_path / "causal_conv.py").write_text(module)
+    built, stepped, costs, module, own = blocks(root / "docs" / "guides" / "convolutions.md", "python")
+    (tmp_path / "smoothing.py").write_text(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
-    exec("import keras\n" + "\n".join(code[:-1]), names)  # noqa: S102  our own documentation
-    env = {"PYTHONPATH": str(tmp_path)}
-    options = ["--import", "causal_conv"]
+    exec(built + own, names)  # noqa: S102  our own documentation
     with LocalServer(
-        {"forecast": tmp_path / "forecast.keras"}, env=env, extra_args=options, start_timeout_s=100
+        {name: tmp_path / f"{name}.keras" for name in ("forecast", "smoothed")},
+        cache_dir=compiled,
+        env={"PYTHONPATH": str(tmp_path)},
+        extra_args=["--import", "smoothing"],
+        start_timeout_s=100,
     ) as server:
-        exec(code[-1].replace("127.0.0.1:50051", server.address), names)  # noqa: S102
-        with names["stepwell"].connect(server.address) as client, client.open_session("forecast") as session:
-            assert len(session.get_state()) == 3
+        exec(stepped.replace("127.0.0.1:50051", server.address) + costs, names)  # noqa: S102
+        with names["stepwell"].connect(server.address) as client, client.open_session("smoothed") as session:
+            assert list(session.get_state()) == ["smooth/state", "conv/last"]
+    windows, *numbers = capsys.readouterr().out.splitlines()
+    said = re.findall(r"# (.*)", stepped + costs)
+    assert windows.startswith(said[0].removesuffix("...}"))
+    assert numbers == [comment.split()[0] for comment in said[1:]]
