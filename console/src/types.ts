@@ -139,6 +139,26 @@ export interface ServerActivity {
   resident_rows?: string;
   queued_rows?: string;
   watched_sessions?: string;
+  replicas?: ReplicaActivity[];
+}
+
+export type ReplicaState =
+  | "REPLICA_STATE_READY"
+  | "REPLICA_STATE_NOT_READY"
+  | "REPLICA_STATE_STOPPING"
+  | "REPLICA_STATE_MISSING";
+
+/** One of the servers that share the store, as it last reported itself. */
+export interface ReplicaActivity {
+  id: string;
+  host?: string;
+  address?: string;
+  http_address?: string;
+  version?: string;
+  started_time?: string;
+  state?: ReplicaState;
+  last_seen_time?: string;
+  resident_sessions?: string;
 }
 
 export interface ModelActivity {

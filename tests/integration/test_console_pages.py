@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -17,6 +21,7 @@ from support.console.served import HOSTILE, ConsoleServer, new_id
 from support.servers.both_fronts import needs_native
 from support.servers.closed_server import Secured
 from support.servers.served import draw, local_server
+from support.servers.valkey_servers import Valkey
 
 pytestmark = [needs_native, pytest.mark.plain("the tests have callers of their own")]
 PAGES = {"Overview": "/", "Sessions": "/sessions", "Live": "/live", "Plane": "/plane", "Models": "/models"}
@@ -65,6 +70,15 @@ def test_a_page_asks_for_another_token_when_its_own_is_revoked(
         console.wait_until_live()
         console.page.get_by_role("button", name="Forget token").click()
         console.token_dialog.wait_for()
+
+
+def test_a_page_asks_for_another_token_when_its_own_expires(browser: Browser, server: ConsoleServer) -> None:
+    with opened(browser, server, "/sessions", "guest") as console, console.tab.expecting(UNAUTHENTICATED):
+        server.expire("guest", after_s=2)
+        console.token_dialog.get_by_text("expired").first.wait_for()
+        console.give_token(server.tokens["user"])
+        console.wait_until_live()
+        console.token_dialog.wait_for(state="hidden")
 
 
 def test_the_theme_can_be_chosen(browser: Browser, server: ConsoleServer) -> None:
@@ -202,6 +216,45 @@ def test_the_table_says_that_it_searches(browser: Browser, server: ConsoleServer
         held[0].continue_()
         expect(pages).to_have_text("None of 0")
         expect(table.get_by_role("row")).to_have_count(1)
+
+
+@pytest.mark.slow
+def test_the_overview_lists_the_replicas(browser: Browser) -> None:
+    with (
+        Valkey(append="everysec") as valkey,
+        ConsoleServer("seq", store=valkey.url()) as own,
+        opened(browser, own, caller="admin") as console,
+    ):
+        table = console.page.get_by_role("table", name="Replicas")
+        rows = table.get_by_role("row")
+        expect(rows).to_have_count(2)
+        expect(rows.nth(1)).to_contain_text("(this one)")
+        with own.connect("admin") as client:
+            expect(rows.nth(1)).to_contain_text(client.server_info().id)
+        shares = ["--store", valkey.url(), "--durability", "async"]
+        with local_server("seq", extra_args=shares) as other:
+            expect(rows).to_have_count(3)
+            row = rows.filter(has_text=other.address)
+            expect(row).to_contain_text(metadata.version("stepwell"))
+            expect(row.get_by_text("ready", exact=True)).to_be_visible()
+            problems = console.page.get_by_role("alert", name="Problems")
+            expect(problems).to_have_count(0)
+            strange: dict[str, object] = {
+                "host": HOSTILE["markup"],
+                "address": "a:1",
+                "http_address": "javascript:alert(1)",
+            }
+            strange |= {"version": "9.9", "started": 1, "state": "ready", "resident_sessions": 0}
+            late = struct.pack(">Q", int((time.time() - 60) * 1000)) + json.dumps(strange).encode()
+            fresh = struct.pack(">Q", int(time.time() * 1000)) + json.dumps(strange).encode()
+            valkey.ask("HSET", "stepwell:{meta}replicas", "late", late, "fresh", fresh)
+            expect(rows).to_have_count(5)
+            expect(rows.filter(has_text="late").get_by_text("missing", exact=True)).to_be_visible()
+            expect(rows.filter(has_text="late")).to_contain_text(HOSTILE["markup"])
+            expect(problems).to_contain_text("run different versions")
+            assert table.locator("a, img").count() == 0
+            assert axe.findings(console.tab) == []
+        expect(rows.filter(has_text=other.address)).to_have_count(0)
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ import {errorsOf, history, type Point} from "../history.ts";
 import {Chart} from "../parts/chart.tsx";
 import {sessionHash} from "../route.ts";
 import {figures, server} from "../store.ts";
-import type {ModelActivity, ServerActivity, ServerEvent, StageLatency} from "../types.ts";
-import {bytes, count, measure, seconds} from "../units.ts";
+import type {ModelActivity, ReplicaState, ServerActivity, ServerEvent, StageLatency} from "../types.ts";
+import {ago, bytes, count, measure, seconds} from "../units.ts";
 
 export function OverviewPage() {
   const now = figures.value;
@@ -23,6 +23,7 @@ export function OverviewPage() {
       {now?.server && <Now now={now} activity={now.server} />}
       {now?.server && <Curves />}
       {now && <Models models={now.models ?? []} detailed={now.server !== undefined} />}
+      {now?.server && <Replicas now={now} activity={now.server} />}
       {now?.server && <Stages latencies={now.server.latencies ?? []} />}
       {now?.server && <Errors now={now} />}
       {now?.server && <Methods now={now} />}
@@ -138,6 +139,49 @@ function Models({models, detailed}: {models: ModelActivity[]; detailed: boolean}
   );
 }
 
+const STATES: Record<ReplicaState, [name: string, kind: string]> = {
+  REPLICA_STATE_READY: ["ready", "good"],
+  REPLICA_STATE_NOT_READY: ["not ready", "warn"],
+  REPLICA_STATE_STOPPING: ["stopping", "warn"],
+  REPLICA_STATE_MISSING: ["missing", "bad"],
+};
+
+function Replicas({now, activity}: {now: ServerEvent; activity: ServerActivity}) {
+  // by the server's clock: the browser's may be wrong
+  const time = now.time ? Date.parse(now.time) : Date.now();
+  return (
+    <section aria-labelledby="replicas">
+      <h2 id="replicas">Replicas</h2>
+      <Table
+        name="Replicas"
+        heads={["Server ID", "Host", "Address", "HTTP", "Version", "State", "Started", "Last seen", "Resident sessions"]}
+        rows={(activity.replicas ?? []).map((one) => {
+          const [state, kind] = (one.state && STATES[one.state]) || ["not ready", "warn"];
+          return [
+            one.id === activity.id ? `${one.id} (this one)` : one.id,
+            one.host,
+            one.address,
+            one.http_address || "–",
+            one.version,
+            <span class={kind}>{state}</span>,
+            ago(one.started_time, time),
+            ago(one.last_seen_time, time),
+            count(one.resident_sessions),
+          ];
+        })}
+        none="The server has not reported itself yet."
+        texts={8}
+      />
+      {(activity.replicas?.length ?? 0) > 1 && (
+        <p class="muted">
+          The servers that share the store. They serve the same sessions; the other figures of this page are those of
+          this one.
+        </p>
+      )}
+    </section>
+  );
+}
+
 function Stages({latencies}: {latencies: StageLatency[]}) {
   const names: Record<string, string> = {wait: "wait for a pass", commit: "commit to the store", total: "until the reply"};
   return (
@@ -218,7 +262,7 @@ function Slow({now}: {now: ServerEvent}) {
 function ServerFacts({activity}: {activity: ServerActivity}) {
   return (
     <section aria-labelledby="server">
-      <h2 id="server">Server, store and replicas</h2>
+      <h2 id="server">Server and store</h2>
       <dl class="facts" aria-label="Server">
         <Fact name="Version">{activity.version}</Fact>
         <Fact name="Server ID">{activity.id}</Fact>
@@ -237,12 +281,6 @@ function ServerFacts({activity}: {activity: ServerActivity}) {
         </Fact>
         <Fact name="Store ID">{activity.store_id || "none"}</Fact>
       </dl>
-      {activity.store === "valkey" && (
-        <p class="muted">
-          Replicas do not know of each other. Each has a console of its own; those with this store ID serve the same
-          sessions.
-        </p>
-      )}
     </section>
   );
 }
