@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,6 +264,24 @@ def test_no_tenant_waits_for_more_than_a_round_and_nothing_is_lost(
             assert waited[str(tenant)] <= 16
     assert run == expected
     assert scheduler.rows_waiting == 0
+
+
+@pytest.mark.parametrize(("waiting", "rows", "may"), [(0, 1000, True), (1, 16, True), (1, 17, False)])
+def test_few_steps_may_overtake_what_waits_and_many_may_not(waiting: int, rows: int, may: bool) -> None:
+    scheduler = scheduler_of(64, *[Job("a")] * waiting)
+    assert scheduler.may_overtake(rows, 64) is may
+
+
+def test_a_queue_knows_whether_others_have_items() -> None:
+    queue: FairQueue[str] = FairQueue()
+    assert not queue.has_others(("a",))
+    queue.add(("a",), "a1")
+    assert not queue.has_others(("a",))
+    assert queue.has_others(("b",))
+    queue.add(("b",), "b1")
+    assert queue.has_others(("a",))
+    queue.pop(("b",))
+    assert not queue.has_others(("a",)), "b is known and has nothing"
 
 
 def served(queue: FairQueue[str], count: int, cost: dict[str, float]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepwell_server.core.cost import Cost
-from stepwell_server.engine.api import ChangeResult
+from stepwell_server.engine.api import ChangeResult, Select
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.passes.loop import LARGE_INTAKE
@@ -306,7 +306,7 @@ async def test_slices_run_on_threads_and_are_short_while_others_come_and_go(at: 
         model.cost = TenThousandASecond(0.0, 0)
     await at.open("a", "b")
     long = await at.begin_pass("a", x(1, 60))
-    short = at.submit("b", x(1))
+    short = at.submit("b", x(1), states=Select.LAST)  # which runs in a pass
     at.hooks.open_gate()
     await short.only()
     assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 60)).tobytes()
@@ -315,6 +315,42 @@ async def test_slices_run_on_threads_and_are_short_while_others_come_and_go(at: 
     del at.events.passes[:]
     await at.submit("a", x(1, 60)).only()
     assert at.events.passes == [(1, 20)] * 3, "alone again"
+
+
+@pytest.mark.engine(threads=True, max_batch_rows=1)
+async def test_steps_overtake_passes_that_wait_but_not_those_of_their_own_session(at: Harness) -> None:
+    model = next(iter(at.internals.models))
+    model.cost = FixedCost(1.0, 1)
+    model.cost.one_s = 0.0  # of a step without a pass; passes run on a thread
+    await at.open("a", "b", "c")
+    at.hooks.close_gate()
+    running_one = at.submit("a", x(1), states=Select.LAST)
+    waiting = at.submit("b", x(1), states=Select.LAST)
+    await at.in_flight()
+    assert model.ready.rows_waiting == 1
+    assert (await at.submit("c", x(1)).only()).revision == 1
+    own = at.submit("b", x(1))
+    assert [one.by_member for one in (running_one, waiting, own)] == [{}, {}, {}]
+    at.hooks.open_gate()
+    assert [(await one.only()).revision for one in (running_one, waiting, own)] == [1, 1, 2]
+
+
+async def test_steps_run_at_once_while_a_slice_of_another_request_runs(at: Harness) -> None:
+    for model in at.internals.models:
+        model.cost = TenThousandASecond(0.0, 0)
+    await at.open("a", "b")
+    long = await at.begin_pass("a", x(1, 60))
+    value = x(1, seed=3)
+    for turn in range(3):
+        answer = await at.submit("b", value, expected=turn).only()
+        assert isinstance(answer, Answer)
+        assert answer.revision == turn + 1
+    assert not long.by_member
+    at.hooks.open_gate()
+    assert (await long.only()).outputs["y"].tobytes() == outputs_of(x(1, 60)).tobytes()
+    assert at.events.passes == [*[(1, 1)] * 3, (1, 20), *[(1, 2)] * 20], (
+        "and the slices are short from then on"
+    )
 
 
 @pytest.mark.engine(threads=True, max_batch_rows=1, resident_rows=200)

@@ -108,6 +108,11 @@ class FairQueue(Generic[T]):
                 node = child
         return tuple(path)
 
+    def has_others(self, source: Source) -> bool:
+        """Whether other sources than this one have items; it has one key."""
+        own = self._root.children.get(source[0])
+        return self._root.count > (0 if own is None else own.count)
+
     def first(self, source: Source) -> T:
         """The first item of a source that has one."""
         return self._at(source).items[0]
@@ -227,8 +232,8 @@ class Share:
 
     @property
     def must_wait(self) -> bool:
-        """Whether models are due."""
-        return bool(self._shares.due)
+        """Whether other models are due."""
+        return self._shares.due.has_others((self,))
 
     def is_alone(self, now: float) -> bool:
         """Whether no other model has recently used the event loop. For work that may disturb others; it is asked often."""
@@ -367,6 +372,8 @@ class Scheduler(Generic[J]):
         self._was_light = False
         """The latest pass had only light sources."""
         self.rows_waiting = 0
+        self.contended_until = -math.inf
+        """Until then, jobs of many time steps run in short slices, because other work has come meanwhile."""
         self.alone_until = -math.inf
         self.alone_by: object = None
         """Until when the sender of the last step that ran without a job is active, and its connection, or a list of it.
@@ -401,6 +408,13 @@ class Scheduler(Generic[J]):
         connection = self.alone_by[0] if isinstance(self.alone_by, list) else self.alone_by
         with_jobs = {source[-1] for source in {*self._waiting, *self._active} - {ALL_CALLERS}}
         return bool(with_jobs) and connection not in with_jobs
+
+    def may_overtake(self, rows: int, short: int) -> bool:
+        """Whether steps of so many rows may run before what waits, without a job; `short`: rows of a short pass.
+
+        They are as few as those of a light source. Whatever waits still has every other part of the event loop's time.
+        """
+        return not self.rows_waiting or rows <= short // _LIGHT_SHARE
 
     def only_source(self, now: float) -> Source | None:
         """The only source with jobs in recent passes; None: there were several, or none."""

@@ -167,6 +167,8 @@ class Lane:
         self._arena = arena
         self.spent_s = 0.0
         """Processor time of the last `attempt` and `store`, in seconds."""
+        self.is_on_thread = False
+        """A thread runs a piece of a pass with it. For the event loop, which sets it."""
 
     def attempt(self, work: Pass, low: int, high: int) -> None:
         """Run rows `low` up to `high`. The new state stays in the executor.

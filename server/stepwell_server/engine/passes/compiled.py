@@ -40,7 +40,7 @@ _log = Log("engine.loop")
 
 
 class CompiledSteps:
-    """Runs batches of single steps of one model. Lives on the event loop; only used while no pass runs."""
+    """Runs batches of single steps of one model. Lives on the event loop; only used while no thread has its lane."""
 
     def __init__(
         self,

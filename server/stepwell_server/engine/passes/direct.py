@@ -2,7 +2,8 @@
 
 A pass through jobs and the scheduler costs some 150 microseconds, whatever its rows. When nothing else waits, all
 of that only confirms that a change of single steps may run as it is. Here the checks are a few array operations, or
-a few comparisons for one session. Whatever is not plain is declined, and goes through a pass: a retry, a conflict, a
+a few comparisons for one session. A few rows also run while others wait for a pass, or during a pass that leaves a lane
+free: a pass would make them wait for the others' work, and cost the event loop three times as much. Whatever is not plain is declined, and goes through a pass: a retry, a conflict, a
 busy or absent session, several rows or time steps, returned states, an error of the program.
 """
 
@@ -45,7 +46,7 @@ _ALONE_S = 0.8e-3
 
 
 class Direct:
-    """Runs changes of single steps of one model. Lives on the event loop; only used while no pass runs."""
+    """Runs changes of single steps of one model. Lives on the event loop; only used while no thread has its lane."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Direct:
     ) -> None:
         self._model = model
         self._table = table
-        self._executor, self._arena = lane.executor, model.arena
+        self._lane, self._executor, self._arena = lane, lane.executor, model.arena
         self._committer = committer
         self._commits = commits
         self._again = rejudge
@@ -100,9 +101,9 @@ class Direct:
         return has_run
 
     def may_run(self, count: int, change: Change | None = None) -> bool:
-        """Whether nothing waits, and a run of this many rows may be on the event loop. `change`: their change, if any."""
+        """Whether a run of this many rows may be on the event loop now. `change`: their change, if any."""
         model = self._model
-        if model.is_running or self._commits.is_full or model.work.must_wait:
+        if self._lane.is_on_thread or self._commits.is_full or model.work.must_wait:
             return False
         return self._is_short(change, count)
 
@@ -128,7 +129,7 @@ class Direct:
         return True
 
     def run(self, change: Change) -> bool:
-        """Run a change, if nothing else waits. Returns whether it ran. It is answered once it is committed."""
+        """Run a change, if it may run now. Returns whether it ran. It is answered once it is committed."""
         count = len(change.members)
         return self._is_short(change, count) and _is_plain(change, count) and self._run(change, count)
 
@@ -154,6 +155,8 @@ class Direct:
     def note_run(self, source: Source | None, count: int, started: float, connection: object) -> None:
         """Note for the scheduler what has just run; `connection` sent it, if it is a single step without a source."""
         model = self._model
+        if model.is_running or model.ready.rows_waiting:
+            model.ready.contended_until = started + ACTIVE_S
         if source is None:
             model.ready.alone_until, model.ready.alone_by = started + ACTIVE_S, connection
         else:
@@ -161,9 +164,11 @@ class Direct:
             model.iteration_cost.learn(count, self.clock.monotonic() - started)
 
     def _is_short(self, change: Change | None, count: int) -> bool:
-        """Whether nothing waits, and a run of this many rows may be on the event loop."""
+        """Whether nothing waits that so many rows may not overtake, and their run may be on the event loop."""
         model = self._model
-        if model.ready.rows_waiting or count > model.max_batch_rows:
+        if count > model.max_batch_rows:
+            return False
+        if model.ready.rows_waiting and not model.ready.may_overtake(count, model.rows_of_a_short_pass):
             return False
         seconds = model.cost.one_s if count == 1 else model.cost.of(count)
         if seconds <= IN_PLACE_S:

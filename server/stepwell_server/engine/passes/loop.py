@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.clock import Clock
+from stepwell_server.core.scheduler import ACTIVE_S
 from stepwell_server.core.sessions import Handles
 from stepwell_server.engine.api import Observer, Select, Trace
 from stepwell_server.engine.change import Change
@@ -34,8 +35,6 @@ from stepwell_server.logs import Log
 _log = Log("engine.loop")
 #: Admitting more rows than this takes as long as a short pass.
 LARGE_INTAKE = 64
-#: Jobs of many time steps run in short slices for this many seconds after other work arrived.
-_CONTENTION_S = 0.05
 
 
 class PassLoop:
@@ -68,8 +67,6 @@ class PassLoop:
         self._clock = clock
         self._observer = observer
         self._pass_began = 0.0
-        self._contended_until = 0.0
-        """Until this time long work runs in short slices."""
         self._window = BatchingWindow(model.max_batch_rows, clock)
         self._alarm = threading.Event()
         """Rings when the next pass has waited long enough; set: there is no wait, or it is over."""
@@ -125,7 +122,7 @@ class PassLoop:
 
     def _admit(self, came: list[Change]) -> None:
         if self._model.ready.rows_waiting:
-            self._contended_until = self._clock.monotonic() + _CONTENTION_S
+            self._model.ready.contended_until = self._clock.monotonic() + ACTIVE_S
         self._admission.admit(joined_where_alike(came))
 
     def _waits_for_callers(self) -> bool:
@@ -157,7 +154,7 @@ class PassLoop:
         """Run a pass; return whether it was put on threads."""
         try:
             now = self._clock.monotonic()
-            slice_s = SHORT_SLICE_S if now < self._contended_until else SLICE_S
+            slice_s = SHORT_SLICE_S if now < self._model.ready.contended_until else SLICE_S
             slice_s = min(slice_s, self.runner.max_s(now) or slice_s)
             budget = self._model.cost.times_within(sum(job.row_count for job in jobs), slice_s)
             work = Pass(self._model.program, jobs, self._model.ready.steps_together(jobs, budget))

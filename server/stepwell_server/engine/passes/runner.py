@@ -31,7 +31,10 @@ SHORT_SLICE_S, SLICE_S = 0.25e-3, 2e-3
 
 
 class Runner:
-    """Runs the passes of one model, one at a time, on one lane per compute thread."""
+    """Runs the passes of one model, one at a time, on one lane per compute thread.
+
+    Threads take the lanes from the last one on. The event loop uses the first, if no thread has it.
+    """
 
     def __init__(self, model: Model, lanes: Sequence[Lane], threads: Threads, clock: Clock) -> None:
         self._model = model
@@ -68,7 +71,10 @@ class Runner:
     def run_on_threads(self, work: Pass, done: Callable[[BaseException | None], None]) -> None:
         """Run a pass on threads; `done` is called from one of them with the error, or None. Then call `ended`."""
         pieces = self._cut(work)
-        group = _Pieces(self._lanes, work, pieces, self._model, done)
+        lanes = self._lanes[: -len(pieces) - 1 : -1]
+        for lane in lanes:
+            lane.is_on_thread = True
+        group = _Pieces(lanes, work, pieces, self._model, done)
         run = [functools.partial(group.run, index) for index in range(len(pieces))]
         cost = self._model.cost
         wanted_s = max(cost.of(work.rows_wanted), cost.of(work.row_count, work.steps))
@@ -80,6 +86,8 @@ class Runner:
 
     def ended(self) -> None:
         """Report that a pass on threads has ended. On the event loop."""
+        for lane in self._lanes:
+            lane.is_on_thread = False
         self._threads.ended(self._model.work, self._clock.monotonic())
 
     def max_s(self, now: float) -> float | None:
@@ -146,7 +154,7 @@ class _Pieces:
         if self._failed:
             self._lanes[0].narrow(self._work, self._error)
         else:
-            for lane, (low, high) in zip(self._lanes, self._pieces, strict=False):
+            for lane, (low, high) in zip(self._lanes, self._pieces, strict=True):
                 lane.store(self._work, low, high)
                 self._model.cost.learn(high - low, lane.spent_s, self._work.steps)
         self._work.seconds = time.perf_counter() - self._started

@@ -287,6 +287,8 @@ class NativeFront:
         """The latest caller on each connection."""
         self._peers: dict[int, str] = {}
         """Connections of the received calls."""
+        self._has_new = False
+        """Something arrived that a pass may be needed for."""
 
     async def start(
         self,
@@ -442,12 +444,17 @@ class NativeFront:
             takes_left = 0 if is_over else takes_left - 1
 
     def _run(self, work: Callable[[], None], *, is_large: bool = False) -> None:
-        """Do some work, then process the arrivals that are due, then run a pass unless the work was large."""
+        """Do some work, then process the arrivals that are due, then run a pass unless the work was large.
+
+        If every arrival was answered at once, passes that wait have their own part of the loop's next iteration. They do
+        not run here too: steps that arrive meanwhile would wait for both.
+        """
         try:
             work()
             self._arrivals.run_due()
         finally:
-            if not is_large:
+            has_new, self._has_new = self._has_new, False
+            if has_new and not is_large:
                 self._steps.go()
             if self._arrivals.has_due:  # an exception was raised: later arrivals must not wait for ever
                 self._run_due_soon()
@@ -508,10 +515,12 @@ class NativeFront:
             batch = StepBatch(handle, size, first_id, peers, caller, _new_kernel)
             if not is_group and self._steps.run(batch, lambda: _columns_of(handle, *handle.columns())):
                 return
+            self._has_new = True
             rest = self._steps.take(_columns_of(handle, *handle.columns()))
             if rest is not None:
                 self._do_rest(rest, peers)
             return
+        self._has_new = True
         if tag == _JUDGE:
             self._judge(arrival[1])
             return
