@@ -60,7 +60,7 @@ def to_litert(function: Any, model: Any) -> bytes:
     Raises:
         ConversionError: LiteRT has no built-in operators for it, or only some that are inaccurate for large numbers.
     """
-    inexact = sorted(_INEXACT & _kinds(function.graph))
+    inexact = sorted(_INEXACT & _kinds_on_data(function.graph))
     if inexact:
         names = " and ".join(inexact).lower()
         raise ConversionError(f"its {names} {'is' if len(inexact) == 1 else 'are'} wrong for large numbers")
@@ -94,9 +94,22 @@ def to_tensorflow(function: Any, model: Any) -> dict[str, bytes]:
         return {f"{SAVED_MODEL}{file.relative_to(folder).as_posix()}": file.read_bytes() for file in files}
 
 
-def _kinds(graph: Any) -> set[str]:
-    """Return the kinds of operations, including those in called functions."""
-    return {kind for kind, _ in _operations(graph)}
+def _kinds_on_data(graph: Any) -> set[str]:
+    """Return the kinds of operations that process inputs, including those in called functions.
+
+    The converter computes constants.
+    """
+    found = dict[str, str]()
+    for op in graph.get_operations():
+        if op.type == "Placeholder" or any(value.op.name in found for value in op.inputs):
+            found[op.name] = op.type
+    kinds = set(found.values())
+    for function in graph._functions.values():
+        if hasattr(function, "graph"):
+            kinds |= _kinds_on_data(function.graph)
+        else:  # A function of an imported graph has only its definition.
+            kinds |= {node.op for node in function.definition.node_def}
+    return kinds
 
 
 def _operations(graph: Any) -> Iterator[tuple[str, str]]:
