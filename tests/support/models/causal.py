@@ -285,6 +285,16 @@ _add(
     lambda k, x: _strided((5, 2))(k, k.ops.concatenate([x, k.ops.ones_like(x[..., :2])], -1)),
     (4,),
 )
+_add("frames_of_samples", apply("frames_of_samples", 4), (4,))
+_add("frames_within_steps", apply("frames_within_steps", 5), (4,))
+_add(
+    "sum_of_differences",
+    lambda k, x: _front(k, k.ops.cumsum(k.ops.abs(x[:, 2:] - x[:, :-2]), 1), 2),
+)
+_add(
+    "product_of_differences",
+    lambda k, x: _front(k, k.ops.cumprod(1 + 0.1 * k.ops.tanh(x[:, 1:] - x[:, :-1]), 1), 1),
+)
 _add("codec", _autoencoder, (4,))
 _add("residual_samples", _residual_samples, (6,))
 _add("shifted_samples", lambda k, x: _frames(k, _samples(k, x) - _delay(k, _samples(k, x), 5), 4), (4,))

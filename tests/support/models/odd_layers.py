@@ -227,6 +227,24 @@ def frames_before(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def frames_of_samples(layer: Apply, x: Any) -> Any:
+    """Spectra of overlapping windows over the samples of frames."""
+    rows, _, each = ops.shape(x)
+    samples = ops.pad(ops.reshape(x, (rows, -1)), [[0, 0], [layer.n, 0]])
+    frames = tf.signal.frame(samples, layer.n + each, each)
+    return tf.abs(tf.signal.rfft(frames * tf.signal.hann_window(layer.n + each)))
+
+
+@kind
+def frames_within_steps(layer: Apply, x: Any) -> Any:
+    """Two frames for each time step, shifted by one sample against them."""
+    rows, steps, each = ops.shape(x)
+    samples = ops.pad(ops.reshape(x, (rows, -1)), [[0, 0], [layer.n, 0]])[:, :-1]
+    places = ops.arange(0, steps * each, each // 2)[:, None] + ops.arange(layer.n)
+    return ops.reshape(ops.take(samples, places, 1), (rows, steps, 2 * layer.n))
+
+
+@kind
 def chosen_lags(layer: Apply, x: Any) -> Any:
     """Some of the last time steps, by number, through a layer of features."""
     padded = ops.pad(ops.tanh(x + layer.weight), [[0, 0], [7, 0], [0, 0]], constant_values=0.5)

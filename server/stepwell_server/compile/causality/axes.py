@@ -86,6 +86,11 @@ class Scales:
     first: Scale
     second: Scale
 
+    @property
+    def both(self) -> tuple[Scale, Scale]:
+        """The sizes of the first and of the second trace."""
+        return self.first, self.second
+
     def size(self, dim: Iterable[Factor]) -> Pair:
         """Return the size of a dimension in the two traces."""
         factors = tuple(dim)

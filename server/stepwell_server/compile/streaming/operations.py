@@ -145,22 +145,24 @@ def _looked_up(one: Operation) -> list[Any]:
 
 
 def _frames(one: Operation, axis: int) -> Any:
-    """Take the elements of one frame from a window."""
-    offsets, need = one.array(1)[0], one.need(Memory.WINDOW)
-    if need is None:
-        rows, places = tf.expand_dims(one.row(), 1), np.zeros_like(offsets)
-    else:
-        rows, places = one.window(need, one.data()), offsets - offsets.min()
-    frames = tf.gather(rows, tf.constant(np.ravel(places)), axis=1)
-    return one.shaped(in_place(frames, one.axes(), axis))
+    """Take the elements of the frames that end in this time step from a window."""
+    array, need, axes = one.array(1), one.need(Memory.WINDOW), one.axes()
+    time = elements(one.out()[axis])
+    places = array[: 1 if time is None else time.per] - array.min()
+    value = one.data() if need is None else in_place(one.window(need, one.data()), axes, axis)
+    return one.shaped(tf.gather(value, tf.constant(np.ravel(places)), axis=axis))
 
 
 def _accumulated(one: Operation) -> list[Any]:
     need = one.need(Memory.TOTAL)
     if need is None:
         return _as_it_was(one)
-    row = one.row() if one.is_data(0) else tf.reshape(one.one_of(0, one.out()), [-1, *plain_sizes(one.out())])
-    combine = tf.add if one.kind == "Cumsum" else tf.multiply
+    sizes, combine = [-1, *plain_sizes(one.out())], tf.add if one.kind == "Cumsum" else tf.multiply
+    if one.is_data(0):
+        none = tf.zeros if one.kind == "Cumsum" else tf.ones
+        row = tf.reshape(one.behind(none((), one.data().dtype)), sizes)
+    else:
+        row = tf.reshape(one.one_of(0, one.out()), sizes)
     before, after = one.carry(need, row.dtype, lambda total: combine(total, row))
     return [one.shaped(before if one.op.get_attr("exclusive") else after)]
 

@@ -70,25 +70,35 @@ def _reshape(call: Call) -> Sequence[Axes]:
     try:
         return [call.scales.reshape(axes, sizes)]
     except LostAxisError:
-        return [call.scales.reshape(_of_whole_steps(call, axes), sizes)]
+        return [_grouped(call, axes, sizes)]
 
 
-def _of_whole_steps(call: Call, axes: Axes) -> Axes:
-    """Return axes after their elements have waited until those of a group, that of one time step, are all there.
+def _grouped(call: Call, axes: Axes, sizes: Sequence[Pair]) -> Axes:
+    """Return the axes after a reshape that groups the elements of time steps, after they waited for their groups.
 
-    Group ``g`` ends with the element ``per * (g + 1) - 1``, which depends on no input after the time step ``g + start /
-    per``, rounded up.
+    Group ``g`` ends with the element ``size * (g + 1) - 1``, so it depends on no input after the time step ``(size * (g +
+    1) - 1 + start) // per``. If ``size`` divides ``per``, this is that of the element ``g`` of a time axis that begins at
+    ``start / size``, rounded up, and has ``per / size`` elements for each time step.
 
     Raises:
-        LostAxisError: no time step brings several elements, or the last group is not whole.
+        LostAxisError: no such group fits.
     """
     time = time_of(axes)
-    if time is None or time.per == 1 or time.extra % time.per:
+    if time is None or time.per == 1:
         raise LostAxisError("a reshape cuts through the batch or the time axis")
-    start = -(-time.start // time.per)
-    call.remember(Memory.DELAY, start * time.per - time.start, per=time.per)
     place = next(i for i, dim in enumerate(axes) if time_of([dim]))
-    return placed(axes, place, Time(start * time.per, time.extra, time.per))
+    for size in (time.per, *(size.first for size in sizes if size.is_same)):
+        if size < 2 or time.per % size or time.extra % size:
+            continue
+        start = -(-time.start // size)
+        groups = Time(start, time.extra // size, time.per // size)
+        try:
+            found = call.scales.reshape((*axes[:place], (*dim_of(groups), size), *axes[place + 1 :]), sizes)
+        except LostAxisError:
+            continue
+        call.remember(Memory.DELAY, start * size - time.start, per=time.per)
+        return found
+    raise LostAxisError("a reshape cuts through the elements of time steps")
 
 
 def _expand_dims(call: Call) -> Sequence[Axes]:
@@ -342,8 +352,7 @@ def _along_axis(call: Call) -> Sequence[Axes]:
         (axis,) = call.integers(1)
         time = stream(axes[axis % len(axes)])
         if time is not None:
-            if time.start > 0:
-                raise Refusal(Reason.AHEAD, "accumulates along the time axis after a part of it was left out")
+            call.remember(Memory.COUNT, max(time.start, 0))
             call.remember(Memory.TOTAL, 1)
             return [axes]
     place = {"Roll": 2}.get(call.kind, 1)
@@ -388,28 +397,52 @@ def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[
 
 
 def _framed(call: Call, table: Axes, axis: int, places: Const) -> Axes | None:
-    """Return the axes after a look-up of frames: element ``i`` of the result has the elements ``i + offset`` of the table.
+    """Return the axes after a look-up of frames: element ``i`` of the result has the elements ``i * stride + offset``.
 
-    The offsets are the same for all ``i``, in both traces, like the values of other constants. So element ``i`` depends on
-    no input after ``i + max(offset) + start``.
+    The offsets are the same for all ``i``, in both traces, like the values of other constants. So it is a window that ends
+    with the largest offset: see `slid`.
     """
-    time, sizes = stream(table[axis]), places.shape()
-    if time is None or not sizes:
-        return None
-    steps, *rest = sizes
-    extra = Pair(steps.first - call.scales.first.steps, steps.second - call.scales.second.steps)
-    if not extra.is_same or not all(size.is_same for size in rest):
+    time, sizes = elements(table[axis]), places.shape()
+    if time is None or not sizes or not all(size.is_same for size in sizes[1:]):
         return None
     arrays = [np.asarray(array, np.int64) for array in places.arrays()]
-    offsets = arrays[0][:1]
+    if min(map(len, arrays)) < 2 or not all(array.size for array in arrays):
+        return None
+    offsets, stride = arrays[0][:1], int(np.ravel(arrays[0][1] - arrays[0][0])[0])
     for array in arrays:
-        numbers = np.arange(len(array)).reshape(-1, *[1] * len(rest))
-        if array.min(initial=0) < 0 or not equal(array, numbers + offsets):
+        numbers = np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
+        if stride < 1 or array.min() < 0 or not equal(array, numbers * stride + offsets):
             return None
-    call.notes.looks = "takes frames of the time axis"
-    call.remember(Memory.WINDOW, int(offsets.max() - offsets.min()))
-    ahead = Time(time.start + int(offsets.max()), extra.first)
-    return (*table[:axis], (ahead,), *(normal((size.first,)) for size in rest), *table[axis + 1 :])
+    first, reach = int(offsets.min()), int(offsets.max() - offsets.min())
+    later = Time(time.start + first, time.extra - first, time.per)
+    found = slid(call, later, reach, 0, 0, "takes frames of the time axis", stride)
+    extra = Pair(
+        *(size - scale.steps * found.per for size, scale in zip(sizes[0], call.scales.both, strict=True))
+    )
+    if not extra.is_same:
+        return None
+    frames = dim_of(Time(found.start, extra.first, found.per))
+    return (*table[:axis], frames, *(normal((size.first,)) for size in sizes[1:]), *table[axis + 1 :])
+
+
+def slid(call: Call, time: Time, reach: int, before: int, after: int, clause: str, stride: int = 1) -> Time:
+    """Return the time axis after a window of ``reach`` elements and the next one, which moves by ``stride``.
+
+    Window ``j`` ends with the element ``j * stride + reach``, so it depends on no input after the time step ``(j * stride
+    + reach + start) // per``. If ``stride`` divides ``per``, this is ``(j + (reach + start) // stride) // (per / stride)``.
+    A time step then ends ``per / stride`` windows, the first of which begins ``reach - (reach + start) % stride`` elements
+    before those that the time step brings.
+    """
+    call.notes.looks = clause
+    if time.per % stride:
+        each = "one element" if time.per == 1 else f"{time.per} elements"
+        raise Refusal(Reason.RATE, f"{clause} and moves by {stride}, but a time step brings {each}")
+    padded = lengthened(call, time, before, after)
+    start, skipped = divmod(padded.start + reach, stride)
+    if reach < skipped:
+        raise Refusal(Reason.UNPROVEN, f"{clause} that leaves out elements")
+    call.remember(Memory.WINDOW, reach - skipped, padding=before, per=time.per)
+    return Time(start, (padded.extra - reach - 1) // stride + 1, time.per // stride)
 
 
 def _one_hot(call: Call) -> Sequence[Axes]:

@@ -16,7 +16,7 @@ from stepwell_server.compile.causality.axes import (
 )
 from stepwell_server.compile.causality.call import Call, Memory, Rule
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.rules.shapes import lengthened, mixed, require_plain
+from stepwell_server.compile.causality.rules.shapes import mixed, require_plain, slid
 from stepwell_server.compile.causality.values import Data
 
 _REDUCTIONS = ("All", "Any", "EuclideanNorm", "Max", "Mean", "Min", "Prod", "Sum")
@@ -123,7 +123,7 @@ def _convolution(call: Call) -> Sequence[Axes]:
         if time.per > 1 and gap > 1 and call.kind != "Conv2D":
             raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with gaps ({call.kind})")
         before, after = convolution_padding(call.first, axis, reach)
-        axes = placed(axes, axis, _slid(call, time, reach, before, after, f"{clause} the time axis", stride))
+        axes = placed(axes, axis, slid(call, time, reach, before, after, f"{clause} the time axis", stride))
     return [_windowed(call, axes, spatial)]
 
 
@@ -136,26 +136,6 @@ def convolution_padding(op: Any, axis: int, reach: int) -> tuple[int, int]:
         case b"SAME":
             return reach // 2, reach - reach // 2
     return 0, 0
-
-
-def _slid(call: Call, time: Time, reach: int, before: int, after: int, clause: str, stride: int = 1) -> Time:
-    """Return the time axis after a window of ``reach`` elements and the next one, which moves by ``stride``.
-
-    Window ``j`` ends with the element ``j * stride + reach``, so it depends on no input after the time step ``(j * stride
-    + reach + start) // per``. If ``stride`` divides ``per``, this is ``(j + (reach + start) // stride) // (per / stride)``.
-    A time step then ends ``per / stride`` windows, the first of which begins ``reach - (reach + start) % stride`` elements
-    before those that the time step brings.
-    """
-    call.notes.looks = clause
-    if time.per % stride:
-        each = "one element" if time.per == 1 else f"{time.per} elements"
-        raise Refusal(Reason.RATE, f"{clause} and moves by {stride}, but a time step brings {each}")
-    padded = lengthened(call, time, before, after)
-    start, skipped = divmod(padded.start + reach, stride)
-    if reach < skipped:
-        raise Refusal(Reason.UNPROVEN, f"{clause} that leaves out elements")
-    call.remember(Memory.WINDOW, reach - skipped, padding=before, per=time.per)
-    return Time(start, (padded.extra - reach - 1) // stride + 1, time.per // stride)
 
 
 def _transposed_convolution(call: Call) -> Sequence[Axes]:
@@ -208,7 +188,7 @@ def _pooling(call: Call) -> Sequence[Axes]:
             raise mixed(axes[axis], clause)
         if call.attr("padding") != b"VALID":  # It pools fewer elements at the ends.
             raise Refusal(Reason.AHEAD, f"{clause} the time axis, also later ones")
-        axes = placed(axes, axis, _slid(call, time, size - 1, 0, 0, f"{clause} the time axis", stride))
+        axes = placed(axes, axis, slid(call, time, size - 1, 0, 0, f"{clause} the time axis", stride))
     return [_windowed(call, axes, spatial)]
 
 
