@@ -6,7 +6,8 @@ fingerprint, proof and provenance. This module does not depend on Keras, an exec
 
 Tensors are identified by fixed signature keys, not by order or by their Keras names (which may contain characters
 that a signature does not allow): input i is ``in_<i>``, state i ``state_<i>``, output i ``out_<i>``, and the state
-after the step ``next_<i>``. The first dimension of each is the rows.
+after the step ``next_<i>``. The first dimension of each is the rows. Of a ring (`StateSpec.gap`), a step takes and
+returns parts.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class StateSpec:
     dtype: str
     window: int = dataclasses.field(default=0, compare=False)
     """The number of time steps, the oldest first, that its first axis holds. 0: it is not a window over time."""
+    gap: int = dataclasses.field(default=0, compare=False)
+    """Not 0: a ring, which is a window of which a step reads every `gap`-th element from the oldest on. The program takes
+    only those, and returns only the new one."""
 
     @property
     def row_bytes(self) -> int:
@@ -73,6 +77,18 @@ class StateSpec:
     def changed_bytes(self) -> int:
         """Size of the values of one row that one time step replaces. Those of a window move by one place."""
         return self.row_bytes // max(1, self.window)
+
+    @property
+    def taken(self) -> StateSpec:
+        """The tensor that the program takes."""
+        if not self.gap:
+            return self
+        return dataclasses.replace(self, shape=(-(-self.shape[0] // self.gap), *self.shape[1:]))
+
+    @property
+    def returned(self) -> StateSpec:
+        """The tensor that the program returns."""
+        return dataclasses.replace(self, shape=self.shape[1:]) if self.gap else self
 
 
 def dtype_of(name: str) -> np.dtype[np.generic]:
@@ -290,6 +306,21 @@ class Program:
         """Whether a run may take any time: its graph has a loop with a condition."""
         # The name of an operator stands in the file as it is.
         return b"Loop" in self.files.get(ONNX_MODEL, b"")
+
+    @functools.cached_property
+    def has_rings(self) -> bool:
+        """Whether some of its states are rings (`StateSpec.gap`)."""
+        return any(spec.gap for spec in self.state)
+
+    @functools.cached_property
+    def states_taken(self) -> tuple[StateSpec, ...]:
+        """The state as the program takes it."""
+        return tuple(spec.taken for spec in self.state)
+
+    @functools.cached_property
+    def states_returned(self) -> tuple[StateSpec, ...]:
+        """The state as the program returns it."""
+        return tuple(spec.returned for spec in self.state)
 
     @property
     def state_row_bytes(self) -> int:

@@ -43,8 +43,9 @@ from stepwell_server.program import (
 )
 
 FORMAT = "stepwell-program"
-#: Versions of the format: of Keras models, and of step functions, which older readers refuse. A reader refuses others.
-VERSION, STEP_VERSION = 2, 3
+#: Versions of the format: of Keras models, and of step functions and of models with rings, which older readers refuse. A
+#: reader refuses others.
+VERSION, STEP_VERSION, RING_VERSION = 2, 3, 4
 MANIFEST = "stepwell.json"
 SUFFIX = ".stepwell"
 MAX_BYTES = 2 * 1024**3
@@ -162,11 +163,11 @@ def _document(program: Program) -> dict[str, Any]:
     trial, provenance = program.trial, program.provenance
     return {
         "format": FORMAT,
-        "version": STEP_VERSION if program.executor == "onnxruntime" else VERSION,
+        "version": _version(program),
         "fingerprint": program.fingerprint,
         "inputs": [dataclasses.asdict(spec) for spec in program.inputs],
         "outputs": [dataclasses.asdict(spec) for spec in program.outputs],
-        "state": [dataclasses.asdict(spec) for spec in program.state],
+        "state": [_state_document(spec) for spec in program.state],
         "executor": program.executor,
         "executor_reason": program.executor_reason,
         "batch_sizes": list(program.batch_sizes),
@@ -183,6 +184,19 @@ def _document(program: Program) -> dict[str, Any]:
         "provenance": None if provenance is None else dataclasses.asdict(provenance),
         "architecture": None if program.architecture is None else dataclasses.asdict(program.architecture),
     }
+
+
+def _version(program: Program) -> int:
+    if program.has_rings:
+        return RING_VERSION
+    return STEP_VERSION if program.executor == "onnxruntime" else VERSION
+
+
+def _state_document(spec: StateSpec) -> dict[str, Any]:
+    document = dataclasses.asdict(spec)
+    if not spec.gap:  # as files of older versions have it
+        del document["gap"]
+    return document
 
 
 def _proof_document(proof: Proof) -> dict[str, Any]:
@@ -254,13 +268,13 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ProgramFileError(f"not a {SUFFIX} file: {MANIFEST} does not say that its format is {FORMAT!r}")
     version = manifest.get("version")
-    if version not in {VERSION, STEP_VERSION}:
-        newer = isinstance(version, int) and version > STEP_VERSION
+    if version not in {VERSION, STEP_VERSION, RING_VERSION}:
+        newer = isinstance(version, int) and version > RING_VERSION
         advice = (
             "use a newer Stepwell, or compile the model with this one" if newer else "compile the model again"
         )
         raise ProgramFileError(
-            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION} and {STEP_VERSION}: "
+            f"is of version {version!r:.40} of its format, and this Stepwell reads {VERSION} to {RING_VERSION}: "
             f"{advice}"
         )
     return manifest
@@ -305,9 +319,17 @@ def _program(manifest: Mapping[str, Any], members: dict[str, bytes], max_bytes: 
     inputs = tuple(_tensor_spec(item) for item in manifest["inputs"])
     outputs = tuple(_tensor_spec(item) for item in manifest["outputs"])
     state = tuple(
-        StateSpec(_text(item["name"]), _shape(item["shape"]), _dtype_name(item["dtype"]), _window(item))
+        StateSpec(
+            _text(item["name"]),
+            _shape(item["shape"]),
+            _dtype_name(item["dtype"]),
+            _window(item),
+            _count(item.get("gap", 0)),
+        )
         for item in manifest["state"]
     )
+    if any(spec.gap > spec.window for spec in state):
+        raise ValueError("a ring must be a window of at least as many time steps as its gap")
     specs: tuple[TensorSpec | StateSpec, ...] = (*inputs, *outputs, *state)
     for kind in (inputs, outputs, state):
         _require_different([spec.name for spec in kind])

@@ -135,6 +135,17 @@ def test_a_file_of_an_older_compiler_has_no_costs(file: Path) -> None:
     assert (loaded.multiply_adds, {spec.window for spec in loaded.state}) == (None, {0})
 
 
+def test_rings_are_kept_in_files_that_older_servers_refuse(tmp_path: Path) -> None:
+    saved, path = program(1), tmp_path / "p.stepwell"
+    ring = dataclasses.replace(saved.state[0], window=3, gap=2)
+    program_file.save(dataclasses.replace(saved, state=(ring, *saved.state[1:])), path)
+    assert [spec.gap for spec in program_file.load(path).state] == [2, 0, 0]
+    with zipfile.ZipFile(path) as archive:
+        manifest = json.loads(archive.read("stepwell.json"))
+    assert manifest["version"] == program_file.RING_VERSION
+    assert ["gap" in state for state in manifest["state"]] == [True, False, False]
+
+
 def test_the_same_program_gives_the_same_bytes_and_any_tool_finds_the_flatbuffer(tmp_path: Path) -> None:
     one, two = tmp_path / "one.stepwell", tmp_path / "two.stepwell"
     program_file.save(program(1), one)
@@ -178,8 +189,8 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
     ("change", "message"),
     [
         (
-            lambda m: m.update(version=4),
-            r"is of version 4 of its format, and this Stepwell reads 2 and 3: use a newer",
+            lambda m: m.update(version=5),
+            r"is of version 5 of its format, and this Stepwell reads 2 to 4: use a newer",
         ),
         (lambda m: m.update(version=1), r"is of version 1 .*: compile the model again"),
         (lambda m: m.update(version="1"), r"is of version '1'"),
@@ -196,6 +207,7 @@ def test_every_byte_that_is_changed_or_cut_off_is_noticed_or_changes_nothing(fil
         (lambda m: m["state"][0].update(shape=[-3]), r"a whole number from 0 to .* was expected; got -3"),
         (lambda m: m["state"][0].update(shape=[10**15]), r"its tensors are too large"),
         (lambda m: m["state"][0].update(shape=[4]), r"cannot reshape|reshape"),
+        (lambda m: m["state"][0].update(gap=4), r"a ring must be a window of at least as many"),
         (lambda m: m["state"][0].update(dtype="object"), r"there is no type 'object'"),
         (
             lambda m: m["state"][1].update(window=3),

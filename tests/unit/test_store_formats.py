@@ -261,7 +261,7 @@ def test_a_state_file_of_another_format_is_refused_and_stays(tmp_path: Path) -> 
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", [0, program_file.STEP_VERSION + 1, str(program_file.VERSION)])
+@pytest.mark.parametrize("version", [0, program_file.RING_VERSION + 1, str(program_file.VERSION)])
 def test_a_program_of_another_version_is_refused_and_stays(version: object, tmp_path: Path) -> None:
     file = tmp_path / "a.stepwell"
     program_file.save(PLAIN, file)

@@ -48,8 +48,12 @@ class StepRules:
     outputs: Sequence[TensorSpec]
     states: Sequence[Array]
     """The arena's states."""
+    gaps: Sequence[int]
+    """Of those that are rings: a step reads every so many elements. Of others 0."""
     kept: Sequence[Array]
     """The arena's outputs."""
+    steps: Array
+    """Of each row: the steps since its rings were written as a whole. Empty: there are no rings."""
     digest_weights: Sequence[int]
     digest_prefix: int
     digest_seeds: Mapping[Select, tuple[int, int]]

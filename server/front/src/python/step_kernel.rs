@@ -100,6 +100,8 @@ pub struct StepKernel {
     /// Rows of the arena: each state, and each output.
     states: Vec<Rows>,
     kept: Vec<Rows>,
+    /// Of each row: the steps since its rings were written as a whole.
+    steps: Memory,
     form: RecordForm,
     state: Mutex<State>,
 }
@@ -134,21 +136,84 @@ impl StepWrite {
     }
 }
 
+/// A window of past values, of which a step reads some elements and replaces the oldest: see `engine/state/rings.py`.
+#[derive(Clone, Copy)]
+struct Ring {
+    element_bytes: usize,
+    length: usize,
+    /// A step reads every so many elements, from the oldest on.
+    gap: usize,
+}
+
 /// An array of the arena.
 struct Rows {
     memory: Memory,
     row_bytes: usize,
+    /// None: a step takes and returns all of it.
+    ring: Option<Ring>,
 }
 
+/// An array of the arena, the bytes of a row, and of a ring its length and gap; else both are 0.
+type Array<'py> = (Bound<'py, PyAny>, usize, usize, usize);
+
 impl Rows {
-    fn new(array: &Bound<'_, PyAny>, row_bytes: usize) -> PyResult<Self> {
-        Ok(Rows { memory: Memory::writable(array)?, row_bytes })
+    fn new((array, row_bytes, length, gap): &Array<'_>) -> PyResult<Self> {
+        let ring =
+            |element_bytes| (*gap > 0).then_some(Ring { element_bytes, length: *length, gap: *gap });
+        let ring = row_bytes.checked_div(*length).and_then(ring);
+        Ok(Rows { memory: Memory::writable(array)?, row_bytes: *row_bytes, ring })
+    }
+
+    /// The bytes that a step of a row takes.
+    fn taken_bytes(&self) -> usize {
+        self.ring.map_or(self.row_bytes, |ring| ring.length.div_ceil(ring.gap) * ring.element_bytes)
+    }
+
+    /// The bytes that it returns.
+    fn returned_bytes(&self) -> usize {
+        self.ring.map_or(self.row_bytes, |ring| ring.element_bytes)
+    }
+
+    /// Copy what a step of a row takes to the place of a member; `steps`: those of the row.
+    fn take(&self, py: Python<'_>, row: usize, steps: usize, into: &Memory, place: usize) {
+        let (start, mut at) = (row * self.row_bytes, place * self.taken_bytes());
+        let Some(Ring { element_bytes, length, gap }) = self.ring else {
+            into.copy(py, at, &self.memory, start, self.row_bytes);
+            return;
+        };
+        for element in (0..length).step_by(gap) {
+            let found = start + (steps + element) % length * element_bytes;
+            into.copy(py, at, &self.memory, found, element_bytes);
+            at += element_bytes;
+        }
+    }
+
+    /// Write what a step returned for a member to its row.
+    fn put(&self, py: Python<'_>, row: usize, steps: usize, from: &Memory, place: usize) {
+        let size = self.returned_bytes();
+        let at = row * self.row_bytes + self.ring.map_or(0, |ring| steps % ring.length * size);
+        self.memory.copy(py, at, from, place * size, size);
+    }
+
+    /// Write the bytes of a row as they are once `put` has been called: rings are in the order of time.
+    fn lay_out(&self, py: Python<'_>, row: usize, steps: usize, from: &Memory, place: usize, into: &mut [u8]) {
+        let size = self.returned_bytes();
+        let mut rest = into;
+        if let Some(Ring { length, .. }) = self.ring {
+            let (start, oldest) = (row * self.row_bytes, steps % length * size);
+            let (before, after) = rest.split_at_mut(self.row_bytes - size - oldest);
+            self.memory.read(py, start + oldest + size, before);
+            let (before, after) = after.split_at_mut(oldest);
+            self.memory.read(py, start, before);
+            rest = after;
+        }
+        from.read(py, place * size, rest);
     }
 }
 
 #[pymethods]
 impl StepKernel {
-    /// `handles`: of all sessions by their ids. `states` and `kept`: the arena's arrays, each with the bytes of a row.
+    /// `handles`: of all sessions by their ids. `states` and `kept`: the arena's arrays. `steps`: see `Rings`.
     /// `weights`, `prefix` and `seeds` of digests: see `Digests`. `texts`: fingerprint and name of the model, and the bytes
     /// of the first. `fields` and `fields_of`: see `RecordForm`.
     #[new]
@@ -158,8 +223,9 @@ impl StepKernel {
         model: i32,
         inputs: Vec<Spec>,
         outputs: Vec<Spec>,
-        states: Vec<(Bound<'_, PyAny>, usize)>,
-        kept: Vec<(Bound<'_, PyAny>, usize)>,
+        states: Vec<Array<'_>>,
+        kept: Vec<Array<'_>>,
+        steps: Bound<'_, PyAny>,
         weights: Vec<u64>,
         prefix: u64,
         seeds: Vec<(u64, u64)>,
@@ -167,9 +233,7 @@ impl StepKernel {
         fields: Py<PyDict>,
         fields_of: PyObject,
     ) -> PyResult<Self> {
-        let rows = |arrays: Vec<(Bound<'_, PyAny>, usize)>| -> PyResult<Vec<Rows>> {
-            arrays.iter().map(|(array, row_bytes)| Rows::new(array, *row_bytes)).collect()
-        };
+        let rows = |arrays: Vec<Array<'_>>| arrays.iter().map(Rows::new).collect::<PyResult<Vec<_>>>();
         Ok(StepKernel {
             handles,
             model,
@@ -178,6 +242,7 @@ impl StepKernel {
             digests: Digests::new(weights, prefix, seeds),
             states: rows(states)?,
             kept: rows(kept)?,
+            steps: Memory::writable(&steps)?,
             form: RecordForm {
                 texts: Texts { data: texts.0, fingerprint_bytes: texts.1 },
                 fields,
@@ -307,10 +372,9 @@ impl StepKernel {
         }
         for (array, rows) in states.iter().zip(&self.states) {
             let array = Memory::writable(array)?;
-            array.require(state.members.len() * rows.row_bytes)?;
+            array.require(state.members.len() * rows.taken_bytes())?;
             for (place, member) in state.members.iter().enumerate() {
-                let size = rows.row_bytes;
-                array.copy(py, place * size, &rows.memory, member.row * size, size);
+                rows.take(py, member.row, self.steps_of(py, member), &array, place);
             }
         }
         Ok(())
@@ -351,9 +415,13 @@ impl StepKernel {
             }
         };
         for (array, rows) in arrays() {
-            let size = rows.row_bytes;
             for (place, member) in members.iter().enumerate() {
-                rows.memory.copy(py, member.row * size, array, place * size, size);
+                rows.put(py, member.row, self.steps_of(py, member), array, place);
+            }
+        }
+        if self.has_rings() {
+            for member in members.iter() {
+                self.steps.set(py, member.row, (self.steps_of(py, member) + 1).to_ne_bytes());
             }
         }
         let copies = if reply == ReplyForm::Empty {
@@ -409,6 +477,18 @@ impl StepKernel {
 impl StepKernel {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_rings(&self) -> bool {
+        self.states.iter().any(|rows| rows.ring.is_some())
+    }
+
+    /// The steps since the rings of a session were written as a whole; 0 without rings.
+    fn steps_of(&self, py: Python<'_>, member: &Member) -> usize {
+        if self.steps.len() == 0 {
+            return 0;
+        }
+        usize::from_ne_bytes(self.steps.get(py, member.row))
     }
 
     /// A session after its step.
@@ -480,8 +560,10 @@ impl StepKernel {
                 let record;
                 (record, left) = left.split_at_mut(sizes[place]);
                 let mut at = record::row_at(texts);
+                let steps = self.steps_of(py, member);
                 for (array, rows) in arrays {
-                    array.read(py, place * rows.row_bytes, &mut record[at..at + rows.row_bytes]);
+                    let into = &mut record[at..at + rows.row_bytes];
+                    rows.lay_out(py, member.row, steps, array, place, into);
                     at += rows.row_bytes;
                 }
                 let handle = change.handle;
@@ -539,7 +621,7 @@ impl StepKernel {
 fn results(arrays: &[Bound<'_, PyAny>], rows: &[Rows], count: usize) -> PyResult<Vec<Memory>> {
     let of = |(array, rows): (&Bound<'_, PyAny>, &Rows)| {
         let array = Memory::readable(array)?;
-        array.require(count * rows.row_bytes)?;
+        array.require(count * rows.returned_bytes())?;
         Ok(array)
     };
     arrays.iter().zip(rows).map(of).collect()

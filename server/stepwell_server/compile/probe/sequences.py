@@ -19,15 +19,22 @@ ROUNDINGS = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float32": 2.0**-23, "flo
 
 
 def step_of_function(plan: Plan, function: Any) -> Step:
-    """Return the traced function as a function of arrays."""
+    """Return the traced function as a function of arrays, with whole states."""
 
     def step(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         named = {f"in_{i}": tf.constant(value) for i, value in enumerate(inputs)}
-        named |= {f"state_{i}": tf.constant(value) for i, value in enumerate(states)}
+        named |= {
+            f"state_{i}": tf.constant(value[:, :: spec.gap] if spec.gap else value)
+            for i, (spec, value) in enumerate(zip(plan.state, states, strict=True))
+        }
         results = function(**named)
+        after = [results[f"next_{i}"].numpy() for i in range(len(plan.state))]
         return (
             [results[f"out_{i}"].numpy() for i in range(len(plan.outputs))],
-            [results[f"next_{i}"].numpy() for i in range(len(plan.state))],
+            [
+                np.concatenate([before[:, 1:], value[:, None]], 1) if spec.gap else value
+                for spec, before, value in zip(plan.state, states, after, strict=True)
+            ],
         )
 
     return step

@@ -18,6 +18,7 @@ from stepwell_server.compile.causality.values import Data
 from stepwell_server.compile.graph.plan import Plan
 from stepwell_server.compile.graph.samples import plain_dtype
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
+from stepwell_server.compile.streaming.operations import gap_of
 from stepwell_server.compile.streaming.replay import first_elements, plain_sizes
 from stepwell_server.compile.streaming.step import Slot, trace_step
 from stepwell_server.program import StateSpec
@@ -30,6 +31,8 @@ _PARTS = {
     Memory.FIRST: "first",
     Memory.COUNT: "steps",
 }
+#: Windows of at least this many rows are rings: less is copied and stored for a step than of a whole window.
+RING_ROWS = 4
 #: They keep the order of the elements of one row.
 _MOVING = {"ExpandDims", "Identity", "Reshape", "Squeeze"}
 
@@ -90,13 +93,15 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
             name = _free(f"{_path(side, index)}/{_PARTS[need.kind]}", used)
             used.add(name)
             dtype = plain_dtype(keras.backend.standardize_dtype(tensor.dtype))
+            gap = _gap(side, owner, need, data)
             spec = StateSpec(
                 name,
                 _shape(need, data.axes),
                 "int32" if need.kind is Memory.COUNT else dtype,
-                need.rows if need.kind in (Memory.DELAY, Memory.WINDOW) and need.per == 1 else 0,
+                need.rows if gap else 0,
+                gap if need.rows >= RING_ROWS else 0,
             )
-            found.append(Slot(owner, need, tensor, data, spec))
+            found.append(Slot(owner, need, tensor, data, gap, spec))
     return tuple(found)
 
 
@@ -145,6 +150,14 @@ def _is_of_zeros(proof: Proof, slot: Slot) -> bool:
     assert isinstance(padded, Data)
     place = next(i for i, dim in enumerate(padded.axes) if time_of([dim]) is not None)
     return bool(tf.make_ndarray(op.inputs[1].op.get_attr("value"))[place, 0] >= _known(slot))
+
+
+def _gap(side: Cut, owner: str, need: Need, data: Data) -> int:
+    """Return which rows of a window over time are read: every so many, from the oldest on; 0: it is none."""
+    if need.kind not in (Memory.DELAY, Memory.WINDOW) or need.per > 1:
+        return 0
+    op = None if need.kind is Memory.DELAY else side.graph.get_operation_by_name(owner)
+    return gap_of(need, op, data.axes)
 
 
 def _shape(need: Need, axes: Axes) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from stepwell_server.compile.causality.axes import BATCH, Axes, time_of
@@ -18,8 +18,14 @@ Carry = Callable[[Any], Any]
 class States:
     """The states of operations that look back: read before the step, and written for the next one."""
 
-    def __init__(self, before: Mapping[tuple[str, Need], Any]) -> None:
-        self._before = before
+    def __init__(
+        self,
+        before: Mapping[tuple[str, Need], Any],
+        gaps: Mapping[tuple[str, Need], int],
+        rings: Collection[tuple[str, Need]],
+    ) -> None:
+        """``gaps``: of a window, every so many rows are read. ``before`` has only those of the windows in ``rings``."""
+        self._before, self._gaps, self._rings = before, gaps, rings
         self.after: dict[tuple[str, Need], Any] = {}
 
     def before(self, owner: str, need: Need, dtype: Any) -> Any:
@@ -27,9 +33,13 @@ class States:
         value = self._before[owner, need]
         return value if value.dtype == dtype else tf.cast(value, dtype)
 
-    def window(self, owner: str, need: Need, row: Any, gap: int) -> Any:
-        """Return every ``gap``-th of the rows that are kept of an input, ``(rows, ..., sizes...)``, the current one last."""
+    def window(self, owner: str, need: Need, row: Any) -> Any:
+        """Return the rows that are read of those kept of an input, ``(rows, ..., sizes...)``, and the current one."""
         before, now = self.before(owner, need, row.dtype), tf.expand_dims(row, 1)
+        if (owner, need) in self._rings:
+            self.after[owner, need] = row
+            return tf.concat([before, now], 1)
+        gap = self._gaps[owner, need]
         kept = [_part(before, 1, need.rows - 1)] if need.rows > 1 else []
         self.after[owner, need] = tf.concat([*kept, now], 1)
         if gap == 1:
@@ -49,7 +59,7 @@ class States:
 
     def oldest(self, owner: str, need: Need, row: Any) -> Any:
         """Return the oldest of the rows that are kept of an input."""
-        rows = self.window(owner, need, row, need.rows)
+        rows = self.window(owner, need, row)
         return _part(rows, 0, 1)
 
     def delayed(self, owner: str, needs: tuple[Need, ...], i: int, value: Any, axes: Axes) -> Any:
@@ -192,15 +202,15 @@ class Operation:
             padding = tf.reshape(padding, [-1, *sizes])
         return tf.reshape(tf.where(is_padding, padding, self.row(i)), step_shape(self.axes(i)))
 
-    def window(self, need: Need, value: Any, gap: int = 1) -> Any:
-        """Return every ``gap``-th of the rows that it keeps of an input, and the current one: ``(rows, ..., sizes...)``.
+    def window(self, need: Need, value: Any) -> Any:
+        """Return the rows that it reads of those kept of an input, and the current one: ``(rows, ..., sizes...)``.
 
         Where a time step brings several elements, they are all elements that it keeps, and those of this time step.
         """
         if need.per > 1:
             return self._states.elements(self.op.name, need, value, self.axes(need.input))
         row = tf.reshape(value, [-1, *plain_sizes(self.axes(need.input))])
-        return self._states.window(self.op.name, need, row, gap)
+        return self._states.window(self.op.name, need, row)
 
     def carry(self, need: Need, dtype: Any, after: Carry) -> tuple[Any, Any]:
         """Return a state before and after the step, which ``after`` computes."""

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.axes import elements, is_plain, time_of
-from stepwell_server.compile.causality.call import Memory
+from stepwell_server.compile.causality.axes import Axes, elements, is_plain, time_of
+from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.rules.sums import convolution_padding
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.streaming.operation import Operation, in_place, time_place
 from stepwell_server.compile.streaming.replay import again, plain_sizes, step_shape
 
 Maker = Callable[[Operation], "list[Any]"]
+_DILATED = ("Conv2D", "Conv3D", "DepthwiseConv2dNative")
 
 
 class CannotStreamError(Exception):
@@ -38,6 +39,13 @@ def make(one: Operation) -> list[Any]:
         raise CannotStreamError(
             f"uses the operation {one.kind} in a way that cannot be done for one time step"
         ) from error
+
+
+def gap_of(need: Need, op: Any, axes: Axes) -> int:
+    """Return which rows of a window an operation reads: every so many, from the oldest on. ``axes`` are its input's."""
+    if need.kind is Memory.DELAY:
+        return need.rows
+    return int(op.get_attr("dilations")[time_place(axes)]) if op.type in _DILATED else 1
 
 
 def _as_it_was(one: Operation) -> list[Any]:
@@ -175,7 +183,7 @@ def _convolved(one: Operation) -> list[Any]:
     kernel = one.constant(1)
     value = one.behind(tf.zeros((), one.data().dtype))
     if need is not None:
-        rows = one.window(need, value, gaps[place])
+        rows = one.window(need, value)
         count, channels = int(rows.shape[1]), math.prod(plain_sizes(axes[-1:]))
         *window, per_group, filters = one.op.inputs[1].shape.as_list()
         has_space = plain_sizes(axes[:-1]) or math.prod(window) != count
@@ -258,7 +266,7 @@ _BY_MAKER: dict[Maker, tuple[str, ...]] = {
     _tiled: ("Tile", "BroadcastTo"),
     _looked_up: ("GatherV2",),
     _accumulated: ("Cumsum", "Cumprod"),
-    _convolved: ("Conv2D", "Conv3D", "DepthwiseConv2dNative"),
+    _convolved: _DILATED,
     _pooled: ("AvgPool", "AvgPool3D", "MaxPool", "MaxPool3D"),
     _transposed_convolution: ("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
     _summed: ("AddN",),

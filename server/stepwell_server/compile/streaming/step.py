@@ -32,6 +32,8 @@ class Slot:
     tensor: Any
     """The input that it remembers."""
     data: Data
+    gap: int
+    """It reads every so many rows of a window."""
     spec: StateSpec
 
 
@@ -55,7 +57,8 @@ def trace_step(plan: Plan, side: Cut, proof: Proof, slots: Sequence[Slot]) -> An
         f"in_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"in_{i}") for i, x in enumerate(plan.inputs)
     }
     signature |= {
-        f"state_{i}": tf.TensorSpec([None, *x.shape], x.dtype, f"state_{i}") for i, x in enumerate(plan.state)
+        f"state_{i}": tf.TensorSpec([None, *x.taken.shape], x.dtype, f"state_{i}")
+        for i, x in enumerate(plan.state)
     }
     return tf.function(step, autograph=False).get_concrete_function(**signature)
 
@@ -70,7 +73,11 @@ class _Streaming:
         self._before = [tensors[f"state_{i}"] for i in range(len(plan.state))]
         self._after: list[Any] = [None] * len(plan.state)
         own = self._before[len(plan.state) - len(slots) :]
-        self._states = States({_key(slot): value for slot, value in zip(slots, own, strict=True)})
+        self._states = States(
+            {_key(slot): value for slot, value in zip(slots, own, strict=True)},
+            {_key(slot): slot.gap for slot in slots},
+            {_key(slot) for slot in slots if slot.spec.gap},
+        )
         self._constants = Constants(side)
         self._made: dict[str, Any] = {}
         self._carried = _carried(plan, side)

@@ -113,7 +113,10 @@ class Runtimes:
             cost=Cost(min_fixed_s=_ON_THREADS_S) if program.may_not_end else Cost(),
             work=Share(self._capacity.shares, f"{name}@{version}"),
         )
-        lanes = [Lane(self._capacity.executor(program), arena) for _ in range(self._capacity.compute_threads)]
+        lanes = [
+            Lane(program, self._capacity.executor(program), arena)
+            for _ in range(self._capacity.compute_threads)
+        ]
         inbox, runner = Inbox(model, self._inboxes), Runner(model, lanes, self._capacity.threads, self._clock)
         direct = Direct(
             model,

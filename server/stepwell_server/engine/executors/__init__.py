@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from stepwell_server.engine.executors.base import Executor
+from stepwell_server.engine.executors.windows import WindowExecutor
 from stepwell_server.program import Program
 
 
 def load_executor(program: Program) -> Executor:
-    """Return a new executor of ``program``, with buffers of its own.
+    """Return a new executor of ``program``, with buffers of its own, which shows whole states.
 
     Each kind of executor is imported on first use: a server whose programs all run on LiteRT never loads
     TensorFlow or ONNX Runtime.
@@ -15,6 +16,11 @@ def load_executor(program: Program) -> Executor:
     Raises:
         ValueError: the program's data is corrupt.
     """
+    executor = _loaded(program)
+    return WindowExecutor(executor, program) if program.has_rings else executor
+
+
+def _loaded(program: Program) -> Executor:
     if program.executor == "litert":
         from stepwell_server.engine.executors import litert
 

@@ -159,7 +159,7 @@ class _Sized:
         runner = self.interpreter.get_signature_runner()
         details = runner.get_input_details()
         _require_shapes("in", program.inputs, details)
-        _require_shapes("state", program.state, details)
+        _require_shapes("state", program.states_taken, details)
         given = {key: int(item["index"]) for key, item in details.items()}
         made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
         del runner
@@ -172,14 +172,14 @@ class _Sized:
         self._runs = 0
         """Runs since the last resize."""
         shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
-        shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.state)}
+        shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.states_taken)}
         self._given = [(index, shapes[key]) for key, index in given.items()]
         """The interpreter's input tensors, with the shape of a row."""
         taken = set(given.values())
         self.inputs = _Tensors(self.interpreter, "in", program.inputs, given)
-        self.states = _Tensors(self.interpreter, "state", program.state, given)
+        self.states = _Tensors(self.interpreter, "state", program.states_taken, given)
         self.outputs = _Tensors(self.interpreter, "out", program.outputs, made, taken)
-        self.next_states = _Tensors(self.interpreter, "next", program.state, made, taken)
+        self.next_states = _Tensors(self.interpreter, "next", program.states_returned, made, taken)
 
     @property
     def _tensors(self) -> tuple[_Tensors, ...]:
@@ -226,8 +226,8 @@ class _Sized:
 
 def _max_kept(program: Program) -> int:
     """How many interpreters of a program an executor may keep."""
-    tensors = [*program.inputs, *program.outputs]
-    row_bytes = sum(spec.row_bytes for spec in tensors) + 2 * program.state_row_bytes
+    row_bytes = sum(spec.row_bytes for spec in (*program.inputs, *program.outputs))
+    row_bytes += sum(spec.row_bytes for spec in (*program.states_taken, *program.states_returned))
     batch_bytes = _TYPICAL_ROWS * _TENSORS_PER_SPEC * row_bytes
     return max(1, min(_MAX_KEPT, _MAX_KEPT_BYTES // (len(program.files[FLATBUFFER]) + batch_bytes)))
 

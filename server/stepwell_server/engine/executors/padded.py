@@ -53,9 +53,9 @@ class PaddedExecutor(Executor):
         if rows == self._rows:
             return
         self._in = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.inputs]
-        self._state = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.state]
+        self._state = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.states_taken]
         self._out = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.outputs]
-        self._next = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.state]
+        self._next = [np.zeros((rows, *spec.shape), spec.dtype) for spec in self._program.states_returned]
         self._rows = rows
 
     def inputs(self) -> Sequence[Array]:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,10 @@ import numpy.typing as npt
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.api import Select
 from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.windows import WindowExecutor
 from stepwell_server.engine.job import Job
 from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.state.rings import StepParts
 from stepwell_server.engine.types import Array, Mask
 from stepwell_server.program import Program
 
@@ -66,10 +68,15 @@ class Pass:
         """Rows whose states are kept after every time step; None: none."""
         self.states: list[Array] = []
         """The states of those rows, `(steps, state rows, ...)`; filled by the executors."""
+        self.is_in_place = program.has_rings and steps == 1
+        """Whether it is one plain time step of rows that it may change: see `Lane`."""
         for job in jobs:
             if not job.is_plain:
+                self.is_in_place = False
                 self._ask_for_more()
                 break
+        if self.is_in_place:
+            self.is_in_place = all(job.source_rows is job.target_rows for job in jobs)
         self.rows_wanted = 0
         """The rows it would have had without other active models."""
         self.failed: list[FailedUnit] = []
@@ -159,12 +166,25 @@ def _put_initial(program: Program, states: Sequence[Array], where: Mask) -> None
         buffer[where] = value
 
 
-class Lane:
-    """An executor, and what it does for a pass. For one thread at a time."""
+_Way: TypeAlias = tuple[Executor, Arena | StepParts]
 
-    def __init__(self, executor: Executor, arena: Arena) -> None:
-        self.executor = executor
-        self._arena = arena
+
+class Lane:
+    """An executor, and what it does for a pass. For one thread at a time.
+
+    Rings stay in the arena in a pass of one plain time step: only what the step reads and changes is copied. Other passes
+    copy whole states.
+    """
+
+    def __init__(self, program: Program, executor: Executor, arena: Arena) -> None:
+        self._whole: _Way = (executor, arena)
+        self.in_place: _Way = self._whole
+        """What runs one time step of rows that it may change, and where their states are."""
+        parts = arena.parts(program)
+        if parts is not None and isinstance(executor, WindowExecutor):
+            self.in_place = (executor.parts, parts)
+        self._executor: Executor = executor
+        self._rows: Arena | StepParts = arena
         self.spent_s = 0.0
         """Processor time of the last `attempt` and `store`, in seconds."""
         self.is_on_thread = False
@@ -177,9 +197,10 @@ class Lane:
             ExecutionError: the program raised; nothing changed.
         """
         started = time.thread_time()
-        executor = self.executor
+        self._executor, self._rows = self.in_place if work.is_in_place else self._whole
+        executor = self._executor
         executor.bind(high - low)
-        self._arena.gather(work.source_rows[low:high], executor.states())
+        self._rows.gather(work.source_rows[low:high], executor.states())
         for step in range(work.steps):
             if step:
                 executor.carry()
@@ -192,18 +213,18 @@ class Lane:
 
     def _collect(self, work: Pass, low: int, high: int, step: int) -> None:
         # a separate function: no view of the executor's buffers may outlive it
-        for kept, output in zip(work.outputs, self.executor.outputs(), strict=True):
+        for kept, output in zip(work.outputs, self._executor.outputs(), strict=True):
             kept[step, low:high] = output
         if work.state_rows is not None:
             here = (work.state_rows >= low) & (work.state_rows < high)
             rows = work.state_rows[here] - low
-            for kept, state in zip(work.states, self.executor.next_states(), strict=True):
+            for kept, state in zip(work.states, self._executor.next_states(), strict=True):
                 kept[step, here] = state[rows]
 
     def store(self, work: Pass, low: int, high: int) -> None:
         """Write the result of the last `attempt` of the same rows to the arena."""
         started = time.thread_time()
-        self._arena.write(work.target_rows[low:high], self.executor.next_states())
+        self._rows.write(work.target_rows[low:high], self._executor.next_states())
         self.spent_s += time.thread_time() - started
 
     def narrow(self, work: Pass, error: ExecutionError | None = None) -> None:
@@ -225,7 +246,7 @@ class Lane:
             else:
                 ran.append((work.target_rows[starts[first] : starts[last]], self._next_states()))
         for rows, states in ran:
-            self._arena.write(rows, states)
+            self._rows.write(rows, states)
 
     def _halves(
         self, work: Pass, names: Sequence[tuple[int, int]], first: int, last: int, error: ExecutionError
@@ -238,4 +259,4 @@ class Lane:
         return [(middle, last), (first, middle)]
 
     def _next_states(self) -> list[Array]:
-        return [state.copy() for state in self.executor.next_states()]
+        return [state.copy() for state in self._executor.next_states()]

@@ -55,7 +55,8 @@ class CompiledSteps:
         self._direct = direct
         self.model = model
         self._table = table
-        self._executor, self._arena = lane.executor, model.arena
+        (self._executor, states), self._arena = lane.in_place, model.arena
+        self._copies_whole_rings = states is model.arena and model.arena.has_rings
         self._committer = committer
         self._watched = watched
         self._clock = direct.clock
@@ -76,7 +77,7 @@ class CompiledSteps:
             done: Called when it is answered, or must be answered with an error, possibly before this returns.
         """
         model, direct, count = self.model, self._direct, batch.size
-        if self._committer.may_conflict:
+        if self._committer.may_conflict or self._copies_whole_rings:
             return False
         if count * self._reply_bytes > room or not direct.may_run(count):
             return False
@@ -174,7 +175,9 @@ class CompiledSteps:
             model.program.inputs,
             model.program.outputs,
             arena.states,
+            [spec.gap for spec in model.program.state],
             arena.outputs,
+            arena.steps,
             WEIGHTS.tolist(),
             int(model.digest_prefixes[Kind.STEP]),
             {select: (seed_of_single(select, False), seed_of_single(select, True)) for select in Select},

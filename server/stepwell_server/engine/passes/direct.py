@@ -62,7 +62,8 @@ class Direct:
     ) -> None:
         self._model = model
         self._table = table
-        self._lane, self._executor, self._arena = lane, lane.executor, model.arena
+        self._lane, (self._executor, self._states), self._arena = lane, lane.in_place, model.arena
+        self._has_rings = model.arena.has_rings
         self._committer = committer
         self._commits = commits
         self._again = rejudge
@@ -237,12 +238,12 @@ class Direct:
         executor.invoke()
         outputs = [output.copy() for output in executor.outputs()]
         after = executor.next_states()
-        if len(rows) == 1:  # an index costs a third of an array of indexes
+        if len(rows) == 1 and not self._has_rings:  # an index costs a third of an array of indexes
             row = int(rows[0])
             for array, values in zip((*arena.states, *arena.outputs), (*after, *outputs), strict=True):
                 array[row] = values[0]
         else:
-            arena.write(rows, after)
+            self._states.write(rows, after)
             arena.keep_outputs(rows, outputs)
         if began:
             self.end_measure(len(rows), began)
@@ -261,12 +262,12 @@ class Direct:
     def _fill(self, rows: Rows, inputs: Sequence[Array]) -> None:
         # a separate function: no view of the executor's buffers may exist while it runs
         states = self._executor.states()
-        if len(rows) == 1:
+        if len(rows) == 1 and not self._has_rings:
             row = int(rows[0])
             for state, buffer in zip(self._arena.states, states, strict=True):
                 buffer[0] = state[row]
         else:
-            self._arena.gather(rows, states)
+            self._states.gather(rows, states)
         for view, array in zip(self._executor.inputs(), inputs, strict=True):
             view[...] = array
 

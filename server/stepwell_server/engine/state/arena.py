@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwell_server.core.slots import Rows, page_by_page
+from stepwell_server.engine.state.rings import Ring, StepParts
 from stepwell_server.engine.types import Array
 from stepwell_server.program import Program, dtype_of
 
@@ -21,31 +22,64 @@ class Arena:
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
+        self.steps = page_by_page((capacity if program.has_rings else 0,), np.dtype(np.int64))
+        """Of rows with rings: see `Ring`."""
+        self.rings = [Ring(spec, capacity, self.steps) if spec.gap else None for spec in program.state]
         self.states = tuple(
-            page_by_page((capacity, *spec.shape), dtype_of(spec.dtype)) for spec in program.state
+            page_by_page((capacity, *spec.shape), dtype_of(spec.dtype)) if ring is None else ring.array
+            for spec, ring in zip(program.state, self.rings, strict=True)
         )
         self.outputs = tuple(
             page_by_page((capacity, *spec.shape), dtype_of(spec.dtype)) for spec in program.outputs
         )
         """Each row's outputs of its last time step: part of the remembered reply."""
         self._arrays = (*self.states, *self.outputs)
+        self._rings = (*self.rings, *[None] * len(self.outputs))
         self.row_bytes = sum(array.nbytes // capacity for array in self._arrays)
         """Bytes of a packed row."""
 
     def read(self, rows: Rows) -> tuple[Array, ...]:
         """Copies of the states of `rows`, `(len(rows), ...)` each."""
-        return tuple(state[rows] for state in self.states)
+        return tuple(self._copies(rows)[: len(self.states)])
+
+    def _copies(self, rows: Rows) -> list[Array]:
+        """Copies of states and outputs of `rows`."""
+        return [
+            array[rows] if ring is None else ring.read(rows)
+            for array, ring in zip(self._arrays, self._rings, strict=True)
+        ]
 
     def gather(self, rows: Rows, into: Sequence[Array]) -> None:
         """Copy the states of `rows` into buffers of the same length."""
-        for state, buffer in zip(self.states, into, strict=True):
-            # mode="clip" lets numpy write straight into `out`; the rows are always in range
-            np.take(state, rows, axis=0, out=buffer, mode="clip")
+        for state, ring, buffer in zip(self.states, self.rings, into, strict=True):
+            if ring is not None:
+                np.copyto(buffer, ring.read(rows))
+            else:
+                # mode="clip" lets numpy write straight into `out`; the rows are always in range
+                np.take(state, rows, axis=0, out=buffer, mode="clip")
 
     def write(self, rows: Rows, states: Sequence[Array]) -> None:
         """Set the states of `rows`."""
         for state, values in zip(self.states, states, strict=True):
             state[rows] = values
+        self._begin(rows)
+
+    def parts(self, program: Program) -> StepParts | None:
+        """What a step of a program reads and changes of its rings; None: its rings are not those of this arena."""
+        gaps = [spec.gap for spec in program.state]
+        if not any(gaps) or [gap > 0 for gap in gaps] != [ring is not None for ring in self.rings]:
+            return None
+        return StepParts(self.states, self.rings, gaps, self.steps)
+
+    @property
+    def has_rings(self) -> bool:
+        """Whether some of its states are rings."""
+        return len(self.steps) > 0
+
+    def _begin(self, rows: Rows) -> None:
+        """Note that the windows of `rows` have been written as a whole."""
+        if self.has_rings:
+            self.steps[rows] = 0
 
     def keep_outputs(self, rows: Rows, outputs: Sequence[Array]) -> None:
         """Keep the outputs of the last time step of `rows`."""
@@ -54,7 +88,7 @@ class Arena:
 
     def pack(self, rows: Rows) -> npt.NDArray[np.uint8]:
         """States and outputs of `rows` as bytes, `(len(rows), bytes per row)`."""
-        return np.concatenate([_as_bytes(array[rows]) for array in self._arrays], axis=1)
+        return np.concatenate([_as_bytes(array) for array in self._copies(rows)], axis=1)
 
     def pack_into(self, rows: Rows, packed: npt.NDArray[np.uint8]) -> None:
         """`pack` into `(n, bytes)`, where each line takes the rows of one session, one after the other."""
@@ -67,14 +101,19 @@ class Arena:
             packed[...] = self.pack(rows).reshape(packed.shape)
             return
         start, where = 0, _as_slice(rows)
-        for array in self._arrays:
-            part = _as_bytes(array[where])
+        for array, ring in zip(self._arrays, self._rings, strict=True):
+            part = _as_bytes(array[where] if ring is None else ring.read(rows))
             lines[:, start : start + part.shape[1]] = part
             start += part.shape[1]
 
     def pack_row(self, row: int) -> bytes:
         """`pack` for one row."""
-        return b"".join([array[row].tobytes() for array in self._arrays])
+        return b"".join(
+            [
+                array[row].tobytes() if ring is None else ring.pack_row(row)
+                for array, ring in zip(self._arrays, self._rings, strict=True)
+            ]
+        )
 
     def pack_states(self, states: Sequence[Array], count: int) -> npt.NDArray[np.uint8]:
         """The `pack` of `count` rows with these states that have not been stepped."""
@@ -95,6 +134,7 @@ class Arena:
         """Set states and outputs of `rows` from packed rows."""
         for array, values in zip(self._arrays, self.unpacked(packed), strict=True):
             array[rows] = values
+        self._begin(rows)
 
     def unpacked(self, packed: npt.NDArray[np.uint8]) -> Iterator[Array]:
         """The states, then the outputs, of packed rows, `(n, ...)` each."""
@@ -114,6 +154,7 @@ class Arena:
         """Set `rows` to an initial state: that of their sessions' model version."""
         for state, value in zip(self.states, initial, strict=True):
             state[rows] = value
+        self._begin(rows)
 
 
 def _as_slice(rows: Rows) -> Rows | slice:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
-_INTERFACE = 13
+_INTERFACE = 14
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -663,16 +663,20 @@ def _new_kernel(rules: StepRules) -> StepKernel:
         number = DataType.Value(f"DATA_TYPE_{tensor.dtype.upper()}")
         return tensor.name, number, list(tensor.shape), tensor.temporal, tensor.row_bytes, size, bits
 
-    def rows(arrays: Sequence[Array]) -> list[tuple[Array, int]]:
-        return [(array, array.nbytes // len(array)) for array in arrays]
+    def rows(arrays: Sequence[Array], gaps: Sequence[int]) -> list[tuple[Array, int, int, int]]:
+        return [
+            (array, array.nbytes // len(array), array.shape[1] if gap else 0, gap)
+            for array, gap in zip(arrays, gaps, strict=True)
+        ]
 
     kernel: StepKernel = stepwell_front.StepKernel(
         rules.handles,
         rules.model,
         [spec(tensor) for tensor in rules.inputs],
         [spec(tensor) for tensor in rules.outputs],
-        rows(rules.states),
-        rows(rules.kept),
+        rows(rules.states, rules.gaps),
+        rows(rules.kept, [0] * len(rules.kept)),
+        rules.steps,
         rules.digest_weights,
         rules.digest_prefix,
         [rules.digest_seeds[select] for select in _SELECTIONS],

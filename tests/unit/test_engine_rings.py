@@ -1,0 +1,248 @@
+"""Rings: a program that takes and returns parts of a window gives the same bits as one that copies all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepwell_server.engine.api import Select
+from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.executors.windows import WindowExecutor
+from stepwell_server.engine.state.arena import Arena
+from stepwell_server.errors import ServerError
+from stepwell_server.program import Program, StateSpec
+from support.engine.fake_executor import BAD, PLAIN
+from support.engine.harness import Harness, running
+
+Array = Any
+#: Lengths and gaps of the windows: one whose last gap is short, one of which only the oldest element is read, one that
+#: is read as a whole.
+WINDOWS = ((7, 3), (5, 5), (2, 1))
+ELEMENTS = ((2,), (), (2, 2))
+
+
+def program(*, is_ring: bool) -> Program:
+    """A sum, and windows of past values."""
+    rng = np.random.default_rng(5)
+    specs = [
+        StateSpec(f"window{i}", (length, *shape), "float32", gap if is_ring else 0)
+        for i, ((length, gap), shape) in enumerate(zip(WINDOWS, ELEMENTS, strict=True))
+    ]
+    return dataclasses.replace(
+        PLAIN,
+        fingerprint="f-window",
+        state=(specs[0], *PLAIN.state, *specs[1:]),
+        initial=(
+            rng.random(specs[0].shape, np.float32),
+            *PLAIN.initial,
+            *(rng.random(spec.shape, np.float32) for spec in specs[1:]),
+        ),
+    )
+
+
+class Windows:
+    """An executor of the program, on parts of states or on whole ones."""
+
+    def __init__(self, program: Program) -> None:
+        self._program, self._rows = program, 0
+        self._in = self._state = self._out = self._next = list[Array]()
+
+    def bind(self, rows: int) -> None:
+        if rows != self._rows:
+            of = [
+                [np.full((rows, *spec.shape), np.nan, spec.dtype) for spec in specs]
+                for specs in (
+                    self._program.inputs,
+                    self._program.states_taken,
+                    self._program.outputs,
+                    self._program.states_returned,
+                )
+            ]
+            self._in, self._state, self._out, self._next = of
+            self._rows = rows
+
+    def inputs(self) -> Sequence[Array]:
+        return self._in
+
+    def states(self) -> Sequence[Array]:
+        return self._state
+
+    def carry(self) -> None:
+        for state, after in zip(self._state, self._next, strict=True):
+            np.copyto(state, after)
+
+    def invoke(self) -> None:
+        (x,), (first, total, second, third) = self._in, self._state
+        if np.any(x[:, 0] == BAD):
+            self._rows = 0
+            raise ExecutionError("x is out of range")
+        specs = [self._program.state[i] for i in (0, 2, 3)]
+        gaps = [1 if spec.gap else gap for spec, (_, gap) in zip(specs, WINDOWS, strict=True)]
+        read = [window[:, ::gap] for window, gap in zip((first, second, third), gaps, strict=True)]
+        total = total * np.float32(0.5) + x
+        y = total + read[0].sum(axis=1) * np.float32(0.25) - read[1].sum(axis=1)[:, None] + read[2][:, 0, 1]
+        new = [y - x, total[:, 0], np.stack([x, y], 1)]
+        after = [
+            value if spec.gap else np.concatenate([window[:, 1:], value[:, None]], 1)
+            for spec, window, value in zip(specs, (first, second, third), new, strict=True)
+        ]
+        results = zip((*self._out, *self._next), (y, after[0], total, *after[1:]), strict=True)
+        for kept, value in results:
+            np.copyto(kept, value)
+
+    def outputs(self) -> Sequence[Array]:
+        return self._out
+
+    def next_states(self) -> Sequence[Array]:
+        return self._next
+
+
+def executor(program: Program) -> Any:
+    parts = Windows(program)
+    return WindowExecutor(parts, program) if program.has_rings else parts
+
+
+def same(one: Any, two: Any) -> None:
+    if isinstance(one, ServerError):
+        assert (type(one), str(one)) == (type(two), str(two))
+        return
+    for first, second in ((one.outputs, two.outputs), (one.states, two.states)):
+        assert list(first) == list(second)
+        for name in first:
+            assert first[name].tobytes() == second[name].tobytes(), name
+    assert (one.revision, one.position) == (two.revision, two.position)
+
+
+async def both(first: Harness, second: Harness, *args: Any, **fields: Any) -> None:
+    one, two = [await at.submit(*args, **fields).all() for at in (first, second)]
+    for answer, other in zip(one, two, strict=True):
+        same(answer, other)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_changes_give_the_same_bits_as_whole_windows(threads: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = {"a": 1, "b": 3, "c": 1, "d": 2, "e": 1}
+    async with AsyncExitStack() as stack:
+        first, second = [
+            await stack.enter_async_context(
+                running(
+                    {"plain": program(is_ring=is_ring)}, executor=executor, threads=threads, resident_rows=9
+                )
+            )
+            for is_ring in (True, False)
+        ]
+        for name, size in sizes.items():
+            for at in (first, second):
+                await at.open(name, batch_size=size)
+        for i in range(150):
+            await change(first, second, sizes, rng, i)
+        for name in sizes:
+            one, two = await first.state(name), await second.state(name)
+            assert {key: value.tobytes() for key, value in one.items()} == {
+                key: value.tobytes() for key, value in two.items()
+            }
+
+
+async def change(
+    first: Harness, second: Harness, sizes: dict[str, int], rng: np.random.Generator, number: int
+) -> None:
+    names = list(sizes)
+    name = names[rng.integers(len(names))]
+    size = sizes[name]
+    kind = rng.choice(
+        [
+            "frame",
+            "frame",
+            "frame",
+            "one",
+            "one",
+            "long",
+            "states",
+            "reset",
+            "set",
+            "mask",
+            "rows",
+            "bad",
+            "fork",
+        ]
+    )
+    if kind == "frame":
+        chosen = [name for name in names if rng.random() < 0.6] or [name]
+        counts = [sizes[name] for name in chosen]
+        await both(first, second, chosen, drawn(rng, sum(counts), 2), sizes=counts)
+    elif kind == "one":
+        await both(first, second, name, drawn(rng, size, 2), sizes=[size])
+    elif kind == "long":
+        await both(first, second, name, drawn(rng, size, rng.integers(2, 20), 2), sizes=[size])
+    elif kind == "states":
+        x = drawn(rng, size, rng.integers(1, 12), 2)
+        await both(first, second, name, x, sizes=[size], states=[Select.ALL, Select.LAST][rng.integers(2)])
+    elif kind == "reset":
+        rows = sorted(set(rng.integers(size, size=2).tolist())) if rng.random() < 0.5 else ()
+        await both(first, second, name, sizes=[size], reset=True, **({"rows": rows} if rows else {}))
+    elif kind == "set":
+        specs = program(is_ring=False).state
+        state = {spec.name: drawn(rng, size, *spec.shape) for spec in specs}
+        await both(first, second, name, sizes=[size], reset=True, state=state)
+    elif kind == "mask":
+        steps = int(rng.integers(1, 9))
+        mask = rng.random((size, steps)) < 0.3
+        await both(first, second, name, drawn(rng, size, steps, 2), sizes=[size], reset_rows=mask.reshape(-1))
+    elif kind == "rows":
+        rows = sorted(set(rng.integers(size, size=2).tolist()))
+        await both(first, second, name, drawn(rng, len(rows), 2), sizes=[len(rows)], rows=rows)
+    elif kind == "bad":
+        chosen = [name, *(other for other in names if other != name)]
+        counts = [sizes[each] for each in chosen]
+        x = drawn(rng, sum(counts), 2)
+        x[0, 0] = BAD
+        await both(first, second, chosen, x, sizes=counts)
+    elif len(sizes) < 9:
+        new = f"fork{number}"
+        for at in (first, second):
+            await at.engine.fork(name, new_session_id=new)
+        sizes[new] = size
+
+
+def drawn(rng: np.random.Generator, *shape: Any) -> Array:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def test_a_packed_row_is_in_the_order_of_time() -> None:
+    rng, windows = np.random.default_rng(2), program(is_ring=True)
+    arena, whole = Arena(windows, 6), Arena(program(is_ring=False), 6)
+    parts = arena.parts(windows)
+    assert parts is not None
+    rows = np.array([4, 1, 5], np.intp)
+    for each in (arena, whole):
+        each.reset(rows, windows.initial)
+    for _ in range(9):
+        new = [drawn(rng, 3, *spec.shape) for spec in windows.states_returned]
+        parts.write(rows, new)
+        before = whole.read(rows)
+        whole.write(
+            rows,
+            [
+                np.concatenate([old[:, 1:], value[:, None]], 1) if spec.gap else value
+                for spec, old, value in zip(windows.state, before, new, strict=True)
+            ],
+        )
+    expected = whole.pack(rows)
+    assert arena.pack(rows).tobytes() == expected.tobytes()
+    assert b"".join(arena.pack_row(int(row)) for row in rows) == expected.tobytes()
+    packed = np.zeros_like(expected)
+    arena.pack_into(rows, packed)
+    assert packed.tobytes() == expected.tobytes()
+    taken = [np.zeros((3, *spec.shape), spec.dtype) for spec in windows.states_taken]
+    parts.gather(rows, taken)
+    for spec, now, part in zip(windows.state, whole.read(rows), taken, strict=True):
+        assert part.tobytes() == (now[:, :: spec.gap] if spec.gap else now).tobytes()
+    arena.unpack(np.array([0, 2, 3], np.intp), expected)
+    assert arena.pack(np.array([0, 2, 3], np.intp)).tobytes() == expected.tobytes()
