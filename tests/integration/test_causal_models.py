@@ -67,3 +67,40 @@ def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: P
         np.testing.assert_array_equal(session.get_state()[window][:, 0], np.ones((2, 4), np.float32))
         session.reset_states()
         _close(session.step(x), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_rings_are_stepped_alone_and_together_forked_set_and_outlive_a_kill(tmp_path: Path) -> None:
+    model: Any = causal.build("conv_dilated")
+    model.save(tmp_path / "model.keras")
+    x = np.random.default_rng(6).standard_normal((3, 90, 4)).astype(np.float32)
+    whole = np.asarray(model(x))
+    server = LocalServer(
+        {"m": tmp_path / "model.keras"},
+        data_dir=tmp_path / "data",
+        cache_dir=programs.cache_dir(),
+        start_timeout_s=100,
+    )
+    with server, stepwell.connect(server.address) as client:
+        group = client.open_sessions("m", 3)
+        for time in range(40):
+            _close(group.step(x[:, time]), whole[:, time])
+        (name,) = state = group[1].get_state()
+        assert state[name].shape == (1, 32, 4)
+        np.testing.assert_array_equal(state[name], x[1:2, 8:40])
+
+        twin = group[1].fork()
+        server.kill()
+        server.restart()
+        for time in range(40, 43):
+            _close(group.step(x[:, time]), whole[:, time])
+            _close(twin.step(x[1:2, time]), whole[1:2, time])
+        _close(group.step(x[:, 43:80]), whole[:, 43:80])
+        _close(group[0].step(x[:1, 80]), whole[:1, 80])
+
+        state.save(tmp_path / "state")
+        twin.reset_states(stepwell.State.load(tmp_path / "state"))
+        for time in range(40, 90):
+            _close(twin.step(x[1:2, time]), whole[1:2, time])
+        np.testing.assert_array_equal(twin.get_state()[name], x[1:2, 58:90])

@@ -34,7 +34,7 @@ from stepwell_server.store.disk import reserve
 from stepwell_server.store.disk.wal import writers
 from stepwell_server.store.record import HEADER, decode_header, is_sound
 from support.engine.catalog_on_engine import FakeLoads, live_models
-from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH
+from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH, RINGS
 from support.engine.harness import STORES, Harness, running
 from support.engine.versions import weights
 from support.peers.wire import tensor
@@ -115,6 +115,16 @@ CASES = {
     "several inputs": Case(
         [rich(["a", "b"]), rich(["c"]), rich(["c", "b"], time=True, first=7)], [True] * 3, "rich"
     ),
+    "rings": Case(
+        [frame(list(ids), x(len(ids))) for ids in ["a", "ab", "cab", "b"] * 5],
+        [True] * 20,
+        "rings",
+    ),
+    "rings after time steps": Case(
+        [frame(["a", "b"], x(2, 9)), frame(["a", "c"], x(2)), frame(["b"], x(1)), frame(["a"], x(1))],
+        [False, False, False, True],
+        "rings",
+    ),
     "inputs in another order": Case([rich(["a", "b", "c"], order=(2, 0, 1))], [True], "rich"),
     "a missing input": Case([rich(["a", "b"], order=(0, 1))], [False], "rich"),
     "a retry": Case(sent_twice(*[{"expected_revisions": [0, 0], "request_ids": [4, 5]}] * 2), [True, False]),
@@ -175,7 +185,8 @@ async def served(store: Any = None) -> AsyncIterator[tuple[Harness, Any]]:
     from stepwell_server.rpc.fronts.native import NativeFront
 
     observer = PrometheusObserver()
-    programs = {"plain": PLAIN, "rich": RICH, "second": dataclasses.replace(PLAIN, fingerprint="second")}
+    second = dataclasses.replace(PLAIN, fingerprint="second")
+    programs = {"plain": PLAIN, "rich": RICH, "rings": RINGS, "second": second}
     async with running(programs, observer=observer, store=store) as at:
         server = RpcServer(
             NativeFront(SystemClock(), FrontLimits(LIMIT)),

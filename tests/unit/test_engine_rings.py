@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,100 +9,10 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select
-from stepwell_server.engine.executors.base import ExecutionError
-from stepwell_server.engine.executors.windows import WindowExecutor
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.errors import ServerError
-from stepwell_server.program import Program, StateSpec
-from support.engine.fake_executor import BAD, PLAIN
+from support.engine.fake_executor import BAD, RINGS, with_windows
 from support.engine.harness import Harness, running
-
-Array = Any
-#: Lengths and gaps of the windows: one whose last gap is short, one of which only the oldest element is read, one that
-#: is read as a whole.
-WINDOWS = ((7, 3), (5, 5), (2, 1))
-ELEMENTS = ((2,), (), (2, 2))
-
-
-def program(*, is_ring: bool) -> Program:
-    """A sum, and windows of past values."""
-    rng = np.random.default_rng(5)
-    specs = [
-        StateSpec(f"window{i}", (length, *shape), "float32", gap if is_ring else 0)
-        for i, ((length, gap), shape) in enumerate(zip(WINDOWS, ELEMENTS, strict=True))
-    ]
-    return dataclasses.replace(
-        PLAIN,
-        fingerprint="f-window",
-        state=(specs[0], *PLAIN.state, *specs[1:]),
-        initial=(
-            rng.random(specs[0].shape, np.float32),
-            *PLAIN.initial,
-            *(rng.random(spec.shape, np.float32) for spec in specs[1:]),
-        ),
-    )
-
-
-class Windows:
-    """An executor of the program, on parts of states or on whole ones."""
-
-    def __init__(self, program: Program) -> None:
-        self._program, self._rows = program, 0
-        self._in = self._state = self._out = self._next = list[Array]()
-
-    def bind(self, rows: int) -> None:
-        if rows != self._rows:
-            of = [
-                [np.full((rows, *spec.shape), np.nan, spec.dtype) for spec in specs]
-                for specs in (
-                    self._program.inputs,
-                    self._program.states_taken,
-                    self._program.outputs,
-                    self._program.states_returned,
-                )
-            ]
-            self._in, self._state, self._out, self._next = of
-            self._rows = rows
-
-    def inputs(self) -> Sequence[Array]:
-        return self._in
-
-    def states(self) -> Sequence[Array]:
-        return self._state
-
-    def carry(self) -> None:
-        for state, after in zip(self._state, self._next, strict=True):
-            np.copyto(state, after)
-
-    def invoke(self) -> None:
-        (x,), (first, total, second, third) = self._in, self._state
-        if np.any(x[:, 0] == BAD):
-            self._rows = 0
-            raise ExecutionError("x is out of range")
-        specs = [self._program.state[i] for i in (0, 2, 3)]
-        gaps = [1 if spec.gap else gap for spec, (_, gap) in zip(specs, WINDOWS, strict=True)]
-        read = [window[:, ::gap] for window, gap in zip((first, second, third), gaps, strict=True)]
-        total = total * np.float32(0.5) + x
-        y = total + read[0].sum(axis=1) * np.float32(0.25) - read[1].sum(axis=1)[:, None] + read[2][:, 0, 1]
-        new = [y - x, total[:, 0], np.stack([x, y], 1)]
-        after = [
-            value if spec.gap else np.concatenate([window[:, 1:], value[:, None]], 1)
-            for spec, window, value in zip(specs, (first, second, third), new, strict=True)
-        ]
-        results = zip((*self._out, *self._next), (y, after[0], total, *after[1:]), strict=True)
-        for kept, value in results:
-            np.copyto(kept, value)
-
-    def outputs(self) -> Sequence[Array]:
-        return self._out
-
-    def next_states(self) -> Sequence[Array]:
-        return self._next
-
-
-def executor(program: Program) -> Any:
-    parts = Windows(program)
-    return WindowExecutor(parts, program) if program.has_rings else parts
 
 
 def same(one: Any, two: Any) -> None:
@@ -132,11 +40,9 @@ async def test_any_changes_give_the_same_bits_as_whole_windows(threads: bool, se
     async with AsyncExitStack() as stack:
         first, second = [
             await stack.enter_async_context(
-                running(
-                    {"plain": program(is_ring=is_ring)}, executor=executor, threads=threads, resident_rows=9
-                )
+                running({"plain": with_windows(are_rings=are_rings)}, threads=threads, resident_rows=9)
             )
-            for is_ring in (True, False)
+            for are_rings in (True, False)
         ]
         for name, size in sizes.items():
             for at in (first, second):
@@ -188,7 +94,7 @@ async def change(
         rows = sorted(set(rng.integers(size, size=2).tolist())) if rng.random() < 0.5 else ()
         await both(first, second, name, sizes=[size], reset=True, **({"rows": rows} if rows else {}))
     elif kind == "set":
-        specs = program(is_ring=False).state
+        specs = with_windows(are_rings=False).state
         state = {spec.name: drawn(rng, size, *spec.shape) for spec in specs}
         await both(first, second, name, sizes=[size], reset=True, state=state)
     elif kind == "mask":
@@ -211,13 +117,13 @@ async def change(
         sizes[new] = size
 
 
-def drawn(rng: np.random.Generator, *shape: Any) -> Array:
+def drawn(rng: np.random.Generator, *shape: Any) -> Any:
     return rng.standard_normal(shape).astype(np.float32)
 
 
 def test_a_packed_row_is_in_the_order_of_time() -> None:
-    rng, windows = np.random.default_rng(2), program(is_ring=True)
-    arena, whole = Arena(windows, 6), Arena(program(is_ring=False), 6)
+    rng, windows = np.random.default_rng(2), RINGS
+    arena, whole = Arena(windows, 6), Arena(with_windows(are_rings=False), 6)
     parts = arena.parts(windows)
     assert parts is not None
     rows = np.array([4, 1, 5], np.intp)

@@ -7,6 +7,7 @@ view that is kept for too long.
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.executors.base import ExecutionError
+from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.windows import WindowExecutor
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -48,6 +50,43 @@ RICH = dataclasses.replace(
     state=(*PLAIN.state, StateSpec("count", (), "int32")),
     initial=(*PLAIN.initial, np.array(7, np.int32)),
 )
+
+#: Lengths and gaps of windows of past values: the oldest and some others are read, only the oldest, or all.
+_WINDOWS = ((7, 3), (5, 5), (2, 1))
+
+
+def with_windows(*, are_rings: bool) -> Program:
+    """A program whose outputs depend on past values, too, which it keeps as rings or as whole windows."""
+    specs = [
+        StateSpec(f"window{i}", (length, *shape), "float32", gap if are_rings else 0)
+        for i, ((length, gap), shape) in enumerate(zip(_WINDOWS, [(2,), (), (2, 2)], strict=True))
+    ]
+    initial = [np.linspace(-1, 1, math.prod(spec.shape), dtype=np.float32) for spec in specs]
+    windows = [value.reshape(spec.shape) for value, spec in zip(initial, specs, strict=True)]
+    return dataclasses.replace(
+        PLAIN,
+        fingerprint="f-windows",
+        state=(specs[0], *PLAIN.state, *specs[1:]),
+        initial=(windows[0], *PLAIN.initial, *windows[1:]),
+    )
+
+
+RINGS = with_windows(are_rings=True)
+
+
+def _advance_windows(program: Program, x: Array, states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    places = (0, 2, 3)
+    are_rings = program.has_rings
+    read = [
+        states[i] if are_rings else states[i][:, ::gap] for i, (_, gap) in zip(places, _WINDOWS, strict=True)
+    ]
+    total = states[1] * np.float32(0.5) + x
+    y = total - read[0][:, 0] + read[0][:, -1] + read[1] * np.float32(0.25) + read[2][:, 1, 0]
+    after: list[Array] = [y - x, total, total[:, 0] * x[:, 1], np.stack([x, y], 1)]
+    if not are_rings:
+        for i in places:
+            after[i] = np.concatenate([states[i][:, 1:], after[i][:, None]], 1)
+    return [y], after
 
 
 def advance(inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
@@ -88,6 +127,12 @@ class Hooks:
             raise AssertionError("the test did not open the gate")
 
 
+def load_fake(program: Program, hooks: Hooks) -> Executor:
+    """Return an executor of whole states, as `load_executor` does."""
+    executor = FakeExecutor(program, hooks)
+    return WindowExecutor(executor, program) if program.has_rings else executor
+
+
 class FakeExecutor:
     """See `executors.base.Executor`."""
 
@@ -105,7 +150,8 @@ class FakeExecutor:
         if rows != self._rows:
             program = self._program
             self._in, self._out = _garbage(rows, program.inputs), _garbage(rows, program.outputs)
-            self._state, self._next = _garbage(rows, program.state), _garbage(rows, program.state)
+            self._state = _garbage(rows, program.states_taken)
+            self._next = _garbage(rows, program.states_returned)
             self._rows = rows
 
     def inputs(self) -> Sequence[Array]:
@@ -125,7 +171,10 @@ class FakeExecutor:
                 raise ExecutionError("x is out of range\nnode 7 failed")
             if np.any(self._in[0][:, 0] == BROKEN):
                 raise RuntimeError("a secret detail")
-            outputs, states = advance(self._in, self._state)
+            if len(self._state) > 2:
+                outputs, states = _advance_windows(self._program, self._in[0], self._state)
+            else:
+                outputs, states = advance(self._in, self._state)
         except Exception:
             self._rows = 0  # as the real one: it must be bound again
             self._in = self._state = self._out = self._next = []

@@ -41,7 +41,7 @@ from stepwell_server.store.in_process import InProcessStore
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
-from support.engine.fake_executor import PLAIN, WAIT_S, FakeExecutor, Hooks
+from support.engine.fake_executor import PLAIN, WAIT_S, Hooks, load_fake
 from support.engine.internals import Internals
 from support.servers.valkey_servers import Valkey
 from support.stores.fake_shared_store import RemoteStore
@@ -445,7 +445,7 @@ async def running(
         else ResidentRows(resident_rows),
         idle_limits=IdleLimits(max_session_idle_s, unnamed_session_idle_s),
         compute_threads=compute_threads,
-        executor=executor or (lambda program: FakeExecutor(program, hooks)),
+        executor=executor or (lambda program: load_fake(program, hooks)),
         quotas=(counted := None if quotas is None else Quotas(quotas, clock)),
         migrations=migrations,
         policy=PagedOutOnly if isinstance(store, MemoryStore) and store.for_one_thread else EveryChange,
