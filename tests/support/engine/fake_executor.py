@@ -58,7 +58,7 @@ _WINDOWS = ((7, 3), (5, 5), (2, 1))
 def with_windows(*, are_rings: bool) -> Program:
     """A program whose outputs depend on past values, too, which it keeps as rings or as whole windows."""
     specs = [
-        StateSpec(f"window{i}", (length, *shape), "float32", gap if are_rings else 0)
+        StateSpec(f"window{i}", (length, *shape), "float32", length, gap if are_rings else 0)
         for i, ((length, gap), shape) in enumerate(zip(_WINDOWS, [(2,), (), (2, 2)], strict=True))
     ]
     initial = [np.linspace(-1, 1, math.prod(spec.shape), dtype=np.float32) for spec in specs]

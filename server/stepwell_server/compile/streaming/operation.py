@@ -21,11 +21,11 @@ class States:
     def __init__(
         self,
         before: Mapping[tuple[str, Need], Any],
-        gaps: Mapping[tuple[str, Need], int],
-        rings: Collection[tuple[str, Need]],
+        gaps: Mapping[tuple[str, Need], int] | None = None,
+        rings: Collection[tuple[str, Need]] = (),
     ) -> None:
         """``gaps``: of a window, every so many rows are read. ``before`` has only those of the windows in ``rings``."""
-        self._before, self._gaps, self._rings = before, gaps, rings
+        self._before, self._gaps, self._rings = before, gaps or {}, rings
         self.after: dict[tuple[str, Need], Any] = {}
 
     def before(self, owner: str, need: Need, dtype: Any) -> Any:
