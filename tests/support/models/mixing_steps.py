@@ -117,6 +117,9 @@ SHIFTS = [
         ahead("crop", "takes a part of the time axis, 3 time steps ahead"),
     ),
     *(before_rnn(f"lead_by_padding_{n}", odd("lead_by_padding", n), ahead("lead")) for n in (1, 8, 200)),
+    before_rnn(
+        "lead_in_a_loop", odd("lead_in_a_loop", 2), ahead("lead", "moves the time axis, 2 time steps ahead")
+    ),
     before_rnn("lag_by_roll", odd("lag_by_roll", 9), back("lag", "shifts the time axis")),
     before_rnn("lead_by_roll", odd("lag_by_roll", -9), ahead("lag", "shifts the time axis")),
     *(before_rnn(f"lead_by_gather_{n}", odd("lead_by_gather", n), ahead("lead")) for n in (1, 200)),
@@ -217,6 +220,17 @@ POSITIONS = [
         odd("other_above_a_length_by_tensors", 800),
         length("other", "depends on the number of time steps"),
     ),
+    # Both traces that the proof starts with are shorter.
+    before_rnn("other_above_5000", odd("other_above_a_length", 5000), length("other", "something different")),
+    before_rnn(
+        "other_above_5000_by_tensors",
+        odd("other_above_a_length_by_tensors", 5000),
+        length("other", "depends on the number of time steps"),
+    ),
+    before_rnn("first_100000", odd("first_elements", 100_000), mixes("first", "that ends at element 100000")),
+    before_rnn("last_100000", odd("last_elements", 100_000), mixes("last", "takes the last 100000 elements")),
+    before_rnn("at_most_5000", odd("at_most_so_many", 5000), mixes("at_most", "takes a part of")),
+    before_rnn("silent_after_5000", odd("silent_after_a_length", 5000), length("silent", "long")),
     before_rnn(
         "noise_of_a_seed", odd("noise_of_a_seed"), rows("noise", "has a different constant for each row")
     ),

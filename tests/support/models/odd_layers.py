@@ -111,6 +111,34 @@ def lag_by_joining(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def lead_in_a_loop(layer: Apply, x: Any) -> Any:
+    def body(i: Any, y: Any) -> Any:
+        return i + 1, tf.pad(y[:, 1:], [[0, 0], [0, 1], [0, 0]])
+
+    return tf.while_loop(lambda i, _: i < layer.n, body, (0, x))[1]
+
+
+@kind
+def first_elements(layer: Apply, x: Any) -> Any:
+    return x[:, : layer.n]
+
+
+@kind
+def last_elements(layer: Apply, x: Any) -> Any:
+    return x[:, -layer.n :]
+
+
+@kind
+def at_most_so_many(layer: Apply, x: Any) -> Any:
+    return x[:, : tf.minimum(tf.shape(x)[1], layer.n)]
+
+
+@kind
+def silent_after_a_length(layer: Apply, x: Any) -> Any:
+    return x * tf.cast(tf.range(tf.shape(x)[1]) < layer.n, "float32")[:, None]
+
+
+@kind
 def lag_by_roll(layer: Apply, x: Any) -> Any:
     return ops.roll(x, layer.n, 1)
 

@@ -31,6 +31,9 @@ from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
 #: traces or, below the first length, between samples of one and of `evidence.STEPS` time steps. So those must be longer
 #: than the first length.
 SCALES = Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099))
+#: The proof is repeated with it for models that it admits, because a layer may behave differently beyond the lengths above.
+#: Only those: constants of a refused model may have an element for each pair of time steps.
+_FAR = Scale(rows=2, steps=65537)
 #: Long enough for most windows, and short enough that a model may create operations for each time step.
 _SMALL = (Scale(rows=3, steps=23), Scale(rows=3, steps=29))
 #: A layer with a loop over at least every second time step creates this many operations of one kind, at the first of
@@ -318,6 +321,16 @@ def cut_few_steps(interface: Interface, cuts: Cuts, steps: int) -> Cut:
     """
     scale = Scale(rows=cuts.first.scale.rows, steps=steps)
     return _cut(interface, cuts.temporal, scale, kinds=cuts.first.kinds)[0]
+
+
+def cut_far(interface: Interface, cuts: Cuts) -> Cuts:
+    """Trace the model on a far longer sequence, as the counterpart of the first trace, with the same loops left out.
+
+    Raises:
+        CutError: it does not run on it.
+    """
+    far = _cut(interface, cuts.temporal, _FAR, kinds=cuts.first.kinds)[0]
+    return Cuts(cuts.temporal, Scales(cuts.first.scale, _FAR), cuts.first, far)
 
 
 def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:

@@ -551,8 +551,10 @@ class _Frame:
                 Reason.UNPROVEN,
                 f"computes something through which the time axis cannot be followed ({one.type}: {error})",
             ) from error
-        for result, value in zip(one.outputs, results, strict=False):
+        for i, (result, value) in enumerate(zip(one.outputs, results, strict=False)):
             self.values[result.name] = value
+            if isinstance(value, Data):  # A function that it calls may look ahead.
+                self._look(one, i, value, "")
 
     def _grows(self, one: Any, two: Any, inputs: Sequence[Any]) -> bool:
         """Whether an operation accumulates equal constants along the time axis; then its result is data.
@@ -630,7 +632,7 @@ class _Frame:
                 continue
             data = found if isinstance(found, Data) else Data(found, ends)
             results.append(self._checked(call, i, data))
-            self._look(call, i, data)
+            self._look(one, i, data, call.notes.looks)
             if spent is not None:
                 self.walk.spent[one.outputs[i].name] = spent
         self._keep(one, inputs, (*needs, *call.notes.needs))
@@ -643,13 +645,13 @@ class _Frame:
             return self.walk.index, max(waits)
         return next(filter(None, (self.walk.spent.get(value.name) for value in op.inputs)), None)
 
-    def _look(self, call: Call, i: int, data: Data) -> None:
+    def _look(self, op: Any, i: int, data: Data, clause: str) -> None:
         """Remember why a result looks ahead: an input did already, or this operation does."""
         time = time_of(data.axes)
         if time is not None and time.start > 0:
-            before = (self.walk.looks.get(value.name) for value in call.first.inputs)
-            here = (self.walk.index, call.notes.looks or "moves the time axis")
-            self.walk.looks[call.first.outputs[i].name] = next(filter(None, before), here)
+            before = (self.walk.looks.get(value.name) for value in op.inputs)
+            here = (self.walk.index, clause or "moves the time axis")
+            self.walk.looks.setdefault(op.outputs[i].name, next(filter(None, before), here))
 
     def _keep(self, op: Any, inputs: Sequence[_Value], needs: Sequence[Need]) -> None:
         """Remember what an operation needs, after checking that each row can keep its own.

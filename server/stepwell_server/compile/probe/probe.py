@@ -15,9 +15,9 @@ from stepwell_server.compile.causality.blame import (
     one_step_problem,
     refusal_of,
 )
-from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut_few_steps
+from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut_far, cut_few_steps
 from stepwell_server.compile.causality.one_step import require_same
-from stepwell_server.compile.causality.proof import NotAdmitted, prove
+from stepwell_server.compile.causality.proof import NotAdmitted, needed, prove
 from stepwell_server.compile.causality.proof import Proof as GraphProof
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import weights_recorded
@@ -186,6 +186,7 @@ def _admit(
     """
     try:
         proof = prove(cuts)
+        _require_same_far(interface, cuts, proof)
         for few in _few_steps(interface, cuts, proof.steps):
             require_same(cuts, few, proof.numbers)
     except NotAdmitted as found:
@@ -217,6 +218,25 @@ def _few_steps(interface: Interface, cuts: Cuts, left_out: int) -> Iterator[Cut]
                     else length_problem(interface, cuts.temporal, error)
                 )
                 raise problem from error
+
+
+def _require_same_far(interface: Interface, cuts: Cuts, proof: GraphProof) -> None:
+    """Repeat the proof with a far longer sequence.
+
+    Raises:
+        NotAdmitted: the model computes something different there.
+        ModelError: the model does not run on it.
+    """
+    try:
+        far = cut_far(interface, cuts)
+    except CutError as error:
+        raise length_problem(interface, cuts.temporal, error) from error
+    needs = prove(far).needs
+    for index, op in needed(cuts.first):
+        names = (op.name, *(output.name for output in op.outputs))
+        if any(needs.get(name) != proof.needs.get(name) for name in names):
+            layer = cuts.first.owner(index)
+            raise NotAdmitted(Reason.LENGTH, layer, "computes something different for a long sequence")
 
 
 def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:

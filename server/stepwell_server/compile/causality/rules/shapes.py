@@ -25,6 +25,9 @@ from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Const, Data, Items, equal
 
+#: A slice that ends here has no end.
+_MAX_PLACE = 2**31 - 1
+
 
 def mixed(dim: Dim, clause: str) -> Refusal:
     """Return the refusal of an operation along a followed axis."""
@@ -204,6 +207,7 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
     if stride == 1 and end == (first.first + 1, first.second + 1) and _is_first(call, dim, first):
         return (), False
     if stride == 1 and time is not None:
+        _refuse_numbered(begin, end)
         skipped = _counted(first, whole)
         stop = _counted(end or whole, whole)
         cut = Pair(whole.first - stop.first, whole.second - stop.second)
@@ -212,6 +216,14 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
             shorter = time.extra - skipped.first - cut.first
             return dim_of(Time(time.start + skipped.first, shorter, time.per)), False
     raise mixed(dim, "takes a part of")
+
+
+def _refuse_numbered(begin: Pair | None, end: Pair | None) -> None:
+    """Refuse the first or the last so many elements. Both traces may be shorter than that, but not every sequence."""
+    if begin is not None and begin.is_same and begin.first < 0:
+        raise Refusal(Reason.TIME, f"takes the last {-begin.first} elements of the time axis")
+    if end is not None and end.is_same and 0 <= end.first < _MAX_PLACE:
+        raise Refusal(Reason.TIME, f"takes a part of the time axis that ends at element {end.first}")
 
 
 def _counted(place: Pair, whole: Pair) -> Pair:
