@@ -285,6 +285,12 @@ _add(
     lambda k, x: _strided((5, 2))(k, k.ops.concatenate([x, k.ops.ones_like(x[..., :2])], -1)),
     (4,),
 )
+_add(
+    "samples_padded_late",
+    lambda k, x: _frames(k, _front(k, k.layers.Conv1D(3, 6, dilation_rate=2)(_samples(k, x)), 10), 4),
+    (4,),
+)
+_add("samples_joined_late", apply("samples_joined_late", 5), (4,))
 _add("frames_of_samples", apply("frames_of_samples", 4), (4,))
 _add("frames_within_steps", apply("frames_within_steps", 5), (4,))
 _add(

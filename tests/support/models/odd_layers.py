@@ -273,6 +273,16 @@ def frames_within_steps(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def samples_joined_late(layer: Apply, x: Any) -> Any:
+    """Differences of samples, with the same weights instead of the first ones."""
+    rows, steps, each = ops.shape(x)
+    pairs = ops.reshape(x, (rows, -1, 2))
+    late = pairs[:, layer.n :] - pairs[:, : -layer.n]
+    first = ops.broadcast_to(layer.weight[:2] + 1.0, (rows, layer.n, 2))
+    return ops.reshape(ops.concatenate([first, late], 1), (rows, steps, each))
+
+
+@kind
 def chosen_lags(layer: Apply, x: Any) -> Any:
     """Some of the last time steps, by number, through a layer of features."""
     padded = ops.pad(ops.tanh(x + layer.weight), [[0, 0], [7, 0], [0, 0]], constant_values=0.5)

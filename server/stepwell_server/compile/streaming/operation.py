@@ -195,12 +195,16 @@ class Operation:
         need = self.need(Memory.COUNT)
         if need is None:
             return self.data(i)
-        sizes, most = plain_sizes(self.axes(i)), tf.constant(need.rows, tf.int32)
-        before, _ = self.carry(need, tf.int32, lambda count: tf.minimum(count + 1, most))
-        is_padding = tf.reshape(before < most, [-1, *[1] * len(sizes)])
+        axes, each, most = self.axes(i), need.per, tf.constant(need.rows, tf.int32)
+        place = time_place(axes) if each > 1 else 0
+        sizes = plain_sizes(axes[:place]), plain_sizes(axes[place + (each > 1) :])
+        before, _ = self.carry(need, tf.int32, lambda count: tf.minimum(count + each, most))
+        numbers = tf.expand_dims(before, 1) + tf.range(each)  # Of the elements of this time step.
+        is_padding = tf.reshape(numbers < most, [-1, *[1] * len(sizes[0]), each, *[1] * len(sizes[1])])
         if padding.shape.rank:
-            padding = tf.reshape(padding, [-1, *sizes])
-        return tf.reshape(tf.where(is_padding, padding, self.row(i)), step_shape(self.axes(i)))
+            padding = tf.reshape(padding, [-1, *sizes[0], 1, *sizes[1]])
+        now = tf.reshape(self.data(i), [-1, *sizes[0], each, *sizes[1]])
+        return tf.reshape(tf.where(is_padding, padding, now), step_shape(axes))
 
     def window(self, need: Need, value: Any) -> Any:
         """Return the rows that it reads of those kept of an input, and the current one: ``(rows, ..., sizes...)``.

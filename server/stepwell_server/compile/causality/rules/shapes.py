@@ -55,10 +55,8 @@ def lengthened(call: Call, time: Time, before: int, after: int, i: int = 0) -> T
     """
     if after and time.start + time.extra < 0:
         raise Refusal(Reason.LENGTH, "pads the end of a sequence that lags behind")
-    if before and time.start > 0 and time.per > 1:
-        raise Refusal(Reason.UNPROVEN, "pads a part of the elements of a time step")
     if before:
-        call.remember(Memory.COUNT, max(time.start, 0), i)
+        call.remember(Memory.COUNT, max(time.start, 0), i, per=time.per)
     return Time(time.start - before, time.extra + before + after, time.per)
 
 
@@ -452,7 +450,7 @@ def slid(call: Call, time: Time, reach: int, before: int, after: int, clause: st
     padded = lengthened(call, time, before, after)
     start, skipped = divmod(padded.start + reach, stride)
     if reach < skipped:
-        raise Refusal(Reason.UNPROVEN, f"{clause} that leaves out elements")
+        raise Refusal(Reason.UNPROVEN, f"{clause} and leaves out some at the beginning of time steps")
     call.remember(Memory.WINDOW, reach - skipped, padding=before, per=time.per)
     return Time(start, (padded.extra - reach - 1) // stride + 1, time.per // stride)
 
