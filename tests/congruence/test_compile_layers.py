@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stepwell_server.compile.errors import NotCausalError
 from support.models import layers
 from support.models.compiled import Compiled
 from support.models.programs import compile_model
@@ -37,6 +39,24 @@ def test_a_row_of_the_table_is_true(row: layers.Row, table: Any, tmp_path: Path)
         given = stepped[name]
         scale = max(1.0, float(np.max(np.abs(expected))))
         np.testing.assert_allclose(given, expected, rtol=0, atol=2e-5 * scale)
+
+
+def test_the_page_on_the_proof_is_true(tmp_path: Path) -> None:
+    """The model of its table has the states that it names, and the refusal has its words."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    def saved(padding: str) -> Path:
+        x = keras.Input((None, 4))
+        y = keras.layers.Conv1D(64, 3, padding=padding, name="conv")(x)
+        keras.Model(x, keras.layers.GRU(3, name="gru")(y)).save(tmp_path / f"{padding}.keras")
+        return tmp_path / f"{padding}.keras"
+
+    program = compile_model(saved("causal"))
+    assert {spec.name: spec.window for spec in program.state} == {"conv/last": 2, "gru/h": 0}
+    page = (ROOT / "docs" / "explanation" / "proof.md").read_text()
+    (message,) = re.findall(r"^```text\n(.*)\n```$", page, re.MULTILINE)
+    with pytest.raises(NotCausalError, match=re.escape(message)):
+        compile_model(saved("same"))
 
 
 def test_a_table_that_is_out_of_date_is_found(

@@ -53,6 +53,19 @@ ROWS = (
     Row(
         ("ops.pad(x[:, 1:] - x[:, :-1], ((0, 0), (1, 0), (0, 0)))",), "one time step, and where padding ends"
     ),
+    Row(("x - x[:, :1]",), "the first time step, and whether it came"),
+    Row(
+        (
+            "ops.pad(x, ((0, 0), (3, 0), (0, 0)))",
+            "ops.extract_sequences(ops.swapaxes(x, 1, 2), 4, 1)",
+            "ops.moveaxis(x, 1, 3)",
+        ),
+        "length of a frame - 1 time steps",
+    ),
+    Row(
+        ("Reshape((-1, 1))", "ZeroPadding1D((8, 0))", "Conv1D(8, 16, strides=8)", "Reshape((-1, 64))"),
+        "the samples before this time step that its windows overlap",
+    ),
     Row(("ops.cumsum(x, 1)",), "the sum so far"),
     Row(("ops.cumprod(x, 1)",), "the product so far"),
     Row(
