@@ -167,6 +167,21 @@ def test_a_watch_that_nobody_closed_leaves_no_thread(client: stepwell.Client) ->
         assert not thread.is_alive()
 
 
+async def test_an_async_watch_that_nobody_closed_leaves_no_task(server: Server) -> None:
+    async with aio.connect(server.address) as client, await client.open_session("seq") as session:
+        before = asyncio.all_tasks()
+        watch = session.watch()
+        await anext(watch)
+        tasks = asyncio.all_tasks() - before
+        assert tasks
+        del watch
+        gc.collect()
+        _, left = await asyncio.wait(tasks, timeout=TIMEOUT_S)
+        assert not left
+        async with session.watch() as another:
+            await anext(another)
+
+
 async def test_the_async_client_has_the_same(server: Server) -> None:
     async with aio.connect(server.address) as client, await client.open_session("seq") as session:
         async with session.watch(outputs=True) as watch:

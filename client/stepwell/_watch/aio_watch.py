@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -31,20 +33,53 @@ class AsyncWatch(AsyncIterator[T], Generic[T]):
     """
 
     def __init__(self, driver: AsyncDriver, core: WatchCore[T]) -> None:
+        self._reader = _AsyncReader(driver, core)
+        # The tasks hold no reference to this object, so that a watch which was not closed can be collected. They end then.
+        weakref.finalize(self, self._reader.abandon).atexit = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        return await self._reader.next()
+
+    async def __aenter__(self) -> Self:
+        self._reader.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the watch. A task that waits for its next event gets `StopAsyncIteration`."""
+        await self._reader.close()
+
+
+class _AsyncReader(Generic[T]):
+    """Reads the streams of a watch in tasks. Lives on the event loop, except `abandon`."""
+
+    def __init__(self, driver: AsyncDriver, core: WatchCore[T]) -> None:
         self._driver = driver
         self._core = core
         self._values: collections.deque[Sequence[T]] = collections.deque()
         self._next: collections.deque[T] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Where the tasks run; None: none has begun."""
         self._error: BaseException | None = None
-        self._is_closed = self._has_begun = False
+        self._is_closed = False
 
-    def __aiter__(self) -> Self:
-        return self
+    async def next(self) -> T:
+        """Waits for the next event.
 
-    async def __anext__(self) -> T:
-        self._start()
+        Raises:
+            StopAsyncIteration: There is none.
+            StepwellError: The server refuses the watch, or cannot be reached.
+        """
+        self.start()
         async with self._changed:
             while not self._next:
                 if self._values:
@@ -61,17 +96,8 @@ class AsyncWatch(AsyncIterator[T], Generic[T]):
                 await self._changed.wait()
             return self._next.popleft()
 
-    async def __aenter__(self) -> Self:
-        self._start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
     async def close(self) -> None:
-        """Ends the watch. A task that waits for its next event gets `StopAsyncIteration`."""
+        """Ends all streams."""
         self._is_closed = True
         self._values.clear()
         tasks = list(self._tasks)
@@ -81,9 +107,21 @@ class AsyncWatch(AsyncIterator[T], Generic[T]):
         async with self._changed:
             self._changed.notify_all()
 
-    def _start(self) -> None:
-        if not self._has_begun and not self._is_closed:
-            self._has_begun = True
+    def abandon(self) -> None:
+        """Ends all streams without waiting for their tasks. From any thread: the garbage collector may call it."""
+        if self._tasks and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and its tasks with it
+                self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        self._is_closed = True
+        for task in self._tasks:
+            task.cancel()
+
+    def start(self) -> None:
+        """Begins to read, unless that has begun."""
+        if self._loop is None and not self._is_closed:
+            self._loop = asyncio.get_running_loop()
             for ids in self._core.streams():
                 self._begin(ids)
 
