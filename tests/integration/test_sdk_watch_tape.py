@@ -12,6 +12,7 @@ import pytest
 
 import stepwell
 from stepwell import InvalidInputError
+from stepwell._watch.record import WatchedReel
 from support.sdk.client_kinds import SHELLS, connect
 from support.servers import served as servers
 from support.servers.served import Served, draw
@@ -105,6 +106,26 @@ async def test_the_end_of_the_session_ends_the_tape(client: Any) -> None:
         with pytest.raises(stepwell.SessionNotFoundError):
             async with watched(gone):
                 pass
+
+
+async def test_a_defect_ends_the_tape_with_its_reason(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_reel: WatchedReel, _event: Any) -> None:
+        raise ZeroDivisionError("not today")
+
+    reason = "recording stopped after time step 0: ZeroDivisionError: not today"
+    monkeypatch.setattr(WatchedReel, "take", fail)
+    tapes = []
+
+    async def record(session: Any) -> None:
+        async with watched(session) as tape:
+            tapes.append(tape)
+            await session.step(draw(1))
+
+    async with await client.open_session("seq") as session:
+        with pytest.raises(ZeroDivisionError, match="not today"):
+            await record(session)
+        assert tapes[0].stopped == reason
+        assert session.revision == 1
 
 
 async def test_the_source_is_checked(client: Any) -> None:

@@ -116,9 +116,11 @@ class WatchedReel:
         """Whether the tape has all changes that the session's handle knows."""
         return self.revision >= self._tracker.revision
 
-    def stop(self, error: StepwellError | None) -> None:
+    def stop(self, error: Exception | None) -> None:
         """Ends the recording early because of an error."""
-        self._reel.stop(str(error))
+        self._reel.stop(
+            str(error) if isinstance(error, StepwellError) else f"{type(error).__name__}: {error}"
+        )
 
     def end(self, *, is_complete: bool) -> None:
         """Ends the recording."""
@@ -130,7 +132,7 @@ class WatchedReel:
 @contextlib.contextmanager
 def recorded(driver: Driver, reel: WatchedReel) -> Iterator[Tape]:
     """Records in a thread while the block runs. Raises the error of the watch at its end, unless the block failed."""
-    failed: list[StepwellError] = []
+    failed: list[Exception] = []
     changed, is_over = threading.Condition(), threading.Event()
 
     def read() -> None:
@@ -139,7 +141,7 @@ def recorded(driver: Driver, reel: WatchedReel) -> Iterator[Tape]:
                 with changed:
                     reel.take(event)
                     changed.notify_all()
-        except StepwellError as error:
+        except Exception as error:  # else the tape would end early without a word
             failed.append(error)
             reel.stop(error)
         finally:
@@ -175,7 +177,7 @@ async def recorded_async(driver: AsyncDriver, reel: WatchedReel) -> AsyncIterato
             async for event in watch:
                 reel.take(event)
                 changed.set()
-        except StepwellError as error:
+        except Exception as error:  # else the tape would end early without a word
             reel.stop(error)
             raise
         finally:
