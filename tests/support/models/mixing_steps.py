@@ -205,6 +205,8 @@ ATTENTION = [
 POSITIONS = [
     before_rnn("places_from_the_end", odd("places_from_the_end"), position("places"), fixed=True),
     before_rnn("shares_of_the_length", odd("shares_of_the_length"), position("shares")),
+    before_rnn("padded_places", odd("padded_places", 2), position("padded")),
+    before_rnn("places_padded_at_the_end", odd("places_padded_at_the_end", 2), position("places")),
     before_rnn("places_by_numpy", odd("places_by_numpy"), position("places")),
     before_rnn("places_of_other_size", odd("places_of_other_size"), position("places")),
     before_rnn("last_steps_left_out", odd("last_steps_left_out", 5), position("last")),

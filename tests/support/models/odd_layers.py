@@ -427,6 +427,18 @@ def shares_of_the_length(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def padded_places(layer: Apply, x: Any) -> Any:
+    places = ops.cast(ops.arange(ops.shape(x)[1] - layer.n), "float32")
+    return x + ops.pad(places, [[layer.n, 0]])[None, :, None]
+
+
+@kind
+def places_padded_at_the_end(layer: Apply, x: Any) -> Any:
+    places = ops.cast(ops.arange(ops.shape(x)[1]), "float32")
+    return x + ops.pad(places, [[0, layer.n]])[None, layer.n :, None]
+
+
+@kind
 def places_by_numpy(layer: Apply, x: Any) -> Any:
     """Values without a rule behind them: nothing says how they go on."""
     return x + tf.constant(np.arange(x.shape[1] or 5, dtype="float32"))[None, :, None]

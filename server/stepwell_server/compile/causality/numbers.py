@@ -4,7 +4,8 @@ A constant with another value for each time step is known for the lengths of the
 follows. But if it was computed from a ``Range`` that begins with the same number and grows by the same amount in both
 traces, then its element ``i`` is a function of ``i``, whatever the length. Proof: it is true of the ``Range``, by its
 definition. Every operation behind it has a rule, so it treats each time step alone, and its other inputs are constants
-that are equal in both traces and at all time steps. So it is true of each result. A session that counts its time steps
+that are equal in both traces and at all time steps. It may leave out elements, but add none. So it is true of each
+result. A session that counts its time steps
 can compute such a constant.
 """
 
@@ -92,6 +93,7 @@ def _follow(
     if rule is None or attributes(one) != attributes(two) or any(value is None for value in inputs):
         return False
     call = Call(one, two, tuple(value for value in inputs if value is not None), scales)
+    before = [time_of(value.axes) for value in inputs if isinstance(value, Data)]
     for i, result in enumerate(rule(call)):
         data = Data(result) if isinstance(result, tuple) else result
         if isinstance(data, Const):
@@ -100,8 +102,15 @@ def _follow(
         is_whole = [scales.size(dim) for dim in data.axes] == call.out(i)
         if not is_whole or data.ends or BATCH in axes or len(axes) != 1:
             return False
+        if any(time is None or _is_longer(time_of(data.axes), time) for time in before):
+            return False
         found[one.outputs[i].name] = data
     return not call.notes.needs
+
+
+def _is_longer(time: Time | None, before: Time) -> bool:
+    """Whether an operation put elements in front of a sequence of numbers, or behind it: they are not counted."""
+    return time is None or time.start < before.start or time.start + time.extra > before.start + before.extra
 
 
 def _counted(one: Any, two: Any, inputs: list[Any], scales: Scales) -> int | None:
