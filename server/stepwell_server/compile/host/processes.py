@@ -80,7 +80,10 @@ class Worker:
         """Delete its input files and its output."""
         os.ftruncate(self.log.fileno(), 0)
         for entry in self.given.iterdir():
-            shutil.rmtree(entry)
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     def last_words(self) -> str:
         """Return the end of its output."""
