@@ -134,14 +134,14 @@ def test_some_models_must_be_traced_again(name: str, tmp_path: Path) -> None:
     assert not may_be_reused(traced, program), ANEW[name]
 
 
-def by_position(scale: float) -> Any:
-    """A model whose outputs depend on the number of the time step, except for a weight that is 0."""
+def by_length(scale: float) -> Any:
+    """A model whose outputs depend on the number of all time steps, except for a weight that is 0."""
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     x = keras.Input((None, 3), name="x")
-    place = keras.ops.cumsum(keras.ops.ones_like(x[:, :, :1]), axis=1)
+    length = keras.ops.sum(keras.ops.ones_like(x[:, :, :1]), axis=1, keepdims=True)
     added = keras.layers.Dense(3, use_bias=False, kernel_initializer=keras.initializers.Constant(scale))(
-        place
+        length
     )
     return keras.Model(x, keras.layers.LSTM(4, return_sequences=True)(x + added))
 
@@ -150,11 +150,11 @@ def test_a_proof_that_only_holds_for_these_weights_is_not_reused(tmp_path: Path)
     from stepwell_server.compile.program.pipeline import compile_traced
     from stepwell_server.compile.program.recompile import may_be_reused
 
-    by_position(0.0).save(tmp_path / "none.keras")
-    by_position(1.0).save(tmp_path / "some.keras")
+    by_length(0.0).save(tmp_path / "none.keras")
+    by_length(1.0).save(tmp_path / "some.keras")
     program, traced = compile_traced(tmp_path / "none.keras")
     assert not may_be_reused(traced, program)
-    with pytest.raises(ModelError, match="cannot be run step by step"):
+    with pytest.raises(ModelError, match="depends on the number of time steps"):
         compile_model(tmp_path / "some.keras")
 
 
