@@ -290,6 +290,13 @@ _add(
     lambda k, x: _frames(k, _front(k, k.layers.Conv1D(3, 6, dilation_rate=2)(_samples(k, x)), 10), 4),
     (4,),
 )
+_add(
+    "pairs_of_samples",
+    lambda k, x: _frames(
+        k, _front(k, k.layers.Reshape((-1, 2))(_front(k, _samples(k, x), 3)[:, :-1]), 1)[:, :-2], 2
+    ),
+    (4,),
+)
 _add("samples_joined_late", apply("samples_joined_late", 5), (4,))
 _add("frames_of_samples", apply("frames_of_samples", 4), (4,))
 _add("frames_within_steps", apply("frames_within_steps", 5), (4,))

@@ -88,8 +88,8 @@ def _grouped(call: Call, axes: Axes, sizes: Sequence[Pair]) -> Axes:
     if time is None or time.per == 1:
         raise LostAxisError("a reshape cuts through the batch or the time axis")
     place = next(i for i, dim in enumerate(axes) if time_of([dim]))
-    for size in (time.per, *(size.first for size in sizes if size.is_same)):
-        if size < 2 or time.per % size or time.extra % size:
+    for size in range(time.per, 1, -1):
+        if time.per % size or time.extra % size:
             continue
         start = -(-time.start // size)
         groups = Time(start, time.extra // size, time.per // size)
