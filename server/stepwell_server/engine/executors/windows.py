@@ -21,16 +21,15 @@ class WindowExecutor(Executor):
     def __init__(self, parts: Executor, program: Program) -> None:
         self.parts = parts
         """Runs the program on parts of states."""
-        self._windows = [_Window(spec) if spec.gap else None for spec in program.state]
-        self._rows = 0
+        self._rings = [(place, _Window(spec)) for place, spec in enumerate(program.state) if spec.gap]
+        self._others = [place for place, spec in enumerate(program.state) if not spec.gap]
+        """The places of states that are not rings."""
 
     def bind(self, rows: int) -> None:
         """Make the buffers exactly ``rows`` long."""
         self.parts.bind(rows)
-        self._rows = rows
-        for window in self._windows:
-            if window is not None:
-                window.bind(rows)
+        for _, window in self._rings:
+            window.bind(rows)
 
     def inputs(self) -> Sequence[Array]:
         """Writable views of the inputs of one time step."""
@@ -38,19 +37,21 @@ class WindowExecutor(Executor):
 
     def states(self) -> Sequence[Array]:
         """Writable views of the state before the step."""
-        return [
-            part if window is None else window.now()
-            for window, part in zip(self._windows, self.parts.states(), strict=True)
-        ]
+        states = list(self.parts.states())
+        for place, window in self._rings:
+            states[place] = window.buffer[:, window.at : window.at + window.length]
+        return states
 
     def carry(self) -> None:
         """Make the state after the last step that before the next one."""
-        states, after = self.parts.states(), self.parts.next_states()
-        for window, state, new in zip(self._windows, states, after, strict=True):
-            if window is None:
-                np.copyto(state, new)
-            else:
-                window.slide()
+        if self._others:
+            states, after = self.parts.states(), self.parts.next_states()
+            for place in self._others:
+                np.copyto(states[place], after[place])
+        for _, window in self._rings:
+            window.at += 1
+            if window.at > window.length:
+                window.begin_again()
 
     def invoke(self) -> None:
         """Run one time step."""
@@ -60,14 +61,14 @@ class WindowExecutor(Executor):
 
     # separate functions: no view of the executor's buffers may exist while it runs
     def _give(self) -> None:
-        for window, part in zip(self._windows, self.parts.states(), strict=True):
-            if window is not None:
-                np.copyto(part, window.read())
+        states = self.parts.states()
+        for place, window in self._rings:
+            states[place][...] = window.buffer[:, window.at : window.at + window.length : window.gap]
 
     def _take(self) -> None:
-        for window, row in zip(self._windows, self.parts.next_states(), strict=True):
-            if window is not None:
-                window.add(row)
+        after = self.parts.next_states()
+        for place, window in self._rings:
+            window.buffer[:, window.at + window.length] = after[place]
 
     def outputs(self) -> Sequence[Array]:
         """Views of the outputs of the last step."""
@@ -75,48 +76,30 @@ class WindowExecutor(Executor):
 
     def next_states(self) -> Sequence[Array]:
         """Views of the state after the last step."""
-        return [
-            part if window is None else window.after()
-            for window, part in zip(self._windows, self.parts.next_states(), strict=True)
-        ]
+        after = list(self.parts.next_states())
+        for place, window in self._rings:
+            after[place] = window.buffer[:, window.at + 1 : window.at + 1 + window.length]
+        return after
 
 
 class _Window:
     """One ring of some rows."""
 
     def __init__(self, spec: StateSpec) -> None:
-        self._spec, self._length = spec, spec.shape[0]
-        self._end = 2 * self._length
-        """The last place in the buffer, for the element that the next step adds."""
-        self._buffer = np.empty((0, self._end + 1, *spec.shape[1:]), spec.dtype)
-        self._rows = 0
-        self._at = 0
+        self.length, self.gap = spec.shape[0], spec.gap
+        # twice the window, and a place for the element that the last step adds
+        self._whole = np.empty((0, 2 * self.length + 1, *spec.shape[1:]), spec.dtype)
+        self.buffer = self._whole
+        self.at = 0
         """Where the window begins in the buffer."""
 
     def bind(self, rows: int) -> None:
-        self._rows, self._at = rows, 0
+        self.at = 0
+        if rows > len(self._whole):
+            self._whole = np.empty((rows, *self._whole.shape[1:]), self._whole.dtype)
+        if rows != len(self.buffer):
+            self.buffer = self._whole[:rows]
 
-    def now(self) -> Array:
-        return self._part(self._at, self._at + self._length)
-
-    def after(self) -> Array:
-        return self._part(self._at + 1, self._at + 1 + self._length)
-
-    def read(self) -> Array:
-        return self._part(self._at, self._at + self._length, self._spec.gap)
-
-    def add(self, row: Array) -> None:
-        self._part(self._at + self._length, self._at + self._length + 1)[:, 0] = row
-
-    def slide(self) -> None:
-        self._at += 1
-        if self._at + self._length > self._end:
-            kept = self.now()
-            self._at = 0
-            np.copyto(self.now(), kept)
-
-    def _part(self, start: int, stop: int, gap: int = 1) -> Array:
-        if len(self._buffer) < self._rows:
-            # only a pass over whole states needs it
-            self._buffer = np.empty((self._rows, *self._buffer.shape[1:]), self._buffer.dtype)
-        return self._buffer[: self._rows, start:stop:gap]
+    def begin_again(self) -> None:
+        self.buffer[:, : self.length] = self.buffer[:, self.at : self.at + self.length]
+        self.at = 0

@@ -52,7 +52,7 @@ class StepParts:
         steps: npt.NDArray[np.int64],
     ) -> None:
         """`gaps`: of each ring, every so many elements are read."""
-        self._steps = steps
+        self._steps, self._gaps = steps, gaps
         self._states = [ring or state for state, ring in zip(states, rings, strict=True)]
         self._lengths = np.array([ring.length for ring in rings if ring is not None])
         read = [range(0, ring.length, gap) for ring, gap in zip(rings, gaps, strict=True) if ring is not None]
@@ -63,6 +63,9 @@ class StepParts:
 
     def gather(self, rows: Rows, into: Sequence[Array]) -> None:
         """Copy what a step of `rows` reads."""
+        if len(rows) == 1:  # slices of one row cost a third of arrays of indexes
+            self._gather_one(int(rows[0]), into)
+            return
         places = (self._steps[rows, None] + self._offsets) % self._moduli
         places += rows[:, None] * self._moduli
         shares = iter(self._shares)
@@ -74,6 +77,9 @@ class StepParts:
 
     def write(self, rows: Rows, states: Sequence[Array]) -> None:
         """Write what a step of `rows` returned: the new elements of rings."""
+        if len(rows) == 1:
+            self._write_one(int(rows[0]), states)
+            return
         steps = self._steps[rows]
         places = steps[:, None] % self._lengths
         places += rows[:, None] * self._lengths
@@ -85,3 +91,25 @@ class StepParts:
             else:
                 state[rows] = values
         self._steps[rows] = steps + 1
+
+    def _gather_one(self, row: int, into: Sequence[Array]) -> None:
+        steps = int(self._steps[row])
+        for state, gap, buffer in zip(self._states, self._gaps, into, strict=True):
+            if isinstance(state, Ring):
+                window, oldest, kept = state.array[row], steps % state.length, buffer[0]
+                behind = window[oldest::gap]
+                count = len(behind)
+                kept[:count] = behind
+                if count < len(kept):
+                    kept[count:] = window[oldest + count * gap - state.length : oldest : gap]
+            else:
+                buffer[0] = state[row]
+
+    def _write_one(self, row: int, states: Sequence[Array]) -> None:
+        steps = int(self._steps[row])
+        for state, values in zip(self._states, states, strict=True):
+            if isinstance(state, Ring):
+                state.array[row, steps % state.length] = values[0]
+            else:
+                state[row] = values[0]
+        self._steps[row] = steps + 1
