@@ -40,6 +40,8 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
         "behind/last": (3, 4),
     },
 }
+#: What a step reads of windows that are rings.
+TAKEN = {"conv_dilated": [(2, 4)], "shift": [(3, 4)], "difference_to_shifted": [(1, 4)]}
 
 
 def compiled(name: str, folder: Path) -> Compiled:
@@ -135,6 +137,8 @@ def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
     assert not program.batch_sizes
     names = {spec.name: spec.shape for spec in program.state}
     assert names == STATES.get(model.name, names)
+    taken = [spec.shape for spec in program.states_taken]
+    assert taken == TAKEN.get(model.name, taken)
 
 
 @pytest.mark.slow
