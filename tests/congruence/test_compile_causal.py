@@ -43,6 +43,9 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
 #: What a step reads of windows that are rings.
 TAKEN = {"conv_dilated": [(2, 4)], "shift": [(3, 4)], "difference_to_shifted": [(1, 4)]}
 
+PADDED = {"codec", "samples_and_constants", "seanet_decoder", "strided_same_kernel"}
+"""Models with tensors whose size LiteRT finds in each run: they run without XNNPACK, and small batches are padded."""
+
 
 def compiled(name: str, folder: Path) -> Compiled:
     """Compile a model; names of Keras's operations are those of a model built first."""
@@ -134,7 +137,7 @@ def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
     program = model.program
     assert not program.proof.unproven
     assert program.executor == "litert", program.executor_reason
-    assert not program.batch_sizes
+    assert not program.batch_sizes or model.name in PADDED
     names = {spec.name: spec.shape for spec in program.state}
     assert names == STATES.get(model.name, names)
     taken = [spec.shape for spec in program.states_taken]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,17 +21,27 @@ from support.models import decoders, zoo
 from support.models.programs import compile_model
 from support.samples import one_in
 
+if TYPE_CHECKING:
+    from stepwell_server.compile.causality.cut import Cut
+    from stepwell_server.compile.graph.interface import Interface
+
 
 def compiled(model: Any, folder: Path, **declared: Any) -> Program:
     model.save(folder / "model.keras")
     return compile_model(folder / "model.keras", options=ProofOptions(declaration=Declaration(**declared)))
 
 
-def refused(model: Any, message: str, **declared: Any) -> None:
-    from stepwell_server.compile.probe.probe import trace_and_probe
+@functools.cache
+def graph(make: Any) -> tuple[Interface, Cut]:
+    """A model, and its graph, which shows the states."""
+    from stepwell_server.compile.causality.cut import cut
+    from stepwell_server.compile.graph.interface import describe
+    from stepwell_server.compile.graph.tensorflow_setup import keras
 
-    with pytest.raises(ModelError, match=message):
-        trace_and_probe(model, None, ProofOptions(declaration=Declaration(**declared)))
+    keras.backend.clear_session()
+    interface = describe(make(keras))
+    temporal = [info.name == "x" for info in interface.inputs]
+    return interface, cut(interface, temporal).first
 
 
 def called(model: Any, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,43 +138,54 @@ def test_data_need_not_hold_the_states(keras: Any, tmp_path: Path) -> None:
     assert found.worst.is_allowed
 
 
-def _gru(keras: Any, x: Any, state: Any, **options: Any) -> Any:
+def _gru(keras: Any, x: Any, state: Any) -> Any:
     layer = keras.layers.GRU(4, return_sequences=True, return_state=True, name="gru")
-    return layer(x, initial_state=state, **options)
+    return layer(x, initial_state=state)
 
 
-def _unpaired(keras: Any, x: Any, state: Any) -> Any:
+def _given(keras: Any) -> tuple[Any, Any]:
+    return keras.Input((None, 3), name="x"), keras.Input((4,), name="state")
+
+
+def _unpaired(keras: Any) -> Any:
+    x, state = _given(keras)
     return keras.Model([x, state], _gru(keras, x, state)[0])
 
 
-def _read_elsewhere(keras: Any, x: Any, state: Any) -> Any:
+def _read_elsewhere(keras: Any) -> Any:
+    x, state = _given(keras)
     y, after = _gru(keras, x, state)
     return keras.Model([x, state], [y + keras.ops.expand_dims(state, 1), after])
 
 
-def _shared(keras: Any, x: Any, state: Any) -> Any:
+def _shared(keras: Any) -> Any:
+    x, state = _given(keras)
     y, after = _gru(keras, x, state)
     z = keras.layers.GRU(4, return_sequences=True, name="other")(y, initial_state=state)
     return keras.Model([x, state], [z, after])
 
 
-def _computed(keras: Any, x: Any, state: Any) -> Any:
+def _computed(keras: Any) -> Any:
+    x, state = _given(keras)
     y, after = _gru(keras, x, keras.layers.Dense(4, name="bridge")(state))
     return keras.Model([x, state], [y, after])
 
 
-def _state_of_another(keras: Any, x: Any, state: Any) -> Any:
+def _state_of_another(keras: Any) -> Any:
+    x, state = _given(keras)
     y, _ = _gru(keras, x, state)
     _, after = keras.layers.GRU(4, return_state=True, name="other")(y)
     return keras.Model([x, state], [y, after])
 
 
-def _changed(keras: Any, x: Any, state: Any) -> Any:
+def _changed(keras: Any) -> Any:
+    x, state = _given(keras)
     y, after = _gru(keras, x, state)
     return keras.Model([x, state], [y, after * 1.5])
 
 
-def _returned(keras: Any, x: Any, state: Any) -> Any:
+def _returned(keras: Any) -> Any:
+    x, state = _given(keras)
     y, after = _gru(keras, x, state)
     return keras.Model([x, state], [y, after, keras.ops.reshape(state, (-1, 4))])
 
@@ -171,29 +193,35 @@ def _returned(keras: Any, x: Any, state: Any) -> Any:
 @pytest.mark.parametrize(
     "make", [_unpaired, _read_elsewhere, _shared, _computed, _state_of_another, _changed, _returned]
 )
-def test_what_is_not_certainly_a_state_is_refused(keras: Any, make: Any) -> None:
-    keras.backend.clear_session()
-    x, state = keras.Input((None, 3), name="x"), keras.Input((4,), name="state")
-    refused(
-        make(keras, x, state),
-        r"the initial state is computed from the model's inputs: the layer 'gru' \(GRU\) takes .*; let each state be an input "
+def test_what_is_not_certainly_a_state_is_none(make: Any) -> None:
+    from stepwell_server.compile.probe.state_inputs import recognized
+
+    assert recognized(*graph(make), Declaration()) == ()
+
+
+def test_the_refusal_says_what_a_state_is(trace_and_probe: Any, keras: Any) -> None:
+    with pytest.raises(
+        ModelError,
+        match=r"the initial state is computed from the model's inputs: the layer 'gru' \(GRU\) takes .*; let each state be an input "
         r"that nothing else reads, and return it .*\(return_state=True\).*; or remove the state inputs",
-    )
+    ):
+        trace_and_probe(_unpaired(keras))
 
 
-WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+_tutorial = decoders.DECODERS["tutorial"]
+WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no such input": (
-        "tutorial",
+        _tutorial,
         {"states": {"hidden": "lstm"}},
         "--state hidden:lstm: must name an input of the model; there is no 'hidden', there are 'x', 'state_h', 'state_c'",
     ),
     "no such output": (
-        "tutorial",
+        _tutorial,
         {"states": {"state_h": "h"}},
         "--state state_h:h: must name an output of the model; there is no 'h', there are 'out', 'lstm', 'lstm_1'",
     ),
     "another state": (
-        "tutorial",
+        _tutorial,
         {"states": {"state_h": "lstm_1"}},
         (
             "--state state_h:lstm_1: must name the output that holds this state after the last time step; that is 'lstm': "
@@ -201,7 +229,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         ),
     ),
     "no state": (
-        "tutorial",
+        _tutorial,
         {"states": {"state_h": "out"}},
         (
             "--state state_h:out: must name the output that holds this state after the last time step; that is 'lstm': "
@@ -209,12 +237,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         ),
     ),
     "an ordinary input": (
-        "tutorial",
+        _tutorial,
         {"states": {"x": "lstm"}},
         "--state x:lstm: must name the initial state of a recurrent layer (initial_state=...); no layer takes 'x' as that",
     ),
     "unpaired": (
-        "_unpaired",
+        _unpaired,
         {"states": {"state": "gru"}},
         (
             "--state state:gru: the state of the layer 'gru' (GRU) after the last time step must be an output of the model; none holds "
@@ -222,7 +250,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         ),
     ),
     "read elsewhere": (
-        "_read_elsewhere",
+        _read_elsewhere,
         {"states": {"state": "gru"}},
         (
             "--state state:gru: only a layer's initial state may be what reads a state; other operations than the layer 'gru' (GRU) "
@@ -231,7 +259,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         ),
     ),
     "shared": (
-        "_shared",
+        _shared,
         {"states": {"state": "gru"}},
         (
             "--state state:gru: a state must belong to one call of a layer; 2 take 'state' as their initial state: give each an input of "
@@ -239,22 +267,22 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         ),
     ),
     "initial of no state": (
-        "tutorial",
+        _tutorial,
         {"initial": {"x": 1}},
         "--initial: must name the input of a state; got 'x'; the states are 'state_h', 'state_c'",
     ),
     "initial of another shape": (
-        "tutorial",
+        _tutorial,
         {"initial": {"state_h": [1.0, 2.0]}},
         "--initial: state 'state_h' must have the shape of one row, [6]; got [2]",
     ),
     "initial not finite": (
-        "tutorial",
+        _tutorial,
         {"initial": {"state_c": float("nan")}},
         "--initial: state 'state_c' must be finite; got nan",
     ),
     "initial text": (
-        "tutorial",
+        _tutorial,
         {"initial": {"state_c": ["a"]}},
         "--initial: state 'state_c' must be numbers of float32; got ['a']",
     ),
@@ -262,15 +290,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_declarations(keras: Any, case: str) -> None:
-    keras.backend.clear_session()
-    name, declared, message = WRONG[case]
-    if name in decoders.DECODERS:
-        model = decoders.build(name)
-    else:
-        x, state = keras.Input((None, 3), name="x"), keras.Input((4,), name="state")
-        model = globals()[name](keras, x, state)
-    refused(model, re.escape(message), **declared)
+def test_wrong_declarations(case: str) -> None:
+    from stepwell_server.compile.probe.state_inputs import recognized
+
+    make, declared, message = WRONG[case]
+    with pytest.raises(ModelError, match=re.escape(message)):
+        recognized(*graph(make), Declaration(**declared))
 
 
 def test_the_file_beside_a_keras_model(tmp_path: Path) -> None:

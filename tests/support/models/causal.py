@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from support.models.speech import SPEECH
+
 Layers = Callable[[Any, Any], Any]
 """Takes ``keras`` and a tensor, and returns a tensor."""
 FEATURES: dict[str, tuple[int, ...]] = {}
@@ -185,6 +187,10 @@ _add(
     lambda k, x: k.layers.Concatenate()([_delay(k, x, 2), _delay(k, k.layers.Dense(3)(x), 6)]),
 )
 _add("product_with_the_past", lambda k, x: x * k.ops.sigmoid(_delay(k, x, 1)))
+_add(
+    "past_beside_constants",
+    lambda k, x: k.ops.concatenate([_delay(k, x, 2), k.ops.ones_like(x[:, :, :1])], -1),
+)
 _add("stacked_past", lambda k, x: k.ops.max(k.ops.stack([x, _delay(k, x, 1), _delay(k, x, 2)], 2), 2))
 _add("cumulative_sum", lambda k, x: k.ops.cumsum(x, 1))
 _add("cumulative_sum_of_shifted", lambda k, x: k.ops.cumsum(_delay(k, k.layers.Dense(2)(x), 2), 1))
@@ -385,3 +391,6 @@ _add("behind_a_mask", _masked)
 _add("lstm_inside_a_step", lambda k, x: _conv(k, k.layers.TimeDistributed(k.layers.LSTM(3))(x)), (5, 2))
 _add("two_outputs", _two_outputs)
 _add("squeeze_and_excite", _squeezed)
+
+for _name, (_layers, _features) in SPEECH.items():
+    _add(_name, _layers, _features)

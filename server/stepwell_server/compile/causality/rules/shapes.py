@@ -259,7 +259,8 @@ def _concat(call: Call) -> Sequence[Axes]:
     count = len(call.inputs) - 1
     rank = call.rank(0)
     axis = axis_of(call, count, rank)
-    parts = [call.axes(i) for i in range(count)]
+    data = next(value.axes for value in call.inputs[:count] if isinstance(value, Data))
+    parts = [_joint(call, i, data, axis) for i in range(count)]
     joined = _joined(call, [part[axis] for part in parts])
     dims: list[Dim] = [()] * rank
     for part in parts:
@@ -269,6 +270,19 @@ def _concat(call: Call) -> Sequence[Axes]:
                     raise LostAxisError("two values that are joined have their axes in different orders")
                 dims[i] = dim
     return [_sized(call, tuple(joined if i == axis else dim for i, dim in enumerate(dims)))]
+
+
+def _joint(call: Call, i: int, data: Axes, axis: int) -> Axes:
+    """Return the axes of a part: a constant that does not change over time follows data, wherever that begins."""
+    value = call.inputs[i]
+    if isinstance(value, Data):
+        return value.axes
+    dims = zip(value.shape(), data, strict=True)
+    own = [
+        dim if place != axis and call.scales.size(dim) == size else call.scales.factors(size)
+        for place, (size, dim) in enumerate(dims)
+    ]
+    return call.even(value, tuple(own))
 
 
 def _joined(call: Call, parts: Sequence[Dim]) -> Dim:
