@@ -13,8 +13,9 @@ from stepwell_server.engine.executors import litert, load_executor
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.litert import LiteRTExecutor
 from stepwell_server.engine.executors.padded import chunks
+from stepwell_server.engine.executors.step_function import step_of_executor
 from stepwell_server.program import FLATBUFFER
-from support.models import programs
+from support.models import causal, programs
 from support.models.compiled import Compiled, zoo_model
 from support.models.programs import compile_model
 
@@ -275,6 +276,43 @@ def test_a_damaged_artefact_is_a_value_error(tokens: Compiled) -> None:
         load_executor(damaged)
     with pytest.raises(ValueError, match="cannot be read"):
         load_executor(dataclasses.replace(damaged, executor="tensorflow"))
+
+
+def _upsampling(keras: Any) -> Any:
+    """The size of a transposed convolution is known at run time only. LiteRT then moves tensors, which XNNPACK does not notice."""
+    x = keras.Input((None, 6), name="x")
+    y = keras.layers.Activation("elu")(keras.layers.Conv1D(8, 7, padding="causal")(x))
+    for filters, ratio in ((6, 4), (4, 2)):
+        y = keras.layers.Conv1DTranspose(filters, 2 * ratio, strides=ratio)(y)
+        y = keras.layers.Activation("elu")(keras.layers.Cropping1D((0, ratio))(y))
+        y = keras.layers.Conv1D(filters, 3, padding="causal")(y)
+    return keras.Model(x, keras.layers.Reshape((-1, 32))(y))
+
+
+@pytest.mark.parametrize("name", ["upsampling", "around_an_lstm", "seanet_units"])
+def test_runs_compute_the_same_at_sizes_that_change(keras: Any, tmp_path: Path, name: str) -> None:
+    model: Any = _upsampling(keras) if name == "upsampling" else causal.build(name)
+    model.save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    assert program.executor == "litert", program.executor_reason
+    rng, sizes = np.random.default_rng(1), (2, 3, 5, 6, 7, 8, 9, 12, 16, 17, 33, 64)
+    specs = [(spec.shape, spec.dtype) for spec in program.inputs] + [
+        (spec.shape, spec.dtype) for spec in program.state
+    ]
+    x, *states = (rng.standard_normal((64, *shape)).astype(dtype) for shape, dtype in specs)
+
+    def run(executor: Executor, size: int) -> list[Any]:
+        outputs, after = step_of_executor(executor)([x[:size]], [state[:size] for state in states])
+        return [np.array(value) for value in (*outputs, *after)]
+
+    expected = run(load_executor(program), 64)
+    is_placed = all(tensors.have_memory() for tensors in LiteRTExecutor(program)._resized(3)._tensors)
+    assert is_placed == (name != "upsampling")
+    for _ in range(30):
+        executor = load_executor(program)
+        for size in rng.permutation(sizes):
+            for one, two in zip(run(executor, int(size)), expected, strict=True):
+                np.testing.assert_allclose(one, two[:size], rtol=0, atol=2e-5)
 
 
 def test_padding_runs_only_the_listed_sizes() -> None:

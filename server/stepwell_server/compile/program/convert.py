@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from stepwell_server.compile.errors import gist
@@ -69,9 +70,33 @@ def to_litert(function: Any, model: Any) -> bytes:
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     try:
-        return bytes(converter.convert())
+        content = bytes(converter.convert())
     except Exception as error:  # The converter raises its own and built-in types.
         raise ConversionError(_complaint(str(error), function, model)) from error
+    return _with_placed_slices(content)
+
+
+def _with_placed_slices(content: bytes) -> bytes:
+    """Let LiteRT place the results of slices when it allocates tensors, not in each run.
+
+    It does the latter where a slice's input has an open size, the rows, although it knows them after a resize. Each run
+    then moves tensors: that takes up to half of its time, and XNNPACK may read and write where they were. Only a remark
+    about open sizes changes, in place.
+    """
+    changed = bytearray(content)
+    model = schema.Model.GetRootAsModel(changed, 0)
+    for graph in (model.Subgraphs(i) for i in range(model.SubgraphsLength())):
+        slices = [
+            op
+            for op in (graph.Operators(i) for i in range(graph.OperatorsLength()))
+            if model.OperatorCodes(op.OpcodeIndex()).BuiltinCode() == schema.BuiltinOperator.SLICE
+        ]
+        made = {op.Outputs(0) for op in slices}  # LiteRT takes their sizes for final without the remark.
+        for place in {op.Inputs(0) for op in slices} - made:
+            tensor = graph.Tensors(place)
+            if tensor.ShapeSignatureLength():
+                tensor.ShapeSignatureAsNumpy()[:] = tensor.ShapeAsNumpy()
+    return bytes(changed)
 
 
 def to_tensorflow(function: Any, model: Any) -> dict[str, bytes]:

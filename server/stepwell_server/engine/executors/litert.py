@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from stepwell_server.engine.executors.base import ExecutionError, Executor
 from stepwell_server.engine.executors.dense import dense_delegates
@@ -149,10 +149,26 @@ class _Sized:
     """An interpreter, and its tensors of some number of rows."""
 
     def __init__(self, program: Program) -> None:
+        self._program = program
+        self.size = 0
+        """Rows of the interpreter's tensors; 0: it must be resized."""
+        self.is_new = True
+        """It has not been resized yet."""
+        self._rows = 0
+        """The rows that are shown; 0: none since the last resize."""
+        self._runs = 0
+        """Runs since the last resize."""
+        self._open(has_delegates=True)
+
+    def _open(self, *, has_delegates: bool) -> None:
+        program = self._program
         self.interpreter = Interpreter(
             model_content=program.files[FLATBUFFER],
             num_threads=1,
-            experimental_delegates=list(dense_delegates()),
+            experimental_delegates=list(dense_delegates()) if has_delegates else None,
+            experimental_op_resolver_type=OpResolverType.AUTO
+            if has_delegates
+            else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
         )
         _swallow_announcement(self.interpreter)
         # The runner references the interpreter's memory, so it must be deleted before the first resize.
@@ -163,14 +179,6 @@ class _Sized:
         given = {key: int(item["index"]) for key, item in details.items()}
         made = {key: int(item["index"]) for key, item in runner.get_output_details().items()}
         del runner
-        self.size = 0
-        """Rows of the interpreter's tensors; 0: it must be resized."""
-        self.is_new = True
-        """It has not been resized yet."""
-        self._rows = 0
-        """The rows that are shown; 0: none since the last resize."""
-        self._runs = 0
-        """Runs since the last resize."""
         shapes = {f"in_{i}": spec.shape for i, spec in enumerate(program.inputs)}
         shapes |= {f"state_{i}": spec.shape for i, spec in enumerate(program.states_taken)}
         self._given = [(index, shapes[key]) for key, index in given.items()]
@@ -187,14 +195,20 @@ class _Sized:
 
     def resize(self, rows: int) -> None:
         self.size = 0  # Until it succeeds: a half-resized interpreter must be resized again.
-        self.is_new, self._rows = False, 0
-        for index, shape in self._given:
-            self.interpreter.resize_tensor_input(index, (rows, *shape))
-        self.interpreter.allocate_tensors()
-        self._runs = 0
+        self._allocate(rows)
+        if self.is_new and not all(tensors.have_memory() for tensors in self._tensors):
+            # A run moves the tensors of such a graph, and delegates (XNNPACK) then read and write where they were.
+            self._open(has_delegates=False)
+            self._allocate(rows)
+        self.is_new, self._rows, self._runs = False, 0, 0
         for tensors in self._tensors:
             tensors.resize(rows)
         self.size = rows
+
+    def _allocate(self, rows: int) -> None:
+        for index, shape in self._given:
+            self.interpreter.resize_tensor_input(index, (rows, *shape))
+        self.interpreter.allocate_tensors()
 
     def bind(self, rows: int) -> None:
         """Show the first rows only."""
@@ -273,6 +287,12 @@ class _Tensors:
         """All rows of the tensors, if these stay where they are."""
         self._bound: list[Array] | None = None
         """The rows of the batch in `_held`."""
+        self._is_static = True
+        """They had memory after each allocation."""
+
+    def have_memory(self) -> bool:
+        """Whether all of them have memory."""
+        return all(read is None or _has_memory(read) for read in self._read)
 
     def bind(self, rows: int) -> None:
         self._rows = rows
@@ -280,7 +300,8 @@ class _Tensors:
 
     def resize(self, rows: int) -> None:
         self._held = self._bound = None
-        self._is_static = all(read is None or _has_memory(read) for read in self._read)
+        # Later on, "dynamic" tensors still have the memory of the last run.
+        self._is_static = self._is_static and self.have_memory()
         for place, own in enumerate(self._own):
             if own:
                 spec = self._specs[place]
