@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tensorflow.python.ops import nn_impl, nn_ops
+from tensorflow.python.ops import array_ops, nn_impl, nn_ops
 
 from stepwell_server.compile.causality.axes import Scale, Scales
 from stepwell_server.compile.errors import ModelError, gist, quoted
@@ -209,6 +209,8 @@ class _Tracer:
             for module in (nn_ops, nn_impl):
                 stack.enter_context(attribute(module, "device_context", _UNFOLDED))
             stack.enter_context(attribute(nn_ops, "with_space_to_batch", _unfolded))
+            # Else zeros of fewer than 1,000 elements are a constant: the graphs differ where the rows decide that.
+            stack.enter_context(attribute(array_ops, "_constant_if_small", _never))
             for operation in all_operations(model):
                 original = time_distributed(operation) or operation.call
                 stack.enter_context(attribute(operation, "call", self._owned(operation, original)))
@@ -321,6 +323,10 @@ def cut_few_steps(interface: Interface, cuts: Cuts, steps: int) -> Cut:
     """
     scale = Scale(rows=cuts.first.scale.rows, steps=steps)
     return _cut(interface, cuts.temporal, scale, kinds=cuts.first.kinds)[0]
+
+
+def _never(*_args: Any, **_options: Any) -> None:
+    return None
 
 
 def cut_far(interface: Interface, cuts: Cuts) -> Cuts:
