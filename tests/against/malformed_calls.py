@@ -45,7 +45,8 @@ LOOK_EVERY = 500
 _HOUR_S = 3600
 _STREAMED = "/stepwell.v1.SessionService/StepStream"
 _LOAD = "/stepwell.v1.ModelAdminService/LoadModel"
-_WATCH = "/grpc.health.v1.Health/Watch"
+_WATCHES = ("/grpc.health.v1.Health/Watch", "/stepwell.v1.WatchService/")
+"""Calls whose replies depend on when they end begin with these."""
 _TIMED = {("grpc-timeout", "1n"), ("content-length", "3")}
 """Headers with which it is a matter of time what ends the call: the second one contradicts the data that follow."""
 _TENANT = "stepwell-tenant"
@@ -181,7 +182,7 @@ def _of_parts(parts: Sequence[Message]) -> Iterator[tuple[str, str]]:
 
 def depends_on_time(call: Call) -> bool:
     """Whether the answer to a call depends on the clock or on how fast the server is."""
-    if call.path == _WATCH or not _TIMED.isdisjoint(call.headers):
+    if call.path.startswith(_WATCHES) or not _TIMED.isdisjoint(call.headers):
         return True
     if any(name == _TENANT for name, _ in call.headers):
         return True

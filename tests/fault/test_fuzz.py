@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fault.fuzz import FUZZED, Fuzz, Tokens
-from stepwell.v1 import models_pb2, sessions_pb2
-from stepwell_server.rpc.http.routes import Routes
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
+from stepwell_server.rpc.http.routes import WATCH_PATH, Routes
 from stepwell_server.rpc.triton.inference import service_pb2
 from support.peers import malformed_http, malformed_http2, malformed_messages
 from support.rpc.http_client import SERVICES
@@ -82,7 +82,7 @@ def test_the_fuzzer_finds_defects_and_crashes(tmp_path: Path) -> None:
 def test_every_method_is_fuzzed() -> None:
     """But for one that may end the watched sessions, rightly."""
     services = (
-        *(one.services_by_name.values() for one in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)),
+        *(one.DESCRIPTOR.services_by_name.values() for one in (sessions_pb2, models_pb2, watch_pb2)),
         service_pb2.DESCRIPTOR.services_by_name.values(),
     )
     methods = {
@@ -100,6 +100,7 @@ def test_every_method_with_a_path_is_fuzzed_over_http() -> None:
     of_fuzzed = {one.path for one in KNOWN}
     routes = [route for route in Routes(SERVICES).all if route.path in of_fuzzed]
     assert len(routes) > 20
+    assert ("POST", WATCH_PATH) in paths
     for route in routes:
         pattern = re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(route.template)))
         assert any(method == route.http_method and pattern.fullmatch(path) for method, path in paths), route

@@ -17,8 +17,8 @@ from urllib.parse import quote, urlencode
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message_factory import GetMessageClass
 
-from stepwell.v1 import models_pb2, sessions_pb2
-from stepwell_server.rpc.http.routes import Routes
+from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
+from stepwell_server.rpc.http.routes import WATCH_PATH, WATCHES, Routes
 from support.peers import malformed_http2
 from support.peers.malformed_messages import Call, Random, Valid, cut, flip, mutate, noise, splice
 
@@ -26,7 +26,7 @@ MAX_BYTES = 192 << 10
 """Of a connection."""
 _SERVICES = [
     service
-    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)
+    for file in (sessions_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR, watch_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 ]
 Headers = list[tuple[str, str]]
@@ -44,12 +44,15 @@ def valid(known: Sequence[Valid]) -> list[Request]:
     """Requests for messages of methods that have paths."""
     routes = Routes(_SERVICES).all
     found = [Request("GET", "/openapi.json", None)]
+    together: dict[str, Any] = {}
     for message in known:
         for route in routes:
             if route.path != message.path:
                 continue
             read = GetMessageClass(route.method.input_type).FromString(message.raw)
             document = MessageToDict(read, preserving_proto_field_name=True)
+            if route.method.name in WATCHES:
+                together[WATCHES[route.method.name]] = copy.deepcopy(document)
             names = re.findall(r"\{(\w+)\}", route.template)
             values = {name: quote(str(document.pop(name, "fuzz-0")), safe="") for name in names}
             target = route.template.format(**values)
@@ -60,6 +63,8 @@ def valid(known: Sequence[Valid]) -> list[Request]:
                     name: value for name, value in document.items() if not isinstance(value, list | dict)
                 }
                 found.append(Request(route.http_method, f"{target}?{urlencode(plain)}", None))
+    if together:
+        found.append(Request("POST", WATCH_PATH, together))
     return found
 
 

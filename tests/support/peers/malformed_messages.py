@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from stepwell.v1 import models_pb2
+from stepwell.v1 import models_pb2, watch_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
 from support.peers.http2 import framed
@@ -30,7 +30,7 @@ Random = random.Random
 MAX_BYTES = 48 << 10
 """Of a message; what claims to be larger than it is needs no bytes for that."""
 SESSIONS, MODELS = "stepwell.v1.SessionService", "stepwell.v1.ModelService"
-MODEL_ADMIN = "stepwell.v1.ModelAdminService"
+MODEL_ADMIN, WATCHES = "stepwell.v1.ModelAdminService", "stepwell.v1.WatchService"
 TRITON, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
@@ -185,8 +185,27 @@ def valid(model: str, session_ids: Sequence[str], features: int, input_name: str
             asked(file_by_filename="x"),
         )
     ]
-    watched = health_pb2.HealthCheckRequest(service="").SerializeToString()
-    return [*found, Valid(f"/{HEALTH}/Watch", watched, False, False)]
+    endless: list[tuple[str, str, Message]] = [
+        (
+            WATCHES,
+            "WatchSessions",
+            watch_pb2.WatchSessionsRequest(
+                session_ids=[one, two], inputs=True, outputs=True, states=True, state_names=["h"], revisions=2
+            ),
+        ),
+        (
+            WATCHES,
+            "WatchSessions",
+            watch_pb2.WatchSessionsRequest(session_ids=session_ids, interval=Duration(seconds=1)),
+        ),
+        (WATCHES, "WatchServer", watch_pb2.WatchServerRequest(interval=Duration(seconds=1))),
+        (HEALTH, "Watch", health_pb2.HealthCheckRequest(service="")),
+    ]
+    found += [
+        Valid(f"/{service}/{name}", raw.SerializeToString(deterministic=True), False, False)
+        for service, name, raw in endless
+    ]
+    return found
 
 
 # --- what may be wrong with a message ---
