@@ -151,6 +151,52 @@ def test_quotas_and_the_audit_log_count_calls_over_http(closed: Secured) -> None
     assert any(line["action"] == "open" and line["who"] == "bob" for line in lines), lines[-3:]
 
 
+def test_a_rate_of_a_tenant_is_kept_over_http(closed: Secured) -> None:
+    closed.tokens["web"] = closed.web_token("slow")
+    path = path_of("rated")
+    assert closed.json("web", "POST", path, {"model": "seq"})[0] == 200
+    minute = [0.0] * (60 * 3)
+    body = {"inputs": [{"dtype": "DATA_TYPE_FLOAT32", "shape": [1, 60, 3], "values": minute}]}
+    assert closed.json("web", "POST", f"{path}:step", body)[0] == 200
+    answer = closed.json("web", "POST", f"{path}:step", body)
+    assert reason_of(answer) == (429, "QUOTA_EXCEEDED")
+    assert closed.json("web", "GET", path)[1]["session"]["revision"] == "1", "it was not applied"
+    (delay,) = [each["retry_delay"] for each in answer[1]["details"] if "retry_delay" in each]
+    assert float(delay.removesuffix("s")) > 1
+    assert closed.json("ann", "POST", path_of("not rated"), {"model": "seq"})[0] == 200
+
+
+def test_web_tokens_name_callers_over_http(closed: Secured) -> None:
+    path = path_of("of the web")
+    closed.tokens |= {"web": closed.web_token("acme"), "eyes": closed.web_token("acme", "viewer")}
+    assert closed.json("web", "POST", path, {"model": "seq"})[0] == 200
+    assert closed.json("ann", "GET", path)[0] == 200, "both are of one tenant"
+    assert closed.json("eyes", "GET", path)[0] == 200
+    assert reason_of(closed.json("eyes", "POST", f"{path}:step", step_body())) == (403, "PERMISSION_DENIED")
+    assert reason_of(closed.json("bob", "GET", path)) == (404, "SESSION_NOT_FOUND")
+    head, claims, signature = closed.tokens["web"].split(".")
+    for wrong in (
+        closed.web_token("acme", valid_s=-3600),
+        closed.web_token("acme", aud="another"),
+        closed.web_token("acme", role="emperor"),
+        f"{head}.{claims}.{signature[::-1]}",
+        f"{head}.{claims}.",
+    ):
+        closed.tokens["wrong"] = wrong
+        status, answer = closed.json("wrong", "GET", path)
+        assert (status, answer["code"]) == (401, 16), answer
+
+
+def test_a_watch_ends_when_its_web_token_expires(closed: Secured) -> None:
+    path = path_of("watched until")
+    assert closed.json("ann", "POST", path, {"model": "seq"})[0] == 200
+    closed.tokens["web"] = closed.web_token("acme", valid_s=3.0)
+    with closed.events("web", {"sessions": {"session_ids": ["watched until"]}}) as stream:
+        first, *_, last = stream
+    assert (first.name, last.name) == ("sessions", "error")
+    assert "no longer valid" in last.data["message"], last
+
+
 def test_a_header_that_decides_the_caller_comes_once(closed: Secured) -> None:
     bearer = f"authorization: Bearer {closed.tokens['ann']}"
     url = f"https://{closed.address}/v1/models"

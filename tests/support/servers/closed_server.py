@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 import ssl
 from pathlib import Path
 from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from stepwell_server.auth import token_file
 from stepwell_server.auth.tokens import Token, digest_of, new_token
@@ -13,6 +18,7 @@ from stepwell_server.rpc.http.routes import WATCH_PATH
 from support.certificates import Authority
 from support.peers.json_client import EventStream, JsonClient
 
+ISSUER = "https://issuer.example"
 HTTP = ("--http-listen", "127.0.0.1:0")
 
 
@@ -33,13 +39,31 @@ class Secured:
         for name, text in self.tokens.items():
             token_file.add(tokens, Token(callers[name], digest_of(text)))
         quotas = folder / "quotas.toml"
-        quotas.write_text("[tenants.zeta]\nsessions = 1\n")
+        quotas.write_text("[tenants.zeta]\nsessions = 1\n[tenants.slow]\nsteps_per_second = 1\nburst = 60\n")
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        jwks = folder / "jwks.json"
+        public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(self._key.public_key()))
+        jwks.write_text(json.dumps({"keys": [public | {"kid": "k1", "use": "sig"}]}))
         self.audit = folder / "audit.jsonl"
         self.options = (
             *("--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--auth-tokens", str(tokens)),
             *("--audit-log", str(self.audit), "--quotas", str(quotas), *HTTP),
+            *("--auth-jwks", str(jwks), "--auth-jwt-audience", "stepwell", "--auth-jwt-issuer", ISSUER),
         )
         self.address = ""
+
+    def web_token(self, tenant: str, role: str = "user", valid_s: float = 3600.0, **changes: Any) -> str:
+        """A JWT that the server accepts, but for the changes. Use it as the token of a name: `tokens[name]`."""
+        now = dt.datetime.now(dt.UTC)
+        claims: dict[str, Any] = {
+            "iss": ISSUER,
+            "aud": "stepwell",
+            "sub": f"web-of-{tenant}",
+            "tenant": tenant,
+            "role": role,
+        }
+        claims |= {"exp": now + dt.timedelta(seconds=valid_s), **changes}
+        return jwt.encode(claims, self._key, "ES256", headers={"kid": "k1"})
 
     def events(self, name: str, body: object, **headers: str) -> EventStream:
         """A watch of a caller."""
