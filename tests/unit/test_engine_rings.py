@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AsyncExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stepwell_server.engine.api import Select
+from stepwell_server.engine.api import Select, SessionPolicy
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.errors import ServerError
 from support.engine.fake_executor import BAD, RINGS, with_windows
@@ -119,6 +120,29 @@ async def change(
 
 def drawn(rng: np.random.Generator, *shape: Any) -> Any:
     return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("are_rings", [False, True])
+async def test_versions_with_rings_and_with_whole_windows_share_rows(are_rings: bool) -> None:
+    rng, programs = (
+        np.random.default_rng(4),
+        [with_windows(are_rings=each) for each in (are_rings, not are_rings)],
+    )
+    later = dataclasses.replace(programs[1], fingerprint="f-later")
+    async with running({"plain": programs[0]}) as moved, running({"plain": programs[0]}) as kept:
+        for at in (moved, kept):
+            await at.open("a", "b", "c")
+        for turn in range(24):
+            if turn == 9:
+                await moved.engine.load_version("plain", 2, later)
+                await moved.engine.set_default("plain", 2, SessionPolicy.CARRY)
+                first, second = moved.internals.models
+                assert first.arena is second.arena
+            names = ["a", "b", "c"][: 1 + turn % 3]
+            await both(moved, kept, names, drawn(rng, len(names), 2))
+        for name in "abc":
+            one, two = await moved.state(name), await kept.state(name)
+            assert [each.tobytes() for each in one.values()] == [each.tobytes() for each in two.values()]
 
 
 def test_a_packed_row_is_in_the_order_of_time() -> None:
