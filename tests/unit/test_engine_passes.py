@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import threading
 from typing import Any
 
@@ -15,7 +16,7 @@ from stepwell_server.engine.api import ChangeResult, Select
 from stepwell_server.engine.change import Awaited, Change
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.passes.loop import LARGE_INTAKE
-from stepwell_server.engine.state.model import SHORT_PASS_S
+from stepwell_server.engine.state.model import SHORT_PASS_S, Model
 from stepwell_server.errors import Internal, InvalidInput, Overloaded, Unavailable
 from stepwell_server.program import ONNX_MODEL
 from support.checks.model_of_sessions import initial, ran
@@ -474,6 +475,38 @@ async def test_the_rows_of_a_pass_beside_others(at: Harness, each_s: float, rows
     model.cost = Cost(28e-6, each_s)
     model.iteration_cost = Cost(1e-6, 1e-6)
     assert model.rows_of_a_short_pass == rows
+
+
+@pytest.mark.stores("memory")
+@pytest.mark.engine(threads=False, max_batch_rows=64, resident_rows=400)
+async def test_one_short_pass_of_sixteen_measures_what_a_pass_costs_regardless_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch, at: Harness
+) -> None:
+    monkeypatch.setattr(Model, "rows_of_a_short_pass", 20)
+    ids = await open_all(at, 400)
+    ready = at.internals.models[0].ready
+    ready.alone_until, ready.alone_by = math.inf, "other"
+    answers = await at.submit(ids, x(400), connection="flood").all()
+    assert kinds(answers) == ["Answer"] * 400
+    assert [rows for rows, _ in at.events.passes] == [*[20] * 15, 8, *[20] * 4, 12]
+
+
+@pytest.mark.stores("memory")
+async def test_steps_that_overtake_passes_do_not_count_as_passes(at: Harness) -> None:
+    learned: list[int] = []
+
+    class Recorded(Cost):
+        def learn(self, items: int, seconds: float, times: int = 1) -> None:
+            learned.append(items)
+
+    await at.open("a", "b")
+    model = at.internals.models[0]
+    model.iteration_cost, model.ready.contended_until = Recorded(), at.clock.monotonic() + 1.0
+    await at.submit(["a", "b"], x(2)).all()
+    assert not learned
+    at.clock.advance(2.0)
+    await at.submit(["a", "b"], x(2)).all()
+    assert learned == [2]
 
 
 @pytest.mark.parametrize("rows", [LARGE_INTAKE, LARGE_INTAKE + 1])

@@ -155,13 +155,14 @@ class Direct:
 
     def note_run(self, source: Source | None, count: int, started: float, connection: object) -> None:
         """Note for the scheduler what has just run; `connection` sent it, if it is a single step without a source."""
-        model = self._model
-        if model.is_running or model.ready.rows_waiting:
-            model.ready.contended_until = started + ACTIVE_S
+        model, ready = self._model, self._model.ready
+        if model.is_running or ready.rows_waiting:
+            ready.contended_until = started + ACTIVE_S
         if source is None:
-            model.ready.alone_until, model.ready.alone_by = started + ACTIVE_S, connection
-        else:
-            model.ready.ran(source, count, started)
+            ready.alone_until, ready.alone_by = started + ACTIVE_S, connection
+            return
+        ready.ran(source, count, started)
+        if started >= ready.contended_until:  # a pass through jobs, which now run too, has another fixed cost
             model.iteration_cost.learn(count, self.clock.monotonic() - started)
 
     def _is_short(self, change: Change | None, count: int) -> bool:

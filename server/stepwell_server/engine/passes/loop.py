@@ -35,6 +35,9 @@ from stepwell_server.logs import Log
 _log = Log("engine.loop")
 #: Admitting more rows than this takes as long as a short pass.
 LARGE_INTAKE = 64
+#: One in this many short passes has few rows: only such passes show what a pass costs regardless of its rows. Steps of
+#: few rows often run without a pass.
+_PROBE_INTERVAL, _PROBE_ROWS = 16, 8
 
 
 class PassLoop:
@@ -71,6 +74,8 @@ class PassLoop:
         self._alarm = threading.Event()
         """Rings when the next pass has waited long enough; set: there is no wait, or it is over."""
         self._alarm.set()
+        self._unprobed = 0
+        """Short passes since the last one that had few rows to measure its cost."""
         self._idle = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         model.work.listen(self._iterate)
@@ -185,6 +190,10 @@ class PassLoop:
                 if ready.is_contended(now)
                 else None
             )
+            if most is not None:
+                self._unprobed += 1
+                if self._unprobed >= _PROBE_INTERVAL:
+                    self._unprobed, most = 0, min(most, _PROBE_ROWS)
             max_s = self.runner.max_s(now)
             if max_s is not None:
                 rows = self.runner.rows_within(max_s)
