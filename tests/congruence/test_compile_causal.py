@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from stepwell_server.compile.errors import ModelError
-from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors import litert, load_executor
 from stepwell_server.engine.executors.step_function import Step, initial_rows, step_of_executor
-from stepwell_server.program import Program
+from stepwell_server.program import FLATBUFFER, Program
 from support.models import causal, everyday
 from support.models.compiled import Compiled
 from support.models.programs import compile_model
@@ -142,6 +142,13 @@ def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
     assert names == STATES.get(model.name, names)
     taken = [spec.shape for spec in program.states_taken]
     assert taken == TAKEN.get(model.name, taken)
+
+
+@pytest.mark.parametrize("name", ["conv", "depthwise", "lags", "average_pooling"])
+def test_windows_have_their_place_in_memory_before_a_run(name: str, tmp_path: Path) -> None:
+    """See `places_tensors_late`: wrong values were seen with Slices of windows."""
+    program = compiled(name, tmp_path).program
+    assert not litert.places_tensors_late(program.files[FLATBUFFER])
 
 
 @pytest.mark.slow

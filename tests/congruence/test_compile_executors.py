@@ -227,6 +227,31 @@ def test_the_layer_that_litert_cannot_run_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_an_interpreter_that_places_tensors_late_is_resized_once(
+    tokens: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After more, about one resize in a thousand gave wrong values to all rows."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+    from support.models.odd_layers import Apply
+
+    x = keras.Input((None, 4))
+    sliced = Apply("all_but_the_first_features")(keras.layers.Dense(4)(x))
+    keras.Model(x, keras.layers.GRU(3, return_sequences=True)(sliced)).save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    assert litert.places_tensors_late(program.files[FLATBUFFER])
+    assert not litert.places_tensors_late(tokens.program.files[FLATBUFFER])
+
+    resized: list[Any] = []
+    resize = litert._Sized.resize
+    monkeypatch.setattr(litert._Sized, "resize", lambda one, rows: (resized.append(one), resize(one, rows)))
+    executor = LiteRTExecutor(program)
+    sizes = range(1, 3 * litert._MAX_KEPT)
+    for rows in sizes:
+        executor.bind(rows)
+    assert len({id(one) for one in resized}) == len(resized) == len(sizes)
+    assert len(executor._kept) <= litert._MAX_KEPT + 1
+
+
 def test_both_executors_compute_the_same(tokens: Compiled, tokens_on_tensorflow: Compiled) -> None:
     rng = np.random.default_rng(3)
     drawn = rng.integers(0, 13, 37).tolist()

@@ -44,7 +44,8 @@ class States:
         self.after[owner, need] = tf.concat([*kept, now], 1)
         if gap == 1:
             return tf.concat([before, now], 1)
-        return tf.concat([*(_part(before, place, 1) for place in range(0, need.rows, gap)), now], 1)
+        sizes = [size for _ in range(need.rows // gap) for size in (1, gap - 1)]
+        return tf.concat([*tf.split(before, sizes, 1)[::2], now], 1)
 
     def elements(self, owner: str, need: Need, value: Any, axes: Axes) -> Any:
         """Return the elements that are kept of an input, then those of this time step, ``(rows, elements, sizes...)``."""
@@ -242,9 +243,14 @@ def in_place(rows: Any, axes: Axes, place: int) -> Any:
 
 
 def _part(rows: Any, first: int, count: int) -> Any:
-    """Return some rows of a window. LiteRT copies a Slice many times faster than a StridedSlice."""
-    rest = len(rows.shape) - 2
-    return tf.slice(rows, [0, first, *[0] * rest], [-1, count, *[-1] * rest])
+    """Return some rows of a window.
+
+    LiteRT splits many times faster than it takes a StridedSlice. A Slice of an open number of rows has no place in memory
+    before it runs: see `engine.executors.litert`.
+    """
+    sizes = [first, count, int(rows.shape[1]) - first - count]
+    parts = tf.split(rows, [size for size in sizes if size], 1)
+    return parts[1 if first else 0]
 
 
 def spread(value: Array, dtype: Any, axes: Axes, like: Any) -> Any:

@@ -51,6 +51,28 @@ def load(program: Program) -> Executor:
     return PaddedExecutor(program, run)
 
 
+def places_tensors_late(flatbuffer: bytes) -> bool:
+    """Whether some tensors of a graph get their place in memory only while it runs.
+
+    LiteRT does not know the size of some results before that, such as that of a Slice of an open number of rows, and places
+    all later tensors then. After a second resize, its delegate reads some of them where they were before: about one
+    resize in a thousand gives wrong values to all rows. It was never seen after the first resize of an interpreter.
+    """
+    interpreter = Interpreter(
+        model_content=flatbuffer,
+        num_threads=1,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )
+    interpreter.allocate_tensors()
+    try:
+        for item in interpreter.get_tensor_details():
+            if item["name"]:  # Others are scratch memory of a kernel.
+                interpreter.tensor(item["index"])()
+    except ValueError:  # It has no memory yet.
+        return True
+    return False
+
+
 _has_announced_itself = threading.Event()
 
 
@@ -77,6 +99,8 @@ class LiteRTExecutor(Executor):
     def __init__(self, program: Program) -> None:
         """Take the flatbuffer and find its tensors by their signature keys."""
         self._program = program
+        self._is_late = places_tensors_late(program.files[FLATBUFFER])
+        """An interpreter is resized once only."""
         self._now = _Sized(program)
         """The interpreter of the batch."""
         self._kept = [self._now]
@@ -106,12 +130,15 @@ class LiteRTExecutor(Executor):
 
     def _resized(self, rows: int) -> _Sized:
         """An interpreter of this size: one without a size, a new one, or the one that was not used for longest."""
+        began = time.perf_counter()
+        if self._is_late:
+            self._kept[:] = [one for one in self._kept if one.is_new or one.size][-self._max_kept :]
         one = next((one for one in self._kept if not one.size), None)
-        if one is None and len(self._kept) < self._max_kept:
+        if one is None and (self._is_late or len(self._kept) < self._max_kept):
             one = _Sized(self._program)
             self._kept.append(one)
         one = one or self._kept[0]
-        is_new, began = one.is_new, time.perf_counter()
+        is_new = one.is_new and not self._is_late
         one.resize(rows)
         if not is_new:  # the first one takes longer
             self._resize_s.note(time.perf_counter() - began)
