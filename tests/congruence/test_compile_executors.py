@@ -243,7 +243,12 @@ def test_an_interpreter_that_places_tensors_late_is_resized_once(
 
     resized: list[Any] = []
     resize = litert._Sized.resize
-    monkeypatch.setattr(litert._Sized, "resize", lambda one, rows: (resized.append(one), resize(one, rows)))
+
+    def noted(one: litert._Sized, rows: int) -> None:
+        resized.append(one)
+        resize(one, rows)
+
+    monkeypatch.setattr(litert._Sized, "resize", noted)
     executor = LiteRTExecutor(program)
     sizes = range(1, 3 * litert._MAX_KEPT)
     for rows in sizes:
