@@ -22,7 +22,9 @@ class Arena:
     """
 
     def __init__(self, program: Program, capacity: int) -> None:
-        self.steps = page_by_page((capacity if program.has_rings else 0,), np.dtype(np.int64))
+        self.has_rings = program.has_rings
+        """Whether some of its states are rings."""
+        self.steps = page_by_page((capacity if self.has_rings else 0,), np.dtype(np.int64))
         """Of rows with rings: see `Ring`."""
         self.rings = [Ring(spec, capacity, self.steps) if spec.gap else None for spec in program.state]
         self.states = tuple(
@@ -62,7 +64,8 @@ class Arena:
         """Set the states of `rows`."""
         for state, values in zip(self.states, states, strict=True):
             state[rows] = values
-        self._begin(rows)
+        if self.has_rings:
+            self.steps[rows] = 0
 
     def parts(self, program: Program) -> StepParts | None:
         """What a step of a program reads and changes of its rings; None: its rings are not those of this arena."""
@@ -70,16 +73,6 @@ class Arena:
         if not any(gaps) or [gap > 0 for gap in gaps] != [ring is not None for ring in self.rings]:
             return None
         return StepParts(self.states, self.rings, gaps, self.steps)
-
-    @property
-    def has_rings(self) -> bool:
-        """Whether some of its states are rings."""
-        return len(self.steps) > 0
-
-    def _begin(self, rows: Rows) -> None:
-        """Note that the windows of `rows` have been written as a whole."""
-        if self.has_rings:
-            self.steps[rows] = 0
 
     def keep_outputs(self, rows: Rows, outputs: Sequence[Array]) -> None:
         """Keep the outputs of the last time step of `rows`."""
@@ -134,7 +127,8 @@ class Arena:
         """Set states and outputs of `rows` from packed rows."""
         for array, values in zip(self._arrays, self.unpacked(packed), strict=True):
             array[rows] = values
-        self._begin(rows)
+        if self.has_rings:
+            self.steps[rows] = 0
 
     def unpacked(self, packed: npt.NDArray[np.uint8]) -> Iterator[Array]:
         """The states, then the outputs, of packed rows, `(n, ...)` each."""
@@ -154,7 +148,8 @@ class Arena:
         """Set `rows` to an initial state: that of their sessions' model version."""
         for state, value in zip(self.states, initial, strict=True):
             state[rows] = value
-        self._begin(rows)
+        if self.has_rings:
+            self.steps[rows] = 0
 
 
 def _as_slice(rows: Rows) -> Rows | slice:
