@@ -214,8 +214,31 @@ def test_the_table_says_that_it_searches(browser: Browser, server: ConsoleServer
         expect(table).to_have_attribute("aria-busy", "true")
         console.tab.wait_until(lambda: bool(held))
         held[0].continue_()
-        expect(pages).to_have_text("None of 0")
+        expect(pages).to_have_text("None")
         expect(table.get_by_role("row")).to_have_count(1)
+
+
+def test_a_search_among_many_stops_and_can_be_continued(browser: Browser, server: ConsoleServer) -> None:
+    asked: list[str] = []
+
+    def empty(route: Any) -> None:
+        asked.append(route.request.url)
+        body: dict[str, object] = {"sessions": [], "next_page_token": f"t{len(asked)}"}
+        if len(asked) == 30:
+            body = {"sessions": [{"session_id": "the one", "model": "seq"}], "next_page_token": ""}
+        route.fulfill(json=body)
+
+    with opened(browser, server, "/sessions") as console:
+        page = console.page
+        page.route("**/v1/sessions?*", empty)
+        page.get_by_role("combobox", name="Idle for").select_option("86400")
+        page.get_by_text("No session matches so far.").wait_for()
+        assert len(asked) == 20
+        assert all("skip_total=true" in url for url in asked), "counting reads all of them"
+        page.get_by_role("button", name="Next page").click()
+        page.get_by_role("link", name="the one", exact=True).wait_for()
+        assert len(asked) == 30
+        assert "page_token=t20" in asked[20]
 
 
 @pytest.mark.slow

@@ -20,7 +20,12 @@ interface Filters {
 interface Page {
   sessions: Session[];
   next: string;
+  /** The search stopped before it found a session or the end of the list. */
+  stopped: boolean;
 }
+
+/** Empty pages after which a search stops: each of them costs the server a search through many sessions. */
+const MAX_EMPTY_PAGES = 20;
 
 const NO_FILTERS: Filters = {prefix: "", model: "", version: "", idleSeconds: ""};
 
@@ -56,6 +61,8 @@ export function SessionsPage() {
   useEffect(() => {
     const abort = new AbortController();
     setTotal(null);
+    // The server would read every session to count those that are idle.
+    if (applied.idleSeconds) return;
     const path = `v1/sessions?${query(applied, "", 1, true)}`;
     call<{total?: string}>("GET", path, undefined, abort.signal).then((found) => setTotal(Number(found.total ?? 0)), showError);
     return () => abort.abort();
@@ -147,7 +154,11 @@ export function SessionsPage() {
           </tbody>
         </table>
       </div>
-      {page && !busy && !page.sessions.length && <p class="muted">No session matches.</p>}
+      {page && !busy && !page.sessions.length && (
+        <p class="muted">
+          {page.stopped ? "No session matches so far. “Next page” searches on." : "No session matches."}
+        </p>
+      )}
       <div class="row" role="group" aria-label="Pages of sessions">
         <button type="button" disabled={tokens.length === 1} onClick={() => setTokens(tokens.slice(0, -1))}>
           Previous page
@@ -158,20 +169,22 @@ export function SessionsPage() {
         <span class="muted" role="status">
           {busy
             ? "Searching…"
-            : `${page?.sessions.length ? `${count(begin + 1)} to ${count(begin + page.sessions.length)}` : "None"} of ${total === null ? "…" : count(total)}`}
+            : `${page?.sessions.length ? `${count(begin + 1)} to ${count(begin + page.sessions.length)}` : "None"}${applied.idleSeconds ? "" : ` of ${total === null ? "…" : count(total)}`}`}
         </span>
       </div>
     </>
   );
 }
 
-/** Ask for pages until there is one with sessions: a page may be empty and not the last. */
+/** Ask for pages until there is one with sessions: a page may be empty and not the last. Stop after many empty ones. */
 async function pageOf(filters: Filters, token: string, signal: AbortSignal): Promise<Page> {
-  for (let next = token; ; ) {
+  let next = token;
+  for (let empty = 1; ; empty++) {
     const path = `v1/sessions?${query(filters, next, PAGE_SIZE, false)}`;
     const found = await call<{sessions?: Session[]; next_page_token?: string}>("GET", path, undefined, signal);
     next = found.next_page_token ?? "";
-    if (found.sessions?.length || !next) return {sessions: found.sessions ?? [], next};
+    const stopped = empty >= MAX_EMPTY_PAGES && !!next;
+    if (found.sessions?.length || !next || stopped) return {sessions: found.sessions ?? [], next, stopped};
   }
 }
 
