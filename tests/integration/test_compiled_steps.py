@@ -27,6 +27,7 @@ from stepwell_server.engine.passes.compiled import CompiledSteps
 from stepwell_server.engine.watches.events import Wanted
 from stepwell_server.errors import Unavailable
 from stepwell_server.metrics.observer import PrometheusObserver
+from stepwell_server.program import Program
 from stepwell_server.rpc.fronts.base import StepColumns
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -34,7 +35,7 @@ from stepwell_server.store.disk import reserve
 from stepwell_server.store.disk.wal import writers
 from stepwell_server.store.record import HEADER, decode_header, is_sound
 from support.engine.catalog_on_engine import FakeLoads, live_models
-from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH, RINGS
+from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH, RINGS, with_windows
 from support.engine.harness import STORES, Harness, running
 from support.engine.versions import weights
 from support.peers.wire import tensor
@@ -180,13 +181,13 @@ def store_kind(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def served(store: Any = None) -> AsyncIterator[tuple[Harness, Any]]:
+async def served(store: Any = None, plain: Program = PLAIN) -> AsyncIterator[tuple[Harness, Any]]:
     """An engine behind a native front, and a stub of the service."""
     from stepwell_server.rpc.fronts.native import NativeFront
 
     observer = PrometheusObserver()
     second = dataclasses.replace(PLAIN, fingerprint="second")
-    programs = {"plain": PLAIN, "rich": RICH, "rings": RINGS, "second": second}
+    programs = {"plain": plain, "rich": RICH, "rings": RINGS, "second": second}
     async with running(programs, observer=observer, store=store) as at:
         server = RpcServer(
             NativeFront(SystemClock(), FrontLimits(LIMIT)),
@@ -330,6 +331,29 @@ async def test_a_session_that_waits_or_is_paged_out_is_declined(runs: list[bool]
         assert runs == [False]
         assert (await stub.Step(request)).revision == 2
         assert runs == [False, True]
+
+
+@pytest.mark.parametrize("are_rings", [False, True])
+async def test_versions_that_share_rows_with_rings_are_declined_where_whole_windows_are_copied(
+    are_rings: bool, runs: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = [with_windows(are_rings=each) for each in (are_rings, not are_rings)]
+    async with served(plain=first) as (at, stub):
+        await at.engine.load_version("plain", 2, dataclasses.replace(second, fingerprint="f-later"))
+        one, two = [model for model in at.internals.models if model.name == "plain"]
+        assert one.arena is two.arena
+        for version in (1, 2):
+            await at.open(f"v{version}", model=f"plain@{version}")
+        for step in range(9):
+            value = tensor(x(1))
+            answers = [
+                await stub.Step(pb.StepRequest(session_id=f"v{version}", inputs=[value]))
+                for version in (1, 2)
+            ]
+            assert [answer.revision for answer in answers] == [step + 1] * 2
+            assert answers[0].outputs == answers[1].outputs
+    assert runs == [True, False] * 9
+    assert "raised" not in caplog.text
 
 
 async def test_the_columns_of_a_longer_table_are_used(

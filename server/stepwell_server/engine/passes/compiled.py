@@ -56,7 +56,8 @@ class CompiledSteps:
         self.model = model
         self._table = table
         (self._executor, states), self._arena = lane.in_place, model.arena
-        self._copies_whole_rings = states is model.arena and model.arena.has_rings
+        has_rings = model.arena.has_rings or model.program.has_rings
+        self._copies_whole_rings = has_rings and states is model.arena
         self._committer = committer
         self._watched = watched
         self._clock = direct.clock
