@@ -231,12 +231,7 @@ def test_an_interpreter_that_places_tensors_late_is_resized_once(
     tokens: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After more, about one resize in a thousand gave wrong values to all rows."""
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-    from support.models.odd_layers import Apply
-
-    x = keras.Input((None, 4))
-    sliced = Apply("all_but_the_first_features")(keras.layers.Dense(4)(x))
-    keras.Model(x, keras.layers.GRU(3, return_sequences=True)(sliced)).save(tmp_path / "model.keras")
+    causal.build("transposed").save(tmp_path / "model.keras")
     program = compile_model(tmp_path / "model.keras")
     assert litert.places_tensors_late(program.files[FLATBUFFER])
     assert not litert.places_tensors_late(tokens.program.files[FLATBUFFER])

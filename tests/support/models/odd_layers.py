@@ -111,11 +111,6 @@ def lag_by_joining(layer: Apply, x: Any) -> Any:
 
 
 @kind
-def all_but_the_first_features(layer: Apply, x: Any) -> Any:
-    return tf.slice(x, [0, 0, layer.n], [-1, -1, -1])
-
-
-@kind
 def lead_in_a_loop(layer: Apply, x: Any) -> Any:
     def body(i: Any, y: Any) -> Any:
         return i + 1, tf.pad(y[:, 1:], [[0, 0], [0, 1], [0, 0]])

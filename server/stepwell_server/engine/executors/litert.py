@@ -54,7 +54,7 @@ def load(program: Program) -> Executor:
 def places_tensors_late(flatbuffer: bytes) -> bool:
     """Whether some tensors of a graph get their place in memory only while it runs.
 
-    LiteRT does not know the size of some results before that, such as that of a Slice of an open number of rows, and places
+    LiteRT does not know the size of some results before that, such as that of a transposed convolution, and places
     all later tensors then. After a second resize, its delegate reads some of them where they were before: about one
     resize in a thousand gives wrong values to all rows. It was never seen after the first resize of an interpreter.
     """
