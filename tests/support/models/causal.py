@@ -204,6 +204,7 @@ _add("first_of_all", lambda k, x: {"first": x[:, 0], "each": k.layers.Dense(2)(x
 _add(
     "first_of_padded", lambda k, x: _conv(k, x) / (1 + k.ops.abs(k.ops.take(_front(k, x, 2), 2, 1)))[:, None]
 )
+_add("padding_as_the_first", lambda k, x: x - k.layers.Dense(4)(_front(k, x, 3) + 1)[:, 1:2])
 _add("difference_behind_the_first", lambda k, x: k.ops.concatenate([x[:, :1], x[:, 1:] - x[:, :-1]], 1))
 _add("lag_behind_the_first", lambda k, x: _conv(k, k.ops.concatenate([x[:, :1], x[:, :-1]], 1)))
 _add("frames_before", apply("frames_before", 5))

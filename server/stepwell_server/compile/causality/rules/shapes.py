@@ -159,20 +159,21 @@ def _takes_one(call: Call, dim: Dim, place: Pair) -> bool:
 def _is_first(call: Call, dim: Dim, place: Pair) -> bool:
     """Whether it is the place of the element that is known at the first time step, which a session then keeps.
 
-    Elements in front of it depend on no input.
+    An earlier one waits until then.
 
     Raises:
         Refusal: it is a later one, which no session knows when it begins.
     """
     time = stream(dim)
-    if time is None or not place.is_same or place.first < 0 or place.first + time.start < 0:
+    if time is None or not place.is_same or place.first < 0:
         return False
     ahead = place.first + time.start
-    if ahead:
+    if ahead > 0:
         steps = f"{ahead} time step{'s'[: ahead > 1]}"
         raise Refusal(
             Reason.AHEAD, f"takes number {place.first} of the time axis at each step, {steps} ahead"
         )
+    call.remember(Memory.DELAY, -ahead)
     call.remember(Memory.FIRST, 1)
     call.remember(Memory.COUNT, 1)
     return True
