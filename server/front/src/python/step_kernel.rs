@@ -158,8 +158,7 @@ type Array<'py> = (Bound<'py, PyAny>, usize, usize, usize);
 
 impl Rows {
     fn new((array, row_bytes, length, gap): &Array<'_>) -> PyResult<Self> {
-        let ring =
-            |element_bytes| (*gap > 0).then_some(Ring { element_bytes, length: *length, gap: *gap });
+        let ring = |element_bytes| (*gap > 0).then_some(Ring { element_bytes, length: *length, gap: *gap });
         let ring = row_bytes.checked_div(*length).and_then(ring);
         Ok(Rows { memory: Memory::writable(array)?, row_bytes: *row_bytes, ring })
     }
@@ -196,7 +195,15 @@ impl Rows {
     }
 
     /// Write the bytes of a row as they are once `put` has been called: rings are in the order of time.
-    fn lay_out(&self, py: Python<'_>, row: usize, steps: usize, from: &Memory, place: usize, into: &mut [u8]) {
+    fn lay_out(
+        &self,
+        py: Python<'_>,
+        row: usize,
+        steps: usize,
+        from: &Memory,
+        place: usize,
+        into: &mut [u8],
+    ) {
         let size = self.returned_bytes();
         let mut rest = into;
         if let Some(Ring { length, .. }) = self.ring {
