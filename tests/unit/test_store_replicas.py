@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from stepwell_server.errors import StoreAway, Unavailable
+from stepwell_server.metrics import replica_reports
 from stepwell_server.metrics.replica_reports import MISSING_S, ReplicaReports
 from stepwell_server.process.readiness import Readiness
 from stepwell_server.process.replicas import (
@@ -271,6 +272,18 @@ async def test_nobody_is_missing_just_because_the_store_was_away() -> None:
     assert at.warning
 
 
+async def test_nobody_is_missing_just_because_all_servers_were_paused() -> None:
+    at = Place()
+    await at.reports.report()
+    at.clock.advance(60)
+    at.store.others = [StoredReplica("other", encode(OTHER), 60.0)]
+    assert (await at.states())["other"] is ReplicaState.MISSING
+    assert not at.warning, "it may have been paused as this one was"
+    at.clock.advance(MISSING_S)
+    await at.reports.report()
+    assert at.warning
+
+
 async def test_a_server_that_was_started_again_replaces_the_missing_one() -> None:
     at = Place()
     now = at.clock.now()
@@ -300,7 +313,10 @@ async def test_a_server_without_room_in_the_list_says_so() -> None:
     at = Place()
     at.store.is_full = True
     assert await at.states() == {"own": ReplicaState.READY}
-    assert at.warning == "the store's list of servers must have room for this one; it has none"
+    assert (
+        at.warning
+        == "the store's list of servers must have room for this one; it is full, or its key has another type"
+    )
 
 
 async def test_unreadable_reports_are_ignored_and_logged_once() -> None:
@@ -347,6 +363,18 @@ async def test_a_server_leaves_without_its_store() -> None:
     at = Place()
     at.store.is_away = True
     await at.reports.leave()
+
+
+async def test_a_server_that_leaves_a_store_without_answers_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_reports, "_LEAVE_S", 0.01)
+    at = Place()
+    at.store.held = asyncio.Event()
+    with caplog.at_level("INFO"):
+        await at.reports.leave()
+    (record,) = caplog.records
+    assert record.__dict__["fields"]["reason"] == "the store must answer within 0.01 s; it did not"
 
 
 async def until(is_true: Any) -> None:

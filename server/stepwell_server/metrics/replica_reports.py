@@ -42,7 +42,9 @@ class ReplicaReports:
         """This server at its last report."""
         self._others: Sequence[Replica] = ()
         self._reported_since: float | None = None
-        """Since then every report succeeded (monotonic)."""
+        """Since then every report succeeded, none late (monotonic)."""
+        self._reported = 0.0
+        """When the latest report succeeded (monotonic)."""
         self._state = ReplicaState.NOT_READY
         self._changed = asyncio.Event()
         self._exchange = asyncio.Lock()
@@ -92,8 +94,9 @@ class ReplicaReports:
                 _log.debug("the server could not be reported to the store", reason=error.message)
                 return
         now = self._clock.monotonic()
-        if self._reported_since is None:
+        if self._reported_since is None or now - self._reported > MISSING_S:
             self._reported_since = now
+        self._reported = now
         self._others = _without_replaced(own, [one for one in self._read(found) if one.id != own.id])
         problems = self._problems(own, is_listed=any(one.replica_id == own.id for one in found))
         self._warn("; ".join(problems))
@@ -121,14 +124,16 @@ class ReplicaReports:
         """What an operator should know, in words that stay the same while it does."""
         problems = []
         if not is_listed:
-            problems.append("the store's list of servers must have room for this one; it has none")
+            problems.append(
+                "the store's list of servers must have room for this one; it is full, or its key has another type"
+            )
         present = [one.version for one in (own, *self._others) if one.state is not ReplicaState.MISSING]
         if versions := sorted(set(present) - {own.version}):
             which = ", ".join(f"{each} ({present.count(each)})" for each in sorted([own.version, *versions]))
             problems.append(f"the servers of the store run different versions: {which}")
         missing = [one for one in self._others if one.state is ReplicaState.MISSING]
         assert self._reported_since is not None
-        # after an outage of the store all others seem to be missing until they have reported
+        # after an outage of the store, or a pause of all servers, the others seem to be missing until they have reported
         if missing and self._clock.monotonic() - self._reported_since >= MISSING_S:
             names = [f"{one.id} on {one.host} at {one.address}" for one in missing[:_SHOWN]]
             names += [f"{len(missing) - _SHOWN} more"] if len(missing) > _SHOWN else []
@@ -150,7 +155,8 @@ class ReplicaReports:
             async with asyncio.timeout(_LEAVE_S), self._exchange:
                 await self._store.replicas(self._describe().id, b"")
         except (ServerError, TimeoutError) as error:
-            _log.info("the server could not be removed from the store's list of servers", reason=str(error))
+            reason = str(error) or f"the store must answer within {_LEAVE_S:g} s; it did not"
+            _log.info("the server could not be removed from the store's list of servers", reason=reason)
 
 
 def _without_replaced(own: Replica, others: Sequence[Replica]) -> list[Replica]:
