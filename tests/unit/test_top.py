@@ -173,7 +173,11 @@ def test_the_servers_of_a_store_are_listed_if_there_are_several() -> None:
     }
     shown = [" ".join(line.split()) for line in shown_of(found).splitlines()]
     assert "10.0.0.1:50051 host1 1.0 missing 1.1 h 1 40 s" in shown
-    found["replicas"] = found["replicas"][:1]
+    ready, missing, _ = found["replicas"]
+    assert "missing" in shown_of({**found, "replicas": [*[ready] * 10, missing]}), (
+        "rows are cut off at the end"
+    )
+    found["replicas"] = [ready]
     assert "REPLICA" not in shown_of(found)
 
 

@@ -607,6 +607,8 @@ def screen(found: dict[str, Any], rows: int) -> RenderableType:
     for one in servers:
         if one["error"]:
             head.append(f"\nNO ANSWER: {one['metrics']}", style="bold red")
+    # what needs attention must not be cut off
+    found = {**found, "replicas": sorted(found["replicas"], key=lambda one: one["state"] == "ready")}
     tables = [
         _table(*table, found[name][:rows])
         for name, table in _TABLES.items()
