@@ -79,7 +79,11 @@ def compiled() -> Program:
 
 
 def settled(monkeypatch: pytest.MonkeyPatch, step: Any, program: Program | None = None) -> Program:
-    monkeypatch.setattr(trial, "load_executor", lambda _program: Runs(step))
+    def load(_program: Program, *, is_exact: bool) -> Runs:
+        assert is_exact, "a batch is tried at its own size"
+        return Runs(step)
+
+    monkeypatch.setattr(trial, "load_executor", load)
     known = program or compiled()
     return trial.with_sizes(known, *trial.sizes_here(known))
 

@@ -117,7 +117,7 @@ def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]
     )
     report("check")
     try:
-        step = step_of_executor(load_executor(program))
+        step = step_of_executor(load_executor(program, is_exact=True))
         check.check_against_keras(traced, step)
         differs = worst_at_extremes(traced, step)
         if differs:
@@ -141,7 +141,7 @@ def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Call
         files = convert.to_tensorflow(function, owner)
         program = dataclasses.replace(program, files=files, multiply_adds=count)
         report("check")
-        step = step_of_executor(load_executor(program))
+        step = step_of_executor(load_executor(program, is_exact=True))
         check.check_against_keras(traced, step)
     except check.DiffersError as error:
         first = first_to_differ(

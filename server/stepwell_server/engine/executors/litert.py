@@ -32,9 +32,9 @@ _RUNS_UNTIL_HELD = 8
 _RISE = 0.02
 
 
-def load(program: Program) -> Executor:
+def load(program: Program, *, is_exact: bool = False) -> Executor:
     """Return an executor of ``program``; it pads only if the program lists batch sizes."""
-    executor = LiteRTExecutor(program)
+    executor = LiteRTExecutor(program, is_exact=is_exact)
     if not program.batch_sizes:
         return executor
 
@@ -96,9 +96,12 @@ class LiteRTExecutor(Executor):
     which cannot fail: a run that fails ends with a resize.
     """
 
-    def __init__(self, program: Program) -> None:
-        """Take the flatbuffer and find its tensors by their signature keys."""
-        self._program = program
+    def __init__(self, program: Program, *, is_exact: bool = False) -> None:
+        """Take the flatbuffer and find its tensors by their signature keys.
+
+        ``is_exact``: each batch runs at its own size, for a trial of that size.
+        """
+        self._program, self._is_exact = program, is_exact
         self._is_late = places_tensors_late(program.files[FLATBUFFER])
         """An interpreter is resized once only."""
         self._now = _Sized(program)
@@ -120,6 +123,8 @@ class LiteRTExecutor(Executor):
         for one in kept:
             if one.size >= rows and (found is None or one.size < found.size):
                 found = one
+        if self._is_exact and found is not None and found.size > rows:
+            found = None
         if found is None or (found.size - rows) * self._row_s.value > self._resize_s.value:
             found = self._resized(rows)
         if found is not kept[-1]:

@@ -91,7 +91,7 @@ def sizes_here(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
         raise TrialError("there are no known answers to test it with here")
     try:
         step = step_of_executor(
-            load_executor(dataclasses.replace(program, batch_sizes=untried_sizes(program)))
+            load_executor(dataclasses.replace(program, batch_sizes=untried_sizes(program)), is_exact=True)
         )
         _compare(program, trial, _answers(program, trial.inputs, step))
         sizes = affordable(program, trial.inputs, step, trial.sizes, LOAD_BUDGET_S)
