@@ -43,7 +43,7 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
 #: What a step reads of windows that are rings.
 TAKEN = {"conv_dilated": [(2, 4)], "shift": [(3, 4)], "difference_to_shifted": [(1, 4)]}
 
-PADDED = {"codec", "samples_and_constants", "seanet_decoder", "strided_same_kernel"}
+PADDED = {"samples_and_constants", "strided_same_kernel"}
 """Models with tensors whose size LiteRT finds in each run: they run without XNNPACK, and small batches are padded."""
 
 

@@ -319,6 +319,22 @@ _add("codec", _autoencoder, (4,))
 _add("residual_samples", _residual_samples, (6,))
 _add("shifted_samples", lambda k, x: _frames(k, _samples(k, x) - _delay(k, _samples(k, x), 5), 4), (4,))
 _add("transposed", lambda k, x: k.layers.Conv1DTranspose(3, 4)(x)[:, :-3])
+_add("transposed_with_gaps", lambda k, x: _frames(k, k.layers.Conv1DTranspose(3, 2, strides=3)(x), 3))
+_add(
+    "transposed_unevenly",
+    lambda k, x: _frames(
+        k,
+        k.layers.Conv1DTranspose(2, 5, strides=2)(
+            k.layers.Conv1DTranspose(3, 5, strides=3)(_conv(k, x, filters=6))[:, :-2]
+        )[:, :-3],
+        6,
+    ),
+)
+_add(
+    "transposed_2d",
+    lambda k, x: k.layers.Reshape((-1, 18))(k.layers.Conv2DTranspose(3, (3, 1), strides=(2, 1))(x)[:, :-1]),
+    (3, 2),
+)
 _add(
     "upsampled_then_pooled",
     lambda k, x: _frames(k, k.layers.MaxPooling1D(3, 2)(_front(k, k.layers.UpSampling1D(4)(x), 1)), 2),
