@@ -277,6 +277,13 @@ def test_the_overview_lists_the_replicas(browser: Browser) -> None:
             expect(problems).to_contain_text("run different versions")
             assert table.locator("a, img").count() == 0
             assert axe.findings(console.tab) == []
+            older = [f"older-{number}" for number in range(60)]
+            valkey.ask("HSET", "stepwell:{meta}replicas", *(part for name in older for part in (name, fresh)))
+            expect(rows).to_have_count(1 + 50)
+            expect(console.page.get_by_text("50 of 64 replicas")).to_be_visible()
+            expect(rows.filter(has_text="late")).to_have_count(1)
+            expect(rows.filter(has_text="(this one)")).to_have_count(1)
+            valkey.ask("HDEL", "stepwell:{meta}replicas", *older)
         expect(rows.filter(has_text=other.address)).to_have_count(0)
 
 

@@ -49,7 +49,7 @@ function Readiness({now}: {now: ServerEvent}) {
   if (!now.ready) return <p class="bad">The server is not ready ({problems} problems, above).</p>;
   return (
     <p class={warnings ? "warn" : "good"}>
-      The server is ready{warnings ? `, with ${warnings} warnings (above)` : ""}.
+      The server is ready{warnings ? `, with ${warnings === 1 ? "a warning" : `${warnings} warnings`} (above)` : ""}.
     </p>
   );
 }
@@ -146,7 +146,17 @@ const STATES: Record<ReplicaState, [name: string, kind: string]> = {
   REPLICA_STATE_MISSING: ["missing", "bad"],
 };
 
+/** Rows of replicas: to draw hundreds each second makes the page slow. */
+const MOST_REPLICAS = 50;
+
 function Replicas({now, activity}: {now: ServerEvent; activity: ServerActivity}) {
+  const all = activity.replicas ?? [];
+  const isCalm = (one: {id?: string; state?: ReplicaState}) =>
+    one.state === "REPLICA_STATE_READY" && one.id !== activity.id;
+  const shown =
+    all.length > MOST_REPLICAS
+      ? [...all.filter((one) => !isCalm(one)), ...all.filter(isCalm)].slice(0, MOST_REPLICAS)
+      : all;
   // by the server's clock: the browser's may be wrong
   const time = now.time ? Date.parse(now.time) : Date.now();
   return (
@@ -155,7 +165,7 @@ function Replicas({now, activity}: {now: ServerEvent; activity: ServerActivity})
       <Table
         name="Replicas"
         heads={["Server ID", "Host", "Address", "HTTP", "Version", "State", "Started", "Last seen", "Resident sessions"]}
-        rows={(activity.replicas ?? []).map((one) => {
+        rows={shown.map((one) => {
           const [state, kind] = (one.state && STATES[one.state]) || ["not ready", "warn"];
           return [
             one.id === activity.id ? `${one.id} (this one)` : one.id,
@@ -172,7 +182,13 @@ function Replicas({now, activity}: {now: ServerEvent; activity: ServerActivity})
         none="The server has not reported itself yet."
         texts={8}
       />
-      {(activity.replicas?.length ?? 0) > 1 && (
+      {all.length > shown.length && (
+        <p class="muted">
+          {shown.length} of {all.length} replicas: first this one and those that are not ready, then the oldest.
+          stepwell top --json lists all.
+        </p>
+      )}
+      {all.length > 1 && (
         <p class="muted">
           The servers that share the store. They serve the same sessions; the other figures of this page are those of
           this one.
