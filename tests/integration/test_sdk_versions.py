@@ -188,6 +188,28 @@ async def test_states_are_those_of_the_version_that_a_session_is_on(
     assert (state.model, state.fingerprint) == (MODEL, new.fingerprint)
 
 
+async def test_a_session_that_moved_on_unnoticed_outlives_its_version(
+    client: Any, server: ScriptedServer
+) -> None:
+    """The first calls after `update_model` need the description of a version that it has unloaded."""
+    sessions = [await client.open_session(MODEL) for _ in range(2)]
+    groups = [await client.open_sessions(MODEL, 2) for _ in range(3)]
+    server.move(2)
+    del server.widths[1]
+    states = await sessions[0].get_state()
+    await sessions[0].reset_states(dict(states))
+    await sessions[1].trace(X[:1])
+    assert [session.model_version for session in sessions] == [2, 2]
+    both = await groups[0].get_states()
+    await groups[1].reset_states(dict(both))
+    await groups[2].trace(X[:2])
+    assert [list(group.model_versions) for group in groups[1:]] == [[2, 2], [2, 2]]
+    del server.widths[2]
+    server.default = 3
+    with pytest.raises(errors.ModelNotFoundError, match=f"no '{MODEL}@2'"):
+        await sessions[0].reset_states({**states, "sum": states["sum"] + 1, "other": states["sum"]})
+
+
 async def test_a_prediction_s_state_is_that_of_the_version_that_ran_it(
     client: Any, server: ScriptedServer
 ) -> None:

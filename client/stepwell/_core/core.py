@@ -191,15 +191,36 @@ class Core:
         if any(each.is_default for each in info.versions if each.version == info.version):
             self._models[info.name] = info
 
-    def known_model(self, name: str, deadline: Deadline, *, fingerprint: str = "") -> Flow[ModelInfo]:
-        """One model as the server has described it before; asks again if that had another fingerprint."""
+    def known_model(
+        self, name: str, deadline: Deadline, *, fingerprint: str = "", session_id: str = ""
+    ) -> Flow[ModelInfo]:
+        """One model as the server has described it before; asks again if that had another fingerprint.
+
+        `session_id`: the session that uses it.
+        """
         known = self._models.get(name)
         if known is not None and fingerprint in ("", known.fingerprint):
             return known
+        return (yield from self._model_of(name, session_id, deadline))
+
+    def _model_of(self, name: str, session_id: str, deadline: Deadline) -> Flow[ModelInfo]:
+        """A model as the server describes it now; for a session, that of the version that it is on now.
+
+        The version that its handle knows may have been unloaded since.
+        """
+        if session_id:
+            session = yield from self.session(session_id, deadline)
+            name = reference(session.model, session.model_version)
         return (yield from self.model(name, deadline))
 
     def states(
-        self, model: str, fingerprint: str, states: States | None, rows: int, deadline: Deadline
+        self,
+        model: str,
+        fingerprint: str,
+        states: States | None,
+        rows: int,
+        deadline: Deadline,
+        session_id: str = "",
     ) -> Flow[tuple[Packed, ...]]:
         """A state as a request takes it; empty for the model's initial one.
 
@@ -209,6 +230,7 @@ class Core:
             states: As the caller gave them.
             rows: Number of rows that each must have.
             deadline: Of their call.
+            session_id: Session that they are for; empty: none.
         """
         if states is None:
             return ()
@@ -218,7 +240,7 @@ class Core:
                 return arguments.pack_states(states, known, rows)
             except (InvalidInputError, ModelMismatchError):
                 pass  # the cached description may be old: check again with a new one
-        fresh = yield from self.model(model, deadline)
+        fresh = yield from self._model_of(model, session_id, deadline)
         return arguments.pack_states(states, fresh, rows)
 
     def predict(
@@ -480,7 +502,9 @@ class Core:
             or (change.states == "last" and tracker.is_pending)
         ):  # the model says which arrays of the reply have a time axis
             name = reference(tracker.model, tracker.model_version)
-            info = yield from self.known_model(name, deadline, fingerprint=tracker.fingerprint)
+            info = yield from self.known_model(
+                name, deadline, fingerprint=tracker.fingerprint, session_id=tracker.session_id
+            )
         stepped: Stepped
         step, before, failed = tracker.step(change, deadline, wanted), tracker.position, None
         try:
@@ -529,7 +553,9 @@ class Core:
         if chosen == ():
             return
         count = tracker.batch_size if chosen is None else len(chosen)
-        packed = yield from self.states(tracker.reference, tracker.fingerprint, states, count, deadline)
+        packed = yield from self.states(
+            tracker.reference, tracker.fingerprint, states, count, deadline, tracker.session_id
+        )
         change = Change("reset", packed, rows=chosen or (), position=position)
         request = sessions_pb2.ResetStatesRequest(
             position=position,

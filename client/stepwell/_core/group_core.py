@@ -208,7 +208,10 @@ class GroupCore:
             return
         tracker = self.tracker
         reference = tracker.reference_of(some.indexes)
-        packed = yield from self._core.states(reference, tracker.fingerprint, states, some.rows, deadline)
+        first = tracker.ids[int(some.indexes[0])]
+        packed = yield from self._core.states(
+            reference, tracker.fingerprint, states, some.rows, deadline, first
+        )
         before = tracker.positions[some.indexes]
         yield from self._apply(some, Change("reset", packed), deadline)
         for reel in reels:
@@ -299,6 +302,7 @@ class GroupCore:
                 self.tracker.reference_of(self.members.indexes),
                 deadline,
                 fingerprint=self.tracker.fingerprint,
+                session_id=self.tracker.ids[int(self.members.indexes[0])],
             )
         )
 
