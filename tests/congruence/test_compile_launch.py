@@ -123,7 +123,7 @@ stepwell_server.compile.keras_file.archive.fingerprint = None
 FAIL_IN_A_MODULE = """
 import stepwell_server.compile.keras_file.archive
 
-def broken(path):
+def broken(*_given):
     raise LookupError("first line\\nsecond line")
 
 stepwell_server.compile.keras_file.archive.fingerprint = broken

@@ -307,9 +307,7 @@ def test_the_commands(files: Path, tmp_path: Path) -> None:
             ("compile", "branches.onnx", "--probe-steps", "9"),
             "--probe-steps and --trust-causality are for Keras models",
         ),
-        (("compile", "a.keras", "--state", "a:b"), "--state: is for a step function (.onnx); got a.keras"),
         (("compile", "a.keras", "--trust-rows"), "--trust-rows: is for a step function (.onnx); got a.keras"),
-        (("compile", "a.keras", "--inspect"), "--inspect: is for a step function (.onnx); got a.keras"),
         (("compile", "branches.onnx", "--state", "a"), "--state: must be INPUT:OUTPUT"),
         (
             ("compile", "cell.onnx", "--context", "x=9"),

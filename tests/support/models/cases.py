@@ -79,6 +79,12 @@ def rate(layer: str) -> str:
     return rf"^model cannot be run step by step: {_who(layer)} .* moves by \d+, but a time step brings one element; use"
 
 
+def elements(layer: str, count: int) -> str:
+    return (
+        rf"^model cannot be run step by step: {_who(layer)} returns {count} elements for each time step; use"
+    )
+
+
 def mixes(layer: str, does: str = "") -> str:
     return rf"^model cannot be run step by step: {_who(layer)} mixes time steps: it .*{does}.*; use a recurrent layer"
 

@@ -305,6 +305,7 @@ _add(
     (4,),
 )
 _add("samples_joined_late", apply("samples_joined_late", 5), (4,))
+_add("lag_by_reshape", apply("lag_by_reshape", 3))
 _add("frames_of_samples", apply("frames_of_samples", 4), (4,))
 _add("frames_within_steps", apply("frames_within_steps", 5), (4,))
 _add(

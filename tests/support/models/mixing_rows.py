@@ -10,6 +10,7 @@ from support.models.cases import (
     ahead,
     before_rnn,
     behind_rnn,
+    elements,
     layout,
     only_length,
     position,
@@ -111,7 +112,7 @@ OUTPUTS = [
     behind_rnn("time_first", lambda _k: lambda x: _ops("transpose")(x, (1, 0, 2)), layout("ops.transpose")),
     behind_rnn("rows_twice", lambda _k: lambda x: _ops("tile")(x[:, -1], (2, 1)), layout("ops.tile")),
     behind_rnn("rows_repeated", lambda _k: lambda x: _ops("repeat")(x, 2, 0), layout("ops.repeat")),
-    behind_rnn("time_twice", lambda _k: lambda x: _ops("repeat")(x, 2, 1), layout("ops.repeat")),
+    behind_rnn("time_twice", lambda _k: lambda x: _ops("repeat")(x, 2, 1), elements("ops.repeat", 2)),
     behind_rnn(
         "time_and_rows_merged", lambda _k: lambda x: _ops("reshape")(x, (-1, 4)), layout("ops.reshape")
     ),

@@ -127,7 +127,6 @@ SHIFTS = [
     before_rnn(
         "later_lags", odd("later_lags"), ahead("later", "takes frames of the time axis, 1 time step ahead")
     ),
-    before_rnn("lag_by_reshape", odd("lag_by_reshape", 3), back("lag")),
     before_rnn("lag_by_python_loop", odd("lag_by_python_loop", 3), PYTHON_LOOP),
     *(
         before_rnn(name, odd(name, n), pattern, fixed=name == "by_while_loop")
