@@ -189,6 +189,12 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
         lambda k, x: k.layers.Conv1D(2, 3, name="conv")(k.layers.ZeroPadding1D(1)(x)),
         r"not causal: the layer 'conv' \(Conv1D\) looks ahead: it has a window of 3 over the time axis, 1 time step ahead; use",
     ),
+    "padded at the end of samples": (
+        lambda k, x: causal._frames(
+            k, k.layers.Conv1D(2, 4, strides=2, padding="same", name="conv")(causal._samples(k, x)), 2
+        ),
+        r"'conv' \(Conv1D\) looks ahead: it has a window of 4 over the time axis with padding='same', which pads .*; use .*causal",
+    ),
     "left out at the front": (
         lambda k, x: k.layers.Cropping1D((2, 0), name="crop")(x),
         r"'crop' \(Cropping1D\) looks ahead: it takes a part of the time axis, 2 time steps ahead; use forward",

@@ -119,7 +119,11 @@ def _convolution(call: Call) -> Sequence[Axes]:
             continue
         reach, gap = (size - 1) * call.attr("dilations")[axis], call.attr("dilations")[axis]
         if stride > 1 and call.attr("padding") == b"SAME":
-            raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with padding by its length")
+            # only windows that are no longer than their strides may need no padding
+            raise Refusal(
+                Reason.AHEAD if reach >= stride else Reason.UNPROVEN,
+                f"{clause} the time axis with padding='same', which pads at the end",
+            )
         if time.per > 1 and gap > 1 and call.kind != "Conv2D":
             raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with gaps ({call.kind})")
         before, after = convolution_padding(call.first, axis, reach)
