@@ -190,8 +190,34 @@ def _returned(keras: Any) -> Any:
     return keras.Model([x, state], [y, after, keras.ops.reshape(state, (-1, 4))])
 
 
+def _rounded(keras: Any, value: Any) -> Any:
+    return keras.ops.cast(keras.ops.cast(value, "float16"), "float32")
+
+
+def _begins_rounded(keras: Any) -> Any:
+    x, state = _given(keras)
+    return keras.Model([x, state], list(_gru(keras, x, _rounded(keras, state))))
+
+
+def _returned_rounded(keras: Any) -> Any:
+    x, state = _given(keras)
+    y, after = _gru(keras, x, state)
+    return keras.Model([x, state], [y, _rounded(keras, after)])
+
+
 @pytest.mark.parametrize(
-    "make", [_unpaired, _read_elsewhere, _shared, _computed, _state_of_another, _changed, _returned]
+    "make",
+    [
+        _begins_rounded,
+        _returned_rounded,
+        _unpaired,
+        _read_elsewhere,
+        _shared,
+        _computed,
+        _state_of_another,
+        _changed,
+        _returned,
+    ],
 )
 def test_what_is_not_certainly_a_state_is_none(make: Any) -> None:
     from stepwell_server.compile.probe.state_inputs import recognized

@@ -61,7 +61,8 @@ def recognized(interface: Interface, side: Cut, declared: Declaration) -> tuple[
     placed = {tensor.name: place for place, tensor in enumerate(side.inputs)}
     begins = _beginnings(side, placed)
     free = [place for place, slots in begins.items() if len(slots) == 1 and place not in _read(side, placed)]
-    ends = {source.name: name for name, source in reversed(_sources(side.outputs.items()))}
+    sources = reversed(_sources(side.outputs.items()))
+    ends = {source.name: name for name, source in sources if not _is_rounded(side.outputs[name], source)}
     for place in sorted(free):
         ((index, part),) = begins[place]
         call, info = side.calls[index], interface.inputs[place]
@@ -84,6 +85,16 @@ def _sources(tensors: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return found
 
 
+def _is_rounded(tensor: Any, source: Any) -> bool:
+    """Whether casts between these round values to a narrower type than both have: then a call returns other values."""
+    narrowest = min(tensor.dtype.size, source.dtype.size)
+    while tensor is not source:
+        tensor = tensor.op.inputs[0]
+        if tensor.dtype.size < narrowest:
+            return True
+    return False
+
+
 def _keeps_values(op: Any) -> bool:
     one, two = op.inputs[0].dtype, op.outputs[0].dtype
     return bool(one == two or (one.is_floating and two.is_floating))
@@ -95,7 +106,7 @@ def _beginnings(side: Cut, placed: Mapping[str, int]) -> dict[int, list[tuple[in
     for index, call in enumerate(side.calls):
         initial = [(str(part), tensor) for part, tensor in enumerate(call.initial)]
         for part, source in _sources(initial):
-            if source.name in placed:
+            if source.name in placed and not _is_rounded(call.initial[int(part)], source):
                 found.setdefault(placed[source.name], []).append((index, int(part)))
     return found
 
