@@ -455,8 +455,8 @@ class Scheduler(Generic[J]):
 
     def ran(self, source: Source, rows: int, now: float) -> None:
         """Note that rows of a source ran without a job."""
-        earlier = self._active.pop(source, None)
-        recent = rows if earlier is None else rows + _left(earlier[2], now - earlier[0])
+        at, _, before = self._active.pop(source, (now, 0, 0.0))
+        recent = rows + _left(before, now - at)
         self._active[source] = (now, rows, recent)
 
     def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:
