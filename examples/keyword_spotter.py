@@ -33,7 +33,7 @@ Word = tuple[tuple[int, int], ...]
 WORDS: dict[str, Word] = {"aio": ((0, 1), (4, 4)), "uia": ((2, 2), (1, 0))}
 COLORS = ("#c1440e", "#2a6f97")
 NOTICED_FRAMES = 12
-"""For so long after its end the model is to report a word."""
+"""The number of frames after the end of a word in which the model is trained to report it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,20 +18,25 @@ def _close(one: Any, other: Any) -> None:
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
+def served(name: str, folder: Path) -> tuple[Any, LocalServer]:
+    """Build a causal model, and a server of it as `m` that keeps sessions on disk."""
+    model: Any = causal.build(name)
+    model.save(folder / "model.keras")
+    return model, LocalServer(
+        {"m": folder / "model.keras"},
+        data_dir=folder / "data",
+        cache_dir=programs.cache_dir(),
+        start_timeout_s=100,
+    )
+
+
 @pytest.mark.slow
 # Keras calls numpy in a way that numpy 2 deprecates, when it saves a model.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: Path) -> None:
-    model: Any = causal.build("around_an_lstm")
-    model.save(tmp_path / "model.keras")
+    model, server = served("around_an_lstm", tmp_path)
     x = np.random.default_rng(5).standard_normal((2, 24, 4)).astype(np.float32)
     whole = np.asarray(model(x))
-    server = LocalServer(
-        {"m": tmp_path / "model.keras"},
-        data_dir=tmp_path / "data",
-        cache_dir=programs.cache_dir(),
-        start_timeout_s=100,
-    )
     with server, stepwell.connect(server.address) as client:
         session = client.open_session("m", batch_size=2, session_id="one")
         _close(session.step(x[:, :7]), whole[:, :7])
@@ -72,16 +77,9 @@ def test_windows_are_read_set_forked_reset_traced_and_outlive_a_kill(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_rings_are_stepped_alone_and_together_forked_set_and_outlive_a_kill(tmp_path: Path) -> None:
-    model: Any = causal.build("conv_dilated")
-    model.save(tmp_path / "model.keras")
+    model, server = served("conv_dilated", tmp_path)
     x = np.random.default_rng(6).standard_normal((3, 90, 4)).astype(np.float32)
     whole = np.asarray(model(x))
-    server = LocalServer(
-        {"m": tmp_path / "model.keras"},
-        data_dir=tmp_path / "data",
-        cache_dir=programs.cache_dir(),
-        start_timeout_s=100,
-    )
     with server, stepwell.connect(server.address) as client:
         group = client.open_sessions("m", 3)
         for time in range(40):

@@ -141,7 +141,7 @@ def recorded(driver: Driver, reel: WatchedReel) -> Iterator[Tape]:
                 with changed:
                     reel.take(event)
                     changed.notify_all()
-        except Exception as error:  # else the tape would end early without a word
+        except Exception as error:  # else the tape would end early, and say nothing
             failed.append(error)
             reel.stop(error)
         finally:
@@ -177,7 +177,7 @@ async def recorded_async(driver: AsyncDriver, reel: WatchedReel) -> AsyncIterato
             async for event in watch:
                 reel.take(event)
                 changed.set()
-        except Exception as error:  # else the tape would end early without a word
+        except Exception as error:  # else the tape would end early, and say nothing
             reel.stop(error)
             raise
         finally:
