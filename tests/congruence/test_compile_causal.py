@@ -163,6 +163,26 @@ def test_a_window_starts_with_what_the_layers_make_of_the_padding(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda k, x: k.ops.pad(x[:, :-600], ((0, 0), (600, 0), (0, 0))),
+        lambda k, x: k.layers.Cropping1D((0, 600))(k.layers.ZeroPadding1D((600, 0))(x)) + x,
+        lambda k, x: k.ops.cumsum(x, 1) - k.ops.pad(k.ops.cumsum(x, 1)[:, :-600], ((0, 0), (600, 0), (0, 0))),
+    ],
+)
+def test_shifts_may_be_longer_than_the_usual_traces(keras: Any, tmp_path: Path, layers: Any) -> None:
+    x = keras.Input((None, 2))
+    model = keras.Model(x, layers(keras, x))
+    model.save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    made = Compiled("long", model, program)
+    inputs = made.draw(5, 2, 700)
+    (whole,), (stepped,) = made.keras(inputs).values(), made.stepped(inputs, 700).values()
+    np.testing.assert_allclose(stepped, whole, rtol=0, atol=TOLERANCE * float(np.max(np.abs(whole))))
+
+
+@pytest.mark.slow
 def test_other_weights_are_compiled_with_the_same_trace(tmp_path: Path) -> None:
     """Also where padding goes through layers, so that the states before the first step depend on weights."""
     from stepwell_server.compile.program.pipeline import compile_traced

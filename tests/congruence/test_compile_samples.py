@@ -128,7 +128,7 @@ def test_differences_for_a_single_step_are_found_in_the_graph(
     """What runs is the graph of one step: it must be the one that was proven on hundreds."""
     from stepwell_server.compile.causality.cut import SCALES
 
-    assert SCALES.first.steps > 300
+    assert SCALES[0].first.steps > 300
     monkeypatch.setattr(evidence, "gather", _not_reached)
     case = before_rnn("other", layer)
     with pytest.raises(

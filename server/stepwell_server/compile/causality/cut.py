@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tensorflow.python.ops import array_ops, nn_impl, nn_ops
 
 from stepwell_server.compile.causality.axes import Scale, Scales
@@ -28,9 +29,14 @@ from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
 
 #: Primes, larger than the likely reach of any layer. Behavior that changes beyond some length differs between the two
-#: traces or, below the first length, between samples of one and of `evidence.STEPS` time steps. So those must be longer
-#: than the first length.
-SCALES = Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099))
+#: traces or, below the first length, between samples of one and of at least `evidence.STEPS` time steps. So those must be
+#: longer than the first length. Others than the first are for models that leave out more time steps than that has, or
+#: begin further before the first time step.
+SCALES = (
+    Scales(Scale(rows=37, steps=509), Scale(rows=41, steps=4099)),
+    Scales(Scale(rows=37, steps=4099), Scale(rows=41, steps=16411)),
+    Scales(Scale(rows=37, steps=16411), Scale(rows=41, steps=32771)),
+)
 #: The proof is repeated with it for models that it admits, because a layer may behave differently beyond the lengths above.
 #: Only those: constants of a refused model may have an element for each pair of time steps.
 _FAR = Scale(rows=2, steps=65537)
@@ -44,6 +50,7 @@ _FEWEST = 11
 _SHORT = 16
 _COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
 _GATHERS = {"GatherV2", "ResourceGather"}
+_PLACED = {"Pad", "PadV2", "Slice", "StridedSlice"}
 _HELD = {"Const", "Placeholder", "ReadVariableOp"}
 #: For a window with gaps (a dilation rate), TensorFlow folds the sequence into rows, which the proof cannot follow; but not
 #: in a graph for a TPU.
@@ -143,6 +150,18 @@ class Cuts:
                         number = float(tf.make_ndarray(value.op.get_attr("value")).reshape(-1)[0])
                         found |= {number} if math.isfinite(number) else set()
         return tuple(sorted(found))
+
+    def may_be_short(self) -> bool:
+        """Whether the graph pads or leaves out about as many elements as the first trace has time steps, or more."""
+        least = self.scales.first.steps // 2
+        places = (
+            value.op.get_attr("value")
+            for op in self.first.graph.get_operations()
+            if op.type in _PLACED
+            for value in op.inputs[1:]
+            if value.op.type == "Const"
+        )
+        return any(np.max(np.abs(tf.make_ndarray(place)), initial=0) >= least for place in places)
 
     def table_sizes(self) -> tuple[int, ...]:
         """Return the sizes of the tables (weights and constants) in which the graph looks up rows by index."""
@@ -295,7 +314,7 @@ class _Tracer:
         return (last, outputs, keras.tree.pack_sequence_as(initial_state, flatten(states))), call
 
 
-def cut(interface: Interface, temporal: Sequence[bool]) -> Cuts:
+def cut(interface: Interface, temporal: Sequence[bool], scales: Scales = SCALES[0]) -> Cuts:
     """Trace the model at two sizes.
 
     Raises:
@@ -306,13 +325,12 @@ def cut(interface: Interface, temporal: Sequence[bool]) -> Cuts:
     if not any(temporal) and recurrent_layers(interface.model):
         raise ModelError("no recurrent layer of the model processes its input sequence")
     _refuse_loops(interface, temporal)
-    both = (SCALES.first, SCALES.second)
-    one, two = (_cut(interface, temporal, scale) for scale in both)
+    one, two = (_cut(interface, temporal, scale) for scale in scales.both)
     inner = one[1].items() & two[1].items()
     if inner:
         loops = frozenset(loop for loop, _ in inner)
-        one, two = (_cut(interface, temporal, scale, loops) for scale in both)
-    return Cuts(tuple(temporal), SCALES, one[0], two[0])
+        one, two = (_cut(interface, temporal, scale, loops) for scale in scales.both)
+    return Cuts(tuple(temporal), scales, one[0], two[0])
 
 
 def cut_few_steps(interface: Interface, cuts: Cuts, steps: int) -> Cut:

@@ -11,6 +11,7 @@ from stepwell_server.compile.causality.axes import (
     TIME,
     Axes,
     LostAxisError,
+    Scale,
     Time,
     elements,
     is_plain,
@@ -106,6 +107,11 @@ class Proof:
         """The number of time steps that the model leaves out somewhere: Keras may fail on fewer."""
         times = (time_of(value.axes) for value in self.values.values() if isinstance(value, Data))
         return max((-(time.extra // time.per) for time in times if time is not None), default=0)
+
+    def begins_before(self, scale: Scale) -> bool:
+        """Whether a sequence of that many time steps does not reach from where some tensor begins to the first step."""
+        times = (time_of(value.axes) for value in self.values.values() if isinstance(value, Data))
+        return any(time is not None and -time.start > scale.of(time) for time in times)
 
 
 def follow(cuts: Cuts) -> tuple[Mapping[str, Data | Const], Mapping[str, tuple[Need, ...]]]:

@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from stepwell_server.compile.causality.axes import Scales
 from stepwell_server.compile.causality.blame import (
     length_problem,
     loop_problem,
     one_step_problem,
     refusal_of,
 )
-from stepwell_server.compile.causality.cut import Cut, CutError, Cuts, LoopError, cut_far, cut_few_steps
+from stepwell_server.compile.causality.cut import (
+    SCALES,
+    Cut,
+    CutError,
+    Cuts,
+    LoopError,
+    cut_far,
+    cut_few_steps,
+)
 from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import NotAdmitted, needed, prove
 from stepwell_server.compile.causality.proof import Proof as GraphProof
@@ -45,6 +54,8 @@ MORE_LENGTHS = (1, 2)
 SEED = 7
 #: Refused even with --trust-causality: for example, served sessions would share written variables and random numbers.
 _NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
+#: Refusals that longer traces may not have.
+_OF_LENGTH = {Reason.TIME, Reason.AHEAD, Reason.LENGTH, Reason.UNPROVEN}
 Progress = Callable[[str], None]
 
 
@@ -89,12 +100,36 @@ def trace_and_probe(
     raise problems[0]
 
 
+class _ShortError(Exception):
+    """Traces at these sizes do not prove the model, but longer ones may."""
+
+    def __init__(self, scales: Scales) -> None:
+        super().__init__()
+        self.scales = scales
+
+
 def _try(
     interface: Interface, temporal: Sequence[bool], progress: Progress | None, options: ProofOptions
 ) -> TracedModel:
+    """Prove a model by the shortest traces that are long enough."""
+    choices: Sequence[Scales] = SCALES
+    while True:
+        try:
+            return _try_at(choices, interface, temporal, progress, options)
+        except _ShortError as error:
+            choices = choices[choices.index(error.scales) + 1 :]
+
+
+def _try_at(
+    choices: Sequence[Scales],
+    interface: Interface,
+    temporal: Sequence[bool],
+    progress: Progress | None,
+    options: ProofOptions,
+) -> TracedModel:
     rng = np.random.default_rng(SEED)
     try:
-        interface, temporal, cuts = cut_apart(interface, temporal, options.declaration)
+        interface, temporal, cuts = cut_apart(interface, temporal, options.declaration, choices)
     except LoopError as error:
         raise loop_problem(interface, error) from error
     except CutError as error:
@@ -131,7 +166,7 @@ def _try(
             progress("probe")
         seen += [observe(sampler, temporal, least + steps, rng) for steps in MORE_LENGTHS]
     whole = WholeCall(sampler.interface)
-    found = evidence.gather(plan, sampler, steps_of(sampler, temporal, options), whole)
+    found = evidence.gather(plan, sampler, _steps(sampler, cuts, options, least), whole)
     share = evidence.compared_share(plan, found, tolerance(interface.model))
     if unproven and share < 0.5:
         raise ModelError(
@@ -159,11 +194,12 @@ def _counted(steps: int) -> str:
     return "one time step" if steps == 1 else f"{steps} time steps"
 
 
-def steps_of(sampler: Sampler, temporal: Sequence[bool], options: ProofOptions) -> int:
+def _steps(sampler: Sampler, cuts: Cuts, options: ProofOptions, left_out: int) -> int:
     """Return the number of time steps of the comparison with Keras."""
-    interface = sampler.interface
+    interface, temporal = sampler.interface, cuts.temporal
     steps = max(options.steps or 0, evidence.reach(interface.model, _own_steps(interface, temporal)))
-    return steps if any(temporal) else 1
+    # `cut.SCALES`: more than the first trace has
+    return max(steps, cuts.first.scale.steps + 3, left_out + LENGTHS[0]) if any(temporal) else 1
 
 
 def _refuse_complex(cuts: Cuts) -> None:
@@ -186,10 +222,16 @@ def _admit(
     """
     try:
         proof = prove(cuts)
+        if proof.begins_before(cuts.first.scale):
+            raise NotAdmitted(
+                Reason.LENGTH, None, "pads with more elements than sequences have that are proven"
+            )
         _require_same_far(interface, cuts, proof)
         for few in _few_steps(interface, cuts, proof.steps):
             require_same(cuts, few, proof.numbers)
     except NotAdmitted as found:
+        if found.reason in _OF_LENGTH and cuts.scales != SCALES[-1] and cuts.may_be_short():
+            raise _ShortError(cuts.scales) from found
         if not options.trust or found.reason in _NEVER_TRUSTED:
             raise refusal_of(sampler, cuts.temporal, found) from found
         return f"{named(sampler.interface.model, found.layer)} {found}", None

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.cut import Cut, Cuts, cut
+from stepwell_server.compile.causality.axes import Scales
+from stepwell_server.compile.causality.cut import SCALES, Cut, CutError, Cuts, LoopError, cut
 from stepwell_server.compile.causality.proof import needed
 from stepwell_server.compile.causality.values import OF_SHAPES
 from stepwell_server.compile.data_file import initial_row
@@ -25,9 +26,14 @@ from stepwell_server.program import Declaration
 
 
 def cut_apart(
-    interface: Interface, temporal: Sequence[bool], declared: Declaration
+    interface: Interface,
+    temporal: Sequence[bool],
+    declared: Declaration,
+    choices: Sequence[Scales] = SCALES,
 ) -> tuple[Interface, tuple[bool, ...], Cuts]:
     """Cut a model, and take its state inputs out of the interface, if there are any.
+
+    The first of the ``choices`` of sizes is used at which the model runs.
 
     Returns:
         the interface, which of its inputs have a time axis, and its graphs.
@@ -36,14 +42,27 @@ def cut_apart(
         CutError: see `cut`.
         ModelError: the declaration does not fit the graph, or no session can keep the state of a recurrent layer.
     """
-    cuts = cut(interface, temporal)
+    cuts = _cut_at(interface, temporal, choices)
     states = recognized(interface, cuts.first, declared)
     if not states:
         return interface, tuple(temporal), cuts
     places = {state.place for state in states}
     timed = tuple(each for place, each in enumerate(temporal) if place not in places)
     without = interface.keeping(states)
-    return without, timed, cut(without, timed)
+    return without, timed, cut(without, timed, cuts.scales)
+
+
+def _cut_at(interface: Interface, temporal: Sequence[bool], choices: Sequence[Scales]) -> Cuts:
+    problem: CutError | None = None
+    for scales in choices:
+        try:
+            return cut(interface, temporal, scales)
+        except LoopError:
+            raise
+        except CutError as error:  # It may leave out more time steps than there are.
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def recognized(interface: Interface, side: Cut, declared: Declaration) -> tuple[StateInput, ...]:

@@ -21,7 +21,7 @@ from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations
 from stepwell_server.compile.keras_file import archive, provenance, weights
 from stepwell_server.compile.probe import evidence
-from stepwell_server.compile.probe.probe import LENGTHS, MORE_LENGTHS, SEED, TracedModel, observe, steps_of
+from stepwell_server.compile.probe.probe import LENGTHS, MORE_LENGTHS, SEED, TracedModel, observe
 from stepwell_server.compile.probe.sequences import tolerance
 from stepwell_server.compile.probe.whole_call import has_no_modes
 from stepwell_server.compile.program.pipeline import artefact
@@ -94,7 +94,7 @@ def compile_again(
         raise RecompileError("its interface has changed")
     report("probe")
     seen += [observe(sampler, plan.temporal, least + steps, rng) for steps in MORE_LENGTHS]
-    found = evidence.gather(now, sampler, steps_of(sampler, plan.temporal, traced.options), traced.whole)
+    found = evidence.gather(now, sampler, traced.evidence[0].steps, traced.whole)
     share = evidence.compared_share(now, found, tolerance(plan.interface.model))
     proof = Proof(steps=found[0].steps, compared=share)
     changed = dataclasses.replace(
