@@ -9,7 +9,7 @@ import math
 import platform
 import socket
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,8 @@ from stepwell_server.store_startup import (
 from stepwell_server.tracing.setup import start as start_tracing
 
 if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
     from stepwell_server.compile.host.compiler import WarmCompiler
 
 _log = Log("app")
@@ -226,7 +228,7 @@ async def _run(
     build = _build(settings, front=rpc.front.name, server_id=rpc.info.id)
     disk_writes = writes if settings.store == "disk" else None
     sources: list[Source] = [
-        observer.families,
+        lambda: _counted(rpc, observer),
         lambda: gauges.of_build(build),
         lambda: gauges.of_readiness(readiness.report),
         lambda: gauges.of_front(rpc.front.counts(), rpc.front.limits.values),
@@ -313,6 +315,11 @@ async def _run(
         notifier.close()
     _log.info("stopped")
     return 1 if gone else 0
+
+
+def _counted(rpc: RpcServer, observer: PrometheusObserver) -> Iterator[Metric]:
+    rpc.count_answered()
+    return observer.families()
 
 
 def _replica(rpc: RpcServer, started: float, engine: Engine | None) -> Replica:

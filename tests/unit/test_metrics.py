@@ -20,10 +20,10 @@ from stepwell_server.engine.intake.queues import MAX_WAITING_BYTES
 from stepwell_server.errors import reasons
 from stepwell_server.metrics import gauges
 from stepwell_server.metrics.observer import PrometheusObserver
-from stepwell_server.metrics.series import StoreWrites
+from stepwell_server.metrics.series import Series, StoreWrites
 from stepwell_server.metrics.server import Source
 from stepwell_server.process.readiness import Readiness
-from stepwell_server.rpc.fronts.base import FrontCounts
+from stepwell_server.rpc.fronts.base import SECONDS, Durations, FrontCounts
 from stepwell_server.rpc.status import ANY_CODE
 from stepwell_server.store.base import Store, StoreHealth
 from stepwell_server.store.in_process import InProcessStore
@@ -258,6 +258,25 @@ def test_calls_that_end_together_are_counted_as_if_each_had_ended_alone() -> Non
     for each in [*seconds.tolist(), float(seconds[0])]:
         alone.request_done("Step", "OK", each)
     assert _scrape(together.families) == _scrape(alone.families)
+
+
+def test_answers_that_a_front_counted_are_counted_as_if_each_had_been_reported() -> None:
+    counted, reported = PrometheusObserver(), PrometheusObserver()
+    nothing = ([0] * (len(SECONDS) + 1), 0.0)
+    for calls, messages in (([0.25, 2e-5], []), ([0.5], [0.125, 64.0])):
+        counted.answered("Step", "StepStream", _durations(calls), _durations(messages))
+        reported.requests_done("Step", "OK", np.array(calls))
+        if messages:
+            reported.messages_done("StepStream", np.array(messages))
+    counted.answered("Step", "StepStream", nothing, nothing)
+    assert _scrape(counted.families) == _scrape(reported.families)
+
+
+def _durations(seconds: list[float]) -> Durations:
+    series = Series()
+    for each in seconds:
+        series.observe(each)
+    return series.counts, series.total
 
 
 def test_steps_that_ran_without_a_wait_are_counted_as_passes() -> None:

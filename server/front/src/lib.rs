@@ -55,6 +55,7 @@ mod limits {
 mod steps {
     pub mod call;
     pub mod columns;
+    pub mod durations;
     pub mod ids;
     pub mod parse;
     pub mod record;

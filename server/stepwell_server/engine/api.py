@@ -24,10 +24,8 @@ class Select(enum.Enum):
     NONE = "none"
 
 
-Answered: TypeAlias = tuple[bytes, bytes]
-"""Arrival times of the calls, and of the messages on streams, that were answered: columns of float64, in seconds."""
-OnAnswered: TypeAlias = "Callable[[Answered | ServerError], None]"
-"""Gets what was answered, or the error that all steps must be answered with."""
+OnFailed: TypeAlias = "Callable[[ServerError], None]"
+"""Gets the error that all steps of a batch must be answered with."""
 
 StepRecords: TypeAlias = tuple[list[str], list[int], bytes, bytes, bytes]
 """Records of a batch: ids, sizes, the ids as `encode_ids` returns them, the records, and their checksums."""
@@ -110,8 +108,8 @@ class StepKernel(Protocol):
         The claims end with `commit`, or when the sessions are dropped because the store failed.
         """
 
-    def commit(self, write: StepWrite, now: float) -> Answered:
-        """Write the steps to the table, end the claims, and answer."""
+    def commit(self, write: StepWrite, now: float) -> None:
+        """Write the steps to the table, end the claims, answer, and count the answers."""
 
 
 class NewKernel(Protocol):

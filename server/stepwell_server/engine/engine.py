@@ -20,7 +20,7 @@ from stepwell_server.engine.api import (
     ModelInfo,
     ModelStats,
     Observer,
-    OnAnswered,
+    OnFailed,
     OpenManyResult,
     OpenResult,
     PredictResult,
@@ -253,11 +253,11 @@ class Engine:
         Raises:
             ServerError: the change is refused as a whole; its replies get nothing.
         """
-        self.run_batch: Callable[[StepBatch, int, OnAnswered], bool] = self._submission.run_batch
+        self.run_batch: Callable[[StepBatch, int, OnFailed], bool] = self._submission.run_batch
         """Run a batch of steps now, if all of them are valid and none must wait. False: `submit` them.
 
-        Args: the batch, the largest number of bytes of its outputs, and what is called when it is answered, or must be
-        answered with an error, because the store failed."""
+        Args: the batch, the largest number of bytes of its outputs, and what is called if it must be answered with an
+        error, because the store failed."""
         self._reader = StateReader(table, self._directory, self._queues, pager, uses, clock=clock)
         quiet_reader = StateReader(table, self._directory, self._queues, pager, NoUses(), clock=clock)
         self._watchers = watchers = Watchers(table, self._directory, quiet_reader, self._drain_inboxes, clock)

@@ -14,7 +14,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable, are_missing
-from stepwell_server.engine.api import OnAnswered, StepBatch
+from stepwell_server.engine.api import OnFailed, StepBatch
 from stepwell_server.engine.change import Change
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.eager import Rest, finish, start
@@ -120,7 +120,7 @@ class Submission:
             raise
         return left
 
-    def run_batch(self, batch: StepBatch, room: int, done: OnAnswered) -> bool:
+    def run_batch(self, batch: StepBatch, room: int, fail: OnFailed) -> bool:
         """See `Engine.run_batch`."""
         table = self._table
         if not self.is_accepting or self._quotas is not None or self._lookup.waiting:
@@ -128,7 +128,7 @@ class Submission:
         if self._clock.monotonic() > table.next_end:
             return False
         handle = table.find(batch.first_id)
-        return handle is not None and self._inboxes.of[int(table.model[handle])].run_batch(batch, room, done)
+        return handle is not None and self._inboxes.of[int(table.model[handle])].run_batch(batch, room, fail)
 
     def _run_at_once(self, change: Change, handles: Handles) -> bool:
         """Run a change whose sessions are in the table, if it is plain and nothing waits. Otherwise it must be checked."""

@@ -14,7 +14,8 @@ from typing_extensions import override
 from stepwell_server.engine.api import Observer, SessionPolicy
 from stepwell_server.errors import reasons
 from stepwell_server.metrics.families import gauge
-from stepwell_server.metrics.series import ROWS, SECONDS, Counter, Histogram, Series
+from stepwell_server.metrics.series import ROWS, Counter, Histogram, Series
+from stepwell_server.rpc.fronts.base import SECONDS, Durations
 from stepwell_server.rpc.services.models import MAX_SLOW_SESSIONS, SlowStep
 
 if TYPE_CHECKING:
@@ -309,6 +310,13 @@ class PrometheusObserver(Observer):
     def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
         """Messages of streams were answered completely, in these times since their arrival."""
         self._request_seconds.of((method,)).observe_all(seconds)
+
+    def answered(self, method: str, stream_method: str, calls: Durations, messages: Durations) -> None:
+        """Calls ended with OK, and messages of streams were answered, in durations that a front has counted."""
+        self._requests.values[method, "OK"] += sum(calls[0])
+        self._request_seconds.of((method,)).add_durations(calls)
+        if any(messages[0]):
+            self._request_seconds.of((stream_method,)).add_durations(messages)
 
     def families(self) -> Iterator[Metric]:
         """Everything counted so far."""

@@ -19,15 +19,12 @@ from typing_extensions import override
 
 from stepwell_server.metrics import families
 from stepwell_server.metrics.families import Labels
+from stepwell_server.rpc.fronts.base import SECONDS, Durations
 from stepwell_server.store.base import WriteObserver
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
-#: From the duration of a step that runs alone to the longest time that callers wait.
-SECONDS = (
-    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
-)  # fmt: skip
 ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
 
 
@@ -63,6 +60,12 @@ class Series:
         """Add the counts of another series with the same bounds, `times` times."""
         self.counts = [own + times * count for own, count in zip(self.counts, more.counts, strict=True)]
         self.total += times * more.total
+
+    def add_durations(self, durations: Durations) -> None:
+        """Add durations that were counted by the same bounds."""
+        counts, total = durations
+        self.counts = list(map(add, self.counts, counts))
+        self.total += total
 
     def cumulative(self) -> Iterator[tuple[str, float]]:
         """Return each bound and the number of values up to it."""

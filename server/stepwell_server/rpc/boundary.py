@@ -31,7 +31,7 @@ from stepwell_server.logs import Log
 from stepwell_server.rpc import tenancy
 from stepwell_server.rpc.access import Access, access_of
 from stepwell_server.rpc.audit import AUDITED, UNAUDITED, Auditor
-from stepwell_server.rpc.fronts.base import Call, CallEnded
+from stepwell_server.rpc.fronts.base import Call, CallEnded, Durations
 from stepwell_server.rpc.fronts.shape import not_a_message
 from stepwell_server.rpc.guard import Guard, GuardedStream
 from stepwell_server.rpc.status import ANY_CODE, Status, to_status
@@ -76,6 +76,9 @@ class RequestObserver(Protocol):
 
     def messages_done(self, method: str, seconds: npt.NDArray[np.float64]) -> None:
         """Messages of streams were answered, in these times since their arrival."""
+
+    def answered(self, method: str, stream_method: str, calls: Durations, messages: Durations) -> None:
+        """Calls ended with ``OK``, and messages of streams were answered, in durations that a front has counted."""
 
 
 def parse(message_type: type[_Message], raw: bytes) -> _Message:

@@ -32,7 +32,7 @@ from stepwell_server.rpc.services.models import ModelServicer, SlowSteps
 from stepwell_server.rpc.services.sessions import SessionServicer
 from stepwell_server.rpc.services.watches import Figures, WatchServicer
 from stepwell_server.rpc.status import ADMIN_CODES, ANY_CODE, NAMING_CODES, UPLOAD_CODES, to_status
-from stepwell_server.rpc.steps.columns import ColumnSteps
+from stepwell_server.rpc.steps.columns import STEPWELL, ColumnSteps
 from stepwell_server.rpc.steps.refusals import EarlySteps
 from stepwell_server.rpc.steps.stream import StreamLimits
 from stepwell_server.rpc.triton.repository import KnownFiles, Repository
@@ -295,6 +295,11 @@ class RpcServer:
     @property
     def _streaming(self) -> list[SessionServicer | TritonServicer | WatchServicer]:
         return [each for each in (self._sessions, self._triton, self._watches) if each is not None]
+
+    def count_answered(self) -> None:
+        """Count the steps that the front has answered itself since the last call. Call it before the metrics are read."""
+        if (durations := self._front.take_durations()) is not None:
+            self._observer.answered(STEPWELL.method, STEPWELL.stream_method, *durations)
 
     async def close(self) -> None:
         """Stop listening and cut off the calls that still run."""

@@ -102,6 +102,9 @@ class Front:
     def secure(self, certificates: Certificates) -> None:
         """Nobody connects."""
 
+    def take_durations(self) -> None:
+        """Nothing is compiled."""
+
     def counts(self) -> FrontCounts:
         """Nothing is counted."""
         return FrontCounts({}, {})

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from stepwell_server.core.callers import ANYBODY
 from stepwell_server.errors import ServerError
+from stepwell_server.rpc.fronts.base import Durations
 
 
 class Requests:
@@ -54,6 +55,9 @@ class Requests:
         assert method in {"StepStream", "ModelStreamInfer"}
         assert (seconds >= 0).all()
         self.messages += seconds.tolist()
+
+    def answered(self, method: str, stream_method: str, calls: Durations, messages: Durations) -> None:
+        """Not called: only a scrape counts what the native front has answered itself."""
 
     def refused(self, reason: str, count: int, model: str = "") -> None:
         self.refusals[reason] += count

@@ -3,11 +3,13 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
+use crate::clock;
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::known_ids::KnownIds;
 use crate::python::lists::{self, bytes_of, numbers_of, Peers, PyStatus};
 use crate::steps::columns::{Batch, Entry};
+use crate::steps::durations::Durations;
 use crate::steps::reply::{Answer, Output};
 use bytes::Bytes;
 use pyo3::prelude::*;
@@ -23,9 +25,12 @@ pub struct BatchHandle {
     pub driver: Arc<Driver>,
     pub seen: u64,
     pub known_ids: Arc<Mutex<KnownIds>>,
+    pub durations: Arc<Mutex<AnswerDurations>>,
 }
 
 type OutputColumn = (String, u8, Vec<u64>, PyBackedBytes);
+/// Of calls, and of messages on streams.
+pub type AnswerDurations = [Durations; 2];
 /// Arrival times of the calls and of the messages on streams that an answer completes: columns of seconds.
 pub type Ended<'py> = (Bound<'py, PyBytes>, Bound<'py, PyBytes>);
 
@@ -169,13 +174,32 @@ impl BatchHandle {
 
     /// Count these members as answered. Returns the arrival times, in seconds on the monotonic clock, of the messages that
     /// are now complete: a column for calls, and one for messages on streams.
-    pub fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Ended<'py> {
-        let entries = &self.batch.entries;
+    fn ended<'py>(&self, py: Python<'py>, members: Option<&[u32]>) -> Ended<'py> {
         let (mut calls, mut messages) = (Vec::new(), Vec::new());
+        self.answered(members, |entry| {
+            let ended = if entry.frame_id.is_none() { &mut calls } else { &mut messages };
+            ended.push(entry.arrived);
+        });
+        (bytes_of(py, &calls, |at| at.to_ne_bytes()), bytes_of(py, &messages, |at| at.to_ne_bytes()))
+    }
+
+    /// Count all members as answered, and how long their messages took.
+    pub fn end_all(&self) {
+        let now = clock::now();
+        let mut durations = self.durations.lock().unwrap_or_else(PoisonError::into_inner);
+        let [calls, messages] = &mut *durations;
+        self.answered(None, |entry| {
+            let of = if entry.frame_id.is_none() { &mut *calls } else { &mut *messages };
+            of.observe(now - entry.arrived);
+        });
+    }
+
+    /// Count these members as answered. `ended` gets the messages that are now complete.
+    fn answered(&self, members: Option<&[u32]>, mut ended: impl FnMut(&Entry)) {
+        let entries = &self.batch.entries;
         let mut answered = |entry: &Entry, count: u32| {
             if entry.unanswered.fetch_sub(count, Ordering::Relaxed) == count {
-                let ended = if entry.frame_id.is_none() { &mut calls } else { &mut messages };
-                ended.push(entry.arrived);
+                ended(entry);
             }
         };
         match members {
@@ -186,7 +210,6 @@ impl BatchHandle {
                 }
             }
         }
-        (bytes_of(py, &calls, |at| at.to_ne_bytes()), bytes_of(py, &messages, |at| at.to_ne_bytes()))
     }
 
     pub fn send(&self, answer: Answer) {

@@ -11,7 +11,7 @@ use crate::limits::bounds::{counted, Bounds};
 use crate::limits::settings::Limits;
 use crate::messages::shape::{Given, Shape};
 use crate::method::{FastPath, Method};
-use crate::python::batch::BatchHandle;
+use crate::python::batch::{AnswerDurations, BatchHandle};
 use crate::python::commands::Command;
 use crate::python::driver::Driver;
 use crate::python::json::{numbers_as_json, read_json};
@@ -22,6 +22,7 @@ use crate::python::log_writer::LogWriter;
 use crate::python::step_kernel::{StepKernel, StepWrite};
 use crate::steps::call::Call;
 use crate::steps::columns::Arrival;
+use crate::steps::durations::Durations;
 use crate::wakeup::Wakeup;
 use crate::wire::server::{self, Listener, Server, Stage};
 use crate::wire::tls::{self, Unusable};
@@ -38,7 +39,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 14;
+const INTERFACE: u32 = 15;
 
 /// An answer to an HTTP request: status, headers, body.
 type PyAnswer = (u16, Vec<(String, String)>, PyBackedBytes);
@@ -66,6 +67,7 @@ struct Front {
     /// Calls abandoned until the last `take`.
     seen: AtomicU64,
     known_ids: Arc<Mutex<KnownIds>>,
+    durations: Arc<Mutex<AnswerDurations>>,
 }
 
 #[pymethods]
@@ -75,14 +77,15 @@ impl Front {
     /// limits by their names in `limits::Limits`, times in seconds.
     #[new]
     /// `callers`: the known callers; None: no authentication. `door`: None, no HTTP but gRPC. Python's number of its method
-    /// is the number of `methods`.
-    #[pyo3(signature = (methods, shapes, limits, *, now, overloaded, headers_too_large, callers, door))]
+    /// is the number of `methods`. `seconds`: the bounds of counted durations.
+    #[pyo3(signature = (methods, shapes, limits, *, now, seconds, overloaded, headers_too_large, callers, door))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         methods: Vec<(String, bool, String, bool)>,
         shapes: Vec<Vec<Vec<Given>>>,
         limits: HashMap<String, f64>,
         now: &Bound<'_, PyAny>,
+        seconds: Vec<f64>,
         overloaded: PyStatus,
         headers_too_large: PyStatus,
         callers: Option<&KnownCallers>,
@@ -131,6 +134,7 @@ impl Front {
             ending: Mutex::new(Some(ending)),
             seen: AtomicU64::new(0),
             known_ids: Arc::default(),
+            durations: Arc::new(Mutex::new([Durations::new(seconds.clone()), Durations::new(seconds)])),
         })
     }
 
@@ -202,6 +206,13 @@ impl Front {
         let mut now = HashMap::from(service.now());
         now.insert("unwritten_replies", self.unwritten());
         (now, service.bounds.counts.refusals(), self.driver.takes())
+    }
+
+    /// The durations of the calls, and of the messages on streams, that compiled code has answered since the last call:
+    /// counts by bound, and the sum.
+    fn take_durations(&self) -> [(Vec<u64>, f64); 2] {
+        let mut durations = self.durations.lock().unwrap_or_else(PoisonError::into_inner);
+        durations.each_mut().map(Durations::take)
     }
 
     /// Turn the fast path off, so that Python gets every message as bytes, or on.
@@ -276,6 +287,7 @@ impl Front {
                     driver: self.driver.clone(),
                     seen,
                     known_ids: self.known_ids.clone(),
+                    durations: self.durations.clone(),
                 };
                 return handle.into_tuple(py, peers);
             }

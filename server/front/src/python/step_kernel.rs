@@ -5,7 +5,7 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
-use crate::python::batch::{BatchHandle, Ended};
+use crate::python::batch::BatchHandle;
 use crate::python::lists::bytes_of;
 use crate::python::memory::Memory;
 use crate::steps::columns::Batch;
@@ -450,9 +450,8 @@ impl StepKernel {
         })
     }
 
-    /// Write the steps to the table, end their claims, and answer. Returns the arrival times of the calls and messages
-    /// that are answered.
-    fn commit<'py>(&self, py: Python<'py>, write: &StepWrite, now: f64) -> PyResult<Ended<'py>> {
+    /// Write the steps to the table, end their claims, and answer.
+    fn commit(&self, py: Python<'_>, write: &StepWrite, now: f64) -> PyResult<()> {
         let state = self.state();
         let outputs = write.outputs.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (Some(table), Some(outputs)) = (&state.table, outputs) else {
@@ -468,7 +467,7 @@ impl StepKernel {
             table.claimed.set(py, change.handle, [0]);
         }
         let batch = write.batch.get();
-        let ended = batch.ended(py, None);
+        batch.end_all();
         batch.send(Answer::Applied {
             members: None,
             revisions: write.changes.iter().map(|change| change.revision).collect(),
@@ -477,7 +476,7 @@ impl StepKernel {
             replayed: false,
             model_version: write.model_version,
         });
-        Ok(ended)
+        Ok(())
     }
 }
 

@@ -24,7 +24,7 @@ from stepwell_server.core.claims import Claims
 from stepwell_server.core.idle import IdleLimits
 from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import OnAnswered, StepBatch
+from stepwell_server.engine.api import OnFailed, StepBatch
 from stepwell_server.engine.change import Change, joined, kind_of, may_join, too_late
 from stepwell_server.engine.intake.pager import PageInErrors, Pager
 from stepwell_server.engine.state.model import Model
@@ -41,7 +41,7 @@ MAX_WAITING_BYTES = 512 << 20
 MAX_SESSION_QUEUE = 256
 
 
-RunBatch: TypeAlias = Callable[[StepBatch, int, OnAnswered], bool]
+RunBatch: TypeAlias = Callable[[StepBatch, int, OnFailed], bool]
 
 
 @dataclasses.dataclass(slots=True)
@@ -73,7 +73,7 @@ class Inbox:
         self.max_waiting = MAX_WAITING_PASSES * model.max_batch_rows
         """The most rows and changes that may wait, unless a single change has more."""
         self._run: Callable[[Change, Handles], bool] = lambda _change, _handles: False
-        self._run_batch: RunBatch = lambda _batch, _room, _done: False
+        self._run_batch: RunBatch = lambda _batch, _room, _fail: False
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -90,9 +90,9 @@ class Inbox:
         """Run an unchecked change of sessions in the table instead of queueing it; returns whether it ran."""
         return not self._waiting and self._run(change, handles)
 
-    def run_batch(self, batch: StepBatch, room: int, done: OnAnswered) -> bool:
+    def run_batch(self, batch: StepBatch, room: int, fail: OnFailed) -> bool:
         """Run a batch of steps: see `Engine.run_batch`."""
-        return not self._waiting and self._run_batch(batch, room, done)
+        return not self._waiting and self._run_batch(batch, room, fail)
 
     @property
     def rows(self) -> int:

@@ -15,8 +15,7 @@ from stepwell_server.core.exactly_once import WEIGHTS, Kind
 from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import (
-    Answered,
-    OnAnswered,
+    OnFailed,
     Select,
     SharedFacts,
     StepBatch,
@@ -69,13 +68,13 @@ class CompiledSteps:
         self._marks: tuple[int, bytes, bytes] = (-1, b"", b"")
         """An epoch, and the fields of sessions' records for it: not pinned, and pinned."""
 
-    def run(self, batch: StepBatch, room: int, done: OnAnswered) -> bool:
+    def run(self, batch: StepBatch, room: int, fail: OnFailed) -> bool:
         """Run a batch, if all of its steps are valid and none must wait; else return False, and nothing changed.
 
         Args:
             batch: The steps.
             room: The largest number of bytes of its outputs.
-            done: Called when it is answered, or must be answered with an error, possibly before this returns.
+            fail: Called if it must be answered with an error. Otherwise compiled code answers it once the store has it.
         """
         model, direct, count = self.model, self._direct, batch.size
         if self._committer.may_conflict or self._copies_whole_rings:
@@ -104,7 +103,7 @@ class CompiledSteps:
             if not isinstance(error, ExecutionError):  # a pass then determines the error of a program
                 _log.defect("a batch of steps raised, and is run as a change", error, model=model.name)
             return False
-        self._committer.commit_packed(_Outcome(self, batch, write, started, done))
+        self._committer.commit_packed(_Outcome(self, batch, write, started, fail))
         direct.note_run(source, count, started, batch.connections[0])
         model.work.used(direct.clock.monotonic() - started)
         return True
@@ -132,15 +131,14 @@ class CompiledSteps:
             self._marks = epoch, unpinned, pinned
         return self._clock.now(), unpinned, pinned
 
-    def commit(self, batch: StepBatch, write: StepWrite, started: float) -> Answered:
+    def commit(self, batch: StepBatch, write: StepWrite, started: float) -> None:
         """Apply steps that the store has to the table, and answer them."""
         now = self._clock.monotonic()
         kernel = self._attached(batch)
-        answered = kernel.commit(write, now)
+        kernel.commit(write, now)
         if self._table.watched_ids and (steps := kernel.watched(write, now)):
             self._watched(self.model, steps)
         self._direct.observer.stepped(self.model.name, batch.first_id, batch.size, now - started, now)
-        return answered
 
     def _source(self, batch: StepBatch, now: float) -> Source | None:
         connections, only = batch.connections, None
@@ -191,13 +189,13 @@ class CompiledSteps:
 class _Outcome:
     """A batch that ran: see `PackedOutcome`."""
 
-    __slots__ = ("_batch", "_done", "_started", "_steps", "_write", "model", "puts")
+    __slots__ = ("_batch", "_fail", "_started", "_steps", "_write", "model", "puts")
 
     def __init__(
-        self, steps: CompiledSteps, batch: StepBatch, write: StepWrite, started: float, done: OnAnswered
+        self, steps: CompiledSteps, batch: StepBatch, write: StepWrite, started: float, fail: OnFailed
     ) -> None:
         self._steps, self._batch, self._write = steps, batch, write
-        self._started, self._done = started, done
+        self._started, self._fail = started, fail
         self.model = steps.model
         self.puts: Puts | None = None
         if (records := write.records()) is not None:
@@ -209,7 +207,7 @@ class _Outcome:
         return np.frombuffer(self._write.handles(), np.intp)
 
     def apply(self) -> None:
-        self._done(self._steps.commit(self._batch, self._write, self._started))
+        self._steps.commit(self._batch, self._write, self._started)
 
     def fail(self, error: ServerError) -> None:
-        self._done(error)
+        self._fail(error)

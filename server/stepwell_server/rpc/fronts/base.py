@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,12 @@ from stepwell_server.rpc.fronts.shape import Shape
 from stepwell_server.rpc.status import Status
 
 F64 = npt.NDArray[np.float64]
+#: Bounds of counted durations: from a step that runs alone to the longest time that callers wait.
+SECONDS = (
+    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
+)  # fmt: skip
+Durations: TypeAlias = tuple[Sequence[int], float]
+"""Numbers of durations up to each of `SECONDS`, of longer ones, and the sum of all."""
 
 
 class BindError(Exception):
@@ -420,6 +426,12 @@ class Front(Protocol):
 
     def counts(self) -> FrontCounts:
         """Return the load and the refusals."""
+
+    def take_durations(self) -> tuple[Durations, Durations] | None:
+        """Return the durations of calls, and of messages on streams, that compiled code answered since the last call.
+
+        None: this front has no compiled code. All other durations are counted by `Steps` and by the calls' servicers.
+        """
 
     async def flush(self) -> None:
         """Return when all replies are on their way."""

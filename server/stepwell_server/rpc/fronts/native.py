@@ -27,8 +27,10 @@ from stepwell_server.program import TensorSpec, dtype_of
 from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind
 from stepwell_server.rpc.fronts.base import (
     F64,
+    SECONDS,
     BindError,
     CallEnded,
+    Durations,
     Ended,
     FrontCounts,
     HttpAnswer,
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
-_INTERFACE = 14
+_INTERFACE = 15
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -310,6 +312,7 @@ class NativeFront:
             [[] if method.shape is None else method.shape.table for method in methods],
             self.limits.values,
             now=self._clock.monotonic,
+            seconds=SECONDS,
             overloaded=_wire_status(overloaded),
             headers_too_large=_wire_status(steps.headers_too_large(self.limits.header_bytes)),
             callers=self._known,
@@ -368,6 +371,13 @@ class NativeFront:
             return FrontCounts({}, {})
         now, refused, taken = self._front.counts()
         return FrontCounts(now, dict(refused), dict(taken))
+
+    def take_durations(self) -> tuple[Durations, Durations] | None:
+        """See `base.Front`."""
+        if self._front is None:
+            return None
+        calls, messages = self._front.take_durations()
+        return calls, messages
 
     async def flush(self) -> None:
         """See `base.Front`."""

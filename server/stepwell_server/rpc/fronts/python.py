@@ -244,6 +244,9 @@ class PythonFront:
         """See `base.Front`. gRPC does not report its connections and refusals."""
         return FrontCounts({"calls": self._calls}, {})
 
+    def take_durations(self) -> None:
+        """See `base.Front`."""
+
     async def flush(self) -> None:
         """See `base.Front`. A call ends only after its replies are on their way."""
 

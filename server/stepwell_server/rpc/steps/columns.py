@@ -16,13 +16,13 @@ import numpy as np
 from stepwell_server.core import namespaces
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Answered, StepBatch
+from stepwell_server.engine.api import StepBatch
 from stepwell_server.engine.change import Change, Reply, too_late
 from stepwell_server.engine.types import Array, Members, Tensors
 from stepwell_server.errors import ServerError
 from stepwell_server.rpc import tensors
 from stepwell_server.rpc.boundary import internal
-from stepwell_server.rpc.fronts.base import F64, Ended, OutputColumn, Rest, StepColumns
+from stepwell_server.rpc.fronts.base import Ended, OutputColumn, Rest, StepColumns
 from stepwell_server.rpc.status import code_of, to_proto, to_status
 from stepwell_server.rpc.steps import messages
 from stepwell_server.rpc.steps.refusals import Refusals
@@ -37,7 +37,6 @@ _T = TypeVar("_T")
 _Message = tuple[int, int]
 """A message of a batch: its first session, and its number of sessions."""
 _NOBODY: Members = np.zeros(0, np.intp)
-_NO_TIMES: F64 = np.zeros(0)
 _PIECE = 32
 """Number of messages to submit one by one in one iteration of the event loop."""
 
@@ -193,7 +192,11 @@ class Batch:
         self._ended(self.columns.replies.failed(members, to_status(error), message), code_of(error).name)
 
     def _ended(self, ended: Ended, code: str) -> None:
-        _count_ended(self._observer, self.wire, ended, code, self._clock.monotonic())
+        now = self._clock.monotonic()
+        if len(ended.calls):
+            self._observer.requests_done(self.wire.method, code, now - ended.calls)
+        if len(ended.messages):
+            self._observer.messages_done(self.wire.stream_method, now - ended.messages)
 
 
 class ColumnSteps(Refusals):
@@ -222,16 +225,11 @@ class ColumnSteps(Refusals):
         if self._tracer is not None:
             return False
 
-        def done(answered: Answered | ServerError) -> None:
-            if isinstance(answered, ServerError):
-                Batch(columns(), STEPWELL, self._clock, self._observer).failed(None, answered)
-                return
-            calls, others = answered
-            ended = Ended(_times(calls), _times(others))
-            _count_ended(self._observer, STEPWELL, ended, "OK", self._clock.monotonic())
+        def fail(error: ServerError) -> None:
+            Batch(columns(), STEPWELL, self._clock, self._observer).failed(None, error)
 
         room = messages.room_for_outputs(batch.size, self._max_message_bytes)
-        return self._engine.run_batch(batch, room, done)
+        return self._engine.run_batch(batch, room, fail)
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""
@@ -317,17 +315,6 @@ class ColumnSteps(Refusals):
             change.traces = batch.traces_of(some)
         messages.limit_reply(change, self._max_message_bytes)
         return change
-
-
-def _count_ended(observer: RequestObserver, wire: Wire, ended: Ended, code: str, now: float) -> None:
-    if len(ended.calls):
-        observer.requests_done(wire.method, code, now - ended.calls)
-    if len(ended.messages):
-        observer.messages_done(wire.stream_method, now - ended.messages)
-
-
-def _times(column: bytes) -> F64:
-    return np.frombuffer(column, np.float64) if column else _NO_TIMES
 
 
 def _some(values: Sequence[_T], members: Members | None) -> Sequence[_T]:
