@@ -5,10 +5,10 @@ from typing import Any, TypeAlias
 
 __version__: str
 INTERFACE: int
-# A status: code, message, a serialized google.rpc.Status or nothing, and whether the call may go to another server.
-_Status: TypeAlias = tuple[int, str, bytes, bool]
-# An answer of HTTP: status, headers, body.
-_Answer: TypeAlias = tuple[int, Sequence[tuple[str, str]], bytes]
+_Status: TypeAlias = tuple[
+    int, str, bytes, bool
+]  # code, message, google.rpc.Status or nothing, may go elsewhere
+_Answer: TypeAlias = tuple[int, Sequence[tuple[str, str]], bytes]  # of HTTP: status, headers, body
 
 class Front:  # its methods are for the thread of the event loop, except `wait` and `close`
     def __init__(
