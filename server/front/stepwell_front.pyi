@@ -5,9 +5,7 @@ from typing import Any, TypeAlias
 
 __version__: str
 INTERFACE: int
-_Status: TypeAlias = tuple[
-    int, str, bytes, bool
-]  # code, message, google.rpc.Status or nothing, may go elsewhere
+_Status: TypeAlias = tuple[int, str, bytes, bool]  # code, message, google.rpc.Status, may go elsewhere
 _Answer: TypeAlias = tuple[int, Sequence[tuple[str, str]], bytes]  # of HTTP: status, headers, body
 
 class Front:  # its methods are for the thread of the event loop, except `wait` and `close`
