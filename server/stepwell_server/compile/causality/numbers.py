@@ -39,8 +39,11 @@ class Numbered:
     """A constant that the number of the time step determines."""
 
     values: Mapping[str, Data]
-    """The axes of the tensors that it is computed from, and its own, from the ``Range`` on. They have no rows."""
+    """The axes of the tensors that it is computed from, and its own, from the ``Range`` on. Rows are left out: all are
+    equal."""
     axes: Axes
+    rows: int | None = None
+    """The dimension of the rows, if it has any."""
     lag: int = 0
     """How much lower than the number of the time step that of the element is that this step needs."""
 
@@ -48,7 +51,10 @@ class Numbered:
         """Return its axes beside data whose time axis begins at ``start``."""
         time = time_of(self.axes)
         assert time is not None
-        return Data(moved(self.axes, Time(start, time.extra)))
+        found = list(moved(self.axes, Time(start, time.extra)))
+        if self.rows is not None:
+            found[self.rows] = (BATCH,)
+        return Data(tuple(found))
 
     def from_step(self, start: int) -> Numbered:
         """Return it for an operation on data whose time axis begins at ``start``.
@@ -74,7 +80,10 @@ def numbered(const: Const, known: Mapping[str, Data | Const], scales: Scales) ->
     except (Refusal, LostAxisError, ValueError, IndexError):
         return None
     result = found.get(const.first.name)
-    return None if result is None else Numbered(found, result.axes)
+    if result is None:
+        return None
+    rows = (i for i, size in enumerate(const.shape()) if size == scales.size((BATCH,)))
+    return Numbered(found, result.axes, next(rows, None))
 
 
 def _follow(
@@ -99,9 +108,17 @@ def _follow(
         if isinstance(data, Const):
             continue
         axes = list(labels(data.axes))
-        is_whole = [scales.size(dim) for dim in data.axes] == call.out(i)
-        if not is_whole or data.ends or BATCH in axes or len(axes) != 1:
+        rows = scales.size((BATCH,))  # Repeated for each row in an input, whose axes leave them out.
+        is_whole = all(
+            size == scales.size(dim) or (size == rows and not dim)
+            for size, dim in zip(call.out(i), data.axes, strict=True)
+        )
+        if not is_whole or data.ends or len(axes) - (BATCH in axes) != 1:
             return False
+        if BATCH in axes:
+            data = Data(tuple(() if dim == (BATCH,) else dim for dim in data.axes))
+            if BATCH in labels(data.axes):
+                return False
         if any(time is None or _is_longer(time_of(data.axes), time) for time in before):
             return False
         found[one.outputs[i].name] = data

@@ -155,6 +155,8 @@ class Operation:
         """Return an input with all its rows; ``axes`` are its dimensions."""
         if self.is_data(i):
             return self.data(i)
+        if i in self._numbers:
+            return self._numbers[i]
         tensor = self.op.inputs[i]
         value = self._values[tensor.name]
         assert isinstance(value, Const)
