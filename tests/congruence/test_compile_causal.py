@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
         lambda k, x: causal._frames(
             k, k.layers.Conv1D(2, 4, strides=2, padding="same", name="conv")(causal._samples(k, x)), 2
         ),
-        r"'conv' \(Conv1D\) looks ahead: it has a window of 4 over the time axis with padding='same', which pads .*; use .*causal",
+        r"'conv' \(Conv1D\) looks ahead: it has a window of 4 over the time axis, 1 time step ahead; use .*causal",
     ),
     "left out at the front": (
         lambda k, x: k.layers.Cropping1D((2, 0), name="crop")(x),
@@ -230,6 +230,24 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
     "the end of a shifted sequence": (
         lambda k, x: k.ops.pad(x[:, :-2], ((0, 0), (0, 2), (0, 0))),
         r"step by step: the operation 'pad\w*' \(Pad\) pads the end of a sequence that lags behind; make",
+    ),
+    "the end of a late sequence, pooled": (
+        lambda k, x: k.layers.MaxPooling1D(3, 1, padding="same", name="pool")(
+            k.layers.Cropping1D((0, 1))(k.layers.ZeroPadding1D((1, 0))(x))
+        ),
+        r"'pool' \(MaxPooling1D\) pools 3 elements of the time axis after the end of a sequence that lags behind; make",
+    ),
+    "pooled on both sides": (
+        lambda k, x: k.layers.AveragePooling1D(3, 1, padding="same", name="pool")(x),
+        r"'pool' \(AveragePooling1D\) looks ahead: it pools 3 elements of the time axis, 1 time step ahead; use",
+    ),
+    "one of every two steps": (
+        lambda k, x: x[:, ::2],
+        r"'get_item\w*' \(GetItem\) takes one of every 2 elements of the time axis, but a time step brings one element; use strides",
+    ),
+    "one of every three of four samples": (
+        lambda k, x: k.layers.Reshape((-1, 1))(x)[:, ::3],
+        r"takes one of every 3 elements of the time axis, but a time step brings 4 elements; use strides of 1 over time, or",
     ),
     "every second step": (
         lambda k, x: k.layers.Conv1D(2, 2, strides=2, padding="causal", name="conv")(x),

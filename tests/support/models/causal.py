@@ -343,6 +343,71 @@ _add(
     lambda k, x: _frames(k, k.layers.MaxPooling1D(3, 2)(_front(k, k.layers.UpSampling1D(4)(x), 1)), 2),
 )
 
+
+def _thirds(x: Any) -> Any:
+    return x[:, ::3] - x[:, 2::3]
+
+
+def _late(keras: Any, x: Any, steps: int) -> Any:
+    """Shift what looks ahead by as many steps."""
+    return keras.layers.Cropping1D((0, steps))(_front(keras, x, steps))
+
+
+_add(
+    "average_pooling_same_shifted",
+    lambda k, x: _late(k, k.layers.AveragePooling1D(5, 1, padding="same")(x), 2),
+)
+_add(
+    "max_pooling_same_shifted",
+    lambda k, x: _late(k, k.layers.MaxPooling1D(4, 1, padding="same")(k.ops.log(k.ops.abs(x))), 3),
+)
+_add(
+    "max_pooling_same_of_late",
+    lambda k, x: _front(k, k.layers.MaxPooling1D(5, 1, padding="same")(x[:, 2:]), 4)[:, :-2],
+)
+_add(
+    "max_pooling_same_of_padded",
+    lambda k, x: k.layers.MaxPooling1D(5, 1, padding="same")(
+        k.layers.Dense(3, activation="tanh")(_front(k, x, 2) - 2.0)
+    )[:, :-2],
+)
+_add(
+    "max_pooling_2d_same_shifted",
+    lambda k, x: k.layers.Cropping2D(((0, 1), (0, 0)))(
+        k.layers.ZeroPadding2D(((1, 0), (0, 0)))(k.layers.MaxPooling2D(3, (1, 2), padding="same")(x))
+    ),
+    (6, 2),
+)
+_add(
+    "average_pooling_same_of_samples",
+    lambda k, x: _frames(
+        k, _late(k, k.layers.AveragePooling1D(5, 2, padding="same")(_samples(k, x)[:, 1:]), 2), 2
+    ),
+    (4,),
+)
+_add(
+    "strided_same_shifted",
+    lambda k, x: _frames(k, _late(k, k.layers.Conv1D(4, 8, strides=4, padding="same")(_samples(k, x)), 1), 2),
+    (8,),
+)
+_add(
+    "every_third_sample",
+    lambda k, x: _frames(k, _thirds(_conv(k, _samples(k, x))), 2),
+    (6,),
+)
+_add("transposed_of_late", lambda k, x: _late(k, k.layers.Conv1DTranspose(3, 3)(k.layers.Conv1D(4, 3)(x)), 2))
+_add(
+    "transposed_of_late_samples",
+    lambda k, x: _frames(
+        k,
+        _front(
+            k, k.layers.Conv1DTranspose(2, 5, strides=2)(k.layers.Conv1D(4, 6, strides=2)(_samples(k, x))), 5
+        )[:, :-4],
+        4,
+    ),
+    (4,),
+)
+
 # --- whole models ---------------------------------------------------------------------------------------
 
 

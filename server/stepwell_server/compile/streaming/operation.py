@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from stepwell_server.compile.causality.axes import BATCH, Axes, time_of
+from stepwell_server.compile.causality.axes import BATCH, Axes, elements, time_of
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.rules.elementwise import BROADCAST
 from stepwell_server.compile.causality.values import Array, Const, Data
@@ -208,6 +208,18 @@ class Operation:
             padding = tf.reshape(padding, [-1, *sizes[0], 1, *sizes[1]])
         now = tf.reshape(self.data(i), [-1, *sizes[0], each, *sizes[1]])
         return tf.reshape(tf.where(is_padding, padding, now), step_shape(axes))
+
+    def is_earlier(self, need: Need) -> Any:
+        """Return which rows of a window are in front of the first element of its input, or None: none ever are."""
+        count = self.need(Memory.COUNT)
+        if count is None:
+            return None
+        time = elements(self.axes(need.input)[time_place(self.axes(need.input))])
+        assert time is not None
+        most = tf.constant(count.rows, tf.int32)
+        before, _ = self.carry(count, tf.int32, lambda count: tf.minimum(count + need.per, most))
+        places = tf.range(need.rows + need.per) - need.rows - time.start
+        return tf.expand_dims(before, 1) + places < 0
 
     def window(self, need: Need, value: Any) -> Any:
         """Return the rows that it reads of those kept of an input, and the current one: ``(rows, ..., sizes...)``.

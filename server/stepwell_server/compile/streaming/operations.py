@@ -59,7 +59,7 @@ def _reshaped(one: Operation) -> list[Any]:
 
 
 def _sliced(one: Operation) -> list[Any]:
-    """Take elements of plain dimensions only: the proof accounts for the others."""
+    """Take elements of plain dimensions, and some of those of a time step: the proof accounts for the others."""
     begins, ends, strides = (one.array(i).tolist() for i in (1, 2, 3))
     masks = {
         name: one.op.get_attr(f"{name}_mask")
@@ -74,8 +74,14 @@ def _sliced(one: Operation) -> list[Any]:
         elif masks["new_axis"] >> i & 1:
             index.append(tf.newaxis)
         elif not is_plain(dims[0]):
+            time, size = elements(dims[0]), int(one.op.inputs[0].shape[len(one.axes()) - len(dims)])
             del dims[0]
-            index.append(0 if masks["shrink_axis"] >> i & 1 else slice(None))
+            begin = 0 if masks["begin"] >> i & 1 else begins[i]
+            if stride > 1 and time is not None:
+                first = min(max(begin + size if begin < 0 else begin, 0), size)
+                index.append(slice((time.start + first) % stride, None, stride))
+            else:
+                index.append(0 if masks["shrink_axis"] >> i & 1 else slice(None))
         elif masks["shrink_axis"] >> i & 1:
             del dims[0]
             index.append(begins[i])
@@ -196,7 +202,8 @@ def _convolved(one: Operation) -> list[Any]:
     paddings = [[0, 0] for _ in axes]
     for axis in range(1, len(axes) - 1):
         if axis != place and is_plain(axes[axis]):
-            paddings[axis] = _space_padding(one, axis)
+            reach = (one.op.inputs[1].shape.as_list()[axis - 1] - 1) * one.op.get_attr("dilations")[axis]
+            paddings[axis] = list(convolution_padding(one.op, axis, reach))
     if any(map(any, paddings)):
         value = tf.pad(value, paddings)
     changed: dict[str, Any] = {"padding": b"VALID", "dilations": gaps}
@@ -205,28 +212,39 @@ def _convolved(one: Operation) -> list[Any]:
     return again(one.op, [value, kernel], **changed)
 
 
-def _space_padding(one: Operation, axis: int) -> list[int]:
-    """Return the padding that a convolution itself adds at the ends of an axis of space."""
-    size, stride = math.prod(plain_sizes([one.axes()[axis]])), one.op.get_attr("strides")[axis]
-    reach = (one.op.inputs[1].shape.as_list()[axis - 1] - 1) * one.op.get_attr("dilations")[axis]
-    if one.op.get_attr("padding") == b"SAME":
-        missing = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
-        return [missing // 2, missing - missing // 2]
-    return list(convolution_padding(one.op, axis, reach))
-
-
 def _pooled(one: Operation) -> list[Any]:
     axes = one.axes()
     need = one.need(Memory.WINDOW)
     if need is None:
         return _as_it_was(one)
-    return again(one.op, [in_place(one.window(need, one.data()), axes, time_place(axes))])
+    place, rows = time_place(axes), one.window(need, one.data())
+    if one.op.get_attr("padding") == b"VALID":
+        return again(one.op, [in_place(rows, axes, place)])
+    is_absent, is_max = one.is_earlier(need), one.kind.startswith("Max")
+    lowest = -np.inf if rows.dtype.is_floating else rows.dtype.min
+    if is_absent is not None:
+        mask = tf.reshape(is_absent, [-1, int(rows.shape[1]), *[1] * (len(rows.shape) - 2)])
+        rows = tf.where(mask, tf.constant(lowest if is_max else 0, rows.dtype), rows)
+    value, paddings = in_place(rows, axes, place), [[0, 0] for _ in axes]
+    for axis in range(1, len(axes) - 1):
+        if axis != place and is_plain(axes[axis]):
+            paddings[axis] = list(convolution_padding(one.op, axis, one.op.get_attr("ksize")[axis] - 1))
+    if any(map(any, paddings)):
+        value = tf.pad(value, paddings, constant_values=lowest)
+    (result,) = again(one.op, [value], padding=b"VALID")
+    if is_max or is_absent is None:
+        return [result]
+    shape = [1] * len(axes)
+    shape[0], shape[place] = -1, int(rows.shape[1])
+    (share,) = again(one.op, [tf.reshape(tf.cast(~is_absent, rows.dtype), shape)], padding=b"VALID")
+    return [result / share]
 
 
 def _transposed_convolution(one: Operation) -> list[Any]:
     """Spread the elements of a window; only results that begin in this time step are whole."""
     axes, shape, need = one.axes(2), step_shape(one.out()), one.need(Memory.WINDOW)
-    place, value, changed = time_place(axes), one.data(2), dict[str, Any]()
+    place, changed = time_place(axes), dict[str, Any]()
+    value = one.behind(tf.zeros((), one.data(2).dtype), 2)
     time, kept = elements(axes[place]), 0 if need is None else need.rows
     window, strides = one.op.inputs[1].shape.as_list()[:-2], one.op.get_attr("strides")
     size, stride, count = window[place - 1], strides[place], shape[place]

@@ -205,7 +205,7 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
     time, first = elements(dim), begin or Pair(0, 0)
     if stride == 1 and end == (first.first + 1, first.second + 1) and _is_first(call, dim, first):
         return (), False
-    if stride == 1 and time is not None:
+    if time is not None:
         _refuse_numbered(begin, end)
         skipped = _counted(first, whole)
         stop = _counted(end or whole, whole)
@@ -213,8 +213,20 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
         if skipped.is_same and cut.is_same:
             call.notes.looks = "takes a part of the time axis"
             shorter = time.extra - skipped.first - cut.first
-            return dim_of(Time(time.start + skipped.first, shorter, time.per)), False
+            left = Time(time.start + skipped.first, shorter, time.per)
+            return dim_of(left if stride == 1 else _every(left, stride)), False
     raise mixed(dim, "takes a part of")
+
+
+def _every(time: Time, stride: int) -> Time:
+    """Return the time axis of every ``stride``-th element, from the first on: a window of one element, as in `slid`."""
+    if time.per % stride:
+        each = "one element" if time.per == 1 else f"{time.per} elements"
+        raise Refusal(
+            Reason.RATE,
+            f"takes one of every {stride} elements of the time axis, but a time step brings {each}",
+        )
+    return Time(time.start // stride, (time.extra - 1) // stride + 1, time.per // stride)
 
 
 def _refuse_numbered(begin: Pair | None, end: Pair | None) -> None:

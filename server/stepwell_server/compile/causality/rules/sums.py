@@ -9,6 +9,7 @@ from stepwell_server.compile.causality.axes import (
     Axes,
     Dim,
     LostAxisError,
+    Pair,
     Time,
     elements,
     is_plain,
@@ -118,28 +119,32 @@ def _convolution(call: Call) -> Sequence[Axes]:
                 raise mixed(axes[axis], clause)
             continue
         reach, gap = (size - 1) * call.attr("dilations")[axis], call.attr("dilations")[axis]
-        if stride > 1 and call.attr("padding") == b"SAME":
-            # only windows that are no longer than their strides may need no padding
-            raise Refusal(
-                Reason.AHEAD if reach >= stride else Reason.UNPROVEN,
-                f"{clause} the time axis with padding='same', which pads at the end",
-            )
         if time.per > 1 and gap > 1 and call.kind != "Conv2D":
             raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with gaps ({call.kind})")
-        before, after = convolution_padding(call.first, axis, reach)
+        before, after = _padding(call, time, axis, reach)
         axes = placed(axes, axis, slid(call, time, reach, before, after, f"{clause} the time axis", stride))
     return [_windowed(call, axes, spatial)]
 
 
 def convolution_padding(op: Any, axis: int, reach: int) -> tuple[int, int]:
-    """Return the padding that a convolution with stride 1 itself adds at the ends of an axis."""
+    """Return the padding that a convolution or pooling itself adds at the ends of an axis."""
     match op.get_attr("padding"):
         case b"EXPLICIT":
             before, after = op.get_attr("explicit_paddings")[2 * axis : 2 * axis + 2]
             return int(before), int(after)
         case b"SAME":
-            return reach // 2, reach - reach // 2
+            size, stride = int(op.inputs[0].shape[axis]), op.get_attr("strides")[axis]
+            missing = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+            return missing // 2, missing - missing // 2
     return 0, 0
+
+
+def _padding(call: Call, time: Time, axis: int, reach: int) -> tuple[int, int]:
+    """Return the same of a time axis. If its strides divide the elements of a time step, it is the same for any length."""
+    found = convolution_padding(call.first, axis, reach)
+    if not time.per % call.attr("strides")[axis]:
+        call.require_same(Pair(found[0], convolution_padding(call.second, axis, reach)[0]))
+    return found
 
 
 def _transposed_convolution(call: Call) -> Sequence[Axes]:
@@ -170,12 +175,13 @@ def _spread(call: Call, time: Time, axis: int, size: int, clause: str) -> Time:
     sizes = _weights(call, 1)
     if is_same and any((sizes[place - 1], call.attr("strides")[place]) != (1, 1) for place in space):
         raise Refusal(Reason.UNPROVEN, f"{clause} and over space, with padding by their sizes")
-    if call.attr("padding") == b"EXPLICIT" or call.attr("dilations")[axis] != 1 or time.start > 0:
+    if call.attr("padding") == b"EXPLICIT" or call.attr("dilations")[axis] != 1:
         raise Refusal(Reason.UNPROVEN, f"{clause} in a way that the proof does not follow")
     if time.start + time.extra < 0:
         raise Refusal(Reason.LENGTH, "spreads the end of a sequence that lags behind")
     left = max(size - stride, 0) // 2 if is_same else 0
     extra = stride * time.extra if is_same else stride * (time.extra - 1) + max(size, stride)
+    call.remember(Memory.COUNT, max(time.start, 0), 2, per=time.per)
     call.remember(Memory.WINDOW, (size - 1) // stride, 2, per=time.per)
     return Time(stride * time.start + left, extra, stride * time.per)
 
@@ -190,10 +196,33 @@ def _pooling(call: Call) -> Sequence[Axes]:
         clause = f"pools {size} elements of"
         if time is None:
             raise mixed(axes[axis], clause)
-        if call.attr("padding") != b"VALID":  # It pools fewer elements at the ends.
-            raise Refusal(Reason.AHEAD, f"{clause} the time axis, also later ones")
-        axes = placed(axes, axis, slid(call, time, size - 1, 0, 0, f"{clause} the time axis", stride))
+        axes = placed(axes, axis, _pooled(call, time, axis, f"{clause} the time axis"))
     return [_windowed(call, axes, spatial)]
+
+
+def _pooled(call: Call, time: Time, axis: int, clause: str) -> Time:
+    """Return the time axis after pooling. What padding="same" adds at its ends is left out of each window.
+
+    So the elements in front of the first one must be known for as long as windows overlap them.
+    """
+    reach, stride = call.attr("ksize")[axis] - 1, call.attr("strides")[axis]
+    before, after = _padding(call, time, axis, reach)
+    if after and time.start + time.extra < 0:
+        raise Refusal(Reason.LENGTH, f"{clause} after the end of a sequence that lags behind")
+    padded = Time(time.start - before, time.extra + before + after, time.per)
+    found = slid(call, padded, reach, 0, 0, clause, stride)
+    if not before:
+        return found
+    space = (place for place in _spatial(call, call.rank(0)) if place != axis)
+    if call.kind.startswith("Avg") and any(
+        (call.attr("ksize")[place], call.attr("strides")[place]) != (1, 1) for place in space
+    ):
+        raise Refusal(Reason.UNPROVEN, f"{clause} and space, with padding='same'")
+    kept = next((need.rows for need in call.notes.needs if need.kind is Memory.WINDOW), 0)
+    if not kept:
+        raise Refusal(Reason.UNPROVEN, f"{clause} with padding='same' in windows of whole time steps")
+    call.remember(Memory.COUNT, max(kept + time.start, 0), per=time.per)
+    return found
 
 
 def _resize(call: Call) -> Sequence[Axes]:
