@@ -86,9 +86,11 @@ test-slow: $(INSTALLED) $(FRONT) ## Run the tests that are marked slow (about th
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) -m "slow and not soak" $(ARGS)
 
 .PHONY: coverage
-coverage: $(INSTALLED) $(FRONT) ## Run what CI runs: the tests of `make test` and `make test-slow`. Measure part of the quick ones, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures all cases of some)
+coverage: $(INSTALLED) $(FRONT) ## Run what CI runs: the tests of `make test` and `make test-slow`, and fail if they cover less than the floor in pyproject.toml (ARGS="tests/unit -k slots" measures some)
 	@$(BIN)/python $(PROGRAMS)
-	$(if $(ARGS),,TEST_CASES=ci) $(BIN)/pytest --cov --cov-report=term $(ALL) $(ARGS)
+	$(BIN)/coverage erase
+	failed=0; TEST_COVERAGE=1 $(if $(ARGS),,TEST_CASES=ci) $(BIN)/pytest $(ALL) $(ARGS) || failed=$$?; \
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $$failed
 
 .PHONY: mutants
 mutants: $(INSTALLED) ## Change one thing at a time in core and intake, a hundred times each, and show what no unit test notices (half an hour; ARGS="server/stepwell_server/core --count 20 --seed 7" tries others)

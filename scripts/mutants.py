@@ -463,7 +463,7 @@ def main() -> int:
         "GRPC_VERBOSITY", "NONE"
     )  # or tests/conftest.py starts gRPC, whose threads no fork has
     session = Session(options)
-    own = ["-q", "--capture=sys", "--timeout=0", "-pno:cacheprovider", "-pno:xdist", "-pno:cov"]
+    own = ["-q", "--capture=sys", "--timeout=0", "-pno:cacheprovider", "-pno:xdist"]
     code = pytest.main([options.tests, *own], plugins=[session])
     print(f"\n{summary(session.results)}")
     if options.json:

@@ -6,8 +6,21 @@ import gc
 import os
 import signal
 import tempfile
+from typing import TYPE_CHECKING
 
 import pytest
+
+from support import run_folder, samples
+
+if TYPE_CHECKING:
+    from support.line_coverage import LineCoverage
+
+_COVERAGE: LineCoverage | None = None
+# Set by `make coverage`. Here, since the conftest files that are read after this one may import the product.
+if "TEST_COVERAGE" in os.environ:
+    from support import line_coverage
+
+    _COVERAGE = line_coverage.LineCoverage()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -16,9 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
     A shell ignores SIGINT for what it starts in the background, and children inherit that: then a test
     that interrupts a server or a command would wait in vain.
     """
-    # Here, not above: a worker of pytest-xdist reads this file before it measures coverage.
-    from support import run_folder, samples
-
     samples.settle()
     run_folder.use_for_temporary_files()
     # what a server keeps on disk unless it is told where: not among the sessions of whoever runs the tests
@@ -71,13 +81,6 @@ def _quiet_grpc() -> None:
     del os.environ["GRPC_VERBOSITY"]
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Measure the coverage of some tests only, their fixtures included: see `support.samples`."""
-    from support import samples
-
-    samples.measure_only_some(item)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot be secured."""
     mark = item.get_closest_marker("plain")
@@ -88,8 +91,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark and leave out what another run tries: see `support.samples`."""
-    from support import samples
-
     samples.mark(items)
     chosen = samples.cases(items)
     if left_out := set(items).difference(chosen):
@@ -101,3 +102,10 @@ def pytest_collection_finish() -> None:
     """Let the garbage collector look at nothing again and again that stays: thousands of tests, and what they import."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Save the lines that ran. A worker of pytest-xdist may be killed soon after."""
+    if _COVERAGE is not None:
+        _COVERAGE.save()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    # Imported inside, where it is used: a run of a few tests starts sooner.
     from support.sdk.scripted_server import ScriptedServer
     from support.servers.served import Served
 

@@ -45,6 +45,8 @@ _STEP = "/stepwell.v1.SessionService/Step"
 _SERVER = Path(stepwell_server.__file__).parent
 _OUTSIDE = (str(Path(asyncio.__file__).parent), selectors.__file__, __file__)
 """Files of the event loop and of the test, whose calls do not count."""
+_PROBES = "slipcover.probe"
+"""Whose functions note the lines that run, for `make coverage`."""
 _OPERATORS = {"BINARY_OP", "BINARY_SUBSCR", "BINARY_SLICE", "COMPARE_OP", "STORE_SUBSCR", "STORE_SLICE"}
 _OPERATORS |= {"UNARY_INVERT", "UNARY_NEGATIVE"}
 
@@ -71,7 +73,7 @@ class PassCount:
             return
         if event == "call":
             self.calls[f"{_place(frame)} {frame.f_code.co_qualname}"] += 1
-        elif event == "c_call" and argument != sys.setprofile:
+        elif event == "c_call" and argument != sys.setprofile and argument.__module__ != _PROBES:
             name = f"{getattr(argument, '__module__', None) or ''}.{argument.__qualname__}".lstrip(".")
             self.calls[f"{_place(frame)}    calls {name}"] += 1
 
@@ -98,7 +100,7 @@ def _place(frame: FrameType) -> str:
 @contextmanager
 def _counted() -> Iterator[PassCount]:
     count = PassCount()
-    before = sys.gettrace()  # of a debugger, or of coverage
+    before = sys.gettrace()  # of a debugger
     sys.settrace(count.trace)
     sys.setprofile(count.profile)
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    # Imported inside, where it is used: a run of a few tests starts sooner.
     from stepwell.testing import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import pytest
-from coverage import Coverage
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
@@ -29,14 +28,10 @@ _SHARE = 4
 _ALTERNATIVES = ("store_kind", "client", "shell", "durability", "defect")
 #: And of a quick test: where it is slow, CI is to try it on the native front, which is the one that is used, too.
 _QUICK_ALTERNATIVES = (*_ALTERNATIVES, "front")
-_MEASURED_ONE_IN = 3
 #: Where a test with at least so many slow cases tries models: CI runs one case in so many.
 _TABLES, _MANY, _MANY_ONE_IN = "tests/congruence/", 4, 3
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
-_IS_MEASURED = pytest.StashKey[bool]()
-#: What measures coverage, while it does not.
-_PAUSED = pytest.StashKey[Coverage | None]()
 
 
 def some(values: Sequence[T]) -> Sequence[T]:
@@ -118,54 +113,11 @@ def _number(name: str) -> int:
 
 
 def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
-    """The tests that this run tries: all, or with TEST_CASES=ci those without the mark `soak`.
-
-    With TEST_CASES=ci one in three of the quick cases is measured, and of each test at least the first: measuring makes
-    a test two to four times as long. They run before the others of their module, since a line that runs when a
-    module is imported counts only if a measured test is the first that imports it.
-    """
+    """The tests that this run tries: all, or with TEST_CASES=ci those without the mark `soak`."""
     if chosen is None:
         return list(items)
     assert chosen == "ci", f"TEST_CASES must be ci; got {chosen}"
-    kept = [item for item in items if not item.get_closest_marker("soak")]
-    modules: dict[str, int] = {}
-    for item in kept:
-        modules.setdefault(_module(item), len(modules))
-    measured = set(_measured(item for item in kept if not item.get_closest_marker("slow")))
-    for item in kept:
-        item.stash[_IS_MEASURED] = item in measured
-    return sorted(kept, key=lambda item: (modules[_module(item)], item not in measured))
-
-
-def _measured(quick: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
-    seen = set()
-    for item in quick:
-        test = item.nodeid.partition("[")[0]
-        if test not in seen or _number(item.nodeid) % _MEASURED_ONE_IN == 0:
-            yield item
-        seen.add(test)
-
-
-def _module(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
-
-
-def is_measured(item: pytest.Item) -> bool:
-    """Whether coverage counts what a test runs, where it is measured."""
-    return item.stash.get(_IS_MEASURED, True)
-
-
-def measure_only_some(item: pytest.Item) -> None:
-    """Before a test: stop measuring coverage if it is not among those that `cases` measures, or start again."""
-    stash = item.config.stash
-    paused = stash.get(_PAUSED, None)
-    if is_measured(item) == (paused is None):
-        return
-    stash[_PAUSED] = None if paused else Coverage.current()
-    if paused:
-        paused.start()
-    elif running := stash[_PAUSED]:
-        running.stop()
+    return [item for item in items if not item.get_closest_marker("soak")]
 
 
 def settle() -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 if TYPE_CHECKING:
-    # What is tested is imported inside: a worker of pytest-xdist reads this before it measures coverage.
+    # Imported inside, where it is used: a run of a few tests starts sooner.
     from support.engine.harness import Harness
     from support.engine.two_engines import Times
     from support.stores.durable import Disk, DurableStore

@@ -1,4 +1,4 @@
-"""Which tests `make test` and `make coverage` run, and which of them are measured."""
+"""Which tests `make test` and `make coverage` run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import types
 from typing import Any
 
 import pytest
-from coverage import Coverage
 
 from support import samples
 
@@ -16,11 +15,8 @@ KINDS = ("memory", "sync", "valkey")
 class Item:
     """A test as pytest has collected it."""
 
-    config: types.SimpleNamespace
-
     def __init__(self, nodeid: str, *, is_slow: bool = False, **alternatives: Any) -> None:
         self.nodeid = nodeid
-        self.stash = pytest.Stash()
         if alternatives:
             self.callspec = types.SimpleNamespace(params=alternatives)
         self._marks = {"slow"} if is_slow else set()
@@ -33,17 +29,13 @@ class Item:
 
 
 def collected() -> Any:
-    items = [
+    return [
         *(Item(f"a.py::test_a[{kind}-{case}]", store_kind=kind) for kind in KINDS for case in range(20)),
         *(Item(f"a.py::test_b[{row}]") for row in ("memory", "sync")),
         Item("a.py::test_c"),
         Item("a.py::test_d", is_slow=True),
         Item("b.py::test_e"),
     ]
-    config = types.SimpleNamespace(stash=pytest.Stash())
-    for item in items:
-        item.config = config
-    return items
 
 
 def marked() -> Any:
@@ -152,53 +144,3 @@ def test_of_many_slow_models_ci_runs_a_third() -> None:
 def test_without_the_variable_all_run_in_their_order() -> None:
     items = marked()
     assert samples.cases(items, None) == items
-
-
-class Measurement:
-    """Coverage that notes which tests it measures."""
-
-    def __init__(self) -> None:
-        self.runs = True
-
-    def start(self) -> None:
-        assert not self.runs
-        self.runs = True
-
-    def stop(self) -> None:
-        assert self.runs
-        self.runs = False
-
-
-def test_some_quick_tests_are_measured_before_the_others_of_their_module(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    coverage = Measurement()
-    monkeypatch.setattr(Coverage, "current", lambda: coverage)
-    measured, modules = [], []
-    quick = [item.nodeid for item in marked() if not item.get_closest_marker("slow")]
-    for item in samples.cases(marked(), "ci"):
-        samples.measure_only_some(item)
-        modules.append((item.nodeid[0], not coverage.runs))
-        if coverage.runs:
-            measured.append(item.nodeid)
-    assert set(measured) < set(quick)
-    assert modules == sorted(modules)
-
-
-def test_one_case_in_three_is_measured_and_the_first_of_each_test() -> None:
-    items: Any = [
-        *(Item(f"a.py::test_{test}[{case}]") for test in range(30) for case in range(10)),
-        *(Item(f"b.py::test_{test}", is_slow=True) for test in range(30)),
-    ]
-    found = samples.cases(items, "ci")
-    assert set(found) == set(items)
-    measured = {item.nodeid for item in found if samples.is_measured(item)}
-    assert {f"a.py::test_{test}[0]" for test in range(30)} < measured
-    assert 90 < len(measured) < 150
-    assert not [name for name in measured if name.startswith("b.py")]
-
-
-def test_nothing_is_paused_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Coverage, "current", lambda: None)
-    for item in samples.cases(marked(), "ci"):
-        samples.measure_only_some(item)

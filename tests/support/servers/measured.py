@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
-
-from coverage import Coverage
-
-_ROOT = Path(__file__).parents[3]
 
 
 def program(module: str = "stepwell_server") -> Sequence[str]:
@@ -16,9 +12,9 @@ def program(module: str = "stepwell_server") -> Sequence[str]:
     The process writes its data beside those of the test run, which combines them. It must end by itself: a process that
     is killed writes none.
     """
-    measured = Coverage.current()
-    if measured is None:
+    if "TEST_COVERAGE" not in os.environ:
         return ("-m", module)
-    data = f"--data-file={measured.get_option('run:data_file')}"
-    rules = f"--rcfile={_ROOT / 'pyproject.toml'}"
+    from support.line_coverage import DATA_FILE, ROOT
+
+    data, rules = f"--data-file={DATA_FILE}", f"--rcfile={ROOT / 'pyproject.toml'}"
     return ("-m", "coverage", "run", "--parallel-mode", data, rules, "-m", module)
