@@ -33,7 +33,7 @@ from support.peers.wire import tensor
 from support.rpc.no_figures import no_figures
 from support.servers.both_fronts import needs_native
 
-MAX_CALLS = 155
+MAX_CALLS = 135
 MAX_OPERATORS = 85
 """Of a pass. Lower them with every change that needs fewer."""
 

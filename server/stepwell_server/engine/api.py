@@ -92,17 +92,16 @@ class StepKernel(Protocol):
     def cancel(self) -> None:
         """End the claims of a batch that is not written."""
 
-    def gather(self, batch: Any, inputs: Sequence[Array], states: Sequence[Array]) -> None:
+    def given(self, inputs: Sequence[Array], states: Sequence[Array]) -> Any:
+        """Return these arrays of an executor for `gather`; they may have more rows than a batch."""
+
+    def results(self, outputs: Sequence[Array], states: Sequence[Array]) -> Any:
+        """Return these arrays of an executor for `write`; they may have more rows than a batch."""
+
+    def gather(self, batch: Any, given: Any) -> None:
         """Copy inputs and states of the claimed batch into the executor's arrays."""
 
-    def write(
-        self,
-        batch: Any,
-        outputs: Sequence[Array],
-        states: Sequence[Array],
-        version: int,
-        shared: SharedFacts | None,
-    ) -> StepWrite:
+    def write(self, batch: Any, results: Any, version: int, shared: SharedFacts | None) -> StepWrite:
         """Write the executor's results to the arena, and lay out records with these facts. If it raises, nothing changed.
 
         The claims end with `commit`, or when the sessions are dropped because the store failed.

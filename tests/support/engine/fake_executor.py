@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.base import Buffers, ExecutionError, Executor
 from stepwell_server.engine.executors.windows import WindowExecutor
 from stepwell_server.program import Program, StateSpec, TensorSpec
 
@@ -134,7 +134,7 @@ def load_fake(program: Program, hooks: Hooks) -> Executor:
 
 
 class FakeExecutor:
-    """See `executors.base.Executor`."""
+    """See `executors.base.Executor`. As LiteRT's, it keeps its arrays for batches of at most their size."""
 
     def __init__(self, program: Program, hooks: Hooks) -> None:
         self._program = program
@@ -144,15 +144,26 @@ class FakeExecutor:
         self._state: list[Array] = []
         self._out: list[Array] = []
         self._next: list[Array] = []
+        self._whole = Buffers([], [], [], [])
+        self._size = 0
+        """Rows of `_whole`."""
+        self._is_kept = False
 
     def bind(self, rows: int) -> None:
         assert rows >= 1
-        if rows != self._rows:
+        if rows == self._rows:
+            return
+        self._is_kept = rows <= self._size
+        if not self._is_kept:
             program = self._program
-            self._in, self._out = _garbage(rows, program.inputs), _garbage(rows, program.outputs)
-            self._state = _garbage(rows, program.states_taken)
-            self._next = _garbage(rows, program.states_returned)
-            self._rows = rows
+            specs = (program.inputs, program.states_taken, program.outputs, program.states_returned)
+            self._whole, self._size = Buffers(*(_garbage(rows, each) for each in specs)), rows
+        self._rows, whole = rows, self._whole
+        arrays = (whole.inputs, whole.states, whole.outputs, whole.next_states)
+        self._in, self._state, self._out, self._next = ([one[:rows] for one in each] for each in arrays)
+
+    def buffers(self) -> Buffers | None:
+        return self._whole if self._is_kept else None
 
     def inputs(self) -> Sequence[Array]:
         return self._in
@@ -176,7 +187,7 @@ class FakeExecutor:
             else:
                 outputs, states = advance(self._in, self._state)
         except Exception:
-            self._rows = 0  # as the real one: it must be bound again
+            self._rows = self._size = 0  # as the real one: it must be bound again
             self._in = self._state = self._out = self._next = []
             raise
         for kept, value in zip([*self._out, *self._next], [*outputs, *states], strict=True):

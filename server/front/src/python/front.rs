@@ -19,7 +19,7 @@ use crate::python::known_callers::KnownCallers;
 use crate::python::known_ids::KnownIds;
 use crate::python::lists::{self, key, status, Peers, PyStatus};
 use crate::python::log_writer::LogWriter;
-use crate::python::step_kernel::{StepKernel, StepWrite};
+use crate::python::step_kernel::{StepArrays, StepKernel, StepWrite};
 use crate::steps::call::Call;
 use crate::steps::columns::Arrival;
 use crate::steps::durations::Durations;
@@ -39,7 +39,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// Version of the interface with Python. Raise it with every change, here and in `rpc/fronts/native.py`.
-const INTERFACE: u32 = 15;
+const INTERFACE: u32 = 16;
 
 /// An answer to an HTTP request: status, headers, body.
 type PyAnswer = (u16, Vec<(String, String)>, PyBackedBytes);
@@ -462,6 +462,7 @@ fn stepwell_front(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<CallHandle>()?;
     module.add_class::<BatchHandle>()?;
     module.add_class::<StepKernel>()?;
+    module.add_class::<StepArrays>()?;
     module.add_class::<StepWrite>()?;
     module.add_class::<LogWriter>()?;
     module.add_function(wrap_pyfunction!(dense_delegate, module)?)?;

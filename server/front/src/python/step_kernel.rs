@@ -106,6 +106,24 @@ pub struct StepKernel {
     state: Mutex<State>,
 }
 
+/// The memory of arrays of an executor: of inputs and states, or of outputs and states.
+#[pyclass(frozen)]
+pub struct StepArrays {
+    tensors: Vec<Memory>,
+    states: Vec<Memory>,
+}
+
+impl StepArrays {
+    fn new(
+        tensors: &[Bound<'_, PyAny>],
+        states: &[Bound<'_, PyAny>],
+        memory: impl Fn(&Bound<'_, PyAny>) -> PyResult<Memory>,
+    ) -> PyResult<Self> {
+        let of = |arrays: &[Bound<'_, PyAny>]| arrays.iter().map(&memory).collect::<PyResult<_>>();
+        Ok(StepArrays { tensors: of(tensors)?, states: of(states)? })
+    }
+}
+
 /// Steps of a batch that are in the arena, and are not committed yet. Their sessions are claimed.
 #[pyclass(frozen)]
 pub struct StepWrite {
@@ -362,26 +380,30 @@ impl StepKernel {
         give_up(py, table, members);
     }
 
+    /// The inputs and states of the executor for `gather`, in the order of the program's specs.
+    #[staticmethod]
+    fn given(inputs: Vec<Bound<'_, PyAny>>, states: Vec<Bound<'_, PyAny>>) -> PyResult<StepArrays> {
+        StepArrays::new(&inputs, &states, Memory::writable)
+    }
+
+    /// The outputs and states of the executor for `write`.
+    #[staticmethod]
+    fn results(outputs: Vec<Bound<'_, PyAny>>, states: Vec<Bound<'_, PyAny>>) -> PyResult<StepArrays> {
+        StepArrays::new(&outputs, &states, Memory::readable)
+    }
+
     /// Copy the inputs of the claimed batch and the states of its sessions into the executor's arrays.
-    fn gather(
-        &self,
-        py: Python<'_>,
-        batch: &BatchHandle,
-        inputs: Vec<Bound<'_, PyAny>>,
-        states: Vec<Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
+    fn gather(&self, py: Python<'_>, batch: &BatchHandle, given: &StepArrays) -> PyResult<()> {
         let state = self.state();
-        for (array, column) in inputs.iter().zip(&state.form.columns) {
+        for (array, column) in given.tensors.iter().zip(&state.form.columns) {
             let data = &batch.batch.data[*column];
-            let array = Memory::writable(array)?;
             array.require(data.len())?;
             array.write(py, 0, data);
         }
-        for (array, rows) in states.iter().zip(&self.states) {
-            let array = Memory::writable(array)?;
+        for (array, rows) in given.states.iter().zip(&self.states) {
             array.require(state.members.len() * rows.taken_bytes())?;
             for (place, member) in state.members.iter().enumerate() {
-                rows.take(py, member.row, self.steps_of(py, member), &array, place);
+                rows.take(py, member.row, self.steps_of(py, member), array, place);
             }
         }
         Ok(())
@@ -389,13 +411,12 @@ impl StepKernel {
 
     /// Write the executor's results to the arena, and lay out the records if a store keeps them. If it raises, nothing
     /// changed. The sessions stay claimed until `commit`, or until Python drops them because the store failed.
-    #[pyo3(signature = (batch, outputs, states, model_version, shared))]
+    #[pyo3(signature = (batch, results, model_version, shared))]
     fn write(
         &self,
         py: Python<'_>,
         batch: Py<BatchHandle>,
-        outputs: Vec<Bound<'_, PyAny>>,
-        states: Vec<Bound<'_, PyAny>>,
+        results: &StepArrays,
         model_version: u64,
         shared: Option<Shared>,
     ) -> PyResult<StepWrite> {
@@ -406,8 +427,10 @@ impl StepKernel {
             return Err(PyValueError::new_err("no columns are attached"));
         };
         // whatever may fail comes before the first write
-        let (outputs, states) =
-            (results(&outputs, &self.kept, members.len())?, results(&states, &self.states, members.len())?);
+        let StepArrays { tensors: outputs, states } = results;
+        for (array, rows) in states.iter().zip(&self.states).chain(outputs.iter().zip(&self.kept)) {
+            array.require(members.len() * rows.returned_bytes())?;
+        }
         let changes: Vec<_> = members
             .iter()
             .enumerate()
@@ -621,16 +644,6 @@ impl StepKernel {
             data: Box::new(array.first(py, count * output.row_bytes)),
         }
     }
-}
-
-/// The executor's results for so many rows.
-fn results(arrays: &[Bound<'_, PyAny>], rows: &[Rows], count: usize) -> PyResult<Vec<Memory>> {
-    let of = |(array, rows): (&Bound<'_, PyAny>, &Rows)| {
-        let array = Memory::readable(array)?;
-        array.require(count * rows.returned_bytes())?;
-        Ok(array)
-    };
-    arrays.iter().zip(rows).map(of).collect()
 }
 
 /// End the claims of these sessions. Returns false: the batch does not run.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +17,18 @@ class ExecutionError(Exception):
     The error concerns the batch as a whole: the caller narrows it down to the failing rows. Nothing outside the
     executor's own buffers has changed.
     """
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Buffers:
+    """All rows of an executor's buffers, in the order of the program's specs; a batch has the first ones."""
+
+    inputs: Sequence[Array]
+    states: Sequence[Array]
+    outputs: Sequence[Array]
+    next_states: Sequence[Array]
+    known: Any = None
+    """What compiled code keeps about them."""
 
 
 class Executor(Protocol):
@@ -31,6 +44,10 @@ class Executor(Protocol):
 
     def bind(self, rows: int) -> None:
         """Make the buffers exactly `rows` long (`rows >= 1`). Cheap when the number is unchanged."""
+
+    def buffers(self) -> Buffers | None:
+        """The buffers of the bound batch, if they stay where they are while this returns the same object; else None."""
+        return None
 
     def inputs(self) -> Sequence[Array]:
         """Writable views of the inputs of one time step."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from stepwell_server.engine.executors.base import ExecutionError, Executor
+from stepwell_server.engine.executors.base import Buffers, ExecutionError, Executor
 from stepwell_server.engine.executors.dense import dense_delegates
 from stepwell_server.engine.executors.padded import PaddedExecutor
 from stepwell_server.engine.executors.quiet import without_announcements
@@ -131,7 +131,6 @@ class LiteRTExecutor(Executor):
             kept.remove(found)
             kept.append(found)  # the last one is the most recent
         self._now, self._rows = found, rows
-        found.bind(rows)
 
     def _resized(self, rows: int) -> _Sized:
         """An interpreter of this size: one without a size, a new one, or the one that was not used for longest."""
@@ -149,13 +148,17 @@ class LiteRTExecutor(Executor):
             self._resize_s.note(time.perf_counter() - began)
         return one
 
+    def buffers(self) -> Buffers | None:
+        """See `Executor.buffers`."""
+        return self._now.buffers
+
     def inputs(self) -> Sequence[Array]:
         """Writable views of the inputs of one time step."""
-        return self._now.inputs.views()
+        return self._now.inputs.views(self._rows)
 
     def states(self) -> Sequence[Array]:
         """Writable views of the state before the step."""
-        return self._now.states.views()
+        return self._now.states.views(self._rows)
 
     def invoke(self) -> None:
         """Run one time step.
@@ -163,18 +166,26 @@ class LiteRTExecutor(Executor):
         Raises:
             ExecutionError: a kernel refused its input, e.g. an Embedding index out of range.
         """
-        began = time.perf_counter()
-        self._now.interpret()
-        self._row_s.note((time.perf_counter() - began) / self._now.size)
-        self._now.settle()
+        now, began = self._now, time.perf_counter()
+        try:
+            now.interpreter.invoke()
+        except RuntimeError as error:
+            if "reference to internal data" in str(error):
+                raise  # The caller kept a view: a bug in the program, not a problem of the batch.
+            # Kernels that failed half-way leave tensors in no defined shape.
+            now.size = 0
+            raise ExecutionError(str(error).strip()) from error
+        self._row_s.note((time.perf_counter() - began) / now.size)
+        if now.must_settle:
+            now.settle()
 
     def outputs(self) -> Sequence[Array]:
         """Views of the outputs of the last step."""
-        return self._now.outputs.views()
+        return self._now.outputs.views(self._rows)
 
     def next_states(self) -> Sequence[Array]:
         """Views of the state after the last step."""
-        return self._now.next_states.views()
+        return self._now.next_states.views(self._rows)
 
 
 class _Sized:
@@ -186,8 +197,10 @@ class _Sized:
         """Rows of the interpreter's tensors; 0: it must be resized."""
         self.is_new = True
         """It has not been resized yet."""
-        self._rows = 0
-        """The rows that are shown; 0: none since the last resize."""
+        self.buffers: Buffers | None = None
+        """All rows of the tensors, if these stay where they are."""
+        self.must_settle = True
+        """Whether `settle` must be called after a run."""
         self._runs = 0
         """Runs since the last resize."""
         self._open(has_delegates=True)
@@ -232,7 +245,7 @@ class _Sized:
             # A run moves the tensors of such a graph, and delegates (XNNPACK) then read and write where they were.
             self._open(has_delegates=False)
             self._allocate(rows)
-        self.is_new, self._rows, self._runs = False, 0, 0
+        self.is_new, self._runs, self.buffers, self.must_settle = False, 0, None, True
         for tensors in self._tensors:
             tensors.resize(rows)
         self.size = rows
@@ -242,32 +255,15 @@ class _Sized:
             self.interpreter.resize_tensor_input(index, (rows, *shape))
         self.interpreter.allocate_tensors()
 
-    def bind(self, rows: int) -> None:
-        """Show the first rows only."""
-        if rows != self._rows:
-            self._rows = rows
-            for tensors in self._tensors:
-                tensors.bind(rows)
-
-    def interpret(self) -> None:
-        """Run all rows."""
-        try:
-            self.interpreter.invoke()
-        except RuntimeError as error:
-            if "reference to internal data" in str(error):
-                raise  # The caller kept a view: a bug in the program, not a problem of the batch.
-            # Kernels that failed half-way leave tensors in no defined shape.
-            self.size = 0
-            raise ExecutionError(str(error).strip()) from error
-
     def settle(self) -> None:
         """Complete a run."""
-        self.outputs.settle()
-        self.next_states.settle()
+        copies = [tensors.settle() for tensors in (self.outputs, self.next_states)]
         self._runs += 1
         if self._runs == _RUNS_UNTIL_HELD:
-            for tensors in self._tensors:
-                tensors.hold()
+            held = [arrays for tensors in self._tensors if (arrays := tensors.hold()) is not None]
+            if len(held) == len(self._tensors):
+                self.buffers = Buffers(*held)
+            self.must_settle = any(copies)
 
 
 def _max_kept(program: Program) -> int:
@@ -313,12 +309,11 @@ class _Tensors:
         ]
         self._own = [index is None or index in (taken or ()) for index in found]
         self._buffers = [np.zeros((0, *spec.shape), spec.dtype) for spec in specs]
-        self._rows = 0
-        """Rows of the batch."""
         self._held: list[Array] | None = None
         """All rows of the tensors, if these stay where they are."""
-        self._bound: list[Array] | None = None
-        """The rows of the batch in `_held`."""
+        self._bound: list[Array] = []
+        self._rows = 0
+        """The first rows of `_held`, and how many; 0: none yet."""
         self._is_static = True
         """They had memory after each allocation."""
 
@@ -326,12 +321,8 @@ class _Tensors:
         """Whether all of them have memory."""
         return all(read is None or _has_memory(read) for read in self._read)
 
-    def bind(self, rows: int) -> None:
-        self._rows = rows
-        self._bound = None if self._held is None else [array[:rows] for array in self._held]
-
     def resize(self, rows: int) -> None:
-        self._held = self._bound = None
+        self._held = None
         # Later on, "dynamic" tensors still have the memory of the last run.
         self._is_static = self._is_static and self.have_memory()
         for place, own in enumerate(self._own):
@@ -339,26 +330,32 @@ class _Tensors:
                 spec = self._specs[place]
                 self._buffers[place] = np.zeros((rows, *spec.shape), spec.dtype)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
+        """Copy results that are inputs too; returns whether there are any."""
+        copied = False
         for read, own, buffer in zip(self._read, self._own, self._buffers, strict=True):
             if own and read is not None:
                 np.copyto(buffer, read())
+                copied = True
+        return copied
 
-    def hold(self) -> None:
-        """Return the same arrays until the next resize, instead of creating them each time.
+    def hold(self) -> list[Array] | None:
+        """Return the same arrays until the next resize, instead of creating them each time; None if that is impossible.
 
         LiteRT places a graph's tensors when they are allocated, and usually moves them only at the next allocation.
         "Dynamic" tensors, whose size is only known at run time, may move in any run. They, and tensors after them
         in the graph, have no memory before the first run, and are not cached.
         """
         if self._is_static:
-            self._held = [_unbound(view) for view in self._whole()]
-            self.bind(self._rows)
+            self._held, self._rows = [_unbound(view) for view in self._whole()], 0
+        return self._held
 
-    def views(self) -> list[Array]:
-        if self._bound is not None:
-            return self._bound
-        return [array[: self._rows] for array in self._whole()]
+    def views(self, rows: int) -> list[Array]:
+        if self._held is None:
+            return [array[:rows] for array in self._whole()]
+        if rows != self._rows:
+            self._bound, self._rows = [array[:rows] for array in self._held], rows
+        return self._bound
 
     def _whole(self) -> list[Array]:
         return [

@@ -109,13 +109,25 @@ class CompiledSteps:
         return True
 
     def _run(self, kernel: StepKernel, batch: StepBatch) -> StepWrite:
-        executor, count = self._executor, batch.size
+        executor, count, handle = self._executor, batch.size, batch.handle
         began = self._direct.begin_measure(count)
         executor.bind(count)
-        kernel.gather(batch.handle, executor.inputs(), executor.states())
-        executor.invoke()
-        outputs, states = executor.outputs(), executor.next_states()
-        write = kernel.write(batch.handle, outputs, states, self.model.version, self._shared_facts())
+        version, shared = self.model.version, self._shared_facts()
+        if (buffers := executor.buffers()) is None:
+            # no array may be referenced while the executor runs
+            kernel.gather(handle, kernel.given(executor.inputs(), executor.states()))
+            executor.invoke()
+            write = kernel.write(
+                handle, kernel.results(executor.outputs(), executor.next_states()), version, shared
+            )
+        else:
+            if buffers.known is None:
+                given = kernel.given(buffers.inputs, buffers.states)
+                buffers.known = given, kernel.results(buffers.outputs, buffers.next_states)
+            given, results = buffers.known
+            kernel.gather(handle, given)
+            executor.invoke()
+            write = kernel.write(handle, results, version, shared)
         if began:
             self._direct.end_measure(count, began)
         return write
