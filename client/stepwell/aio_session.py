@@ -10,8 +10,9 @@ from types import CoroutineType, TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
 from stepwell._base.flow import Flow
-from stepwell._base.tracebacks import end_here, ends_here
+from stepwell._base.tracebacks import end_here, ends_here, shorten, shortens
 from stepwell._base.unawaited import Unawaited
+from stepwell._batching.step_arguments import plain_step, selected
 from stepwell._core.aio_driver import AsyncDriver
 from stepwell._core.handles import ALONE, BaseHandle, SessionFacts
 from stepwell._core.locks import Locks, Some, TaskHolder
@@ -198,6 +199,7 @@ class AsyncSession(SessionFacts, AsyncHandle):
         timeout_s: float | None = None,
     ) -> Trace: ...
 
+    @shortens
     async def step(
         self,
         x: Inputs,
@@ -217,9 +219,34 @@ class AsyncSession(SessionFacts, AsyncHandle):
             >>> (await session.step(np.ones((1, 10, 3), np.float32), outputs="last")).shape
             (1, 1)
         """
-        deadline = self._core.deadline(timeout_s)
-        change = self._core.step_change(self._tracker, x, outputs, time, reset, rows, states)
-        return await self._change(self._core.step(self._tracker, change, deadline, self._reels), deadline)
+        try:
+            core, tracker = self._core, self._tracker
+            deadline = core.deadline(timeout_s)
+            change = None
+            if rows is None and reset is None:
+                change = plain_step(x, tracker.batch_size, outputs, time, states)
+            if change is None:
+                change = core.step_change(tracker, x, outputs, time, reset, rows, states)
+            self._check_open()
+            locks, members = self._locks, self._members
+            if states != "none" or self._reels or not core.is_direct or not locks.take(members):
+                return await self._change(core.step(tracker, change, deadline, self._reels), deadline)
+            # Most steps are as here: free, and over after one attempt. They need none of a flow's work.
+            try:
+                step = tracker.step(change, deadline)
+                try:
+                    stepped = await self._driver.direct(step)
+                except StepwellError as error:
+                    tried = step, error
+                    return await self._driver.run(core.step(tracker, change, deadline, tried=tried))
+                if previous := tracker.applied(stepped.revision, stepped.position, stepped.model_version):
+                    await self._driver.run(core.moved(tracker, previous))
+                return selected(stepped.outputs, change)
+            finally:
+                locks.give(members)
+        except StepwellError as error:
+            shorten(error)
+            raise
 
     async def trace(
         self,

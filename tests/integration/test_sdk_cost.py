@@ -19,9 +19,9 @@ PACKAGE = str(Path(stepwell.__file__).parent)
 X = np.ones((1, 2), np.float32)
 # A step makes three or four calls fewer; each resumed generator or coroutine counts as a call.
 MAX_CALLS = 48
-MAX_AWAITED_CALLS = 90
+MAX_AWAITED_CALLS = 76
 # Of each of many steps that are awaited together, and of a step of a group.
-MAX_GATHERED_CALLS = 44
+MAX_GATHERED_CALLS = 20
 MAX_GROUP_CALLS = 126
 MANY = 100
 

@@ -68,12 +68,20 @@ def ends_here(function: F) -> F:
     return cast("F", made)
 
 
+def shortens(function: F) -> F:
+    """Decorates a public method that calls `shorten` itself, because a function around it would cost its calls too much."""
+    _SHORTENING.add(function)
+    return function
+
+
 def end_here(kind: C) -> C:
     """Decorates a public class: applies `ends_here` to each public method, and to the methods that `with` calls."""
     for name, member in list(vars(kind).items()):
-        if inspect.isfunction(member) and (not name.startswith("_") or name in _BLOCK):
+        is_public = inspect.isfunction(member) and (not name.startswith("_") or name in _BLOCK)
+        if is_public and member not in _SHORTENING:
             setattr(kind, name, ends_here(member))
     return kind
 
 
+_SHORTENING: set[Callable[..., Any]] = set()
 _BLOCK = {"__aenter__", "__aexit__", "__enter__", "__exit__"}

@@ -7,18 +7,15 @@ broken stream is no special case.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol
 
 from stepwell._batching.frames import Frame, maker
 from stepwell._batching.one_step import OneStep
-from stepwell._batching.steps import M, abandon, answer, framed
+from stepwell._batching.steps import AT_S, M, abandon, answer, framed
 from stepwell._transport.retry import RepliesTooLargeError
 from stepwell._transport.stream import Answer, MakeRequest, Sink
 from stepwell.errors import DeadlineExceededError, ReplyTooLargeError, StepwellError
-
-AT_S = operator.attrgetter("at_s")
 
 
 class Link(Protocol):

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 from stepwell._batching.in_flight import InFlightFrame, Link
-from stepwell._batching.steps import FRAME_SHARE, Gathering, Step, Stepped, abandon
+from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, abandon, in_frames
 from stepwell._transport.channel import closed
 from stepwell._transport.retry import Clock
 from stepwell.errors import DeadlineExceededError, StepwellError
@@ -203,10 +203,7 @@ class Sender:
         return 0.0
 
     def _send_queued(self) -> None:
-        gathering: Gathering[WaitingStep] = Gathering()
-        for member in self._dequeue_all():
-            gathering.add(member)
-        for members in gathering.frames(self._max_frame_bytes, self._max_members):
+        for members in in_frames(self._dequeue_all(), self._max_frame_bytes, self._max_members):
             frame: Frame = InFlightFrame(self, members, self._clock())
             self._in_flight.append(frame)
             frame.send(self._link, self._max_message_bytes)

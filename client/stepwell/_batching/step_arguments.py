@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from stepwell._batching.frames import SELECTIONS, STATES, Change
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.infos import Inputs, Mask, Outputs
-from stepwell._state.tensors import Array, Packed
+from stepwell._state.tensors import Array, Packed, sent_as_is
 from stepwell.errors import InvalidInputError
 
 _TIMES = ("all", "last")
@@ -43,6 +45,48 @@ def step_change(
     packed = pack_inputs(inputs, row_count, count or ("len(rows)" if rows else "batch_size"))
     mask = b"" if reset is None else pack_reset(reset, packed)
     return Change("step", packed, selection, rows, mask, names, selected_states)
+
+
+def plain_step(
+    inputs: Inputs, row_count: int, outputs: object, time: object, states: object
+) -> Change | None:
+    """As `step_change`, for one array that is sent as it is; None for other inputs.
+
+    Everything but the array's data is checked once for all steps that are alike.
+    """
+    if type(inputs) is not np.ndarray:
+        return None
+    shape = inputs.shape
+    try:
+        form = _form(inputs.dtype, shape, row_count, outputs, time, states)
+    except TypeError:  # a list of outputs
+        return None
+    if form is None:
+        return None
+    dtype, selection, selected_states = form
+    tensor = _new(Packed, ("", dtype, shape, inputs.tobytes()))
+    return _new(Change, ("step", (tensor,), selection, (), b"", (), selected_states, 0))
+
+
+#: Makes a named tuple in half the time of a call of its class.
+_new = tuple.__new__
+
+
+@functools.lru_cache(maxsize=256)
+def _form(
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    row_count: int,
+    outputs: object,
+    time: object,
+    states: object,
+) -> tuple[int, str, str] | None:
+    """The type, the outputs and the states of a step, as it is sent. None: it needs a closer look."""
+    number = sent_as_is(dtype)
+    if number is None or shape[:1] != (row_count,) or 0 in shape:
+        return None
+    selection, names = check_outputs(outputs, time)
+    return None if names else (number, selection, check_states(states))
 
 
 def check_states(states: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -113,6 +114,11 @@ class AsyncDriver:
     def run(self, flow: Flow[T]) -> Coroutine[Any, Any, T]:
         """Runs a flow of the core to its result."""
         return drive_async(self.core.watched(flow), self.answer)
+
+    @functools.cached_property
+    def direct(self) -> Callable[[Step], Awaitable[Stepped]]:
+        """Makes one attempt of a step at the only server of the client."""
+        return self.connections.to(None).step
 
     def answer(self, ask: Ask) -> Awaitable[Any]:
         """Answers an ask of a flow."""

@@ -17,7 +17,7 @@ from stepwell._base.flow import Flow
 from stepwell._base.log import LOG
 from stepwell._batching.frames import Change, Counts, Frame, Indexes, Part
 from stepwell._batching.step_arguments import as_one, pack_reset, selected, step_change
-from stepwell._batching.steps import Stepped
+from stepwell._batching.steps import Step, Stepped
 from stepwell._core.finisher import TRY_FOR_S
 from stepwell._core.group_tracker import GroupTracker
 from stepwell._core.lanes import FrameExchange
@@ -111,6 +111,8 @@ class Core:
             from stepwell._core.tracing import Tracing
 
             self._tracing = Tracing(config.address)
+        self.is_direct = self.router is None and self.observer is None and self._tracing is None
+        """Whether the first attempt of a step needs no flow: there is one server, and no hooks or spans."""
         self._models: dict[str, ModelInfo] = {}
 
     def watched(self, flow: Flow[T]) -> Flow[T]:
@@ -490,9 +492,22 @@ class Core:
         )
 
     def step(
-        self, tracker: SessionTracker, change: Change, deadline: Deadline, reels: Sequence[Reel] = ()
+        self,
+        tracker: SessionTracker,
+        change: Change,
+        deadline: Deadline,
+        reels: Sequence[Reel] = (),
+        tried: tuple[Step, StepwellError] | None = None,
     ) -> Flow[Outputs | Trace]:
-        """Advances a session. The result is what its caller receives. `reels` record it."""
+        """Advances a session. The result is what its caller receives.
+
+        Args:
+            tracker: The session.
+            change: The step.
+            deadline: Its time limit.
+            reels: They record it.
+            tried: A first attempt that was made before and has failed.
+        """
         info: ModelInfo | None = None
         wanted = wanted_states(reels) if reels else "none"
         if (
@@ -506,9 +521,10 @@ class Core:
                 name, deadline, fingerprint=tracker.fingerprint, session_id=tracker.session_id
             )
         stepped: Stepped
-        step, before, failed = tracker.step(change, deadline, wanted), tracker.position, None
+        step, failed = tried or (tracker.step(change, deadline, wanted), None)
+        before = tracker.position
         try:
-            if self.router is None:
+            if failed is None and self.router is None:
                 try:  # most steps need one attempt, and none of the retrier's work
                     stepped = yield step
                 except StepwellError as error:
@@ -522,7 +538,7 @@ class Core:
             members = counts_of(tracker, before)
             record_step(reels, change, info, members, stepped.outputs, traced(stepped.states, info))
         if previous:
-            yield from self._moved(tracker, previous)
+            yield from self.moved(tracker, previous)
         outputs = selected(stepped.outputs, change)
         if change.states == "none":
             return outputs
@@ -531,7 +547,8 @@ class Core:
             states = last_states(states)
         return Trace(outputs, states, stepped.revision, stepped.position, tracker.model_version)
 
-    def _moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
+    def moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
+        """Reports that a session has moved from a version of its model to another."""
         return self.versions.moved(tracker.model, [tracker.session_id], previous, tracker.model_version)
 
     def reset_states(
@@ -576,7 +593,7 @@ class Core:
         for reel in reels:
             reel.mark("set" if packed else "reset", indexes_of(chosen), counts_of(tracker, before))
         if previous:
-            yield from self._moved(tracker, previous)
+            yield from self.moved(tracker, previous)
 
     def get_state(self, session_id: str, deadline: Deadline) -> Flow[State]:
         """Reads the state of a session."""
@@ -613,7 +630,7 @@ class Core:
         """Updates revision and position to the server's."""
         previous = tracker.refresh((yield from self.session(tracker.session_id, deadline)))
         if previous:
-            yield from self._moved(tracker, previous)
+            yield from self.moved(tracker, previous)
 
     def close(self, tracker: SessionTracker, deadline: Deadline) -> Flow[None]:
         """Deletes a session. Succeeds if it no longer exists, also if another session has its id now, which then stays."""

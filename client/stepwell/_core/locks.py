@@ -78,6 +78,21 @@ class Locks:
                     self._queue.remove(holder)
                 self._admit()
 
+    def take(self, members: Some) -> bool:
+        """Acquires locks for a task of the only event loop that uses them. Returns False if it must wait, as a holder."""
+        if self._queue or (self._holders and self._held[members].any()):
+            return False
+        self._held[members] = True
+        self._holders += 1
+        return True
+
+    def give(self, members: Some) -> None:
+        """Releases locks that `take` acquired."""
+        self._held[members] = False
+        self._holders -= 1
+        if self._queue:
+            self._admit()
+
     def _admit(self) -> None:
         """Gives locks to waiting holders whose members are free, and wakes them."""
         left = []

@@ -8,8 +8,8 @@ one with a revision conflict.
 
 from __future__ import annotations
 
-import os
 import secrets
+from os import urandom
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +24,17 @@ from stepwell.v1 import sessions_pb2
 
 def new_request_id() -> int:
     """Random and non-zero, 64 bits."""
-    return int.from_bytes(os.urandom(8)) or 1
+    return int.from_bytes(urandom(8)) or 1
 
 
 def new_request_ids(count: int) -> Counts:
     """Random and non-zero, 64 bits each, and each greater by 1 than the one before: (count,) uint64."""
     first = 1 + secrets.randbelow(2**64 - count)
     return np.arange(count, dtype=np.uint64) + np.uint64(first)
+
+
+#: Makes a named tuple in half the time of a call of its class.
+_new = tuple.__new__
 
 
 class PendingChange(NamedTuple):
@@ -94,18 +98,21 @@ class SessionTracker:
         """
         pending = self._pending
         if pending is None or pending[0] != change:
-            pending = self._pending = PendingChange(
-                change, change if states == "none" else with_states(change, states), new_request_id()
-            )
+            sent = change if states == "none" else with_states(change, states)
+            request_id = int.from_bytes(urandom(8)) or 1  # as `new_request_id`, without a call
+            pending = self._pending = _new(PendingChange, (change, sent, request_id))
         self._ahead |= self._unknown
         self._unknown = True
         return pending
 
     def step(self, change: Change, deadline: Deadline, states: str = "none") -> Step:
         """Begins a step; returns it ready to be sent."""
-        rows = len(change.rows) or self.batch_size
         _, sent, request_id = self.begin(change, states)
-        return Step(self.model, self.session_id, sent, rows, self.revision, request_id, deadline)
+        rows = len(change.rows) or self.batch_size
+        return _new(
+            Step,
+            (self.model, self.session_id, sent, rows, self.revision, request_id, deadline, (), None, False),
+        )
 
     def failed(self, error: StepwellError) -> StepwellError:
         """Records that the change has failed. Returns the error to raise. Not called for a cancelled change."""

@@ -83,6 +83,11 @@ def pack(name: str, what: str, value: npt.ArrayLike) -> Packed:
     return Packed(name, dtype, shape, array.tobytes())
 
 
+def sent_as_is(dtype: np.dtype[Any]) -> int | None:
+    """The number of a type whose arrays are sent as they are; None for other types."""
+    return _SENT_AS_IS.get(dtype)
+
+
 def as_array(what: str, value: npt.ArrayLike) -> Array:
     """Converts a value to an array of any type.
 
