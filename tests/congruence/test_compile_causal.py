@@ -291,6 +291,22 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
         lambda k, x: x * k.ops.flip(k.ops.cumsum(k.ops.ones_like(x), 1), 1),
         r"looks ahead: it reverses the time axis",
     ),
+    "around the end": (
+        causal.apply("rolled_around", 2),
+        r"'rolled_around' \(Apply\) .* it shifts the time axis around its end, and uses what then comes first; use",
+    ),
+    "later values mirrored in front": (
+        lambda k, x: k.layers.Conv1D(2, 3, name="conv")(k.ops.pad(x, ((0, 0), (2, 0), (0, 0)), "symmetric")),
+        r"'pad\w*' \(Pad\) .*pads the time axis; use",
+    ),
+    "copies of the second value in front": (
+        lambda k, x: k.layers.Conv1D(2, 3)(k.ops.concatenate([x[:, 1:2], x[:, 1:2], x], 1)),
+        r"takes number 1 of the time axis at each step, 1 time step ahead",
+    ),
+    "different values of each row in front": (
+        lambda k, x: k.layers.Conv1D(2, 3)(k.ops.concatenate([x[:, :1], 2 * x[:, :1], x], 1)),
+        r"\(Concatenate\) .*joins values along the time axis; use",
+    ),
     "sum of different constants": (
         causal.apply("cumulated_numbers"),
         r"step by step: the layer 'cumulated_numbers' \(Apply\) has a different constant for each time step; pass",
@@ -319,18 +335,42 @@ def test_what_looks_ahead_or_has_another_length_is_refused(
         trace_and_probe(keras.Model(x, y))
 
 
+def _conditioned(keras: Any, x: Any, static: Any) -> Any:
+    """Scale and shift padding too, as FiLM does, twice."""
+    for filters in (3, 5):
+        x = keras.layers.ZeroPadding1D((4, 0))(x)
+        scale, shift = (keras.ops.expand_dims(keras.layers.Dense(x.shape[-1])(static), 1) for _ in range(2))
+        x = keras.layers.Conv1D(filters, 3, dilation_rate=2, activation="tanh")(x * scale + shift)
+    return x
+
+
 @pytest.mark.slow
-def test_padding_that_depends_on_a_static_input_is_not_taken_for_a_constant(
+def test_padding_may_depend_on_a_static_input(keras: Any, tmp_path: Path) -> None:
+    """A window then has a value of each row before the first time step, with other rows in one batch."""
+    x, static = keras.Input((None, 4), name="x"), keras.Input((4,), name="static")
+    model = keras.Model([x, static], _conditioned(keras, x, static))
+    model.save(tmp_path / "model.keras")
+    made = Compiled("conditioned", model, compile_model(tmp_path / "model.keras"))
+    assert not made.program.proof.unproven
+    for steps in (1, 3, 40):
+        inputs = made.draw(steps, 3, steps)
+        (whole,), (stepped,) = made.keras(inputs).values(), made.stepped(inputs, steps).values()
+        np.testing.assert_allclose(stepped, whole, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_different_padding_that_depends_on_a_static_input_is_refused(
     trace_and_probe: Any, keras: Any
 ) -> None:
     x, static = keras.Input((None, 4)), keras.Input((4,))
-    padded = keras.layers.ZeroPadding1D((2, 0))(x) + keras.ops.expand_dims(static, 1)
+    padded = keras.ops.pad(keras.layers.ZeroPadding1D((2, 0))(x), ((0, 0), (1, 0), (0, 0)), constant_values=1)
+    padded = padded + keras.ops.expand_dims(static, 1)
     said = (
         r"step by step: the operation 'add\w*' \(Add\) computes padding with a value of the inputs that has no time axis, "
         r"which a session does not know before its first step; do that before the padding, or pass"
     )
     with pytest.raises(ModelError, match=said):
-        trace_and_probe(keras.Model([x, static], keras.layers.Conv1D(2, 3, name="conv")(padded)))
+        trace_and_probe(keras.Model([x, static], keras.layers.Conv1D(2, 4, name="conv")(padded)))
 
 
 @pytest.mark.slow

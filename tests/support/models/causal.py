@@ -344,6 +344,29 @@ _add(
 )
 
 
+def _held(keras: Any, x: Any, steps: int) -> Any:
+    """The first time step also stands for those before it."""
+    return keras.ops.concatenate([keras.ops.repeat(x[:, :1], steps, axis=1), x], 1)
+
+
+def _held_twice(keras: Any, x: Any) -> Any:
+    y = keras.layers.Conv1D(4, 3, dilation_rate=2, activation="tanh")(_held(keras, x, 9))
+    y = keras.layers.DepthwiseConv1D(2)(keras.layers.Concatenate()([y, keras.ops.abs(y)]))
+    return keras.layers.MaxPooling1D(5, 1)(y)
+
+
+def _held_and_shifted(keras: Any, x: Any) -> Any:
+    """A lag that begins with the first value, in front of a GRU, and beside it."""
+    y = keras.ops.concatenate([keras.ops.tile(x[:, :1], (1, 5, 1)), x[:, :-5]], 1)
+    return keras.layers.Concatenate()([keras.layers.GRU(3, return_sequences=True)(y), x - y])
+
+
+def _held_and_padded(keras: Any, x: Any) -> Any:
+    """Copies of the first value beside zeros, before the first time step."""
+    y = _held(keras, x, 2) * _front(keras, x, 2) + _held(keras, x + 1.0, 2)
+    return keras.layers.Conv1D(4, 3)(y)
+
+
 def _thirds(x: Any) -> Any:
     return x[:, ::3] - x[:, 2::3]
 
@@ -407,6 +430,25 @@ _add(
     ),
     (4,),
 )
+
+_add("first_value_in_front", lambda k, x: k.layers.Conv1D(3, 3)(_held(k, x, 2)))
+_add("first_value_once_in_front", lambda k, x: k.layers.AveragePooling1D(2, 1)(_held(k, x, 1)))
+_add(
+    "first_value_listed_in_front",
+    lambda k, x: k.layers.Conv1D(3, 3)(k.ops.concatenate([x[:, :1], x[:, :1], x], 1)),
+)
+_add("first_value_through_layers", _held_twice)
+_add("first_value_in_a_lag", _held_and_shifted)
+_add("first_value_beside_zeros", _held_and_padded)
+_add(
+    "first_frame_in_front",
+    lambda k, x: k.layers.Conv2D(2, (3, 2))(k.layers.TimeDistributed(k.layers.Conv1D(2, 2))(_held(k, x, 2))),
+    (6, 2),
+)
+_add("lag_from_the_first", apply("lag_from_the_first", 5))
+_add("frames_from_the_first", apply("frames_from_the_first", 4))
+_add("mirrored", apply("mirrored"))
+_add("rolled", apply("rolled", 3))
 
 # --- whole models ---------------------------------------------------------------------------------------
 

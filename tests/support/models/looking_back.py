@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import tensorflow as tf
+
 from stepwell_server.compile.graph.tensorflow_setup import keras
 from support.models.odd_layers import Apply, kind
 
@@ -35,3 +37,33 @@ def broadcast_numbers(layer: Apply, x: Any) -> Any:
 def numbers_times_ones(layer: Apply, x: Any) -> Any:
     ones = ops.ones_like(x[..., :1])
     return ops.concatenate([x, ops.minimum(ones * _numbers(x), 9.0)], -1)
+
+
+@kind
+def lag_from_the_first(layer: Apply, x: Any) -> Any:
+    """Earlier than the first time step is the first one."""
+    return x - layer.weight * ops.take(x, ops.maximum(ops.arange(ops.shape(x)[1]) - layer.n, 0), 1)
+
+
+@kind
+def frames_from_the_first(layer: Apply, x: Any) -> Any:
+    places = ops.arange(ops.shape(x)[1])[:, None] + ops.arange(-layer.n, 1, 2)[None]
+    return ops.max(ops.take(ops.tanh(x), ops.maximum(places, 0), 1), 2)
+
+
+@kind
+def mirrored(layer: Apply, x: Any) -> Any:
+    padded = tf.pad(x * layer.weight, [[0, 0], [1, 0], [0, 0]], "SYMMETRIC")
+    return padded[:, 1:] * padded[:, :-1]
+
+
+@kind
+def rolled(layer: Apply, x: Any) -> Any:
+    """The last time steps come first, and are replaced."""
+    later = ops.roll(x, layer.n, axis=1)
+    return ops.concatenate([ops.zeros_like(later[:, : layer.n]), later[:, layer.n :]], 1)
+
+
+@kind
+def rolled_around(layer: Apply, x: Any) -> Any:
+    return x - ops.roll(x, layer.n, axis=1)

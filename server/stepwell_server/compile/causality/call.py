@@ -33,6 +33,7 @@ class Memory(enum.Enum):
     TOTAL = "its last result, to which it adds the current row"
     FIRST = "the first row of an input, once it came"
     COUNT = "how many time steps passed, up to a bound, to know when padding ends"
+    SINCE = "the same, to know when rows that were kept are none from before the first time step"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Call:
     inputs: tuple[Data | Const, ...]
     scales: Scales
     notes: Notes = dataclasses.field(default_factory=Notes)
+    holds: bool = False
+    """Rows may have values of their own before the first time step: see `Before.ROW`."""
 
     @property
     def kind(self) -> str:

@@ -16,9 +16,7 @@ from stepwell_server.compile.causality.axes import (
     elements,
     is_plain,
     labels,
-    moved,
     normal,
-    placed,
     time_of,
 )
 from stepwell_server.compile.causality.call import Call, Memory, Need, Rule
@@ -29,6 +27,7 @@ from stepwell_server.compile.causality.rules import RULES
 from stepwell_server.compile.causality.rules.elementwise import BROADCAST
 from stepwell_server.compile.causality.values import (
     OF_SHAPES,
+    Before,
     Const,
     Data,
     Evaluator,
@@ -37,6 +36,7 @@ from stepwell_server.compile.causality.values import (
     needed_by,
     sizes,
 )
+from stepwell_server.compile.causality.waiting import EARLY, aligned, begins_with, early_values, with_since
 from stepwell_server.compile.errors import ModelError
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
@@ -72,7 +72,11 @@ _READS = {
     "While",
 }
 _PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
+#: Refusals that a model may not have if rows have values of their own before the first time step. Those cost more, so they
+#: are tried last.
+_HELD = {Reason.TIME, Reason.AHEAD, Reason.PADDING, Reason.LENGTH}
 _OTHERWISE = "computes something different for another number of time steps"
+_AROUND = "shifts the time axis around its end, and uses what then comes first"
 _Value = Data | Const
 
 
@@ -130,14 +134,22 @@ def prove(cuts: Cuts) -> Proof:
     Raises:
         NotAdmitted: it does not, or the known operations do not prove it.
     """
-    return _Walk(cuts).run()
+    try:
+        return _Walk(cuts).run()
+    except NotAdmitted as found:
+        if found.reason not in _HELD:
+            raise
+        try:
+            return _Walk(cuts, holds=True).run()
+        except NotAdmitted:
+            raise found from None
 
 
 class _Walk:
     """One walk through the graphs of both traces in parallel."""
 
-    def __init__(self, cuts: Cuts) -> None:
-        self.temporal, self.scales = cuts.temporal, cuts.scales
+    def __init__(self, cuts: Cuts, *, holds: bool = False) -> None:
+        self.temporal, self.scales, self.holds = cuts.temporal, cuts.scales, holds
         self.first, self.second = cuts.first, cuts.second
         self.made: dict[str, CutCall] = {}
         """The calls that the placeholders for results of loops belong to."""
@@ -241,7 +253,7 @@ class _Walk:
             is_usual = value.axes[:2] == ((BATCH,), (time,)) and all(map(is_plain, value.axes[2:]))
             if time is None or time.per > 1 or not is_usual:
                 raise NotAdmitted(Reason.UNPROVEN, who, "processes other axes than batch and time")
-            waits += self._punctual(tensor, time, i)
+            waits += self._punctual(tensor, value, time, i)
         if waits:
             self.needs[call.outputs.op.name] = tuple(waits)
         if call.layer.go_backwards:
@@ -292,13 +304,13 @@ class _Walk:
         if each is not None and each.per > 1:
             raise NotAdmitted(Reason.RATE, who, f"returns {each.per} elements for each time step")
         leading = 2 if value.axes[1:2] == ((time,),) else 1
-        if time is not None and (waits := self._punctual(one, time, 0)):
+        if time is not None and (waits := self._punctual(one, value, time, 0)):
             self.needs[one.name] = waits
         if value.axes[:1] != ((BATCH,),) or not all(is_plain(dim) for dim in value.axes[leading:]):
             raise NotAdmitted(Reason.LAYOUT, who, "moves the batch or the time axis of an output")
         return value
 
-    def _punctual(self, tensor: Any, time: Time, i: int) -> tuple[Need, ...]:
+    def _punctual(self, tensor: Any, value: Data, time: Time, i: int) -> tuple[Need, ...]:
         """Return what lets a tensor wait for the current time step, after checking that it has one element for each.
 
         Raises:
@@ -308,7 +320,10 @@ class _Walk:
         if time.extra:
             more = f"{abs(time.extra)} {'more' if time.extra > 0 else 'fewer'} elements than there are time steps"
             raise NotAdmitted(Reason.LENGTH, self.first.owner(self._maker(tensor)), f"returns {more}")
-        return (Need(Memory.DELAY, -time.start, i),) if time.start else ()
+        if begins_with(value, Before.UNKNOWN):
+            raise NotAdmitted(Reason.TIME, self.first.owner(self._maker(tensor)), _AROUND)
+        waits = [Need(Memory.DELAY, -time.start, i)] if time.start else []
+        return tuple(with_since(waits, [value] * (i + 1)))
 
     def _refuse_ahead(self, tensor: Any, value: _Value) -> None:
         time = time_of(value.axes) if isinstance(value, Data) else None
@@ -319,8 +334,7 @@ class _Walk:
                 raise NotAdmitted(
                     Reason.PADDING,
                     self.first.owner(place),
-                    "computes padding with a value of the inputs that has no time axis, which a session does not know before "
-                    "its first step",
+                    EARLY,
                 )
             ahead = -(-time.start // time.per)
             steps = f"{ahead} time step{'s'[: ahead > 1]}"
@@ -398,42 +412,6 @@ def _followed(who: Any, work: Callable[[], Axes]) -> Axes:
         raise NotAdmitted(
             Reason.UNPROVEN, who, f"uses a constant through which the time axis cannot be followed ({error})"
         ) from error
-
-
-def _elements_aligned(inputs: Sequence[_Value]) -> tuple[list[_Value], list[Need]]:
-    """Do the same for inputs of which a time step brings several elements.
-
-    Raises:
-        LostAxisError: not as many of each input.
-    """
-    places = [
-        next((i for i, dim in enumerate(value.axes) if time_of([dim])), None)
-        if isinstance(value, Data)
-        else None
-        for value in inputs
-    ]
-    times: list[Time | None] = []
-    for value, place in zip(inputs, places, strict=True):
-        time = elements(value.axes[place]) if isinstance(value, Data) and place is not None else None
-        if time is None and place is not None:
-            raise LostAxisError("time shares its dimension with the rows")
-        times.append(time)
-    if len({time.per for time in times if time is not None}) > 1:
-        raise LostAxisError("two values have different numbers of elements for each time step")
-    static = any(
-        isinstance(value, Data) and place is None for value, place in zip(inputs, places, strict=True)
-    )
-    latest = max([0] * static + [time.start for time in times if time is not None])
-    found: list[_Value] = []
-    needs: list[Need] = []
-    for i, (value, place, time) in enumerate(zip(inputs, places, times, strict=True)):
-        if isinstance(value, Data) and place is not None and time is not None and time.start < latest:
-            needs.append(Need(Memory.DELAY, latest - time.start, i, per=time.per))
-            moved_time = Time(latest, time.extra, time.per)
-            found.append(dataclasses.replace(value, axes=placed(value.axes, place, moved_time)))
-        else:
-            found.append(value)
-    return found, needs
 
 
 def _into(call: CutCall) -> list[Any]:
@@ -619,16 +597,16 @@ class _Frame:
         self, rule: Rule, one: Any, two: Any, inputs: Sequence[_Value], numbers: Mapping[int, Numbered]
     ) -> list[_Value]:
         """Apply a rule; constants that the number of the time step determines are data, which need not wait."""
-        aligned, needs = _aligned(one.type, inputs)
+        inner, needs = aligned(one.type, inputs, holds=self.walk.holds)
         if numbers:
-            others = [(i, value) for i, value in enumerate(aligned) if isinstance(value, Data)]
+            others = [(i, value) for i, value in enumerate(inner) if isinstance(value, Data)]
             times = (time_of(value.axes) for _, value in others)
             start = next((time.start for time in times if time is not None), 0)
             for place, number in numbers.items():
-                aligned[place] = number.at(start)
+                inner[place] = number.at(start)
             needs.append(Need(Memory.COUNT, _MAX_NUMBER, others[0][0]))
             self.walk.numbers[one.name] = {i: number.from_step(start) for i, number in numbers.items()}
-        call = Call(one, two, tuple(aligned), self.walk.scales)
+        call = Call(one, two, tuple(inner), self.walk.scales, holds=self.walk.holds)
         spent = self._spent(one, inputs, needs)
         ends = any(value.ends for value in inputs if isinstance(value, Data))
         results: list[_Value] = []
@@ -637,11 +615,13 @@ class _Frame:
                 results.append(found)
                 continue
             data = found if isinstance(found, Data) else Data(found, ends)
+            if data.before is Before.CONSTANT:
+                data = dataclasses.replace(data, before=early_values(call, data, is_numbered=bool(numbers)))
             results.append(self._checked(call, i, data))
             self._look(one, i, data, call.notes.looks)
             if spent is not None:
                 self.walk.spent[one.outputs[i].name] = spent
-        self._keep(one, inputs, (*needs, *call.notes.needs))
+        self._keep(one, inputs, with_since([*needs, *call.notes.needs], inputs))
         return results
 
     def _spent(self, op: Any, inputs: Sequence[_Value], needs: Sequence[Need]) -> tuple[int, int] | None:
@@ -672,6 +652,8 @@ class _Frame:
                     Reason.UNPROVEN,
                     f"looks back in a way that no session can keep ({op.type} {need.kind.name})",
                 )
+            if begins_with(value, Before.UNKNOWN):
+                raise Refusal(Reason.TIME, _AROUND)
         if needs:
             self.walk.needs[op.name] = tuple(needs)
 
@@ -729,33 +711,3 @@ class _Frame:
         if any(output.name not in frame.values for output in graphs[0].outputs):
             raise Refusal(Reason.UNPROVEN, "returns the result of an unknown function")
         return [frame.values[output.name] for output in graphs[0].outputs]
-
-
-def _aligned(kind: str, inputs: Sequence[_Value]) -> tuple[list[_Value], list[Need]]:
-    """Let the inputs of an operation wait for the one that is furthest ahead, so that it sees elements of one place.
-
-    Inputs without a time axis are known only from the first step on. So nothing that is computed with them may be ahead
-    of that: elements before the first step must be constants.
-    """
-    if kind == "IdentityN":
-        return list(inputs), []
-    data = [value for value in inputs if isinstance(value, Data)]
-    times = [time_of(value.axes) for value in data]
-    if len(set(times)) < 2:
-        return list(inputs), []
-    if any(time is not None and time.per > 1 for time in times):
-        return _elements_aligned(inputs)
-    starts = {0 if time is None else time.start for time in times}
-    if len(starts) < 2:
-        return list(inputs), []
-    latest = max(0 if None in times else min(starts), *starts)
-    found: list[_Value] = []
-    needs: list[Need] = []
-    for i, value in enumerate(inputs):
-        time = time_of(value.axes) if isinstance(value, Data) else None
-        if isinstance(value, Data) and time is not None and time.start < latest:
-            needs.append(Need(Memory.DELAY, latest - time.start, i))
-            found.append(dataclasses.replace(value, axes=moved(value.axes, Time(latest, time.extra))))
-        else:
-            found.append(value)
-    return found, needs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import hashlib
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,15 @@ _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 _read: ContextVar[set[str] | None] = ContextVar("_read", default=None)
 
 
+class Before(enum.Enum):
+    """The elements of a time axis that come before the first time step, if there are any: see `axes.Time`."""
+
+    CONSTANT = "one constant: padding, and what layers make of it"
+    CONSTANTS = "several constants"
+    ROW = "one value of each row, which a session knows from its first step on"
+    UNKNOWN = "values that a session does not know: they must be left out"
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """A tensor that depends on the model's inputs."""
@@ -37,6 +47,7 @@ class Data:
     axes: Axes
     ends: bool = False
     """It belongs to the end of the sequence: it holds the value of the last time step."""
+    before: Before = Before.CONSTANT
 
     @property
     def has_time(self) -> bool:

@@ -14,7 +14,7 @@ from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.cut import Cut
 from stepwell_server.compile.causality.proof import NotAdmitted, Proof, needed
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.causality.values import Data
+from stepwell_server.compile.causality.values import Before, Data
 from stepwell_server.compile.graph.plan import Plan
 from stepwell_server.compile.graph.samples import plain_dtype
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
@@ -30,7 +30,9 @@ _PARTS = {
     Memory.TOTAL: "total",
     Memory.FIRST: "first",
     Memory.COUNT: "steps",
+    Memory.SINCE: "steps",
 }
+_COUNTS = (Memory.COUNT, Memory.SINCE)
 #: Windows of at least this many rows are rings: less is copied and stored for a step than of a whole window.
 RING_ROWS = 4
 #: They keep the order of the elements of one row.
@@ -97,7 +99,7 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
             spec = StateSpec(
                 name,
                 _shape(need, data.axes),
-                "int32" if need.kind is Memory.COUNT else dtype,
+                "int32" if need.kind in _COUNTS else dtype,
                 need.rows if gap else 0,
                 gap if need.rows >= RING_ROWS else 0,
             )
@@ -133,7 +135,7 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
 def _known(slot: Slot) -> int:
     """Return how many elements of its input come before the first time step."""
     time = time_of(slot.data.axes)
-    is_filled = slot.need.kind not in (Memory.FIRST, Memory.COUNT)
+    is_filled = slot.need.kind not in (Memory.FIRST, *_COUNTS) and slot.data.before is not Before.ROW
     return max(-time.start, 0) if is_filled and time is not None else 0
 
 
@@ -162,7 +164,7 @@ def _gap(side: Cut, owner: str, need: Need, data: Data) -> int:
 
 def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
     match need.kind:
-        case Memory.COUNT:
+        case Memory.COUNT | Memory.SINCE:
             return ()
         case Memory.TOTAL | Memory.FIRST:
             return tuple(plain_sizes(axes))

@@ -27,14 +27,34 @@ class States:
         """``gaps``: of a window, every so many rows are read. ``before`` has only those of the windows in ``rings``."""
         self._before, self._gaps, self._rings = before, gaps or {}, rings
         self.after: dict[tuple[str, Need], Any] = {}
+        self.firsts: dict[str, Any] = {}
+        """The first elements that operations keep, by name, at the current time step."""
 
     def before(self, owner: str, need: Need, dtype: Any) -> Any:
         """Return a state, ``(rows, ...)``."""
         value = self._before[owner, need]
         return value if value.dtype == dtype else tf.cast(value, dtype)
 
-    def window(self, owner: str, need: Need, row: Any) -> Any:
-        """Return the rows that are read of those kept of an input, ``(rows, ..., sizes...)``, and the current one."""
+    def gap(self, owner: str, need: Need) -> int:
+        """Return which rows of a window are read: every so many."""
+        return self._gaps[owner, need]
+
+    def window(self, owner: str, need: Need, row: Any, early: Any = None) -> Any:
+        """Return the rows that are read of those kept of an input, ``(rows, ..., sizes...)``, and the current one.
+
+        ``early`` is the value of rows from before the first time step, if each row of the batch has its own.
+        """
+        rows = self._window(owner, need, row)
+        if early is None:
+            return rows
+        since, gap = Need(Memory.SINCE, need.rows, need.input), self.gap(owner, need)
+        count = self.before(owner, since, tf.int32)
+        self.after[owner, since] = tf.minimum(count + 1, need.rows)
+        is_early = tf.expand_dims(count, 1) < tf.range(need.rows, -1, -gap)
+        mask = tf.reshape(is_early, [-1, int(rows.shape[1]), *[1] * (len(row.shape) - 1)])
+        return tf.where(mask, tf.reshape(early, [-1, 1, *row.shape[1:]]), rows)
+
+    def _window(self, owner: str, need: Need, row: Any) -> Any:
         before, now = self.before(owner, need, row.dtype), tf.expand_dims(row, 1)
         if (owner, need) in self._rings:
             self.after[owner, need] = row
@@ -58,21 +78,45 @@ class States:
         self.after[owner, need] = _part(found, need.per, need.rows)
         return found
 
-    def oldest(self, owner: str, need: Need, row: Any) -> Any:
-        """Return the oldest of the rows that are kept of an input."""
-        rows = self.window(owner, need, row)
-        return _part(rows, 0, 1)
-
-    def delayed(self, owner: str, needs: tuple[Need, ...], i: int, value: Any, axes: Axes) -> Any:
-        """Return what an input was some time steps ago, if its owner needs that."""
+    def delayed(
+        self, owner: str, needs: tuple[Need, ...], i: int, value: Any, axes: Axes, early: Any = None
+    ) -> Any:
+        """Return what an input was some time steps ago, if its owner needs that; ``early`` as in `window`."""
         for need in needs:
             if need.kind is Memory.DELAY and need.input == i and need.per > 1:
                 kept = self.elements(owner, need, value, axes)
                 value = in_place(_part(kept, 0, need.per), axes, time_place(axes))
             elif need.kind is Memory.DELAY and need.input == i:
                 row = tf.reshape(value, [-1, *plain_sizes(axes)])
-                value = tf.reshape(self.oldest(owner, need, row), step_shape(axes))
+                oldest = _part(self.window(owner, need, row, early), 0, 1)
+                value = tf.reshape(oldest, step_shape(axes))
         return value
+
+
+class StatesBefore(States):
+    """The states before the first time step, where each row of the batch has one value: windows are full of it."""
+
+    def __init__(self, states: States) -> None:
+        super().__init__({})
+        self._states = states
+
+    def delayed(
+        self, _owner: str, _needs: tuple[Need, ...], _i: int, value: Any, _axes: Axes, _early: Any = None
+    ) -> Any:
+        """Return the value: it was the same."""
+        return value
+
+    def window(self, owner: str, need: Need, row: Any, _early: Any = None) -> Any:
+        """Return a window of that value."""
+        return tf.stack([row] * (need.rows // self._states.gap(owner, need) + 1), 1)
+
+    def before(self, _owner: str, _need: Need, _dtype: Any) -> Any:
+        """Refuse others.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("other states than windows have no value before the first time step")
 
 
 class Operation:
@@ -87,7 +131,9 @@ class Operation:
         states: States,
         needs: tuple[Need, ...],
         numbers: Mapping[int, Any] | None = None,
+        early: Mapping[int, Any] | None = None,
     ) -> None:
+        """``early`` has the values of inputs before the first time step, where each row of the batch has its own."""
         self.op, self.needs, self._values, self._constants, self._states = (
             op,
             needs,
@@ -95,12 +141,14 @@ class Operation:
             constants,
             states,
         )
-        self._numbers = numbers or {}
+        self._numbers, self._early = numbers or {}, early or {}
         self._data: dict[int, Any] = {}
         for i, tensor in enumerate(op.inputs):
             value = values.get(tensor.name)
             if isinstance(value, Data):
-                self._data[i] = states.delayed(op.name, needs, i, made[tensor.name], value.axes)
+                self._data[i] = states.delayed(
+                    op.name, needs, i, made[tensor.name], value.axes, self._early.get(i)
+                )
 
     @property
     def kind(self) -> str:
@@ -191,7 +239,8 @@ class Operation:
         before, _ = self.carry(count, tf.int32, tf.ones_like)
         is_first = tf.reshape(before < 1, [-1, *[1] * (len(row.shape) - 1)])
         _, kept = self.carry(first, row.dtype, lambda kept: tf.where(is_first, row, kept))
-        return tf.reshape(kept, step_shape(self.axes()))
+        self._states.firsts[self.op.name] = found = tf.reshape(kept, step_shape(self.axes()))
+        return found
 
     def behind(self, padding: Any, i: int = 0) -> Any:
         """Return an input; while time steps before its first one stand for padding, return that, of one row."""
@@ -221,15 +270,18 @@ class Operation:
         places = tf.range(need.rows + need.per) - need.rows - time.start
         return tf.expand_dims(before, 1) + places < 0
 
-    def window(self, need: Need, value: Any) -> Any:
+    def window(self, need: Need, value: Any, early: Any = None) -> Any:
         """Return the rows that it reads of those kept of an input, and the current one: ``(rows, ..., sizes...)``.
+
+        ``early`` is the value before the first time step, if the operation itself determines that.
 
         Where a time step brings several elements, they are all elements that it keeps, and those of this time step.
         """
         if need.per > 1:
             return self._states.elements(self.op.name, need, value, self.axes(need.input))
         row = tf.reshape(value, [-1, *plain_sizes(self.axes(need.input))])
-        return self._states.window(self.op.name, need, row)
+        early = self._early.get(need.input) if early is None else early
+        return self._states.window(self.op.name, need, row, early)
 
     def carry(self, need: Need, dtype: Any, after: Carry) -> tuple[Any, Any]:
         """Return a state before and after the step, which ``after`` computes."""
@@ -245,6 +297,13 @@ class Operation:
 def time_place(axes: Axes) -> int:
     """Return the dimension with the time axis."""
     return next((i for i, dim in enumerate(axes) if time_of([dim]) is not None), 0)
+
+
+def time_start(axes: Axes) -> int:
+    """Return where a time axis begins."""
+    time = time_of(axes)
+    assert time is not None
+    return time.start
 
 
 def in_place(rows: Any, axes: Axes, place: int) -> Any:

@@ -7,7 +7,7 @@ back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from stepwell_server.compile.causality.axes import Axes, elements, is_plain, tim
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.rules.sums import convolution_padding
 from stepwell_server.compile.graph.tensorflow_setup import tf
-from stepwell_server.compile.streaming.operation import Operation, in_place, time_place
+from stepwell_server.compile.streaming.operation import Operation, in_place, time_place, time_start
 from stepwell_server.compile.streaming.replay import again, plain_sizes, step_shape
 
 Maker = Callable[[Operation], "list[Any]"]
@@ -113,6 +113,23 @@ def _padded(one: Operation) -> list[Any]:
     return [value]
 
 
+def _mirrored(one: Operation) -> list[Any]:
+    """Pad with copies; along the time axis these are kept for what comes before the first time step."""
+    paddings = np.array(one.array(1))
+    for i, dim in enumerate(one.axes()):
+        if not is_plain(dim):
+            paddings[i] = 0
+    if one.need(Memory.FIRST) is not None:
+        one.first()
+    return again(one.op, [one.data(), tf.constant(paddings)]) if np.any(paddings) else [one.data()]
+
+
+def _shifted(one: Operation) -> list[Any]:
+    """Shift plain dimensions: along the time axis the proof accounts for it."""
+    axis = int(np.ravel(one.array(2))[0]) % len(one.axes())
+    return [one.data()] if time_of([one.axes()[axis]]) is not None else _as_it_was(one)
+
+
 def _joined(one: Operation) -> list[Any]:
     count = len(one.op.inputs) - 1
     out = one.out()
@@ -162,8 +179,10 @@ def _frames(one: Operation, axis: int) -> Any:
     """Take the elements of the frames that end in this time step from a window."""
     array, need, axes = one.array(1), one.need(Memory.WINDOW), one.axes()
     time = elements(one.out()[axis])
-    places = array[: 1 if time is None else time.per] - array.min()
-    value = one.data() if need is None else in_place(one.window(need, one.data()), axes, axis)
+    places = array[-1:] if one.need(Memory.FIRST) is not None else array[: 1 if time is None else time.per]
+    places = places - places.min()
+    early = one.first() if one.need(Memory.FIRST) is not None else None  # numbers below 0 became 0
+    value = one.data() if need is None else in_place(one.window(need, one.data(), early), axes, axis)
     return one.shaped(tf.gather(value, tf.constant(np.ravel(places)), axis=axis))
 
 
@@ -310,6 +329,33 @@ def _summed(one: Operation) -> list[Any]:
     return [tf.add_n([one.filled(i, one.out()) for i in range(len(one.op.inputs))])]
 
 
+def early(one: Operation, firsts: Mapping[str, Any]) -> Any:
+    """Return the value of a result before the first time step, where each row of the batch has its own.
+
+    ``one`` has those of its inputs, without time of others; ``firsts`` are elements that operations keep: see `States`.
+
+    Raises:
+        CannotStreamError: it cannot be created.
+    """
+    out = one.out()
+    if one.op.name in firsts:
+        return tf.reshape(firsts[one.op.name], step_shape(out))
+    is_longer = any(
+        one.is_data(i) and (time := time_of(one.axes(i))) is not None and time.start > time_start(out)
+        for i in range(len(one.op.inputs))
+    )
+    if not is_longer:
+        return make(one)[0]
+    if one.kind != "ConcatV2":
+        padding = one.constant(2) if len(one.op.inputs) > 2 else tf.zeros((), one.op.outputs[0].dtype)
+        like = next(one.data(i) for i in range(len(one.op.inputs)) if one.is_data(i))
+        return tf.zeros([tf.shape(like)[0], *step_shape(out)[1:]], padding.dtype) + padding
+    axis = int(one.array(len(one.op.inputs) - 1)) % len(out)
+    if one.is_data(0):
+        return tf.split(one.data(0), [1, int(one.data(0).shape[axis]) - 1], axis)[0]
+    return tf.concat([tf.gather(one.filled(0, out), [0], axis=axis)], axis)
+
+
 def _passed(one: Operation) -> list[Any]:
     return [one.data()]
 
@@ -324,6 +370,8 @@ _BY_MAKER: dict[Maker, tuple[str, ...]] = {
     _sliced: ("StridedSlice",),
     _part: ("Slice",),
     _padded: ("Pad", "PadV2"),
+    _mirrored: ("MirrorPad",),
+    _shifted: ("Roll",),
     _joined: ("ConcatV2",),
     _stacked: ("Pack",),
     _tiled: ("Tile", "BroadcastTo"),

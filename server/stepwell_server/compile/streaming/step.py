@@ -6,18 +6,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepwell_server.compile.causality.axes import BATCH, TIME, Axes
-from stepwell_server.compile.causality.call import Need
+from stepwell_server.compile.causality.axes import BATCH, TIME, Axes, time_of
+from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.cut import Cut, CutCall
 from stepwell_server.compile.causality.proof import NotAdmitted, Proof, needed
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.causality.values import Data
+from stepwell_server.compile.causality.values import Before, Const, Data
 from stepwell_server.compile.graph.plan import CarriedState, Plan
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.graph.trace import chosen
 from stepwell_server.compile.streaming.numbers import constant_of, counted
-from stepwell_server.compile.streaming.operation import Operation, States, spread
-from stepwell_server.compile.streaming.operations import CannotStreamError, make
+from stepwell_server.compile.streaming.operation import Operation, States, StatesBefore, spread
+from stepwell_server.compile.streaming.operations import CannotStreamError, early, make
 from stepwell_server.compile.streaming.replay import Constants, is_fixed, reduced
 from stepwell_server.program import StateSpec
 
@@ -80,6 +80,7 @@ class _Streaming:
         )
         self._constants = Constants(side)
         self._made: dict[str, Any] = {}
+        self._early: dict[str, Any] = {}
         self._carried = _carried(plan, side)
         for i, tensor in enumerate(side.inputs):
             value = tensors[f"in_{i}"]
@@ -119,10 +120,34 @@ class _Streaming:
         values, states = self._proof.values, self._states
         try:
             numbers = self._numbers(op, needs)
-            results = make(Operation(op, values, self._made, self._constants, states, needs, numbers))
+            held = {
+                need.input: self._before_first(op.inputs[need.input], index)
+                for need in _held(needs, op, values)
+            }
+            results = make(Operation(op, values, self._made, self._constants, states, needs, numbers, held))
         except CannotStreamError as error:
             raise NotAdmitted(Reason.UNPROVEN, self._side.owner(index), str(error)) from error
         self._made.update((made.name, result) for made, result in zip(op.outputs, results, strict=False))
+
+    def _before_first(self, tensor: Any, index: int) -> Any:
+        """Return the value of a tensor before the first time step, which is that of its row, in the shape of one step.
+
+        Raises:
+            NotAdmitted: an operation cannot be created.
+        """
+        values = self._proof.values
+        wanted = _without(tensor, values, self._early)
+        for op in wanted:
+            made = {
+                value.name: self._early.get(value.name, self._made.get(value.name)) for value in op.inputs
+            }
+            needs = tuple(need for need in self._proof.needs.get(op.name, ()) if need.kind is Memory.WINDOW)
+            try:
+                one = Operation(op, values, made, self._constants, StatesBefore(self._states), needs)
+                self._early[op.outputs[0].name] = early(one, self._states.firsts)
+            except CannotStreamError as error:
+                raise NotAdmitted(Reason.UNPROVEN, self._side.owner(index), str(error)) from error
+        return self._early[tensor.name]
 
     def _numbers(self, op: Any, needs: tuple[Need, ...]) -> dict[int, Any]:
         """Return the inputs of an operation that the number of the time step determines."""
@@ -141,7 +166,9 @@ class _Streaming:
         value = self._proof.values[tensor.name]
         if isinstance(value, Data):
             needs = self._proof.needs.get(owner, ())
-            return self._states.delayed(owner, needs, i, self._made[tensor.name], value.axes)
+            is_held = any(need.kind is Memory.SINCE and need.input == i for need in needs)
+            before = self._before_first(tensor, 0) if is_held else None
+            return self._states.delayed(owner, needs, i, self._made[tensor.name], value.axes, before)
         like = next(iter(self._made.values()))
         array = value.arrays()[0] if is_fixed(value) else reduced(value, axes)
         return spread(array, tensor.dtype, axes, like)
@@ -180,6 +207,32 @@ class _Streaming:
     def _axes(self, tensor: Any) -> Axes:
         value = self._proof.values[tensor.name]
         return value.axes if isinstance(value, Data) else ((BATCH,), (TIME,), *step_axes(tensor)[1:])
+
+
+def _held(needs: Sequence[Need], op: Any, values: Mapping[str, Data | Const]) -> list[Need]:
+    """Return the needs of inputs that have a value of each row before the first time step."""
+    found = [need for need in needs if need.kind is Memory.SINCE]
+    given = [(need, values[op.inputs[need.input].name]) for need in found]
+    return [need for need, value in given if isinstance(value, Data) and value.before is Before.ROW]
+
+
+def _without(tensor: Any, values: Mapping[str, Data | Const], early: Mapping[str, Any]) -> list[Any]:
+    """Return the operations whose results before the first time step are needed for one, dependencies first."""
+    found: list[Any] = []
+    waiting = [(tensor, False)]
+    seen: set[str] = set()
+    while waiting:
+        current, is_ready = waiting.pop()
+        value = values.get(current.name)
+        if not isinstance(value, Data) or (time := time_of(value.axes)) is None or time.start >= 0:
+            continue
+        if is_ready:
+            found.append(current.op)
+        elif current.name not in seen and current.name not in early:
+            seen.add(current.name)
+            waiting.append((current, True))
+            waiting += [(value, False) for value in current.op.inputs]
+    return found
 
 
 def _key(slot: Slot) -> tuple[str, Need]:

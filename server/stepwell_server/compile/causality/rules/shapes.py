@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.compile.causality.axes import (
     BATCH,
@@ -23,7 +24,8 @@ from stepwell_server.compile.causality.axes import (
 )
 from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.values import Const, Data, Items, equal
+from stepwell_server.compile.causality.rules.copies import is_repeated, same
+from stepwell_server.compile.causality.values import Before, Const, Data, Items, equal
 
 #: A slice that ends here has no end.
 _MAX_PLACE = 2**31 - 1
@@ -267,14 +269,15 @@ def _slice(call: Call) -> Sequence[Axes | Data]:
     return [Data(axes, ends=True) if is_last else axes]
 
 
-def _concat(call: Call) -> Sequence[Axes]:
+def _concat(call: Call) -> Sequence[Axes | Data]:
     """Join along one axis; the other axes of all inputs are equal."""
     count = len(call.inputs) - 1
     rank = call.rank(0)
     axis = axis_of(call, count, rank)
     data = next(value.axes for value in call.inputs[:count] if isinstance(value, Data))
     parts = [_joint(call, i, data, axis) for i in range(count)]
-    joined = _joined(call, [part[axis] for part in parts])
+    held = _held_in_front(call, [part[axis] for part in parts], axis)
+    joined = _joined(call, [part[axis] for part in parts]) if held is None else held
     dims: list[Dim] = [()] * rank
     for part in parts:
         for i, dim in enumerate(part):
@@ -282,7 +285,23 @@ def _concat(call: Call) -> Sequence[Axes]:
                 if dims[i] and part is not parts[0]:
                     raise LostAxisError("two values that are joined have their axes in different orders")
                 dims[i] = dim
-    return [_sized(call, tuple(joined if i == axis else dim for i, dim in enumerate(dims)))]
+    axes = _sized(call, tuple(joined if i == axis else dim for i, dim in enumerate(dims)))
+    return [axes if held is None else Data(axes, before=Before.ROW)]
+
+
+def _held_in_front(call: Call, parts: Sequence[Dim], axis: int) -> Dim | None:
+    """Return the time axis behind copies of one value of each row, such as the first one of the sequence, or None."""
+    *front, last = parts
+    time = stream(last)
+    if not call.holds or time is None or time.start or not all(map(is_plain, front)):
+        return None
+    values, tensors = call.inputs[: len(front)], call.first.inputs[: len(front)]
+    if any(not isinstance(value, Data) or value.ends for value in values):
+        return None
+    if not all(same(tensor, tensors[0]) and is_repeated(tensor, axis) for tensor in tensors):
+        return None
+    count = sum(call.scales.size(dim).first for dim in front)
+    return dim_of(Time(-count, time.extra + count))
 
 
 def _joint(call: Call, i: int, data: Axes, axis: int) -> Axes:
@@ -366,25 +385,48 @@ def _broadcast_to(call: Call) -> Sequence[Axes]:
     return [tuple(dim or call.scales.factors(size) for dim, size in zip(axes, sizes, strict=True))]
 
 
-def _pad(call: Call) -> Sequence[Axes]:
+def _pad(call: Call) -> Sequence[Axes | Data]:
     axes, paddings = call.data(0).axes, call.pairs(1)
+    held = None
     for i, dim in enumerate(axes):
         before, after = paddings[2 * i : 2 * i + 2]
         if (before, after) != ((0, 0), (0, 0)):
             time = elements(dim)
-            if time is None or call.kind == "MirrorPad":
+            is_mirrored = call.kind == "MirrorPad"
+            if is_mirrored and call.holds and stream(dim) == Time(0, 0 if time is None else time.extra):
+                held = _mirrored(call, dim, before, after)
+                axes = (*axes[:i], held, *axes[i + 1 :])
+            elif time is None or is_mirrored:
                 require_plain(dim, "pads")
             else:
                 call.require_same(before, after)
                 axes = placed(axes, i, lengthened(call, time, before.first, after.first))
     for i in range(2, len(call.inputs)):
         broadcast(call, [i])
-    return [_sized(call, axes)]
+    axes = _sized(call, axes)
+    return [axes if held is None else Data(axes, before=Before.ROW)]
 
 
-def _along_axis(call: Call) -> Sequence[Axes]:
+def _mirrored(call: Call, dim: Dim, before: Pair, after: Pair) -> Dim:
+    """Return the time axis behind one copy of its first element: more copies would be of later ones."""
+    if (before, after) != ((1, 1), (0, 0)) or call.attr("mode") != b"SYMMETRIC":
+        raise mixed(dim, "pads with later elements of")
+    call.remember(Memory.FIRST, 1)
+    call.remember(Memory.COUNT, 1)
+    (time,) = dim
+    assert isinstance(time, Time)
+    return dim_of(Time(-1, time.extra + 1))
+
+
+def _along_axis(call: Call) -> Sequence[Axes | Data]:
     """Cumulative sums, reversals and rolls. Along the time axis only sums and products, which grow step by step."""
     axes = call.data(0).axes
+    if call.kind == "Roll" and len(call.integers(2)) == len(call.pairs(1)) == 1:
+        place, (steps,) = axis_of(call, 2, len(axes)), call.pairs(1)
+        time = stream(axes[place])
+        if time is not None and steps.is_same and steps.first > 0 >= time.start:
+            later = dim_of(Time(time.start - steps.first, time.extra))
+            return [Data((*axes[:place], later, *axes[place + 1 :]), before=Before.UNKNOWN)]
     if call.kind in {"Cumsum", "Cumprod"} and not call.attr("reverse"):
         (axis,) = call.integers(1)
         time = stream(axes[axis % len(axes)])
@@ -433,7 +475,32 @@ def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[
     raise mixed(table[axis], "takes elements by their number along")
 
 
-def _framed(call: Call, table: Axes, axis: int, places: Const) -> Axes | None:
+def _clamped(call: Call, table: Axes, axis: int, arrays: Sequence[npt.NDArray[np.int64]]) -> Data | None:
+    """Return the axes after a look-up of frames that begin with copies of the first element: numbers below 0 become 0."""
+    time, sizes = stream(table[axis]), arrays[0].shape[1:]
+    offsets = arrays[0][-1] - (len(arrays[0]) - 1)
+    before = -int(offsets.min())
+    if time is None or time.start or before <= 0 or before >= len(arrays[0]):
+        return None
+    for array in arrays:
+        numbers = np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
+        if not equal(array, np.maximum(numbers + offsets, 0)):
+            return None
+    extra = Pair(*(len(array) - scale.steps for array, scale in zip(arrays, call.scales.both, strict=True)))
+    if not extra.is_same:
+        return None
+    reach = int(offsets.max() - offsets.min())
+    call.notes.looks = "takes frames of the time axis"
+    call.remember(Memory.WINDOW, reach)
+    call.remember(Memory.SINCE, reach)
+    call.remember(Memory.FIRST, 1)
+    call.remember(Memory.COUNT, 1)
+    frames = dim_of(Time(reach - before, extra.first))
+    axes = (*table[:axis], frames, *(normal((size,)) for size in sizes), *table[axis + 1 :])
+    return Data(axes, before=Before.ROW if reach < before else Before.CONSTANT)
+
+
+def _framed(call: Call, table: Axes, axis: int, places: Const) -> Axes | Data | None:
     """Return the axes after a look-up of frames: element ``i`` of the result has the elements ``i * stride + offset``.
 
     The offsets are the same for all ``i``, in both traces, like the values of other constants. So it is a window that ends
@@ -445,6 +512,8 @@ def _framed(call: Call, table: Axes, axis: int, places: Const) -> Axes | None:
     arrays = [np.asarray(array, np.int64) for array in places.arrays()]
     if min(map(len, arrays)) < 2 or not all(array.size for array in arrays):
         return None
+    if call.holds and (held := _clamped(call, table, axis, arrays)) is not None:
+        return held
     offsets, stride = arrays[0][:1], int(np.ravel(arrays[0][1] - arrays[0][0])[0])
     for array in arrays:
         numbers = np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
