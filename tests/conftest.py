@@ -98,10 +98,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+def pytest_collection() -> None:
+    """Do not look for garbage while thousands of tests are made, all of which stay: a second for each process."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector look at nothing again and again that stays: thousands of tests, and what they import."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
