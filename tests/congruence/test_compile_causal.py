@@ -57,7 +57,7 @@ def compiled(name: str, folder: Path) -> Compiled:
     return Compiled(name, model, compile_model(folder / "model.keras"))
 
 
-@pytest.fixture(scope="module", params=one_in(8, causal.CAUSAL))
+@pytest.fixture(scope="module", params=one_in(20, causal.CAUSAL))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compiled(request.param, tmp_path_factory.mktemp("causal"))
 
@@ -144,7 +144,9 @@ def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
     assert taken == TAKEN.get(model.name, taken)
 
 
-@pytest.mark.parametrize("name", ["conv", "depthwise", "lags", "average_pooling"])
+@pytest.mark.parametrize(
+    "name", ["conv", "depthwise", pytest.param("lags", marks=pytest.mark.slow), "average_pooling"]
+)
 def test_windows_have_their_place_in_memory_before_a_run(name: str, tmp_path: Path) -> None:
     """See `places_tensors_late`: wrong values were seen with Slices of windows."""
     program = compiled(name, tmp_path).program

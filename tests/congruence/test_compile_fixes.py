@@ -213,7 +213,15 @@ def test_weights_of_a_bidirectional_cannot_be_kept(trace_and_probe: Any, keras: 
         trace_and_probe(keras.Model(x, both(x)))
 
 
-@pytest.mark.parametrize("kind", ["Conv1D", "Bidirectional", "Flatten", "output"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Conv1D",
+        pytest.param("Bidirectional", marks=pytest.mark.slow),
+        pytest.param("Flatten", marks=pytest.mark.slow),
+        "output",
+    ],
+)
 def test_a_refusal_shortens_long_names(trace_and_probe: Any, keras: Any, kind: str) -> None:
     name = "n" * 200_000
     x = keras.Input((None, 4))

@@ -41,7 +41,7 @@ def test_a_row_of_the_table_is_true(row: layers.Row, table: Any, tmp_path: Path)
         np.testing.assert_allclose(given, expected, rtol=0, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("units", [26, 40])
+@pytest.mark.parametrize("units", [26, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_size_of_a_layer_does_not_matter(units: int, tmp_path: Path) -> None:
     """TensorFlow makes zeros of fewer than 1,000 elements in another way: the rows of a trace must not decide that."""
     from stepwell_server.compile.graph.tensorflow_setup import keras
@@ -54,6 +54,7 @@ def test_the_size_of_a_layer_does_not_matter(units: int, tmp_path: Path) -> None
     }
 
 
+@pytest.mark.slow
 def test_the_page_on_the_proof_is_true(tmp_path: Path) -> None:
     """The model of its table has the states that it names, and the refusal has its words."""
     from stepwell_server.compile.graph.tensorflow_setup import keras

@@ -33,7 +33,10 @@ def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) ->
     assert isinstance(caught.value, NotCausalError) == ("not causal" in said or "step by step" in said)
 
 
-@pytest.mark.parametrize("name", ["seed_model", "bidirectional", "nested_sequential_fixed_time"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("seed_model", marks=pytest.mark.slow), "bidirectional", "nested_sequential_fixed_time"],
+)
 def test_the_model_is_as_it_was_after_tracing(trace_and_probe: Any, name: str) -> None:
     model = zoo.build(name)
     before = [dict(vars(layer)) for layer in model._flatten_layers()]

@@ -35,7 +35,7 @@ def _prove(case: Case, options: ProofOptions = TRUSTED) -> Any:
     [
         (LOOK_BACK, None, "although --trust-causality names it: output 'rnn' differs from Keras by"),
         # fewer steps than the proof needs cannot be asked for
-        (LOOK_BACK, 150, "although --trust-causality names it"),
+        pytest.param(LOOK_BACK, 150, "although --trust-causality names it", marks=pytest.mark.slow),
         # found by the disturbance
         (LOOK_AHEAD, None, "output 'rnn' moves by .* before the time step that was disturbed"),
     ],
@@ -56,6 +56,7 @@ def test_the_layer_that_differs_first_is_named() -> None:
     ), said
 
 
+@pytest.mark.slow
 def test_it_is_the_length_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "reach", lambda *_args: 150)
     assert _prove(LOOK_BACK).proof.unproven
@@ -78,6 +79,7 @@ def test_an_end_token_of_a_vocabulary_of_1000_is_found_by_its_value() -> None:
         _prove(mixing_rows.CASES["end_mask"])
 
 
+@pytest.mark.slow
 def test_it_is_the_token_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "hard", _plain_draw)
     monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
@@ -90,6 +92,7 @@ def test_a_scale_by_the_largest_value_is_found_by_large_values() -> None:
         _prove(mixing_steps.CASES["largest_scale"])
 
 
+@pytest.mark.slow
 def test_it_is_the_values_that_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "hard", _plain_draw)
     monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))

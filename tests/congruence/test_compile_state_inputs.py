@@ -57,7 +57,7 @@ def called(model: Any, named: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-@pytest.mark.parametrize("name", one_in(3, decoders.DECODERS))
+@pytest.mark.parametrize("name", one_in(6, decoders.DECODERS))
 def test_a_session_equals_keras_in_a_loop_and_over_the_whole_piece(
     keras: Any, tmp_path: Path, name: str
 ) -> None:
@@ -111,6 +111,7 @@ def test_a_session_equals_keras_in_a_loop_and_over_the_whole_piece(
             np.testing.assert_allclose(found, whole[after], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_initial_values_are_those_that_are_declared(keras: Any, tmp_path: Path) -> None:
     keras.backend.clear_session()
     model, row = decoders.build("tutorial"), np.linspace(-1, 1, 6).tolist()
@@ -126,6 +127,7 @@ def test_initial_values_are_those_that_are_declared(keras: Any, tmp_path: Path) 
     assert other.fingerprint != program.fingerprint
 
 
+@pytest.mark.slow
 def test_data_need_not_hold_the_states(keras: Any, tmp_path: Path) -> None:
     keras.backend.clear_session()
     model = decoders.build("tutorial")

@@ -209,7 +209,7 @@ async def _answers(entry: Sent | Asked) -> Sequence[Any]:
     return entry.answers
 
 
-@pytest.fixture(params=["async", "sync"])
+@pytest.fixture(params=[pytest.param("async", marks=pytest.mark.slow), "sync"])
 def kind(request: pytest.FixtureRequest) -> Iterator[str]:
     kind: str = request.param
     yield kind

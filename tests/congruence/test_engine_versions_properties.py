@@ -559,7 +559,14 @@ class Play:
             assert any(same({kept: one}, state) for one in session.states), (name, state, session.states)
 
 
-@pytest.fixture(params=["memory", "async", "sync", "fake_shared"])
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("async", marks=pytest.mark.slow),
+        pytest.param("sync", marks=pytest.mark.slow),
+        "fake_shared",
+    ]
+)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     kind: str = request.param
     monkeypatch.setattr(changes, "MAX_KNOWN_VERSIONS", _MAX_KNOWN)

@@ -215,6 +215,7 @@ def outcome_without(
     return outcome
 
 
+@pytest.mark.slow
 def test_a_store_that_lets_sessions_begin_where_others_ended_is_found() -> None:
     rule = ("elseif kind == 2 and is_marked and has == follow then", "elseif kind == 2 and is_marked then")
     changes: dict[str, Any] = {
@@ -230,6 +231,7 @@ def test_a_store_that_lets_sessions_begin_where_others_ended_is_found() -> None:
     assert is_found(range(65, 165), Bugs({"COMMIT": rule}), **changes)
 
 
+@pytest.mark.slow
 def test_a_client_that_takes_unknown_outcomes_for_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         valkey_store,
@@ -316,11 +318,13 @@ LIMITS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_store_for_which_a_change_is_no_use_is_found() -> None:
     used = ("stamp .. used .. sub(blob", "stamp .. call('GETRANGE', key, 9, 16) .. sub(blob")
     assert is_found(range(100), Bugs({"CHANGE": used}), **LIMITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.5, 1e6])
 def test_a_replica_that_takes_a_limit_for_another_is_found(
     monkeypatch: pytest.MonkeyPatch, factor: float
@@ -355,6 +359,7 @@ def test_a_replica_that_forgets_what_it_is_making_is_found(monkeypatch: pytest.M
     assert is_found(range(100), **QUOTAS)
 
 
+@pytest.mark.slow
 def test_a_replica_that_forgets_what_the_store_may_have_made_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -373,6 +378,7 @@ def test_a_replica_that_judges_by_its_own_copy_is_found(monkeypatch: pytest.Monk
     assert is_found(range(200))
 
 
+@pytest.mark.slow
 def test_a_replica_that_applies_what_fits_whatever_its_request_id_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -390,6 +396,7 @@ def test_a_replica_that_applies_what_fits_whatever_its_request_id_is_found(
     assert is_found(range(20), mix=Mix(reuse=3.0), must_sync=True)
 
 
+@pytest.mark.slow
 def test_a_replica_that_reads_its_own_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(_self: Pager, *_args: Any) -> None:
         """Believe what is in the arena."""
