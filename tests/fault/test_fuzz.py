@@ -68,6 +68,7 @@ def test_nothing_malformed_breaks_a_server_or_changes_a_session(
         assert bool(found.answered["401"]) is asks
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_fuzzer_finds_defects_and_crashes(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANTED)

@@ -46,7 +46,7 @@ def wait_expired(client: stepwell.Client, session_id: str) -> None:
             return
 
 
-@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
+@pytest.mark.parametrize("jump_s", [pytest.param(DAY_S, marks=pytest.mark.slow), -DAY_S])
 def test_a_jump_keeps_no_session_alive(tmp_path: Path, jump_s: int) -> None:
     """What is idle for too long expires, whatever the clock on the wall says."""
     with (

@@ -68,6 +68,7 @@ def test_a_server_that_answers_before_it_keeps_is_caught(tmp_path: Path, defect:
         report.require_clean()
 
 
+@pytest.mark.slow
 def test_load_goes_on_when_every_session_is_lost(tmp_path: Path) -> None:
     """A server that loses sessions never runs out of load: players whose session is gone open another one."""
     history = tmp_path / "history"
@@ -80,6 +81,7 @@ def test_load_goes_on_when_every_session_is_lost(tmp_path: Path) -> None:
     assert report.count("wrong") == 0, report
 
 
+@pytest.mark.slow
 def test_a_session_made_anew_is_a_lost_one(tmp_path: Path) -> None:
     """An opening makes a new session where the old one is lost: its first revision is that of the old one."""
     path = tmp_path / "history"

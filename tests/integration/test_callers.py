@@ -105,7 +105,10 @@ def revoke(file: Path, *arguments: str) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.fixture(scope="module", params=[pytest.param("native", marks=needs_native), "python"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("native", marks=needs_native), pytest.param("python", marks=pytest.mark.slow)],
+)
 def asking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
     tmp_path = tmp_path_factory.mktemp("callers")
     authority = Authority(tmp_path)

@@ -103,6 +103,7 @@ def test_the_document_has_every_documented_key(bench: Bench) -> None:
     assert sorted(bench("seq", "--sessions", "2")) == sorted(keys)
 
 
+@pytest.mark.slow
 def test_the_result_for_people(bench: Bench) -> None:
     finished = bench("seq", "--mode", "unary", "--sessions", "1", json_too=False)
 
@@ -142,7 +143,7 @@ def test_interrupted_it_reports_and_closes_its_sessions(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups of signals")
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_ended_by_a_signal_to_all_its_processes_it_reports_and_closes_its_sessions(
     served: Served, nothing_is_left: None, number: str
 ) -> None:

@@ -104,6 +104,7 @@ def test_top_shows_the_sum_and_counts_sessions_once(cluster: _Cluster) -> None:
         group.close()
 
 
+@pytest.mark.slow
 def test_top_continues_without_a_replica_that_is_gone(cluster: _Cluster) -> None:
     metrics = cluster.metrics
     gone = "127.0.0.1:1"

@@ -107,6 +107,7 @@ async def test_everything_goes_over_tls(
         assert json.loads(out)["models"][0]["name"] == "forecast"
 
 
+@pytest.mark.slow
 def test_bench_goes_over_tls(authority: Authority) -> None:
     own = authority.issue()
     with _serve("auto", "--tls-cert", own.cert, "--tls-key", own.key) as server:

@@ -11,6 +11,9 @@ import pytest
 from support.console import axe
 from support.console.browser import NARROW, Browser
 
+# Only a change of the harness breaks them; the tests of pages use it in each run.
+pytestmark = pytest.mark.slow
+
 _PAGES = {
     "/good": "<title>good</title><h1>Good</h1><img src='data:,'>",
     "/script": "<h1>Page</h1><script>document.title = 'ran'</script>",

@@ -43,6 +43,7 @@ def picture(console: Console, name: str, height: int) -> None:
         console.page.screenshot(path=_FOLDER / f"{name}.png")
 
 
+@pytest.mark.slow
 def test_the_demos_users_are_seen_live(server: Server) -> None:
     sources = console_demo.sources()
     with (

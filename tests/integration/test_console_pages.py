@@ -72,6 +72,7 @@ def test_a_page_asks_for_another_token_when_its_own_is_revoked(
         console.token_dialog.wait_for()
 
 
+@pytest.mark.slow
 def test_a_page_asks_for_another_token_when_its_own_expires(browser: Browser, server: ConsoleServer) -> None:
     with opened(browser, server, "/sessions", "guest") as console, console.tab.expecting(UNAUTHENTICATED):
         server.expire("guest", after_s=2)
@@ -81,6 +82,7 @@ def test_a_page_asks_for_another_token_when_its_own_expires(browser: Browser, se
         console.token_dialog.wait_for(state="hidden")
 
 
+@pytest.mark.slow
 def test_the_theme_can_be_chosen(browser: Browser, server: ConsoleServer) -> None:
     back = "getComputedStyle(document.body).backgroundColor"
     with opened(browser, server, color_scheme="dark") as console:
@@ -201,6 +203,7 @@ def test_the_table_asks_for_one_page_of_many_sessions(browser: Browser, server: 
         assert len(asked) < 20
 
 
+@pytest.mark.slow
 def test_the_table_says_that_it_searches(browser: Browser, server: ConsoleServer) -> None:
     held: list[Any] = []
     with server.connect() as client, opened(browser, server, "/sessions") as console:
@@ -218,6 +221,7 @@ def test_the_table_says_that_it_searches(browser: Browser, server: ConsoleServer
         expect(table.get_by_role("row")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_a_search_among_many_stops_and_can_be_continued(browser: Browser, server: ConsoleServer) -> None:
     asked: list[str] = []
 

@@ -47,7 +47,7 @@ print(connection.getresponse().read().decode())
 """
 
 
-@pytest.fixture(params=["server", "envoy"])
+@pytest.fixture(params=["server", pytest.param("envoy", marks=pytest.mark.slow)])
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Where the page's calls go: the server itself, and an Envoy before it."""
     if secured.is_on():

@@ -22,6 +22,7 @@ def _inputs(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return np.sin(seed + np.arange(FEATURES)).astype(np.float32)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", [pytest.param("native", marks=needs_native), "python"])
 def test_grpc_js(front: str) -> None:
     try:

@@ -157,6 +157,7 @@ def test_a_file_of_another_naming_fits(client: stepwell.Client, load: Callable[[
         client.unload_model(other, force=True)
 
 
+@pytest.mark.slow
 def test_four_refused_tries_use_no_number(
     client: stepwell.Client, load: Callable[[Any], Any], tmp_path: Path
 ) -> None:
@@ -230,6 +231,7 @@ def test_layers_that_could_change_places_are_named(
     assert client.model(name).version == info.version == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_stays(
     client: stepwell.Client, server: LocalServer, load: Callable[[Any], Any], tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_the_first_steps(
     assert (done.count("sh"), done.count("text")) == (4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own, when saving
 def test_the_page_for_notebooks(
     root: Path, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("silero") / "environment"
 
 
+@pytest.mark.slow
 def test_a_hundred_microphones_share_one_model(
     root: Path, compiled: Path, environment: Path, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_hundred_microphones_share_one_model(
     assert (tmp_path / "out" / "vad.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_page_on_speech(
     root: Path, compiled: Path, environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_tensor_of_several_axes_has_numbered_units() -> None:
     assert np.allclose(ax.images[0].get_array(), recorder.tape.states["conv/h"].reshape(18, 4).T)
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_of_a_thousand_units() -> None:
     recorder = Recorder()
     for _ in range(20):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from repository import ROOT
 
 MODULE = '''
@@ -61,6 +62,7 @@ def run(folder: Path, texts: dict[str, str], *arguments: str) -> dict[str, str]:
     return {f"{row['before']}, {row['after']}": row["status"] for row in json.loads(results.read_text())}
 
 
+@pytest.mark.slow
 def test_mutants_are_found_and_found_again(tmp_path: Path) -> None:
     files = {"package/module.py": MODULE, "tests/test_module.py": TESTS}
     assert run(tmp_path / "before", files) == FOUND

@@ -227,6 +227,7 @@ type Size = int | float
 """
 
 
+@pytest.mark.slow
 def test_a_new_public_module_is_shown_fact_by_fact_with_the_private_types_that_it_uses(copy: Copy) -> None:
     (copy.folder / "client" / "stepwell" / "sample.py").write_text(SAMPLE)
     (copy.folder / "client" / "stepwell" / "_hidden.py").write_text(HIDDEN)
@@ -234,6 +235,7 @@ def test_a_new_public_module_is_shown_fact_by_fact_with_the_private_types_that_i
     assert copy.differences() == [*(f"+{line}" for line in LINES.splitlines()), "-stray"]
 
 
+@pytest.mark.slow
 def test_changed_signatures_reasons_codes_fields_and_metrics_are_shown(copy: Copy) -> None:
     server = "server/stepwell_server"
     copy.replace("client/stepwell/testing.py", "def kill(self)", "def kill(self, signal: int = 9)")
