@@ -46,6 +46,10 @@ $(FRONT): $(INSTALLED) scripts/front.py $(wildcard server/front/*.toml server/fr
 front: $(FRONT) ## Build the native front, where cargo is there (one to six minutes; may install Debian's crates, which STEPWELL_NO_APT=1 forbids)
 	@$(BIN)/python -c "import stepwell_front" 2>/dev/null && echo "The native front is installed" || $(BIN)/python scripts/front.py
 
+.PHONY: crates
+crates: ## Compile the crates that the native front uses, where cargo is there; needs no .venv, so CI runs it beside `make install`
+	@"$(PYTHON)" scripts/front.py --crates || [ $$? -eq 3 ]
+
 .PHONY: install
 install: $(INSTALLED) ## Make .venv with everything for running, testing and checking
 
@@ -202,7 +206,7 @@ check-surface: $(INSTALLED) ## Is docs/surface/ what the code says: signatures, 
 	$(BIN)/python scripts/surface.py --check
 
 .PHONY: check-layers
-check-layers: $(INSTALLED) ## Is the table of layers in docs/explanation/models.md what compiled models have? (20 seconds)
+check-layers: $(INSTALLED) ## Is the table of layers in docs/explanation/models.md what compiled models have? Compiles one row in four
 	$(BIN)/python scripts/layer_table.py --check
 
 .PHONY: check-size
@@ -247,8 +251,9 @@ format: $(INSTALLED) ## Format everything, wrap the documents, and mend what ruf
 	$(BIN)/ruff format .
 	$(BIN)/python scripts/wrap_documents.py
 
+# After the front: both are built in one folder of maturin's.
 .PHONY: wheels
-wheels: $(INSTALLED) ## Build the wheels of stepwell and of its native front into dist/, and try them in a bare environment
+wheels: $(INSTALLED) $(FRONT) ## Build the wheels of stepwell and of its native front into dist/, and try them in a bare environment
 	rm -rf dist
 	$(BIN)/python -m hatchling build --target wheel --directory dist
 	$(BIN)/python scripts/front.py --wheel dist

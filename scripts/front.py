@@ -1,6 +1,7 @@
 """Build the native front and put it into this environment, or say why there is none.
 
     python scripts/front.py              build it if it is not there as it stands in server/front
+    python scripts/front.py --crates     compile the crates that it uses; needs nothing but Python and cargo
     python scripts/front.py --check      format, clippy and the crate's own tests; fails if cargo is there and they do
     python scripts/front.py --wheel DIR  build the wheel of stepwell-front into a folder
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,11 +47,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Build the native front.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="check and test the crate instead")
+    what.add_argument("--crates", action="store_true", help="compile only the crates that it uses")
     what.add_argument("--wheel", metavar="DIR", type=Path, help="build the wheel into this folder instead")
     options = parser.parse_args(arguments)
     try:
         if options.check:
             return check()
+        if options.crates:
+            return cargo("build", "--quiet", "--release", *crates())
         if options.wheel:
             return build_wheel(options.wheel.absolute())
         return build()
@@ -80,6 +85,12 @@ def build_wheel(folder: Path) -> int:
     )
     maturin("build", "--release", "--out", str(folder))
     return 0
+
+
+def crates() -> list[str]:
+    """Arguments for cargo: the crates that the front uses, but pyo3, which maturin compiles for the Python that it finds."""
+    uses = tomllib.loads((CRATE / "Cargo.toml").read_text())["dependencies"]
+    return [f"--package={name}" for name in uses if name != "pyo3"]
 
 
 def check() -> int:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -186,3 +187,21 @@ def test_make_front_says_what_the_server_does_without_cargo_and_where_it_comes_f
         "No native front: cargo is not installed. The server uses the front in Python, which is slower and serves this"
         " machine only. Cargo comes with https://rustup.rs, or on Debian as root: apt-get install cargo; then: make front\n"
     )
+
+
+def test_make_crates_compiles_what_the_front_uses_without_an_environment(
+    root: Path, sources: Path, tmp_path: Path
+) -> None:
+    noted = tmp_path / "noted"
+    done = subprocess.run(
+        [sys.executable, "-S", str(root / "scripts" / "front.py"), "--crates"],
+        env=environment(tmp_path, f"echo \"$*\" >> '{noted}'; echo 'cargo 1.95.0'"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    command, *packages = noted.read_text().splitlines()[-1].split(" --package=")
+    assert command == "build --quiet --release"
+    uses = tomllib.loads((sources / "Cargo.toml").read_text())["dependencies"]
+    assert sorted([*packages, "pyo3"]) == sorted(uses)
