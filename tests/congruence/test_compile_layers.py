@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,26 @@ def test_a_table_that_is_out_of_date_is_found(
     page = tmp_path / "models.md"
     monkeypatch.setattr(table, "PAGE", page)
     monkeypatch.setattr(table, "ROOT", tmp_path)
-    monkeypatch.setattr(table, "lines", lambda: iter(["| a |", "| - |", "| 7 |"]))
+    monkeypatch.setattr(table, "lines", lambda _: iter(["| a |", "| - |", "| 7 |"]))
     page.write_text(f"Before.\n\n{table.MARK}\n\n| a |\n| - |\n| 6 |\n\nAfter.\n")
     assert table.main(["--check"]) == 1
     assert "should be in models.md: | 7 |" in capsys.readouterr().out
     assert table.main([]) == table.main(["--check"]) == 0
     assert page.read_text() == f"Before.\n\n{table.MARK}\n\n| a |\n| - |\n| 7 |\n\nAfter.\n"
+
+
+def test_a_check_compiles_one_row_in_four_and_new_ones(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[layers.Row] = []
+
+    def build(row: layers.Row) -> Any:
+        compiled.append(row)
+        return SimpleNamespace(save=lambda _: None)
+
+    monkeypatch.setattr(table, "programs", SimpleNamespace(compile_model=lambda _: None))
+    monkeypatch.setattr(layers, "build", build)
+    monkeypatch.setattr(table, "line_of", lambda row, _: f"| {table.code_of(row)} | compiled |")
+    is_new = layers.ROWS[2]
+    trusted = [f"| {table.code_of(row)} | trusted |" for row in layers.ROWS if row is not is_new]
+    found = list(table.lines(trusted))[2:]
+    assert compiled == [row for place, row in enumerate(layers.ROWS) if row is is_new or place % 4 == 0]
+    assert [line.endswith("| compiled |") for line in found] == [row in compiled for row in layers.ROWS]
