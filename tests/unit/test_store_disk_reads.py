@@ -93,8 +93,8 @@ def test_an_append_and_a_checkpoint_between_two_searches(path: Path, read: Read)
         checkpoint.join(WAIT_S)
         assert not wal._sealed.offsets
 
-    wal._sealed.offsets = Offsets(wal._sealed.offsets, before_list=pause)
-    wal._active.offsets = Offsets(wal._active.offsets, after_search=move)
+    wal._sealed.places.last = Offsets(wal._sealed.offsets, before_list=pause)
+    wal._active.places.last = Offsets(wal._active.offsets, after_search=move)
     checkpoint = threading.Thread(target=store.checkpoint)
     checkpoint.start()
     assert has_begun.wait(WAIT_S)
@@ -129,7 +129,7 @@ def test_a_rotation_during_a_search(path: Path, monkeypatch: pytest.MonkeyPatch,
     writer = threading.Thread(target=rotate)
     writer.start()
     monkeypatch.setattr(wal, "_looking", Watched(wal._looking, waits))
-    wal._active.offsets = Offsets(wal._active.offsets, before_search=move)
+    wal._active.places.last = Offsets(wal._active.offsets, before_search=move)
     assert read(store, name) >= 3
     writer.join(WAIT_S)
     assert read(store, name) == 4
@@ -171,7 +171,7 @@ def test_a_transaction_removes_the_older_of_two_records_first(path: Path, read: 
         seen.append(read(store, name))
 
     for segment in (wal._active, wal._sealed):
-        segment.offsets = Offsets(segment.offsets, after_removal=look)
+        segment.places.last = Offsets(segment.offsets, after_removal=look)
     store.commit(Batch(puts=[(name, record(name, 3))], documents=[("z", b"")]))
     assert len(seen) == 2
     assert min(seen) >= 2
@@ -205,6 +205,6 @@ def test_a_backup_reads_the_log_while_it_rotates_twice(path: Path, monkeypatch: 
 
     monkeypatch.setattr(reader, "_read", slow)
     found = reader.read_log(path / "wal", Mark.unpacked(base_of(store).wal_mark).owner)
-    assert decode("s0", found["s0"]).revision == 2
+    assert decode("s0", found["s0"][-1]).revision == 2
     assert not actions
     assert in_lmdb(store)["s0"] == 0

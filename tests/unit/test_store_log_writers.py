@@ -88,7 +88,7 @@ class Writing:
     @property
     def stored(self) -> dict[str, int]:
         """The sessions that the next start finds."""
-        return layout.content_of(self.data).offsets
+        return layout.content_of(self.data).places.last
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ async def test_what_was_written_is_found_at_the_next_start(writing: Writing) -> 
     assert await writing.write(one("b"), [*one("c"), *one("d")]) is None
     assert writing.stored == writing.segment.offsets
     assert set(writing.stored) == {"a", "b", "c", "d"}
-    assert writing.segment.record("c") == record("c", 1)
+    assert writing.segment.value("c") == [record("c", 1)]
 
 
 @pytest.mark.parametrize("room", [1, 40, 200, 300, 700])

@@ -171,8 +171,8 @@ def test_a_record_of_another_session_is_damaged() -> None:
 
 
 def test_a_record_of_a_later_schema_version_is_refused() -> None:
-    later = resealed("s", a_record().encode("s"), 5)
-    with pytest.raises(StateCorrupt, match="schema version is 5, this server reads 4: a later server") as e:
+    later = resealed("s", a_record().encode("s"), 6)
+    with pytest.raises(StateCorrupt, match="schema version is 6, this server reads 4: a later server") as e:
         decode("s", later)
     assert is_sound("s", later), "it is as that server wrote it"
     assert e.value.metadata == {"session_id": "s"}

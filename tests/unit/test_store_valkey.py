@@ -496,8 +496,8 @@ async def test_two_servers_have_one_store(valkey: Valkey) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("layout", "2", "the layout of the store with prefix .* must be 5; it is 2: another release"),
-        ("layout", "0", "the layout of the store with prefix .* must be 5; it is 0: another release"),
+        ("layout", "2", "the layout of the store with prefix .* must be 6; it is 2: another release"),
+        ("layout", "0", "the layout of the store with prefix .* must be 6; it is 0: another release"),
         ("layout", "", "layout in key '.*{meta}store' must be intact; it is corrupt"),
         ("partitions", "0", "partitions in key .* it is corrupt"),
         ("secret", "x", "secret in key .* it is corrupt"),

@@ -64,7 +64,7 @@ def loaded(path: Path, size: int = SIZE) -> Segment:
 
 def held(segment: Segment) -> dict[str, bytes]:
     """What a segment has, by session."""
-    found = {i: found for i in segment.offsets if (found := segment.record(i)) is not None}
+    found = {i: record for i in segment.offsets for record in segment.value(i)}
     assert dict(segment.records([*reversed(found), "unknown"])) == found
     return found
 

@@ -73,6 +73,8 @@ class Format(NamedTuple):
     """Number of the format of all its content."""
     noun: str
     """What it is and what writes it, for messages."""
+    oldest: int = 0
+    """Number of the oldest format that is read too; 0: none."""
 
     @property
     def line(self) -> bytes:
@@ -145,7 +147,10 @@ def read(file: IO[bytes], form: Format) -> Iterator[Entry]:
 
 
 def _require_format(line: bytes, form: Format) -> None:
-    if line == form.line:
+    if line in (
+        form.line,
+        *(form._replace(number=n).line for n in range(form.oldest or form.number, form.number)),
+    ):
         return
     name, _, number = line.rstrip(b"\n").rpartition(b" ")
     if line == b"STPWLS1\n":  # the first line of an earlier format of exported sessions

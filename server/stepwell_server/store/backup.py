@@ -17,6 +17,7 @@ from pathlib import Path
 from stepwell._admin.record_file import Kind
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, Tombstone
+from stepwell_server.store.changes import joined
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.backup import snapshot
 from stepwell_server.store.disk.backup.file import About, Reader, Writer
@@ -25,7 +26,14 @@ from stepwell_server.store.disk.documents import DocumentSet, Item
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
-from stepwell_server.store.record import MAX_COUNTER, header_or_none, is_sound, key_id_of, with_revision
+from stepwell_server.store.record import (
+    MAX_COUNTER,
+    header_or_none,
+    is_change,
+    is_sound,
+    key_id_of,
+    with_revision,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +86,7 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
             for entry in found.sessions():
                 sums.add([entry.key])
                 damaged += not is_sound(entry.session_id, entry.record)
-                writer.session(entry.session_id, entry.record)
+                writer.session(entry.session_id, bytes(entry.record))
             found.require_all(sums)
             for stone in found.tombstones():
                 writer.tombstone(stone)
@@ -209,10 +217,13 @@ class Change:
             return session_id, record
         # no number of steps leads there: somebody forged the record, and no server will use it
         self.damaged += header.revision + self.ahead > MAX_COUNTER
+        opened = record if self._sealer is None else self._sealer.opened_or_as_is(session_id, record)
+        plain = joined(session_id, opened)
         if self._sealer is None:
-            return session_id, with_revision(session_id, record, header.revision + self.ahead)
-        plain = self._sealer.opened_or_as_is(session_id, record)
-        if key_id_of(plain) is not None:
+            if is_change(plain):  # encrypted changes of a store that was moved: the revisions stay
+                return session_id, record
+            return session_id, with_revision(session_id, plain, header.revision + self.ahead)
+        if is_change(plain) or key_id_of(plain) is not None:
             self.damaged += 1
             return session_id, record
         ((_, sealed),) = self._sealer.seal(

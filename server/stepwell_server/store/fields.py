@@ -4,7 +4,8 @@ Each field has a tag of two bytes, a length of two bytes, and a value. Unknown f
 written again. A tag with the bit `CRITICAL` must be known: a record with an unknown critical field is refused.
 
 Tags are never reused: 4 is the model's version and its epoch, 6 the caller that created the session, 7 the closes that
-ended earlier sessions of the id, and 0x8005 the encryption of rows and extra (`encryption.sealer`). 1 to 3 are retired.
+ended earlier sessions of the id, 0x8005 the encryption of rows and extra (`encryption.sealer`), and 0x8008 what a change
+leaves out (`changes`). 1 to 3 are retired.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ OWNER = 6
 """Tag of the caller that created the session, if it has a quota of sessions or rows: `TENANT/NAME` in UTF-8."""
 CLOSES = 7
 """Tag of the request ids of calls that closed earlier sessions of this id: `store.base.pack_closes`."""
-KNOWN_TAGS: frozenset[int] = frozenset({VERSION, OWNER, CLOSES, SEAL})
+CHANGE = 0x8008
+"""Tag of what a change leaves out of its rows: `changes`. It is always the last field."""
+CHANGE_HEAD = struct.Struct("<I")
+"""The first part of that value: the number of bytes left out."""
+KNOWN_TAGS: frozenset[int] = frozenset({VERSION, OWNER, CLOSES, SEAL, CHANGE})
 """Tags that this server knows."""
 NOT_COUNTED = frozenset({VERSION, CLOSES, SEAL})
 """Tags that do not count for quotas: see `counted_bytes`."""
@@ -38,14 +43,17 @@ FIELD_HEAD = struct.Struct("<HH")
 def counted_bytes(fields: bytes) -> int:
     """Return how many bytes of extension fields count for quotas: all except version, closes and encryption.
 
-    Those change with moves, keys and earlier sessions of the id, and callers cannot make them large. Unreadable
-    fields count in full.
+    Those change with moves, keys and earlier sessions of the id, and callers cannot make them large. Of a change, the
+    bytes that it leaves out count. Unreadable fields count in full.
     """
     try:
         found = unpack_fields(fields)
     except ValueError:
         return len(fields)
-    return sum(FIELD_HEAD.size + len(value) for tag, value in found.items() if tag not in NOT_COUNTED)
+    change = found.pop(CHANGE, b"")
+    left_out = CHANGE_HEAD.unpack_from(change)[0] if len(change) >= CHANGE_HEAD.size else len(change)
+    own = sum(FIELD_HEAD.size + len(value) for tag, value in found.items() if tag not in NOT_COUNTED)
+    return int(left_out + own)
 
 
 def pack_fields(fields: Mapping[int, bytes]) -> bytes:

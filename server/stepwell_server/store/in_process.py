@@ -27,8 +27,9 @@ from stepwell_server.store.base import (
     UnusedSessions,
     Write,
 )
+from stepwell_server.store.changes import joined
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import F64, header_or_none
+from stepwell_server.store.record import F64, RecordBytes, header_or_none
 
 _NOTHING = StoredSession()
 #: The first search of the records for unused sessions starts at most this long after the start of the server. After a
@@ -149,7 +150,7 @@ class InProcessStore(Store):
 
     def _page(self, session_ids: Sequence[str], idle_s: F64) -> UnusedSessions:
         """Return a page of those sessions whose records exist and are intact: others have no readable limit."""
-        records = self.local.get_many(session_ids) if session_ids else []
+        records = _records(self.local, session_ids) if session_ids else []
         sound = [
             place
             for place, (session_id, record) in enumerate(zip(session_ids, records, strict=True))
@@ -210,13 +211,19 @@ class InProcessStore(Store):
         await asyncio.to_thread(self.local.close)
 
 
+def _records(local: LocalStore, session_ids: Sequence[str]) -> list[RecordBytes | None]:
+    """Return the records of many sessions with whole rows: see `LocalStore.get_many`."""
+    values = zip(session_ids, local.get_many(session_ids), strict=True)
+    return [value if value is None else joined(session_id, value) for session_id, value in values]
+
+
 def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[StoredSession]:
     """Fetch sessions from a local store.
 
     Raises:
         Unavailable: the store cannot be read now.
     """
-    records = local.get_many(session_ids)
+    records = _records(local, session_ids)
     missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
     stones = iter(local.tombstones(missing)) if missing else iter(())
     found: list[StoredSession] = []

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from stepwell_server.core.recent_values import RecentValues
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreHealth, Tombstone
+from stepwell_server.store.changes import joined, merged
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import RecordBytes
 
@@ -36,7 +37,8 @@ class MemoryStore(LocalStore):
     def commit(self, batch: Batch) -> None:
         for session_id, record in batch.puts:
             # a copy: one record must not keep the buffer of a whole pass alive
-            self._records[session_id] = bytes(record)
+            value = merged([record], self._records.get(session_id)) or b""
+            self._records[session_id] = bytes(joined(session_id, value))
         for session_id in batch.deletes:
             self._records.pop(session_id, None)
         for session_id in batch.forgets if self._tombstones else ():

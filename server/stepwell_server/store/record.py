@@ -8,6 +8,9 @@ session's id, so that a record under another id counts as corrupt. All schema ve
 same place, so that a record of a later version can be distinguished from a corrupt one.
 
 The extension fields (`fields`) allow later servers to store more than the columns of the header.
+
+A change has the same format, and only a part of the rows. A stored value is a record, or a change followed by the earlier
+records that complete it, the oldest first: see `changes`.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ from stepwell_server.store.fields import (
     unpack_fields,
 )
 
-SCHEMA_VERSION = 4
-"""The schema version of all records; others are refused."""
+SCHEMA_VERSION, CHANGE_VERSION = 4, 5
+"""The schema versions of records and of changes (`changes`); others are refused."""
 MAX_COUNTER = 2**63 - 1
 """The maximum of revisions and positions, as many clients read them as signed integers."""
 MAX_BATCH_SIZE = 2**31 - 1
@@ -73,6 +76,7 @@ _NAMES = HEADER.names or ()
 _FINGERPRINT, _MODEL, _ROWS, _EXTRA, _FIELDS = (
     _NAMES.index(f"{part}_bytes") for part in ("fingerprint", "model", "rows", "extra", "fields")
 )
+_SCHEMA, _BATCH_SIZE = _NAMES.index("schema"), _NAMES.index("batch_size")
 _START = struct.Struct("<IH")
 _LENGTH = struct.Struct("<H")
 #: The number of cached encoded ids, for sessions that change repeatedly.
@@ -147,18 +151,19 @@ def encode(
     max_idle_ms: int = 0,
     extra: bytes = b"",
     fields: bytes = b"",
+    schema: int = SCHEMA_VERSION,
 ) -> bytes:
     """Encode a record, bound to the session's id; see `Header` for the values.
 
     `rows` are the concatenated rows of the session, each in the layout of `Arena.pack`; `extra` holds the arrays
-    of a reply of several time steps and is opaque here.
+    of a reply of several time steps and is opaque here. `schema` is that of a record or of a change.
 
     Raises:
         ValueError: a part is too large to be stored.
     """
     try:
         head = _STRUCT.pack(
-            0, SCHEMA_VERSION, reply, texts.fingerprint_bytes,
+            0, schema, reply, texts.fingerprint_bytes,
             revision, position, request_id, opened_with, created, last_used, digest, opened_digest,
             max_idle_ms, batch_size, len(rows), len(extra), texts.model_bytes, len(fields),
         )  # fmt: skip
@@ -301,6 +306,10 @@ class RecordTemplate:
         self._seeds = [_encoded(session_id)[1] for session_id in session_ids]
         self._puts = Puts(session_ids, [size] * len(session_ids), flat)
 
+    def set_schema(self, schema: int) -> None:
+        """Make all of them records, or changes."""
+        self._heads["schema"] = schema
+
     def fill(
         self,
         *,
@@ -378,7 +387,7 @@ def max_idle_ms_of(record: RecordBytes) -> int:
 
 
 def is_sound(session_id: str, stored: RecordBytes) -> bool:
-    """Whether a record is intact and belongs to the session, even if a later server wrote it."""
+    """Whether a record or value is intact and belongs to the session, even if a later server wrote it."""
     try:
         _intact(session_id, stored)
     except StateCorrupt:
@@ -461,12 +470,27 @@ def _encoded(session_id: str) -> tuple[bytes, int]:
     return _LENGTH.pack(len(key)) + key, crc32(key)
 
 
+def id_seed(session_id: str) -> int:
+    """Return a number that depends on the id alone: the seed of the checksums of its records."""
+    return _encoded(session_id)[1]
+
+
 def _seed(session_id: str) -> int:
     return crc32(session_id.encode())
 
 
 def _intact(session_id: str, stored: RecordBytes) -> memoryview:
-    """Return the record if its checksum is right and, for the known schema, its header is plausible.
+    """Return the last record of a value if all its records are intact and follow each other."""
+    records = records_of(stored)
+    for older, newer in itertools.pairwise(records):
+        _intact_record(session_id, older)
+        if not follows(newer, older):
+            raise _corrupt(session_id, f"revision {revision_of(newer)} must follow {revision_of(older)}")
+    return _intact_record(session_id, records[-1])
+
+
+def _intact_record(session_id: str, stored: RecordBytes) -> memoryview:
+    """Return the record if its checksum is right and, for a known schema, its header is plausible.
 
     A checksum does not authenticate a record: whoever imports or restores one can compute it.
     """
@@ -477,7 +501,7 @@ def _intact(session_id: str, stored: RecordBytes) -> memoryview:
     found = crc32(view[_CHECKSUM_BYTES:], _seed(session_id))
     if found != checksum:
         raise _corrupt(session_id, f"its checksum is {checksum:08x}, its bytes have {found:08x}")
-    if schema == SCHEMA_VERSION:
+    if schema in (SCHEMA_VERSION, CHANGE_VERSION):
         _require_possible(session_id, view)
     return view
 
@@ -525,8 +549,24 @@ def with_checksum(session_id: str, record: RecordBytes) -> bytes:
     return b"".join((crc32(body, _encoded(session_id)[1]).to_bytes(_CHECKSUM_BYTES, "little"), body))
 
 
+def rows_of(record: RecordBytes) -> tuple[int, memoryview]:
+    """Return the batch size of a record and its rows; nothing is checked."""
+    start, facts = state_at(record), _STRUCT.unpack_from(record)
+    return int(facts[_BATCH_SIZE]), memoryview(record)[start : start + facts[_ROWS]]
+
+
+def whole(session_id: str, change: RecordBytes, rows: RecordBytes, fields: bytes) -> bytes:
+    """Return the record of a change, with whole rows and these extension fields."""
+    view, facts = memoryview(change), list(_STRUCT.unpack_from(change))
+    start, end = state_at(change), state_at(change) + facts[_ROWS]
+    extra = view[end : end + facts[_EXTRA]]
+    facts[_SCHEMA], facts[_ROWS], facts[_FIELDS] = SCHEMA_VERSION, len(rows), len(fields)
+    head = _STRUCT.pack(*facts)
+    return with_checksum(session_id, b"".join((head, view[HEADER.itemsize : start], rows, extra, fields)))
+
+
 def with_revision(session_id: str, record: RecordBytes, revision: int) -> bytes:
-    """Return a record with another revision."""
+    """Return a record, not a change, with another revision."""
     changed = bytearray(record)
     _REVISION.pack_into(changed, _REVISION_AT, revision)
     return with_checksum(session_id, bytes(changed))
@@ -535,9 +575,46 @@ def with_revision(session_id: str, record: RecordBytes, revision: int) -> bytes:
 def head_with(head: RecordBytes, fields_bytes: int) -> bytes:
     """Return the header and texts of a record with another size of fields; the checksum is not computed."""
     changed = bytearray(head)
-    _START.pack_into(changed, 0, 0, SCHEMA_VERSION)
     _LENGTH.pack_into(changed, HEADER.itemsize - _LENGTH.size, fields_bytes)
     return bytes(changed)
+
+
+def is_change(record: RecordBytes) -> bool:
+    """Whether a record is a change. Nothing is checked."""
+    return len(record) >= HEADER.itemsize and _START.unpack_from(record)[1] == CHANGE_VERSION
+
+
+def revision_of(record: RecordBytes) -> int:
+    """Return the revision of a record; nothing is checked."""
+    return int(_REVISION.unpack_from(record, _REVISION_AT)[0]) if len(record) >= HEADER.itemsize else 0
+
+
+def newest_of(value: RecordBytes) -> RecordBytes:
+    """Return the last record of a stored value; nothing is checked."""
+    return memoryview(value)[: size_of(value)] if is_change(value) else value
+
+
+def records_of(value: RecordBytes) -> list[RecordBytes]:
+    """Return the records of a stored value, the oldest first; nothing is checked."""
+    if not is_change(value):
+        return [value]
+    view, found, at = memoryview(value), list[RecordBytes](), 0
+    while at < len(view):
+        head = view[at : at + HEADER.itemsize]
+        end = at + size_of(head) if len(head) == HEADER.itemsize else len(view)
+        found.append(view[at:end])
+        at = end
+    return [*found[1:], found[0]]
+
+
+def value_of(records: Sequence[RecordBytes]) -> RecordBytes:
+    """Return the stored value of records, the oldest first: the inverse of `records_of`."""
+    return records[0] if len(records) == 1 else b"".join((records[-1], *records[:-1]))
+
+
+def follows(newer: RecordBytes, older: RecordBytes) -> bool:
+    """Whether a record is the next state of the same session."""
+    return supersedes(newer, older) and revision_of(newer) == revision_of(older) + 1
 
 
 def state_at(record: RecordBytes) -> int:
@@ -564,6 +641,7 @@ def key_id_of(record: RecordBytes) -> str | None:
     """Return the id of the key that a record is encrypted with; None if it is not. Nothing is checked."""
     if len(record) < HEADER.itemsize:
         return None
+    record = newest_of(record)
     start, end = fields_at(record), seal_end(record)
     return None if start == end else str(record[start + FIELD.itemsize + KEY_ID_AT : end], "utf-8", "replace")
 
@@ -572,14 +650,15 @@ def _checked(session_id: str, stored: RecordBytes, *, sealed: bool = False) -> m
     """Return the record if it is intact and this server can use it; encrypted ones only if `sealed` allows it."""
     view = _intact(session_id, stored)
     _, schema = _START.unpack_from(view)
-    if schema != SCHEMA_VERSION:
+    if schema not in (SCHEMA_VERSION, CHANGE_VERSION):
         age = "a later" if schema > SCHEMA_VERSION else "an earlier"
         raise _corrupt(
             session_id,
             f"its schema version is {schema}, this server reads {SCHEMA_VERSION}: {age} server wrote it",
         )
+    is_incomplete = schema == CHANGE_VERSION and (not sealed or is_change(records_of(stored)[0]))
     fields = bytes(view[fields_at(view) :])
-    if not fields:
+    if not (fields or is_incomplete):
         return view
     try:
         _, is_sealed, unknown = _parsed(fields, KNOWN_TAGS)
@@ -595,6 +674,8 @@ def _checked(session_id: str, stored: RecordBytes, *, sealed: bool = False) -> m
             session_id,
             f"it has the critical field {unknown:#06x}, which this server does not know: a later server wrote it",
         )
+    if is_incomplete:
+        raise _corrupt(session_id, "it is a change, and the records before it are missing")
     return view
 
 

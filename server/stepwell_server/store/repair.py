@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stepwell_server.clock import Clock
 from stepwell_server.store.base import KeyFileError, StoreError, Tombstone
+from stepwell_server.store.changes import joined
 from stepwell_server.store.disk import meta
 from stepwell_server.store.disk.backup.new_store import Pair, rebuild
 from stepwell_server.store.disk.backup.snapshot import Entry, Snapshot
@@ -19,7 +20,15 @@ from stepwell_server.store.disk.documents import item as document
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
-from stepwell_server.store.record import is_sound, key_id_of
+from stepwell_server.store.record import (
+    RecordBytes,
+    header_or_none,
+    is_change,
+    is_sound,
+    key_id_of,
+    newest_of,
+    records_of,
+)
 
 _log = logging.getLogger(__name__)
 _KEPT = (meta.INCARNATION, meta.SECRET, meta.FIRST_REVISION, meta.KEYS)
@@ -71,13 +80,19 @@ def rekey(path: Path, clock: Clock, keyring: Keyring, *, decrypt: bool = False) 
     return found
 
 
-def _rekeyed(sealer: Sealer, session_id: str, record: bytes, found: RekeySummary, *, decrypt: bool) -> bytes:
-    plain = sealer.opened_or_as_is(session_id, record) if is_sound(session_id, record) else record
-    if plain is record and (not is_sound(session_id, record) or key_id_of(record) is not None):
+def _rekeyed(
+    sealer: Sealer, session_id: str, value: RecordBytes, found: RekeySummary, *, decrypt: bool
+) -> RecordBytes:
+    if header_or_none(session_id, value) is None:
         found.damaged += 1
-        if is_sound(session_id, record):
-            found.left.add(str(key_id_of(record)))
-        return record
+        return value
+    opened = sealer.opened_or_as_is(session_id, value)
+    left = {key_id for each in records_of(opened) if (key_id := key_id_of(each)) is not None}
+    plain = joined(session_id, opened)
+    if left or is_change(plain):
+        found.damaged += 1
+        found.left |= left
+        return value
     if decrypt:
         return bytes(plain)
     ((_, sealed),) = sealer.seal([(session_id, plain)])
@@ -124,7 +139,7 @@ def repair(path: Path, clock: Clock) -> RepairSummary:
                     found.damaged.append(session_id)
                 else:
                     found.recovered.append(own)
-                    session_id, record = own, old.later(own, record)
+                    session_id, record = own, old.valid(own, newest_of(record))
             if session_id not in seen:
                 seen.add(session_id)
                 found.sessions += 1

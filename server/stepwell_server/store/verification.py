@@ -16,7 +16,7 @@ from stepwell_server.store.disk.documents import DocumentSet, Item
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
-from stepwell_server.store.record import header_or_none, is_sound, key_id_of
+from stepwell_server.store.record import RecordBytes, header_or_none, is_sound, key_id_of, records_of
 
 MAX_NAMED = 1000
 """Maximum of sessions named per kind of problem."""
@@ -57,8 +57,8 @@ class Verifier:
         self._counts: Counter[str] = Counter()
         self._of_tenants: Counter[str] = Counter()
 
-    def check(self, session_id: str, record: bytes) -> None:
-        """Check a record as stored."""
+    def check(self, session_id: str, record: RecordBytes) -> None:
+        """Check a session's value as stored."""
         found = self.found
         found.sessions += 1
         header = header_or_none(session_id, record) if is_sound(session_id, record) else None
@@ -73,7 +73,8 @@ class Verifier:
             return
         found.encrypted[key_id] += 1
         if self._sealer is not None:
-            if key_id_of(self._sealer.opened_or_as_is(session_id, record)) is None:
+            opened = self._sealer.opened_or_as_is(session_id, record)
+            if all(key_id_of(each) is None for each in records_of(opened)):
                 found.opened += 1
             else:
                 self._name("sealed", found.sealed, session_id)

@@ -46,11 +46,11 @@ def trust_copies() -> None:
 def commit_blindly() -> None:
     """A commit writes whatever it has, over whatever is there: two owners both succeed."""
     compared = "if has == sub(follows, 8 * i - 7, 8 * i) then"
-    source = scripts.CHANGE.source.replace(compared, "if true then")
-    assert source != scripts.CHANGE.source, "the script compares in other words now"
+    source = scripts.REPLACE.source.replace(compared, "if true then")
+    assert source != scripts.REPLACE.source, "the script compares in other words now"
     sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest().encode()
     blind = scripts.Script(source, sha)
-    replace(scripts, "ALL", tuple(blind if one is scripts.CHANGE else one for one in scripts.ALL))
+    replace(scripts, "ALL", tuple(blind if one is scripts.REPLACE else one for one in scripts.ALL))
     replace(scripts, "CHANGE", blind)
 
 

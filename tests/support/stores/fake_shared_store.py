@@ -24,6 +24,7 @@ from stepwell_server.store.base import (
     UnusedSessions,
     new_stamp,
 )
+from stepwell_server.store.changes import joined, merged
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.in_process import fetched
 from stepwell_server.store.record import Header, RecordBytes, decode_header
@@ -161,7 +162,8 @@ class FakeShared:
             if there != follows or (begins and stamp in self.kept.undone):
                 conflicts.add(session_id)
                 continue
-            before, after = self.kept.models.get(session_id, ""), decode_header(session_id, record).model
+            whole = joined(session_id, merged([record], self.shared.get(session_id)) or b"")
+            before, after = self.kept.models.get(session_id, ""), decode_header(session_id, whole).model
             self.kept.models[session_id] = after
             began = [(after, 1)] if begins else [(before, -1), (after, 1)] if before != after else []
             self.kept.stamps[session_id] = stamp
@@ -169,10 +171,10 @@ class FakeShared:
             tenants = [n for name, by in began for n in counts.of_tenants([(session_id, name)], by)]
             self.shared.commit(
                 Batch(
-                    puts=[(session_id, record)],
+                    puts=[(session_id, whole)],
                     forgets=[session_id] if begins else [],
                     counts=began,
-                    tenant_counts=[*tenants, *self._more_usage(session_id, record)],
+                    tenant_counts=[*tenants, *self._more_usage(session_id, whole)],
                 )
             )
         self.kept.undone.update(

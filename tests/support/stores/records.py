@@ -6,6 +6,7 @@ import dataclasses
 
 from stepwell_server.store.base import LocalStore, Store
 from stepwell_server.store.record import (
+    SCHEMA_VERSION,
     Header,
     RecordBytes,
     Texts,
@@ -26,10 +27,10 @@ class Record(Header):
     rows: bytes
     extra: bytes = b""
 
-    def encode(self, session_id: str) -> bytes:
+    def encode(self, session_id: str, schema: int = SCHEMA_VERSION) -> bytes:
         said = {name: getattr(self, name) for name in (*_SAID, "rows", "extra")}
         texts = Texts(said.pop("fingerprint"), said.pop("model"))
-        return encode(session_id, texts, **said)
+        return encode(session_id, texts, **said, schema=schema)
 
 
 def decode(session_id: str, stored: RecordBytes) -> Record:

@@ -7,6 +7,7 @@ acknowledged.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import sys
@@ -16,11 +17,13 @@ from typing import NamedTuple
 
 from stepwell_server.clock import SystemClock
 from stepwell_server.store.base import Batch, End, Tombstone
+from stepwell_server.store.changes import Window, field_of, joined
 from stepwell_server.store.disk.lmdb import Durability, LmdbStore
 from stepwell_server.store.disk.store import DiskStore
+from stepwell_server.store.record import CHANGE_VERSION
 from support.stores.records import Record, decode
 
-SESSIONS = 40
+SESSIONS, WINDOW = 40, 79
 
 
 class Kind(NamedTuple):
@@ -31,10 +34,17 @@ class Kind(NamedTuple):
     period: int
     """At this interval of commits one session replaces another; the others change those that are there."""
     growth_bytes: int
+    whole_period: int = 1
+    """At this interval of commits records have whole rows; the others are changes."""
 
 
 #: An entry is a third of a segment, so that a kill is as likely to come while segments rotate as at any other time.
-KINDS = {"lmdb": Kind(0, 1, 3000), "segments": Kind(128 * 1024, 7, 30)}
+KINDS = {
+    "lmdb": Kind(0, 1, 3000),
+    "segments": Kind(128 * 1024, 7, 30),
+    "changes": Kind(64 * 1024, 7, 30, whole_period=9),
+    "changes in lmdb": Kind(0, 5, 300, whole_period=9),
+}
 
 
 BESIDE = "beside"
@@ -56,7 +66,8 @@ def opened(path: Path, durability: Durability, kind: Kind) -> LmdbStore | DiskSt
 def batch(number: int, kind: Kind) -> Batch:
     latest = number - number % kind.period
     names = [f"s{i}" for i in range(SESSIONS)] + ["é" * 256, f"of-{latest}"]
-    puts = [(name, record(number, kind).encode(name)) for name in names]
+    puts = [(name, encoded(name, number, kind)) for name in names[:-1]]
+    puts.append((names[-1], encoded(names[-1], number, kind, is_new=number == latest)))
     if number != latest:
         return Batch(puts=puts)
     gone = f"of-{latest - kind.period}"
@@ -66,6 +77,16 @@ def batch(number: int, kind: Kind) -> Batch:
         tombstones=[Tombstone(gone, End.CLOSED, 0.0, revision=number)],
         documents=[("latest", content(number)), (f"of-{number}", b""), (gone, None)],
     )
+
+
+def encoded(name: str, number: int, kind: Kind, *, is_new: bool = False) -> bytes:
+    """The record of a session, or its change."""
+    whole = record(number, kind)
+    if is_new or not number % kind.whole_period:
+        return whole.encode(name)
+    rows = whole.rows[:8] + whole.rows[-8:]
+    field = field_of([Window(8, 8 * WINDOW, 8)], 1)
+    return dataclasses.replace(whole, rows=rows, fields=field).encode(name, CHANGE_VERSION)
 
 
 def content(number: int) -> bytes:
@@ -84,7 +105,7 @@ def record(number: int, kind: Kind) -> Record:
         created=0.0,
         last_used=0.0,
         reply=1,
-        rows=number.to_bytes(8, "little") * 80,
+        rows=b"".join(each.to_bytes(8, "little") for each in (number, *range(number, number + WINDOW))),
         extra=b"x" * (number % 7 * kind.growth_bytes),
     )
 
@@ -96,12 +117,12 @@ def held(store: LmdbStore | DiskStore, kind: Kind) -> int:
         return -1
     first = store.get("s0")
     assert first is not None
-    number = decode("s0", first).revision
+    number = decode("s0", joined("s0", first)).revision
     assert sorted(names) == sorted(name for name, _ in batch(number, kind).puts)
     for name in names:
         stored = store.get(name)
         assert stored is not None
-        assert decode(name, stored) == record(number, kind)
+        assert decode(name, joined(name, stored)) == record(number, kind)
     latest = number - number % kind.period
     stone = store.tombstones([f"of-{latest - kind.period}"])[0]
     assert stone is not None

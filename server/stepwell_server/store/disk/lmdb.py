@@ -1,7 +1,8 @@
 """Sessions in one LMDB environment under the data directory.
 
     server.lock          names the server that uses the directory
-    sessions/data.mdb    databases `sessions`, `tombstones`, `tombstone_ages`, `meta`, `documents`; see `file_length`
+    sessions/data.mdb    databases `sessions`, `changes`, `tombstones`, `tombstone_ages`, `meta`, `documents`; see
+                         `file_length`
     sessions/lock.mdb    LMDB's own lock file; only used while the store is open
     sessions/reserve     room for ending sessions on a full disk; see `reserve`
 
@@ -38,7 +39,7 @@ from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.files import private_files
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
-from stepwell_server.store.disk import meta
+from stepwell_server.store.disk import earlier, meta
 from stepwell_server.store.disk.file_length import lengthen, require_whole_file, within_limit
 from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
 from stepwell_server.store.disk.key_sums import BATCH_SIZE, Change, KeyCheck, UnexpectedKeys
@@ -184,11 +185,12 @@ class LmdbStore(LocalStore):
         """Nothing to do."""
 
     @override
-    def get(self, session_id: str) -> bytes | None:
+    def get(self, session_id: str) -> RecordBytes | None:
         key = key_of(session_id)
 
-        def read(transaction: _Transaction) -> bytes | None:
-            return own(session_id, key, transaction.get(key, db=self._sessions))
+        def read(transaction: _Transaction) -> RecordBytes | None:
+            record = own(session_id, key, transaction.get(key, db=self._sessions))
+            return earlier.completed(transaction, self._earlier, session_id, record)
 
         return self._read(session_id, read)
 
@@ -201,10 +203,11 @@ class LmdbStore(LocalStore):
             # new sessions of one call are neighbours
             if len(keys) >= _MIN_GAP and is_gap(transaction.cursor(sessions), keys):
                 return [None] * len(keys)
-            return [
+            found = [
                 own(session_id, key, get(key, db=sessions))
                 for session_id, key in zip(session_ids, keys, strict=True)
             ]
+            return earlier.all_completed(transaction, self._earlier, session_ids, found)
 
         try:
             return self._read("", read)
@@ -354,7 +357,7 @@ class LmdbStore(LocalStore):
             sync=self._durability == "sync",
             metasync=True,
             readahead=False,  # sessions are read in random order
-            max_dbs=5,
+            max_dbs=6,
             max_spare_txns=2,
         )
         try:
@@ -370,9 +373,9 @@ class LmdbStore(LocalStore):
         self._require_schema()
         lengthen(self._folder / _DATA, self._map_bytes, durably=self.waits_for_disk)
         with environment.begin(write=True) as transaction:
-            names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta", b"documents")
+            names = (b"sessions", b"tombstones", b"tombstone_ages", b"meta", b"documents", earlier.NAME)
             found = [environment.open_db(name, txn=transaction) for name in names]
-            self._sessions, self._tombstones, self._ages, self._meta, self._documents = found
+            self._sessions, self._tombstones, self._ages, self._meta, self._documents, self._earlier = found
             meta.begin(transaction, self._meta, self._folder)
             self._next_age = next_age(transaction, self._ages)
             self._check.begin(transaction, self._meta)
@@ -392,7 +395,15 @@ class LmdbStore(LocalStore):
 
     def _live_bytes(self) -> int:
         with self._environment.begin() as transaction:
-            databases = (None, self._sessions, self._tombstones, self._ages, self._meta, self._documents)
+            databases = (
+                None,
+                self._sessions,
+                self._earlier,
+                self._tombstones,
+                self._ages,
+                self._meta,
+                self._documents,
+            )
             stats = [transaction.stat(db) if db else transaction.stat() for db in databases]
         pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
         return int(pages * stats[0]["psize"])
@@ -453,8 +464,14 @@ class LmdbStore(LocalStore):
                 raise
 
     def _write(self, transaction: _Transaction, batch: Batch, change: Change, begin: int | None) -> None:
-        if batch.puts:
-            change.put(transaction, self._sessions, items(batch.puts), begin)
+        puts, changes = earlier.split(batch.puts)
+        if puts:
+            change.put(transaction, self._sessions, items(puts), begin)
+        if changes:
+            change.added += earlier.put(transaction, self._sessions, self._earlier, changes)
+        if batch.deletes and transaction.stat(self._earlier)["entries"]:
+            for session_id in batch.deletes:
+                earlier.delete(transaction, self._earlier, session_id)
         for session_id in batch.deletes:
             if transaction.delete(key := key_of(session_id), db=self._sessions):
                 change.removed.append(key)
@@ -577,7 +594,7 @@ class LmdbStore(LocalStore):
         text = str(error) if isinstance(error, NoSpace) else explain(error, self._folder)
         return Unavailable(f"{rule}; got {text}")
 
-    def _get_or_empty(self, session_id: str) -> bytes | None:
+    def _get_or_empty(self, session_id: str) -> RecordBytes | None:
         try:
             return self.get(session_id)
         except StateCorrupt:

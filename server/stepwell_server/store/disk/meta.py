@@ -11,10 +11,11 @@ from typing import Any
 from stepwell_server.core.namespaces import SEPARATOR
 from stepwell_server.store.base import StoreError
 
-SCHEMA_VERSION = 11
+SCHEMA_VERSION, OLDEST_VERSION = 12, 11
 """Version of everything in the folder: database, write-ahead logs, records. Raise it whenever one of them changes.
 
-A folder with another version is refused and not changed.
+A folder of an earlier version than the second is refused and not changed; so is one of a later version. Others get this
+version when a server opens them. 11 had no changes (`store.changes`).
 """
 
 SCHEMA, INCARNATION, SECRET = b"schema", b"incarnation", b"secret"
@@ -40,7 +41,8 @@ def begin(transaction: Any, meta: Any, folder: Path) -> None:
     if not schema:
         transaction.put(INCARNATION, secrets.token_hex(4).encode(), db=meta)
         transaction.put(SECRET, secrets.token_bytes(32), db=meta)
-        transaction.put(SCHEMA, str(SCHEMA_VERSION).encode(), db=meta)
+    if schema != (own := str(SCHEMA_VERSION).encode()):
+        transaction.put(SCHEMA, own, db=meta)
 
 
 def require_schema(schema: bytes, folder: Path) -> None:
@@ -49,7 +51,8 @@ def require_schema(schema: bytes, folder: Path) -> None:
     Raises:
         StoreError: the version differs.
     """
-    if schema and schema != str(SCHEMA_VERSION).encode():
+    known = {str(version).encode() for version in range(OLDEST_VERSION, SCHEMA_VERSION + 1)}
+    if schema and schema not in known:
         raise StoreError(
             f"the store in {folder} must have schema version {SCHEMA_VERSION}; it has"
             f" {str(schema, 'utf-8', 'replace'):.20}, which the release that wrote it can read. It was not changed"

@@ -37,6 +37,7 @@ from stepwell_server.store.base import (
     Tombstone,
     WriteObserver,
 )
+from stepwell_server.store.changes import merged
 from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.free_space import FreeSpace
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
@@ -44,7 +45,15 @@ from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Records, Wri
 from stepwell_server.store.disk.wal.segment import SegmentCorrupt, SegmentWrite
 from stepwell_server.store.disk.wal.writers import new_writer
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import JoinedPuts, RecordBytes, is_sound, supersedes
+from stepwell_server.store.record import (
+    JoinedPuts,
+    RecordBytes,
+    is_change,
+    is_sound,
+    newest_of,
+    supersedes,
+    value_of,
+)
 
 _FOLDER = "wal"
 
@@ -190,12 +199,18 @@ class DiskStore(LocalStore):
             try:
                 if batch.goes_back:
                     self._empty(wal)
-                self._write(batch)
+                self._write(self._with_logged(batch))
             except BaseException:
                 self._in_doubt.update(ids)
                 raise
             wal.discard(ids)
             self._in_doubt.difference_update(ids)
+
+    def _with_logged(self, batch: Batch) -> Batch:
+        """Return a batch for LMDB: changes need the records before them, which may be in the log only."""
+        changed = {session_id for session_id, record in batch.puts if is_change(record)}
+        logged = [(i, record) for i in changed for record in self._logged(i)]
+        return dataclasses.replace(batch, puts=[*logged, *batch.puts]) if logged else batch
 
     @property
     def behind(self) -> int:  # type: ignore[override]
@@ -220,8 +235,10 @@ class DiskStore(LocalStore):
 
     @override
     def get(self, session_id: str) -> RecordBytes | None:
-        record = self._find(session_id)
-        return self._base.get(session_id) if record is None else record
+        logged = self._logged(session_id)
+        if logged and not is_change(logged[0]):
+            return value_of(logged)
+        return merged(logged, self._base.get(session_id))
 
     @override
     def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
@@ -229,14 +246,15 @@ class DiskStore(LocalStore):
         places = [] if self._wal is None else self._wal.places_of(session_ids)
         if not places:
             return self._base.get_many(session_ids)
+        logged = {place: self._logged(session_ids[place]) for place in places}
         found: list[RecordBytes | None] = [None] * len(session_ids)
-        for place in places:
-            found[place] = self._find(session_ids[place])
+        for place, records in logged.items():
+            if records and not is_change(records[0]):
+                found[place] = value_of(records)
         missing = [place for place, record in enumerate(found) if record is None]
-        for place, record in zip(
-            missing, self._base.get_many([session_ids[place] for place in missing]), strict=True
-        ):
-            found[place] = record
+        stored = self._base.get_many([session_ids[place] for place in missing])
+        for place, value in zip(missing, stored, strict=True):
+            found[place] = merged(logged.get(place, ()), value)
         return found
 
     @override
@@ -248,9 +266,10 @@ class DiskStore(LocalStore):
             return heads_of(keys, records)
         ids = [str(key, "utf-8", "replace") for key in keys]
         for place in wal.places_of(ids):
-            records[place] = self._find(ids[place]) or records[place]
+            records[place] = (*self._logged(ids[place])[-1:], records[place])[0]
         if wal.removals != removals:  # a checkpoint may have moved later records to LMDB meanwhile
-            records = [new or old for new, old in zip(self.get_many(ids), records, strict=True)]
+            again = self.get_many(ids)
+            records = [newest_of(new) if new else old for new, old in zip(again, records, strict=True)]
         return heads_of(keys, records)
 
     @override
@@ -460,18 +479,19 @@ class DiskStore(LocalStore):
 
     # ------------------------------------------------------------------------------------------------------ reading
 
-    def _find(self, session_id: str) -> bytes | None:
+    def _logged(self, session_id: str) -> Sequence[RecordBytes]:
+        """Return the valid records of a session in the log: see `WriteAheadLog.value`."""
         if self._wal is None or self._closed:
-            return None
+            return ()
         try:
-            record = self._wal.find(session_id)
+            records = self._wal.value(session_id)
         except OSError as error:
             raise Unavailable(f"the write-ahead log must be readable; got {error}") from error
-        if record is None or session_id not in self._in_doubt:
-            return record
+        if not records or session_id not in self._in_doubt:
+            return records
         # keep the doubt: another thread may be about to commit
-        (is_later,) = self._later([(session_id, record)])
-        return record if is_later else None
+        (is_later,) = self._later([(session_id, records[-1])])
+        return records if is_later else ()
 
 
 def _unreadable(folder: Path, error: Exception) -> StoreError:

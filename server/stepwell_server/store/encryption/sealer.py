@@ -32,7 +32,6 @@ from stepwell_server.store.encryption.xaes import (
 from stepwell_server.store.fields import KEY_ID_AT, SEAL
 from stepwell_server.store.record import (
     HEADER,
-    SCHEMA_VERSION,
     U8,
     JoinedPuts,
     Puts,
@@ -40,10 +39,13 @@ from stepwell_server.store.record import (
     checksums_of,
     fields_at,
     head_with,
+    is_change,
     is_sound,
     key_id_of,
+    records_of,
     seal_end,
     state_at,
+    value_of,
     with_checksum,
 )
 
@@ -89,12 +91,18 @@ class Sealer:
             StateCorrupt: the record is corrupt or was modified, or its key is missing.
         """
         found = self.opened_or_as_is(session_id, record)
-        if found is record and key_id_of(record) is not None:
-            raise self._refused(session_id, record)
+        for each in records_of(found):
+            if key_id_of(each) is not None:
+                raise self._refused(session_id, each)
         return found
 
     def opened_or_as_is(self, session_id: str, record: RecordBytes) -> RecordBytes:
         """As `open`, but return a record that cannot be decrypted unchanged: decoding it raises `StateCorrupt`."""
+        if is_change(record):
+            return value_of([self._opened_or_as_is(session_id, each) for each in records_of(record)])
+        return self._opened_or_as_is(session_id, record)
+
+    def _opened_or_as_is(self, session_id: str, record: RecordBytes) -> RecordBytes:
         key_id = key_id_of(record)
         if key_id is None or not is_sound(session_id, record) or key_id not in self._keys:
             return record
@@ -159,7 +167,7 @@ class Sealer:
         out[:, seal:tags] = nonces
         out[:, key_ids:rest] = np.frombuffer(self._key_id, np.uint8)
         heads = out[:, : HEADER.itemsize].view(HEADER)[:, 0]
-        heads["schema"], heads["fields_bytes"] = SCHEMA_VERSION, self._seal_bytes + size - end
+        heads["fields_bytes"] = self._seal_bytes + size - end
         known = np.concatenate((out[:, _CHECKSUM_BYTES:start], out[:, rest:]), axis=1)
         states = map(
             cipher.encrypt,

@@ -12,8 +12,8 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import ServerError
-from stepwell_server.store.base import Batch, StoredSession, StoreError
-from stepwell_server.store.record import RecordBytes
+from stepwell_server.store.base import Batch, CommitResult, StoredSession, StoreError
+from stepwell_server.store.record import RecordBytes, records_of
 from stepwell_server.store.valkey import meta
 from stepwell_server.store.valkey.connection.client import Reply
 from stepwell_server.store.valkey.connection.nodes import topology_of
@@ -111,10 +111,16 @@ class BulkStore:
             StoreError: one exists already.
             ServerError: the store does not keep them.
         """
-        stamps = np.random.default_rng().integers(1, 2**64, len(sessions), np.uint64)
-        kept = await self.store.apply(
-            Batch(puts=list(sessions), follows=np.zeros(len(sessions), np.uint64), stamps=stamps)
-        )
+        left = {session_id: records_of(value) for session_id, value in sessions}
+        follows = np.zeros(len(left), np.uint64)
+        while left:  # a record, and the changes after it: those of all sessions together
+            puts = [(session_id, records.pop(0)) for session_id, records in left.items()]
+            stamps = np.random.default_rng().integers(1, 2**64, len(puts), np.uint64)
+            self._require_kept(await self.store.apply(Batch(puts=puts, follows=follows, stamps=stamps)))
+            follows = stamps[[bool(records) for records in left.values()]]
+            left = {session_id: records for session_id, records in left.items() if records}
+
+    def _require_kept(self, kept: CommitResult) -> None:
         if kept.conflicts or kept.unknown:
             raise StoreError(
                 f"session {min(kept.conflicts | kept.unknown)!r} could not be put into the new store at {self.url}:"
@@ -132,7 +138,7 @@ class BulkStore:
             while ids := await self._ids(partition, b""):
                 names = [str(key, "utf-8", "replace") for key in ids]
                 await self._requests.ask(
-                    Request(partition, (b"UNLINK", *map(keys.session, names))),
+                    Request(partition, (b"UNLINK", *map(keys.session, names), *map(keys.earlier, names))),
                     Request(partition, (b"ZREM", keys.ids(partition), *ids)),
                 )
             await self._requests.ask(

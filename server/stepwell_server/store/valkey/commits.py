@@ -139,7 +139,7 @@ class Commits:
         session_ids = puts.session_ids
         request = Request.of(
             self._keys.partition(session_ids[0]),
-            scripts.CHANGE,
+            scripts.REPLACE,
             [*map(self._keys.session, session_ids)],
             follows.tobytes(),
             stamps.tobytes(),
@@ -151,7 +151,7 @@ class Commits:
     def _one(self, session_id: str, record: RecordBytes, follows: U64, stamps: U64) -> Part:
         request = Request.of(
             self._keys.partition(session_id),
-            scripts.CHANGE,
+            scripts.REPLACE,
             (self._keys.session(session_id),),
             follows.tobytes(),
             stamps.tobytes(),
@@ -168,7 +168,7 @@ class Commits:
                 one_size = len(set(sizes)) == 1
                 request = Request.of(
                     partition,
-                    scripts.CHANGE,
+                    scripts.REPLACE,
                     [self._keys.session(puts[place][0]) for place in some],
                     follows[some].tobytes(),
                     stamps[some].tobytes(),

@@ -3,6 +3,7 @@
     PREFIX{p}s:ID      a session: kind (u1), stamp (8 bytes), time of its last use (ms, u8, big-endian), then
                                               1: its record, as encoded by `store.record`
                                               2: a tombstone, with a time to live
+    PREFIX{p}e:ID      the earlier records of a session whose record is a change, the oldest first, a list
     PREFIX{p}ids       the ids of the sessions of partition p, a sorted set with equal scores
     PREFIX{p}counts    the counts of the partition (`store.counts`), a hash
     PREFIX{p}mark      the store's incarnation, a token, and when the partition was found empty (ms); 0: never
@@ -62,6 +63,10 @@ class Keys:
 
     def _session(self, session_id: str) -> bytes:
         return self._sessions[self.partition(session_id)] + session_id.encode()
+
+    def earlier(self, session_id: str) -> bytes:
+        """Return the key of the earlier records of a session."""
+        return b"%se:%s" % (self._tags[self.partition(session_id)], session_id.encode())
 
     def partition(self, session_id: str) -> int:
         """Return the partition of a session."""

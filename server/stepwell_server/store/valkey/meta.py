@@ -14,8 +14,12 @@ from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, MAX_
 from stepwell_server.store.valkey.documents import pairs_of
 from stepwell_server.store.valkey.keys import META, store_key
 
-LAYOUT = 5
-"""Version of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes."""
+LAYOUT, OLDEST_LAYOUT = 6, 5
+"""Version of everything under the prefix: keys, values, counts, records. Raise it whenever one of them changes.
+
+A store of the second one, or of a later one up to the first, gets the first when a server opens it. 5 had no changes
+(`store.changes`): servers of that release that still run answer sessions with changes with STATE_CORRUPT.
+"""
 _LAYOUT, _PARTITIONS, _SECRET, _INCARNATION = b"layout", b"partitions", b"secret", b"incarnation"
 _FIRST_REVISION, _KEY, _MARKED = b"first_revision", b"key:", b"marked"
 _RESTORING = b"restoring"
@@ -47,7 +51,11 @@ async def read(requests: Requests, prefix: str, partitions: int | None) -> Meta:
     new = Meta(
         partitions or DEFAULT_PARTITIONS, secrets.token_bytes(_SECRET_BYTES), secrets.token_hex(4), 0, {}
     )
-    return _meta_of(prefix, (await _made(requests, prefix, new, once=True))[1], partitions)
+    fields = (await _made(requests, prefix, new, once=True))[1]
+    found = _meta_of(prefix, fields, partitions)
+    if fields.get(_LAYOUT) != b"%d" % LAYOUT:
+        await _set(requests, prefix, _LAYOUT, b"%d" % LAYOUT)
+    return found
 
 
 async def ensure(requests: Requests, prefix: str, known: Meta) -> tuple[bool, str, list[str]]:
@@ -138,7 +146,7 @@ def _meta_of(prefix: str, fields: Mapping[bytes, bytes], asked: int | None) -> M
             f" it, or delete all keys that begin with {prefix!r} and restore again"
         )
     layout = _number(prefix, fields, _LAYOUT)
-    if layout != LAYOUT:
+    if not OLDEST_LAYOUT <= layout <= LAYOUT:
         raise StoreError(
             f"the layout of the store with prefix {prefix!r} must be {LAYOUT}; it is {layout}: another release created it."
             " It was not changed"

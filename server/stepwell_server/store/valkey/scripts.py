@@ -13,8 +13,8 @@ import dataclasses
 import hashlib
 
 from stepwell_server.core.quotas import SESSION_BYTES
-from stepwell_server.store.fields import NOT_COUNTED
-from stepwell_server.store.record import HEADER
+from stepwell_server.store.fields import CHANGE, NOT_COUNTED
+from stepwell_server.store.record import CHANGE_VERSION, HEADER
 from stepwell_server.store.valkey.keys import HEAD
 
 
@@ -56,6 +56,20 @@ local function model_at(value) return HEAD_BYTES + fingerprint_bytes_of(value) e
 )
 """Lua code that reads headers of records."""
 
+_EARLIER = f"""
+local function is_change(value) return #value >= HEAD_BYTES and schema_of(value) == {CHANGE_VERSION} end
+local function earlier_of(key)
+  local tag, id = string.match(key, '^(.-{{%d+}})s:(.*)$')
+  return tag .. 'e:' .. id
+end
+-- Moves the record of a session that a change follows to its earlier records.
+local function move(key)
+  local was, earlier = call('GET', key), earlier_of(key)
+  if not is_change(was) then call('DEL', earlier) end
+  call('RPUSH', earlier, sub(was, {HEAD.size + 1}))
+end
+"""
+
 _BYTES = f"""
 local NOT_COUNTED = {{{", ".join(f"[{tag}] = true" for tag in sorted(NOT_COUNTED))}}}
 -- The counted bytes of a record (`store.counts`), given its value, which may be truncated after the texts, and its
@@ -65,7 +79,12 @@ local function bytes_of(value, fields)
   local sum, at = {SESSION_BYTES} + rows_bytes_of(value) + extra_bytes_of(value), 1
   while at + 3 <= #fields do
     local length = struct.unpack('<I2', fields, at + 2)
-    if not NOT_COUNTED[struct.unpack('<I2', fields, at)] then sum = sum + 4 + length end
+    local tag = struct.unpack('<I2', fields, at)
+    if tag == {CHANGE} and length >= 4 then
+      sum = sum + struct.unpack('<I4', fields, at + 4) -- the bytes that a change leaves out
+    elseif not NOT_COUNTED[tag] then
+      sum = sum + 4 + length
+    end
     at = at + 4 + length
   end
   return sum
@@ -81,8 +100,10 @@ end
 local function packed(ms) return struct.pack('>I8', ms) end
 """
 
-CHANGE = _script(
+REPLACE = _script(
     _COMMON,
+    RECORD,
+    _EARLIER,
     """
 -- Replaces records of existing sessions. KEYS: the sessions. ARGV: required stamps, new stamps (8 bytes each), sizes of
 -- records ('=' and one for all, or '~' and 4 bytes each), the records. Returns the numbers of sessions with other
@@ -94,7 +115,9 @@ for i, key in ipairs(KEYS) do
   local length = size or struct.unpack('<I4', sizes, 4 * i - 2)
   local has, stamp = pcall('GETRANGE', key, 1, 8), sub(stamps, 8 * i - 7, 8 * i)
   if has == sub(follows, 8 * i - 7, 8 * i) then
-    kept[at + 1], kept[at + 2] = key, '\\1' .. stamp .. used .. sub(blob, begin + 1, begin + length)
+    local value = '\\1' .. stamp .. used .. sub(blob, begin + 1, begin + length)
+    if is_change(value) then move(key) end
+    kept[at + 1], kept[at + 2] = key, value
     at = at + 2
   elseif has == stamp then
     call('SETRANGE', key, 9, used) -- a retry: write, so that waiting for the disk includes it
@@ -117,6 +140,7 @@ UNDONE_MS = 3_600_000
 COMMIT = _script(
     _COMMON,
     RECORD,
+    _EARLIER,
     _BYTES,
     """
 -- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions. ARGV: a letter for each
@@ -251,6 +275,7 @@ for i = 1, #KEYS - 3 do
     elseif kind == 1 and has == follow then
       local was = value_at(key)
       local before, after, bytes = model_of(was), model_of(value), bytes_at(key, was)
+      if is_change(value) then move(key) end
       call('SET', key, value)
       if before ~= after then count(id, before, -1) count(id, after, 1) end
       count_size(id, rows_of(value) - rows_of(was), bytes_of_new(value) - bytes)
@@ -270,7 +295,7 @@ for i = 1, #KEYS - 3 do
       if (follow == none or has == follow) and age >= least_ms and not is_late then
         local was = value_at(key)
         local bytes = bytes_at(key, was)
-        call('DEL', key)
+        call('DEL', key, earlier_of(key))
         if length > 0 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
         pcall('ZREM', index, id)
         count(id, model_of(was), -1)
@@ -292,6 +317,7 @@ for i = 1, #KEYS - 3 do
     end
   elseif letter == 'L' then
     if kind == 0 and call('ZSCORE', index, id) then
+      call('DEL', earlier_of(key))
       call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
       call('ZREM', index, id)
       was_lost = true
@@ -309,10 +335,12 @@ return conflicts
 
 FETCH = _script(
     _COMMON,
+    RECORD,
+    _EARLIER,
     """
 -- Reads sessions. KEYS: the sessions. ARGV: known stamps (8 bytes each; empty: none); '1': write something if a value
 -- is not known, '2': always write; the maximum of bytes. Returns the time (ms), then each value, or only its head if
--- its stamp is known. There are fewer values than keys, but at least one, if they exceed the maximum. One byte replaces
+-- its stamp is known. The earlier records that a change needs follow it. There are fewer values than keys, but at least one, if they exceed the maximum. One byte replaces
 -- a value:
 --   3  there is none, and the id is listed: the session was lost
 --   4  the key has another type
@@ -341,6 +369,8 @@ for i, key in ipairs(KEYS) do
     value = of_nothing(key)
   elseif type(value) == 'table' then
     value = '\\4'
+  elseif is_change(value) then
+    value = value .. table.concat(pcall('LRANGE', earlier_of(key), 0, -1))
   end
   if value and fence ~= '0' and #value >= (fence == '1' and 18 or 17) then
     call('DEL', string.match(key, '^.-{%d+}') .. 'none') -- from here on nothing is refused for lack of memory
@@ -505,4 +535,4 @@ return mark
 """,
 )
 
-ALL = (CHANGE, COMMIT, FETCH, HEADS, TOUCH, CLAIM, REPLICAS, DOCUMENTS, MAKE, MARK)
+ALL = (REPLACE, COMMIT, FETCH, HEADS, TOUCH, CLAIM, REPLICAS, DOCUMENTS, MAKE, MARK)

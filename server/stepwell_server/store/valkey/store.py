@@ -33,9 +33,10 @@ from stepwell_server.store.base import (
     Write,
     new_stamp,
 )
+from stepwell_server.store.changes import joined
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import is_sound, key_id_of
+from stepwell_server.store.record import RecordBytes, is_sound, key_id_of
 from stepwell_server.store.valkey import documents, meta, scripts
 from stepwell_server.store.valkey.commits import MAX_KEYS, Commits, Part, outcome_of
 from stepwell_server.store.valkey.connection.client import ConnectionLost, Reply
@@ -210,13 +211,15 @@ class ValkeyStore(Store):
                 continue
             if is_sound(session_id, each.record):
                 raise StoreAway(self._lacks([key_id]), _RETRY_AFTER_S)
-        if self._sealer is None:
-            return found
-        opened = self._sealer.opened_or_as_is
         return [
-            dataclasses.replace(each, record=opened(session_id, each.record)) if each.record else each
+            dataclasses.replace(each, record=self._opened(session_id, each.record)) if each.record else each
             for session_id, each in zip(session_ids, found, strict=True)
         ]
+
+    def _opened(self, session_id: str, value: RecordBytes) -> RecordBytes:
+        """Return the record in a value, with whole rows and decrypted; a value that cannot be read stays unchanged."""
+        opened = value if self._sealer is None else self._sealer.opened_or_as_is(session_id, value)
+        return joined(session_id, opened)
 
     def _knows(self, key_id: str) -> bool:
         """Whether this server has a key."""

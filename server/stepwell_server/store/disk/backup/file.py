@@ -33,8 +33,8 @@ from stepwell_server.store.disk.documents import Item
 from stepwell_server.store.disk.files import flush_folders, flush_open
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
-FORMAT = Format("backup", 5, "a backup that 'stepwell store backup' wrote")
-"""Raise its number whenever anything in the file changes, including the records."""
+FORMAT = Format("backup", 6, "a backup that 'stepwell store backup' wrote", oldest=5)
+"""Raise its number whenever anything in the file changes, including the records. 5 had no changes (`store.changes`)."""
 _STONE = struct.Struct(f"<BdQ{CLOSES_BYTES}s")  # end, at, revision, request ids of closes
 _BUFFER_BYTES = 2**20
 

@@ -21,8 +21,9 @@ import lmdb
 
 from stepwell_server.files import private_files
 from stepwell_server.store.base import StoreError, Tombstone
+from stepwell_server.store.changes import merged
 from stepwell_server.store.disk import documents as in_lmdb
-from stepwell_server.store.disk import key_sums, meta
+from stepwell_server.store.disk import earlier, key_sums, meta
 from stepwell_server.store.disk.file_length import require_whole_file
 from stepwell_server.store.disk.key_sums import Sums
 from stepwell_server.store.disk.keys import all_entries, is_digest, named
@@ -30,7 +31,7 @@ from stepwell_server.store.disk.lock import read_lock
 from stepwell_server.store.disk.tombstones import age_of, tombstone
 from stepwell_server.store.disk.wal.log import Mark
 from stepwell_server.store.disk.wal.reader import LogReplaced, read_log
-from stepwell_server.store.record import is_sound, supersedes
+from stepwell_server.store.record import RecordBytes, is_change, is_sound, supersedes, value_of
 
 DATA = Path("sessions") / "data.mdb"
 _LOG = "wal"
@@ -42,7 +43,8 @@ class Entry(NamedTuple):
 
     key: bytes
     session_id: str
-    record: bytes
+    record: RecordBytes
+    """Its stored value: see `record`."""
     is_found: bool
     """Whether a search for its key finds it."""
 
@@ -50,17 +52,21 @@ class Entry(NamedTuple):
 class Snapshot:
     """See the module. Created by `opened`. For one thread, in a process that has not opened the store in another way."""
 
-    def __init__(self, path: Path, environment: Any, transaction: Any, log: dict[str, bytes]) -> None:
+    def __init__(
+        self, path: Path, environment: Any, transaction: Any, log: dict[str, list[RecordBytes]]
+    ) -> None:
         self.path = path
         self._environment = environment
         self.log = log
-        """The last record of each session in the write-ahead log."""
+        """The last record of each session in the write-ahead log, and those there that it needs."""
         self._transaction = transaction
         names = (b"sessions", b"tombstones", b"meta")
         self._sessions, self._tombstones, self._meta = (
             environment.open_db(name, txn=transaction, create=False) for name in names
         )
-        self._documents = None
+        self._documents = self._earlier = None
+        with contextlib.suppress(lmdb.NotFoundError):  # an earlier release made it
+            self._earlier = environment.open_db(earlier.NAME, txn=transaction, create=False)
         with contextlib.suppress(lmdb.NotFoundError):  # it may be missing in a corrupt store
             self._documents = environment.open_db(b"documents", txn=transaction, create=False)
         self.meta: dict[bytes, bytes] = dict(transaction.cursor(self._meta).iternext())
@@ -94,7 +100,7 @@ class Snapshot:
         try:
             for key, value in all_entries(self._transaction.cursor(self._sessions)):
                 session_id, record = named(key, value)
-                yield Entry(key, session_id, self.later(session_id, record), self._finds(key))
+                yield Entry(key, session_id, self.valid(session_id, record), self._finds(key))
         except lmdb.Error as error:
             raise StoreError(f"a page of {self.path / DATA} cannot be read: {error}") from error
 
@@ -158,12 +164,21 @@ class Snapshot:
         except lmdb.Error:
             return False
 
-    def later(self, session_id: str, record: bytes) -> bytes:
-        """Return the valid record of a session, given that from LMDB: this one or that in the log."""
-        logged = self.log.get(session_id)
-        if logged is None or not (supersedes(logged, record) or not is_sound(session_id, logged)):
-            return record
-        return logged
+    def valid(self, session_id: str, record: RecordBytes) -> RecordBytes:
+        """Return the valid value of a session, given its last record in LMDB: what is there, or in the log.
+
+        Raises:
+            StoreError: a page cannot be read.
+        """
+        logged = self.log.get(session_id, [])
+        if logged and not (supersedes(logged[-1], record) or not is_sound(session_id, logged[-1])):
+            logged = []
+        if logged and not is_change(logged[0]):
+            return value_of(logged)
+        stored: RecordBytes | None = record
+        if self._earlier is not None:
+            stored = earlier.completed(self._transaction, self._earlier, session_id, record)
+        return merged(logged, stored) or b""
 
 
 @contextlib.contextmanager
@@ -193,7 +208,7 @@ def _open(path: Path) -> Any:
         os.fspath(path / DATA.parent),
         readonly=True,
         map_size=2 * size + 2**30,  # address space: the file may grow before the transaction begins
-        max_dbs=5,
+        max_dbs=6,
         readahead=True,
         create=False,
     )
@@ -205,7 +220,7 @@ def _open(path: Path) -> Any:
     return environment
 
 
-def _log(path: Path, environment: Any) -> dict[str, bytes]:
+def _log(path: Path, environment: Any) -> dict[str, list[RecordBytes]]:
     for _ in range(_MAX_TRIES):
         with environment.begin() as transaction:
             meta_db = environment.open_db(b"meta", txn=transaction, create=False)

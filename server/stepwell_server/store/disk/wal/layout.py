@@ -21,7 +21,16 @@ from typing import NamedTuple
 from isal.isal_zlib import crc32
 
 from stepwell._admin.record_file import ALIGNMENT, CHECKSUM_BYTES, HEAD, LENGTH, MAGIC
-from stepwell_server.store.record import HEADER, Puts, RecordBytes, encode_ids, is_sound, size_of
+from stepwell_server.store.record import (
+    HEADER,
+    Puts,
+    RecordBytes,
+    encode_ids,
+    follows,
+    is_change,
+    is_sound,
+    size_of,
+)
 
 _MARK = struct.Struct("<IQ")  # magic, generation
 
@@ -65,6 +74,46 @@ class StoredEntry(NamedTuple):
 
 
 @dataclasses.dataclass(slots=True)
+class Places:
+    """Where the records of sessions are. One thread adds them; others may read, and remove from `last`."""
+
+    last: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Offset of each session's last record."""
+    earlier: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Of sessions whose last record is a change: the offsets of those before it that it needs, the oldest first."""
+    unfinished: set[str] = dataclasses.field(default_factory=set)
+    """Sessions of which these records need others, because the first one is a change."""
+
+    def add(self, session_id: str, at: int, *, is_change: bool) -> None:
+        """Add a record. The order of the assignments matters to `of`."""
+        before = self.last.get(session_id)
+        if is_change and before is not None:
+            self.earlier.setdefault(session_id, []).append(before)
+        elif is_change:
+            self.earlier.pop(session_id, None)
+            self.unfinished.add(session_id)
+        self.last[session_id] = at
+        if not is_change:
+            self.earlier.pop(session_id, None)
+            self.unfinished.discard(session_id)
+
+    def add_stored(self, session_id: str, at: int, data: bytes) -> None:
+        """Add a record of a segment that is read."""
+        head, before = data[at : at + HEADER.itemsize], self.last.get(session_id)
+        if before is not None and not follows(head, data[before : before + HEADER.itemsize]):
+            del self.last[session_id]  # the records between them went to the store
+        self.add(session_id, at, is_change=is_change(head))
+
+    def of(self, session_id: str) -> list[int]:
+        """Return the offsets of a session's last record and of the records that it needs, the oldest first."""
+        while True:
+            at = self.last.get(session_id)
+            before = tuple(self.earlier.get(session_id, ()))
+            if self.last.get(session_id) == at:  # otherwise a record was added meanwhile
+                return [] if at is None else [*(each for each in before if each < at), at]
+
+
+@dataclasses.dataclass(slots=True)
 class Content:
     """The content of a segment."""
 
@@ -77,12 +126,22 @@ class Content:
     """Sequence number of the last complete write."""
     end: int = 0
     """Where that write ends."""
-    offsets: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Offset of each session's last record."""
+    places: Places = dataclasses.field(default_factory=Places)
     has_rest: bool = False
     """Parts of later writes follow the end."""
     problem: str = ""
     """Why it cannot be read to its end; empty if it can."""
+
+
+def changes_of(parts: Sequence[Sequence[tuple[str, RecordBytes]]]) -> list[bool]:
+    """Return which records are changes; empty if none is."""
+    found: list[bool] = []
+    for part in parts:
+        if isinstance(part, Puts):
+            found += [is_change(part.together)] * len(part)
+        else:
+            found += [is_change(record) for _, record in part]
+    return found if any(found) else []
 
 
 def lay_out(
@@ -166,7 +225,8 @@ def content_of(data: bytes) -> Content:
     found = Content(generation_of(data), start.owner, start.sequence, start.sequence, start.end)
     for write in writes(data, start):
         for entry in write:
-            found.offsets.update(entry.offsets)
+            for session_id, at in entry.offsets:
+                found.places.add_stored(session_id, at, data)
             found.end, found.sequence = entry.end, entry.sequence
     behind = [entry.sequence for entry in search(data, found.end, found.generation)]
     found.has_rest = bool(behind)

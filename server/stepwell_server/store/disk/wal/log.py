@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 from stepwell_server.store.base import Parts, StoreError
 from stepwell_server.store.disk.wal.segment import Segment, SegmentCorrupt, SegmentWrite
-from stepwell_server.store.record import RecordBytes
+from stepwell_server.store.record import RecordBytes, is_change
 
 SEGMENTS = ("0", "1")
 """The file names of the segments."""
@@ -82,7 +82,7 @@ def room_for(folder: Path, size: int) -> int:
 class WriteAheadLog:
     """The latest change of each session that is not yet in the store.
 
-    For one thread that checkpoints and one that appends at the same time; `find` and `places_of` are for any thread.
+    For one thread that checkpoints and one that appends at the same time; `value` and `places_of` are for any thread.
     """
 
     def __init__(
@@ -260,19 +260,20 @@ class WriteAheadLog:
         """Whether changes fit into a nearly empty segment."""
         return sum(len(record) for part in parts for _, record in part) < self._sealed.size // 2
 
-    def find(self, session_id: str) -> bytes | None:
-        """Return the record of a session; None: the store has it. For any thread.
+    def value(self, session_id: str) -> list[RecordBytes]:
+        """Return the last record of a session, and those in the log that it needs, the oldest first. For any thread.
+
+        If the first one is a change, the store has the records before it.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: they cannot be read.
         """
         with self._looking:
-            # Look again: between the first two, a later record may have been appended and the sealed one removed.
-            return (
-                self._active.record(session_id)
-                or self._sealed.record(session_id)
-                or self._active.record(session_id)
-            )
+            found = self._active.value(session_id)
+            if not found:
+                # Look again: a later record may have been appended meanwhile, and the sealed one removed.
+                return self._sealed.value(session_id) or self._active.value(session_id)
+            return [*self._sealed.value(session_id), *found] if is_change(found[0]) else found
 
     def places_of(self, session_ids: Sequence[str]) -> list[int]:
         """Return the indices of the sessions that have records in the log. For any thread."""
@@ -280,7 +281,7 @@ class WriteAheadLog:
             active, sealed = self._active.offsets, self._sealed.offsets
             if not (active or sealed or active):
                 return []
-            # in the order of `find`
+            # in the order of `value`
             return [place for place, i in enumerate(session_ids) if i in active or i in sealed or i in active]
 
     def discard(self, session_ids: Iterable[str]) -> None:
@@ -300,9 +301,10 @@ class WriteAheadLog:
         count = wanted if limit is None else min(limit, wanted)
         ids = list(itertools.islice(sealed.offsets, count))
         self.due = max(0, self.due - len(ids)) if ids else 0
-        # the active segment has newer records of the others
-        last_here = [session_id for session_id in ids if session_id not in active.offsets]
-        return ids, sealed.records(last_here)
+        # the active segment has newer records of the others, which need none of these
+        unfinished = active.places.unfinished
+        needed = [i for i in ids if i not in active.offsets or i in unfinished]
+        return ids, sealed.records(needed)
 
     def checkpointed(self, session_ids: Collection[str]) -> None:
         """Remove sessions from the sealed segment, after the store has their records."""
@@ -345,7 +347,7 @@ class WriteAheadLog:
         self._active, self._sealed = self._sealed, self._active
 
     def _drop_superseded(self, segment: Segment, counts: Callable[[Records], Iterable[bool]]) -> None:
-        records: Records = segment.records(segment.offsets)
+        records: Records = segment.records(segment.offsets, are_last=True)
         for (session_id, _), is_later in zip(records, counts(records), strict=True):
             if not is_later:
                 del segment.offsets[session_id]

@@ -14,7 +14,15 @@ from typing import NamedTuple
 from stepwell_server.store.base import StoreError
 from stepwell_server.store.disk.wal.layout import Content, content_of
 from stepwell_server.store.disk.wal.log import SEGMENTS
-from stepwell_server.store.record import HEADER, is_sound, size_of
+from stepwell_server.store.record import (
+    HEADER,
+    RecordBytes,
+    follows,
+    is_change,
+    is_sound,
+    size_of,
+    value_of,
+)
 
 #: A busy log differs each time; this is the maximum of reads.
 _MAX_LOOKS = 100
@@ -24,8 +32,10 @@ class LogReplaced(Exception):
     """The segments belong to another store, because a server that started meanwhile created new ones."""
 
 
-def read_log(folder: Path, owner: int) -> dict[str, bytes]:
-    """Return the last record of each session in the segments of a store, including corrupt ones.
+def read_log(folder: Path, owner: int) -> dict[str, list[RecordBytes]]:
+    """Return the last record of each session in the segments of a store, including corrupt ones, and those that it needs.
+
+    The oldest comes first. If it is a change, LMDB has the records before it.
 
     Raises:
         LogReplaced: the segments belong to another store.
@@ -52,7 +62,12 @@ def read_log(folder: Path, owner: int) -> dict[str, bytes]:
             raise LogReplaced
         if content.problem:
             raise StoreError(f"{path} {content.problem}: acknowledged changes are missing")
-    return {**first.records, **last.records}
+    for session_id, records in last.records.items():
+        before = first.records.get(session_id, [])
+        # if others are between them, LMDB has those
+        is_next = bool(before) and is_change(records[0]) and follows(records[0], before[-1])
+        first.records[session_id] = [*before, *records] if is_next else records
+    return first.records
 
 
 class _Segment(NamedTuple):
@@ -60,7 +75,7 @@ class _Segment(NamedTuple):
 
     path: Path
     content: Content
-    records: dict[str, bytes]
+    records: dict[str, list[RecordBytes]]
 
 
 def _order(segment: _Segment) -> tuple[int, int]:
@@ -72,11 +87,15 @@ def _read(path: Path) -> _Segment:
     for _ in range(_MAX_LOOKS):
         data = path.read_bytes()
         found = content_of(data)
-        records = {
-            session_id: data[at : at + size_of(data[at : at + HEADER.itemsize])]
-            for session_id, at in found.offsets.items()
+        records: dict[str, list[RecordBytes]] = {
+            session_id: [
+                data[at : at + size_of(data[at : at + HEADER.itemsize])] for at in found.places.of(session_id)
+            ]
+            for session_id in found.places.last
         }
-        unsound = {(i, found.offsets[i]) for i, record in records.items() if not is_sound(i, record)}
+        unsound = {
+            (i, found.places.last[i]) for i, each in records.items() if not is_sound(i, value_of(each))
+        }
         seen = found.generation, found.problem, unsound
         if seen == before or not (found.problem or unsound):
             return _Segment(path, found, records)

@@ -19,7 +19,7 @@ from pathlib import Path
 from stepwell._admin.record_file import HEAD
 from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
 from stepwell_server.store.disk.wal import layout
-from stepwell_server.store.record import HEADER, RecordBytes, size_of
+from stepwell_server.store.record import HEADER, RecordBytes, is_change, size_of
 
 #: Flag for a write that returns when the data is on disk; 0: not supported (macOS), so that a flush follows instead.
 WRITE_THROUGH: int = getattr(os, "RWF_DSYNC", 0)
@@ -53,6 +53,8 @@ class SegmentWrite:
     """Of the truncation that this write ends; 0: it appends."""
     count: int = 0
     """Number of records."""
+    changes: Sequence[bool] = ()
+    """Which of them are changes; empty: none."""
 
     @property
     def data(self) -> bytes:
@@ -70,7 +72,7 @@ class SegmentWrite:
 
 
 class Segment:
-    """One file. For one thread; other threads may call `record` and remove offsets, except during a truncation."""
+    """One file. For one thread; other threads may call `value` and remove offsets, except during a truncation."""
 
     def __init__(self, path: Path, size: int, owner: int, *, flush: bool, make: bool) -> None:
         """Open the file, to `load` it, or create it, to `truncate` it.
@@ -87,8 +89,7 @@ class Segment:
         """
         self.path = path
         self.size = size
-        self.offsets: dict[str, int] = {}
-        """Offset of each session's last record."""
+        self.places = layout.Places()
         self.end = 0
         self.sequence = 0
         """Sequence number of the last write."""
@@ -109,6 +110,11 @@ class Segment:
             raise
 
     @property
+    def offsets(self) -> dict[str, int]:
+        """Offset of each session's last record."""
+        return self.places.last
+
+    @property
     def descriptor(self) -> int:
         """The descriptor of the open file."""
         return self._file
@@ -125,7 +131,7 @@ class Segment:
 
     def truncation(self, sequence: int) -> SegmentWrite:
         """Drop all entries, and return the write of the first new entry: see `truncate`. Until it is made, no append fits."""
-        self.offsets = {}
+        self.places = layout.Places()
         self._generation, self.end = 0, self.size
         generation = secrets.randbits(63) + 1
         start = layout.lay_out((), generation, sequence, owner=self._owner)
@@ -155,7 +161,10 @@ class Segment:
             if start + len(data) + leave > self.size:
                 return None
             offsets = ((session_id, start + record_at),)
-            return SegmentWrite(self, (data,), start, len(data), sequence, offsets, (start,), count=1)
+            changes = (True,) if is_change(record) else ()
+            return SegmentWrite(
+                self, (data,), start, len(data), sequence, offsets, (start,), count=1, changes=changes
+            )
         added = [
             layout.lay_out(part, self._generation, sequence, remaining=len(parts) - 1 - place)
             for place, part in enumerate(parts)
@@ -175,6 +184,7 @@ class Segment:
             ),
             heads,
             count=sum(map(len, parts)),
+            changes=layout.changes_of(parts),
         )
 
     def make(self, write: SegmentWrite) -> None:
@@ -189,30 +199,44 @@ class Segment:
         """Use the entries of a write that was made."""
         if write.generation:
             self._generation, self.base_sequence = write.generation, write.sequence
-        self.offsets.update(write.offsets)
+        places = self.places
+        if write.changes or places.earlier or places.unfinished:
+            for (session_id, at), is_one in itertools.zip_longest(write.offsets, write.changes):
+                places.add(session_id, at, is_change=bool(is_one))
+        else:
+            places.last.update(write.offsets)
         self.end, self.sequence = write.at + write.size, write.sequence
 
-    def record(self, session_id: str) -> bytes | None:
-        """Return the last record of a session, or None.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        at = self.offsets.get(session_id)
-        if at is None:
-            return None
-        start = os.pread(self._file, _GUESS_BYTES, at)
-        size = min(size_of(start), self.size - at)
-        return start[:size] if size <= len(start) else os.pread(self._file, size, at)
-
-    def records(self, session_ids: Iterable[str]) -> list[tuple[str, RecordBytes]]:
-        """Return the last record of each session that has one, in the order of the file: neighbours are read together.
+    def value(self, session_id: str) -> list[RecordBytes]:
+        """Return the last record of a session, and those here that it needs, the oldest first; empty: there is none.
 
         Raises:
             OSError: they cannot be read.
         """
-        offsets = self.offsets
-        places = sorted((at, i) for i in session_ids if (at := offsets.get(i)) is not None)
+        return [self._record(at) for at in self.places.of(session_id)]
+
+    def _record(self, at: int) -> bytes:
+        start = os.pread(self._file, _GUESS_BYTES, at)
+        size = min(size_of(start), self.size - at)
+        return start[:size] if size <= len(start) else os.pread(self._file, size, at)
+
+    def records(self, session_ids: Iterable[str], *, are_last: bool = False) -> list[tuple[str, RecordBytes]]:
+        """Return the last record of each session that has one, and those here that it needs.
+
+        They are in the order of the file: neighbours are read together.
+
+        Args:
+            session_ids: The sessions.
+            are_last: Return the last record of each only.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        if are_last or not self.places.earlier:
+            last = self.places.last
+            places = sorted((at, i) for i in session_ids if (at := last.get(i)) is not None)
+        else:
+            places = sorted((at, i) for i in session_ids for at in self.places.of(i))
         found: list[tuple[str, RecordBytes]] = []
         data, begin = b"", 0
         for index, (at, session_id) in enumerate(places):
@@ -243,7 +267,7 @@ class Segment:
         if found.owner != self._owner:
             raise SegmentCorrupt(f"{self.path} cannot be read: it does not belong to this store")
         self._generation, self.base_sequence = found.generation, found.base_sequence
-        self.offsets, self.end, self.sequence = found.offsets, found.end, found.sequence
+        self.places, self.end, self.sequence = found.places, found.end, found.sequence
         there = os.fstat(self._file).st_size
         if there != self.size:
             raise SegmentCorrupt(

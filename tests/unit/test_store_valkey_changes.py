@@ -1,0 +1,165 @@
+"""Changes (`store.changes`) in a shared store: the scripts keep the records before them, and return the whole."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stepwell_server.core.quotas import NOTHING
+from stepwell_server.store import backup, shared_backup
+from stepwell_server.store.base import ALL_KEPT, Batch, End, Tombstone, new_stamp
+from stepwell_server.store.counts import usage_of
+from stepwell_server.store.encryption.keyring import Keyring
+from stepwell_server.store.record import decode_header
+from stepwell_server.store.valkey import meta
+from stepwell_server.store.valkey.connection import url as urls
+from support.clock import ManualClock
+from support.servers.valkey_servers import Valkey
+from support.stores.changes import Windowed
+from support.stores.valkey_store import end, fresh_prefix, opened, put, shared, stamps
+
+KEYS = Keyring({"k": bytes(range(32))})
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey(append="") as server:
+        yield server
+
+
+def lists(valkey: Valkey, session_id: str) -> list[int]:
+    return [valkey.ask("LLEN", key) for key in valkey.ask("KEYS", f"*e:{session_id}")]
+
+
+@pytest.mark.parametrize("keyring", [None, KEYS], ids=["plain", "encrypted"])
+async def test_whatever_is_done_readers_get_whole_records(valkey: Valkey, keyring: Keyring | None) -> None:
+    chance, prefix = random.Random(7), fresh_prefix()
+    store = await opened(f"{valkey.url()}?prefix={prefix}", keyring=keyring)
+    try:
+        sessions = {name: Windowed(name) for name in ("a", "b", "c{7}s:d")}
+        held = dict.fromkeys(sessions, 0)
+        for name, session in sessions.items():
+            kept, held[name] = await put(store, [(name, session.whole)], [0])
+            assert kept is ALL_KEPT
+        for turn in range(80):
+            some = chance.sample(sorted(sessions), chance.randint(1, 3))
+            puts = [
+                (
+                    name,
+                    sessions[name].step(chance.choice([1, 2, 30]))
+                    if chance.random() < 0.8
+                    else sessions[name].replace(),
+                )
+                for name in some
+            ]
+            if chance.random() < 0.3:  # the script that counts
+                stamp = new_stamp()
+                batch = Batch(
+                    puts=puts,
+                    follows=stamps(*(held[name] for name in some)),
+                    stamps=stamps(*[stamp] * len(some)),
+                    resized=some,
+                )
+                kept = await store.apply(batch)
+            else:
+                kept, stamp = await put(store, puts, [held[name] for name in some])
+            assert kept is ALL_KEPT
+            if chance.random() < 0.3:  # sent again
+                assert (await put(store, puts, [held[name] for name in some], stamp))[0] is ALL_KEPT
+            held |= dict.fromkeys(some, stamp)
+            if chance.random() < 0.1:
+                assert await end(store, [Tombstone(some[0], End.CLOSED, 0.0)], [stamp]) is ALL_KEPT
+                sessions[some[0]] = session = Windowed(some[0], seed=turn)
+                (stone,) = await store.fetch([some[0]])
+                _, held[some[0]] = await put(store, [(some[0], session.whole)], [stone.stamp], anew=True)
+            found = await store.fetch([*sessions])
+            assert [each.record for each in found] == [each.whole for each in sessions.values()]
+            usage = NOTHING
+            for name, session in sessions.items():
+                usage += usage_of(decode_header(name, session.whole))
+            heads = await store.heads(limit=9)
+            assert len(heads) == await store.count() == 3
+            assert (await store.usage("")).bytes == usage.bytes == int(heads.byte_counts.sum())
+        known = await store.fetch([*sessions], list(held.values()))
+        assert all(each.is_known for each in known)
+    finally:
+        await store.close()
+
+
+async def test_a_conflict_moves_nothing_and_an_end_leaves_nothing(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        session, other = Windowed("lone"), Windowed("lone")
+        _, first = await put(a, [("lone", session.whole)], [0])
+        change = session.step()
+        kept, second = await put(a, [("lone", change)], [first])
+        assert kept is ALL_KEPT
+        assert lists(valkey, "lone") == [1]
+        assert (await put(b, [("lone", other.step())], [first]))[0].conflicts == {"lone"}
+        assert lists(valkey, "lone") == [1]
+        kept, third = await put(b, [("lone", session.step())], [second])
+        assert kept is ALL_KEPT
+        assert lists(valkey, "lone") == [2]
+        assert (await a.fetch(["lone"]))[0].record == session.whole
+        kept, fourth = await put(a, [("lone", session.replace())], [third])
+        await put(a, [("lone", session.step())], [fourth])
+        assert lists(valkey, "lone") == [1]
+        await end(b, [Tombstone("lone", End.EXPIRED, 0.0)], [0])
+        assert lists(valkey, "lone") == []
+
+
+@pytest.mark.parametrize("keyring", [None, KEYS], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_backups_have_the_changes(
+    valkey: Valkey, tmp_path: Path, keyring: Keyring | None, is_moved: bool
+) -> None:
+    import asyncio
+
+    sessions = [Windowed(name) for name in "abcd"]
+    url = urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {})
+    to = urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {})
+
+    async def fill() -> None:
+        store = await opened(str(url), keyring=keyring)
+        for count, session in enumerate(sessions):
+            _, stamp = await put(store, [(session.session_id, session.whole)], [0])
+            for _ in range(count):
+                _, stamp = await put(store, [(session.session_id, session.step())], [stamp])
+        await store.close()
+
+    async def read() -> list[bytes]:
+        store = await opened(str(to), keyring=keyring)
+        found = await store.fetch([each.session_id for each in sessions])
+        await store.close()
+        return [bytes(each.record or b"") for each in found]
+
+    asyncio.run(fill())
+    clock, file = ManualClock(), tmp_path / "backup"
+    assert shared_backup.verify(url, keyring, clock).problems == []
+    assert shared_backup.back_up(url, file, clock).damaged == 0
+    given = None if is_moved and keyring is not None else keyring
+    restored = shared_backup.restore(file, to, clock, given, moved=is_moved)
+    assert (restored.sessions, restored.damaged) == (4, 0)
+    assert shared_backup.verify(to, keyring, clock).problems == []
+    for session in sessions:
+        session.revision += restored.first_revision
+    revisions = [
+        decode_header(each.session_id, found).revision
+        for each, found in zip(sessions, asyncio.run(read()), strict=True)
+    ]
+    assert revisions == [session.revision for session in sessions]
+    if is_moved:
+        assert asyncio.run(read()) == [session.whole for session in sessions]
+    assert backup.restore(file, tmp_path / "disk", clock, given, moved=is_moved).sessions == 4
+
+
+async def test_a_store_of_the_last_layout_is_taken_over(valkey: Valkey) -> None:
+    url = f"{valkey.url()}?prefix={fresh_prefix()}"
+    store = await opened(url)
+    await store.close()
+    (key,) = valkey.ask("KEYS", f"{urls.parse(url, {}).prefix}{{meta}}store")
+    valkey.ask("HSET", key, "layout", meta.OLDEST_LAYOUT)
+    await (await opened(url)).close()
+    assert int(valkey.ask("HGET", key, "layout")) == meta.LAYOUT
