@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select, SessionPolicy
+from stepwell_server.engine.state import window_changes
 from stepwell_server.engine.state.arena import Arena
+from stepwell_server.engine.state.window_changes import NewElements
 from stepwell_server.errors import ServerError
+from stepwell_server.store.memory import MemoryStore
+from support.engine import fake_executor
 from support.engine.fake_executor import BAD, RINGS, with_windows
 from support.engine.harness import Harness, running
+from support.stores.durable import DurableStore
+from support.stores.kinds import DURABLE
 
 
 def same(one: Any, two: Any) -> None:
@@ -55,6 +61,39 @@ async def test_any_changes_give_the_same_bits_as_whole_windows(threads: bool, se
             assert {key: value.tobytes() for key, value in one.items()} == {
                 key: value.tobytes() for key, value in two.items()
             }
+
+
+@DURABLE
+@pytest.mark.parametrize("threads", [False, True])
+async def test_sessions_of_which_changes_are_stored_outlive_kills(
+    durable_store: DurableStore, threads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_executor, "_WINDOWS", ((70, 3), (50, 50), (20, 1)))
+    monkeypatch.setattr(window_changes, "_MIN_BYTES", 0)
+    monkeypatch.setattr(window_changes, "_HEAD_BYTES", 0)
+    packed: list[int] = []
+    pack = NewElements.pack
+    monkeypatch.setattr(NewElements, "pack", lambda form, rows: packed.append(len(rows)) or pack(form, rows))
+    rng, sizes = np.random.default_rng(8 + threads), {"a": 1, "b": 3, "c": 1, "d": 2, "e": 1}
+    async with running({"plain": with_windows(are_rings=False)}, store=MemoryStore()) as second:
+        for life in range(5):
+            async with durable_store.engine(
+                {"plain": with_windows(are_rings=True)}, is_killed=True, threads=threads, resident_rows=9
+            ) as first:
+                (model,) = first.internals.models
+                assert model.changes is not None
+                assert 20 < model.changes.period < 40
+                for name, size in sizes.items() if not life else ():
+                    for at in (first, second):
+                        await at.open(name, batch_size=size)
+                for i in range(40):
+                    await change(first, second, sizes, rng, 40 * life + i)
+                for name in sizes:
+                    one, two = await first.state(name), await second.state(name)
+                    assert {key: value.tobytes() for key, value in one.items()} == {
+                        key: value.tobytes() for key, value in two.items()
+                    }
+    assert sum(packed) > 200, "most steps store changes"
 
 
 async def change(

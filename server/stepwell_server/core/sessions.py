@@ -46,6 +46,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "max_idle_ms": np.int64,
     "pinned": np.bool_,
     "stamp": np.uint64,
+    "recorded": np.uint64,
     "bytes": np.int64,
     "watched": np.bool_,
     "watch_revision": np.uint64,
@@ -146,6 +147,8 @@ class SessionTable:
     """It stays on the version of its model with which it was opened."""
     stamp: npt.NDArray[np.uint64]
     """The stamp of the record that the columns reflect, where other servers use the store; else 0."""
+    recorded: npt.NDArray[np.uint64]
+    """The revision whose stored record has the rows that the session's rows in the arena then had: see `store.changes`."""
     bytes: npt.NDArray[np.int64]
     """Its size for quotas of bytes, as the store has it: see `store.counts`."""
     watched: npt.NDArray[np.bool_]

@@ -221,6 +221,8 @@ class Committer:
         table.digest[handles] = outcome.digests
         table.used[handles] = self._clock.monotonic()
         table.reply[handles] = outcome.replies
+        if self._recorder is not None:
+            table.recorded[handles] = outcome.revisions
         if outcome.stamp:  # otherwise there is no record
             table.stamp[handles] = outcome.stamp
         if outcome.arrays or outcome.model.replies.series:

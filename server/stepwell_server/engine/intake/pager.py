@@ -33,6 +33,8 @@ from stepwell_server.store.fields import counted_bytes
 from stepwell_server.store.record import DecodedRecords, decode_many
 
 #: Table columns that are stored in a record's header.
+#: No revision of a session: rows that no record has.
+_NOT_RECORDED = np.uint64(2**64 - 1)
 _FROM_RECORDS = (
     "revision", "position", "request_id", "digest", "opened_with", "opened_digest", "created", "reply", "max_idle_ms",
 )  # fmt: skip
@@ -275,6 +277,10 @@ class Pager:
             rows = rows[own]
         if sound.any():
             self._fill(model, handles, rows, decoded, sound)
+            is_own = sound[decoded.sound]
+            self._table.recorded[handles[decoded.sound[is_own]]] = (
+                decoded.heads["revision"][is_own] if forwarded.have_stored_rows else _NOT_RECORDED
+            )
         return refused
 
     def _settle(

@@ -79,6 +79,8 @@ class CompiledSteps:
         model, direct, count = self.model, self._direct, batch.size
         if self._committer.may_conflict or self._copies_whole_rings:
             return False
+        if model.changes is not None and self._committer.is_recording:
+            return False
         if count * self._reply_bytes > room or not direct.may_run(count):
             return False
         started = direct.clock.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
@@ -157,6 +158,7 @@ class Completion:
             join([np.full(len(each.job.members), int(each.kept), np.uint8) for each in ended]),
             _JobsOrigin(ended),
             arrays,
+            steps=None if self._model.changes is None else join([_steps_of(each.job) for each in ended]),
         )
 
     def _positions(self, ended: Sequence[_FinishedJob], handles: Handles) -> U64:
@@ -213,6 +215,12 @@ class Completion:
         spans = [np.arange(work.starts[i], work.starts[i] + job.row_count) for i, job in jobs]
         rows = np.concatenate(spans)
         self._model.arena.keep_outputs(work.target_rows[rows], [output[rows] for output in last])
+
+
+def _steps_of(job: Job) -> npt.NDArray[np.int64]:
+    """See `Outcome.steps`."""
+    is_plain = job.reset_rows is None and job.advancing is None
+    return np.full(len(job.members), job.steps if is_plain else 0, np.int64)
 
 
 def _split_small(

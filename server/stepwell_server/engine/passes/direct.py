@@ -283,6 +283,7 @@ class Direct:
             change.digests_of(change.members),
             np.array([kept], np.uint8) if count == 1 else np.full(count, int(kept), np.uint8),
             SimpleOrigin(change, change.members),
+            steps=None if self._model.changes is None else np.ones(count, np.int64),
         )
 
     def _commit(self, change: Change, outcome: Outcome, outputs: Sequence[Array], started: float) -> None:

@@ -13,6 +13,7 @@ from stepwell_server.core.scheduler import Scheduler, Share
 from stepwell_server.core.slots import Slots
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.replies import ReplyMemory
+from stepwell_server.engine.state.window_changes import WindowChanges
 from stepwell_server.errors import InvalidInput, ModelMismatch
 from stepwell_server.program import FINGERPRINT_DIGITS, Program
 from stepwell_server.store.record import Texts
@@ -62,6 +63,8 @@ class Model:
     """The epoch of records of sessions that moved to another version while work begun on this one was active."""
     digest_prefixes: dict[Kind, np.uint64] = dataclasses.field(init=False)
     """Prefixes of the digests of changes of its sessions: see `core.exactly_once`."""
+    changes: WindowChanges | None = dataclasses.field(init=False)
+    """How records of steps leave out large windows; None: they have whole rows."""
     is_running: bool = False
     """A pass runs."""
     waiting: int = 0
@@ -71,6 +74,7 @@ class Model:
         dtypes = [(spec.name, str(spec.dtype)) for spec in self.program.inputs]
         dtypes += [(spec.name, str(spec.dtype)) for spec in self.program.state]
         self.digest_prefixes = {kind: prefix_of(kind, dtypes) for kind in Kind}
+        self.changes = WindowChanges.of(self.program, self.arena)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"

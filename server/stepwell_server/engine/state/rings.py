@@ -34,6 +34,12 @@ class Ring:
         windows: Array = np.take(self.elements, places, axis=0, mode="clip")
         return windows
 
+    def newest(self, rows: Rows, count: int) -> Array:
+        """Copies of the last elements of the windows of `rows`, in the order of time."""
+        places = (self._steps[rows, None] + self._places[self.length - count :]) % self.length
+        places += rows[:, None] * self.length
+        return self.elements[places]  # type: ignore[no-any-return]
+
     def pack_row(self, row: int) -> bytes:
         """One window as bytes, in the order of time."""
         window, oldest = self.array[row], int(self._steps[row]) % self.length

@@ -48,6 +48,8 @@ class UpgradedRecords:
     """Places of sessions that are reset, to position 0."""
     replies: dict[int, int]
     """The new form of replies whose form has changed, by place."""
+    have_stored_rows: bool = True
+    """All rows are those of the records, and nothing was converted."""
 
 
 class RecordUpgrader:
@@ -145,6 +147,7 @@ class RecordUpgrader:
         target: Layout,
     ) -> None:
         """Convert some records' rows to rows of their new version."""
+        forwarded.have_stored_rows = False
         decoded = forwarded.decoded
         ends = np.cumsum(decoded.heads["rows_bytes"].astype(np.int64))
         starts = ends - decoded.heads["rows_bytes"]
