@@ -7,12 +7,16 @@ It prints Markdown tables. In each turn all programs run, one after the other: r
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 import numpy as np
 
@@ -25,6 +29,7 @@ from stepwell_server.engine.passes.batch import Lane
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.types import Array
 from stepwell_server.program import Program
+from support.servers.valkey_servers import Valkey
 
 LAYERS, KERNEL, CHANNELS = 8, 3, 64
 DENSE, RATES = "dense", {"dilation 1": 1, "dilations 1 to 128": 2}
@@ -93,24 +98,30 @@ def in_process(programs: Mapping[str, Program]) -> None:
 
 
 def stored(programs: Mapping[str, Program], folder: Path) -> None:
-    """Print the bytes that a server writes to its files for a step of a session."""
-    print("\n| model | changed, bytes | written, bytes | ratio |\n| --- | --- | --- | --- |")
-    for name, each in programs.items():
-        file, x = folder / f"{name}.stepwell", np.zeros((SESSIONS, CHANNELS), np.float32)
-        program_file.save(each, file)
-        with (
-            tempfile.TemporaryDirectory() as data,
-            LocalServer({"m": file}, data_dir=data) as server,
-            stepwell.connect(server.address) as client,
-        ):
-            group, pid = client.open_sessions("m", SESSIONS), server.pid
-            group.step(x)
-            before = _written(pid)
-            for _ in range(STEPS):
+    """Print the bytes that a step of a session writes to files, on disk and on Valkey, and the time of all sessions' steps."""
+    print("\n| store | model | changed, bytes | written, bytes | ratio | 64 sessions, ms |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    x = np.zeros((SESSIONS, CHANNELS), np.float32)
+    for store in ("disk", "Valkey"):
+        for name, each in programs.items():
+            program_file.save(each, file := folder / f"{name}.stepwell")
+            with contextlib.ExitStack() as stack:
+                valkey = stack.enter_context(Valkey(append="everysec")) if store == "Valkey" else None
+                extra = () if valkey is None else ("--store", valkey.url(), "--durability", "async")
+                data = stack.enter_context(tempfile.TemporaryDirectory()) if valkey is None else None
+                server = stack.enter_context(LocalServer({"m": file}, data_dir=data, extra_args=extra))
+                client = stack.enter_context(stepwell.connect(server.address))
+                group, pid = client.open_sessions("m", SESSIONS), (valkey or server).pid
                 group.step(x)
-            written = (_written(pid) - before) / SESSIONS / STEPS
+                before, seconds = _written(pid), list[float]()
+                for _ in range(STEPS):
+                    began = time.perf_counter()
+                    group.step(x)
+                    seconds.append(time.perf_counter() - began)
+                written = (_written(pid) - before) / SESSIONS / STEPS
             changed = each.changed_state_row_bytes + sum(spec.row_bytes for spec in each.outputs)
-            print(f"| {name} | {changed:,} | {written:,.0f} | {written / changed:.1f} |")
+            cells = f"{changed:,} | {written:,.0f} | {written / changed:.1f} | {statistics.median(seconds) * 1e3:.2f}"
+            print(f"| {store} | {name} | {cells} |", flush=True)
 
 
 def _written(pid: int | None) -> int:

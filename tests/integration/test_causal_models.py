@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import stepwell
 from stepwell.cli.models import facts
 from stepwell.testing import LocalServer
 from support.models import causal, programs
+from support.servers.valkey_servers import Valkey
 
 
 def _close(one: Any, other: Any) -> None:
@@ -102,3 +104,45 @@ def test_rings_are_stepped_alone_and_together_forked_set_and_outlive_a_kill(tmp_
         for time in range(40, 90):
             _close(twin.step(x[1:2, time]), whole[1:2, time])
         np.testing.assert_array_equal(twin.get_state()[name], x[1:2, 58:90])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts the bytes that a process wrote")
+@pytest.mark.parametrize("is_shared", [False, True], ids=["disk", "valkey"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_step_writes_at_most_eight_times_what_it_changes(tmp_path: Path, is_shared: bool) -> None:
+    """The window has 128 times the bytes of its new element, and a store once wrote all of it with each step."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    inputs = keras.Input((None, 256))
+    model = keras.Model(inputs, keras.layers.Conv1D(8, 3, dilation_rate=64, padding="causal")(inputs))
+    model.save(tmp_path / "model.keras")
+    with ExitStack() as stack:
+        valkey = stack.enter_context(Valkey(append="everysec")) if is_shared else None
+        server = stack.enter_context(
+            LocalServer(
+                {"m": tmp_path / "model.keras"},
+                data_dir=None if valkey else tmp_path / "data",
+                cache_dir=programs.cache_dir(),
+                extra_args=["--store", valkey.url(), "--durability", "async"] if valkey else [],
+                start_timeout_s=100,
+            )
+        )
+        client = stack.enter_context(stepwell.connect(server.address))
+        info = client.model("m")
+        changed = info.changed_state_row_bytes + 4 * 8
+        assert info.state_row_bytes == 128 * 256 * 4
+        x = np.random.default_rng(3).standard_normal((8, 2, 256)).astype(np.float32)
+        group, steps = client.open_sessions("m", 8), 200
+        for several in (False, True):
+            before = _written(valkey or server)
+            for _ in range(steps):
+                group.step(x if several else x[:, 0])
+            written = (_written(valkey or server) - before) / steps / len(group)
+            assert changed * (1 + several) < written < 8 * changed * (1 + several)
+
+
+def _written(process: Any) -> int:
+    """Return the bytes that a process wrote so far, to files and connections."""
+    lines = Path(f"/proc/{process.pid}/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("wchar")).split()[1])

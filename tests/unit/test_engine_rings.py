@@ -73,7 +73,12 @@ async def test_sessions_of_which_changes_are_stored_outlive_kills(
     monkeypatch.setattr(window_changes, "_HEAD_BYTES", 0)
     packed: list[int] = []
     pack = NewElements.pack
-    monkeypatch.setattr(NewElements, "pack", lambda form, rows: packed.append(len(rows)) or pack(form, rows))
+
+    def counted(form: NewElements, rows: Any) -> Any:
+        packed.append(len(rows))
+        return pack(form, rows)
+
+    monkeypatch.setattr(NewElements, "pack", counted)
     rng, sizes = np.random.default_rng(8 + threads), {"a": 1, "b": 3, "c": 1, "d": 2, "e": 1}
     async with running({"plain": with_windows(are_rings=False)}, store=MemoryStore()) as second:
         for life in range(5):
