@@ -33,7 +33,7 @@ from stepwell_server.store.valkey.commits import Part, outcome_of
 from stepwell_server.store.valkey.connection.client import ErrorReply
 from stepwell_server.store.valkey.connection.nodes import Node
 from stepwell_server.store.valkey.connection.requests import Request, Requests
-from stepwell_server.store.valkey.scripts import CHANGE, COMMIT
+from stepwell_server.store.valkey.scripts import COMMIT, REPLACE
 from support.samples import ALL, one_in
 from support.sim.client import KEYS, Bugs, make_nodes, tags
 from support.sim.network import Network, Weather
@@ -274,7 +274,7 @@ FAIL_OVERS: dict[str, Any] = {
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_store_that_compares_revisions_alone_is_found(is_told: bool) -> None:
     """Also by who is not told what a fail-over took back, as nobody is of a real store."""
-    bugs = Bugs({"CHANGE": REVISIONS_ALONE})
+    bugs = Bugs({"REPLACE": REVISIONS_ALONE})
     assert is_found(range(200), bugs, is_told=is_told, must_sync=False, **FAIL_OVERS)
 
 
@@ -298,7 +298,7 @@ def test_a_client_that_takes_redirected_changes_for_done_is_found(
     goes_on = Requests._is_retried
 
     async def believe(self: Requests, node: Node, request: Request, reply: ErrorReply) -> bool:
-        if reply.code == code and request.command[1] in (CHANGE.sha, COMMIT.sha):
+        if reply.code == code and request.command[1] in (REPLACE.sha, COMMIT.sha):
             request.reply, request.is_answered = [], True
         return await goes_on(self, node, request, reply)
 
@@ -321,7 +321,7 @@ LIMITS: dict[str, Any] = {
 @pytest.mark.slow
 def test_a_store_for_which_a_change_is_no_use_is_found() -> None:
     used = ("stamp .. used .. sub(blob", "stamp .. call('GETRANGE', key, 9, 16) .. sub(blob")
-    assert is_found(range(100), Bugs({"CHANGE": used}), **LIMITS)
+    assert is_found(range(100), Bugs({"REPLACE": used}), **LIMITS)
 
 
 @pytest.mark.slow

@@ -62,14 +62,14 @@ def loaded(path: Path, size: int = SIZE) -> Segment:
     return segment
 
 
-def held(segment: Segment) -> dict[str, bytes]:
+def held(segment: Segment) -> dict[str, RecordBytes]:
     """What a segment has, by session."""
     found = {i: record for i in segment.offsets for record in segment.value(i)}
     assert dict(segment.records([*reversed(found), "unknown"])) == found
     return found
 
 
-def found_in(path: Path) -> dict[str, bytes]:
+def found_in(path: Path) -> dict[str, RecordBytes]:
     segment = opened(path)
     try:
         segment.load()

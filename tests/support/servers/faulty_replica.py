@@ -51,7 +51,7 @@ def commit_blindly() -> None:
     sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest().encode()
     blind = scripts.Script(source, sha)
     replace(scripts, "ALL", tuple(blind if one is scripts.REPLACE else one for one in scripts.ALL))
-    replace(scripts, "CHANGE", blind)
+    replace(scripts, "REPLACE", blind)
 
 
 def forget_requests() -> None:
