@@ -431,6 +431,31 @@ _add(
     (4,),
 )
 
+
+def _channels_first(keras: Any, x: Any) -> Any:
+    """Layers whose channels come before time and space."""
+    layers = keras.layers
+    y = layers.Reshape((1, -1, x.shape[-1]))(x)
+    for filters in (4, 6):
+        y = layers.ZeroPadding2D(((4, 0), (1, 1)), data_format="channels_first")(y)
+        y = layers.Conv2D(filters, 3, dilation_rate=(2, 1), data_format="channels_first")(y)
+        y = layers.PReLU(shared_axes=[2, 3])(layers.BatchNormalization(axis=1)(y))
+    y = layers.ZeroPadding2D(((1, 0), (0, 0)), data_format="channels_first")(y)
+    y = layers.AveragePooling2D((2, 2), strides=(1, 2), data_format="channels_first")(y)
+    y = layers.ZeroPadding2D(((2, 0), (0, 0)), data_format="channels_first")(y)
+    y = layers.DepthwiseConv2D((3, 1), data_format="channels_first")(y)
+    return layers.Reshape((-1, 18))(layers.Permute((2, 1, 3))(y))
+
+
+def _channels_first_1d(keras: Any, x: Any) -> Any:
+    """Keras adds a bias along the time axis if that is as long as the filters: 3, fewer steps than tests compare."""
+    y = keras.layers.ZeroPadding1D((2, 0), data_format="channels_first")(keras.layers.Permute((2, 1))(x))
+    y = keras.layers.Conv1D(3, 3, data_format="channels_first", activation="tanh")(y)
+    return keras.layers.Permute((2, 1))(y)
+
+
+_add("channels_first", _channels_first_1d)
+_add("channels_first_2d", _channels_first, (6,))
 _add("first_value_in_front", lambda k, x: k.layers.Conv1D(3, 3)(_held(k, x, 2)))
 _add("first_value_once_in_front", lambda k, x: k.layers.AveragePooling1D(2, 1)(_held(k, x, 1)))
 _add(

@@ -22,6 +22,7 @@ from tensorflow.python.ops import array_ops, nn_impl, nn_ops
 
 from stepwell_server.compile.causality.axes import Scale, Scales
 from stepwell_server.compile.errors import ModelError, gist, quoted
+from stepwell_server.compile.graph.channels import channels_last
 from stepwell_server.compile.graph.concrete import concrete
 from stepwell_server.compile.graph.interface import Interface
 from stepwell_server.compile.graph.patch import attribute, relaxed
@@ -228,6 +229,7 @@ class _Tracer:
             for module in (nn_ops, nn_impl):
                 stack.enter_context(attribute(module, "device_context", _UNFOLDED))
             stack.enter_context(attribute(nn_ops, "with_space_to_batch", _unfolded))
+            stack.enter_context(channels_last())
             # Else zeros of fewer than 1,000 elements are a constant: the graphs differ where the rows decide that.
             stack.enter_context(attribute(array_ops, "_constant_if_small", _never))
             for operation in all_operations(model):
