@@ -227,7 +227,8 @@ class AsyncSession(SessionFacts, AsyncHandle):
                 change = plain_step(x, tracker.batch_size, outputs, time, states)
             if change is None:
                 change = core.step_change(tracker, x, outputs, time, reset, rows, states)
-            self._check_open()
+            if self._closed or self._parent is not None:
+                self._check_open()
             locks, members = self._locks, self._members
             if states != "none" or self._reels or not core.is_direct or not locks.take(members):
                 return await self._change(core.step(tracker, change, deadline, self._reels), deadline)

@@ -143,11 +143,14 @@ def _shapes(rows: int, times: Sequence[int]) -> str:
 
 def selected(outputs: dict[str, Array], change: Change) -> Outputs:
     """The outputs of a step as the caller receives them."""
+    if len(outputs) == 1 and not change.output_names and change.outputs != "none":
+        [only] = outputs.values()
+        return only
     if change.output_names:
         return {name: outputs[name] for name in change.output_names if name in outputs}
     if change.outputs == "none":
         return None
-    return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+    return outputs
 
 
 def as_one(outputs: dict[str, Array]) -> Outputs:

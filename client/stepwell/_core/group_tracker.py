@@ -15,6 +15,7 @@ import numpy as np
 
 from stepwell._batching.frames import Change, Counts, Frame, Gathered, Indexes
 from stepwell._batching.sets import SessionSet
+from stepwell._batching.steps import Step
 from stepwell._core.lanes import divide, keys_in
 from stepwell._core.locks import Locks, Some
 from stepwell._core.tracker import (
@@ -232,7 +233,7 @@ class GroupTracker:
             return None
         return PendingChange(pending.change, pending.sent, int(pending.request_ids[0]))
 
-    def put_pending_of(self, member: int, pending: PendingChange) -> None:
+    def put_pending_of(self, member: int, pending: PendingChange | Step) -> None:
         """Remembers a change that is pending for one member alone."""
         members = np.array([member])
         request_ids = np.array([pending.request_id], np.uint64)
@@ -324,11 +325,11 @@ class MemberTracker(SessionTracker):
         self._group.ahead[self._member] = ahead
 
     @property
-    def _pending(self) -> PendingChange | None:
+    def _pending(self) -> PendingChange | Step | None:
         return self._group.pending_of(self._member)
 
     @_pending.setter
-    def _pending(self, pending: PendingChange | None) -> None:
+    def _pending(self, pending: PendingChange | Step | None) -> None:
         if pending is None:
             self._group.drop(np.array([self._member]))
         else:

@@ -78,7 +78,7 @@ class SessionTracker:
         self.model_version = session.model_version
         self.model_version_pinned = session.model_version_pinned
         self.resumed = resumed
-        self._pending: PendingChange | None = None
+        self._pending: PendingChange | Step | None = None
         self._unknown = False
         """Whether the outcome of the last change is unknown."""
         self._ahead = False
@@ -89,7 +89,7 @@ class SessionTracker:
         """Whether a change has no answer yet."""
         return self._pending is not None
 
-    def begin(self, change: Change, states: str = "none") -> PendingChange:
+    def begin(self, change: Change, states: str = "none") -> PendingChange | Step:
         """Begins a change; returns it ready to be sent.
 
         Args:
@@ -97,22 +97,37 @@ class SessionTracker:
             states: States to request if the call requests fewer.
         """
         pending = self._pending
-        if pending is None or pending[0] != change:
+        if pending is None or pending.change != change:
             sent = change if states == "none" else with_states(change, states)
-            request_id = int.from_bytes(urandom(8)) or 1  # as `new_request_id`, without a call
-            pending = self._pending = _new(PendingChange, (change, sent, request_id))
+            pending = self._pending = PendingChange(change, sent, new_request_id())
         self._ahead |= self._unknown
         self._unknown = True
         return pending
 
     def step(self, change: Change, deadline: Deadline, states: str = "none") -> Step:
         """Begins a step; returns it ready to be sent."""
-        _, sent, request_id = self.begin(change, states)
         rows = len(change.rows) or self.batch_size
-        return _new(
-            Step,
-            (self.model, self.session_id, sent, rows, self.revision, request_id, deadline, (), None, False),
+        if states != "none" or self._pending is not None:
+            begun = self.begin(change, states)
+            sent, request_id = begun.sent, begun.request_id
+            return Step(self.model, self.session_id, sent, rows, self.revision, request_id, deadline)
+        request_id = int.from_bytes(urandom(8)) or 1  # as `new_request_id`, without a call
+        values = (
+            self.model,
+            self.session_id,
+            change,
+            rows,
+            self.revision,
+            request_id,
+            deadline,
+            (),
+            None,
+            False,
         )
+        step = self._pending = _new(Step, values)
+        self._ahead |= self._unknown
+        self._unknown = True
+        return step
 
     def failed(self, error: StepwellError) -> StepwellError:
         """Records that the change has failed. Returns the error to raise. Not called for a cancelled change."""
