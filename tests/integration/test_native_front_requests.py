@@ -403,9 +403,9 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     wire = mock.Mock()
     wire.take.side_effect = [[batch("other", 1)], [batch("flood", 1024)], [batch("other", 1)], []]
     front._callers.put("flood", Caller("ann", "acme", Role.USER))
-    front._take(wire)
+    front._run(lambda: front._take_all(wire))
     steps.reset_mock()
-    front._take(wire)
+    front._run(lambda: front._take_all(wire))
     assert [len(call.args[0].session_ids) for call in steps.mock_calls if call[0] == "take"] == [1]
     assert [call[0] for call in steps.mock_calls] == ["add_part", "run", "take", "go"]
     assert steps.add_part.call_args.args[0] == ("arrivals", "acme", "ann", "flood"), (
@@ -417,7 +417,7 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     steps.reset_mock()
     steps.run.return_value = True
     wire.take.side_effect = [[batch("other", 1)], []]
-    front._take(wire)
+    front._run(lambda: front._take_all(wire))
     assert [call[0] for call in steps.mock_calls] == ["run"], "no pass: nothing has come that needs one"
 
 

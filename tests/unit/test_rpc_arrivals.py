@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -38,7 +38,7 @@ class Wire:
         elif what[0] is Kind.BATCH:
             assert what[1].isdisjoint(self.looking), "it overtook what a task has not looked at"
 
-    def add(self, kind: Kind, peers: Collection[str], size: int = 1, *, is_all: bool = False) -> None:
+    def add(self, kind: Kind, peers: Sequence[str], size: int = 1, *, is_all: bool = False) -> None:
         self.count += 1
         what = (kind, frozenset(peers), size, self.count)
         self.arrivals.add(kind, peers, what, size, is_all=is_all)
@@ -129,7 +129,7 @@ def test_arrivals_after_a_defect_run() -> None:
     wire.looking.append("a")  # a batch must not come now
     with pytest.raises(AssertionError):
         wire.arrivals.run_due()
-    assert wire.arrivals.has_due
+    assert wire.arrivals.due
     wire.arrivals.run_due()
     assert [what[3] for what in wire.done] == [1, 2]
 

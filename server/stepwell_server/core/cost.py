@@ -29,7 +29,8 @@ class Cost:
         """Update the estimate: `items` items took `seconds`, done `times` times in a row."""
         once = seconds / times
         if items >= _MANY_ITEMS:
-            self._each_s += _WEIGHT * (max(0.0, once - self._fixed_s) / items - self._each_s)
+            more = once - self._fixed_s
+            self._each_s += _WEIGHT * ((more / items if more > 0 else 0.0) - self._each_s)
         else:
             self._fixed_s += _WEIGHT * (max(self._min_fixed_s, once - items * self._each_s) - self._fixed_s)
         self.one_s = self._fixed_s + self._each_s

@@ -110,8 +110,11 @@ class FairQueue(Generic[T]):
 
     def has_others(self, source: Source) -> bool:
         """Whether other sources than this one have items; it has one key."""
+        count = self._root.count
+        if not count:
+            return False
         own = self._root.children.get(source[0])
-        return self._root.count > (0 if own is None else own.count)
+        return count > (0 if own is None else own.count)
 
     def first(self, source: Source) -> T:
         """The first item of a source that has one."""
@@ -154,8 +157,8 @@ class FairQueue(Generic[T]):
         if child is None:
             child = node.children[key] = _Node(least)
             heapq.heappush(node.heap, (least, next(self._order), key))
-        elif not child.count:
-            child.start = max(child.start, least)
+        elif not child.count and child.start < least:
+            child.start = least
         return child
 
 
@@ -249,7 +252,8 @@ class Share:
 
     def used(self, seconds: float) -> None:
         """Charge time on the event loop in addition to the listener's."""
-        self.count_use()
+        self._uses += 1  # as `count_use`, for each step that runs without a pass
+        self._shares.uses += 1
         self._shares.due.charge((self,), seconds)
 
     def leave(self) -> None:
@@ -395,8 +399,12 @@ class Scheduler(Generic[J]):
 
     def is_contended(self, now: float) -> bool:
         """Whether several sources are active."""
-        self._forget_inactive(now)
         active, waiting = self._active, self._waiting
+        if (
+            not waiting and now > self.alone_until and len(active) < 2
+        ):  # the common case, also if one is inactive
+            return False
+        self._forget_inactive(now)
         if len(active) > 1 or len(waiting) > 1 or (active and not waiting.keys() <= active.keys()):
             return True
         return self._is_beside_steps(now)
@@ -455,8 +463,9 @@ class Scheduler(Generic[J]):
 
     def ran(self, source: Source, rows: int, now: float) -> None:
         """Note that rows of a source ran without a job."""
-        at, _, before = self._active.pop(source, (now, 0, 0.0))
-        recent = rows + _left(before, now - at)
+        recent = float(rows)
+        if (former := self._active.pop(source, None)) is not None:
+            recent += _left(former[2], now - former[0])
         self._active[source] = (now, rows, recent)
 
     def next_pass(self, now: float = 0.0, limit: int | None = None) -> list[J]:

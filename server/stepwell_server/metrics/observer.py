@@ -39,25 +39,25 @@ class SlowestSteps:
 
     def __init__(self) -> None:
         self._found: dict[str, SlowStep] = {}
-        self._threshold_s = 0.0
+        self.threshold_s = 0.0
         """Faster steps cannot be among the slowest before the next trim."""
-        self._next_trim = 0.0
+        self.next_trim = 0.0
 
     def note(self, model: str, session_id: str, seconds: float, now: float) -> None:
         """A step of a session was answered."""
-        if seconds <= self._threshold_s and now < self._next_trim:
+        if seconds <= self.threshold_s and now < self.next_trim:
             return
         known = self._found.get(session_id)
         if known is None or known.seconds < seconds or known.when <= now - SLOW_KEPT_S:
             self._found[session_id] = SlowStep(seconds, session_id, model, now)
-        if len(self._found) >= 2 * MAX_SLOW_SESSIONS or now >= self._next_trim:
+        if len(self._found) >= 2 * MAX_SLOW_SESSIONS or now >= self.next_trim:
             self._trim(now)
 
     def _trim(self, now: float) -> None:
         kept = self.list(now)[:MAX_SLOW_SESSIONS]
         self._found = {step.session_id: step for step in kept}
-        self._threshold_s = kept[-1].seconds if len(kept) == MAX_SLOW_SESSIONS else 0.0
-        self._next_trim = min((step.when for step in kept), default=now) + SLOW_KEPT_S
+        self.threshold_s = kept[-1].seconds if len(kept) == MAX_SLOW_SESSIONS else 0.0
+        self.next_trim = min((step.when for step in kept), default=now) + SLOW_KEPT_S
 
     def list(self, now: float) -> list[SlowStep]:
         """The slowest first."""
@@ -204,7 +204,9 @@ class PrometheusObserver(Observer):
         direct.counts[bisect_left(SECONDS, seconds)] += 1
         direct.total += seconds
         self._time_step_s[model] = seconds
-        self.slow_steps.note(model, session_id, seconds, now)
+        slow = self.slow_steps
+        if seconds > slow.threshold_s or now >= slow.next_trim:
+            slow.note(model, session_id, seconds, now)
 
     def _count_direct(self) -> None:
         """Add the steps that ran without a wait to all counts that include them."""

@@ -98,8 +98,8 @@ class PackedOutcome(Protocol):
     """The result of changes to some sessions, laid out by compiled code."""
 
     model: Model
-    puts: Puts | None
-    """The records; None: no store keeps them."""
+    puts: Puts
+    """The records."""
 
     def handles(self) -> Handles:
         """The sessions, which are claimed."""
@@ -160,10 +160,7 @@ class Committer:
 
     def commit_packed(self, outcome: PackedOutcome) -> None:
         """`commit` for a store of one server, which keeps all or nothing."""
-        if self._recorder is None or outcome.puts is None:
-            outcome.apply()
-            self._release(_NO_HANDLES)  # the claims began in this iteration: nothing waits for them
-            return
+        assert self._recorder is not None, "without a store there are no records"
 
         def done(committed: CommitResult | ServerError) -> None:
             handles = outcome.handles()
@@ -175,6 +172,10 @@ class Committer:
                 self._release(handles)
 
         self._recorder.keep_puts(outcome.model, outcome.puts, done)
+
+    def applied(self) -> None:
+        """Sessions that were claimed and committed in this iteration are free; nothing waits for their claims."""
+        self._release(_NO_HANDLES)
 
     @property
     def is_recording(self) -> bool:

@@ -56,8 +56,10 @@ class CompiledSteps:
         self._table = table
         (self._executor, states), self._arena = lane.in_place, model.arena
         has_rings = model.arena.has_rings or model.program.has_rings
-        self._copies_whole_rings = has_rings and states is model.arena
-        self._committer = committer
+        self._committer, self._is_recording = committer, committer.is_recording
+        copies_whole_rings = has_rings and states is model.arena
+        stores_changes = model.changes is not None and self._is_recording
+        self._declines = committer.may_conflict or copies_whole_rings or stores_changes
         self._watched = watched
         self._clock = direct.clock
         self._reply_bytes = output_bytes(model.program, 1, 1)
@@ -77,13 +79,9 @@ class CompiledSteps:
             fail: Called if it must be answered with an error. Otherwise compiled code answers it once the store has it.
         """
         model, direct, count = self.model, self._direct, batch.size
-        if self._committer.may_conflict or self._copies_whole_rings:
+        if self._declines or count * self._reply_bytes > room or not direct.may_run(count):
             return False
-        if model.changes is not None and self._committer.is_recording:
-            return False
-        if count * self._reply_bytes > room or not direct.may_run(count):
-            return False
-        started = direct.clock.monotonic()
+        started = self._clock.monotonic()
         source = None
         if count > 1 and (source := self._source(batch, started)) is None:
             return False
@@ -105,16 +103,21 @@ class CompiledSteps:
             if not isinstance(error, ExecutionError):  # a pass then determines the error of a program
                 _log.defect("a batch of steps raised, and is run as a change", error, model=model.name)
             return False
-        self._committer.commit_packed(_Outcome(self, batch, write, started, fail))
-        direct.note_run(source, count, started, batch.connections[0])
-        model.work.used(direct.clock.monotonic() - started)
+        if self._is_recording:
+            self._committer.commit_packed(_Outcome(self, batch, write, started, fail))
+        else:
+            self.commit(batch, write, started)
+            self._committer.applied()
+        ended = self._clock.monotonic()
+        direct.note_run(source, count, started, ended, batch.connections[0])
+        model.work.used(ended - started)
         return True
 
     def _run(self, kernel: StepKernel, batch: StepBatch) -> StepWrite:
         executor, count, handle = self._executor, batch.size, batch.handle
         began = self._direct.begin_measure(count)
         executor.bind(count)
-        version, shared = self.model.version, self._shared_facts()
+        version, shared = self.model.version, self._shared_facts() if self._is_recording else None
         if (buffers := executor.buffers()) is None:
             # no array may be referenced while the executor runs
             kernel.gather(handle, kernel.given(executor.inputs(), executor.states()))
@@ -134,10 +137,8 @@ class CompiledSteps:
             self._direct.end_measure(count, began)
         return write
 
-    def _shared_facts(self) -> SharedFacts | None:
-        """What the records of all sessions share; None: no store keeps them."""
-        if not self._committer.is_recording:
-            return None
+    def _shared_facts(self) -> SharedFacts:
+        """What the records of all sessions share."""
         epoch, unpinned, pinned = self._marks
         if epoch != self.model.epoch:
             epoch, version = self.model.epoch, self.model.version
@@ -211,11 +212,11 @@ class _Outcome:
         self._steps, self._batch, self._write = steps, batch, write
         self._started, self._fail = started, fail
         self.model = steps.model
-        self.puts: Puts | None = None
-        if (records := write.records()) is not None:
-            ids, sizes, encoded_ids, together, checksums = records
-            self.puts = Puts(ids, sizes, together)
-            self.puts.encoded_ids, self.puts.checksums = encoded_ids, checksums
+        records = write.records()
+        assert records is not None, "without a store there are no records"
+        ids, sizes, encoded_ids, together, checksums = records
+        self.puts = Puts(ids, sizes, together)
+        self.puts.encoded_ids, self.puts.checksums = encoded_ids, checksums
 
     def handles(self) -> Handles:
         return np.frombuffer(self._write.handles(), np.intp)

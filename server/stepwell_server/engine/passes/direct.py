@@ -150,10 +150,13 @@ class Direct:
             change.fail(change.members, _log.internal("a pass raised", error, model=model.name))
             return True
         self._commit(change, outcome, outputs, started)
-        self.note_run(source, count, started, change.connections or change.connection)
+        connection = change.connections or change.connection
+        self.note_run(source, count, started, self.clock.monotonic(), connection)
         return True
 
-    def note_run(self, source: Source | None, count: int, started: float, connection: object) -> None:
+    def note_run(
+        self, source: Source | None, count: int, started: float, ended: float, connection: object
+    ) -> None:
         """Note for the scheduler what has just run; `connection` sent it, if it is a single step without a source."""
         model, ready = self._model, self._model.ready
         if model.is_running or ready.rows_waiting:
@@ -163,7 +166,7 @@ class Direct:
             return
         ready.ran(source, count, started)
         if started >= ready.contended_until:  # a pass through jobs, which now run too, has another fixed cost
-            model.iteration_cost.learn(count, self.clock.monotonic() - started)
+            model.iteration_cost.learn(count, ended - started)
 
     def _is_short(self, change: Change | None, count: int) -> bool:
         """Whether nothing waits that so many rows may not overtake, and their run may be on the event loop."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 #: Two connections with messages within this many seconds are both active.
@@ -60,8 +60,8 @@ class Arrivals:
         self._now = now
         self._lines: dict[str, collections.deque[_Item]] = {}
         """Waiting arrivals by connection."""
-        self._due: collections.deque[str] = collections.deque()
-        """Connections whose first arrival may be processed."""
+        self.due: collections.deque[str] = collections.deque()
+        """Connections whose first arrival may be processed: work for `run_due`."""
         self._tasks: collections.Counter[str] = collections.Counter()
         """Number of arrivals whose tasks have not run yet, by connection."""
         self._held: set[str] = set()
@@ -71,19 +71,14 @@ class Arrivals:
         """Whether several connections are active."""
         self._contended_until = 0.0
 
-    @property
-    def has_due(self) -> bool:
-        """Whether there is work for `run_due`."""
-        return bool(self._due)
-
     def add(
-        self, kind: Kind, peers: Collection[str], what: Any, size: int = 1, *, is_all: bool = False
+        self, kind: Kind, peers: Sequence[str], what: Any, size: int = 1, *, is_all: bool = False
     ) -> None:
         """Queue an arrival on some connections behind their earlier ones, for `run_due`.
 
         `is_all`: nothing else has arrived. It is then processed at once, if nothing waits and no other connection is active.
         """
-        first = next(iter(peers), "")
+        first = peers[0] if peers else ""
         if kind is Kind.EVENT:  # such as the end of a write: it costs the others nothing
             pass
         elif len(peers) > 1 or first != self._latest:
@@ -101,15 +96,15 @@ class Arrivals:
             item.behind += bool(line)
             line.append(item)
         if not item.behind:
-            self._due.append(first)
+            self.due.append(first)
 
     def run_due(self) -> None:
         """Process the arrivals that are due, and schedule large ones as parts of large work."""
         tasks = _MAX_TASKS
-        while self._due:
-            line = self._lines.get(self._due[0])
+        while self.due:
+            line = self._lines.get(self.due[0])
             if not (line and self._may_begin(line[0])):
-                self._due.popleft()
+                self.due.popleft()
             elif line[0].is_large and (self.is_contended or not tasks):
                 self._queue(line[0])
             else:
@@ -131,7 +126,7 @@ class Arrivals:
             line.popleft()
             if line:
                 line[0].behind -= 1
-                self._due.append(peer)
+                self.due.append(peer)
             else:
                 del self._lines[peer]
         self._do(item.what)
@@ -143,7 +138,7 @@ class Arrivals:
     def release(self, peers: Collection[str]) -> None:
         """Let held connections continue. A connection is held by one batch at a time."""
         self._held.difference_update(peers)
-        self._due.extend(peers)
+        self.due.extend(peers)
 
     def task_started(self, peer: str) -> None:
         """An arrival on a connection was handed to a task."""
@@ -155,4 +150,4 @@ class Arrivals:
         if not self._tasks[peer]:
             del self._tasks[peer]
             if peer in self._lines:
-                self._due.append(peer)
+                self.due.append(peer)

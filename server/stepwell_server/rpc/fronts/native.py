@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import signal
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -329,7 +330,7 @@ class NativeFront:
             given += [(one, "http") for one in listeners]
         front.set_traces(steps.traces)
         front.set_general(True)
-        self._loop.add_reader(front.fd(), self._take, front)
+        self._loop.add_reader(front.fd(), self._run, functools.partial(self._take_all, front))
         front.start([(one.detach(), kind) for one, kind in given])
         return bound
 
@@ -432,11 +433,8 @@ class NativeFront:
             ) from problem
         return listeners
 
-    def _take(self, front: stepwell_front.Front) -> None:
-        """Process all arrivals in order. Those behind messages for tasks wait for the tasks."""
-        self._run(lambda: self._take_all(front))
-
     def _take_all(self, front: stepwell_front.Front) -> None:
+        """Process all arrivals in order. Those behind messages for tasks wait for the tasks."""
         until = self._clock.monotonic() + _MAX_TAKE_S
         takes_left = _MAX_TAKES
         while takes_left:
@@ -461,12 +459,13 @@ class NativeFront:
         """
         try:
             work()
-            self._arrivals.run_due()
+            if self._arrivals.due:
+                self._arrivals.run_due()
         finally:
             has_new, self._has_new = self._has_new, False
             if has_new and not is_large:
                 self._steps.go()
-            if self._arrivals.has_due:  # an exception was raised: later arrivals must not wait for ever
+            if self._arrivals.due:  # an exception was raised: later arrivals must not wait for ever
                 self._run_due_soon()
 
     def _run_due_soon(self) -> None:
@@ -542,7 +541,7 @@ class NativeFront:
 
     def _task_ended(self, peer: str) -> None:
         self._arrivals.task_ended(peer)
-        if self._arrivals.has_due:
+        if self._arrivals.due:
             self._run(lambda: None)
 
     def _do_rest(self, rest: Rest, peers: Collection[str]) -> None:

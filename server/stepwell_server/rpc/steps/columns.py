@@ -216,6 +216,8 @@ class ColumnSteps(Refusals):
         self._clock = clock
         self._tracer = tracer
         self.traces = tracer is not None
+        self._room = messages.room_for_outputs(0, max_message_bytes)
+        """Bytes of a reply without its members."""
         self._requests = requests
         """The wire of Triton's requests."""
         self.go, self.add_part = engine.take_turns, engine.add_part
@@ -228,8 +230,7 @@ class ColumnSteps(Refusals):
         def fail(error: ServerError) -> None:
             Batch(columns(), STEPWELL, self._clock, self._observer).failed(None, error)
 
-        room = messages.room_for_outputs(batch.size, self._max_message_bytes)
-        return self._engine.run_batch(batch, room, fail)
+        return self._engine.run_batch(batch, self._room - batch.size * messages.MEMBER_BYTES, fail)
 
     def take(self, columns: StepColumns) -> Rest | None:
         """See `base.Steps`."""
