@@ -111,7 +111,7 @@ SAMPLED := "^from (hypothesis|support.samples) import|^from support import (.*, 
 soak: $(INSTALLED) $(FRONT) ## Try all of what `make test` samples, the front in Python, and TLS with tokens on both, then kill servers a thousand times under load (forty minutes; ARGS="--kills 50 --seed 7" only kills)
 	@$(BIN)/python $(PROGRAMS)
 	$(if $(ARGS),,TEST_ALL=1 $(BIN)/pytest $(ALL) tests/unit tests/congruence $$(grep -rlE $(SAMPLED) --include="test_*.py" tests/fault tests/integration))
-	$(if $(ARGS),,$(BIN)/pytest $(ALL) -m soak tests/fault tests/integration tests/against)
+	$(if $(ARGS),,$(BIN)/pytest $(ALL) -m soak tests/packaging tests/fault tests/integration tests/against)
 	$(if $(ARGS),,STEPWELL_FRONT=python $(BIN)/pytest $(ALL) tests/integration)
 	$(if $(ARGS),,for front in auto python; do STEPWELL_TEST_SECURED=1 STEPWELL_FRONT=$$front $(BIN)/pytest $(ALL) $(SECURED) || exit 1; done)
 	$(if $(ARGS),,STEPWELL_TEST_SECURED=1 $(BIN)/python tests/fault/soak.py --kills 100)

@@ -394,7 +394,9 @@ LOOPS = ("scanned", "mapped", "repeated", "repeated_by_while")
 GROUPS = {name: sorted({*names} - {*LOOPS}) for name, names in everyday.groups().items()}
 
 
-@pytest.mark.parametrize("group", one_in(8, GROUPS))
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=() if name == "layers" else pytest.mark.slow) for name in GROUPS]
+)
 def test_everyday_blocks_work_behind_a_causal_convolution(trace_and_probe: Any, group: str) -> None:
     """One time step of each operation is created from the proven graph, and compared with Keras."""
     traced = trace_and_probe(everyday.build_behind_a_convolution(GROUPS[group]))

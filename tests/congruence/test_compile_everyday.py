@@ -14,7 +14,7 @@ TOLERANCE = 2e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", list(everyday.groups()))
+@pytest.mark.parametrize("first", sorted(everyday.groups()))
 def test_everyday_models_are_served_and_equal_keras(first: str) -> None:
     names = everyday.groups()[first]
     model = everyday.build(names, steps=20 if len(first) % 2 else None)

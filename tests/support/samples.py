@@ -28,8 +28,10 @@ _SHARE = 4
 _ALTERNATIVES = ("store_kind", "client", "shell", "durability", "defect")
 #: And of a quick test: where it is slow, CI is to try it on the native front, which is the one that is used, too.
 _QUICK_ALTERNATIVES = (*_ALTERNATIVES, "front")
-#: Where a test with at least so many slow cases tries models: CI runs one case in so many.
-_TABLES, _MANY, _MANY_ONE_IN = "tests/congruence/", 4, 3
+#: Of a test with at least so many slow cases CI runs one in so many, the first among them.
+_MANY, _MANY_ONE_IN = 4, 6
+#: CI runs one quick case in so many with one more alternative.
+_MORE_ONE_IN = 3
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
 
@@ -59,7 +61,8 @@ def examples(count: int) -> int:
 def mark_alternatives(items: Iterable[pytest.Item]) -> None:
     """Mark the cases of a test that differ only in an alternative slow, all but one: another one from case to case.
 
-    One of the others runs in CI too; the rest have the mark `soak` as well. Of a test that is slow itself, CI runs one.
+    Of one case in three, one of the others runs in CI too; the rest have the mark `soak` as well. Of a test that is slow
+    itself, CI runs one.
     """
     alike: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -71,7 +74,8 @@ def mark_alternatives(items: Iterable[pytest.Item]) -> None:
         among = quick or found
         first = among[_number(case) % len(among)]
         others = [item for item in found if item is not first]
-        in_ci = others[_number(f"{case} in CI") % len(others)] if quick else first
+        number = _number(f"{case} in CI")
+        in_ci = others[number % len(others)] if quick and number // len(others) % _MORE_ONE_IN == 0 else first
         for item in others:
             item.add_marker(pytest.mark.slow)
             if item is not in_ci:
@@ -86,10 +90,10 @@ def mark(items: Sequence[pytest.Item]) -> None:
 
 
 def _mark_many(slow: Iterable[pytest.Item]) -> None:
-    """Mark most cases `soak` of a test of models that has many which are slow in themselves."""
+    """Mark most cases `soak` of a test that has many which are slow in themselves."""
     of: dict[str, list[pytest.Item]] = {}
     for item in slow:
-        if item.nodeid.startswith(_TABLES) and not item.get_closest_marker("soak"):
+        if not item.get_closest_marker("soak"):
             of.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for found in of.values():
         for place, item in enumerate(found if len(found) >= _MANY else ()):
