@@ -60,7 +60,7 @@ def build_dense() -> Any:
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return programs.program("wide_layers", build)
+    return programs.program("wide_layers", build, kept=programs.kept_with(__file__))
 
 
 def delegates(executor: LiteRTExecutor) -> int:
@@ -94,7 +94,7 @@ def test_rows_have_the_same_bits_with_and_without(program: Program, monkeypatch:
 def test_extreme_numbers_have_the_same_bits(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Denormal inputs and sums become zero, as in LiteRT's own kernels."""
     monkeypatch.setattr(litert, "_MAX_KEPT", 1)
-    extreme = programs.program("wide_dense", build_dense)
+    extreme = programs.program("wide_dense", build_dense, kept=programs.kept_with(__file__))
     executor = LiteRTExecutor(extreme)
     monkeypatch.setattr(litert, "dense_delegates", tuple)
     plain = LiteRTExecutor(extreme)

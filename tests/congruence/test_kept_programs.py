@@ -59,5 +59,14 @@ def test_nothing_is_kept_for_other_sources(tmp_path: Path, monkeypatch: pytest.M
         assert list(folder.parent.iterdir()) == [folder]
         folders.append(folder)
     assert folders[0] != folders[1]
-    monkeypatch.delenv("TEST_KEEP_PROGRAMS")
+    own = tmp_path / "test_own.py"
+    monkeypatch.setattr(programs, "kept_folder", lambda: folders[1])
+    of_own = []
+    for text in ("one", "other", "one"):
+        own.write_text(text)
+        of_own.append(programs.kept_with(str(own)))
+    assert of_own[0] == of_own[2] != of_own[1]
+    assert {folder.parent for folder in of_own if folder} == {folders[1]}
+    monkeypatch.undo()
+    monkeypatch.delenv("TEST_KEEP_PROGRAMS", raising=False)
     assert programs.kept_folder.__wrapped__() is None

@@ -71,7 +71,8 @@ class Frames:
 
 @pytest.mark.parametrize("front", [pytest.param("native", marks=needs_native), "python"])
 def test_no_step_fails_and_all_are_those_of_keras(front: str) -> None:
-    saved = [programs.saved(f"update-{seed}", functools.partial(build, seed)) for seed in (1, 2)]
+    kept = programs.kept_with(__file__)
+    saved = [programs.saved(f"update-{seed}", functools.partial(build, seed), kept=kept) for seed in (1, 2)]
     options = ["--front", front]
     with (
         LocalServer({"m": saved[0].path}, extra_args=options, cache_dir=programs.cache_dir()) as server,

@@ -43,8 +43,10 @@ def build(seed: int, outputs: int = 2) -> Any:
 def paths() -> dict[str, Path]:
     """Models by what is special about them; all are compiled."""
     kinds = {"first": (1, 2), "second": (2, 2), "third": (3, 2), "wider": (4, 5)}
+    kept = programs.kept_with(__file__)
     return {
-        name: programs.saved(f"live-{name}", functools.partial(build, *of)).path for name, of in kinds.items()
+        name: programs.saved(f"live-{name}", functools.partial(build, *of), kept=kept).path
+        for name, of in kinds.items()
     }
 
 

@@ -33,6 +33,7 @@ def client() -> Iterator[stepwell.Client]:
             f"stateful-{kind.value}",
             functools.partial(article.stateful_model, kind),
             ["support.models.article"],
+            kept=programs.kept_folder(),
         )
         for kind in HardSigmoid
     }

@@ -39,7 +39,7 @@ class Served(NamedTuple):
 def served() -> Iterator[Served]:
     trained = train_in_batches()
     saved = {
-        "stateless": programs.saved("stateless-scaled", article.stateless_model),
+        "stateless": programs.saved("stateless-scaled", article.stateless_model, kept=programs.kept_folder()),
         # of this process: nothing promises that another one's training ends at the same weights
         "trained": programs.saved(f"trained-{os.getpid()}", lambda: trained),
     }

@@ -54,7 +54,7 @@ def model_path() -> Path:
     """The model of the examples: three features in, one forecast out at each time step."""
     from support.models import programs
 
-    return programs.saved("forecast", _forecast).path
+    return programs.saved("forecast", _forecast, kept=programs.kept_with(__file__)).path
 
 
 def _forecast() -> Any:

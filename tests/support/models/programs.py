@@ -99,7 +99,7 @@ def saved(
 
     This process compiles it: it has TensorFlow for the reference anyway. `imports` are those of the server that
     reads the cache. `kept` is the folder that keeps the model for the next run; the zoo has one. Pass
-    `kept_folder()` if tests/support builds the model.
+    `kept_folder()` if tests/support builds the model, and `kept_with(__file__)` if the file of the caller builds it.
     """
     from stepwell_server.compile import cache
 
@@ -135,6 +135,16 @@ def kept_folder() -> Path | None:
     for other in folder.parent.iterdir():
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def kept_with(file: str) -> Path | None:
+    """The same for models that are built by a file of tests, whose text counts as well."""
+    folder = kept_folder()
+    if folder is None:
+        return None
+    folder /= hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
     return folder
 
 
