@@ -51,6 +51,7 @@ def test_multiplications_of_one_row_and_time_step(name: str, tmp_path: Path) -> 
     assert compile_model(tmp_path / "model.keras").multiply_adds == expected
 
 
+@pytest.mark.slow
 def test_a_step_replaces_one_time_step_of_each_window(tmp_path: Path) -> None:
     from stepwell_server.compile.graph.tensorflow_setup import keras
 

@@ -171,6 +171,7 @@ def test_a_cast_beyond_the_range_of_its_integers(
     assert program.proof.compared == 1
 
 
+@pytest.mark.slow
 def test_a_cast_is_not_blamed_for_what_another_layer_does(keras: Any, tmp_path: Path) -> None:
     x = keras.Input((None, 4))
     lagging = odd("lag_by_masked_gather", 16)(keras.layers)(x)

@@ -78,6 +78,7 @@ def test_a_lookup_without_room_for_other_words_is_served_and_equal(tmp_path: Pat
         compare(tmp_path / "model.keras", program, tmp_path / "x.npy")
 
 
+@pytest.mark.slow
 def test_ones_own_numbers_may_be_binned(tmp_path: Path) -> None:
     from stepwell_server.compile.probe.own_data import compare
 

@@ -35,7 +35,11 @@ def test_a_model_that_cannot_be_stepped_is_refused(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("seed_model", marks=pytest.mark.slow), "bidirectional", "nested_sequential_fixed_time"],
+    [
+        pytest.param("seed_model", marks=pytest.mark.slow),
+        "bidirectional",
+        pytest.param("nested_sequential_fixed_time", marks=pytest.mark.slow),
+    ],
 )
 def test_the_model_is_as_it_was_after_tracing(trace_and_probe: Any, name: str) -> None:
     model = zoo.build(name)

@@ -227,6 +227,7 @@ def test_what_is_not_certainly_a_state_is_none(make: Any) -> None:
     assert recognized(*graph(make), Declaration()) == ()
 
 
+@pytest.mark.slow
 def test_the_refusal_says_what_a_state_is(trace_and_probe: Any, keras: Any) -> None:
     with pytest.raises(
         ModelError,

@@ -125,7 +125,7 @@ async def test_on_the_way(tmp_path: Path, shell: str, direction: Direction, how:
             await every_place(client, tmp_path / "history", held, how)
 
 
-@pytest.mark.parametrize("how", ["cancel", "deadline"])
+@pytest.mark.parametrize("how", ["cancel", pytest.param("deadline", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_while_the_store_is_busy(tmp_path: Path, shell: str, how: str) -> None:
     """The first of them have run, none of them is kept yet, the others wait."""

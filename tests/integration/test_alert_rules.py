@@ -68,6 +68,7 @@ def test_each_alert_fires_for_what_it_is_made_for_and_not_before() -> None:
     assert firing == alerts
 
 
+@pytest.mark.slow
 def test_a_rule_that_never_fires_is_found(tmp_path: Path) -> None:
     """What the test above relies on."""
     text = (_RULES / "alerts.yml").read_text()

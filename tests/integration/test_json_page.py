@@ -127,6 +127,7 @@ def test_the_watch_by_curl_ends_with_its_session(own_address: str) -> None:
     assert {event["session_id"] for event in events} == {"sensor-8"}
 
 
+@pytest.mark.slow
 def test_the_watch_by_a_page_shows_events(own_address: str, tmp_path: Path) -> None:
     if shutil.which("node") is None:
         pytest.skip("node is not installed")

@@ -205,6 +205,7 @@ def _refusal(wire: Wire) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_replica_whose_file_is_another_says_so_and_does_not_start() -> None:
     with Valkey(append="everysec") as valkey, replicas(valkey, 1):
         arguments = [f"{MODEL}={retrained().path}", "--store", valkey.url(), "--durability", "async"]

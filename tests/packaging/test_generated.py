@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # the generator's environment is made on first use
 def test_the_generated_code_is_fresh(root: Path) -> None:
     done = subprocess.run(

@@ -19,6 +19,7 @@ from stepwell.cli.envoy import filled
 from stepwell.v1 import models_pb2, sessions_pb2, watch_pb2
 from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts import python
+from support.samples import examples
 from support.servers.envoy import validate
 
 REPLICAS = ("--replica", "127.0.0.1:50051", "--replica", "[::1]:50051")
@@ -281,7 +282,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(40))
 @given(_VALUES)
 def test_values_come_back(value: object) -> None:
     template = "#: if shown\nvalue: [${value}]\n#: end\n#: if not shown\nvalue: hidden\n#: end\n"

@@ -162,6 +162,7 @@ def test_it_answers_as_the_store_in_memory_does(durability: Durability, deeds: l
             two.disk.close()
 
 
+@pytest.mark.slow
 @DURABILITIES
 def test_journals_turn_a_hundred_times_and_nothing_is_lost(path: Path, durability: Durability) -> None:
     store, names = opened(path, durability), [f"s{i}" for i in range(20)]

@@ -275,10 +275,12 @@ def test_changed_signatures_reasons_codes_fields_and_metrics_are_shown(copy: Cop
     }
 
 
+@pytest.mark.slow
 def test_what_was_written_is_up_to_date(copy: Copy) -> None:
     assert copy.differences() == []
 
 
+@pytest.mark.slow
 def test_a_metric_that_the_script_does_not_see_is_refused(copy: Copy) -> None:
     made = '    return gauge("stepwell_rooms", "Rooms.", 1)\n\n\n'
     copy.replace(
