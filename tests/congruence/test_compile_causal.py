@@ -376,6 +376,20 @@ def test_different_padding_that_depends_on_a_static_input_is_refused(
 
 
 @pytest.mark.slow
+def test_the_first_layer_that_differs_is_named_in_a_model_that_looks_back(
+    trace_and_probe: Any, keras: Any
+) -> None:
+    """One length among those that are compared, and not among those that are traced."""
+    x = keras.Input((None, 4))
+    y = keras.layers.Conv1D(4, 3)(keras.layers.ZeroPadding1D((2, 0))(x))
+    y = keras.layers.Conv1D(4, 2, padding="causal")(causal.apply("other_for_a_length", 7)(keras, y))
+    with pytest.raises(
+        ModelError, match=r"the layer 'other_for_a_length' \(Apply\) differs first, by .* at time"
+    ):
+        trace_and_probe(keras.Model(x, y))
+
+
+@pytest.mark.slow
 def test_pooling_with_gaps_is_not_taken_for_pooling_without(trace_and_probe: Any, keras: Any) -> None:
     """Only convolutions are traced with their gaps."""
     import tensorflow as tf

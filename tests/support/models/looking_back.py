@@ -67,3 +67,8 @@ def rolled(layer: Apply, x: Any) -> Any:
 @kind
 def rolled_around(layer: Apply, x: Any) -> Any:
     return x - ops.roll(x, layer.n, axis=1)
+
+
+@kind
+def other_for_a_length(layer: Apply, x: Any) -> Any:
+    return x * (2.0 if x.shape[1] == layer.n else 1.0)
