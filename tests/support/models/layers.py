@@ -55,6 +55,14 @@ ROWS = (
     ),
     Row(("x - x[:, :1]",), "the first time step, and whether it came"),
     Row(
+        ("ops.concatenate([ops.repeat(x[:, :1], 2, 1), x], 1)", "Conv1D(64, 3)"),
+        "the first time step, those of its window, and which of these came",
+    ),
+    Row(
+        ("AveragePooling1D(5, strides=1, padding='same')", _pad(2), "Cropping1D((0, 2))"),
+        "pool size - 1 time steps, and where the sequence begins",
+    ),
+    Row(
         (
             "ops.pad(x, ((0, 0), (3, 0), (0, 0)))",
             "ops.extract_sequences(ops.swapaxes(x, 1, 2), 4, 1)",
@@ -65,6 +73,10 @@ ROWS = (
     Row(
         ("Reshape((-1, 1))", "ZeroPadding1D((8, 0))", "Conv1D(8, 16, strides=8)", "Reshape((-1, 64))"),
         "the samples before this time step that its windows overlap",
+    ),
+    Row(
+        ("Reshape((-1, 8))", "Conv1DTranspose(8, 4, strides=2)", "x[:, :-2:2]", "Reshape((-1, 64))"),
+        "the elements before this time step that its windows overlap",
     ),
     Row(("ops.cumsum(x, 1)",), "the sum so far"),
     Row(("ops.cumprod(x, 1)",), "the product so far"),
