@@ -142,6 +142,7 @@ def test_tcn_forecaster(server: LocalServer, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.soak  # 40 processor seconds; CI runs the other network that looks back
 def test_keyword_spotter(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It compares its detections with those of Keras itself."""
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))

