@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = samples.cases(items)
     if left_out := set(items).difference(chosen):
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-    items[:] = chosen
+    items[:] = samples.long_first(chosen, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def pytest_collection() -> None:

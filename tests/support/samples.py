@@ -7,6 +7,7 @@ it runs all unit and congruence tests, and the other files that import this modu
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,13 @@ _QUICK_ALTERNATIVES = (*_ALTERNATIVES, "front")
 _MANY, _MANY_ONE_IN = 4, 6
 #: CI runs one quick case in so many with one more alternative.
 _MORE_ONE_IN = 3
+#: Files with tests of 20 seconds and more.
+_LONG = (
+    *("packaging/test_production_page", "congruence/test_compile_causal", "fault/test_replicas_store"),
+    *("packaging/test_install_commands", "integration/test_examples", "congruence/test_simulation"),
+    *("congruence/test_compile_fuzz", "congruence/test_compile_everyday", "integration/test_demo"),
+    *("unit/test_store_disk_damage", "integration/test_cluster_demo"),
+)
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
 
@@ -122,6 +130,29 @@ def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pyt
         return list(items)
     assert chosen == "ci", f"TEST_CASES must be ci; got {chosen}"
     return [item for item in items if not item.get_closest_marker("soak")]
+
+
+def long_first(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The tests, so that each worker begins with some of the longest ones: at the end it would be the only one at work.
+
+    pytest-xdist gives each worker at first an equal number of tests that follow each other, and later half of those that
+    another one has left, from their end.
+    """
+    of: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of.setdefault(item.nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py"), []).append(
+            item
+        )
+    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for place, name in enumerate(name for name in _LONG if name in of):
+        shares[place % workers] += of.pop(name)
+    others = itertools.chain.from_iterable(of.values())
+    left = len(items)
+    for place, share in enumerate(shares):
+        count = left // (workers - place)
+        share.extend(itertools.islice(others, max(0, count - len(share))))
+        left -= len(share)
+    return [*itertools.chain.from_iterable(shares), *others]
 
 
 def settle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from typing import Any
 
@@ -155,6 +156,29 @@ def test_of_many_slow_cases_ci_runs_a_sixth() -> None:
 
 def soaked(items: Any) -> list[Any]:
     return [item for item in items if item.get_closest_marker("soak")]
+
+
+def test_each_worker_begins_with_some_of_the_longest_files_and_each_file_stays_together() -> None:
+    files = [f"tests/unit/test_{number}.py" for number in range(40)]
+    long = [f"tests/{name}.py" for name in samples._LONG]
+    names = [*files[:20], *long[:3], *files[20:], *long[3:]]
+    items: Any = [Item(f"{name}::test_{case}") for name in names for case in range(12)]
+    ordered = samples.long_first(items, 4)
+    assert set(ordered) == set(items)
+    assert len(ordered) == len(items)
+    size = len(items) // 4
+    shares = [ordered[place * size : (place + 1) * size] for place in range(4)]
+    firsts = [share[0].nodeid.partition("::")[0] for share in shares]
+    assert firsts == [long[0], long[1], long[2], long[3]]
+    runs = [name for name, _ in itertools.groupby(ordered, lambda item: item.nodeid.partition("::")[0])]
+    assert len(runs) - len(names) <= 3, "a file is divided where a worker's share ends, and nowhere else"
+
+
+def test_one_process_keeps_the_order_of_all_files_but_the_longest() -> None:
+    items: Any = [
+        Item(f"tests/unit/{name}.py::test_a") for name in ("test_b", "test_store_disk_damage", "test_a")
+    ]
+    assert samples.long_first(items, 1) == [items[1], items[0], items[2]]
 
 
 def test_without_the_variable_all_run_in_their_order() -> None:
