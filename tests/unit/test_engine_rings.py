@@ -220,3 +220,29 @@ def test_a_packed_row_is_in_the_order_of_time() -> None:
         assert part.tobytes() == (now[:, :: spec.gap] if spec.gap else now).tobytes()
     arena.unpack(np.array([0, 2, 3], np.intp), expected)
     assert arena.pack(np.array([0, 2, 3], np.intp)).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("are_rings", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5, 70])
+def test_the_new_elements_of_some_rows_are_those_of_each(
+    are_rings: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_executor, "_WINDOWS", ((70, 3), (50, 50), (20, 1)))
+    program, rng = with_windows(are_rings=True), np.random.default_rng(5)
+    arena, rows = Arena(with_windows(are_rings=are_rings), 6), np.array([4, 1, 5], np.intp)
+    arena.write(rows, [drawn(rng, 3, *spec.shape) for spec in program.state])
+    form = NewElements(arena, [spec.gap > 0 for spec in program.state], count)
+    parts = arena.parts(program)
+    for _ in range(90):
+        if parts is not None:
+            parts.write(rows, [drawn(rng, 3, *spec.shape) for spec in program.states_returned])
+        states, packed = arena.read(rows), form.pack(rows)
+        for place, row in enumerate(rows.tolist()):
+            newest = [
+                state[place, -count:] if spec.gap else state[place]
+                for spec, state in zip(program.state, states, strict=True)
+            ]
+            expected = b"".join(
+                [*(each.tobytes() for each in newest), *(each[row].tobytes() for each in arena.outputs)]
+            )
+            assert packed[place].tobytes() == form.pack_row(row) == expected

@@ -40,6 +40,14 @@ class Ring:
         places += rows[:, None] * self.length
         return self.elements[places]  # type: ignore[no-any-return]
 
+    def pack_newest(self, row: int, count: int) -> bytes:
+        """The last elements of one window as bytes, in the order of time."""
+        window, end = self.array[row], int(self._steps[row]) % self.length
+        parts: list[bytes] = [window[max(0, end - count) : end].tobytes()]
+        if count > end:
+            parts.insert(0, window[end - count :].tobytes())
+        return b"".join(parts)
+
     def pack_row(self, row: int) -> bytes:
         """One window as bytes, in the order of time."""
         window, oldest = self.array[row], int(self._steps[row]) % self.length

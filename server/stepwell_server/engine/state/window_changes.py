@@ -95,7 +95,15 @@ class NewElements:
 
     def pack_row(self, row: int, /) -> bytes:
         """See `Form`."""
-        return self.pack(np.array([row], np.intp)).tobytes()
+        parts: list[bytes] = []
+        for state, ring, count in zip(self._arena.states, self._arena.rings, self._counts, strict=True):
+            if count and ring is not None:
+                parts.append(ring.pack_newest(row, count))
+            else:
+                parts.append(
+                    state[row, state.shape[1] - count :].tobytes() if count else state[row].tobytes()
+                )
+        return b"".join([*parts, *(output[row].tobytes() for output in self._arena.outputs)])
 
     def pack_into(self, rows: Rows, packed: npt.NDArray[np.uint8], /) -> None:
         """See `Form`."""
