@@ -76,7 +76,10 @@ def back(layer: str, does: str = "") -> str:
 
 
 def rate(layer: str) -> str:
-    return rf"^model cannot be run step by step: {_who(layer)} .* moves by \d+, but a time step brings one element; use"
+    does = r"(moves by \d+|takes one of every \d+ elements of the time axis)"
+    return (
+        rf"^model cannot be run step by step: {_who(layer)} .*{does}, but a time step brings one element; use"
+    )
 
 
 def elements(layer: str, count: int) -> str:

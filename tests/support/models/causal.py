@@ -470,6 +470,7 @@ _add(
     lambda k, x: k.layers.Conv2D(2, (3, 2))(k.layers.TimeDistributed(k.layers.Conv1D(2, 2))(_held(k, x, 2))),
     (6, 2),
 )
+_add("lag_by_gather", apply("lag_by_gather", 3))
 _add("lag_from_the_first", apply("lag_from_the_first", 5))
 _add("frames_from_the_first", apply("frames_from_the_first", 4))
 _add("mirrored", apply("mirrored"))

@@ -123,7 +123,6 @@ SHIFTS = [
     before_rnn("lag_by_roll", odd("lag_by_roll", 9), back("lag", "shifts the time axis")),
     before_rnn("lead_by_roll", odd("lag_by_roll", -9), ahead("lag", "shifts the time axis")),
     *(before_rnn(f"lead_by_gather_{n}", odd("lead_by_gather", n), ahead("lead")) for n in (1, 200)),
-    *(before_rnn(f"lag_by_gather_{n}", odd("lag_by_gather", n), back("lag")) for n in (1, 200)),
     before_rnn(
         "later_lags", odd("later_lags"), ahead("later", "takes frames of the time axis, 1 time step ahead")
     ),
@@ -143,7 +142,7 @@ SHIFTS = [
             ("by_numpy", 9, python("by_numpy")),
             ("by_condition", 9, rows("by_condition", "takes number 0 of the rows")),
             ("differences", 1, ahead("differences", "takes a part of the time axis, 1 time step ahead")),
-            ("every_second", 1, mixes("every", "takes a part of the time axis")),
+            ("every_second", 1, rate("every")),
             ("window_of_frames", 9, ahead("window")),
         )
     ),

@@ -137,7 +137,6 @@ BAD: dict[str, Maker] = {
     "lead_by_padding": _odd("lead_by_padding", 200),
     "lag_by_roll": _odd("lag_by_roll", 200),
     "lead_by_gather": _odd("lead_by_gather", 200),
-    "lag_by_gather": _odd("lag_by_gather", 200),
     "largest_scale": _odd("largest_scale"),
     "last_step": _odd("last_step"),
     "places_from_the_end": _odd("places_from_the_end"),
