@@ -43,9 +43,6 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
 #: What a step reads of windows that are rings.
 TAKEN = {"conv_dilated": [(2, 4)], "shift": [(3, 4)], "difference_to_shifted": [(1, 4)]}
 
-PADDED = {"samples_and_constants", "strided_same_kernel"}
-"""Models with tensors whose size LiteRT finds in each run: they run without XNNPACK, and small batches are padded."""
-
 
 def compiled(name: str, folder: Path) -> Compiled:
     """Compile a model; names of Keras's operations are those of a model built first."""
@@ -137,20 +134,12 @@ def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
     program = model.program
     assert not program.proof.unproven
     assert program.executor == "litert", program.executor_reason
-    assert not program.batch_sizes or model.name in PADDED
+    assert not program.batch_sizes
+    assert not litert.places_tensors_late(program.files[FLATBUFFER])
     names = {spec.name: spec.shape for spec in program.state}
     assert names == STATES.get(model.name, names)
     taken = [spec.shape for spec in program.states_taken]
     assert taken == TAKEN.get(model.name, taken)
-
-
-@pytest.mark.parametrize(
-    "name", ["conv", "depthwise", pytest.param("lags", marks=pytest.mark.slow), "average_pooling"]
-)
-def test_windows_have_their_place_in_memory_before_a_run(name: str, tmp_path: Path) -> None:
-    """See `places_tensors_late`: wrong values were seen with Slices of windows."""
-    program = compiled(name, tmp_path).program
-    assert not litert.places_tensors_late(program.files[FLATBUFFER])
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepwell_server.engine.executors import load_executor
+from stepwell_server.engine.executors import litert, load_executor
+from stepwell_server.program import FLATBUFFER
 from support.models.compiled import Compiled, zoo_model
 from support.models.zoo import SERVED
 from support.samples import one_in
@@ -72,6 +73,9 @@ def test_the_state_is_named_and_the_executor_is_the_expected_one(zoo: Compiled) 
     assert len(set(names)) == len(names)
     assert names == STATES.get(zoo.name, names)
     assert zoo.program.executor == ("tensorflow" if zoo.name in ON_TENSORFLOW else "litert")
+    if zoo.program.executor == "litert":
+        assert not zoo.program.batch_sizes
+        assert not litert.places_tensors_late(zoo.program.files[FLATBUFFER])
 
 
 def test_another_initial_state_gives_another_first_output(zoo: Compiled) -> None:

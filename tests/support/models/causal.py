@@ -339,6 +339,13 @@ _add(
     (3, 2),
 )
 _add(
+    "transposed_in_space",
+    lambda k, x: k.layers.TimeDistributed(k.layers.Conv2DTranspose(3, (3, 2), strides=2, padding="same"))(
+        k.layers.ZeroPadding3D(((1, 0), (0, 0), (0, 0)))(x)[:, :-1]
+    ),
+    (4, 3, 2),
+)
+_add(
     "upsampled_then_pooled",
     lambda k, x: _frames(k, k.layers.MaxPooling1D(3, 2)(_front(k, k.layers.UpSampling1D(4)(x), 1)), 2),
 )

@@ -15,6 +15,7 @@ from stepwell_server.compile.errors import gist
 from stepwell_server.compile.graph.scopes import layer_of, named
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.program.rewrite import rewritten
+from stepwell_server.compile.program.sizes import with_known_sizes
 from stepwell_server.program import SAVED_MODEL
 
 #: LiteRT's argument reduction of these loses digits from 1e7 on, and its results leave [-1, 1] from 1e9 on.
@@ -37,7 +38,7 @@ def freeze(function: Any) -> Any:
         ConversionError: the function reads anything other than variables, such as a lookup table.
     """
     try:
-        frozen = rewritten(convert_variables_to_constants_v2(function))
+        frozen = with_known_sizes(rewritten(convert_variables_to_constants_v2(function)))
     except (KeyError, ValueError, tf.errors.OpError) as error:
         raise ConversionError(f"its variables cannot be converted to constants ({gist(error)})") from error
     signature = function.structured_input_signature[1]

@@ -110,11 +110,9 @@ def artefact(
 
 def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]) -> Program:
     model = traced.plan.interface.model
-    frozen = convert.freeze(traced.function)
-    content = convert.to_litert(frozen, model)
-    program = dataclasses.replace(
-        program, files={FLATBUFFER: content}, multiply_adds=cost.multiply_adds(frozen)
-    )
+    content = convert.to_litert(convert.freeze(traced.function), model)
+    count = cost.multiply_adds(traced.function)  # It counts no products with elements that padding adds.
+    program = dataclasses.replace(program, files={FLATBUFFER: content}, multiply_adds=count)
     report("check")
     try:
         step = step_of_executor(load_executor(program, is_exact=True))

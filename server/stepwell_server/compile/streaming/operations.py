@@ -16,6 +16,7 @@ from stepwell_server.compile.causality.axes import Axes, elements, is_plain, tim
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.rules.sums import convolution_padding
 from stepwell_server.compile.graph.tensorflow_setup import tf
+from stepwell_server.compile.graph.transposed import spread
 from stepwell_server.compile.streaming.operation import Operation, in_place, time_place, time_start
 from stepwell_server.compile.streaming.replay import again, plain_sizes, step_shape
 
@@ -270,7 +271,7 @@ def _transposed_convolution(one: Operation) -> list[Any]:
     if time is not None and place and (size, stride) != (1, 1):
         value = value if need is None else in_place(one.window(need, value), axes, place)
         if math.prod(window) == size and math.prod(strides) == stride:
-            return [one.shaped(_spread(value, one.constant(1), place, kept, stride))]
+            return [one.shaped(spread(value, one.constant(1), strides[1:-1]))]
         shape[place] = (kept + time.per - 1) * stride + max(size, stride)
         changed = {"padding": b"VALID"}
     sizes = tf.stack([tf.shape(value)[0] if length < 0 else length for length in shape])
@@ -280,49 +281,6 @@ def _transposed_convolution(one: Operation) -> list[Any]:
         first[place], counts[place] = kept * stride, count
         result = tf.slice(result, first, counts)
     return [result]
-
-
-def _spread(value: Any, kernel: Any, place: int, kept: int, stride: int) -> Any:
-    """Return what a transposed convolution makes of a window, by an ordinary convolution for each phase.
-
-    The result ``stride * e + phase`` is the sum over ``m`` of the element ``e - m`` times the tap ``phase + stride * m``.
-    LiteRT's own operation finds the size of its result in each run; the model then runs without XNNPACK, with bits that
-    depend on a row's place. Phases with fewer taps are apart: a tap of zero would make NaN of an infinite element.
-    """
-    shape, (filters, channels) = value.shape.as_list(), kernel.shape.as_list()[-2:]
-    size, rank = math.prod(kernel.shape.as_list()[:-2]), len(shape)
-    per, whole = shape[place] - kept, size - kept * stride
-    taps = tf.reshape(kernel, [size, filters, channels])
-    taps = tf.pad(taps, [[0, stride - whole], [0, 0], [0, 0]])
-    taps = tf.reshape(taps, [kept + 1, stride, filters, channels])
-    taps = tf.transpose(tf.reverse(taps, [0]), [0, 3, 1, 2])  # Oldest element first.
-    found = [_phases(value, taps[:, :, :whole], place)]
-    if whole < stride and kept:
-        newer = tf.split(value, [1, kept + per - 1], place)[1]
-        found.append(_phases(newer, taps[1:, :, whole:], place))
-    result = found[0] if len(found) == 1 else tf.concat(found, rank - 1)
-    if size < stride:
-        result = tf.pad(result, [*[[0, 0]] * (rank - 1), [0, stride - size], [0, 0]])
-    if math.prod(shape[place + 1 : -1]) == 1:
-        return result
-    return tf.transpose(result, [*range(place + 1), rank - 1, *range(place + 1, rank - 1), rank])
-
-
-def _phases(value: Any, taps: Any, place: int) -> Any:
-    """Convolve over one axis with the taps of some phases, which become an axis before the channels."""
-    count, channels, phases, filters = taps.shape.as_list()
-    shape = value.shape.as_list()
-    sizes = [*shape[1:-1], phases, filters]
-    sizes[place - 1] -= count - 1
-    if math.prod(sizes[:-2]) == 1:  # A product of matrices, as in `_convolved`.
-        taps = tf.reshape(taps, [count * channels, phases * filters])
-        result = tf.matmul(tf.reshape(value, [-1, count * channels]), taps)
-    else:
-        window = [1] * (len(shape) - 2)
-        window[place - 1] = count
-        kernel = tf.reshape(taps, [*window, channels, phases * filters])
-        result = tf.nn.convolution(value, kernel, padding="VALID")
-    return tf.reshape(result, [-1, *sizes])
 
 
 def _summed(one: Operation) -> list[Any]:

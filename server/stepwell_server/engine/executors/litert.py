@@ -54,9 +54,9 @@ def load(program: Program, *, is_exact: bool = False) -> Executor:
 def places_tensors_late(flatbuffer: bytes) -> bool:
     """Whether some tensors of a graph get their place in memory only while it runs.
 
-    LiteRT does not know the size of some results before that, such as that of a transposed convolution, and places
-    all later tensors then. After a second resize, its delegate reads some of them where they were before: about one
-    resize in a thousand gives wrong values to all rows. It was never seen after the first resize of an interpreter.
+    LiteRT does not know the size of some results before that, such as that of a Slice with a computed size, and places
+    all later tensors then. Delegates read some of them where they were before: about one run in a thousand gave wrong
+    values to all rows. So such a graph runs without delegates. The compiler leaves few of them: `compile.program.sizes`.
     """
     interpreter = Interpreter(
         model_content=flatbuffer,
@@ -103,8 +103,8 @@ class LiteRTExecutor(Executor):
         """
         self._program, self._is_exact = program, is_exact
         self._is_late = places_tensors_late(program.files[FLATBUFFER])
-        """An interpreter is resized once only."""
-        self._now = _Sized(program)
+        """A run may move its tensors."""
+        self._now = self._made()
         """The interpreter of the batch."""
         self._kept = [self._now]
         self._max_kept = _max_kept(program)
@@ -132,17 +132,17 @@ class LiteRTExecutor(Executor):
             kept.append(found)  # the last one is the most recent
         self._now, self._rows = found, rows
 
+    def _made(self) -> _Sized:
+        return _Sized(self._program, is_late=self._is_late)
+
     def _resized(self, rows: int) -> _Sized:
         """An interpreter of this size: one without a size, a new one, or the one that was not used for longest."""
-        began = time.perf_counter()
-        if self._is_late:
-            self._kept[:] = [one for one in self._kept if one.is_new or one.size][-self._max_kept :]
         one = next((one for one in self._kept if not one.size), None)
-        if one is None and (self._is_late or len(self._kept) < self._max_kept):
-            one = _Sized(self._program)
+        if one is None and len(self._kept) < self._max_kept:
+            one = self._made()
             self._kept.append(one)
         one = one or self._kept[0]
-        is_new = one.is_new and not self._is_late
+        is_new, began = one.is_new, time.perf_counter()
         one.resize(rows)
         if not is_new:  # the first one takes longer
             self._resize_s.note(time.perf_counter() - began)
@@ -191,8 +191,9 @@ class LiteRTExecutor(Executor):
 class _Sized:
     """An interpreter, and its tensors of some number of rows."""
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
+    def __init__(self, program: Program, *, is_late: bool) -> None:
+        """``is_late``: `places_tensors_late`."""
+        self._is_late = is_late
         self.size = 0
         """Rows of the interpreter's tensors; 0: it must be resized."""
         self.is_new = True
@@ -203,19 +204,16 @@ class _Sized:
         """Whether `settle` must be called after a run."""
         self._runs = 0
         """Runs since the last resize."""
-        self._open(has_delegates=True)
-
-    def _open(self, *, has_delegates: bool) -> None:
-        program = self._program
         self.interpreter = Interpreter(
             model_content=program.files[FLATBUFFER],
             num_threads=1,
-            experimental_delegates=list(dense_delegates()) if has_delegates else None,
-            experimental_op_resolver_type=OpResolverType.AUTO
-            if has_delegates
-            else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            experimental_delegates=None if is_late else list(dense_delegates()),
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            if is_late
+            else OpResolverType.AUTO,
         )
-        _swallow_announcement(self.interpreter)
+        if not is_late:
+            _swallow_announcement(self.interpreter)
         # The runner references the interpreter's memory, so it must be deleted before the first resize.
         runner = self.interpreter.get_signature_runner()
         details = runner.get_input_details()
@@ -240,29 +238,20 @@ class _Sized:
 
     def resize(self, rows: int) -> None:
         self.size = 0  # Until it succeeds: a half-resized interpreter must be resized again.
-        self._allocate(rows)
-        if self.is_new and not all(tensors.have_memory() for tensors in self._tensors):
-            # A run moves the tensors of such a graph, and delegates (XNNPACK) then read and write where they were.
-            self._open(has_delegates=False)
-            self._allocate(rows)
+        for index, shape in self._given:
+            self.interpreter.resize_tensor_input(index, (rows, *shape))
+        self.interpreter.allocate_tensors()
         self.is_new, self._runs, self.buffers, self.must_settle = False, 0, None, True
         for tensors in self._tensors:
             tensors.resize(rows)
         self.size = rows
 
-    def _allocate(self, rows: int) -> None:
-        for index, shape in self._given:
-            self.interpreter.resize_tensor_input(index, (rows, *shape))
-        self.interpreter.allocate_tensors()
-
     def settle(self) -> None:
         """Complete a run."""
         copies = [tensors.settle() for tensors in (self.outputs, self.next_states)]
         self._runs += 1
-        if self._runs == _RUNS_UNTIL_HELD:
-            held = [arrays for tensors in self._tensors if (arrays := tensors.hold()) is not None]
-            if len(held) == len(self._tensors):
-                self.buffers = Buffers(*held)
+        if self._runs == _RUNS_UNTIL_HELD and not self._is_late:
+            self.buffers = Buffers(*(tensors.hold() for tensors in self._tensors))
             self.must_settle = any(copies)
 
 
@@ -314,17 +303,9 @@ class _Tensors:
         self._bound: list[Array] = []
         self._rows = 0
         """The first rows of `_held`, and how many; 0: none yet."""
-        self._is_static = True
-        """They had memory after each allocation."""
-
-    def have_memory(self) -> bool:
-        """Whether all of them have memory."""
-        return all(read is None or _has_memory(read) for read in self._read)
 
     def resize(self, rows: int) -> None:
         self._held = None
-        # Later on, "dynamic" tensors still have the memory of the last run.
-        self._is_static = self._is_static and self.have_memory()
         for place, own in enumerate(self._own):
             if own:
                 spec = self._specs[place]
@@ -339,15 +320,13 @@ class _Tensors:
                 copied = True
         return copied
 
-    def hold(self) -> list[Array] | None:
-        """Return the same arrays until the next resize, instead of creating them each time; None if that is impossible.
+    def hold(self) -> list[Array]:
+        """Return the same arrays until the next resize, instead of creating them each time.
 
-        LiteRT places a graph's tensors when they are allocated, and usually moves them only at the next allocation.
-        "Dynamic" tensors, whose size is only known at run time, may move in any run. They, and tensors after them
-        in the graph, have no memory before the first run, and are not cached.
+        LiteRT places a graph's tensors when they are allocated, and moves them only at the next allocation, or in a run if
+        it places some of them late.
         """
-        if self._is_static:
-            self._held, self._rows = [_unbound(view) for view in self._whole()], 0
+        self._held, self._rows = [_unbound(view) for view in self._whole()], 0
         return self._held
 
     def views(self, rows: int) -> list[Array]:
@@ -373,15 +352,6 @@ class _Lowest:
     def note(self, seconds: float) -> None:
         value = self.value
         self.value = seconds if seconds < value or not value else value + _RISE * (seconds - value)
-
-
-def _has_memory(read: Callable[[], Array]) -> bool:
-    """Whether a tensor has memory before the first run."""
-    try:
-        read()
-    except ValueError:  # "Tensor data is null"
-        return False
-    return True
 
 
 def _unbound(view: Array) -> Array:
