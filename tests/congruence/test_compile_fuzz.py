@@ -13,9 +13,9 @@ from congruence.fuzz_models import check
 def test_random_models_are_served_equal_to_keras_or_refused() -> None:
     for seed in (
         5,
-        7,
-        8,
         9,
         11,
+        14,
+        21,
     ):  # Four are served. Keras unrolls a TimeDistributed over 800 time steps for minutes.
         check(seed)  # Says what is wrong itself.

@@ -87,6 +87,73 @@ def _codec(keras: Any, rng: Rng, x: Any) -> Any:
     return keras.layers.Dense(4)(y)
 
 
+def _decoder(keras: Any, rng: Rng, x: Any) -> Any:
+    """A layer whose states are inputs and outputs of the model."""
+    make, names = _pick(rng, (keras.layers.GRU, ("h",)), (keras.layers.LSTM, ("h", "c")))
+    layer = make(4, return_sequences=True, return_state=True, name=f"decoder_{rng.integers(1 << 30)}")
+    given = [keras.Input((4,), name=f"{layer.name}_{name}") for name in names]
+    return layer(x, initial_state=given)[0]
+
+
+def _plane(keras: Any, rng: Rng, x: Any) -> Any:
+    """Windows over time and the features."""
+    kernel, gap = (int(rng.integers(1, 4)), int(rng.integers(1, 3))), int(rng.integers(1, 9))
+    y = keras.layers.Reshape((-1, 4, 1))(x)
+    y = keras.layers.ZeroPadding2D((((kernel[0] - 1) * gap, 0), (kernel[1] - 1, 0)))(y)
+    y = keras.layers.Conv2D(2, kernel, dilation_rate=(gap, 1), activation="tanh")(y)
+    return keras.layers.Dense(4)(keras.layers.Reshape((-1, 8))(y))
+
+
+def _spread(keras: Any, rng: Rng, x: Any) -> Any:
+    """A transposed convolution over the features, or over time with each stride and kernel."""
+    kernel, stride = int(rng.integers(1, 6)), int(rng.integers(1, 4))
+    if rng.random() < 0.3:
+        y = keras.layers.Reshape((-1, 2, 2))(x)
+        y = keras.layers.Conv2DTranspose(2, (1, kernel), strides=(1, stride), activation="tanh")(y)
+        return keras.layers.Dense(4)(keras.layers.Reshape((-1, y.shape[2] * 2))(y))
+    y = keras.layers.Conv1DTranspose(3, kernel, strides=stride, activation="tanh")(x)
+    y = y[:, : stride - kernel] if kernel > stride else y
+    return keras.layers.Dense(4)(keras.layers.Reshape((-1, stride * 3))(y))
+
+
+def _upsampled(keras: Any, rng: Rng, x: Any) -> Any:
+    size = int(rng.integers(2, 5))
+    y = keras.layers.ZeroPadding1D((size, 0))(keras.layers.UpSampling1D(size)(x))
+    return _pick(rng, keras.layers.AveragePooling1D, keras.layers.MaxPooling1D)(2 * size, size)(y)
+
+
+def _moving(keras: Any, rng: Rng, x: Any) -> Any:
+    steps = int(rng.integers(2, 12))
+    padded = keras.layers.ZeroPadding1D((steps - 1, 0))(x)
+    return _pick(
+        rng,
+        lambda: keras.layers.AveragePooling1D(steps, 1)(padded),
+        lambda: keras.layers.DepthwiseConv1D(steps)(padded),
+        lambda: padded[:, steps - 1 :] - padded[:, : 1 - steps],
+    )()
+
+
+def _shifted(keras: Any, rng: Rng, x: Any) -> Any:
+    """A convolution that looks ahead, and a delay that makes up for it."""
+    reach = int(rng.integers(1, 4))
+    y = keras.layers.Conv1D(4, 2 * reach + 1, padding="same")(x)
+    steps = reach + int(rng.integers(3))
+    return keras.layers.Cropping1D((0, steps))(keras.layers.ZeroPadding1D((steps, 0))(y))
+
+
+def _beside_constants(keras: Any, rng: Rng, x: Any) -> Any:
+    made = _pick(rng, keras.ops.ones_like, keras.ops.zeros_like)(x[..., : int(rng.integers(1, 4))])
+    return keras.layers.Dense(4)(keras.ops.concatenate([x, made], -1))
+
+
+def _shared(keras: Any, rng: Rng, x: Any) -> Any:
+    """One convolution, called twice."""
+    layer = keras.layers.Conv1D(
+        4, int(rng.integers(2, 4)), padding="causal", dilation_rate=int(rng.integers(1, 5)), activation="tanh"
+    )
+    return layer(layer(x))
+
+
 GOOD: dict[str, Maker] = {
     "recurrent": _recurrent,
     "stacked": _stacked,
@@ -127,6 +194,16 @@ GOOD: dict[str, Maker] = {
     "samples": _samples,
     "codec": _codec,
     "lag_behind_the_first": lambda k, _r, x: k.ops.concatenate([x[:, :1], x[:, :-1]], 1),
+    "decoder": _decoder,
+    "plane": _plane,
+    "spread": _spread,
+    "upsampled": _upsampled,
+    "moving": _moving,
+    "shifted": _shifted,
+    "beside_constants": _beside_constants,
+    "shared": _shared,
+    "cumulative_product": lambda k, _r, x: x + k.ops.cumprod(0.99 + 0.01 * k.ops.tanh(x), 1),
+    "difference_to_the_first": lambda k, _r, x: x - x[:, :1],
 }
 BAD: dict[str, Maker] = {
     "convolution": lambda k, r, x: k.layers.Conv1D(
@@ -170,7 +247,7 @@ def draw(rng: Rng) -> RandomModel:
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     names = [str(rng.choice(list(GOOD))) for _ in range(int(rng.integers(1, 5)))]
-    if not set(names) & {"recurrent", "stacked", "masked"}:
+    if not set(names) & {"recurrent", "stacked", "masked", "decoder"}:
         names.insert(int(rng.integers(len(names) + 1)), "recurrent")
     if rng.random() < 0.5:
         names.insert(int(rng.integers(len(names) + 1)), str(rng.choice(list(BAD))))
@@ -181,9 +258,21 @@ def draw(rng: Rng) -> RandomModel:
         y = y + made if rng.random() < 0.2 else made
     ends = bool(rng.random() < 0.3)
     y = y[:, -1] if ends else y
-    model = keras.Model(x, keras.layers.Dense(2, name="y")(y))
+    model = _model(keras, x, keras.layers.Dense(2, name="y")(y))
     zoo.randomize(model, int(rng.integers(1 << 30)))
     return RandomModel(model, tuple(names), ends)
+
+
+def _model(keras: Any, x: Any, y: Any) -> Any:
+    """The model from ``x`` to ``y``; states of decoders are its further inputs and outputs."""
+    sources = keras.tree.flatten(keras.utils.get_source_inputs(y))
+    given = [source for source in sources if source is not x]
+    if not given:
+        return keras.Model(x, y)
+    layers = keras.Model([x, *given], y).layers
+    decoders = [x for x in layers if isinstance(x, keras.layers.RNN) and x.name.startswith("decoder")]
+    after = [state for layer in decoders for state in layer.output[1:]]
+    return keras.Model([x, *given], [y, *after])
 
 
 def series(rng: Rng, rows: int, steps: int) -> Any:
