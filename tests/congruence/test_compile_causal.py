@@ -195,6 +195,27 @@ def test_other_weights_are_compiled_with_the_same_trace(tmp_path: Path) -> None:
         assert bits[0] == bits[1]
 
 
+TRANSPOSED = [name for name in causal.CAUSAL if name.startswith("transposed")]
+
+
+@pytest.mark.parametrize("name", one_in(4, TRANSPOSED))
+def test_an_infinite_element_reaches_what_it_reaches_in_keras(name: str, tmp_path: Path) -> None:
+    """A tap of zero, in front of an element that takes no part in a result, would make NaN of it."""
+    model = compiled(name, tmp_path)
+    rng, steps = np.random.default_rng(1), 24
+    for value in (np.inf, -np.inf, np.nan):
+        x = rng.standard_normal((3, steps, *causal.FEATURES[name])).astype(np.float32)
+        x[1, 9].flat[0], x[2, 10] = value, value
+        stepped, whole = model.stepped([x], steps), model.keras([x])
+        for output, expected in whole.items():
+            np.testing.assert_array_equal(np.isnan(stepped[output]), np.isnan(expected))
+            np.testing.assert_array_equal(np.isinf(stepped[output]), np.isinf(expected))
+            assert np.isfinite(stepped[output][0]).all()
+            assert not np.isfinite(expected).all()
+            finite = np.isfinite(expected)
+            np.testing.assert_allclose(stepped[output][finite], expected[finite], rtol=0, atol=TOLERANCE)
+
+
 REFUSED: dict[str, tuple[causal.Layers, str]] = {
     "padded on both sides": (
         lambda k, x: k.layers.Conv1D(2, 3, name="conv")(k.layers.ZeroPadding1D(1)(x)),
