@@ -70,6 +70,37 @@ def test_states_of_a_decoder_are_set_read_forked_and_outlive_a_kill(tmp_path: Pa
             client.open_session("m", batch_size=2, state={"state_h": h})
 
 
+def test_a_decoder_gets_new_weights_and_its_sessions_continue(tmp_path: Path) -> None:
+    """From a file of Keras; then from an upload of a compiled one, which brings initial values of states with it."""
+    models: list[Any] = [decoders.build("tutorial", seed) for seed in (1, 2, 3)]
+    for seed, model in enumerate(models):
+        model.save(tmp_path / f"{seed}.keras")
+    with_initial = tmp_path / "2.stepwell"
+    made = _run("compile", str(tmp_path / "2.keras"), "-o", str(with_initial), "--initial", "state_h=0.5")
+    assert made.exit_code == 0, made.output
+    x, zero = _drawn(1, 9, 5), np.zeros((1, 6), np.float32)
+    with (
+        LocalServer(
+            {"m": tmp_path / "0.keras"},
+            cache_dir=programs.cache_dir(),
+            extra_args=["--allow-model-upload"],
+            start_timeout_s=100,
+        ) as server,
+        stepwell.connect(server.address, timeout_s=100) as client,
+    ):
+        session, states = client.open_session("m"), [zero, zero]
+        files = [None, tmp_path / "1.keras", with_initial]
+        for first, model, file in zip((0, 3, 6), models, files, strict=True):
+            if file is not None:
+                client.update_model("m", file, upload=file is with_initial)
+            now = x[:, first : first + 3]
+            y, *states = (np.asarray(value) for value in model([now, *states]))
+            _close(session.step(now), y)
+            _close(session.get_state()["state_h"], states[0])
+        begun = client.open_session("m").step(x)
+        _close(begun, models[2]([x, np.full((1, 6), 0.5, np.float32), zero])[0])
+
+
 def test_the_page_for_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The states of an encoder begin a session of a decoder, whose steps equal a loop over Keras."""
     models, session, loop = re.findall(r"^```python\n(.*?)^```$", _PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -94,6 +125,8 @@ def test_the_command_that_inspects_shows_the_states(tmp_path: Path) -> None:
     assert "state_h: float32[?, 6], the state before a step: lstm holds it after the step" in shown.stdout
     assert "lstm_1: float32[?, 6], the state 'state_c' after a step" in shown.stdout
     assert f"stepwell compile {file} --state state_h:lstm --state state_c:lstm_1" in shown.stdout
+    shown = _run("compile", str(file), "--inspect", "--initial", "state_c=0.25")
+    assert shown.stdout.endswith(" --state state_h:lstm --state state_c:lstm_1 --initial state_c=0.25\n")
     command = ("compile", str(file), "--inspect", "--json", "--state", "state_h:out")
     found = json.loads(_run(*command).stdout)
     assert found["states"] == {"state_h": "lstm", "state_c": "lstm_1"}

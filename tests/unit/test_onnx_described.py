@@ -53,6 +53,19 @@ def test_tensors_states_and_options_are_shown(tmp_path: Path) -> None:
     }
 
 
+def test_declared_initial_values_are_among_the_options(tmp_path: Path) -> None:
+    file = saved("cell", tmp_path)
+    shown = [
+        described(file, Declaration(initial=initial))["options"]
+        for initial in ({"h": -0.5}, {"h": [1.0, 2.0, 3.0, 4.0]}, {"other": 1})
+    ]
+    assert shown == [
+        ["--state h:hn", "--initial h=-0.5"],
+        ["--state h:hn", "--initial h=FILE.npz"],
+        ["--state h:hn"],
+    ]
+
+
 def test_what_must_be_declared_is_among_the_options(tmp_path: Path) -> None:
     found = described(saved("lstm", tmp_path), NOTHING)
     assert found["options"][-2:] == ["--batch-axis h0=1", "--batch-axis c0=1"]

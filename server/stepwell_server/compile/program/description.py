@@ -10,6 +10,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.graph.interface import describe
 from stepwell_server.compile.graph.plan import assignments
 from stepwell_server.compile.keras_file import archive
+from stepwell_server.compile.onnx.inspection import initial_options
 from stepwell_server.compile.probe.state_inputs import recognized
 from stepwell_server.program import Declaration, ProofOptions
 
@@ -62,7 +63,10 @@ def described(model: Path, options: ProofOptions) -> dict[str, Any]:
             for name, tensor in side.outputs.items()
         ],
         "states": pairs,
-        "options": [f"--state {before}:{after}" for before, after in pairs.items()],
+        "options": [
+            *(f"--state {before}:{after}" for before, after in pairs.items()),
+            *initial_options(options.declaration, pairs),
+        ],
         "note": _NOTE if pairs else "",
         "problem": problem,
     }
