@@ -109,12 +109,13 @@ SPREAD = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), one_in(9, SPREAD))
-def test_transposed_convolutions_become_ordinary_ones(kernel: int, stride: int, padding: str) -> None:
+@pytest.mark.parametrize("case", one_in(9, SPREAD))
+def test_transposed_convolutions_become_ordinary_ones(case: tuple[int, int, str]) -> None:
     """Over two axes with different windows and strides; where an element is infinite, in the same places of the result."""
     from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 
-    other = (SPREAD[(SPREAD.index((kernel, stride, padding)) * 7 + 3) % len(SPREAD)])[:2]
+    kernel, stride, padding = case
+    other = SPREAD[(SPREAD.index(case) * 7 + 3) % len(SPREAD)][:2]
     layer = keras.layers.Conv2DTranspose(3, (kernel, other[0]), (stride, other[1]), padding)
     layer.build((None, 5, 4, 2))
     before, after = rewritten(lambda x: (layer(x),), (None, 5, 4, 2))

@@ -75,7 +75,7 @@ def _made(frozen: Any, graph: Any, found: set[str]) -> Iterator[tuple[str, list[
             yield node.name, _nodes(node, _reshaped(after), [value])
         elif node.op not in _VALUES or node.op == "Fill":
             yield node.name, _repeated(node, before, after, value, frozen)
-        elif before[0] == after[0] < 0 and not any(gap > 1 for gap in ops[0].get_attr("dilations")):
+        elif before[0] == after[0] < 0 and _is_ordinary(ops[0]):
             kernel = (node.input[1], tf.TensorSpec(ops[0].inputs[1].shape, ops[0].inputs[1].dtype))
             yield node.name, _nodes(node, _transposed(ops[0], after), [value, kernel])
 
@@ -117,6 +117,10 @@ def _shape(sizes: Sizes) -> list[int]:
 
 def _reshaped(after: Sizes) -> Callable[[Any], Any]:
     return lambda value: tf.reshape(value, _shape(after))
+
+
+def _is_ordinary(op: Any) -> bool:
+    return op.get_attr("data_format") == b"NHWC" and set(op.get_attr("dilations")) == {1}
 
 
 def _transposed(op: Any, after: Sizes) -> Callable[[Any, Any], Any]:
