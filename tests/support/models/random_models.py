@@ -73,7 +73,7 @@ def _samples(keras: Any, rng: Rng, x: Any) -> Any:
     """Windows over the features, as if they were the samples of a frame."""
     kernel, stride = int(rng.integers(2, 9)), int(_pick(rng, 1, 2, 4))
     y = keras.layers.Reshape((-1, 1))(x)
-    y = keras.layers.ZeroPadding1D((max(kernel - stride, 0), max(stride - kernel, 0)))(y)
+    y = keras.layers.ZeroPadding1D((max(kernel - stride, 0), 0))(y)
     y = keras.layers.Conv1D(4, kernel, strides=stride)(y)
     return keras.layers.Dense(4)(keras.layers.Reshape((-1, 16 // stride))(y))
 
