@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,12 @@ def initial_row(name: str, value: Any, shape: tuple[int, ...], dtype: str) -> Ar
         raise ModelError(f"--initial: state {quoted(name)} must be finite; got {value!r:.80}")
     # np.ascontiguousarray would add an axis where a row is a single number
     return np.array(np.broadcast_to(array, shape))
+
+
+def initial_options(initial: Mapping[str, Any], states: Collection[str]) -> list[str]:
+    """Return the options that declare initial values of these states; an array must be in a file again."""
+    return [
+        f"--initial {name}={'FILE.npz' if isinstance(value, list) else json.dumps(value)}"
+        for name, value in initial.items()
+        if name in states
+    ]

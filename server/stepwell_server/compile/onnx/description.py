@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx
 
+from stepwell_server.compile.data_file import initial_options
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.onnx import pairs, reading
 from stepwell_server.compile.onnx.declaration import merged
-from stepwell_server.compile.onnx.inspection import initial_options
 from stepwell_server.compile.onnx.interface import inputs_of, resolve, sizes_of, type_name
 from stepwell_server.program import Declaration
 
@@ -105,7 +105,7 @@ def _options(given: list[onnx.ValueInfoProto], states: dict[str, str], declared:
             shown = row if shape is None else shape
             sizes_text = ",".join("SIZE" if size is None else str(size) for size in shown)
             options.append(f"--shape {name}={sizes_text}")
-    options += initial_options(declared, states)
+    options += initial_options(declared.initial, states)
     options += [f"--context {name}={count}" for name, count in declared.contexts.items()]
     options += [f"--name {name}={shown}" for name, shown in declared.names.items()]
     return options

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from stepwell_server.program import Declaration
 
 
 def lines(model: Path, found: Mapping[str, Any]) -> list[str]:
@@ -39,15 +36,6 @@ def command(model: Path, found: Mapping[str, Any]) -> str:
     """Return the command that compiles the model. Names in a file may hold characters that a shell interprets."""
     options = [word for option in found["options"] for word in option.split(" ", 1)]
     return shlex.join(["stepwell", "compile", str(model), *options])
-
-
-def initial_options(declared: Declaration, states: Collection[str]) -> list[str]:
-    """Return the options that declare initial values of these states; an array must be in a file again."""
-    return [
-        f"--initial {name}={'FILE.npz' if isinstance(value, list) else json.dumps(value)}"
-        for name, value in declared.initial.items()
-        if name in states
-    ]
 
 
 def _shape(sizes: list[int | None] | None) -> str:

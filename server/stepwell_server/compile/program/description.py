@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from stepwell_server.compile.causality.cut import Cut, cut
+from stepwell_server.compile.data_file import initial_options
 from stepwell_server.compile.errors import ModelError
 from stepwell_server.compile.graph.interface import describe
 from stepwell_server.compile.graph.plan import assignments
 from stepwell_server.compile.keras_file import archive
-from stepwell_server.compile.onnx.inspection import initial_options
 from stepwell_server.compile.probe.state_inputs import recognized
 from stepwell_server.program import Declaration, ProofOptions
 
@@ -65,7 +65,7 @@ def described(model: Path, options: ProofOptions) -> dict[str, Any]:
         "states": pairs,
         "options": [
             *(f"--state {before}:{after}" for before, after in pairs.items()),
-            *initial_options(options.declaration, pairs),
+            *initial_options(options.declaration.initial, pairs),
         ],
         "note": _NOTE if pairs else "",
         "problem": problem,
