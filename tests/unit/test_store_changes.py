@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepwell_server.errors import StateCorrupt
 from stepwell_server.store import backup, repair, verification
 from stepwell_server.store.base import Batch, LocalStore
-from stepwell_server.store.changes import joined, merged
+from stepwell_server.store.changes import field_of, joined, merged
 from stepwell_server.store.counts import usage_of
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
@@ -20,7 +21,10 @@ from stepwell_server.store.heads import heads_of
 from stepwell_server.store.in_process import fetched
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import (
+    CHANGE_VERSION,
     RecordBytes,
+    RecordTemplate,
+    Texts,
     decode_header,
     header_or_none,
     is_change,
@@ -30,7 +34,7 @@ from stepwell_server.store.record import (
     value_of,
 )
 from support.clock import ManualClock
-from support.stores.changes import Windowed
+from support.stores.changes import Windowed, windows
 from support.stores.disk_store import base_of, crash_copy, end, opened, wal_of
 
 CLOCK = ManualClock()
@@ -300,3 +304,19 @@ def test_heads_count_what_a_change_leaves_out() -> None:
     whole, change = session.whole, session.step()
     (before,), (after,) = heads_of([b"s"], [whole]).byte_counts, heads_of([b"s"], [change]).byte_counts
     assert before == after
+
+
+def test_changes_that_are_laid_out_together_are_encrypted_as_each_alone() -> None:
+    sealer, ids, field = Sealer(KEYS), ["a", "b", LONG_ID], field_of(windows(1), 1)
+    template = RecordTemplate(
+        ids, Texts("f" * 8, "m"), (1, 50), opened_with=7, created=1.0, fields=[field] * len(ids)
+    )
+    template.set_schema(CHANGE_VERSION)
+    template.rows[:] = np.random.default_rng(1).integers(256, size=template.rows.shape)
+    puts = template.fill(revisions=3, positions=3, request_ids=0, last_used=2.0, replies=0)
+    plain = [bytes(record) for _, record in puts]
+    for (session_id, sealed), one in zip(sealer.seal(puts), plain, strict=True):
+        assert is_change(sealed)
+        assert key_id_of(sealed) == "k"
+        assert sealer.open(session_id, sealed) == one
+        assert sealer.open(session_id, sealer.seal([(session_id, one)])[0][1]) == one
