@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,20 @@ import pytest
 import stepwell
 from stepwell.testing import LocalServer
 from support.models import programs
+from support.servers.valkey_servers import Valkey
 
 KILLS, SESSIONS = 6, 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "extra",
-    [("--durability", "sync"), ("--durability", "async", "--resident-rows", "3")],
-    ids=["sync", "paged"],
-)
+@pytest.mark.parametrize("kind", ["sync", "paged", "valkey"])
 # Keras calls numpy in a way that numpy 2 deprecates, when it saves a model.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_every_output_is_right_whenever_the_server_is_killed(tmp_path: Path, extra: Sequence[str]) -> None:
-    """A step that the kill interrupts is sent again. The windows reach back over many kills."""
+def test_every_output_is_right_whenever_the_server_is_killed(tmp_path: Path, kind: str) -> None:
+    """A step that the kill interrupts is sent again. The windows reach back over many kills.
+
+    `paged` has room for fewer rows than there are. `valkey` has two servers, and kills one of them.
+    """
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     inputs = keras.Input((None, 32))
@@ -36,14 +36,24 @@ def test_every_output_is_right_whenever_the_server_is_killed(tmp_path: Path, ext
     chance, rng = random.Random(33), np.random.default_rng(33)
     x = rng.standard_normal((SESSIONS, 4000, 32)).astype(np.float32)
     whole, at = np.asarray(model(x)), [0] * SESSIONS
-    server = LocalServer(
-        {"m": tmp_path / "model.keras"},
-        data_dir=tmp_path / "data",
-        cache_dir=programs.cache_dir(),
-        extra_args=extra,
-        start_timeout_s=100,
-    )
-    with server, stepwell.connect(server.address) as client:
+    with ExitStack() as stack:
+        extra = {"sync": ["--durability", "sync"], "paged": ["--resident-rows", "3"]}.get(kind)
+        if extra is None:
+            extra = ["--store", stack.enter_context(Valkey(append="always")).url()]
+        servers = [
+            stack.enter_context(
+                LocalServer(
+                    {"m": tmp_path / "model.keras"},
+                    data_dir=None if kind == "valkey" else tmp_path / "data",
+                    cache_dir=programs.cache_dir(),
+                    extra_args=extra,
+                    start_timeout_s=100,
+                )
+            )
+            for _ in range(1 + (kind == "valkey"))
+        ]
+        server = servers[0]
+        client = stack.enter_context(stepwell.connect(",".join(each.address for each in servers)))
         sessions = [client.open_session("m", session_id=f"s{number}") for number in range(SESSIONS)]
         for _ in range(KILLS):
             is_killed = threading.Event()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 
@@ -14,6 +15,9 @@ from stepwell_server.store import backup, repair, verification
 from stepwell_server.store.base import Batch, LocalStore
 from stepwell_server.store.changes import field_of, joined, merged
 from stepwell_server.store.counts import usage_of
+from stepwell_server.store.disk import meta
+from stepwell_server.store.disk.backup import file as backup_file
+from stepwell_server.store.disk.earlier import NAME
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.encryption.sealer import Sealer
 from stepwell_server.store.encryption.store import EncryptedStore
@@ -320,3 +324,46 @@ def test_changes_that_are_laid_out_together_are_encrypted_as_each_alone() -> Non
         assert key_id_of(sealed) == "k"
         assert sealer.open(session_id, sealed) == one
         assert sealer.open(session_id, sealer.seal([(session_id, one)])[0][1]) == one
+
+
+def test_a_store_of_the_last_version_is_checked_as_it_is_and_taken_over(tmp_path: Path) -> None:
+    path, session = tmp_path / "store", Windowed("a")
+    store = opened(path)
+    begin(store, session)
+    store.close()
+
+    def schema(value: bytes = b"") -> bytes:
+        with lmdb.open(str(path / "sessions"), max_dbs=6) as environment:
+            meta_db = environment.open_db(b"meta")
+            with environment.begin(write=True) as transaction:
+                if value:
+                    transaction.put(meta.SCHEMA, value, db=meta_db)
+                    transaction.drop(environment.open_db(NAME, txn=transaction))
+                return bytes(transaction.get(meta.SCHEMA, b"", db=meta_db))
+
+    old = b"%d" % meta.OLDEST_VERSION
+    schema(old)
+    found = verification.verify(path, None)
+    assert (found.problems, found.sessions) == ([], 1)
+    assert schema() == old
+    again = opened(path)
+    require(again, session)
+    step(again, session)
+    require(again, session)
+    again.close()
+    assert schema() == b"%d" % meta.SCHEMA_VERSION
+
+
+def test_a_backup_of_the_last_format_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, session, file = opened(tmp_path / "store"), Windowed("a"), tmp_path / "backup"
+    begin(store, session)
+    with monkeypatch.context() as patch:
+        patch.setattr(backup_file, "FORMAT", backup_file.FORMAT._replace(number=backup_file.FORMAT.oldest))
+        backup.back_up(crash_copy(store), file, CLOCK)
+    assert file.read_bytes().startswith(b"stepwell backup 5\n")
+    assert backup.restore(file, tmp_path / "restored", CLOCK, None, moved=True).sessions == 1
+    require(opened(tmp_path / "restored"), session)
+    data = file.read_bytes().replace(b"stepwell backup 5\n", b"stepwell backup 4\n", 1)
+    file.write_bytes(data)
+    with pytest.raises(backup_file.BackupError, match="of format 6; it is of 4"):
+        backup.restore(file, tmp_path / "none", CLOCK, None, moved=True)
