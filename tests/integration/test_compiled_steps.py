@@ -435,6 +435,20 @@ async def test_a_step_is_answered_when_the_store_has_it(disk: Disk, runs: list[b
         assert (header.revision, header.position) == (2, 2)
 
 
+@pytest.mark.parametrize("store_kind", ["sync"], indirect=True)
+async def test_the_thread_that_wrote_the_log_answers(store_kind: str, runs: list[bool]) -> None:
+    """The event loop may notice the end of the write later, but before it reads what is sent after the answer."""
+    assert store_kind == "sync"
+    request = pb.StepRequest(session_id="a", inputs=[tensor(x(1))])
+    async with served() as (at, stub):
+        await at.open("a")
+        with mock.patch.object(writers.NativeWriter, "take", return_value=None):
+            assert (await stub.Step(request, timeout=PATIENCE_S)).revision == 1
+            assert not at.internals.table.revision[at.internals.handle("a")].any()
+        assert (await stub.Step(request, timeout=PATIENCE_S)).revision == 2
+        assert runs == [True, True]
+
+
 @pytest.mark.parametrize("store_kind", STORE_KINDS[1:], indirect=True)
 async def test_a_step_that_the_store_could_not_keep_changes_nothing(disk: Disk, runs: list[bool]) -> None:
     async with served(disk.store) as (at, stub):

@@ -111,13 +111,13 @@ class Told:
         if isinstance(store, Slow):
             store.told = self.told
 
-    def submit(self, name: str, batch: Batch | None = None, size: int = 1, **how: bool) -> None:
+    def submit(self, name: str, batch: Batch | None = None, size: int = 1, is_change: bool = False) -> None:
         batch = Batch(puts=[(name, b"record")]) if batch is None else batch
 
         def done(told: CommitResult | ServerError) -> None:
             self.told.append((name, error_of(told)))
 
-        self._commits.submit(lambda: batch, size, done, **how)
+        self._commits.submit(lambda: batch, size, done, is_change=is_change)
 
     @property
     def names(self) -> str:

@@ -6,13 +6,15 @@ import asyncio
 import errno
 import os
 import resource
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from stepwell_server.errors import Unavailable
+from stepwell_server.store.access.log_queue import LogQueue
 from stepwell_server.store.base import ALL_KEPT, Answer, Batch, LogWrite, LogWriter, Store, Write
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal import layout, writers
@@ -147,10 +149,12 @@ class Served:
         self.local = local
         self.store: Store = InProcessStore(local, ManualClock())
 
-    def change(self, session_id: str, revision: int, size: int = 20) -> asyncio.Future[Answer]:
+    def change(
+        self, session_id: str, revision: int, size: int = 20, steps: Sequence[object] = ()
+    ) -> asyncio.Future[Answer]:
         later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         batch = Batch(puts=[(session_id, record(session_id, revision, size))])
-        answer = self.store.commit(Write(lambda: batch, 1, later.set_result, is_change=True))
+        answer = self.store.commit(Write(lambda: batch, 1, later.set_result, is_change=True, steps=steps))
         assert answer is None, "it waits for the disk"
         return later
 
@@ -177,7 +181,7 @@ async def test_a_change_is_acknowledged_only_after_its_write(
     held = list[LogWrite]()
     begin_write = {kind: kind.begin for kind in (writers.NativeWriter, writers.ThreadWriter)}
     for one_kind in begin_write:
-        monkeypatch.setattr(one_kind, "begin", lambda _self, write: held.append(write))
+        monkeypatch.setattr(one_kind, "begin", lambda _self, write, _steps=(): held.append(write))
     served = Served(opened(path, "sync"))
     begin(served.local, "a", "b")
     answer = served.change("a", 1)
@@ -196,6 +200,47 @@ async def test_a_change_is_acknowledged_only_after_its_write(
     assert await asyncio.wait_for(answer, WAIT_S) is ALL_KEPT
     assert await asyncio.wait_for(later, WAIT_S) is ALL_KEPT
     assert revisions(served.local) == {"a": 1, "b": 1}
+    assert await served.store.end_commits(WAIT_S)
+
+
+async def test_steps_are_answered_by_the_write_that_keeps_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that makes room keeps nothing, so nobody is answered after it."""
+    begun = list[tuple[int, Sequence[object]]]()
+
+    def recorded(begin_write: Callable[..., None]) -> Callable[..., None]:
+        def begin_it(self: LogWriter, write: LogWrite, steps: Sequence[object] = ()) -> None:
+            begun.append((write.count, steps))
+            begin_write(self, write)
+
+        return begin_it
+
+    for one_kind in (writers.NativeWriter, writers.ThreadWriter):
+        monkeypatch.setattr(one_kind, "begin", recorded(one_kind.begin))
+    served = Served(opened(path, "sync", segment_bytes=SIZE))
+    begin(served.local, "a", "b")
+    for revision in range(1, 120):
+        await asyncio.gather(*(served.change(name, revision, 400, steps=[name]) for name in "ab"))
+    assert await served.store.end_commits(WAIT_S)
+    assert any(not count for count, _ in begun), "segments rotated"
+    assert all(count == len(steps) for count, steps in begun)
+
+
+async def test_the_end_of_a_write_is_reported_at_once_when_asked(path: Path) -> None:
+    """Its callers may have been answered, so what they send next must find it, whoever noticed the end."""
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a", "b")
+    log: LogQueue = served.store._lanes._log  # type: ignore[attr-defined]
+    for has_noticed in (False, True):
+        answer = served.change("a", 1 + has_noticed)
+        until = time.monotonic() + WAIT_S
+        while has_noticed and not log._settle():
+            assert time.monotonic() < until
+        while not answer.done():
+            served.store.settle()
+            assert has_noticed <= answer.done(), "it is reported at the first call"
+            assert time.monotonic() < until
     assert await served.store.end_commits(WAIT_S)
 
 
@@ -262,7 +307,7 @@ async def test_a_change_that_waits_for_a_write_that_hangs_is_answered(
     """The end of the commits does not wait for it; when the write returns, no other one begins."""
     held = list[LogWrite]()
     for one_kind in (writers.NativeWriter, writers.ThreadWriter):
-        monkeypatch.setattr(one_kind, "begin", lambda _self, write: held.append(write))
+        monkeypatch.setattr(one_kind, "begin", lambda _self, write, _steps=(): held.append(write))
     served = Served(opened(path, "sync"))
     begin(served.local, "a", "b")
     answer, later = served.change("a", 1), served.change("b", 1)

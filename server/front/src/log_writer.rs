@@ -22,6 +22,8 @@ pub struct Job<D> {
     /// The places that are overwritten with zeros if the write fails, and how many.
     pub heads: Vec<u64>,
     pub head_bytes: usize,
+    /// Called on the writer's thread once the disk has the data, after `take` returns the write.
+    pub then: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// A write that has ended.
@@ -138,15 +140,23 @@ impl<D> Shared<D> {
 
 impl<D: AsRef<[u8]>> Shared<D> {
     fn run(&self) {
-        while let Some(job) = self.next() {
+        while let Some(mut job) = self.next() {
             let started = Instant::now();
             let result = self.write(&job);
+            let then = if result.is_ok() { job.then.take() } else { None };
             let ended = Ended { data: job.data, result, duration: started.elapsed() };
             let mut state = self.state();
             state.slot = Slot::Ended(ended);
+            drop(state);
+            if let Some(then) = then {
+                then(); // whoever it notifies finds the write ended
+            }
+            let state = self.state();
+            if matches!(state.slot, Slot::Ended(_)) {
+                self.ended.ring(); // nobody quiets the event of a write that was taken before
+            }
             let is_closed = state.is_closed;
             drop(state);
-            self.ended.ring();
             if is_closed {
                 self.changed.notify_all(); // `close` waits
             }
@@ -204,6 +214,8 @@ mod tests {
     use std::fs::{self, OpenOptions};
     use std::os::fd::AsRawFd;
     use std::path::PathBuf;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc;
 
     const LIMIT: Duration = Duration::from_secs(60);
 
@@ -215,7 +227,7 @@ mod tests {
     }
 
     fn job(file: &File, data: &'static [u8], at: u64) -> Job<&'static [u8]> {
-        Job { descriptor: file.as_raw_fd(), data, at, heads: vec![at], head_bytes: 2 }
+        Job { descriptor: file.as_raw_fd(), data, at, heads: vec![at], head_bytes: 2, then: None }
     }
 
     fn ended<D: AsRef<[u8]> + Send + 'static>(writer: &LogWriter<D>) -> Ended<D> {
@@ -225,11 +237,16 @@ mod tests {
                 return ended;
             }
             assert!(Instant::now() < until, "the write does not end");
-            let mut polled = libc::pollfd { fd: writer.fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: one entry, which lives until the call returns.
-            #[allow(unsafe_code)]
-            let _ = unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, 1000) };
+            is_readable(writer, 1000);
         }
+    }
+
+    /// Whether its event is there, after this many milliseconds at most.
+    #[allow(unsafe_code)]
+    fn is_readable<D: AsRef<[u8]> + Send + 'static>(writer: &LogWriter<D>, limit_ms: i32) -> bool {
+        let mut polled = libc::pollfd { fd: writer.fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one entry, which lives until the call returns.
+        unsafe { libc::poll(std::ptr::from_mut(&mut polled), 1, limit_ms) == 1 }
     }
 
     #[test]
@@ -250,11 +267,35 @@ mod tests {
     fn a_failed_write_is_reported_with_its_data() {
         let (path, open) = file("failed", false);
         let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
-        assert!(writer.write(job(&open, b"abc", 0)));
+        let is_called = Arc::new(AtomicBool::new(false));
+        let seen = is_called.clone();
+        let then: Box<dyn FnOnce() + Send> = Box::new(move || seen.store(true, Ordering::SeqCst));
+        assert!(writer.write(Job { then: Some(then), ..job(&open, b"abc", 0) }));
         let ended = ended(&writer);
         assert_eq!(ended.data, b"abc");
         assert!(ended.result.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"");
+        assert!(writer.close(LIMIT));
+        assert!(!is_called.load(Ordering::SeqCst));
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn whoever_is_called_after_a_write_finds_it_ended() {
+        let (path, open) = file("then", true);
+        let writer = Arc::new(LogWriter::new(&[open.as_raw_fd()], None).unwrap());
+        let (from, seen) = (writer.clone(), mpsc::channel());
+        let sender = seen.0;
+        let then: Box<dyn FnOnce() + Send> = Box::new(move || {
+            let is_ended = from.take().is_some_and(|ended| ended.result.is_ok());
+            drop(from);
+            sender.send(is_ended).unwrap();
+        });
+        assert!(writer.write(Job { then: Some(then), ..job(&open, b"abc", 0) }));
+        assert!(seen.1.recv_timeout(LIMIT).unwrap());
+        assert_eq!(fs::read(&path).unwrap(), b"abc");
+        assert!(writer.close(LIMIT));
+        assert!(!is_readable(&writer, 0), "it was taken before");
         fs::remove_file(path).unwrap();
     }
 

@@ -70,6 +70,9 @@ class StepWrite(Protocol):
     def handles(self) -> bytes:
         """Return the handles of its sessions, a column of intp."""
 
+    def withdraw(self) -> bool:
+        """Never answer. Returns False if it was answered, because a log has the records."""
+
     def records(self) -> StepRecords | None:
         """Return the records for the store. None: there is none to keep them."""
 
@@ -108,7 +111,7 @@ class StepKernel(Protocol):
         """
 
     def commit(self, write: StepWrite, now: float) -> None:
-        """Write the steps to the table, end the claims, answer, and count the answers."""
+        """Write the steps to the table, end the claims, answer unless that has happened, and count the answers."""
 
 
 class NewKernel(Protocol):

@@ -134,6 +134,8 @@ class Engine:
         """Process what has arrived now, instead of in the next iteration of the event loop."""
         self.add_part: Callable[[Source, Callable[[], None]], None] = self._loop_queue.add
         """Run a part of large work in an iteration of the event loop with no other part: see `LoopQueue.add`."""
+        self.settle: Callable[[], None] = store.settle
+        """See `Store.settle`."""
         self._table = table = SessionTable()
         self._store, self._clock = store, clock
         self._models = Models(table, store.elsewhere, absent)

@@ -345,6 +345,10 @@ class Write:
     """It only changes existing sessions, which are claimed. So no waiting write concerns them, and it may overtake those."""
     is_for_log: bool = False
     """The store's log keeps it, unless it refuses: see `LocalStore.begin_append`."""
+    steps: Sequence[object] = ()
+    """Results of compiled code whose answers the writer of a log may send once the disk has the batch, before `done`.
+
+    See `Store.settle`."""
     is_made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None
@@ -433,6 +437,14 @@ class Store(Protocol):
             The answer, if it is already known. None: `write.done` receives it later. When this returns, the store no
             longer needs the buffers of the batch, or it owns them.
         """
+
+    def settle(self) -> None:
+        """Call `done` of the commits that have ended.
+
+        The callers of `Write.steps` may be answered before that. Call this before what arrives later, which must find
+        what they were answered. A store without such callers has nothing to do.
+        """
+        return
 
     async def end_commits(self, timeout_s: float) -> bool:
         """Wait until all commits are answered, when no new ones are made; return False if that takes longer."""
@@ -584,8 +596,8 @@ class LogWrite(Protocol):
 class LogWriter(Protocol):
     """Makes writes to a log on a thread, one at a time. For the event loop, except `close`."""
 
-    def begin(self, write: LogWrite) -> None:
-        """Begin a write, after the last one was taken."""
+    def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
+        """Begin a write, after the last one was taken. It may answer `steps` if it succeeds: see `Write.steps`."""
 
     def take(self) -> tuple[Exception | None, float] | None:
         """The error, or None, and the seconds of the write that has ended. None: none has ended."""

@@ -79,6 +79,10 @@ class InProcessStore(Store):
         return self._lanes.commit(write)
 
     @override
+    def settle(self) -> None:
+        self._lanes.settle()
+
+    @override
     async def end_commits(self, timeout_s: float) -> bool:
         return await self._lanes.end(timeout_s)
 

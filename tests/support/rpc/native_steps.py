@@ -49,6 +49,9 @@ class NativeSteps:
         """Decline: the tests look at columns."""
         return False
 
+    def settle(self) -> None:
+        """Do nothing: there is no store."""
+
     def go(self) -> None:
         """Do nothing: `take` has answered, or the test will."""
 

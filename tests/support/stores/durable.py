@@ -162,7 +162,7 @@ class TroubledWrite:
 
 
 class TroubledWriter(LogWriter):
-    """The writer of a store's log, of whichever kind, with the troubles of the store."""
+    """The writer of a store's log, of whichever kind, with the troubles of the store. The event loop answers."""
 
     def __init__(self, store: Troubled, on_end: Callable[[], None]) -> None:
         self._store = store
@@ -172,7 +172,7 @@ class TroubledWriter(LogWriter):
         self._result: tuple[Exception | None, float] | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def begin(self, write: LogWrite) -> None:
+    def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
         assert isinstance(write, TroubledWrite)
         self._task = asyncio.create_task(self._make(write))
 

@@ -216,3 +216,34 @@ impl BatchHandle {
         self.driver.send(Command::Deliver(self.batch.clone(), answer));
     }
 }
+
+/// The answer to all members of a batch, which is sent once the store has their steps. For any thread.
+pub struct HeldAnswer {
+    batch: Arc<Batch>,
+    driver: Arc<Driver>,
+    /// None: it was sent or withdrawn.
+    answer: Mutex<Option<Answer>>,
+}
+
+impl HeldAnswer {
+    pub fn new(handle: &BatchHandle, answer: Answer) -> Arc<Self> {
+        let (batch, driver) = (handle.batch.clone(), handle.driver.clone());
+        Arc::new(HeldAnswer { batch, driver, answer: Mutex::new(Some(answer)) })
+    }
+
+    fn take(&self) -> Option<Answer> {
+        self.answer.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Send it, unless it was sent or withdrawn.
+    pub fn send(&self) {
+        if let Some(answer) = self.take() {
+            self.driver.send(Command::Deliver(self.batch.clone(), answer));
+        }
+    }
+
+    /// Never send it. Returns false if it was sent.
+    pub fn withdraw(&self) -> bool {
+        self.take().is_some()
+    }
+}

@@ -27,7 +27,7 @@ const EMPTY: u32 = 8;
 const READING: usize = 2;
 const WRITING: usize = 1;
 
-/// All methods except `drive` are for the event loop's thread.
+/// `send` is for any thread; all others but `drive` are for the event loop's.
 pub struct Driver {
     pub queue: Arc<Queue>,
     /// Commands of Python that have not run.

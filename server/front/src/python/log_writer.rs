@@ -4,6 +4,7 @@
 #![allow(clippy::useless_conversion)]
 
 use crate::log_writer::{self, Ended, Job};
+use crate::python::step_kernel::StepWrite;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -31,7 +32,7 @@ impl LogWriter {
     }
 
     /// Begin to write data into a file at an offset, and to flush it. If that fails, overwrite the first `head_bytes`
-    /// at each of `heads` with zeros.
+    /// at each of `heads` with zeros. If it succeeds, send the answers to `steps`, after `take` returns the write.
     ///
     /// Raises RuntimeError if the last write was not taken, or the writer is closed.
     fn write(
@@ -41,8 +42,11 @@ impl LogWriter {
         at: u64,
         heads: Vec<u64>,
         head_bytes: usize,
+        steps: Vec<Py<StepWrite>>,
     ) -> PyResult<()> {
-        if self.writer.write(Job { descriptor, data, at, heads, head_bytes }) {
+        let answers: Vec<_> = steps.iter().map(|one| one.get().answer.clone()).collect();
+        let then = move || answers.iter().for_each(|answer| answer.send());
+        if self.writer.write(Job { descriptor, data, at, heads, head_bytes, then: Some(Box::new(then)) }) {
             return Ok(());
         }
         Err(PyRuntimeError::new_err("the writer of the log is closed or has another write"))

@@ -5,7 +5,7 @@
 // pyo3's macros convert errors into themselves.
 #![allow(clippy::useless_conversion)]
 
-use crate::python::batch::BatchHandle;
+use crate::python::batch::{BatchHandle, HeldAnswer};
 use crate::python::lists::bytes_of;
 use crate::python::memory::Memory;
 use crate::steps::columns::Batch;
@@ -16,7 +16,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Name, `stepwell.v1.DataType`, shape of a row, whether it has a time axis, bytes of a row and of a number, and the bits
 /// of a float's exponent.
@@ -132,9 +132,8 @@ pub struct StepWrite {
     columns: Vec<usize>,
     changes: Vec<Change>,
     reply: ReplyForm,
-    model_version: u64,
-    /// None: they were sent.
-    outputs: Mutex<Option<Vec<Output>>>,
+    /// The answer, which is sent by `commit` or by the thread that has written the records.
+    pub answer: Arc<HeldAnswer>,
     /// None: there is no store to keep them.
     records: Option<Records>,
 }
@@ -144,6 +143,11 @@ impl StepWrite {
     /// The handles of its sessions, a column of 64-bit integers.
     fn handles<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         bytes_of(py, &self.changes, |change| change.handle.to_ne_bytes())
+    }
+
+    /// Never answer. Returns false if the answer was sent.
+    fn withdraw(&self) -> bool {
+        self.answer.withdraw()
     }
 
     /// The records for the store.
@@ -461,24 +465,23 @@ impl StepKernel {
             outputs.iter().zip(&self.outputs).map(copy).collect()
         };
         members.clear();
-        let outputs = Mutex::new(Some(copies));
-        Ok(StepWrite {
-            batch,
-            columns: form.columns.clone(),
-            changes,
-            reply,
+        let answer = Answer::Applied {
+            members: None,
+            revisions: changes.iter().map(|change| change.revision).collect(),
+            positions: changes.iter().map(|change| change.position).collect(),
+            outputs: copies,
+            replayed: false,
             model_version,
-            outputs,
-            records,
-        })
+        };
+        let answer = HeldAnswer::new(batch.get(), answer);
+        Ok(StepWrite { batch, columns: form.columns.clone(), changes, reply, answer, records })
     }
 
-    /// Write the steps to the table, end their claims, and answer.
+    /// Write the steps to the table, end their claims, and answer unless that has happened.
     fn commit(&self, py: Python<'_>, write: &StepWrite, now: f64) -> PyResult<()> {
         let state = self.state();
-        let outputs = write.outputs.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (Some(table), Some(outputs)) = (&state.table, outputs) else {
-            return Err(PyValueError::new_err("steps are committed once, to attached columns"));
+        let Some(table) = &state.table else {
+            return Err(PyValueError::new_err("no columns are attached"));
         };
         for change in &write.changes {
             table.revision.set(py, change.handle, change.revision.to_ne_bytes());
@@ -489,16 +492,8 @@ impl StepKernel {
             table.reply.set(py, change.handle, [write.reply as u8]);
             table.claimed.set(py, change.handle, [0]);
         }
-        let batch = write.batch.get();
-        batch.end_all();
-        batch.send(Answer::Applied {
-            members: None,
-            revisions: write.changes.iter().map(|change| change.revision).collect(),
-            positions: write.changes.iter().map(|change| change.position).collect(),
-            outputs,
-            replayed: false,
-            model_version: write.model_version,
-        });
+        write.batch.get().end_all();
+        write.answer.send();
         Ok(())
     }
 }

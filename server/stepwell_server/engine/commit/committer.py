@@ -14,7 +14,7 @@ import numpy as np
 
 from stepwell_server.clock import Clock
 from stepwell_server.core.sessions import Handles, SessionTable
-from stepwell_server.engine.api import Observer
+from stepwell_server.engine.api import Observer, StepWrite
 from stepwell_server.engine.commit.group_commit import GroupCommit
 from stepwell_server.engine.commit.records import Outcome, Records
 from stepwell_server.engine.sizes import Sizes
@@ -80,18 +80,25 @@ class Recorder:
 
         self._keep(outcome.model, build, count, done)
 
-    def keep_puts(self, model: Model, puts: Puts, done: OnAnswer) -> None:
-        """Store records of claimed sessions in a store of one server: see `keep`."""
-        self._keep(model, lambda: Batch(puts=puts), len(puts), done)
+    def keep_puts(self, outcome: PackedOutcome, puts: Puts, done: OnAnswer) -> None:
+        """Store records of an outcome of claimed sessions in a store of one server: see `keep`."""
+        self._keep(outcome.model, lambda: Batch(puts=puts), len(puts), done, (outcome.steps,))
 
-    def _keep(self, model: Model, build: Callable[[], Batch], count: int, done: OnAnswer) -> None:
+    def _keep(
+        self,
+        model: Model,
+        build: Callable[[], Batch],
+        count: int,
+        done: OnAnswer,
+        steps: Sequence[object] = (),
+    ) -> None:
         clock, began = self._clock, self._clock.monotonic()
 
         def kept(committed: CommitResult | ServerError) -> None:
             self._observer.stage(model.name, "commit", clock.monotonic() - began, count)
             done(committed)
 
-        self._commits.submit(build, count, kept, is_change=True)
+        self._commits.submit(build, count, kept, is_change=True, steps=steps)
 
 
 class PackedOutcome(Protocol):
@@ -100,12 +107,14 @@ class PackedOutcome(Protocol):
     model: Model
     puts: Puts
     """The records."""
+    steps: StepWrite
+    """Holds the answers, which the store may send once it has the records: see `Write.steps`."""
 
     def handles(self) -> Handles:
         """The sessions, which are claimed."""
 
     def apply(self) -> None:
-        """Apply it to the table, end the claims, and answer the callers."""
+        """Apply it to the table, end the claims, and answer the callers unless the store has."""
 
     def fail(self, error: ServerError) -> None:
         """Answer the callers."""
@@ -171,7 +180,7 @@ class Committer:
                 outcome.apply()
                 self._release(handles)
 
-        self._recorder.keep_puts(outcome.model, outcome.puts, done)
+        self._recorder.keep_puts(outcome, outcome.puts, done)
 
     def applied(self) -> None:
         """Sessions that were claimed and committed in this iteration are free; nothing waits for their claims."""

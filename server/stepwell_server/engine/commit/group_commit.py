@@ -6,7 +6,7 @@ The store decides how batches are written, in which order and which of them toge
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from stepwell_server.errors import Overloaded
 from stepwell_server.store.base import Answer, Batch, OnAnswer, Store, Write
@@ -56,6 +56,7 @@ class GroupCommit:
         done: OnAnswer,
         *,
         is_change: bool = False,
+        steps: Sequence[object] = (),
     ) -> None:
         """Commit the batch that `build` makes; `done` is called on the event loop, possibly before this returns.
 
@@ -64,6 +65,7 @@ class GroupCommit:
             size: The approximate number of records.
             done: Gets the result of each session, or the error if nothing was kept. It must not raise.
             is_change: The batch may overtake others that wait: see `Write`.
+            steps: See `Write`.
         """
         weight = max(1, size)
 
@@ -75,7 +77,7 @@ class GroupCommit:
                 self._on_room()
             self._changed.set()
 
-        answer = self._store.commit(Write(build, size, answered, is_change))
+        answer = self._store.commit(Write(build, size, answered, is_change, steps=steps))
         if answer is None:
             self._add_waiting(weight)
         else:

@@ -204,12 +204,12 @@ class CompiledSteps:
 class _Outcome:
     """A batch that ran: see `PackedOutcome`."""
 
-    __slots__ = ("_batch", "_fail", "_started", "_steps", "_write", "model", "puts")
+    __slots__ = ("_batch", "_fail", "_run_by", "_started", "model", "puts", "steps")
 
     def __init__(
         self, steps: CompiledSteps, batch: StepBatch, write: StepWrite, started: float, fail: OnFailed
     ) -> None:
-        self._steps, self._batch, self._write = steps, batch, write
+        self._run_by, self._batch, self.steps = steps, batch, write
         self._started, self._fail = started, fail
         self.model = steps.model
         records = write.records()
@@ -219,10 +219,11 @@ class _Outcome:
         self.puts.encoded_ids, self.puts.checksums = encoded_ids, checksums
 
     def handles(self) -> Handles:
-        return np.frombuffer(self._write.handles(), np.intp)
+        return np.frombuffer(self.steps.handles(), np.intp)
 
     def apply(self) -> None:
-        self._steps.commit(self._batch, self._write, self._started)
+        self._run_by.commit(self._batch, self.steps, self._started)
 
     def fail(self, error: ServerError) -> None:
-        self._fail(error)
+        if self.steps.withdraw():  # otherwise the log has them
+            self._fail(error)

@@ -320,6 +320,9 @@ class Steps(Protocol):
         False: nothing changed; it must be passed to `take`.
         """
 
+    def settle(self) -> None:
+        """Apply what the store has. Call it before arrivals are processed: their senders may have been answered already."""
+
     def go(self) -> None:
         """Run a pass for the accepted steps now, not in the next iteration of the event loop."""
 

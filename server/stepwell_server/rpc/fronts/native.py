@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 VERSION = stepwell_front.__version__
 #: Version of the interface between this module and the crate. Raise it with every change, here and in `python/front.rs`.
-_INTERFACE = 16
+_INTERFACE = 17
 _installed = getattr(stepwell_front, "INTERFACE", 0)
 if _installed != _INTERFACE:
     raise OtherFront(
@@ -445,6 +445,7 @@ class NativeFront:
                 break
             if not taken:
                 break
+            self._steps.settle()
             for arrival in taken:
                 self._add(arrival, is_all=len(taken) == 1)
             # a busy connection must not hide the others; for a single active one, passes run in between

@@ -220,7 +220,7 @@ class ColumnSteps(Refusals):
         """Bytes of a reply without its members."""
         self._requests = requests
         """The wire of Triton's requests."""
-        self.go, self.add_part = engine.take_turns, engine.add_part
+        self.go, self.add_part, self.settle = engine.take_turns, engine.add_part, engine.settle
 
     def run(self, batch: StepBatch, columns: Callable[[], StepColumns]) -> bool:
         """See `base.Steps`."""

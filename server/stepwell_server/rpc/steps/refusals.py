@@ -58,6 +58,7 @@ class EarlySteps(Refusals):
     """`base.Steps` of a server that has no engine yet. No steps arrive before `go_to`."""
 
     go: Callable[[], None]
+    settle: Callable[[], None]
     add_part: Callable[[tuple[Hashable, ...], Callable[[], None]], object]
     take: Callable[[StepColumns], Rest | None]
     run: Callable[[StepBatch, Callable[[], StepColumns]], bool]
@@ -65,10 +66,10 @@ class EarlySteps(Refusals):
     def __init__(self, max_message_bytes: int, observer: RequestObserver, *, traces: bool) -> None:
         super().__init__(max_message_bytes, observer)
         self.traces = traces
-        self.go = lambda: None
+        self.go = self.settle = lambda: None
         self.add_part = lambda _source, part: asyncio.get_running_loop().call_soon(part)
 
     def go_to(self, steps: Steps) -> None:
         """Pass steps on to these from now on."""
         self.go, self.add_part, self.take = steps.go, steps.add_part, steps.take
-        self.run = steps.run
+        self.run, self.settle = steps.run, steps.settle

@@ -50,6 +50,10 @@ class LocalWrites:
         self._thread = StoreThread("stepwell-store", self._work)
         self._log = LogQueue(store, done=self._finish_log, refused=self._commit_refused)
 
+    def settle(self) -> None:
+        """See `Store.settle`."""
+        self._log.settle()
+
     def commit(self, write: Write) -> Answer | None:
         """See `Store.commit`."""
         if not self._handed_over and self._is_short(write.size):
@@ -199,7 +203,7 @@ class LocalWrites:
         self._handed_over -= len(writes)
         is_answering = bool(self._unanswered)
         for write in writes:
-            if write.is_change and write.size <= SMALL:
+            if write.is_change and (write.size <= SMALL or write.steps):  # steps may be answered already
                 write.done(write.answer)
             else:
                 self._unanswered.append(write)

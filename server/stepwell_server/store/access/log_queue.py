@@ -71,11 +71,12 @@ class LogQueue:
         """End the writer's thread, after `stop`; return False if a write is running. For any thread."""
         return self._running is None and (self._writer is None or self._writer.close(timeout_s))
 
-    def _on_end(self) -> None:
-        """A write has ended."""
-        self._settle()
-        self._start()  # before others are answered: the disk works meanwhile
-        self._report()
+    def settle(self) -> None:
+        """Report a write that has ended. Its answers may have been sent."""
+        if self._running is not None and self._settle():
+            self._start()  # before others are answered: the disk works meanwhile
+        if self._ended:
+            self._report()
         if self._idle is not None and self._running is None:
             self._idle.set_result(None)
             self._idle = None
@@ -113,7 +114,7 @@ class LogQueue:
                 self._refused(changes)
                 continue
             try:
-                writer = self._writer = self._writer or self._store.new_writer(self._on_end)
+                writer = self._writer = self._writer or self._store.new_writer(self.settle)
                 write = self._store.begin_append([puts for _, puts in group])
             except OSError:  # the process has too many open files for a writer
                 self._refused(changes)
@@ -127,7 +128,8 @@ class LogQueue:
                 self._refused(changes)
                 continue
             self._running, self._group = write, group
-            writer.begin(write)
+            # one that only makes room keeps nothing
+            writer.begin(write, [one for change in changes for one in change.steps] if write.count else ())
 
     def _take(self) -> list[tuple[Write, _Puts]]:
         self._was_small = bool(self._small) and not (self._large and self._was_small)

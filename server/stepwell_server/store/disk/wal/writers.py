@@ -45,9 +45,9 @@ class NativeWriter(LogWriter):
         self._loop.add_reader(self._writer.fd(), on_end)
 
     @override
-    def begin(self, write: LogWrite) -> None:
+    def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
         assert isinstance(write, SegmentWrite), "the log makes no others"
-        self._writer.write(write.segment.descriptor, write.data, write.at, write.heads, HEAD.size)
+        self._writer.write(write.segment.descriptor, write.data, write.at, write.heads, HEAD.size, steps)
 
     @override
     def take(self) -> tuple[Exception | None, float] | None:
@@ -71,7 +71,7 @@ class NativeWriter(LogWriter):
 
 
 class ThreadWriter(LogWriter):
-    """A thread of Python."""
+    """A thread of Python. It answers nobody: the event loop does."""
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -83,7 +83,7 @@ class ThreadWriter(LogWriter):
         self._thread.start()
 
     @override
-    def begin(self, write: LogWrite) -> None:
+    def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
         self._writes.put(write)
 
     @override
