@@ -12,13 +12,14 @@ import pytest
 from stepwell_server.engine.api import Select, SessionPolicy
 from stepwell_server.engine.state import window_changes
 from stepwell_server.engine.state.arena import Arena
-from stepwell_server.engine.state.window_changes import NewElements
+from stepwell_server.engine.state.window_changes import NewElements, WindowChanges
 from stepwell_server.errors import ServerError
 from stepwell_server.store.memory import MemoryStore
+from stepwell_server.store.record import is_change
 from support.engine import fake_executor
 from support.engine.fake_executor import BAD, RINGS, with_windows
 from support.engine.harness import Harness, running
-from support.stores.durable import DurableStore
+from support.stores.durable import Disk, DurableStore
 from support.stores.kinds import DURABLE
 
 
@@ -246,3 +247,47 @@ def test_the_new_elements_of_some_rows_are_those_of_each(
                 [*(each.tobytes() for each in newest), *(each[row].tobytes() for each in arena.outputs)]
             )
             assert packed[place].tobytes() == form.pack_row(row) == expected
+
+
+@pytest.mark.stores("async")
+@pytest.mark.parametrize("policy", [SessionPolicy.CARRY, SessionPolicy.MIGRATE])
+async def test_the_first_record_after_a_conversion_has_whole_rows(
+    disk: Disk, policy: SessionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change would complete the record from before it."""
+    monkeypatch.setattr(fake_executor, "_WINDOWS", ((70, 3), (50, 50), (20, 1)))
+    monkeypatch.setattr(window_changes, "_MIN_BYTES", 0)
+    monkeypatch.setattr(WindowChanges, "period", property(lambda _: 10**6, lambda *_: None), raising=False)
+    rng, first = np.random.default_rng(6), with_windows(are_rings=True)
+    later = dataclasses.replace(first, fingerprint="f-later")
+
+    async def is_stored_as_change(at: Harness) -> bool:
+        (answer,) = await at.submit("a", drawn(rng, 1, 2)).all()
+        assert not isinstance(answer, ServerError), answer
+        return is_change(await disk.record("a") or b"")
+
+    def converted(states: dict[str, Any]) -> dict[str, Any]:
+        return {name: value * np.float32(2) for name, value in states.items()}
+
+    async with disk.engine({"plain": first}, migrations={"double": converted}, is_killed=True) as at:
+        await at.open("a")
+        assert [await is_stored_as_change(at) for _ in range(3)] == [True] * 3
+        before = await at.state("a")
+        await at.engine.load_version("plain", 2, later)
+        await at.engine.set_default("plain", 2, policy, "double" if policy is SessionPolicy.MIGRATE else "")
+        if policy is SessionPolicy.MIGRATE:
+            before = converted(before)
+        assert [await is_stored_as_change(at) for _ in range(3)] == [
+            policy is SessionPolicy.CARRY,
+            True,
+            True,
+        ]
+        after = await at.state("a")
+    for name, window in after.items():
+        if name != "h":
+            np.testing.assert_array_equal(window[:, :-3], before[name][:, 3:], name)
+    async with disk.engine({"plain@2": later}, migrations={"double": converted}) as at:
+        again = await at.state("a")
+    assert {name: value.tobytes() for name, value in again.items()} == {
+        name: value.tobytes() for name, value in after.items()
+    }
