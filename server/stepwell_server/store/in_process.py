@@ -29,7 +29,7 @@ from stepwell_server.store.base import (
 )
 from stepwell_server.store.changes import joined
 from stepwell_server.store.heads import Heads, heads_of
-from stepwell_server.store.record import F64, RecordBytes, header_or_none
+from stepwell_server.store.record import F64, header_or_none
 
 _NOTHING = StoredSession()
 #: The first search of the records for unused sessions starts at most this long after the start of the server. After a
@@ -154,7 +154,11 @@ class InProcessStore(Store):
 
     def _page(self, session_ids: Sequence[str], idle_s: F64) -> UnusedSessions:
         """Return a page of those sessions whose records exist and are intact: others have no readable limit."""
-        records = _records(self.local, session_ids) if session_ids else []
+        values = self.local.get_many(session_ids) if session_ids else []
+        records = [
+            value if value is None else joined(session_id, value)
+            for session_id, value in zip(session_ids, values, strict=True)
+        ]
         sound = [
             place
             for place, (session_id, record) in enumerate(zip(session_ids, records, strict=True))
@@ -215,23 +219,18 @@ class InProcessStore(Store):
         await asyncio.to_thread(self.local.close)
 
 
-def _records(local: LocalStore, session_ids: Sequence[str]) -> list[RecordBytes | None]:
-    """Return the records of many sessions with whole rows: see `LocalStore.get_many`."""
-    values = zip(session_ids, local.get_many(session_ids), strict=True)
-    return [value if value is None else joined(session_id, value) for session_id, value in values]
-
-
 def fetched(local: LocalStore, session_ids: Sequence[str]) -> list[StoredSession]:
     """Fetch sessions from a local store.
 
     Raises:
         Unavailable: the store cannot be read now.
     """
-    records = _records(local, session_ids)
+    records = local.get_many(session_ids)
     missing = [i for i, record in zip(session_ids, records, strict=True) if record is None]
     stones = iter(local.tombstones(missing)) if missing else iter(())
     found: list[StoredSession] = []
-    for record in records:
+    for session_id, record in zip(session_ids, records, strict=True):
+        whole = None if record is None else joined(session_id, record)
         stone = next(stones) if record is None else None
-        found.append(_NOTHING if record is None and stone is None else StoredSession(record, stone, SOLE))
+        found.append(_NOTHING if whole is None and stone is None else StoredSession(whole, stone, SOLE))
     return found
