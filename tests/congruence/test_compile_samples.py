@@ -13,7 +13,7 @@ import pytest
 
 from stepwell_server.compile.errors import ModelError, NotCausalError
 from stepwell_server.compile.graph.samples import Sampler
-from stepwell_server.compile.probe import evidence
+from stepwell_server.compile.probe import evidence, probe
 from stepwell_server.program import ProofOptions
 from support.models import mixing_rows, mixing_steps
 from support.models.cases import Case, before_rnn
@@ -58,7 +58,7 @@ def test_the_layer_that_differs_first_is_named() -> None:
 
 @pytest.mark.slow
 def test_it_is_the_length_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "reach", lambda *_args: 150)
+    monkeypatch.setattr(probe, "_steps", lambda *_args: 150)
     assert _prove(LOOK_BACK).proof.unproven
 
 
@@ -83,7 +83,7 @@ def test_an_end_token_of_a_vocabulary_of_1000_is_found_by_its_value() -> None:
 def test_it_is_the_token_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "hard", _plain_draw)
     monkeypatch.setattr(Sampler, "disturbed", lambda _self, _rng, _temporal, inputs: (tuple(inputs), {}))
-    monkeypatch.setattr(evidence, "reach", lambda *_args: 40)
+    monkeypatch.setattr(probe, "_steps", lambda *_args: 40)
     assert _prove(mixing_rows.CASES["end_mask"]).proof.unproven
 
 
