@@ -211,6 +211,7 @@ def test_a_killed_process_is_reported_and_the_next_model_compiles(
         assert (compiler.pids == [server]) == (who == "worker")
 
 
+@pytest.mark.slow
 def test_a_fork_server_that_was_killed_while_idle_is_started_again(
     kept: WarmCompiler, compiled: Path
 ) -> None:

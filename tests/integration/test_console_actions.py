@@ -21,7 +21,7 @@ from support.servers.both_fronts import needs_native
 from support.servers.served import draw
 from support.servers.server_process import retrained
 
-pytestmark = [needs_native, pytest.mark.plain("the tests have callers of their own")]
+pytestmark = [needs_native, pytest.mark.slow, pytest.mark.plain("the tests have callers of their own")]
 LANGUAGES = ("Python", "curl")
 NONE = "\u2013"
 
@@ -103,7 +103,6 @@ def test_steps_by_form_json_and_file(
         expect(console.page.get_by_label("Last step")).to_contain_text("Time steps of the last step4")
 
 
-@pytest.mark.slow
 def test_what_is_no_input_is_not_sent(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -163,7 +162,6 @@ def test_resets_to_zeros_to_values_and_of_some_rows(
                 equal(session, wanted)
 
 
-@pytest.mark.slow
 def test_forks_and_shows_both(browser: Browser, server: ConsoleServer, client: stepwell.Client) -> None:
     session = client.open_session("seq", session_id=new_id())
     session.step(draw(1))
@@ -209,7 +207,6 @@ def test_closes_after_a_confirmation(
             expect(console.page.get_by_role("region", name="Hidden state")).to_contain_text("now: revision")
 
 
-@pytest.mark.slow
 def test_saves_a_state_and_loads_it_into_another_session(
     browser: Browser, server: ConsoleServer, client: stepwell.Client, folder: Path
 ) -> None:
@@ -244,7 +241,6 @@ def test_saves_a_state_and_loads_it_into_another_session(
             equal(other, session)
 
 
-@pytest.mark.slow
 def test_loads_a_version_and_makes_it_the_default(
     browser: Browser, server: ConsoleServer, client: stepwell.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +277,6 @@ def test_loads_a_version_and_makes_it_the_default(
         assert versions() == {"1": NONE, "4 (default)": "canary"}
 
 
-@pytest.mark.slow
 def test_opens_a_session(browser: Browser, server: ConsoleServer, client: stepwell.Client) -> None:
     with opened(browser, server, "/sessions") as console:
         console.unfold()
@@ -298,7 +293,6 @@ def test_opens_a_session(browser: Browser, server: ConsoleServer, client: stepwe
             assert client.session_info(session_id).batch_size == 2
 
 
-@pytest.mark.slow
 def test_code_acts_on_a_session_whatever_its_id(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:

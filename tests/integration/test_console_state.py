@@ -18,7 +18,7 @@ from support.console.served import HOSTILE, ConsoleServer, new_id
 from support.servers.both_fronts import needs_native
 from support.servers.served import draw
 
-pytestmark = [needs_native, pytest.mark.plain("the tests have callers of their own")]
+pytestmark = [needs_native, pytest.mark.slow, pytest.mark.plain("the tests have callers of their own")]
 TENSOR = "lstm/h"
 UNITS = 8
 LANE = 12
@@ -134,7 +134,6 @@ def test_the_strip_grows_and_shows_each_cell(
         console.page.get_by_role("img", name=whole).wait_for()
 
 
-@pytest.mark.slow
 def test_the_strip_is_orange_above_zero_and_blue_below(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -151,7 +150,6 @@ def test_the_strip_is_orange_above_zero_and_blue_below(
                 assert np.sign(red - blue) == np.sign(value)
 
 
-@pytest.mark.slow
 def test_a_reset_is_named(browser: Browser, server: ConsoleServer, client: stepwell.Client) -> None:
     session = client.open_session("seq", session_id=new_id())
     with opened(browser, server, f"/sessions/{session.id}") as console:
@@ -165,7 +163,6 @@ def test_a_reset_is_named(browser: Browser, server: ConsoleServer, client: stepw
         expect(strip.readout).to_contain_text("at revision 2, position 0, reset")
 
 
-@pytest.mark.slow
 def test_keys_move_the_cursor_choose_units_and_select(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -200,7 +197,6 @@ def test_keys_move_the_cursor_choose_units_and_select(
         expect(units.get_by_role("button", name="Remove unit")).to_have_count(1)
 
 
-@pytest.mark.slow
 def test_units_are_sorted_by_an_input(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -250,7 +246,6 @@ def test_a_fork_stands_beside_its_session_with_their_distance(
     twin.close()
 
 
-@pytest.mark.slow
 def test_the_drawings_fit_into_a_narrow_window(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -265,7 +260,6 @@ def test_the_drawings_fit_into_a_narrow_window(
         assert axe.findings(console.tab) == []
 
 
-@pytest.mark.slow
 def test_a_selected_range_finds_the_sessions_in_such_a_state(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -292,7 +286,6 @@ def test_a_selected_range_finds_the_sessions_in_such_a_state(
         assert not [one for one in console.tab.paths() if one.endswith((":batchGetStates", "/state"))]
 
 
-@pytest.mark.slow
 def test_a_fork_made_here_is_compared_with_what_the_page_has_seen(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:
@@ -316,7 +309,6 @@ def test_a_fork_made_here_is_compared_with_what_the_page_has_seen(
         console.page.get_by_role("img", name=whole).wait_for()
 
 
-@pytest.mark.slow
 def test_the_plane_shows_a_sample_and_a_path(
     browser: Browser, server: ConsoleServer, client: stepwell.Client
 ) -> None:

@@ -204,6 +204,7 @@ def test_a_trainer_that_is_killed_continues_when_it_is_started_again(
     }
 
 
+@pytest.mark.slow
 def test_the_page_of_reinforcement_learning(server: LocalServer) -> None:
     """Its blocks run in order, in one namespace."""
     blocks = _blocks_of_reinforcement_learning()

@@ -67,6 +67,7 @@ def test_the_committed_notebook_is_whole_and_small(committed: Any) -> None:
     nbformat.validate(committed)
 
 
+@pytest.mark.slow
 def test_it_runs_and_shows_the_same(committed: Any, sockets: str, tmp_path: Path) -> None:
     again = nbformat.from_dict(committed)
     for cell in code_cells(again):

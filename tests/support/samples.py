@@ -33,6 +33,8 @@ _QUICK_ALTERNATIVES = (*_ALTERNATIVES, "front")
 _MANY, _MANY_ONE_IN = 4, 6
 #: CI runs one quick case in so many with one more alternative.
 _MORE_ONE_IN = 3
+#: CI runs every so many of the slow tests that are left, and others of them for the next commit.
+_TURNS = 2
 #: Files with tests of 20 seconds and more.
 _LONG = (
     *("packaging/test_production_page", "congruence/test_compile_causal", "fault/test_replicas_store"),
@@ -125,11 +127,19 @@ def _number(name: str) -> int:
 
 
 def cases(items: Sequence[pytest.Item], chosen: str | None = _CASES) -> list[pytest.Item]:
-    """The tests that this run tries: all, or with TEST_CASES=ci those without the mark `soak`."""
+    """The tests that this run tries: all, or with TEST_CASES=N the quick ones and part of the slow ones, by turns.
+
+    N is a number that grows by one with each commit, so that two commits in a row have all tests without the mark `soak`.
+    """
     if chosen is None:
         return list(items)
-    assert chosen == "ci", f"TEST_CASES must be ci; got {chosen}"
-    return [item for item in items if not item.get_closest_marker("soak")]
+    assert chosen.isdecimal(), f"TEST_CASES must be a number of commits; got {chosen}"
+    return [
+        item
+        for item in items
+        if not item.get_closest_marker("soak")
+        and (not item.get_closest_marker("slow") or (_number(item.nodeid) - int(chosen)) % _TURNS == 0)
+    ]
 
 
 def long_first(items: Sequence[pytest.Item], workers: int) -> list[pytest.Item]:

@@ -64,7 +64,7 @@ def test_each_case_is_quick_with_one_kind_of_store_and_all_kinds_are_among_them(
 
 def test_ci_runs_one_case_in_three_with_one_more_kind_and_everything_else() -> None:
     items = marked()
-    in_ci = samples.cases(items, "ci")
+    in_ci = {item for commit in ("6", "7") for item in samples.cases(items, commit)}
     kinds, cases = cases_of_a(item for item in in_ci if item.get_closest_marker("slow"))
     assert len(set(kinds)) > 1
     assert len(cases) == len(set(cases))
@@ -129,6 +129,15 @@ def test_cases_that_differ_in_anything_else_are_no_alternatives() -> None:
         Item("a.py::test_d[a-sync]", client="sync"),
     ]
     assert runs(items) == {"test": 12, "ci": 0, "soak": 0}
+
+
+def test_ci_runs_quick_tests_each_time_and_a_slow_one_every_second_time() -> None:
+    items: Any = [Item(f"a.py::test_{number}", is_slow=number < 40) for number in range(60)]
+    first, second, third = (samples.cases(items, commit) for commit in ("8", "9", "10"))
+    assert first == third
+    assert set(first).intersection(second) == set(items[40:])
+    assert set(first).union(second) == set(items)
+    assert 10 <= len(first) - 20 <= 30
 
 
 def test_of_a_long_table_ci_runs_half() -> None:

@@ -450,6 +450,7 @@ async def test_a_store_with_a_hung_replica_reports_a_problem() -> None:
         with paused(replica):  # it is connected still
             assert (await put(store, [("t", record("t"))], [0]))[0] == CommitResult(unknown=frozenset({"t"}))
             assert "1 replicas (replicas=1)" in (await store.check()).problem
+        primary.wait_for_replica()  # it has much to make up on a busy disk
         assert (await put(store, [("u", record("u"))], [0]))[0] is ALL_KEPT
         assert (await store.check()).problem == ""
         await store.close()

@@ -291,6 +291,15 @@ class Valkey(Process):
         """Whether it is a replica that has all that its primary had when it came."""
         return self.info("replication").get("master_link_status") == "up"
 
+    def wait_for_replica(self) -> None:
+        """Wait until its one replica has acknowledged all that it wrote."""
+
+        def is_level() -> bool:
+            info = self.info("replication")
+            return f"offset={info['master_repl_offset']}," in info.get("slave0", "")
+
+        until(is_level, "its replica does not acknowledge what it wrote", self.log)
+
     def _arguments(self) -> list[str]:
         fixed = [
             "--bind",
