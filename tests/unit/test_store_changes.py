@@ -38,7 +38,7 @@ from stepwell_server.store.record import (
     value_of,
 )
 from support.clock import ManualClock
-from support.stores.changes import Windowed, windows
+from support.stores.changes import DEFAULT, OTHER_PARTS, Windowed, windows
 from support.stores.disk_store import base_of, crash_copy, end, opened, wal_of
 
 CLOCK = ManualClock()
@@ -84,6 +84,14 @@ def test_a_change_completes_the_record_before_it() -> None:
         assert header is not None
         assert usage_of(header) == usage_of(decode_header("s", session.whole))
     assert len(records[1]) < len(session.whole) - 50
+
+
+def test_changes_of_a_version_with_other_windows_follow_each_other() -> None:
+    session = Windowed("s")
+    records = [session.whole]
+    for parts in (DEFAULT, DEFAULT, OTHER_PARTS, OTHER_PARTS, DEFAULT):
+        records.append(session.step(2, parts))
+        assert joined("s", value_of(records)) == session.whole
 
 
 def test_changes_without_their_records_are_refused() -> None:

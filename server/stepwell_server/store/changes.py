@@ -87,28 +87,34 @@ def joined(session_id: str, value: RecordBytes) -> RecordBytes:
     return whole(session_id, changes[-1], rows, pack_fields(fields))
 
 
-def _rows(first: RecordBytes, changes: Sequence[RecordBytes]) -> bytes:
+def _rows(first: RecordBytes, changes: Sequence[RecordBytes]) -> RecordBytes:
     """Return the rows after changes.
 
     Raises:
         ValueError, struct.error: the changes do not fit together.
     """
-    batch_size, before = rows_of(first)
-    size = len(before) // batch_size
-    found = [_Change.of(change) for change in changes]
-    last = found[-1]
-    places = [(window.start, window.size) for window in last.windows]
-    for each in found:
-        if each.batch_size != batch_size or each.row_bytes + each.left_out != size:
-            raise ValueError("its rows have another size")
-        if [(window.start, window.size) for window in each.windows] != places:
-            raise ValueError("its windows have other places")
+    batch_size, rows = rows_of(first)
+    # another version of a model may have the same states, and other windows among them
+    for _, found in itertools.groupby(map(_Change.of, changes), lambda change: change.places):
+        rows = _rows_after(batch_size, rows, list(found))
+    return rows
+
+
+def _rows_after(batch_size: int, before: memoryview, found: Sequence[_Change]) -> memoryview:
+    """Return the rows after changes of the same windows.
+
+    Raises:
+        ValueError: the changes do not fit to the rows.
+    """
+    size, last = len(before) // batch_size, found[-1]
+    if any(each.batch_size != batch_size or each.row_bytes + each.left_out != size for each in found):
+        raise ValueError("its rows have another size")
     parts: list[RecordBytes] = []
     for row in range(batch_size):
         at = row * size
         rows = [each.rows[row * each.row_bytes : (row + 1) * each.row_bytes] for each in found]
         end = 0
-        for index, (start, length) in enumerate(places):
+        for index, (start, length) in enumerate(last.places):
             parts.append(rows[-1][end - last.gaps[index] : start - last.gaps[index]])
             end = start + length
             pieces = [before[at + start : at + end]]
@@ -117,7 +123,7 @@ def _rows(first: RecordBytes, changes: Sequence[RecordBytes]) -> bytes:
                 pieces.append(own[low : low + each.windows[index].new])
             parts.append(b"".join(pieces)[-length:])
         parts.append(rows[-1][end - last.left_out :])
-    return b"".join(parts)
+    return memoryview(b"".join(parts))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,6 +138,11 @@ class _Change:
     """For each window the bytes of earlier windows that a row leaves out."""
     left_out: int
     """The bytes that a row leaves out."""
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Where its windows are in a whole row."""
+        return [(window.start, window.size) for window in self.windows]
 
     @classmethod
     def of(cls, change: RecordBytes) -> _Change:

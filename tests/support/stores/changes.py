@@ -9,10 +9,13 @@ from stepwell_server.store import changes
 from stepwell_server.store.changes import Window
 from stepwell_server.store.record import CHANGE_VERSION, SCHEMA_VERSION, Texts, encode
 
-#: Of each window the size of an element, and how many it has; other bytes are before, between and behind.
-_PARTS: tuple[int | tuple[int, int], ...] = (3, (4, 10), 2, (2, 8), (1, 3), 5)
+Parts = tuple[int | tuple[int, int], ...]
+"""Of each window the size of an element, and how many it has; other bytes are before, between and behind."""
+DEFAULT: Parts = (3, (4, 10), 2, (2, 8), (1, 3), 5)
+OTHER_PARTS: Parts = (3, (4, 10), 2, 16, (1, 3), 5)
+"""Parts of the same row if its second window is none."""
 _FIELDS = b"\x04\x00\x03\x00abc"  # of a version
-ROW_BYTES = sum(part if isinstance(part, int) else part[0] * part[1] for part in _PARTS)
+ROW_BYTES = sum(part if isinstance(part, int) else part[0] * part[1] for part in DEFAULT)
 
 
 class Windowed:
@@ -29,16 +32,16 @@ class Windowed:
         """The record with whole rows."""
         return self._encoded(b"".join(self._rows), b"", SCHEMA_VERSION)
 
-    def step(self, steps: int = 1) -> bytes:
-        """Step, and return the change."""
+    def step(self, steps: int = 1, parts_of: Parts = DEFAULT) -> bytes:
+        """Step, and return the change; `parts_of` a row are those of another version."""
         self.revision += 1
         left: list[bytes] = []
         for number, row in enumerate(self._rows):
-            parts = list(self._stepped(row, steps))
+            parts = list(self._stepped(row, steps, parts_of))
             self._rows[number] = b"".join(whole for whole, _ in parts)
             left += [own for _, own in parts]
         return self._encoded(
-            b"".join(left), changes.field_of(windows(steps), self.batch_size), CHANGE_VERSION
+            b"".join(left), changes.field_of(windows(steps, parts_of), self.batch_size), CHANGE_VERSION
         )
 
     def replace(self) -> bytes:
@@ -47,10 +50,10 @@ class Windowed:
         self._rows = [self._random.randbytes(ROW_BYTES) for _ in self._rows]
         return self.whole
 
-    def _stepped(self, row: bytes, steps: int) -> Iterator[tuple[bytes, bytes]]:
+    def _stepped(self, row: bytes, steps: int, parts_of: Parts) -> Iterator[tuple[bytes, bytes]]:
         """Each part of a row afterwards, and what a change has of it."""
         at = 0
-        for part in _PARTS:
+        for part in parts_of:
             size = part if isinstance(part, int) else part[0] * part[1]
             if isinstance(part, int):
                 own = self._random.randbytes(size)
@@ -78,10 +81,10 @@ class Windowed:
         )
 
 
-def windows(steps: int) -> list[Window]:
+def windows(steps: int, parts_of: Parts = DEFAULT) -> list[Window]:
     """The windows of a row, of which each has this many new elements, or all."""
     found, at = list[Window](), 0
-    for part in _PARTS:
+    for part in parts_of:
         if isinstance(part, int):
             at += part
         else:
