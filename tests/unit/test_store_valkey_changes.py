@@ -110,6 +110,22 @@ async def test_a_conflict_moves_nothing_and_an_end_leaves_nothing(valkey: Valkey
         assert lists(valkey, "lone") == []
 
 
+@pytest.mark.parametrize("stone", [End.LOST, End.CLOSED], ids=lambda end: end.name.lower())
+async def test_a_tombstone_of_a_lost_session_leaves_no_earlier_records(valkey: Valkey, stone: End) -> None:
+    prefix = fresh_prefix()
+    store = await opened(f"{valkey.url()}?prefix={prefix}")
+    try:
+        session = Windowed("gone")
+        _, stamp = await put(store, [("gone", session.whole)], [0])
+        await put(store, [("gone", session.step())], [stamp])
+        (key,) = valkey.ask("KEYS", f"{prefix}*s:gone")
+        valkey.ask("DEL", key)
+        await store.apply(Batch(tombstones=[Tombstone("gone", stone, 0.0)]))
+        assert valkey.ask("KEYS", f"{prefix}*e:gone") == []
+    finally:
+        await store.close()
+
+
 @pytest.mark.parametrize("keyring", [None, KEYS], ids=["plain", "encrypted"])
 @pytest.mark.parametrize("is_moved", [False, True])
 def test_backups_have_the_changes(

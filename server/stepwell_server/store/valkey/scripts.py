@@ -312,6 +312,7 @@ for i = 1, #KEYS - 3 do
     end
   elseif letter == 'T' then
     if kind ~= 1 then
+      if kind == 0 then call('DEL', earlier_of(key)) end
       call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
       was_lost = pcall('ZREM', index, id) == 1 or was_lost
     end
