@@ -244,6 +244,28 @@ async def test_the_end_of_a_write_is_reported_at_once_when_asked(path: Path) -> 
     assert await served.store.end_commits(WAIT_S)
 
 
+async def test_who_waits_for_an_idle_log_learns_of_an_end_that_another_change_noticed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The native writer does not report an end that was taken before."""
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a", "b")
+    new_writer = served.local.new_writer
+    monkeypatch.setattr(served.local, "new_writer", lambda _ended: new_writer(lambda: None))
+    log: LogQueue = served.store._lanes._log  # type: ignore[attr-defined]
+    answers = [served.change("a", 1)]
+    is_idle = asyncio.create_task(log.idle(WAIT_S))
+    await asyncio.sleep(0)
+    log.stop()  # the next changes are refused to the log, so no other write follows
+    until = time.monotonic() + WAIT_S
+    while log._running is not None:
+        answers.append(served.change("b", len(answers)))
+        assert time.monotonic() < until
+    assert await is_idle
+    assert set(await asyncio.wait_for(asyncio.gather(*answers), WAIT_S)) == {ALL_KEPT}
+    assert await served.store.end_commits(WAIT_S)
+
+
 async def test_what_the_disk_refuses_to_the_log_is_committed(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

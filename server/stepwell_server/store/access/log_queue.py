@@ -52,7 +52,7 @@ class LogQueue:
         (self._small if write.size <= SMALL else self._large).append((write, puts))
         if self._running is not None and self._settle():
             # the event of this write may not come any more
-            asyncio.get_running_loop().call_soon(self._report)
+            asyncio.get_running_loop().call_soon(self.settle)
         self._start()
 
     async def idle(self, timeout_s: float) -> bool:
