@@ -17,6 +17,7 @@ from stepwell_server.core.front_limits import FrontLimits
 from stepwell_server.rpc.fronts.base import Call, FrontCounts, Method, OutputColumn, StepColumns
 from stepwell_server.rpc.triton.inference import service_pb2 as pb
 from support import secured
+from support.clock import ManualClock
 from support.peers.http2 import PREFACE, Http2, data, settings
 from support.rpc.native_steps import NativeSteps
 from support.servers.both_fronts import needs_native
@@ -387,7 +388,7 @@ async def test_calls_of_all_connections_have_a_limit(server: Server) -> None:
 async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> None:
     from stepwell_server.rpc.fronts import native
 
-    front = native.NativeFront(SystemClock(), FrontLimits(1 << 20))
+    front = native.NativeFront(ManualClock(), FrontLimits(1 << 20))
     front._steps = steps = mock.create_autospec(Server, instance=True)
     steps.take.return_value, steps.run.return_value = None, False
     steps.add_part.side_effect = lambda _, part: asyncio.get_running_loop().call_soon(part)
