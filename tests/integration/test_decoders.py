@@ -128,7 +128,9 @@ def test_the_command_that_inspects_shows_the_states(tmp_path: Path) -> None:
     shown = _run("compile", str(file), "--inspect", "--initial", "state_c=0.25")
     assert shown.stdout.endswith(" --state state_h:lstm --state state_c:lstm_1 --initial state_c=0.25\n")
     command = ("compile", str(file), "--inspect", "--json", "--state", "state_h:out")
-    found = json.loads(_run(*command).stdout)
+    shown = _run(*command)
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
     assert found["states"] == {"state_h": "lstm", "state_c": "lstm_1"}
     assert found["outputs"][0] == {"name": "out", "dtype": "float32", "shape": [None, None, 4]}
     assert found["problem"].startswith("--state state_h:out: must name the output that holds this state")
