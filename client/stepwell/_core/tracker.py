@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stepwell._base.tuples import new_tuple
 from stepwell._batching.frames import Change, Counts
 from stepwell._batching.steps import Step
 from stepwell._core.versions import reference
@@ -31,10 +32,6 @@ def new_request_ids(count: int) -> Counts:
     """Random and non-zero, 64 bits each, and each greater by 1 than the one before: (count,) uint64."""
     first = 1 + secrets.randbelow(2**64 - count)
     return np.arange(count, dtype=np.uint64) + np.uint64(first)
-
-
-#: Makes a named tuple in half the time of a call of its class.
-_new = tuple.__new__
 
 
 class PendingChange(NamedTuple):
@@ -124,7 +121,7 @@ class SessionTracker:
             None,
             False,
         )
-        step = self._pending = _new(Step, values)
+        step = self._pending = new_tuple(Step, values)
         self._ahead |= self._unknown
         self._unknown = True
         return step
