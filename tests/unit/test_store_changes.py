@@ -128,9 +128,9 @@ def test_records_of_two_places_are_merged() -> None:
     records: list[RecordBytes] = [session.whole, *stepped(session, 4)]
     for cut in range(1, 5):
         for behind in range(cut, 6):
-            assert merged(records[cut:], value_of(records[:behind])) == value_of(records)
-    assert merged((), b"stored") == b"stored"
-    assert merged(records, None) == value_of(records)
+            assert merged("s", records[cut:], value_of(records[:behind])) == value_of(records)
+    assert merged("s", (), b"stored") == b"stored"
+    assert merged("s", records, None) == value_of(records)
 
 
 def test_encrypted_records_and_changes_are_opened_before_they_are_joined() -> None:

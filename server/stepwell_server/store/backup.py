@@ -30,7 +30,7 @@ from stepwell_server.store.record import (
     MAX_COUNTER,
     header_or_none,
     is_change,
-    is_sound,
+    is_complete,
     key_id_of,
     with_revision,
 )
@@ -85,7 +85,7 @@ def back_up(path: Path, file: Path, clock: Clock, *, bytes_per_s: float = math.i
                 writer.document(item)
             for entry in found.sessions():
                 sums.add([entry.key])
-                damaged += not is_sound(entry.session_id, entry.record)
+                damaged += not is_complete(entry.session_id, entry.record)
                 writer.session(entry.session_id, bytes(entry.record))
             found.require_all(sums)
             for stone in found.tombstones():

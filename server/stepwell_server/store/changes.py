@@ -52,7 +52,7 @@ def field_of(windows: Sequence[Window], rows: int) -> bytes:
     return pack_fields({CHANGE: b"".join((CHANGE_HEAD.pack(left_out), *packed))})
 
 
-def merged(newer: Sequence[RecordBytes], stored: RecordBytes | None) -> RecordBytes | None:
+def merged(session_id: str, newer: Sequence[RecordBytes], stored: RecordBytes | None) -> RecordBytes | None:
     """Return the value of a session, given its newer records, the oldest first, and its value in another place.
 
     That place may have some of them already, or all.
@@ -62,7 +62,8 @@ def merged(newer: Sequence[RecordBytes], stored: RecordBytes | None) -> RecordBy
     if stored is None or not is_change(newer[0]):
         return value_of(newer)
     if not supersedes(newer[-1], stored):
-        return stored
+        # a corrupt revision may seem to be an earlier one
+        return stored if is_sound(session_id, newer[-1]) else value_of(newer)
     first = revision_of(newer[0])
     return value_of([*(each for each in records_of(stored) if revision_of(each) < first), *newer])
 

@@ -37,7 +37,7 @@ class MemoryStore(LocalStore):
     def commit(self, batch: Batch) -> None:
         for session_id, record in batch.puts:
             # a copy: one record must not keep the buffer of a whole pass alive
-            value = merged([record], self._records.get(session_id)) or b""
+            value = merged(session_id, [record], self._records.get(session_id)) or b""
             self._records[session_id] = bytes(joined(session_id, value))
         for session_id in batch.deletes:
             self._records.pop(session_id, None)

@@ -395,6 +395,11 @@ def is_sound(session_id: str, stored: RecordBytes) -> bool:
     return True
 
 
+def is_complete(session_id: str, stored: RecordBytes) -> bool:
+    """Whether a value `is_sound` and has all records that its last one needs."""
+    return is_sound(session_id, stored) and not is_change(records_of(stored)[0])
+
+
 def supersedes(newer: RecordBytes, older: RecordBytes) -> bool:
     """Whether a record is a later state of the same session, not of another session with that id."""
     if len(newer) < HEADER.itemsize or len(older) < HEADER.itemsize:

@@ -24,6 +24,7 @@ from stepwell_server.store.record import (
     RecordBytes,
     header_or_none,
     is_change,
+    is_complete,
     is_sound,
     key_id_of,
     newest_of,
@@ -133,13 +134,12 @@ def repair(path: Path, clock: Clock) -> RepairSummary:
         seen = set[str]()
         for entry in _readable(old):
             session_id, record = entry.session_id, entry.record
-            if not is_sound(session_id, record):
+            if not is_complete(session_id, record):
                 own = next((name for name in _similar(entry.key) if is_sound(name, record)), None)
-                if own is None:
-                    found.damaged.append(session_id)
-                else:
-                    found.recovered.append(own)
+                if own is not None:
                     session_id, record = own, old.valid(own, newest_of(record))
+                is_recovered = own is not None and is_complete(session_id, record)
+                (found.recovered if is_recovered else found.damaged).append(session_id)
             if session_id not in seen:
                 seen.add(session_id)
                 found.sessions += 1

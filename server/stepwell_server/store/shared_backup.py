@@ -27,7 +27,7 @@ from stepwell_server.store.disk.backup.file import About, Writer
 from stepwell_server.store.disk.backup.new_store import Pair
 from stepwell_server.store.disk.documents import DocumentSet, Item, item
 from stepwell_server.store.encryption.keyring import Keyring
-from stepwell_server.store.record import header_or_none, is_sound
+from stepwell_server.store.record import header_or_none, is_complete
 from stepwell_server.store.valkey.bulk import BulkStore, create, open_existing
 from stepwell_server.store.valkey.connection.url import DEFAULT_PARTITIONS, StoreUrl
 from stepwell_server.store.valkey.meta import Meta
@@ -65,7 +65,7 @@ async def _back_up(url: StoreUrl, file: Path, clock: Clock, bytes_per_s: float) 
                         if member.record is None:
                             lost.append(member.session_id)
                             continue
-                        damaged += not is_sound(member.session_id, member.record)
+                        damaged += not is_complete(member.session_id, member.record)
                         writer.session(member.session_id, bytes(member.record))
             if lost:
                 raise StoreError(

@@ -162,7 +162,7 @@ class FakeShared:
             if there != follows or (begins and stamp in self.kept.undone):
                 conflicts.add(session_id)
                 continue
-            whole = joined(session_id, merged([record], self.shared.get(session_id)) or b"")
+            whole = joined(session_id, merged(session_id, [record], self.shared.get(session_id)) or b"")
             before, after = self.kept.models.get(session_id, ""), decode_header(session_id, whole).model
             self.kept.models[session_id] = after
             began = [(after, 1)] if begins else [(before, -1), (after, 1)] if before != after else []

@@ -57,7 +57,14 @@ from stepwell_server.errors import (
 from stepwell_server.store import counts
 from stepwell_server.store.base import Batch, CommitResult, Outcome, Store, StoredSession, stamped
 from stepwell_server.store.fields import KNOWN_TAGS, pack_fields, unpack_fields
-from stepwell_server.store.record import Header, RecordBytes, decode_header, decode_many, is_sound, key_id_of
+from stepwell_server.store.record import (
+    Header,
+    RecordBytes,
+    decode_header,
+    decode_many,
+    is_complete,
+    key_id_of,
+)
 
 MAX_IMPORTED = 1000
 """The most sessions in one call."""
@@ -147,7 +154,7 @@ class Exporter:
         is_due = handle is not None and self._expiry.is_suspect(handle)
         if record is None or is_due or session_id in self._removal.pending:
             return None
-        if not is_sound(session_id, record) or key_id_of(record) is not None:
+        if not is_complete(session_id, record) or key_id_of(record) is not None:
             return StateCorrupt(
                 f"the stored record of session {session_id!r} must be intact, and if it is encrypted,"
                 " its key must be available",

@@ -18,6 +18,7 @@ from stepwell_server.store.record import (
     Puts,
     RecordBytes,
     is_change,
+    is_sound,
     records_of,
     revision_of,
     supersedes,
@@ -56,7 +57,7 @@ def put(transaction: Any, sessions: Any, earlier: Any, changes: dict[str, list[R
             added.append(key)
         for record in records:
             if is_change(record) and last is not None:
-                if not supersedes(record, last):
+                if not supersedes(record, last) and is_sound(session_id, record):
                     continue  # a checkpoint of something that is here already
                 if not is_change(last):
                     delete(transaction, earlier, session_id)

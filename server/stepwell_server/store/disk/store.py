@@ -238,7 +238,7 @@ class DiskStore(LocalStore):
         logged = self._logged(session_id)
         if logged and not is_change(logged[0]):
             return value_of(logged)
-        return merged(logged, self._base.get(session_id))
+        return merged(session_id, logged, self._base.get(session_id))
 
     @override
     def get_many(self, session_ids: Sequence[str]) -> list[RecordBytes | None]:
@@ -254,7 +254,7 @@ class DiskStore(LocalStore):
         missing = [place for place, record in enumerate(found) if record is None]
         stored = self._base.get_many([session_ids[place] for place in missing])
         for place, value in zip(missing, stored, strict=True):
-            found[place] = merged(logged.get(place, ()), value)
+            found[place] = merged(session_ids[place], logged.get(place, ()), value)
         return found
 
     @override

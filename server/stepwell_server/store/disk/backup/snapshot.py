@@ -178,7 +178,7 @@ class Snapshot:
         stored: RecordBytes | None = record
         if self._earlier is not None:
             stored = earlier.completed(self._transaction, self._earlier, session_id, record)
-        return merged(logged, stored) or b""
+        return merged(session_id, logged, stored) or b""
 
 
 @contextlib.contextmanager
