@@ -203,7 +203,7 @@ def test_half_calls_of_a_few_connections_leave_places_for_others(open_to_all: At
 
 def test_a_message_that_does_not_come_ends_its_call() -> None:
     """Also one that drips. A stream may be silent, but not within a message."""
-    limits = {"receive_s": 3.0, "receive_bytes_per_s": 1000}
+    limits = {"receive_s": 1.0, "receive_bytes_per_s": 1000}
     waiting: dict[str, tuple[Http2, int]] = {}
     with (
         target("native", limits=limits) as found,

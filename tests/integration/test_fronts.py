@@ -17,7 +17,7 @@ from stepwell.v1 import models_pb2, tensors_pb2
 from stepwell.v1 import sessions_pb2 as pb
 from support.peers import wire
 from support.peers.wire import SERVICE, Wire, tensor
-from support.samples import examples
+from support.samples import examples, one_in
 from support.servers import both_fronts
 from support.servers.both_fronts import FRONTS, Outcome, called, damaged, needs_native
 
@@ -241,7 +241,7 @@ def test_several_rows_and_several_inputs_are_answered_alike(both: Mapping[str, W
         same(both, "Step", pb.StepRequest(session_id="many inputs", inputs=inputs[:-1]))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", one_in(2, range(6)))
 def test_damaged_requests_are_answered_alike(both: Mapping[str, Wire], seed: int) -> None:
     """Bytes changed, left out and added, in requests of every kind."""
     rng = np.random.default_rng(seed)
@@ -256,7 +256,7 @@ def test_damaged_requests_are_answered_alike(both: Mapping[str, Wire], seed: int
         same(both, "Step", damaged(good, rng))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", one_in(2, range(6)))
 def test_a_stream_of_all_kinds_of_frames_is_answered_alike(both: Mapping[str, Wire], seed: int) -> None:
     """Sent without waiting: what each session was sent is done in that order, whoever reads which frame."""
     rng = np.random.default_rng(100 + seed)
@@ -331,7 +331,7 @@ def _short_frame(rng: np.random.Generator, number: int, ids: list[str]) -> bytes
     return wire.step_frame(number, some, x, **fields).SerializeToString()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", one_in(2, range(6)))
 @pytest.mark.parametrize("waits", [False, True])
 def test_frames_of_one_number_for_all_are_answered_alike(
     both: Mapping[str, Wire], seed: int, waits: bool
@@ -370,7 +370,7 @@ def test_an_id_is_that_of_one_unanswered_frame(
 
     On a busy machine the first may be answered before the second is read: both are right then, and they are sent anew.
     """
-    x = np.zeros((1, 50_000, 3), np.float16)
+    x = np.zeros((1, 20_000, 3), np.float16)
     masks: tuple[dict[str, Any], ...] = ({}, {"reset_mask": [False]})
     call: Any = both[front].channel.stream_stream(f"/{SERVICE}/StepStream")
     for attempt in range(20):
