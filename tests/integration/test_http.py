@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import stepwell
+from stepwell_server.auth.web_tokens import LEEWAY_S
 from support.certificates import Authority
 from support.peers.curl import curl
 from support.peers.json_client import JsonClient, path_of, step_body
@@ -190,7 +191,7 @@ def test_web_tokens_name_callers_over_http(closed: Secured) -> None:
 def test_a_watch_ends_when_its_web_token_expires(closed: Secured) -> None:
     path = path_of("watched until")
     assert closed.json("ann", "POST", path, {"model": "seq"})[0] == 200
-    closed.tokens["web"] = closed.web_token("acme", valid_s=3.0)
+    closed.tokens["web"] = closed.web_token("acme", valid_s=4.0 - LEEWAY_S)
     with closed.events("web", {"sessions": {"session_ids": ["watched until"]}}) as stream:
         first, *_, last = stream
     assert (first.name, last.name) == ("sessions", "error")
