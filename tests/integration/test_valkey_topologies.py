@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 import pytest
 
 from stepwell_server.errors import StoreAway
 from stepwell_server.store.base import ALL_KEPT, Batch, End, StoreError, Tombstone
+from stepwell_server.store.record import RecordBytes
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.servers.valkey_servers import Cluster, Sentinels, Valkey
+from support.stores.changes import Windowed
 from support.stores.disk_store import record, template
 from support.stores.records import scan
 from support.stores.valkey_store import end, fresh_prefix, opened, put, shared
 
+T = TypeVar("T")
 IDS = [f"s{i}" for i in range(300)]
 
 
@@ -103,16 +107,78 @@ async def test_slots_move_to_another_node_meanwhile(cluster: Cluster) -> None:
         assert (await put(a, [(i, record(i, 99)) for i in ids], stamps))[0] is ALL_KEPT
 
 
+@pytest.mark.parametrize(
+    ("changes", "first"), [(0, "nothing"), (0, "sessions"), (2, "sessions"), (2, "earlier records")]
+)
+async def test_calls_wait_for_records_that_have_not_moved_yet(
+    cluster: Cluster, changes: int, first: str
+) -> None:
+    """A session and the records before its change are two keys, of which one may be at another node than the other."""
+    x, y = Windowed("x"), Windowed("y")
+    async with shared(cluster.url("&partitions=1&timeout_ms=20000"), 2) as (a, b):
+        follows = await committed(a, [x.whole, y.whole], [0, 0])
+        for _ in range(changes):
+            follows = await committed(a, [x.step(), y.step()], follows)
+        key, before = a._keys.session("y"), y.whole
+        source = cluster.primary_of(key.decode())
+        target = next(node for node in cluster.primaries if node is not source)
+        slot = begin_move(source, target, key)
+        if first != "nothing":
+            migrate(source, target, [key if first == "sessions" else a._keys.earlier("y")])
+        read = await begun(a.fetch(["y"]), source, target)
+        changed = await begun(committed(b, [x.step(), y.step()], follows), source, target)
+        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
+            migrate(source, target, keys)
+        end_move(cluster, source, target, slot)
+        assert (await read)[0].record in (before, y.whole)
+        follows = await changed
+        assert [each.record for each in await a.fetch(["x", "y"])] == [x.whole, y.whole]
+        assert [each.stamp for each in await b.fetch(["x", "y"])] == follows
+        end_move(cluster, target, source, begin_move(target, source, key, migrates=True))
+
+
+async def begun(call: Coroutine[Any, Any, T], *nodes: Valkey) -> asyncio.Task[T]:
+    """Begin a call, and return when it has ended or has to wait because some of its keys are at another node."""
+
+    def refusals() -> list[str | None]:
+        return [node.info("errorstats").get("errorstat_TRYAGAIN") for node in nodes]
+
+    before, task = refusals(), asyncio.create_task(call)
+    while not task.done() and refusals() == before:  # noqa: ASYNC110 - the node sets no event
+        await asyncio.sleep(0)
+    return task
+
+
+async def committed(store: ValkeyStore, records: Sequence[RecordBytes], follows: Sequence[int]) -> list[int]:
+    """Commit records of `x` and `y`, and return their stamps."""
+    kept, stamp = await put(store, list(zip("xy", records, strict=True)), follows)
+    assert kept is ALL_KEPT
+    return [stamp, stamp]
+
+
+def begin_move(source: Valkey, target: Valkey, key: bytes, *, migrates: bool = False) -> int:
+    """Begin to move the slot of a key, and move its keys if asked to."""
+    slot = int(source.ask("CLUSTER", "KEYSLOT", key))
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.ask("CLUSTER", "MYID"))
+    while migrates and (keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3)):
+        migrate(source, target, keys)
+    return slot
+
+
+def migrate(source: Valkey, target: Valkey, keys: Sequence[bytes]) -> None:
+    source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+
+
+def end_move(cluster: Cluster, source: Valkey, target: Valkey, slot: int) -> None:
+    for node in (target, source, *cluster.primaries):
+        node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
+
+
 def move(cluster: Cluster, source: Valkey, target: Valkey, prefix: str, partitions: Sequence[int]) -> None:
     for partition in partitions:
-        slot = source.ask("CLUSTER", "KEYSLOT", f"{{{partition}}}")
-        from_id, to_id = source.ask("CLUSTER", "MYID"), target.ask("CLUSTER", "MYID")
-        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", from_id)
-        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", to_id)
-        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
-            source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
-        for node in (target, source, *cluster.primaries):
-            node.ask("CLUSTER", "SETSLOT", slot, "NODE", to_id)
+        slot = begin_move(source, target, b"{%d}" % partition, migrates=True)
+        end_move(cluster, source, target, slot)
 
 
 async def test_a_primary_of_a_cluster_that_was_emptied_is_noticed(cluster: Cluster) -> None:

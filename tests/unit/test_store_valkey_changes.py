@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.core.quotas import NOTHING
+from stepwell_server.errors import Overloaded
 from stepwell_server.store import backup, shared_backup
 from stepwell_server.store.base import ALL_KEPT, Batch, End, Tombstone, new_stamp
 from stepwell_server.store.counts import usage_of
@@ -108,6 +110,34 @@ async def test_a_conflict_moves_nothing_and_an_end_leaves_nothing(valkey: Valkey
         assert lists(valkey, "lone") == [1]
         await end(b, [Tombstone("lone", End.EXPIRED, 0.0)], [0])
         assert lists(valkey, "lone") == []
+
+
+@pytest.mark.parametrize("order", [("whole", "change"), ("change", "whole")], ids=" ".join)
+async def test_a_full_store_keeps_all_changes_of_a_script_or_none(
+    valkey: Valkey, order: tuple[str, str]
+) -> None:
+    """What a script frees first, before a change of whole rows, makes the server accept the rest."""
+    async with shared(valkey.url()) as (store,):
+        sessions = {name: Windowed(name) for name in order}
+        _, stamp = await put(store, [(i, each.whole) for i, each in sessions.items()], [0, 0])
+        _, after = await put(store, [("change", sessions["change"].step())], [stamp])
+        held = [after if name == "change" else stamp for name in order]
+        before = [each.whole for each in sessions.values()]
+        steps = [(name, each.step()) for name, each in sessions.items()]
+        valkey.ask("CONFIG", "SET", "maxmemory", 1)
+        try:
+            with contextlib.nullcontext() if order[0] == "whole" else pytest.raises(Overloaded):
+                kept, stamp = await put(store, steps, held)
+                assert kept is ALL_KEPT
+                held, before = [stamp] * 2, [each.whole for each in sessions.values()]
+        finally:
+            valkey.ask("CONFIG", "SET", "maxmemory", 0)
+        assert [each.record for each in await store.fetch(order)] == before
+        if order[0] == "change":
+            assert (await put(store, steps, held))[0] is ALL_KEPT
+            assert [each.record for each in await store.fetch(order)] == [
+                each.whole for each in sessions.values()
+            ]
 
 
 @pytest.mark.parametrize("stone", [End.LOST, End.CLOSED], ids=lambda end: end.name.lower())

@@ -25,6 +25,7 @@ from stepwell_server.store.valkey.keys import LOST_STAMP
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.engine.harness import Harness, running, x
 from support.servers.valkey_servers import Valkey
+from support.stores.changes import Windowed
 from support.stores.disk_store import record
 from support.stores.records import scan
 from support.stores.valkey_store import end, opened, put, shared
@@ -202,6 +203,61 @@ async def test_a_store_whose_creation_was_interrupted_gets_its_marks(valkey: Val
         assert valkey.ask("EXISTS", mark(again, "s")) == 1
         assert (await put(again, [("t", record("t"))], [0]))[0] is ALL_KEPT
         await again.close()
+
+
+# ---------------------------------------------------------------------------------------- the records before a change
+
+
+async def with_changes(store: ValkeyStore, *session_ids: str) -> tuple[list[Windowed], int]:
+    """Sessions whose last record is a change, and their stamp."""
+    sessions = [Windowed(session_id) for session_id in session_ids]
+    _, stamp = await put(store, [(each.session_id, each.whole) for each in sessions], [0] * len(sessions))
+    for _ in range(2):
+        puts = [(each.session_id, each.step()) for each in sessions]
+        kept, stamp = await put(store, puts, [stamp] * len(sessions))
+        assert kept is ALL_KEPT
+    return sessions, stamp
+
+
+async def test_a_session_whose_earlier_records_are_missing_is_lost(valkey: Valkey) -> None:
+    async with shared(valkey.url(), 2) as (a, b):
+        (s, t), stamp = await with_changes(a, "s", "t")
+        valkey.ask("DEL", a._keys.earlier("s"))
+        assert await b.fetch(["s"]) == [lost("s")]
+        assert (await b.fetch(["t"]))[0].record == t.whole
+        kept, _ = await put(a, [("s", s.step()), ("t", t.step())], [stamp] * 2)
+        assert kept == CommitResult(conflicts=frozenset({"s"})), "nothing follows what is lost"
+        assert (await a.fetch(["s", "t"]))[1].record == t.whole
+        assert (await put(a, [("s", record("s"))], [0]))[0].conflicts == {"s"}, "nor does it begin again"
+        assert [i for i, _ in await scan(a, limit=10)] == ["t"]
+        assert (await b.check()).lost_sessions == 1
+
+
+async def test_a_session_without_its_earlier_records_is_put_back_or_ends(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        (s, _, _, v), stamp = await with_changes(store, "s", "t", "u", "v")
+        valkey.ask("DEL", *map(store._keys.earlier, "stuv"))
+        assert await end(store, [Tombstone("t", End.CLOSED, 1.0)], [stamp]) == CommitResult(
+            conflicts=frozenset({"t"})
+        )
+        assert await store.apply(Batch(tombstones=[Tombstone("t", End.CLOSED, 1.0)])) is ALL_KEPT
+        assert (await store.fetch(["t"]))[0].tombstone == Tombstone("t", End.CLOSED, 1.0)
+        kept, new = await put(store, [("s", s.replace())], [LOST_STAMP], anew=True)
+        assert kept is ALL_KEPT
+        assert (await put(store, [("s", s.step())], [new]))[0] is ALL_KEPT
+        assert (await store.fetch(["s"]))[0].record == s.whole
+        assert (await put(store, [("v", v.replace())], [stamp]))[0] is ALL_KEPT, "its server still had it"
+        await store.unused(f"{store._keys.partition('u')}:", limits=IdleLimits(1e-6), limit=500)
+        assert (await store.fetch(["u"]))[0].tombstone is not None
+
+
+async def test_records_of_another_type_before_a_change_concern_one_session(valkey: Valkey) -> None:
+    async with shared(valkey.url()) as (store,):
+        (s, t), stamp = await with_changes(store, "s", "t")
+        valkey.ask("SET", store._keys.earlier("t"), "x")
+        kept, _ = await put(store, [("s", s.step()), ("t", t.step())], [stamp] * 2)
+        assert kept == CommitResult(conflicts=frozenset({"t"}))
+        assert [each.record for each in await store.fetch(["s", "t"])] == [s.whole, b""]
 
 
 # ---------------------------------------------------------------------------------------------- keys of another type

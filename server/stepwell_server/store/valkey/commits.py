@@ -14,7 +14,7 @@ import numpy as np
 
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import ALL_KEPT, Batch, CommitResult, Tombstone
-from stepwell_server.store.record import F64, U64, Puts, RecordBytes
+from stepwell_server.store.record import F64, U64, Puts, RecordBytes, is_change
 from stepwell_server.store.valkey import scripts
 from stepwell_server.store.valkey.connection.requests import Request
 from stepwell_server.store.valkey.keys import META, STAMP_BYTES, Keys, pack_tombstone
@@ -140,7 +140,7 @@ class Commits:
         request = Request.of(
             self._keys.partition(session_ids[0]),
             scripts.REPLACE,
-            [*map(self._keys.session, session_ids)],
+            self._keys.sessions(session_ids, with_earlier=is_change(puts.together)),
             follows.tobytes(),
             stamps.tobytes(),
             b"=%d" % puts.sizes[0],
@@ -152,7 +152,7 @@ class Commits:
         request = Request.of(
             self._keys.partition(session_id),
             scripts.REPLACE,
-            (self._keys.session(session_id),),
+            self._keys.sessions((session_id,), with_earlier=is_change(record)),
             follows.tobytes(),
             stamps.tobytes(),
             b"=%d" % len(record),
@@ -169,7 +169,10 @@ class Commits:
                 request = Request.of(
                     partition,
                     scripts.REPLACE,
-                    [self._keys.session(puts[place][0]) for place in some],
+                    self._keys.sessions(
+                        [puts[place][0] for place in some],
+                        with_earlier=any(is_change(puts[place][1]) for place in some),
+                    ),
                     follows[some].tobytes(),
                     stamps[some].tobytes(),
                     b"=%d" % sizes[0] if one_size else b"~" + _packed(sizes),
@@ -203,7 +206,7 @@ class Commits:
                         self._keys.ids(partition),
                         self._keys.counts(partition),
                         self._keys.mark(partition),
-                        *(self._keys.session(change.session_id) for change in some),
+                        *self._keys.sessions([change.session_id for change in some], with_earlier=True),
                     ],
                     "".join([change.letter for change in some]),
                     b"".join([change.follows for change in some]),

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import struct
 import zlib
+from collections.abc import Sequence
 
 from isal.isal_zlib import crc32
 
@@ -32,7 +33,7 @@ from stepwell_server.store.base import CLOSES_BYTES, End, Tombstone, pack_closes
 META = -1
 """In place of a partition number: the keys of the whole store."""
 RECORD, TOMBSTONE = 1, 2
-LOST, OTHER_TYPE, UNMARKED = 3, 4, 5
+LOST, OTHER_TYPE, UNMARKED, INCOMPLETE = 3, 4, 5, 6
 """Codes in place of a value: see `scripts.FETCH`."""
 LOST_STAMP = 2**64 - 1
 """The stamp of a lost session, which a new session in its place follows."""
@@ -60,13 +61,19 @@ class Keys:
         # the same sessions are used again and again
         self.session = functools.lru_cache(_KNOWN_IDS)(self._session)
         """Return the key of a session."""
+        self.earlier = functools.lru_cache(_KNOWN_IDS)(self._earlier)
+        """Return the key of the earlier records of a session."""
 
     def _session(self, session_id: str) -> bytes:
         return self._sessions[self.partition(session_id)] + session_id.encode()
 
-    def earlier(self, session_id: str) -> bytes:
-        """Return the key of the earlier records of a session."""
+    def _earlier(self, session_id: str) -> bytes:
         return b"%se:%s" % (self._tags[self.partition(session_id)], session_id.encode())
+
+    def sessions(self, session_ids: Sequence[str], *, with_earlier: bool) -> list[bytes]:
+        """Return the keys of sessions and, if asked for, then those of their earlier records."""
+        earlier = map(self.earlier, session_ids) if with_earlier else ()
+        return [*map(self.session, session_ids), *earlier]
 
     def partition(self, session_id: str) -> int:
         """Return the partition of a session."""

@@ -3,6 +3,9 @@
 A script never stops halfway for lack of memory: the server refuses commands that need memory (SET, MSET, ZADD) at the
 first write of a script or not at all, and commands that free memory come first.
 
+In a Cluster keys move one by one to another node. A script runs only where all keys of `KEYS` are. So a script that
+reads or writes earlier records has their keys there: without them it could run where a session is, but not they.
+
 A key with a wrong type does not make a script fail either: keys are first read by `pcall`, which then returns a table,
 and the session is treated like one with a corrupt record.
 """
@@ -62,11 +65,18 @@ local function earlier_of(key)
   local tag, id = string.match(key, '^(.-{{%d+}})s:(.*)$')
   return tag .. 'e:' .. id
 end
--- Moves the record of a session that a change follows to its earlier records.
-local function move(key)
-  local was, earlier = call('GET', key), earlier_of(key)
-  if not is_change(was) then call('DEL', earlier) end
+-- Moves the record of a session that a change follows to its earlier records. Returns false if they are lost: nothing
+-- can follow, and nothing was written.
+local function move(key, earlier)
+  local was = call('GET', key)
+  if is_change(was) then
+    local count = pcall('LLEN', earlier)
+    if type(count) ~= 'number' or count == 0 then return false end
+  else
+    call('DEL', earlier)
+  end
   call('RPUSH', earlier, sub(was, {HEAD.size + 1}))
+  return true
 end
 """
 
@@ -105,20 +115,25 @@ REPLACE = _script(
     RECORD,
     _EARLIER,
     """
--- Replaces records of existing sessions. KEYS: the sessions. ARGV: required stamps, new stamps (8 bytes each), sizes of
--- records ('=' and one for all, or '~' and 4 bytes each), the records. Returns the numbers of sessions with other
--- stamps.
+-- Replaces records of existing sessions. KEYS: the sessions, then the earlier records of each if there are changes.
+-- ARGV: required stamps, new stamps (8 bytes each), sizes of records ('=' and one for all, or '~' and 4 bytes each), the
+-- records. Returns the numbers of sessions with other stamps, or without the records before a change.
 local follows, stamps, sizes, blob = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local used, conflicts, kept, at, begin = packed(now_ms()), {}, {'MSET'}, 1, 0
 local size = byte(sizes) == 61 and tonumber(sub(sizes, 2))
-for i, key in ipairs(KEYS) do
+local count = #stamps / 8
+for i = 1, count do
+  local key = KEYS[i]
   local length = size or struct.unpack('<I4', sizes, 4 * i - 2)
   local has, stamp = pcall('GETRANGE', key, 1, 8), sub(stamps, 8 * i - 7, 8 * i)
   if has == sub(follows, 8 * i - 7, 8 * i) then
     local value = '\\1' .. stamp .. used .. sub(blob, begin + 1, begin + length)
-    if is_change(value) then move(key) end
-    kept[at + 1], kept[at + 2] = key, value
-    at = at + 2
+    if is_change(value) and not move(key, KEYS[count + i]) then
+      conflicts[#conflicts + 1] = i
+    else
+      kept[at + 1], kept[at + 2] = key, value
+      at = at + 2
+    end
   elseif has == stamp then
     call('SETRANGE', key, 9, used) -- a retry: write, so that waiting for the disk includes it
   else
@@ -143,8 +158,8 @@ COMMIT = _script(
     _EARLIER,
     _BYTES,
     """
--- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions. ARGV: a letter for each
--- session, required stamps, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), the offset
+-- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions, the earlier records of each.
+-- ARGV: a letter for each session, required stamps, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), the offset
 -- of ids in keys, the lifetime of tombstones (ms), the minimum and maximum idle time of each session that ends (ms, 8
 -- bytes each; empty: no limit). Returns the numbers of sessions that do not match. If the mark is missing, the
 -- partition may have been emptied: then no session is created, and the first number is 0.
@@ -239,16 +254,17 @@ local function value_at(key)
   return type(value) == 'string' and value or ''
 end
 
-for i = 1, #KEYS - 3 do
-  local key, letter = KEYS[i + 3], sub(letters, i, i)
+for i = 1, #letters do
+  local key, earlier, letter = KEYS[i + 3], KEYS[#letters + i + 3], sub(letters, i, i)
   local follow, stamp = sub(follows, 8 * i - 7, 8 * i), sub(stamps, 8 * i - 7, 8 * i)
   local length = struct.unpack('<I4', sizes, 4 * i - 3)
   local content = sub(blob, begin + 1, begin + length)
   begin = begin + length
-  local head = pcall('GETRANGE', key, 0, 16)
+  local head = pcall('GETRANGE', key, 0, HEAD_BYTES - 1)
   if type(head) ~= 'string' then head = '?' end
   -- any other kind is a corrupt record
   local kind = #head == 0 and 0 or byte(head) == 2 and 2 or 1
+  if kind == 1 and is_change(head) and call('EXISTS', earlier) == 0 then kind = 0 end -- lost, see FETCH
   local has, id = sub(head, 2, 9), sub(key, id_at)
   if letter == 'P' then
     local value = '\\1' .. stamp .. used .. content
@@ -275,7 +291,7 @@ for i = 1, #KEYS - 3 do
     elseif kind == 1 and has == follow then
       local was = value_at(key)
       local before, after, bytes = model_of(was), model_of(value), bytes_at(key, was)
-      if is_change(value) then move(key) end
+      if is_change(value) then move(key, earlier) end
       call('SET', key, value)
       if before ~= after then count(id, before, -1) count(id, after, 1) end
       count_size(id, rows_of(value) - rows_of(was), bytes_of_new(value) - bytes)
@@ -290,12 +306,12 @@ for i = 1, #KEYS - 3 do
     end
     if kind == 1 then
       local least_ms = least == '' and 0 or struct.unpack('>I8', least, 8 * i - 7)
-      local age = #head == 17 and now - struct.unpack('>I8', head, 10) or least_ms
+      local age = #head >= 17 and now - struct.unpack('>I8', head, 10) or least_ms
       local is_late = most ~= '' and age > struct.unpack('>I8', most, 8 * i - 7)
       if (follow == none or has == follow) and age >= least_ms and not is_late then
         local was = value_at(key)
         local bytes = bytes_at(key, was)
-        call('DEL', key, earlier_of(key))
+        call('DEL', key, earlier)
         if length > 0 then call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms) end
         pcall('ZREM', index, id)
         count(id, model_of(was), -1)
@@ -312,13 +328,13 @@ for i = 1, #KEYS - 3 do
     end
   elseif letter == 'T' then
     if kind ~= 1 then
-      if kind == 0 then call('DEL', earlier_of(key)) end
+      if kind == 0 then call('DEL', earlier) end
       call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
       was_lost = pcall('ZREM', index, id) == 1 or was_lost
     end
   elseif letter == 'L' then
     if kind == 0 and call('ZSCORE', index, id) then
-      call('DEL', earlier_of(key))
+      call('DEL', earlier)
       call('SET', key, '\\2' .. stamp .. used .. content, 'PX', live_ms)
       call('ZREM', index, id)
       was_lost = true
@@ -339,13 +355,16 @@ FETCH = _script(
     RECORD,
     _EARLIER,
     """
--- Reads sessions. KEYS: the sessions. ARGV: known stamps (8 bytes each; empty: none); '1': write something if a value
--- is not known, '2': always write; the maximum of bytes. Returns the time (ms), then each value, or only its head if
--- its stamp is known. The earlier records that a change needs follow it. There are fewer values than keys, but at least one, if they exceed the maximum. One byte replaces
--- a value:
---   3  there is none, and the id is listed: the session was lost
+-- Reads sessions. KEYS: the sessions, and possibly the earlier records of each. ARGV: known stamps (8 bytes each; empty:
+-- none); '1': write something if a value is not known, '2': always write; the maximum of bytes; the number of sessions;
+-- '1': this is a Cluster. Returns the time (ms), then each value, or only its head if its stamp is known. The earlier
+-- records that a change needs follow it. There are fewer values than sessions, but at least one, if they exceed the
+-- maximum. One byte replaces a value:
+--   3  there is none, and the id is listed, or the records before a change are missing: the session was lost
 --   4  the key has another type
 --   5  there is none, and the mark of the partition is missing: it may have been emptied
+--   6  it is a change: in a Cluster it needs the key of the earlier records, too
+local count, is_cluster = tonumber(ARGV[4]), ARGV[5] == '1'
 local known, fence, room = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local found = {now_ms()}
 -- Keys of the same partition, and so of the same slot, have the same beginning.
@@ -354,8 +373,8 @@ local function of_nothing(key)
   if type(pcall('ZSCORE', tag .. 'ids', id)) == 'string' then return '\\3' end
   return pcall('EXISTS', tag .. 'mark') == 0 and '\\5'
 end
-for i, key in ipairs(KEYS) do
-  local value
+for i = 1, count do
+  local key, earlier, value = KEYS[i], KEYS[count + i]
   if known == '' then
     value = pcall('GET', key)
   else
@@ -370,8 +389,11 @@ for i, key in ipairs(KEYS) do
     value = of_nothing(key)
   elseif type(value) == 'table' then
     value = '\\4'
+  elseif is_change(value) and is_cluster and not earlier then
+    value = '\\6'
   elseif is_change(value) then
-    value = value .. table.concat(pcall('LRANGE', earlier_of(key), 0, -1))
+    local records = pcall('LRANGE', earlier or earlier_of(key), 0, -1)
+    value = records.err and '\\4' or #records == 0 and (of_nothing(key) or '\\3') or value .. table.concat(records)
   end
   if value and fence ~= '0' and #value >= (fence == '1' and 18 or 17) then
     call('DEL', string.match(key, '^.-{%d+}') .. 'none') -- from here on nothing is refused for lack of memory
@@ -394,9 +416,11 @@ return found
 HEADS = _script(
     _COMMON,
     RECORD,
+    _EARLIER,
     """
 -- Reads headers of records. KEYS: the sessions. ARGV: minimum idle time (ms). Returns the time (ms), then each value
--- without rows and extra; empty if there is no record or it was used recently; one byte, 3, if there is no key.
+-- without rows and extra; empty if there is no record or it was used recently; one byte, 3, if there is no key, or the
+-- records before a change are missing.
 local now, idle_ms = now_ms(), tonumber(ARGV[1])
 local found = {now}
 for i, key in ipairs(KEYS) do
@@ -405,6 +429,8 @@ for i, key in ipairs(KEYS) do
     value = '\\3'
   elseif type(value) == 'table' or byte(value) ~= 1 then
     value = ''
+  elseif is_change(value) and pcall('EXISTS', earlier_of(key)) == 0 then
+    value = '\\3'
   elseif idle_ms > 0 and #value >= 17 and now - struct.unpack('>I8', value, 10) < idle_ms then
     value = ''
   elseif #value == HEAD_BYTES then

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Awaitable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from typing_extensions import override
@@ -46,6 +46,7 @@ from stepwell_server.store.valkey.connection.url import StoreUrl
 from stepwell_server.store.valkey.health import examine
 from stepwell_server.store.valkey.keys import (
     HEAD,
+    INCOMPLETE,
     LOST,
     LOST_STAMP,
     META,
@@ -82,7 +83,18 @@ class _Head:
 
 
 _NO_HEAD, _LOST_HEAD = _Head(b"", 0, math.inf), _Head(b"", 0, 0.0)
-_LOST, _OTHER_TYPE, _UNMARKED = bytes([LOST]), bytes([OTHER_TYPE]), bytes([UNMARKED])
+_LOST, _OTHER_TYPE, _UNMARKED, _INCOMPLETE = (
+    bytes([code]) for code in (LOST, OTHER_TYPE, UNMARKED, INCOMPLETE)
+)
+
+
+class _Group(NamedTuple):
+    """Sessions to read in one script."""
+
+    partition: int
+    places: list[int]
+    with_earlier: bool = False
+    """Give the script the keys of their earlier records."""
 
 
 class ValkeyStore(Store):
@@ -241,8 +253,8 @@ class ValkeyStore(Store):
         found = [_NOTHING] * len(session_ids)
         known = known if len(known) else [0] * len(session_ids)
         for at in range(0, len(session_ids), _BATCH_SIZE):
-            left = self._groups(session_ids[at : at + _BATCH_SIZE], at)
-            changed: list[tuple[int, list[int]]] = []
+            left = [_Group(*each) for each in self._groups(session_ids[at : at + _BATCH_SIZE], at)]
+            changed: list[_Group] = []
             if self._requests.confirms:
                 while left:
                     left = await self._read(session_ids, known, left, found, changed)
@@ -255,11 +267,11 @@ class ValkeyStore(Store):
         self,
         session_ids: Sequence[str],
         known: Sequence[int],
-        groups: Sequence[tuple[int, list[int]]],
+        groups: Sequence[_Group],
         found: list[StoredSession],
-        changed: list[tuple[int, list[int]]] | None,
-    ) -> list[tuple[int, list[int]]]:
-        """Read sessions into `found`; return those that did not fit into the answers.
+        changed: list[_Group] | None,
+    ) -> list[_Group]:
+        """Read sessions into `found`; return those that did not fit into the answers, and those with earlier records.
 
         If commits wait for replicas, a server's answer counts only if it is still their primary. Confirming that
         takes a moment, but waiting until the replicas have something on disk may take a second. So unchanged and
@@ -272,23 +284,29 @@ class ValkeyStore(Store):
             Request.of(
                 partition,
                 scripts.FETCH,
-                [self._keys.session(session_ids[place]) for place in places],
+                self._keys.sessions([session_ids[place] for place in places], with_earlier=with_earlier),
                 b"".join([stamps[STAMP_BYTES * i : STAMP_BYTES * (i + 1)] for i in places]),
                 b"2" if self._requests.confirms else b"1" if is_fenced else b"0",
                 _MAX_READ_BYTES // len(groups),
+                len(places),
+                b"1" if self._is_cluster else b"0",
             )
-            for partition, places in groups
+            for partition, places, with_earlier in groups
         ]
         replies = await self._ask(requests, waits=is_fenced, confirms=confirms)
-        left, unmarked = [], set[int]()
-        for request, (partition, places), (now_ms, *values) in zip(requests, groups, replies, strict=True):
+        left, unmarked = list[_Group](), set[int]()
+        for request, group, (now_ms, *values) in zip(requests, groups, replies, strict=True):
+            partition, places, _ = group
             if self._requests.confirms and not request.is_durable:
                 raise _not_durable(self._url.replicas)
             if len(values) < len(places):
-                left.append((partition, places[len(values) :]))
-            others: list[int] = []
+                left.append(group._replace(places=places[len(values) :]))
+            others, incomplete = list[int](), list[int]()
             for place, value in zip(places, values, strict=False):
                 if value is None:
+                    continue
+                if value == _INCOMPLETE:
+                    incomplete.append(place)
                     continue
                 if value == _UNMARKED:
                     unmarked.add(self._keys.partition(session_ids[place]))
@@ -301,7 +319,9 @@ class ValkeyStore(Store):
                 if not (each.is_known or request.is_durable):
                     raise _not_durable(self._url.replicas)
             if changed is not None and others:
-                changed.append((partition, others))
+                changed.append(group._replace(places=others))
+            if incomplete:
+                left.append(_Group(partition, incomplete, with_earlier=True))
         if unmarked:
             await self._losses.look(list(unmarked))
         return left
