@@ -134,7 +134,7 @@ def served(graph: Graph, folder: Path) -> Program | None:
             return None
 
 
-@pytest.mark.parametrize("seed", one_in(8, range(SEEDS)))
+@pytest.mark.parametrize("seed", one_in(16, range(SEEDS)))
 def test_rows_have_their_own_bits(seed: int, tmp_path: Path) -> None:
     found = 0
     for number in range(20):

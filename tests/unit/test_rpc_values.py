@@ -112,8 +112,8 @@ async def test_a_frame_takes_numbers_and_answers_bytes() -> None:
 
 async def test_tensors_too_large_for_numbers_are_refused_before_a_change() -> None:
     async with calls(MODELS, resident_rows=40_000) as at:
-        session_id = await opened(at, "plain")
-        inputs = [tensor(np.ones((2, 16_384 + 1, 2), np.float32))]
+        many = await at.call(pb.OpenSessionRequest(model="plain", batch_size=32_769))
+        session_id, inputs = many.session.session_id, [tensor(np.ones((32_769, 2), np.float32))]
         step = pb.StepRequest(session_id=session_id, inputs=inputs, tensor_format=VALUES)
         refusal = await at.refused(step)
         assert refusal.reason == "MESSAGE_TOO_LARGE"
@@ -123,8 +123,7 @@ async def test_tensors_too_large_for_numbers_are_refused_before_a_change() -> No
         assert (await at.refused(predict)).reason == "MESSAGE_TOO_LARGE"
         step.tensor_format = DATA
         assert (await at.call(step)).revision == 1
-        many = await at.call(pb.OpenSessionRequest(model="plain", batch_size=32_769))
-        read = pb.GetStateRequest(session_id=many.session.session_id, tensor_format=VALUES)
+        read = pb.GetStateRequest(session_id=session_id, tensor_format=VALUES)
         refusal = await at.refused(read)
         assert refusal.reason == "MESSAGE_TOO_LARGE"
         assert refusal.message == (

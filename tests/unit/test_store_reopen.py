@@ -184,7 +184,7 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
                     raise
 
     with ThreadPoolExecutor(4) as readers:
-        for turn in range(20):
+        for turn in range(10):
             reading = [readers.submit(read) for _ in range(4)]
             break_last_writes(path)
             with pytest.raises(Unavailable):
@@ -192,8 +192,8 @@ def test_many_readers_and_a_writer_meet_one_that_gave_up(path: Path) -> None:
             store.commit(Batch(tombstones=[Tombstone(f"u{turn}", End.CLOSED, 0.0)]))
             for one in reading:
                 one.result(timeout=200)
-    assert store.check().reopened == 20
-    assert all(store.tombstones([f"u{turn}"])[0] for turn in range(20))
+    assert store.check().reopened == 10
+    assert all(store.tombstones([f"u{turn}"])[0] for turn in range(10))
     store.close()
     assert os.path.exists(path)
 

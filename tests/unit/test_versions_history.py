@@ -43,9 +43,13 @@ def _changed(chance: random.Random, history: History, source: int, target: int) 
     return history.with_move(source, target, how, function), (source, target, how)
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_a_move_leads_to_where_the_changes_lead_one_after_the_other(seed: int) -> None:
+def test_a_move_leads_to_where_the_changes_lead_one_after_the_other() -> None:
     """Also where the default moved, and sessions stayed on the version that it had been."""
+    for seed in range(300):
+        _move(seed)
+
+
+def _move(seed: int) -> None:
     chance = random.Random(seed)
     history, changes, current = History(), list[_Change | None](), 1
     for _ in range(chance.randrange(1, 30)):
@@ -61,9 +65,13 @@ def test_a_move_leads_to_where_the_changes_lead_one_after_the_other(seed: int) -
             assert _found(history, version, epoch) == _followed(changes, version, epoch)
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_sessions_of_forgotten_versions_go_where_they_went(seed: int) -> None:
+def test_sessions_of_forgotten_versions_go_where_they_went() -> None:
     """Versions are forgotten on which no session is now, while records still name them; and numbers are used again."""
+    for seed in range(300):
+        _forget(seed)
+
+
+def _forget(seed: int) -> None:
     chance = random.Random(seed)
     full = left = History()
     changes, current, forgotten = list[_Change | None](), 1, set[int]()
