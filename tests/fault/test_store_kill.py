@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from stepwell_server.store.disk.lmdb import Durability
+from support.samples import examples
 from support.stores.writer_process import BESIDE, KINDS, held, held_beside, opened
 
-ROUNDS = 6
+ROUNDS = examples(16)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import stepwell
 from support import secured
 from support.load.driver import MODEL
+from support.models import programs
 from support.processes import until
 from support.sdk.client_kinds import connect
 from support.secured import Server
@@ -90,14 +92,18 @@ def unnamed(units: int) -> Any:
 
 
 async def test_a_retrained_model_is_carried_and_another_one_uses_no_number(servers: list[Server]) -> None:
-    models = [unnamed(4), unnamed(4), unnamed(5)]
+    sizes, kept = {"unnamed": 4, "unnamed_retrained": 4, "unnamed_wider": 5}, programs.kept_with(__file__)
+    first_file, retrained_file, wider_file = [
+        programs.saved(name, functools.partial(unnamed, units), kept=kept).path
+        for name, units in sizes.items()
+    ]
     async with connect("sync", ",".join(server.address for server in servers), timeout_s=60.0) as client:
-        first = await client.load_model("unnamed", models[0])
+        first = await client.load_model("unnamed", first_file)
         group = await client.open_sessions("unnamed", 8)
         await group.step(X)
         with pytest.raises(stepwell.ModelMismatchError, match="units was 4 and is 5"):
-            await client.update_model("unnamed", models[2])
-        updated = await client.update_model("unnamed", models[1])
+            await client.update_model("unnamed", wider_file)
+        updated = await client.update_model("unnamed", retrained_file)
         assert (updated.version, updated.previous_version) == (first.version + 1, first.version)
         await group.step(X)
         assert set(group.model_versions.tolist()) == {updated.version}
