@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,26 +16,33 @@ import pytest
 
 import stepwell
 from stepwell.testing import LocalServer
+from support.load.replica_faults import pass_s
 from support.models import programs
-from support.servers.valkey_servers import Valkey
+from support.servers.valkey_servers import Cluster, Sentinels, Valkey, migrate
 
 KILLS, SESSIONS = 6, 5
+# Keras calls numpy in a way that numpy 2 deprecates, when it saves a model.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def saved(folder: Path) -> Any:
+    """A model whose window has 16 KiB, in `model.keras` of a folder."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    inputs = keras.Input((None, 32))
+    model: Any = keras.Model(inputs, keras.layers.Conv1D(8, 3, dilation_rate=64, padding="causal")(inputs))
+    model.save(folder / "model.keras")
+    return model
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "paged", "valkey"])
-# Keras calls numpy in a way that numpy 2 deprecates, when it saves a model.
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_every_output_is_right_whenever_the_server_is_killed(tmp_path: Path, kind: str) -> None:
     """A step that the kill interrupts is sent again. The windows reach back over many kills.
 
     `paged` has room for fewer rows than there are. `valkey` has two servers, and kills one of them.
     """
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-
-    inputs = keras.Input((None, 32))
-    model: Any = keras.Model(inputs, keras.layers.Conv1D(8, 3, dilation_rate=64, padding="causal")(inputs))
-    model.save(tmp_path / "model.keras")
+    model = saved(tmp_path)
     chance, rng = random.Random(33), np.random.default_rng(33)
     x = rng.standard_normal((SESSIONS, 4000, 32)).astype(np.float32)
     whole, at = np.asarray(model(x)), [0] * SESSIONS
@@ -79,3 +89,137 @@ def test_every_output_is_right_whenever_the_server_is_killed(tmp_path: Path, kin
         for number, session in enumerate(sessions):
             assert session.position == at[number]
     assert min(at) > 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+def test_outputs_have_the_same_bits_as_in_memory_while_nodes_of_valkey_change(
+    tmp_path: Path, kind: str, durability: str
+) -> None:
+    """With `async` a fail-over may take steps back: the session is then where it was after an earlier step."""
+    saved(tmp_path)
+    chance, rng = random.Random(f"{kind} {durability}"), np.random.default_rng(33)
+    x, at, taken_back = rng.standard_normal((SESSIONS, 3000, 32)).astype(np.float32), [0] * SESSIONS, 0
+    server = functools.partial(
+        LocalServer, {"m": tmp_path / "model.keras"}, cache_dir=programs.cache_dir(), start_timeout_s=100
+    )
+    with server() as memory, stepwell.connect(memory.address) as client:
+        whole = np.stack([client.open_session("m").step(each[None])[0] for each in x])
+    with ExitStack() as stack:
+        if kind == "sentinel":
+            watched = stack.enter_context(Sentinels())
+            url, fault = watched.url("&replicas=1" if durability == "sync" else ""), watched.fail_over
+        else:
+            cluster = stack.enter_context(Cluster())
+            url, fault = cluster.url("&partitions=9"), functools.partial(disturb, cluster, chance)
+        extra = ["--store", url, "--durability", durability]
+        servers = [stack.enter_context(server(extra_args=extra)) for _ in range(2)]
+        client = stack.enter_context(stepwell.connect(",".join(each.address for each in servers)))
+        sessions = [client.open_session("m", session_id=f"s{number}") for number in range(SESSIONS)]
+        for _ in range(2):
+            steps_left = 10
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            ended = pool.submit(fault)
+            while steps_left:
+                steps_left -= ended.done()
+                number, steps = chance.randrange(SESSIONS), chance.choice([1, 1, 1, 1, 3, 40])
+                if at[number] + steps > x.shape[1]:
+                    break
+                now, session = slice(at[number], at[number] + steps), sessions[number]
+                try:
+                    answer = session.step(x[number : number + 1, now])
+                except (stepwell.RevisionConflictError, stepwell.UnavailableError):
+                    session.refresh()
+                    taken_back += session.position < at[number]
+                    at[number] = session.position
+                    continue
+                np.testing.assert_array_equal(answer[0], whole[number, now])
+                at[number] += steps
+            ended.result()
+            if kind == "sentinel":
+                watched.wait_ready(1)
+        for number, session in enumerate(sessions):
+            session.refresh()
+            taken_back += session.position < at[number]
+            next_one = slice(session.position, session.position + 1)
+            np.testing.assert_array_equal(
+                session.step(x[number : number + 1, next_one])[0], whole[number, next_one]
+            )
+    assert sum(at) > 100
+    assert taken_back == 0 or durability == "async"
+
+
+def disturb(cluster: Cluster, chance: random.Random) -> None:
+    """Kill a node, and move all sessions that it has to another one, a key at a time."""
+    source, target, *_ = chance.sample(cluster.primaries, 3)
+    source.restart()
+    cluster.wait_ok()
+    for name in [f"{{{partition}}}" for partition in range(9)]:
+        if cluster.primary_of(name) is source:
+            slot = cluster.begin_move(source, target, name)
+            for key in source.ask("CLUSTER", "GETKEYSINSLOT", slot, 99):
+                pass_s(chance.uniform(0, 0.1))
+                migrate(source, target, key)
+            cluster.end_move(source, target, slot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_what_a_full_disk_refuses_changes_nothing(tmp_path: Path, durability: str) -> None:
+    """Here a limit on the size of the server's files is reached. It ends with the process."""
+    saved(tmp_path)
+    chance, rng, at = random.Random(durability), np.random.default_rng(33), [0] * 40
+    x = rng.standard_normal((len(at), 400, 32)).astype(np.float32)
+    server = functools.partial(
+        LocalServer, {"m": tmp_path / "model.keras"}, cache_dir=programs.cache_dir(), start_timeout_s=100
+    )
+    with server() as memory, stepwell.connect(memory.address) as client:
+        whole = client.open_sessions("m", len(at)).step(x)
+    data = tmp_path / "data"
+    with (
+        server(data_dir=data, extra_args=["--durability", durability]) as full,
+        stepwell.connect(full.address, timeout_s=20) as client,
+    ):
+        sessions = [client.open_session("m", session_id=f"s{number}") for number in range(len(at))]
+
+        def steps(count: int) -> list[stepwell.StepwellError]:
+            """Step sessions; return why some were refused."""
+            refused = list[stepwell.StepwellError]()
+            for _ in range(count):
+                number, time_steps = chance.randrange(len(at)), chance.choice([1, 1, 1, 5])
+                now = slice(at[number], at[number] + time_steps)
+                try:
+                    answer = sessions[number].step(x[number : number + 1, now], timeout_s=0.2)
+                except (stepwell.UnavailableError, stepwell.DeadlineExceededError) as error:
+                    refused.append(error)
+                    sessions[number].refresh()
+                    assert sessions[number].position == at[number]
+                    continue
+                np.testing.assert_array_equal(answer[0], whole[number, now])
+                at[number] += time_steps
+            return refused
+
+        assert steps(100) == []
+        limit_files(full, max(512 * path.stat().st_blocks for path in data.rglob("data.mdb")) + 2**17)
+        with pytest.raises(
+            stepwell.UnavailableError, match="No space left on device: new sessions must leave"
+        ):
+            client.open_sessions("m", 300, timeout_s=0.5)
+        assert steps(60) == [], "the log has its room"
+        limit_files(full, 2**16)
+        refused = steps(8)
+        assert any("the store must be able to keep the change; got no room" in str(each) for each in refused)
+        limit_files(full, resource.RLIM_INFINITY)
+        assert steps(30) == []
+        limit_files(full, 2**16)
+        assert len(steps(4)) == 4
+        full.kill()
+        full.restart()
+        assert steps(200) == []
+
+
+def limit_files(server: LocalServer, size: int) -> None:
+    assert server.pid is not None
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size, hard))

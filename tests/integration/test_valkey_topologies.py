@@ -13,7 +13,7 @@ from stepwell_server.errors import StoreAway
 from stepwell_server.store.base import ALL_KEPT, Batch, End, StoreError, Tombstone
 from stepwell_server.store.record import RecordBytes
 from stepwell_server.store.valkey.store import ValkeyStore
-from support.servers.valkey_servers import Cluster, Sentinels, Valkey
+from support.servers.valkey_servers import Cluster, Sentinels, Valkey, migrate
 from support.stores.changes import Windowed
 from support.stores.disk_store import record, template
 from support.stores.records import scan
@@ -122,19 +122,17 @@ async def test_calls_wait_for_records_that_have_not_moved_yet(
         key, before = a._keys.session("y"), y.whole
         source = cluster.primary_of(key.decode())
         target = next(node for node in cluster.primaries if node is not source)
-        slot = begin_move(source, target, key)
+        slot = cluster.begin_move(source, target, key.decode())
         if first != "nothing":
-            migrate(source, target, [key if first == "sessions" else a._keys.earlier("y")])
+            migrate(source, target, key if first == "sessions" else a._keys.earlier("y"))
         read = await begun(a.fetch(["y"]), source, target)
         changed = await begun(committed(b, [x.step(), y.step()], follows), source, target)
-        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
-            migrate(source, target, keys)
-        end_move(cluster, source, target, slot)
+        cluster.end_move(source, target, slot)
         assert (await read)[0].record in (before, y.whole)
         follows = await changed
         assert [each.record for each in await a.fetch(["x", "y"])] == [x.whole, y.whole]
         assert [each.stamp for each in await b.fetch(["x", "y"])] == follows
-        end_move(cluster, target, source, begin_move(target, source, key, migrates=True))
+        cluster.move_slot(target, source, key.decode())
 
 
 async def begun(call: Coroutine[Any, Any, T], *nodes: Valkey) -> asyncio.Task[T]:
@@ -156,29 +154,9 @@ async def committed(store: ValkeyStore, records: Sequence[RecordBytes], follows:
     return [stamp, stamp]
 
 
-def begin_move(source: Valkey, target: Valkey, key: bytes, *, migrates: bool = False) -> int:
-    """Begin to move the slot of a key, and move its keys if asked to."""
-    slot = int(source.ask("CLUSTER", "KEYSLOT", key))
-    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
-    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.ask("CLUSTER", "MYID"))
-    while migrates and (keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3)):
-        migrate(source, target, keys)
-    return slot
-
-
-def migrate(source: Valkey, target: Valkey, keys: Sequence[bytes]) -> None:
-    source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
-
-
-def end_move(cluster: Cluster, source: Valkey, target: Valkey, slot: int) -> None:
-    for node in (target, source, *cluster.primaries):
-        node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
-
-
 def move(cluster: Cluster, source: Valkey, target: Valkey, prefix: str, partitions: Sequence[int]) -> None:
     for partition in partitions:
-        slot = begin_move(source, target, b"{%d}" % partition, migrates=True)
-        end_move(cluster, source, target, slot)
+        cluster.move_slot(source, target, f"{{{partition}}}")
 
 
 async def test_a_primary_of_a_cluster_that_was_emptied_is_noticed(cluster: Cluster) -> None:

@@ -516,6 +516,24 @@ class Cluster:
                 until(functools.partial(self._follows, node, primary, new), "it has no news", node.log)
         return new
 
+    def begin_move(self, source: Valkey, target: Valkey, key: str) -> int:
+        """Begin to move the slot of a key as `valkey-cli --cluster reshard` does; that slot."""
+        slot = int(source.ask("CLUSTER", "KEYSLOT", key))
+        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.ask("CLUSTER", "MYID"))
+        return slot
+
+    def end_move(self, source: Valkey, target: Valkey, slot: int) -> None:
+        """Move the keys that are left, three at a time, and then the slot."""
+        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
+            migrate(source, target, *keys)
+        for node in (target, source, *self.primaries):
+            node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
+
+    def move_slot(self, source: Valkey, target: Valkey, key: str) -> None:
+        """Move the slot of a key."""
+        self.end_move(source, target, self.begin_move(source, target, key))
+
     def wait_ok(self) -> None:
         """Wait until every running node reports a healthy cluster."""
         for node in self.nodes:
@@ -553,6 +571,11 @@ class Cluster:
     @staticmethod
     def _is_ok(node: Valkey) -> bool:
         return fields(node.ask("CLUSTER", "INFO"))["cluster_state"] == "ok"
+
+
+def migrate(source: Valkey, target: Valkey, *keys: bytes) -> None:
+    """Move keys of a slot that is on the move."""
+    source.ask("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *keys)
 
 
 def _can_start_again(node: Valkey) -> bool:
