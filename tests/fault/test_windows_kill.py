@@ -107,12 +107,10 @@ def test_outputs_have_the_same_bits_as_in_memory_while_nodes_of_valkey_change(
     with server() as memory, stepwell.connect(memory.address) as client:
         whole = np.stack([client.open_session("m").step(each[None])[0] for each in x])
     with ExitStack() as stack:
-        if kind == "sentinel":
-            watched = stack.enter_context(Sentinels())
-            url, fault = watched.url("&replicas=1" if durability == "sync" else ""), watched.fail_over
-        else:
-            cluster = stack.enter_context(Cluster())
-            url, fault = cluster.url("&partitions=9"), functools.partial(disturb, cluster, chance)
+        nodes: Sentinels | Cluster = Sentinels() if kind == "sentinel" else Cluster()
+        stack.enter_context(nodes)
+        waits = "&replicas=1" if (kind, durability) == ("sentinel", "sync") else ""
+        url = nodes.url(waits or "&partitions=9")
         extra = ["--store", url, "--durability", durability]
         servers = [stack.enter_context(server(extra_args=extra)) for _ in range(2)]
         client = stack.enter_context(stepwell.connect(",".join(each.address for each in servers)))
@@ -120,7 +118,7 @@ def test_outputs_have_the_same_bits_as_in_memory_while_nodes_of_valkey_change(
         for _ in range(2):
             steps_left = 10
             pool = stack.enter_context(ThreadPoolExecutor(1))
-            ended = pool.submit(fault)
+            ended = pool.submit(disturb, nodes, chance)
             while steps_left:
                 steps_left -= ended.done()
                 number, steps = chance.randrange(SESSIONS), chance.choice([1, 1, 1, 1, 3, 40])
@@ -137,8 +135,6 @@ def test_outputs_have_the_same_bits_as_in_memory_while_nodes_of_valkey_change(
                 np.testing.assert_array_equal(answer[0], whole[number, now])
                 at[number] += steps
             ended.result()
-            if kind == "sentinel":
-                watched.wait_ready(1)
         for number, session in enumerate(sessions):
             session.refresh()
             taken_back += session.position < at[number]
@@ -150,8 +146,16 @@ def test_outputs_have_the_same_bits_as_in_memory_while_nodes_of_valkey_change(
     assert taken_back == 0 or durability == "async"
 
 
-def disturb(cluster: Cluster, chance: random.Random) -> None:
-    """Kill a node, and move all sessions that it has to another one, a key at a time."""
+def disturb(nodes: Sentinels | Cluster, chance: random.Random) -> None:
+    """Replace the primary; or kill a node, and move all sessions that it has to another one, a key at a time."""
+    if isinstance(nodes, Sentinels):
+        nodes.fail_over()
+        nodes.wait_ready(1)
+    else:
+        kill_and_move(nodes, chance)
+
+
+def kill_and_move(cluster: Cluster, chance: random.Random) -> None:
     source, target, *_ = chance.sample(cluster.primaries, 3)
     source.restart()
     cluster.wait_ok()
