@@ -9,10 +9,13 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
 
+import numpy as np
+
 from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here, ends_here, shorten, shortens
 from stepwell._base.unawaited import Unawaited
-from stepwell._batching.step_arguments import plain_step, selected
+from stepwell._batching.step_arguments import plain_form, selected_of
+from stepwell._batching.steps import with_data
 from stepwell._core.aio_driver import AsyncDriver
 from stepwell._core.handles import ALONE, BaseHandle, SessionFacts
 from stepwell._core.locks import Locks, Some, TaskHolder
@@ -222,27 +225,29 @@ class AsyncSession(SessionFacts, AsyncHandle):
         try:
             core, tracker = self._core, self._tracker
             deadline = core.deadline(timeout_s)
-            change = None
-            if rows is None and reset is None:
-                change = plain_step(x, tracker.batch_size, outputs, time, states)
-            if change is None:
-                change = core.step_change(tracker, x, outputs, time, reset, rows, states)
+            form = data = None
+            if rows is None and reset is None and type(x) is np.ndarray:
+                form = plain_form(x, tracker.batch_size, outputs, time, states)
+                data = None if form is None else x.tobytes()
+            if form is None:
+                form = core.step_change(tracker, x, outputs, time, reset, rows, states)
             if self._closed or self._parent is not None:
                 self._check_open()
             locks, members = self._locks, self._members
             if states != "none" or self._reels or not core.is_direct or not locks.take(members):
+                change = with_data(form, data)
                 return await self._change(core.step(tracker, change, deadline, self._reels), deadline)
             # Most steps are as here: free, and over after one attempt. They need none of a flow's work.
             try:
-                step = tracker.step(change, deadline)
+                step = tracker.step(form, deadline, "none", data)
                 try:
-                    stepped = await self._driver.direct(step)
+                    revision, position, version, names, arrays, _ = await self._driver.direct(step)
                 except StepwellError as error:
-                    tried = step, error
+                    change, tried = with_data(form, data), (step, error)
                     return await self._driver.run(core.step(tracker, change, deadline, tried=tried))
-                if previous := tracker.applied(stepped.revision, stepped.position, stepped.model_version):
+                if previous := tracker.applied(revision, position, version):
                     await self._driver.run(core.moved(tracker, previous))
-                return selected(stepped.outputs, change)
+                return selected_of(names, arrays, form)
             finally:
                 locks.give(members)
         except StepwellError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +15,9 @@ import pytest
 from stepwell import errors
 from stepwell._base.flow import drive_async
 from stepwell._batching import coalesce
-from stepwell._batching.coalesce import Coalescer
+from stepwell._batching.coalesce import Coalescer, WaitingStep
 from stepwell._batching.frames import Change
-from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, read
+from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, read, stepped_of
 from stepwell._core.lanes import Ask
 from stepwell._core.retrier import Retrier
 from stepwell._state.arguments import pack_inputs
@@ -106,7 +108,7 @@ async def step_all(wire: Wire, names: str, limit_s: float = 60.0) -> list[Any]:
 
 
 def values(answers: list[Any]) -> list[float]:
-    return [float(stepped.outputs["y"][0, 0]) for stepped in answers]
+    return [float(arrays[0][0, 0]) for _, _, _, _, arrays, _ in answers]
 
 
 async def test_replies_that_are_too_large_together_make_smaller_frames() -> None:
@@ -233,6 +235,120 @@ async def test_a_time_limit_passes_by_itself() -> None:
     assert type(told) is errors.DeadlineExceededError
     assert told.outcome == "unknown"
     assert not wire.coalescer._in_flight
+
+
+async def sent(wire: Wire, count: int) -> tuple[list[asyncio.Task[Stepped]], list[WaitingStep]]:
+    """Tasks whose steps wait for the answer of one frame."""
+    steps = [wire.coalescer.step(one_step(i, f"s{i}", Deadline(60.0))) for i in range(count)]
+    waiting = [step for step in steps if isinstance(step, WaitingStep)]
+    tasks = [asyncio.create_task(awaited(step)) for step in waiting]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return tasks, waiting
+
+
+async def awaited(step: WaitingStep) -> Stepped:
+    return await step
+
+
+def answered(number: int) -> Stepped:
+    return stepped_of(number, number, {})
+
+
+async def test_a_frame_wakes_its_tasks_by_one_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, waiting = await sent(Wire(answers=False), 50)
+    loop, called = asyncio.get_running_loop(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "call_soon", lambda function, *_, **__: called.append(function))
+        for i, step in enumerate(waiting):
+            step.settle(answered(i))
+    assert len(called) == 1
+    loop.call_soon(*called)
+    assert await asyncio.gather(*tasks) == [answered(i) for i in range(50)]
+
+
+@pytest.mark.parametrize("moment", ["before its answer", "after its answer"])
+async def test_a_task_that_is_cancelled_does_so_alone(moment: str) -> None:
+    tasks, waiting = await sent(Wire(answers=False), 3)
+    if moment == "before its answer":
+        assert tasks[1].cancel("enough")
+    for i, step in enumerate(waiting):
+        step.settle(answered(i))
+    if moment == "after its answer":
+        assert tasks[1].cancel("enough")
+    with pytest.raises(asyncio.CancelledError, match="enough"):
+        await tasks[1]
+    assert tasks[1].cancelled()
+    assert (await tasks[0], await tasks[2]) == (answered(0), answered(2))
+
+
+async def test_a_step_that_fails_before_it_is_awaited_raises_then() -> None:
+    step = Wire(answers=False).coalescer.step(one_step(0, "a", Deadline(60.0)))
+    assert isinstance(step, WaitingStep)
+    step.fail(errors.UnavailableError("gone"))
+    await asyncio.sleep(0)
+    with pytest.raises(errors.UnavailableError, match="gone"):
+        await step
+
+
+def test_an_exit_in_one_task_lets_the_others_wake_when_the_loop_runs_again() -> None:
+    async def leave(step: WaitingStep) -> None:
+        await step
+        raise SystemExit(3)
+
+    async def begin() -> tuple[list[asyncio.Task[Stepped]], list[WaitingStep], asyncio.Task[None]]:
+        tasks, waiting = await sent(Wire(answers=False), 3)
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        waiting[1] = WaitingStep(waiting[1].step, waiting[0]._waker)
+        leaving = asyncio.create_task(leave(waiting[1]))
+        await asyncio.sleep(0)
+        return tasks, waiting, leaving
+
+    loop = asyncio.new_event_loop()
+    try:
+        tasks, waiting, leaving = loop.run_until_complete(begin())
+        for i, step in enumerate(waiting):
+            step.settle(answered(i))
+        with pytest.raises(SystemExit):
+            loop.run_until_complete(leaving)
+        assert loop.run_until_complete(tasks[2]) == answered(2)
+        assert tasks[0].result() == answered(0)
+        assert isinstance(leaving.exception(), SystemExit)
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("is_debug", [False, True])
+def test_tasks_written_in_python_can_await_steps(*, is_debug: bool) -> None:
+    """As with libraries that replace asyncio's tasks."""
+    python_task: Any = asyncio.tasks._PyTask  # type: ignore[attr-defined]
+
+    async def run() -> list[Any]:
+        asyncio.get_running_loop().set_task_factory(
+            lambda loop, coro, **more: python_task(coro, loop=loop, **more)
+        )
+        tasks, waiting = await sent(Wire(answers=False), 3)
+        assert all(type(task) is python_task for task in tasks)
+        tasks[0].cancel("enough")
+        waiting[1].settle(answered(1))
+        waiting[2].fail(errors.UnavailableError("gone"))
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    ends = asyncio.run(run(), debug=is_debug)
+    assert [type(end) for end in ends] == [asyncio.CancelledError, tuple, errors.UnavailableError]
+
+
+async def test_an_answered_task_is_freed_although_its_frame_waits_for_others() -> None:
+    tasks, waiting = await sent(Wire(answers=False), 2)
+    waiting[0].settle(answered(0))
+    await tasks[0]
+    freed = weakref.ref(tasks.pop(0))
+    await asyncio.sleep(0)  # the callback that woke this test refers to the task
+    gc.collect()
+    assert freed() is None
+    waiting[1].settle(answered(1))
+    await tasks[0]
 
 
 async def test_closing_ends_waiting_and_running_calls() -> None:

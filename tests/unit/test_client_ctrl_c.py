@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from stepwell._batching.sender import Sender
-from stepwell._batching.steps import Step, Stepped
+from stepwell._batching.steps import Step, Stepped, stepped_of
 from stepwell._core.driver import Driver
 from stepwell._core.group_core import GroupCore
 from stepwell._core.group_tracker import GroupTracker
@@ -54,7 +54,7 @@ class AnsweringConnections:
 
     def _unary(self, _: Step) -> Stepped:
         self.unaries += 1
-        return Stepped(1, 1, {"y": X})
+        return stepped_of(1, 1, {"y": X})
 
 
 class AnsweringTransport:

@@ -236,6 +236,8 @@ def test_steps_that_ask_for_the_same_share_a_frame() -> None:
     part.states.extend(to_messages([pack("h", "h", np.arange(4, 8.0)[:, None])]))
     answer(members, one.accept(part))
     for place, member in enumerate(members):
-        assert isinstance(member.answer, Stepped)
-        assert member.answer.outputs["y"].reshape(-1).tolist() == [2 * place, 2 * place + 1]
-        assert member.answer.states["h"].reshape(-1).tolist() == [2 * place + 4, 2 * place + 5]
+        assert isinstance(member.answer, tuple)
+        _, _, _, names, [y], states = member.answer
+        assert names == ("y",)
+        assert y.reshape(-1).tolist() == [2 * place, 2 * place + 1]
+        assert states["h"].reshape(-1).tolist() == [2 * place + 4, 2 * place + 5]

@@ -14,6 +14,7 @@ from stepwell._core.core import Core
 from stepwell._state import arguments
 from stepwell._state.infos import ModelInfo, TensorInfo
 from stepwell._state.state import State
+from support.clock import ManualClock
 
 INFO = ModelInfo(
     name="m",
@@ -208,6 +209,26 @@ def test_time_limits_beyond_all_clocks_are_none(timeout_s: float) -> None:
     core = Core(config.ClientConfig("localhost:1", timeout_s=timeout_s))
     assert core.deadline(None).grpc_timeout_s() is None
     assert core.deadline(timeout_s).grpc_timeout_s() is None
+
+
+def test_calls_that_begin_within_a_millisecond_share_a_deadline() -> None:
+    clock = ManualClock()
+    core = Core(config.ClientConfig("localhost:1", timeout_s=30.0), clock=clock.monotonic)
+    first = core.deadline(None)
+    clock.advance(0.0005)
+    assert core.deadline(None) is core.deadline(30.0) is first
+    assert core.deadline(29.0).limit_s == 29.0
+    assert core.deadline(None).remaining_s() == pytest.approx(30.0, abs=1e-6)
+    clock.advance(0.0015)
+    assert core.deadline(None).remaining_s() == pytest.approx(30.0, abs=1e-6)
+
+
+def test_a_call_loses_at_most_a_thousandth_of_its_time_limit() -> None:
+    clock = ManualClock()
+    core = Core(config.ClientConfig("localhost:1", timeout_s=0.05), clock=clock.monotonic)
+    for _ in range(20):
+        assert core.deadline(None).remaining_s() >= 0.05 * 0.999
+        clock.advance(0.00003)
 
 
 @pytest.mark.parametrize("size", [0, 1023, 2**31, 1e6, True])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
+
 import numpy as np
 
 from stepwell._batching.frames import Change
-from stepwell._core.tracker import SessionTracker, new_request_ids
+from stepwell._core.tracker import SessionTracker, new_request_id, new_request_ids
 from stepwell._state.arguments import pack_inputs
+from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, UnavailableError
 from stepwell.v1 import sessions_pb2
 
@@ -100,6 +105,44 @@ def test_changed_arrays_are_not_mistaken_for_the_old_ones() -> None:
     first = tracker.begin(Change("step", pack_inputs(x, 1)))
     x += 1
     assert tracker.begin(Change("step", pack_inputs(x, 1))) != first
+
+
+def test_a_program_that_seeds_its_random_numbers_gets_other_ids_each_time() -> None:
+    ids = set()
+    for _ in range(3):
+        random.seed(7)
+        ids.add(new_request_id())
+    assert len(ids) == 3
+
+
+def test_a_forked_process_makes_other_ids_than_its_parent() -> None:
+    program = (
+        "import os, sys\n"
+        "from stepwell._core.tracker import new_request_id\n"
+        "child = os.fork()\n"
+        "sys.stdout.write(f'{new_request_id()}\\n')\n"
+        "sys.stdout.flush()\n"
+        "if child: os.waitpid(child, 0)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, timeout=100)
+    assert len(set(output.stdout.split())) == 2
+
+
+def test_a_step_of_a_form_is_the_same_change_as_a_whole_one() -> None:
+    """A step that was made without its data as a part of the change is pending like others."""
+    whole = change(1)
+    form = whole._replace(tensors=(whole.tensors[0]._replace(data=b""),))
+    deadline, data = Deadline(1.0), whole.tensors[0].data
+    tracker = session()
+    first = tracker.step(form, deadline, data=data)
+    assert first.change == whole
+    for same in (
+        tracker.step(form, deadline, data=data),
+        tracker.step(whole, deadline),
+        tracker.begin(whole),
+    ):
+        assert (same.request_id, same.change) == (first.request_id, whole)
+    assert tracker.step(form, deadline, data=data[::-1]).request_id != first.request_id
 
 
 def test_request_ids_are_not_zero_and_differ() -> None:

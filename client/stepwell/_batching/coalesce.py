@@ -3,30 +3,102 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import NamedTuple
+import contextvars
+from collections.abc import Awaitable, Callable, Generator, Hashable, Sequence
 
-from stepwell._base.tuples import new_tuple
 from stepwell._batching.in_flight import InFlightFrame, Link, unanswered
-from stepwell._batching.steps import AT_S, FRAME_SHARE, Step, Stepped, abandon, in_frames
+from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, abandon, earliest, in_frames
 from stepwell._transport.channel import closed
 from stepwell.errors import StepwellError
 
 
-class WaitingStep(NamedTuple):
-    """A queued or sent step, and the future that its task awaits."""
+class WaitingStep:
+    """A queued or sent step, awaited by one task.
 
-    step: Step
-    answer: asyncio.Future[Stepped]
+    It has what asyncio asks of the future that a task awaits. Its task is woken with those of the other steps that were
+    answered at the same time (`Waker`). A future of asyncio would be another object, and take a callback of its own.
+    """
+
+    __slots__ = ("_asyncio_future_blocking", "_loop", "_waker", "context", "outcome", "step", "wakeup")
+
+    def __init__(self, step: Step, waker: Waker) -> None:
+        self.step = step
+        self._waker = waker
+        self._loop = waker.loop
+        self.outcome: Stepped | BaseException | None = None
+        """None: its task waits for it."""
+        self.wakeup: Callable[[WaitingStep], object] | None = None
+        """Wakes the task, in its context; None: it does not wait yet."""
+        self._asyncio_future_blocking = False
 
     def settle(self, stepped: Stepped) -> None:
-        # The future is done if its task was cancelled; the other members are not affected.
-        if not self.answer.done():
-            self.answer.set_result(stepped)
+        if self.outcome is None:
+            self.outcome = stepped
+            self._waker.add(self)
 
     def fail(self, error: BaseException) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
+        if self.outcome is None:
+            self.outcome = error
+            self._waker.add(self)
+
+    def __await__(self) -> Generator[WaitingStep, None, Stepped]:
+        if self.outcome is None:
+            self._asyncio_future_blocking = True
+            yield self
+        outcome = self.outcome
+        return outcome if type(outcome) is tuple else self.result()
+
+    def result(self) -> Stepped:
+        """The answer. The task calls this when it wakes up, so that an error is raised where it waits."""
+        outcome = self.outcome
+        if type(outcome) is tuple:
+            return outcome
+        assert isinstance(outcome, BaseException)
+        try:
+            raise outcome
+        finally:
+            del self, outcome  # otherwise the error would refer to itself by its traceback
+
+    def add_done_callback(
+        self, wakeup: Callable[[WaitingStep], object], *, context: contextvars.Context
+    ) -> None:
+        """Remembers what wakes the task, which begins to wait."""
+        self.wakeup = wakeup
+        self.context = context
+
+    def cancel(self, msg: object = None) -> bool:
+        """The task is cancelled while it waits. Returns False if there is an answer, so the task has to wake up anyway."""
+        if self.outcome is not None:
+            return False
+        self.fail(asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg))
+        return True
+
+
+class Waker:
+    """Wakes the tasks of all steps that are answered in one iteration of an event loop by one callback."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._answered: list[WaitingStep] = []
+
+    def add(self, step: WaitingStep) -> None:
+        """A step is answered."""
+        if not self._answered:
+            self.loop.call_soon(self._wake)
+        self._answered.append(step)
+
+    def _wake(self) -> None:
+        answered, self._answered = self._answered, []
+        steps = iter(answered)
+        try:
+            for step in steps:
+                wakeup = step.wakeup
+                if wakeup is not None:
+                    step.wakeup = None  # other steps of its frame may wait for long, and keep it in memory
+                    step.context.run(wakeup, step)
+        finally:  # after SystemExit or KeyboardInterrupt, which end the loop: it may run again
+            for step in steps:
+                self.add(step)
 
 
 Frame = InFlightFrame[WaitingStep]
@@ -46,6 +118,7 @@ class Coalescer:
         self._max_message_bytes = max_message_bytes
         self._max_frame_bytes = max_message_bytes // FRAME_SHARE
         self._loop = asyncio.get_running_loop()
+        self._waker = Waker(self._loop)
         self._waiting: list[WaitingStep] = []
         self._in_flight: dict[Frame, asyncio.TimerHandle | None] = {}
         """Frames in flight, each with the timer of its members' next time limit."""
@@ -65,14 +138,14 @@ class Coalescer:
         """
         if not step.may_share():
             return self._unary(step)
-        answer, waiting = self._loop.create_future(), self._waiting
-        waiting.append(new_tuple(WaitingStep, (step, answer)))
+        made, waiting = WaitingStep(step, self._waker), self._waiting
+        waiting.append(made)
         if len(waiting) == 1:
             if self._were_several or self._in_flight:
                 self._loop.call_soon(self._send_queued)
             else:  # no other step is in sight, so waiting for one would gain nothing
                 self._send_queued()
-        return answer
+        return made
 
     def _send_queued(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -87,12 +160,12 @@ class Coalescer:
     def _watch(self, frame: Frame) -> None:
         """Sets the timer for the next time limit of the frame's members, if it is in flight."""
         if frame in self._in_flight:
-            waiting = [member.step.deadline for member in frame.members if not member.answer.done()]
+            waiting = {member.step.deadline for member in frame.members if member.outcome is None}
             if not waiting:
                 self.over(frame)  # no caller waits for it
                 return
             # 0 if a limit has just passed: the timer ends its members, and the others keep waiting
-            next_s = min(waiting, key=AT_S).remaining_s()
+            next_s = earliest(waiting).remaining_s()
             if next_s < float("inf"):
                 self._in_flight[frame] = self._loop.call_later(next_s, self._on_time_limit, frame)
 

@@ -12,7 +12,7 @@ from typing import Generic, Protocol
 
 from stepwell._batching.frames import Frame, maker
 from stepwell._batching.one_step import OneStep
-from stepwell._batching.steps import AT_S, M, abandon, answer, framed
+from stepwell._batching.steps import M, abandon, answer, framed, latest
 from stepwell._transport.retry import RepliesTooLargeError
 from stepwell._transport.stream import Answer, MakeRequest, Sink
 from stepwell.errors import DeadlineExceededError, ReplyTooLargeError, StepwellError
@@ -43,13 +43,15 @@ class InFlightFrame(Generic[M]):
     def __init__(self, owner: Owner[M], members: Sequence[M], sent_s: float) -> None:
         self.sent_s = sent_s
         self.members = members
-        # The latest one: no member may be cut short.
-        self.deadline = max([member.step.deadline for member in members], key=AT_S)
         self._owner = owner
         self._frame: Frame | OneStep
         if len(members) == 1:
-            self._frame = OneStep(members[0].step, functools.partial(framed, members))
+            step = members[0].step
+            self.deadline = step.deadline
+            self._frame = OneStep(step, functools.partial(framed, members))
         else:
+            # The latest one: no member may be cut short.
+            self.deadline = latest({member.step.deadline for member in members})
             self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 

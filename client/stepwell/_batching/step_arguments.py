@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from stepwell._base.tuples import new_tuple
 from stepwell._batching.frames import SELECTIONS, STATES, Change
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.infos import Inputs, Mask, Outputs
@@ -48,25 +47,15 @@ def step_change(
     return Change("step", packed, selection, rows, mask, names, selected_states)
 
 
-def plain_step(
-    inputs: Inputs, row_count: int, outputs: object, time: object, states: object
-) -> Change | None:
-    """As `step_change`, for one array that is sent as it is; None for other inputs.
+def plain_form(inputs: Array, row_count: int, outputs: object, time: object, states: object) -> Change | None:
+    """The change of a step of one array that is sent as it is, all but its data; None for another step.
 
-    Everything but the array's data is checked once for all steps that are alike.
+    It is checked and made once for all steps that are alike.
     """
-    if type(inputs) is not np.ndarray:
-        return None
-    shape = inputs.shape
     try:
-        form = _form(inputs.dtype, shape, row_count, outputs, time, states)
+        return _form(inputs.dtype, inputs.shape, row_count, outputs, time, states)
     except TypeError:  # a list of outputs
         return None
-    if form is None:
-        return None
-    dtype, selection, selected_states = form
-    tensor = new_tuple(Packed, ("", dtype, shape, inputs.tobytes()))
-    return new_tuple(Change, ("step", (tensor,), selection, (), b"", (), selected_states, 0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -77,13 +66,14 @@ def _form(
     outputs: object,
     time: object,
     states: object,
-) -> tuple[int, str, str] | None:
-    """The type, the outputs and the states of a step, as it is sent. None: it needs a closer look."""
+) -> Change | None:
     number = sent_as_is(dtype)
     if number is None or shape[:1] != (row_count,) or 0 in shape:
         return None
     selection, names = check_outputs(outputs, time)
-    return None if names else (number, selection, check_states(states))
+    if names:
+        return None
+    return Change("step", (Packed("", number, shape, b""),), selection, states=check_states(states))
 
 
 def check_states(states: object) -> str:
@@ -139,7 +129,7 @@ def _shapes(rows: int, times: Sequence[int]) -> str:
 
 
 def selected(outputs: dict[str, Array], change: Change) -> Outputs:
-    """The outputs of a step as the caller receives them."""
+    """The outputs of a step as the caller receives them. `change` may be its form."""
     if len(outputs) == 1 and not change.output_names and change.outputs != "none":
         [only] = outputs.values()
         return only
@@ -148,6 +138,13 @@ def selected(outputs: dict[str, Array], change: Change) -> Outputs:
     if change.outputs == "none":
         return None
     return outputs
+
+
+def selected_of(names: Sequence[str], arrays: Sequence[Array], change: Change) -> Outputs:
+    """As `selected`, without a dict of a single output."""
+    if len(arrays) == 1 and not change.output_names and change.outputs != "none":
+        return arrays[0]
+    return selected(dict(zip(names, arrays, strict=True)), change)
 
 
 def as_one(outputs: dict[str, Array]) -> Outputs:

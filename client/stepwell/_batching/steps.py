@@ -11,12 +11,11 @@ import math
 import operator
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from stepwell._base.metadata import Pairs, sampled
-from stepwell._base.tuples import new_tuple
 from stepwell._base.wire import bytes_tag, fixed64_field, varint, varint_tag
 from stepwell._batching.frames import Change, Frame, Part
 from stepwell._state.tensors import Array, Packed, unpack_all
@@ -29,19 +28,12 @@ _NO_STATES: Mapping[str, Array] = types.MappingProxyType({})
 _NOTHING: Array = np.zeros(0)
 
 
-class Stepped(NamedTuple):
-    """The answer to a step."""
+Stepped: TypeAlias = tuple[int, int, int, tuple[str, ...], tuple[Array, ...], Mapping[str, Array]]
+"""The answer to a step: the session's revision and position, the model's version (0: the server does not report it), the
+names of the outputs and their arrays, and the requested states by name.
 
-    revision: int
-    """Revision after the step."""
-    position: int
-    """Position after the step."""
-    outputs: dict[str, Array]
-    """Outputs by name."""
-    states: Mapping[str, Array] = _NO_STATES
-    """States by name, if requested."""
-    model_version: int = 0
-    """Version of the model that ran the step; 0 if the server does not report it."""
+It is a bare tuple, since a named one costs four times as much and makes the garbage collector run more often.
+"""
 
 
 #: Steps with inputs up to this size share frames. Measured on two cores: 64 concurrent steps of 30 KiB each take half
@@ -49,7 +41,7 @@ class Stepped(NamedTuple):
 SHARED_BYTES = 64 * 1024
 #: The inputs of a frame take at most this part of the message limit: outputs may be larger than inputs.
 FRAME_SHARE = 4
-AT_S = operator.attrgetter("at_s")
+_AT_S = operator.attrgetter("at_s")
 _ID_TAG = bytes_tag(sessions_pb2.StepRequest.SESSION_ID_FIELD_NUMBER)
 _REVISION_TAG = varint_tag(sessions_pb2.StepRequest.EXPECTED_REVISION_FIELD_NUMBER)
 _REQUEST_ID = sessions_pb2.StepRequest.REQUEST_ID_FIELD_NUMBER
@@ -62,7 +54,8 @@ class Step(NamedTuple):
 
     model: str
     session_id: str
-    change: Change
+    form: Change
+    """The change, or all of it but the data."""
     rows: int
     expected: int
     """Revision that the session must have."""
@@ -74,6 +67,13 @@ class Step(NamedTuple):
     """The replica to ask; None: the client has one server."""
     is_alone: bool = False
     """Whether it must not share a frame."""
+    data: bytes | None = None
+    """Data of the only tensor of the change if `form` has none, because many steps share that."""
+
+    @property
+    def change(self) -> Change:
+        """The change with its data."""
+        return self.form if self.data is None else with_data(self.form, self.data)
 
     @property
     def sent(self) -> Change:
@@ -97,21 +97,23 @@ class Step(NamedTuple):
 
     def may_share(self) -> bool:
         """Whether it may share a frame with others. A large step, or a step of some rows, may not."""
-        _, tensors, _, rows, _, _, _, _ = self.change
-        if len(tensors) == 1:
-            return len(tensors[0].data) <= SHARED_BYTES and not rows and not self.is_alone
-        return not rows and not self.is_alone and self.input_bytes() <= SHARED_BYTES
+        data = self.data
+        if data is not None:
+            return len(data) <= SHARED_BYTES and not self.is_alone
+        return not self.form.rows and not self.is_alone and self.input_bytes() <= SHARED_BYTES
 
     def input_bytes(self) -> int:
         """Size of its inputs, in bytes."""
+        if self.data is not None:
+            return len(self.data)
         size = 0
-        for tensor in self.change.tensors:
+        for tensor in self.form.tensors:
             size += len(tensor.data)
         return size
 
     def kind(self) -> Hashable:
         """Properties that steps must have in common to share a frame."""
-        _, tensors, outputs, _, mask, names, states, _ = self.change
+        _, tensors, outputs, _, mask, names, states, _ = self.form
         signature: tuple[Hashable, ...] = ()
         for name, dtype, shape, _ in tensors:
             signature += (name, dtype, shape[1:])
@@ -119,16 +121,36 @@ class Step(NamedTuple):
         return self.model, outputs, signature, reset, names, states
 
 
+def with_data(form: Change, data: bytes | None) -> Change:
+    """The change of which `form` is all but the data of its only tensor, or all of it if that is None."""
+    if data is None:
+        return form
+    [tensor] = form.tensors
+    return form._replace(tensors=(tensor._replace(data=data),))
+
+
 def read(response: sessions_pb2.StepResponse) -> Stepped:
     """The result of a step that was a unary call."""
-    states = response.states
-    return Stepped(
+    outputs, states = unpack_all(response.outputs), response.states
+    return (
         response.revision,
         response.position,
-        unpack_all(response.outputs),
-        unpack_all(states) if states else _NO_STATES,
         response.model_version,
+        tuple(outputs),
+        tuple(outputs.values()),
+        unpack_all(states) if states else _NO_STATES,
     )
+
+
+def stepped_of(
+    revision: int,
+    position: int,
+    outputs: Mapping[str, Array],
+    states: Mapping[str, Array] = _NO_STATES,
+    version: int = 0,
+) -> Stepped:
+    """An answer whose outputs are given by name."""
+    return revision, position, version, tuple(outputs), tuple(outputs.values()), states
 
 
 class Member(Protocol):
@@ -158,6 +180,9 @@ def in_frames(
         max_bytes: Largest size of the inputs of a frame, unless it has a single member.
         max_members: Largest number of members of a frame, by the kind of their step; no limit for other kinds.
     """
+    if len(members) == 1:
+        yield members
+        return
     for kind, own in _grouped(members):
         count = max_members.get(kind, len(own)) if max_members else len(own)
         if len(own) <= count and len(own) * (_largest(own) + _MEMBER_BYTES) <= max_bytes:
@@ -178,13 +203,17 @@ def _grouped(members: Sequence[M]) -> Iterable[tuple[Hashable, Sequence[M]]]:
 
     A frame may name a session only once: a second handle's step of the same session needs another frame.
     """
+    if not members:
+        return []
     steps = [member.step for member in members]
-    kinds = [step.kind() for step in steps]
-    if steps and kinds.count(kinds[0]) == len(steps) == len({step.session_id for step in steps}):
-        deadlines = [step.deadline for step in steps]
-        first, last = min(deadlines, key=AT_S), max(deadlines, key=AT_S)
+    models, ids, forms, _, _, _, deadlines, *_ = zip(*steps, strict=True)
+    count, kind = len(steps), steps[0].kind()
+    is_one_form = forms.count(forms[0]) == count and models.count(models[0]) == count
+    kinds = [kind] * count if is_one_form else [step.kind() for step in steps]
+    if kinds.count(kind) == count == len(set(ids)):
+        first, last = earliest(set(deadlines)), latest(set(deadlines))
         if last.at_s == first.at_s or last.remaining_s() < 2 * first.remaining_s():
-            return [(kinds[0], members)]
+            return [(kind, members)]
     groups: dict[tuple[Hashable, float, int], dict[str, M]] = {}
     for member, kind, step in zip(members, kinds, steps, strict=True):
         limit, nth = _roughly(step.deadline.remaining_s()), 0
@@ -202,6 +231,16 @@ def _largest(members: Sequence[Member]) -> int:
     return step.input_bytes() // step.rows * max([member.step.rows for member in members])
 
 
+def earliest(deadlines: Iterable[Deadline]) -> Deadline:
+    """The deadline that passes first."""
+    return min(deadlines, key=_AT_S)
+
+
+def latest(deadlines: Iterable[Deadline]) -> Deadline:
+    """The deadline that passes last."""
+    return max(deadlines, key=_AT_S)
+
+
 def _roughly(remaining_s: float) -> float:
     """Equal for time limits that may share a frame, each less than twice the other. Callers keep their own limits."""
     return math.frexp(remaining_s)[1] if math.isfinite(remaining_s) else remaining_s
@@ -211,13 +250,9 @@ def framed(members: Sequence[Member]) -> Frame:
     """The frame of members of one kind."""
     # by columns: `zip` takes a third of the time of as many attributes
     columns = zip(*[member.step for member in members], strict=True)
-    _, ids, changes, rows, expected, request_ids, _, traces, _, _ = columns
-    change = changes[0]
-    if len(changes) > 1:
-        reset = b"".join([each.reset for each in changes])
-        change = change._replace(tensors=_joined(changes, sum(rows)), reset=reset)
+    _, ids, forms, rows, expected, request_ids, _, traces, _, _, data = columns
     frame = Frame(
-        change,
+        _change_of(members, forms, data, sum(rows)),
         ids,
         np.array(rows, np.intp),
         np.array(expected, np.uint64),
@@ -226,6 +261,22 @@ def framed(members: Sequence[Member]) -> Frame:
     if any(traces):  # a frame is of one trace: that of the first of its steps that has one
         frame.traceparent = next((parent for trace in traces if trace and (parent := sampled(trace))), "")
     return frame
+
+
+def _change_of(
+    members: Sequence[Member], forms: Sequence[Change], data: Sequence[bytes | None], rows: int
+) -> Change:
+    """The change of a frame of members, which has this number of rows."""
+    form = forms[0]
+    if len(forms) == 1:
+        return members[0].step.change
+    if forms.count(form) == len(forms) and form.tensors and None not in data:
+        [tensor] = form.tensors
+        joined = b"".join(cast("Sequence[bytes]", data))
+        return form._replace(tensors=(tensor._replace(shape=(rows, *tensor.shape[1:]), data=joined),))
+    changes = [member.step.change for member in members]
+    reset = b"".join([each.reset for each in changes])
+    return form._replace(tensors=_joined(changes, rows), reset=reset)
 
 
 def _joined(changes: Sequence[Change], rows: int) -> tuple[Packed, ...]:
@@ -244,19 +295,18 @@ def answer(members: Sequence[Member], part: Part) -> None:
     """
     outputs, states, version, start = part.outputs, part.states, part.model_version, 0
     columns = part.applied.tolist(), part.revisions.tolist(), part.positions.tolist()
-    name, array = next(iter(outputs.items())) if len(outputs) == 1 and not states else ("", _NOTHING)
+    names = tuple(outputs)
+    array = outputs[names[0]] if len(names) == 1 and not states else _NOTHING
     if len(array) == len(part.applied):  # one output, of one row each
         rows = array.reshape(len(array), 1, *array.shape[1:])
-        for i, revision, position, row in zip(*columns, rows, strict=True):
-            members[i].settle(
-                new_tuple(Stepped, (revision, position, {name: row.copy()}, _NO_STATES, version))
-            )
+        for i, revision, position, row in zip(*columns, map(np.ndarray.copy, rows), strict=True):
+            members[i].settle((revision, position, version, names, (row,), _NO_STATES))
     else:
         for i, revision, position in zip(*columns, strict=True):
             end = start + members[i].step.rows
             own = _rows_of(outputs, start, end)
             own_states = _rows_of(states, start, end) if states else _NO_STATES
-            members[i].settle(Stepped(revision, position, own, own_states, version))
+            members[i].settle(stepped_of(revision, position, own, own_states, version))
             start = end
     for i, error in part.failures.items():
         members[i].fail(error)

@@ -101,7 +101,9 @@ class Core:
             router=router,
         )
         self._config = config
+        self._timeout_s = config.timeout_s
         self._clock = clock
+        self._last_deadline: Deadline | None = None
         self.observer = None if hooks is None else Observer(hooks, config.address, clock)
         """Creates the events of calls; None if there are no hooks."""
         self.versions = VersionWatch(hooks, config.address)
@@ -132,9 +134,12 @@ class Core:
         return self._config.max_message_bytes
 
     def deadline(self, timeout_s: float | None) -> Deadline:
-        """A call's time limit, starting now."""
-        limit_s = self._config.timeout_s if timeout_s is None else check_timeout("timeout_s", timeout_s)
-        return Deadline(limit_s, self._clock)
+        """A call's time limit, starting now. Calls that begin in the same moment share it."""
+        limit_s = self._timeout_s if timeout_s is None else check_timeout("timeout_s", timeout_s)
+        last = self._last_deadline
+        if last is None or limit_s != last.limit_s or self._clock() > last.shared_until_s:
+            last = self._last_deadline = Deadline(limit_s, self._clock)
+        return last
 
     def exchange(self, frame: Frame, deadline: Deadline, on_part: Callable[[Part], None]) -> Flow[None]:
         """Sends a frame, or one to each replica of its members, until every member has a final answer."""
@@ -533,19 +538,21 @@ class Core:
                 stepped = yield from self.retrier.step(step, failed)
         except StepwellError as error:
             raise tracker.failed(error) from None
-        previous = tracker.applied(stepped.revision, stepped.position, stepped.model_version)
+        revision, position, version, names, arrays, stepped_states = stepped
+        previous = tracker.applied(revision, position, version)
+        named = dict(zip(names, arrays, strict=True))
         if reels and info is not None:
             members = counts_of(tracker, before)
-            record_step(reels, change, info, members, stepped.outputs, traced(stepped.states, info))
+            record_step(reels, change, info, members, named, traced(stepped_states, info))
         if previous:
             yield from self.moved(tracker, previous)
-        outputs = selected(stepped.outputs, change)
+        outputs = selected(named, change)
         if change.states == "none":
             return outputs
-        states = traced(stepped.states, info)
+        states = traced(stepped_states, info)
         if change.states == "last":
             states = last_states(states)
-        return Trace(outputs, states, stepped.revision, stepped.position, tracker.model_version)
+        return Trace(outputs, states, revision, position, tracker.model_version)
 
     def moved(self, tracker: SessionTracker, previous: int) -> Flow[None]:
         """Reports that a session has moved from a version of its model to another."""

@@ -18,13 +18,16 @@ _MIN_ATTEMPT_S = 0.02
 _LASTING_QUOTAS = frozenset({"sessions", "bytes", "models"})
 """Quotas that stay exhausted until somebody closes or unloads something, so that waiting does not help."""
 
+_MAX_SHARED_S = 1e-3
+"""How long calls that begin one after the other may share a deadline."""
+
 Clock = Callable[[], float]
 
 
 class Deadline:
-    """A time limit, counted from its construction. It covers all attempts of a call."""
+    """A time limit, counted from its construction. It covers all attempts of a call. It never changes."""
 
-    __slots__ = ("_began_s", "_clock", "at_s", "limit_s")
+    __slots__ = ("_began_s", "_clock", "at_s", "limit_s", "shared_until_s")
 
     def __init__(self, limit_s: float, clock: Clock = time.monotonic) -> None:
         self.limit_s = limit_s
@@ -32,6 +35,8 @@ class Deadline:
         self._began_s = clock()
         self.at_s = self._began_s + limit_s
         """When it passes, on its clock."""
+        self.shared_until_s = self._began_s + min(_MAX_SHARED_S, limit_s / 1000)
+        """Until then, on its clock, a call with the same limit may share it: for a thousandth of the limit at most."""
 
     def remaining_s(self) -> float:
         """Seconds left, never below 0; `math.inf` without a limit."""
