@@ -242,6 +242,24 @@ async def test_the_same_call_completes_a_change_though_a_tape_ends_or_begins(
         assert list(tape.states) == ([] if wanted == "none" else ["sum", "count"])
 
 
+async def test_a_call_that_completes_a_recorded_one_returns_what_it_asks_for_after_another_attempt() -> None:
+    """The request asks for states, as the tape did. The call does not."""
+    x = np.random.default_rng().standard_normal((1, 3, 2)).astype(np.float32)
+    with ScriptedServer() as server:
+        async with connect("async without frames", server.address, timeout_s=100.0) as client:
+            session = await client.open_session(MODEL)
+            server.fail("Step", LOST, 1000)
+            with pytest.raises(GAVE_UP), session.record():
+                await lose(functools.partial(session.step, x), server)
+            server.fail_no_more()
+            attempts = len(server.requests("Step"))
+            server.fail("Step", LOST, 1)
+            result = await session.step(x)
+            assert len(server.requests("Step")) == attempts + 2
+            assert (server.applied, session.revision) == (1, 1)
+    assert np.allclose(result, np.cumsum(x, axis=1))
+
+
 async def lose(call: Any, server: ScriptedServer) -> None:
     """Makes a call that is applied and gets no answer."""
     for limit_s in (0.2, 2.0, 20.0):  # a busy machine gets more time
