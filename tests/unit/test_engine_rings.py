@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 
 from stepwell_server.engine.api import Select, SessionPolicy
+from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
 from stepwell_server.engine.state import window_changes
 from stepwell_server.engine.state.arena import Arena
 from stepwell_server.engine.state.window_changes import NewElements, WindowChanges
-from stepwell_server.errors import ServerError
+from stepwell_server.errors import ServerError, StateCorrupt
+from stepwell_server.store.base import Batch
 from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.record import is_change
 from support.engine import fake_executor
 from support.engine.fake_executor import BAD, RINGS, with_windows
 from support.engine.harness import Harness, running
 from support.samples import one_in
+from support.stores.changes import Windowed
 from support.stores.durable import Disk, DurableStore
 from support.stores.kinds import DURABLE
 
@@ -124,6 +128,7 @@ async def change(
             "rows",
             "bad",
             "fork",
+            "export",
         ]
     )
     if kind == "frame":
@@ -158,10 +163,27 @@ async def change(
         x[0, 0] = BAD
         await both(first, second, chosen, x, sizes=counts)
     elif len(sizes) < 9:
-        new = f"fork{number}"
+        new = f"{kind}{number}"
         for at in (first, second):
-            await at.engine.fork(name, new_session_id=new)
+            if kind == "fork":
+                await at.engine.fork(name, new_session_id=new)
+            else:
+                (record,) = await at.engine.export_sessions([name], deadline=math.inf)
+                assert not isinstance(record, ServerError)
+                arriving = [SessionRecord(new, name, bytes(record))]
+                (outcome,) = await at.engine.import_sessions(arriving, ExistingPolicy.REFUSE)
+                assert outcome is ImportOutcome.IMPORTED
         sizes[new] = size
+
+
+@pytest.mark.stores("memory")
+async def test_a_change_without_the_records_before_it_is_not_exported() -> None:
+    store = MemoryStore()
+    async with running({"plain": with_windows(are_rings=True)}, store=store) as at:
+        store.commit(Batch(puts=[("a", Windowed("a").step())], counts=[("m", 1)]))
+        (found,) = await at.engine.export_sessions(["a"], deadline=math.inf)
+        assert isinstance(found, StateCorrupt)
+        store.commit(Batch(deletes=["a"], counts=[("m", -1)]))
 
 
 def drawn(rng: np.random.Generator, *shape: Any) -> Any:
