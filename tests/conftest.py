@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support import run_folder, samples
+from support.servers import fork_server
 
 if TYPE_CHECKING:
     from support.line_coverage import LineCoverage
@@ -40,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["STEPWELL_METRICS_LISTEN"] = "off"
     # on a machine that is busy a server that is there may take longer than a second to say so
     os.environ["STEPWELL_CONNECT_TIMEOUT_S"] = "60"
+    if hasattr(config, "workerinput") and not samples.ALL:  # soaks start servers as users do
+        fork_server.switch_on()
     _quiet_grpc()
     config.addinivalue_line("markers", "slow: takes seconds; runs in `make test-slow`, not in `make test`")
     config.addinivalue_line(

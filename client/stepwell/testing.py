@@ -99,6 +99,8 @@ class LocalServer:
         0
     """
 
+    _popen: type[subprocess.Popen[str]] = subprocess.Popen
+
     def __init__(
         self,
         models: Mapping[str, str | os.PathLike[str]] | None = None,
@@ -153,7 +155,7 @@ class LocalServer:
             raise ServerStartError(f"the server must be stopped before it is started; it runs as {self.pid}")
         # serves no metrics unless they are requested, because nobody would know their port
         environment = {"STEPWELL_METRICS_LISTEN": "off", **os.environ, **self._env}
-        self._run = run = _Run(self._command(), environment)
+        self._run = run = _Run(self._command(), environment, self._popen)
         try:
             run.start()
             ready = run.wait_ready(self._start_timeout_s, self._on_log)
@@ -249,9 +251,12 @@ class _Run:
     the child creates it.
     """
 
-    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: list[str], env: Mapping[str, str], popen: type[subprocess.Popen[str]]
+    ) -> None:
         self._command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
         self._env = env
+        self._popen = popen
         self._lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self._early: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._is_starting = True
@@ -273,7 +278,7 @@ class _Run:
 
     def _serve(self) -> None:
         try:
-            self._process = subprocess.Popen(
+            self._process = self._popen(
                 self._command,
                 env=dict(self._env),
                 stdin=subprocess.DEVNULL,

@@ -36,6 +36,14 @@ def served_secured() -> Iterator[Served]:
 
 
 @pytest.fixture
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of the test are no forks, for its subject is their start."""
+    from support.servers import fork_server
+
+    monkeypatch.setattr(fork_server, "_is_on", False)
+
+
+@pytest.fixture
 def server() -> Iterator[ScriptedServer]:
     """One that does as a test says."""
     from support.sdk.scripted_server import ScriptedServer

@@ -33,6 +33,7 @@ def _refused(*arguments: str, environment: Mapping[str, str] | None = None) -> s
     return line
 
 
+@pytest.mark.usefixtures("started_anew")
 @pytest.mark.parametrize("front", [pytest.param("native", marks=needs_native), "python"])
 def test_it_says_exactly_one_line_when_it_is_ready(front: str) -> None:
     with serve("--front", front) as server:
@@ -43,6 +44,7 @@ def test_it_says_exactly_one_line_when_it_is_ready(front: str) -> None:
     assert "model loaded model=forecast version=1 executor=litert" in err
 
 
+@pytest.mark.usefixtures("started_anew")
 def test_each_line_on_stderr_is_one_of_the_log() -> None:
     """Not LiteRT's announcement of its delegate, for one."""
     with serve() as server:
@@ -53,6 +55,7 @@ def test_each_line_on_stderr_is_one_of_the_log() -> None:
     assert [line for line in lines if not re.match(r"\d{4}-\d\d-\d\dT\S+Z (info|warning) ", line)] == []
 
 
+@pytest.mark.usefixtures("started_anew")
 def test_the_environment_will_do() -> None:
     model = forecast()
     environment = {
@@ -69,6 +72,7 @@ def test_the_environment_will_do() -> None:
     assert '"event": "model loaded", "model": "b"' in err
 
 
+@pytest.mark.usefixtures("started_anew")
 def test_tensorflow_stays_out_of_the_process() -> None:
     with serve() as server:
         mapped = Path(f"/proc/{server.process.pid}/maps").read_text()

@@ -31,6 +31,7 @@ from stepwell_server.core.callers import Caller, Role
 from stepwell_server.rpc.fronts.certificates import Certificates
 from support.certificates import Authority, Pair
 from support.run_folder import run_folder
+from support.servers import fork_server
 
 VARIABLE = "STEPWELL_TEST_SECURED"
 SCHEME = "grpcs://"
@@ -88,6 +89,8 @@ def options(arguments: Sequence[str] = ()) -> list[str]:
 
 class Server(LocalServer):
     """A `LocalServer` that the switch secures."""
+
+    _popen = fork_server.Process
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from stepwell.v1 import sessions_pb2, sessions_pb2_grpc, tensors_pb2
 from support import secured
 from support.models import programs, zoo
 from support.models.programs import Saved
+from support.servers import fork_server
 
 _START_S = 100.0
 _STOP_S = 100.0
@@ -73,7 +74,7 @@ class ServerProcess:
         command = [sys.executable, *(program or ("-m", "stepwell_server")), *arguments, *added_options]
         if terminal is not None:
             command = [sys.executable, "-c", _CONTROLLED, *command]
-        self.process = subprocess.Popen(
+        self.process = fork_server.Process(
             command,
             stdin=terminal,
             start_new_session=terminal is not None,
