@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from stepwell_server.store import backup, shared_backup
 from stepwell_server.store.base import ALL_KEPT, Batch, End, Tombstone, new_stamp
 from stepwell_server.store.counts import usage_of
 from stepwell_server.store.encryption.keyring import Keyring
-from stepwell_server.store.record import decode_header
+from stepwell_server.store.record import decode_header, header_or_none
 from stepwell_server.store.valkey import meta
 from stepwell_server.store.valkey.connection import url as urls
 from support.clock import ManualClock
@@ -161,8 +162,6 @@ async def test_a_tombstone_of_a_lost_session_leaves_no_earlier_records(valkey: V
 def test_backups_have_the_changes(
     valkey: Valkey, tmp_path: Path, keyring: Keyring | None, is_moved: bool
 ) -> None:
-    import asyncio
-
     sessions = [Windowed(name) for name in "abcd"]
     url = urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {})
     to = urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {})
@@ -199,6 +198,52 @@ def test_backups_have_the_changes(
     if is_moved:
         assert asyncio.run(read()) == [session.whole for session in sessions]
     assert backup.restore(file, tmp_path / "disk", clock, given, moved=is_moved).sessions == 4
+
+
+DAMAGE: dict[str, Callable[[Valkey, str, bytes, int], object]] = {
+    "flipped": lambda valkey, key, record, at: valkey.ask("LSET", key, at, flipped(record, 8)),
+    "seems a change": lambda valkey, key, record, at: valkey.ask("LSET", key, at, flipped(record, 4)),
+    "cut off": lambda valkey, key, record, at: valkey.ask("LSET", key, at, record[:50]),
+    "missing": lambda valkey, key, record, at: valkey.ask("LREM", key, 1, record),
+}
+
+
+def flipped(record: bytes, at: int) -> bytes:
+    return record[:at] + bytes([record[at] ^ 1]) + record[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("how", "at"), [("flipped", 1), ("seems a change", 0), ("cut off", 0), ("missing", 0), ("missing", 1)]
+)
+def test_a_corrupt_earlier_record_concerns_its_session_in_a_backup_too(
+    valkey: Valkey, tmp_path: Path, how: str, at: int
+) -> None:
+    sessions, clock = [Windowed("a"), Windowed("b")], ManualClock()
+    url, to = (urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {}) for _ in range(2))
+
+    async def fill() -> None:
+        store = await opened(str(url))
+        _, stamp = await put(store, [(each.session_id, each.whole) for each in sessions], [0, 0])
+        for _ in range(3):
+            _, stamp = await put(store, [(each.session_id, each.step()) for each in sessions], [stamp] * 2)
+        key = store._keys.earlier("a").decode()
+        DAMAGE[how](valkey, key, valkey.ask("LINDEX", key, at), at)
+        await store.close()
+
+    async def require(at: urls.StoreUrl) -> None:
+        store = await opened(str(at))
+        a, b = await store.fetch(["a", "b"])
+        assert b.record == sessions[1].whole
+        assert a.tombstone is not None if a.record is None else header_or_none("a", a.record) is None
+        await store.close()
+
+    asyncio.run(fill())
+    asyncio.run(require(url))
+    assert shared_backup.verify(url, None, clock).damaged == ["a"]
+    assert shared_backup.back_up(url, tmp_path / "backup", clock).damaged == 1
+    restored = shared_backup.restore(tmp_path / "backup", to, clock, None, moved=True)
+    assert (restored.sessions, restored.damaged) == (2, 1)
+    asyncio.run(require(to))
 
 
 async def test_a_store_of_the_last_layout_is_taken_over(valkey: Valkey) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from stepwell_server.clock import Clock
 from stepwell_server.errors import ServerError
 from stepwell_server.store.base import Batch, CommitResult, StoredSession, StoreError
-from stepwell_server.store.record import RecordBytes, records_of
+from stepwell_server.store.record import RecordBytes, is_change, records_of
 from stepwell_server.store.valkey import meta
 from stepwell_server.store.valkey.connection.client import Reply
 from stepwell_server.store.valkey.connection.nodes import topology_of
@@ -111,7 +111,7 @@ class BulkStore:
             StoreError: one exists already.
             ServerError: the store does not keep them.
         """
-        left = {session_id: records_of(value) for session_id, value in sessions}
+        left = {session_id: _storable(value) for session_id, value in sessions}
         follows = np.zeros(len(left), np.uint64)
         while left:  # a record, and the changes after it: those of all sessions together
             puts = [(session_id, records.pop(0)) for session_id, records in left.items()]
@@ -145,6 +145,15 @@ class BulkStore:
                 Request(partition, (b"UNLINK", keys.counts(partition), keys.mark(partition)))
             )
         await self._requests.ask(Request(META, (b"UNLINK", keys.documents, keys.fence, keys.store)))
+
+
+def _storable(value: RecordBytes) -> list[RecordBytes]:
+    """Return the records of a value that can be put one after the other.
+
+    No change can follow one that lacks the records before it. The last one alone makes the session a lost one.
+    """
+    records = records_of(value)
+    return records[-1:] if is_change(records[0]) else records
 
 
 @asynccontextmanager
