@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from subprocess import run
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import stepwell
+from stepwell.cli import main
 from stepwell_server.process.replicas import EXPIRY_S
 from support.servers.server_process import ServerProcess, serve
 from support.servers.valkey_servers import Valkey
@@ -129,5 +129,5 @@ def test_a_server_with_a_store_of_its_own_lists_itself() -> None:
 
 
 def top(address: str, *arguments: str) -> Any:
-    command = [sys.executable, "-m", "stepwell", "top", "--server", address, "--interval", "0.2s"]
-    return run([*command, *arguments], check=True, capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+    command = ["top", "--server", address, "--interval", "0.2s", *arguments]
+    return CliRunner().invoke(main, command, catch_exceptions=False).stdout

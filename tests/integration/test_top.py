@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import stepwell
+from stepwell.cli import main
 from stepwell.cli.toolkit.errors import Failure
 from stepwell.cli.top import Source
 from support.servers.server_process import FEATURES, ServerProcess, serve
@@ -63,13 +65,17 @@ def _working(server: ServerProcess) -> Iterator[None]:
 
 def _command(server: ServerProcess, metrics: str, *arguments: str) -> list[str]:
     named = ("--metrics", f"http://{metrics}") if metrics else ()
-    where = ("--server", server.address, *named, "--interval", "1s")
+    where = ("--server", server.address, *named, "--interval", "0.2s")
     return [str(Path(sys.executable).with_name("stepwell")), "top", *where, *arguments]
 
 
 def _run(server: ServerProcess, metrics: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = _command(server, metrics, *arguments)
-    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    return _invoked(*_command(server, metrics, *arguments)[1:])
+
+
+def _invoked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = CliRunner().invoke(main, arguments)
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 @contextlib.contextmanager
@@ -131,10 +137,8 @@ def other() -> Iterator[ServerProcess]:
 
 def _top(*servers: ServerProcess, metrics: str = "") -> subprocess.CompletedProcess[str]:
     addresses = ",".join(server.address for server in servers)
-    program = str(Path(sys.executable).with_name("stepwell"))
     named = ("--metrics", f"http://{metrics}") if metrics else ()
-    command = [program, "top", "--json", "--interval", "200ms", "--server", addresses, *named]
-    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    return _invoked("top", "--json", "--interval", "200ms", "--server", addresses, *named)
 
 
 def _info(server: ServerProcess) -> stepwell.ServerInfo:
