@@ -18,7 +18,7 @@ from stepwell_server.store.disk.lmdb import Durability
 from support.samples import examples
 from support.stores.writer_process import BESIDE, KINDS, held, held_beside, opened
 
-ROUNDS = examples(16)
+ROUNDS = examples(32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

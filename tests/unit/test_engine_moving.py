@@ -529,7 +529,7 @@ async def harmless(at: Harness, answer: Answer) -> None:
 @pytest.mark.parametrize("is_imported", [True, False], ids=["imported", "in the store"])
 @pytest.mark.stores("memory", "fake_shared")
 @given(some=mutations)
-@settings(max_examples=examples(120))
+@settings(max_examples=examples(240))
 def test_a_damaged_record_harms_no_other_session(
     is_imported: bool, some: list[Mutation], store_kind: str
 ) -> None:
