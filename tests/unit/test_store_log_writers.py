@@ -15,7 +15,7 @@ import pytest
 
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.access.log_queue import LogQueue
-from stepwell_server.store.base import ALL_KEPT, Answer, Batch, LogWrite, LogWriter, Store, Write
+from stepwell_server.store.base import ALL_KEPT, SMALL, Answer, Batch, LogWrite, LogWriter, Store, Write
 from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal import layout, writers
 from stepwell_server.store.disk.wal.segment import Segment
@@ -150,11 +150,12 @@ class Served:
         self.store: Store = InProcessStore(local, ManualClock())
 
     def change(
-        self, session_id: str, revision: int, size: int = 20, steps: Sequence[object] = ()
+        self, session_id: str, revision: int, size: int = 20, steps: Sequence[object] = (), count: int = 1
     ) -> asyncio.Future[Answer]:
+        """Change a session; `count`: the reported number of records."""
         later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         batch = Batch(puts=[(session_id, record(session_id, revision, size))])
-        answer = self.store.commit(Write(lambda: batch, 1, later.set_result, is_change=True, steps=steps))
+        answer = self.store.commit(Write(lambda: batch, count, later.set_result, is_change=True, steps=steps))
         assert answer is None, "it waits for the disk"
         return later
 
@@ -174,19 +175,25 @@ async def test_segments_rotate_while_changes_are_appended(path: Path) -> None:
     assert revisions(again) == dict.fromkeys(names, 59)
 
 
+def hold_writes(monkeypatch: pytest.MonkeyPatch) -> list[LogWrite]:
+    """Keep the writes that begin: none is made."""
+    held = list[LogWrite]()
+    for one_kind in (writers.NativeWriter, writers.ThreadWriter):
+        monkeypatch.setattr(one_kind, "begin", lambda _self, write, _steps=(): held.append(write))
+        monkeypatch.setattr(one_kind, "withdraw", lambda _self: bool(held.pop()))
+    return held
+
+
 async def test_a_change_is_acknowledged_only_after_its_write(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the write and its end, the next start finds the change or not, and all earlier ones."""
-    held = list[LogWrite]()
-    begin_write = {kind: kind.begin for kind in (writers.NativeWriter, writers.ThreadWriter)}
-    for one_kind in begin_write:
-        monkeypatch.setattr(one_kind, "begin", lambda _self, write, _steps=(): held.append(write))
+    held = hold_writes(monkeypatch)
     served = Served(opened(path, "sync"))
     begin(served.local, "a", "b")
     answer = served.change("a", 1)
     later = served.change("b", 1)
-    (write,) = held
+    write, behind = held
     before = opened(crash_copy(served.local), "sync")
     assert revisions(before) == {"a": 0, "b": 0}
     write.make()
@@ -197,10 +204,58 @@ async def test_a_change_is_acknowledged_only_after_its_write(
     monkeypatch.undo()
     writer: LogWriter = served.store._lanes._log._writer  # type: ignore[attr-defined]
     writer.begin(write)
+    writer.begin(behind)
     assert await asyncio.wait_for(answer, WAIT_S) is ALL_KEPT
     assert await asyncio.wait_for(later, WAIT_S) is ALL_KEPT
     assert revisions(served.local) == {"a": 1, "b": 1}
     assert await served.store.end_commits(WAIT_S)
+
+
+async def test_the_writer_has_the_next_small_changes_during_a_write(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a write until it begins. Large ones wait for the event loop, so that more of them share theirs."""
+    held = hold_writes(monkeypatch)
+    served = Served(opened(path, "sync"))
+    names = [f"s{number}" for number in range(8)]
+    begin(served.local, *names)
+    answers = [served.change("s0", 1, count=SMALL + 1), served.change("s1", 1, count=SMALL + 1)]
+    assert [write.count for write in held] == [1], "the second one is large"
+    answers += [served.change(name, 1) for name in names[2:6]]
+    assert [write.count for write in held] == [1, 4]
+    for one_kind in (writers.NativeWriter, writers.ThreadWriter):
+        monkeypatch.setattr(one_kind, "withdraw", lambda _self: False)
+    answers += [served.change(name, 1) for name in names[6:]]
+    assert [write.count for write in held] == [1, 4], "it has begun"
+    monkeypatch.undo()
+    writer: LogWriter = served.store._lanes._log._writer  # type: ignore[attr-defined]
+    for write in held:
+        writer.begin(write)
+    assert set(await asyncio.wait_for(asyncio.gather(*answers), WAIT_S)) == {ALL_KEPT}
+    assert revisions(killed(served.local, "sync")) == dict.fromkeys(names, 1)
+    assert await served.store.end_commits(WAIT_S)
+
+
+async def test_small_changes_that_do_not_fit_behind_a_write_wait_for_its_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the segments rotate."""
+    served = Served(opened(path, "sync", segment_bytes=SIZE))
+    begin(served.local, "a", "b", "c", "d")
+    assert await served.change("d", 1, SIZE * 2 // 5) is ALL_KEPT
+    held = hold_writes(monkeypatch)
+    answers = [served.change("a", 1, SIZE * 3 // 10), served.change("b", 1, SIZE // 5)]
+    assert len(held) == 2
+    answers.append(served.change("c", 1, SIZE // 5))
+    assert len(held) == 1
+    monkeypatch.undo()
+    writer: LogWriter = served.store._lanes._log._writer  # type: ignore[attr-defined]
+    for write in held:
+        writer.begin(write)
+    assert set(await asyncio.wait_for(asyncio.gather(*answers), WAIT_S)) == {ALL_KEPT}
+    assert await served.store.end_commits(WAIT_S)
+    assert not in_lmdb(served.local).items() - dict.fromkeys("abcd", 0).items(), "the log has them"
+    assert revisions(killed(served.local, "sync")) == dict.fromkeys("abcd", 1)
 
 
 async def test_steps_are_answered_by_the_write_that_keeps_them(
@@ -258,7 +313,7 @@ async def test_who_waits_for_an_idle_log_learns_of_an_end_that_another_change_no
     await asyncio.sleep(0)
     log.stop()  # the next changes are refused to the log, so no other write follows
     until = time.monotonic() + WAIT_S
-    while log._running is not None:
+    while log._begun:
         answers.append(served.change("b", len(answers)))
         assert time.monotonic() < until
     assert await is_idle
@@ -327,14 +382,13 @@ async def test_a_change_that_waits_for_a_write_that_hangs_is_answered(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end of the commits does not wait for it; when the write returns, no other one begins."""
-    held = list[LogWrite]()
-    for one_kind in (writers.NativeWriter, writers.ThreadWriter):
-        monkeypatch.setattr(one_kind, "begin", lambda _self, write, _steps=(): held.append(write))
+    held = hold_writes(monkeypatch)
     served = Served(opened(path, "sync"))
     begin(served.local, "a", "b")
     answer, later = served.change("a", 1), served.change("b", 1)
-    (write,) = held
+    assert len(held) == 2
     assert not await served.store.end_commits(0.0)
+    (write,) = held
     monkeypatch.undo()
     served.store._lanes._log._writer.begin(write)  # type: ignore[attr-defined]
     assert await asyncio.wait_for(answer, WAIT_S) is ALL_KEPT

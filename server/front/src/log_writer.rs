@@ -1,10 +1,11 @@
 //! Writes to the server's write-ahead log and flushes, on a thread that never takes Python's lock.
 //!
-//! Python lays out what is written and keeps all rules of the log. One write runs at a time. Its end makes a descriptor
-//! readable, which Python's event loop polls.
+//! Python lays out what is written and keeps all rules of the log. One write runs at a time, and another one may wait
+//! for it, so that the disk need not wait for Python. The end of a write makes a descriptor readable, which Python's
+//! event loop polls.
 
 use crate::wakeup::Event;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
@@ -22,7 +23,7 @@ pub struct Job<D> {
     /// The places that are overwritten with zeros if the write fails, and how many.
     pub heads: Vec<u64>,
     pub head_bytes: usize,
-    /// Called on the writer's thread once the disk has the data, after `take` returns the write.
+    /// Called on the writer's thread once the disk has the data, when `take` returns the write.
     pub then: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -34,15 +35,15 @@ pub struct Ended<D> {
     pub duration: Duration,
 }
 
-enum Slot<D> {
-    Idle,
-    Waiting(Job<D>),
-    Running,
-    Ended(Ended<D>),
-}
+/// The most writes that wait, run, or were not taken.
+const MAX_UNDER_WAY: usize = 2;
 
 struct State<D> {
-    slot: Slot<D>,
+    /// Writes that have not begun.
+    waiting: VecDeque<Job<D>>,
+    is_running: bool,
+    /// Writes that have ended and were not taken.
+    ended: VecDeque<Ended<D>>,
     is_closed: bool,
 }
 
@@ -65,7 +66,12 @@ impl<D: AsRef<[u8]> + Send + 'static> LogWriter<D> {
     /// Start the thread. Python owns the descriptors.
     pub fn new(descriptors: &[RawFd], pause: Option<Duration>) -> io::Result<Self> {
         let files = descriptors.iter().map(|fd| Ok((*fd, duplicate(*fd)?))).collect::<io::Result<_>>()?;
-        let state = Mutex::new(State { slot: Slot::Idle, is_closed: false });
+        let state = Mutex::new(State {
+            waiting: VecDeque::new(),
+            is_running: false,
+            ended: VecDeque::new(),
+            is_closed: false,
+        });
         let shared = Arc::new(Shared { state, changed: Condvar::new(), ended: Event::new()?, files, pause });
         let served = shared.clone();
         let thread = thread::Builder::new().name("stepwell-log".to_owned()).spawn(move || served.run())?;
@@ -77,29 +83,32 @@ impl<D: AsRef<[u8]> + Send + 'static> LogWriter<D> {
         self.shared.ended.fd()
     }
 
-    /// Begin a write. Returns whether that was possible: the last one was taken, and the writer is open.
+    /// Begin a write, after the one that is under way. Returns whether that was possible: at most one was, and the
+    /// writer is open.
     pub fn write(&self, job: Job<D>) -> bool {
         let mut state = self.shared.state();
-        if state.is_closed || !matches!(state.slot, Slot::Idle) {
+        let under_way = state.waiting.len() + usize::from(state.is_running) + state.ended.len();
+        if state.is_closed || under_way >= MAX_UNDER_WAY {
             return false;
         }
-        state.slot = Slot::Waiting(job);
+        state.waiting.push_back(job);
         drop(state); // the thread needs it when it wakes
         self.shared.changed.notify_all();
         true
     }
 
-    /// The write that has ended.
+    /// Take back the last write, if it has not begun and another one is under way.
+    pub fn withdraw(&self) -> Option<Job<D>> {
+        let mut state = self.shared.state();
+        let is_behind = state.is_running || state.waiting.len() > 1;
+        is_behind.then(|| state.waiting.pop_back()).flatten()
+    }
+
+    /// The first write that has ended. Call it until there is none: the event is quiet then.
     pub fn take(&self) -> Option<Ended<D>> {
         let mut state = self.shared.state();
         self.shared.ended.quiet();
-        match std::mem::replace(&mut state.slot, Slot::Idle) {
-            Slot::Ended(ended) => Some(ended),
-            other => {
-                state.slot = other;
-                None
-            }
-        }
+        state.ended.pop_front()
     }
 
     /// End the thread after the running write. Returns whether that took no longer than `limit`.
@@ -108,7 +117,7 @@ impl<D: AsRef<[u8]> + Send + 'static> LogWriter<D> {
         let mut state = self.shared.state();
         state.is_closed = true;
         self.shared.changed.notify_all();
-        while matches!(state.slot, Slot::Waiting(_) | Slot::Running) {
+        while state.is_running || !state.waiting.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -144,15 +153,12 @@ impl<D: AsRef<[u8]>> Shared<D> {
             let started = Instant::now();
             let result = self.write(&job);
             let then = if result.is_ok() { job.then.take() } else { None };
-            let ended = Ended { data: job.data, result, duration: started.elapsed() };
-            let mut state = self.state();
-            state.slot = Slot::Ended(ended);
-            drop(state);
+            self.end(Ended { data: job.data, result, duration: started.elapsed() });
             if let Some(then) = then {
                 then(); // whoever it notifies finds the write ended
             }
             let state = self.state();
-            if matches!(state.slot, Slot::Ended(_)) {
+            if !state.ended.is_empty() {
                 self.ended.ring(); // nobody quiets the event of a write that was taken before
             }
             let is_closed = state.is_closed;
@@ -163,12 +169,26 @@ impl<D: AsRef<[u8]>> Shared<D> {
         }
     }
 
+    /// Note the end of the running write. If it failed, the next one fails too: it would be found behind a gap.
+    fn end(&self, ended: Ended<D>) {
+        let mut state = self.state();
+        let has_failed = ended.result.is_err();
+        state.ended.push_back(ended);
+        if has_failed {
+            while let Some(Job { data, .. }) = state.waiting.pop_front() {
+                let result = Err(io::Error::from_raw_os_error(libc::ECANCELED));
+                state.ended.push_back(Ended { data, result, duration: Duration::ZERO });
+            }
+        }
+        state.is_running = false;
+    }
+
     fn next(&self) -> Option<Job<D>> {
         let mut state = self.state();
         loop {
-            match std::mem::replace(&mut state.slot, Slot::Running) {
-                Slot::Waiting(job) => return Some(job),
-                other => state.slot = other,
+            if let Some(job) = state.waiting.pop_front() {
+                state.is_running = true;
+                return Some(job);
             }
             if state.is_closed {
                 return None;
@@ -255,11 +275,61 @@ mod tests {
         let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
         assert!(writer.take().is_none());
         assert!(writer.write(job(&open, b"abc", 0)));
-        assert!(!writer.write(job(&open, b"xyz", 0)), "the last one was not taken");
+        assert!(writer.write(job(&open, b"d", 3)), "it may wait for the first one");
+        assert!(!writer.write(job(&open, b"xyz", 0)), "neither was taken");
+        assert_eq!(ended(&writer).data, b"abc");
         assert!(ended(&writer).result.is_ok());
         drop(open); // the writer has its own
         assert!(writer.take().is_none());
-        assert_eq!(fs::read(&path).unwrap(), b"abc");
+        assert_eq!(fs::read(&path).unwrap(), b"abcd");
+        fs::remove_file(path).unwrap();
+    }
+
+    /// A writer whose `then` waits until the sender is dropped, and that has begun the next write after it.
+    fn held(open: &File) -> (LogWriter<&'static [u8]>, mpsc::Sender<()>) {
+        let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
+        let (sender, released) = mpsc::channel::<()>();
+        let (started, has_started) = mpsc::channel::<()>();
+        let then: Box<dyn FnOnce() + Send> = Box::new(move || {
+            drop(started);
+            let _ = released.recv();
+        });
+        assert!(writer.write(Job { then: Some(then), ..job(open, b"a", 0) }));
+        let _ = has_started.recv();
+        assert!(ended(&writer).result.is_ok());
+        (writer, sender)
+    }
+
+    #[test]
+    fn a_write_that_waits_for_another_one_can_be_taken_back() {
+        let (path, open) = file("withdrawn", true);
+        let (writer, release) = held(&open);
+        assert!(writer.write(job(&open, b"b", 1)));
+        assert!(writer.withdraw().is_none(), "it waits for nothing");
+        assert!(writer.write(job(&open, b"c", 2)));
+        assert!(writer.withdraw().is_some_and(|job| job.data == b"c"));
+        assert!(writer.write(job(&open, b"d", 2)));
+        drop(release);
+        assert!(writer.close(LIMIT));
+        assert!(writer.withdraw().is_none(), "all have ended");
+        assert_eq!(fs::read(&path).unwrap(), b"abd");
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_write_behind_a_failed_one_is_not_made() {
+        let (path, open) = file("behind", true);
+        let (writer, release) = held(&open);
+        let unknown = Job { descriptor: -1, ..job(&open, b"b", 1) };
+        assert!(writer.write(unknown) && writer.write(job(&open, b"c", 2)));
+        drop(release);
+        assert!(ended(&writer).result.is_err());
+        let behind = ended(&writer);
+        assert_eq!(behind.data, b"c");
+        assert_eq!(behind.result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+        assert!(writer.write(job(&open, b"d", 1)));
+        assert!(ended(&writer).result.is_ok());
+        assert_eq!(fs::read(&path).unwrap(), b"ad");
         fs::remove_file(path).unwrap();
     }
 

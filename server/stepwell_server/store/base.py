@@ -594,13 +594,19 @@ class LogWrite(Protocol):
 
 
 class LogWriter(Protocol):
-    """Makes writes to a log on a thread, one at a time. For the event loop, except `close`."""
+    """Makes writes to a log on a thread, one after the other. For the event loop, except `close`."""
 
     def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
-        """Begin a write, after the last one was taken. It may answer `steps` if it succeeds: see `Write.steps`."""
+        """Begin a write. It may answer `steps` if it succeeds: see `Write.steps`.
+
+        At most one other is under way, which means that it was not taken. If that one fails, this one is not made.
+        """
+
+    def withdraw(self) -> bool:
+        """Take back the last write, which is behind another one; return False if it has begun or ended."""
 
     def take(self) -> tuple[Exception | None, float] | None:
-        """The error, or None, and the seconds of the write that has ended. None: none has ended."""
+        """The error, or None, and the seconds of the first write that has ended. None: none has ended."""
 
     def close(self, timeout_s: float) -> bool:
         """End after the running write; return False if that takes longer. For any thread."""
@@ -657,23 +663,28 @@ class LocalStore(Protocol):
         """
         return False
 
-    # If `has_log` and `waits_for_disk`, the event loop appends with the following four, so that it need not wait.
+    # If `has_log` and `waits_for_disk`, the event loop appends with the following five, so that it need not wait.
 
     def sealed(self, puts: Sequence[tuple[str, RecordBytes]]) -> Sequence[tuple[str, RecordBytes]]:
         """Return changes in the form of the log. For any thread."""
         return puts
 
-    def begin_append(self, parts: Parts) -> LogWrite | None:  # noqa: ARG002
+    def begin_append(self, parts: Parts, after: LogWrite | None = None) -> LogWrite | None:  # noqa: ARG002
         """Begin to append changes of existing sessions while a commit may be running: see `append`.
 
         Args:
             parts: Changes that `sealed` returned.
+            after: The only write that has begun and not ended, if any: see `LogWriter.begin`.
 
         Returns:
-            A write to make; call `end_append` afterwards, before the next `begin_append`. None: `commit` keeps the
-            changes, or raises the reason.
+            A write to make; call `end_append` afterwards. None: behind another write, try again once that has ended;
+            otherwise `commit` keeps the changes, or raises the reason.
         """
         return None
+
+    def withdraw_append(self, write: LogWrite) -> None:  # noqa: ARG002
+        """Withdraw the last write, which is behind another one and was not made."""
+        raise AssertionError("it was begun before")
 
     def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:  # noqa: ARG002
         """End a write that took this long; return whether the changes were kept. If not, begin again or commit them."""

@@ -83,8 +83,9 @@ class Troubled:
         self._keep(Batch(puts=puts), may_append=True)
         return True
 
-    def begin_append(self, parts: Parts) -> LogWrite | None:
-        write = self.store.begin_append(parts)
+    def begin_append(self, parts: Parts, after: LogWrite | None = None) -> LogWrite | None:
+        assert after is None or isinstance(after, TroubledWrite)
+        write = self.store.begin_append(parts, after and after.inner)
         return None if write is None else TroubledWrite(write, Batch(puts=JoinedPuts(parts)))
 
     def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:
@@ -93,6 +94,10 @@ class Troubled:
         if write.error is not None:
             raise type(write.error)(*write.error.args)
         return is_kept
+
+    def withdraw_append(self, write: LogWrite) -> None:
+        assert isinstance(write, TroubledWrite)
+        self.store.withdraw_append(write.inner)
 
     def new_writer(self, on_end: Callable[[], None]) -> LogWriter:
         return TroubledWriter(self, on_end)
@@ -169,21 +174,38 @@ class TroubledWriter(LogWriter):
         self._on_end = on_end
         self._inner = store.store.new_writer(self._inner_ended)
         self._inner_result: asyncio.Future[tuple[Exception | None, float]]
-        self._result: tuple[Exception | None, float] | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._results: deque[tuple[Exception | None, float]] = deque()
+        self._last: asyncio.Task[Exception | None] | None = None
+        self._under_way = 0
+        """Writes that were not taken."""
 
     def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
         assert isinstance(write, TroubledWrite)
-        self._task = asyncio.create_task(self._make(write))
+        self._last = asyncio.create_task(self._make(write, self._last if self._under_way else None))
+        self._under_way += 1
+
+    def withdraw(self) -> bool:
+        return False
 
     def take(self) -> tuple[Exception | None, float] | None:
-        result, self._result = self._result, None
-        return result
+        if not self._results:
+            return None
+        self._under_way -= 1
+        return self._results.popleft()
 
     def close(self, timeout_s: float) -> bool:
         return self._inner.close(timeout_s)
 
-    async def _make(self, write: TroubledWrite) -> None:
+    async def _make(
+        self, write: TroubledWrite, before: asyncio.Task[Exception | None] | None
+    ) -> Exception | None:
+        problem = None if before is None else await before
+        result = (problem, 0.0) if problem is not None else await self._made(write)
+        self._results.append(result)
+        self._on_end()
+        return result[0]
+
+    async def _made(self, write: TroubledWrite) -> tuple[Exception | None, float]:
         write.error, kept, behind = self._store.trouble_with(write.batch)
         result: tuple[Exception | None, float] = (OSError("not made"), 0.0)
         if kept and behind:
@@ -191,8 +213,7 @@ class TroubledWriter(LogWriter):
         await asyncio.to_thread(self._store.pass_stall)
         if kept and not behind:
             result = await self._make_inner(write)
-        self._result = result
-        self._on_end()
+        return result
 
     async def _make_inner(self, write: TroubledWrite) -> tuple[Exception | None, float]:
         self._inner_result = asyncio.get_running_loop().create_future()

@@ -52,7 +52,12 @@ impl LogWriter {
         Err(PyRuntimeError::new_err("the writer of the log is closed or has another write"))
     }
 
-    /// Take the write that has ended: its errno, or 0, and its duration in seconds. None: none has ended.
+    /// Take back the last write, which waits for another one. Returns false if it has begun.
+    fn withdraw(&self) -> bool {
+        self.writer.withdraw().is_some()
+    }
+
+    /// Take the first write that has ended: its errno, or 0, and its duration in seconds. None: none has ended.
     fn take(&self) -> Option<(i32, f64)> {
         let Ended { data, result, duration } = self.writer.take()?;
         drop(data); // here, with Python's lock

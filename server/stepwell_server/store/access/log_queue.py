@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from stepwell_server.store.access.batches import MAX_RECORDS, fail
 from stepwell_server.store.base import SMALL, LocalStore, LogWrite, LogWriter, Write
@@ -12,16 +13,28 @@ from stepwell_server.store.record import Puts, RecordBytes
 
 #: Approximate maximum of bytes in one write, unless a single change has more: small changes wait for it.
 MAX_BYTES = 2 << 20
+#: A write of small changes that waits for another one is laid out again to add more, up to this many bytes.
+MAX_EXTENDED_BYTES = 128 << 10
 
 _Puts = Sequence[tuple[str, RecordBytes]]
 _Waiting = deque[tuple[Write, _Puts]]
 
 
+class _Group(NamedTuple):
+    """Changes that share a write."""
+
+    write: LogWrite
+    changes: list[tuple[Write, _Puts]]
+    is_small: bool
+    byte_count: int
+    """Approximate size."""
+
+
 class LogQueue:
     """Appends changes of claimed sessions, in any order. Those that arrive during a write share the next one.
 
-    Small and large changes alternate, so that a small one waits for at most one write of large ones. Lives on the
-    event loop.
+    Small and large changes alternate, so that a small one waits for at most one write of large ones. The writer gets a
+    write of small ones while another one runs, so that it need not wait for the event loop. Lives on the event loop.
     """
 
     def __init__(
@@ -38,10 +51,10 @@ class LogQueue:
         self._small: _Waiting = deque()
         self._large: _Waiting = deque()
         self._was_small = False
+        """Whether the last write was of small changes."""
         self._writer: LogWriter | None = None
-        self._running: LogWrite | None = None
-        self._group: list[tuple[Write, _Puts]] = []
-        """The changes of the running write."""
+        self._begun: deque[_Group] = deque()
+        """What the writer has: what it writes, and what it writes next."""
         self._ended: list[Write] = []
         """Changes to report."""
         self._idle: asyncio.Future[None] | None = None
@@ -50,14 +63,14 @@ class LogQueue:
     def add(self, write: Write, puts: _Puts) -> None:
         """Append a change; `puts` are its records as `LocalStore.sealed` returned them."""
         (self._small if write.size <= SMALL else self._large).append((write, puts))
-        if self._running is not None and self._settle():
+        if self._settle():
             # the event of this write may not come any more
             asyncio.get_running_loop().call_soon(self.settle)
-        self._start()
+        self._start(may_add_large=not self._begun)
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until nothing waits; return False if that takes longer."""
-        if self._running is None:
+        if not self._begun:
             return True
         self._idle = self._idle or asyncio.get_running_loop().create_future()
         done, _ = await asyncio.wait([self._idle], timeout=timeout_s)
@@ -66,56 +79,56 @@ class LogQueue:
     def stop(self) -> None:
         """Start no more writes: refuse all changes that wait, or that are added later."""
         self._is_stopped = True
+        if len(self._begun) > 1:
+            self._withdraw()
 
     def close(self, timeout_s: float) -> bool:
         """End the writer's thread, after `stop`; return False if a write is running. For any thread."""
-        return self._running is None and (self._writer is None or self._writer.close(timeout_s))
+        return not self._begun and (self._writer is None or self._writer.close(timeout_s))
 
     def settle(self) -> None:
-        """Report a write that has ended. Its answers may have been sent."""
-        if self._running is not None and self._settle():
+        """Report writes that have ended. Their answers may have been sent."""
+        if self._settle():
             self._start()  # before others are answered: the disk works meanwhile
         if self._ended:
             self._report()
-        if self._idle is not None and self._running is None:
+        if self._idle is not None and not self._begun:
             self._idle.set_result(None)
             self._idle = None
 
     def _settle(self) -> bool:
-        """End the running write if it has been made; return whether there is none any more."""
-        write, writer = self._running, self._writer
-        if write is None or writer is None:
-            return True
-        result = writer.take()
-        if result is None:
-            return False
-        group, self._running, self._group = self._group, None, []
-        error, seconds = result
-        changes = [change for change, _ in group]
+        """End the writes that have been made; return whether there were any."""
+        writer, count = self._writer, len(self._begun)
+        while writer is not None and self._begun and (result := writer.take()) is not None:
+            self._end(self._begun.popleft(), *result)
+        return len(self._begun) < count
+
+    def _end(self, group: _Group, error: Exception | None, seconds: float) -> None:
+        changes = [change for change, _ in group.changes]
         try:
-            is_kept = self._store.end_append(write, error, seconds)
+            is_kept = self._store.end_append(group.write, error, seconds)
         except Exception as problem:
             fail(changes, problem)
             self._ended += changes
-            return True
+            return
         if is_kept:
             self._ended += changes
         elif error is None:  # it made room
-            (self._small if self._was_small else self._large).extendleft(reversed(group))
+            self._put_back(group.changes, is_small=group.is_small)
         else:
             self._refused(changes)
-        return True
 
-    def _start(self) -> None:
-        while self._running is None and (self._small or self._large):
-            group = self._take()
+    def _start(self, *, may_add_large: bool = True) -> None:
+        while (self._small or self._large) and self._has_room(may_add_large=may_add_large):
+            before = self._begun[-1].write if self._begun else None
+            group, size = self._take()
             changes = [change for change, _ in group]
             if self._is_stopped:
                 self._refused(changes)
                 continue
             try:
-                writer = self._writer = self._writer or self._store.new_writer(self.settle)
-                write = self._store.begin_append([puts for _, puts in group])
+                self._writer = self._writer or self._store.new_writer(self.settle)
+                write = self._store.begin_append([puts for _, puts in group], before)
             except OSError:  # the process has too many open files for a writer
                 self._refused(changes)
                 continue
@@ -124,15 +137,50 @@ class LogQueue:
                 self._ended += changes
                 asyncio.get_running_loop().call_soon(self._report)
                 continue
-            if write is None:
+            if write is not None:
+                self._begun.append(_Group(write, group, self._was_small, size))
+                # one that only makes room keeps nothing
+                steps = [one for change in changes for one in change.steps] if write.count else ()
+                self._writer.begin(write, steps)
+                if before is not None:
+                    return
+            elif before is None:
                 self._refused(changes)
-                continue
-            self._running, self._group = write, group
-            # one that only makes room keeps nothing
-            writer.begin(write, [one for change in changes for one in change.steps] if write.count else ())
+            else:  # once that one has ended, there may be room
+                self._put_back(group, is_small=self._was_small)
+                return
 
-    def _take(self) -> list[tuple[Write, _Puts]]:
-        self._was_small = bool(self._small) and not (self._large and self._was_small)
+    def _has_room(self, *, may_add_large: bool) -> bool:
+        """Whether the writer may get the next write. It gives back one of small changes that is to get more of them."""
+        if not self._begun:
+            return True
+        if self._is_stopped:
+            return False
+        is_small = bool(self._small) and not (self._large and self._begun[0].is_small)
+        if len(self._begun) == 1:
+            return is_small or may_add_large
+        waiting = self._begun[1]
+        return is_small and waiting.is_small and waiting.byte_count <= MAX_EXTENDED_BYTES and self._withdraw()
+
+    def _put_back(self, changes: list[tuple[Write, _Puts]], *, is_small: bool) -> None:
+        (self._small if is_small else self._large).extendleft(reversed(changes))
+        if self._begun:
+            self._was_small = self._begun[-1].is_small
+
+    def _withdraw(self) -> bool:
+        """Take back the next write, unless it has begun."""
+        assert self._writer is not None, "it has writes"
+        if not self._writer.withdraw():
+            return False
+        group = self._begun.pop()
+        self._store.withdraw_append(group.write)
+        self._put_back(group.changes, is_small=group.is_small)
+        return True
+
+    def _take(self) -> tuple[list[tuple[Write, _Puts]], int]:
+        """The changes of the next write, and their approximate size in bytes."""
+        was_small = self._begun[-1].is_small if self._begun else self._was_small
+        self._was_small = bool(self._small) and not (self._large and was_small)
         waiting = self._small if self._was_small else self._large
         group = [waiting.popleft()]
         count, size = len(group[0][1]), _size(group[0][1])
@@ -142,7 +190,7 @@ class LogQueue:
                 break
             count, size = count + len(waiting[0][1]), size + added
             group.append(waiting.popleft())
-        return group
+        return group, size
 
     def _report(self) -> None:
         ended, self._ended = self._ended, []

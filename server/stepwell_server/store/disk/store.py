@@ -147,13 +147,14 @@ class DiskStore(LocalStore):
             return False
 
     @override
-    def begin_append(self, parts: Parts) -> SegmentWrite | None:
+    def begin_append(self, parts: Parts, after: LogWrite | None = None) -> SegmentWrite | None:
+        assert after is None or isinstance(after, SegmentWrite), "it began the write"
         wal = self._wal
         if wal is None or self._closed:
             return None
         try:
             self._base.files.require()
-            return wal.begin([own for part in parts for own in _parts(part)])
+            return wal.begin([own for part in parts for own in _parts(part)], after)
         except (Unavailable, OSError) as error:
             self._warn(_NOT_LOGGED, error)
             return None
@@ -168,6 +169,12 @@ class DiskStore(LocalStore):
         if is_kept:
             self._count_write(seconds, write.count)
         return is_kept
+
+    @override
+    def withdraw_append(self, write: LogWrite) -> None:
+        assert self._wal is not None, "it began the write"
+        assert isinstance(write, SegmentWrite), "it began the write"
+        self._wal.withdraw(write)
 
     @override
     def new_writer(self, on_end: Callable[[], None]) -> LogWriter:

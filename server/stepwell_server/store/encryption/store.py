@@ -65,8 +65,12 @@ class EncryptedStore(LocalStore):
         return self._sealer.seal(puts)
 
     @override
-    def begin_append(self, parts: Parts) -> LogWrite | None:
-        return self._local.begin_append(parts)
+    def begin_append(self, parts: Parts, after: LogWrite | None = None) -> LogWrite | None:
+        return self._local.begin_append(parts, after)
+
+    @override
+    def withdraw_append(self, write: LogWrite) -> None:
+        self._local.withdraw_append(write)
 
     @override
     def end_append(self, write: LogWrite, error: Exception | None, seconds: float) -> bool:

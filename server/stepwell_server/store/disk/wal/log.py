@@ -107,8 +107,10 @@ class WriteAheadLog:
         self.removals = 0
         """Grows before records are removed, after the store has them or later ones. A reader of the store that then finds
         a session in neither segment has its latest record, unless this grew since it began to read."""
-        # Held while appending or rotating, by one thread or from `begin` to `end`.
+        # Held while appending or rotating, by one thread or from the first `begin` to the last `end`.
         self._appending = threading.Lock()
+        self._begun = 0
+        """Number of writes between `begin` and `end`."""
         self._queue: deque[None] = deque()
         """An entry for each thread that waits for this lock: `begin` lets them pass."""
         # Held while reading both segments, so that neither is truncated meanwhile.
@@ -195,8 +197,12 @@ class WriteAheadLog:
         finally:
             self._appending.release()
 
-    def begin(self, parts: Parts) -> SegmentWrite | None:
+    def begin(self, parts: Parts, after: SegmentWrite | None = None) -> SegmentWrite | None:
         """Begin to append changes without waiting; return the write to make, and pass it to `end` afterwards.
+
+        Args:
+            parts: The changes, each with the records of its sessions.
+            after: The write that has begun, if any: this one is made after it, unless it fails.
 
         Returns:
             None: they do not fit before a checkpoint, or never fit, or another thread appends or waits for that.
@@ -204,7 +210,13 @@ class WriteAheadLog:
         Raises:
             StoreGone: raised by `before_rotate`.
         """
-        if self._queue or not self._appending.acquire(blocking=False):
+        if self._queue:
+            return None
+        if after is not None:
+            behind = self._addition(parts, after) if after.count else None
+            self._begun += behind is not None
+            return behind
+        if not self._appending.acquire(blocking=False):
             return None
         write: SegmentWrite | None = None
         try:
@@ -212,10 +224,16 @@ class WriteAheadLog:
             if write is None and not self._is_due and self.fits(parts):
                 self._before_rotate()
                 write = self._sealed.truncation(self._active.sequence)
+            self._begun += write is not None
             return write
         finally:
             if write is None:
                 self._appending.release()
+
+    def withdraw(self, write: SegmentWrite) -> None:
+        """Withdraw the last write of `begin`, which is behind another one and was not made."""
+        self.due = max(0, self.due - 2 * write.count)
+        self._begun -= 1
 
     def end(self, write: SegmentWrite, *, is_made: bool) -> bool:
         """End a write of `begin`. Return whether it appended; False if it failed, or only made room: begin again."""
@@ -229,7 +247,9 @@ class WriteAheadLog:
                 self._swap()
             return False
         finally:
-            self._appending.release()
+            self._begun -= 1
+            if not self._begun:
+                self._appending.release()
 
     def _append(self, parts: Parts) -> bool:
         write = self._addition(parts)
@@ -242,11 +262,11 @@ class WriteAheadLog:
         self._active.written(write)
         return True
 
-    def _addition(self, parts: Parts) -> SegmentWrite | None:
+    def _addition(self, parts: Parts, after: SegmentWrite | None = None) -> SegmentWrite | None:
         count = sum(map(len, parts))
         self.due = 2 * count + (self.due if self.needs_checkpoint else 0)
         return self._active.addition(
-            parts, 0 if count <= _SMALL_WRITE else int(self._active.size * _KEPT_FREE)
+            parts, 0 if count <= _SMALL_WRITE else int(self._active.size * _KEPT_FREE), after
         )
 
     def _acquire(self, patience_s: float = -1.0) -> bool:

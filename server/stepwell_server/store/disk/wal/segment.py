@@ -151,10 +151,15 @@ class Segment:
         return True
 
     def addition(
-        self, parts: Sequence[Sequence[tuple[str, RecordBytes]]], leave: int = 0
+        self,
+        parts: Sequence[Sequence[tuple[str, RecordBytes]]],
+        leave: int = 0,
+        after: SegmentWrite | None = None,
     ) -> SegmentWrite | None:
-        """Return the write of all entries; None if they do not fit with `leave` more bytes."""
+        """Return the write of all entries, behind those of `after`; None if they do not fit with `leave` more bytes."""
         sequence, start = self.sequence + 1, self.end
+        if after is not None:
+            sequence, start = after.sequence + 1, after.at + after.size
         if len(parts) == 1 and len(parts[0]) == 1:
             ((session_id, record),) = parts[0]
             data, record_at = layout.lay_out_one(session_id, record, self._generation, sequence)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from typing_extensions import override
@@ -22,7 +22,9 @@ from stepwell_server.store.disk.wal.segment import SegmentWrite
 
 try:
     from stepwell_front import LogWriter as _Native
-except ImportError:  # it is not installed, or older
+
+    _Native.withdraw  # noqa: B018
+except (ImportError, AttributeError):  # it is not installed, or older
     _Native = None  # type: ignore[assignment, misc]
 
 NATIVE = _Native
@@ -48,6 +50,10 @@ class NativeWriter(LogWriter):
     def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
         assert isinstance(write, SegmentWrite), "the log makes no others"
         self._writer.write(write.segment.descriptor, write.data, write.at, write.heads, HEAD.size, steps)
+
+    @override
+    def withdraw(self) -> bool:
+        return self._writer.withdraw()
 
     @override
     def take(self) -> tuple[Exception | None, float] | None:
@@ -76,38 +82,65 @@ class ThreadWriter(LogWriter):
     def __init__(self, on_end: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
-        self._writes: queue.SimpleQueue[LogWrite | None] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[tuple[Exception | None, float]] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        # held while the following are used
+        self._waiting: deque[LogWrite] = deque()
+        self._ended: deque[tuple[Exception | None, float]] = deque()
+        self._is_running = self._is_closed = False
         # a daemon: a disk that hangs must not keep the process from ending
         self._thread = threading.Thread(target=self._run, name="stepwell-store-log", daemon=True)
         self._thread.start()
 
     @override
     def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
-        self._writes.put(write)
+        with self._changed:
+            self._waiting.append(write)
+            self._changed.notify()
+
+    @override
+    def withdraw(self) -> bool:
+        with self._changed:
+            if not self._waiting or (len(self._waiting) == 1 and not self._is_running):
+                return False
+            self._waiting.pop()
+            return True
 
     @override
     def take(self) -> tuple[Exception | None, float] | None:
-        try:
-            return self._ended.get_nowait()
-        except queue.Empty:
-            return None
+        with self._changed:
+            return self._ended.popleft() if self._ended else None
 
     @override
     def close(self, timeout_s: float) -> bool:
-        self._writes.put(None)
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         name_thread()
-        while (write := self._writes.get()) is not None:
+        while (write := self._next()) is not None:
             problem: Exception | None = None
             started = time.perf_counter()
             try:
                 write.make()
             except Exception as error:
                 problem = error
-            self._ended.put((problem, time.perf_counter() - started))
+            self._end(problem, time.perf_counter() - started)
             with contextlib.suppress(RuntimeError):  # the event loop was closed
                 self._loop.call_soon_threadsafe(self._on_end)
+
+    def _next(self) -> LogWrite | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closed)
+            self._is_running = bool(self._waiting)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _end(self, problem: Exception | None, seconds: float) -> None:
+        with self._changed:
+            self._is_running = False
+            self._ended.append((problem, seconds))
+            if problem is not None:  # the next one would be found behind a gap
+                self._ended.extend((problem, 0.0) for _ in self._waiting)
+                self._waiting.clear()
