@@ -154,16 +154,12 @@ impl<D: AsRef<[u8]>> Shared<D> {
             let result = self.write(&job);
             let then = if result.is_ok() { job.then.take() } else { None };
             self.end(Ended { data: job.data, result, duration: started.elapsed() });
+            // before `then`: Python's bookkeeping takes longer, and the next step waits for it
+            self.ended.ring();
             if let Some(then) = then {
                 then(); // whoever it notifies finds the write ended
             }
-            let state = self.state();
-            if !state.ended.is_empty() {
-                self.ended.ring(); // nobody quiets the event of a write that was taken before
-            }
-            let is_closed = state.is_closed;
-            drop(state);
-            if is_closed {
+            if self.state().is_closed {
                 self.changed.notify_all(); // `close` waits
             }
         }
