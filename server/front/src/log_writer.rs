@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -157,7 +158,8 @@ impl<D: AsRef<[u8]>> Shared<D> {
             // before `then`: Python's bookkeeping takes longer, and the next step waits for it
             self.ended.ring();
             if let Some(then) = then {
-                then(); // whoever it notifies finds the write ended
+                // whoever it notifies finds the write ended; after a panic, which was printed, Python notifies the rest
+                let _ = panic::catch_unwind(AssertUnwindSafe(then));
             }
             if self.state().is_closed {
                 self.changed.notify_all(); // `close` waits
@@ -326,6 +328,20 @@ mod tests {
         assert!(writer.write(job(&open, b"d", 1)));
         assert!(ended(&writer).result.is_ok());
         assert_eq!(fs::read(&path).unwrap(), b"ad");
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn it_writes_on_after_a_panic_of_whoever_is_called() {
+        let (path, open) = file("panic", true);
+        let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
+        let then: Box<dyn FnOnce() + Send> = Box::new(|| panic!("a test's"));
+        assert!(writer.write(Job { then: Some(then), ..job(&open, b"a", 0) }));
+        assert!(ended(&writer).result.is_ok());
+        assert!(writer.write(job(&open, b"b", 1)));
+        assert!(ended(&writer).result.is_ok());
+        assert!(writer.close(LIMIT));
+        assert_eq!(fs::read(&path).unwrap(), b"ab");
         fs::remove_file(path).unwrap();
     }
 
