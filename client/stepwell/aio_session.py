@@ -227,7 +227,10 @@ class AsyncSession(SessionFacts, AsyncHandle):
             deadline = core.deadline(timeout_s)
             form = data = None
             if rows is None and reset is None and type(x) is np.ndarray:
-                form = plain_form(x, tracker.batch_size, outputs, time, states)
+                try:
+                    form = plain_form(x.dtype, x.shape, tracker.batch_size, outputs, time, states)
+                except TypeError:
+                    form = None
                 data = None if form is None else x.tobytes()
             if form is None:
                 form = core.step_change(tracker, x, outputs, time, reset, rows, states)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable, Generator, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Hashable, Sequence
 
 from stepwell._batching.in_flight import InFlightFrame, Link, unanswered
 from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, abandon, earliest, in_frames
 from stepwell._transport.channel import closed
+from stepwell._transport.retry import Deadline
 from stepwell.errors import StepwellError
 
 
@@ -155,24 +156,23 @@ class Coalescer:
             frame: Frame = InFlightFrame(self, members, now_s)
             self._in_flight[frame] = None
             frame.send(self._link, self._max_message_bytes)
-            self._watch(frame)
+            self._watch(frame, frame.deadlines)
 
-    def _watch(self, frame: Frame) -> None:
-        """Sets the timer for the next time limit of the frame's members, if it is in flight."""
+    def _watch(self, frame: Frame, deadlines: Collection[Deadline]) -> None:
+        """Sets the timer for the next of these time limits of the frame's members, if it is in flight."""
         if frame in self._in_flight:
-            waiting = {member.step.deadline for member in frame.members if member.outcome is None}
-            if not waiting:
+            if not deadlines:
                 self.over(frame)  # no caller waits for it
                 return
             # 0 if a limit has just passed: the timer ends its members, and the others keep waiting
-            next_s = earliest(waiting).remaining_s()
+            next_s = earliest(deadlines).remaining_s()
             if next_s < float("inf"):
                 self._in_flight[frame] = self._loop.call_later(next_s, self._on_time_limit, frame)
 
     def _on_time_limit(self, frame: Frame) -> None:
         late = [member for member in frame.members if member.step.deadline.remaining_s() <= 0]
         abandon(late, unanswered())
-        self._watch(frame)
+        self._watch(frame, {member.step.deadline for member in frame.members if member.outcome is None})
 
     def over(self, frame: Frame) -> None:
         """A frame is over: every step has its answer, or nobody waits for it."""

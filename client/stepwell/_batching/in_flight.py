@@ -38,7 +38,7 @@ class Owner(Protocol[M]):
 class InFlightFrame(Generic[M]):
     """A frame that was sent and is not completely answered."""
 
-    __slots__ = ("_frame", "_owner", "deadline", "forget", "members", "sent_s")
+    __slots__ = ("_frame", "_owner", "deadline", "deadlines", "forget", "members", "sent_s")
 
     def __init__(self, owner: Owner[M], members: Sequence[M], sent_s: float) -> None:
         self.sent_s = sent_s
@@ -47,11 +47,11 @@ class InFlightFrame(Generic[M]):
         self._frame: Frame | OneStep
         if len(members) == 1:
             step = members[0].step
-            self.deadline = step.deadline
+            self.deadlines, self.deadline = {step.deadline}, step.deadline
             self._frame = OneStep(step, functools.partial(framed, members))
         else:
-            # The latest one: no member may be cut short.
-            self.deadline = latest({member.step.deadline for member in members})
+            self.deadlines = {member.step.deadline for member in members}
+            self.deadline = latest(self.deadlines)  # no member may be cut short
             self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing
 

@@ -47,19 +47,8 @@ def step_change(
     return Change("step", packed, selection, rows, mask, names, selected_states)
 
 
-def plain_form(inputs: Array, row_count: int, outputs: object, time: object, states: object) -> Change | None:
-    """The change of a step of one array that is sent as it is, all but its data; None for another step.
-
-    It is checked and made once for all steps that are alike.
-    """
-    try:
-        return _form(inputs.dtype, inputs.shape, row_count, outputs, time, states)
-    except TypeError:  # a list of outputs
-        return None
-
-
 @functools.lru_cache(maxsize=256)
-def _form(
+def plain_form(
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
     row_count: int,
@@ -67,6 +56,13 @@ def _form(
     time: object,
     states: object,
 ) -> Change | None:
+    """The change of a step of one array that is sent as it is, all but its data; None for another step.
+
+    It is checked and made once for all steps that are alike.
+
+    Raises:
+        TypeError: An argument is not hashable, such as a list of outputs.
+    """
     number = sent_as_is(dtype)
     if number is None or shape[:1] != (row_count,) or 0 in shape:
         return None
