@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,3 +170,47 @@ def test_a_repair_finds_all_records_of_a_session_with_a_corrupt_key(tmp_path: Pa
     found = repair.repair(chain.path, CLOCK)
     assert (found.recovered, found.damaged, found.lost) == (["a"], [], 0)
     assert read(opened(chain.path)) == {"a": chain.a.whole, "b": chain.b.whole}
+
+
+def test_a_page_of_earlier_records_concerns_their_sessions_alone(tmp_path: Path) -> None:
+    """A transaction that meets such a page cannot be used any more; those behind it are read by another one."""
+    store = opened(tmp_path / "store")
+    sessions = {name: Windowed(name) for name in (f"s{number:02}" for number in range(60))}
+    puts = [(name, each.whole) for name, each in sessions.items()]
+    base_of(store).commit(Batch(puts=puts, counts=[("m", len(puts))]))
+    for _ in range(3):
+        base_of(store).commit(Batch(puts=[(name, each.step()) for name, each in sessions.items()]))
+    path = crash_copy(store)
+    store.close()
+    file = path / "sessions" / "data.mdb"
+    data, page = bytearray(file.read_bytes()), mmap.PAGESIZE
+    found = data.find(puts[5][1])
+    while found >= 0:
+        start = found // page * page
+        data[start : start + 16] = b"\xff" * 16
+        found = data.find(puts[5][1], found + 1)
+    file.write_bytes(data)
+
+    def corrupt(path: Path) -> list[str]:
+        store = opened(path)
+        found = [each.record for each in fetched(store, [*sessions])]
+        store.close()
+        names = [name for name, record in zip(sessions, found, strict=True) if not is_whole(name, record)]
+        assert all(
+            record == sessions[name].whole
+            for name, record in zip(sessions, found, strict=True)
+            if name not in names
+        )
+        return names
+
+    def is_whole(name: str, record: RecordBytes | None) -> bool:
+        return record is not None and header_or_none(name, record) is not None
+
+    names = corrupt(path)
+    assert "s05" in names
+    assert len(names) < 20
+    assert verification.verify(path, None).damaged == names
+    assert backup.back_up(path, tmp_path / "backup", CLOCK).damaged == len(names)
+    repaired = repair.repair(path, CLOCK)
+    assert (repaired.damaged, repaired.sessions, repaired.lost) == (names, 60, 0)
+    assert corrupt(path) == names

@@ -36,6 +36,11 @@ from stepwell_server.store.record import RecordBytes, is_change, is_sound, super
 DATA = Path("sessions") / "data.mdb"
 _LOG = "wal"
 _MAX_TRIES = 5
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError)
+
+
+class StoreChanged(StoreError):
+    """A server has changed the store meanwhile."""
 
 
 class Entry(NamedTuple):
@@ -52,29 +57,40 @@ class Entry(NamedTuple):
 class Snapshot:
     """See the module. Created by `opened`. For one thread, in a process that has not opened the store in another way."""
 
-    def __init__(
-        self, path: Path, environment: Any, transaction: Any, log: dict[str, list[RecordBytes]]
-    ) -> None:
+    def __init__(self, path: Path, environment: Any, log: dict[str, list[RecordBytes]]) -> None:
         self.path = path
         self._environment = environment
         self.log = log
         """The last record of each session in the write-ahead log, and those there that it needs."""
-        self._transaction = transaction
-        names = (b"sessions", b"tombstones", b"meta")
         self._sessions, self._tombstones, self._meta = (
-            environment.open_db(name, txn=transaction, create=False) for name in names
+            environment.open_db(name, create=False) for name in (b"sessions", b"tombstones", b"meta")
         )
         self._documents = self._earlier = None
         with contextlib.suppress(lmdb.NotFoundError):  # an earlier release made it
-            self._earlier = environment.open_db(earlier.NAME, txn=transaction, create=False)
+            self._earlier = environment.open_db(earlier.NAME, create=False)
         with contextlib.suppress(lmdb.NotFoundError):  # it may be missing in a corrupt store
-            self._documents = environment.open_db(b"documents", txn=transaction, create=False)
-        self.meta: dict[bytes, bytes] = dict(transaction.cursor(self._meta).iternext())
+            self._documents = environment.open_db(b"documents", create=False)
+        # only transactions that begin afterwards can use the databases
+        self._transaction = environment.begin()
+        self._second = self._again()
+        """Of the same data, for earlier records: a corrupt page of them makes it unusable, and not the first one."""
+        self.meta: dict[bytes, bytes] = dict(self._transaction.cursor(self._meta).iternext())
         """The facts about the store as a whole, see `meta`."""
 
     def again(self) -> Snapshot:
         """Open a new snapshot of a store that no server uses: after a corrupt page, this one is unusable."""
-        return Snapshot(self.path, self._environment, self._environment.begin(), self.log)
+        return Snapshot(self.path, self._environment, self.log)
+
+    def _again(self) -> Any:
+        """Begin another transaction of the same data.
+
+        Raises:
+            StoreChanged: a server has changed the data.
+        """
+        second = self._environment.begin()
+        if second.id() != self._transaction.id():
+            raise StoreChanged(f"the store in {self.path} must not change while a page of it cannot be read")
+        return second
 
     @property
     def key_checks(self) -> dict[str, bytes]:
@@ -175,10 +191,17 @@ class Snapshot:
             logged = []
         if logged and not is_change(logged[0]):
             return value_of(logged)
-        stored: RecordBytes | None = record
-        if self._earlier is not None:
-            stored = earlier.completed(self._transaction, self._earlier, session_id, record)
-        return merged(session_id, logged, stored) or b""
+        return merged(session_id, logged, self._completed(session_id, record)) or b""
+
+    def _completed(self, session_id: str, record: RecordBytes) -> RecordBytes | None:
+        """Return the value of a session in LMDB; its last record alone if a page with others cannot be read."""
+        if self._earlier is None:
+            return record
+        try:
+            return earlier.completed(self._second, self._earlier, session_id, record)
+        except _DAMAGE:
+            self._second = self._again()
+            return record
 
 
 @contextlib.contextmanager
@@ -195,10 +218,16 @@ def opened(path: Path) -> Iterator[Snapshot]:
             stack.enter_context(read_lock(path))
             environment = _open(path)
             stack.callback(environment.close)
-            log = _log(path, environment)
-            yield Snapshot(path, environment, stack.enter_context(environment.begin()), log)
+            yield _snapshot(path, environment, _log(path, environment))
     except (lmdb.Error, OSError) as error:
         raise StoreError(f"the store in {path} must be readable: {error}") from error
+
+
+def _snapshot(path: Path, environment: Any, log: dict[str, list[RecordBytes]]) -> Snapshot:
+    for _ in range(_MAX_TRIES):
+        with contextlib.suppress(StoreChanged):
+            return Snapshot(path, environment, log)
+    raise StoreError(f"{path / DATA} must be readable; it changed between all reads")
 
 
 def _open(path: Path) -> Any:
