@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from stepwell.v1 import sessions_pb2 as pb
 from support.servers.server_process import FEATURES, ServerProcess, connect, serve, tensor
+from support.telemetry.scrape import samples_of
 
 TIMEOUT_S = 100.0
 _LIMITED = Path(__file__).with_name("low_limits.py")
@@ -54,11 +54,10 @@ class AttackedServer:
     def number(self, name: str, *labels: str) -> float:
         """A number of the metrics."""
         with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=TIMEOUT_S) as response:
-            families = text_string_to_metric_families(response.read().decode())
-        for family in families:
-            for sample in family.samples:
-                if (sample.name, tuple(sample.labels.values())) == (name, labels):
-                    return sample.value
+            samples = samples_of(response.read().decode(), name)
+        for sample in samples:
+            if tuple(sample.labels.values()) == labels:
+                return sample.value
         raise LookupError((name, labels))
 
     def refused(self, reason: str) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import urllib.request
 from collections.abc import Iterator, Mapping
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 _TIMEOUT_S = 100.0
 _TYPE = re.compile(r"^# TYPE (\S+) (\S+)$", re.MULTILINE)
@@ -18,16 +20,31 @@ _BAD_UNITS |= {"kb", "mb", "gb", "kilobytes", "megabytes", "gigabytes", "bits"}
 _TYPES = {"counter", "gauge", "histogram", "summary"}
 
 
+def parsed(text: str) -> list[Sample]:
+    """The samples in an answer to a scrape, or in some lines of one."""
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def samples_of(text: str, name: str) -> list[Sample]:
+    """The samples of one name. An answer has hundreds of others: to parse all of them takes thirty milliseconds."""
+    lines = re.findall(rf"^{re.escape(name)}[{{ ].*$", text, re.MULTILINE)
+    return parsed("\n".join([*lines, ""]))
+
+
 class Scrape:
     """The answer of a server to a scrape."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
-        ]
         self._kinds = dict(_TYPE.findall(text))
-        self._values = {(each.name, frozenset(each.labels.values())): each.value for each in self._samples}
+
+    @functools.cached_property
+    def _samples(self) -> list[Sample]:
+        return parsed(self.text)
+
+    @functools.cached_property
+    def _values(self) -> dict[tuple[str, frozenset[str]], float]:
+        return {(each.name, frozenset(each.labels.values())): each.value for each in self._samples}
 
     @classmethod
     def of(cls, address: str) -> Scrape:
@@ -42,11 +59,14 @@ class Scrape:
 
     def value(self, name: str, *labels: str) -> float:
         """A value by name and label values, in any order."""
-        return self._values[name, frozenset(labels)]
+        for sample in samples_of(self.text, name):
+            if frozenset(sample.labels.values()) == frozenset(labels):
+                return sample.value
+        raise KeyError((name, labels))
 
     def series(self, name: str) -> list[Mapping[str, str]]:
         """The labels of each series of a name."""
-        return [sample.labels for sample in self._samples if sample.name == name]
+        return [sample.labels for sample in samples_of(self.text, name)]
 
     @property
     def size(self) -> int:
