@@ -302,7 +302,7 @@ def test_nothing_stands_in_for_versions_that_a_start_beside_the_traffic_has_yet_
     tmp_path: Path,
 ) -> None:
     """New sessions wait for the default, and sessions for their version: the SDK comes back by itself."""
-    count = 12
+    count = 6
     options = _after_loads(tmp_path, count)
     x = random_tensor(1, 1, 1, FEATURES)
     with ServerProcess(*options) as server, grpc.insecure_channel(server.address) as channel:
@@ -324,7 +324,7 @@ def test_nothing_stands_in_for_versions_that_a_start_beside_the_traffic_has_yet_
 
 def test_a_default_that_a_call_chooses_beside_the_start_is_kept(tmp_path: Path) -> None:
     """Also if it takes away the one that was the default before."""
-    count = 12
+    count = 6
     options = _after_loads(tmp_path, count)
     with ServerProcess(*options) as server, stepwell.connect(server.address) as client:
         for _ in range(2):
