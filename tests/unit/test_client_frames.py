@@ -12,7 +12,7 @@ import pytest
 from stepwell import errors
 from stepwell._batching.frames import Change, Frame, Gathered, Part
 from stepwell._batching.step_arguments import step_change
-from stepwell._batching.steps import Step, Stepped, answer, framed
+from stepwell._batching.steps import Step, Stepped, answer, framed, in_frames
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import Array, pack, to_messages, unpack
 from stepwell._transport.retry import Deadline
@@ -212,6 +212,35 @@ class Waiting:
 
     def fail(self, error: BaseException) -> None:
         self.answer = error
+
+
+def as_form(step: Step) -> Step:
+    """The same step with its data apart, as `AsyncSession.step` makes it."""
+    [tensor] = step.change.tensors
+    form = step.change._replace(tensors=(tensor._replace(data=b""),))
+    return step._replace(form=form, data=tensor.data)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 2)])
+@pytest.mark.parametrize("forms", [(True, True, True), (True, False, True), (False, True, True)])
+def test_steps_with_their_data_apart_make_the_same_frame(
+    sizes: tuple[int, ...], forms: tuple[bool, ...]
+) -> None:
+    random = np.random.default_rng()
+    whole = []
+    for name, rows in zip("abc", sizes, strict=True):
+        change = step_change(random.standard_normal((rows, 3), np.float32), rows)
+        whole.append(Step("m", name, change, rows, 0, 1, Deadline(1.0)))
+    mixed = [as_form(step) if is_form else step for step, is_form in zip(whole, forms, strict=True)]
+    assert [step.change for step in mixed] == [step.change for step in whole]
+    frames = []
+    for steps in (whole, mixed):
+        [members] = in_frames([Waiting(step) for step in steps], 1 << 20)
+        frames.append(message_of(framed(members), 1, Deadline(math.inf)))
+    assert frames[0] == frames[1]
+    largest = max(step.input_bytes() for step in whole) + 100
+    parts = [list(in_frames([Waiting(step) for step in steps], largest)) for steps in (whole, mixed)]
+    assert [len(part) for part in parts[0]] == [len(part) for part in parts[1]]
 
 
 def test_steps_that_ask_for_the_same_share_a_frame() -> None:
