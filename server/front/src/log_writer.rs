@@ -294,6 +294,7 @@ mod tests {
         });
         assert!(writer.write(Job { then: Some(then), ..job(open, b"a", 0) }));
         let _ = has_started.recv();
+        assert!(is_readable(&writer, 0), "the event loop need not wait for the answers");
         assert!(ended(&writer).result.is_ok());
         (writer, sender)
     }
