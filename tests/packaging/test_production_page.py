@@ -2,7 +2,8 @@
 
 What needs systemd, a container tool or a cluster is marked in the page. pip finds the dependencies in this environment,
 as it would in one where they are installed: that they suffice in an empty one is tried by `make release`. It builds the
-native front from its sources, without the optimizer, and with the crates that `make front` has compiled before.
+native front from its sources, without the optimizer, and with the crates that `make front` has compiled before: with a
+copy of them, as the module without the optimizer must not come into a wheel that is built meanwhile.
 """
 
 from __future__ import annotations
@@ -173,6 +174,9 @@ def reader(root: Path) -> Iterator[Reader]:
         (temporary / ".cargo").mkdir(parents=True)
         (temporary / ".cargo" / "config.toml").write_text(UNOPTIMIZED)
         copy(root, clone)
+        compiled = root / "server" / "front" / "target" / "release"
+        if compiled.is_dir():
+            shutil.copytree(compiled, folder / "target" / "release")
         programs = [Path(sys.base_prefix) / "bin", Path(shutil.which("cargo") or "/usr/bin/cargo").parent]
         environment = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
         for tool in ("CARGO", "RUSTUP"):
@@ -185,7 +189,7 @@ def reader(root: Path) -> Iterator[Reader]:
             "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip")),
             "PIP_CONSTRAINT": str(root / "constraints.txt"),
             "PIP_COMPILE": "0",  # no bytecode of modules that are never imported
-            "CARGO_TARGET_DIR": str(root / "server" / "front" / "target"),
+            "CARGO_TARGET_DIR": str(folder / "target"),
             # the crate is copied there to be built, and cargo reads the settings in the folders above it
             "TMPDIR": str(temporary),
         }
