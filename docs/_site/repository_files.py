@@ -17,6 +17,7 @@ from repository import tracked_files
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.environment.adapters.toctree import global_toctree_for_doc
 
 FOLDER = "files"
 #: What Pygments calls the language of a file where its name does not say it.
@@ -94,9 +95,27 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         title = posixpath.basename(name)
         yield (
             f"{FOLDER}/{name}",
-            {"title": title, "body": f"<h1>{title}</h1><p><code>{name}</code></p>{code}", "parents": []},
+            {
+                "title": title,
+                "body": f"<h1>{title}</h1><p><code>{name}</code></p>{code}",
+                "parents": [],
+                "toctree": functools.partial(navigation, app, name.count("/") + 1),
+            },
             "page.html",
         )
+
+
+@functools.cache
+def navigation(app: Sphinx, folders: int, **options: Any) -> str:
+    """The tree of pages beside each page of a file that is so deep in folders.
+
+    Sphinx would resolve it for each page, in a quarter of a build's time. But such a page has no place in the tree, so
+    the trees of two pages differ only in their links, by the number of folders above the page.
+    """
+    page = "/".join([FOLDER] * folders + ["file"])
+    tree = global_toctree_for_doc(app.env, page, app.builder, tags=app.tags, **{"collapse": True} | options)
+    fragment: str = app.builder.render_partial(tree)["fragment"]
+    return fragment
 
 
 def language_of(path: Path) -> str:

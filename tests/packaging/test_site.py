@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import check_site
 import pytest
@@ -79,3 +80,30 @@ def test_public_names_that_no_page_describes_are_found(tmp_path: Path) -> None:
     header = b"# Sphinx inventory version 2\n# Project: a\n# Version: 1\n# zlib\n"
     (tmp_path / "objects.inv").write_bytes(header + zlib.compress("\n".join(described).encode()))
     assert list(check_site.missing_names(tmp_path)) == ["stepwell.Client: no page describes it"]
+
+
+def test_pages_of_files_share_the_navigation_of_their_depth(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(root / "docs" / "_site")
+    import repository_files  # imports Sphinx
+
+    resolved: list[str] = []
+
+    def resolve(_env: object, page: str, _builder: object, **options: object) -> str:
+        resolved.append(page)
+        return f"{page} {options['maxdepth']}"
+
+    monkeypatch.setattr(repository_files, "global_toctree_for_doc", resolve)
+    app = mock.Mock()
+    app.builder.render_partial = lambda tree: {"fragment": tree}
+    asked = [(1, 2), (2, 2), (1, 2), (2, 2), (1, 3)]
+    found = [repository_files.navigation(app, folders, maxdepth=depth) for folders, depth in asked]
+    assert found == [
+        "files/file 2",
+        "files/files/file 2",
+        "files/file 2",
+        "files/files/file 2",
+        "files/file 3",
+    ]
+    assert resolved == ["files/file", "files/files/file", "files/file"]
