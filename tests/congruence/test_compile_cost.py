@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -65,3 +66,19 @@ def test_a_step_replaces_one_time_step_of_each_window(tmp_path: Path) -> None:
     assert windows["conv/last"] == 8
     assert program.state_row_bytes == 4 * (8 * 6 + 7 + 7)
     assert program.changed_state_row_bytes == 4 * (6 + 7 + 7)
+
+
+def test_a_compilation_does_nothing_twice(
+    keras: Any, trace_and_probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorflow.python.util import tf_inspect
+
+    from stepwell_server.compile.probe.whole_call import WholeCall
+
+    perturbed = mock.create_autospec(WholeCall.perturbed, side_effect=WholeCall.perturbed)
+    monkeypatch.setattr(WholeCall, "perturbed", perturbed)
+    monkeypatch.setattr(tf_inspect, "getcallargs", None)  # TensorFlow's, to warn of arguments of its own
+    x = keras.Input((None, 4))
+    traced = trace_and_probe(keras.Model(x, keras.layers.Softmax()(keras.layers.Dense(3)(x))))
+    assert perturbed.call_count == 2
+    assert [sample.noise[name].shape for sample in traced.evidence for name in sample.noise] == [(8, 512)] * 2

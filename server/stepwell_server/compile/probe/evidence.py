@@ -59,22 +59,30 @@ def gather(plan: Plan, sampler: Sampler, steps: int, whole: WholeCall) -> list[E
         ModelError: two calls differ, a row changes when another row is disturbed, or Keras's call fails.
     """
     rng = np.random.default_rng(17)
-    temporal = plan.temporal
-    inputs = sampler.hard(rng, temporal, steps)
-    disturbed, times = sampler.disturbed(rng, temporal, inputs)
+    inputs = sampler.hard(rng, plan.temporal, steps)
+    disturbed, times = sampler.disturbed(rng, plan.temporal, inputs)
     with explained(plan.interface.model, _RUNS_NOT.format(steps)):
         usual, again, moved = whole(inputs), whole(inputs), whole(disturbed)
     for spec in plan.outputs:
-        name, timed = spec.name, spec.temporal
-        if not _same(usual[name], again[name]):
+        if not _same(usual[spec.name], again[spec.name]):
             raise ModelError(
-                f"two calls of the model differ: output {quoted(name)} differs for the same inputs"
+                f"two calls of the model differ: output {quoted(spec.name)} differs for the same inputs"
             )
-        _refuse_moves(name, timed, usual[name], moved[name], times)
-    held, kept = sampler.whole, sampler.exact
+        _refuse_moves(spec.name, spec.temporal, usual[spec.name], moved[spec.name], times)
+    noise = _noise(  # One call for both: each takes a loop over all time steps, whatever its rows.
+        plan,
+        whole,
+        [np.concatenate(pair) for pair in zip(inputs, disturbed, strict=True)],
+        {name: np.concatenate([usual[name], moved[name]]) for name in usual},
+        sampler.whole,
+        sampler.exact,
+    )
     return [
-        Evidence(steps, tuple(values), outputs, _noise(plan, whole, values, outputs, held, kept))
-        for values, outputs in ((inputs, usual), (disturbed, moved))
+        Evidence(steps, tuple(values), outputs, {name: found[part] for name, found in noise.items()})
+        for values, outputs, part in (
+            (inputs, usual, slice(len(inputs[0]))),
+            (disturbed, moved, slice(len(inputs[0]), None)),
+        )
     ]
 
 
