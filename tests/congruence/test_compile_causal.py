@@ -16,7 +16,7 @@ from stepwell_server.engine.executors import litert, load_executor
 from stepwell_server.engine.executors.step_function import Step, initial_rows, step_of_executor
 from stepwell_server.program import FLATBUFFER, Program
 from support.models import causal, everyday
-from support.models.compiled import Compiled
+from support.models.compiled import Compiled, causal_model
 from support.models.programs import compile_model
 from support.samples import one_in
 
@@ -44,19 +44,9 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
 TAKEN = {"conv_dilated": [(2, 4)], "shift": [(3, 4)], "difference_to_shifted": [(1, 4)]}
 
 
-def compiled(name: str, folder: Path) -> Compiled:
-    """Compile a model; names of Keras's operations are those of a model built first."""
-    from stepwell_server.compile.graph.tensorflow_setup import keras
-
-    keras.backend.clear_session()
-    model = causal.build(name)
-    model.save(folder / "model.keras")
-    return Compiled(name, model, compile_model(folder / "model.keras"))
-
-
 @pytest.fixture(scope="module", params=one_in(20, causal.CAUSAL))
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return compiled(request.param, tmp_path_factory.mktemp("causal"))
+def model(request: pytest.FixtureRequest) -> Compiled:
+    return causal_model(request.param)
 
 
 @dataclasses.dataclass
@@ -143,8 +133,8 @@ def test_it_is_proven_and_its_states_are_named(model: Compiled) -> None:
 
 
 @pytest.mark.slow
-def test_a_window_starts_with_what_the_layers_make_of_the_padding(tmp_path: Path) -> None:
-    model = compiled("conv_on_padding_with_bias", tmp_path)
+def test_a_window_starts_with_what_the_layers_make_of_the_padding() -> None:
+    model = causal_model("conv_on_padding_with_bias")
     (window,) = model.program.initial
     dense = next(layer for layer in model.model.layers if type(layer).__name__ == "Dense")
     expected = np.tanh(np.asarray(dense.bias))
@@ -199,9 +189,9 @@ TRANSPOSED = [name for name in causal.CAUSAL if name.startswith("transposed")]
 
 
 @pytest.mark.parametrize("name", one_in(4, TRANSPOSED))
-def test_an_infinite_element_reaches_what_it_reaches_in_keras(name: str, tmp_path: Path) -> None:
+def test_an_infinite_element_reaches_what_it_reaches_in_keras(name: str) -> None:
     """A tap of zero, in front of an element that takes no part in a result, would make NaN of it."""
-    model = compiled(name, tmp_path)
+    model = causal_model(name)
     rng, steps = np.random.default_rng(1), 24
     for value in (np.inf, -np.inf, np.nan):
         x = rng.standard_normal((3, steps, *causal.FEATURES[name])).astype(np.float32)

@@ -16,8 +16,8 @@ from stepwell_server.engine.executors.litert import LiteRTExecutor
 from stepwell_server.engine.executors.padded import chunks
 from stepwell_server.engine.executors.step_function import step_of_executor
 from stepwell_server.program import FLATBUFFER, Program
-from support.models import causal, programs
-from support.models.compiled import Compiled, zoo_model
+from support.models import programs
+from support.models.compiled import Compiled, causal_model, zoo_model
 from support.models.programs import compile_model
 from support.samples import one_in
 
@@ -291,20 +291,20 @@ def test_a_trial_runs_each_batch_at_its_own_size(tokens: Compiled) -> None:
 
 #: All have transposed convolutions.
 _SPREAD = (
-    "upsampling",
     "late",
-    "transposed",
+    "upsampling",
     "transposed_unevenly",
     "transposed_2d",
     "codec",
     "seanet_decoder",
+    "transposed",
 )
 
 
 @pytest.mark.parametrize("name", one_in(6, _SPREAD))
-def test_a_row_has_the_same_bits_at_each_place_of_a_batch(tmp_path: Path, name: str, late: Program) -> None:
+def test_a_row_has_the_same_bits_at_each_place_of_a_batch(name: str, late: Program) -> None:
     """The kernels without XNNPACK compute the last rows of a batch in another way than four at a time."""
-    program = late if name == "late" else _compiled(name, tmp_path)
+    program = late if name == "late" else _program(name)
     assert bool(program.batch_sizes) == (name == "late")
     rng, count = np.random.default_rng(2), 40
     specs: list[Any] = [*program.inputs, *program.state]
@@ -390,10 +390,10 @@ def _upsampling() -> Any:
     return model
 
 
-def _compiled(name: str, folder: Path) -> Program:
-    model: Any = _upsampling() if name == "upsampling" else causal.build(name)
-    model.save(folder / "model.keras")
-    return compile_model(folder / "model.keras")
+def _program(name: str) -> Program:
+    if name == "upsampling":
+        return programs.program(name, _upsampling, kept=programs.kept_with(__file__))
+    return causal_model(name).program
 
 
 @pytest.mark.parametrize(
@@ -405,8 +405,8 @@ def _compiled(name: str, folder: Path) -> Program:
         pytest.param("seanet_units", marks=pytest.mark.slow),
     ],
 )
-def test_runs_compute_the_same_at_sizes_that_change(tmp_path: Path, name: str, late: Program) -> None:
-    program = late if name == "late" else _compiled(name, tmp_path)
+def test_runs_compute_the_same_at_sizes_that_change(name: str, late: Program) -> None:
+    program = late if name == "late" else _program(name)
     assert litert.places_tensors_late(program.files[FLATBUFFER]) == (name == "late")
     assert program.executor == "litert", program.executor_reason
     rng, sizes = np.random.default_rng(1), (2, 3, 5, 6, 7, 8, 9, 12, 16, 17, 33, 64)

@@ -12,7 +12,7 @@ import numpy as np
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.engine.executors.base import Executor
 from stepwell_server.program import Program
-from support.models import programs, zoo
+from support.models import causal, programs, zoo
 
 #: The value that each masked model reads as "no data".
 _MASK_VALUES = {"masking": -1.0, "mask_with_zero_output": 0.0, "mask_over_stacked_cells": 0.0}
@@ -84,3 +84,15 @@ class Compiled:
 def zoo_model(name: str) -> Compiled:
     """The zoo model ``name``, compiled once per test run. A test that changes the Keras model builds its own."""
     return Compiled(name, zoo.build(name), programs.program(name))
+
+
+@functools.cache
+def causal_model(name: str) -> Compiled:
+    """The same for a model of `support.models.causal`; operations without a name are named as in a model built first."""
+    from stepwell_server.compile.graph.tensorflow_setup import keras
+
+    def build() -> Any:
+        keras.backend.clear_session()
+        return causal.build(name)
+
+    return Compiled(name, build(), programs.program(f"causal-{name}", build, kept=programs.kept_folder()))
