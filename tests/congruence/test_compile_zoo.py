@@ -8,8 +8,8 @@ import pytest
 from stepwell_server.engine.executors import litert, load_executor
 from stepwell_server.program import FLATBUFFER
 from support.models.compiled import Compiled, zoo_model
-from support.models.zoo import SERVED
-from support.samples import one_in
+from support.models.zoo import COMMON, SERVED
+from support.samples import only
 
 STATES = {
     "seed_model": ["rnn/h", "rnn/c"],
@@ -36,10 +36,12 @@ ON_TENSORFLOW = {
     "lookup_table",
     "int8_dense",
 }
+#: Compiled for other tests, too, besides one for TensorFlow.
+_QUICK = (*COMMON, "fixed_length_tokens", "swapper", "accumulator", "not_convertible")
 TOLERANCE = {"half_precision": 4e-3, "mixed_float16": 4e-3, "mixed_bfloat16": 3e-2}
 
 
-@pytest.fixture(scope="module", params=one_in(8, SERVED))
+@pytest.fixture(scope="module", params=only(_QUICK, SERVED))
 def zoo(request: pytest.FixtureRequest) -> Compiled:
     return zoo_model(request.param)
 

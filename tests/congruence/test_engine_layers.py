@@ -11,7 +11,8 @@ from stepwell_server.engine.executors import load_executor
 from support.checks.reference_cells import lstm_step
 from support.engine.harness import Harness, running
 from support.models.compiled import Compiled, zoo_model
-from support.samples import one_in
+from support.models.zoo import COMMON
+from support.samples import only
 
 KINDS = [
     "lstm_dense",
@@ -37,7 +38,7 @@ KINDS = [
 OTHERS = 500
 
 
-@pytest.fixture(scope="module", params=one_in(4, KINDS))
+@pytest.fixture(scope="module", params=only(set(COMMON).intersection(KINDS), KINDS))
 def kind(request: pytest.FixtureRequest) -> Compiled:
     return zoo_model(request.param)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -57,6 +57,16 @@ def one_in(count: int, values: Iterable[Any]) -> list[Any]:
     return [
         pytest.param(value, marks=_marks_between(place) if place % count else ())
         for place, value in enumerate(values)
+    ]
+
+
+def only(quick: Collection[str], values: Iterable[str]) -> list[Any]:
+    """The same where `quick` names those that are not `slow`, such as the models that other quick tests compile as well."""
+    found = list(values)
+    assert set(quick) <= set(found), f"{set(quick) - set(found)} must be among the values"
+    return [
+        pytest.param(value, marks=() if value in quick else _marks_between(place))
+        for place, value in enumerate(found)
     ]
 
 

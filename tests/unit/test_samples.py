@@ -144,6 +144,10 @@ def test_of_a_long_table_ci_runs_half() -> None:
     marks = [[mark.name for mark in value.marks] for value in samples.one_in(4, range(9))]
     slow, soak = ["slow"], ["slow", "soak"]
     assert marks == [[], soak, slow, soak, [], soak, slow, soak, []]
+    marks = [[mark.name for mark in value.marks] for value in samples.only(("b", "c"), "abcdef")]
+    assert marks == [slow, [], [], soak, slow, soak]
+    with pytest.raises(AssertionError, match="'g'"):
+        samples.only(("g",), "abcdef")
 
 
 def test_of_many_slow_cases_ci_runs_a_sixth() -> None:

@@ -10,6 +10,11 @@ import numpy as np
 Builder = Callable[[Any], Any]
 SERVED: dict[str, Builder] = {}
 """Models that Stepwell must serve, by name; each takes the ``keras`` module."""
+COMMON = (
+    *("lstm_dense", "lstm_last_only", "gru_reset_after", "masking", "embedding_mask_zero"),
+    "several_inputs_and_outputs",
+)
+"""Those of them that many tests use: one more test of such a model compiles nothing."""
 REFUSED: dict[str, tuple[Builder, str]] = {}
 """Models that it must refuse, with a pattern of the message."""
 
