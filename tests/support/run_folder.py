@@ -16,6 +16,7 @@ from pathlib import Path
 #: Names the run's folder to the processes among which pytest-xdist divides the tests.
 _FOLDER = "TEST_RUN_FOLDER"
 _MEMORY = Path("/dev/shm")
+_ROOM_BYTES = 1 << 30
 
 
 @functools.cache
@@ -28,8 +29,8 @@ def run_folder() -> Path:
 
 @functools.cache
 def memory_folder() -> Path:
-    """A folder in memory, or on disk where the system has none in memory. The first process that asks removes it."""
-    if not _MEMORY.is_dir():
+    """A folder in memory, or on disk where the system has little room in memory. The first process that asks removes it."""
+    if not _MEMORY.is_dir() or shutil.disk_usage(_MEMORY).free < _ROOM_BYTES:
         return run_folder()
     if f"{_FOLDER}_IN_MEMORY" not in os.environ:
         os.environ[f"{_FOLDER}_IN_MEMORY"] = _made(_MEMORY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -109,6 +110,21 @@ def stores_are_closed() -> Iterator[None]:
     yield
     if module := sys.modules.get("support.stores.disk_store"):
         module.close_all()
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder in memory for tests of stores, which flush thousands of files. That of a failed test is kept on disk."""
+    from support.run_folder import memory_folder
+
+    if not request.module.__name__.rpartition(".")[2].startswith("test_store_"):
+        yield tmp_path
+        return
+    failed = request.session.testsfailed
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        yield Path(folder)
+        if request.session.testsfailed > failed:
+            shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
 
 
 @pytest.fixture
