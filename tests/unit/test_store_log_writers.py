@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import resource
@@ -73,15 +74,22 @@ class Writing:
         write = self.segment.addition(parts)
         assert write is not None
         self.writer.begin(write)
-        while (result := self.writer.take()) is None:
-            await asyncio.wait_for(self._ended.wait(), WAIT_S)
-            self._ended.clear()
-        error, seconds = result
+        error, seconds = await self.taken()
         assert seconds > 0
         assert self.writer.take() is None, "each write is taken once"
         if error is None:
             self.segment.written(write)
         return error
+
+    async def taken(self) -> tuple[Exception | None, float]:
+        """The next write that ends."""
+        while (result := self.writer.take()) is None:
+            await self.until_one_ends()
+        return result
+
+    async def until_one_ends(self) -> None:
+        await asyncio.wait_for(self._ended.wait(), WAIT_S)
+        self._ended.clear()
 
     @property
     def data(self) -> bytes:
@@ -125,6 +133,23 @@ async def test_nothing_of_a_write_without_room_is_found(writing: Writing, room: 
     assert error.errno == errno.EFBIG
     assert set(writing.stored) == {"a"}
     assert await writing.write(one("d")) is None, "the next one takes its place"
+    assert set(writing.stored) == {"a", "d"}
+
+
+async def test_a_write_behind_a_failed_one_that_was_not_taken_is_not_made(writing: Writing) -> None:
+    """The event loop lays it out before it knows of the failure. It would be found behind a gap."""
+    assert await writing.write(one("a")) is None
+    failed = writing.segment.addition([one("b")])
+    assert failed is not None
+    behind = writing.segment.addition([one("c")], after=failed)
+    assert behind is not None
+    writing.writer.begin(dataclasses.replace(failed, at=2**63 - 1))  # no file is that long
+    await writing.until_one_ends()
+    writing.writer.begin(behind)
+    results = [await writing.taken(), await writing.taken()]
+    assert [isinstance(error, OSError) for error, _ in results] == [True, True]
+    assert set(writing.stored) == {"a"}
+    assert await writing.write(one("d")) is None, "the next one takes their place"
     assert set(writing.stored) == {"a", "d"}
 
 

@@ -36,6 +36,16 @@ pub struct Ended<D> {
     pub duration: Duration,
 }
 
+impl<D> Ended<D> {
+    fn behind_a_failed_one(data: D) -> Self {
+        Ended {
+            data,
+            result: Err(io::Error::from_raw_os_error(libc::ECANCELED)),
+            duration: Duration::ZERO,
+        }
+    }
+}
+
 /// The most writes that wait, run, or were not taken.
 const MAX_UNDER_WAY: usize = 2;
 
@@ -85,12 +95,18 @@ impl<D: AsRef<[u8]> + Send + 'static> LogWriter<D> {
     }
 
     /// Begin a write, after the one that is under way. Returns whether that was possible: at most one was, and the
-    /// writer is open.
+    /// writer is open. Behind one that failed and was not taken it fails too: it would be found behind a gap.
     pub fn write(&self, job: Job<D>) -> bool {
         let mut state = self.shared.state();
         let under_way = state.waiting.len() + usize::from(state.is_running) + state.ended.len();
         if state.is_closed || under_way >= MAX_UNDER_WAY {
             return false;
+        }
+        if state.ended.iter().any(|ended| ended.result.is_err()) {
+            state.ended.push_back(Ended::behind_a_failed_one(job.data));
+            drop(state);
+            self.shared.ended.ring();
+            return true;
         }
         state.waiting.push_back(job);
         drop(state); // the thread needs it when it wakes
@@ -173,9 +189,8 @@ impl<D: AsRef<[u8]>> Shared<D> {
         let has_failed = ended.result.is_err();
         state.ended.push_back(ended);
         if has_failed {
-            while let Some(Job { data, .. }) = state.waiting.pop_front() {
-                let result = Err(io::Error::from_raw_os_error(libc::ECANCELED));
-                state.ended.push_back(Ended { data, result, duration: Duration::ZERO });
+            while let Some(job) = state.waiting.pop_front() {
+                state.ended.push_back(Ended::behind_a_failed_one(job.data));
             }
         }
         state.is_running = false;
@@ -329,6 +344,21 @@ mod tests {
         assert!(writer.write(job(&open, b"d", 1)));
         assert!(ended(&writer).result.is_ok());
         assert_eq!(fs::read(&path).unwrap(), b"ad");
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_write_behind_a_failed_one_that_was_not_taken_is_not_made() {
+        let (path, open) = file("untaken", true);
+        let writer = LogWriter::new(&[open.as_raw_fd()], None).unwrap();
+        assert!(writer.write(Job { descriptor: -1, ..job(&open, b"a", 0) }));
+        assert!(is_readable(&writer, 60_000), "it has ended");
+        assert!(writer.write(job(&open, b"b", 1)));
+        assert!(ended(&writer).result.is_err());
+        assert_eq!(ended(&writer).result.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+        assert!(writer.write(job(&open, b"c", 0)));
+        assert!(ended(&writer).result.is_ok());
+        assert_eq!(fs::read(&path).unwrap(), b"c");
         fs::remove_file(path).unwrap();
     }
 

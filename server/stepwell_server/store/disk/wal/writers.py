@@ -94,8 +94,12 @@ class ThreadWriter(LogWriter):
     @override
     def begin(self, write: LogWrite, steps: Sequence[object] = ()) -> None:
         with self._changed:
-            self._waiting.append(write)
-            self._changed.notify()
+            problem = next((error for error, _ in self._ended if error is not None), None)
+            if problem is None:
+                self._waiting.append(write)
+                self._changed.notify()
+            else:
+                self._ended.append((problem, 0.0))  # the loop has yet to be called for the failed one
 
     @override
     def withdraw(self) -> bool:
@@ -141,6 +145,6 @@ class ThreadWriter(LogWriter):
         with self._changed:
             self._is_running = False
             self._ended.append((problem, seconds))
-            if problem is not None:  # the next one would be found behind a gap
+            if problem is not None:  # the next one would be found behind a gap, as in `begin`
                 self._ended.extend((problem, 0.0) for _ in self._waiting)
                 self._waiting.clear()
