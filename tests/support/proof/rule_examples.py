@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from stepwell_server.compile.causality.rules import elementwise
+from stepwell_server.compile.causality import constants
 from support.proof import rule_examples_loops, rule_examples_matrices
 from support.proof.rule_examples_matrices import Example
 
@@ -72,10 +72,10 @@ _OTHERS: list[Callable[[Any], Any]] = [
     lambda x: tf.ones((x.shape[0], x.shape[1], 1)) * 0.7,
     lambda x: tf.reverse(x, [2]),
 ]
-for _kind in elementwise.UNARY:
+for _kind in constants.UNARY:
     EXAMPLES[_kind] = [_unary(_kind)]
 _SPECIAL = {"AddN", "BiasAdd", "Betainc", "ClipByValue", "Complex", "SelectV2"}
-for _kind in elementwise.BROADCAST - _SPECIAL:
+for _kind in constants.BROADCAST - _SPECIAL:
     EXAMPLES[_kind] = [_binary(_kind, other) for other in _OTHERS]
     REFUSED[_kind] = [
         _binary(_kind, lambda x: tf.range(1.0, 1.0 + x.shape[1])[:, None] / 10.0),

@@ -33,7 +33,7 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: NotAdmitted) -
             return _ahead(model, layer, clause, fix)
         case Reason.END:
             return NotCausalError(f"model is not causal: {who} {clause}; {fix}")
-        case Reason.POSITION | Reason.LENGTH | Reason.RATE | Reason.PADDING:
+        case Reason.POSITION | Reason.LENGTH | Reason.RATE | Reason.PADDING | Reason.TABLE:
             return NotCausalError(f"{_STEP_BY_STEP}{who} {clause}; {fix}")
         case Reason.PYTHON:
             return ModelError(f"the model cannot become a program: {who} {clause}; {fix}")

@@ -21,6 +21,7 @@ from stepwell_server.compile.causality.axes import (
     is_plain,
     normal,
 )
+from stepwell_server.compile.causality.constants import Origin
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Array, Const, Data, equal, sizes
 
@@ -141,7 +142,7 @@ class Call:
         """Return ``axes``, after checking that a constant is uniform over those that are followed.
 
         Raises:
-            Refusal: it is not uniform, or it has a value for each pair of time steps or rows.
+            Refusal: it is not uniform, or not for certain, or it has a value for each pair of time steps or rows.
         """
         found = [factor for dim in axes for factor in dim]
         if (
@@ -151,13 +152,24 @@ class Call:
         if found.count(BATCH) > 1:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
         if all(is_plain(dim) for dim in axes):
-            if not const.is_same:
+            if const.origin.counts or not const.is_same:
                 raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
             return axes
-        first, second = (
-            self._evened(value, axes, scale.of)
-            for value, scale in zip(const.arrays(), (self.scales.first, self.scales.second), strict=True)
-        )
+        try:
+            first = self._evened(const.array, axes, self.scales.first.of)
+        except ValueError:  # Its numbers may exceed a table.
+            if not const.origin.counts:
+                raise
+        if const.origin.counts:
+            has_time = any(isinstance(factor, Time) for factor in found)
+            what = "time steps" if has_time else "rows of the batch"
+            raise Refusal(
+                Reason.POSITION if has_time else Reason.ROWS,
+                f"has a constant that counts the {what}, and may change beyond any number of them",
+            )
+        if const.origin is Origin.REPEATED:
+            return axes
+        second = self._evened(const.evaluators[1].array(const.second), axes, self.scales.second.of)
         if not equal(first, second):
             raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
         return axes

@@ -38,9 +38,10 @@ SCALES = (
     Scales(Scale(rows=37, steps=4099), Scale(rows=41, steps=16411)),
     Scales(Scale(rows=37, steps=16411), Scale(rows=41, steps=32771)),
 )
-#: The proof is repeated with it for models that it admits, because a layer may behave differently beyond the lengths above.
-#: Only those: constants of a refused model may have an element for each pair of time steps.
-_FAR = Scale(rows=2, steps=65537)
+#: The proof is repeated with the first of these on which it can be done for models that it admits, because a layer may
+#: behave differently beyond the lengths above. Only those: constants of a refused model may have an element for each pair
+#: of time steps. They are primes; the first is larger than the integers that float32 can count.
+FAR = (Scale(rows=2, steps=16_777_259), Scale(rows=2, steps=65_537))
 #: Long enough for most windows, and short enough that a model may create operations for each time step.
 _SMALL = (Scale(rows=3, steps=23), Scale(rows=3, steps=29))
 #: A layer with a loop over at least every second time step creates this many operations of one kind, at the first of
@@ -349,14 +350,14 @@ def _never(*_args: Any, **_options: Any) -> None:
     return None
 
 
-def cut_far(interface: Interface, cuts: Cuts) -> Cuts:
+def cut_far(interface: Interface, cuts: Cuts, scale: Scale) -> Cuts:
     """Trace the model on a far longer sequence, as the counterpart of the first trace, with the same loops left out.
 
     Raises:
         CutError: it does not run on it.
     """
-    far = _cut(interface, cuts.temporal, _FAR, kinds=cuts.first.kinds)[0]
-    return Cuts(cuts.temporal, Scales(cuts.first.scale, _FAR), cuts.first, far)
+    far = _cut(interface, cuts.temporal, scale, kinds=cuts.first.kinds)[0]
+    return Cuts(cuts.temporal, Scales(cuts.first.scale, scale), cuts.first, far)
 
 
 def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:

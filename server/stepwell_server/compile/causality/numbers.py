@@ -12,7 +12,8 @@ can compute such a constant.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,15 @@ from stepwell_server.compile.causality.axes import (
     time_of,
 )
 from stepwell_server.compile.causality.call import Call
-from stepwell_server.compile.causality.refusals import Refusal
+from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
 from stepwell_server.compile.causality.values import Const, Data, attributes, needed_by, sizes
+
+#: Beyond this number of time steps a session counts no further: 24 days at a thousand steps a second.
+MAX_NUMBER = 2**31 - 1
+_UNLIMITED = (-math.inf, math.inf)
+#: Their results have the values of their first input.
+_KEEPING = {"BroadcastTo", "Cast", "ExpandDims", "Identity", "Reshape", "Squeeze", "Tile", "Transpose"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +75,11 @@ class Numbered:
 
 
 def numbered(const: Const, known: Mapping[str, Data | Const], scales: Scales) -> Numbered | None:
-    """Return how a constant is determined by the number of the time step, or None."""
+    """Return how a constant is determined by the number of the time step, or None.
+
+    Raises:
+        Refusal: it is read from a table that later numbers exceed.
+    """
     found: dict[str, Data] = {}
     ops = [[op for _, op in needed_by([tensor], tensor.graph)] for tensor in (const.first, const.second)]
     if [op.type for op in ops[0]] != [op.type for op in ops[1]]:
@@ -82,6 +93,8 @@ def numbered(const: Const, known: Mapping[str, Data | Const], scales: Scales) ->
     result = found.get(const.first.name)
     if result is None:
         return None
+    for op in (op for op in ops[0] if op.type == "GatherV2" and op.inputs[1].name in found):
+        _require_in_table(op, found, known)
     rows = (i for i, size in enumerate(const.shape()) if size == scales.size((BATCH,)))
     return Numbered(found, result.axes, next(rows, None))
 
@@ -125,6 +138,80 @@ def _follow(
     return not call.notes.needs
 
 
+def _require_in_table(op: Any, found: Mapping[str, Data], known: Mapping[str, Data | Const]) -> None:
+    """Refuse a look-up of numbers that reach beyond a table, which both traces may be shorter than."""
+    table = op.inputs[0]
+    axis = known.get(op.inputs[2].name)
+    if table.name in found or not isinstance(axis, Const):
+        return
+    size = table.shape[int(axis.array)]
+    least, most = _limits(op.inputs[1], found, known)
+    if least < 0 or most >= size:
+        raise Refusal(
+            Reason.TABLE, f"looks up the number of each time step in a table of {size} rows, which has an end"
+        )
+
+
+def _limits(tensor: Any, found: Mapping[str, Data], known: Mapping[str, Data | Const]) -> tuple[float, float]:
+    """Return bounds of the values of a constant, at all time steps that a session can count."""
+    if tensor.name not in found:
+        value = known.get(tensor.name)
+        array = value.array if isinstance(value, Const) else np.empty(0)
+        return (float(array.min()), float(array.max())) if array.size else _UNLIMITED
+    op = tensor.op
+    if op.type == "Range":
+        start, growth = (_limits(op.inputs[i], found, known)[0] for i in (0, 2))
+        return _fitting(tensor.dtype, sorted((start, start + growth * MAX_NUMBER)))
+    if op.type in _KEEPING:
+        return _fitting(tensor.dtype, _limits(op.inputs[0], found, known))
+    if op.type == "SelectV2" and op.inputs[0].op.type == "Less":
+        return _chosen(op, found, known)
+    if op.type not in _LIMITS:
+        return _UNLIMITED
+    return _fitting(tensor.dtype, _LIMITS[op.type](*(_limits(one, found, known) for one in op.inputs)))
+
+
+def _chosen(op: Any, found: Mapping[str, Data], known: Mapping[str, Data | Const]) -> tuple[float, float]:
+    """Return bounds of one or the other, such as of numbers that are not below 0."""
+    one, two = (_limits(value, found, known) for value in op.inputs[0].op.inputs)
+    other = _limits(op.inputs[2], found, known)
+    if one[0] >= two[1]:  # It is never below.
+        return other
+    chosen = _limits(op.inputs[1], found, known)
+    return min(chosen[0], other[0]), max(chosen[1], other[1])
+
+
+def _fitting(dtype: Any, limits: Sequence[float]) -> tuple[float, float]:
+    """Return bounds, or that there are none: integers beyond those of their type begin at the other end."""
+    least, most = limits
+    is_beyond = dtype.is_integer and not (dtype.min <= least and most <= dtype.max)
+    return _UNLIMITED if is_beyond else (least, most)
+
+
+def _quotient(value: tuple[float, float], divisor: tuple[float, float]) -> tuple[float, float]:
+    is_usual = value[0] >= 0 and divisor[0] > 0
+    return (value[0] // divisor[1], value[1] // divisor[0]) if is_usual else _UNLIMITED
+
+
+def _product(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
+    return (one[0] * two[0], one[1] * two[1]) if min(one[0], two[0]) >= 0 else _UNLIMITED
+
+
+_LIMITS: dict[str, Callable[..., tuple[float, float]]] = {
+    "AddV2": lambda one, two: (one[0] + two[0], one[1] + two[1]),
+    "Sub": lambda one, two: (one[0] - two[1], one[1] - two[0]),
+    "Mul": _product,
+    "FloorDiv": _quotient,
+    "FloorMod": lambda _, divisor: (0.0, divisor[1] - 1) if divisor[0] > 0 else _UNLIMITED,
+    "Minimum": lambda one, two: (min(one[0], two[0]), min(one[1], two[1])),
+    "Maximum": lambda one, two: (max(one[0], two[0]), max(one[1], two[1])),
+    "ClipByValue": lambda value, least, most: (
+        min(max(value[0], least[0]), most[0]),
+        min(max(value[1], least[1]), most[1]),
+    ),
+}
+
+
 def _is_longer(time: Time | None, before: Time) -> bool:
     """Whether an operation put elements in front of a sequence of numbers, or behind it: they are not counted."""
     return time is None or time.start < before.start or time.start + time.extra > before.start + before.extra
@@ -137,7 +224,7 @@ def _counted(one: Any, two: Any, inputs: list[Any], scales: Scales) -> int | Non
     """
     start, _, step = inputs
     for value in (start, step):
-        if not isinstance(value, Const) or not value.is_same or np.any(np.mod(value.arrays()[0], 1)):
+        if not isinstance(value, Const) or not value.is_same or np.any(np.mod(value.array, 1)):
             return None
     (size,) = sizes(one.outputs[0], two.outputs[0])
     extra = Pair(size.first - scales.first.steps, size.second - scales.second.steps)

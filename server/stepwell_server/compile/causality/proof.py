@@ -20,11 +20,11 @@ from stepwell_server.compile.causality.axes import (
     time_of,
 )
 from stepwell_server.compile.causality.call import Call, Memory, Need, Rule
+from stepwell_server.compile.causality.constants import BROADCAST
 from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
-from stepwell_server.compile.causality.numbers import Numbered, numbered
+from stepwell_server.compile.causality.numbers import MAX_NUMBER, Numbered, numbered
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
-from stepwell_server.compile.causality.rules.elementwise import BROADCAST
 from stepwell_server.compile.causality.values import (
     OF_SHAPES,
     Before,
@@ -58,8 +58,6 @@ _DRAWS = (
     "StatefulStandardNormal",
     "StatefulUniform",
 )
-#: Beyond this number of time steps a session counts no further: 24 days at a thousand steps a second.
-_MAX_NUMBER = 2**31 - 1
 #: Operations that TensorFlow calls stateful, but whose results are constant while nothing is written.
 _READS = {
     "HashTableV2",
@@ -604,7 +602,7 @@ class _Frame:
             start = next((time.start for time in times if time is not None), 0)
             for place, number in numbers.items():
                 inner[place] = number.at(start)
-            needs.append(Need(Memory.COUNT, _MAX_NUMBER, others[0][0]))
+            needs.append(Need(Memory.COUNT, MAX_NUMBER, others[0][0]))
             self.walk.numbers[one.name] = {i: number.from_step(start) for i, number in numbers.items()}
         call = Call(one, two, tuple(inner), self.walk.scales, holds=self.walk.holds)
         spent = self._spent(one, inputs, needs)

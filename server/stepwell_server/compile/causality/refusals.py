@@ -17,6 +17,7 @@ class Reason(enum.Enum):
     PADDING = "do that before the padding, or pass the value as a feature of each time step"
     POSITION = "pass the position as an input feature, or remove it"
     LENGTH = "make it independent of the length: a served sequence has no end"
+    TABLE = "let the numbers stay within it, by keras.ops.minimum or a remainder (%), or pass what it returns as an input feature"
     RATE = (
         "use strides of 1 over time, or let each time step bring as many elements, as an input (batch, time, elements) that "
         "the model reshapes to (batch, time * elements, 1)"

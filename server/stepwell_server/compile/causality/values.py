@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import hashlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tensorflow.python.eager import context, execute
 
 from stepwell_server.compile.causality.axes import Axes, Pair, time_of
+from stepwell_server.compile.causality.constants import Origin, origin
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 Array = npt.NDArray[np.generic]
@@ -28,7 +29,13 @@ OF_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
 #: Attributes that do not affect the result of an operation, or are shapes of this trace.
 _UNIMPORTANT = {"shape", "Tshape", "output_shapes", "container", "shared_name"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
+#: Maximum of elements of a constant: those of one value for each row and time step of the longest trace.
+_MAX_ELEMENTS = 2**25 + 2**10
 _read: ContextVar[set[str] | None] = ContextVar("_read", default=None)
+
+
+class TooManyElementsError(Exception):
+    """A constant is too large to be computed."""
 
 
 class Before(enum.Enum):
@@ -76,12 +83,30 @@ class Const:
         return self.evaluators[0].array(self.first), self.evaluators[1].array(self.second)
 
     @property
+    def array(self) -> Array:
+        """Its value in the first trace."""
+        return self.evaluators[0].array(self.first)
+
+    @property
     def is_same(self) -> bool:
         """It has the same value in both traces."""
         if self.evaluators[0].digest(self.first) == self.evaluators[1].digest(self.second):
             return True
         first, second = self.arrays()
         return first.dtype == second.dtype and first.shape == second.shape and equal(first, second)
+
+    @property
+    def origin(self) -> Origin:
+        """How it is computed."""
+        known = self.evaluators[0].origins
+        for one, two in _in_pairs(self.first.op, self.second.op, known):
+            is_alike = one.type == two.type and len(one.inputs) == len(two.inputs)
+            is_alike = is_alike and attributes(one) == attributes(two)
+            known[one.name] = origin(one, two, known, self._is_other_same) if is_alike else Origin.OTHER
+        return known[self.first.op.name]
+
+    def _is_other_same(self, first: Any, second: Any) -> bool:
+        return Const(first, second, self.evaluators).is_same
 
     def pairs(self) -> list[Pair]:
         """Return its integers in the two traces, flattened.
@@ -116,6 +141,8 @@ class Evaluator:
     def __init__(self, given: Mapping[str, Any]) -> None:
         """``given`` has the values of placeholders, by name."""
         self._values: dict[str, Any] = dict(given)
+        self.origins: dict[str, Origin] = {}
+        """How constants are computed, by operation."""
         self._given = frozenset(given)
         self._digests: dict[str, bytes] = {name: str(id(value)).encode() for name, value in given.items()}
 
@@ -124,6 +151,7 @@ class Evaluator:
 
         Raises:
             ValueError: it cannot be computed.
+            TooManyElementsError: it is too large, or another one is that it needs.
         """
         if tensor.name in self._given and (read := _read.get()) is not None:
             read.add(tensor.name)
@@ -131,8 +159,11 @@ class Evaluator:
             for op in self._ordered(tensor.op, self._values):
                 if _is_of_open_shape(op):
                     raise ValueError("a shape depends on values")
+                if any((value.shape.num_elements() or 0) > _MAX_ELEMENTS for value in op.outputs):
+                    raise TooManyElementsError
                 try:
-                    results = self._results(op)
+                    with tf.init_scope():  # A graph may be in progress.
+                        results = self._results(op)
                 except Exception as error:  # TensorFlow may raise anything.
                     raise ValueError(f"a constant cannot be computed ({op.type})") from error
                 for result, value in zip(op.outputs, results, strict=True):
@@ -178,6 +209,21 @@ class Evaluator:
                 if op.type not in OF_SHAPES:
                     waiting += [(x.op, False) for x in op.inputs if x.name not in done]
         return order
+
+
+def _in_pairs(one: Any, two: Any, known: Collection[str]) -> Iterator[tuple[Any, Any]]:
+    """Yield the operations that two others need, side by side, dependencies first, without those that are known."""
+    waiting, seen = [(one, two, False)], set[str]()
+    while waiting:
+        first, second, is_ready = waiting.pop()
+        if is_ready:
+            yield first, second
+        elif first.name not in known and first.name not in seen:
+            seen.add(first.name)
+            waiting.append((first, second, True))
+            if first.type not in OF_SHAPES:
+                pairs = zip(first.inputs, second.inputs, strict=False)
+                waiting += [(value.op, other.op, False) for value, other in pairs]
 
 
 def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:

@@ -89,7 +89,7 @@ def _is_even(call: Call) -> bool:
     if call.kind != "ConcatV2":
         return True
     axis = int(call.integers(len(call.inputs) - 1)[0])
-    arrays = [value.arrays()[0] for value in call.inputs[:1] if isinstance(value, Const)]
+    arrays = [value.array for value in call.inputs[:1] if isinstance(value, Const)]
     is_one = isinstance(call.inputs[1], Data)
     return is_one and all(
         equal(array, np.broadcast_to(np.take(array, [0], axis), array.shape)) for array in arrays

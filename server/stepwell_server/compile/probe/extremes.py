@@ -1,6 +1,6 @@
 """Compares one step of an artefact with TensorFlow at inputs of every magnitude.
 
-A converted operation may overflow, or lose small values, where TensorFlow's kernel does not: LiteRT's softplus is
+Time steps are numbered as high, if the model numbers them. A converted operation may overflow, or lose small values, where TensorFlow's kernel does not: LiteRT's softplus is
 infinite from 89 on. Sample sequences do not reach such values.
 """
 
@@ -29,6 +29,9 @@ def worst_at_extremes(traced: TracedModel, step: Step) -> str:
     rng = np.random.default_rng(29)
     usual = step_of_function(traced.plan, traced.function)
     states = initial_rows(traced.plan.initial, len(_SIZES))
+    what = "inputs"
+    if traced.memory is not None and traced.memory.numbers_steps:
+        states, what = traced.memory.late(states, _SIZES), "inputs, or numbers of time steps,"
     inputs = _inputs(traced, rng, are_wide=True)
     try:
         expected = usual(inputs, states)
@@ -43,7 +46,7 @@ def worst_at_extremes(traced: TracedModel, step: Step) -> str:
     for name, one, two, moved in zip(names, _flat(expected), _flat(found), _flat(noisy), strict=True):
         row = _first_wrong(one, two, moved, allowed)
         if row is not None:
-            return f"{quoted(name)} differs from TensorFlow's for inputs of the size {_SIZES[row]:g}"
+            return f"{quoted(name)} differs from TensorFlow's for {what} of the size {_SIZES[row]:g}"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from stepwell_server.compile.causality.blame import (
     one_step_problem,
     refusal_of,
 )
+from stepwell_server.compile.causality.call import Need
 from stepwell_server.compile.causality.cut import (
+    FAR,
     SCALES,
     Cut,
     CutError,
@@ -29,7 +31,7 @@ from stepwell_server.compile.causality.one_step import require_same
 from stepwell_server.compile.causality.proof import NotAdmitted, needed, prove
 from stepwell_server.compile.causality.proof import Proof as GraphProof
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.causality.values import weights_recorded
+from stepwell_server.compile.causality.values import TooManyElementsError, weights_recorded
 from stepwell_server.compile.errors import ModelError, NotCausalError, quoted
 from stepwell_server.compile.graph.interface import Interface, describe
 from stepwell_server.compile.graph.plan import Plan, assignments, make_plan
@@ -269,16 +271,32 @@ def _require_same_far(interface: Interface, cuts: Cuts, proof: GraphProof) -> No
         NotAdmitted: the model computes something different there.
         ModelError: the model does not run on it.
     """
-    try:
-        far = cut_far(interface, cuts)
-    except CutError as error:
-        raise length_problem(interface, cuts.temporal, error) from error
-    needs = prove(far).needs
+    needs = _needs_far(interface, cuts)
     for index, op in needed(cuts.first):
         names = (op.name, *(output.name for output in op.outputs))
         if any(needs.get(name) != proof.needs.get(name) for name in names):
             layer = cuts.first.owner(index)
             raise NotAdmitted(Reason.LENGTH, layer, "computes something different for a long sequence")
+
+
+def _needs_far(interface: Interface, cuts: Cuts) -> Mapping[str, tuple[Need, ...]]:
+    """Return what operations keep according to the proof with the longest sequence on which it can be done.
+
+    On longer ones than the shortest of them, sizes may exceed 32-bit integers, and constants the memory.
+
+    Raises:
+        NotAdmitted: the model computes something different there.
+        ModelError: the model does not run on the shortest of them.
+    """
+    *longer, shortest = FAR
+    for scale in longer:
+        with contextlib.suppress(CutError, TooManyElementsError):
+            return prove(cut_far(interface, cuts, scale)).needs
+    try:
+        far = cut_far(interface, cuts, shortest)
+    except CutError as error:
+        raise length_problem(interface, cuts.temporal, error) from error
+    return prove(far).needs
 
 
 def _own_steps(interface: Interface, temporal: Sequence[bool]) -> list[int | None]:

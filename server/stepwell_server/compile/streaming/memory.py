@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stepwell_server.compile.causality.axes import Axes, by_elements, time_of
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.cut import Cut
+from stepwell_server.compile.causality.numbers import MAX_NUMBER
 from stepwell_server.compile.causality.proof import NotAdmitted, Proof, needed
 from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import Before, Data
@@ -63,6 +64,21 @@ class StreamingMemory:
         return dataclasses.replace(
             plan, state=(*plan.state, *specs), initial=(*plan.initial, *values), has_memory=True
         )
+
+    @property
+    def numbers_steps(self) -> bool:
+        """Whether the model counts all time steps."""
+        return any(slot.need.rows == MAX_NUMBER for slot in self._slots)
+
+    def late(self, states: Sequence[Array], numbers: npt.NDArray[np.float64]) -> list[Array]:
+        """Return states, ``(rows, ...)``, of which each row has counted up to a number, if it counts all time steps."""
+        before = len(states) - len(self._slots)
+        counts = np.minimum(numbers, MAX_NUMBER).astype(np.int32)
+        own = zip(self._slots, states[before:], strict=True)
+        return [
+            *states[:before],
+            *(counts if slot.need.rows == MAX_NUMBER else value for slot, value in own),
+        ]
 
     def trace(self, plan: Plan) -> Any:
         """Return the concrete function of one time step, as `graph.trace.trace` does; ``plan`` has these states.

@@ -7,7 +7,7 @@ from typing import Any
 
 from stepwell_server.compile.causality.axes import BATCH, Axes, elements, time_of
 from stepwell_server.compile.causality.call import Memory, Need
-from stepwell_server.compile.causality.rules.elementwise import BROADCAST
+from stepwell_server.compile.causality.constants import BROADCAST
 from stepwell_server.compile.causality.values import Array, Const, Data
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.streaming.replay import Constants, is_fixed, plain_sizes, reduced, step_shape
@@ -179,7 +179,7 @@ class Operation:
         """Return the value of a constant input."""
         value = self._values[self.op.inputs[i].name]
         assert isinstance(value, Const)
-        return value.arrays()[0]
+        return value.array
 
     def constant(self, i: int) -> Any:
         """Return an input that is a constant; of one that has rows and time steps, one of each.

@@ -138,7 +138,7 @@ def reduced(const: Const, dims: Sequence[Any]) -> Array:
     Raises:
         ValueError: rows or time steps share a dimension with others.
     """
-    array = const.arrays()[0]
+    array = const.array
     for axis, (size, dim) in enumerate(zip(const.shape(), dims, strict=True)):
         if not size.is_same:
             if any(isinstance(factor, int) for factor in dim):

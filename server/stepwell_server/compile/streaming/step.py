@@ -170,7 +170,7 @@ class _Streaming:
             before = self._before_first(tensor, 0) if is_held else None
             return self._states.delayed(owner, needs, i, self._made[tensor.name], value.axes, before)
         like = next(iter(self._made.values()))
-        array = value.arrays()[0] if is_fixed(value) else reduced(value, axes)
+        array = value.array if is_fixed(value) else reduced(value, axes)
         return spread(array, tensor.dtype, axes, like)
 
     def _begin(self, call: CutCall) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stepwell_server.compile.causality.rules.elementwise import BROADCAST, UNARY
+from stepwell_server.compile.causality.constants import BROADCAST, UNARY
 from stepwell_server.compile.causality.values import attributes, equal
 from stepwell_server.compile.graph.tensorflow_setup import tf
 

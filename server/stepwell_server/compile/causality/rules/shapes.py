@@ -23,9 +23,10 @@ from stepwell_server.compile.causality.axes import (
     time_of,
 )
 from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
+from stepwell_server.compile.causality.constants import Origin, clamped, without_negative
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules.copies import is_repeated, same
-from stepwell_server.compile.causality.values import Before, Const, Data, Items, equal
+from stepwell_server.compile.causality.values import Array, Before, Const, Data, Items, equal
 
 #: A slice that ends here has no end.
 _MAX_PLACE = 2**31 - 1
@@ -341,8 +342,8 @@ def _require_one_padding(call: Call, parts: Sequence[Dim]) -> None:
     axis = axis_of(call, len(call.inputs) - 1, call.rank(0))
     constants = [value for value in call.inputs[: len(parts)] if isinstance(value, Const)]
     for value in constants:
-        array = value.arrays()[0]
-        first = np.take(constants[0].arrays()[0], [0], axis)
+        array = value.array
+        first = np.take(constants[0].array, [0], axis)
         if not equal(array, np.broadcast_to(first, array.shape)):
             raise mixed((TIME,), "joins different values in front of")
 
@@ -470,12 +471,31 @@ def _gather_time(call: Call, table: Axes, axis: int, places: Const) -> Sequence[
         return [Data(axes, ends=True)]
     if len(found) == 1 and _is_first(call, table[axis], found[0]):
         return [axes]
-    if (framed := _framed(call, table, axis, places)) is not None:
+    if not is_one and (framed := _framed(call, table, axis, places)) is not None:
         return [framed]
     raise mixed(table[axis], "takes elements by their number along")
 
 
-def _clamped(call: Call, table: Axes, axis: int, arrays: Sequence[npt.NDArray[np.int64]]) -> Data | None:
+def _places(places: Const, *, holds: bool) -> Sequence[Array] | None:
+    """Return values that determine all places of frames, or None: there are none.
+
+    Those of the first trace determine polynomials, also if numbers below a fixed one become that: `_clamped`. If they are
+    below 0, they are no places of frames.
+    """
+    places = Const(*without_negative(places.first, places.second), places.evaluators)
+    if places.origin is Origin.POLYNOMIAL:
+        return [places.array]
+    limited = clamped(places.first, places.second) if holds else None
+    if limited is not None:
+        value, number = (Const(*pair, places.evaluators) for pair in limited)
+        if value.origin is Origin.POLYNOMIAL and number.is_same:
+            return [places.array]
+    return None if places.origin.counts else places.arrays()
+
+
+def _clamped(
+    call: Call, table: Axes, axis: int, count: Pair, arrays: Sequence[npt.NDArray[np.int64]]
+) -> Data | None:
     """Return the axes after a look-up of frames that begin with copies of the first element: numbers below 0 become 0."""
     time, sizes = stream(table[axis]), arrays[0].shape[1:]
     offsets = arrays[0][-1] - (len(arrays[0]) - 1)
@@ -486,7 +506,7 @@ def _clamped(call: Call, table: Axes, axis: int, arrays: Sequence[npt.NDArray[np
         numbers = np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1))
         if not equal(array, np.maximum(numbers + offsets, 0)):
             return None
-    extra = Pair(*(len(array) - scale.steps for array, scale in zip(arrays, call.scales.both, strict=True)))
+    extra = Pair(*(size - scale.steps for size, scale in zip(count, call.scales.both, strict=True)))
     if not extra.is_same:
         return None
     reach = int(offsets.max() - offsets.min())
@@ -509,10 +529,13 @@ def _framed(call: Call, table: Axes, axis: int, places: Const) -> Axes | Data | 
     time, sizes = elements(table[axis]), places.shape()
     if time is None or not sizes or not all(size.is_same for size in sizes[1:]):
         return None
-    arrays = [np.asarray(array, np.int64) for array in places.arrays()]
+    values = _places(places, holds=call.holds)
+    if values is None:
+        return None
+    arrays = [np.asarray(array, np.int64) for array in values]
     if min(map(len, arrays)) < 2 or not all(array.size for array in arrays):
         return None
-    if call.holds and (held := _clamped(call, table, axis, arrays)) is not None:
+    if call.holds and (held := _clamped(call, table, axis, sizes[0], arrays)) is not None:
         return held
     offsets, stride = arrays[0][:1], int(np.ravel(arrays[0][1] - arrays[0][0])[0])
     for array in arrays:
