@@ -155,11 +155,7 @@ class Call:
             if const.origin.counts or not const.is_same:
                 raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
             return axes
-        try:
-            first = self._evened(const.array, axes, self.scales.first.of)
-        except ValueError:  # Its numbers may exceed a table.
-            if not const.origin.counts:
-                raise
+        first = self._first_evened(const, axes)
         if const.origin.counts:
             has_time = any(isinstance(factor, Time) for factor in found)
             what = "time steps" if has_time else "rows of the batch"
@@ -170,9 +166,17 @@ class Call:
         if const.origin is Origin.REPEATED:
             return axes
         second = self._evened(const.evaluators[1].array(const.second), axes, self.scales.second.of)
-        if not equal(first, second):
+        if first is None or not equal(first, second):
             raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
         return axes
+
+    def _first_evened(self, const: Const, axes: Axes) -> Array | None:
+        try:
+            return self._evened(const.array, axes, self.scales.first.of)
+        except ValueError:
+            if const.origin.counts:  # Its numbers may exceed a table.
+                return None
+            raise
 
     def _evened(self, value: Array, axes: Axes, size: Callable[[Any], int]) -> Array:
         factors = [factor for dim in axes for factor in dim]
