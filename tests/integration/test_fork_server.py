@@ -34,10 +34,10 @@ shown = {
     "session": os.getsid(0) == os.getpid(),
     "threads": threading.active_count(),
 }
-print(json.dumps(shown, sort_keys=True), flush=True)
-print(random.getrandbits(64))
-print("and this", file=sys.stderr)
 try:
+    print(json.dumps(shown, sort_keys=True), flush=True)
+    print(random.getrandbits(64))
+    print("and this", file=sys.stderr)
     sys.stdin.read()
 except KeyboardInterrupt:
     sys.exit(7)
