@@ -38,11 +38,7 @@ pub struct Ended<D> {
 
 impl<D> Ended<D> {
     fn behind_a_failed_one(data: D) -> Self {
-        Ended {
-            data,
-            result: Err(io::Error::from_raw_os_error(libc::ECANCELED)),
-            duration: Duration::ZERO,
-        }
+        Ended { data, result: Err(io::Error::from_raw_os_error(libc::ECANCELED)), duration: Duration::ZERO }
     }
 }
 
