@@ -158,11 +158,11 @@ COMMIT = _script(
     _EARLIER,
     _BYTES,
     """
--- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions, the earlier records of each.
--- ARGV: a letter for each session, required stamps, new stamps (8 bytes each), records and tombstones, their sizes (4 bytes each), the offset
--- of ids in keys, the lifetime of tombstones (ms), the minimum and maximum idle time of each session that ends (ms, 8
--- bytes each; empty: no limit). Returns the numbers of sessions that do not match. If the mark is missing, the
--- partition may have been emptied: then no session is created, and the first number is 0.
+-- Creates, changes and ends sessions of one partition. KEYS: ids, counts, mark, the sessions, the earlier records of
+-- each. ARGV: a letter for each session, required stamps, new stamps (8 bytes each), records and tombstones, their
+-- sizes (4 bytes each), the offset of ids in keys, the lifetime of tombstones (ms), the minimum and maximum idle time
+-- of each session that ends (ms, 8 bytes each; empty: no limit). Returns the numbers of sessions that do not match. If
+-- the mark is missing, the partition may have been emptied: then no session is created, and the first number is 0.
 --   P  put: replace the record with the stamp, or create the session if the tombstone has the stamp; without a stamp,
 --      create it if there is neither and the id is not listed; with the highest stamp, create it if the id is listed
 --      (it was lost)
