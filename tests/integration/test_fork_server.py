@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +43,31 @@ except KeyboardInterrupt:
     sys.exit(7)
 sys.exit(5)
 """
+WRAPPER = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+COMMAND = (sys.executable, "-m", "program", "a", "b c")
 
 
 @pytest.fixture(autouse=True)
-def _on(monkeypatch: pytest.MonkeyPatch) -> None:
+def _on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_server, "_is_on", True)
+    monkeypatch.setattr(fork_server, "_PROGRAM", "program")
+    monkeypatch.chdir(tmp_path)
+    Path("program.py").write_text(PROGRAM)
 
 
 def started(
-    folder: Path, environment: Mapping[str, str] | None = None, **others: Any
+    environment: Mapping[str, str] | None = None, *, command: Sequence[str] = COMMAND, **others: Any
 ) -> subprocess.Popen[str]:
-    script = folder / "script.py"
-    script.write_text(PROGRAM)
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, str(script), "a", "b c"]
     env = {**os.environ, "COUNT": "3", **(environment or {})}
     return fork_server.Process(command, env=env, text=True, **pipes, **others)
 
 
-def test_it_is_like_a_process_that_subprocess_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    forks = [started(tmp_path, start_new_session=True) for _ in range(2)]
+def test_it_is_like_a_process_that_subprocess_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    forks = [started(start_new_session=True) for _ in range(2)]
     found = [fork.communicate(timeout=100) for fork in forks]
     monkeypatch.setattr(fork_server, "_is_on", False)
-    with started(tmp_path, start_new_session=True) as plain:
+    with started(start_new_session=True) as plain:
         out, err = plain.communicate(timeout=100)
     assert [fork.returncode for fork in forks] == [plain.returncode] * 2 == [5, 5]
     assert [one[1] for one in found] == [err] * 2
@@ -79,33 +80,43 @@ def test_it_is_like_a_process_that_subprocess_starts(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 7)]
 )
-def test_it_gets_signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    with started(tmp_path) as fork:
+def test_it_gets_signals(number: signal.Signals, code: int) -> None:
+    with started() as fork:
         assert fork.stdout is not None
         assert '"forked": true' in fork.stdout.readline()
         fork.send_signal(number)
         assert fork.wait(100) == code
 
 
-def test_a_process_that_reads_another_environment_at_its_start_is_no_fork(tmp_path: Path) -> None:
-    with started(tmp_path, {"PYTHONFOO": "1"}) as process:
+def test_a_process_that_reads_another_environment_at_its_start_is_no_fork() -> None:
+    with started({"PYTHONFOO": "1"}) as process:
         out, _ = process.communicate(timeout=100)
     assert '"forked": false' in out
 
 
-def test_servers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [(sys.executable, "program.py"), (sys.executable, "-c", WRAPPER, *COMMAND)]
+)
+def test_a_script_or_a_wrapper_is_no_fork(command: Sequence[str]) -> None:
+    """A script may replace what modules have taken from each other already; a wrapper changes what a process sees."""
+    with started(command=command) as process:
+        out, _ = process.communicate(timeout=100)
+    assert '"forked": false' in out
+
+
+def test_servers_end_with_the_process_that_started_them() -> None:
     code = f"""
 import os, sys
 sys.path[:0] = {sys.path!r}
 from support.servers import fork_server
 fork_server.switch_on()
-process = fork_server.Process([sys.executable, sys.argv[1]], text=True, stdin=-1, stdout=-1, stderr=-3)
+fork_server._PROGRAM = "program"
+process = fork_server.Process({COMMAND!r}, text=True, stdin=-1, stdout=-1, stderr=-3)
 assert '"forked": true' in process.stdout.readline()
 os._exit(0)
 """
-    (tmp_path / "script.py").write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "script.py")],
+        [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         check=True,
         text=True,
@@ -115,7 +126,8 @@ os._exit(0)
     assert done.stdout == ""
 
 
-def test_a_server_is_one(tmp_path: Path) -> None:
+def test_a_server_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "_PROGRAM", "stepwell_server")
     with Server(**arguments(tmp_path / "data", [])) as server:
         command = Path(f"/proc/{server.pid}/cmdline").read_text()
         assert "fork_server.py" in command

@@ -26,6 +26,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepwell.testing import _LAUNCHER
+
+_PROGRAM = "stepwell_server"
 _MODULES = (
     "stepwell.cli",
     "stepwell_server.cli.serve",
@@ -49,7 +52,7 @@ def switch_on() -> None:
 
 
 class Process(subprocess.Popen[str]):
-    """A Python program as `subprocess.Popen` starts it, or as a fork, if the switch is on and nothing prevents it."""
+    """A program as `subprocess.Popen` starts it; a server as a fork, if the switch is on and nothing prevents it."""
 
     def _execute_child(self, args: Sequence[str], *others: Any) -> None:
         # As `subprocess` calls it; its own method starts the program.
@@ -68,11 +71,14 @@ class Process(subprocess.Popen[str]):
 
 
 def _program(command: Sequence[str]) -> list[str]:
-    """The arguments of Python that start a server: after those of `LocalServer`, which tie it to this process."""
-    last = max((place for place, word in enumerate(command) if word == sys.executable), default=len(command))
-    program = list(command[last + 1 :])
-    is_script = bool(program) and program[0].endswith(".py")
-    return program if is_script or program[:2] == ["-m", "stepwell_server"] else []
+    """The arguments of Python that start a server as users do, alone or tied to this process as `LocalServer` does it.
+
+    Nothing else is forked: a script may replace what modules take from each other when they are imported, and a wrapper
+    may change what the process sees.
+    """
+    tied = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid())]
+    own = list(command[len(tied) :] if list(command[: len(tied)]) == tied else command)
+    return own[1:] if own[:3] == [sys.executable, "-m", _PROGRAM] else []
 
 
 def _fits(environment: Mapping[str, str] | None) -> bool:
@@ -191,13 +197,8 @@ def _run(terms: Mapping[str, Any]) -> None:
     os.chdir(terms["folder"])
     os.environ.clear()
     os.environ.update(terms["environment"])
-    first, *arguments = terms["program"]
-    if first == "-m":
-        sys.path[0], sys.argv = terms["folder"], arguments
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0], sys.argv = os.path.dirname(first), [first, *arguments]
-        runpy.run_path(first, run_name="__main__")
+    sys.path[0], sys.argv = terms["folder"], terms["program"][1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
