@@ -41,7 +41,8 @@ _LONG = (
     *("packaging/test_production_page", "congruence/test_compile_causal", "fault/test_replicas_store"),
     *("packaging/test_install_commands", "integration/test_examples", "congruence/test_simulation"),
     *("congruence/test_compile_fuzz", "congruence/test_compile_everyday", "integration/test_demo"),
-    *("unit/test_store_disk_damage", "integration/test_cluster_demo"),
+    *("unit/test_store_disk_damage", "integration/test_cluster_demo", "integration/test_triton_clients"),
+    *("fault/test_windows_kill", "integration/test_retrained", "integration/test_cli_bench"),
 )
 #: Set by `make coverage`.
 _CASES = os.environ.get("TEST_CASES")
