@@ -177,7 +177,7 @@ def test_probes_systemd_and_the_audit_log_hear_of_a_life(tmp_path: Path) -> None
                 server.signal(signal.SIGHUP)
                 while "RELOADING=1" not in told:
                     told.update(systemd.recv(4096).decode().splitlines())
-                long = begin_long_step(stub, "a", 150_000)
+                long = begin_long_step(stub, "a", 300_000)
                 server.signal()
                 server.wait_for_log("stopping")
                 while "STOPPING=1" not in told:

@@ -29,7 +29,7 @@ from support.servers.server_process import (
 
 _TIMEOUT_S = 100.0
 HUNG_UP = "new connections get the changed certificates" if secured.is_on() else "nothing to reload"
-_LONG = 150_000
+_LONG = 300_000
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
