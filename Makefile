@@ -76,7 +76,7 @@ WORKERS ?= 3
 ALL := $(if $(ARGS),,--numprocesses $(WORKERS) --dist worksteal)
 
 .PHONY: test
-test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (six minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey, promtool and chromium on a Debian as root, unless STEPWELL_NO_APT=1
+test: $(INSTALLED) $(FRONT) ## Run all tests but those marked slow (four minutes on two idle cores); ARGS="tests/unit -k slots" runs some, WORKERS=4 uses more cores; installs Valkey, promtool and chromium on a Debian as root, unless STEPWELL_NO_APT=1
 	@$(BIN)/python $(PROGRAMS)
 	TEST_KEEP_PROGRAMS=1 $(BIN)/pytest $(ALL) $(if $(ARGS),,-m "not slow") $(ARGS)
 
