@@ -10,6 +10,7 @@ import queue
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -307,6 +308,30 @@ async def test_metrics_are_served_by_default_unless_they_are_off(monkeypatch: py
             await asyncio.to_thread(metrics.close)
         assert scrape.series("stepwell_max_pass_rows")
         assert app._serve_metrics(off, sources, Readiness()) is None
+
+
+async def test_a_scrape_may_ask_for_some_metrics_by_name() -> None:
+    settings = Settings(metrics_listen=Address("127.0.0.1", 0))
+
+    def ask(port: int, query: str) -> set[str]:
+        address = f"http://127.0.0.1:{port}/metrics?{query}"
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:
+            lines = response.read().decode().splitlines()
+        return {line.partition("{")[0].partition(" ")[0] for line in lines if not line.startswith("#")}
+
+    async with running() as at:
+        metrics = app._serve_metrics(settings, [lambda: of_engine(at.engine.stats())], Readiness())
+        assert metrics is not None
+        try:
+            for names in (
+                {"stepwell_max_pass_rows"},
+                {"stepwell_max_pass_rows", "process_resident_memory_bytes"},
+            ):
+                query = "&".join(f"name[]={name}" for name in names)
+                assert await asyncio.to_thread(ask, metrics.address.port, query) == names
+            assert await asyncio.to_thread(ask, metrics.address.port, "name%5B%5D=stepwell_unknown") == set()
+        finally:
+            await asyncio.to_thread(metrics.close)
 
 
 async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> None:

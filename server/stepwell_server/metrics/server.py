@@ -101,7 +101,8 @@ def _application(collector: _Collector, probes: Probes, token: MetricsToken | No
         # Metrics are on by default, but a server that nobody scrapes should not import this.
         from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 
-        registry = CollectorRegistry(auto_describe=False)
+        # `?name[]=` asks the collectors that have no names too, and ours has none before it collects.
+        registry = CollectorRegistry(support_collectors_without_names=True)
         registry.register(collector)
         ProcessCollector(registry=registry)
         return make_wsgi_app(registry)
