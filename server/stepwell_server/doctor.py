@@ -38,6 +38,7 @@ from stepwell_server.compile.onnx import declaration
 from stepwell_server.errors import StartError
 from stepwell_server.exposure import require_closed
 from stepwell_server.files import private_files
+from stepwell_server.process.memory import cgroup_values, memory_limit_bytes
 from stepwell_server.process.open_files import RESERVE
 from stepwell_server.program import Declaration
 from stepwell_server.rpc.fronts import unix_socket
@@ -197,7 +198,7 @@ class Examination:
             "cgroup_cpus": quota,
             "memory_bytes": memory.total,
             "available_memory_bytes": memory.available,
-            "cgroup_memory_bytes": _cgroup_memory_bytes(),
+            "cgroup_memory_bytes": memory_limit_bytes(),
         }
 
     def _folder(self, option: str, path: Path) -> Facts:
@@ -436,29 +437,10 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _cgroup(name: str) -> str:
-    """Return a file of this process's cgroup (version 2). In a container, it is at the top of the tree."""
-    try:
-        own = Path("/proc/self/cgroup").read_text().partition("0::/")[2].strip()
-    except OSError:
-        return ""
-    for folder in (Path("/sys/fs/cgroup", own), Path("/sys/fs/cgroup")):
-        try:
-            return (folder / name).read_text().strip()
-        except OSError:
-            continue
-    return ""
-
-
 def _cgroup_cpus() -> float | None:
     """Return the number of processors that the cgroup may use; None: no limit."""
-    quota, _, period = _cgroup("cpu.max").partition(" ")
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _cgroup_memory_bytes() -> int | None:
-    text = _cgroup("memory.max")
-    return int(text) if text.isdigit() else None
+    limits = [value.split() for value in cgroup_values("cpu.max")]
+    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=None)
 
 
 def _existing(path: Path) -> Path:

@@ -54,7 +54,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Of a machine on which nothing is wrong, whatever this one is like."""
     monkeypatch.setattr(doctor, "_flush_times_ms", lambda folder: [1.0, 2.0, 30.0])
     monkeypatch.setattr(doctor, "_file_system", lambda folder: "ext4")
-    monkeypatch.setattr(doctor, "_cgroup", lambda name: "max 100000")
+    monkeypatch.setattr(doctor, "cgroup_values", lambda name: ["max 100000"])
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2**40, 2**39, 2**39))
     monkeypatch.setattr(doctor, "choose", lambda option: Choice(object()))  # type: ignore[arg-type]
     monkeypatch.setattr(sandbox, "tried", lambda: Protection("namespace", "seccomp", "Landlock"))
@@ -207,7 +207,7 @@ def given(name: str, value: Any) -> dict[str, Any]:
         ),
         (
             {},
-            given("_cgroup", "250000 100000"),
+            given("cgroup_values", ["250000 100000", "max 100000"]),
             {},
             [],
             ["4 compute threads share 2.5 processors.*use --compute-threads 2"],

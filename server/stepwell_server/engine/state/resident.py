@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 
+from stepwell_server.process.memory import memory_bytes
 from stepwell_server.program import Program
 
 _MAX_ROWS = 65_536
@@ -29,6 +29,5 @@ class ResidentRows:
     def _default(self, program: Program) -> int:
         """Many rows, but at most a quarter of the memory if every model fills its rows."""
         row_bytes = max(1, program.state_row_bytes + sum(spec.row_bytes for spec in program.outputs))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        part = int(memory * _SHARE_OF_MEMORY) // max(1, self.models)
+        part = int(memory_bytes() * _SHARE_OF_MEMORY) // max(1, self.models)
         return max(1, min(_MAX_ROWS, part // (2 * row_bytes)))
