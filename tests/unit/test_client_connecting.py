@@ -23,6 +23,7 @@ from support.sdk.scripted_calls import ScriptedCalls
 
 ADDRESS = "h:1"
 REFUSED = "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: Failed to connect to remote host: Connection refused"
+CLOSED = REFUSED.replace("1.2.3.4", "5.6.7.8").replace("Connection refused", "Socket closed")
 SILENT = (
     "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: connection attempt timed out before "
     "receiving SETTINGS frame"
@@ -254,6 +255,13 @@ def test_a_server_that_was_never_reached_is_given_up_soon() -> None:
         server.call(timeout_s=0.3)
     with pytest.raises(errors.UnavailableError, match=r"within 5 s \(timeout_s\)"):
         Server(REFUSED, limit_s=math.inf).call(timeout_s=5.0)
+
+
+@pytest.mark.parametrize("script", [(CLOSED, REFUSED), (REFUSED, CLOSED, REFUSED, REFUSED), (REFUSED, CLOSED)])
+def test_the_address_of_a_name_at_which_a_server_listens_gives_the_reason(script: tuple[str, ...]) -> None:
+    """`localhost` may be `::1` too, where nobody listens."""
+    with pytest.raises(errors.UnavailableError, match="Socket closed; .*if the server uses TLS"):
+        Server(*script).call()
 
 
 def test_what_listens_and_says_nothing_has_ten_times_as_long() -> None:

@@ -159,7 +159,7 @@ class Attempts:
             raise self._final(error)
         if isinstance(error, errors.OverloadedError) and delay_s >= remaining_s:
             raise self._final(error)
-        self._last = error
+        self._last = self._clearer(error)
         delay_s = min(delay_s, remaining_s)
         LOG.info(
             "%s at %s: attempt %d failed, retrying in %.3f s: %s",
@@ -190,7 +190,24 @@ class Attempts:
         if last is not None and self._remaining_s(last) < min(_MIN_ATTEMPT_S, self._limit_s(last) / 10):
             raise self._final(last)
 
+    def _clearer(self, error: errors.StepwellError) -> errors.StepwellError:
+        """`error`, or the last one if that has a better hint.
+
+        A name may have several addresses: gRPC reports one of them, and not always the one where a server listens.
+        """
+        last = self._last
+        if (
+            isinstance(error, ConnectError)
+            and isinstance(last, ConnectError)
+            and not self._contact.made
+            and len(last.hint) > len(error.hint) > 0
+            and last.patience == error.patience
+        ):
+            return last
+        return error
+
     def _final(self, error: errors.StepwellError) -> errors.StepwellError:
+        error = self._clearer(error)
         if isinstance(error, errors.DeadlineExceededError):
             return self._ended(errors.DeadlineExceededError, error)
         if isinstance(error, errors.UnavailableError):
