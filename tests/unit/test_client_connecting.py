@@ -257,7 +257,9 @@ def test_a_server_that_was_never_reached_is_given_up_soon() -> None:
         Server(REFUSED, limit_s=math.inf).call(timeout_s=5.0)
 
 
-@pytest.mark.parametrize("script", [(CLOSED, REFUSED), (REFUSED, CLOSED, REFUSED, REFUSED), (REFUSED, CLOSED)])
+@pytest.mark.parametrize(
+    "script", [(CLOSED, REFUSED), (REFUSED, CLOSED, REFUSED, REFUSED), (REFUSED, CLOSED)]
+)
 def test_the_address_of_a_name_at_which_a_server_listens_gives_the_reason(script: tuple[str, ...]) -> None:
     """`localhost` may be `::1` too, where nobody listens."""
     with pytest.raises(errors.UnavailableError, match="Socket closed; .*if the server uses TLS"):
