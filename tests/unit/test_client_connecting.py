@@ -262,7 +262,7 @@ def test_a_server_that_was_never_reached_is_given_up_soon() -> None:
 )
 def test_the_address_of_a_name_at_which_a_server_listens_gives_the_reason(script: tuple[str, ...]) -> None:
     """`localhost` may be `::1` too, where nobody listens."""
-    with pytest.raises(errors.UnavailableError, match="Socket closed; .*if the server uses TLS"):
+    with pytest.raises(errors.UnavailableError, match=r"Socket closed; .*if the server uses TLS"):
         Server(*script).call()
 
 
