@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import dataclasses
-import gc
 import platform
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -28,15 +26,6 @@ def load(program: Program) -> Executor:
     executor = load_executor(program)
     MADE.append(weakref.ref(executor))
     return executor
-
-
-@pytest.fixture
-def without_cycles() -> Iterator[None]:
-    """What is in a circle of references stays."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 async def serve_and_use(at: Harness, name: str) -> None:
@@ -59,7 +48,7 @@ async def come_and_go(at: Harness, count: int) -> None:
         await at.engine.unload_version("other", 1)
 
 
-@pytest.mark.usefixtures("without_cycles")
+@pytest.mark.usefixtures("without_collector")
 async def test_nothing_of_a_model_that_has_gone_waits_for_the_garbage_collector() -> None:
     async with running({"first": zoo_model("lstm_dense").program}, executor=load) as at:
         await serve_and_use(at, "other")

@@ -13,11 +13,14 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import pytest
 
 import stepwell
 from stepwell._transport.retry import Deadline
 from support.sdk.scripted_server import MODEL, ScriptedServer
 
+# Finalizers of earlier tests' clients are functions of the SDK, too.
+pytestmark = pytest.mark.usefixtures("without_collector")
 PACKAGE = str(Path(stepwell.__file__).parent)
 X = np.ones((1, 2), np.float32)
 # A step makes three or four calls fewer; each resumed generator or coroutine counts as a call.

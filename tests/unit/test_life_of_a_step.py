@@ -79,6 +79,7 @@ def _watched() -> Iterator[_Visits]:
         pytest.param(_native, {"Submission.run_batch"}, id="native", marks=needs_native),
     ],
 )
+@pytest.mark.usefixtures("without_collector")
 async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_a_few_times(
     front: Callable[[Clock, FrontLimits], Front], entries: set[str], session_id: str
 ) -> None:

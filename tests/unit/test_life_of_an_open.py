@@ -22,6 +22,7 @@ _MAX_CALLS = 180
 
 
 @pytest.mark.parametrize("session_id", ["named", ""])
+@pytest.mark.usefixtures("without_collector")
 async def test_an_opening_asks_the_store_once_and_commits_once(session_id: str) -> None:
     calls: Counter[str] = Counter()
 

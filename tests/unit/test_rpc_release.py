@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,8 @@ from support.engine.harness import running
 from support.rpc.fake_call import FakeCall, Requests
 from support.rpc.streams import Streams, message
 
+pytestmark = pytest.mark.usefixtures("without_collector")
 _ROOMY = StreamLimits(frames=100, bytes=1 << 20)
-
-
-@pytest.fixture(autouse=True)
-def without_collector() -> Iterator[None]:
-    """Memory is freed by reference counts alone."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 class _Failing:
