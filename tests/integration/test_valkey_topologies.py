@@ -187,7 +187,7 @@ async def test_a_primary_of_a_cluster_that_was_emptied_is_noticed(cluster: Clust
 
 
 async def test_a_primary_of_a_cluster_is_killed(cluster: Cluster) -> None:
-    async with shared(cluster.url("&timeout_ms=300"), 2) as (a, b):
+    async with shared(cluster.url("&timeout_ms=2000"), 2) as (a, b):
         ids = IDS[:64]
         stamps = await until_kept(a, ids, 0, [0] * 64)
         old = cluster.primary_of("{0}")
@@ -212,7 +212,7 @@ async def test_nodes_that_are_no_cluster_are_refused() -> None:
         with Valkey(append="") as replica:
             replica.follow(valkey)
             with pytest.raises(StoreAway, match=f"{replica.address} is a replica, the primary is another"):
-                await opened(replica.url("?timeout_ms=300"))
+                await opened(replica.url("?timeout_ms=2000"))
             # of several the primary is found
             url = f"valkey://{replica.address},{valkey.address}/0?prefix={fresh_prefix()}"
             store = await opened(url)
@@ -224,7 +224,7 @@ async def test_sentinels_name_the_primary_and_the_next_one() -> None:
     with Sentinels() as watched:
         with pytest.raises(StoreError, match="knows no primary named 'other'"):
             await opened(watched.url("").replace("sentinel=stepwell", "sentinel=other"))
-        async with shared(watched.url("&timeout_ms=300"), 2) as (a, b):
+        async with shared(watched.url("&timeout_ms=2000"), 2) as (a, b):
             ids = IDS[:64]
             stamps = await until_kept(a, ids, 0, [0] * 64)
             stamps = await until_kept(b, ids, 1, stamps)

@@ -120,7 +120,7 @@ async def test_a_list_of_another_type_is_left_alone(valkey: Valkey) -> None:
 
 async def test_a_store_that_was_emptied_has_its_list_again() -> None:
     with Valkey(append="") as valkey:
-        async with shared(valkey.url("?timeout_ms=200"), 2) as (a, b):
+        async with shared(valkey.url("?timeout_ms=400"), 2) as (a, b):
             await a.replicas("a", b"1")
             await b.replicas("b", b"2")
             valkey.kill()

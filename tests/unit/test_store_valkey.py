@@ -434,7 +434,7 @@ async def test_a_request_without_a_task_finds_its_server(valkey: Valkey) -> None
 
 
 async def test_a_request_without_a_task_cancels_no_caller_when_it_is_late(valkey: Valkey) -> None:
-    async with shared(valkey.url("?timeout_ms=100"), 1) as (store,):
+    async with shared(valkey.url("?timeout_ms=400"), 1) as (store,):
         await store.documents()
         store._topology.call_itself("anew")  # its server is known, and there is no connection to it
         with paused(valkey):
