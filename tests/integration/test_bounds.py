@@ -166,7 +166,7 @@ def test_a_time_limit_that_is_none_is_no_call_without_one(both: AttackedServer, 
 def test_bytes_that_are_no_frame_end_a_stream_at_once(both: AttackedServer) -> None:
     """What is under way of it is dropped, as if the client had gone."""
     session_id = both.open()
-    long = begin_long_step(both.stub, session_id, 300_000)
+    long = begin_long_step(both.stub, session_id, 1_000_000)
     call: Any = both.channel.stream_stream(STREAM)
     with pytest.raises(grpc.RpcError) as ended:
         list(call(iter([step_frame(1, session_id), b"\x0a"]), timeout=TIMEOUT_S))

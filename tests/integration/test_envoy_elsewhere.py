@@ -21,7 +21,6 @@ from stepwell.v1 import sessions_pb2 as pb
 from stepwell_server.rpc import status
 from support import secured
 from support.peers import wire
-from support.peers.proxy import Proxy
 from support.peers.wire import Wire, tensor
 from support.processes import until
 from support.secured import Server
@@ -29,9 +28,9 @@ from support.servers.both_fronts import needs_native
 from support.servers.envoy import Envoy, config
 from support.servers.held_start import MODEL as LOADING
 from support.servers.held_start import held_start
+from support.servers.held_step import held_store
 from support.servers.served import local_server
 from support.servers.server_process import connect, forecast, serve
-from support.servers.valkey_servers import Valkey
 
 pytestmark = pytest.mark.skipif(secured.is_on(), reason="with TLS Envoy is tried in test_envoy")
 X = np.array([[0.5, -1.0, 2.0]], np.float32)
@@ -50,33 +49,24 @@ def starting(folder: Path, front: str) -> Iterator[str]:
 @contextlib.contextmanager
 def stopping(folder: Path, front: str) -> Iterator[str]:
     """The address of a server that was told to stop and has a step to finish, whose commit does not come back."""
-    with Valkey(append="no") as valkey, Proxy(valkey.address, seed=1) as proxy:
-        url = valkey.url("?timeout_ms=60000").replace(valkey.address, proxy.address)
-        options = ("--store", url, "--durability", "async", "--drain-timeout-s", "10m")
-        with serve("--front", front, *options) as server:
-            channel, stub = connect(server)
-            with channel:
-                stub.OpenSession(
-                    pb.OpenSessionRequest(model="forecast", session_id="a"), timeout=wire.TIMEOUT_S
+    with held_store() as store, serve("--front", front, *store.options, "--drain-timeout-s", "10m") as server:
+        channel, stub = connect(server)
+        with channel:
+            stub.OpenSession(pb.OpenSessionRequest(model="forecast", session_id="a"), timeout=wire.TIMEOUT_S)
+            step = pb.StepRequest(session_id="a", inputs=[tensor(X)])
+            last = store.begin_step(stub, "a")
+            server.signal()
+            server.wait_for_log("stopping")
+            with Wire(server.address) as one:
+                # one that comes just before it refuses them waits behind the first, until its time is over
+                until(
+                    lambda: "stopping" in wire.refusal(lambda: one.sessions.Step(step, timeout=1.0)).message
                 )
-                proxy.hold("answers")
-                step = pb.StepRequest(session_id="a", inputs=[tensor(X)])
-                last = stub.Step.future(step, timeout=10 * wire.TIMEOUT_S)  # for as long as the test takes
-                assert proxy.held.wait(wire.TIMEOUT_S)
-                server.signal()
-                server.wait_for_log("stopping")
-                with Wire(server.address) as one:
-                    # one that comes just before it refuses them waits behind the first, until its time is over
-                    until(
-                        lambda: (
-                            "stopping" in wire.refusal(lambda: one.sessions.Step(step, timeout=1.0)).message
-                        )
-                    )
-                yield server.address
-                assert not last.done()
-                proxy.release()
-                assert last.result().revision == 1
-            assert server.finish()[0] == 0
+            yield server.address
+            assert not last.done()
+            store.release()
+            assert last.result().revision == 1
+        assert server.finish()[0] == 0
 
 
 REFUSING: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[str]]] = {

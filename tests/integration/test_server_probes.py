@@ -21,10 +21,10 @@ from stepwell.v1 import sessions_pb2_grpc
 from stepwell_server.rpc.triton.inference import service_pb2 as triton_pb
 from support.servers.both_fronts import needs_native
 from support.servers.held_start import held_start
+from support.servers.held_step import held_store
 from support.servers.server_process import (
     FEATURES,
     ServerProcess,
-    begin_long_step,
     connect,
     forecast,
     random_tensor,
@@ -160,11 +160,11 @@ def test_probes_systemd_and_the_audit_log_hear_of_a_life(tmp_path: Path) -> None
     kept, audit = forecast(), tmp_path / "audit.jsonl"
     options = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
     models = (f"forecast={kept.path}", "--cache-dir", str(kept.cache_dir), "--audit-log", str(audit))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, held_store() as store:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(_TIMEOUT_S)
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
-        with ServerProcess(*models, *options, environment=environment) as server:
+        with ServerProcess(*models, *options, *store.options, environment=environment) as server:
             http = _address(server.wait_for_log(" metrics address="))
             told = set[str]()
             while "READY=1" not in told:
@@ -177,7 +177,8 @@ def test_probes_systemd_and_the_audit_log_hear_of_a_life(tmp_path: Path) -> None
                 server.signal(signal.SIGHUP)
                 while "RELOADING=1" not in told:
                     told.update(systemd.recv(4096).decode().splitlines())
-                long = begin_long_step(stub, "a", 300_000)
+                stub.GetState(pb.GetStateRequest(session_id="a"), timeout=_TIMEOUT_S)  # for the new audit log
+                held = store.begin_step(stub, "a")
                 server.signal()
                 server.wait_for_log("stopping")
                 while "STOPPING=1" not in told:
@@ -185,10 +186,10 @@ def test_probes_systemd_and_the_audit_log_hear_of_a_life(tmp_path: Path) -> None
                 assert probe(http, "/readyz") == (503, "not ready: stopping: the server stops\n")
                 assert probe(http, "/livez")[0] == 200
                 assert Scrape.of(http).value("stepwell_audit_events_total", "dropped") == 0
-                assert long.result().revision == 1
+                store.release()
+                assert held.result().revision == 1
             assert server.finish()[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "old").read_text().splitlines()]
     assert [(line["action"], line["sessions"]) for line in lines] == [("open", ["a"])]
-    # what `begin_long_step` looks at
     later = {json.loads(line)["action"] for line in audit.read_text().splitlines()}
     assert later == {"read_state"}

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stepwell.v1 import sessions_pb2 as pb
-from stepwell.v1.sessions_pb2_grpc import SessionServiceStub
 from support import secured
+from support.servers.held_step import HeldStore, held_store
 from support.servers.server_process import (
     FEATURES,
     ServerProcess,
@@ -24,12 +23,12 @@ from support.servers.server_process import (
     connect,
     random_tensor,
     serve,
-    tensor,
 )
 
 _TIMEOUT_S = 100.0
 HUNG_UP = "new connections get the changed certificates" if secured.is_on() else "nothing to reload"
-_LONG = 300_000
+_LONG = 1_000_000
+"""Time steps of one that ends with the server."""
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -44,13 +43,26 @@ def _open(stub: Any, *session_ids: str) -> None:
     stub.OpenSessions(pb.OpenSessionsRequest(model="forecast", session_ids=session_ids), timeout=_TIMEOUT_S)
 
 
+@pytest.fixture
+def store() -> Iterator[HeldStore]:
+    with held_store() as store:
+        yield store
+
+
+@pytest.fixture
+def waiting(store: HeldStore) -> Iterator[ServerProcess]:
+    """A server whose steps wait for the store."""
+    with serve(*store.options) as server:
+        yield server
+
+
 @contextlib.contextmanager
-def _busy(server: ServerProcess, *others: str) -> Iterator[tuple[grpc.Channel, SessionServiceStub, Any]]:
-    """A channel, its stub, and a long step of session a, which is under way."""
+def _busy(server: ServerProcess) -> Iterator[Any]:
+    """A long step, which is under way."""
     channel, stub = connect(server)
     with channel:
-        _open(stub, "a", *others)
-        yield channel, stub, begin_long_step(stub, "a", _LONG)
+        _open(stub, "a")
+        yield begin_long_step(stub, "a", _LONG)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -64,11 +76,14 @@ def test_an_idle_server_stops_with_0(server: ServerProcess, number: signal.Signa
 
 
 @pytest.mark.slow
-def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> None:
-    with _busy(server, "b") as (channel, stub, long):
+def test_queued_work_is_finished_and_new_work_refused(waiting: ServerProcess, store: HeldStore) -> None:
+    channel, stub = connect(waiting)
+    with channel:
+        _open(stub, "a", "b")
+        held = store.begin_step(stub, "a")
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         assert next(watch).status == _SERVING
-        server.signal()
+        waiting.signal()
         assert next(watch).status == _NOT_SERVING
         for refused in (
             lambda: stub.OpenSession(pb.OpenSessionRequest(model="forecast"), timeout=_TIMEOUT_S),
@@ -79,49 +94,57 @@ def test_queued_work_is_finished_and_new_work_refused(server: ServerProcess) -> 
             with pytest.raises(grpc.RpcError, match="the server is stopping") as caught:
                 refused()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert long.result().revision == 1
-        assert server.finish()[0] == 0
+        assert not held.done()
+        store.release()
+        assert held.result().revision == 1
+        assert waiting.finish()[0] == 0
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_closed_stops_it_with_a_drain() -> None:
+def test_a_terminal_that_is_closed_stops_it_with_a_drain(store: HeldStore) -> None:
     primary, secondary = os.openpty()
-    with serve(terminal=secondary) as server:
+    with serve(*store.options, terminal=secondary) as server:
         os.close(secondary)
         server.signal(signal.SIGHUP)  # somebody's, while the terminal is there
         server.wait_for_log(HUNG_UP)
-        with _busy(server) as (_, _, long):
+        channel, stub = connect(server)
+        with channel:
+            _open(stub, "a")
+            held = store.begin_step(stub, "a")
             os.close(primary)
-            assert long.result().revision == 1
-            code, _, err = server.finish()
-    assert code == 0
-    assert "stopping signal=SIGHUP" in err
+            server.wait_for_log("stopping signal=SIGHUP")
+            store.release()
+            assert held.result().revision == 1
+            assert server.finish()[0] == 0
 
 
 @pytest.mark.slow
-def test_a_stream_is_answered_and_then_ended(server: ServerProcess) -> None:
-    channel, stub = connect(server)
+def test_a_stream_is_answered_and_then_ended(waiting: ServerProcess, store: HeldStore) -> None:
+    channel, stub = connect(waiting)
     done = threading.Event()
 
     def frames() -> Iterator[pb.StepStreamRequest]:
-        x = tensor(np.zeros((1, _LONG, FEATURES), np.float16))
-        frame = pb.StepFrame(session_ids=["a"], inputs=[x], outputs=pb.OUTPUT_SELECTION_NONE)
+        frame = pb.StepFrame(session_ids=["a"], inputs=[random_tensor(1, 1, FEATURES)])
         yield pb.StepStreamRequest(frame_id=1, step=frame)
         yield pb.StepStreamRequest(frame_id=2)
         done.wait(_TIMEOUT_S)
 
     with channel:
         _open(stub, "a")
+        store.hold()
         stream = stub.StepStream(frames(), timeout=_TIMEOUT_S)
         assert next(stream).frame_id == 2  # refused at once: the server has taken in both
-        server.signal()
+        store.wait()
+        waiting.signal()
+        waiting.wait_for_log("stopping")
+        store.release()
         answer = next(stream)
         assert (answer.frame_id, list(answer.revisions)) == (1, [1])
         with pytest.raises(grpc.RpcError, match="the server is stopping") as caught:
             next(stream)
         done.set()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert server.finish()[0] == 0
+        assert waiting.finish()[0] == 0
 
 
 def test_it_stops_under_load_and_every_answer_was_applied_in_order(server: ServerProcess) -> None:
@@ -160,7 +183,7 @@ def test_it_stops_under_load_and_every_answer_was_applied_in_order(server: Serve
 
 
 def test_a_stop_waits_no_longer_than_it_was_told() -> None:
-    with serve("--drain-timeout-s", "0.1") as server, _busy(server) as (_, _, long):
+    with serve("--drain-timeout-s", "0.1") as server, _busy(server) as long:
         server.signal()
         with pytest.raises(grpc.RpcError):
             long.result()
@@ -169,18 +192,8 @@ def test_a_stop_waits_no_longer_than_it_was_told() -> None:
     assert "some work was not finished in time drain_timeout_s=0.1" in err
 
 
-def test_a_signal_that_a_wrapper_sends_twice_is_one(server: ServerProcess) -> None:
-    with _busy(server) as (_, _, long):
-        for _ in range(3):
-            server.signal()
-        code, _, err = server.finish()
-        assert code == 0
-        assert "second signal" not in err
-        assert long.result().revision == 1
-
-
 def test_a_second_signal_ends_it_at_once(server: ServerProcess) -> None:
-    with _busy(server) as (_, _, long):
+    with _busy(server) as long:
         server.signal()
         server.wait_for_log("stopping")
         server.signal(signal.SIGINT)
