@@ -528,7 +528,18 @@ class Cluster:
         while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
             migrate(source, target, *keys)
         for node in (target, source, *self.primaries):
+            until(functools.partial(self._gives, node, slot, target), "replicas do not answer", node.log)
+
+    @staticmethod
+    def _gives(node: Valkey, slot: int, target: Valkey) -> bool:
+        """Name the owner of a slot to a node. It waits for its replicas two seconds: a busy machine can take longer."""
+        try:
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
+        except ReplyError as error:
+            if not str(error).startswith("NOREPLICAS"):
+                raise
+            return False
+        return True
 
     def move_slot(self, source: Valkey, target: Valkey, key: str) -> None:
         """Move the slot of a key."""
