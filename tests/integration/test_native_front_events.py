@@ -187,12 +187,13 @@ async def test_a_client_that_never_reads_is_cut_off() -> None:
         await until(lambda: server.count("calls") == server.count("held_bytes") == 0)
 
 
+async def silent(call: Call) -> None:
+    await call.write(reply("one"))
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("is_silent", [True, False])
 async def test_a_client_that_leaves_ends_its_producer(is_silent: bool) -> None:
-    async def silent(call: Call) -> None:
-        await call.write(reply("one"))
-        await asyncio.Event().wait()
-
     async with serving(silent if is_silent else endless) as server:
         async with client(server) as one:
             await one.head()
@@ -202,7 +203,7 @@ async def test_a_client_that_leaves_ends_its_producer(is_silent: bool) -> None:
 
 
 async def test_a_client_with_a_time_limit_gets_an_error_at_the_end() -> None:
-    async with serving(endless) as server, client(server, "grpc-timeout: 300m") as one:
+    async with serving(silent) as server, client(server, "grpc-timeout: 1S") as one:
         await one.head()
         *_, last = await one.rest()
         assert (last.name, last.data["details"][0]["reason"]) == ("error", "DEADLINE_EXCEEDED")
