@@ -380,6 +380,17 @@ async def test_one_that_becomes_the_default_again_stays(at: CatalogHarness) -> N
     assert at.states() == {1: VersionState.READY, 2: VersionState.READY}
 
 
+async def test_a_name_whose_sessions_are_in_the_store_alone_is_not_unloaded(at: CatalogHarness) -> None:
+    await at.load()
+    at.engine.in_store = {1: 3, 7: 2}  # 7 is not loaded
+    with pytest.raises(ModelInUse, match=r"it has 3 on versions \[1\]"):
+        await at.live.unload("m", 0, force=False)
+    assert at.states() == {1: VersionState.READY}
+    at.engine.in_store = {7: 2}
+    await at.live.unload("m", 0, force=False)
+    assert at.states() == {}
+
+
 async def test_unloading(at: CatalogHarness) -> None:
     await at.load()
     await at.load(keep_default=True)

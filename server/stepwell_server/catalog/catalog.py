@@ -378,7 +378,7 @@ class Catalog:
             ModelInUse: it is the default, or has sessions, and `force` is not given.
         """
         if not version and not force:
-            self._require_unused(name)
+            await self._require_unused(name)
         under_way = self._loads(name, version)
         for load in under_way:
             load.stop("it was unloaded meanwhile")
@@ -397,12 +397,15 @@ class Catalog:
                 await self._unload(name, version, force=force)
                 return
             if not force:
-                self._require_unused(name)
+                await self._require_unused(name)
             for number in sorted(served, key=lambda one: (served[one].is_default, one)):
                 await self._unload(name, number, force=True)
 
-    def _require_unused(self, name: str) -> None:
-        busy = {number: info.sessions for number, info in self._served(name).items() if info.sessions}
+    async def _require_unused(self, name: str) -> None:
+        if not (served := self._served(name)):
+            return
+        found = await self._engine.sessions_by_version(name)  # most of them may be in the store alone
+        busy = {version: count for version, count in found.items() if version in served}
         if busy:
             raise ModelInUse(
                 f"model {name!r} must have no sessions to be unloaded, unless force is given; it has"

@@ -69,6 +69,9 @@ class Engine(Protocol):
     async def unload_version(self, name: str, version: int, *, force: bool = False) -> None:
         """Stop serving a version."""
 
+    async def sessions_by_version(self, name: str, /) -> Mapping[int, int]:
+        """Return the number of sessions on each version of a name, in memory or only in the store."""
+
     async def set_default(
         self,
         name: str,

@@ -179,7 +179,7 @@ class Internals:
 
     async def sessions_by_version(self, model: str) -> dict[int, int]:
         """How many sessions are on each version of a model now, in memory or in the store alone."""
-        return await self._engine._changes.sessions(model)
+        return await self._engine.sessions_by_version(model)
 
     async def forget_unused(self, model: str) -> None:
         """Forget the versions of a model that nobody needs, as an unload does where there are many."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,6 +150,8 @@ class FakeVersions:
         self.move_refusal: ServerError | None = None
         """With what moves of a default are judged impossible before a load."""
         self.told: list[tuple[Any, ...]] = []
+        self.in_store: dict[int, int] = {}
+        """By version, how many sessions are in the store alone."""
 
     def models(self) -> list[ModelInfo]:
         return [
@@ -215,6 +218,10 @@ class FakeVersions:
         if not force and (info.is_default or info.sessions):
             raise ModelInUse("it is the default, or has sessions")
         del self.names[name][version]
+
+    async def sessions_by_version(self, name: str) -> dict[int, int]:
+        resident = {version: info.sessions for version, info in self.names[name].items()}
+        return Counter(resident) + Counter(self.in_store)
 
     async def set_default(
         self,
