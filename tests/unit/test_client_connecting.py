@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+import grpc
 import pytest
 
 import stepwell
@@ -14,6 +15,7 @@ from stepwell._base import addresses
 from stepwell._base.flow import Flow
 from stepwell._core.observer import Observer
 from stepwell._core.retrier import Retrier
+from stepwell._transport import status
 from stepwell._transport.connecting import Contact
 from stepwell._transport.retry import Deadline, RetryPolicy
 from stepwell.config import ClientConfig
@@ -323,6 +325,16 @@ def test_what_does_not_get_better_is_not_tried_again_before_the_first_contact(te
     server.contact.make()
     server.attempts = 0
     assert server.call() == "reply"
+
+
+def test_a_port_of_http_without_grpc_is_named_and_not_asked_again() -> None:
+    text = "Received http2 header with status: 404"
+    server = Server(status.from_rpc(grpc.StatusCode.UNIMPLEMENTED, text, ()))
+    with pytest.raises(
+        errors.UnavailableError, match=rf"at {ADDRESS} cannot be reached: .*--http-listen.*{text}"
+    ):
+        server.call()
+    assert server.attempts == 1
 
 
 def test_a_name_server_that_does_not_answer_is_asked_again() -> None:

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from stepwell import errors
-from stepwell._transport.connecting import connect_error
+from stepwell._transport.connecting import HandshakeError, connect_error
 from stepwell.v1 import errors_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -31,6 +31,9 @@ class Status:
 
 # gRPC's text if the answer, and not the request, exceeded a limit.
 _REPLY_OVER_LIMIT = re.compile(r"(CLIENT: Received|SERVER: Sent) message larger than max")
+
+#: gRPC's text if something answered that speaks HTTP/2 and not gRPC.
+_NOT_GRPC = "Received http2 header with status: 404"
 
 #: gRPC's text if HTTP/2 ended a call without a status.
 _CUT_OFF = "RST_STREAM"
@@ -52,6 +55,15 @@ def _unavailable(status: Status) -> errors.StepwellError:
     if not status.reason and (error := connect_error(status.message)):
         return error
     return _open_ended(errors.UnavailableError)(status)
+
+
+def _unimplemented(status: Status) -> errors.StepwellError:
+    if not status.reason and _NOT_GRPC in status.message:
+        return HandshakeError(
+            "what answers there is not gRPC: perhaps the port of --http-listen, or a proxy without a route for gRPC; "
+            f"{status.message}"
+        )
+    return _plain(errors.RefusedError)(status)
 
 
 def _open_ended(kind: type[errors.UnavailableError | errors.DeadlineExceededError]) -> Maker:
@@ -144,7 +156,7 @@ BY_CODE: Mapping[grpc.StatusCode, Maker] = {
     Code.FAILED_PRECONDITION: _plain(errors.ModelMismatchError),
     Code.ABORTED: _conflict,
     Code.OUT_OF_RANGE: _plain(errors.InvalidInputError),
-    Code.UNIMPLEMENTED: _plain(errors.RefusedError),
+    Code.UNIMPLEMENTED: _unimplemented,
     Code.INTERNAL: _internal,
     Code.UNAVAILABLE: _unavailable,
     Code.DATA_LOSS: _plain(errors.StateCorruptError),
