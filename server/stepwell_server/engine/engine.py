@@ -432,7 +432,7 @@ class Engine:
         """Unload a version: see `Changes.unload`."""
         await self._changes.unload(name, version, force=force)
 
-    async def sessions_by_version(self, name: str) -> Mapping[int, int]:
+    async def sessions_by_version(self, name: str) -> dict[int, int]:
         """The number of sessions on each version of a name: see `Changes.sessions`."""
         return await self._changes.sessions(name)
 

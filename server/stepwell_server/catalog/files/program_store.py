@@ -44,7 +44,7 @@ class ProgramStore:
             program_file.save(program, path)
         except OSError as error:
             raise Unavailable(
-                f"the server cannot write to its disk the program of version {version} of model {name!r}, which is not loaded:"
+                f"version {version} of model {name!r} was not loaded, because the server cannot write its program to disk:"
                 f" {error.strerror or error}"
             ) from error
         return path
