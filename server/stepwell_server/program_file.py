@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stepwell_server.files import archive_rules
+from stepwell_server.files.flush import flush_folders, flush_open
 from stepwell_server.program import (
     FLATBUFFER,
     ONNX_MODEL,
@@ -78,7 +79,7 @@ def save(program: Program, path: Path, *, is_kept: bool = True) -> None:
     Args:
         program: the program.
         path: the file, which is replaced if it exists.
-        is_kept: sync the file to disk. Not needed for a file that is only used briefly.
+        is_kept: sync the file and its name to disk. Not needed for a file that is only used briefly.
 
     Raises:
         OSError: it cannot be written.
@@ -89,8 +90,10 @@ def save(program: Program, path: Path, *, is_kept: bool = True) -> None:
             _write(program, file)
             file.flush()
             if is_kept:
-                os.fsync(file.fileno())
+                flush_open(file.fileno())
         os.replace(unfinished, path)
+        if is_kept:
+            flush_folders(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 

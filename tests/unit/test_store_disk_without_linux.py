@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stepwell_server.store.disk import files
+from stepwell_server.files import flush
 from stepwell_server.store.disk.lmdb import Durability
 from support.stores.disk_store import DURABILITIES, begin, fill_one, killed, opened, put, revisions
 
@@ -24,7 +24,7 @@ class Flushes:
         self.full, self.plain, self.refuses = 0, 0, False
         self._control, self._fsync = fcntl.fcntl, os.fsync
         monkeypatch.setattr("stepwell_server.store.disk.wal.segment.WRITE_THROUGH", 0)
-        monkeypatch.setattr(files, "_FULL_FLUSH", FULL_FLUSH)
+        monkeypatch.setattr(flush, "_FULL_FLUSH", FULL_FLUSH)
         monkeypatch.delattr(os, "fdatasync")
         monkeypatch.delattr(os, "posix_fallocate")
         monkeypatch.setattr(fcntl, "fcntl", self.fcntl)

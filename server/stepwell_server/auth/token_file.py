@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stepwell_server.auth.tokens import Token, parse, tokens_of
+from stepwell_server.files.flush import flush_folders, flush_open
 
 _HEADER = "# Callers of a Stepwell server, one token a line: name, tenant, role, hash. See 'stepwell tokens --help'.\n"
 
@@ -90,13 +91,9 @@ def _replace(path: Path, text: str) -> None:
             os.fchmod(made, stat.S_IMODE(before.st_mode) & 0o640 | 0o600)
             file.write(text)
             file.flush()
-            os.fsync(made)
+            flush_open(made)
         os.replace(name, real)
     except BaseException:
         os.unlink(name)
         raise
-    folder = os.open(real.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_folders(real.parent)

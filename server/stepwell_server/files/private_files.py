@@ -25,6 +25,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import NamedTuple
 
+from stepwell_server.files.flush import flush_folders, flush_open
+
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 OF_DATA = ("sessions", "sessions.new", "wal", "server.lock", "readers.lock", "models", "uploads")
 """Names of entries in a data folder."""
@@ -170,15 +172,11 @@ def replace(path: Path, content: bytes) -> None:
         with os.fdopen(create(unfinished), "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            flush_open(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_folders(path.parent)
 
 
 # ------------------------------------------------------------------------------------------------ the user's secrets
@@ -371,6 +369,7 @@ def _make(path: Path) -> None:
     try:
         path.mkdir(FOLDER_MODE)
         path.chmod(FOLDER_MODE)  # the umask may have removed rights that the owner needs
+        flush_folders(path.parent)
     except FileExistsError:
         if not path.is_dir():
             raise

@@ -12,8 +12,8 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from stepwell_server.files.flush import flush
 from stepwell_server.store.base import StoreError
-from stepwell_server.store.disk.files import flush
 
 _PAGE_BYTES = 4096
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import resource
 import threading
@@ -17,8 +16,6 @@ from stepwell_server.store.base import StoreError
 
 #: Errors that mean that a file was removed. Others (EACCES, EIO) can also come from an existing file.
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
-#: On macOS fsync only hands data to the drive, which may keep it in its own cache.
-_FULL_FLUSH: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 _ZEROS = bytes(1 << 20)
 #: LMDB reports a partial write as EIO. If less than this is free, the reason is a full disk.
 _FULL_BYTES = 2**20
@@ -117,36 +114,6 @@ def explain(error: Exception, folder: Path) -> str:
     return text
 
 
-def flush(path: Path) -> None:
-    """Flush the content of a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        flush_open(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_open(descriptor: int) -> None:
-    """As `flush`, for an open file.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    if _FULL_FLUSH is not None:
-        with contextlib.suppress(OSError):  # the file system may not support it
-            fcntl.fcntl(descriptor, _FULL_FLUSH)
-            return
-    os.fsync(descriptor)
-
-
-def flush_content(descriptor: int) -> None:
-    """As `flush_open`, without metadata such as the time of the last change."""
-    if hasattr(os, "fdatasync"):
-        os.fdatasync(descriptor)
-    else:
-        flush_open(descriptor)
-
-
 def allocate(descriptor: int, start: int, end: int) -> None:
     """Allocate the blocks of a range of a file. The content afterwards is undefined.
 
@@ -167,12 +134,6 @@ def write_zeros(descriptor: int, start: int, end: int) -> None:
     """
     while start < end:
         start += os.pwrite(descriptor, _ZEROS[: end - start], start)
-
-
-def flush_folders(*folders: Path) -> None:
-    """Flush folders: a new file survives a loss of power only if its folder was flushed too."""
-    for folder in folders:
-        flush(folder)
 
 
 @contextlib.contextmanager

@@ -37,11 +37,12 @@ from typing_extensions import override
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StateCorrupt, StoreGone, Unavailable
 from stepwell_server.files import private_files
+from stepwell_server.files.flush import flush_folders
 from stepwell_server.store.base import TOMBSTONES, Batch, LocalStore, StoreError, StoreHealth, Tombstone
 from stepwell_server.store.disk import documents as in_lmdb
 from stepwell_server.store.disk import earlier, meta
 from stepwell_server.store.disk.file_length import lengthen, require_whole_file, within_limit
-from stepwell_server.store.disk.files import OpenFiles, explain, flush_folders, start_errors
+from stepwell_server.store.disk.files import OpenFiles, explain, start_errors
 from stepwell_server.store.disk.key_sums import BATCH_SIZE, Change, KeyCheck, UnexpectedKeys
 from stepwell_server.store.disk.keys import is_gap, items, key_of, own, values
 from stepwell_server.store.disk.lock import DirectoryLock

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from stepwell_server.clock import Clock
 from stepwell_server.errors import StoreGone, Unavailable
+from stepwell_server.files.flush import flush_folders
 from stepwell_server.store.base import (
     Batch,
     LocalStore,
@@ -38,7 +39,6 @@ from stepwell_server.store.base import (
     WriteObserver,
 )
 from stepwell_server.store.changes import merged
-from stepwell_server.store.disk.files import flush_folders
 from stepwell_server.store.disk.free_space import FreeSpace
 from stepwell_server.store.disk.lmdb import FIRST_MAP_BYTES, Durability, LmdbStore
 from stepwell_server.store.disk.wal.log import SEGMENT_BYTES, Mark, Records, WriteAheadLog, room_for

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from stepwell._admin import record_file
 from stepwell._admin.record_file import Entry, Format, Kind, RecordFileError
 from stepwell_server.files import private_files
+from stepwell_server.files.flush import flush_folders, flush_open
 from stepwell_server.store.base import (
     CLOSES_BYTES,
     End,
@@ -30,7 +31,6 @@ from stepwell_server.store.base import (
     unpack_closes,
 )
 from stepwell_server.store.disk.documents import Item
-from stepwell_server.store.disk.files import flush_folders, flush_open
 from stepwell_server.store.record import MAX_COUNTER, MAX_TIME
 
 FORMAT = Format("backup", 6, "a backup that 'stepwell store backup' wrote", oldest=5)

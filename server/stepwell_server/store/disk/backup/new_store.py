@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stepwell_server.clock import Clock
+from stepwell_server.files.flush import flush, flush_folders
 from stepwell_server.store.base import Batch, StoreError, Tombstone
 from stepwell_server.store.counts import of_tenants
 from stepwell_server.store.disk.backup.snapshot import DATA, Snapshot, opened
 from stepwell_server.store.disk.documents import Item
-from stepwell_server.store.disk.files import flush, flush_folders
 from stepwell_server.store.disk.lmdb import COPY, LmdbStore
 from stepwell_server.store.disk.lock import DirectoryLock, try_write_lock
 from stepwell_server.store.record import RecordBytes, header_or_none

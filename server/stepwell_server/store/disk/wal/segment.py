@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stepwell._admin.record_file import HEAD
-from stepwell_server.store.disk.files import flush_content, flush_open, write_zeros
+from stepwell_server.files.flush import flush_content, flush_open
+from stepwell_server.store.disk.files import write_zeros
 from stepwell_server.store.disk.wal import layout
 from stepwell_server.store.record import HEADER, RecordBytes, is_change, size_of
 
