@@ -41,7 +41,7 @@ myst_links_external_new_tab = False
 
 autodoc_default_options = {
     "members": True,
-    "inherited-members": "Mapping,Sequence,Coroutine,BaseException,object",
+    "inherited-members": "dict,Mapping,Sequence,Coroutine,BaseException,object",
     "member-order": "bysource",
 }
 autodoc_typehints = "signature"
