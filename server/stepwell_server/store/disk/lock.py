@@ -108,7 +108,7 @@ class DirectoryLock:
         holder = _read(file)
         return StoreBusy(
             f"data directory {self._directory} must be used by one server at a time;"
-            f" {holder or 'another process'} uses it",
+            f" it is used by {holder or 'another process'}",
             holder,
         )
 
