@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -329,6 +332,36 @@ def test_both_executors_compute_the_same(tokens: Compiled, tokens_on_tensorflow:
     two = _token_step(load_executor(tokens_on_tensorflow.program), drawn)
     for value, other in zip(one, two, strict=True):
         np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+
+
+_SERVE = """
+import pickle, sys
+import numpy as np
+from stepwell_server.engine.executors import load_executor
+program, numbers = pickle.load(sys.stdin.buffer)
+executor = load_executor(program)
+executor.bind(len(numbers))
+executor.inputs()[0][...] = numbers
+executor.invoke()
+sys.stdout.buffer.write(executor.outputs()[0].tobytes())
+"""
+
+
+@pytest.mark.slow
+def test_a_server_on_tensorflow_divides_as_the_compiler_does() -> None:
+    """The processes of a server that run programs do not import the compiler, which sets up TensorFlow, too."""
+    program = programs.program("whole_quotients")
+    assert program.executor == "tensorflow"
+    numbers = np.random.default_rng(4).integers(1, 60_000, (64, 1)).astype(np.float32)
+    done = subprocess.run(
+        [sys.executable, "-c", _SERVE],
+        input=pickle.dumps((program, numbers)),
+        capture_output=True,
+        check=True,
+        timeout=100,
+    )
+    expected = np.floor(numbers / np.arange(1, 9, dtype=np.float32))
+    np.testing.assert_array_equal(np.frombuffer(done.stdout, np.float32), expected.ravel())
 
 
 def test_two_executors_of_one_program_are_independent(tokens: Compiled) -> None:

@@ -30,6 +30,7 @@ STATES = {
 }
 ON_TENSORFLOW = {
     "not_convertible",
+    "whole_quotients",
     "half_precision",
     "mixed_float16",
     "mixed_bfloat16",

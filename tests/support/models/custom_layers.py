@@ -73,6 +73,40 @@ class BetaCell(_Cell):
 
 
 @_register
+class HoltWinters(_Cell):
+    """Exponential smoothing with a level, a trend and seasons: its sums have three values."""
+
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        self.state_size = [1, 1, units]
+        self.output_size = 1
+
+    def build(self, shape: Any) -> None:
+        self.kernel = self.add_weight(shape=(3,), name="kernel")
+
+    def call(self, inputs: Any, states: Any) -> tuple[Any, list[Any]]:
+        one, two, three = (keras.ops.sigmoid(self.kernel[i]) for i in range(3))
+        level, trend, seasons = states
+        season, following = seasons[:, :1], seasons[:, 1:]
+        now = one * (inputs - season) + (1 - one) * (level + trend)
+        rising = two * (now - level) + (1 - two) * trend
+        season = three * (inputs - now) + (1 - three) * season
+        return now + rising + following[:, :1], [now, rising, keras.ops.concatenate([following, season], 1)]
+
+
+@_register
+class WholeQuotients(keras.Layer):
+    """Divides by constants; LiteRT does not have one of its operations (the logarithm of the gamma function)."""
+
+    def call(self, inputs: Any) -> Any:
+        quotients = tf.floor(inputs / tf.range(1.0, 9.0))
+        return quotients + 0.0 * tf.math.lgamma(1.0 + tf.abs(inputs))
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return (*shape[:-1], 8)
+
+
+@_register
 class SingularValues(keras.Layer):
     """A layer with an operation that the proof does not know; it does treat every time step by itself."""
 

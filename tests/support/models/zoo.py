@@ -477,6 +477,22 @@ def not_convertible(keras: Any) -> Any:
     return keras.Model(x, keras.layers.Dense(2)(hidden))
 
 
+@served
+def holt_winters(keras: Any) -> Any:
+    from support.models.custom_layers import HoltWinters
+
+    x = keras.Input((None, 1))
+    return keras.Model(x, keras.layers.RNN(HoltWinters(7), return_sequences=True, name="smoothing")(x))
+
+
+@served
+def whole_quotients(keras: Any) -> Any:
+    from support.models.custom_layers import WholeQuotients
+
+    x = keras.Input((None, 1))
+    return keras.Model(x, WholeQuotients(name="quotients")(x))
+
+
 # --- other types ---------------------------------------------------------------------------------------
 
 

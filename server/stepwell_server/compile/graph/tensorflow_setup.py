@@ -15,8 +15,6 @@ import tensorflow as tf
 from tensorflow.python.util import deprecation
 
 _executor.configure()
-# Else graphs divide by a constant as a product with its rounded reciprocal: 1 / 1 is 0.99999994.
-tf.config.optimizer.set_experimental_options({"constant_folding": False})
 # Else TensorFlow inspects the signatures of many of its functions in each call, to warn about its own deprecations: a tenth
 # of the compile time.
 deprecation._PRINT_DEPRECATION_WARNINGS = False

@@ -23,12 +23,18 @@ with light_imports():
 _log = Log("engine.executors")
 
 
+#: Rewrites of graphs that change results. The first divides by a constant as a product with its rounded reciprocal:
+#: ``floor(51037 / 1)`` is 51036. The second adds three values in the order in which their buffers come free.
+_REWRITES = ("constant_folding", "arithmetic_optimization")
+
+
 def configure() -> None:
-    """Make TensorFlow compute on one CPU thread.
+    """Make TensorFlow compute on one CPU thread, and each operation as it is.
 
     The number of threads decides how Eigen splits a sum, and so the result's last bits. A program's batch sizes
     were checked with one thread, on the CPU. Use more executors for more speed, not more threads.
     """
+    tf.config.optimizer.set_experimental_options(dict.fromkeys(_REWRITES, False))
     threading = tf.config.threading
     if threading.get_intra_op_parallelism_threads() == 1:
         return
