@@ -461,6 +461,7 @@ def _channels_first_1d(keras: Any, x: Any) -> Any:
     return keras.layers.Permute((2, 1))(y)
 
 
+_add("overlapping_frames", apply("overlapping_frames", 4), (10,))
 _add("channels_first", _channels_first_1d)
 _add("channels_first_2d", _channels_first, (6,))
 _add("first_value_in_front", lambda k, x: k.layers.Conv1D(3, 3)(_held(k, x, 2)))

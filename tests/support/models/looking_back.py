@@ -72,3 +72,10 @@ def rolled_around(layer: Apply, x: Any) -> Any:
 @kind
 def other_for_a_length(layer: Apply, x: Any) -> Any:
     return x * (2.0 if x.shape[1] == layer.n else 1.0)
+
+
+@kind
+def overlapping_frames(layer: Apply, x: Any) -> Any:
+    """Frames that begin every ``n`` elements, and whose last part may be shorter than ``n``."""
+    whole = tf.signal.overlap_and_add(x * layer.weight, layer.n)
+    return tf.reshape(whole[:, : tf.shape(x)[1] * layer.n], (tf.shape(x)[0], -1, layer.n))

@@ -268,3 +268,16 @@ def dtln(keras: Any, x: Any) -> Any:
     mask = keras.layers.Dense(12, activation="sigmoid")(mask)
     clean = keras.layers.Dense(32, use_bias=False)(found * mask)
     return keras.layers.Add()([delayed(keras, clean[:, :, 8 * i : 8 * (i + 1)], i) for i in range(4)])
+
+
+@_add(8)
+def short_time_fourier(keras: Any, x: Any) -> Any:
+    """Masks the spectrum of windows of 32 samples, of which a step brings 8, and returns to samples."""
+    samples = keras.ops.pad(keras.layers.Reshape((-1,))(x), ((0, 0), (24, 0)))
+    real, imaginary = keras.ops.stft(samples, 32, 8, 32, center=False)
+    size = keras.ops.sqrt(real * real + imaginary * imaginary + 1e-6)
+    mask = keras.layers.Dense(17, activation="sigmoid")(
+        keras.layers.GRU(5, return_sequences=True, name="gru")(size)
+    )
+    clean = keras.ops.istft((real * mask, imaginary * mask), 32, 8, 32, center=False)
+    return keras.layers.Reshape((-1, 8))(clean[:, :-24])

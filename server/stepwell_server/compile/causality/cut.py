@@ -25,6 +25,7 @@ from stepwell_server.compile.errors import ModelError, gist, quoted
 from stepwell_server.compile.graph.channels import channels_last
 from stepwell_server.compile.graph.concrete import concrete
 from stepwell_server.compile.graph.interface import Interface
+from stepwell_server.compile.graph.overlap import shifted_frames
 from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
@@ -231,6 +232,7 @@ class _Tracer:
                 stack.enter_context(attribute(module, "device_context", _UNFOLDED))
             stack.enter_context(attribute(nn_ops, "with_space_to_batch", _unfolded))
             stack.enter_context(channels_last())
+            stack.enter_context(shifted_frames())
             # Else zeros of fewer than 1,000 elements are a constant: the graphs differ where the rows decide that.
             stack.enter_context(attribute(array_ops, "_constant_if_small", _never))
             for operation in all_operations(model):
