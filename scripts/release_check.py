@@ -30,7 +30,7 @@ def main(version: str) -> None:
         model.save(path)
         options = ["--front", "native"]
         with (
-            LocalServer(models={"forecast": path}, start_timeout_s=200, extra_args=options) as server,
+            LocalServer(models={"forecast": path}, start_timeout_s=1000, extra_args=options) as server,
             stepwell.connect(server.address) as client,
             client.open_session("forecast") as session,
         ):
