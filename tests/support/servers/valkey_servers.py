@@ -424,11 +424,11 @@ class Sentinels:
     def fail_over(self) -> Valkey:
         """Let them replace the primary, be it there or not; the new one, when they all know.
 
-        Raises:
-            ReplyError: they have no replica that could be it.
+        They take no replica that has been silent for some seconds, as on a busy machine.
         """
-        old = self.primary()
-        self.sentinels[0].ask("SENTINEL", "FAILOVER", NAME)
+        old, one = self.primary(), self.sentinels[0]
+        begun = functools.partial(_accepts, one, "NOGOODSLAVE", "SENTINEL", "FAILOVER", NAME)
+        until(begun, "they have no replica that could be it", one.log)
         return self.wait_fail_over(old)
 
     def wait_fail_over(self, gone: Valkey) -> Valkey:
@@ -528,18 +528,9 @@ class Cluster:
         while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
             migrate(source, target, *keys)
         for node in (target, source, *self.primaries):
-            until(functools.partial(self._gives, node, slot, target), "replicas do not answer", node.log)
-
-    @staticmethod
-    def _gives(node: Valkey, slot: int, target: Valkey) -> bool:
-        """Name the owner of a slot to a node. It waits for its replicas two seconds: a busy machine can take longer."""
-        try:
-            node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
-        except ReplyError as error:
-            if not str(error).startswith("NOREPLICAS"):
-                raise
-            return False
-        return True
+            words = ("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
+            # it waits for its replicas two seconds: a busy machine can take longer
+            until(functools.partial(_accepts, node, "NOREPLICAS", *words), "no replica answers", node.log)
 
     def move_slot(self, source: Valkey, target: Valkey, key: str) -> None:
         """Move the slot of a key."""
@@ -609,6 +600,17 @@ def until(condition: Callable[[], bool], otherwise: str, log: Callable[[], str])
         assert time.monotonic() < end_s, f"{otherwise}:\n{log()}"
         never.wait(pause_s)
         pause_s = min(2 * pause_s, 0.05)
+
+
+def _accepts(process: Process, refusal: str, *words: Any) -> bool:
+    """Give a command; False if it is refused for this reason."""
+    try:
+        process.ask(*words)
+    except ReplyError as error:
+        if not str(error).startswith(refusal):
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager
