@@ -136,7 +136,7 @@ class ProofOptions:
 
 
 _ROWS = {
-    "proven": "its rows proven apart from its graph",
+    "proven": "its graph keeps rows apart",
     "alone": "each row run alone",
     "trusted": "its rows trusted to be apart by --trust-rows",
 }

@@ -151,7 +151,7 @@ def test_models_say_why_rows_never_mix(client: stepwell.Client, server: LocalSer
         "logarithm": "proven",
         "quantized": "alone",
     }
-    assert str(found["cell"].proof) == "a step function; its rows proven apart from its graph"
+    assert str(found["cell"].proof) == "a step function; its graph keeps rows apart"
     assert not found["quantized"].proof.is_trusted
     assert found["quantized"].batch_sizes == (1,)
     shown = run("models", "show", "quantized", "--server", server.address).stdout
@@ -283,7 +283,7 @@ def test_the_commands(files: Path, tmp_path: Path) -> None:
     done = run("compile", str(bare), "-o", target, *options, "--name", "output=score")
     assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[:3] == [
-        "proof: a step function, its rows proven apart from its graph",
+        "proof: a step function, its graph keeps rows apart",
         "executor: onnxruntime (ONNX Runtime gives a row the same bits at every batch size)",
         "bits: the same for a row at every batch size (23 sizes up to 256 compared)",
     ]
@@ -297,7 +297,7 @@ def test_the_commands(files: Path, tmp_path: Path) -> None:
     assert run("check", model).exit_code == 0
     assert run("check", target).stdout.splitlines()[-1].endswith("in a plain loop, give the .onnx file")
     assert json.loads(run("check", target, "--json").stdout)["verdict"] == "same"
-    assert "a step function; its rows proven apart" in run("models", "show", target).stdout
+    assert "a step function; its graph keeps rows apart" in run("models", "show", target).stdout
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def stepped(program: Program, inputs: Sequence[Any]) -> tuple[list[Any], list[An
 def test_a_cell_equals_a_plain_loop_to_the_bit(tmp_path: Path) -> None:
     program = compiled("cell", tmp_path)
     assert (str(program.proof), program.batch_sizes) == (
-        "a step function, its rows proven apart from its graph",
+        "a step function, its graph keeps rows apart",
         (),
     )
     x = np.random.default_rng(1).standard_normal((6, 5, 3)).astype(np.float32)

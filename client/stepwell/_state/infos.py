@@ -66,7 +66,7 @@ class TensorInfo:
 
 
 _STEP_FUNCTIONS = {
-    "proven": "a step function; its rows proven apart from its graph",
+    "proven": "a step function; its graph keeps rows apart",
     "alone": "a step function; each row run alone",
     "trusted": "a step function; its rows TRUSTED to be apart, not proven",
 }
