@@ -254,7 +254,7 @@ def of_watches(counts: WatchCounts) -> Iterator[Metric]:
     yield gauge("stepwell_max_watched_sessions", text, MAX_WATCHED)
     text = "Bytes of events of watches that wait for their readers."
     yield gauge("stepwell_watch_held_bytes", text, counts.held_bytes)
-    text = "Limit of these bytes, above which events are dropped and watches are refused."
+    text = "Limit of bytes of events of watches, above which events are dropped and watches are refused."
     yield gauge("stepwell_max_watch_held_bytes", text, MAX_HELD_BYTES)
     text = "Events of watched sessions: sent, or dropped because the reader was slow."
     outcomes = {"sent": counts.sent, "dropped": counts.dropped}
