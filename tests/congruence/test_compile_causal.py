@@ -31,6 +31,14 @@ STATES: dict[str, dict[str, tuple[int, ...]]] = {
     "shifted_decoder": {"gru/h": (3,), "gru/last": (1, 4)},
     "cumulative_sum": {"cumsum/total": (4,)},
     "cumulative_mean": {"cumsum/total": (4,), "cumsum_1/total": (4,)},
+    "cumulative_norm_of_values": {
+        "cumulative_norm_of_values/total": (),
+        "cumulative_norm_of_values#2/total": (),
+        "cumulative_norm_of_values/steps": (),
+        "cumulative_norm_of_values#2/steps": (),
+    },
+    "mean_of_all_samples": {"less_the_mean_so_far/total": (), "less_the_mean_so_far/steps": ()},
+    "cumulative_sum_of_late_samples": {"cumsum/steps": (), "cumsum/total": (), "zero_padding1d/steps": ()},
     "difference_by_joining": {"subtract/last": (1, 4), "concatenate/steps": ()},
     "block_called_twice": {"block/conv/last": (2, 4), "block/conv#2/last": (2, 4)},
     "around_an_lstm": {

@@ -29,7 +29,7 @@ def _frames(ops: Any, x: Any, places: Any) -> Any:
     return ops.max(ops.take(ops.pad(x, ((0, 0), (2, 0), (0, 0))), places, 1), 2)
 
 
-def _model(kind: Kind, weights: Any) -> Any:
+def _model(kind: Kind, weights: Any, features: int = 1) -> Any:
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
     class Numbering(keras.layers.Layer):
@@ -43,7 +43,7 @@ def _model(kind: Kind, weights: Any) -> Any:
         def compute_output_shape(self, shape: Any) -> Any:
             return shape
 
-    x = keras.Input((None, 1))
+    x = keras.Input((None, features))
     return keras.Model(x, Numbering(name="numbering")(x))
 
 
@@ -93,6 +93,63 @@ def test_a_number_of_the_time_step_is_that_of_keras_beyond_all_compared_lengths(
     found = traced.function(in_0=x[0, steps], state_0=np.array(steps, np.int32))
     np.testing.assert_allclose(found["out_0"], whole[steps], rtol=1e-6)
     np.testing.assert_array_equal(found["next_0"], np.array(steps) + 1)
+
+
+def _of_samples(kind: Kind) -> Kind:
+    """Apply a kind to the four samples of each time step, one after the other."""
+
+    def call(ops: Any, x: Any, weights: Any) -> Any:
+        rows, steps = ops.shape(x)[0], ops.shape(x)[1]
+        return ops.reshape(kind(ops, ops.reshape(x, (rows, steps * 4, 1)), weights), (rows, steps, 4))
+
+    return call
+
+
+OF_SAMPLES = (
+    "compared",
+    "divided",
+    "integers that overflow",
+    "repeated for each row",
+    "a table over and over",
+)
+
+
+@pytest.mark.parametrize("name", one_in(5, OF_SAMPLES))
+def test_a_number_of_a_sample_is_that_of_keras_beyond_all_compared_lengths(
+    name: str, trace_and_probe: Any
+) -> None:
+    kind, weights = SERVED[name]
+    model = _model(_of_samples(kind), weights, 4)
+    traced = trace_and_probe(model)
+    steps = FAR // 4 + 3
+    x = np.random.default_rng(1).uniform(1, 2, (1, steps, 4)).astype(np.float32)
+    (whole,) = np.asarray(model(x))
+    chosen = [0, 1, 6, 7, 2749, 2750, steps - 4, steps - 3, steps - 2, steps - 1]
+    found = traced.function(in_0=x[0, chosen], state_0=np.array(chosen, np.int32))
+    np.testing.assert_allclose(found["out_0"], whole[chosen], rtol=1e-6)
+    np.testing.assert_array_equal(found["next_0"], np.array(chosen) + 1)
+
+
+def test_numbers_of_samples_end_below_those_of_time_steps(trace_and_probe: Any) -> None:
+    """No integer is beyond 2,147,483,647: a session then keeps the last four."""
+    kind = _of_samples(lambda o, x, _: x + _column(o, numbers(o, x) // 2**20))
+    traced = trace_and_probe(_model(kind, 0.0, 4))
+    steps = [2**29 - 2, 2**29 - 1, 2**29, 2**31 - 2, 2**31 - 1]
+    found = traced.function(in_0=np.zeros((5, 4), np.float32), state_0=np.array(steps, np.int32))
+    np.testing.assert_array_equal(found["out_0"], np.full((5, 4), 2047.0))
+    np.testing.assert_array_equal(found["next_0"], [2**29 - 1, 2**29, 2**29 + 1, 2**31 - 1, 2**31 - 1])
+
+
+@pytest.mark.parametrize("shift", one_in(2, (1, 5)))
+def test_numbers_of_samples_beside_others_of_a_part_of_a_time_step_are_refused(
+    shift: int, trace_and_probe: Any
+) -> None:
+    kind = _of_samples(
+        lambda o, x, _: o.pad(x[:, :-shift], ((0, 0), (shift, 0), (0, 0))) * _column(o, numbers(o, x))
+    )
+    pattern = rf"counts elements beside others, {shift} elements? apart, but a time step brings 4; pass the"
+    with pytest.raises(ModelError, match=pattern):
+        trace_and_probe(_model(kind, 0.0, 4))
 
 
 def _joined_ones(ops: Any, x: Any, _weights: Any) -> Any:

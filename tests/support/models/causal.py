@@ -263,6 +263,22 @@ def _autoencoder(keras: Any, x: Any) -> Any:
     return _frames(keras, _conv(keras, y, filters=1), x.shape[-1])
 
 
+def _conv_tasnet(keras: Any, x: Any) -> Any:
+    """Conv-TasNet (arXiv:1809.07454) for one speaker: a time step brings four of the encoder's frames."""
+    from support.models.looking_back import layer
+
+    encoded = keras.layers.Conv1D(6, 4, strides=2, activation="relu")(_front(keras, _samples(keras, x), 2))
+    y = keras.layers.Conv1D(4, 1)(layer("cumulative_norm", name="norm")(encoded))
+    for dilation in (1, 2):
+        z = keras.layers.PReLU(shared_axes=[1])(keras.layers.Conv1D(5, 1)(y))
+        z = layer("cumulative_norm", name=f"before_{dilation}")(z)
+        z = keras.layers.DepthwiseConv1D(3, dilation_rate=dilation)(_front(keras, z, 2 * dilation))
+        z = layer("cumulative_norm", name=f"behind_{dilation}")(keras.layers.PReLU(shared_axes=[1])(z))
+        y = keras.layers.Add()([y, keras.layers.Conv1D(4, 1)(z)])
+    masked = encoded * keras.layers.Conv1D(6, 1, activation="sigmoid")(y)
+    return _frames(keras, keras.layers.Conv1DTranspose(1, 4, strides=2)(masked)[:, :-2], x.shape[-1])
+
+
 def _residual_samples(keras: Any, x: Any) -> Any:
     y = _samples(keras, x)
     y = y + _conv(keras, keras.layers.Activation("elu")(_conv(keras, y, 3, dilation_rate=2)), 1, filters=1)
@@ -318,7 +334,44 @@ _add(
     "product_of_differences",
     lambda k, x: _front(k, k.ops.cumprod(1 + 0.1 * k.ops.tanh(x[:, 1:] - x[:, :-1]), 1), 1),
 )
+_add(
+    "depthwise_of_samples_dilated",
+    lambda k, x: _frames(
+        k, k.layers.DepthwiseConv1D(3, dilation_rate=3, depth_multiplier=2)(_front(k, _samples(k, x), 6)), 4
+    ),
+    (4,),
+)
+_add(
+    "conv_3d_of_samples_dilated",
+    lambda k, x: k.layers.Reshape((-1, 24))(
+        k.layers.Conv3D(2, (2, 2, 1), dilation_rate=(3, 1, 1))(
+            k.layers.ZeroPadding3D(((3, 0), (0, 0), (0, 0)))(k.layers.Reshape((-1, 3, 2, 1))(x))
+        )
+    ),
+    (18,),
+)
 _add("codec", _autoencoder, (4,))
+_add("cumulative_norm", apply("cumulative_norm"))
+_add("cumulative_norm_of_values", apply("cumulative_norm_of_values"))
+_add("conv_tasnet", _conv_tasnet, (8,))
+_add("mean_of_all_samples", lambda k, x: _frames(k, apply("less_the_mean_so_far")(k, _samples(k, x)), 4))
+_add("places_of_samples", apply("places_of_samples"))
+_add(
+    "cumulative_sum_of_padded_samples",
+    lambda k, x: _frames(k, k.ops.cumsum(k.layers.Dense(3)(_front(k, _samples(k, x), 3)), 1)[:, :-3], 4),
+)
+_add(
+    "cumulative_sum_of_late_samples",
+    lambda k, x: _frames(k, _front(k, k.ops.cumsum(_samples(k, x)[:, 3:], 1), 3), 4),
+)
+_add(
+    "cumulative_product_of_samples",
+    lambda k, x: _frames(k, k.ops.cumprod(1 + 0.1 * k.ops.tanh(_samples(k, x)), 1), 4),
+)
+_add(
+    "number_of_the_sample",
+    lambda k, x: _frames(k, _samples(k, x) / k.ops.cumsum(k.ops.ones_like(_samples(k, x)), 1), 4),
+)
 _add("residual_samples", _residual_samples, (6,))
 _add("shifted_samples", lambda k, x: _frames(k, _samples(k, x) - _delay(k, _samples(k, x), 5), 4), (4,))
 _add("transposed", lambda k, x: k.layers.Conv1DTranspose(3, 4)(x)[:, :-3])

@@ -12,9 +12,9 @@ from support.models.odd_layers import Apply, kind
 ops = keras.ops
 
 
-def layer(kind: str, n: int = 1) -> Apply:
+def layer(kind: str, n: int = 1, name: str | None = None) -> Apply:
     """Return a layer of a kind, also of those that others registered."""
-    return Apply(kind, n)
+    return Apply(kind, n, name=name or kind)
 
 
 def _numbers(x: Any) -> Any:
@@ -55,6 +55,47 @@ def frames_from_the_first(layer: Apply, x: Any) -> Any:
 def mirrored(layer: Apply, x: Any) -> Any:
     padded = tf.pad(x * layer.weight, [[0, 0], [1, 0], [0, 0]], "SYMMETRIC")
     return padded[:, 1:] * padded[:, :-1]
+
+
+@kind
+def cumulative_norm(layer: Apply, x: Any) -> Any:
+    """The cLN of Conv-TasNet: of all channels so far, with the roundings of its code in PyTorch."""
+    channels, steps = x.shape[2], ops.shape(x)[1]
+    total = ops.cumsum(ops.sum(x, 2), 1)
+    squares = ops.cumsum(ops.sum(ops.square(x), 2), 1)
+    count = ops.cast(ops.arange(channels, channels * (steps + 1), channels), "float32")[None]
+    mean = total / count
+    variance = (squares - 2 * mean * total) / count + ops.square(mean)
+    return (x - mean[..., None]) / ops.sqrt(variance + 1e-3)[..., None] * (1.0 + layer.weight)
+
+
+@kind
+def cumulative_norm_of_values(layer: Apply, x: Any) -> Any:
+    """The same over time and channels as one long series, of which each time step takes the last."""
+    rows, steps, channels = ops.shape(x)[0], ops.shape(x)[1], x.shape[2]
+    values = ops.reshape(x * (1.0 + layer.weight), (rows, steps * channels))
+    count = ops.cast((ops.arange(steps) + 1) * channels, "float32")
+    mean = ops.cumsum(values, 1)[:, channels - 1 :: channels] / count
+    square = ops.cumsum(ops.square(values), 1)[:, channels - 1 :: channels] / count
+    return (x - mean[..., None]) * ops.rsqrt(square - ops.square(mean) + 1e-3)[..., None]
+
+
+@kind
+def less_the_mean_so_far(layer: Apply, x: Any) -> Any:
+    """Each element less all up to it, also those of its own time step."""
+    count = ops.cast(ops.arange(ops.shape(x)[1]) + 1, "float32")
+    return x - ops.cumsum(x, 1) / ops.broadcast_to(count[None, :, None], ops.shape(x))
+
+
+@kind
+def places_of_samples(layer: Apply, x: Any) -> Any:
+    """Numbers of samples, and others of their places in a frame, beside samples that are two frames late."""
+    rows, steps, each = ops.shape(x)[0], ops.shape(x)[1], x.shape[2]
+    samples = ops.reshape(x + layer.weight, (rows, steps * each))
+    late = ops.pad(samples[:, : -2 * each], [[0, 0], [2 * each, 0]], constant_values=0.5)
+    number, places = ops.arange(steps * each), ops.tile(ops.arange(1.0, each + 1), [steps])
+    late = late * places[None] * ops.cast(number % 7 + number // each, "float32")
+    return ops.reshape(late, (rows, steps, each))
 
 
 @kind

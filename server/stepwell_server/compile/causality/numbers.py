@@ -21,12 +21,14 @@ import numpy as np
 from stepwell_server.compile.causality.axes import (
     BATCH,
     Axes,
+    Dim,
     LostAxisError,
-    Pair,
     Scales,
     Time,
+    dim_of,
+    elements,
     labels,
-    moved,
+    placed,
     time_of,
 )
 from stepwell_server.compile.causality.call import Call
@@ -52,26 +54,43 @@ class Numbered:
     rows: int | None = None
     """The dimension of the rows, if it has any."""
     lag: int = 0
-    """How much lower than the number of the time step that of the element is that this step needs."""
+    """How much lower than the number of the time step that one is whose elements this step needs."""
 
-    def at(self, start: int) -> Data:
-        """Return its axes beside data whose time axis begins at ``start``."""
-        time = time_of(self.axes)
-        assert time is not None
-        found = list(moved(self.axes, Time(start, time.extra)))
-        if self.rows is not None:
-            found[self.rows] = (BATCH,)
-        return Data(tuple(found))
+    @property
+    def data(self) -> Data:
+        """Its axes, with those of the rows."""
+        rows = self.rows
+        return Data(tuple((BATCH,) if i == rows else dim for i, dim in enumerate(self.axes)))
 
-    def from_step(self, start: int) -> Numbered:
-        """Return it for an operation on data whose time axis begins at ``start``.
+    def beside(self, time: Time | None) -> Numbered:
+        """Return it for an operation on data with a time axis, if that has any.
 
         At time step ``t`` such an operation computes its element ``t - start``. This is element ``t - start + shift`` of
-        the ``Range``, where ``shift`` are the numbers that were left out behind it.
+        the ``Range``, where ``shift`` are the numbers that were left out behind it. If a time step brings several
+        elements, they are those of a whole time step of the ``Range``.
+
+        Raises:
+            Refusal: they are not.
         """
-        time = time_of(self.axes)
-        assert time is not None
-        return dataclasses.replace(self, lag=start - time.start)
+        own = counted_by(self.axes)
+        if time is None or own is None or own.per != time.per:
+            return self
+        lag, rest = divmod(time.start - own.start, own.per)
+        if rest:
+            apart = abs(time.start - own.start)
+            raise Refusal(
+                Reason.POSITION,
+                f"counts elements beside others, {apart} element{'s'[: apart > 1]} apart, but a time step brings {own.per}",
+            )
+        place = next(i for i, dim in enumerate(self.axes) if time_of([dim]))
+        found = placed(self.axes, place, dataclasses.replace(own, start=time.start))
+        return dataclasses.replace(self, axes=found, lag=lag)
+
+
+def counted_by(axes: Axes) -> Time | None:
+    """Return the time axis of a tensor, with all elements that a time step brings in its dimension."""
+    dim = next((dim for dim in axes if time_of([dim])), ())
+    return elements(dim) or time_of([dim])
 
 
 def numbered(const: Const, known: Mapping[str, Data | Const], scales: Scales) -> Numbered | None:
@@ -91,7 +110,7 @@ def numbered(const: Const, known: Mapping[str, Data | Const], scales: Scales) ->
     except (Refusal, LostAxisError, ValueError, IndexError):
         return None
     result = found.get(const.first.name)
-    if result is None:
+    if result is None or not any(map(elements, result.axes)):
         return None
     for op in (op for op in ops[0] if op.type == "GatherV2" and op.inputs[1].name in found):
         _require_in_table(op, found, known)
@@ -105,9 +124,9 @@ def _follow(
     """Derive the results of one operation, if a ``Range`` is behind them; return whether that is known."""
     inputs = [found.get(value.name, known.get(value.name)) for value in one.inputs]
     if one.type == "Range":
-        extra = _counted(one, two, inputs, scales)
-        if extra is not None:  # Else its length is another one, or its numbers depend on the length.
-            found[one.outputs[0].name] = Data(((Time(0, extra),),))
+        time = _counted(one, two, inputs, scales)
+        if time is not None:  # Else its length is another one, or its numbers depend on the length.
+            found[one.outputs[0].name] = Data((dim_of(time),))
         return True
     if not any(isinstance(value, Data) for value in inputs):
         return True
@@ -116,6 +135,9 @@ def _follow(
         return False
     call = Call(one, two, tuple(value for value in inputs if value is not None), scales)
     before = [time_of(value.axes) for value in inputs if isinstance(value, Data)]
+    several = {
+        dim for value in inputs if isinstance(value, Data) for dim in value.axes if _is_of_several(dim)
+    }
     for i, result in enumerate(rule(call)):
         data = Data(result) if isinstance(result, tuple) else result
         if isinstance(data, Const):
@@ -133,6 +155,8 @@ def _follow(
             if BATCH in labels(data.axes):
                 return False
         if any(time is None or _is_longer(time_of(data.axes), time) for time in before):
+            return False
+        if one.type != "Reshape" and not several <= set(data.axes):  # It selects or repeats some of them.
             return False
         found[one.outputs[i].name] = data
     return not call.notes.needs
@@ -212,13 +236,19 @@ _LIMITS: dict[str, Callable[..., tuple[float, float]]] = {
 }
 
 
+def _is_of_several(dim: Dim) -> bool:
+    """Whether it has the elements of time steps, of which each brings several."""
+    time = elements(dim)
+    return time is not None and time.per > 1
+
+
 def _is_longer(time: Time | None, before: Time) -> bool:
     """Whether an operation put elements in front of a sequence of numbers, or behind it: they are not counted."""
     return time is None or time.start < before.start or time.start + time.extra > before.start + before.extra
 
 
-def _counted(one: Any, two: Any, inputs: list[Any], scales: Scales) -> int | None:
-    """Return how many more numbers a ``Range`` has than there are time steps, if that is always the same.
+def _counted(one: Any, two: Any, inputs: list[Any], scales: Scales) -> Time | None:
+    """Return the time axis of a ``Range`` if it has as many numbers for each time step, and always as many more.
 
     Only of whole numbers: TensorFlow adds others up, with roundings.
     """
@@ -227,5 +257,6 @@ def _counted(one: Any, two: Any, inputs: list[Any], scales: Scales) -> int | Non
         if not isinstance(value, Const) or not value.is_same or np.any(np.mod(value.array, 1)):
             return None
     (size,) = sizes(one.outputs[0], two.outputs[0])
-    extra = Pair(size.first - scales.first.steps, size.second - scales.second.steps)
-    return extra.first if extra.is_same else None
+    per, rest = divmod(size.second - size.first, scales.second.steps - scales.first.steps)
+    extra = size.first - per * scales.first.steps
+    return Time(0, extra, per) if per > 0 and not rest else None

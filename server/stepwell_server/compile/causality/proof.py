@@ -22,7 +22,7 @@ from stepwell_server.compile.causality.axes import (
 from stepwell_server.compile.causality.call import Call, Memory, Need, Rule
 from stepwell_server.compile.causality.constants import BROADCAST
 from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
-from stepwell_server.compile.causality.numbers import MAX_NUMBER, Numbered, numbered
+from stepwell_server.compile.causality.numbers import MAX_NUMBER, Numbered, counted_by, numbered
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
 from stepwell_server.compile.causality.values import (
@@ -598,12 +598,12 @@ class _Frame:
         inner, needs = aligned(one.type, inputs, holds=self.walk.holds)
         if numbers:
             others = [(i, value) for i, value in enumerate(inner) if isinstance(value, Data)]
-            times = (time_of(value.axes) for _, value in others)
-            start = next((time.start for time in times if time is not None), 0)
-            for place, number in numbers.items():
-                inner[place] = number.at(start)
+            time = next(filter(None, (counted_by(value.axes) for _, value in others)), None)
+            beside = {i: number.beside(time) for i, number in numbers.items()}
+            for place, number in beside.items():
+                inner[place] = number.data
             needs.append(Need(Memory.COUNT, MAX_NUMBER, others[0][0]))
-            self.walk.numbers[one.name] = {i: number.from_step(start) for i, number in numbers.items()}
+            self.walk.numbers[one.name] = beside
         call = Call(one, two, tuple(inner), self.walk.scales, holds=self.walk.holds)
         spent = self._spent(one, inputs, needs)
         ends = any(value.ends for value in inputs if isinstance(value, Data))

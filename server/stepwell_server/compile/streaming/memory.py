@@ -179,14 +179,11 @@ def _gap(side: Cut, owner: str, need: Need, data: Data) -> int:
 
 
 def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
-    match need.kind:
-        case Memory.COUNT | Memory.SINCE:
-            return ()
-        case Memory.TOTAL | Memory.FIRST:
-            return tuple(plain_sizes(axes))
-        case Memory.DELAY | Memory.WINDOW:
-            apart = need.per > 1  # Then it keeps elements, of which a time step brings several.
-            return (need.rows, *plain_sizes(dim for dim in axes if not (apart and time_of([dim]))))
+    if need.kind in _COUNTS:
+        return ()
+    apart = need.per > 1  # Then it keeps elements, of which a time step brings several.
+    sizes = plain_sizes(dim for dim in axes if not (apart and time_of([dim])))
+    return tuple(sizes) if need.kind in (Memory.TOTAL, Memory.FIRST) else (need.rows, *sizes)
 
 
 def _owners(side: Cut) -> Iterator[tuple[str, int, list[Any]]]:

@@ -212,6 +212,12 @@ class Operation:
             return self._constants.make(tensor)
         return spread(reduced(value, axes), tensor.dtype, axes, next(iter(self._data.values())))
 
+    def spread_like(self, i: int, axes: Axes, like: Any) -> Any:
+        """Return a constant input with as many rows as ``like`` has; ``axes`` are its dimensions."""
+        value = self._values[self.op.inputs[i].name]
+        assert isinstance(value, Const)
+        return spread(reduced(value, axes), self.op.inputs[i].dtype, axes, like)
+
     def one_of(self, i: int, axes: Axes) -> Any:
         """Return a constant input with one of its rows and time steps; ``axes`` are its dimensions."""
         value = self._values[self.op.inputs[i].name]

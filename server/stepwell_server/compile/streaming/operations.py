@@ -6,6 +6,7 @@ back.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -191,6 +192,8 @@ def _accumulated(one: Operation) -> list[Any]:
     need = one.need(Memory.TOTAL)
     if need is None:
         return _as_it_was(one)
+    if need.per > 1:
+        return [_accumulated_within(one, need)]
     sizes, combine = [-1, *plain_sizes(one.out())], tf.add if one.kind == "Cumsum" else tf.multiply
     if one.is_data(0):
         none = tf.zeros if one.kind == "Cumsum" else tf.ones
@@ -201,6 +204,33 @@ def _accumulated(one: Operation) -> list[Any]:
     return [one.shaped(before if one.op.get_attr("exclusive") else after)]
 
 
+def _accumulated_within(one: Operation, need: Need) -> Any:
+    """Accumulate the elements of a time step, one after the other as TensorFlow does, from the total on."""
+    axes, is_sum = one.out(), one.kind == "Cumsum"
+    place = time_place(axes)
+    sizes = plain_sizes(axes[:place]), plain_sizes(axes[place + 1 :])
+    at, dtype = 1 + len(sizes[0]), one.op.outputs[0].dtype
+    results: list[Any] = []
+
+    def grown(total: Any) -> Any:
+        if one.is_data(0):
+            value = one.behind((tf.zeros if is_sum else tf.ones)((), dtype))
+        else:
+            value = one.spread_like(0, axes, total)
+        first = tf.reshape(total, [-1, *sizes[0], 1, *sizes[1]])
+        joined = tf.concat([first, tf.reshape(value, [-1, *sizes[0], need.per, *sizes[1]])], at)
+        if is_sum:
+            found = tf.cumsum(joined, at)
+        else:  # LiteRT has no Cumprod.
+            found = tf.concat([*itertools.accumulate(tf.split(joined, need.per + 1, at), tf.multiply)], at)
+        before, last = tf.split(found, [need.per, 1], at)
+        results.append(before if one.op.get_attr("exclusive") else tf.split(found, [1, need.per], at)[1])
+        return tf.reshape(last, [-1, *sizes[0], *sizes[1]])
+
+    one.carry(need, dtype, grown)
+    return one.shaped(results[0])
+
+
 def _convolved(one: Operation) -> list[Any]:
     """Convolve the rows of a window, without those in gaps (a dilation rate)."""
     axes = one.axes()
@@ -208,6 +238,7 @@ def _convolved(one: Operation) -> list[Any]:
     gaps = [int(gap) for gap in one.op.get_attr("dilations")]
     kernel = one.constant(1)
     value = one.behind(tf.zeros((), one.data().dtype))
+    is_apart, per = False, 1 if need is None else need.per
     if need is not None:
         rows = one.window(need, value)
         count, channels = int(rows.shape[1]), math.prod(plain_sizes(axes[-1:]))
@@ -217,8 +248,11 @@ def _convolved(one: Operation) -> list[Any]:
             # One product of matrices, which LiteRT computes faster than a convolution.
             kernel = tf.reshape(kernel, [count * channels, filters])
             return [one.shaped(tf.matmul(tf.reshape(rows, [-1, count * channels]), kernel))]
+        is_apart = per > 1 and gaps[place] > 1 and one.kind != "Conv2D"
+        if is_apart:
+            rows = _in_rows(rows, per, gaps[place])
         value = in_place(rows, axes, place)
-        gaps[place] = 1 if need.per == 1 else gaps[place]
+        gaps[place] = 1 if per == 1 or is_apart else gaps[place]
     paddings = [[0, 0] for _ in axes]
     for axis in range(1, len(axes) - 1):
         if axis != place and is_plain(axes[axis]):
@@ -229,7 +263,19 @@ def _convolved(one: Operation) -> list[Any]:
     changed: dict[str, Any] = {"padding": b"VALID", "dilations": gaps}
     if one.kind != "Conv3D":
         changed["explicit_paddings"] = []
-    return again(one.op, [value, kernel], **changed)
+    (result,) = again(one.op, [value, kernel], **changed)
+    if is_apart:
+        out = one.out()
+        sizes = plain_sizes(out[:place]), plain_sizes(out[place + 1 :])
+        result = in_place(tf.reshape(result, [-1, per, *sizes[0], *sizes[1]]), out, place)
+    return [result]
+
+
+def _in_rows(rows: Any, per: int, gap: int) -> Any:
+    """Return the windows of the last elements, which have gaps, as rows without any: TensorFlow computes only those."""
+    sizes = [int(size) for size in rows.shape[1:]]
+    places = np.arange(per)[:, None] + np.arange(0, sizes[0] - per + 1, gap)
+    return tf.reshape(tf.gather(rows, tf.constant(places), axis=1), [-1, places.shape[1], *sizes[1:]])
 
 
 def _pooled(one: Operation) -> list[Any]:

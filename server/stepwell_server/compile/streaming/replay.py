@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.causality.axes import BATCH, Time
+from stepwell_server.compile.causality.axes import BATCH, Time, elements
 from stepwell_server.compile.causality.cut import Cut
 from stepwell_server.compile.causality.proof import captured
-from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data, needed_by
+from stepwell_server.compile.causality.values import OF_SHAPES, Const, Data, equal, needed_by
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 Array = npt.NDArray[np.generic]
@@ -135,15 +135,22 @@ def _first(side: Cut, value: Any, data: Data, count: int) -> Any:
 def reduced(const: Const, dims: Sequence[Any]) -> Array:
     """Return a constant that is uniform over rows and time steps, with one of each; ``dims`` are its dimensions.
 
+    Of a time step that brings several elements, it has all of them, or one if they are equal.
+
     Raises:
         ValueError: rows or time steps share a dimension with others.
     """
     array = const.array
     for axis, (size, dim) in enumerate(zip(const.shape(), dims, strict=True)):
         if not size.is_same:
-            if any(isinstance(factor, int) for factor in dim):
+            time = elements(dim)
+            if time is not None and len(dim) > 1:
+                array = np.take(array, range(time.per), axis)
+                continue
+            one = np.take(array, [0], axis)
+            if len(dim) > 1 and not equal(array, np.broadcast_to(one, array.shape)):
                 raise ValueError("a constant has rows or time steps in one dimension with others")
-            array = np.take(array, [0], axis)
+            array = one
     return array
 
 

@@ -430,10 +430,10 @@ def _along_axis(call: Call) -> Sequence[Axes | Data]:
             return [Data((*axes[:place], later, *axes[place + 1 :]), before=Before.UNKNOWN)]
     if call.kind in {"Cumsum", "Cumprod"} and not call.attr("reverse"):
         (axis,) = call.integers(1)
-        time = stream(axes[axis % len(axes)])
+        time = elements(axes[axis % len(axes)])
         if time is not None:
-            call.remember(Memory.COUNT, max(time.start, 0))
-            call.remember(Memory.TOTAL, 1)
+            call.remember(Memory.COUNT, max(time.start, 0), per=time.per)
+            call.remember(Memory.TOTAL, 1, per=time.per)
             return [axes]
     place = {"Roll": 2}.get(call.kind, 1)
     what = {"ReverseV2": "reverses", "Roll": "shifts"}.get(call.kind, "accumulates along")

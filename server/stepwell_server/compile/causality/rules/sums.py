@@ -118,9 +118,7 @@ def _convolution(call: Call) -> Sequence[Axes]:
             if size != 1 or stride != 1 or call.attr("padding") == b"EXPLICIT":
                 raise mixed(axes[axis], clause)
             continue
-        reach, gap = (size - 1) * call.attr("dilations")[axis], call.attr("dilations")[axis]
-        if time.per > 1 and gap > 1 and call.kind != "Conv2D":
-            raise Refusal(Reason.UNPROVEN, f"{clause} the time axis with gaps ({call.kind})")
+        reach = (size - 1) * call.attr("dilations")[axis]
         before, after = _padding(call, time, axis, reach)
         axes = placed(axes, axis, slid(call, time, reach, before, after, f"{clause} the time axis", stride))
     return [_windowed(call, axes, spatial)]
