@@ -9,10 +9,13 @@ Records of other libraries go through the same handler, without fields.
 
 from __future__ import annotations
 
+import collections
 import datetime as dt
 import json
 import logging
+import os
 import secrets
+import select
 import sys
 from typing import IO, ClassVar, Literal
 
@@ -22,6 +25,8 @@ from stepwell_server.errors import Internal, Overloaded, ServerError, release_fr
 
 LogFormat = Literal["text", "json"]
 _ROOT = "stepwell_server"
+MAX_WAITING_LINES = 1_000
+"""Maximum of lines that are kept while the log cannot be written; further ones are dropped and counted."""
 
 
 class Log:
@@ -77,13 +82,71 @@ class Log:
 
 def configure(level: str, log_format: LogFormat, stream: IO[str] | None = None) -> None:
     """Send every record of this process to ``stream`` (stderr), ``stepwell_server``'s from ``level`` up."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = LineHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger(_ROOT).setLevel(level.upper())
     Log.is_debug = level.upper() == "DEBUG"
+
+
+class LineHandler(logging.StreamHandler[IO[str]]):
+    """Writes lines to a stream, and never waits for its reader: all sessions would wait, too.
+
+    A pipe becomes full if its reader stops, and a terminal may be paused (Ctrl-S). Lines are then kept and written
+    with a later one. Beyond a limit they are dropped, and a line reports their number.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(stream)
+        self._waiting = collections.deque[bytes]()
+        self._dropped = 0
+        self._ready = select.poll()
+        try:
+            self._descriptor = stream.fileno()
+        except (OSError, ValueError):  # in memory
+            self._descriptor = -1
+        else:
+            self._ready.register(self._descriptor, select.POLLOUT)
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or keep it for later."""
+        if self._descriptor < 0:
+            super().emit(record)
+            return
+        try:
+            self._write()
+            if len(self._waiting) >= MAX_WAITING_LINES:
+                self._dropped += 1
+                return
+            if self._dropped:
+                note = logging.makeLogRecord(
+                    {
+                        "levelname": "WARNING",
+                        "msg": "log lines were dropped",
+                        "fields": {"count": self._dropped},
+                    }
+                )
+                self._waiting.append(self._line(note))
+                self._dropped = 0
+            self._waiting.append(self._line(record))
+            self._write()
+        except Exception:
+            self._waiting.clear()
+            self.handleError(record)
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + self.terminator).encode(errors="backslashreplace")
+
+    def _write(self) -> None:
+        """Write until the stream is full. A pipe that is ready accepts `PIPE_BUF` bytes without blocking."""
+        while self._waiting and self._ready.poll(0):
+            line = self._waiting.popleft()
+            written = os.write(self._descriptor, line[: select.PIPE_BUF])
+            if written < len(line):
+                self._waiting.appendleft(line[written:])
 
 
 class TextFormatter(logging.Formatter):

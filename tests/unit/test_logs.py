@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from stepwell_server.errors import Internal
-from stepwell_server.logs import Log, LogFormat, configure
+from stepwell_server.logs import MAX_WAITING_LINES, Log, LogFormat, configure
 from support.engine.fake_executor import BROKEN
 from support.engine.harness import running, x
 
@@ -64,6 +66,43 @@ def test_json_is_one_object_per_line(stream: io.StringIO) -> None:
     assert failed["error_id"] == "1d"
     assert failed["traceback"].endswith("happened")
     assert (other["event"], other["logger"]) == ("several\nlines", "other")
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_reader_that_stops_delays_nobody_and_finds_out_what_it_missed() -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", buffering=0) as reader, open(writing, "w") as writer:
+        os.set_blocking(reading, False)
+        configure("info", "text", writer)
+        log = Log("test")
+        room, sent = fcntl.fcntl(writing, fcntl.F_GETPIPE_SZ), MAX_WAITING_LINES
+        while room > 0:
+            log.info("event", number=sent, much="x" * 9000)
+            sent, room = sent + 1, room - 9000
+        for number in range(sent, sent + MAX_WAITING_LINES + 5):
+            log.info("event", number=number, much="é")  # would block for ever
+        found = b""
+        while b"info again\n" not in found:
+            found += reader.read(1 << 20) or b""
+            log.info("again")
+        lines = found.decode().splitlines()
+    numbers = [int(line.partition("number=")[2].split()[0]) for line in lines if "number=" in line]
+    assert numbers == list(range(MAX_WAITING_LINES, numbers[-1] + 1)), "whole, in order, none twice"
+    dropped = [line for line in lines if "log lines were dropped" in line]
+    assert [line.split(" ", 1)[1] for line in dropped] == [
+        f"warning log lines were dropped count={sent + MAX_WAITING_LINES + 5 - numbers[-1] - 1}"
+    ]
+    assert lines[-1].endswith("info again")
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_reader_that_is_gone_harms_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    with open(writing, "w") as writer:
+        configure("info", "text", writer)
+        os.close(reading)
+        Log("test").info("event")
+    assert "BrokenPipeError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["a\nb", 'say "x"', "a=b", "", "\x1b[31m"])
