@@ -13,6 +13,7 @@ from stepwell_server.compile.errors import ModelError
 from stepwell_server.engine.executors import load_executor
 from stepwell_server.program import ProofOptions
 from support.models import zoo
+from support.models.compiled import Compiled
 from support.models.mixing_steps import odd
 from support.models.programs import compile_model
 
@@ -21,6 +22,28 @@ def _compiled(model: Any, folder: Path, **options: Any) -> Any:
     zoo.randomize(model)
     model.save(folder / "model.keras")
     return compile_model(folder / "model.keras", options=ProofOptions(**options))
+
+
+def test_quotients_are_rounded_as_by_keras(keras: Any, tmp_path: Path) -> None:
+    """Whole quotients decide between two parts of an hour, two codes, or two rows of a table."""
+    x, ops = keras.Input((None, 1), name="x"), keras.ops
+    by = np.array([0.1, 0.3, 0.7, 3.0, 7.0, 8.0, 49.0, 60.0], np.float32)
+    delayed = ops.pad(x / 7.0, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    outputs = [
+        ops.floor(x / by),
+        x // by,
+        (x + 21.0) // (x * 0.1 + 0.05),
+        ops.cast(-x / by > -3.0, "float32"),
+        ops.floor(delayed),
+    ]
+    model = keras.Model(x, ops.concatenate([*outputs, x / by], -1))
+    model.save(tmp_path / "model.keras")
+    program = compile_model(tmp_path / "model.keras")
+    assert program.executor == "litert", program.executor_reason
+    whole = np.arange(-300.0, 300.0, dtype=np.float32)[:, None] * by
+    numbers = whole.ravel()[None, :, None]
+    found = Compiled("quotients", model, program).stepped([numbers], numbers.shape[1])
+    np.testing.assert_array_equal(found[program.outputs[0].name], np.asarray(model(numbers)))
 
 
 def test_softplus_does_not_overflow(keras: Any, tmp_path: Path) -> None:

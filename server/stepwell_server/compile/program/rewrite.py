@@ -7,26 +7,31 @@ from typing import Any
 from tensorflow.core.framework import graph_pb2, node_def_pb2
 from tensorflow.python.eager import wrap_function
 
+from stepwell_server.compile.program.quotients import exact_quotients
+
 #: A custom gradient, such as that of silu, prevents the converter from naming inputs and outputs. It is never needed.
 _GRADIENT = "_gradient_op_type"
 
 
 def rewritten(frozen: Any) -> Any:
-    """Return a frozen function without custom gradients, and with a softplus that does not overflow.
+    """Return a frozen function without custom gradients, with exact quotients and a softplus that does not overflow.
 
     LiteRT computes softplus as log(1 + exp(x)), which is infinite from 89 on. It is replaced by max(x, 0) + log(1 +
     exp(-|x|)), which is equal but does not overflow.
     """
     graph = frozen.graph.as_graph_def()
     functions = [node for function in graph.library.function for node in function.node_def]
-    if not any(node.op == "Softplus" or _GRADIENT in node.attr for node in (*graph.node, *functions)):
+    quotients = exact_quotients(graph, frozenset(x.op.name for x in frozen.outputs))
+    if not quotients and not any(
+        node.op == "Softplus" or _GRADIENT in node.attr for node in (*graph.node, *functions)
+    ):
         return frozen
     for node in functions:
         node.attr.pop(_GRADIENT, None)
     changed = graph_pb2.GraphDef(versions=graph.versions, library=graph.library)
     for node in graph.node:
         node.attr.pop(_GRADIENT, None)
-        changed.node.extend(_softplus(node) if node.op == "Softplus" else [node])
+        changed.node.extend(_softplus(node) if node.op == "Softplus" else quotients.get(node.name, [node]))
     return wrap_function.function_from_graph_def(
         changed, [x.name for x in frozen.inputs], [x.name for x in frozen.outputs]
     )
