@@ -12,7 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from stepwell import config
 from stepwell.cli import _of_server, main
+from stepwell.cli.toolkit import target
 from stepwell.cli.toolkit.help import Command, Group
 from stepwell.cli.toolkit.lazy import Lazy
 
@@ -64,6 +66,12 @@ def test_every_option_and_json_key_is_explained(path: tuple[str, ...]) -> None:
     if any("--json" in option.opts for option in options):
         assert isinstance(command, Command)
         assert command.json_keys
+
+
+def test_help_names_both_time_limits() -> None:
+    text = " ".join(CliRunner().invoke(main, ["models", "load", "--help"]).output.split())
+    limits = f"{target.DEFAULT_TIMEOUT_S:g}; to load a model {config.DEFAULT_LOAD_TIMEOUT_S:g}"
+    assert f"including retries. [default: ({limits})]" in text
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

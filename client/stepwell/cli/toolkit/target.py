@@ -199,7 +199,7 @@ def server_options(function: Function) -> Function:
             metavar="TIME",
             type=Duration(),
             default=DEFAULT_TIMEOUT_S,
-            show_default=True,
+            show_default=f"{DEFAULT_TIMEOUT_S:g}; to load a model 600",
             callback=check_timeout,
             help="Time limit of one request, including retries.",
         ),
