@@ -122,3 +122,27 @@ async def test_a_plain_unary_step_visits_few_modules_and_enters_the_engine_a_few
     assert len(visits.modules) + _EXECUTOR <= most, sorted(visits.modules)
     assert sum(module.startswith("engine/") for module in visits.modules) + _EXECUTOR <= 7
     assert visits.entries == entries  # and a change is made
+
+
+async def test_steps_that_the_store_has_answered_are_counted_before_the_metrics_are_read() -> None:
+    async with running(observer=PrometheusObserver()) as at:
+        settled: list[bool] = []
+        at.engine.settle = lambda: settled.append(True)
+        server = RpcServer(
+            PythonFront(at.clock, FrontLimits(1 << 20)),
+            clock=at.clock,
+            observer=PrometheusObserver(),
+            max_message_bytes=1 << 20,
+        )
+        await server.start(Address("127.0.0.1", 0))
+        server.count_answered()
+        assert not settled, "there is no engine yet"
+        server.serve(
+            at.engine,
+            live_models(at.engine, at.clock, FakeLoads()),
+            known_files=KnownFiles(at.engine, {}, None),
+            figures=no_figures(),
+        )
+        server.count_answered()
+        assert settled
+        await server.close()

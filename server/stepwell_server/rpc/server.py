@@ -297,7 +297,8 @@ class RpcServer:
         return [each for each in (self._sessions, self._triton, self._watches) if each is not None]
 
     def count_answered(self) -> None:
-        """Count the steps that the front has answered itself since the last call. Call it before the metrics are read."""
+        """Count the steps that were answered since the last call. Call it before the metrics are read."""
+        self._steps.settle()  # a thread of the store may have answered some, which nobody has counted
         if (durations := self._front.take_durations()) is not None:
             self._observer.answered(STEPWELL.method, STEPWELL.stream_method, *durations)
 
