@@ -7,13 +7,16 @@ import dataclasses
 import errno
 import os
 import resource
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
+from stepwell._admin.record_file import CHECKSUM_BYTES
 from stepwell_server.errors import Unavailable
 from stepwell_server.store.access.log_queue import LogQueue
 from stepwell_server.store.base import ALL_KEPT, SMALL, Answer, Batch, LogWrite, LogWriter, Store, Write
@@ -21,6 +24,7 @@ from stepwell_server.store.disk.store import DiskStore
 from stepwell_server.store.disk.wal import layout, writers
 from stepwell_server.store.disk.wal.segment import Segment
 from stepwell_server.store.in_process import InProcessStore
+from stepwell_server.store.record import Puts
 from support.clock import ManualClock
 from support.engine.fake_executor import WAIT_S
 from support.stores.disk_store import (
@@ -36,6 +40,8 @@ from support.stores.disk_store import (
 )
 
 SIZE = 1 << 16
+MAX_CALLS = 32
+"""Of Python functions, from a lone change to the writer. Lower it with every change that needs fewer."""
 
 
 @pytest.fixture(params=["native", "python"], autouse=True)
@@ -183,6 +189,65 @@ class Served:
         answer = self.store.commit(Write(lambda: batch, count, later.set_result, is_change=True, steps=steps))
         assert answer is None, "it waits for the disk"
         return later
+
+
+def _written(session_id: str, revision: int, built: list[int], done: Callable[[Answer], None]) -> Write:
+    """A change of compiled code: its records are known before its batch is built."""
+    stored = record(session_id, revision)
+    puts = Puts([session_id], [len(stored)], stored)
+    puts.checksums = stored[:CHECKSUM_BYTES]
+
+    def build() -> Batch:
+        built.append(revision)
+        return Batch(puts=puts)
+
+    return Write(build, 1, done, is_change=True, puts=puts)
+
+
+async def test_known_records_go_to_the_log_in_few_calls(path: Path) -> None:
+    served, built, calls = Served(opened(path, "sync")), list[int](), list[str]()
+    begin(served.local, "a")
+    for revision in range(1, 4):
+        later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        write = _written("a", revision, built, later.set_result)
+        calls.clear()
+        with noted_calls(calls):
+            assert served.store.commit(write) is None
+        assert await asyncio.wait_for(later, WAIT_S) is ALL_KEPT
+    assert not built, "a log needs no batch"
+    assert revisions(killed(served.local, "sync")) == {"a": 3}
+    assert len(calls) <= MAX_CALLS, calls
+
+
+@contextmanager
+def noted_calls(calls: list[str]) -> Iterator[None]:
+    """Note the Python functions of the server that this thread calls."""
+
+    def note(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call" and "stepwell_server" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_qualname)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+async def test_known_records_that_the_log_refuses_are_built_and_committed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, built = Served(opened(path, "sync")), list[int]()
+    begin(served.local, "a")
+    monkeypatch.setattr(DiskStore, "begin_append", lambda *_: None)
+    monkeypatch.setattr(DiskStore, "_append", lambda *_: False)
+    later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    assert served.store.commit(_written("a", 1, built, later.set_result)) is None
+    assert await asyncio.wait_for(later, WAIT_S) is ALL_KEPT
+    assert built == [1]
+    assert in_lmdb(served.local) == {"a": 1}
+    assert await served.store.end_commits(WAIT_S)
 
 
 async def test_segments_rotate_while_changes_are_appended(path: Path) -> None:

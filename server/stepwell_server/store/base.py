@@ -349,6 +349,8 @@ class Write:
     """Results of compiled code whose answers the writer of a log may send once the disk has the batch, before `done`.
 
     See `Store.settle`."""
+    puts: Sequence[tuple[str, RecordBytes]] | None = None
+    """All that the batch has, if that is known before it is built: a log needs no batch."""
     is_made: bool = False
     batch: Batch = _NOTHING
     error: ServerError | None = None

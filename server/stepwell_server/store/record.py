@@ -198,6 +198,8 @@ class Puts(Sequence[tuple[str, RecordBytes]]):
         return self._all[index]
 
     def __iter__(self) -> Iterator[tuple[str, RecordBytes]]:
+        if len(self.session_ids) == 1:  # a lone step: a cached list costs more
+            return iter(((self.session_ids[0], self.together),))
         return iter(self._all)
 
     @functools.cached_property

@@ -82,7 +82,7 @@ class Recorder:
 
     def keep_puts(self, outcome: PackedOutcome, puts: Puts, done: OnAnswer) -> None:
         """Store records of an outcome of claimed sessions in a store of one server: see `keep`."""
-        self._keep(outcome.model, lambda: Batch(puts=puts), len(puts), done, (outcome.steps,))
+        self._keep(outcome.model, lambda: Batch(puts=puts), len(puts), done, (outcome.steps,), puts)
 
     def _keep(
         self,
@@ -91,6 +91,7 @@ class Recorder:
         count: int,
         done: OnAnswer,
         steps: Sequence[object] = (),
+        puts: Puts | None = None,
     ) -> None:
         clock, began = self._clock, self._clock.monotonic()
 
@@ -98,7 +99,7 @@ class Recorder:
             self._observer.stage(model.name, "commit", clock.monotonic() - began, count)
             done(committed)
 
-        self._commits.submit(build, count, kept, is_change=True, steps=steps)
+        self._commits.submit(build, count, kept, is_change=True, steps=steps, puts=puts)
 
 
 class PackedOutcome(Protocol):

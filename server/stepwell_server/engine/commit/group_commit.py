@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from stepwell_server.errors import Overloaded
 from stepwell_server.store.base import Answer, Batch, OnAnswer, Store, Write
+from stepwell_server.store.record import Puts
 
 #: Sessions that may wait for the store before passes wait too.
 MAX_WAITING = 32_768
@@ -57,6 +58,7 @@ class GroupCommit:
         *,
         is_change: bool = False,
         steps: Sequence[object] = (),
+        puts: Puts | None = None,
     ) -> None:
         """Commit the batch that `build` makes; `done` is called on the event loop, possibly before this returns.
 
@@ -66,6 +68,7 @@ class GroupCommit:
             done: Gets the result of each session, or the error if nothing was kept. It must not raise.
             is_change: The batch may overtake others that wait: see `Write`.
             steps: See `Write`.
+            puts: See `Write`.
         """
         weight = max(1, size)
 
@@ -77,7 +80,7 @@ class GroupCommit:
                 self._on_room()
             self._changed.set()
 
-        answer = self._store.commit(Write(build, size, answered, is_change, steps=steps))
+        answer = self._store.commit(Write(build, size, answered, is_change, steps=steps, puts=puts))
         if answer is None:
             self._add_waiting(weight)
         else:

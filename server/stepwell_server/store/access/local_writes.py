@@ -56,11 +56,12 @@ class LocalWrites:
 
     def commit(self, write: Write) -> Answer | None:
         """See `Store.commit`."""
-        if not self._handed_over and self._is_short(write.size):
-            self._commit_here(write)
-            return write.answer
-        if self._append_here(write):
-            return write.answer
+        if self._is_short(write.size):
+            if not self._handed_over:
+                self._commit_here(write)
+                return write.answer
+            if self._append_here(write):
+                return write.answer
         self._put(write)
         return None
 
@@ -83,8 +84,9 @@ class LocalWrites:
         store = self._store
         if store.for_one_thread:
             return True
-        is_short = self._cost.of(size) <= COMMIT_IN_PLACE_S and (size <= SMALL or store.behind <= MAX_BEHIND)
-        return is_short and not store.waits_for_disk
+        if store.waits_for_disk:
+            return False
+        return self._cost.of(size) <= COMMIT_IN_PLACE_S and (size <= SMALL or store.behind <= MAX_BEHIND)
 
     def _commit_here(self, write: Write) -> None:
         store = self._store
@@ -96,8 +98,8 @@ class LocalWrites:
             self._checkpoint_soon()
 
     def _append_here(self, write: Write) -> bool:
-        """Append a small write to the log now, although others wait; return whether it was done."""
-        if not (write.is_change and self._store.has_log and self._is_short(write.size)):
+        """Append a short write to the log now, although others wait; return whether it was done."""
+        if not (write.is_change and self._store.has_log):
             return False
         write.make()
         started = time.perf_counter()
@@ -164,11 +166,14 @@ class LocalWrites:
     def _built(self, write: Write) -> Sequence[tuple[str, RecordBytes]] | None:
         """Build a write for the log; None: it failed, and has the error."""
         started = time.perf_counter()
-        write.make()
-        if write.error is not None:
-            return None
+        puts = write.puts
+        if puts is None:
+            write.make()
+            if write.error is not None:
+                return None
+            puts = write.batch.puts
         try:
-            puts = self._store.sealed(write.batch.puts)
+            puts = self._store.sealed(puts)
         except Exception as error:
             fail([write], error)
             return None

@@ -63,7 +63,7 @@ class LogQueue:
     def add(self, write: Write, puts: _Puts) -> None:
         """Append a change; `puts` are its records as `LocalStore.sealed` returned them."""
         (self._small if write.size <= SMALL else self._large).append((write, puts))
-        if self._settle():
+        if self._begun and self._settle():
             # the event of this write may not come any more
             asyncio.get_running_loop().call_soon(self.settle)
         self._start(may_add_large=not self._begun)
@@ -119,8 +119,11 @@ class LogQueue:
             self._refused(changes)
 
     def _start(self, *, may_add_large: bool = True) -> None:
-        while (self._small or self._large) and self._has_room(may_add_large=may_add_large):
-            before = self._begun[-1].write if self._begun else None
+        begun = self._begun
+        while (self._small or self._large) and (
+            not begun or self._has_room_behind(may_add_large=may_add_large)
+        ):
+            before = begun[-1].write if begun else None
             group, size = self._take()
             changes = [change for change, _ in group]
             if self._is_stopped:
@@ -138,7 +141,7 @@ class LogQueue:
                 asyncio.get_running_loop().call_soon(self._report)
                 continue
             if write is not None:
-                self._begun.append(_Group(write, group, self._was_small, size))
+                begun.append(_Group(write, group, self._was_small, size))
                 # one that only makes room keeps nothing
                 steps = [one for change in changes for one in change.steps] if write.count else ()
                 self._writer.begin(write, steps)
@@ -150,10 +153,8 @@ class LogQueue:
                 self._put_back(group, is_small=self._was_small)
                 return
 
-    def _has_room(self, *, may_add_large: bool) -> bool:
-        """Whether the writer may get the next write. It gives back one of small changes that is to get more of them."""
-        if not self._begun:
-            return True
+    def _has_room_behind(self, *, may_add_large: bool) -> bool:
+        """Whether the writer may get a write behind the first. It gives back one of small changes that is to get more."""
         if self._is_stopped:
             return False
         is_small = bool(self._small) and not (self._large and self._begun[0].is_small)

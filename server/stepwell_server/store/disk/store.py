@@ -47,6 +47,7 @@ from stepwell_server.store.disk.wal.writers import new_writer
 from stepwell_server.store.heads import Heads, heads_of
 from stepwell_server.store.record import (
     JoinedPuts,
+    Puts,
     RecordBytes,
     is_change,
     is_sound,
@@ -506,4 +507,6 @@ def _unreadable(folder: Path, error: Exception) -> StoreError:
 
 
 def _parts(puts: Sequence[tuple[str, RecordBytes]]) -> Parts:
+    if isinstance(puts, Puts):  # the common case: it costs less to find than that it is not joined
+        return (puts,)
     return [part for part in puts.parts if len(part)] if isinstance(puts, JoinedPuts) else [puts]

@@ -173,7 +173,7 @@ class WriteAheadLog:
     @property
     def needs_checkpoint(self) -> bool:
         """A checkpoint is due."""
-        return self._is_due and self._active.end > self._active.size * _CHECKPOINT_AT
+        return self._active.end > self._active.size * _CHECKPOINT_AT and self._is_due
 
     @property
     def _is_due(self) -> bool:
@@ -263,7 +263,7 @@ class WriteAheadLog:
         return True
 
     def _addition(self, parts: Parts, after: SegmentWrite | None = None) -> SegmentWrite | None:
-        count = sum(map(len, parts))
+        count = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         self.due = 2 * count + (self.due if self.needs_checkpoint else 0)
         return self._active.addition(
             parts, 0 if count <= _SMALL_WRITE else int(self._active.size * _KEPT_FREE), after
