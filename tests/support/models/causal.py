@@ -220,7 +220,8 @@ _add("first_steps_left_out", apply("first_steps_left_out", 5))
 _add("numbered_differences", lambda k, x: _front(k, apply("numbered")(k, x[:, 1:] - x[:, :-1]), 1))
 _add("numbered_padding", lambda k, x: apply("numbered")(k, _front(k, x, 2))[:, 2:])
 _add("numbered_static", lambda k, x: apply("numbered_static")(k, x) + _delay(k, x, 1))
-for _kind in ("tiled_numbers", "broadcast_numbers", "numbers_times_ones"):
+_add("attention_to_the_last", apply("attention_to_the_last", 5))
+for _kind in ("numbers_on_a_stack", "tiled_numbers", "broadcast_numbers", "numbers_times_ones"):
     _add(_kind, apply(_kind))
 _add("moving_sum_of_padded", _moving_sum)
 _add("moving_sum", lambda k, x: k.ops.cumsum(x, 1) - _delay(k, k.ops.cumsum(x, 1), 3))

@@ -34,6 +34,25 @@ def broadcast_numbers(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def numbers_on_a_stack(layer: Apply, x: Any) -> Any:
+    """Beside the data, behind it and before the rows."""
+    numbers = ops.broadcast_to(_numbers(x), ops.shape(x))
+    mask = ops.cast(numbers % 3 > 1, "float32")
+    found = ops.stack([x * layer.weight, numbers / 8.0, mask], -2)
+    return ops.max(found, -2) + ops.min(ops.stack([mask, x], 0), 0)
+
+
+@kind
+def attention_to_the_last(layer: Apply, x: Any) -> Any:
+    """What the refusal of attention to all time steps proposes."""
+    n, steps = layer.n, ops.shape(x)[1]
+    places = ops.arange(steps)[:, None] + ops.arange(n)
+    last = ops.take(ops.pad(x, [[0, 0], [n - 1, 0], [0, 0]]), places, axis=1)
+    scores = ops.where(places[None] >= n - 1, ops.einsum("btd,btnd->btn", x * layer.weight, last), -1e9)
+    return ops.einsum("btn,btnd->btd", ops.softmax(scores), last)
+
+
+@kind
 def numbers_times_ones(layer: Apply, x: Any) -> Any:
     ones = ops.ones_like(x[..., :1])
     return ops.concatenate([x, ops.minimum(ones * _numbers(x), 9.0)], -1)

@@ -583,7 +583,7 @@ class _Frame:
 
     def _numbers(self, op: Any, inputs: Sequence[_Value]) -> dict[int, Numbered]:
         """Return the constant inputs that the number of the time step determines."""
-        if op.type not in (BROADCAST | {"ConcatV2"}) - {"AddN"} or self is not self.walk.frame:
+        if op.type not in (BROADCAST | {"ConcatV2", "Pack"}) - {"AddN"} or self is not self.walk.frame:
             return {}
         found = (
             (i, numbered(value, self.values, self.walk.scales) if isinstance(value, Const) else None)

@@ -156,8 +156,11 @@ class _Streaming:
         if not found or not isinstance(out, Data):
             return {}
         number, values = counted(op, needs, self._states), self._proof.values
+        axes = list(out.axes)
+        if op.type == "Pack":
+            del axes[op.get_attr("axis")]
         return {
-            i: constant_of(each, op.inputs[i], number, out.axes, values, self._constants)
+            i: constant_of(each, op.inputs[i], number, tuple(axes), values, self._constants)
             for i, each in found.items()
         }
 
