@@ -63,7 +63,7 @@ def test_a_session_equals_keras_in_a_loop_and_over_the_whole_piece(
 ) -> None:
     keras.backend.clear_session()
     model, pairs = decoders.build(name), decoders.STATES[name]
-    program = compiled(model, tmp_path)
+    program = compiled(model, tmp_path, **({"states": pairs} if name in decoders.DECLARED else {}))
     own = [spec.name for spec in program.state]
     assert set(pairs) <= set(own)
     assert [spec.name for spec in program.inputs] == [x.name for x in model.inputs if x.name not in pairs]
@@ -147,6 +147,34 @@ def _gru(keras: Any, x: Any, state: Any) -> Any:
 
 def _given(keras: Any) -> tuple[Any, Any]:
     return keras.Input((None, 3), name="x"), keras.Input((4,), name="state")
+
+
+def _last(keras: Any) -> Any:
+    x, state = _given(keras)
+    y, _ = _gru(keras, x, state)
+    return keras.Model([x, state], {"y": y * 2.0, "last": y[:, -1]})
+
+
+def _last_but_one(keras: Any) -> Any:
+    x, state = _given(keras)
+    y, _ = _gru(keras, x, state)
+    return keras.Model([x, state], {"y": y * 2.0, "last": y[:, -2]})
+
+
+def _last_of_masked(keras: Any) -> Any:
+    """Zeros stand for the output of a masked time step, and not for the state."""
+    x, state = _given(keras)
+    layer = keras.layers.GRU(4, return_sequences=True, zero_output_for_mask=True, name="gru")
+    y = layer(x, initial_state=state, mask=keras.ops.any(x > 0, -1))
+    return keras.Model([x, state], {"y": y * 2.0, "last": y[:, -1]})
+
+
+def _last_of_a_cell_state(keras: Any) -> Any:
+    x, h, c = keras.Input((None, 3), name="x"), keras.Input((4,), name="h"), keras.Input((4,), name="state")
+    y, h_after, _ = keras.layers.LSTM(4, return_sequences=True, return_state=True, name="lstm")(
+        x, initial_state=[h, c]
+    )
+    return keras.Model([x, h, c], {"y": y * 2.0, "h_after": h_after, "last": y[:, -1]})
 
 
 def _unpaired(keras: Any) -> Any:
@@ -235,6 +263,24 @@ def test_the_refusal_says_what_a_state_is(trace_and_probe: Any, keras: Any) -> N
         r"that nothing else reads, and return it .*\(return_state=True\).*; or remove the state inputs",
     ):
         trace_and_probe(_unpaired(keras))
+
+
+def test_the_last_output_is_a_state_only_if_it_is_declared() -> None:
+    from stepwell_server.compile.probe.state_inputs import recognized
+
+    assert recognized(*graph(_last), Declaration()) == ()
+    (state,) = recognized(*graph(_last), Declaration(states={"state": "last"}))
+    assert (state.info.name, state.output) == ("state", "last")
+
+
+@pytest.mark.parametrize("make", one_in(3, [_last_but_one, _last_of_masked, _last_of_a_cell_state]))
+def test_other_outputs_are_no_states(make: Any) -> None:
+    from stepwell_server.compile.probe.state_inputs import recognized
+
+    with pytest.raises(
+        ModelError, match=r"--state state:last: the state of the layer .* none holds that of 'state'"
+    ):
+        recognized(*graph(make), Declaration(states={"state": "last"}))
 
 
 _tutorial = decoders.DECODERS["tutorial"]

@@ -10,6 +10,8 @@ Make = Callable[[Any], Any]
 DECODERS: dict[str, Make] = {}
 STATES: dict[str, dict[str, str]] = {}
 """The output that holds each state input after the last time step."""
+DECLARED = {"last_of_all_outputs", "last_output"}
+"""Those whose states are such only if they are declared."""
 
 
 def build(name: str, seed: int = 1) -> Any:
@@ -145,6 +147,20 @@ def one_time_step(keras: Any) -> Any:
         x, initial_state=state
     )
     return keras.Model([x, state], [keras.layers.Dense(2, name="out")(y), after])
+
+
+@_decoder(state="last")
+def last_of_all_outputs(keras: Any) -> Any:
+    x, state = keras.Input((None, 3), name="x"), keras.Input((4,), name="state")
+    y = keras.layers.GRU(4, return_sequences=True, name="gru")(x, initial_state=state)
+    return keras.Model([x, state], {"out": keras.layers.Dense(2, name="dense")(y), "last": y[:, -1]})
+
+
+@_decoder(state="last")
+def last_output(keras: Any) -> Any:
+    x, state = keras.Input((None, 3), name="x"), keras.Input((4,), name="state")
+    last = keras.layers.SimpleRNN(4, name="rnn")(x, initial_state=state)
+    return keras.Model([x, state], {"out": keras.layers.Dense(2, name="dense")(last), "last": last})
 
 
 @_decoder(state="gru")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stepwell_server.compile.causality.axes import Scales
-from stepwell_server.compile.causality.cut import SCALES, Cut, CutError, Cuts, LoopError, cut
+from stepwell_server.compile.causality.cut import SCALES, Cut, CutCall, CutError, Cuts, LoopError, cut
 from stepwell_server.compile.causality.proof import needed
 from stepwell_server.compile.causality.values import OF_SHAPES
 from stepwell_server.compile.data_file import initial_row
@@ -22,6 +22,7 @@ from stepwell_server.compile.errors import ModelError, quoted
 from stepwell_server.compile.graph.interface import Array, Interface, StateInput
 from stepwell_server.compile.graph.samples import plain_dtype
 from stepwell_server.compile.graph.scopes import named
+from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.program import Declaration
 
 
@@ -86,6 +87,9 @@ def recognized(interface: Interface, side: Cut, declared: Declaration) -> tuple[
         ((index, part),) = begins[place]
         call, info = side.calls[index], interface.inputs[place]
         after = ends.get(call.last[1 + part].name)
+        said = declared.states.get(info.name)
+        if after is None and said in side.outputs and _is_last_output(side.outputs[said], call, part):
+            after = said
         if after is not None and None not in info.shape[1:]:
             zero: Array = np.zeros([int(size or 0) for size in info.shape[1:]], plain_dtype(info.dtype))
             found.append(StateInput(place, info, after, call.layer, call.number, part, zero))
@@ -112,6 +116,29 @@ def _is_rounded(tensor: Any, source: Any) -> bool:
         if tensor.dtype.size < narrowest:
             return True
     return False
+
+
+def _is_last_output(tensor: Any, call: CutCall, part: int) -> bool:
+    """Whether a tensor is the output of a layer at the last time step, and that is a part of its state, as ``h`` of a GRU.
+
+    Only a declaration makes it a state, as it may be meant to be an output.
+    """
+    (_, output), (_, state) = _sources([("", call.after[0]), ("", call.after[1 + part])])
+    ((_, source),) = _sources([("", tensor)])
+    if call.mask is not None or output is not state or _is_rounded(tensor, source):
+        return False
+    if source.name == call.last[0].name:
+        return True
+    op = source.op
+    if op.type != "StridedSlice" or op.inputs[0].name != call.outputs.name:
+        return False
+    if any(value.op.type != "Const" for value in op.inputs[1:]):
+        return False
+    begins, _, strides = (tf.make_ndarray(value.op.get_attr("value")).tolist() for value in op.inputs[1:])
+    others = 2 ** len(begins) - 1 - 2  # All entries but that of the time axis.
+    is_whole = all(op.get_attr(f"{side}_mask") & others == others for side in ("begin", "end"))
+    is_last = begins[1:2] == [-1] and op.get_attr("shrink_axis_mask") == 2 and set(strides) == {1}
+    return is_whole and is_last and not op.get_attr("ellipsis_mask") and not op.get_attr("new_axis_mask")
 
 
 def _keeps_values(op: Any) -> bool:
