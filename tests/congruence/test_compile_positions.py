@@ -162,6 +162,10 @@ def _joined_ones(ops: Any, x: Any, _weights: Any) -> Any:
 
 _ENDS = r"looks up the number of each time step in a table of {} rows, which has an end; let the numbers stay within"
 _COUNTS = r"step by step: the layer 'numbering' \(Numbering\) has a constant that counts the time steps, and may change beyond"
+_COMBINED = (
+    r"'numbering' \(Numbering\) combines numbers that count the time steps or rows, of which other sequences have more or "
+    r"fewer \(the first n of them are keras.ops.arange\(n\)\); make it independent"
+)
 _LENGTH = r"'numbering' \(Numbering\) depends on the number of time steps or of rows; make it independent of the length"
 REFUSED: dict[str, tuple[Kind, Any, str]] = {
     "a table that ends": (
@@ -193,7 +197,8 @@ REFUSED: dict[str, tuple[Kind, Any, str]] = {
         "computes something different for another number of time steps",
     ),
     "a factor in Python": (lambda _, x, __: x * (2.0 if (x.shape[1] or 0) > FAR else 1.0), 0.0, _LENGTH),
-    "any of all numbers": (lambda o, x, _: x * o.cast(o.any(numbers(o, x) > FAR), "float32"), 0.0, _LENGTH),
+    "any of all numbers": (lambda o, x, _: x * o.cast(o.any(numbers(o, x) > FAR), "float32"), 0.0, _COMBINED),
+    "the first numbers": (lambda o, x, _: x * o.cast(o.sum(numbers(o, x)[:5]), "float32"), 0.0, _COMBINED),
     "ones and later zeros": (_joined_ones, 0.0, "different constant for each time step"),
     "rows beyond some": (
         lambda o, x, _: x * o.cast(o.arange(o.shape(x)[0]) < 1000, "float32")[:, None, None],

@@ -75,6 +75,13 @@ def back(layer: str, does: str = "") -> str:
     )
 
 
+def pairs(layer: str) -> str:
+    return (
+        rf"^model cannot be run step by step: {_who(layer)} depends on the whole sequence so far: it relates all time steps "
+        r"to each other, as attention with a causal mask does, .*; attend to the last n steps only: .*take\(padded, "
+    )
+
+
 def rate(layer: str) -> str:
     does = r"(moves by \d+|takes one of every \d+ elements of the time axis)"
     return (
@@ -94,6 +101,10 @@ def mixes(layer: str, does: str = "") -> str:
 
 def position(layer: str) -> str:
     return rf"^model cannot be run step by step: {_who(layer)} has a different constant for each time step; pass the position as"
+
+
+def given_position(layer: str, what: str) -> str:
+    return rf"^model cannot be run step by step: {_who(layer)} is given {what} that depends on the number of the time step alone; pass"
 
 
 def length(layer: str, does: str = "") -> str:

@@ -11,6 +11,7 @@ from support.models.cases import (
     before_rnn,
     behind_rnn,
     elements,
+    given_position,
     layout,
     only_length,
     position,
@@ -260,8 +261,8 @@ MODELS = [
     _model("text", r"^input 'text' must have a numeric type; it has string\. Remove the layer", _text),
     _model("complex_output", r"^output 'complex' must have real numbers .*; it has complex64", _complex),
     _model("open_features", r"^input 'x' must have fixed dimensions after batch and time", _open_features),
-    _model("over_positions", position("clock"), _over_positions),
-    _model("masked_by_position", position("rnn"), _masked_by_position),
+    _model("over_positions", given_position("clock", "a sequence"), _over_positions),
+    _model("masked_by_position", given_position("rnn", "a mask"), _masked_by_position),
     _model(
         "graph_nodes",
         r"^the layer 'nodes' \(LSTM\) processes 5 rows for each row of the batch.*; make every",

@@ -14,9 +14,11 @@ from support.models.cases import (
     before_rnn,
     behind_rnn,
     end,
+    given_position,
     length,
     mixes,
     only_length,
+    pairs,
     position,
     python,
     rate,
@@ -52,6 +54,10 @@ PYTHON_LOOP = (
 OVER_TWO_STEPS = (
     r"^the layer 'rnn' \(SimpleRNN\) processes 2 time steps for each input time step.*; move them to"
 )
+MISPLACED_BIAS = (
+    r"^model cannot be run step by step: the layer 'conv' \(Conv1D\) has its channels first, and a fault of Keras adds its "
+    r"bias to the time steps instead, .* as it has filters, {}; use use_bias=False, data_format='channels_last', or another"
+)
 DILATIONS = (1, 2, 3, 7, 16, 64)
 CONVOLUTIONS = [
     *(_convolution("same", d, 3, ahead("conv")) for d in DILATIONS),
@@ -71,6 +77,21 @@ CONVOLUTIONS = [
         "conv_transposed", lambda k: k.Conv1DTranspose(2, 3, padding="same", name="conv"), ahead("conv")
     ),
     before_rnn("conv_transposed_strided", lambda k: k.Conv1DTranspose(2, 2, 2, name="conv"), OVER_TWO_STEPS),
+    *(
+        before_rnn(
+            f"conv_channels_first_{filters}",
+            lambda k, n=filters: _chain(  # type: ignore[misc]
+                k,
+                [
+                    k.Permute((2, 1)),
+                    k.Conv1D(n, 1, data_format="channels_first", name="conv"),
+                    k.Permute((2, 1)),
+                ],
+            ),
+            MISPLACED_BIAS.format(filters),
+        )
+        for filters in (5, 509)
+    ),
     before_rnn("upsampled", lambda k: k.UpSampling1D(2, name="up"), OVER_TWO_STEPS),
 ]
 _POOLS: dict[str, Callable[[Any, int], Any]] = {
@@ -153,7 +174,7 @@ SUMS = [
         ("running_max", ahead("running_max", "loops over the time axis")),
         ("largest_scale", ahead("largest", "takes the max over the time axis")),
         ("mean_of_the_rest", position("mean_of_the_rest")),
-        ("exponential_moving_average", back("exponential", "all time steps")),
+        ("exponential_moving_average", pairs("exponential")),
         ("standardised_over_time", ahead("standard", "takes the mean over the time axis")),
         ("softmax_over_time", ahead("softmax", "over the time axis")),
         ("sorted_over_time", ahead("sorted", "sorts the time axis")),
@@ -178,7 +199,7 @@ SUMS = [
 ]
 ATTENTION = [
     before_rnn("plain_attention", odd("plain_attention"), ahead("plain", "all time steps")),
-    before_rnn("masked_attention", odd("masked_attention"), back("masked", "all time steps")),
+    before_rnn("masked_attention", odd("masked_attention"), pairs("masked")),
     before_rnn("pooled_by_attention", odd("pooled_by_attention"), ahead("pooled", "over the time axis")),
     before_rnn("keras_attention", lambda k: _self(k.Attention(name="attend")), ahead("attend"), fixed=True),
     before_rnn("additive", lambda k: _self(k.AdditiveAttention(name="attend")), ahead("attend")),
@@ -191,18 +212,23 @@ ATTENTION = [
     before_rnn(
         "multi_head_causal",
         lambda k: lambda x: k.MultiHeadAttention(2, 2, name="attend")(x, x, use_causal_mask=True),
-        back("attend"),
+        pairs("attend"),
         fixed=True,
     ),
     before_rnn(
         "group_query",
         lambda k: lambda x: k.GroupQueryAttention(2, 2, 1, name="attend")(x, x, use_causal_mask=True),
-        back("attend"),
+        pairs("attend"),
     ),
 ]
 POSITIONS = [
     before_rnn("places_from_the_end", odd("places_from_the_end"), position("places"), fixed=True),
     before_rnn("shares_of_the_length", odd("shares_of_the_length"), position("shares")),
+    before_rnn(
+        "only_places",
+        odd("only_places"),
+        given_position("rnn", "a sequence"),
+    ),
     before_rnn("padded_places", odd("padded_places", 2), position("padded")),
     before_rnn("places_padded_at_the_end", odd("places_padded_at_the_end", 2), position("places")),
     before_rnn("places_by_numpy", odd("places_by_numpy"), position("places")),

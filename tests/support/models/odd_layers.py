@@ -416,6 +416,11 @@ def position_waves(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def only_places(layer: Apply, x: Any) -> Any:
+    return ops.broadcast_to(ops.cast(ops.arange(ops.shape(x)[1]), "float32")[None, :, None], ops.shape(x))
+
+
+@kind
 def places_from_the_end(layer: Apply, x: Any) -> Any:
     steps = ops.shape(x)[1]
     return x + ops.cast(steps - ops.arange(steps), "float32")[None, :, None]

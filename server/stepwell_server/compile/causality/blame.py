@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from stepwell_server.compile.causality.cut import CutError, LoopError
+from stepwell_server.compile.causality.cut import FAR, SCALES, CutError, LoopError
 from stepwell_server.compile.causality.direction import Direction, direction
 from stepwell_server.compile.causality.proof import NotAdmitted
 from stepwell_server.compile.causality.refusals import Reason
@@ -18,6 +18,8 @@ from stepwell_server.compile.graph.untraceable import pattern_of
 from stepwell_server.compile.graph.watch import all_operations
 
 _STEP_BY_STEP = "model cannot be run step by step: "
+#: Those of the proof's traces.
+_LENGTHS = {scale.steps for scale in (*FAR, *(one for pair in SCALES for one in pair.both))}
 _SEVERAL_STEPS = "looks back over several time steps and keeps no state"
 
 
@@ -27,14 +29,15 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: NotAdmitted) -
     layer = _outermost(model, found.layer)
     who, clause, fix = named(model, layer), str(found), found.reason.value
     match found.reason:
-        case Reason.TIME:
-            return _over_time(sampler, temporal, layer, clause)
+        case Reason.TIME | Reason.PAIRS:
+            return _over_time(sampler, temporal, layer, clause, fix)
         case Reason.BACKWARDS | Reason.AHEAD:
             return _ahead(model, layer, clause, fix)
         case Reason.END:
             return NotCausalError(f"model is not causal: {who} {clause}; {fix}")
         case Reason.POSITION | Reason.LENGTH | Reason.RATE | Reason.PADDING | Reason.TABLE:
-            return NotCausalError(f"{_STEP_BY_STEP}{who} {clause}; {fix}")
+            fault = misplaced_bias(model, [layer], _LENGTHS) if found.reason is Reason.LENGTH else None
+            return fault or NotCausalError(f"{_STEP_BY_STEP}{who} {clause}; {fix}")
         case Reason.PYTHON:
             return ModelError(f"the model cannot become a program: {who} {clause}; {fix}")
         case Reason.UNPROVEN:
@@ -51,15 +54,40 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: NotAdmitted) -
             return ModelError(f"the initial state is computed from the model's inputs: {who} {clause}; {fix}")
 
 
-def _over_time(sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: str) -> NotCausalError:
-    who = named(sampler.interface.model, layer)
+def _over_time(
+    sampler: Sampler, temporal: Sequence[bool], layer: Any, clause: str, fix: str
+) -> NotCausalError:
+    who, is_of_pairs = named(sampler.interface.model, layer), fix == Reason.PAIRS.value
     match direction(sampler, temporal, layer):
         case Direction.AHEAD:
-            return _ahead(sampler.interface.model, layer, clause, Reason.BACKWARDS.value)
+            ways = f"{Reason.BACKWARDS.value}, so {fix}" if is_of_pairs else Reason.BACKWARDS.value
+            return _ahead(sampler.interface.model, layer, clause, ways)
+        case Direction.BACK if is_of_pairs:
+            clause = f"{clause}, as attention with a causal mask does, so its state would grow with each step"
+            return NotCausalError(
+                f"{_STEP_BY_STEP}{who} depends on the whole sequence so far: it {clause}; {fix}"
+            )
         case Direction.BACK:
-            return NotCausalError(f"{_STEP_BY_STEP}{who} {_SEVERAL_STEPS}: it {clause}; {Reason.TIME.value}")
+            return NotCausalError(f"{_STEP_BY_STEP}{who} {_SEVERAL_STEPS}: it {clause}; {fix}")
         case Direction.UNKNOWN:
-            return NotCausalError(f"{_STEP_BY_STEP}{who} mixes time steps: it {clause}; {Reason.TIME.value}")
+            return NotCausalError(f"{_STEP_BY_STEP}{who} mixes time steps: it {clause}; {fix}")
+
+
+def misplaced_bias(model: Any, layers: Iterable[Any], lengths: Collection[int]) -> NotCausalError | None:
+    """Return the error for the first layer whose bias Keras adds to the wrong axis at one of some lengths.
+
+    `keras.ops.add` takes the last axis for that of the channels if it has as many elements as the bias.
+    """
+    for layer in layers:
+        bias = getattr(layer, "bias", None)
+        is_first = getattr(layer, "data_format", None) == "channels_first"
+        if is_first and bias is not None and bias.shape[0] in lengths:
+            return NotCausalError(
+                f"{_STEP_BY_STEP}{named(model, layer)} has its channels first, and a fault of Keras adds its bias to the time "
+                f"steps instead, in sequences of as many time steps as it has filters, {bias.shape[0]}; use "
+                "use_bias=False, data_format='channels_last', or another number of filters"
+            )
+    return None
 
 
 def _ahead(model: Any, layer: Any, clause: str, fix: str) -> NotCausalError:

@@ -148,12 +148,18 @@ class Call:
         if (
             sum(isinstance(factor, Time) for factor in found) > 1
         ):  # Refused before its values are computed: there are millions.
-            raise Refusal(Reason.TIME, "relates all time steps to each other")
+            raise Refusal(Reason.PAIRS, "relates all time steps to each other")
         if found.count(BATCH) > 1:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
         if all(is_plain(dim) for dim in axes):
-            if const.origin.counts or not const.is_same:
+            if not const.is_same:
                 raise Refusal(Reason.LENGTH, "depends on the number of time steps or of rows")
+            if const.origin.counts:
+                raise Refusal(
+                    Reason.LENGTH,
+                    "combines numbers that count the time steps or rows, of which other sequences have more or fewer (the "
+                    "first n of them are keras.ops.arange(n))",
+                )
             return axes
         first = self._first_evened(const, axes)
         if const.origin.counts:

@@ -72,7 +72,7 @@ _READS = {
 _PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}
 #: Refusals that a model may not have if rows have values of their own before the first time step. Those cost more, so they
 #: are tried last.
-_HELD = {Reason.TIME, Reason.AHEAD, Reason.PADDING, Reason.LENGTH}
+_HELD = {Reason.TIME, Reason.PAIRS, Reason.AHEAD, Reason.PADDING, Reason.LENGTH}
 _OTHERWISE = "computes something different for another number of time steps"
 _AROUND = "shifts the time axis around its end, and uses what then comes first"
 _Value = Data | Const
@@ -245,7 +245,14 @@ class _Walk:
             value = frame.values[tensor.name]
             if isinstance(value, Const):
                 rest = (normal((size.first,)) for size in value.shape()[2:])
-                self._even(value, ((BATCH,), (TIME,), *rest), who)
+                what = "a mask" if tensor is call.mask else "a sequence"
+                try:
+                    self._even(value, ((BATCH,), (TIME,), *rest), who)
+                except NotAdmitted as found:
+                    if found.reason is not Reason.POSITION:
+                        raise
+                    clause = f"is given {what} that depends on the number of the time step alone"
+                    raise NotAdmitted(found.reason, who, clause) from found
                 continue
             time = time_of(value.axes[1:2])
             is_usual = value.axes[:2] == ((BATCH,), (time,)) and all(map(is_plain, value.axes[2:]))
@@ -664,7 +671,7 @@ class _Frame:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
         times = sum(isinstance(factor, Time) for factor in found)
         if times > 1:
-            raise Refusal(Reason.TIME, "relates all time steps to each other")
+            raise Refusal(Reason.PAIRS, "relates all time steps to each other")
         if times and data.ends:
             raise Refusal(Reason.END, "spreads a value of the whole sequence over its time steps")
         return data

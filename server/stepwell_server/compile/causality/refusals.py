@@ -9,6 +9,10 @@ class Reason(enum.Enum):
     """A kind of refusal; the value is the fix, as part of a message."""
 
     TIME = "use a recurrent layer, which carries what it needs from step to step, or pass the values that each step needs as features"
+    PAIRS = (
+        "attend to the last n steps only: pad the sequence by n - 1 in front, and let each step take them by "
+        "keras.ops.take(padded, arange(T)[:, None] + arange(n), axis=1); or use a recurrent layer"
+    )
     BACKWARDS = "use forward layers: a step knows only earlier time steps"
     AHEAD = (
         "use forward layers: a step knows only earlier time steps, so pad a window at its front only (padding='causal', or "

@@ -13,6 +13,7 @@ from stepwell_server.compile.causality.axes import Scales
 from stepwell_server.compile.causality.blame import (
     length_problem,
     loop_problem,
+    misplaced_bias,
     one_step_problem,
     refusal_of,
 )
@@ -39,7 +40,7 @@ from stepwell_server.compile.graph.samples import Sampler, fitted, make_sampler
 from stepwell_server.compile.graph.scopes import named
 from stepwell_server.compile.graph.trace import trace
 from stepwell_server.compile.graph.untraceable import explained
-from stepwell_server.compile.graph.watch import Observation, watch
+from stepwell_server.compile.graph.watch import Observation, all_operations, watch
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.evidence import Evidence
 from stepwell_server.compile.probe.first_difference import first_to_differ, undefined_cast
@@ -57,7 +58,7 @@ SEED = 7
 #: Refused even with --trust-causality: for example, served sessions would share written variables and random numbers.
 _NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
 #: Refusals that longer traces may not have.
-_OF_LENGTH = {Reason.TIME, Reason.AHEAD, Reason.LENGTH, Reason.UNPROVEN}
+_OF_LENGTH = {Reason.TIME, Reason.PAIRS, Reason.AHEAD, Reason.LENGTH, Reason.UNPROVEN}
 Progress = Callable[[str], None]
 
 
@@ -325,8 +326,10 @@ def _compare(traced: TracedModel) -> None:
                 f"largest value "
                 f"from {observation.steps} calls of one step"
             )
-            raise undefined_cast(model, traced.function, first, difference) or NotCausalError(
-                f"model cannot be run step by step: {first.clause}{difference}"
+            raise (
+                misplaced_bias(model, all_operations(model), {observation.steps})
+                or undefined_cast(model, traced.function, first, difference)
+                or NotCausalError(f"model cannot be run step by step: {first.clause}{difference}")
             )
     if not traced.proof.unproven:
         return
