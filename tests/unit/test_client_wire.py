@@ -205,16 +205,31 @@ def test_a_frame_whose_members_are_alike(is_set: bool) -> None:
 
 
 @pytest.mark.parametrize("states", [(), step_change({"h": X[:, 0], "c": X[:, 1]}, 2).tensors])
-def test_a_frame_of_resets(states: Any) -> None:
-    frame = frame_of(
-        Change("reset", states), 2, np.array([5, 5], np.uint64), np.array([8, 9], np.uint64), is_set=False
-    )
+@pytest.mark.parametrize(
+    ("request_ids", "encoded_ids"),
+    [((8, 9), {"request_id_base": 8}), ((2**64 - 1, 1), {"request_ids": (2**64 - 1, 1)})],
+)
+def test_a_frame_of_resets(states: Any, request_ids: tuple[int, int], encoded_ids: dict[str, Any]) -> None:
+    alike = np.array([5, 5], np.uint64)
+    frame = frame_of(Change("reset", states), 2, alike, np.array(request_ids, np.uint64), is_set=False)
     expected = pb.ResetFrame(
         session_ids=frame.ids,
         state=to_messages(states),
         batch_size=1,
         expected_revision=5,
-        request_id_base=8,
         timeout_ms=1500,
+        **encoded_ids,
     )
     assert message_of(frame, 1, FROZEN) == pb.StepStreamRequest(frame_id=1, reset=expected)
+
+
+@pytest.mark.parametrize(("rows", "revisions"), [((2, 2), (2**64 - 1,) * 2), ((2, 1), (2**63, 0))])
+def test_a_frame_of_single_steps(rows: tuple[int, int], revisions: tuple[int, int]) -> None:
+    steps = [
+        Step("m", name, step_change(X[:count], count), count, revision, number, FROZEN)
+        for name, count, revision, number in zip("ab", rows, revisions, (7, 2**64 - 1), strict=True)
+    ]
+    frame = message_of(framed([WaitingStep(step) for step in steps]), 1, FROZEN).step
+    assert frame.request_ids == [7, 2**64 - 1]
+    assert tuple(frame.batch_sizes or [frame.batch_size] * 2) == rows
+    assert tuple(frame.expected_revisions or [frame.expected_revision] * 2) == revisions

@@ -17,7 +17,7 @@ import numpy as np
 
 from stepwell._base.metadata import Pairs, sampled
 from stepwell._base.wire import bytes_tag, fixed64_field, varint, varint_tag
-from stepwell._batching.frames import Change, Frame, Part
+from stepwell._batching.frames import Change, Frame, Part, column
 from stepwell._state.tensors import Array, Packed, unpack_all
 from stepwell._transport.call import Call, Endpoint, check_length
 from stepwell._transport.retry import Deadline
@@ -254,9 +254,9 @@ def framed(members: Sequence[Member]) -> Frame:
     frame = Frame(
         _change_of(members, forms, data, sum(rows)),
         ids,
-        np.array(rows, np.intp),
-        np.array(expected, np.uint64),
-        np.array(request_ids, np.uint64),
+        column(rows, np.intp),
+        column(expected, np.uint64),
+        column(request_ids, np.uint64),
     )
     if any(traces):  # a frame is of one trace: that of the first of its steps that has one
         frame.traceparent = next((parent for trace in traces if trace and (parent := sampled(trace))), "")
