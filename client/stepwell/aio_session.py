@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Coroutine, Generator, Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import CoroutineType, TracebackType
 from typing import Any, Literal, Self, TypeVar, cast, overload
@@ -14,6 +14,7 @@ import numpy as np
 from stepwell._base.flow import Flow
 from stepwell._base.tracebacks import end_here, ends_here, shorten, shortens
 from stepwell._base.unawaited import Unawaited
+from stepwell._batching.coalesce import WaitingStep
 from stepwell._batching.step_arguments import plain_form, selected_of
 from stepwell._batching.steps import with_data
 from stepwell._core.aio_driver import AsyncDriver
@@ -223,38 +224,61 @@ class AsyncSession(SessionFacts, AsyncHandle):
             (1, 1)
         """
         try:
-            core, tracker = self._core, self._tracker
-            deadline = core.deadline(timeout_s)
-            form = data = None
-            if rows is None and reset is None and type(x) is np.ndarray:
-                try:
-                    form = plain_form(x.dtype, x.shape, tracker.batch_size, outputs, time, states)
-                except TypeError:
-                    form = None
-                data = None if form is None else x.tobytes()
-            if form is None:
-                form = core.step_change(tracker, x, outputs, time, reset, rows, states)
-            if self._closed or self._parent is not None:
-                self._check_open()
-            locks, members = self._locks, self._members
-            if states != "none" or self._reels or not core.is_direct or not locks.take(members):
-                change = with_data(form, data)
-                return await self._change(core.step(tracker, change, deadline, self._reels), deadline)
+            step = self._begun(x, outputs, time, reset, rows, states, timeout_s)
+            # While it waits it holds little: the garbage collector visits whatever it holds.
+            del x
+            if type(step) is not WaitingStep:
+                return await step
             # Most steps are as here: free, and over after one attempt. They need none of a flow's work.
             try:
-                step = tracker.step(form, deadline, "none", data)
                 try:
                     revision, position, version, names, arrays, _ = await self._driver.direct(step)
                 except StepwellError as error:
-                    change, tried = with_data(form, data), (step, error)
-                    return await self._driver.run(core.step(tracker, change, deadline, tried=tried))
-                if previous := tracker.applied(revision, position, version):
-                    await self._driver.run(core.moved(tracker, previous))
-                return selected_of(names, arrays, form)
+                    tried, core = (step, error), self._core
+                    flow = core.step(self._tracker, step.change, step.deadline, tried=tried)
+                    return await self._driver.run(flow)
+                if previous := self._tracker.applied(revision, position, version):
+                    await self._driver.run(self._core.moved(self._tracker, previous))
+                if outputs == "all" and len(arrays) == 1:  # as `selected_of`, without a call
+                    return arrays[0]
+                return selected_of(names, arrays, step.form)
             finally:
-                locks.give(members)
+                self._locks.give(self._members)
         except StepwellError as error:
             shorten(error)
+            raise
+
+    def _begun(
+        self,
+        x: Inputs,
+        outputs: OutputSelection,
+        time: TimeSelection,
+        reset: Mask | None,
+        rows: Rows | None,
+        states: StateSelection,
+        timeout_s: float | None,
+    ) -> WaitingStep | Awaitable[Outputs | Trace]:
+        """A step's first attempt, which holds its lock; or its flow, if it needs one."""
+        core, tracker = self._core, self._tracker
+        deadline = core.deadline(timeout_s)
+        form = data = None
+        if rows is None and reset is None and type(x) is np.ndarray:
+            try:
+                form = plain_form(x.dtype, x.shape, tracker.batch_size, outputs, time, states)
+            except TypeError:
+                form = None
+            data = None if form is None else x.tobytes()
+        if form is None:
+            form = core.step_change(tracker, x, outputs, time, reset, rows, states)
+        if self._closed or self._parent is not None:
+            self._check_open()
+        if states != "none" or self._reels or not core.is_direct or not self._locks.take(self._members):
+            flow = core.step(tracker, with_data(form, data), deadline, self._reels)
+            return self._change(flow, deadline)
+        try:
+            return tracker.step(WaitingStep, form, deadline, "none", data)
+        except BaseException:  # such as an interrupt
+            self._locks.give(self._members)
             raise
 
     async def trace(

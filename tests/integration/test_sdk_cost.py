@@ -25,14 +25,14 @@ PACKAGE = str(Path(stepwell.__file__).parent)
 X = np.ones((1, 2), np.float32)
 # A step makes three or four calls fewer; each resumed generator or coroutine counts as a call.
 MAX_CALLS = 48
-MAX_AWAITED_CALLS = 76
+MAX_AWAITED_CALLS = 68
 # Of each of many steps that are awaited together, and of a step of a group.
-MAX_GATHERED_CALLS = 19
+MAX_GATHERED_CALLS = 17
 MAX_GROUP_CALLS = 126
 MANY = 100
 # Objects that Python's garbage collector visits for a step that waits for its answer, beyond those of a task that waits
 # for a future.
-MAX_GATHERED_OBJECTS = 1
+MAX_GATHERED_OBJECTS = 0
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import gc
 import weakref
@@ -17,7 +18,7 @@ from stepwell._base.flow import drive_async
 from stepwell._batching import coalesce
 from stepwell._batching.coalesce import Coalescer, WaitingStep
 from stepwell._batching.frames import Change
-from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, read, stepped_of
+from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, facts, read, stepped_of
 from stepwell._core.lanes import Ask
 from stepwell._core.retrier import Retrier
 from stepwell._state.arguments import pack_inputs
@@ -291,6 +292,39 @@ async def test_a_step_that_fails_before_it_is_awaited_raises_then() -> None:
         await step
 
 
+@pytest.mark.parametrize("moment", ["while it waits", "before it is awaited"])
+async def test_a_step_that_failed_keeps_nothing_of_its_caller(moment: str) -> None:
+    """Its session keeps it until the next change."""
+    [step] = [Wire(answers=False).coalescer.step(one_step(0, "a", Deadline(60.0)))]
+    assert isinstance(step, WaitingStep)
+    kept = contextvars.ContextVar[Kept]("kept")
+
+    async def caller() -> weakref.ref[Kept]:
+        value = Kept()
+        kept.set(value)
+        with pytest.raises(errors.UnavailableError):
+            await step
+        return weakref.ref(value)
+
+    gc.disable()
+    try:
+        if moment == "before it is awaited":
+            step.fail(errors.UnavailableError("gone"))
+        task = asyncio.create_task(caller())
+        await asyncio.sleep(0)
+        step.fail(errors.UnavailableError("gone"))
+        value = await task
+        del task
+        await asyncio.sleep(0)
+        assert value() is None
+    finally:
+        gc.enable()
+
+
+class Kept:
+    """A value of a caller."""
+
+
 def test_an_exit_in_one_task_lets_the_others_wake_when_the_loop_runs_again() -> None:
     async def leave(step: WaitingStep) -> None:
         await step
@@ -300,7 +334,8 @@ def test_an_exit_in_one_task_lets_the_others_wake_when_the_loop_runs_again() -> 
         tasks, waiting = await sent(Wire(answers=False), 3)
         tasks[1].cancel()
         await asyncio.sleep(0)
-        waiting[1] = WaitingStep(waiting[1].step, waiting[0]._waker)
+        waiting[1] = WaitingStep(*facts(waiting[1]))
+        waiting[1].queued(waiting[0]._waker)
         leaving = asyncio.create_task(leave(waiting[1]))
         await asyncio.sleep(0)
         return tasks, waiting, leaving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from stepwell import errors
 from stepwell._batching.frames import Change, Frame, Gathered, Part
 from stepwell._batching.step_arguments import step_change
-from stepwell._batching.steps import Step, Stepped, answer, framed, in_frames
+from stepwell._batching.steps import Member, Step, Stepped, answer, facts, framed, in_frames
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.tensors import Array, pack, to_messages, unpack
 from stepwell._transport.retry import Deadline
@@ -200,11 +201,13 @@ def of_session(name: str, **said: Any) -> Step:
     return Step("m", name, change, len(rows) or 2, 0, 1, Deadline(1.0))
 
 
-class Waiting:
+class Waiting(Member):
     """A step that was handed over."""
 
+    __slots__ = ("answer",)
+
     def __init__(self, step: Step) -> None:
-        self.step = step
+        super().__init__(*facts(step))
         self.answer: Stepped | BaseException | None = None
 
     def settle(self, stepped: Stepped) -> None:
@@ -218,7 +221,7 @@ def as_form(step: Step) -> Step:
     """The same step with its data apart, as `AsyncSession.step` makes it."""
     [tensor] = step.change.tensors
     form = step.change._replace(tensors=(tensor._replace(data=b""),))
-    return step._replace(form=form, data=tensor.data)
+    return dataclasses.replace(step, form=form, data=tensor.data)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 3, 2)])

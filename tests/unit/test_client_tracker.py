@@ -9,6 +9,7 @@ import sys
 import numpy as np
 
 from stepwell._batching.frames import Change
+from stepwell._batching.steps import Step
 from stepwell._core.tracker import SessionTracker, new_request_id, new_request_ids
 from stepwell._state.arguments import pack_inputs
 from stepwell._transport.retry import Deadline
@@ -134,15 +135,15 @@ def test_a_step_of_a_form_is_the_same_change_as_a_whole_one() -> None:
     form = whole._replace(tensors=(whole.tensors[0]._replace(data=b""),))
     deadline, data = Deadline(1.0), whole.tensors[0].data
     tracker = session()
-    first = tracker.step(form, deadline, data=data)
+    first = tracker.step(Step, form, deadline, data=data)
     assert first.change == whole
     for same in (
-        tracker.step(form, deadline, data=data),
-        tracker.step(whole, deadline),
+        tracker.step(Step, form, deadline, data=data),
+        tracker.step(Step, whole, deadline),
         tracker.begin(whole),
     ):
         assert (same.request_id, same.change) == (first.request_id, whole)
-    assert tracker.step(form, deadline, data=data[::-1]).request_id != first.request_id
+    assert tracker.step(Step, form, deadline, data=data[::-1]).request_id != first.request_id
 
 
 def test_request_ids_are_not_zero_and_differ() -> None:

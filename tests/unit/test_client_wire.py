@@ -96,7 +96,7 @@ def test_the_limit_of_a_message() -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_frame_of_one_step(name: str) -> None:
     change = step_change(row_count=2, **STEPS[name])
-    step = Step("m", "ü" * 70, change, 2, 300, 2**64 - 1, FROZEN, (("traceparent", SAMPLED),))
+    step = Step("m", "ü" * 70, change, 2, 300, 2**64 - 1, FROZEN, trace=(("traceparent", SAMPLED),))
     member = WaitingStep(step)
     one = OneStep(step, lambda: framed([member]))
     expected = pb.StepFrame(

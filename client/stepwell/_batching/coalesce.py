@@ -7,23 +7,25 @@ import contextvars
 from collections.abc import Awaitable, Callable, Collection, Generator, Hashable, Sequence
 
 from stepwell._batching.in_flight import InFlightFrame, Link, unanswered
-from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, abandon, earliest, in_frames
+from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, earliest, facts, in_frames
 from stepwell._transport.channel import closed
 from stepwell._transport.retry import Deadline
 from stepwell.errors import StepwellError
 
+_RAISED = asyncio.InvalidStateError("the error of the step was raised before")
 
-class WaitingStep:
-    """A queued or sent step, awaited by one task.
+
+class WaitingStep(Member):
+    """A step that is awaited by one task, once it is queued.
 
     It has what asyncio asks of the future that a task awaits. Its task is woken with those of the other steps that were
     answered at the same time (`Waker`). A future of asyncio would be another object, and take a callback of its own.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_loop", "_waker", "context", "outcome", "step", "wakeup")
+    __slots__ = ("_asyncio_future_blocking", "_loop", "_waker", "context", "outcome", "wakeup")
 
-    def __init__(self, step: Step, waker: Waker) -> None:
-        self.step = step
+    def queued(self, waker: Waker) -> None:
+        """It is about to be queued. Called once."""
         self._waker = waker
         self._loop = waker.loop
         self.outcome: Stepped | BaseException | None = None
@@ -47,7 +49,10 @@ class WaitingStep:
             self._asyncio_future_blocking = True
             yield self
         outcome = self.outcome
-        return outcome if type(outcome) is tuple else self.result()
+        if type(outcome) is tuple:
+            return outcome
+        del outcome  # as in `result`
+        return self.result()
 
     def result(self) -> Stepped:
         """The answer. The task calls this when it wakes up, so that an error is raised where it waits."""
@@ -55,6 +60,8 @@ class WaitingStep:
         if type(outcome) is tuple:
             return outcome
         assert isinstance(outcome, BaseException)
+        # A step that failed stays with its session, but its error refers to the caller's frames.
+        self.outcome = _RAISED
         try:
             raise outcome
         finally:
@@ -95,8 +102,11 @@ class Waker:
             for step in steps:
                 wakeup = step.wakeup
                 if wakeup is not None:
-                    step.wakeup = None  # other steps of its frame may wait for long, and keep it in memory
-                    step.context.run(wakeup, step)
+                    context = step.context
+                    # Other steps of its frame may wait for long, and keep it in memory.
+                    step.wakeup = None
+                    del step.context
+                    context.run(wakeup, step)
         finally:  # after SystemExit or KeyboardInterrupt, which end the loop: it may run again
             for step in steps:
                 self.add(step)
@@ -129,7 +139,11 @@ class Coalescer:
         """Whether several steps were sent together the last time, or it is the first time."""
 
     def step(self, step: Step) -> Awaitable[Stepped]:
-        """Makes one attempt of a step.
+        """Makes one attempt of a step; see `attempt`."""
+        return self.attempt(WaitingStep(*facts(step)))
+
+    def attempt(self, step: WaitingStep) -> Awaitable[Stepped]:
+        """Makes the only attempt of this object. Another attempt of its step needs another object.
 
         A large step is a unary call: sharing a frame would gain nothing. Also, cancelling its task cancels a unary
         call on the server, but not a member of a frame. See also `Step.may_share`.
@@ -137,16 +151,17 @@ class Coalescer:
         Raises:
             StepwellError: The attempt failed; the error has the outcome that a unary call's would have.
         """
-        if not step.may_share():
+        if (step.data is None or step.is_alone) and not step.may_share():
             return self._unary(step)
-        made, waiting = WaitingStep(step, self._waker), self._waiting
-        waiting.append(made)
+        step.queued(self._waker)
+        waiting = self._waiting
+        waiting.append(step)
         if len(waiting) == 1:
             if self._were_several or self._in_flight:
                 self._loop.call_soon(self._send_queued)
             else:  # no other step is in sight, so waiting for one would gain nothing
                 self._send_queued()
-        return made
+        return step
 
     def _send_queued(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -170,9 +185,9 @@ class Coalescer:
                 self._in_flight[frame] = self._loop.call_later(next_s, self._on_time_limit, frame)
 
     def _on_time_limit(self, frame: Frame) -> None:
-        late = [member for member in frame.members if member.step.deadline.remaining_s() <= 0]
+        late = [member for member in frame.members if member.deadline.remaining_s() <= 0]
         abandon(late, unanswered())
-        self._watch(frame, {member.step.deadline for member in frame.members if member.outcome is None})
+        self._watch(frame, {member.deadline for member in frame.members if member.outcome is None})
 
     def over(self, frame: Frame) -> None:
         """A frame is over: every step has its answer, or nobody waits for it."""
@@ -183,7 +198,7 @@ class Coalescer:
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
         """The replies to these steps together exceed the message limit: later frames are smaller."""
-        self._max_members[members[0].step.kind()] = max(1, len(members) // 2)
+        self._max_members[members[0].kind()] = max(1, len(members) // 2)
 
     def close(self, ended: Callable[[], StepwellError] = closed) -> None:
         """Fails queued steps and those in flight with these errors."""

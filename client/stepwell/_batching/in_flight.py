@@ -46,11 +46,11 @@ class InFlightFrame(Generic[M]):
         self._owner = owner
         self._frame: Frame | OneStep
         if len(members) == 1:
-            step = members[0].step
-            self.deadlines, self.deadline = {step.deadline}, step.deadline
-            self._frame = OneStep(step, functools.partial(framed, members))
+            only = members[0]
+            self.deadlines, self.deadline = {only.deadline}, only.deadline
+            self._frame = OneStep(only, functools.partial(framed, members))
         else:
-            self.deadlines = {member.step.deadline for member in members}
+            self.deadlines = {member.deadline for member in members}
             self.deadline = latest(self.deadlines)  # no member may be cut short
             self._frame = framed(members)
         self.forget: Callable[[], None] = _nothing

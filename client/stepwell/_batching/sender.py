@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 from stepwell._batching.in_flight import InFlightFrame, Link
-from stepwell._batching.steps import FRAME_SHARE, Step, Stepped, abandon, in_frames
+from stepwell._batching.steps import FRAME_SHARE, Member, Step, Stepped, abandon, facts, in_frames
 from stepwell._transport.channel import closed
 from stepwell._transport.retry import Clock
 from stepwell.errors import DeadlineExceededError, StepwellError
@@ -37,13 +37,13 @@ _senders: weakref.WeakSet[Sender] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_senders.clear)
 
 
-class WaitingStep:
-    """A queued or sent step, and the thread that waits for it."""
+class WaitingStep(Member):
+    """A queued or sent step, for which a thread waits."""
 
-    __slots__ = ("_error", "_ready", "_stepped", "step")
+    __slots__ = ("_error", "_ready", "_stepped")
 
     def __init__(self, step: Step) -> None:
-        self.step = step
+        super().__init__(*facts(step))
         self._stepped: Stepped | None = None
         self._error: BaseException | None = None
         # Held until there is an answer. A lock is the cheapest thing that a thread can wait for.
@@ -228,7 +228,7 @@ class Sender:
 
     def too_large(self, members: Sequence[WaitingStep]) -> None:
         """The replies to these steps together exceed the message limit: later frames are smaller."""
-        self._max_members[members[0].step.kind()] = max(1, len(members) // 2)
+        self._max_members[members[0].kind()] = max(1, len(members) // 2)
 
     def _fail_queued(self, error: StepwellError) -> None:
         abandon(self._dequeue_all(), error)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from stepwell._batching.frames import SELECTIONS, STATES, Change
+from stepwell._batching.steps import SHARED_BYTES
 from stepwell._state.arguments import pack_inputs
 from stepwell._state.infos import Inputs, Mask, Outputs
 from stepwell._state.tensors import Array, Packed, sent_as_is
@@ -56,7 +58,7 @@ def plain_form(
     time: object,
     states: object,
 ) -> Change | None:
-    """The change of a step of one array that is sent as it is, all but its data; None for another step.
+    """The change of a step of one array that may share a frame and is sent as it is, all but its data; None for another step.
 
     It is checked and made once for all steps that are alike.
 
@@ -64,7 +66,11 @@ def plain_form(
         TypeError: An argument is not hashable, such as a list of outputs.
     """
     number = sent_as_is(dtype)
-    if number is None or shape[:1] != (row_count,) or 0 in shape:
+    if (
+        number is None
+        or shape[:1] != (row_count,)
+        or not 0 < math.prod(shape) * dtype.itemsize <= SHARED_BYTES
+    ):
         return None
     selection, names = check_outputs(outputs, time)
     if names:

@@ -6,12 +6,14 @@ many threads (`_batching.sender`).
 
 from __future__ import annotations
 
+import abc
 import copy
+import dataclasses
 import math
 import operator
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -49,8 +51,9 @@ _REQUEST_ID = sessions_pb2.StepRequest.REQUEST_ID_FIELD_NUMBER
 _MEMBER_BYTES = 64
 
 
-class Step(NamedTuple):
-    """One step of one session, the same in every attempt."""
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
+class Step:
+    """One step of one session, the same in every attempt. It never changes."""
 
     model: str
     session_id: str
@@ -61,14 +64,14 @@ class Step(NamedTuple):
     """Revision that the session must have."""
     request_id: int
     deadline: Deadline
+    data: bytes | None = None
+    """Data of the only tensor of the change if `form` has none, because many steps share that; `SHARED_BYTES` at most."""
     trace: Pairs = ()
     """Metadata of its span."""
     to: Endpoint | None = None
     """The replica to ask; None: the client has one server."""
     is_alone: bool = False
     """Whether it must not share a frame."""
-    data: bytes | None = None
-    """Data of the only tensor of the change if `form` has none, because many steps share that."""
 
     @property
     def change(self) -> Change:
@@ -97,9 +100,8 @@ class Step(NamedTuple):
 
     def may_share(self) -> bool:
         """Whether it may share a frame with others. A large step, or a step of some rows, may not."""
-        data = self.data
-        if data is not None:
-            return len(data) <= SHARED_BYTES and not self.is_alone
+        if self.data is not None:
+            return not self.is_alone
         return not self.form.rows and not self.is_alone and self.input_bytes() <= SHARED_BYTES
 
     def input_bytes(self) -> int:
@@ -153,16 +155,23 @@ def stepped_of(
     return revision, position, version, tuple(outputs), tuple(outputs.values()), states
 
 
-class Member(Protocol):
-    """A step and its caller."""
+facts = operator.attrgetter(*[field.name for field in dataclasses.fields(Step)])
+"""The arguments of a step's constructor."""
 
-    @property
-    def step(self) -> Step:
-        """The step."""
 
+class Member(Step, abc.ABC):
+    """One attempt of a step, for which its caller waits.
+
+    It is the step itself, because the garbage collector would visit a second object, too.
+    """
+
+    __slots__ = ()
+
+    @abc.abstractmethod
     def settle(self, stepped: Stepped) -> None:
         """The step was applied. Does nothing if it already has an answer, or its caller no longer waits."""
 
+    @abc.abstractmethod
     def fail(self, error: BaseException) -> None:
         """The step failed. Does nothing if it already has an answer, or its caller no longer waits."""
 
@@ -190,7 +199,7 @@ def in_frames(
             continue
         begin, size = 0, 0
         for i, member in enumerate(own):
-            more = member.step.input_bytes() + _MEMBER_BYTES
+            more = member.input_bytes() + _MEMBER_BYTES
             if i > begin and (size + more > max_bytes or i - begin >= count):
                 yield own[begin:i]
                 begin, size = i, 0
@@ -205,30 +214,30 @@ def _grouped(members: Sequence[M]) -> Iterable[tuple[Hashable, Sequence[M]]]:
     """
     if not members:
         return []
-    steps = [member.step for member in members]
-    models, ids, forms, _, _, _, deadlines, *_ = zip(*steps, strict=True)
-    count, kind = len(steps), steps[0].kind()
+    count, kind = len(members), members[0].kind()
+    models, forms = [member.model for member in members], [member.form for member in members]
     is_one_form = forms.count(forms[0]) == count and models.count(models[0]) == count
-    kinds = [kind] * count if is_one_form else [step.kind() for step in steps]
-    if kinds.count(kind) == count == len(set(ids)):
-        first, last = earliest(set(deadlines)), latest(set(deadlines))
+    kinds = [kind] * count if is_one_form else [member.kind() for member in members]
+    if kinds.count(kind) == count == len({member.session_id for member in members}):
+        deadlines = {member.deadline for member in members}
+        first, last = earliest(deadlines), latest(deadlines)
         if last.at_s == first.at_s or last.remaining_s() < 2 * first.remaining_s():
             return [(kind, members)]
     groups: dict[tuple[Hashable, float, int], dict[str, M]] = {}
-    for member, kind, step in zip(members, kinds, steps, strict=True):
-        limit, nth = _roughly(step.deadline.remaining_s()), 0
-        while (group := groups.get((kind, limit, nth))) is not None and step.session_id in group:
+    for member, kind in zip(members, kinds, strict=True):
+        limit, nth = _roughly(member.deadline.remaining_s()), 0
+        while (group := groups.get((kind, limit, nth))) is not None and member.session_id in group:
             nth += 1
         if group is None:
             group = groups[kind, limit, nth] = {}
-        group[step.session_id] = member
+        group[member.session_id] = member
     return [(kind, list(group.values())) for (kind, _, _), group in groups.items()]
 
 
 def _largest(members: Sequence[Member]) -> int:
     """Size of the inputs of the largest of some members of the same kind, in bytes."""
-    step = members[0].step
-    return step.input_bytes() // step.rows * max([member.step.rows for member in members])
+    first = members[0]
+    return first.input_bytes() // first.rows * max([member.rows for member in members])
 
 
 def earliest(deadlines: Iterable[Deadline]) -> Deadline:
@@ -248,33 +257,31 @@ def _roughly(remaining_s: float) -> float:
 
 def framed(members: Sequence[Member]) -> Frame:
     """The frame of members of one kind."""
-    # by columns: `zip` takes a third of the time of as many attributes
-    columns = zip(*[member.step for member in members], strict=True)
-    _, ids, forms, rows, expected, request_ids, _, traces, _, _, data = columns
+    rows = [member.rows for member in members]
     frame = Frame(
-        _change_of(members, forms, data, sum(rows)),
-        ids,
+        _change_of(members, sum(rows)),
+        [member.session_id for member in members],
         column(rows, np.intp),
-        column(expected, np.uint64),
-        column(request_ids, np.uint64),
+        column([member.expected for member in members], np.uint64),
+        column([member.request_id for member in members], np.uint64),
     )
+    traces = [member.trace for member in members]
     if any(traces):  # a frame is of one trace: that of the first of its steps that has one
         frame.traceparent = next((parent for trace in traces if trace and (parent := sampled(trace))), "")
     return frame
 
 
-def _change_of(
-    members: Sequence[Member], forms: Sequence[Change], data: Sequence[bytes | None], rows: int
-) -> Change:
+def _change_of(members: Sequence[Member], rows: int) -> Change:
     """The change of a frame of members, which has this number of rows."""
-    form = forms[0]
-    if len(forms) == 1:
-        return members[0].step.change
+    form = members[0].form
+    if len(members) == 1:
+        return members[0].change
+    data = [member.data for member in members]
     if None not in data:  # steps of one kind: their forms differ only in the number of rows
         [tensor] = form.tensors
         joined = b"".join(cast("Sequence[bytes]", data))
         return form._replace(tensors=(tensor._replace(shape=(rows, *tensor.shape[1:]), data=joined),))
-    changes = [member.step.change for member in members]
+    changes = [member.change for member in members]
     reset = b"".join([each.reset for each in changes])
     return form._replace(tensors=_joined(changes, rows), reset=reset)
 
@@ -303,7 +310,7 @@ def answer(members: Sequence[Member], part: Part) -> None:
             members[i].settle((revision, position, version, names, (row,), _NO_STATES))
     else:
         for i, revision, position in zip(*columns, strict=True):
-            end = start + members[i].step.rows
+            end = start + members[i].rows
             own = _rows_of(outputs, start, end)
             own_states = _rows_of(states, start, end) if states else _NO_STATES
             members[i].settle(stepped_of(revision, position, own, own_states, version))

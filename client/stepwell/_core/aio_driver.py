@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from stepwell._base.flow import Flow, Notify, drive_async
-from stepwell._batching.coalesce import Coalescer
+from stepwell._batching.coalesce import Coalescer, WaitingStep
 from stepwell._batching.steps import Step, Stepped, read
 from stepwell._core.core import Core
 from stepwell._core.finisher import AsyncFinisher
@@ -39,6 +39,10 @@ class AsyncConnection:
         self._coalescer = Coalescer(self.link, self._unary, config.max_message_bytes)
         self.step: Callable[[Step], Awaitable[Stepped]] = self._coalescer.step if coalesce else self._unary
         """Makes one attempt of a step."""
+        self.attempt: Callable[[WaitingStep], Awaitable[Stepped]] = (
+            self._coalescer.attempt if coalesce else self._unary
+        )
+        """Makes the only attempt of this object."""
 
     async def _unary(self, step: Step) -> Stepped:
         return read(await self.transport.invoke(step.call(self._max_message_bytes)))
@@ -116,9 +120,9 @@ class AsyncDriver:
         return drive_async(self.core.watched(flow), self.answer)
 
     @functools.cached_property
-    def direct(self) -> Callable[[Step], Awaitable[Stepped]]:
-        """Makes one attempt of a step at the only server of the client."""
-        return self.connections.to(None).step
+    def direct(self) -> Callable[[WaitingStep], Awaitable[Stepped]]:
+        """Makes the first attempt of a step at the only server of the client."""
+        return self.connections.to(None).attempt
 
     def answer(self, ask: Ask) -> Awaitable[Any]:
         """Answers an ask of a flow."""

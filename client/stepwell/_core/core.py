@@ -526,7 +526,7 @@ class Core:
                 name, deadline, fingerprint=tracker.fingerprint, session_id=tracker.session_id
             )
         stepped: Stepped
-        step, failed = tried or (tracker.step(change, deadline, wanted), None)
+        step, failed = tried or (tracker.step(Step, change, deadline, wanted), None)
         before = tracker.position
         try:
             if failed is None and self.router is None:

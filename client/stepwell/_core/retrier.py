@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -171,7 +172,7 @@ class Retrier:
             if failed is None:
                 try:
                     if route is not None:
-                        step = step._replace(to=(yield from route.next()))
+                        step = dataclasses.replace(step, to=(yield from route.next()))
                     stepped: Stepped = yield step
                 except StepwellError as error:
                     failed = error
@@ -179,7 +180,8 @@ class Retrier:
                     if route is not None:
                         route.answered()
                     return stepped
-            step = step._replace(is_alone=isinstance(failed, RepliesTooLargeError) and failed.members == 1)
+            is_alone = isinstance(failed, RepliesTooLargeError) and failed.members == 1
+            step = dataclasses.replace(step, is_alone=is_alone)
             pause = yield from _pause(attempts, route, failed)
             failed = None
             yield pause

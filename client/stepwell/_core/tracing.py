@@ -6,6 +6,7 @@ span. The span's context travels in a call's metadata, or in a frame of steps.
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -130,7 +131,7 @@ def _with(ask: Ask, context: Pairs) -> Ask:
     if isinstance(ask, Call):
         return ask._replace(metadata=context)
     if isinstance(ask, Step):
-        return ask._replace(trace=context)
+        return dataclasses.replace(ask, trace=context)
     if isinstance(ask, Exchange):
         for lane in ask.lanes:
             lane.frame.traceparent = sampled(context)

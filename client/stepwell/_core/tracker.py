@@ -11,17 +11,18 @@ from __future__ import annotations
 import os
 import random
 import secrets
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from stepwell._base.tuples import new_tuple
 from stepwell._batching.frames import Change, Counts
 from stepwell._batching.steps import Step, with_data
 from stepwell._core.versions import reference
 from stepwell._transport.retry import Deadline
 from stepwell.errors import RevisionConflictError, StepwellError
 from stepwell.v1 import sessions_pb2
+
+S = TypeVar("S", bound=Step)
 
 # Seeded by the operating system. To ask that for each id would take five times as long.
 _random = random.Random()  # noqa: S311 (an id must be unique, but it is no secret)
@@ -107,35 +108,27 @@ class SessionTracker:
         self._unknown = True
         return pending
 
-    def step(self, form: Change, deadline: Deadline, states: str = "none", data: bytes | None = None) -> Step:
+    def step(
+        self, kind: type[S], form: Change, deadline: Deadline, states: str = "none", data: bytes | None = None
+    ) -> S:
         """Begins a step; returns it ready to be sent.
 
         Args:
+            kind: The class of the result, which has the constructor of a step.
             form: The change, or its form.
             deadline: The time limit of the call.
             states: States to request if the call requests fewer.
             data: The data of the change if it is a form.
         """
-        rows = len(form.rows) or self.batch_size
+        rows = self.batch_size if data is not None else len(form.rows) or self.batch_size
         if states != "none" or self._pending is not None:
             begun = self.begin(with_data(form, data), states)
             sent, request_id = begun.sent, begun.request_id
-            return Step(self.model, self.session_id, sent, rows, self.revision, request_id, deadline)
+            return kind(self.model, self.session_id, sent, rows, self.revision, request_id, deadline)
         request_id = _getrandbits(64) or 1  # as `new_request_id`, without a call
-        values = (
-            self.model,
-            self.session_id,
-            form,
-            rows,
-            self.revision,
-            request_id,
-            deadline,
-            (),
-            None,
-            False,
-            data,
+        step = self._pending = kind(
+            self.model, self.session_id, form, rows, self.revision, request_id, deadline, data
         )
-        step = self._pending = new_tuple(Step, values)
         self._ahead |= self._unknown
         self._unknown = True
         return step
