@@ -358,7 +358,7 @@ def test_a_server_on_tensorflow_divides_as_the_compiler_does() -> None:
         input=pickle.dumps((program, numbers)),
         capture_output=True,
         check=True,
-        timeout=100,
+        timeout=250,
     )
     expected = np.floor(numbers / np.arange(1, 9, dtype=np.float32))
     np.testing.assert_array_equal(np.frombuffer(done.stdout, np.float32), expected.ravel())

@@ -224,7 +224,7 @@ load_executor(program).bind(3)
 print(sorted(name for name in ("tensorflow", "keras", "h5py") if name in sys.modules))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=250
     )
     assert done.stdout.strip() == "[]"
 

@@ -120,7 +120,7 @@ os._exit(0)
         stdout=subprocess.PIPE,
         check=True,
         text=True,
-        timeout=100,
+        timeout=250,
     )
     # the end of the output, which the fork has too, comes when both have ended
     assert done.stdout == ""

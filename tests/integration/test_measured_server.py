@@ -60,7 +60,7 @@ def test_sessions_figures_and_the_audit_log_outlive_a_server(tmp_path: Path) -> 
                     "--json",
                 )
                 command = [sys.executable, *measured.program("stepwell"), *bench]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+                done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True)
                 assert json.loads(done.stdout)["errors"] == {}
             server.signal(signal.SIGHUP)
             server.signal(signal.SIGTERM)

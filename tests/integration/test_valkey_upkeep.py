@@ -197,7 +197,7 @@ async def test_a_cluster_is_backed_up_and_made(tmp_path: Path) -> None:
 
 def stepwell_store(*arguments: object) -> dict[str, Any]:
     command = [str(Path(sys.executable).with_name("stepwell")), "store", *map(str, arguments), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

@@ -125,7 +125,7 @@ def test_a_forked_process_makes_other_ids_than_its_parent() -> None:
         "sys.stdout.flush()\n"
         "if child: os.waitpid(child, 0)\n"
     )
-    output = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, timeout=100)
+    output = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, timeout=250)
     assert len(set(output.stdout.split())) == 2
 
 

@@ -273,7 +273,7 @@ for path in (home / "of_nobody", home / "of_nobody" / "x"):
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=250,
         )
         assert run.stderr.splitlines() == [
             f"other users could read {home}/data; now only the user of the server can"

@@ -102,7 +102,7 @@ def tries(folder: Path, port: int, read: str) -> tuple[Protection, dict[str, str
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=250,
     )
     had, found, rights = json.loads(run.stdout)
     assert secret.read_text() == "secret"
@@ -188,7 +188,7 @@ print(json.dumps([had.programs, found, allowed]))
 @pytest.mark.skipif(sys.platform != "linux", reason="it is the kernel of Linux that takes these away")
 def test_each_call_that_is_refused_is_refused() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", TRY_ALL], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", TRY_ALL], capture_output=True, text=True, check=True, timeout=250
     )
     by, found, allowed = json.loads(run.stdout)
     if not by:

@@ -65,5 +65,5 @@ assert not descriptor_pool.Default().FindMessageTypeByName("inference.ModelInfer
     ours = "import stepwell_server.rpc.server"
     for before, after in ((ours, ""), ("", ours)):
         subprocess.run(
-            [sys.executable, "-c", code.format(before=before, after=after)], check=True, timeout=60
+            [sys.executable, "-c", code.format(before=before, after=after)], check=True, timeout=250
         )
