@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import math
 import struct
@@ -21,6 +22,7 @@ from stepwell.cli.sessions import session_cells, session_facts, session_json
 from stepwell.v1 import sessions_pb2
 from stepwell_server.engine.api import SessionFilter, SessionInfo
 from stepwell_server.engine.sessions.transfer import ExistingPolicy, ImportOutcome, SessionRecord
+from stepwell_server.engine.threads import PIECE_SIZE
 from stepwell_server.errors import (
     Internal,
     InvalidInput,
@@ -178,6 +180,19 @@ async def test_a_session_that_ended_later_does_not_come_back_older() -> None:
         assert await brought(new, sessions, ExistingPolicy.REPLACE) == [ImportOutcome.IMPORTED]
         await new.engine.close_session("a")
         assert await brought(new, sessions) == [ImportOutcome.IMPORTED], "as it was when it ended"
+
+
+async def test_an_import_of_many_sessions_runs_in_pieces() -> None:
+    """Other calls run in between: no iteration of the event loop imports more than one piece."""
+    names = [f"s{number:03}" for number in range(PIECE_SIZE * 4)]
+    async with two(resident_rows=len(names)) as (old, new):
+        await old.open(*names)
+        importing, counts = asyncio.create_task(brought(new, await exported(old, *names))), [0]
+        while not importing.done():
+            await asyncio.sleep(0)
+            counts.append(sum(each.sessions for each in new.engine.stats()))
+        assert await importing == [ImportOutcome.IMPORTED] * len(names)
+        assert max(after - before for before, after in itertools.pairwise(counts)) == PIECE_SIZE
 
 
 async def test_a_limit_for_being_idle_moves_and_counts_from_the_import() -> None:

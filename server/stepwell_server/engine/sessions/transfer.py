@@ -40,6 +40,7 @@ from stepwell_server.engine.state.fields import (
 )
 from stepwell_server.engine.state.model import Model
 from stepwell_server.engine.state.replies import check_reply
+from stepwell_server.engine.threads import PIECE_SIZE
 from stepwell_server.engine.versions.history import MoveKind
 from stepwell_server.errors import (
     InvalidInput,
@@ -72,8 +73,6 @@ MAX_UNKNOWN_FIELD_BYTES = 1024
 """The most bytes of an imported session's unknown fields, which are meant for newer servers."""
 #: Seconds by which the exporting server's clock may be ahead.
 _MAX_AHEAD_S = 86_400.0
-#: Records checked in one batch; other calls run between batches.
-_IMPORT_BATCH_SIZE = 64
 #: The most sessions listed for one page.
 _EXPORT_PAGE_SIZE = 1000
 #: Records read in one batch; other work runs between batches.
@@ -308,27 +307,17 @@ class Importer:
             raise InvalidInput(f"sessions must be at most {MAX_IMPORTED}; got {len(ids)}")
         if len(set(ids)) != len(ids):
             raise InvalidInput("sessions must not repeat an id; got one twice")
-        results: dict[str, ImportResult] = {}  # sessions without a result are looked at again
-        left: dict[str, _ImportedSession] = {}
-        for place, session in enumerate(sessions):
-            if place % _IMPORT_BATCH_SIZE == _IMPORT_BATCH_SIZE - 1:
-                await asyncio.sleep(0)
-            try:
-                left[session.session_id] = self._checked(session, caller)
-            except ServerError as error:
-                results[session.session_id] = error
-        for _ in range(MAX_TRIES):
-            if not left:
-                break
-            seen = await self._begin.look(list(left))
-            absent, others = self._sorted(left, seen, existing, results)
-            await self._begin.run_shielded(self._begin_all(absent, results))
-            for each in others:
-                result = await self._begin.run_shielded(self._replace(each, seen))
-                if result is not None:
-                    results[each.session_id] = result
-            left = {i: each for i, each in left.items() if i not in results}
-        results.update((session_id, changed_elsewhere(session_id)) for session_id in left)
+        results: dict[str, ImportResult] = {}
+        async for part in self._directory.pieces.of(ids):
+            checked: dict[str, _ImportedSession] = {}
+            for session in sessions[part]:
+                try:
+                    checked[session.session_id] = self._checked(session, caller)
+                except ServerError as error:
+                    results[session.session_id] = error
+            if len(ids) > PIECE_SIZE:
+                await asyncio.sleep(0)  # checks take about as long as the rest
+            await self._begin_some(checked, existing, results)
         return [results[session_id] for session_id in ids]
 
     # -------------------------------------------------------------------------------------------------------- checking
@@ -397,6 +386,27 @@ class Importer:
         )
 
     # -------------------------------------------------------------------------------------------------------- the path
+
+    async def _begin_some(
+        self, left: dict[str, _ImportedSession], existing: ExistingPolicy, results: dict[str, ImportResult]
+    ) -> None:
+        """Begin checked sessions, and put the result of each into `results`.
+
+        Raises:
+            Unavailable: the store cannot be asked.
+        """
+        for _ in range(MAX_TRIES):
+            if not left:
+                return
+            seen = await self._begin.look(list(left))
+            absent, others = self._sorted(left, seen, existing, results)
+            await self._begin.run_shielded(self._begin_all(absent, results))
+            for each in others:
+                result = await self._begin.run_shielded(self._replace(each, seen))
+                if result is not None:
+                    results[each.session_id] = result
+            left = {i: each for i, each in left.items() if i not in results}
+        results.update((session_id, changed_elsewhere(session_id)) for session_id in left)
 
     def _sorted(
         self,
