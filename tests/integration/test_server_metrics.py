@@ -334,6 +334,34 @@ async def test_a_scrape_may_ask_for_some_metrics_by_name() -> None:
             await asyncio.to_thread(metrics.close)
 
 
+async def test_head_has_the_headers_of_get_and_the_connection_stays_usable() -> None:
+    def ask(port: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+        with contextlib.closing(connection):
+            for path, status in (("/livez", 200), ("/readyz", 503), ("/metrics", 200), ("/other", 404)):
+                found = []
+                for method in ("HEAD", "GET", "HEAD"):
+                    connection.request(method, path)
+                    answer = connection.getresponse()
+                    assert answer.status == status
+                    found.append(
+                        (answer.getheader("Content-Type"), answer.getheader("Content-Length"), answer.read())
+                    )
+                assert found[0] == found[2] or path == "/metrics", "its numbers change"
+                assert [each[2] for each in found] == [b"", found[1][2], b""]
+                assert found[0][0] == found[1][0]
+                assert path == "/metrics" or int(found[0][1] or -1) == len(found[1][2]) > 0
+
+    async with running() as at:
+        sources = [lambda: of_engine(at.engine.stats())]
+        metrics = app._serve_metrics(Settings(metrics_listen=Address("127.0.0.1", 0)), sources, Readiness())
+        assert metrics is not None
+        try:
+            await asyncio.to_thread(ask, metrics.address.port)
+        finally:
+            await asyncio.to_thread(metrics.close)
+
+
 async def test_with_a_token_only_who_shows_it_gets_metrics(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.touch(0o600)

@@ -108,10 +108,24 @@ def _application(collector: _Collector, probes: Probes, token: MetricsToken | No
         return make_wsgi_app(registry)
 
     def serve(environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        if environment["REQUEST_METHOD"] != "HEAD":
+            return answered(environment, start)
+        # waitress would send the body too, which the client would read as its next answer
+        begun: list[tuple[str, list[tuple[str, str]]]] = []
+
+        def note(status: str, headers: list[tuple[str, str]], _error: object = None, /) -> Any:
+            begun.append((status, headers))
+
+        body = b"".join(answered({**environment, "REQUEST_METHOD": "GET"}, note))
+        status, headers = begun[-1]
+        start(status, [*headers, ("Content-Length", str(len(body)))])
+        return []
+
+    def answered(environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         path = environment["PATH_INFO"]
         if path not in {"/metrics", *PATHS}:
             return _refused(start, "404 Not Found", f"this port has only /metrics, {' and '.join(PATHS)}")
-        if environment["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+        if environment["REQUEST_METHOD"] != "GET":
             return _refused(start, "405 Method Not Allowed", f"{path} accepts only GET and HEAD")
         if path in PATHS:
             return probes.answer(environment, start)
