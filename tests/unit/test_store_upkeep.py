@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -295,6 +298,35 @@ def test_the_data_file_stays_while_it_is_read(tmp_path: Path) -> None:
         assert (tmp_path / "sessions" / "data.mdb").stat().st_ino == before.st_ino
     repair.repair(tmp_path, CLOCK)
     assert (tmp_path / "sessions" / "data.mdb").stat().st_ino != before.st_ino
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: verification.verify(path, None),
+        lambda path: backup.back_up(path, path.with_name("b"), CLOCK),
+    ],
+)
+def test_a_read_only_file_system_is_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    """A copy of the folder can be read."""
+    opened_file = os.open
+
+    def refuse(file: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and Path(file).is_relative_to(path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), file)
+        return opened_file(file, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        StoreError,
+        match=r"must be writable, .* is read-only: stop the server and copy the folder to another disk",
+    ):
+        read(path)
+    monkeypatch.undo()
+    copy_as_it_is(path, path.with_name("copy"))
+    assert not verification.verify(path.with_name("copy"), None).problems
 
 
 def test_a_reader_that_was_killed_is_forgotten(tmp_path: Path) -> None:

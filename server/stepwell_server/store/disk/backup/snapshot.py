@@ -11,6 +11,7 @@ While a snapshot is open LMDB does not reuse pages, so the data file grows with 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -220,6 +221,11 @@ def opened(path: Path) -> Iterator[Snapshot]:
             stack.callback(environment.close)
             yield _snapshot(path, environment, _log(path, environment))
     except (lmdb.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EROFS:
+            raise StoreError(
+                f"the data directory {path} must be writable, for locks against its server; its file system is"
+                " read-only: stop the server and copy the folder to another disk"
+            ) from error
         raise StoreError(f"the store in {path} must be readable: {error}") from error
 
 
