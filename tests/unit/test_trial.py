@@ -48,6 +48,19 @@ def test_a_row_that_depends_on_its_neighbours_is_found() -> None:
     assert trial.agreeing_sizes(PLAIN, INPUTS, by_company, (1, 2, 4, 8)) == (1,)
 
 
+@pytest.mark.parametrize("steps", range(5))
+def test_bits_that_differ_at_one_time_step_of_a_session_are_found(steps: int) -> None:
+    counting = dataclasses.replace(
+        PLAIN, state=(StateSpec("count", (), "float32"),), initial=(np.zeros((), np.float32),)
+    )
+
+    def by_age(inputs: Arrays, states: Arrays) -> tuple[Any, Any]:
+        differs = (states[0] == steps) & (len(inputs[0]) < 4)
+        return [inputs[0] + differs[:, None].astype(np.float32)], [states[0] + 1]
+
+    assert trial.agreeing_sizes(counting, INPUTS, by_age, (1, 2, 4, 8, 16)) == (4, 8, 16)
+
+
 class Runs:
     """An executor as the trial sees it, which computes what it is told to."""
 
