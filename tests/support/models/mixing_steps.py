@@ -256,7 +256,6 @@ POSITIONS = [
     before_rnn("first_100000", odd("first_elements", 100_000), mixes("first", "that ends at element 100000")),
     before_rnn("last_100000", odd("last_elements", 100_000), mixes("last", "takes the last 100000 elements")),
     before_rnn("at_most_5000", odd("at_most_so_many", 5000), mixes("at_most", "takes a part of")),
-    before_rnn("silent_after_5000", odd("silent_after_a_length", 5000), length("silent", "long")),
     before_rnn(
         "noise_of_a_seed", odd("noise_of_a_seed"), rows("noise", "has a different constant for each row")
     ),

@@ -134,11 +134,6 @@ def at_most_so_many(layer: Apply, x: Any) -> Any:
 
 
 @kind
-def silent_after_a_length(layer: Apply, x: Any) -> Any:
-    return x * tf.cast(tf.range(tf.shape(x)[1]) < layer.n, "float32")[:, None]
-
-
-@kind
 def lag_by_roll(layer: Apply, x: Any) -> Any:
     return ops.roll(x, layer.n, 1)
 
