@@ -374,6 +374,11 @@ _add(
     lambda k, x: _frames(k, _samples(k, x) / k.ops.cumsum(k.ops.ones_like(_samples(k, x)), 1), 4),
 )
 _add("residual_samples", _residual_samples, (6,))
+_add(
+    "samples_shifted_twice",
+    lambda k, x: _frames(k, _lag(k, _lag(k, _samples(k, x), 1, 0.5), 7), 4),
+    (4,),
+)
 _add("shifted_samples", lambda k, x: _frames(k, _samples(k, x) - _delay(k, _samples(k, x), 5), 4), (4,))
 _add("transposed", lambda k, x: k.layers.Conv1DTranspose(3, 4)(x)[:, :-3])
 _add("transposed_with_gaps", lambda k, x: _frames(k, k.layers.Conv1DTranspose(3, 2, strides=3)(x), 3))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepwell_server.compile.causality.axes import Axes, by_elements, time_of
+from stepwell_server.compile.causality.axes import Axes, by_elements, elements, time_of
 from stepwell_server.compile.causality.call import Memory, Need
 from stepwell_server.compile.causality.cut import Cut
 from stepwell_server.compile.causality.numbers import MAX_NUMBER
@@ -167,7 +167,9 @@ def _is_of_zeros(proof: Proof, slot: Slot) -> bool:
     padded = proof.values[op.outputs[0].name]
     assert isinstance(padded, Data)
     place = next(i for i, dim in enumerate(padded.axes) if time_of([dim]) is not None)
-    return bool(tf.make_ndarray(op.inputs[1].op.get_attr("value"))[place, 0] >= _known(slot))
+    time = elements(padded.axes[place])  # Where a time step brings several, the padding counts each.
+    count = tf.make_ndarray(op.inputs[1].op.get_attr("value"))[place, 0]
+    return time is not None and bool(count >= -time.start)
 
 
 def _gap(side: Cut, owner: str, need: Need, data: Data) -> int:
