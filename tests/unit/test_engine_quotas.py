@@ -523,6 +523,17 @@ async def test_a_store_that_servers_share_counts_it() -> None:
             await check()
 
 
+@pytest.mark.stores("fake_shared", "valkey")
+async def test_sessions_without_a_tenant_are_shown_before_the_first_step() -> None:
+    """A server that starts asks a shared store for them, though no quota names them."""
+    async with running(quotas=QuotaTable()) as at:
+        await at.open("a", "b")
+        started = Quotas(QuotaTable(), ManualClock())
+        await started.count(at.store)
+        assert started.counts().sessions == {"": 2}
+        await at.settled()
+
+
 @pytest.mark.stores("fake_shared")
 async def test_a_limit_holds_for_what_all_servers_keep() -> None:
     acme = prefix_of("acme")

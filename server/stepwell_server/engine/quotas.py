@@ -106,7 +106,7 @@ class Quotas:
             for place, session_id in enumerate(ids):
                 self._change(tenant_of(session_id), heads.usage(place))
             await asyncio.sleep(0)
-        await self._counts.refresh_all(self._table.tenants)
+        await self._refresh_shown()
 
     # ------------------------------------------------------------------------------------------------------- sessions
 
@@ -223,9 +223,13 @@ class Quotas:
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                await self._counts.refresh_all([*{*self._labels.values(), *self._table.tenants}])
+                await self._refresh_shown()
             except ServerError as error:
                 _log.warning("could not read the tenants' usage from the store", error=error)
+
+    async def _refresh_shown(self) -> None:
+        """Update the usage of the tenants for metrics. No file names the sessions without a tenant, which may be old."""
+        await self._counts.refresh_all({"", *self._labels.values(), *self._table.tenants})
 
     def _change(self, tenant: str, more: Usage) -> None:
         self._counts.begin(tenant, more.positive())
