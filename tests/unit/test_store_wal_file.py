@@ -164,6 +164,25 @@ def test_a_template_that_is_filled_again_is_written_as_it_is_then(path: Path) ->
     assert found_in(path) == put_all([template(["a", "b"], 2)])
 
 
+def test_records_whose_checksums_nobody_gathered_are_written_readably(path: Path) -> None:
+    """Also as a part of a larger write, where they come with the records of other changes."""
+    bare = template(["a", "b"], 1)
+    wanted = put_all([template(["a", "b"], 1), records_of(2, "c")])
+    bare.checksums = b""
+    made(path, [[bare, records_of(2, "c")]])
+    assert found_in(path) == wanted
+
+
+def test_checksums_of_other_records_are_never_written(path: Path) -> None:
+    puts = template(["a", "b"], 1)
+    puts.checksums += bytes(4)
+    segment = emptied(path)
+    with pytest.raises(AssertionError, match="each record has its own checksum"):
+        segment.append([puts])
+    segment.close()
+    assert found_in(path) == {}
+
+
 def test_records_by_the_hundred_are_one_write(path: Path) -> None:
     many = records_of(3, *(f"s{i}" for i in range(700)), size=1)
     made(path, [[many]], LARGE)

@@ -154,10 +154,11 @@ def lay_out(
 ) -> Entry:
     """Lay out an entry for records."""
     layout, records = _layout(puts), _records(puts)
-    if isinstance(puts, Puts):
-        checksums = puts.checksums
-    else:
-        checksums = b"".join([record[:CHECKSUM_BYTES] for record in records])
+    checksums = puts.checksums if isinstance(puts, Puts) else b""
+    if not checksums:
+        checksums = b"".join([record[:CHECKSUM_BYTES] for _, record in puts])
+    # otherwise the next start could not read the log
+    assert len(checksums) == CHECKSUM_BYTES * len(layout.ids), "each record has its own checksum"
     byte_count = sum(layout.sizes)
     head = HEAD.pack(
         0, MAGIC, generation, sequence, remaining, len(puts), len(layout.text), owner, byte_count
