@@ -7,6 +7,7 @@ beside it a client of gRPC steps a session, and must go on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ from support.peers import http2
 from support.peers.http2 import Gone, Http2, data, framed
 from support.peers.malformed_http2 import HELLO, conversation
 from support.peers.malformed_messages import Call
-from support.peers.wire import Wire
+from support.peers.wire import Wire, refusal
 from support.servers.attacked_server import TIMEOUT_S, AttackedServer, X, target
 from support.servers.both_fronts import needs_native
 from support.servers.server_process import FEATURES, begin_long_step, connect, tensor
@@ -224,6 +225,19 @@ def test_many_silent_connections(patient: AttackedServer) -> None:
             assert patient.memory() - before < count * 40_000, "more than the buffers of a connection"
     if patient.is_native:
         patient.wait_until(lambda: patient.count("connections") < 10)
+
+
+@needs_native
+def test_a_frame_over_the_limit_is_refused_as_such_and_not_for_lack_of_room() -> None:
+    """A connection has room for a few of the largest messages: one that is larger than all of them gets the same error."""
+    limit = 20_000
+    with target("native", "--max-message-bytes", str(limit)) as found, Wire(found.address) as client:
+        for times in (1, 2, 3, 20):
+            x = tensor(np.zeros((1, times * limit // 12 + 1, FEATURES), np.float32))
+            step = pb.StepFrame(session_ids=[found.session_id], inputs=[x])
+            frame = pb.StepStreamRequest(frame_id=1, step=step)
+            refused = refusal(functools.partial(client.exchange, frame))
+            refused.expect("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE", "larger than max", str(limit))
 
 
 @needs_native

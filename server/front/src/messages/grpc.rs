@@ -119,6 +119,15 @@ impl Messages {
                 self.buffer.reserve(size - self.buffer.len());
             }
         }
+        self.drop_too_large();
+    }
+
+    /// Keep only the prefix of a message that is too large: otherwise the call might lack room before it is refused.
+    fn drop_too_large(&mut self) {
+        let Some(&prefix @ [_, a, b, c, d]) = self.buffer.first_chunk() else { return };
+        if u32::from_be_bytes([a, b, c, d]) as usize > self.limit {
+            self.buffer = BytesMut::from(&prefix[..]);
+        }
     }
 
     /// Bytes of incomplete messages.
@@ -160,6 +169,7 @@ impl Messages {
         }
         self.buffer.advance(PREFIX);
         let bytes = self.buffer.split_to(size).freeze();
+        self.drop_too_large();
         let compressed = is_compressed.then_some(self.encoding);
         Ok(Some(Whole { bytes, compressed }))
     }
@@ -368,6 +378,22 @@ mod tests {
         let mut messages = Messages::new(Encoding::Identity, 10);
         messages.push(Bytes::from_static(&[0, 0, 0, 0, 11]));
         assert_eq!(messages.next(), Err(Unreadable::TooLarge(11)));
+    }
+
+    #[test]
+    fn only_the_prefix_of_a_message_over_the_limit_is_kept() {
+        let large = [&[0, 0, 0, 0, 100][..], &[7; 90]].concat();
+        let small = [0, 0, 0, 0, 1, 7];
+        let mut messages = Messages::new(Encoding::Identity, 10);
+        messages.push(Bytes::from([&small[..], &large].concat()));
+        assert_eq!(messages.next().unwrap().unwrap().bytes, small[PREFIX..]);
+        assert_eq!((messages.size(), messages.has_next()), (PREFIX, true));
+        assert_eq!(messages.next(), Err(Unreadable::TooLarge(100)));
+
+        let mut messages = Messages::new(Encoding::Identity, 10);
+        messages.push(Bytes::from(large));
+        assert_eq!((messages.size(), messages.has_next()), (PREFIX, true));
+        assert_eq!(messages.next(), Err(Unreadable::TooLarge(100)));
     }
 
     #[test]
