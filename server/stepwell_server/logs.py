@@ -13,6 +13,7 @@ import collections
 import datetime as dt
 import json
 import logging
+import math
 import os
 import secrets
 import select
@@ -27,6 +28,25 @@ LogFormat = Literal["text", "json"]
 _ROOT = "stepwell_server"
 MAX_WAITING_LINES = 1_000
 """Maximum of lines that are kept while the log cannot be written; further ones are dropped and counted."""
+REPEAT_S = 10.0
+"""A line that a flood would repeat is written again after this time."""
+
+
+class Repeats:
+    """Limits lines that a flood of requests would repeat: one of each kind in `REPEAT_S`."""
+
+    def __init__(self) -> None:
+        self._written: dict[str, tuple[float, int]] = {}
+        """By kind: when a line was last written, and how many were left out since."""
+
+    def due(self, kind: str, now: float) -> dict[str, int] | None:
+        """Return fields for a line, the number left out before; None: leave it out. `now` is monotonic, in seconds."""
+        written, more = self._written.get(kind, (-math.inf, 0))
+        if now < written + REPEAT_S:
+            self._written[kind] = written, more + 1
+            return None
+        self._written[kind] = now, 0
+        return {"more_before": more} if more else {}
 
 
 class Log:

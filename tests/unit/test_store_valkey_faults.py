@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from stepwell_server import logs
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreGone, Unavailable
 from stepwell_server.store.base import (
     ALL_KEPT,
@@ -27,7 +28,6 @@ from stepwell_server.store.base import (
 )
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import decode_header
-from stepwell_server.store.valkey.connection import requests
 from stepwell_server.store.valkey.connection import url as urls
 from stepwell_server.store.valkey.connection.client import Access, ConnectionLost, Link
 from stepwell_server.store.valkey.connection.nodes import MAX_LINKS
@@ -429,7 +429,7 @@ async def test_a_flood_of_refusals_is_logged_once(
         store = await opened(valkey.url())
         valkey.ask("CONFIG", "SET", "min-replicas-to-write", "1")
         for tell_s, said in [(1e9, [{}]), (0.0, [{}, {"more_before": 19}])]:
-            monkeypatch.setattr(requests, "REPEAT_LOG_S", tell_s)
+            monkeypatch.setattr(logs, "REPEAT_S", tell_s)
             for _ in range(20 if tell_s else 1):
                 with pytest.raises(Unavailable):
                     await put(store, [("s", record("s"))], [0])

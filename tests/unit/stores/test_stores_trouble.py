@@ -10,6 +10,7 @@ import pytest
 
 from stepwell_server.engine.change import Change
 from stepwell_server.errors import Internal, ServerError, SessionExpired, SessionGone, Unavailable
+from stepwell_server.logs import REPEAT_S
 from support.engine.harness import Answer, CallbackAnswers, Harness, fails, kinds, x
 from support.stores.durable import (
     DurableStore,
@@ -63,6 +64,22 @@ async def test_trouble_counts_neither_as_use_nor_as_idleness(
         at.clock.advance(0.1)
         for name in "ab":
             await fails(at.state(name), SessionExpired)
+
+
+async def test_sessions_that_leave_memory_one_after_the_other_are_logged_once_in_a_while(
+    durable_store: DurableStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk refuses every commit: its lines must not fill the log."""
+    async with durable_store.engine() as at:
+        await at.open("a")
+        for _ in range(5):
+            await dropped(at, "a")
+        at.clock.advance(REPEAT_S)
+        await dropped(at, "a")
+        told = [
+            line.__dict__["fields"] for line in caplog.records if line.message == "sessions left the arena"
+        ]
+        assert [(each["sessions"], each.get("more_before", 0)) for each in told] == [(1, 0), (1, 4)]
 
 
 async def test_the_sweep_keeps_dropped_sessions_that_were_used(durable_store: DurableStore) -> None:

@@ -33,7 +33,7 @@ from stepwell_server.engine.quotas import Quotas
 from stepwell_server.engine.state.fields import closes_of
 from stepwell_server.engine.versions.registry import Models
 from stepwell_server.errors import ServerError
-from stepwell_server.logs import Log
+from stepwell_server.logs import Log, Repeats
 from stepwell_server.store import counts
 from stepwell_server.store.base import (
     KNOWN,
@@ -154,6 +154,8 @@ class Removal:
         self._quotas = quotas
         self._clock = clock
         self._observer = observer
+        self._drops = Repeats()
+        """By class of an error."""
         self.pending: dict[str, asyncio.Future[None]] = {}
         """Sessions being created, or deleted without a caller: they are invisible until the store has answered."""
 
@@ -301,7 +303,9 @@ class Removal:
 
     def drop(self, handles: Handles, error: ServerError) -> None:
         """Forget claimed sessions whose rows differ from the store; they are loaded when next named."""
-        _log.warning("sessions left the arena", sessions=len(handles), error=error)
+        if (more := self._drops.due(type(error).__name__, self._clock.monotonic())) is not None:
+            # a full disk refuses every commit
+            _log.warning("sessions left the arena", sessions=len(handles), error=error, **more)
         for handle in handles.tolist():
             self._queues.forget(handle, error)
 

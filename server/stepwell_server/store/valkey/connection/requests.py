@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 from collections.abc import Callable, Coroutine, Sequence
 
 from stepwell_server.errors import Overloaded, ServerError, StoreAway, StoreRefuses
-from stepwell_server.logs import Log
+from stepwell_server.logs import Log, Repeats
 from stepwell_server.store.valkey.connection.client import (
     AccessDenied,
     Command,
@@ -24,8 +23,6 @@ LIMIT = 2.5
 """Total time for a request and its retries, as a multiple of the time for one answer."""
 WAIT_SHARE = 0.8
 """Additional time in which a server may wait for its disk, as a share of the time for one answer."""
-REPEAT_LOG_S = 10.0
-"""A repeated error reply is logged again after this time."""
 _RETRY_AFTER_S = 1.0
 _MIN_REMAINING_S = 0.01
 """No retry starts with less time left."""
@@ -100,8 +97,8 @@ class Requests:
         self.trouble: ConnectionLost | ErrorReply | None = None
         """Why the last request was not answered, for operators; None: it was."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._logged: dict[str, tuple[float, int]] = {}
-        """By code of an error reply: when it was last logged, and how often it came since."""
+        self._refusals = Repeats()
+        """By code of an error reply."""
 
     @property
     def waits(self) -> bool:
@@ -379,10 +376,5 @@ class Requests:
 
     def _log_refusal(self, reply: ErrorReply) -> None:
         """Log an error reply, but not for every request of a flood."""
-        now = self._loop.time()
-        logged, more = self._logged.get(reply.code, (-math.inf, 0))
-        if now < logged + REPEAT_LOG_S:
-            self._logged[reply.code] = logged, more + 1
-            return
-        self._logged[reply.code] = now, 0
-        _log.warning("the store refuses", reason=str(reply), **({"more_before": more} if more else {}))
+        if (more := self._refusals.due(reply.code, self._loop.time())) is not None:
+            _log.warning("the store refuses", reason=str(reply), **more)
