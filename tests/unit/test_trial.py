@@ -61,6 +61,25 @@ def test_bits_that_differ_at_one_time_step_of_a_session_are_found(steps: int) ->
     assert trial.agreeing_sizes(counting, INPUTS, by_age, (1, 2, 4, 8, 16)) == (4, 8, 16)
 
 
+def test_bits_that_differ_only_after_a_comparison_of_coarse_numbers_are_found() -> None:
+    def by_equality(inputs: Arrays, states: Arrays) -> tuple[Any, Any]:
+        differs = (inputs[0][:, :1] == 0) & (len(inputs[0]) < 4)
+        return [inputs[0] + differs.astype(np.float32)], states
+
+    assert np.all(INPUTS[0])
+    assert trial.agreeing_sizes(PLAIN, INPUTS, by_equality, (1, 2, 4, 8, 16)) == (4, 8, 16)
+
+
+def test_coarse_numbers_stay_in_the_range_of_the_inputs() -> None:
+    inputs = [np.random.default_rng(3).uniform(0.6, 1.2, (16, 2)).astype(np.float32)]
+
+    def bounded(inputs: Arrays, states: Arrays) -> tuple[Any, Any]:
+        assert inputs[0].min() >= 0.6
+        return inputs, states
+
+    assert trial.agreeing_sizes(PLAIN, inputs, bounded, (1, 8)) == (1, 8)
+
+
 class Runs:
     """An executor as the trial sees it, which computes what it is told to."""
 

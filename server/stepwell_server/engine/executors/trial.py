@@ -289,8 +289,19 @@ def _reachable(
 
 
 def _shuffled(rng: np.random.Generator, inputs: Sequence[Array], rows: int) -> list[Array]:
+    """Drawn rows, every other one with coarse numbers.
+
+    Those are equal, zero and whole, which drawn numbers hardly are, so comparisons give what they would never give.
+    """
     chosen = rng.integers(len(inputs[0]), size=rows)
-    return [x[chosen] for x in inputs]
+    return [_coarse(x[chosen]) for x in inputs]
+
+
+def _coarse(values: Array) -> Array:
+    if values.dtype.kind != "f" or not values.size:
+        return values
+    values[1::2] = np.clip(np.trunc(values[1::2] * 2) / 2, values.min(), values.max())  # none is out of range
+    return values
 
 
 def _bits(step: Step, inputs: Sequence[Array], states: Sequence[Array], size: int, order: Array) -> bytes:
