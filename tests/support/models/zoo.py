@@ -558,7 +558,7 @@ def causal_convolution(keras: Any) -> Any:
     return keras.Sequential([keras.Input((None, 3)), conv, keras.layers.LSTM(4, return_sequences=True)])
 
 
-@refused(r"step by step: the layer 'attend' \(MultiHeadAttention\) looks back over several time steps")
+@refused(r"step by step: the layer 'attend' \(MultiHeadAttention\) depends on the whole sequence so far")
 def causal_attention(keras: Any) -> Any:
     x = keras.Input((None, 4))
     hidden = keras.layers.LSTM(4, return_sequences=True)(x)
