@@ -272,7 +272,13 @@ class AsyncSession(SessionFacts, AsyncHandle):
             form = core.step_change(tracker, x, outputs, time, reset, rows, states)
         if self._closed or self._parent is not None:
             self._check_open()
-        if states != "none" or self._reels or not core.is_direct or not self._locks.take(self._members):
+        if (
+            states != "none"
+            or self._reels
+            or tracker.pending is not None  # it may have asked for more, such as states
+            or not core.is_direct
+            or not self._locks.take(self._members)
+        ):
             flow = core.step(tracker, with_data(form, data), deadline, self._reels)
             return self._change(flow, deadline)
         try:

@@ -186,7 +186,7 @@ async def program(seed: int) -> None:
             assert not handle._locks._holders
             assert not handle._locks._held.any()
             assert not handle._locks._queue
-            assert not handle._tracker.is_pending
+            assert handle._tracker.pending is None
             assert handle.revision == len(server.applied[handle.id]) == server.sessions[handle.id].revision
         assert not client._driver.connections.to(None)._coalescer._in_flight
 

@@ -519,7 +519,7 @@ class Core:
             reels
             or change.states == "all"
             # The same call may have been sent by a tape that wanted all states.
-            or (change.states == "last" and tracker.is_pending)
+            or (change.states == "last" and tracker.pending is not None)
         ):  # the model says which arrays of the reply have a time axis
             name = reference(tracker.model, tracker.model_version)
             info = yield from self.known_model(

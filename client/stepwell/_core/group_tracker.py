@@ -325,11 +325,11 @@ class MemberTracker(SessionTracker):
         self._group.ahead[self._member] = ahead
 
     @property
-    def _pending(self) -> PendingChange | Step | None:
+    def pending(self) -> PendingChange | Step | None:
         return self._group.pending_of(self._member)
 
-    @_pending.setter
-    def _pending(self, pending: PendingChange | Step | None) -> None:
+    @pending.setter
+    def pending(self, pending: PendingChange | Step | None) -> None:
         if pending is None:
             self._group.drop(np.array([self._member]))
         else:

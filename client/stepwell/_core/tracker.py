@@ -56,13 +56,13 @@ class SessionTracker:
 
     __slots__ = (
         "_ahead",
-        "_pending",
         "_unknown",
         "batch_size",
         "fingerprint",
         "model",
         "model_version",
         "model_version_pinned",
+        "pending",
         "position",
         "resumed",
         "revision",
@@ -82,16 +82,12 @@ class SessionTracker:
         self.model_version = session.model_version
         self.model_version_pinned = session.model_version_pinned
         self.resumed = resumed
-        self._pending: PendingChange | Step | None = None
+        self.pending: PendingChange | Step | None = None
+        """The change that has no answer yet."""
         self._unknown = False
         """Whether the outcome of the last change is unknown."""
         self._ahead = False
         """Whether the outcome of an earlier change is unknown, so that the server may be one revision ahead."""
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether a change has no answer yet."""
-        return self._pending is not None
 
     def begin(self, change: Change, states: str = "none") -> PendingChange | Step:
         """Begins a change; returns it ready to be sent.
@@ -100,10 +96,10 @@ class SessionTracker:
             change: The call. The same call again is sent as it was the first time.
             states: States to request if the call requests fewer.
         """
-        pending = self._pending
+        pending = self.pending
         if pending is None or pending.change != change:
             sent = change if states == "none" else with_states(change, states)
-            pending = self._pending = PendingChange(change, sent, new_request_id())
+            pending = self.pending = PendingChange(change, sent, new_request_id())
         self._ahead |= self._unknown
         self._unknown = True
         return pending
@@ -121,12 +117,12 @@ class SessionTracker:
             data: The data of the change if it is a form.
         """
         rows = self.batch_size if data is not None else len(form.rows) or self.batch_size
-        if states != "none" or self._pending is not None:
+        if states != "none" or self.pending is not None:
             begun = self.begin(with_data(form, data), states)
             sent, request_id = begun.sent, begun.request_id
             return kind(self.model, self.session_id, sent, rows, self.revision, request_id, deadline)
         request_id = _getrandbits(64) or 1  # as `new_request_id`, without a call
-        step = self._pending = kind(
+        step = self.pending = kind(
             self.model, self.session_id, form, rows, self.revision, request_id, deadline, data
         )
         self._ahead |= self._unknown
@@ -148,7 +144,7 @@ class SessionTracker:
 
         Returns the previous version of the session if it was another one, otherwise 0.
         """
-        self._pending = None
+        self.pending = None
         self._unknown = self._ahead = False
         self.revision = revision
         self.position = position
