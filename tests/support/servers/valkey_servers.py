@@ -422,13 +422,13 @@ class Sentinels:
             until(functools.partial(one.is_ready, count, replicas), "the Sentinels do not agree", one.log)
 
     def fail_over(self) -> Valkey:
-        """Let them replace the primary, be it there or not; the new one, when they all know.
+        """Let the Sentinels replace the primary; return the new one, once all of them know it.
 
-        They take no replica that has been silent for some seconds, as on a busy machine.
+        They promote no replica that has been silent for some seconds, as on a busy machine.
         """
         old, one = self.primary(), self.sentinels[0]
         begun = functools.partial(_accepts, one, "NOGOODSLAVE", "SENTINEL", "FAILOVER", NAME)
-        until(begun, "they have no replica that could be it", one.log)
+        until(begun, "the Sentinels find no replica to promote", one.log)
         return self.wait_fail_over(old)
 
     def wait_fail_over(self, gone: Valkey) -> Valkey:
