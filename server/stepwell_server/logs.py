@@ -137,25 +137,30 @@ class LineHandler(logging.StreamHandler[IO[str]]):
             super().emit(record)
             return
         try:
+            line = self._line(record)
+            try:
+                self._write()  # makes room
+            finally:
+                self._keep(line)
             self._write()
-            if len(self._waiting) >= MAX_WAITING_LINES:
-                self._dropped += 1
-                return
-            if self._dropped:
-                note = logging.makeLogRecord(
-                    {
-                        "levelname": "WARNING",
-                        "msg": "log lines were dropped",
-                        "fields": {"count": self._dropped},
-                    }
-                )
-                self._waiting.append(self._line(note))
-                self._dropped = 0
-            self._waiting.append(self._line(record))
-            self._write()
-        except Exception:
-            self._waiting.clear()
+        except Exception:  # Lines that cannot be written are kept: a full disk may have room again.
             self.handleError(record)
+
+    def _keep(self, line: bytes) -> None:
+        if len(self._waiting) >= MAX_WAITING_LINES:
+            self._dropped += 1
+            return
+        if self._dropped:
+            note = logging.makeLogRecord(
+                {
+                    "levelname": "WARNING",
+                    "msg": "log lines were dropped",
+                    "fields": {"count": self._dropped},
+                }
+            )
+            self._waiting.append(self._line(note))
+            self._dropped = 0
+        self._waiting.append(line)
 
     def _line(self, record: logging.LogRecord) -> bytes:
         return (self.format(record) + self.terminator).encode(errors="backslashreplace")
@@ -163,10 +168,12 @@ class LineHandler(logging.StreamHandler[IO[str]]):
     def _write(self) -> None:
         """Write until the stream is full. A pipe that is ready accepts `PIPE_BUF` bytes without blocking."""
         while self._waiting and self._ready.poll(0):
-            line = self._waiting.popleft()
+            line = self._waiting[0]
             written = os.write(self._descriptor, line[: select.PIPE_BUF])
             if written < len(line):
-                self._waiting.appendleft(line[written:])
+                self._waiting[0] = line[written:]
+            else:
+                self._waiting.popleft()
 
 
 class TextFormatter(logging.Formatter):

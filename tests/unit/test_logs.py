@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from stepwell_server.errors import Internal
 from stepwell_server.logs import MAX_WAITING_LINES, Log, LogFormat, configure
@@ -103,6 +106,36 @@ def test_a_reader_that_is_gone_harms_nobody(capsys: pytest.CaptureFixture[str]) 
         os.close(reading)
         Log("test").info("event")
     assert "BrokenPipeError" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stream")
+def test_lines_of_a_full_disk_are_kept_or_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_descriptor: int, _line: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (tmp_path / "log").open("w") as writer:
+        configure("info", "text", writer)
+        log = Log("test")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            for number in range(MAX_WAITING_LINES + 5):
+                log.info("event", number=number)
+        log.info("again")
+        log.info("twice", value=_Unprintable())
+        log.info("done")
+    lines = [line.split(" ", 1)[1] for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines[:MAX_WAITING_LINES] == [f"info event number={n}" for n in range(MAX_WAITING_LINES)]
+    assert lines[MAX_WAITING_LINES:] == ["warning log lines were dropped count=5", "info again", "info done"]
+    assert "No space left" in (err := capsys.readouterr().err)
+    assert "no text" in err
+
+
+class _Unprintable:
+    @override
+    def __str__(self) -> str:
+        raise ValueError("no text")
 
 
 @pytest.mark.parametrize("value", ["a\nb", 'say "x"', "a=b", "", "\x1b[31m"])
