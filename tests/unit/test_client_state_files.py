@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Mapping
@@ -192,6 +193,22 @@ def test_a_state_of_many_sessions_has_no_revision_in_its_file_either(tmp_path: P
     check(many, path)
     again = State.load(path)
     assert (again.revision, again.position, again[1].revision) == (None, None, None)
+
+
+def test_no_byte_of_a_saved_file_changes_unnoticed(tmp_path: Path) -> None:
+    arrays = {"h": np.linspace(0, 1, 6).reshape(2, 3).astype(">f4"), "b": np.array([[True], [False]])}
+    state = State(arrays, model="m", fingerprint="f00d", batch_size=2, revision=7, position=9)
+    state.save(path := tmp_path / "s")
+    content = path.read_bytes()
+    again = State.load(path)
+    assert np.array_equal(again["h"], arrays["h"])
+    for at, bit in itertools.product(range(len(content)), (0, 5)):
+        changed = bytearray(content)
+        changed[at] ^= 1 << bit
+        path.write_bytes(changed)
+        if (found := loaded_or_refused(path)) is not None:  # the name of the checksum, or a space
+            assert (found, found.revision, found.position) == (again, 7, 9), f"byte {at}"
+            assert (found.model, found.fingerprint) == ("m", "f00d")
 
 
 fuzzed = settings(max_examples=examples(300))

@@ -316,10 +316,22 @@ def saved(path: Path, **changes: Any) -> Path:
         where[key] = value
     metadata["names"] = json.dumps(list(tensors))
     metadata = {
-        key: value for key, value in metadata.items() if key not in changes or changes[key] is not None
+        key: value
+        for key, value in metadata.items()
+        if key != "sha256" and (key not in changes or changes[key] is not None)
     }
     path.write_bytes(safetensors_numpy.save(tensors, metadata=metadata))
     return path
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    recorded().save(path)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InvalidInputError, match="must have the content that was saved, of the sha256 '"):
+        Tape.load(path)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

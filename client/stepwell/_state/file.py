@@ -6,10 +6,11 @@ rejects what `read` would reject.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from stepwell.errors import InvalidInputError
 T = TypeVar("T")
 
 _FORMAT = "stepwell-state/2"
+#: Key of the metadata. Files of the console and of other writers do not have it.
+CHECKSUM = "sha256"
 #: Types of the file format that numpy has too and that a state may have.
 _DTYPES = frozenset({"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"})
 
@@ -57,7 +60,18 @@ def write(path: str, tensors: Mapping[str, Array], header: Header) -> None:
     # The file format sorts its tensors; a list of states is read in the model's order.
     metadata |= {"format": _FORMAT, "names": json.dumps(list(tensors))}
     arrays = {name: array.copy(order="C") for name, array in tensors.items()}
+    metadata[CHECKSUM] = checksum(metadata, arrays)
     write_atomically(path, safetensors_numpy.save(arrays, metadata=metadata))
+
+
+def checksum(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> str:
+    """SHA-256 of the content of a file, in hexadecimal: safetensors itself does not notice a changed byte."""
+    digest = hashlib.sha256(json.dumps({**metadata, CHECKSUM: ""}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = tensors[name].astype(tensors[name].dtype.newbyteorder("<"), "C", copy=False)
+        digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def read(path: str) -> tuple[dict[str, Array], Header]:
@@ -98,21 +112,30 @@ def _read(path: str) -> tuple[dict[str, Array], Header]:
             number_in(metadata, "position") if "position" in metadata else None,
             text_in(metadata, "structure"),
         )
-        names = names_in(metadata, file.keys())
-        tensors = tensors_in(file, names)
+        tensors = tensors_in(file, metadata)
     _check(tensors, header)
     return tensors, header
 
 
-def tensors_in(file: Any, names: Sequence[str]) -> dict[str, Array]:
-    """The tensors of an open file, in this order."""
+def tensors_in(file: Any, metadata: Mapping[str, str]) -> dict[str, Array]:
+    """The tensors of an open file, in the order of its metadata.
+
+    Raises:
+        InvalidInputError: They have other types, names or bytes than the file may have.
+    """
+    names = names_in(metadata, file.keys())
     for name in names:
         # Checked first, because safetensors raises errors of many kinds for types that numpy lacks.
         if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
             raise InvalidInputError(
                 f"tensor {name!r} must have one of the types {sorted(_DTYPES)}; got {dtype}"
             )
-    return {name: file.get_tensor(name) for name in names}
+    tensors = {name: file.get_tensor(name) for name in names}
+    if CHECKSUM in metadata and metadata[CHECKSUM] != (found := checksum(metadata, tensors)):
+        raise InvalidInputError(
+            f"it must have the content that was saved, of the {CHECKSUM} {metadata[CHECKSUM]!r:.80}; got {found}"
+        )
+    return tensors
 
 
 def text_in(metadata: Mapping[str, str], key: str) -> str:
@@ -131,7 +154,7 @@ def number_in(metadata: Mapping[str, str], key: str) -> int:
     return int(text)
 
 
-def names_in(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
+def names_in(metadata: Mapping[str, str], keys: Iterable[str]) -> list[str]:
     """The names of a file's tensors (`keys`) in the order of the metadata."""
     text = text_in(metadata, "names")
     try:

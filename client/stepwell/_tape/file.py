@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from stepwell._state.file import checked, names_in, number_in, tensors_in, text_in, write_atomically
+from stepwell._state.file import (
+    CHECKSUM,
+    checked,
+    checksum,
+    number_in,
+    tensors_in,
+    text_in,
+    write_atomically,
+)
 from stepwell._state.tensors import Array
 from stepwell._tape.content import KINDS, Content
 from stepwell._tape.marks import KINDS as MARKS
@@ -50,6 +58,7 @@ def write(path: str, content: Content) -> None:
     }
     # Copies: safetensors takes only arrays in C order.
     arrays = {name: array.copy(order="C") for name, array in tensors.items()}
+    metadata[CHECKSUM] = checksum(metadata, arrays)
     write_atomically(path, safetensors_numpy.save(arrays, metadata=metadata))
 
 
@@ -70,7 +79,7 @@ def _read(path: str) -> Content:
         metadata: Mapping[str, str] = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise InvalidInputError(f"its format must be {_FORMAT!r}; got {metadata.get('format')!r}")
-        tensors = tensors_in(file, names_in(metadata, file.keys()))
+        tensors = tensors_in(file, metadata)
     counts = {name: _counts(tensors, name) for name in _COUNTS}
     times = counts["times"].view("datetime64[us]")
     batch_size, members = number_in(metadata, "batch_size"), counts["revisions"].shape[1]
