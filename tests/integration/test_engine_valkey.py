@@ -14,7 +14,7 @@ from stepwell_server.errors import Overloaded, ServerError, SessionExpired, Unav
 from support.engine.fake_executor import WAIT_S
 from support.engine.harness import Harness, running, x
 from support.servers.valkey_servers import Valkey
-from support.stores.valkey_store import fresh_prefix, opened
+from support.stores.valkey_store import fresh_prefix, opened, time_limit
 
 TEN_YEARS_MS = 3650 * 86_400_000
 
@@ -27,17 +27,19 @@ def valkey() -> Iterator[Valkey]:
 
 @contextlib.asynccontextmanager
 async def engines(
-    valkey: Valkey, *, timeout_ms: int = 60_000, **options: Any
+    valkey: Valkey, *, limit_s: float | None = None, **options: Any
 ) -> AsyncIterator[tuple[Harness, Harness]]:
-    """Two servers on a new store, which wait so long for an answer of it."""
+    """Two servers on a new store. `limit_s`: of their waits for its answers, once they are there."""
     clock: Clock = SystemClock()
-    url = valkey.url(f"?prefix={fresh_prefix()}&timeout_ms={timeout_ms}")
+    url = valkey.url(f"?prefix={fresh_prefix()}&timeout_ms=60000")
     async with contextlib.AsyncExitStack() as stack:
         found = []
         for _ in range(2):
             store = await opened(url, clock=clock)
             stack.push_async_callback(store.close)
             found.append(await stack.enter_async_context(running(store=store, clock=clock, **options)))  # type: ignore[arg-type]
+            if limit_s is not None:
+                stack.enter_context(time_limit(store, limit_s))
         yield found[0], found[1]
 
 
@@ -168,7 +170,7 @@ async def _info(at: Harness, name: str) -> Any:
 @pytest.mark.parametrize("trouble", ["paused", "killed", "full"])
 async def test_steps_are_refused_while_the_server_is_in_trouble_and_go_on_afterwards(trouble: str) -> None:
     with Valkey(append="always") as valkey:
-        async with engines(valkey, timeout_ms=1000, resident_rows=8) as servers:
+        async with engines(valkey, limit_s=1.0, resident_rows=8) as servers:
             drivers = Drivers(servers, 12)
             async with drivers.under_way():
                 if trouble == "paused":

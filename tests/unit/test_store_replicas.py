@@ -31,7 +31,7 @@ from stepwell_server.store.memory import MemoryStore
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
 from support.servers.valkey_servers import Cluster, Valkey
-from support.stores.valkey_store import shared
+from support.stores.valkey_store import shared, time_limit
 
 OWN = Replica("own", "here", "127.0.0.1:1", "http://127.0.0.1:2", "1.0", 1000.0, ReplicaState.READY, 7)
 OTHER = dataclasses.replace(OWN, id="other", host="there", started=2000.0)
@@ -120,11 +120,11 @@ async def test_a_list_of_another_type_is_left_alone(valkey: Valkey) -> None:
 
 async def test_a_store_that_was_emptied_has_its_list_again() -> None:
     with Valkey(append="") as valkey:
-        async with shared(valkey.url("?timeout_ms=400"), 2) as (a, b):
+        async with shared(valkey.url(), 2) as (a, b):
             await a.replicas("a", b"1")
             await b.replicas("b", b"2")
             valkey.kill()
-            with pytest.raises(Unavailable):
+            with time_limit(a, 0.4), pytest.raises(Unavailable):
                 await a.replicas("a", b"1")
             valkey.start()
             assert by_id(await a.replicas("a", b"1")) == {"a": b"1"}

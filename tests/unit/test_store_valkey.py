@@ -39,7 +39,7 @@ from support.servers.valkey_servers import Valkey, paused, until
 from support.stores.disk_store import record, template
 from support.stores.fake_shared_store import RemoteStore
 from support.stores.records import scan
-from support.stores.valkey_store import end, fresh_prefix, opened, put, shared, stamps
+from support.stores.valkey_store import end, fresh_prefix, opened, put, shared, stamps, time_limit
 
 TENANT = f"acme{SEPARATOR}"
 
@@ -434,10 +434,10 @@ async def test_a_request_without_a_task_finds_its_server(valkey: Valkey) -> None
 
 
 async def test_a_request_without_a_task_cancels_no_caller_when_it_is_late(valkey: Valkey) -> None:
-    async with shared(valkey.url("?timeout_ms=400"), 1) as (store,):
+    async with shared(valkey.url(), 1) as (store,):
         await store.documents()
         store._topology.call_itself("anew")  # its server is known, and there is no connection to it
-        with paused(valkey):
+        with paused(valkey), time_limit(store, 0.4):
             rest = start(store.documents())
             assert isinstance(rest, Rest)
             request = asyncio.create_task(finish(rest))

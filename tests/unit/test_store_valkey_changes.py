@@ -40,7 +40,7 @@ def lists(valkey: Valkey, session_id: str) -> list[int]:
 @pytest.mark.parametrize("keyring", [None, KEYS], ids=["plain", "encrypted"])
 async def test_whatever_is_done_readers_get_whole_records(valkey: Valkey, keyring: Keyring | None) -> None:
     chance, prefix = random.Random(7), fresh_prefix()
-    store = await opened(f"{valkey.url()}?prefix={prefix}", keyring=keyring)
+    store = await opened(valkey.url(f"?prefix={prefix}"), keyring=keyring)
     try:
         sessions = {name: Windowed(name) for name in ("a", "b", "c{7}s:d")}
         held = dict.fromkeys(sessions, 0)
@@ -144,7 +144,7 @@ async def test_a_full_store_keeps_all_changes_of_a_script_or_none(
 @pytest.mark.parametrize("stone", [End.LOST, End.CLOSED], ids=lambda end: end.name.lower())
 async def test_a_tombstone_of_a_lost_session_leaves_no_earlier_records(valkey: Valkey, stone: End) -> None:
     prefix = fresh_prefix()
-    store = await opened(f"{valkey.url()}?prefix={prefix}")
+    store = await opened(valkey.url(f"?prefix={prefix}"))
     try:
         session = Windowed("gone")
         _, stamp = await put(store, [("gone", session.whole)], [0])
@@ -163,8 +163,8 @@ def test_backups_have_the_changes(
     valkey: Valkey, tmp_path: Path, keyring: Keyring | None, is_moved: bool
 ) -> None:
     sessions = [Windowed(name) for name in "abcd"]
-    url = urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {})
-    to = urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {})
+    url = urls.parse(valkey.url(f"?prefix={fresh_prefix()}"), {})
+    to = urls.parse(valkey.url(f"?prefix={fresh_prefix()}"), {})
 
     async def fill() -> None:
         store = await opened(str(url), keyring=keyring)
@@ -219,7 +219,7 @@ def test_a_corrupt_earlier_record_concerns_its_session_in_a_backup_too(
     valkey: Valkey, tmp_path: Path, how: str, at: int
 ) -> None:
     sessions, clock = [Windowed("a"), Windowed("b")], ManualClock()
-    url, to = (urls.parse(f"{valkey.url()}?prefix={fresh_prefix()}", {}) for _ in range(2))
+    url, to = (urls.parse(valkey.url(f"?prefix={fresh_prefix()}"), {}) for _ in range(2))
 
     async def fill() -> None:
         store = await opened(str(url))
@@ -247,7 +247,7 @@ def test_a_corrupt_earlier_record_concerns_its_session_in_a_backup_too(
 
 
 async def test_a_store_of_the_last_layout_is_taken_over(valkey: Valkey) -> None:
-    url = f"{valkey.url()}?prefix={fresh_prefix()}"
+    url = valkey.url(f"?prefix={fresh_prefix()}")
     store = await opened(url)
     await store.close()
     (key,) = valkey.ask("KEYS", f"{urls.parse(url, {}).prefix}{{meta}}store")

@@ -37,6 +37,7 @@ NAME = "stepwell"
 SLOTS = 16384
 Append = Literal["", "no", "everysec", "always"]
 _HANG_S = 100.0
+_PATIENT = "timeout_ms=20000"
 # Below the ports that the system gives away by itself, so that one is still free when its server is started again.
 _PORTS = range(12000, 32000)
 
@@ -267,8 +268,8 @@ class Valkey(Process):
         self._options = [*listen, *kept, "--save", "", *limits, *secret, *options]
 
     def url(self, rest: str = "") -> str:
-        """Its URL as `--store` takes it, without user and password: database 0, and then the `rest`."""
-        return f"{'valkey' if self._ca is None else 'valkeys'}://{self.address}/0{rest}"
+        """Its URL as `--store` takes it, without user and password: database 0, the `rest`, and a long time limit."""
+        return patient(f"{'valkey' if self._ca is None else 'valkeys'}://{self.address}/0{rest}")
 
     def connect(self) -> Connection:
         """See `Process`."""
@@ -496,7 +497,7 @@ class Cluster:
     def url(self, rest: str = "") -> str:
         """As `Valkey.url`; `rest` begins with an ampersand."""
         addresses = ",".join(one.address for one in self.primaries)
-        return f"valkey://{addresses}/0?cluster=true{rest}"
+        return patient(f"valkey://{addresses}/0?cluster=true{rest}")
 
     def primary_of(self, key: str) -> Valkey:
         """The node that has a key now, as a node that is there says."""
@@ -573,6 +574,11 @@ class Cluster:
     @staticmethod
     def _is_ok(node: Valkey) -> bool:
         return fields(node.ask("CLUSTER", "INFO"))["cluster_state"] == "ok"
+
+
+def patient(url: str) -> str:
+    """A URL with a long time limit, unless it names one: a busy disk can take longer for a flush than the default."""
+    return url if "timeout_ms=" in url else f"{url}{'&' if '?' in url else '?'}{_PATIENT}"
 
 
 def migrate(source: Valkey, target: Valkey, *keys: bytes) -> None:

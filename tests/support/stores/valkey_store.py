@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Literal, Protocol
 
 import numpy as np
@@ -15,9 +16,11 @@ from stepwell_server.store.base import Batch, CommitResult, Tombstone, new_stamp
 from stepwell_server.store.encryption.keyring import Keyring
 from stepwell_server.store.record import RecordBytes
 from stepwell_server.store.valkey.connection import url as urls
+from stepwell_server.store.valkey.connection.requests import LIMIT, Requests
 from stepwell_server.store.valkey.factory import open_valkey
 from stepwell_server.store.valkey.store import ValkeyStore
 from support.clock import ManualClock
+from support.servers.valkey_servers import patient
 
 _NUMBERS = itertools.count(1)
 
@@ -41,8 +44,8 @@ async def opened(
     clock: Clock | None = None,
     keyring: Keyring | None = None,
 ) -> ValkeyStore:
-    """The store at a URL; user and password are not those of the environment."""
-    parsed = urls.parse(url, {})
+    """The store at a URL, with a long time limit if it names none; the environment has no user and no password."""
+    parsed = urls.parse(patient(url), {})
     return await open_valkey(parsed, durability=durability, clock=clock or ManualClock(), keyring=keyring)
 
 
@@ -58,6 +61,28 @@ async def shared(
     finally:
         for store in stores:
             await store.close()
+
+
+@contextmanager
+def time_limit(store: ValkeyStore, timeout_s: float) -> Iterator[None]:
+    """Let a store of one server wait for no answer longer than this within the block, as `timeout_ms` does.
+
+    Outside, flushes of a busy disk may take their time.
+    """
+    requests, url, limit_s = store._requests, store._url, store._limit_s
+    wait = requests._min_durable if requests.waits else None
+    shorter = Requests(requests._topology, timeout_s=timeout_s, wait=wait)
+    names = ("_timeout_s", "_wait", "_confirm")
+    was = {name: getattr(requests, name) for name in names}
+    store._url, store._limit_s = dataclasses.replace(url, timeout_s=timeout_s), LIMIT * timeout_s
+    for name in names:
+        setattr(requests, name, getattr(shorter, name))
+    try:
+        yield
+    finally:
+        store._url, store._limit_s = url, limit_s
+        for name, value in was.items():
+            setattr(requests, name, value)
 
 
 def stamps(*values: int) -> U64:
