@@ -223,6 +223,8 @@ _add("numbered_static", lambda k, x: apply("numbered_static")(k, x) + _delay(k, 
 _add("attention_to_the_last", apply("attention_to_the_last", 5))
 for _kind in ("numbers_on_a_stack", "tiled_numbers", "broadcast_numbers", "numbers_times_ones"):
     _add(_kind, apply(_kind))
+for _kind in ("time_before_rows", "frames_before_rows"):
+    _add(_kind, apply(_kind, 2))
 _add("moving_sum_of_padded", _moving_sum)
 _add("moving_sum", lambda k, x: k.ops.cumsum(x, 1) - _delay(k, k.ops.cumsum(x, 1), 3))
 

@@ -76,6 +76,27 @@ def mirrored(layer: Apply, x: Any) -> Any:
     return padded[:, 1:] * padded[:, :-1]
 
 
+def _time_first(x: Any) -> Any:
+    return ops.transpose(x, (1, 0, *range(2, len(x.shape))))
+
+
+@kind
+def time_before_rows(layer: Apply, x: Any) -> Any:
+    """Differences, padding after the first step, sums, the first value and numbers of time steps, as PyTorch lays them out."""
+    y = _time_first(x * layer.weight)
+    y = ops.pad(y[1:] - y[:-1] * 0.5, [[1, 0], [0, 0], [0, 0]])
+    y = y + ops.cumsum(y, 0) / _time_first(_numbers(x) + 1.0) - y[:1]
+    return _time_first(ops.concatenate([ops.ones_like(y[: layer.n]), y], 0)[: -layer.n])
+
+
+@kind
+def frames_before_rows(layer: Apply, x: Any) -> Any:
+    y = ops.pad(_time_first(x), [[layer.n, 0], [0, 0], [0, 0]])
+    places = ops.arange(ops.shape(x)[1])[:, None] + ops.arange(layer.n + 1)
+    found = ops.take(y, places, axis=0) * ops.reshape(ops.arange(1.0, layer.n + 2), (1, -1, 1, 1))
+    return ops.transpose(ops.max(found, 1), (1, 0, 2)) * layer.weight
+
+
 @kind
 def cumulative_norm(layer: Apply, x: Any) -> Any:
     """The cLN of Conv-TasNet: of all channels so far, with the roundings of its code in PyTorch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -431,6 +432,12 @@ def _of_step(one: Any, two: Any, call: CutCall) -> Data:
     return Data(((BATCH,), *(normal((size.first,)) for size in found[1:])))
 
 
+def _keeps_rows(axes: Axes) -> bool:
+    """Whether the rows are the outermost axis of one time step: only the time axis may come before them."""
+    outer = itertools.takewhile(lambda factor: factor != BATCH, (factor for dim in axes for factor in dim))
+    return all(isinstance(factor, Time) and factor.per == 1 for factor in outer)
+
+
 def captured(side: Cut) -> dict[str, Any]:
     """Return the values captured by a graph, by the names of their placeholders."""
     return {inner.name: value for value, inner in side.graph.captures}
@@ -648,11 +655,11 @@ class _Frame:
         """Remember what an operation needs, after checking that each row can keep its own.
 
         Raises:
-            Refusal: the rows are not its outermost axis, or it is in a loop or a called function.
+            Refusal: another axis than time comes before the rows, or it is in a loop or a called function.
         """
         for need in needs:
             value = inputs[need.input]
-            if self is not self.walk.frame or not isinstance(value, Data) or value.axes[0][:1] != (BATCH,):
+            if self is not self.walk.frame or not isinstance(value, Data) or not _keeps_rows(value.axes):
                 raise Refusal(
                     Reason.UNPROVEN,
                     f"looks back in a way that no session can keep ({op.type} {need.kind.name})",

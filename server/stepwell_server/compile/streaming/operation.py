@@ -316,9 +316,12 @@ def in_place(rows: Any, axes: Axes, place: int) -> Any:
     """Return the rows of a window, ``(rows, kept + 1, sizes...)``, with the axes of the input that they are from."""
     before = len(plain_sizes(axes[:place]))
     order = [0, *range(2, 2 + before), 1, *range(2 + before, len(rows.shape))]
+    if not any(BATCH in dim for dim in axes[:place]):  # Time comes before the rows: see `Proof.needs`.
+        order[:2] = [1, 0]
     shape = step_shape(axes)
     shape[place] = int(rows.shape[1])
-    return tf.reshape(tf.transpose(rows, order) if before else rows, shape)
+    is_same = order == list(range(len(order)))
+    return tf.reshape(rows if is_same else tf.transpose(rows, order), shape)
 
 
 def _part(rows: Any, first: int, count: int) -> Any:
