@@ -392,6 +392,62 @@ def test_different_padding_that_depends_on_a_static_input_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_first_state_may_depend_on_a_static_input(keras: Any, tmp_path: Path, *, masks: bool) -> None:
+    """Each row has its own, also where its first time steps are masked."""
+    x, static = keras.Input((None, 4), name="x"), keras.Input((3,), name="static")
+    first = [keras.layers.Dense(5, activation="tanh")(static) for _ in range(2)]
+    shown = keras.layers.Masking(0.0)(x) if masks else x
+    y = keras.layers.LSTM(5, return_sequences=True, name="lstm")(shown, initial_state=first)
+    model = keras.Model([x, static], keras.layers.Dense(2)(y))
+    model.save(tmp_path / "model.keras")
+    made = Compiled("first_state", model, compile_model(tmp_path / "model.keras"))
+    assert not made.program.proof.unproven
+    assert "lstm/steps" in {spec.name for spec in made.program.state}
+    for steps in (1, 3, 40):
+        inputs = made.draw(steps, 3, steps)
+        if masks:
+            inputs[0][:2, :2] = 0.0
+        (whole,), (stepped,) = made.keras(inputs).values(), made.stepped(inputs, steps).values()
+        np.testing.assert_allclose(stepped, whole, rtol=0, atol=TOLERANCE)
+
+
+FIRST_STATES: dict[str, tuple[Any, str]] = {
+    "of the last step": (
+        lambda k, x, s: k.layers.Dense(5)(x[:, -1]) + k.layers.Dense(5)(s),
+        r"the initial state is computed from the model's inputs: the layer 'gru'",
+    ),
+    "of a later step": (
+        lambda k, x, s: k.layers.Dense(5)(x[:, 1]),
+        r"\(GetItem\) looks ahead: it takes number 1",
+    ),
+    "of all steps": (
+        lambda k, x, s: k.layers.Dense(5)(k.ops.mean(x, 1)),
+        r"the operation 'mean\w*' \(Mean\) mixes time steps: it takes the mean over the time axis",
+    ),
+    "of other rows": (
+        lambda k, x, s: k.layers.Dense(5)(s) + k.layers.Dense(5)(k.ops.flip(s, 0)),
+        r"the rows of a batch are not independent of each other: the operation 'flip\w*' \(Flip\) reverses the rows",
+    ),
+    "of another sequence's end": (
+        lambda k, x, s: k.layers.GRU(5, name="encoder")(x),
+        r"the initial state is computed from the model's inputs: the layer 'gru'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", one_in(3, FIRST_STATES))
+def test_a_first_state_that_is_not_known_at_the_first_step_is_refused(
+    trace_and_probe: Any, keras: Any, name: str
+) -> None:
+    make, said = FIRST_STATES[name]
+    x, static = keras.Input((None, 4)), keras.Input((3,))
+    y = keras.layers.GRU(5, return_sequences=True, name="gru")(x, initial_state=make(keras, x, static))
+    with pytest.raises(ModelError, match=said):
+        trace_and_probe(keras.Model([x, static], y))
+
+
+@pytest.mark.slow
 def test_the_first_layer_that_differs_is_named_in_a_model_that_looks_back(
     trace_and_probe: Any, keras: Any
 ) -> None:

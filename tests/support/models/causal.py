@@ -598,6 +598,14 @@ def _two_outputs(keras: Any, x: Any) -> Any:
     return {"each": y, "last": keras.layers.GRU(3, name="gru")(y), "late": _delay(keras, y, 2)}
 
 
+def _begun_by_the_first(keras: Any, x: Any) -> Any:
+    """Cells whose first state depends on the first value; of one of them only the last output is needed."""
+    first = [keras.layers.Dense(3, activation="tanh")(x[:, 0]) for _ in range(3)]
+    y = keras.layers.LSTM(3, return_sequences=True, name="lstm")(_delay(keras, x, 2), initial_state=first[:2])
+    last = keras.layers.GRU(3, name="gru")(_delay(keras, y, 1), initial_state=first[2])
+    return {"each": y, "last": last}
+
+
 def _squeezed(keras: Any, x: Any) -> Any:
     y = _conv(keras, x, activation="swish")
     return keras.layers.Multiply()([y, keras.layers.Dense(4, activation="sigmoid")(y)])
@@ -609,6 +617,7 @@ _add("keyword_spotter", _spotter)
 _add("block_called_twice", _block)
 _add("around_an_lstm", _around_an_lstm)
 _add("shifted_decoder", _shifted_decoder)
+_add("begun_by_the_first", _begun_by_the_first)
 _add("behind_a_mask", _masked)
 _add("lstm_inside_a_step", lambda k, x: _conv(k, k.layers.TimeDistributed(k.layers.LSTM(3))(x)), (5, 2))
 _add("two_outputs", _two_outputs)

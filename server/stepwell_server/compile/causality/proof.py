@@ -236,12 +236,12 @@ class _Walk:
         return Data(((BATCH,), *rest[1:]), ends=True)
 
     def _check_call(self, frame: _Frame, name: str) -> None:
-        """Check that a loop processes the sequence and starts from a constant state."""
+        """Check that a loop processes the sequence, from a state on that is known at the first time step."""
         call = self.made[name]
         other = next(two for one, two in zip(self.first.calls, self.second.calls, strict=True) if one is call)
         who = call.layer
         frame.require_alike(_into(call), _into(other))
-        waits: list[Need] = []
+        waits, begins = list[Need](), list[Need]()
         for i, tensor in enumerate((*call.sequences, *([] if call.mask is None else [call.mask]))):
             value = frame.values[tensor.name]
             if isinstance(value, Const):
@@ -260,8 +260,6 @@ class _Walk:
             if time is None or time.per > 1 or not is_usual:
                 raise NotAdmitted(Reason.UNPROVEN, who, "processes other axes than batch and time")
             waits += self._punctual(tensor, value, time, i)
-        if waits:
-            self.needs[call.outputs.op.name] = tuple(waits)
         if call.layer.go_backwards:
             raise NotAdmitted(Reason.BACKWARDS, who, "reads its sequence backwards")
         if not call.loop_is_known:
@@ -272,11 +270,22 @@ class _Walk:
             )
         for one, two in zip(call.initial, other.initial, strict=True):
             value = frame.values[one.name]
-            if isinstance(value, Data):
-                raise NotAdmitted(
-                    Reason.STATE, who, "takes its initial state from the model's inputs (initial_state=...)"
-                )
-            self._even(value, ((BATCH,), *(normal((size.first,)) for size in sizes(one, two)[1:])), who)
+            own = tuple(normal((size.first,)) for size in sizes(one, two)[1:])
+            if not isinstance(value, Data):
+                self._even(value, ((BATCH,), *own), who)
+            elif value.ends or value.axes != ((BATCH,), *own) or self._is_input(one):
+                clause = "takes its initial state from the model's inputs (initial_state=...)"
+                raise NotAdmitted(Reason.STATE, who, clause)
+            else:
+                begins = [Need(Memory.COUNT, 1)]
+        if waits or begins:
+            self.needs[call.outputs.op.name] = (*waits, *begins)
+
+    def _is_input(self, tensor: Any) -> bool:
+        """Whether a tensor is an input of the model, which may be meant as a state that each call returns."""
+        while tensor.op.type in ("Identity", "Cast"):
+            tensor = tensor.op.inputs[0]
+        return any(tensor is one for one in self.first.inputs)
 
     def _check_cell(self, frame: _Frame, call: CutCall, other: CutCall) -> None:
         """Check that the results of a cell depend only on its time step and row."""

@@ -125,7 +125,7 @@ def make_plan(
         keeps = first.masked and not first.layer.zero_output_for_mask
         dtypes = first.state_dtypes + ((first.output_dtype,) if keeps else ())
         carried[id(first.layer), first.number] = CarriedState(len(state), dtypes, keeps)
-        values = list(_constant_initial(first, second))
+        values = list(_initial(first, second, looks_back=looks_back))
         if keeps:
             values.append(np.zeros(first.output_shape, plain_dtype(first.output_dtype)))
         names = _state_names(first, keeps, state)
@@ -181,15 +181,17 @@ def _number_of(call: RecurrentCall, followed: Sequence[tuple[RecurrentCall, Recu
     return sum(other.layer is call.layer and other.number < call.number for other, _ in followed)
 
 
-def _constant_initial(first: RecurrentCall, second: RecurrentCall) -> Iterator[Array]:
+def _initial(first: RecurrentCall, second: RecurrentCall, *, looks_back: bool) -> Iterator[Array]:
+    """Yield the values with which a loop begins; zeros where the first time step determines them."""
     for value, other in zip(first.initial, second.initial, strict=True):
         rows = np.concatenate([value, other])
-        if not np.array_equal(rows, np.broadcast_to(rows[0], rows.shape)):
+        is_constant = np.array_equal(rows, np.broadcast_to(rows[0], rows.shape))
+        if not is_constant and not looks_back:
             raise ModelError(
                 f"the initial state of layer {quoted(first.path)} is computed from the model's inputs "
                 "(initial_state=...): such a model cannot be stepped from a session's state"
             )
-        yield np.array(rows[0])
+        yield np.array(rows[0]) if is_constant else np.zeros_like(rows[0])
 
 
 def _state_names(call: RecurrentCall, keeps: bool, taken: Sequence[StateSpec]) -> list[str]:

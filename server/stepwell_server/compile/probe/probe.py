@@ -278,6 +278,8 @@ def _require_same_far(interface: Interface, cuts: Cuts, proof: GraphProof) -> No
         if any(needs.get(name) != proof.needs.get(name) for name in names):
             layer = cuts.first.owner(index)
             raise NotAdmitted(Reason.LENGTH, layer, "computes something different for a long sequence")
+    if needs != proof.needs:  # Of a loop whose outputs over time are not needed.
+        raise NotAdmitted(Reason.LENGTH, None, "computes something different for a long sequence")
 
 
 def _needs_far(interface: Interface, cuts: Cuts) -> Mapping[str, tuple[Need, ...]]:

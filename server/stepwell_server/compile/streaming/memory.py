@@ -190,14 +190,17 @@ def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
 
 def _owners(side: Cut) -> Iterator[tuple[str, int, list[Any]]]:
     """Yield the keys of `Proof.needs`, each with the place of an operation and the inputs of the owner."""
-    loops = {call.outputs.op.name: call for call in side.calls}
+    loops = {tensor.op.name: call for call in side.calls for tensor in (call.outputs, *call.last)}
     outputs = {tensor.op.name: tensor for tensor in side.outputs.values()}
+    seen: set[str] = set()
     for index, op in needed(side):
         call = loops.get(op.name)
+        owner = op.name if call is None else call.outputs.op.name  # Perhaps only its last output is needed.
         if call is None:
-            yield op.name, index, list(op.inputs)
-        else:
-            yield op.name, index, [*call.sequences, *([] if call.mask is None else [call.mask])]
+            yield owner, index, list(op.inputs)
+        elif owner not in seen:
+            seen.add(owner)
+            yield owner, index, [*call.sequences, *([] if call.mask is None else [call.mask])]
         if op.name in outputs:
             for tensor in {x.name: x for x in side.outputs.values() if x.op is op}.values():
                 yield tensor.name, index, [tensor]

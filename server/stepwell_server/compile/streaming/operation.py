@@ -92,6 +92,13 @@ class States:
                 value = tf.reshape(oldest, step_shape(axes))
         return value
 
+    def begun(self, owner: str, needs: tuple[Need, ...], before: Any, first: Any) -> Any:
+        """Return a state before the step: at the first one, ``first``, which the inputs determine."""
+        need = next(need for need in needs if need.kind is Memory.COUNT)
+        count = self.before(owner, need, tf.int32)
+        self.after[owner, need] = tf.ones_like(count)
+        return tf.where(tf.reshape(count < 1, [-1, *[1] * (len(before.shape) - 1)]), first, before)
+
 
 class StatesBefore(States):
     """The states before the first time step, where each row of the batch has one value: windows are full of it."""

@@ -183,8 +183,13 @@ class _Streaming:
                 self._input(call.outputs.op.name, i, tensor, self._axes(tensor)), 1
             )
         carried = self._carried[id(call.layer), call.number]
-        for place, before in zip(call.before, self._before[carried.first :], strict=False):
-            self._made[place.name] = tf.cast(before, place.dtype)
+        owner, states = call.outputs.op.name, self._before[carried.first :]
+        for place, state, first in zip(call.before, states, call.initial, strict=False):
+            before = tf.cast(state, place.dtype)
+            if isinstance(self._proof.values[first.name], Data):
+                needs = self._proof.needs[owner]
+                before = self._states.begun(owner, needs, before, self._made[first.name])
+            self._made[place.name] = before
 
     def _end(self, call: CutCall) -> None:
         """Take the output and the state of a cell, as `graph.trace` does."""
