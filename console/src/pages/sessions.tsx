@@ -1,6 +1,6 @@
 /** The sessions, page by page from the server: a million of them cost no more than one page. */
 import {useEffect, useState} from "preact/hooks";
-import {call} from "../api.ts";
+import {call, identity} from "../api.ts";
 import {OpenSession} from "../parts/open_session.tsx";
 import {sessionHash} from "../route.ts";
 import {models, showError} from "../store.ts";
@@ -29,11 +29,29 @@ const MAX_EMPTY_PAGES = 20;
 
 const NO_FILTERS: Filters = {prefix: "", model: "", version: "", idleSeconds: ""};
 
-export function SessionsPage() {
-  const [filters, setFilters] = useState(NO_FILTERS);
-  const [applied, setApplied] = useState(NO_FILTERS);
+/** The rows of one visit of this page. The browser keeps them in its history, so "Back" from a session returns to them. */
+interface Visit {
+  filters: Filters;
   // tokens of the pages up to the shown one; the first page has none
-  const [tokens, setTokens] = useState([""]);
+  tokens: string[];
+  // the load of the console, and the caller: tokens of another one may be worth nothing
+  of: string;
+}
+
+function visitor(): string {
+  return `${performance.timeOrigin}/${identity.value}`;
+}
+
+function visit(): Visit {
+  const kept = history.state as Visit | null;
+  return kept?.of === visitor() ? kept : {filters: NO_FILTERS, tokens: [""], of: visitor()};
+}
+
+export function SessionsPage() {
+  const [begun] = useState(visit);
+  const [filters, setFilters] = useState(begun.filters);
+  const [applied, setApplied] = useState(begun.filters);
+  const [tokens, setTokens] = useState(begun.tokens);
   const [page, setPage] = useState<Page | null>(null);
   const [busy, setBusy] = useState(true);
   const [total, setTotal] = useState<number | null>(null);
@@ -41,12 +59,18 @@ export function SessionsPage() {
   const change = (part: Partial<Filters>) => setFilters({...filters, ...part});
 
   useEffect(() => {
+    if (filters === applied) return;
     const timer = setTimeout(() => {
       setApplied(filters);
       setTokens([""]);
     }, TYPING_MS);
     return () => clearTimeout(timer);
   }, [filters]);
+
+  useEffect(() => {
+    const now: Visit = {filters: applied, tokens, of: begun.of};
+    history.replaceState(now, "");
+  }, [applied, tokens]);
 
   const token = tokens.at(-1)!;
   useEffect(() => {
