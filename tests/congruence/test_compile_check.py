@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,28 @@ def test_a_wrong_output_is_found(traced: Any) -> None:
 
     with pytest.raises(CheckError, match="output 'y' differs from Keras"):
         check_against_keras(traced, wrong)
+
+
+def test_a_difference_is_allowed_only_where_rounding_makes_one(keras: Any) -> None:
+    """A chaotic cell makes a large difference of a rounding, but other differences are found before."""
+    from stepwell_server.compile.probe.check import DiffersError, check_against_keras
+    from stepwell_server.compile.probe.probe import trace_and_probe
+
+    model = keras.Sequential([keras.Input((None, 3)), keras.layers.SimpleRNN(8, return_sequences=True)])
+    rng = np.random.default_rng(5)
+    for weight in model.weights:
+        weight.assign(rng.normal(0, 1, weight.shape))
+    traced = dataclasses.replace(trace_and_probe(model), observations=())
+    step = _step(traced)
+
+    def drifting(inputs: Sequence[Any], states: Sequence[Any]) -> tuple[Any, Any]:
+        outputs, after = step(inputs, states)
+        return [value * np.float32(1.001) for value in outputs], after
+
+    assert 0 < check_against_keras(traced, step) < 1
+    assert all("noise" in vars(sample) for sample in traced.evidence)
+    with pytest.raises(DiffersError):
+        check_against_keras(traced, drifting)
 
 
 def test_a_state_that_is_not_carried_is_found(traced: Any) -> None:

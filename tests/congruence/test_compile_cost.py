@@ -73,12 +73,19 @@ def test_a_compilation_does_nothing_twice(
 ) -> None:
     from tensorflow.python.util import tf_inspect
 
+    from stepwell_server.compile.probe.check import check_against_keras
+    from stepwell_server.compile.probe.sequences import step_of_function
     from stepwell_server.compile.probe.whole_call import WholeCall
 
     perturbed = mock.create_autospec(WholeCall.perturbed, side_effect=WholeCall.perturbed)
+    called = mock.create_autospec(WholeCall.__call__, side_effect=WholeCall.__call__)
     monkeypatch.setattr(WholeCall, "perturbed", perturbed)
+    monkeypatch.setattr(WholeCall, "__call__", called)
     monkeypatch.setattr(tf_inspect, "getcallargs", None)  # TensorFlow's, to warn of arguments of its own
     x = keras.Input((None, 4))
     traced = trace_and_probe(keras.Model(x, keras.layers.Softmax()(keras.layers.Dense(3)(x))))
-    assert perturbed.call_count == 2
+    check_against_keras(traced, step_of_function(traced.plan, traced.function))
+    assert called.call_count == 2
+    assert perturbed.call_count == 0
     assert [sample.noise[name].shape for sample in traced.evidence for name in sample.noise] == [(8, 512)] * 2
+    assert perturbed.call_count == 2

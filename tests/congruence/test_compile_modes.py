@@ -95,12 +95,17 @@ def test_training_that_changes_nothing_is_served(keras: Any, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [-1.0, -999.0, 1e6])
-def test_rounding_is_not_tried_on_what_a_mask_looks_for(keras: Any, value: float, tmp_path: Path) -> None:
+def test_rounding_is_not_tried_on_what_a_mask_looks_for(
+    keras: Any, trace_and_probe: Any, value: float
+) -> None:
     """A masked time step with another last digit is one that counts: nothing could be compared behind it."""
+    from stepwell_server.compile.probe import evidence
+
     x = keras.Input((None, 2))
     masked = keras.layers.Masking(value)(x)
-    program = _compiled(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(masked)), tmp_path)
-    assert program.proof.compared > 0.95
+    traced = trace_and_probe(keras.Model(x, keras.layers.LSTM(3, return_sequences=True)(masked)))
+    found = [evidence.compare(traced.plan, sample, sample.outputs, 3e-5) for sample in traced.evidence]
+    assert evidence.compared_share(found) > 0.95
 
 
 def test_the_call_is_compared_with_predict_wherever_a_mode_could_be_on(keras: Any) -> None:

@@ -73,6 +73,11 @@ class Comparison:
         """The output with the largest relative difference; None for a model without outputs."""
         return max(self.outputs, key=lambda output: output.share, default=None)
 
+    @property
+    def is_allowed(self) -> bool:
+        """Rounding explains all differences."""
+        return all(output.is_allowed for output in self.outputs)
+
     def to_json(self) -> dict[str, Any]:
         """Return it for JSON, with infinity as null."""
         return {

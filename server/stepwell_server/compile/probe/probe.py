@@ -170,13 +170,9 @@ def _try_at(
         seen += [observe(sampler, temporal, least + steps, rng) for steps in MORE_LENGTHS]
     whole = WholeCall(sampler.interface)
     found = evidence.gather(plan, sampler, _steps(sampler, cuts, options, least), whole)
-    share = evidence.compared_share(plan, found, tolerance(interface.model))
-    if unproven and share < 0.5:
-        raise ModelError(
-            f"--trust-causality names the model, but samples can check only {share:.0%} of their rows and time "
-            f"steps: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
-        )
-    result = Proof(steps=found[0].steps, unproven=unproven, compared=share)
+    if unproven:
+        _require_conclusive(plan, found, unproven)
+    result = Proof(steps=found[0].steps, unproven=unproven)
     traced = TracedModel(
         plan,
         sampler,
@@ -191,6 +187,19 @@ def _try_at(
     )
     _compare(traced)
     return traced
+
+
+def _require_conclusive(plan: Plan, samples: Sequence[Evidence], unproven: str) -> None:
+    """Refuse a model that is admitted by samples only, if rounding makes most of these meaningless."""
+    allowed = tolerance(plan.interface.model)
+    share = evidence.compared_share(
+        [evidence.compare(plan, sample, sample.outputs, allowed) for sample in samples]
+    )
+    if share < 0.5:
+        raise ModelError(
+            f"--trust-causality names the model, but samples can check only {share:.0%} of their rows and time "
+            f"steps: elsewhere one rounding of the inputs moves Keras's own values by a tenth or more; {unproven}"
+        )
 
 
 def _counted(steps: int) -> str:

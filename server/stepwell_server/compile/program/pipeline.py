@@ -116,7 +116,7 @@ def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]
     report("check")
     try:
         step = step_of_executor(load_executor(program, is_exact=True))
-        check.check_against_keras(traced, step)
+        program = _compared(program, check.check_against_keras(traced, step))
         differs = worst_at_extremes(traced, step)
         if differs:
             raise check.CheckError(differs)
@@ -140,7 +140,7 @@ def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Call
         program = dataclasses.replace(program, files=files, multiply_adds=count)
         report("check")
         step = step_of_executor(load_executor(program, is_exact=True))
-        check.check_against_keras(traced, step)
+        program = _compared(program, check.check_against_keras(traced, step))
     except check.DiffersError as error:
         first = first_to_differ(
             traced.plan, traced.sampler, traced.evidence[0].inputs, traced.evidence[0].steps
@@ -158,6 +158,10 @@ def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Call
     known = _known_inputs(traced)
     sizes = trial.affordable(program, known, step, trial.TENSORFLOW_SIZES, trial.COMPILE_BUDGET_S)
     return dataclasses.replace(program, batch_sizes=trial.agreeing_sizes(program, known, step, sizes) or (1,))
+
+
+def _compared(program: Program, share: float) -> Program:
+    return dataclasses.replace(program, proof=dataclasses.replace(program.proof, compared=share))
 
 
 def _known_inputs(traced: TracedModel) -> tuple[Array, ...]:

@@ -22,7 +22,6 @@ from stepwell_server.compile.graph.watch import all_operations
 from stepwell_server.compile.keras_file import archive, provenance, weights
 from stepwell_server.compile.probe import evidence
 from stepwell_server.compile.probe.probe import LENGTHS, MORE_LENGTHS, SEED, TracedModel, observe
-from stepwell_server.compile.probe.sequences import tolerance
 from stepwell_server.compile.probe.whole_call import has_no_modes
 from stepwell_server.compile.program.pipeline import artefact
 from stepwell_server.program import Architecture, Names, Program, Proof
@@ -95,10 +94,12 @@ def compile_again(
     report("probe")
     seen += [observe(sampler, plan.temporal, least + steps, rng) for steps in MORE_LENGTHS]
     found = evidence.gather(now, sampler, traced.evidence[0].steps, traced.whole)
-    share = evidence.compared_share(now, found, tolerance(plan.interface.model))
-    proof = Proof(steps=found[0].steps, compared=share)
     changed = dataclasses.replace(
-        traced, plan=now, observations=tuple(seen), evidence=tuple(found), proof=proof
+        traced,
+        plan=now,
+        observations=tuple(seen),
+        evidence=tuple(found),
+        proof=Proof(steps=found[0].steps),
     )
     program = artefact(changed, fingerprint, origin, report)
     if program.executor != "litert":
