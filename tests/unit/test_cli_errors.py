@@ -162,3 +162,19 @@ def test_arguments_that_are_no_text_are_refused() -> None:
 
         assert result.exit_code == 1
         assert result.stderr.startswith("stepwell: error: ")
+
+
+_CLOSED = """
+import os
+from stepwell.cli import main
+nowhere = os.stat(os.devnull).st_rdev
+try:
+    main(["--version"])
+except SystemExit as ended:
+    os._exit(ended.code or sum(os.fstat(number).st_rdev != nowhere for number in range(3)))
+"""
+
+
+def test_the_descriptor_of_a_closed_stream_is_for_no_other_file() -> None:
+    closed = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, _CLOSED]
+    assert subprocess.run(closed, timeout=200, check=False).returncode == 0

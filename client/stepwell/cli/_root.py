@@ -17,6 +17,7 @@ class Root(Group):
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parse the command line up to the command's name."""
+        errors.open_closed_streams()
         errors.accept_any_text()
         with errors.reported():
             return super().make_context(*args, **extra)

@@ -20,6 +20,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """Exit code: the reader of stdout has closed it, as in shells (128 + SIGPIPE)."""
 
+_STDERR = 2
 
 HELP_SHOWN: type[Exception] = getattr(click.exceptions, "NoArgsIsHelpError", click.exceptions.Exit)
 """The exception with which click shows the help of a group without a command (since 8.2; before, click just exits)."""
@@ -95,6 +96,19 @@ def outcome_hint(error: Exception) -> str:
     if getattr(error, "outcome", None) != "unknown":
         return ""
     return "; the change may have been applied: check the revision with 'stepwell sessions show'"
+
+
+def open_closed_streams() -> None:
+    """Opens stdin, stdout and stderr to nowhere if the caller has closed them.
+
+    Otherwise the next file or connection gets the free descriptor, and the output of libraries.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115 - it stays open
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(_STDERR, "w")  # noqa: SIM115
 
 
 def accept_any_text() -> None:
