@@ -7,11 +7,12 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from support import run_folder, samples
+from support.import_order import ImportOrder
 from support.servers import fork_server
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from support import secured
 
         secured.switch_on()
+    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if worker is not None:
+        number = int(worker["workerid"].removeprefix("gw"))
+        config.pluginmanager.register(ImportOrder(number, worker["workercount"]))
     if config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput"):
         from support.collection_progress import CollectionProgress
 
