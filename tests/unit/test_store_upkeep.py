@@ -154,6 +154,24 @@ def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
         assert "the counts of sessions must be" in problem
 
 
+def test_paths_without_a_name_are_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, current = tmp_path / "backup", tmp_path / "current"
+    backup.back_up(path, file, CLOCK)
+    current.mkdir()
+    monkeypatch.chdir(current)
+    for taken in (Path("."), Path("/")):
+        with pytest.raises(BackupError, match="must not exist yet"):
+            backup.back_up(path, taken, CLOCK)
+    for folder in (Path("."), current):
+        with pytest.raises(StoreError, match="must not be the current folder: run this elsewhere"):
+            backup.restore(file, folder, CLOCK, None, moved=True)
+    with pytest.raises(StoreError, match="must not exist yet, or must be empty"):
+        backup.restore(file, Path("/"), CLOCK, None, moved=True)
+    assert not list(current.iterdir())
+
+
 def test_nothing_is_overwritten_and_nothing_half_done_stays(path: Path, tmp_path: Path) -> None:
     file, there = tmp_path / "backup", set(os.listdir(tmp_path))
     (tmp_path / "folder").mkdir()

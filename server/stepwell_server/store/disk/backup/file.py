@@ -69,12 +69,12 @@ class Writer:
         Raises:
             BackupError: the path exists, another process is writing it, or it cannot be created.
         """
+        if os.path.lexists(path):  # such as "." and "/", which have no name
+            raise BackupError(f"{path} must not exist yet: a backup overwrites nothing")
         self._path = path
         self._aside = path.with_name(f".{path.name}.unfinished")
         self._rate, self._sleep = bytes_per_s, sleep
         self._began = time.monotonic()
-        if os.path.lexists(path):
-            raise BackupError(f"{path} must not exist yet: a backup overwrites nothing")
         with self._writing():
             self._file = self._make()
 

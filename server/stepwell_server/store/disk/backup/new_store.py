@@ -84,16 +84,21 @@ def _parts(sessions: Iterable[Pair]) -> Iterator[list[Pair]]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder for a new data directory, and move it to `path` when the block ends.
 
-    The path must not exist, or must be an empty folder. An interruption leaves it unchanged.
+    The path must not exist, or must be an empty folder and not the current one. An interruption leaves it unchanged.
 
     Raises:
         StoreError: the path has content, or cannot be created.
     """
     problem = f"the data directory {path} must not exist yet, or must be empty"
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise StoreError(problem)
+        if path.exists():
+            if not path.is_dir() or any(path.iterdir()):
+                raise StoreError(problem)
+            if path.samefile("."):  # the caller would stay in the old one, which is deleted
+                raise StoreError(
+                    f"the data directory {path} must not be the current folder: run this elsewhere"
+                )
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
         path.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir(mode=0o700)
         try:
