@@ -383,6 +383,10 @@ _add(
 )
 _add("shifted_samples", lambda k, x: _frames(k, _samples(k, x) - _delay(k, _samples(k, x), 5), 4), (4,))
 _add("transposed", lambda k, x: k.layers.Conv1DTranspose(3, 4)(x)[:, :-3])
+_add(
+    "transposed_of_delayed",
+    lambda k, x: _frames(k, k.layers.Conv1DTranspose(3, 2, strides=2)(_lag(k, x, 3)), 2),
+)
 _add("transposed_with_gaps", lambda k, x: _frames(k, k.layers.Conv1DTranspose(3, 2, strides=3)(x), 3))
 _add(
     "transposed_unevenly",

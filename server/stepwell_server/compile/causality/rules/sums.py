@@ -175,7 +175,7 @@ def _spread(call: Call, time: Time, axis: int, size: int, clause: str) -> Time:
         raise Refusal(Reason.UNPROVEN, f"{clause} and over space, with padding by their sizes")
     if call.attr("padding") == b"EXPLICIT" or call.attr("dilations")[axis] != 1:
         raise Refusal(Reason.UNPROVEN, f"{clause} in a way that the proof does not follow")
-    if time.start + time.extra < 0:
+    if size > stride and time.start + time.extra < 0:
         raise Refusal(Reason.LENGTH, "spreads the end of a sequence that lags behind")
     left = max(size - stride, 0) // 2 if is_same else 0
     extra = stride * time.extra if is_same else stride * (time.extra - 1) + max(size, stride)
