@@ -131,7 +131,7 @@ simulate: $(INSTALLED) ## Simulate replicas on one store, schedules with fresh s
 	$(BIN)/python tests/fault/simulate.py $(if $(ARGS),$(ARGS),--runs 10000)
 
 .PHONY: fuzz-models
-fuzz-models: $(INSTALLED) ## Compile random models and compare what is served with Keras (two seconds each; ARGS="--models 500 --seed 7")
+fuzz-models: $(INSTALLED) ## Compile random models and compare what is served with Keras (four seconds each; ARGS="--models 500 --seed 7")
 	$(BIN)/python tests/congruence/fuzz_models.py $(ARGS)
 
 .PHONY: fuzz

@@ -6,8 +6,10 @@ python tests/congruence/fuzz_models.py [--models 100] [--seed 7]
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.models import random_models
 from support.models.programs import compile_model
 
-STEPS, ROWS = 800, 3
+#: Many time steps, and as few as all blocks take: some change the length of a shorter sequence.
+STEPS, FEW_STEPS, ROWS = 800, 13, 3
+#: Keras unrolls a TimeDistributed over all time steps, which takes minutes for many of them.
+STEPS_UNROLLED = 40
 #: Rounding, as a share of the output's scale, and times what one rounding of the inputs does to Keras.
 TOLERANCE, NOISES = 2e-5, 64.0
+#: What good blocks may be refused for: a window past the end of a sequence that an earlier block delayed.
+KNOWN_LIMIT = "the end of a sequence that lags behind"
+#: Steps that all rows share at first, sessions, and changes of them.
+SHARED, SESSIONS, CHANGES = 14, 9, 60
 
 
 def check(seed: int) -> str:
@@ -32,8 +41,9 @@ def check(seed: int) -> str:
     from stepwell_server.compile.errors import ModelError
     from stepwell_server.program import ProofOptions
 
-    rng = np.random.default_rng(seed)
-    drawn = random_models.draw(rng)
+    # Masks end at some blocks, in the served model as well.
+    warnings.filterwarnings("ignore", ".* was passed an input with a mask attached to it", UserWarning)
+    drawn = random_models.draw(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         drawn.model.save(folder / "model.keras")
@@ -41,17 +51,18 @@ def check(seed: int) -> str:
             program = compile_model(folder / "model.keras", options=ProofOptions(steps=520))
         except ModelError as error:
             said = str(error)
-            assert not drawn.is_good, f"seed {seed}: {drawn.blocks} is refused: {said}"
-            assert "\n" not in said, f"seed {seed}: {said!r}"
+            assert not drawn.is_good or KNOWN_LIMIT in said, f"{drawn} is refused: {said}"
+            assert "\n" not in said, f"{drawn}: {said!r}"
             return "refused"
-        _compare(seed, drawn, program, rng)
+    rng = np.random.default_rng(seed)
+    _compare(drawn, program, rng)
+    asyncio.run(_play(drawn, program, rng))
     return "served"
 
 
-def _compare(seed: int, drawn: random_models.RandomModel, program: Any, rng: np.random.Generator) -> None:
+def _compare(drawn: random_models.RandomModel, program: Any, rng: np.random.Generator) -> None:
+    """Step whole sequences, and compare with Keras."""
     import tensorflow as tf
-
-    from support.models.compiled import Compiled
 
     def call(x: Any) -> Any:
         """Keras's own call, with states of decoders that are zero, as those of a new session."""
@@ -60,19 +71,82 @@ def _compare(seed: int, drawn: random_models.RandomModel, program: Any, rng: np.
         return result[0] if states else result
 
     whole = tf.function(call, autograph=False)
-    compiled = Compiled(f"seed {seed}", drawn.model, program)
-    for steps in (1, 3, STEPS):
+    for steps in (FEW_STEPS, STEPS_UNROLLED if "decoded" in drawn.blocks else STEPS):
         x = random_models.series(rng, ROWS, steps)
         expected = np.asarray(whole(x), np.float64)
         nudged = x * (1 + rng.choice([-1.0, 1.0], x.shape) * 2.0**-23)
         noise = np.max(np.abs(np.asarray(whole(nudged.astype(np.float32)), np.float64) - expected), initial=0)
-        stepped = compiled.stepped([x], steps)[program.outputs[0].name]
+        stepped = _stepped(program, x)
+        stepped = stepped if program.outputs[0].temporal else stepped[:, -1]
         scale = max(1.0, float(np.max(np.abs(expected))))
         apart = float(np.max(np.abs(stepped - expected)))
         assert apart <= TOLERANCE * scale + NOISES * noise, (
-            f"seed {seed}: {drawn.blocks} is served, and differs from Keras by {apart:.2g} over {steps} time steps "
+            f"{drawn} is served, and differs from Keras by {apart:.2g} over {steps} time steps "
             f"(values up to {scale:.2g}, rounding {noise:.1g})"
         )
+
+
+def _stepped(program: Any, x: Any) -> Any:
+    """The first output after each time step of a sequence."""
+    from stepwell_server.engine.executors import load_executor
+
+    executor = load_executor(program)
+    executor.bind(len(x))
+    for i, value in enumerate(program.initial):
+        executor.states()[i][...] = value
+    found = []
+    for time in range(x.shape[1]):
+        if time:
+            executor.carry()
+        executor.inputs()[0][...] = x[:, time]
+        executor.invoke()
+        found.append(np.array(executor.outputs()[0]))
+    return np.stack(found, 1)
+
+
+async def _play(drawn: random_models.RandomModel, program: Any, rng: np.random.Generator) -> None:
+    """Step sessions in random pieces and company, fork and reset them: all get the bits of rows that are stepped alone."""
+    from stepwell_server.engine.executors import load_executor
+    from support.engine.harness import running
+
+    x = random_models.series(rng, ROWS, 40)
+    x[:, :SHARED] = x[:1, :SHARED]
+    expected = np.concatenate([_stepped(program, x[row : row + 1]) for row in range(ROWS)])
+    name = program.outputs[0].name
+    # The row that each session has had so far, and how many of its time steps.
+    at = [(int(rng.integers(ROWS)), 0) for _ in range(SESSIONS)]
+    async with running(
+        {"model": program}, executor=load_executor, threads=True, resident_rows=SESSIONS - 2
+    ) as harness:
+        ids = [f"0-{i}" for i in range(SESSIONS)]
+        await harness.open(*ids, model="model")
+        for change in range(1, CHANGES):
+            steps = int(rng.choice([1, 1, 2, 5, 11]))
+            chosen = [int(i) for i in rng.permutation(SESSIONS)[: rng.integers(1, SESSIONS + 1)]]
+            for i in chosen:
+                row, time = at[i]
+                if time + steps > x.shape[1] or rng.random() < 0.1:
+                    await harness.submit(ids[i], reset=True).only()
+                    at[i] = int(rng.integers(ROWS)), 0
+                elif rng.random() < 0.1:
+                    other = f"{change}-{i}"
+                    await harness.engine.fork(ids[i], new_session_id=other)
+                    await harness.engine.close_session(ids[i])
+                    ids[i] = other
+                elif time <= SHARED:
+                    at[i] = int(rng.integers(ROWS)), time
+            pieces = np.stack([x[row, time : time + steps] for row, time in (at[i] for i in chosen)])
+            answers = harness.submit([ids[i] for i in chosen], inputs={program.inputs[0].name: pieces})
+            for i, answer in zip(chosen, await answers.all(), strict=True):
+                row, time = at[i]
+                after = expected[row, time : time + steps]
+                after = after if program.outputs[0].temporal else after[-1]
+                outputs = getattr(answer, "outputs", None)
+                assert outputs, f"{drawn}: {answer}"
+                assert outputs[name][0].tobytes() == after.tobytes(), (
+                    f"{drawn}: row {row} has other bits in a batch, from time step {time} on, {steps} of them"
+                )
+                at[i] = row, time + steps
 
 
 def main() -> int:

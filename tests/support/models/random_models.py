@@ -1,4 +1,7 @@
-"""Random models: stacks of building blocks, good ones and bad ones, with random reaches."""
+"""Random models: stacks of building blocks, good ones and bad ones, with random reaches.
+
+Seeds that follow each other deal the good blocks out like cards, so that each block is in one of `HANDS` models.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from support.models import zoo
+from support.models.random_blocks import LOOKING_BACK, Rng
+from support.models.random_blocks import pick as _pick
 
-Rng = np.random.Generator
 Maker = Callable[[Any, Rng, Any], Any]
 """Takes Keras, a generator and a series ``(batch, time, 4)``; returns another one."""
 
@@ -22,10 +26,6 @@ def _odd(kind: str, largest: int = 1) -> Maker:
         return Apply(kind, int(rng.integers(1, largest + 1)), name=f"{kind}_{rng.integers(1 << 30)}")(x)
 
     return make
-
-
-def _pick(rng: Rng, *values: Any) -> Any:
-    return values[int(rng.integers(len(values)))]
 
 
 def _recurrent(keras: Any, rng: Rng, x: Any) -> Any:
@@ -204,6 +204,7 @@ GOOD: dict[str, Maker] = {
     "shared": _shared,
     "cumulative_product": lambda k, _r, x: x + k.ops.cumprod(0.99 + 0.01 * k.ops.tanh(x), 1),
     "difference_to_the_first": lambda k, _r, x: x - x[:, :1],
+    **LOOKING_BACK,
 }
 BAD: dict[str, Maker] = {
     "convolution": lambda k, r, x: k.layers.Conv1D(
@@ -231,6 +232,7 @@ BAD: dict[str, Maker] = {
 class RandomModel:
     """A model and its blocks."""
 
+    seed: int
     model: Any
     blocks: tuple[str, ...]
     ends: bool
@@ -241,15 +243,30 @@ class RandomModel:
         """Nothing in it stands in the way of stepping."""
         return not set(self.blocks) & set(BAD)
 
+    def __str__(self) -> str:
+        """How to get it again, and what it is."""
+        return f"ARGS='--models 1 --seed {self.seed}' make fuzz-models: {', '.join(self.blocks)}"
 
-def draw(rng: Rng) -> RandomModel:
-    """Stack one to five blocks; half of the models have a bad one among them."""
+
+#: As many seeds share out the good blocks. Every fourth model has a bad one, too.
+HANDS = 12
+
+
+def blocks_of(seed: int) -> list[str]:
+    """The names of the good blocks of a seed, without the bad one."""
+    deal, hand = divmod(seed, HANDS)
+    return [str(name) for name in np.random.default_rng(deal).permutation(list(GOOD))[hand::HANDS]]
+
+
+def draw(seed: int) -> RandomModel:
+    """Stack the blocks of a seed."""
     from stepwell_server.compile.graph.tensorflow_setup import keras
 
-    names = [str(rng.choice(list(GOOD))) for _ in range(int(rng.integers(1, 5)))]
+    rng = np.random.default_rng(seed)
+    names = blocks_of(seed)
     if not set(names) & {"recurrent", "stacked", "masked", "decoder"}:
         names.insert(int(rng.integers(len(names) + 1)), "recurrent")
-    if rng.random() < 0.5:
+    if seed % HANDS % 4 == 3:
         names.insert(int(rng.integers(len(names) + 1)), str(rng.choice(list(BAD))))
     x = keras.Input((None, 4), name="x")
     y = x
@@ -260,7 +277,7 @@ def draw(rng: Rng) -> RandomModel:
     y = y[:, -1] if ends else y
     model = _model(keras, x, keras.layers.Dense(2, name="y")(y))
     zoo.randomize(model, int(rng.integers(1 << 30)))
-    return RandomModel(model, tuple(names), ends)
+    return RandomModel(seed, model, tuple(names), ends)
 
 
 def _model(keras: Any, x: Any, y: Any) -> Any:
