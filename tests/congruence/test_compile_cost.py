@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from support.models.programs import compile_model
@@ -89,3 +90,41 @@ def test_a_compilation_does_nothing_twice(
     assert perturbed.call_count == 0
     assert [sample.noise[name].shape for sample in traced.evidence for name in sample.noise] == [(8, 512)] * 2
     assert perturbed.call_count == 2
+
+
+def test_a_function_is_converted_without_saving_and_loading_it(
+    keras: Any, trace_and_probe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The converter does that, given a function: it takes twice as long as everything else."""
+    from tensorflow.python.saved_model import load, save
+
+    from stepwell_server.compile.program import convert
+
+    model = keras.Sequential([keras.Input((None, 4)), keras.layers.GRU(3, return_sequences=True)])
+    traced = trace_and_probe(model)
+    called = mock.Mock()
+    monkeypatch.setattr(save, "save_and_return_nodes", called)
+    monkeypatch.setattr(load, "load_partial", called)
+    assert convert.to_litert(convert.freeze(traced.function), model)
+    called.assert_not_called()
+
+
+def test_a_tensor_may_be_several_results_and_an_input() -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    from stepwell_server.compile.graph.tensorflow_setup import tf
+    from stepwell_server.compile.program import convert
+
+    def step(**given: Any) -> dict[str, Any]:
+        total = given["in_0"] + given["state_0"]
+        return {"next_0": given["in_0"], "next_1": total, "out_0": total, "out_1": given["state_0"]}
+
+    spec = {name: tf.TensorSpec([None, 3], tf.float32, name) for name in ("in_0", "state_0")}
+    frozen = convert.freeze(tf.function(step).get_concrete_function(**spec))
+    runner = Interpreter(model_content=convert.to_litert(frozen, None)).get_signature_runner()
+    one, two = np.random.default_rng(3).standard_normal((2, 5, 3)).astype(np.float32)
+    found = runner(in_0=one, state_0=two)
+    expected = {"next_0": one, "next_1": one + two, "out_0": one + two, "out_1": two}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)

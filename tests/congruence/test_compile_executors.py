@@ -206,6 +206,10 @@ def test_the_reason_for_tensorflow_is_a_sentence(tokens: Compiled, tokens_on_ten
             'Could not translate MLIR to FlatBuffer. error: loc(callsite(fused["TensorListReserve:", "f/scan_1"] at callsite(x)))',
             "its converter fails on TensorListReserve",
         ),
+        (
+            '<unknown>:0: error: loc(fused["TensorListReserve:", "TensorArrayV2"]): failed to legalize something',
+            "its converter fails on TensorListReserve",
+        ),
     ],
 )
 def test_a_message_of_the_converter_becomes_a_clause(text: str, says: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow.lite.python import schema_py_generated as schema
+from tensorflow.lite.python.lite import TFLiteFrozenGraphConverterV2
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from stepwell_server.compile.errors import gist
@@ -31,50 +34,100 @@ class ConversionError(Exception):
     """The step cannot be converted. The message is a clause."""
 
 
-def freeze(function: Any) -> Any:
-    """Return the function with its weights as constants: LiteRT packs constants once, for example of FULLY_CONNECTED.
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A function of one time step with its weights as constants: LiteRT packs constants once, for example of FULLY_CONNECTED."""
+
+    function: Any
+    """With what LiteRT needs to compute as TensorFlow does."""
+    inlined: Any
+    """Without that."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    signature: Mapping[str, Any]
+
+    def traced(self) -> Any:
+        """Return it as a concrete function whose arguments and results have names."""
+
+        def step(**tensors: Any) -> dict[str, Any]:
+            results = self.function(*(tensors[key] for key in self.inputs))
+            return dict(zip(self.outputs, (tf.identity(result) for result in results), strict=True))
+
+        return tf.function(step, autograph=False).get_concrete_function(**self.signature)
+
+
+def freeze(function: Any) -> Frozen:
+    """Return the function with its weights as constants.
 
     Raises:
         ConversionError: the function reads anything other than variables, such as a lookup table.
     """
     try:
-        frozen = with_known_sizes(rewritten(convert_variables_to_constants_v2(function)))
+        inlined = convert_variables_to_constants_v2(function)
+        frozen = with_known_sizes(rewritten(inlined))
     except (KeyError, ValueError, tf.errors.OpError) as error:
         raise ConversionError(f"its variables cannot be converted to constants ({gist(error)})") from error
     signature = function.structured_input_signature[1]
-    order = [tensor.name.split(":")[0] for tensor in frozen.inputs]
-    if not set(order) <= set(signature):
+    inputs = tuple(tensor.name.split(":")[0] for tensor in frozen.inputs)
+    if not set(inputs) <= set(signature):
         raise ConversionError("it reads a lookup table, as IntegerLookup does, and LiteRT has none")
-    keys = sorted(function.structured_outputs)  # Freezing drops the names, and flattening had sorted them.
-
-    def step(**tensors: Any) -> dict[str, Any]:
-        results = frozen(*(tensors[key] for key in order))
-        return dict(zip(keys, (tf.identity(result) for result in results), strict=True))
-
-    return tf.function(step, autograph=False).get_concrete_function(**signature)
+    # Freezing drops the names, and flattening had sorted them.
+    return Frozen(frozen, inlined, inputs, tuple(sorted(function.structured_outputs)), signature)
 
 
-def to_litert(function: Any, model: Any) -> bytes:
-    """Return the frozen ``function`` as a flatbuffer with built-in operators only.
+def to_litert(frozen: Frozen, model: Any) -> bytes:
+    """Return the function as a flatbuffer with built-in operators only.
 
     ``model`` is its source, for the names of layers in messages.
 
     Raises:
         ConversionError: LiteRT has no built-in operators for it, or only some that are inaccurate for large numbers.
     """
-    inexact = sorted(_INEXACT & _kinds_on_data(function.graph))
+    inexact = sorted(_INEXACT & _kinds_on_data(frozen.function.graph))
     if inexact:
         names = " and ".join(inexact).lower()
         raise ConversionError(f"its {names} {'is' if len(inexact) == 1 else 'are'} wrong for large numbers")
-    holder = tf.Module()
-    holder.step = function
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], holder)
+    converter = TFLiteFrozenGraphConverterV2([])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     try:
-        content = bytes(converter.convert())
+        with tempfile.TemporaryDirectory(prefix="stepwell-") as folder:
+            document = _saved_model(frozen)
+            (Path(folder) / "saved_model.pb").write_bytes(document.SerializeToString())
+            converter.saved_model_dir = folder
+            converter._saved_model_tags = set(document.meta_graphs[0].meta_info_def.tags)
+            converter._saved_model_exported_names = list(document.meta_graphs[0].signature_def)
+            converter._saved_model_version = document.saved_model_schema_version
+            content = bytes(converter._convert_from_saved_model(document.meta_graphs[0].graph_def))
     except Exception as error:  # The converter raises its own and built-in types.
-        raise ConversionError(_complaint(str(error), function, model)) from error
+        raise ConversionError(_complaint(str(error), frozen.function, model)) from error
     return _with_placed_slices(content)
+
+
+def _saved_model(frozen: Frozen) -> Any:
+    """Return the document of a SavedModel with this function only.
+
+    The converter reads one. Given a function, it saves that with TensorFlow, loads it again and describes the result,
+    which takes twice as long as everything else that it does.
+    """
+    document = saved_model_pb2.SavedModel(saved_model_schema_version=1)
+    meta = document.meta_graphs.add()
+    meta.meta_info_def.tags.append(tf.saved_model.SERVING)
+    meta.graph_def.CopyFrom(frozen.function.graph.as_graph_def())
+    signature = meta.signature_def[tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY]
+    for key, tensor in zip(frozen.inputs, frozen.function.inputs, strict=True):
+        signature.inputs[key].CopyFrom(_described(tensor, tensor.name))
+    for key, tensor in zip(frozen.outputs, frozen.function.outputs, strict=True):
+        # One tensor may be several results, or an input, too.
+        node = meta.graph_def.node.add(name=f"results/{key}", op="Identity", input=[tensor.name])
+        node.attr["T"].type = tensor.dtype.as_datatype_enum
+        signature.outputs[key].CopyFrom(_described(tensor, f"{node.name}:0"))
+    return document
+
+
+def _described(tensor: Any, name: str) -> Any:
+    return meta_graph_pb2.TensorInfo(
+        name=name, dtype=tensor.dtype.as_datatype_enum, tensor_shape=tensor.shape.as_proto()
+    )
 
 
 def _with_placed_slices(content: bytes) -> bytes:
@@ -158,7 +211,7 @@ def _complaint(text: str, function: Any, model: Any) -> str:
     if types:
         kind, dtype = types.groups()
         return f"its {kind} takes no {_TYPES.get(dtype, dtype)} values"
-    place = re.search(r'(?:^|\n|error: )loc\(callsite\(fused\["(\w+):"', text)
+    place = re.search(r'(?:^|\n|error: )loc\((?:callsite\()?fused\["(\w+):"', text)
     if place:
         return f"its converter fails on {place[1]}{_where({place[1]}, function, model)}"
     error = re.search(r"error: (.+)", text)

@@ -6,18 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 
-def multiply_adds(function: Any) -> int:
+def multiply_adds(inlined: Any) -> int:
     """Return the number of multiplications of one row, in products of matrices and convolutions.
 
     Args:
-        function: one time step with its weights as constants. The body of a loop counts once.
+        inlined: one time step with its weights as constants: `convert.Frozen.inlined`. The body of a loop counts once.
     """
-    inlined = convert_variables_to_constants_v2(function)
     with tf.Graph().as_default() as graph:
         # With one row all shapes are known, also of tensors that have rows and other axes in one dimension.
         row = {

@@ -7,7 +7,6 @@ import importlib
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -110,8 +109,9 @@ def artefact(
 
 def _litert(traced: TracedModel, program: Program, report: Callable[[str], None]) -> Program:
     model = traced.plan.interface.model
-    content = convert.to_litert(convert.freeze(traced.function), model)
-    count = cost.multiply_adds(traced.function)  # It counts no products with elements that padding adds.
+    frozen = convert.freeze(traced.function)
+    content = convert.to_litert(frozen, model)
+    count = cost.multiply_adds(frozen.inlined)  # It counts no products with elements that padding adds.
     program = dataclasses.replace(program, files={FLATBUFFER: content}, multiply_adds=count)
     report("check")
     try:
@@ -134,9 +134,11 @@ def _tensorflow(traced: TracedModel, program: Program, reason: str, report: Call
     reason_shown = f"{reason}; TensorFlow runs it, which takes longer per step"
     program = dataclasses.replace(program, executor="tensorflow", executor_reason=reason_shown)
     try:
-        function, owner = _most_frozen(traced)
-        count = cost.multiply_adds(function) if owner is None else None
-        files = convert.to_tensorflow(function, owner)
+        frozen = _frozen(traced)
+        if frozen is None:
+            count, files = None, convert.to_tensorflow(traced.function, traced.plan.interface.model)
+        else:
+            count, files = cost.multiply_adds(frozen.inlined), convert.to_tensorflow(frozen.traced(), None)
         program = dataclasses.replace(program, files=files, multiply_adds=count)
         report("check")
         step = step_of_executor(load_executor(program, is_exact=True))
@@ -175,9 +177,9 @@ def _known_inputs(traced: TracedModel) -> tuple[Array, ...]:
     )
 
 
-def _most_frozen(traced: TracedModel) -> tuple[Any, Any]:
-    """Return the function to save and the model that it needs; None if its weights are constants."""
+def _frozen(traced: TracedModel) -> convert.Frozen | None:
+    """Return the function with its weights as constants, if that can be done."""
     try:
-        return convert.freeze(traced.function), None
+        return convert.freeze(traced.function)
     except convert.ConversionError:
-        return traced.function, traced.plan.interface.model
+        return None
