@@ -210,10 +210,18 @@ def agreeing_sizes(
     """
     rows = max(_MIN_ROWS, 2 * max(sizes))
     reached, states = _reachable(program, inputs, step, rows)
-    groups: dict[bytes, list[int]] = {}
     rng = np.random.default_rng(11)
-    for size in sizes:
-        bits = {_bits(step, reached, states, size, rng.permutation(rows)) for _ in range(shuffles)}
+    found = {size: set[bytes]() for size in sizes}
+    for _ in range(shuffles):
+        order = rng.permutation(rows)
+        wrapped = np.concatenate(
+            [order, order[: max(sizes)]]
+        )  # The last batch wraps around to the first rows.
+        drawn, before = [x[wrapped] for x in reached], [x[wrapped] for x in states]
+        for size in sizes:
+            found[size].add(_bits(step, drawn, before, size, order))
+    groups: dict[bytes, list[int]] = {}
+    for size, bits in found.items():
         if len(bits) == 1:
             groups.setdefault(bits.pop(), []).append(size)
     return _best(groups)
@@ -305,18 +313,13 @@ def _coarse(values: Array) -> Array:
 
 
 def _bits(step: Step, inputs: Sequence[Array], states: Sequence[Array], size: int, order: Array) -> bytes:
-    """A digest of all results by row, computed ``size`` rows at a time in the given order."""
-    rows = len(order)
-    kept: list[Array] = []
-    twice = np.concatenate([order, order])  # the last batch wraps around to the first rows
-    for start in range(0, rows, size):
-        chosen = twice[start : start + size]
-        outputs, after = step([x[chosen] for x in inputs], [x[chosen] for x in states])
-        if not kept:
-            kept = [np.zeros((rows, *x.shape[1:]), x.dtype) for x in (*outputs, *after)]
-        for whole, part in zip(kept, (*outputs, *after), strict=True):
-            whole[chosen] = part
-    digest = hashlib.sha256()
-    for array in kept:
-        digest.update(array.tobytes())
+    """A digest of all results by row, computed ``size`` rows at a time; the inputs are in the given order."""
+    parts = []
+    for start in range(0, len(order), size):
+        part = slice(start, start + size)
+        outputs, after = step([x[part] for x in inputs], [x[part] for x in states])
+        parts.append((*outputs, *after))
+    back, digest = np.argsort(order), hashlib.sha256()
+    for results in zip(*parts, strict=True):
+        digest.update(np.concatenate(results)[back].tobytes())
     return digest.digest()
