@@ -154,6 +154,17 @@ def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
         assert "the counts of sessions must be" in problem
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take only UTF-8")
+def test_paths_need_not_be_utf_8(tmp_path: Path) -> None:
+    folder, file = tmp_path / os.fsdecode(b"data-\xff"), tmp_path / os.fsdecode(b"backup-\xff")
+    store = opened(folder)
+    store.commit(Batch(puts=[("a", record("a", 1))]))
+    store.close()
+    backup.back_up(folder, file, CLOCK)
+    assert not verification.verify(folder, None).problems
+    assert backup.restore(file, folder / "again", CLOCK, None, moved=True).sessions == 1
+
+
 def test_paths_without_a_name_are_refused(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -352,7 +352,7 @@ class LmdbStore(LocalStore):
     def _open(self) -> None:
         """Open the environment and its databases."""
         self._environment: _Environment = lmdb.open(
-            os.fspath(self._folder),
+            os.fsencode(self._folder),
             map_size=within_limit(self._first_map_bytes),  # LMDB takes more if the data needs more
             mode=private_files.FILE_MODE,
             sync=self._durability == "sync",

@@ -240,7 +240,7 @@ def _open(path: Path) -> Any:
     size = (path / DATA).stat().st_size
     private_files.ensure_file(path / DATA.with_name("lock.mdb"))
     environment: Any = lmdb.open(
-        os.fspath(path / DATA.parent),
+        os.fsencode(path / DATA.parent),
         readonly=True,
         map_size=2 * size + 2**30,  # address space: the file may grow before the transaction begins
         max_dbs=6,
