@@ -447,6 +447,16 @@ def test_a_first_state_that_is_not_known_at_the_first_step_is_refused(
         trace_and_probe(keras.Model([x, static], y))
 
 
+@pytest.mark.parametrize("name", one_in(4, causal.REFUSED_LOOPS))
+def test_a_loop_over_time_that_is_not_step_by_step_is_refused(
+    trace_and_probe: Any, keras: Any, name: str
+) -> None:
+    said = causal.REFUSED_LOOPS[name]
+    x = keras.Input((None, 4))
+    with pytest.raises(ModelError, match=rf"the layer '{name}' \(Apply\) .*{said}"):
+        trace_and_probe(keras.Model(x, causal.apply_loop(name)(keras, x)))
+
+
 @pytest.mark.slow
 def test_the_first_layer_that_differs_is_named_in_a_model_that_looks_back(
     trace_and_probe: Any, keras: Any

@@ -13,6 +13,24 @@ FEATURES: dict[str, tuple[int, ...]] = {}
 """Sizes of one time step of the input, where they are not ``(4,)``."""
 CAUSAL: dict[str, Layers] = {}
 """What each model computes."""
+REFUSED_LOOPS = {
+    **dict.fromkeys(
+        (
+            *("loop_ahead", "loop_of_the_last", "loop_of_the_second", "loop_by_two", "loop_over_half"),
+            *("loop_until_70000", "loop_until_a_sum", "loop_of_what_it_wrote", "scan_of_all"),
+        ),
+        "loops over the time axis; ",
+    ),
+    **dict.fromkeys(
+        ("loop_written_backwards", "loop_read_backwards"), "looks ahead: it loops over the time axis"
+    ),
+    "loop_of_numbers": "uses the number of the time step where it loops over the time axis; pass the position as an",
+    "loop_of_its_length": "depends on the number of time steps",
+    "loop_of_other_rows": "takes the mean over the rows of the batch",
+    "scan_from_the_end": "loops over the time axis from a state on that the inputs determine",
+    "scan_backwards": "takes elements by their number along the time axis",
+}
+"""Reasons why loops over time of `support.models.scanning` are refused."""
 
 
 def build(name: str, seed: int = 1) -> Any:
@@ -39,6 +57,22 @@ def apply(kind: str, n: int = 1) -> Layers:
         return looking_back.layer(kind, n)(x)
 
     return call
+
+
+def apply_loop(kind: str) -> Layers:
+    """Return what a custom layer with a loop over time does with its input."""
+
+    def call(_keras: Any, x: Any) -> Any:
+        from support.models import scanning
+
+        return scanning.layer(kind)(x)
+
+    return call
+
+
+def _scan_of_late(keras: Any, x: Any) -> Any:
+    y = apply_loop("scan_of_late")(keras, x)
+    return {"each": _conv(keras, y), "last": apply_loop("state_of_a_scan")(keras, y)}
 
 
 def _conv(keras: Any, x: Any, kernel: int = 3, **options: Any) -> Any:
@@ -548,6 +582,15 @@ _add("lag_from_the_first", apply("lag_from_the_first", 5))
 _add("frames_from_the_first", apply("frames_from_the_first", 4))
 _add("mirrored", apply("mirrored"))
 _add("rolled", apply("rolled", 3))
+for _kind in (
+    "scan_of_maxima",
+    "smoothed",
+    "scan_from_the_first",
+    "mapped_over_time",
+    "loop_with_two_states",
+):
+    _add(_kind, apply_loop(_kind))
+_add("scan_of_late", _scan_of_late)
 
 # --- whole models ---------------------------------------------------------------------------------------
 

@@ -155,7 +155,7 @@ SHIFTS = [
             ("second_step", 1, ahead("second", "takes number 1 of .* at each step, 1 time step ahead")),
             ("last_step", 1, end("last")),
             ("last_step_twice_reversed", 1, back("last", "reverses")),
-            ("by_scan", 1, back("by_scan", "loops over the time axis")),
+            ("by_scan", 1, ahead("by_scan", "takes elements by their number along the time axis")),
             ("repeated_for_each_step", 1, length("repeated", "one iteration per time step")),
             ("by_while_loop", 9, back("by_while", "shifts the time axis")),
             ("by_map_over_rows", 9, rows("by_map", "loops over the rows of the batch")),

@@ -200,7 +200,7 @@ def last_step_twice_reversed(layer: Apply, x: Any) -> Any:
 
 @kind
 def by_scan(layer: Apply, x: Any) -> Any:
-    summed = tf.scan(lambda total, now: total + now, tf.transpose(x, (1, 0, 2)))
+    summed = tf.scan(lambda total, now: total + now, tf.transpose(x, (1, 0, 2)), reverse=True)
     return tf.transpose(summed, (1, 0, 2))
 
 

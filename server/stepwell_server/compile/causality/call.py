@@ -32,6 +32,7 @@ class Memory(enum.Enum):
     DELAY = "the last rows of an input; it reads the oldest of them instead of the current one"
     WINDOW = "the last rows of an input; it reads all of them and the current one"
     TOTAL = "its last result, to which it adds the current row"
+    CARRY = "what a loop hands from one time step to the next"
     FIRST = "the first row of an input, once it came"
     COUNT = "how many time steps passed, up to a bound, to know when padding ends"
     SINCE = "the same, to know when rows that were kept are none from before the first time step"

@@ -26,6 +26,7 @@ from stepwell_server.compile.causality.cut import Cut, CutCall, Cuts
 from stepwell_server.compile.causality.numbers import MAX_NUMBER, Numbered, counted_by, numbered
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules import RULES
+from stepwell_server.compile.causality.scans import Loop, Scan
 from stepwell_server.compile.causality.values import (
     OF_SHAPES,
     Before,
@@ -104,6 +105,13 @@ class Proof:
     outputs, or of the tensor of an output."""
     numbers: Mapping[str, Mapping[int, Numbered]]
     """Inputs of operations that the number of the time step determines, by name of the operation and place."""
+    scans: Mapping[str, Scan]
+    """Loops over time that are no recurrent layers, by name of the operation."""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether other operations than recurrent layers process the sequence."""
+        return bool(self.needs or self.scans)
 
     @property
     def steps(self) -> int:
@@ -154,6 +162,7 @@ class _Walk:
         """The calls that the placeholders for results of loops belong to."""
         self.needs: dict[str, tuple[Need, ...]] = {}
         self.numbers: dict[str, dict[int, Numbered]] = {}
+        self.scans: dict[str, Scan] = {}
         self.frame: _Frame | None = None
         self.index = 0
         """Place of the operation that the walk is at."""
@@ -177,6 +186,7 @@ class _Walk:
             frame.values,
             self.needs,
             self.numbers,
+            self.scans,
         )
 
     def follow(self) -> _Frame:
@@ -581,6 +591,8 @@ class _Frame:
     def _results(self, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
         if one.type in _CALLS:
             return self._called("f", one, two, inputs)
+        if one.type in LOOPS and any(isinstance(value, Items) and value.over_time for value in inputs):
+            return self._scanned(Loop(one, two, inputs, self.values, self.walk.scales))
         if one.type in LOOPS:
             return self._looped(one, two, inputs)
         rule = RULES.get(one.type)
@@ -711,6 +723,23 @@ class _Frame:
             Reason.UNPROVEN,
             f"runs a loop of more than {_MAX_TURNS} iterations, which the proof does not follow",
         )
+
+    def _scanned(self, loop: Loop) -> list[_Value]:
+        """Walk through one iteration of a loop over time."""
+        if self is not self.walk.frame:
+            raise loop.refusal
+        first, second = loop.bodies
+        frame = _Frame(self.walk, dict(loop.values), (Evaluator(loop.given[0]), Evaluator(loop.given[1])))
+        frame.pair(first.graph.inputs, second.graph.inputs)
+        for _, one, two in side_by_side(*loop.operations, lambda _one, _two: None):
+            if one.outputs[0].name in loop.values:
+                frame.pair(one.outputs, two.outputs)
+            elif one.type != "Placeholder" or one.outputs[0].name in loop.given[0]:
+                frame.enter(one, two)
+        frame.require_alike(first.results, second.results)
+        results = loop.results(frame.values)
+        self.walk.needs[loop.name], self.walk.scans[loop.name] = loop.needs, loop.scan(frame.values)
+        return results
 
     def _called(self, name: str, one: Any, two: Any, inputs: Sequence[_Value]) -> list[_Value]:
         """Walk through the function in the attribute ``name``."""

@@ -27,7 +27,7 @@ Array = npt.NDArray[np.generic]
 #: Operations that read only the shape of a tensor, which is fixed in a trace.
 OF_SHAPES = {"Shape", "ShapeN", "Size", "Rank"}
 #: Attributes that do not affect the result of an operation, or are shapes of this trace.
-_UNIMPORTANT = {"shape", "Tshape", "output_shapes", "container", "shared_name"}
+_UNIMPORTANT = {"shape", "Tshape", "output_shapes", "num_elements", "container", "shared_name"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
 #: Maximum of elements of a constant: those of one value for each row and time step of the longest trace.
 _MAX_ELEMENTS = 2**25 + 2**10
@@ -68,6 +68,8 @@ class Items(Data):
 
     is_empty: bool = False
     """It is empty, so its axes are unknown."""
+    over_time: bool = False
+    """It has one for each time step, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,15 +228,19 @@ def _in_pairs(one: Any, two: Any, known: Collection[str]) -> Iterator[tuple[Any,
                 waiting += [(value.op, other.op, False) for value, other in pairs]
 
 
-def needed_by(wanted: Iterable[Any], graph: Any) -> list[tuple[int, Any]]:
-    """Return the operations of a graph that some tensors need, in graph order, with their indices."""
+def needed_by(wanted: Iterable[Any], graph: Any, known: Collection[str] = ()) -> list[tuple[int, Any]]:
+    """Return the operations of a graph that some tensors need, in graph order, with their indices.
+
+    What is needed only for ``known`` tensors is left out.
+    """
     seen: set[str] = set()
     waiting = list(wanted)
     while waiting:
         op = waiting.pop().op
         if op.name not in seen:
             seen.add(op.name)
-            waiting += () if op.type in OF_SHAPES else op.inputs
+            is_end = op.type in OF_SHAPES or any(output.name in known for output in op.outputs)
+            waiting += () if is_end else op.inputs
     return [(i, op) for i, op in enumerate(graph.get_operations()) if op.name in seen]
 
 

@@ -154,10 +154,10 @@ def _try_at(
     ):
         seen = [observe(sampler, temporal, steps, rng) for steps in lengths]
         refuse_training(sampler, temporal, lengths[0])
-    looks_back = proof is not None and bool(proof.needs)
+    looks_back = proof is not None and proof.looks_back
     plan = make_plan(sampler.interface, temporal, seen[0], seen[1], looks_back=looks_back)
     memory = None
-    if proof is not None and proof.needs:
+    if proof is not None and looks_back:
         with _refusing(sampler, temporal):
             memory = StreamingMemory(cuts.first, proof, [spec.name for spec in plan.state])
         with explained(interface.model, "the values before the first time step cannot be computed"):

@@ -15,12 +15,12 @@ from stepwell_server.compile.causality.cut import Cut
 from stepwell_server.compile.causality.numbers import MAX_NUMBER
 from stepwell_server.compile.causality.proof import NotAdmitted, Proof, needed
 from stepwell_server.compile.causality.refusals import Reason
-from stepwell_server.compile.causality.values import Before, Data
+from stepwell_server.compile.causality.values import Before, Const, Data
 from stepwell_server.compile.graph.plan import Plan
 from stepwell_server.compile.graph.samples import plain_dtype
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 from stepwell_server.compile.streaming.operations import gap_of
-from stepwell_server.compile.streaming.replay import first_elements, plain_sizes
+from stepwell_server.compile.streaming.replay import first_elements, plain_sizes, reduced
 from stepwell_server.compile.streaming.step import Slot, trace_step
 from stepwell_server.program import StateSpec
 
@@ -29,6 +29,7 @@ _PARTS = {
     Memory.DELAY: "last",
     Memory.WINDOW: "last",
     Memory.TOTAL: "total",
+    Memory.CARRY: "carry",
     Memory.FIRST: "first",
     Memory.COUNT: "steps",
     Memory.SINCE: "steps",
@@ -101,6 +102,11 @@ def _slots(side: Cut, proof: Proof, taken: Collection[str]) -> tuple[Slot, ...]:
         for need in proof.needs.get(owner, ()):
             tensor = tensors[need.input]
             data = proof.values[tensor.name]
+            if need.kind is Memory.CARRY:
+                scan = proof.scans[owner]
+                tensor, data = scan.first[need.input], Data(scan.axes[need.input])
+            elif tensor.dtype == tf.variant:  # A list of tensors.
+                tensor = tensor.graph.get_operation_by_name(owner).outputs[0]
             if not isinstance(data, Data):  # It accumulates constants; its result has their axes.
                 data = proof.values[tensor.graph.get_operation_by_name(owner).outputs[0].name]
             assert isinstance(data, Data)
@@ -131,11 +137,16 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
     """
     ahead = {slot.spec.name: slot for slot in made if _known(slot) and not _is_of_zeros(proof, slot)}
     values = first_elements(
-        side, {name: (slot.tensor, slot.data, _known(slot)) for name, slot in ahead.items()}
+        side,
+        {name: (slot.tensor, slot.data, _known(slot)) for name, slot in ahead.items()},
+        _of_loops(side, proof),
     )
     found: list[Array] = []
     for slot in made:
         value = np.zeros(slot.spec.shape, slot.spec.dtype)
+        begun = proof.values[slot.tensor.name]
+        if slot.need.kind is Memory.CARRY and isinstance(begun, Const):
+            value = np.asarray(reduced(begun, slot.data.axes)[0], value.dtype)
         rows = values.get(slot.spec.name, value[np.newaxis][:0])
         if slot.need.kind is Memory.TOTAL:
             is_product = side.graph.get_operation_by_name(slot.owner).type == "Cumprod"
@@ -146,6 +157,14 @@ def _initial(side: Cut, proof: Proof, made: Collection[Slot]) -> tuple[Array, ..
             value[len(value) - len(kept) :] = kept
         found.append(value)
     return tuple(found)
+
+
+def _of_loops(side: Cut, proof: Proof) -> set[str]:
+    """Return the results of loops over time, which begin with the first time step."""
+    made = [op for _, op in needed(side) if op.name in proof.scans]
+    lists = (op for _, op in needed(side) if op.type in ("TensorListStack", "TensorListGetItem"))
+    made += [op for op in lists if op.inputs[0].op in made]
+    return {output.name for op in made for output in op.outputs if output.dtype != tf.variant}
 
 
 def _known(slot: Slot) -> int:
@@ -185,7 +204,8 @@ def _shape(need: Need, axes: Axes) -> tuple[int, ...]:
         return ()
     apart = need.per > 1  # Then it keeps elements, of which a time step brings several.
     sizes = plain_sizes(dim for dim in axes if not (apart and time_of([dim])))
-    return tuple(sizes) if need.kind in (Memory.TOTAL, Memory.FIRST) else (need.rows, *sizes)
+    one = need.kind in (Memory.TOTAL, Memory.CARRY, Memory.FIRST)
+    return tuple(sizes) if one else (need.rows, *sizes)
 
 
 def _owners(side: Cut) -> Iterator[tuple[str, int, list[Any]]]:

@@ -329,6 +329,26 @@ def _transposed_convolution(one: Operation) -> list[Any]:
     return [result]
 
 
+def _item_of_list(one: Operation) -> list[Any]:
+    """Take an element of a list over time, of which there is one in a time step, or what a loop carried."""
+    if one.data().dtype == tf.variant:
+        return _as_it_was(one)
+    if int(one.array(1)):
+        raise ValueError("a loop carries one value")
+    return [one.first()]
+
+
+def _listed(one: Operation) -> list[Any]:
+    """Take the time step from a sequence over which a loop runs."""
+    is_over = time_of(one.axes()[:1]) is not None
+    return [tf.squeeze(one.data(), 0)] if is_over else _as_it_was(one)
+
+
+def _stacked_list(one: Operation) -> list[Any]:
+    is_over = time_of(one.out()[:1]) is not None
+    return [tf.expand_dims(one.data(), 0)] if is_over else _as_it_was(one)
+
+
 def _summed(one: Operation) -> list[Any]:
     return [tf.add_n([one.filled(i, one.out()) for i in range(len(one.op.inputs))])]
 
@@ -385,6 +405,9 @@ _BY_MAKER: dict[Maker, tuple[str, ...]] = {
     _pooled: ("AvgPool", "AvgPool3D", "MaxPool", "MaxPool3D"),
     _transposed_convolution: ("Conv2DBackpropInput", "Conv3DBackpropInputV2"),
     _summed: ("AddN",),
+    _item_of_list: ("TensorListGetItem",),
+    _listed: ("TensorListFromTensor",),
+    _stacked_list: ("TensorListStack",),
     _passed: ("EnsureShape", "Identity"),
     _all_passed: ("IdentityN",),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,14 @@ _WITHOUT_GAPS = {"Conv3D", "DepthwiseConv2dNative"}
 class Constants:
     """Creates the constants of a graph, and reads its weights, in the current graph."""
 
-    def __init__(self, side: Cut) -> None:
+    def __init__(self, side: Cut, given: Mapping[str, Any] | None = None) -> None:
+        """``given`` has the constants that a function of the graph gets, by name."""
         self._side = side
-        self._made: dict[str, Any] = dict(captured(side))
+        self._made: dict[str, Any] = dict(captured(side) if given is None else given)
+
+    def of_function(self, given: Mapping[str, Any]) -> Constants:
+        """Return the same for a function of the graph, such as the body of a loop."""
+        return Constants(self._side, given)
 
     def make(self, tensor: Any) -> Any:
         """Return a constant."""
@@ -74,7 +79,9 @@ def _attribute(value: Any) -> Any:
     return made
 
 
-def first_elements(side: Cut, wanted: Mapping[str, tuple[Any, Data, int]]) -> dict[str, Array]:
+def first_elements(
+    side: Cut, wanted: Mapping[str, tuple[Any, Data, int]], later: Collection[str] = ()
+) -> dict[str, Array]:
     """Return the first elements of tensors along the time axis, of one row.
 
     They must depend on no input: zeros are used. The whole graph is computed once.
@@ -82,6 +89,7 @@ def first_elements(side: Cut, wanted: Mapping[str, tuple[Any, Data, int]]) -> di
     Args:
         side: the graph of the model.
         wanted: tensors, their axes, and the number of elements, by any key.
+        later: tensors of which no element comes before the first time step; zeros are used, too.
 
     Returns:
         arrays of the shape ``(elements, sizes...)``, by the same keys; the sizes are those of the plain dimensions.
@@ -89,11 +97,14 @@ def first_elements(side: Cut, wanted: Mapping[str, tuple[Any, Data, int]]) -> di
 
     def compute() -> dict[str, Any]:
         made: dict[str, Any] = dict(captured(side))
-        for _, op in needed_by([tensor for tensor, _, _ in wanted.values()], side.graph):
+        for _, op in needed_by([tensor for tensor, _, _ in wanted.values()], side.graph, later):
             if op.outputs and op.outputs[0].name in made:
                 continue
-            if op.type == "Placeholder":
-                results = [tf.zeros(op.outputs[0].shape, op.outputs[0].dtype)]
+            if op.type == "Placeholder" or any(value.name in later for value in op.outputs):
+                results = [
+                    None if value.dtype == tf.variant else tf.zeros(value.shape, value.dtype)
+                    for value in op.outputs
+                ]
             elif op.type in OF_SHAPES:
                 constants = Constants(side)
                 results = [constants.make(value) for value in op.outputs]

@@ -15,6 +15,7 @@ from stepwell_server.compile.causality.values import Before, Const, Data
 from stepwell_server.compile.graph.plan import CarriedState, Plan
 from stepwell_server.compile.graph.tensorflow_setup import tf
 from stepwell_server.compile.graph.trace import chosen
+from stepwell_server.compile.streaming.iteration import iterated
 from stepwell_server.compile.streaming.numbers import constant_of, counted
 from stepwell_server.compile.streaming.operation import Operation, States, StatesBefore, spread
 from stepwell_server.compile.streaming.operations import CannotStreamError, early, make
@@ -82,6 +83,7 @@ class _Streaming:
         self._made: dict[str, Any] = {}
         self._early: dict[str, Any] = {}
         self._carried = _carried(plan, side)
+        self._unmade = {name for scan in proof.scans.values() for name in scan.unmade}
         for i, tensor in enumerate(side.inputs):
             value = tensors[f"in_{i}"]
             self._made[tensor.name] = tf.expand_dims(value, 1) if plan.inputs[i].temporal else value
@@ -114,7 +116,8 @@ class _Streaming:
         return results
 
     def _make(self, op: Any, index: int) -> None:
-        if not any(isinstance(self._proof.values.get(output.name), Data) for output in op.outputs):
+        is_data = any(isinstance(self._proof.values.get(output.name), Data) for output in op.outputs)
+        if not is_data or op.name in self._unmade:
             return
         needs = self._proof.needs.get(op.name, ())
         values, states = self._proof.values, self._states
@@ -124,7 +127,12 @@ class _Streaming:
                 need.input: self._before_first(op.inputs[need.input], index)
                 for need in _held(needs, op, values)
             }
-            results = make(Operation(op, values, self._made, self._constants, states, needs, numbers, held))
+            scan = self._proof.scans.get(op.name)
+            results = (
+                make(Operation(op, values, self._made, self._constants, states, needs, numbers, held))
+                if scan is None
+                else iterated(op, scan, self._made, self._constants, states, needs)
+            )
         except CannotStreamError as error:
             raise NotAdmitted(Reason.UNPROVEN, self._side.owner(index), str(error)) from error
         self._made.update((made.name, result) for made, result in zip(op.outputs, results, strict=False))

@@ -26,6 +26,7 @@ from stepwell_server.compile.causality.call import Call, Memory, Rule, broadcast
 from stepwell_server.compile.causality.constants import Origin, clamped, without_negative
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.rules.copies import is_repeated, same
+from stepwell_server.compile.causality.scans import CLAUSE
 from stepwell_server.compile.causality.values import Array, Before, Const, Data, Items, equal
 
 #: A slice that ends here has no end.
@@ -621,13 +622,20 @@ def _items(call: Call, i: int) -> Items:
 def _apart(call: Call) -> Sequence[Data]:
     """Split a tensor along its first axis into a list."""
     first, *rest = call.data(0).axes
-    require_plain(first, "loops over")
-    return [Items(tuple(rest), call.data(0).ends)]
+    time = stream(first)
+    if time is None or time.start > 0 or time.extra:
+        require_plain(first, CLAUSE)
+        return [Items(tuple(rest), call.data(0).ends)]
+    call.remember(Memory.DELAY, -time.start)
+    return [Items(tuple(rest), over_time=True)]
 
 
 def _item(call: Call) -> Sequence[Data]:
-    call.integers(1)
+    (place,) = call.pairs(1)
     items = _items(call, 0)
+    if items.over_time and not _is_first(call, (TIME,), place):
+        raise mixed((TIME,), "takes elements by their number along")
+    call.require_same(place)
     return [Data(items.axes, items.ends)]
 
 
@@ -635,7 +643,7 @@ def _with_item(call: Call) -> Sequence[Data]:
     """Put one item into a list; all its items then have the same axes."""
     call.integers(1)
     items, item = call.data(0), call.inputs[2]
-    if not isinstance(items, Items):
+    if not isinstance(items, Items) or items.over_time:
         raise LostAxisError("a list of constants and of data")
     if items.is_empty:
         axes = call.axes(2)
@@ -647,7 +655,8 @@ def _with_item(call: Call) -> Sequence[Data]:
 
 
 def _together(call: Call) -> Sequence[Axes]:
-    return [(call.plain(call.out()[0]), *_items(call, 0).axes)]
+    items = _items(call, 0)
+    return [((TIME,) if items.over_time else call.plain(call.out()[0]), *items.axes)]
 
 
 RULES: dict[str, Rule] = {
