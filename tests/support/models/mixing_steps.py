@@ -171,7 +171,7 @@ SHIFTS = [
 SUMS = [
     before_rnn(name, odd(name), pattern)
     for name, pattern in (
-        ("running_max", ahead("running_max", "loops over the time axis")),
+        ("running_max", end("running_max")),
         ("largest_scale", ahead("largest", "takes the max over the time axis")),
         ("mean_of_the_rest", position("mean_of_the_rest")),
         ("exponential_moving_average", pairs("exponential")),
