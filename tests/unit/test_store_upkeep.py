@@ -158,7 +158,7 @@ def test_sessions_of_tenants_are_counted_as_theirs(tmp_path: Path) -> None:
 def test_paths_need_not_be_utf_8(tmp_path: Path) -> None:
     folder, file = tmp_path / os.fsdecode(b"data-\xff"), tmp_path / os.fsdecode(b"backup-\xff")
     store = opened(folder)
-    store.commit(Batch(puts=[("a", record("a", 1))]))
+    store.commit(Batch(puts=[("a", record("a", 1))], counts=[("m", 1)]))
     store.close()
     backup.back_up(folder, file, CLOCK)
     assert not verification.verify(folder, None).problems
