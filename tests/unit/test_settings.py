@@ -352,6 +352,8 @@ PATH_RULE = "PATH must be a .keras, .onnx or .stepwell file"
         (["{model}", "--store=valkey//u:s3cret@h/0"], {}, "^((?!s3c).)*$"),
         (["{model}", "--store=valkey://u:s3cret/x@h/0"], {}, "^((?!s3c).)*$"),
         (["{model}", "--store=valkey://u:s3cret?x=1@h/0"], {}, "^((?!s3c).)*$"),
+        # the C library takes it for loopback
+        (["{model}", "--listen", "*:50051"], {}, r"0\.0\.0\.0 and \[::\] are all interfaces; got '\*:50051'"),
         # a variable that cannot be read stops the start although the option is given
         (
             ["{model}", "--listen", "127.0.0.1:0"],

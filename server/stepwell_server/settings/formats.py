@@ -312,6 +312,8 @@ def _parse_tcp(text: str) -> Address:
         or (":" in bare) is (bare == host)
     ):
         raise ValueError
+    if bare == "*":  # the C library takes it for loopback
+        raise ValueError(f"{_TCP_RULE}; 0.0.0.0 and [::] are all interfaces")
     return Address(bare, int(port))
 
 
