@@ -82,6 +82,20 @@ def pairs(layer: str) -> str:
     )
 
 
+def matrix(layer: str) -> str:
+    return (
+        rf"^model cannot be run step by step: {_who(layer)} looks back over several time steps and keeps no state: it has a "
+        r"weight for each pair of time steps; sum equal weights by keras\.ops\.cumsum, .* decay by keras\.ops\.scan"
+    )
+
+
+def beginning(layer: str, count: int) -> str:
+    return (
+        rf"^model is not causal: {_who(layer)} looks ahead: it takes the first {count} elements of the time axis, of which the "
+        r"first step brings 1; take only the first one, x\[:, :1\], or"
+    )
+
+
 def rate(layer: str) -> str:
     does = r"(moves by \d+|takes one of every \d+ elements of the time axis)"
     return (
@@ -100,7 +114,7 @@ def mixes(layer: str, does: str = "") -> str:
 
 
 def position(layer: str) -> str:
-    return rf"^model cannot be run step by step: {_who(layer)} has a different constant for each time step; pass the position as"
+    return rf"^model cannot be run step by step: {_who(layer)} has a different constant for each time step.*; pass the position as"
 
 
 def given_position(layer: str, what: str) -> str:

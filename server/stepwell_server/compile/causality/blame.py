@@ -29,9 +29,9 @@ def refusal_of(sampler: Sampler, temporal: Sequence[bool], found: NotAdmitted) -
     layer = _outermost(model, found.layer)
     who, clause, fix = named(model, layer), str(found), found.reason.value
     match found.reason:
-        case Reason.TIME | Reason.PAIRS:
+        case Reason.TIME | Reason.PAIRS | Reason.MATRIX:
             return _over_time(sampler, temporal, layer, clause, fix)
-        case Reason.BACKWARDS | Reason.AHEAD:
+        case Reason.BACKWARDS | Reason.AHEAD | Reason.BEGINNING:
             return _ahead(model, layer, clause, fix)
         case Reason.END:
             return NotCausalError(f"model is not causal: {who} {clause}; {fix}")

@@ -149,7 +149,7 @@ class Call:
         if (
             sum(isinstance(factor, Time) for factor in found) > 1
         ):  # Refused before its values are computed: there are millions.
-            raise Refusal(Reason.PAIRS, "relates all time steps to each other")
+            raise Refusal(Reason.MATRIX, "has a weight for each pair of time steps")
         if found.count(BATCH) > 1:
             raise Refusal(Reason.ROWS, "relates the rows of the batch to each other")
         if all(is_plain(dim) for dim in axes):
@@ -162,7 +162,15 @@ class Call:
                     "first n of them are keras.ops.arange(n))",
                 )
             return axes
-        first = self._first_evened(const, axes)
+        try:
+            first = self._first_evened(const, axes)
+        except Refusal as refusal:
+            if refusal.reason is not Reason.POSITION or const.origin.counts:
+                raise
+            clause = (
+                f"{refusal}, and nothing says how it continues (keras.ops.arange(keras.ops.shape(x)[1]) does)"
+            )
+            raise Refusal(refusal.reason, clause) from refusal
         if const.origin.counts:
             has_time = any(isinstance(factor, Time) for factor in found)
             what = "time steps" if has_time else "rows of the batch"

@@ -13,6 +13,11 @@ class Reason(enum.Enum):
         "attend to the last n steps only: pad the sequence by n - 1 in front, and let each step take them by "
         "keras.ops.take(padded, arange(T)[:, None] + arange(n), axis=1); or use a recurrent layer"
     )
+    MATRIX = (
+        "sum equal weights by keras.ops.cumsum, weigh the last n steps by a causal convolution, and let weights decay by "
+        "keras.ops.scan, which hands a state to the next step; or use a recurrent layer"
+    )
+    BEGINNING = "take only the first one, x[:, :1], or pass what the model makes of them as a static input"
     BACKWARDS = "use forward layers: a step knows only earlier time steps"
     AHEAD = (
         "use forward layers: a step knows only earlier time steps, so pad a window at its front only (padding='causal', or "

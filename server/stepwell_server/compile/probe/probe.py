@@ -58,7 +58,10 @@ SEED = 7
 #: Refused even with --trust-causality: for example, served sessions would share written variables and random numbers.
 _NEVER_TRUSTED = {Reason.RANDOM, Reason.WRITES, Reason.PYTHON, Reason.STATE, Reason.LAYOUT}
 #: Refusals that longer traces may not have.
-_OF_LENGTH = {Reason.TIME, Reason.PAIRS, Reason.AHEAD, Reason.LENGTH, Reason.UNPROVEN}
+_OF_LENGTH = {
+    *(Reason.TIME, Reason.PAIRS, Reason.MATRIX, Reason.BEGINNING),
+    *(Reason.AHEAD, Reason.LENGTH, Reason.UNPROVEN),
+}
 Progress = Callable[[str], None]
 
 

@@ -210,7 +210,7 @@ def _range(call: Call, dim: Dim, begin: Pair | None, end: Pair | None, stride: i
     if stride == 1 and end == (first.first + 1, first.second + 1) and _is_first(call, dim, first):
         return (), False
     if time is not None:
-        _refuse_numbered(begin, end)
+        _refuse_numbered(time, begin, end)
         skipped = _counted(first, whole)
         stop = _counted(end or whole, whole)
         cut = Pair(whole.first - stop.first, whole.second - stop.second)
@@ -233,12 +233,16 @@ def _every(time: Time, stride: int) -> Time:
     return Time(time.start // stride, (time.extra - 1) // stride + 1, time.per // stride)
 
 
-def _refuse_numbered(begin: Pair | None, end: Pair | None) -> None:
+def _refuse_numbered(time: Time, begin: Pair | None, end: Pair | None) -> None:
     """Refuse the first or the last so many elements. Both traces may be shorter than that, but not every sequence."""
     if begin is not None and begin.is_same and begin.first < 0:
         raise Refusal(Reason.TIME, f"takes the last {-begin.first} elements of the time axis")
-    if end is not None and end.is_same and 0 <= end.first < _MAX_PLACE:
-        raise Refusal(Reason.TIME, f"takes a part of the time axis that ends at element {end.first}")
+    if end is None or not end.is_same or not 0 <= end.first < _MAX_PLACE:
+        return
+    if begin in (None, (0, 0)) and end.first + time.start > time.per:
+        clause = f"takes the first {end.first} elements of the time axis, of which the first step brings {time.per}"
+        raise Refusal(Reason.BEGINNING, clause)
+    raise Refusal(Reason.TIME, f"takes a part of the time axis that ends at element {end.first}")
 
 
 def _counted(place: Pair, whole: Pair) -> Pair:
