@@ -17,7 +17,7 @@ from types import FrameType
 import pytest
 
 from stepwell._admin.record_file import CHECKSUM_BYTES
-from stepwell_server.errors import Unavailable
+from stepwell_server.errors import ServerError, Unavailable
 from stepwell_server.store.access.log_queue import LogQueue
 from stepwell_server.store.base import ALL_KEPT, SMALL, Answer, Batch, LogWrite, LogWriter, Store, Write
 from stepwell_server.store.disk.store import DiskStore
@@ -40,7 +40,7 @@ from support.stores.disk_store import (
 )
 
 SIZE = 1 << 16
-MAX_CALLS = 32
+MAX_CALLS = 27
 """Of Python functions, from a lone change to the writer. Lower it with every change that needs fewer."""
 
 
@@ -248,6 +248,21 @@ async def test_known_records_that_the_log_refuses_are_built_and_committed(
     assert built == [1]
     assert in_lmdb(served.local) == {"a": 1}
     assert await served.store.end_commits(WAIT_S)
+
+
+async def test_a_change_that_fails_before_the_log_has_it_leaves_the_session_as_it_was(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served(opened(path, "sync"))
+    begin(served.local, "a")
+    assert await served.change("a", 1) is ALL_KEPT
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "sealed", lambda _self, _puts: 1 / 0, raising=False)
+        assert isinstance(await served.change("a", 2), ServerError)
+    assert revisions(opened(crash_copy(served.local), "sync")) == {"a": 1}
+    assert await served.change("a", 2) is ALL_KEPT
+    assert await served.store.end_commits(WAIT_S)
+    assert revisions(killed(served.local, "sync")) == {"a": 2}
 
 
 async def test_segments_rotate_while_changes_are_appended(path: Path) -> None:

@@ -165,8 +165,9 @@ class LocalWrites:
 
     def _built(self, write: Write) -> Sequence[tuple[str, RecordBytes]] | None:
         """Build a write for the log; None: it failed, and has the error."""
-        started = time.perf_counter()
         puts = write.puts
+        # a small one whose records are known costs too little to learn from
+        started = time.perf_counter() if puts is None or write.size > SMALL else None
         if puts is None:
             write.make()
             if write.error is not None:
@@ -177,7 +178,8 @@ class LocalWrites:
         except Exception as error:
             fail([write], error)
             return None
-        self._cost.learn(write.size, time.perf_counter() - started)
+        if started is not None:
+            self._cost.learn(write.size, time.perf_counter() - started)
         return puts
 
     def _commit(self, writes: Sequence[Write]) -> bool:

@@ -104,7 +104,7 @@ class LogQueue:
         return len(self._begun) < count
 
     def _end(self, group: _Group, error: Exception | None, seconds: float) -> None:
-        changes = [change for change, _ in group.changes]
+        changes = _changes_of(group.changes)
         try:
             is_kept = self._store.end_append(group.write, error, seconds)
         except Exception as problem:
@@ -125,17 +125,20 @@ class LogQueue:
         ):
             before = begun[-1].write if begun else None
             group, size = self._take()
-            changes = [change for change, _ in group]
+            first, puts = group[0]
+            is_one = len(group) == 1  # the common case, which takes as few calls as it can
             if self._is_stopped:
-                self._refused(changes)
+                self._refused(_changes_of(group))
                 continue
             try:
                 self._writer = self._writer or self._store.new_writer(self.settle)
-                write = self._store.begin_append([puts for _, puts in group], before)
+                parts = (puts,) if is_one else [puts for _, puts in group]
+                write = self._store.begin_append(parts, before)
             except OSError:  # the process has too many open files for a writer
-                self._refused(changes)
+                self._refused(_changes_of(group))
                 continue
             except Exception as error:
+                changes = _changes_of(group)
                 fail(changes, error)
                 self._ended += changes
                 asyncio.get_running_loop().call_soon(self._report)
@@ -143,12 +146,14 @@ class LogQueue:
             if write is not None:
                 begun.append(_Group(write, group, self._was_small, size))
                 # one that only makes room keeps nothing
-                steps = [one for change in changes for one in change.steps] if write.count else ()
+                steps: Sequence[object] = ()
+                if write.count:
+                    steps = first.steps if is_one else [one for change, _ in group for one in change.steps]
                 self._writer.begin(write, steps)
                 if before is not None:
                     return
             elif before is None:
-                self._refused(changes)
+                self._refused(_changes_of(group))
             else:  # once that one has ended, there may be room
                 self._put_back(group, is_small=self._was_small)
                 return
@@ -184,7 +189,10 @@ class LogQueue:
         self._was_small = bool(self._small) and not (self._large and was_small)
         waiting = self._small if self._was_small else self._large
         group = [waiting.popleft()]
-        count, size = len(group[0][1]), _size(group[0][1])
+        size = _size(group[0][1])
+        if not waiting:
+            return group, size
+        count = len(group[0][1])
         while waiting and count + len(waiting[0][1]) <= MAX_RECORDS:
             added = _size(waiting[0][1])
             if size + added > MAX_BYTES:
@@ -197,6 +205,10 @@ class LogQueue:
         ended, self._ended = self._ended, []
         if ended:
             self._done(ended)
+
+
+def _changes_of(group: Sequence[tuple[Write, _Puts]]) -> list[Write]:
+    return [change for change, _ in group]
 
 
 def _size(puts: _Puts) -> int:

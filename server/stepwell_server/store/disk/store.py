@@ -155,7 +155,8 @@ class DiskStore(LocalStore):
             return None
         try:
             self._base.files.require()
-            return wal.begin([own for part in parts for own in _parts(part)], after)
+            own = _parts(parts[0]) if len(parts) == 1 else [one for part in parts for one in _parts(part)]
+            return wal.begin(own, after)
         except (Unavailable, OSError) as error:
             self._warn(_NOT_LOGGED, error)
             return None
