@@ -13,11 +13,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from stepwell._admin.record_file import CHECKSUM_BYTES
+from stepwell_server.core.cost import Cost
 from stepwell_server.errors import ServerError, Unavailable
+from stepwell_server.store.access.local_writes import MAX_BUILT_HERE
 from stepwell_server.store.access.log_queue import LogQueue
 from stepwell_server.store.base import ALL_KEPT, SMALL, Answer, Batch, LogWrite, LogWriter, Store, Write
 from stepwell_server.store.disk.store import DiskStore
@@ -233,6 +236,36 @@ def noted_calls(calls: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+async def test_known_records_of_a_large_change_go_to_the_log_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's thread gets those that must be built, or whose sealing takes long."""
+    served, built = Served(opened(path, "sync")), list[int]()
+    begin(served.local, "a")
+    assert await served.change("a", 1) is ALL_KEPT  # the log's thread runs
+    begun = list[LogWrite]()
+    begin_append = DiskStore.begin_append
+
+    def noted(store: DiskStore, *arguments: Any) -> LogWrite | None:
+        write = begin_append(store, *arguments)
+        begun.extend([] if write is None else [write])
+        return write
+
+    monkeypatch.setattr(DiskStore, "begin_append", noted)
+    for revision, seconds, is_at_once in ((2, 1e-4, True), (3, 1.0, False)):
+        monkeypatch.setattr(Cost, "of", lambda _self, _count, seconds=seconds: seconds)
+        later: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        write = _written("a", revision, built, later.set_result)
+        write.size = MAX_BUILT_HERE + 1
+        before = len(begun)
+        assert served.store.commit(write) is None
+        assert len(begun) - before == is_at_once
+        assert await asyncio.wait_for(later, WAIT_S) is ALL_KEPT
+    assert not built
+    assert await served.store.end_commits(WAIT_S)
+    assert revisions(killed(served.local, "sync")) == {"a": 3}
 
 
 async def test_known_records_that_the_log_refuses_are_built_and_committed(

@@ -116,7 +116,8 @@ class LocalWrites:
         store = self._store
         write.is_for_log = write.is_change and store.has_log and store.waits_for_disk
         is_costly = write.size > SMALL and self._cost.of(write.size) > COMMIT_IN_PLACE_S
-        if write.size <= MAX_BUILT_HERE and not is_costly:
+        is_built = write.puts is not None and write.is_for_log
+        if (is_built or write.size <= MAX_BUILT_HERE) and not is_costly:
             if not write.is_for_log:
                 write.make()
             elif (puts := self._built(write)) is not None:
