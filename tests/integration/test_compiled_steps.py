@@ -28,6 +28,7 @@ from stepwell_server.engine.watches.events import Wanted
 from stepwell_server.errors import Unavailable
 from stepwell_server.metrics.observer import PrometheusObserver
 from stepwell_server.program import Program
+from stepwell_server.rpc.fronts.arrivals import LARGE
 from stepwell_server.rpc.fronts.base import StepColumns
 from stepwell_server.rpc.server import RpcServer
 from stepwell_server.rpc.steps.columns import ColumnSteps
@@ -36,7 +37,7 @@ from stepwell_server.store.disk.wal import writers
 from stepwell_server.store.record import HEADER, decode_header, is_sound
 from support.engine.catalog_on_engine import FakeLoads, live_models
 from support.engine.fake_executor import BAD, BROKEN, PLAIN, RICH, RINGS, with_windows
-from support.engine.harness import STORES, Harness, running
+from support.engine.harness import STORES, FixedCost, Harness, running
 from support.engine.versions import weights
 from support.peers.wire import tensor
 from support.rpc.no_figures import no_figures
@@ -274,6 +275,73 @@ async def test_compiled_code_and_numpy_agree(
     assert runs == list(case.compiled)
     spied(monkeypatch, lambda _self, _batch, _columns: False)
     assert compiled == await played(case)
+
+
+def large_frames() -> list[pb.StepFrame]:
+    """Steps of a group, then of the same sessions in another order, and one that names a session twice."""
+    names = [f"s{number}" for number in range(LARGE)]
+    shuffled = [str(name) for name in _rng.permutation(names)]
+    count = len(names)
+    return [
+        frame(names, x(count)),
+        frame(names, x(count), request_ids=range(1, count + 1), expected_revisions=[1] * count),
+        frame(shuffled, x(count)),
+        frame([*shuffled[1:], shuffled[1]], x(count)),
+    ]
+
+
+async def group_played(frames: Sequence[pb.StepFrame]) -> tuple[list[bytes], list[bytes]]:
+    """The answers to frames of a large group, and the states of its sessions afterwards."""
+    async with served() as (at, stub):
+        names = list(frames[0].session_ids)
+        await at.open(*names)
+        stream = stub.StepStream()
+        answers = list[bytes]()
+        for number, step in enumerate(frames, 1):
+            await stream.write(pb.StepStreamRequest(frame_id=number, step=step))
+            while not (part := await stream.read()).last:
+                answers.append(part.SerializeToString(deterministic=True))
+            answers.append(part.SerializeToString(deterministic=True))
+        await stream.done_writing()
+        states = [array.tobytes() for name in names for array in (await at.state(name)).values()]
+        if STORES.kind != "memory":
+            states += [stored(at.store, name) for name in names]
+        return answers, states
+
+
+async def test_a_large_group_runs_in_compiled_code(
+    store_kind: str, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = large_frames()
+    compiled = await group_played(frames)
+    assert runs == [True, True, True, False]
+    spied(monkeypatch, lambda _self, _batch, _columns: False)
+    assert compiled == await group_played(frames)
+
+
+async def test_a_longer_frame_runs_at_once_while_nobody_else_is_active(runs: list[bool]) -> None:
+    async with served() as (at, stub):
+        await at.open("a", "b", "c", "d")
+        stream = stub.StepStream()
+
+        async def sent(seconds: float) -> None:
+            for model in at.internals.models:
+                model.cost = FixedCost(seconds, 2)
+            await stream.write(pb.StepStreamRequest(frame_id=1, step=frame(["a", "b"], x(2))))
+            assert not (await stream.read()).errors
+
+        at.clock.advance(1)
+        await sent(0.7e-3)
+        await sent(0.9e-3)
+        assert runs == [True, False], "beyond 0.8 ms a pass on threads is faster"
+        at.clock.advance(1)
+        await sent(0.3e-3)
+        await at.submit(["c", "d"], x=x(2), connection="another").all()
+        await sent(0.7e-3)
+        assert runs[2:] == [True, False], "another one would wait for it"
+        await sent(0.3e-3)
+        assert runs[4:] == [True]
+        await stream.done_writing()
 
 
 def random_frames(seed: int) -> list[pb.StepFrame]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from stepwell_server.core.callers import Caller
 from stepwell_server.core.namespaces import SEPARATOR, inner, prefix_of
+from stepwell_server.core.scheduler import Source, source_of
 from stepwell_server.core.slots import Rows
 from stepwell_server.engine.types import U64, Array, Mask, Members, Tensors
 from stepwell_server.errors import ServerError
@@ -136,6 +137,13 @@ class StepBatch:
     caller: Caller | None
     """The caller of all of them; None: there are several."""
     new_kernel: NewKernel
+
+    @property
+    def only_source(self) -> Source | None:
+        """The source of all of them; None: there are several."""
+        if self.caller is None or len(self.connections) > 1:
+            return None
+        return source_of(self.caller, self.connections[0])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepwell_server.core.exactly_once import WEIGHTS, Kind
-from stepwell_server.core.scheduler import Source, source_of
+from stepwell_server.core.scheduler import Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.engine.api import (
     OnFailed,
@@ -79,7 +79,7 @@ class CompiledSteps:
             fail: Called if it must be answered with an error. Otherwise compiled code answers it once the store has it.
         """
         model, direct, count = self.model, self._direct, batch.size
-        if self._declines or count * self._reply_bytes > room or not direct.may_run(count):
+        if self._declines or count * self._reply_bytes > room or not direct.may_run(count, batch):
             return False
         started = self._clock.monotonic()
         source = None
@@ -156,12 +156,11 @@ class CompiledSteps:
         self._direct.observer.stepped(self.model.name, batch.first_id, batch.size, now - started, now)
 
     def _source(self, batch: StepBatch, now: float) -> Source | None:
-        connections, only = batch.connections, None
-        if len(connections) == 1:
-            if batch.caller is None:
-                return None
-            only = source_of(batch.caller, connections[0])
-        return self._direct.fair_source(only, len(connections) == batch.size, batch.size, now)
+        only, connections = batch.only_source, batch.connections
+        if only is None and len(connections) == 1:
+            return None
+        has_one_of_each = only is None and len(connections) == batch.size
+        return self._direct.fair_source(only, has_one_of_each, batch.size, now)
 
     def _attached(self, batch: StepBatch) -> StepKernel:
         """The compiled code with the present columns of the table."""

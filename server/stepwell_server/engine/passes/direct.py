@@ -19,7 +19,7 @@ from stepwell_server.core.exactly_once import ANY_REVISION, applies, judge
 from stepwell_server.core.scheduler import ACTIVE_S, ALL_CALLERS, Source
 from stepwell_server.core.sessions import Handles, SessionTable
 from stepwell_server.core.slots import Rows
-from stepwell_server.engine.api import Observer, Select
+from stepwell_server.engine.api import Observer, Select, StepBatch
 from stepwell_server.engine.change import NO_STATES, Change, Reply, SimpleOrigin
 from stepwell_server.engine.commit.committer import Committer
 from stepwell_server.engine.commit.group_commit import GroupCommit
@@ -101,8 +101,8 @@ class Direct:
             work.used(self.clock.monotonic() - began)
         return has_run
 
-    def may_run(self, count: int, change: Change | None = None) -> bool:
-        """Whether a run of this many rows may be on the event loop now. `change`: their change, if any."""
+    def may_run(self, count: int, change: Change | StepBatch) -> bool:
+        """Whether a run of this many rows may be on the event loop now."""
         model = self._model
         if self._lane.is_on_thread or self._commits.is_full or model.work.must_wait:
             return False
@@ -168,7 +168,7 @@ class Direct:
         if started >= ready.contended_until:  # a pass through jobs, which now run too, has another fixed cost
             model.iteration_cost.learn(count, ended - started)
 
-    def _is_short(self, change: Change | None, count: int) -> bool:
+    def _is_short(self, change: Change | StepBatch, count: int) -> bool:
         """Whether nothing waits that so many rows may not overtake, and their run may be on the event loop."""
         model = self._model
         if count > model.max_batch_rows:
@@ -178,7 +178,7 @@ class Direct:
         seconds = model.cost.one_s if count == 1 else model.cost.of(count)
         if seconds <= IN_PLACE_S:
             return True
-        if seconds > _ALONE_S or change is None or change.only_source is None:
+        if seconds > _ALONE_S or change.only_source is None:
             return False
         now = self.clock.monotonic()
         return model.work.is_alone(now) and not model.ready.is_contended(now)

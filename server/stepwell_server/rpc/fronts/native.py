@@ -25,7 +25,7 @@ from stepwell_server.engine.types import U64, Array, Members
 from stepwell_server.errors import ServerError
 from stepwell_server.logs import Log
 from stepwell_server.program import TensorSpec, dtype_of
-from stepwell_server.rpc.fronts.arrivals import LARGE, Arrivals, Kind
+from stepwell_server.rpc.fronts.arrivals import Arrivals, Kind
 from stepwell_server.rpc.fronts.base import (
     F64,
     SECONDS,
@@ -518,12 +518,10 @@ class NativeFront:
     def _do(self, arrival: tuple[Any, ...]) -> None:
         tag = arrival[0]
         if tag == _BATCH:
-            _, handle, size, messages, first_id, peers, whos, has_one_caller = arrival
+            _, handle, size, _, first_id, peers, whos, has_one_caller = arrival
             caller = (ANYBODY if whos is None else whos[0]) if has_one_caller else None
-            # a large group that is stepped again is recognized as columns, which costs less than to look its ids up
-            is_group = messages == 1 and size >= LARGE
             batch = StepBatch(handle, size, first_id, peers, caller, _new_kernel)
-            if not is_group and self._steps.run(batch, lambda: _columns_of(handle, *handle.columns())):
+            if self._steps.run(batch, lambda: _columns_of(handle, *handle.columns())):
                 return
             self._has_new = True
             rest = self._steps.take(_columns_of(handle, *handle.columns()))
