@@ -128,3 +128,33 @@ def test_a_tensor_may_be_several_results_and_an_input() -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_only_models_that_may_run_loops_are_traced_for_those(
+    keras: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepwell_server.compile.causality import cut
+    from stepwell_server.compile.graph.interface import describe
+    from support.models.odd_layers import Apply
+
+    traced = list[int]()
+    original = cut._cut
+
+    def noted(interface: Any, temporal: Any, scale: Any, *args: Any, **options: Any) -> Any:
+        traced.append(scale.steps)
+        return original(interface, temporal, scale, *args, **options)
+
+    monkeypatch.setattr(cut, "_cut", noted)
+    x = keras.Input((None, 3))
+    both = [scale.steps for scale in cut.SCALES[0].both]
+    layers: list[tuple[Any, bool]] = [
+        (keras.layers.LSTM(2, return_sequences=True), False),
+        (keras.layers.TimeDistributed(keras.layers.Dense(2)), False),
+        (lambda x: keras.ops.cast(x, "float16"), True),
+        (keras.layers.Lambda(lambda x: 2 * x), True),
+        (Apply("cumulative_sum", 1), True),
+    ]
+    for layer, may_loop in layers:
+        traced.clear()
+        cut.cut(describe(keras.Model(x, layer(x))), [True])
+        assert traced == [cut._SMALL[0].steps] * may_loop + both

@@ -28,7 +28,7 @@ from stepwell_server.compile.graph.interface import Interface
 from stepwell_server.compile.graph.overlap import shifted_frames
 from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
-from stepwell_server.compile.graph.watch import all_operations, recurrent_layers
+from stepwell_server.compile.graph.watch import all_operations, is_of_keras_only, recurrent_layers
 
 #: Primes, larger than the likely reach of any layer. Behavior that changes beyond some length differs between the two
 #: traces or, below the first length, between samples of one and of at least `evidence.STEPS` time steps. So those must be
@@ -51,6 +51,8 @@ _FEWEST = 11
 #: A loop over another axis than the sequence stays in the graph. If it is longer than this, it stays only if it has the
 #: same length in both traces: a loop over a part of the sequence would create a thousand copies of a cell.
 _SHORT = 16
+#: The module of Keras with the operations that take functions, such as `keras.ops.scan`.
+_OF_FUNCTIONS = "keras.src.ops.core"
 _COMPARISONS = {"Equal", "NotEqual", "Less", "LessEqual", "Greater", "GreaterEqual", "Maximum", "Minimum"}
 _GATHERS = {"GatherV2", "ResourceGather"}
 _PLACED = {"Pad", "PadV2", "Slice", "StridedSlice"}
@@ -363,7 +365,15 @@ def cut_far(interface: Interface, cuts: Cuts, scale: Scale) -> Cuts:
 
 
 def _refuse_loops(interface: Interface, temporal: Sequence[bool]) -> None:
-    """Refuse a model that creates operations per time step, before it does so for thousands of them."""
+    """Refuse a model that creates operations per time step, before it does so for thousands of them.
+
+    Keras's own layers create none: those with loops over time are replaced in the trace. Only their operations that take
+    functions may, and pieces of a sequence.
+    """
+    if is_of_keras_only(interface.model) and not any(
+        type(operation).__module__ == _OF_FUNCTIONS for operation in all_operations(interface.model)
+    ):
+        return
     try:
         one = _cut(interface, temporal, _SMALL[0])[0]
         if not _may_loop(one):

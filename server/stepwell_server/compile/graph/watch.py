@@ -15,6 +15,8 @@ from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 
 Array = npt.NDArray[np.generic]
+#: Keras layers that run foreign code.
+_FOREIGN = (keras.layers.Lambda, keras.layers.TFSMLayer, keras.layers.JaxLayer, keras.layers.FlaxLayer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,14 @@ def all_operations(model: Any) -> list[Any]:
 
     walk(model)
     return [item for item in found.values() if not isinstance(item, keras.layers.InputLayer)]
+
+
+def is_of_keras_only(model: Any) -> bool:
+    """Whether a model consists only of Keras's own layers and operations, and none of them runs foreign code."""
+    return all(
+        type(operation).__module__.startswith("keras.src.") and not isinstance(operation, _FOREIGN)
+        for operation in (model, *all_operations(model))
+    )
 
 
 def _free(path: str, taken: dict[str, Any]) -> str:

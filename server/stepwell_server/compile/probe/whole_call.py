@@ -22,11 +22,9 @@ from stepwell_server.compile.graph.patch import attribute, relaxed
 from stepwell_server.compile.graph.samples import Array, Sampler
 from stepwell_server.compile.graph.scopes import named
 from stepwell_server.compile.graph.tensorflow_setup import keras, tf
-from stepwell_server.compile.graph.watch import all_operations, plain, recurrent_layers
+from stepwell_server.compile.graph.watch import all_operations, is_of_keras_only, plain, recurrent_layers
 from stepwell_server.compile.probe.sequences import ROUNDINGS, added_roundings, rounding
 
-#: Keras layers that run foreign code.
-_FOREIGN = (keras.layers.Lambda, keras.layers.TFSMLayer, keras.layers.JaxLayer, keras.layers.FlaxLayer)
 #: Relative to the largest value: the same operations in another mode may round differently.
 _SAME = 1e-5
 #: Odd numbers: the top bit of a product depends on all bits of the other factor.
@@ -229,10 +227,8 @@ def refuse_training(sampler: Sampler, temporal: Sequence[bool], steps: int) -> N
 
 def has_no_modes(model: Any) -> bool:
     """Whether a model consists only of Keras's own layers, and none of them runs in training mode."""
-    return all(
-        type(operation).__module__.startswith("keras.src.")
-        and not isinstance(operation, _FOREIGN)
-        and not _trains_by_itself(operation)
+    return is_of_keras_only(model) and all(
+        not _trains_by_itself(operation)
         and not (
             isinstance(operation, keras.Layer) and any(map(_has_mode_argument, operation._inbound_nodes))
         )
