@@ -658,6 +658,13 @@ def _squeezed(keras: Any, x: Any) -> Any:
     return keras.layers.Multiply()([y, keras.layers.Dense(4, activation="sigmoid")(y)])
 
 
+def _nodes_of_a_graph(keras: Any, x: Any) -> Any:
+    """Nodes that take from their neighbours, with the constant before the data."""
+    joined = keras.ops.convert_to_tensor([[0.5, 0.2, 0.0], [0.3, 0.5, 0.1], [0.0, 0.6, 0.4]], "float32")
+    y = keras.layers.Dense(3, activation="relu")(keras.ops.einsum("ij,btjf->btif", joined, x))
+    return _conv(keras, keras.layers.Reshape((-1, 9))(keras.ops.einsum("ij,btjf->btfi", joined, y)))
+
+
 _add("tcn", _tcn)
 _add("wavenet", _wavenet)
 _add("keyword_spotter", _spotter)
@@ -669,6 +676,7 @@ _add("behind_a_mask", _masked)
 _add("lstm_inside_a_step", lambda k, x: _conv(k, k.layers.TimeDistributed(k.layers.LSTM(3))(x)), (5, 2))
 _add("two_outputs", _two_outputs)
 _add("squeeze_and_excite", _squeezed)
+_add("nodes_of_a_graph", _nodes_of_a_graph, (3, 2))
 
 for _name, (_layers, _features) in SPEECH.items():
     _add(_name, _layers, _features)

@@ -18,11 +18,15 @@ def rewritten(frozen: Any) -> Any:
 
     LiteRT computes softplus as log(1 + exp(x)), which is infinite from 89 on. It is replaced by max(x, 0) + log(1 +
     exp(-|x|)), which is equal but does not overflow.
+
+    A product whose first factor is a constant, such as how the nodes of a graph are joined, becomes a size that LiteRT does
+    not read. The constant is put behind the data.
     """
     graph = frozen.graph.as_graph_def()
+    products = _constant_products(frozen)
     functions = [node for function in graph.library.function for node in function.node_def]
     quotients = exact_quotients(graph, frozenset(x.op.name for x in frozen.outputs))
-    if not quotients and not any(
+    if not (quotients or products) and not any(
         node.op == "Softplus" or _GRADIENT in node.attr for node in (*graph.node, *functions)
     ):
         return frozen
@@ -31,10 +35,32 @@ def rewritten(frozen: Any) -> Any:
     changed = graph_pb2.GraphDef(versions=graph.versions, library=graph.library)
     for node in graph.node:
         node.attr.pop(_GRADIENT, None)
+        if node.name in products:
+            _swap(node)
         changed.node.extend(_softplus(node) if node.op == "Softplus" else quotients.get(node.name, [node]))
     return wrap_function.function_from_graph_def(
         changed, [x.name for x in frozen.inputs], [x.name for x in frozen.outputs]
     )
+
+
+def _constant_products(frozen: Any) -> set[str]:
+    """Return the names of products (Einsum) of a constant and of data, in this order."""
+    data, found = set[str](), set[str]()
+    for op in frozen.graph.get_operations():
+        on_data = [value.op.name in data for value in op.inputs]
+        if op.type == "Placeholder" or any(on_data):
+            data.add(op.name)
+        if op.type == "Einsum" and on_data == [False, True]:
+            found.add(op.name)
+    return found
+
+
+def _swap(node: Any) -> None:
+    first, second, *rest = node.input
+    node.input[:] = [second, first, *rest]
+    terms, arrow, result = node.attr["equation"].s.decode().partition("->")
+    one, other = terms.split(",")
+    node.attr["equation"].s = f"{other},{one}{arrow}{result}".encode()
 
 
 def _softplus(node: Any) -> list[Any]:
