@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
+
+# First of all, so that TensorFlow has one thread: the generator below starts it.
+from stepwell_server.compile.graph.tensorflow_setup import keras, tf
 
 Kind = Callable[["Apply", Any], Any]
 KINDS: dict[str, Kind] = {}
