@@ -245,17 +245,22 @@ def test_loads_a_version_and_makes_it_the_default(
     browser: Browser, server: ConsoleServer, client: stepwell.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEPWELL_TOKEN", server.tokens["admin"])
+    client.open_session("seq", session_id=new_id())  # without a session the previous default is unloaded soon
     with opened(browser, server, "/models", caller="admin") as console:
 
-        def versions() -> dict[str, str]:
+        def wait_for_versions(*labels: tuple[str, str]) -> None:
             rows = console.page.get_by_role("table", name="Versions of seq").get_by_role("row")
-            texts = [row.get_by_role("cell").all_inner_texts() for row in rows.all()[1:]]
-            return {cells[0]: cells[2] for cells in texts}
+            expect(rows).to_have_count(1 + len(labels))
+            for at, (version, label) in enumerate(labels, 1):
+                cells = rows.nth(at).get_by_role("cell")
+                expect(cells.nth(0)).to_have_text(version)
+                expect(cells.nth(2)).to_have_text(label)
 
         load, unload = Action(console, "Load a model version"), Action(console, "Unload a version of seq")
         default, label = Action(console, "Set the default of seq"), Action(console, "Set a label of seq")
         load.form.get_by_label("Path of a").fill(str(retrained().path))
         load.form.get_by_role("checkbox", name="Make it the default").uncheck()
+        console.page.get_by_role("heading", name="seq", exact=True).wait_for()
         console.unfold()
         for number, language in enumerate((*LANGUAGES, None), 2):
             if language is None:
@@ -265,8 +270,9 @@ def test_loads_a_version_and_makes_it_the_default(
                 console.page.get_by_role("button", name="Refresh").click()
                 unload.form.get_by_role("combobox", name="Version").select_option(str(number))
                 unload.do("Unload", f"Unloaded seq@{number}.", confirm=True)
-        assert list(versions()) == ["1 (default)", "4"]
+        wait_for_versions(("1 (default)", NONE), ("4", NONE))
         default.do("Set the default", "The default of seq is 4", confirm=True)
+        wait_for_versions(("1", NONE), ("4 (default)", NONE))
         label.form.get_by_label("Label", exact=True).fill("canary")
         label.do("Set the label", "seq:canary is version 4.")
         for language, version in zip(LANGUAGES, ("1", "4"), strict=True):
@@ -274,7 +280,7 @@ def test_loads_a_version_and_makes_it_the_default(
             run(language, default)
             console.page.get_by_role("button", name="Refresh").click()
             console.page.get_by_role("cell", name=f"{version} (default)").wait_for()
-        assert versions() == {"1": NONE, "4 (default)": "canary"}
+        wait_for_versions(("1", NONE), ("4 (default)", "canary"))
 
 
 def test_opens_a_session(browser: Browser, server: ConsoleServer, client: stepwell.Client) -> None:
