@@ -520,8 +520,8 @@ class Cluster:
     def begin_move(self, source: Valkey, target: Valkey, key: str) -> int:
         """Begin to move the slot of a key as `valkey-cli --cluster reshard` does; that slot."""
         slot = int(source.ask("CLUSTER", "KEYSLOT", key))
-        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.ask("CLUSTER", "MYID"))
-        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.ask("CLUSTER", "MYID"))
+        self._set_slot(target, slot, "IMPORTING", source)
+        self._set_slot(source, slot, "MIGRATING", target)
         return slot
 
     def end_move(self, source: Valkey, target: Valkey, slot: int) -> None:
@@ -529,13 +529,17 @@ class Cluster:
         while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 3):
             migrate(source, target, *keys)
         for node in (target, source, *self.primaries):
-            words = ("CLUSTER", "SETSLOT", slot, "NODE", target.ask("CLUSTER", "MYID"))
-            # it waits for its replicas two seconds: a busy machine can take longer
-            until(functools.partial(_accepts, node, "NOREPLICAS", *words), "no replica answers", node.log)
+            self._set_slot(node, slot, "NODE", target)
 
     def move_slot(self, source: Valkey, target: Valkey, key: str) -> None:
         """Move the slot of a key."""
         self.end_move(source, target, self.begin_move(source, target, key))
+
+    @staticmethod
+    def _set_slot(node: Valkey, slot: int, word: str, other: Valkey) -> None:
+        """Set a slot's state. A node waits for its replicas two seconds: a busy machine or disk can take longer."""
+        words = ("CLUSTER", "SETSLOT", slot, word, other.ask("CLUSTER", "MYID"))
+        until(functools.partial(_accepts, node, "NOREPLICAS", *words), "no replica answers", node.log)
 
     def wait_ok(self) -> None:
         """Wait until every running node reports a healthy cluster."""
