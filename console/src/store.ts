@@ -10,9 +10,15 @@ export const figures = signal<ServerEvent | null>(null);
 /** A message at the top of the page, for people. */
 export const notice = signal<{text: string; isError: boolean} | null>(null);
 
-/** Read the models again. */
+let asked = 0;
+let shown = 0;
+
+/** Read the models again. An answer that comes after that of a later call is dropped: it is older. */
 export async function loadModels(): Promise<void> {
+  const own = ++asked;
   const found = await call<{models?: Model[]; server?: ServerIdentity}>("GET", "v1/models");
+  if (own < shown) return;
+  shown = own;
   models.value = found.models ?? [];
   server.value = found.server ?? {};
 }

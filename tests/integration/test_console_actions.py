@@ -283,6 +283,25 @@ def test_loads_a_version_and_makes_it_the_default(
         wait_for_versions(("1", NONE), ("4 (default)", "canary"))
 
 
+def test_a_late_answer_hides_no_newer_one(browser: Browser, server: ConsoleServer) -> None:
+    with opened(browser, server, "/models", caller="admin") as console:
+        page, held = console.page, list[Any]()
+        page.get_by_role("heading", name="seq", exact=True).wait_for()
+        page.route("**/v1/models", lambda route: held.append(route))  # noqa: PLW0108 - it looks at the signature
+        for _ in range(2):
+            page.get_by_role("button", name="Refresh").click()
+        console.tab.wait_until(lambda: len(held) == 2)
+        older, newer = held
+        answer = newer.fetch().json()
+        answer["models"][0]["name"] = "newer"
+        newer.fulfill(json=answer)
+        page.get_by_role("heading", name="newer", exact=True).wait_for()
+        older.continue_()
+        console.tab.wait_until(lambda: "/v1/models" not in console.tab.open_paths())
+        console.tab.check()
+        assert page.get_by_role("heading", name="newer", exact=True).is_visible()
+
+
 def test_opens_a_session(browser: Browser, server: ConsoleServer, client: stepwell.Client) -> None:
     with opened(browser, server, "/sessions") as console:
         console.unfold()

@@ -151,12 +151,10 @@ const MOST_REPLICAS = 50;
 
 function Replicas({now, activity}: {now: ServerEvent; activity: ServerActivity}) {
   const all = activity.replicas ?? [];
-  const isCalm = (one: {id?: string; state?: ReplicaState}) =>
-    one.state === "REPLICA_STATE_READY" && one.id !== activity.id;
+  const rank = (one: {id?: string; state?: ReplicaState}) =>
+    one.id === activity.id ? 0 : one.state === "REPLICA_STATE_READY" ? 2 : 1;
   const shown =
-    all.length > MOST_REPLICAS
-      ? [...all.filter((one) => !isCalm(one)), ...all.filter(isCalm)].slice(0, MOST_REPLICAS)
-      : all;
+    all.length > MOST_REPLICAS ? [...all].sort((a, b) => rank(a) - rank(b)).slice(0, MOST_REPLICAS) : all;
   // by the server's clock: the browser's may be wrong
   const time = now.time ? Date.parse(now.time) : Date.now();
   return (
