@@ -313,6 +313,18 @@ REFUSED: dict[str, tuple[causal.Layers, str]] = {
         causal.apply("rolled_around", 2),
         r"'rolled_around' \(Apply\) .* it shifts the time axis around its end, and uses what then comes first; use",
     ),
+    **{
+        f"{kind} with a choice": (
+            causal.apply(kind, 3),
+            rf"'{kind}' \(Apply\) .* it shifts the time axis around its end, and uses what then comes first; use",
+        )
+        for kind in (
+            "rolled_where_too_few",
+            "rolled_where_late",
+            "rolled_where_large",
+            "rolled_on_both_sides",
+        )
+    },
     "later values mirrored in front": (
         lambda k, x: k.layers.Conv1D(2, 3, name="conv")(k.ops.pad(x, ((0, 0), (2, 0), (0, 0)), "symmetric")),
         r"'pad\w*' \(Pad\) .*pads the time axis; use",

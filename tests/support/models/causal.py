@@ -582,6 +582,8 @@ _add("lag_from_the_first", apply("lag_from_the_first", 5))
 _add("frames_from_the_first", apply("frames_from_the_first", 4))
 _add("mirrored", apply("mirrored"))
 _add("rolled", apply("rolled", 3))
+_add("rolled_where", lambda k, x: _conv(k, apply("rolled_where", 3)(k, x)))
+_add("rolled_unless", lambda k, x: _conv(k, apply("rolled_unless", 2)(k, x)))
 for _kind in (
     "scan_of_maxima",
     "smoothed",

@@ -146,6 +146,42 @@ def rolled(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def rolled_where(layer: Apply, x: Any) -> Any:
+    """The same by a choice between the sequence and zeros."""
+    later = ops.roll(x * layer.weight, layer.n, axis=1)
+    return ops.where(_numbers(x) < layer.n, 0.5 * x, later)
+
+
+@kind
+def rolled_unless(layer: Apply, x: Any) -> Any:
+    """The same beside a constant, for more time steps than came from the end."""
+    later = ops.tanh(ops.roll(x, layer.n, axis=1) + layer.weight)
+    return ops.where(_numbers(x) > layer.n, later, 0.25)
+
+
+@kind
+def rolled_where_too_few(layer: Apply, x: Any) -> Any:
+    return ops.where(_numbers(x) < layer.n - 1, 0.0, ops.roll(x * layer.weight, layer.n, axis=1))
+
+
+@kind
+def rolled_where_late(layer: Apply, x: Any) -> Any:
+    return ops.where(_numbers(x) < layer.n, ops.roll(x * layer.weight, layer.n, axis=1), 0.0)
+
+
+@kind
+def rolled_where_large(layer: Apply, x: Any) -> Any:
+    return ops.where(x > 0.0, 0.0, ops.roll(x * layer.weight, layer.n, axis=1))
+
+
+@kind
+def rolled_on_both_sides(layer: Apply, x: Any) -> Any:
+    return (
+        ops.where(_numbers(x) < layer.n, ops.roll(x, 1, axis=1), ops.roll(x, layer.n, axis=1)) * layer.weight
+    )
+
+
+@kind
 def rolled_around(layer: Apply, x: Any) -> Any:
     return x - ops.roll(x, layer.n, axis=1)
 

@@ -38,7 +38,14 @@ from stepwell_server.compile.causality.values import (
     needed_by,
     sizes,
 )
-from stepwell_server.compile.causality.waiting import EARLY, aligned, begins_with, early_values, with_since
+from stepwell_server.compile.causality.waiting import (
+    EARLY,
+    aligned,
+    begins_with,
+    early_values,
+    with_since,
+    without_unknown,
+)
 from stepwell_server.compile.errors import ModelError
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
@@ -630,6 +637,7 @@ class _Frame:
         self, rule: Rule, one: Any, two: Any, inputs: Sequence[_Value], numbers: Mapping[int, Numbered]
     ) -> list[_Value]:
         """Apply a rule; constants that the number of the time step determines are data, which need not wait."""
+        inputs = without_unknown(one.type, inputs, numbers)
         inner, needs = aligned(one.type, inputs, holds=self.walk.holds)
         if numbers:
             others = [(i, value) for i, value in enumerate(inner) if isinstance(value, Data)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from stepwell_server.compile.causality.axes import LostAxisError, Time, elements, moved, placed, time_of
 from stepwell_server.compile.causality.call import Call, Memory, Need
+from stepwell_server.compile.causality.numbers import Numbered
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Before, Const, Data, equal
 
@@ -50,6 +51,28 @@ def aligned(kind: str, inputs: Sequence[Value], *, holds: bool = False) -> tuple
         else:
             found.append(value)
     return found, needs
+
+
+def without_unknown(kind: str, inputs: Sequence[Value], numbers: Mapping[int, Numbered]) -> Sequence[Value]:
+    """Return the inputs of an operation, without unknown values that it never chooses.
+
+    It chooses by the number of the time step: ``where(arange(T) < 2, 0, roll(x, 2, 1))``. Element ``i`` of the numbers
+    stands beside element ``i`` of the values. If those before the first time step are never chosen, any constant may stand
+    for them.
+    """
+    choice = inputs[0] if kind == "SelectV2" and 0 in numbers else None
+    if not isinstance(choice, Const):
+        return inputs
+    place = next(i for i, dim in enumerate(numbers[0].axes) if time_of([dim]))
+    found = list(inputs)
+    for i, is_chosen in ((1, True), (2, False)):
+        value = inputs[i]
+        if isinstance(value, Data) and begins_with(value, Before.UNKNOWN):
+            time = time_of(value.axes)
+            early = range(-time.start if time is not None else 0)
+            if not any(np.any(np.take(array, early, place) == is_chosen) for array in choice.arrays()):
+                found[i] = dataclasses.replace(value, before=Before.CONSTANTS)
+    return found
 
 
 def early_values(call: Call, result: Data, *, is_numbered: bool) -> Before:
