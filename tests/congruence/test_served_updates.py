@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.testing import LocalServer
 from support.models import programs
 from support.servers.both_fronts import needs_native
+from support.servers.fork_server import ForkedServer
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 SESSIONS, FEATURES, UNITS = 1000, 8, 64
@@ -75,7 +75,7 @@ def test_no_step_fails_and_all_are_those_of_keras(front: str) -> None:
     saved = [programs.saved(f"update-{seed}", functools.partial(build, seed), kept=kept) for seed in (1, 2)]
     options = ["--front", front]
     with (
-        LocalServer({"m": saved[0].path}, extra_args=options, cache_dir=programs.cache_dir()) as server,
+        ForkedServer({"m": saved[0].path}, extra_args=options, cache_dir=programs.cache_dir()) as server,
         stepwell.connect(server.address, timeout_s=LIMIT_S) as client,
     ):
         frames = Frames(client.open_sessions("m", SESSIONS))

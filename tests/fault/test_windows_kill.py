@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.testing import LocalServer
 from support.load.replica_faults import pass_s
 from support.models import programs
+from support.servers.fork_server import ForkedServer
 from support.servers.valkey_servers import Cluster, Sentinels, Valkey, migrate
 
 KILLS, SESSIONS = 6, 5
@@ -52,7 +52,7 @@ def test_every_output_is_right_whenever_the_server_is_killed(tmp_path: Path, kin
             extra = ["--store", stack.enter_context(Valkey(append="always")).url()]
         servers = [
             stack.enter_context(
-                LocalServer(
+                ForkedServer(
                     {"m": tmp_path / "model.keras"},
                     data_dir=None if kind == "valkey" else tmp_path / "data",
                     cache_dir=programs.cache_dir(),
@@ -102,7 +102,7 @@ def test_outputs_have_the_same_bits_as_in_memory_while_nodes_of_valkey_change(
     chance, rng = random.Random(f"{kind} {durability}"), np.random.default_rng(33)
     x, at, taken_back = rng.standard_normal((SESSIONS, 3000, 32)).astype(np.float32), [0] * SESSIONS, 0
     server = functools.partial(
-        LocalServer, {"m": tmp_path / "model.keras"}, cache_dir=programs.cache_dir(), start_timeout_s=100
+        ForkedServer, {"m": tmp_path / "model.keras"}, cache_dir=programs.cache_dir(), start_timeout_s=100
     )
     with server() as memory, stepwell.connect(memory.address) as client:
         whole = np.stack([client.open_session("m").step(each[None])[0] for each in x])
@@ -177,7 +177,7 @@ def test_what_a_full_disk_refuses_changes_nothing(tmp_path: Path, durability: st
     chance, rng, at = random.Random(durability), np.random.default_rng(33), [0] * 40
     x = rng.standard_normal((len(at), 400, 32)).astype(np.float32)
     server = functools.partial(
-        LocalServer, {"m": tmp_path / "model.keras"}, cache_dir=programs.cache_dir(), start_timeout_s=100
+        ForkedServer, {"m": tmp_path / "model.keras"}, cache_dir=programs.cache_dir(), start_timeout_s=100
     )
     with server() as memory, stepwell.connect(memory.address) as client:
         whole = client.open_sessions("m", len(at)).step(x)
@@ -228,7 +228,7 @@ def test_what_a_full_disk_refuses_changes_nothing(tmp_path: Path, durability: st
         assert steps(200) == []
 
 
-def limit_files(server: LocalServer, size: int) -> None:
+def limit_files(server: ForkedServer, size: int) -> None:
     assert server.pid is not None
     _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size, hard))

@@ -11,8 +11,8 @@ import pytest
 
 import stepwell
 from stepwell.cli.models import facts
-from stepwell.testing import LocalServer
 from support.models import causal, programs
+from support.servers.fork_server import ForkedServer
 from support.servers.valkey_servers import Valkey
 
 
@@ -20,11 +20,11 @@ def _close(one: Any, other: Any) -> None:
     np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
-def served(name: str, folder: Path) -> tuple[Any, LocalServer]:
+def served(name: str, folder: Path) -> tuple[Any, ForkedServer]:
     """Build a causal model, and a server of it as `m` that keeps sessions on disk."""
     model: Any = causal.build(name)
     model.save(folder / "model.keras")
-    return model, LocalServer(
+    return model, ForkedServer(
         {"m": folder / "model.keras"},
         data_dir=folder / "data",
         cache_dir=programs.cache_dir(),
@@ -120,7 +120,7 @@ def test_a_step_writes_at_most_eight_times_what_it_changes(tmp_path: Path, is_sh
     with ExitStack() as stack:
         valkey = stack.enter_context(Valkey(append="everysec")) if is_shared else None
         server = stack.enter_context(
-            LocalServer(
+            ForkedServer(
                 {"m": tmp_path / "model.keras"},
                 data_dir=None if valkey else tmp_path / "data",
                 cache_dir=programs.cache_dir(),

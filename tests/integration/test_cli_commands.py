@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 import stepwell
 from stepwell.cli import main
-from stepwell.testing import LocalServer
 from support.models import programs
+from support.servers.fork_server import ForkedServer
 
 MODELS = {"forecast": "lstm_dense", "several": "several_inputs_and_outputs"}
 #: Of the server at `address`; it is not the one that most machines take by themselves.
@@ -31,7 +31,7 @@ Run = Callable[..., Result]
 def address() -> Iterator[str]:
     paths = {name: programs.saved(kind).path for name, kind in MODELS.items()}
     options = ["--front", FRONT]
-    with LocalServer(
+    with ForkedServer(
         models=paths, cache_dir=programs.cache_dir(), start_timeout_s=100, extra_args=options
     ) as server:
         yield server.address

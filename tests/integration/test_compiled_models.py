@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 
 import stepwell
 from stepwell.cli import main
-from stepwell.testing import LocalServer
 from stepwell_server import program_file
 from stepwell_server.engine.executors import load_executor, trial
 from support.models import programs
+from support.servers.fork_server import ForkedServer
 
 CACHE = {"STEPWELL_CACHE_DIR": str(programs.cache_dir())}
 
@@ -92,7 +92,7 @@ def test_sessions_go_on_from_the_keras_file_to_the_compiled_one(file: Path, tmp_
     options: dict[str, Any] = {"data_dir": tmp_path, "cache_dir": saved.cache_dir, "start_timeout_s": 100}
 
     with (
-        LocalServer(models={"seq": saved.path}, **options) as server,
+        ForkedServer(models={"seq": saved.path}, **options) as server,
         stepwell.connect(server.address) as client,
     ):
         whole, _ = client.predict("seq", x)
@@ -100,7 +100,7 @@ def test_sessions_go_on_from_the_keras_file_to_the_compiled_one(file: Path, tmp_
         session = client.open_session("seq", session_id="user", batch_size=2)
         first = session.step(x[:, :3])
     models = {"seq": file, "other": other.path}
-    with LocalServer(models=models, **options) as server, stepwell.connect(server.address) as client:
+    with ForkedServer(models=models, **options) as server, stepwell.connect(server.address) as client:
         after = client.model("seq")
         session = client.open_session("seq", session_id="user", batch_size=2)
         assert session.position == 3

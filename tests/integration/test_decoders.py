@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 import stepwell
 from stepwell.cli import main
-from stepwell.testing import LocalServer
 from support.models import decoders, programs
+from support.servers.fork_server import ForkedServer
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +39,7 @@ def test_states_of_a_decoder_are_set_read_forked_and_outlive_a_kill(tmp_path: Pa
     (tmp_path / "m.toml").write_text('[state]\nstate_h = "lstm"\n[initial]\nstate_c = 0.25\n')
     x, h, c = _drawn(2, 12, 5), _drawn(2, 6, seed=2), _drawn(2, 6, seed=3)
     whole, last_h, last_c = (np.asarray(value) for value in model([x, h, c]))
-    server = LocalServer(
+    server = ForkedServer(
         {"m": tmp_path / "m.keras"},
         data_dir=tmp_path / "data",
         cache_dir=programs.cache_dir(),
@@ -80,7 +80,7 @@ def test_a_decoder_gets_new_weights_and_its_sessions_continue(tmp_path: Path) ->
     assert made.exit_code == 0, made.output
     x, zero = _drawn(1, 9, 5), np.zeros((1, 6), np.float32)
     with (
-        LocalServer(
+        ForkedServer(
             {"m": tmp_path / "0.keras"},
             cache_dir=programs.cache_dir(),
             extra_args=["--allow-model-upload"],
@@ -107,7 +107,7 @@ def test_the_page_for_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(models, names)  # noqa: S102  our own documentation
-    with LocalServer({"decoder": tmp_path / "decoder.keras"}, start_timeout_s=100) as server:
+    with ForkedServer({"decoder": tmp_path / "decoder.keras"}, start_timeout_s=100) as server:
         exec(session.replace("127.0.0.1:50051", server.address), names)  # noqa: S102
     exec(loop, names)  # noqa: S102
     assert len(names["answers"]) == 10

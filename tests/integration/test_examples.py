@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import stepwell
-from stepwell.testing import LocalServer
 from stepwell_server.compile.graph.tensorflow_setup import keras
 from support.models import programs
 from support.samples import ALL
+from support.servers.fork_server import ForkedServer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -43,12 +43,12 @@ def models() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def server(models: dict[str, Path]) -> Iterator[LocalServer]:
-    with LocalServer(models, cache_dir=programs.cache_dir(), start_timeout_s=100) as server:
+def server(models: dict[str, Path]) -> Iterator[ForkedServer]:
+    with ForkedServer(models, cache_dir=programs.cache_dir(), start_timeout_s=100) as server:
         yield server
 
 
-def run(example: str, server: LocalServer, folder: Path, *arguments: str) -> str:
+def run(example: str, server: ForkedServer, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, EXAMPLES / example, *arguments],
         cwd=folder,
@@ -62,7 +62,7 @@ def run(example: str, server: LocalServer, folder: Path, *arguments: str) -> str
     return done.stdout
 
 
-def test_quickstart(server: LocalServer, tmp_path: Path) -> None:
+def test_quickstart(server: ForkedServer, tmp_path: Path) -> None:
     said = run("quickstart.py", server, tmp_path)
     assert re.findall(r"^hour (\d): .* °C in an hour$", said, re.MULTILINE) == list("123456789")
     state = stepwell.State.load(tmp_path / "user-42.safetensors")
@@ -70,7 +70,7 @@ def test_quickstart(server: LocalServer, tmp_path: Path) -> None:
 
 
 def test_hidden_state(
-    models: dict[str, Path], server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], server: ForkedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(programs.cache_dir()))
     said = run("hidden_state.py", server, tmp_path, str(models["temperature"]), "made/hidden-state.png")
@@ -79,7 +79,7 @@ def test_hidden_state(
 
 
 @pytest.mark.slow
-def test_async_users(server: LocalServer, tmp_path: Path) -> None:
+def test_async_users(server: ForkedServer, tmp_path: Path) -> None:
     said = run("async_users.py", server, tmp_path)
     assert "200 users came, made 48 steps each and went" in said
     assert "bit for bit" in said
@@ -88,7 +88,7 @@ def test_async_users(server: LocalServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_environments(server: LocalServer, tmp_path: Path) -> None:
+def test_environments(server: ForkedServer, tmp_path: Path) -> None:
     said = run("environments.py", server, tmp_path)
     episodes = re.findall(r"thermostat at (\d+) °C: reward +(-[\d.]+) an hour, (\d+) episodes", said)
     assert [celsius for celsius, _, _ in episodes] == ["10", "17", "20"]
@@ -99,7 +99,7 @@ def test_environments(server: LocalServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_recurrent_policy(server: LocalServer, tmp_path: Path) -> None:
+def test_recurrent_policy(server: ForkedServer, tmp_path: Path) -> None:
     """It learns, and what it learns needs the memory."""
     said = run("recurrent_policy.py", server, tmp_path, "--generations", "4", "--picture", "returns.png")
     returns = [int(one) for one in re.findall(r"generation \d: return (\d+)", said)]
@@ -110,7 +110,7 @@ def test_recurrent_policy(server: LocalServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policy_gradient(server: ForkedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New weights are played at once, and the episodes go on. A soak has enough updates to make them longer."""
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
     updates = 10 if ALL else 3
@@ -128,7 +128,7 @@ def test_policy_gradient(server: LocalServer, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_tcn_forecaster(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tcn_forecaster(server: ForkedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It compares with Keras itself, and fails if it does not beat the forecasts that need no network."""
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
     said = run("tcn_forecaster.py", server, tmp_path)
@@ -143,7 +143,7 @@ def test_tcn_forecaster(server: LocalServer, tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.soak  # 40 processor seconds; CI runs the other network that looks back
-def test_keyword_spotter(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyword_spotter(server: ForkedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It compares its detections with those of Keras itself."""
     monkeypatch.setenv("STEPWELL_CACHE_DIR", str(tmp_path / "cache"))
     said = run("keyword_spotter.py", server, tmp_path)
@@ -164,7 +164,7 @@ def _blocks_of_reinforcement_learning() -> list[str]:
 
 
 def test_a_trainer_that_is_killed_continues_when_it_is_started_again(
-    server: LocalServer, tmp_path: Path
+    server: ForkedServer, tmp_path: Path
 ) -> None:
     """The trainer of the page, killed twice: each environment's steps are applied exactly once, in their order."""
     (block,) = (each for each in _blocks_of_reinforcement_learning() if "def train(" in each)
@@ -205,7 +205,7 @@ def test_a_trainer_that_is_killed_continues_when_it_is_started_again(
 
 
 @pytest.mark.slow
-def test_the_page_of_reinforcement_learning(server: LocalServer) -> None:
+def test_the_page_of_reinforcement_learning(server: ForkedServer) -> None:
     """Its blocks run in order, in one namespace."""
     blocks = _blocks_of_reinforcement_learning()
     assert len(blocks) >= 6

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the extra onnx")
 
-from stepwell.testing import LocalServer
 from support.models import programs
+from support.servers.fork_server import ForkedServer
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "pytorch"
@@ -30,7 +30,7 @@ def test_sessions_give_the_numbers_of_pytorch(tmp_path: Path) -> None:
     (declaration,) = blocks("toml")
     (tmp_path / "step.toml").write_text(declaration)
     with (
-        LocalServer({"step": tmp_path / "step.onnx"}, cache_dir=programs.cache_dir()) as server,
+        ForkedServer({"step": tmp_path / "step.onnx"}, cache_dir=programs.cache_dir()) as server,
         np.load(DATA / "expected.npz") as expected,
     ):
         for row in range(4):

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 import stepwell
 from stepwell import errors
 from stepwell.cli import main
-from stepwell.testing import LocalServer
 from support.models import programs
+from support.servers.fork_server import ForkedServer
 
 pytestmark = pytest.mark.plain("it loads models, for which a secured server wants an admin")
 LIMIT_S = 200.0
@@ -70,15 +70,15 @@ def expected(models: list[Any], inputs: list[Any]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedServer]:
     path = tmp_path_factory.mktemp("base") / "base.keras"
     unnamed().save(path)
-    with LocalServer({"base": path}, cache_dir=programs.cache_dir()) as server:
+    with ForkedServer({"base": path}, cache_dir=programs.cache_dir()) as server:
         yield server
 
 
 @pytest.fixture
-def client(server: LocalServer) -> Iterator[stepwell.Client]:
+def client(server: ForkedServer) -> Iterator[stepwell.Client]:
     with stepwell.connect(server.address, timeout_s=LIMIT_S) as client:
         yield client
 
@@ -233,7 +233,7 @@ def test_layers_that_could_change_places_are_named(
 
 @pytest.mark.slow
 def test_the_command_line_says_what_stays(
-    client: stepwell.Client, server: LocalServer, load: Callable[[Any], Any], tmp_path: Path
+    client: stepwell.Client, server: ForkedServer, load: Callable[[Any], Any], tmp_path: Path
 ) -> None:
     name, _ = load(unnamed())
     for version in (2, 3):
@@ -263,7 +263,7 @@ def test_names_stay_over_a_restart(tmp_path: Path) -> None:
     for path in (first, second, third):
         unnamed().save(path)
     options: dict[str, Any] = {"cache_dir": programs.cache_dir(), "data_dir": tmp_path / "data"}
-    with LocalServer({"m": first}, **options) as server, stepwell.connect(server.address) as client:
+    with ForkedServer({"m": first}, **options) as server, stepwell.connect(server.address) as client:
         names = client.model("m").state
         session = client.open_session("m", session_id="a")
         session.step(x)
@@ -271,7 +271,7 @@ def test_names_stay_over_a_restart(tmp_path: Path) -> None:
         session.step(x)
         state = session.get_state()
     # The first version is gone, and the second one is on the command line, with names of its own.
-    with LocalServer({"m@2": second}, **options) as server, stepwell.connect(server.address) as client:
+    with ForkedServer({"m@2": second}, **options) as server, stepwell.connect(server.address) as client:
         assert client.model("m").state == names
         session = client.open_session("m", session_id="a")
         assert (session.revision, session.get_state()) == (2, state)

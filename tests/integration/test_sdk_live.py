@@ -15,10 +15,10 @@ import pytest
 
 import stepwell
 from stepwell import errors
-from stepwell.testing import LocalServer
 from support.models import programs
 from support.sdk.client_kinds import connect
 from support.servers.both_fronts import needs_native
+from support.servers.fork_server import ForkedServer
 
 MODEL = "live"
 UNITS = 8
@@ -54,14 +54,14 @@ def paths() -> dict[str, Path]:
     scope="module",
     params=[pytest.param("native", marks=needs_native), pytest.param("python", marks=pytest.mark.slow)],
 )
-def server(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterator[LocalServer]:
+def server(request: pytest.FixtureRequest, paths: dict[str, Path]) -> Iterator[ForkedServer]:
     options = ["--front", request.param]
-    with LocalServer({MODEL: paths["first"]}, extra_args=options, cache_dir=programs.cache_dir()) as server:
+    with ForkedServer({MODEL: paths["first"]}, extra_args=options, cache_dir=programs.cache_dir()) as server:
         yield server
 
 
 @pytest.fixture
-def name(server: LocalServer, paths: dict[str, Path]) -> Iterator[str]:
+def name(server: ForkedServer, paths: dict[str, Path]) -> Iterator[str]:
     """A model with one version, which is nobody else's."""
     name = f"m{next(_numbers)}"
     with stepwell.connect(server.address, timeout_s=LOAD_S) as client:
@@ -71,7 +71,7 @@ def name(server: LocalServer, paths: dict[str, Path]) -> Iterator[str]:
 
 
 @pytest.fixture(params=["sync", "async without frames"])
-async def client(request: pytest.FixtureRequest, server: LocalServer) -> AsyncIterator[Any]:
+async def client(request: pytest.FixtureRequest, server: ForkedServer) -> AsyncIterator[Any]:
     async with connect(request.param, server.address, timeout_s=LOAD_S) as client:
         yield client
 
@@ -135,7 +135,7 @@ async def test_sessions_are_kept_or_begin_anew(client: Any, name: str, paths: di
 
 
 async def test_nothing_is_lost_while_weights_change(
-    server: LocalServer, client: Any, name: str, paths: dict[str, Path]
+    server: ForkedServer, client: Any, name: str, paths: dict[str, Path]
 ) -> None:
     """Each step is made once, under the version that its answer names, on the state that the last one left."""
     made: list[tuple[Any, Any, int]] = []
@@ -252,7 +252,7 @@ async def test_a_keras_model_is_pushed(client: Any, name: str) -> None:
 def test_a_file_is_sent_to_a_server_that_takes_it(paths: dict[str, Path]) -> None:
     options = ["--allow-model-upload"]
     with (
-        LocalServer({MODEL: paths["first"]}, extra_args=options, cache_dir=programs.cache_dir()) as server,
+        ForkedServer({MODEL: paths["first"]}, extra_args=options, cache_dir=programs.cache_dir()) as server,
         stepwell.connect(server.address, timeout_s=LOAD_S) as client,
         client.open_session(MODEL) as session,
     ):
@@ -283,7 +283,7 @@ def test_weights_that_were_pushed_outlive_the_server(tmp_path: Path, paths: dict
     """Their file is gone, and so the server keeps what it made of it."""
     model, x = build(7), draw(1)
     with (
-        LocalServer({MODEL: paths["first"]}, tmp_path / "data", cache_dir=programs.cache_dir()) as server,
+        ForkedServer({MODEL: paths["first"]}, tmp_path / "data", cache_dir=programs.cache_dir()) as server,
         stepwell.connect(server.address, timeout_s=LOAD_S) as client,
     ):
         session = client.open_session(MODEL, session_id="anna")
@@ -302,7 +302,7 @@ def test_weights_that_were_pushed_outlive_the_server(tmp_path: Path, paths: dict
 
 
 def test_watches_and_tapes_see_a_version_that_resets(
-    server: LocalServer, name: str, paths: dict[str, Path]
+    server: ForkedServer, name: str, paths: dict[str, Path]
 ) -> None:
     with (
         stepwell.connect(server.address, timeout_s=LOAD_S) as client,

@@ -18,11 +18,11 @@ import onnx
 
 import stepwell
 from stepwell.cli import main
-from stepwell.testing import LocalServer
 from stepwell_server import program_file
 from stepwell_server.engine.executors.onnx_runtime import plain
 from stepwell_server.program import ONNX_MODEL
 from support.models import programs, step_functions
+from support.servers.fork_server import ForkedServer
 
 CACHE = {"STEPWELL_CACHE_DIR": str(programs.cache_dir())}
 DECLARED = """
@@ -50,14 +50,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(files: Path) -> Iterator[LocalServer]:
+def server(files: Path) -> Iterator[ForkedServer]:
     models = {name: files / f"{name}.onnx" for name in NAMES if name != "two"}
-    with LocalServer(models, cache_dir=programs.cache_dir()) as found:
+    with ForkedServer(models, cache_dir=programs.cache_dir()) as found:
         yield found
 
 
 @pytest.fixture
-def client(server: LocalServer) -> Iterator[stepwell.Client]:
+def client(server: ForkedServer) -> Iterator[stepwell.Client]:
     with stepwell.connect(server.address) as found:
         yield found
 
@@ -141,7 +141,7 @@ def test_bits_that_depend_on_the_batch_are_the_same_in_every_one(client: stepwel
                 np.testing.assert_array_equal(session.step(x[[row]]), together[[row]])
 
 
-def test_models_say_why_rows_never_mix(client: stepwell.Client, server: LocalServer) -> None:
+def test_models_say_why_rows_never_mix(client: stepwell.Client, server: ForkedServer) -> None:
     found = {model.name: model for model in client.models()}
     assert {name: model.proof.rows for name, model in found.items()} == {
         "branches": "proven",
@@ -188,7 +188,7 @@ def test_an_endless_loop_fails_its_own_rows(client: stepwell.Client) -> None:
 def test_sessions_survive_a_kill(files: Path, tmp_path: Path) -> None:
     loop, x = Loop(), drawn(4, 1, 4)
     models = {"branches": files / "branches.onnx"}
-    with LocalServer(models, tmp_path / "data", cache_dir=programs.cache_dir()) as server:
+    with ForkedServer(models, tmp_path / "data", cache_dir=programs.cache_dir()) as server:
         with stepwell.connect(server.address) as client:
             session = client.open_session("branches", session_id="mic-1")
             for t in range(2):
@@ -208,7 +208,7 @@ def test_versions_are_loaded_from_files_folders_and_uploads(files: Path, tmp_pat
     (folder / "vad" / "1.onnx").write_bytes((files / "branches.onnx").read_bytes())
     options = ["--models", str(folder), "--allow-model-upload"]
     with (
-        LocalServer({}, cache_dir=programs.cache_dir(), extra_args=options) as server,
+        ForkedServer({}, cache_dir=programs.cache_dir(), extra_args=options) as server,
         stepwell.connect(server.address) as client,
     ):
         loop, x = Loop(), drawn(3, 1, 4)
@@ -235,7 +235,7 @@ def test_rows_are_batched_by_trust(files: Path) -> None:
     options = ["--trust-rows", "quantized"]
     models = {"quantized": files / "quantized.onnx"}
     with (
-        LocalServer(models, cache_dir=programs.cache_dir(), extra_args=options) as server,
+        ForkedServer(models, cache_dir=programs.cache_dir(), extra_args=options) as server,
         stepwell.connect(server.address) as client,
     ):
         proof = client.model("quantized").proof

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("onnxruntime", reason="the extra onnx")
 
 import stepwell
-from stepwell.testing import LocalServer
 from support.models import programs
 from support.models.step_function_kinds import KINDS, RNG, equal, saved
 from support.peers.json_client import JsonClient, path_of
 from support.servers.both_fronts import FRONTS, needs_native
+from support.servers.fork_server import ForkedServer
 from support.servers.valkey_servers import Valkey
 from support.stores.valkey_store import fresh_prefix
 
@@ -26,17 +26,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", params=FRONTS)
-def server(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterator[LocalServer]:
+def server(request: pytest.FixtureRequest, files: dict[str, Path]) -> Iterator[ForkedServer]:
     options = ["--front", request.param]
     if request.param == "native":
         options += ["--http-listen", "127.0.0.1:0"]
-    with LocalServer(files, cache_dir=programs.cache_dir(), extra_args=options) as found:
+    with ForkedServer(files, cache_dir=programs.cache_dir(), extra_args=options) as found:
         yield found
 
 
 @needs_native
 @pytest.mark.parametrize("name", KINDS)
-def test_each_front_answers_as_a_plain_loop(name: str, server: LocalServer) -> None:
+def test_each_front_answers_as_a_plain_loop(name: str, server: ForkedServer) -> None:
     kind = KINDS[name]
     steps = kind.drawn()
     wanted = kind.loop(steps)
@@ -56,7 +56,7 @@ def test_each_front_answers_as_a_plain_loop(name: str, server: LocalServer) -> N
 
 @needs_native
 @pytest.mark.parametrize("name", KINDS)
-def test_json_answers_as_a_plain_loop(name: str, server: LocalServer) -> None:
+def test_json_answers_as_a_plain_loop(name: str, server: ForkedServer) -> None:
     if server.http_address is None:
         pytest.skip("the Python front does not answer over HTTP")
     kind = KINDS[name]
@@ -74,7 +74,7 @@ def test_json_answers_as_a_plain_loop(name: str, server: LocalServer) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_replicas_share_sessions(name: str, replicas: list[LocalServer]) -> None:
+def test_replicas_share_sessions(name: str, replicas: list[ForkedServer]) -> None:
     kind = KINDS[name]
     steps = kind.drawn()
     session_id = f"{name}-{RNG.integers(1 << 40)}"
@@ -84,12 +84,12 @@ def test_replicas_share_sessions(name: str, replicas: list[LocalServer]) -> None
 
 
 @pytest.fixture(scope="module")
-def replicas(files: dict[str, Path]) -> Iterator[list[LocalServer]]:
+def replicas(files: dict[str, Path]) -> Iterator[list[ForkedServer]]:
     with Valkey() as valkey:
         store = valkey.url(f"?prefix={fresh_prefix()}")
         options = ["--store", store]
         with (
-            LocalServer(files, cache_dir=programs.cache_dir(), extra_args=options) as one,
-            LocalServer(files, cache_dir=programs.cache_dir(), extra_args=options) as other,
+            ForkedServer(files, cache_dir=programs.cache_dir(), extra_args=options) as one,
+            ForkedServer(files, cache_dir=programs.cache_dir(), extra_args=options) as other,
         ):
             yield [one, other]

@@ -24,14 +24,13 @@ from typing import Any, NamedTuple
 import grpc
 import grpc.aio
 
-from stepwell.testing import LocalServer
 from stepwell_server.auth import token_file
 from stepwell_server.auth.tokens import Token, digest_of, new_token
 from stepwell_server.core.callers import Caller, Role
 from stepwell_server.rpc.fronts.certificates import Certificates
 from support.certificates import Authority, Pair
 from support.run_folder import run_folder
-from support.servers import fork_server
+from support.servers.fork_server import ForkedServer
 
 VARIABLE = "STEPWELL_TEST_SECURED"
 SCHEME = "grpcs://"
@@ -87,10 +86,8 @@ def options(arguments: Sequence[str] = ()) -> list[str]:
     return ["--tls-cert", str(cert), "--tls-key", str(key), "--auth-tokens", str(tokens)]
 
 
-class Server(LocalServer):
+class Server(ForkedServer):
     """A `LocalServer` that the switch secures."""
-
-    _popen = fork_server.Process
 
     def __init__(
         self,

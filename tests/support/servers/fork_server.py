@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepwell.testing import _LAUNCHER
+from stepwell.testing import _LAUNCHER, LocalServer
 
 _PROGRAM = "stepwell_server"
 _MODULES = (
@@ -68,6 +68,12 @@ class Process(subprocess.Popen[str]):
         self.pid = _fork_server().start(program, env, given, new_session=new_session)
         this._child_created = True
         this._close_pipe_fds(*pipes)
+
+
+class ForkedServer(LocalServer):
+    """A `LocalServer` that forks, where the start itself is not what a test is about."""
+
+    _popen = Process
 
 
 def _program(command: Sequence[str]) -> list[str]:
