@@ -67,3 +67,30 @@ def test_a_state_that_is_not_carried_is_found(traced: Any) -> None:
     step = _step(traced)
     with pytest.raises(CheckError):
         check_against_keras(traced, lambda inputs, states: (step(inputs, states)[0], states))
+
+
+@pytest.mark.parametrize(
+    "rows", [slice(None), slice(2, 3), slice(3, 4)], ids=["all", "undisturbed", "disturbed"]
+)
+def test_calls_of_a_model_that_differ_are_found(traced: Any, rows: slice) -> None:
+    """The second call with the same inputs is made only if the disturbed one shows a difference."""
+    from stepwell_server.compile.errors import ModelError
+    from stepwell_server.compile.probe import evidence
+    from stepwell_server.compile.probe.whole_call import WholeCall
+
+    class Differing(WholeCall):
+        calls = 0
+
+        def __call__(self, inputs: Sequence[Any]) -> Any:
+            self.calls += 1
+            found = {name: np.array(value) for name, value in super().__call__(inputs).items()}
+            for value in found.values():
+                value[rows] += np.float32(1e-6 * self.calls)
+            return found
+
+    same = WholeCall(traced.plan.interface)
+    assert len(evidence.gather(traced.plan, traced.sampler, 40, same)) == 2
+    with pytest.raises(
+        ModelError, match="two calls of the model differ: output 'y' differs for the same inputs"
+    ):
+        evidence.gather(traced.plan, traced.sampler, 40, Differing(traced.plan.interface))
