@@ -83,7 +83,9 @@ def test_calls_of_a_model_that_differ_are_found(traced: Any, rows: slice) -> Non
 
         def __call__(self, inputs: Sequence[Any]) -> Any:
             self.calls += 1
-            found = {name: np.array(value) for name, value in super().__call__(inputs).items()}
+            found: dict[str, Any] = {
+                name: np.array(value) for name, value in super().__call__(inputs).items()
+            }
             for value in found.values():
                 value[rows] += np.float32(1e-6 * self.calls)
             return found
