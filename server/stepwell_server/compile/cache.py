@@ -25,7 +25,7 @@ from stepwell_server.logs import Log
 from stepwell_server.program import Program, ProofOptions
 
 #: Raise it when the compiler produces a different program from the same model.
-COMPILE_VERSION = 17
+COMPILE_VERSION = 18
 #: Name patterns of its entries, unfinished files, and the key.
 HOLDS = (f"*{program_file.SUFFIX}", ".*")
 _KEY, _KEY_BYTES = ".key", 32
