@@ -415,7 +415,7 @@ async def test_what_is_large_is_taken_after_a_look_at_what_else_has_come() -> No
     )
     steps.reset_mock()
     await asyncio.sleep(0)
-    assert [call[0] for call in steps.mock_calls] == ["take"], "and its pass later still"
+    assert [call[0] for call in steps.mock_calls] == ["run", "take"], "and its pass later still"
     steps.reset_mock()
     steps.run.return_value = True
     wire.take.side_effect = [[batch("other", 1)], []]

@@ -106,8 +106,8 @@ def install(faults: Faults) -> None:
 
     open_one = lmdb.open
 
-    def _open(path: str, **options: Any) -> Any:
-        faults.data_dir = Path(path).parent
+    def _open(path: bytes, **options: Any) -> Any:
+        faults.data_dir = Path(os.fsdecode(path)).parent
         if faults.is_away:
             raise lmdb.DiskError("the disk is away")
         return open_one(path, **options)
