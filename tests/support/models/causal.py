@@ -17,7 +17,8 @@ REFUSED_LOOPS = {
     **dict.fromkeys(
         (
             *("loop_ahead", "loop_of_the_last", "loop_of_the_second", "loop_by_two", "loop_over_half"),
-            *("loop_until_70000", "loop_until_a_sum", "loop_of_what_it_wrote", "scan_of_all"),
+            *("loop_until_70000", "loop_until_20000000", "loop_until_a_sum", "loop_of_what_it_wrote"),
+            "scan_of_all",
         ),
         "loops over the time axis; ",
     ),

@@ -130,6 +130,10 @@ _BODIES: dict[str, Body | tuple[Body, _Condition]] = {
         lambda i, c, w, r, n: (i + 1, c + r.read(i), w.write(i, c)),
         lambda i, c, n: tf.logical_and(i < n, i < 70000),
     ),
+    "loop_until_20000000": (
+        lambda i, c, w, r, n: (i + 1, c + r.read(i), w.write(i, c)),
+        lambda i, c, n: tf.logical_and(i < n, i < 20_000_000),
+    ),
     "loop_until_a_sum": (
         lambda i, c, w, r, n: (i + 1, c + r.read(i), w.write(i, c)),
         lambda i, c, n: tf.logical_and(i < n, tf.reduce_all(c < 1e9)),

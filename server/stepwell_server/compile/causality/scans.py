@@ -11,13 +11,15 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from stepwell_server.compile.causality.axes import BATCH, TIME, Axes, Scales, labels, normal
+from stepwell_server.compile.causality.axes import BATCH, TIME, Axes, Pair, Scales, labels, normal
 from stepwell_server.compile.causality.call import Call, Memory, Need
 from stepwell_server.compile.causality.refusals import Reason, Refusal
 from stepwell_server.compile.causality.values import Const, Data, Items, needed_by, sizes
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 CLAUSE = "loops over"
+#: No sequence has more time steps than this, so it is no limit.
+_MAX_LIMIT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Body:
     def shown(self) -> tuple[Any, ...]:
         """What must be equal in both traces."""
         places = sorted(self.kept), sorted(self.counters.items()), sorted(self.written), sorted(self.carried)
-        return (*places, [*self.read.values()], [*self.before.values()], self.start)
+        return (*places, [*self.read.values()], [*self.before.values()], self.start, len(self.limits))
 
     @property
     def results(self) -> list[Any]:
@@ -205,15 +207,17 @@ class Loop:
 
     def _require_one_for_each(self) -> None:
         """Require one iteration for each time step, or for each but the first one."""
-        body = self._body
-        for trace, scale in enumerate(self._scales.both):
-            counts = [
-                start
-                - (int(self._constant(self._inputs[limit]).arrays()[trace]) if number is None else number)
-                for (start, number, limit), _ in zip(self.bodies[trace].limits, body.limits, strict=True)
-            ]
-            if -max(counts) != scale.steps - body.start:
-                raise self.refusal
+        body, more = self._body, list[Pair]()
+        for i in range(len(body.limits)):
+            limits = [self._limit(trace, i) for trace in range(2)]
+            if limits[0] == limits[1] >= _MAX_LIMIT:
+                continue
+            steps = [scale.steps - body.start for scale in self._scales.both]
+            starts = [each.limits[i][0] for each in self.bodies]
+            more.append(Pair(*(limits[trace] - starts[trace] - steps[trace] for trace in range(2))))
+        # A limit that is a fixed number ends the loop on long sequences, perhaps only on longer ones than the traces.
+        if not more or not all(each.is_same for each in more) or min(more) != (0, 0):
+            raise self.refusal
         for place in body.written:
             lists = [op.inputs[place].op for op in self._ops]
             if body.start:
@@ -223,6 +227,13 @@ class Loop:
                 self._scales.size((TIME,))
             ]:
                 raise self.refusal
+
+    def _limit(self, trace: int, i: int) -> int:
+        """Return the number below which a counter is in one of the traces."""
+        _, number, place = self.bodies[trace].limits[i]
+        if number is not None:
+            return int(number)
+        return int(self._constant(self._inputs[place]).arrays()[trace])
 
     def _constant(self, value: Any) -> Const:
         if not isinstance(value, Const):
