@@ -590,6 +590,7 @@ for _kind in (
     "smoothed",
     "scan_from_the_first",
     "mapped_over_time",
+    "loop_of_turned_elements",
     "loop_with_two_states",
 ):
     _add(_kind, apply_loop(_kind))

@@ -76,6 +76,25 @@ def mapped_over_time(layer: Apply, x: Any) -> Any:
 
 
 @kind
+def loop_of_turned_elements(layer: Apply, x: Any) -> Any:
+    """Elements of which the rows are the last axis, beside constants of which they are the first."""
+    one = tf.transpose(x, (1, 2, 0))
+    length = one.shape[0] or tf.shape(one)[0]
+    read = tf.TensorArray(x.dtype, length, clear_after_read=False).unstack(one)
+    start = (0, tf.TensorArray(x.dtype, length), tf.TensorArray(x.dtype, length))
+
+    def body(i: Any, turned: Any, other: Any) -> Any:
+        return (
+            i + 1,
+            turned.write(i, read.read(i) * tf.reshape(layer.weight, (-1, 1))),
+            other.write(i, tf.ones_like(x[:, 0])),
+        )
+
+    found = tf.while_loop(lambda i, *_: i < length, body, start)
+    return tf.transpose(found[1].stack(), (2, 0, 1)) + tf.transpose(found[2].stack(), (1, 0, 2))
+
+
+@kind
 def loop_with_two_states(layer: Apply, x: Any) -> Any:
     """Two sequences, two states, a value of each row, weights, and two results."""
     one = tf.transpose(x, (1, 0, 2))

@@ -54,7 +54,7 @@ def iterated(
             found = make(Operation(each, values, inner, own, States({}), ()))
             inner.update(zip(names, found, strict=False))
     results = [made.get(value.name) for value in op.inputs]
-    like = next(iter((*inner.values(), *before.values())))
+    like = next(iter(made.values()))  # An input of the model, whose first dimension is the rows.
     for place, tensor in (*body.written.items(), *body.carried.items()):
         value = values[tensor.name]
         axes = scan.axes[place]
