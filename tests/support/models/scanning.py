@@ -159,6 +159,11 @@ _BODIES: dict[str, Body | tuple[Body, _Condition]] = {
     ),
     "loop_of_numbers": lambda i, c, w, r, n: (i + 1, c + r.read(i) * tf.cast(i, c.dtype), w.write(i, c)),
     "loop_of_its_length": lambda i, c, w, r, n: (i + 1, c + r.read(i) / tf.cast(n, c.dtype), w.write(i, c)),
+    "loop_of_short_lengths": lambda i, c, w, r, n: (
+        i + 1,
+        c + tf.where(tf.sin(1e3 * r.read(i)) > 0.999999, tf.cast(tf.minimum(n, 3), c.dtype), 3.0),
+        w.write(i, c),
+    ),
     "loop_of_other_rows": lambda i, c, w, r, n: (
         i + 1,
         c + tf.reduce_mean(r.read(i), 0, True),

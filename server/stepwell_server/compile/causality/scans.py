@@ -11,10 +11,12 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from stepwell_server.compile.causality.axes import BATCH, TIME, Axes, Pair, Scales, labels, normal
 from stepwell_server.compile.causality.call import Call, Memory, Need
 from stepwell_server.compile.causality.refusals import Reason, Refusal
-from stepwell_server.compile.causality.values import Const, Data, Items, needed_by, sizes
+from stepwell_server.compile.causality.values import Const, Data, Items, equal, needed_by, sizes
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
 CLAUSE = "loops over"
@@ -186,6 +188,7 @@ class Loop:
         self._body = body = bodies[0]
         self.operations = (needed_by(body.results, body.graph), needed_by(bodies[1].results, bodies[1].graph))
         self._require_one_for_each()
+        self._require_no_length()
         self._axes = {place: self._begun(place) for place in body.carried}
         self.values: dict[str, Data] = {name: Data(self._axes[place]) for name, place in body.before.items()}
         self.given: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
@@ -227,6 +230,22 @@ class Loop:
                 self._scales.size((TIME,))
             ]:
                 raise self.refusal
+
+    def _require_no_length(self) -> None:
+        """Refuse a body whose constants have the number of time steps: it may do something else on short sequences."""
+        few, many = (
+            [tf.make_ndarray(op.get_attr("value")) for _, op in ops if op.type == "Const"]
+            for ops in self.operations
+        )
+        first, second = (scale.rows for scale in self._scales.both)
+        for one, two in zip(few, many, strict=False):
+            is_same = equal(one, two)
+            if not is_same and not (
+                one.dtype.kind in "iu" and np.all((one == two) | (one * second == two * first))
+            ):
+                raise Refusal(
+                    Reason.LENGTH, f"depends on the number of time steps where it {CLAUSE} the time axis"
+                )
 
     def _limit(self, trace: int, i: int) -> int:
         """Return the number below which a counter is in one of the traces."""
