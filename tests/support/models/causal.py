@@ -28,6 +28,9 @@ REFUSED_LOOPS = {
     "loop_of_numbers": "uses the number of the time step where it loops over the time axis; pass the position as an",
     "loop_of_its_length": "depends on the number of time steps",
     "loop_of_short_lengths": "depends on the number of time steps",
+    **dict.fromkeys(
+        ("loop_of_long_lengths", "scan_of_long_lengths"), "computes something different for one time step"
+    ),
     "loop_of_other_rows": "takes the mean over the rows of the batch",
     "scan_from_the_end": "loops over the time axis from a state on that the inputs determine",
     "scan_backwards": "takes elements by their number along the time axis",

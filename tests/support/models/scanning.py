@@ -164,6 +164,11 @@ _BODIES: dict[str, Body | tuple[Body, _Condition]] = {
         c + tf.where(tf.sin(1e3 * r.read(i)) > 0.999999, tf.cast(tf.minimum(n, 3), c.dtype), 3.0),
         w.write(i, c),
     ),
+    "loop_of_long_lengths": lambda i, c, w, r, n: (
+        i + 1,
+        c + tf.where(tf.sin(1e3 * r.read(i)) > 0.999999, tf.cast(min(n, 400), c.dtype), 3.0),
+        w.write(i, c),
+    ),
     "loop_of_other_rows": lambda i, c, w, r, n: (
         i + 1,
         c + tf.reduce_mean(r.read(i), 0, True),
@@ -173,6 +178,18 @@ _BODIES: dict[str, Body | tuple[Body, _Condition]] = {
 }
 for _name, _given in _BODIES.items():
     looped(_name, *(_given if isinstance(_given, tuple) else (_given,)))
+
+
+@kind
+def scan_of_long_lengths(layer: Apply, x: Any) -> Any:
+    """An iteration may use a number that only sequences of fewer than 400 time steps change."""
+    length = tf.minimum(tf.shape(x)[1], 400)
+
+    def body(before: Any, now: Any) -> Any:
+        is_rare = tf.sin(1e3 * now) > 0.999999
+        return 0.5 * before + now, now * tf.where(is_rare, tf.cast(length, x.dtype), layer.weight)
+
+    return _scanned(x, body)
 
 
 @kind

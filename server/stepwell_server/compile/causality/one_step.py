@@ -25,8 +25,10 @@ from stepwell_server.compile.causality.refusals import Reason
 from stepwell_server.compile.causality.values import OF_SHAPES, Const, Evaluator, attributes, equal, needed_by
 from stepwell_server.compile.graph.tensorflow_setup import tf
 
-#: Integers from here on may be sizes or indices in a sequence, which differ in a short one.
+#: Integers from here on may be sizes or indices in a sequence: they differ in a short one, and between the two long ones.
 _OF_LENGTH = 256
+_Three = tuple[Evaluator, Evaluator, Evaluator]
+"""Of the first graph of many time steps, of that of one, and of the second of many."""
 _OTHERWISE = "computes something different for one time step than for many"
 
 
@@ -40,27 +42,28 @@ def require_same(cuts: Cuts, one: Cut, numbers: Mapping[str, Collection[int]]) -
     """
     first = cuts.first
     twins: dict[str, str] = {}
-    evaluators = (Evaluator(captured(first)), Evaluator(captured(one)))
+    evaluators = (Evaluator(captured(first)), Evaluator(captured(one)), Evaluator(captured(cuts.second)))
     pairs = side_by_side(_on_data(first), _on_data(one), blamed(first, one))
+    seconds = side_by_side(_on_data(first), _on_data(cuts.second), blamed(first, cuts.second))
     twins.update(zip(_given(first), _given(one), strict=True))
     try:
-        for index, op, other in pairs:
+        for (index, op, other), (_, _, second) in zip(pairs, seconds, strict=True):
             if attributes(op) != attributes(other):
                 raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
-            inputs = () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, strict=True)
-            for i, (value, twin) in enumerate(inputs):
+            inputs = () if op.type in OF_SHAPES else zip(op.inputs, other.inputs, second.inputs, strict=True)
+            for i, (value, twin, longer) in enumerate(inputs):
                 may_be_number = i in numbers.get(op.name, ()) or (op.type, i) == ("GatherV2", 1)
-                if not _is_alike(value, twin, twins, evaluators) and not (
+                if not _is_alike(value, twin, longer, twins, evaluators) and not (
                     may_be_number and _is_first(value, twin, evaluators)
                 ):
                     raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
-            if not _call_alike(op, other):
+            if not _call_alike(op, other, second):
                 raise NotAdmitted(Reason.LENGTH, first.owner(index), _OTHERWISE)
             twins.update((x.name, y.name) for x, y in zip(op.outputs, other.outputs, strict=True))
     except NotAdmitted as found:
         raise NotAdmitted(Reason.LENGTH, found.layer, _OTHERWISE) from found
     for name, output in first.outputs.items():
-        if not _is_alike(output, one.outputs[name], twins, evaluators):
+        if not _is_alike(output, one.outputs[name], cuts.second.outputs[name], twins, evaluators):
             raise NotAdmitted(Reason.LENGTH, None, _OTHERWISE)
 
 
@@ -89,63 +92,69 @@ def _on_data(side: Cut) -> list[tuple[int, Any]]:
     return found
 
 
-def _call_alike(one: Any, other: Any) -> bool:
-    """Whether the functions called by two operations, such as loop bodies, are equivalent."""
+def _call_alike(*ops: Any) -> bool:
+    """Whether the functions called by three operations, such as loop bodies, are equivalent. See `_are_same`."""
     called = [
         [
             op.graph._get_function(value.func.name).graph
             for _, value in sorted(op.node_def.attr.items())
             if value.func.name
         ]
-        for op in (one, other)
+        for op in ops
     ]
     return all(_are_same(*graphs) for graphs in zip(*called, strict=True))
 
 
-def _are_same(first: Any, second: Any) -> bool:
-    """Whether two functions have the same operations and connections, on the same constants."""
+def _are_same(first: Any, second: Any, longer: Any) -> bool:
+    """Whether two functions have the same operations and connections, on the same constants.
+
+    The third one is the first for longer sequences.
+    """
     twins = {one.name: other.name for one, other in zip(first.inputs, second.inputs, strict=True)}
-    evaluators = (Evaluator({}), Evaluator({}))
-    pairs = [needed_by(graph.outputs, graph) for graph in (first, second)]
-    if len(pairs[0]) != len(pairs[1]):
+    evaluators = (Evaluator({}), Evaluator({}), Evaluator({}))
+    ops = [needed_by(graph.outputs, graph) for graph in (first, second, longer)]
+    if len({len(each) for each in ops}) > 1:
         return False
-    for (_, op), (_, other) in zip(*pairs, strict=True):
-        if op.type != other.type or len(op.inputs) != len(other.inputs):
+    for (_, op), (_, other), (_, third) in zip(*ops, strict=True):
+        if len({op.type, other.type, third.type}) > 1 or len(op.inputs) != len(other.inputs):
             return False
         if op.type == "Const":
-            if not _is_alike(op.outputs[0], other.outputs[0], {}, evaluators):
+            if not _is_alike(op.outputs[0], other.outputs[0], third.outputs[0], {}, evaluators):
                 return False
         elif op.type != "Placeholder":
             wired = op.type in OF_SHAPES or all(
                 twins[x.name] == y.name for x, y in zip(op.inputs, other.inputs, strict=True)
             )
-            if attributes(op) != attributes(other) or not wired or not _call_alike(op, other):
+            if attributes(op) != attributes(other) or not wired or not _call_alike(op, other, third):
                 return False
         twins.update((x.name, y.name) for x, y in zip(op.outputs, other.outputs, strict=True))
     return all(twins[x.name] == y.name for x, y in zip(first.outputs, second.outputs, strict=True))
 
 
-def _is_first(value: Any, twin: Any, evaluators: tuple[Evaluator, Evaluator]) -> bool:
+def _is_first(value: Any, twin: Any, evaluators: _Three) -> bool:
     """Whether a constant of one time step is what that of many begins with."""
     try:
-        many, one = Const(value, twin, evaluators).arrays()
+        many, one = Const(value, twin, evaluators[:2]).arrays()
     except ValueError:
         return False
     return many.ndim == one.ndim and equal(many[tuple(map(slice, one.shape))], one)
 
 
-def _is_alike(value: Any, twin: Any, twins: dict[str, str], evaluators: tuple[Evaluator, Evaluator]) -> bool:
-    """Whether two tensors are the same data, or constants of which the second is one time step's part."""
+def _is_alike(value: Any, twin: Any, longer: Any, twins: dict[str, str], evaluators: _Three) -> bool:
+    """Whether two tensors are the same data, or constants of which the second is one time step's part.
+
+    ``longer`` is the first one for longer sequences.
+    """
     if value.name in twins:
         return bool(twins[value.name] == twin.name)
     if value.dtype == tf.variant:  # A list, which may have items of another size if a loop fills it.
         if value.op.type != twin.op.type or attributes(value.op) != attributes(twin.op):
             return False
-        made = zip(value.op.inputs, twin.op.inputs, strict=True)
+        made = zip(value.op.inputs, twin.op.inputs, longer.op.inputs, strict=True)
         return value.op.type == "TensorListReserve" or all(
-            _is_alike(x, y, twins, evaluators) for x, y in made
+            _is_alike(x, y, z, twins, evaluators) for x, y, z in made
         )
-    constant = Const(value, twin, evaluators)
+    constant = Const(value, twin, evaluators[:2])
     try:
         if constant.is_same:
             return True
@@ -160,5 +169,12 @@ def _is_alike(value: Any, twin: Any, twins: dict[str, str], evaluators: tuple[Ev
         except ValueError:
             return True  # Rows and time steps share one axis, which the proof found to be uniform.
     if many.dtype.kind in "iu":
-        return bool(np.all((many == one) | (np.abs(many.astype(np.int64)) >= _OF_LENGTH)))
+        of_length = np.abs(many.astype(np.int64)) >= _OF_LENGTH
+        try:
+            more = evaluators[2].array(longer)
+        except ValueError:
+            return False
+        if more.shape == many.shape:  # Such as min(T, 400), which both long sequences exceed.
+            of_length &= more != many
+        return bool(np.all((many == one) | of_length))
     return bool(np.array_equal(many, one, equal_nan=many.dtype.kind == "f"))
